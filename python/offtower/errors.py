@@ -1,0 +1,33 @@
+"""Errors meant for users: each says what was wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class OfftowerError(ValueError):
+    """Base of every error that offtower raises on bad input."""
+
+
+class ConfigError(OfftowerError):
+    """A configuration that cannot be run."""
+
+
+class DataError(OfftowerError):
+    """A log or catalogue that cannot be read or does not keep its schema."""
+
+
+class OperatorError(OfftowerError):
+    """Tensors that an operator refuses: dtype, shape, device or index."""
+
+
+class RunError(OfftowerError):
+    """A run directory that is missing, incomplete or belongs to another configuration."""
+
+
+class MissingExtraError(OfftowerError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package '{package}', which is not installed. "
+            f'Install it with: pip install "offtower[{extra}]"'
+        )
