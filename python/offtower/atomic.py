@@ -1,0 +1,92 @@
+"""Files and directories that are either there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+@contextmanager
+def replace_directory(directory: Path) -> Iterator[Path]:
+    """Yield a new folder beside `directory`; at the end it takes that name.
+
+    An existing directory of that name is moved away first and removed last. If the block fails
+    (a full disk, an interrupt) the old one stays and the new one is removed.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(directory)
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_tree(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    old = None
+    if directory.exists():
+        old = _beside(directory)
+        os.replace(directory, old)
+    os.replace(temporary, directory)
+    sync_directory(directory.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_tree(directory: Path) -> None:
+    """Flush every file below a folder to disk."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    sync_directory(directory)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename inside `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # Some file systems refuse fsync on folders; the rename itself is still atomic.
+    finally:
+        os.close(descriptor)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what killed writers left in `directory`."""
+    for path in directory.glob(".*.partial"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,127 @@
+"""What all verbs share: where text goes, how errors end, how progress is drawn."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+
+from offtower.errors import OfftowerError
+from offtower.progress import Progress
+
+EXIT_OK = 0
+EXIT_REFUSED = 2
+"""Bad input: the message says what, where and what to do."""
+EXIT_INTERRUPTED = 130
+
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. training.epochs=5."),
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def messages() -> Console:
+    """Where progress and words for people go: standard error, so that --json stays clean."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    typer.echo(json.dumps(content, indent=2, sort_keys=True, default=str, allow_nan=False))
+
+
+def finite(value: Any) -> Any:
+    """`value` with infinities and NaN as None, since JSON has neither."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and value - value != 0.0:
+        return None
+    return value
+
+
+def verb(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn errors for users into one message and exit code 2, interrupts into 130."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except OfftowerError as error:
+            if kwargs.get("as_json"):
+                print_json({"error": type(error).__name__, "message": str(error)})
+            messages().print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(EXIT_REFUSED) from None
+        except OSError as error:
+            if error.errno is None:
+                raise
+            place = f" ({error.filename})" if error.filename else ""
+            messages().print(
+                f"[bold red]error[/]: {escape(os.strerror(error.errno) + place)}", soft_wrap=True
+            )
+            raise typer.Exit(EXIT_REFUSED) from None
+        except KeyboardInterrupt:
+            messages().print("interrupted; finished files are whole, 'train --resume' goes on")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+    return wrapped
+
+
+def escape(text: str) -> str:
+    from rich.markup import escape as rich_escape
+
+    return rich_escape(text)
+
+
+class DrawnProgress(Progress):
+    """Bars on standard error; quiet where that is no terminal."""
+
+    def __init__(self) -> None:
+        self._bars: Bars | None = None
+        self._task: Any = None
+
+    def start(self, task: str, total: int | None) -> None:
+        self.finish()
+        if not sys.stderr.isatty():
+            return
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=messages(),
+            transient=True,
+        )
+        self._bars.start()
+        self._task = self._bars.add_task(task, total=total, note="")
+
+    def advance(self, amount: int, note: str = "") -> None:
+        if self._bars is not None:
+            self._bars.update(self._task, advance=amount, note=note)
+
+    def finish(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None

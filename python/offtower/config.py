@@ -1,0 +1,278 @@
+"""The configuration of a run: typed dataclasses, read from YAML, changed by dotted overrides.
+
+An unknown key is an error that suggests the nearest known one; a value of the wrong type names its
+place in the file. The same file drives training, evaluation and (later) cluster jobs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from offtower.errors import ConfigError
+
+_STRICT = ConfigDict(extra="forbid", validate_default=True)
+
+
+@dataclass(config=_STRICT)
+class DataConfig:
+    """Where the logs and the catalogue are, and how they are read."""
+
+    train: str
+    """Directory of Parquet files: the log to learn from."""
+    catalogue: str
+    """Directory of Parquet files: one row per item."""
+    validation: str | None = None
+    """Log for model selection and early stopping. Without one the last epoch is kept."""
+    test: str | None = None
+    """Log that `offtower evaluate` judges the policy on."""
+    log_schema: dict[str, Any] | None = None
+    """Columns and features of the log; not needed where offtower wrote the directory."""
+    catalogue_schema: dict[str, Any] | None = None
+    """Features of the items; not needed where offtower wrote the directory."""
+    window_rows: int = Field(default=1_048_576, ge=1)
+    """Rows that are shuffled together in memory."""
+    on_bad_rows: Literal["error", "quarantine"] = "error"
+
+
+@dataclass(config=_STRICT)
+class TowerConfig:
+    """One tower: encoded features -> embedding."""
+
+    hidden_layer_sizes: tuple[int, ...] = (64, 64)
+    activation: Literal["elu", "relu", "tanh", "gelu", "silu"] = "elu"
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    normalize: bool = False
+    """Scale embeddings to unit length; then the temperature sets the sharpness of the policy."""
+    category_embedding_dim: int = Field(default=16, ge=1)
+    """Width of a category's or bag's embedding where the feature does not state its own."""
+    unknown_rate: float = Field(default=0.02, ge=0.0, lt=1.0)
+    """Share of category values replaced by "unknown" in training, so that the row which new items
+    and new users share is itself trained."""
+    module: str | None = None
+    """Import path "package.module:Class" of a user's own torch module in place of the MLP."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for `module`."""
+
+
+@dataclass(config=_STRICT)
+class PolicyConfig:
+    """The two-tower softmax policy."""
+
+    embedding_dim: int = Field(default=32, ge=1)
+    context_tower: TowerConfig = field(default_factory=TowerConfig)
+    item_tower: TowerConfig = field(default_factory=TowerConfig)
+    temperature: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    learn_temperature: bool = False
+    item_bias: bool = False
+    """Let the item tower give each item a bias beside its embedding."""
+
+
+@dataclass(config=_STRICT)
+class RewardModelConfig:
+    """q(x, a): fitted first, frozen while the policy learns."""
+
+    kind: Literal["none", "dense", "factored"] = "none"
+    """dense: any scikit-learn regressor, for small catalogues; factored: two towers, for large."""
+    folds: int = Field(default=3, ge=1, le=64)
+    """Cross-fitting: a row's reward is predicted by the model that did not see the row's fold.
+    1 fits and predicts on the same rows."""
+    estimator: str = "sklearn.ensemble:HistGradientBoostingRegressor"
+    """dense: import path "package.module:Class" of a scikit-learn regressor or classifier."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    embedding_dim: int = Field(default=32, ge=1)
+    tower: TowerConfig = field(default_factory=TowerConfig)
+    link: Literal["auto", "identity", "sigmoid"] = "auto"
+    """factored: auto is sigmoid for rewards in {0, 1}, identity otherwise."""
+    epochs: int = Field(default=20, ge=1)
+    batch_size: int = Field(default=1024, ge=1)
+    learning_rate: float = Field(default=3e-3, gt=0.0)
+    weight_decay: float = Field(default=1e-2, ge=0.0)
+
+
+@dataclass(config=_STRICT)
+class ObjectiveConfig:
+    """What training maximises."""
+
+    name: str = "auto"
+    """A registered name (`offtower doctor` lists them) or an import path "package.module:Class"."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(config=_STRICT)
+class TrainingConfig:
+    """The loop."""
+
+    epochs: int = Field(default=20, ge=1)
+    batch_size: int = Field(default=1024, ge=1)
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    weight_decay: float = Field(default=1e-2, ge=0.0)
+    gradient_clip: float | None = Field(default=1.0, gt=0.0)
+    """Largest norm of the whole gradient; null leaves it alone."""
+    shuffle: bool = True
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many validations without a better lower bound."""
+    validation_estimator: str = "snips"
+    validate_every_epochs: int = Field(default=1, ge=1)
+    checkpoint_every_seconds: float = Field(default=300.0, ge=0.0)
+    """Also inside an epoch; an epoch's end always writes one."""
+    checkpoints_kept: int = Field(default=2, ge=1)
+    log_every_steps: int = Field(default=50, ge=1)
+    item_chunk: int = Field(default=65_536, ge=1)
+    """Items that the item tower embeds at a time; bounds the memory of its activations."""
+    threads: int | None = Field(default=None, ge=1)
+    measure_terms: bool = True
+    """Report entropy and weights for objectives that do not need the softmax (costs O(items))."""
+
+
+@dataclass(config=_STRICT)
+class EvaluationConfig:
+    """How `offtower evaluate` judges."""
+
+    estimators: tuple[str, ...] = ("ips", "snips", "dm", "dr")
+    decide_by: str = "auto"
+    """The estimator of the verdict; auto is dr where there is a reward model, else snips."""
+    confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
+    interval: str = "normal"
+    batch_rows: int = Field(default=4096, ge=1)
+    reward_model: RewardModelConfig | None = None
+    """The reward model of DM and DR; the training's own where this is null."""
+
+
+@dataclass(config=_STRICT)
+class Config:
+    """One run."""
+
+    name: str
+    data: DataConfig
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    runs: str = "runs"
+    """Folder of the run directories."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def run_directory(self) -> Path:
+        return Path(self.runs) / self.name
+
+
+_ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply overrides such as `training.epochs=5`.
+
+    Relative data paths stay relative to the working folder, as on any command line.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown, a value has a wrong type.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file at '{path}'") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{path}' cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"'{path}' is not valid YAML: {error}") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"'{path}' must hold keys and values, but its top level is a {type(content).__name__}"
+        )
+    return parse_config(apply_overrides(content, overrides), source=str(path))
+
+
+def parse_config(content: Mapping[str, Any], source: str = "configuration") -> Config:
+    """Turn nested mappings into a `Config`; `source` is named in errors."""
+    try:
+        return _ADAPTER.validate_python(dict(content))
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def apply_overrides(content: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `content` with each `a.b=value` set; values are read as YAML."""
+    result: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key.strip():
+            raise ConfigError(f"override '{override}' must look like section.key=value")
+        try:
+            value = yaml.safe_load(text) if text.strip() else None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override '{override}': the value is not YAML: {error}") from error
+        parts = key.strip().split(".")
+        place = result
+        for part in parts[:-1]:
+            inner = place.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"override '{override}': '{part}' is a value, not a section")
+            place = inner
+        place[parts[-1]] = value
+    return result
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested mappings, JSON- and YAML-ready."""
+    dumped: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
+    return dumped
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def config_fingerprint(config: Config) -> str:
+    """Hash of all that changes what is learned (the place of the run directory does not)."""
+    content = to_dict(config)
+    content.pop("runs")
+    for machine_only in ("threads", "checkpoint_every_seconds", "checkpoints_kept"):
+        content["training"].pop(machine_only)
+    # How a policy is judged does not change the policy.
+    content.pop("evaluation")
+    content["data"].pop("test")
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _explain(item: Any) -> str:
+    where = [str(part) for part in item["loc"] if part != "__root__"]
+    dotted = ".".join(where) or "top level"
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(where[:-1])
+        nearest = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(known)}"
+        return f"unknown key '{dotted}'; {hint}"
+    if item["type"] in ("missing", "missing_argument"):
+        return f"'{dotted}' is required"
+    given = item.get("input")
+    return f"'{dotted}' = {given!r}: {item['msg'].lower()}"
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    kind: Any = Config
+    for part in path:
+        hints = get_type_hints(kind)
+        kind = hints.get(part)
+        options = [option for option in get_args(kind) if is_dataclass(option)]
+        kind = options[0] if options else kind
+        if not is_dataclass(kind):
+            return []
+    return [f.name for f in fields(kind)]

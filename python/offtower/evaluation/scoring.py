@@ -1,0 +1,100 @@
+"""A policy and a log -> the rows that estimators take, streamed through the fused operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from offtower.data.encoding import to_tensors
+from offtower.data.rows import EncodedRows
+from offtower.errors import DataError
+from offtower.evaluation.rows import EvaluationRows
+from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures
+from offtower.models.policy import TwoTowerPolicy
+from offtower.models.reward.base import RewardModel
+
+
+class PolicyScorer:
+    """Scores rows with a frozen policy; the catalogue is embedded once.
+
+    Args:
+        policy: put into evaluation mode.
+        items: features of the catalogue that the rows' actions index.
+        reward_model: q(x, a) for DM and DR; None leaves those columns out.
+    """
+
+    def __init__(
+        self,
+        policy: TwoTowerPolicy,
+        items: ItemFeatures,
+        reward_model: RewardModel | None = None,
+        item_chunk: int = DEFAULT_CHUNK,
+    ) -> None:
+        self.policy = policy
+        self.reward_model = reward_model
+        self._training = policy.training
+        policy.eval()
+        with torch.no_grad():
+            self.items: ItemEmbeddings = policy.embed_items(items, chunk=item_chunk)
+        policy.train(self._training)
+
+    @torch.no_grad()
+    def score(self, rows: EncodedRows) -> EvaluationRows:
+        """Weights, rewards and reward-model terms of a batch of logged rows."""
+        if rows.pscore is None:
+            raise DataError(
+                "off-policy evaluation needs the logged propensities: "
+                "name their column as 'pscore' in the log's schema"
+            )
+        self.policy.eval()
+        reward_model = None if self.reward_model is None else self.reward_model.for_new_rows(rows)
+        context_embedding = self.policy.embed_contexts(to_tensors(rows.context))
+        terms = self.policy.terms(
+            context_embedding,
+            self.items,
+            torch.from_numpy(rows.action),
+            reward_model=reward_model,
+        )
+        self.policy.train(self._training)
+        log_weight = terms.log_prob.double().numpy() - np.log(rows.pscore)
+        return EvaluationRows(
+            importance_weight=np.exp(log_weight),
+            reward=rows.reward.astype(np.float64),
+            action_reward=_float64(terms.action_reward),
+            expected_reward=_float64(terms.expected_reward),
+            user=rows.user_id,
+            row=rows.row,
+            log_weight=log_weight,
+        )
+
+    def score_all(self, batches: Iterable[EncodedRows]) -> Iterator[EvaluationRows]:
+        for batch in batches:
+            yield self.score(batch)
+
+
+def concatenate(parts: Iterable[EvaluationRows]) -> EvaluationRows:
+    """All parts in one; columns that a part lacks are left out."""
+    collected = list(parts)
+
+    def column(name: str) -> np.ndarray | None:
+        values = [getattr(part, name) for part in collected]
+        return None if any(v is None for v in values) else np.concatenate(values)
+
+    weight, reward = column("importance_weight"), column("reward")
+    if weight is None or reward is None:
+        raise DataError("the log has no rows to evaluate on")
+    return EvaluationRows(
+        importance_weight=weight,
+        reward=reward,
+        action_reward=column("action_reward"),
+        expected_reward=column("expected_reward"),
+        user=column("user"),
+        row=column("row"),
+        log_weight=column("log_weight"),
+    )
+
+
+def _float64(values: torch.Tensor | None) -> np.ndarray | None:
+    return None if values is None else values.double().numpy()

@@ -1,0 +1,231 @@
+"""The facade for arrays in memory, in the habits of scikit-learn and Open Bandit Pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from offtower.config import (
+    Config,
+    DataConfig,
+    ObjectiveConfig,
+    PolicyConfig,
+    RewardModelConfig,
+    TowerConfig,
+    TrainingConfig,
+)
+from offtower.data.catalogue import Catalogue
+from offtower.data.convert import ACTION_CONTEXT, CONTEXT, from_bandit_feedback
+from offtower.data.encoding import to_tensors
+from offtower.data.log import Log
+from offtower.errors import ConfigError, DataError
+from offtower.models.items import ItemFeatures
+from offtower.models.policy import TwoTowerPolicy
+from offtower.ops import policy_terms
+from offtower.progress import Progress
+from offtower.models.reward.fit import obtain_reward_model
+from offtower.prepare import prepare
+from offtower.training.run import build_trainer
+from offtower.training.trainer import EpochHook
+
+BanditFeedback = Mapping[str, Any]
+
+
+class TwoTowerPolicyLearner:
+    """Learn a two-tower softmax policy from logged bandit feedback.
+
+    Args:
+        dim_context_features: width of the context vectors.
+        dim_action_features: width of the action (item) vectors.
+        embedding_dim: d, width of both towers' embeddings.
+        hidden_layer_sizes: of both towers.
+        activation: elu, relu, tanh, gelu or silu.
+        temperature: of the softmax.
+        item_bias: give each action a bias beside its embedding.
+        objective: a name of `offtower.objectives.OBJECTIVES`, or "auto".
+        objective_arguments: settings of the objective, such as {"max_weight": 100}.
+        reward_model: settings of `offtower.config.RewardModelConfig`, such as
+            {"kind": "dense", "estimator": "sklearn.linear_model:LogisticRegression"}; None uses
+            towers ("factored") for objectives that need one, and none otherwise.
+        optimizer, learning_rate, weight_decay, gradient_clip, batch_size, epochs, shuffle,
+        patience, validation_estimator: see `offtower.config.TrainingConfig`.
+        random_state: seed of everything.
+
+    Example:
+        >>> learner = TwoTowerPolicyLearner(5, 5, objective="ips").fit(bandit_feedback)
+        >>> action_dist = learner.predict_proba(context, action_context)
+    """
+
+    def __init__(
+        self,
+        dim_context_features: int,
+        dim_action_features: int,
+        *,
+        embedding_dim: int = 32,
+        hidden_layer_sizes: Sequence[int] = (64, 64),
+        activation: str = "elu",
+        dropout: float = 0.0,
+        temperature: float = 1.0,
+        learn_temperature: bool = False,
+        normalize: bool = False,
+        item_bias: bool = False,
+        objective: str = "auto",
+        objective_arguments: Mapping[str, Any] | None = None,
+        reward_model: Mapping[str, Any] | None = None,
+        optimizer: str = "adamw",
+        learning_rate: float = 3e-3,
+        weight_decay: float = 1e-2,
+        gradient_clip: float | None = 1.0,
+        batch_size: int = 256,
+        epochs: int = 50,
+        shuffle: bool = True,
+        patience: int | None = None,
+        validation_estimator: str = "snips",
+        random_state: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        self.dim_context_features = dim_context_features
+        self.dim_action_features = dim_action_features
+        tower = {
+            "hidden_layer_sizes": tuple(hidden_layer_sizes),
+            "activation": activation,
+            "dropout": dropout,
+            "normalize": normalize,
+        }
+        if reward_model is None:
+            needs_one = objective in ("auto", "dr", "clipped_dr")
+            reward_model = {"kind": "factored" if needs_one else "none"}
+        self.config = Config(
+            name="in-memory",
+            data=DataConfig(train="in-memory", catalogue="in-memory"),
+            seed=random_state,
+            policy=PolicyConfig(
+                embedding_dim=embedding_dim,
+                context_tower=TowerConfig(**tower),
+                item_tower=TowerConfig(**tower),
+                temperature=temperature,
+                learn_temperature=learn_temperature,
+                item_bias=item_bias,
+            ),
+            reward_model=RewardModelConfig(**reward_model),
+            objective=ObjectiveConfig(name=objective, arguments=dict(objective_arguments or {})),
+            training=TrainingConfig(
+                epochs=epochs,
+                batch_size=batch_size,
+                optimizer=optimizer,
+                learning_rate=learning_rate,
+                weight_decay=weight_decay,
+                gradient_clip=gradient_clip,
+                shuffle=shuffle,
+                patience=patience,
+                validation_estimator=validation_estimator,
+                log_every_steps=1_000_000_000,
+            ),
+        )
+        self._progress = progress or Progress()
+        self.history_: list[dict[str, Any]] = []
+        """One mapping an epoch: loss, value estimate, weights, entropy, validation."""
+
+    def fit(
+        self,
+        bandit_feedback: BanditFeedback | tuple[Log, Catalogue],
+        validation: BanditFeedback | tuple[Log, Catalogue] | None = None,
+        *,
+        on_epoch_end: EpochHook | None = None,
+    ) -> TwoTowerPolicyLearner:
+        """Learn from a bandit-feedback dict (context, action, reward, pscore, action_context).
+
+        Neither `pi_b` nor `expected_reward` is needed or read. With a validation log the weights
+        of the epoch with the best lower bound of an off-policy estimate are kept.
+        """
+        log, catalogue = self._open(bandit_feedback)
+        held_out = None if validation is None else self._open(validation)[0]
+        data = prepare(log, held_out, catalogue, self._progress)
+        reward_model = obtain_reward_model(
+            self.config.reward_model, data, self.config.seed, self._progress
+        )
+        trainer = build_trainer(
+            self.config, data, reward_model, progress=self._progress, on_epoch_end=on_epoch_end
+        )
+        result = trainer.fit()
+        self.policy_: TwoTowerPolicy = trainer.policy
+        self.reward_model_ = reward_model
+        self.data_ = data
+        self.history_ = result.history
+        return self
+
+    def predict_proba(self, context: np.ndarray, action_context: np.ndarray) -> np.ndarray:
+        """Probabilities of all actions, (n_rounds, n_actions, 1) as in Open Bandit Pipeline."""
+        u = torch.from_numpy(self.embed_contexts(context))
+        v, bias = self._embed_items(action_context)
+        policy = self._fitted()
+        logits = (u @ v.T).double() / policy.temperature
+        if bias is not None:
+            logits = logits + bias
+        return torch.softmax(logits, dim=1).numpy()[:, :, np.newaxis]
+
+    def log_prob(
+        self, context: np.ndarray, action: np.ndarray, action_context: np.ndarray
+    ) -> np.ndarray:
+        """(n_rounds,) log pi(a_i|x_i), without a rounds x actions array."""
+        u = torch.from_numpy(self.embed_contexts(context))
+        v, bias = self._embed_items(action_context)
+        terms = policy_terms(
+            u,
+            v,
+            torch.as_tensor(np.asarray(action), dtype=torch.int64),
+            temperature=self._fitted().temperature,
+            item_bias=bias,
+        )
+        return terms.log_prob.numpy()
+
+    @torch.no_grad()
+    def embed_contexts(self, context: np.ndarray) -> np.ndarray:
+        """(n_rounds, embedding_dim) float32."""
+        policy = self._fitted()
+        arrays = {CONTEXT: self._matrix(context, self.dim_context_features, "context")}
+        encoded = policy.context_encoding.encode_arrays(arrays)
+        return policy.embed_contexts(to_tensors(encoded)).numpy()
+
+    def embed_items(self, action_context: np.ndarray) -> np.ndarray:
+        """(n_actions, embedding_dim) float32."""
+        return self._embed_items(action_context)[0].numpy()
+
+    @torch.no_grad()
+    def _embed_items(self, action_context: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+        policy = self._fitted()
+        matrix = self._matrix(action_context, self.dim_action_features, "action_context")
+        encoded = policy.item_encoding.encode_arrays({ACTION_CONTEXT: matrix})
+        items = policy.embed_items(ItemFeatures(encoded, len(matrix)))
+        return items.embedding, items.bias
+
+    def _fitted(self) -> TwoTowerPolicy:
+        if not hasattr(self, "policy_"):
+            raise ConfigError("this learner is not fitted yet; call fit(bandit_feedback) first")
+        return self.policy_
+
+    def _open(
+        self, feedback: BanditFeedback | tuple[Log, Catalogue]
+    ) -> tuple[Log, Catalogue]:
+        if isinstance(feedback, tuple):
+            return feedback
+        context = feedback.get("context")
+        action_context = feedback.get("action_context")
+        if context is not None:
+            self._matrix(np.asarray(context), self.dim_context_features, "context")
+        if action_context is not None:
+            self._matrix(np.asarray(action_context), self.dim_action_features, "action_context")
+        return from_bandit_feedback(dict(feedback))
+
+    @staticmethod
+    def _matrix(values: np.ndarray, width: int, name: str) -> np.ndarray:
+        values = np.asarray(values)
+        if values.ndim != 2 or values.shape[1] != width:
+            raise DataError(
+                f"'{name}' must have shape (rows, {width}), as the learner was made for, "
+                f"but has shape {values.shape}"
+            )
+        return values

@@ -1,0 +1,185 @@
+"""The catalogue as the item tower sees it, and its embedding in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offtower.data.catalogue import Catalogue
+from offtower.data.encoding import (
+    BagTensor,
+    FeatureArrays,
+    FeatureEncoding,
+    concat,
+    to_tensors,
+)
+from offtower.models.features import FeatureTensors
+from offtower.models.towers import Tower
+
+DEFAULT_CHUNK = 65_536
+
+
+@dataclass(frozen=True)
+class ItemEmbeddings:
+    """The whole catalogue, embedded."""
+
+    embedding: Tensor
+    """(N, d)."""
+    bias: Tensor | None
+    """(N,) or None."""
+
+
+class ItemFeatures:
+    """Encoded features of all N items, read by slice or by index.
+
+    Args:
+        arrays: encoded features of all items, in the catalogue's order.
+        num_items: N.
+    """
+
+    def __init__(self, arrays: FeatureArrays, num_items: int) -> None:
+        self._tensors: FeatureTensors = to_tensors(arrays)
+        self.num_items = num_items
+
+    @classmethod
+    def from_catalogue(
+        cls, catalogue: Catalogue, encoding: FeatureEncoding, chunk: int = DEFAULT_CHUNK
+    ) -> ItemFeatures:
+        parts = [
+            encoding.encode(catalogue.table(start, min(start + chunk, catalogue.num_items)))
+            for start in range(0, catalogue.num_items, chunk)
+        ]
+        return cls(parts[0] if len(parts) == 1 else concat(parts), catalogue.num_items)
+
+    def slice(self, start: int, stop: int) -> FeatureTensors:
+        """Features of items start..stop-1; dense features are views."""
+        if start == 0 and stop == self.num_items:
+            return self._tensors
+        return {
+            name: _slice_bag(value, start, stop)
+            if isinstance(value, BagTensor)
+            else value[start:stop]
+            for name, value in self._tensors.items()
+        }
+
+    def at(self, index: Tensor) -> FeatureTensors:
+        """Features of the items at `index` (n,) int64."""
+        return {
+            name: _take_bag(value, index) if isinstance(value, BagTensor) else value[index]
+            for name, value in self._tensors.items()
+        }
+
+
+def embed_items(
+    tower: Tower, features: ItemFeatures, *, chunk: int = DEFAULT_CHUNK
+) -> ItemEmbeddings:
+    """Embed every item; differentiable in the tower's parameters in O(N d + chunk) memory.
+
+    Autograd through N items would keep every activation of the tower. Here chunks are embedded
+    without a graph, and the backward pass embeds each chunk once more, with one, to carry its
+    share of the gradient to the parameters. Random parts of the tower (dropout) repeat their
+    draws, since each chunk's generator state is kept.
+    """
+    if features.num_items <= chunk or not torch.is_grad_enabled():
+        return _embed_at_once(tower, features, chunk)
+    parameters = [p for p in tower.parameters() if p.requires_grad]
+    if not parameters:
+        return _embed_at_once(tower, features, chunk)
+    embedding, bias = _ChunkedTower.apply(tower, features, chunk, *parameters)
+    return ItemEmbeddings(embedding, bias)
+
+
+def _embed_at_once(tower: Tower, features: ItemFeatures, chunk: int) -> ItemEmbeddings:
+    if features.num_items <= chunk:
+        embedding, bias = tower(features.slice(0, features.num_items))
+        return ItemEmbeddings(embedding, bias)
+    embeddings: Tensor | None = None
+    biases: Tensor | None = None
+    for start, stop in _chunks(features.num_items, chunk):
+        embedding, bias = tower(features.slice(start, stop))
+        if embeddings is None:
+            embeddings = embedding.new_empty(features.num_items, embedding.shape[1])
+            biases = None if bias is None else bias.new_empty(features.num_items)
+        embeddings[start:stop] = embedding
+        if biases is not None:
+            biases[start:stop] = bias
+    assert embeddings is not None, "a catalogue has at least one item"
+    return ItemEmbeddings(embeddings, biases)
+
+
+class _ChunkedTower(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tower: Tower, features: ItemFeatures, chunk: int, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.tower, ctx.features, ctx.chunk, ctx.parameters = tower, features, chunk, parameters
+        ctx.random = tower.training and tower.random
+        ctx.random_state = torch.get_rng_state() if ctx.random else None
+        with torch.no_grad():
+            items = _embed_at_once(tower, features, chunk)
+        return items.embedding, items.bias
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        grad_embedding, grad_bias = gradients
+        totals: list[Tensor | None] = [None] * len(ctx.parameters)
+        with _repeated_draws(ctx.random_state), torch.enable_grad():
+            for start, stop in _chunks(ctx.features.num_items, ctx.chunk):
+                embedding, bias = ctx.tower(ctx.features.slice(start, stop))
+                outputs, cotangents = [], []
+                if grad_embedding is not None:
+                    outputs.append(embedding)
+                    cotangents.append(grad_embedding[start:stop])
+                if bias is not None and grad_bias is not None:
+                    outputs.append(bias)
+                    cotangents.append(grad_bias[start:stop])
+                parts = torch.autograd.grad(
+                    outputs, ctx.parameters, cotangents, allow_unused=True
+                )
+                for position, part in enumerate(parts):
+                    if part is None:
+                        continue
+                    total = totals[position]
+                    # In place: with an id embedding a part is as large as the table.
+                    totals[position] = part if total is None else total.add_(part)
+        return (None, None, None, *totals)
+
+
+@contextmanager
+def _repeated_draws(state: Tensor | None) -> Iterator[None]:
+    if state is None:
+        yield
+        return
+    now = torch.get_rng_state()
+    torch.set_rng_state(state)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(now)
+
+
+def _chunks(total: int, chunk: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, total, chunk):
+        yield start, min(start + chunk, total)
+
+
+def _slice_bag(bag: BagTensor, start: int, stop: int) -> BagTensor:
+    first, last = int(bag.offsets[start]), int(bag.offsets[stop])
+    return BagTensor(bag.values[first:last], bag.offsets[start : stop + 1] - first)
+
+
+def _take_bag(bag: BagTensor, index: Tensor) -> BagTensor:
+    lengths = (bag.offsets[1:] - bag.offsets[:-1])[index]
+    offsets = torch.zeros(len(index) + 1, dtype=torch.int64)
+    torch.cumsum(lengths, 0, out=offsets[1:])
+    starts = bag.offsets[:-1][index]
+    positions = torch.arange(int(offsets[-1])) + torch.repeat_interleave(
+        starts - offsets[:-1], lengths
+    )
+    return BagTensor(bag.values[positions], offsets)
+

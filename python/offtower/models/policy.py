@@ -1,0 +1,88 @@
+"""The two-tower softmax policy pi(a|x) proportional to exp(<u(x), v_a> / temperature + b_a)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from offtower.config import PolicyConfig
+from offtower.data.encoding import FeatureEncoding
+from offtower.models.features import FeatureTensors
+from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures, embed_items
+from offtower.models.towers import Tower
+from offtower.ops import DenseReward, FactoredReward, PolicyTerms, policy_terms
+
+
+class TwoTowerPolicy(nn.Module):
+    """Context tower, item tower, temperature.
+
+    Args:
+        config: sizes, temperature, item bias.
+        context_encoding: fitted encoding of the context features.
+        item_encoding: fitted encoding of the item features.
+    """
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        context_encoding: FeatureEncoding,
+        item_encoding: FeatureEncoding,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.context_encoding = context_encoding
+        self.item_encoding = item_encoding
+        self.context_tower = Tower(context_encoding, config.embedding_dim, config.context_tower)
+        self.item_tower = Tower(
+            item_encoding, config.embedding_dim, config.item_tower, bias=config.item_bias
+        )
+        log_temperature = torch.tensor(math.log(config.temperature))
+        if config.learn_temperature:
+            self.log_temperature: Tensor = nn.Parameter(log_temperature)
+        else:
+            self.register_buffer("log_temperature", log_temperature)
+
+    @property
+    def temperature(self) -> float:
+        """The temperature that the operators take; a learned one is folded into u instead."""
+        return 1.0 if self.config.learn_temperature else self.config.temperature
+
+    def embed_contexts(self, features: FeatureTensors) -> Tensor:
+        """(n, d) embeddings u; with a learned temperature they are u / temperature."""
+        embedding: Tensor = self.context_tower(features)[0]
+        if self.config.learn_temperature:
+            embedding = embedding * torch.exp(-self.log_temperature)
+        return embedding
+
+    def embed_items(self, features: ItemFeatures, *, chunk: int = DEFAULT_CHUNK) -> ItemEmbeddings:
+        """(N, d) embeddings v and (N,) biases; differentiable in bounded memory."""
+        return embed_items(self.item_tower, features, chunk=chunk)
+
+    def terms(
+        self,
+        context_embedding: Tensor,
+        items: ItemEmbeddings,
+        action: Tensor,
+        *,
+        reward_model: DenseReward | FactoredReward | None = None,
+        entropy: bool = False,
+    ) -> PolicyTerms:
+        """Fused per-row terms of the policy (see `offtower.ops.policy_terms`)."""
+        return policy_terms(
+            context_embedding,
+            items.embedding,
+            action,
+            temperature=self.temperature,
+            item_bias=items.bias,
+            reward_model=reward_model,
+            entropy=entropy,
+        )
+
+    def action_logit(self, context: FeatureTensors, item: FeatureTensors) -> Tensor:
+        """(n,) <u_i, v_i> + b_i of paired rows, without temperature: regression's prediction."""
+        context_embedding = self.context_tower(context)[0]
+        item_embedding, item_bias = self.item_tower(item)
+        logit = (context_embedding * item_embedding).sum(dim=1)
+        return logit if item_bias is None else logit + item_bias

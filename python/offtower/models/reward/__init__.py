@@ -1,0 +1,1 @@
+"""Reward models q(x, a): dense (scikit-learn) and factored (two towers), cross-fitted."""

@@ -1,0 +1,133 @@
+"""Factored reward model: link(<e(x), t_a> + c_a), two towers, for catalogues of any size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from offtower.atomic import write_text
+from offtower.config import PolicyConfig, RewardModelConfig
+from offtower.data.encoding import FeatureEncoding, to_tensors
+from offtower.data.rows import EncodedRows
+from offtower.errors import RunError
+from offtower.models.features import FeatureTensors
+from offtower.models.items import ItemEmbeddings, ItemFeatures
+from offtower.models.policy import TwoTowerPolicy
+from offtower.models.reward.base import RewardModel
+from offtower.models.store import load_weights, save_weights
+from offtower.ops import FactoredReward
+
+Link = Literal["identity", "sigmoid"]
+
+
+class FactoredRewardModel(RewardModel):
+    """K pairs of towers, fitted on the complements of K folds.
+
+    Args:
+        towers: one `TwoTowerPolicy` a fold, used for its towers and item bias alone.
+        items: the catalogue's features; each fold's item matrix is embedded once, at first use.
+        link: sigmoid for binary rewards, else identity.
+    """
+
+    def __init__(
+        self, towers: list[TwoTowerPolicy], items: ItemFeatures, link: Link, chunk: int
+    ) -> None:
+        self.towers = towers
+        self.link = link
+        self.num_folds = len(towers)
+        self._items = items
+        self._chunk = chunk
+        self._embedded: dict[int, ItemEmbeddings] = {}
+        for model in towers:
+            model.eval()
+            model.requires_grad_(False)
+
+    def for_training_rows(self, rows: EncodedRows, fold: int) -> FactoredReward:
+        return self.for_features(to_tensors(rows.context), fold)
+
+    def for_features(self, context: FeatureTensors, fold: int) -> FactoredReward:
+        """As `for_training_rows`, of context features that are tensors already."""
+        with torch.no_grad():
+            embedding = self.towers[fold].embed_contexts(context)
+            items = self._catalogue(fold)
+        return FactoredReward(embedding, items.embedding, items.bias, link=self.link)
+
+    def for_new_rows(self, rows: EncodedRows) -> FactoredReward:
+        # The mean of K logits <e_k, t_k> + c_k is itself factored, of width K e.
+        context = to_tensors(rows.context)
+        with torch.no_grad():
+            embedding = torch.cat([t.embed_contexts(context) for t in self.towers], dim=1)
+            items, bias = self._ensemble()
+        return FactoredReward(embedding / self.num_folds, items, bias, link=self.link)
+
+    def save(self, directory: Path) -> None:
+        content = {"folds": self.num_folds, "link": self.link}
+        write_text(directory / "factored.json", json.dumps(content))
+        for fold, model in enumerate(self.towers):
+            save_weights(directory / f"fold_{fold}.safetensors", model)
+
+    @classmethod
+    def restore(
+        cls,
+        directory: Path,
+        config: RewardModelConfig,
+        context_encoding: FeatureEncoding,
+        item_encoding: FeatureEncoding,
+        items: ItemFeatures,
+        chunk: int,
+    ) -> FactoredRewardModel:
+        try:
+            content = json.loads((directory / "factored.json").read_text(encoding="utf-8"))
+            folds, link = int(content["folds"]), content["link"]
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"reward model at '{directory}' cannot be read: {error}") from error
+        towers = []
+        for fold in range(folds):
+            model = make_towers(config, context_encoding, item_encoding)
+            load_weights(directory / f"fold_{fold}.safetensors", model)
+            towers.append(model)
+        return cls(towers, items, link, chunk)
+
+    def _catalogue(self, fold: int) -> ItemEmbeddings:
+        if fold not in self._embedded:
+            self._embedded[fold] = self.towers[fold].embed_items(self._items, chunk=self._chunk)
+        return self._embedded[fold]
+
+    def _ensemble(self) -> tuple[Tensor, Tensor]:
+        parts = [self._catalogue(fold) for fold in range(self.num_folds)]
+        if self.num_folds == 1:
+            bias = parts[0].bias
+            assert bias is not None
+            return parts[0].embedding, bias
+        key = -1
+        if key not in self._embedded:
+            biases = [part.bias for part in parts if part.bias is not None]
+            self._embedded[key] = ItemEmbeddings(
+                torch.cat([part.embedding for part in parts], dim=1),
+                torch.stack(biases).mean(dim=0),
+            )
+        joined = self._embedded[key]
+        assert joined.bias is not None
+        return joined.embedding, joined.bias
+
+
+def make_towers(
+    config: RewardModelConfig,
+    context_encoding: FeatureEncoding,
+    item_encoding: FeatureEncoding,
+) -> TwoTowerPolicy:
+    """Untrained towers of the configured sizes, with an item bias."""
+    return TwoTowerPolicy(
+        PolicyConfig(
+            embedding_dim=config.embedding_dim,
+            context_tower=config.tower,
+            item_tower=config.tower,
+            item_bias=True,
+        ),
+        context_encoding,
+        item_encoding,
+    )

@@ -1,0 +1,82 @@
+"""Policies on disk: architecture and encodings as JSON and Parquet, weights as safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from offtower.atomic import replace_directory, write_text
+from offtower.config import PolicyConfig
+from offtower.data.encoding import FeatureEncoding
+from offtower.errors import RunError
+from offtower.models.policy import TwoTowerPolicy
+
+_FORMAT = 1
+_CONFIG: TypeAdapter[PolicyConfig] = TypeAdapter(PolicyConfig)
+
+
+def save_policy(directory: Path, policy: TwoTowerPolicy, facts: dict[str, Any]) -> None:
+    """Write a policy so that it can be loaded without the code or the data that trained it.
+
+    Args:
+        directory: replaced as a whole once all is written.
+        facts: what else readers should know (fingerprints, version of the writer); JSON.
+    """
+    with replace_directory(directory) as temporary:
+        policy.context_encoding.save(temporary / "context_encoding")
+        policy.item_encoding.save(temporary / "item_encoding")
+        save_weights(temporary / "policy.safetensors", policy)
+        content = {
+            "format": _FORMAT,
+            "policy": _CONFIG.dump_python(policy.config, mode="json"),
+            "facts": facts,
+        }
+        write_text(temporary / "policy.json", json.dumps(content, indent=2, sort_keys=True))
+
+
+def load_policy(directory: Path) -> tuple[TwoTowerPolicy, dict[str, Any]]:
+    """The policy and the facts stored with it, in evaluation mode.
+
+    Raises:
+        RunError: a file is missing, damaged, or of another format.
+    """
+    path = directory / "policy.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise RunError(
+                f"'{path}' has format {content['format']}, this offtower reads {_FORMAT}"
+            )
+        config = _CONFIG.validate_python(content["policy"])
+    except FileNotFoundError:
+        raise RunError(
+            f"no policy at '{directory}': policy.json is missing. Did training finish?"
+        ) from None
+    except (json.JSONDecodeError, KeyError, TypeError, ValidationError) as error:
+        raise RunError(f"'{path}' is damaged: {error}") from error
+    policy = TwoTowerPolicy(
+        config,
+        FeatureEncoding.load(directory / "context_encoding"),
+        FeatureEncoding.load(directory / "item_encoding"),
+    )
+    load_weights(directory / "policy.safetensors", policy)
+    policy.eval()
+    return policy, content["facts"]
+
+
+def save_weights(path: Path, module: nn.Module) -> None:
+    state = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
+    safetensors.torch.save_file(state, path)
+
+
+def load_weights(path: Path, module: nn.Module) -> None:
+    """Fill a module from a safetensors file; every tensor must be there, with its shape."""
+    try:
+        module.load_state_dict(safetensors.torch.load_file(path))
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        raise RunError(f"weights at '{path}' cannot be loaded: {error}") from error

@@ -1,0 +1,118 @@
+"""Towers: encoded features of n rows -> n embeddings."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from offtower.config import TowerConfig
+from offtower.data.encoding import FeatureEncoding
+from offtower.errors import ConfigError
+from offtower.imports import load_by_path
+from offtower.models.features import FeatureEncoder, FeatureTensors
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "elu": nn.ELU,
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+}
+
+
+class MLPBody(nn.Module):
+    """Feature encoder, hidden layers, linear map to the output."""
+
+    def __init__(self, encoding: FeatureEncoding, output_dim: int, config: TowerConfig) -> None:
+        super().__init__()
+        self.encoder = FeatureEncoder(encoding, config.category_embedding_dim, config.unknown_rate)
+        if self.encoder.width == 0:
+            raise ConfigError(
+                "a tower needs at least one feature; name some in the schema of the log "
+                "(context) and of the catalogue (features), for example the item id as a category"
+            )
+        layers: list[nn.Module] = []
+        width = self.encoder.width
+        for size in config.hidden_layer_sizes:
+            layers += [nn.Linear(width, size), _ACTIVATIONS[config.activation]()]
+            if config.dropout > 0.0:
+                layers.append(nn.Dropout(config.dropout))
+            width = size
+        layers.append(nn.Linear(width, output_dim))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: FeatureTensors) -> Tensor:
+        output: Tensor = self.layers(self.encoder(features))
+        return output
+
+
+class Tower(nn.Module):
+    """An MLP over encoded features, or a user's own module, with the embedding's finish.
+
+    A user's module is built as `Class(encoding=..., output_dim=..., **arguments)` and called with
+    the mapping of encoded features (a list of tokens is a bag feature); it returns (n, output_dim).
+
+    Args:
+        encoding: fitted encoding of this side's features.
+        embedding_dim: d.
+        config: sizes, activation, or the import path of a module.
+        bias: give each row a bias beside its embedding, as one more output of the body.
+    """
+
+    def __init__(
+        self,
+        encoding: FeatureEncoding,
+        embedding_dim: int,
+        config: TowerConfig,
+        *,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embedding_dim = embedding_dim
+        self.normalize = config.normalize
+        self.has_bias = bias
+        self.output_dim = embedding_dim + int(bias)
+        self.body = _make_body(encoding, self.output_dim, config)
+
+    @property
+    def random(self) -> bool:
+        """Whether training mode draws random numbers (dropout, hidden categories)."""
+        if isinstance(self.body, MLPBody) and not self.body.encoder.random:
+            return any(isinstance(layer, nn.Dropout) for layer in self.body.modules())
+        return True
+
+    def forward(self, features: FeatureTensors) -> tuple[Tensor, Tensor | None]:
+        """Encoded features of n rows -> embeddings (n, d) and biases (n,) or None."""
+        output = self.body(features)
+        if output.dim() != 2 or output.shape[1] != self.output_dim:
+            raise ConfigError(
+                f"the tower's module returned shape {tuple(output.shape)}, expected "
+                f"(rows, {self.output_dim})"
+            )
+        bias = output[:, self.embedding_dim] if self.has_bias else None
+        embedding = output[:, : self.embedding_dim] if self.has_bias else output
+        if self.normalize:
+            embedding = functional.normalize(embedding, dim=1)
+        return embedding.contiguous(), None if bias is None else bias.contiguous()
+
+
+def _make_body(encoding: FeatureEncoding, output_dim: int, config: TowerConfig) -> nn.Module:
+    if config.module is None:
+        if config.arguments:
+            raise ConfigError("tower 'arguments' are for a tower 'module', and none is named")
+        return MLPBody(encoding, output_dim, config)
+    kind: Any = load_by_path(config.module, "tower module")
+    if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
+        raise ConfigError(f"tower module '{config.module}' is not a torch.nn.Module class")
+    try:
+        module: nn.Module = kind(encoding=encoding, output_dim=output_dim, **config.arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"tower module '{config.module}' could not be built as "
+            f"Class(encoding=..., output_dim={output_dim}, **arguments): {error}"
+        ) from error
+    return module
+

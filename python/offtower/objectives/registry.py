@@ -1,0 +1,54 @@
+"""Objectives by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from offtower.errors import ConfigError
+from offtower.imports import load_by_path
+from offtower.objectives.base import Objective
+from offtower.objectives.doubly_robust import ClippedDoublyRobust, DoublyRobust
+from offtower.objectives.ips import IPS, SNIPS, ClippedIPS
+from offtower.objectives.log_smoothing import LogSmoothing
+from offtower.objectives.regression import Regression
+from offtower.objectives.weighted_likelihood import WeightedLikelihood
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    kind.name: kind
+    for kind in (
+        IPS,
+        ClippedIPS,
+        SNIPS,
+        DoublyRobust,
+        ClippedDoublyRobust,
+        Regression,
+        WeightedLikelihood,
+        LogSmoothing,
+    )
+}
+
+
+def make_objective(name: str, arguments: Mapping[str, Any] | None = None) -> Objective:
+    """The objective called `name`, or a user's own by import path "package.module:Class".
+
+    Raises:
+        ConfigError: unknown name (with the nearest known one) or settings it does not take.
+    """
+    kind: Any
+    if ":" in name:
+        kind = load_by_path(name, "objective.name")
+    elif name in OBJECTIVES:
+        kind = OBJECTIVES[name]
+    else:
+        nearest = difflib.get_close_matches(name, OBJECTIVES, n=1)
+        hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
+        raise ConfigError(f"unknown objective '{name}'.{hint} Known: {', '.join(OBJECTIVES)}")
+    try:
+        objective = kind(**(arguments or {}))
+    except TypeError as error:
+        raise ConfigError(f"objective '{name}' does not take these settings: {error}") from error
+    if not isinstance(objective, Objective):
+        raise ConfigError(f"'{name}' is not a subclass of offtower.objectives.Objective")
+    return objective

@@ -1,0 +1,198 @@
+"""What training and evaluation start from: opened logs, fitted encodings, facts on the rewards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from offtower.atomic import replace_directory, write_text
+from offtower.config import Config
+from offtower.data.catalogue import Catalogue
+from offtower.data.check import RowChecker
+from offtower.data.encoding import FeatureEncoding
+from offtower.data.log import Log, ParquetLog
+from offtower.data.schema import CatalogueSchema, LogSchema
+from offtower.errors import ConfigError, RunError
+from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
+from offtower.progress import Progress
+
+
+@dataclass(frozen=True)
+class LogFacts:
+    """What one pass over the training log tells."""
+
+    rows: int
+    binary_reward: bool
+    mean_reward: float
+    smallest_pscore: float | None
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Opened logs and catalogue, and what was fitted on them."""
+
+    train: Log
+    validation: Log | None
+    catalogue: Catalogue
+    context_encoding: FeatureEncoding
+    item_encoding: FeatureEncoding
+    items: ItemFeatures
+    facts: LogFacts
+    quarantine: Path | None = None
+    """Folder for bad rows, where the config says to set them aside."""
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        content = {"train": self.train.fingerprint, "catalogue": self.catalogue.fingerprint}
+        if self.validation is not None:
+            content["validation"] = self.validation.fingerprint
+        return content
+
+
+def open_data(config: Config, progress: Progress, run_path: Path | None = None) -> PreparedData:
+    """Open what `config.data` names and fit the encodings, or reuse those of an earlier start."""
+    schema = _log_schema(config)
+    train = ParquetLog.open(config.data.train, schema)
+    validation = (
+        ParquetLog.open(config.data.validation, schema or train.schema)
+        if config.data.validation is not None
+        else None
+    )
+    catalogue = Catalogue.open(config.data.catalogue, _catalogue_schema(config))
+    quarantine = (
+        run_path / "quarantine"
+        if run_path is not None and config.data.on_bad_rows == "quarantine"
+        else None
+    )
+    if config.data.on_bad_rows == "quarantine" and quarantine is None:
+        raise ConfigError("data.on_bad_rows=quarantine needs a run directory to write the rows to")
+    return prepare(train, validation, catalogue, progress, run_path, quarantine)
+
+
+def prepare(
+    train: Log,
+    validation: Log | None,
+    catalogue: Catalogue,
+    progress: Progress,
+    run_path: Path | None = None,
+    quarantine: Path | None = None,
+) -> PreparedData:
+    """Fit the encodings in one pass over the log and one over the catalogue."""
+    store = None if run_path is None else run_path / "encodings"
+    fingerprints = {"train": train.fingerprint, "catalogue": catalogue.fingerprint}
+    restored = None if store is None else _restore(store, fingerprints)
+    if restored is None:
+        collector = _FactCollector(train.schema)
+        checker = RowChecker(train.schema, catalogue, quarantine=quarantine)
+        progress.start("reading the log", train.num_rows)
+        context_encoding = FeatureEncoding.fit(
+            train.schema.context, collector.watch(_checked_tables(train, checker, progress))
+        )
+        progress.finish()
+        item_encoding = FeatureEncoding.fit(
+            catalogue.schema.features,
+            (
+                catalogue.table(start, min(start + DEFAULT_CHUNK, catalogue.num_items))
+                for start in range(0, catalogue.num_items, DEFAULT_CHUNK)
+            ),
+        )
+        facts = collector.facts()
+        if store is not None:
+            _save(store, fingerprints, facts, context_encoding, item_encoding)
+    else:
+        facts, context_encoding, item_encoding = restored
+    return PreparedData(
+        train=train,
+        validation=validation,
+        catalogue=catalogue,
+        context_encoding=context_encoding,
+        item_encoding=item_encoding,
+        items=ItemFeatures.from_catalogue(catalogue, item_encoding),
+        facts=facts,
+        quarantine=quarantine,
+    )
+
+
+def _log_schema(config: Config) -> LogSchema | None:
+    content = config.data.log_schema
+    return None if content is None else LogSchema.from_dict(content)
+
+
+def _catalogue_schema(config: Config) -> CatalogueSchema | None:
+    content = config.data.catalogue_schema
+    return None if content is None else CatalogueSchema.from_dict(content)
+
+
+def _checked_tables(log: Log, checker: RowChecker, progress: Progress) -> Iterator[pa.Table]:
+    first_row = 0
+    for group in range(len(log.row_group_sizes)):
+        table = checker.check(log.read_row_group(group), log.location(group), first_row)
+        first_row += int(log.row_group_sizes[group])
+        yield table
+        progress.advance(int(log.row_group_sizes[group]))
+
+
+class _FactCollector:
+    def __init__(self, schema: LogSchema) -> None:
+        self._schema = schema
+        self._rows = 0
+        self._sum = 0.0
+        self._binary = True
+        self._smallest = np.inf
+
+    def watch(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        for table in tables:
+            reward = table.column(self._schema.reward).to_numpy().astype(np.float64)
+            self._rows += len(reward)
+            self._sum += float(reward.sum())
+            self._binary = self._binary and bool(np.isin(reward, (0.0, 1.0)).all())
+            if self._schema.pscore is not None:
+                pscore = table.column(self._schema.pscore).to_numpy()
+                self._smallest = min(self._smallest, float(pscore.min(initial=np.inf)))
+            yield table
+
+    def facts(self) -> LogFacts:
+        return LogFacts(
+            rows=self._rows,
+            binary_reward=self._binary,
+            mean_reward=self._sum / max(self._rows, 1),
+            smallest_pscore=None if np.isinf(self._smallest) else self._smallest,
+        )
+
+
+def _save(
+    store: Path,
+    fingerprints: dict[str, str],
+    facts: LogFacts,
+    context_encoding: FeatureEncoding,
+    item_encoding: FeatureEncoding,
+) -> None:
+    with replace_directory(store) as temporary:
+        context_encoding.save(temporary / "context")
+        item_encoding.save(temporary / "item")
+        content = {"fingerprints": fingerprints, "facts": asdict(facts)}
+        write_text(temporary / "facts.json", json.dumps(content, indent=2))
+
+
+def _restore(
+    store: Path, fingerprints: dict[str, str]
+) -> tuple[LogFacts, FeatureEncoding, FeatureEncoding] | None:
+    path = store / "facts.json"
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["fingerprints"] != fingerprints:
+        raise RunError(
+            f"the log or the catalogue changed since '{store.parent}' began; "
+            "start a run under another name (--set name=...)"
+        )
+    return (
+        LogFacts(**content["facts"]),
+        FeatureEncoding.load(store / "context"),
+        FeatureEncoding.load(store / "item"),
+    )

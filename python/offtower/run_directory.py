@@ -1,0 +1,130 @@
+"""runs/<name>/: all that passes from one command to the next.
+
+config.yaml  manifest.json  metrics.jsonl  checkpoints/  reward_model/  policy/  export/  report.html
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from offtower.atomic import remove_leftovers, write_text
+from offtower.config import Config, config_fingerprint, parse_config, to_dict, to_yaml
+from offtower.errors import RunError
+
+
+class RunDirectory:
+    """The folder of one run; creating the object touches nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def encodings(self) -> Path:
+        return self.path / "encodings"
+
+    @property
+    def reward_model(self) -> Path:
+        return self.path / "reward_model"
+
+    @property
+    def policy(self) -> Path:
+        return self.path / "policy"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.path / "quarantine"
+
+    @property
+    def evaluation_path(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.html"
+
+    def claim(self, config: Config, *, resume: bool) -> None:
+        """Take the folder for a run of `config`.
+
+        Raises:
+            RunError: the folder holds a run of another configuration, or of this one while
+                `resume` is false.
+        """
+        if self.config_path.exists():
+            stored = self.load_config()
+            if config_fingerprint(stored) != config_fingerprint(config):
+                raise RunError(
+                    f"'{self.path}' holds a run whose configuration differs in: "
+                    f"{', '.join(differences(to_dict(stored), to_dict(config)))}. "
+                    "Choose another name (--set name=...), or remove that folder"
+                )
+            if not resume:
+                raise RunError(
+                    f"'{self.path}' already holds a run of this configuration. "
+                    "Pass --resume to go on from its newest checkpoint, or choose another name "
+                    "(--set name=...)"
+                )
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise RunError(
+                f"'{self.path}' is not empty and holds no run of offtower (no config.yaml); "
+                "choose another name"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
+        write_text(self.config_path, to_yaml(config))
+
+    def load_config(self) -> Config:
+        """The configuration that the run was started with."""
+        try:
+            content = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(f"'{self.path}' is not a run: it has no config.yaml") from None
+        except yaml.YAMLError as error:
+            raise RunError(f"'{self.config_path}' is damaged: {error}") from error
+        return parse_config(content, source=str(self.config_path))
+
+    def update_manifest(self, facts: Mapping[str, Any]) -> None:
+        """Merge `facts` into manifest.json."""
+        content = {**self.manifest(), **facts}
+        write_text(self.manifest_path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+    def manifest(self) -> dict[str, Any]:
+        if not self.manifest_path.exists():
+            return {}
+        try:
+            content: dict[str, Any] = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise RunError(f"'{self.manifest_path}' is damaged: {error}") from error
+        return content
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, as 'key (old -> new)'."""
+    found: list[str] = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} ({before!r} -> {after!r})")
+    return found

@@ -1,0 +1,66 @@
+"""metrics.jsonl: one JSON object a line, in step order, without repeats after a resumption."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from offtower.atomic import write_text
+
+
+class MetricsLog:
+    """Appends lines; keeps them in memory too for the caller's history.
+
+    Args:
+        path: the file, or None to keep lines in memory only.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.lines: list[dict[str, Any]] = []
+
+    def resume_at(self, step: int) -> None:
+        """Keep what was written up to `step`; later lines will be written again."""
+        if self._path is None or not self._path.exists():
+            return
+        kept = [line for line in read_metrics(self._path) if line["step"] <= step]
+        write_text(self._path, "".join(_to_text(line) for line in kept))
+        self.lines = kept
+
+    def restart(self) -> None:
+        """Forget everything; a run begins."""
+        self.lines = []
+        if self._path is not None:
+            write_text(self._path, "")
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        if self._path is None:
+            return
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(_to_text(line))
+
+    def epochs(self) -> list[dict[str, Any]]:
+        """The lines that close an epoch."""
+        return [line for line in self.lines if line["kind"] == "epoch"]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics file; a half-written last line (a killed run) is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _to_text(line: dict[str, Any]) -> str:
+    clean = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in line.items()
+    }
+    return json.dumps(clean) + "\n"

@@ -1,0 +1,161 @@
+"""One training run in its directory, from a configuration to a saved policy."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import offtower
+from offtower.config import Config, ObjectiveConfig, config_fingerprint
+from offtower.models.policy import TwoTowerPolicy
+from offtower.models.reward.base import RewardModel
+from offtower.models.store import save_policy
+from offtower.objectives import Objective, Regression, make_objective
+from offtower.progress import Progress
+from offtower.run_directory import RunDirectory
+from offtower.training.checkpoint import CheckpointStore
+from offtower.models.reward.fit import obtain_reward_model
+from offtower.training.metrics import MetricsLog
+from offtower.prepare import PreparedData, open_data
+from offtower.seeds import seed_torch
+from offtower.training.trainer import EpochHook, Trainer, TrainingResult, check_fit_for
+from offtower.training.validation import Validator
+
+
+def train_run(
+    config: Config,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    hook: Callable[[PreparedData], EpochHook] | None = None,
+) -> TrainingResult:
+    """Train as configured and write runs/<name>/policy.
+
+    Args:
+        config: the run.
+        resume: go on from the newest checkpoint of the same configuration; a run that has not
+            begun yet begins.
+        progress: where progress is drawn.
+        hook: builds a function that adds numbers to each epoch's metrics (a simulator's truth).
+
+    Raises:
+        RunError: the directory belongs to another configuration, or exists and `resume` is false.
+        ConfigError, DataError: see there.
+    """
+    progress = progress or Progress()
+    began = time.time()
+    if config.training.threads is not None:
+        torch.set_num_threads(config.training.threads)
+    run = RunDirectory(config.run_directory)
+    run.claim(config, resume=resume)
+    data = open_data(config, progress, run.path)
+    reward_model = obtain_reward_model(
+        config.reward_model, data, config.seed, progress, run.reward_model
+    )
+    store = CheckpointStore(
+        run.checkpoints,
+        f"{config_fingerprint(config)}-{'-'.join(sorted(data.fingerprint.values()))}",
+        config.training.checkpoints_kept,
+    )
+    trainer = build_trainer(
+        config,
+        data,
+        reward_model,
+        store=store,
+        metrics=MetricsLog(run.metrics_path),
+        progress=progress,
+        on_epoch_end=None if hook is None else hook(data),
+    )
+    result = trainer.fit(resume=resume)
+    facts = {
+        "offtower": offtower.__version__,
+        "config_fingerprint": config_fingerprint(config),
+        "data_fingerprint": data.fingerprint,
+        "selected_step": result.selected_step,
+        "num_items": data.catalogue.num_items,
+    }
+    save_policy(run.policy, trainer.policy, facts)
+    run.update_manifest(
+        {
+            **facts,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "parameters": sum(p.numel() for p in trainer.policy.parameters()),
+            "training_rows": data.facts.rows,
+            "mean_reward": data.facts.mean_reward,
+            "epochs": result.epochs,
+            "steps": result.steps,
+            "stopped_early": result.stopped_early,
+            "validation_lower_bound": result.validation,
+            "checkpoints_skipped": store.skipped,
+            "seconds": round(time.time() - began, 3),
+            **_quarantine_facts(data),
+        }
+    )
+    return result
+
+
+def build_trainer(
+    config: Config,
+    data: PreparedData,
+    reward_model: RewardModel | None,
+    *,
+    store: CheckpointStore | None = None,
+    metrics: MetricsLog | None = None,
+    progress: Progress | None = None,
+    on_epoch_end: EpochHook | None = None,
+) -> Trainer:
+    """A fresh, seeded policy and its trainer."""
+    objective = resolve_objective(config.objective, data, reward_model)
+    check_fit_for(objective, data, reward_model)
+    seed_torch(config.seed, "policy")
+    policy = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
+    validate = (
+        Validator(data, config.training, config.evaluation.confidence, reward_model)
+        if data.validation is not None and data.validation.schema.pscore is not None
+        else None
+    )
+    return Trainer(
+        config,
+        data,
+        policy,
+        objective,
+        reward_model,
+        store=store,
+        metrics=metrics,
+        validate=validate,
+        progress=progress,
+        on_epoch_end=on_epoch_end,
+    )
+
+
+def resolve_objective(
+    config: ObjectiveConfig, data: PreparedData, reward_model: RewardModel | None
+) -> Objective:
+    """The configured objective; `auto` picks by what the log offers.
+
+    auto: clipped_dr where there are propensities and a reward model, weighted_likelihood with
+    propensities alone, regression without them.
+    """
+    name = config.name
+    if name == "auto":
+        if data.train.schema.pscore is None:
+            name = "regression"
+        elif reward_model is None:
+            name = "weighted_likelihood"
+        else:
+            name = "clipped_dr"
+    objective = make_objective(name, config.arguments)
+    if isinstance(objective, Regression):
+        objective = objective.resolve(data.facts.binary_reward)
+    return objective
+
+
+def _quarantine_facts(data: PreparedData) -> dict[str, Any]:
+    if data.quarantine is None:
+        return {}
+    return {"quarantine": str(data.quarantine)}

@@ -1,0 +1,339 @@
+"""The loop: batches in the seeded order, one optimiser, validation, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offtower.config import Config
+from offtower.data.order import Cursor, EpochOrder
+from offtower.data.reader import BatchReader
+from offtower.data.rows import EncodedRows
+from offtower.errors import ConfigError, RunError
+from offtower.models.policy import TwoTowerPolicy
+from offtower.models.reward.base import RewardModel
+from offtower.objectives import Objective, Reduction
+from offtower.progress import Progress
+from offtower.training.checkpoint import CheckpointStore, Progression
+from offtower.models.reward.fit import reward_folds
+from offtower.training.metrics import MetricsLog
+from offtower.models.optimizer import make_optimizer
+from offtower.prepare import PreparedData
+from offtower.seeds import derive_seed, seed_torch
+from offtower.training.step import StepMeasures, TrainingStep
+from offtower.training.validation import ValidationScore, Validator
+
+EpochHook = Callable[[TwoTowerPolicy, int], dict[str, float]]
+"""Called after each epoch; what it returns goes into the metrics, and nowhere else."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What the loop ended with; the policy that was passed in holds the selected weights."""
+
+    epochs: int
+    steps: int
+    selected_step: int
+    """Step whose weights the policy has: the best validation's, else the last."""
+    validation: float | None
+    """Lower bound of the validation estimate at `selected_step`."""
+    stopped_early: bool
+    history: list[dict[str, Any]]
+
+
+class Trainer:
+    """Trains one policy.
+
+    Args:
+        config: the run's.
+        data: opened logs and encodings.
+        policy: trained in place.
+        objective: what is maximised.
+        reward_model: frozen q(x, a), for objectives that need it.
+        store: where checkpoints go; None trains in memory only.
+        metrics: where metrics lines go.
+        validate: score on the validation log; None keeps the last epoch's weights.
+        on_epoch_end: extra numbers for the metrics, such as a simulator's truth.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: PreparedData,
+        policy: TwoTowerPolicy,
+        objective: Objective,
+        reward_model: RewardModel | None,
+        *,
+        store: CheckpointStore | None = None,
+        metrics: MetricsLog | None = None,
+        validate: Validator | None = None,
+        progress: Progress | None = None,
+        on_epoch_end: EpochHook | None = None,
+    ) -> None:
+        self.config = config
+        self.policy = policy
+        self._data = data
+        self._settings = config.training
+        self._objective = objective
+        self._reward_model = reward_model if objective.needs_reward_model else None
+        self._store = store
+        self._metrics = metrics or MetricsLog(None)
+        self._validate = validate
+        self._progress = progress or Progress()
+        self._on_epoch_end = on_epoch_end
+        self._step = TrainingStep(
+            policy, objective, data.items, self._reward_model, self._settings.item_chunk
+        )
+        self._optimizer = make_optimizer(
+            self._settings.optimizer,
+            policy,
+            self._settings.learning_rate,
+            self._settings.weight_decay,
+        )
+        self._best_in_memory: dict[str, Tensor] | None = None
+
+    def fit(self, *, resume: bool = False) -> TrainingResult:
+        """Run to the last epoch or to an early stop, from the newest checkpoint if `resume`."""
+        progression = self._start(resume)
+        stopped_early = False
+        with self._reader() as reader:
+            while progression.cursor.epoch < self._settings.epochs and not progression.finished:
+                self._run_epoch(reader, progression)
+                stopped_early = self._close_epoch(progression)
+                progression.finished = stopped_early
+                self._save(progression)
+        progression.finished = True
+        self._take_best(progression)
+        return TrainingResult(
+            epochs=progression.cursor.epoch,
+            steps=progression.step,
+            selected_step=progression.best_step or progression.step,
+            validation=progression.best_score,
+            stopped_early=progression.cursor.epoch < self._settings.epochs,
+            history=self._metrics.epochs(),
+        )
+
+    def _start(self, resume: bool) -> Progression:
+        if resume and self._store is not None:
+            progression = self._store.load_newest(self.policy, self._optimizer)
+            if progression is not None:
+                self._metrics.resume_at(progression.step)
+                return progression
+        self._metrics.restart()
+        return Progression(cursor=Cursor(epoch=0, window=0, batch=0))
+
+    def _reader(self) -> BatchReader:
+        folds = 1 if self._reward_model is None else self._reward_model.num_folds
+        seed = self.config.seed
+        order = EpochOrder(
+            self._data.train.row_group_sizes,
+            self._settings.batch_size,
+            seed=derive_seed(seed, "order"),
+            shuffle=self._settings.shuffle,
+            window_rows=self.config.data.window_rows,
+            num_folds=folds,
+        )
+        return BatchReader(
+            self._data.train,
+            self._data.catalogue,
+            self._data.context_encoding,
+            order,
+            fold=None if folds == 1 else lambda rows: reward_folds(rows, folds, seed),
+            on_bad_rows=self.config.data.on_bad_rows,
+            quarantine=self._data.quarantine,
+        )
+
+    def _run_epoch(self, reader: BatchReader, progression: Progression) -> None:
+        settings = self._settings
+        epoch = progression.cursor.epoch
+        sums = _EpochSums.restore(progression.epoch_sums)
+        self._progress.start(
+            f"epoch {epoch + 1} of {settings.epochs}", self._data.train.num_rows
+        )
+        self._progress.advance(int(sums.rows))
+        last_checkpoint = time.monotonic()
+        self.policy.train()
+        batches = reader.epoch(epoch, start=progression.cursor)
+        waited = reader.seconds_waiting
+        began = time.monotonic()
+        rows: EncodedRows | None = None
+        for cursor, rows, fold in batches:
+            seed_torch(self.config.seed, "step", epoch, cursor.window, cursor.batch)
+            measure = progression.step % settings.log_every_steps == 0
+            loss, value, gradient_norm, measures = self._update(rows, fold, measure, progression)
+            progression.cursor = cursor
+            progression.step += 1
+            progression.rows += len(rows.reward)
+            sums.add(len(rows.reward), loss, value)
+            now = time.monotonic()
+            if measure:
+                self._metrics.write(
+                    {
+                        "kind": "step",
+                        "step": progression.step,
+                        "epoch": epoch,
+                        "loss": loss,
+                        "value_estimate": value,
+                        "gradient_norm": gradient_norm,
+                        **_measures_line(measures),
+                    }
+                )
+            self._progress.advance(len(rows.reward), f"objective {sums.mean_value:.4f}")
+            if self._store is not None and now - last_checkpoint > settings.checkpoint_every_seconds:
+                progression.epoch_sums = asdict(sums)
+                self._store.save(self.policy, self._optimizer, progression)
+                last_checkpoint = now
+        sums.seconds += time.monotonic() - began
+        sums.seconds_waiting += reader.seconds_waiting - waited
+        if rows is not None and settings.measure_terms:
+            self.policy.eval()
+            sums.last = asdict(self._step.measures(rows))
+        progression.epoch_sums = asdict(sums)
+        progression.cursor = Cursor(epoch=epoch + 1, window=0, batch=0)
+        self._progress.finish()
+
+    def _update(
+        self, rows: EncodedRows, fold: int, measure: bool, progression: Progression
+    ) -> tuple[float, float, float | None, StepMeasures | None]:
+        over = Reduction(rows=len(rows.reward))
+        result, measures = self._step.loss(rows, fold, over, measure=measure)
+        loss = float(result.loss.detach())
+        self._optimizer.zero_grad(set_to_none=True)
+        result.loss.backward()
+        norm: float | None = None
+        if self._settings.gradient_clip is not None:
+            norm = float(
+                torch.nn.utils.clip_grad_norm_(
+                    self.policy.parameters(), self._settings.gradient_clip
+                )
+            )
+        if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
+            raise RunError(
+                f"step {progression.step + 1} (epoch {progression.cursor.epoch + 1}) gave a loss "
+                f"of {loss} and a gradient norm of {norm}. The last checkpoint is whole. Lower "
+                "training.learning_rate, clip weights (objective.name=clipped_ips or clipped_dr), "
+                "or look for extreme features with 'offtower validate'"
+            )
+        self._optimizer.step()
+        return loss, float(result.value), norm, measures
+
+    def _close_epoch(self, progression: Progression) -> bool:
+        """Validate, keep the best, write the epoch's line; True when patience ran out."""
+        epoch = progression.cursor.epoch - 1
+        sums = _EpochSums.restore(progression.epoch_sums)
+        progression.epoch_sums = None
+        line: dict[str, Any] = {
+            "kind": "epoch",
+            "step": progression.step,
+            "epoch": epoch,
+            "loss": sums.loss / max(sums.rows, 1),
+            "value_estimate": sums.mean_value if self._objective.uses_policy else None,
+            **_measures_line(StepMeasures(**sums.last) if sums.last else None),
+            "rows_per_second": sums.rows / sums.seconds if sums.seconds > 0 else None,
+            "waiting_share": sums.seconds_waiting / sums.seconds if sums.seconds > 0 else None,
+        }
+        score: ValidationScore | None = None
+        due = (epoch + 1) % self._settings.validate_every_epochs == 0
+        if self._validate is not None and (due or epoch + 1 == self._settings.epochs):
+            score = self._validate(self.policy)
+            line["validation"] = asdict(score)
+            self._keep_if_best(score, progression)
+        if self._on_epoch_end is not None:
+            self.policy.eval()
+            with torch.no_grad():
+                line.update(self._on_epoch_end(self.policy, epoch))
+        self._metrics.write(line)
+        patience = self._settings.patience
+        return (
+            score is not None
+            and patience is not None
+            and progression.validations_without_gain >= patience
+        )
+
+    def _keep_if_best(self, score: ValidationScore, progression: Progression) -> None:
+        if progression.best_score is not None and score.low <= progression.best_score:
+            progression.validations_without_gain += 1
+            return
+        progression.best_score = score.low
+        progression.best_step = progression.step
+        progression.validations_without_gain = 0
+        if self._store is not None:
+            self._store.save_best(self.policy, progression.step)
+        else:
+            self._best_in_memory = {
+                name: tensor.clone() for name, tensor in self.policy.state_dict().items()
+            }
+
+    def _save(self, progression: Progression) -> None:
+        if self._store is not None:
+            self._store.save(self.policy, self._optimizer, progression)
+
+    def _take_best(self, progression: Progression) -> None:
+        if progression.best_step is not None and progression.best_step != progression.step:
+            if self._store is not None:
+                self._store.load_best(self.policy, progression.best_step)
+            elif self._best_in_memory is not None:
+                self.policy.load_state_dict(self._best_in_memory)
+        self.policy.eval()
+
+
+@dataclass
+class _EpochSums:
+    rows: float = 0
+    loss: float = 0.0
+    value: float = 0.0
+    seconds: float = 0.0
+    seconds_waiting: float = 0.0
+    last: dict[str, float | None] | None = None
+
+    @classmethod
+    def restore(cls, content: dict[str, Any] | None) -> _EpochSums:
+        return cls(**content) if content else cls()
+
+    def add(self, rows: int, loss: float, value: float) -> None:
+        self.rows += rows
+        self.loss += loss * rows
+        self.value += value * rows
+
+    @property
+    def mean_value(self) -> float:
+        return self.value / max(self.rows, 1)
+
+
+def _measures_line(measures: StepMeasures | None) -> dict[str, float | None]:
+    if measures is None:
+        return {"effective_sample_size": None, "largest_weight": None, "entropy": None}
+    return asdict(measures)
+
+
+def check_fit_for(
+    objective: Objective, data: PreparedData, reward_model: RewardModel | None
+) -> None:
+    """Refuse an objective whose needs the log does not meet, before any time is spent.
+
+    Raises:
+        ConfigError: no propensities, no reward model, or rewards below zero, where the objective
+            cannot do so.
+    """
+    if objective.needs_reward_model and reward_model is None:
+        raise ConfigError(
+            f"objective '{objective.name}' needs a reward model: set reward_model.kind to dense "
+            "(small catalogues, any scikit-learn regressor) or factored (two towers, any size)"
+        )
+    if objective.needs_pscore and data.train.schema.pscore is None:
+        raise ConfigError(
+            f"objective '{objective.name}' needs the logged propensities: name their column as "
+            "'pscore' in the log's schema, or use objective.name=regression"
+        )
+    reward_range = data.train.schema.reward_range
+    if objective.needs_nonnegative_reward and reward_range[0] < 0:
+        raise ConfigError(
+            f"objective '{objective.name}' is defined for rewards of zero or more, but the log's "
+            f"reward_range begins at {reward_range[0]}; shift the rewards, or use another objective"
+        )

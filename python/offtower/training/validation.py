@@ -1,0 +1,77 @@
+"""Judge the policy in training on a held-out log, off-policy: never by an oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from offtower.config import TrainingConfig
+from offtower.data.reader import scan
+from offtower.evaluation.estimators import make_estimator
+from offtower.evaluation.scoring import PolicyScorer, concatenate
+from offtower.models.policy import TwoTowerPolicy
+from offtower.models.reward.base import RewardModel
+from offtower.prepare import PreparedData
+
+SCAN_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class ValidationScore:
+    """An off-policy estimate of the policy's value on the validation log."""
+
+    value: float
+    low: float
+    high: float
+    estimator: str
+    effective_sample_size: float
+
+
+class Validator:
+    """Scores policies on `data.validation`.
+
+    Args:
+        data: its `validation` log must exist and have propensities.
+        config: names the estimator.
+        reward_model: for estimators that need one.
+    """
+
+    def __init__(
+        self,
+        data: PreparedData,
+        config: TrainingConfig,
+        confidence: float,
+        reward_model: RewardModel | None,
+    ) -> None:
+        self._data = data
+        self._config = config
+        self._confidence = confidence
+        self._estimator = make_estimator(config.validation_estimator)
+        self._reward_model = reward_model if self._estimator.needs_reward_model else None
+        assert data.validation is not None
+        self._batches = None
+        if data.validation.num_rows <= 262_144:
+            # Small logs are encoded once.
+            self._batches = list(self._scan())
+
+    def __call__(self, policy: TwoTowerPolicy) -> ValidationScore:
+        scorer = PolicyScorer(
+            policy, self._data.items, self._reward_model, self._config.item_chunk
+        )
+        rows = concatenate(scorer.score_all(self._batches or self._scan()))
+        estimate = self._estimator.estimate(rows)
+        interval = self._estimator.interval(rows, confidence=self._confidence)
+        weight = rows.importance_weight
+        square = float((weight**2).sum())
+        return ValidationScore(
+            value=estimate.value,
+            low=interval.low,
+            high=interval.high,
+            estimator=self._config.validation_estimator,
+            effective_sample_size=float(weight.sum()) ** 2 / square if square > 0 else 0.0,
+        )
+
+    def _scan(self):  # type: ignore[no-untyped-def]
+        assert self._data.validation is not None
+        return scan(
+            self._data.validation, self._data.catalogue, self._data.context_encoding, SCAN_ROWS
+        )

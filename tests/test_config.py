@@ -1,0 +1,114 @@
+"""Configurations: reading, overriding, refusing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from offtower.config import (
+    apply_overrides,
+    config_fingerprint,
+    load_config,
+    parse_config,
+    to_dict,
+    to_yaml,
+)
+from offtower.errors import ConfigError
+
+MINIMAL = {"name": "a", "data": {"train": "log/train", "catalogue": "items"}}
+
+
+def test_minimal_file_gets_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    config = load_config(path)
+    assert config.run_directory == Path("runs/a")
+    assert config.training.epochs == 20
+
+
+def test_yaml_round_trip() -> None:
+    config = parse_config(MINIMAL)
+    assert parse_config(yaml.safe_load(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"trainig": {}}, "unknown key 'trainig'; did you mean 'training'?"),
+        ({"training": {"epoch": 3}}, "unknown key 'training.epoch'; did you mean 'epochs'?"),
+        ({"training": {"zzzzz": 3}}, "unknown key 'training.zzzzz'; known: epochs"),
+        ({"evaluation": {"reward_model": {"fold": 1}}}, "did you mean 'folds'?"),
+        ({"policy": {"item_tower": {"activation": "swish"}}}, "'policy.item_tower.activation'"),
+        ({"training": {"epochs": "many"}}, "'training.epochs' = 'many'"),
+        ({"training": {"epochs": 0}}, "greater than or equal to 1"),
+        ({"policy": {"temperature": float("nan")}}, "'policy.temperature'"),
+        ({"policy": {"temperature": 0.0}}, "greater than 0"),
+        ({"data": {"catalogue": "x"}}, "'data.train' is required"),
+    ],
+)
+def test_mistakes_name_their_place(content: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**MINIMAL, **content}, source="c.yaml")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("c.yaml: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- 1\n- 2\n", "top level is a list"), ("a: [", "not valid YAML"), ("\xff", "required")],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=message if text != "\xff" else "cannot be read"):
+        load_config(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no configuration file at"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_overrides_are_yaml_and_dotted() -> None:
+    changed = apply_overrides(
+        MINIMAL, ["training.epochs=5", "policy.item_bias=true", "training.gradient_clip=null"]
+    )
+    config = parse_config(changed)
+    assert config.training.epochs == 5
+    assert config.policy.item_bias is True
+    assert config.training.gradient_clip is None
+    assert MINIMAL == {"name": "a", "data": {"train": "log/train", "catalogue": "items"}}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("training.epochs", "must look like"), ("name.x=1", "'name' is a value"), ("a=[", "YAML")],
+)
+def test_bad_overrides(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(MINIMAL, [override])
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=60))
+def test_any_override_is_taken_or_explained(text: str) -> None:
+    try:
+        parse_config(apply_overrides(MINIMAL, [text]))
+    except ConfigError:
+        pass
+
+
+def test_fingerprint_ignores_where_and_how_judged_but_not_what_is_learned() -> None:
+    base = config_fingerprint(parse_config(MINIMAL))
+    same = parse_config(apply_overrides(MINIMAL, ["runs=other", "evaluation.confidence=0.9"]))
+    other = parse_config(apply_overrides(MINIMAL, ["seed=1"]))
+    assert config_fingerprint(same) == base
+    assert config_fingerprint(other) != base
+
+
+def test_dataclass_and_dump_agree() -> None:
+    config = parse_config(MINIMAL)
+    assert to_dict(config)["training"]["epochs"] == asdict(config)["training"]["epochs"]
