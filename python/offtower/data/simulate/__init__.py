@@ -1,0 +1,15 @@
+"""Logs whose truth is known: a scalable factored world, and OBP's synthetic bandit feedback."""
+
+from __future__ import annotations
+
+from offtower.data.simulate.obp_world import ObpWorld, obp_synthetic, true_value
+from offtower.data.simulate.world import FixedItemValue, PolicyValue, SimulatedWorld
+
+__all__ = [
+    "FixedItemValue",
+    "ObpWorld",
+    "PolicyValue",
+    "SimulatedWorld",
+    "obp_synthetic",
+    "true_value",
+]

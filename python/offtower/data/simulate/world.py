@@ -1,0 +1,415 @@
+"""A simulated recommender whose every probability is known, up to a million items.
+
+Expected rewards are factored, so that no array of rounds x items ever exists:
+
+    z(x, a) = scale <A s(x), B s(a)> / sqrt(latent_dim) + popularity <w, s(a)> + intercept
+    q(x, a) = sigmoid(z(x, a))
+    pi_0(a|x) = (1 - epsilon) softmax_a(beta z(x, a)) + epsilon / N
+
+with states s(x), s(a) that the features of contexts and items determine (`features.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from offtower import ops
+from offtower.data.catalogue import Catalogue
+from offtower.data.schema import CatalogueSchema, LogSchema
+from offtower.data.simulate.features import CONTEXT_NAMES, ITEM_NAMES, FeatureKinds, Side
+from offtower.errors import ConfigError
+
+_PARAMETERS, _ITEMS, _LOG, _CONTEXTS = 1, 2, 3, 4
+"""What a stream of random numbers is for; part of its key."""
+
+_CHUNK_ROWS = 4096
+"""Rows drawn at a time. A part of what a seed means: another value draws other rows."""
+
+_START = np.datetime64("2026-01-01T00:00:00", "us")
+_BETA_CONCENTRATION = 4.0
+
+EmbedContexts = Callable[[pa.Table], Tensor]
+"""Context columns of B rows -> (B, d) context embedding."""
+
+
+class PolicyValue(NamedTuple):
+    """Mean expected reward over drawn contexts, and its Monte-Carlo standard error."""
+
+    value: float
+    std_error: float
+
+
+class FixedItemValue(NamedTuple):
+    """The item that is best shown to everybody, and what that earns."""
+
+    item: int
+    value: float
+    std_error: float
+
+
+class SimulatedWorld:
+    """Contexts, items, rewards and a logging policy with known probabilities.
+
+    Args:
+        n_items: N, up to millions.
+        dim_context: dimension of the context vector.
+        dim_item: dimension of the item vector.
+        latent_dim: rank of the interaction between contexts and items.
+        seed: of the world; logs and contexts are drawn from it with seeds of their own.
+        reward: "binary" draws Bernoulli(q); "continuous" draws Beta(4q, 4(1-q)), mean q.
+        beta: sharpness of the logging policy; negative values prefer bad items.
+        epsilon: share of uniform draws in the logging policy, in [0, 1].
+        scale: standard deviation of the interaction in z.
+        popularity: standard deviation of the item's own part of z.
+        intercept: z of an average item in an average context.
+        n_users: different users; a user's contexts share half of their variance.
+        feature_kinds: "vector" or "all" (see `features.py`).
+        string_ids: item ids are strings.
+
+    Raises:
+        ConfigError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        n_items: int,
+        dim_context: int = 8,
+        dim_item: int = 8,
+        latent_dim: int = 8,
+        seed: int = 0,
+        *,
+        reward: Literal["binary", "continuous"] = "binary",
+        beta: float = 1.0,
+        epsilon: float = 0.1,
+        scale: float = 1.5,
+        popularity: float = 0.5,
+        intercept: float = -1.5,
+        n_users: int = 10_000,
+        feature_kinds: FeatureKinds = "vector",
+        string_ids: bool = False,
+    ) -> None:
+        for name, number in [
+            ("n_items", n_items),
+            ("dim_context", dim_context),
+            ("dim_item", dim_item),
+            ("latent_dim", latent_dim),
+            ("n_users", n_users),
+        ]:
+            if number < 1:
+                raise ConfigError(f"{name} must be at least 1, but is {number}")
+        if reward not in ("binary", "continuous"):
+            raise ConfigError(f"reward must be 'binary' or 'continuous', but is {reward!r}")
+        if feature_kinds not in ("vector", "all"):
+            raise ConfigError(f"feature_kinds must be 'vector' or 'all', but is {feature_kinds!r}")
+        self.n_items = n_items
+        self.dim_context = dim_context
+        self.dim_item = dim_item
+        self.latent_dim = latent_dim
+        self.seed = seed
+        self.reward = reward
+        self.beta = beta
+        self.epsilon = _checked_epsilon(epsilon)
+        self.n_users = n_users
+        self.string_ids = string_ids
+        rng = _generator(seed, _PARAMETERS)
+        self._context_side = Side(CONTEXT_NAMES, dim_context, feature_kinds, rng)
+        self._item_side = Side(ITEM_NAMES, dim_item, feature_kinds, rng)
+        size = scale / np.sqrt(latent_dim)
+        self._context_map = size * rng.standard_normal((latent_dim, dim_context))
+        self._context_map /= np.sqrt(dim_context)
+        item_map = rng.standard_normal((latent_dim, dim_item)) / np.sqrt(dim_item)
+        taste = popularity * rng.standard_normal(dim_item) / np.sqrt(dim_item)
+        self._user_vectors = rng.standard_normal((n_users, dim_context)).astype(np.float32)
+        rng = _generator(seed, _ITEMS)
+        vectors = rng.standard_normal((n_items, dim_item), dtype=np.float32)
+        self._item_columns = self._item_side.columns(vectors, rng)
+        item_state = self._item_side.state(pa.table(self._item_columns))
+        self.item_latent = torch.from_numpy(item_state @ item_map.T)
+        """(N, latent_dim) float64: z's item factor."""
+        self.item_logit = torch.from_numpy(item_state @ taste + intercept)
+        """(N,) float64: z's item part."""
+
+    @property
+    def item_ids(self) -> pa.Array:
+        """(N,) item ids in the catalogue's order."""
+        number = np.arange(self.n_items)
+        if not self.string_ids:
+            return pa.array(number)
+        return pa.array(np.char.mod("item-%d", number))
+
+    @property
+    def catalogue_schema(self) -> CatalogueSchema:
+        return CatalogueSchema(item_id="item_id", features=self._item_side.specs)
+
+    @property
+    def log_schema(self) -> LogSchema:
+        return LogSchema(
+            context=self._context_side.specs,
+            action="action",
+            reward="reward",
+            pscore="pscore",
+            timestamp="timestamp",
+            behavior_policy="behavior_policy",
+            user_id="user_id",
+            reward_range=(0.0, 1.0),
+        )
+
+    def catalogue_table(self) -> pa.Table:
+        """One row per item: `item_id` and the feature columns."""
+        return pa.table({"item_id": self.item_ids, **self._item_columns})
+
+    def catalogue(self) -> Catalogue:
+        """The items with their features."""
+        return Catalogue.from_table(self.catalogue_table(), self.catalogue_schema)
+
+    def log(
+        self,
+        n_rounds: int,
+        seed: int = 0,
+        *,
+        beta: float | None = None,
+        epsilon: float | None = None,
+        behavior_policy: str = "logging",
+    ) -> Iterator[pa.Table]:
+        """Draw a log, in tables of a few thousand rows with the columns of `log_schema`.
+
+        `pscore` is exact (float64). The same arguments give the same rows.
+
+        Args:
+            n_rounds: rows in all.
+            seed: of this log.
+            beta: in place of the world's, for a second behaviour policy.
+            epsilon: in place of the world's.
+            behavior_policy: name written into that column.
+        """
+        beta = self.beta if beta is None else beta
+        epsilon = self.epsilon if epsilon is None else _checked_epsilon(epsilon)
+        ids = self.item_ids
+        for first, count, rng in self._chunks(n_rounds, _LOG, seed):
+            columns, users = self._draw_contexts(count, rng)
+            latent = self.context_latent(pa.table(columns))
+            action, pscore = self._draw_actions(latent, beta, epsilon, rng)
+            mean = torch.sigmoid(self._logit(latent, action)).numpy()
+            if self.reward == "binary":
+                reward = (rng.random(count) < mean).astype(np.float32)
+            else:
+                # Beta needs positive parameters; q within 1e-12 of 0 or 1 is that far off.
+                safe = np.clip(mean, 1e-12, 1.0 - 1e-12)
+                reward = rng.beta(_BETA_CONCENTRATION * safe, _BETA_CONCENTRATION * (1.0 - safe))
+                reward = reward.astype(np.float32)
+            seconds = np.arange(first, first + count).astype("timedelta64[s]")
+            policy = pa.DictionaryArray.from_arrays(
+                pa.array(np.zeros(count, dtype=np.int32)), pa.array([behavior_policy])
+            )
+            yield pa.table(
+                {
+                    **columns,
+                    "action": ids.take(pa.array(action.numpy())),
+                    "reward": pa.array(reward),
+                    "pscore": pa.array(pscore.numpy()),
+                    "timestamp": pa.array(_START + seconds),
+                    "behavior_policy": policy.cast(pa.string()),
+                    "user_id": pa.array(users),
+                }
+            )
+
+    def contexts(self, n: int, seed: int = 0) -> pa.Table:
+        """Draw n fresh contexts: a table of the context columns."""
+        tables = [
+            pa.table(self._draw_contexts(count, rng)[0])
+            for _, count, rng in self._chunks(n, _CONTEXTS, seed)
+        ]
+        return pa.concat_tables(tables).combine_chunks()
+
+    def context_latent(self, contexts: pa.Table) -> Tensor:
+        """(B, latent_dim) float64: z's context factor, scale included."""
+        return torch.from_numpy(self._context_side.state(contexts) @ self._context_map.T)
+
+    def reward_model(self, contexts: pa.Table) -> ops.FactoredReward:
+        """q of these contexts and all items."""
+        return ops.FactoredReward(
+            self.context_latent(contexts), self.item_latent, self.item_logit, link="sigmoid"
+        )
+
+    def expected_reward(self, contexts: pa.Table, action: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(B,) q(x_i, a_i) for item indices `action`."""
+        logit = self._logit(self.context_latent(contexts), torch.from_numpy(action))
+        expected: NDArray[np.float64] = torch.sigmoid(logit).numpy()
+        return expected
+
+    def policy_rewards(
+        self,
+        contexts: pa.Table,
+        embed_contexts: EmbedContexts,
+        item_embedding: Tensor,
+        *,
+        temperature: float = 1.0,
+        item_bias: Tensor | None = None,
+        chunk_rows: int = 1024,
+    ) -> NDArray[np.float64]:
+        """Expected reward of a two-tower softmax policy in each context, exactly (float64).
+
+        Args:
+            contexts: (n rows) context columns.
+            embed_contexts: context columns of B rows -> (B, d).
+            item_embedding: (N, d).
+            temperature, item_bias: as in `ops.policy_terms`.
+            chunk_rows: contexts scored at a time.
+
+        Returns:
+            (n,) sum_a pi(a|x_i) q(x_i, a).
+        """
+        items = item_embedding.detach().double()
+        bias = None if item_bias is None else item_bias.detach().double()
+        parts = []
+        with torch.no_grad():
+            for start in range(0, contexts.num_rows, chunk_rows):
+                chunk = contexts.slice(start, chunk_rows)
+                terms = ops.policy_terms(
+                    embed_contexts(chunk).detach().double(),
+                    items,
+                    torch.zeros(chunk.num_rows, dtype=torch.int64),
+                    temperature=temperature,
+                    item_bias=bias,
+                    reward_model=self.reward_model(chunk),
+                )
+                assert terms.expected_reward is not None
+                parts.append(terms.expected_reward.numpy())
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+    def true_value(
+        self,
+        embed_contexts: EmbedContexts,
+        item_embedding: Tensor,
+        *,
+        temperature: float = 1.0,
+        item_bias: Tensor | None = None,
+        n_contexts: int = 10_000,
+        seed: int = 0,
+    ) -> PolicyValue:
+        """Value of a two-tower softmax policy over fresh contexts, with its standard error.
+
+        The sum over items is exact; only the contexts are sampled. `policy_rewards` gives the exact
+        value over a finite set of contexts.
+        """
+        return _mean(
+            self.policy_rewards(
+                self.contexts(n_contexts, seed),
+                embed_contexts,
+                item_embedding,
+                temperature=temperature,
+                item_bias=item_bias,
+            )
+        )
+
+    def logging_rewards(self, contexts: pa.Table) -> NDArray[np.float64]:
+        """(n,) expected reward of the logging policy in each context."""
+        softmax = self.policy_rewards(
+            contexts,
+            lambda chunk: self.beta * self.context_latent(chunk),
+            self.item_latent,
+            item_bias=self.beta * self.item_logit,
+        )
+        return (1.0 - self.epsilon) * softmax + self.epsilon * self.uniform_rewards(contexts)
+
+    def uniform_rewards(self, contexts: pa.Table) -> NDArray[np.float64]:
+        """(n,) mean of q over all items in each context."""
+        nothing = torch.zeros(self.n_items, 1, dtype=torch.float64)
+        return self.policy_rewards(contexts, lambda chunk: torch.zeros(len(chunk), 1), nothing)
+
+    def best_rewards(self, contexts: pa.Table, chunk_rows: int = 1024) -> NDArray[np.float64]:
+        """(n,) expected reward of the best item in each context."""
+        parts = []
+        for start in range(0, contexts.num_rows, chunk_rows):
+            latent = self.context_latent(contexts.slice(start, chunk_rows))
+            score, _ = ops.top_k(latent, self.item_latent, 1, item_bias=self.item_logit)
+            parts.append(torch.sigmoid(score[:, 0]).numpy())
+        return np.concatenate(parts)
+
+    def value_of_logging_policy(self, n_contexts: int = 10_000, seed: int = 0) -> PolicyValue:
+        """Value of the logging policy over fresh contexts."""
+        return _mean(self.logging_rewards(self.contexts(n_contexts, seed)))
+
+    def value_of_uniform_policy(self, n_contexts: int = 10_000, seed: int = 0) -> PolicyValue:
+        """Value of showing random items, over fresh contexts."""
+        return _mean(self.uniform_rewards(self.contexts(n_contexts, seed)))
+
+    def value_of_best_policy(self, n_contexts: int = 10_000, seed: int = 0) -> PolicyValue:
+        """Value of the best item in each context: no policy has more."""
+        return _mean(self.best_rewards(self.contexts(n_contexts, seed)))
+
+    def best_fixed_item(self, n_contexts: int = 2_000, seed: int = 0) -> FixedItemValue:
+        """The item with the highest mean reward, chosen and valued on separate contexts."""
+        latent = self.context_latent(self.contexts(n_contexts, seed)).float()
+        items, logit = self.item_latent.float(), self.item_logit.float()
+        total = torch.zeros(self.n_items, dtype=torch.float64)
+        for first in range(0, n_contexts, 256):
+            for start in range(0, self.n_items, 16_384):
+                tile = slice(start, start + 16_384)
+                rewards = torch.sigmoid(latent[first : first + 256] @ items[tile].T + logit[tile])
+                total[tile] += rewards.sum(dim=0, dtype=torch.float64)
+        item = int(total.argmax())
+        fresh = self.contexts(n_contexts, seed + 1)
+        rewards_of_item = self.expected_reward(fresh, np.full(n_contexts, item))
+        return FixedItemValue(item, *_mean(rewards_of_item))
+
+    def _chunks(
+        self, n: int, purpose: int, seed: int
+    ) -> Iterator[tuple[int, int, np.random.Generator]]:
+        if n < 1:
+            raise ConfigError(f"the number of rows must be at least 1, but is {n}")
+        for number, first in enumerate(range(0, n, _CHUNK_ROWS)):
+            rng = _generator(self.seed, purpose, seed, number)
+            yield first, min(_CHUNK_ROWS, n - first), rng
+
+    def _draw_contexts(
+        self, n: int, rng: np.random.Generator
+    ) -> tuple[dict[str, pa.Array], NDArray[np.int64]]:
+        users = rng.integers(self.n_users, size=n)
+        own = rng.standard_normal((n, self.dim_context), dtype=np.float32)
+        vectors = np.float32(np.sqrt(0.5)) * (self._user_vectors[users] + own)
+        return self._context_side.columns(vectors, rng), users
+
+    def _draw_actions(
+        self, latent: Tensor, beta: float, epsilon: float, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Actions (B,) and their probabilities (B,) under the logging policy."""
+        count = len(latent)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        index, log_prob = ops.sample_softmax(
+            beta * latent, self.item_latent, item_bias=beta * self.item_logit, generator=generator
+        )
+        drawn, log_prob = index[:, 0], log_prob[:, 0].double()
+        # The softmax's normaliser, from the drawn item: then any item's probability is known.
+        log_normalizer = beta * self._logit(latent, drawn) - log_prob
+        uniform = torch.from_numpy(rng.random(count) < epsilon)
+        other = torch.from_numpy(rng.integers(self.n_items, size=count))
+        action = torch.where(uniform, other, drawn)
+        softmax = torch.exp(beta * self._logit(latent, action) - log_normalizer)
+        return action, (1.0 - epsilon) * softmax + epsilon / self.n_items
+
+    def _logit(self, latent: Tensor, action: Tensor) -> Tensor:
+        return (latent * self.item_latent[action]).sum(dim=1) + self.item_logit[action]
+
+
+def _generator(seed: int, *purpose: int) -> np.random.Generator:
+    sequence = np.random.SeedSequence(entropy=seed, spawn_key=purpose)
+    return np.random.Generator(np.random.Philox(sequence))
+
+
+def _mean(rewards: NDArray[np.float64]) -> PolicyValue:
+    spread = rewards.std(ddof=1) if rewards.size > 1 else np.nan
+    return PolicyValue(float(rewards.mean()), float(spread / np.sqrt(rewards.size)))
+
+
+def _checked_epsilon(epsilon: float) -> float:
+    if not 0.0 <= epsilon <= 1.0:
+        raise ConfigError(f"epsilon must lie in [0, 1], but is {epsilon}")
+    return epsilon
