@@ -1,0 +1,228 @@
+"""Cut a log into parts by time, by user, by round or by row, streaming from and to disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from offtower.data.log import Log, ParquetLog, write_log
+from offtower.data.order import keyed_hash
+from offtower.errors import DataError
+
+SplitBy = Literal["time", "user", "round", "row"]
+
+_BINS = 65_536
+
+Assign = Callable[[pa.Table, int], NDArray[np.int64]]
+"""A table and the global number of its first row -> the part of each row."""
+
+
+def split_log(
+    log: Log | str | Path,
+    out: str | Path,
+    by: SplitBy = "time",
+    fractions: Sequence[float] = (0.6, 0.2, 0.2),
+    names: Sequence[str] = ("train", "validation", "test"),
+    seed: int = 0,
+) -> dict[str, int]:
+    """Write each part of a log to `out`/<name>, keeping the order of rows and all columns.
+
+    Memory does not grow with the log: rows pass through one row group at a time, once per part.
+
+    Args:
+        log: the log, or the directory of one.
+        out: folder of the parts; it may exist, the parts may not.
+        by: "time" cuts at quantiles of the timestamp, so that later rows are tested (rows of one
+            timestamp stay together); "user" and "round" keep a user's or a round's rows together, by a
+            keyed hash; "row" draws each row by itself.
+        fractions: share of each part, adding up to 1.
+        names: name of each part.
+        seed: key of the hash; another seed draws another split.
+
+    Returns:
+        Rows of each part, by name.
+
+    Raises:
+        DataError: the log lacks the column, a part exists or would be empty, or the shares do not
+            add up to 1. Nothing is left behind.
+    """
+    if not isinstance(log, Log):
+        log = ParquetLog.open(log)
+    _check_parts(fractions, names)
+    out = Path(out)
+    taken = [name for name in names if (out / name).exists()]
+    if taken:
+        raise DataError(f"'{out / taken[0]}' exists already; choose another folder or remove it")
+    assign = _assignment(log, by, np.cumsum(fractions)[:-1], seed)
+    counts = _count(log, assign, len(names))
+    if not counts.all():
+        empty = names[int(counts.argmin())]
+        raise DataError(
+            f"part '{empty}' would be empty: {log.num_rows} rows split by {by} "
+            f"into {', '.join(f'{c} {n}' for n, c in zip(names, counts, strict=True))}"
+        )
+    created = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".split-", dir=out))
+    try:
+        for number, name in enumerate(names):
+            write_log(temporary / name, _rows_of(log, assign, number), log.schema)
+        for name in names:
+            os.rename(temporary / name, out / name)
+        temporary.rmdir()
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if created and not any(out.iterdir()):
+            out.rmdir()
+        raise
+    return {name: int(count) for name, count in zip(names, counts, strict=True)}
+
+
+def _check_parts(fractions: Sequence[float], names: Sequence[str]) -> None:
+    if len(fractions) != len(names) or not names:
+        raise DataError(f"{len(fractions)} fractions do not fit {len(names)} names")
+    if not all(f > 0 for f in fractions) or abs(sum(fractions) - 1) > 1e-9:
+        raise DataError(f"fractions must be positive and add up to 1, but are {tuple(fractions)}")
+    if len(set(names)) != len(names):
+        raise DataError(f"names of parts must differ, but are {', '.join(names)}")
+    for name in names:
+        if not name or name.startswith(".") or Path(name).name != name:
+            raise DataError(
+                f"'{name}' cannot be the name of a part: it must be a plain folder name"
+            )
+
+
+def _tables(log: Log, columns: list[str] | None = None) -> Iterator[tuple[pa.Table, int]]:
+    first_row = 0
+    for group, size in enumerate(log.row_group_sizes.tolist()):
+        yield log.read_row_group(group, columns), first_row
+        first_row += size
+
+
+def _rows_of(log: Log, assign: Assign, part: int) -> Iterator[pa.Table]:
+    for table, first_row in _tables(log):
+        yield table.filter(pa.array(assign(table, first_row) == part))
+
+
+def _count(log: Log, assign: Assign, parts: int) -> NDArray[np.int64]:
+    counts = np.zeros(parts, dtype=np.int64)
+    schema = log.schema
+    wanted = [c for c in (schema.timestamp, schema.user_id, schema.round_id) if c is not None]
+    for table, first_row in _tables(log, wanted or [schema.action]):
+        counts += np.bincount(assign(table, first_row), minlength=parts)
+    return counts
+
+
+def _assignment(log: Log, by: str, shares: NDArray[np.float64], seed: int) -> Assign:
+    schema = log.schema
+    # share k of 2**64 lies below bounds[k]
+    bounds = np.array([min(int(share * 2**64), 2**64 - 1) for share in shares], dtype=np.uint64)
+    if by == "row":
+
+        def by_row(table: pa.Table, first_row: int) -> NDArray[np.int64]:
+            rows = np.arange(first_row, first_row + table.num_rows)
+            return np.searchsorted(bounds, keyed_hash(rows, seed), side="right")
+
+        return by_row
+    columns = {"time": schema.timestamp, "user": schema.user_id, "round": schema.round_id}
+    if by not in columns:
+        raise DataError(f"a log is split by time, user, round or row, not by '{by}'")
+    column = columns[by]
+    if column is None:
+        field = {"time": "timestamp", "user": "user_id", "round": "round_id"}[by]
+        raise DataError(f"to split by {by} the log's schema must name its {field} column")
+    if by == "time":
+        cuts = _quantiles(log, column, shares)
+
+        def by_time(table: pa.Table, first_row: int) -> NDArray[np.int64]:
+            return np.searchsorted(cuts, _sortable(table, column), side="right")
+
+        return by_time
+
+    def by_key(table: pa.Table, first_row: int) -> NDArray[np.int64]:
+        hashed = keyed_hash(_keys(table, column), seed)
+        return np.searchsorted(bounds, hashed, side="right")
+
+    return by_key
+
+
+def _keys(table: pa.Table, column: str) -> NDArray[np.integer]:
+    """An integer per row: the key itself, or 64 bits of a string's hash."""
+    values = table.column(column)
+    if values.null_count:
+        raise DataError(f"column '{column}' has nulls; a split by it needs every row's value")
+    if pa.types.is_integer(values.type):
+        keys: NDArray[np.integer] = values.to_numpy()
+        return keys
+    encoded = values.cast(pa.string()).combine_chunks().dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.combine_chunks()
+    digests = [
+        hashlib.blake2b(text.encode(), digest_size=8).digest()
+        for text in encoded.dictionary.to_pylist()
+    ]
+    of_value = np.frombuffer(b"".join(digests), dtype="<i8")
+    return of_value[encoded.indices.to_numpy()]
+
+
+def _quantiles(log: Log, column: str, shares: NDArray[np.float64]) -> NDArray[np.uint64]:
+    """The value at each share of the sorted column, exactly, in a few passes of bounded memory.
+
+    Each pass counts the values in 65,536 bins of every wanted value's interval and narrows the
+    interval to one bin; at most five passes over one column settle 64 bits.
+    """
+    low, high, total = 2**64 - 1, 0, 0
+    for table, _ in _tables(log, [column]):
+        if table.num_rows:
+            values = _sortable(table, column)
+            low, high = min(low, int(values.min())), max(high, int(values.max()))
+            total += values.size
+    ranks = [min(round(share * total), total - 1) for share in shares]
+    intervals = [(low, high, 0) for _ in ranks]  # first value, last value, rows below the first
+    while any(first < last for first, last, _ in intervals):
+        widths = [(last - first) // _BINS + 1 for first, last, _ in intervals]
+        counts = np.zeros((len(ranks), _BINS), dtype=np.int64)
+        for table, _ in _tables(log, [column]):
+            values = _sortable(table, column)
+            for k, (first, last, _) in enumerate(intervals):
+                inside = values[(values >= np.uint64(first)) & (values <= np.uint64(last))]
+                bins = (inside - np.uint64(first)) // np.uint64(widths[k])
+                counts[k] += np.bincount(bins.astype(np.int64), minlength=_BINS)
+        for k, (first, last, below) in enumerate(intervals):
+            cumulative = below + np.cumsum(counts[k])
+            bin_number = int(np.searchsorted(cumulative, ranks[k], side="right"))
+            start = first + bin_number * widths[k]
+            before = below if bin_number == 0 else int(cumulative[bin_number - 1])
+            intervals[k] = (start, min(start + widths[k] - 1, last), before)
+    return np.array([first for first, _, _ in intervals], dtype=np.uint64)
+
+
+def _sortable(table: pa.Table, column: str) -> NDArray[np.uint64]:
+    """Timestamps as unsigned integers in the same order (microseconds where they are times)."""
+    values = table.column(column)
+    if values.null_count:
+        raise DataError(f"column '{column}' has nulls; a split by time needs every row's time")
+    kind = values.type
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        values = values.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
+    elif pa.types.is_floating(kind):
+        numbers = values.cast(pa.float64()).to_numpy()
+        if np.isnan(numbers).any():
+            raise DataError(f"column '{column}' has NaN; a split by time needs every row's time")
+        bits = (numbers + 0.0).view(np.int64)  # + 0.0 turns -0.0 into 0.0
+        signed = np.where(bits < 0, bits ^ np.int64(2**63 - 1), bits)
+        return signed.view(np.uint64) ^ np.uint64(2**63)
+    elif not pa.types.is_integer(kind):
+        raise DataError(f"column '{column}' of type {kind} holds no times; cast it to a timestamp")
+    integers = pc.cast(values, pa.int64()).to_numpy()
+    return integers.view(np.uint64) ^ np.uint64(2**63)
