@@ -1,0 +1,77 @@
+"""The default candidates, and SLOPE tuning of those with a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from offtower.evaluation.selection.problem import Array, Candidate, Problem
+
+Maker = Callable[[float], Any]
+
+
+def default_candidates(problem: Problem, models: Iterable[str] | None = None) -> list[Candidate]:
+    """The issue's default list: model-free estimators, and the others with each reward model.
+
+    problem: the log's rows (`SelectionLog.problem`), on which SLOPE tunes what has a parameter.
+    models: names of reward models, all of the problem's by default. Names read "DR[trees]".
+    """
+    return tune_candidates(problem, problem.models if models is None else models)
+
+
+def tune_candidates(problem: Problem, models: Iterable[str]) -> list[Candidate]:
+    """IPS, SNIPS, clipped, sub-Gaussian and logarithmically smoothed IPS; per model DM, DR, SNDR,
+    Switch-DR, DRos, clipped and sub-Gaussian DR. Parameters are chosen by SLOPE on `problem`.
+    """
+    from offtower.evaluation import estimators as e
+
+    clip = _clip_grid(problem.weight)
+    smooth = np.concatenate([[1e-4], np.geomspace(1e-3, 1.0, 7)])
+    top = max(float(problem.weight.max()), 1e-12) ** 2
+    shrink = top * np.geomspace(1e3, 1e-3, 10)
+    out = [Candidate("IPS", e.IPS()), Candidate("SNIPS", e.SNIPS())]
+    free: list[tuple[str, Maker, Array]] = [
+        ("ClippedIPS", lambda v: e.ClippedIPS(max_weight=v), clip),
+        ("SubGaussianIPS", lambda v: e.SubGaussianIPS(lambda_=v), smooth),
+        ("LogSmoothing", lambda v: e.LogSmoothing(lambda_=v), smooth),
+    ]
+    out += [_tuned(problem, name, make, grid, None) for name, make, grid in free]
+    for model in models:
+        out += [
+            Candidate(f"{kind.__name__}[{model}]", kind(), model) for kind in (e.DM, e.DR, e.SNDR)
+        ]
+        based: list[tuple[str, Maker, Array]] = [
+            ("SwitchDR", lambda v: e.SwitchDR(threshold=v), clip),
+            ("DRos", lambda v: e.DRos(shrinkage=v), shrink),
+            ("ClippedDR", lambda v: e.ClippedDR(max_weight=v), clip),
+            ("SubGaussianDR", lambda v: e.SubGaussianDR(lambda_=v), smooth),
+        ]
+        out += [
+            _tuned(problem, f"{name}[{model}]", make, grid, model) for name, make, grid in based
+        ]
+    return out
+
+
+def _clip_grid(weight: Array) -> Array:
+    """Thresholds from the largest weight (no clipping) down to the median, without repetition."""
+    levels = np.quantile(weight, [1.0, 0.999, 0.995, 0.99, 0.97, 0.95, 0.9, 0.8, 0.65, 0.5])
+    positive = levels[levels > 0.0]
+    if positive.size == 0:
+        return np.array([1.0])
+    return np.array(sorted(set(positive.tolist()), reverse=True))
+
+
+def _tuned(problem: Problem, name: str, make: Maker, grid: Array, model: str | None) -> Candidate:
+    """SLOPE along a grid from least to most bias: the last value that all before it allow."""
+    ladder = [Candidate(name, make(float(value)), model) for value in grid]
+    values, influence = problem.influence(ladder)
+    half = 2.0 * np.sqrt(np.mean(influence**2, axis=1) / problem.n)
+    slack = np.sqrt(6.0) - 1.0
+    chosen = 0
+    for i in range(1, len(ladder)):
+        if np.any(np.abs(values[i] - values[:i]) > half[i] + slack * half[:i]):
+            break
+        chosen = i
+    return ladder[chosen]

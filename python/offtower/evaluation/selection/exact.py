@@ -1,0 +1,133 @@
+"""The exact importance-fitting split: one multiplier per context, found in closed form plus Newton.
+
+A split rho(x, a) in (0, 1) sends a logged row to the pseudo-target part with probability rho. With
+E_{pi_b}[rho | x] = k imposed for every context, the pseudo weight is
+
+    v = rho (1 - k) / ((1 - rho) k),        rho = k v / (1 - k + k v),
+
+and importance fitting (Udagawa et al., AAAI 2023, eq. 8) asks for the v nearest to the true weight
+w = pi_e / pi_b: minimise E_{pi_b}[(v - w)^2] subject to E_{pi_b}[rho] = k. Put u = 1 - k + k v and
+b = 1 - k + k w, so that rho = 1 - (1 - k) / u. Stationarity is the cubic
+
+    (u - b) u^2 = t,                        one t per context,
+
+and the constraint is E_{pi_b}[1 / u] = 1. As E_{pi_b}[w] <= 1, Jensen's inequality gives
+E[1 / b] >= 1, so t >= 0; then u >= b is the only positive root, the Lagrangian has one minimum, and
+the solution is the global one although the problem is not convex. As u >= t^(1/3), t <= 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+_CHUNK_ELEMENTS = 1 << 20
+_MAX_STEPS = 60
+_TOLERANCE = 1e-14
+
+
+class ContextMultiplier(NamedTuple):
+    """What the root-find leaves behind for each context; `apply` turns any weight into its rho.
+
+    multiplier: (n,) t of the module's equations. scale: (n,) factor on the weights, 1 unless their
+    mean over the given actions exceeds what E[rho] = k allows (noise of Monte Carlo draws).
+    share: k.
+    """
+
+    multiplier: Array
+    scale: Array
+    share: float
+
+    def apply(self, weight: Array) -> Array:
+        """Rho for weights (n,) or (n, m); row i uses context i's multiplier."""
+        t, scale = self.multiplier, self.scale
+        if weight.ndim == 2:
+            t, scale = t[:, None], scale[:, None]
+        keep = 1.0 - self.share
+        offset = keep + self.share * scale * weight
+        return 1.0 - keep / _root(offset, t)
+
+
+def _root(b: Array, t: Array) -> Array:
+    """The root u >= b of (u - b) u^2 = t, for b > 0 and t >= 0, to rounding error."""
+    z = 13.5 * t / (b * b * b)
+    angle = np.log1p(z + np.sqrt(z * (z + 2.0))) / 3.0
+    # u / b = (1 + 2 cosh(angle)) / 3, written so that nothing cancels for a tiny angle
+    half = np.sinh(0.5 * angle)
+    return b * (1.0 + 4.0 / 3.0 * half * half)
+
+
+def solve_multiplier(weight: Array, probability: Array | None, share: float) -> ContextMultiplier:
+    """One multiplier per row of `weight`.
+
+    weight: (n, m) importance weights of m actions or draws. probability: (n, m) the behaviour
+    policy's probabilities of the same actions (rows sum to 1), or None for draws from the behaviour
+    policy, each of mass 1/m. share: k in (0, 1). Works in chunks of rows: memory beyond the inputs
+    is a few arrays of about a million elements.
+    """
+    n, m = weight.shape
+    multiplier = np.zeros(n)
+    scale = np.ones(n)
+    step = max(1, _CHUNK_ELEMENTS // max(m, 1))
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        mass = None if probability is None else probability[rows]
+        multiplier[rows], scale[rows] = _solve_chunk(weight[rows], mass, share)
+    return ContextMultiplier(multiplier, scale, share)
+
+
+def _mean(values: Array, mass: Array | None) -> Array:
+    if mass is None:
+        return values.mean(axis=1)
+    return np.einsum("ij,ij->i", values, mass)
+
+
+def _solve_chunk(weight: Array, mass: Array | None, share: float) -> tuple[Array, Array]:
+    keep = 1.0 - share
+    scale = np.ones(weight.shape[0])
+    excess = _mean(1.0 / (keep + share * weight), mass) - 1.0
+    too_heavy = np.flatnonzero(excess < -1e-12)
+    if too_heavy.size:
+        scale[too_heavy] = _shrink_scale(
+            weight[too_heavy], None if mass is None else mass[too_heavy], share
+        )
+    b = keep + share * scale[:, None] * weight
+    t = np.zeros(weight.shape[0])
+    low, high = np.zeros_like(t), np.ones_like(t)
+    active = np.flatnonzero(excess > 1e-15)
+    for _ in range(_MAX_STEPS):
+        if active.size == 0:
+            break
+        bi, ti = b[active], t[active][:, None]
+        mi = None if mass is None else mass[active]
+        u = _root(bi, ti)
+        value = _mean(1.0 / u, mi)
+        slope = -_mean(1.0 / (u * u * u * (3.0 * u - 2.0 * bi)), mi)
+        # value^-3 is nearly linear in t (u ~ t^(1/3) far out), so Newton runs on it
+        cube = value**-3
+        new = ti[:, 0] + (1.0 - cube) / (-3.0 * cube / value * slope)
+        above = value > 1.0
+        low[active] = np.where(above, ti[:, 0], low[active])
+        high[active] = np.where(above, high[active], ti[:, 0])
+        outside = ~((new > low[active]) & (new < high[active]))
+        new = np.where(outside, 0.5 * (low[active] + high[active]), new)
+        done = np.abs(value - 1.0) <= _TOLERANCE
+        t[active] = np.where(done, ti[:, 0], new)
+        moved = np.abs(new - ti[:, 0]) > 1e-16 + 4e-16 * np.abs(new)
+        active = active[~done & moved]
+    return t, scale
+
+
+def _shrink_scale(weight: Array, mass: Array | None, share: float) -> Array:
+    """The factor s <= 1 with E[rho(s w)] = k, by bisection, where the raw weights overshoot k."""
+    keep = 1.0 - share
+    low, high = np.zeros(weight.shape[0]), np.ones(weight.shape[0])
+    for _ in range(60):
+        mid = 0.5 * (low + high)
+        under = _mean(1.0 / (keep + share * mid[:, None] * weight), mass) > 1.0
+        low, high = np.where(under, mid, low), np.where(under, high, mid)
+    return 0.5 * (low + high)

@@ -1,0 +1,226 @@
+"""The log as the selectors need it: dense policies, draws, or logged propensities only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from offtower.errors import OfftowerError
+from offtower.evaluation.selection.problem import Array, Problem, RewardTerms
+from offtower.evaluation.selection.splits import check_policies, importance_weights
+
+
+@dataclass(frozen=True)
+class DensePolicies:
+    """All probabilities and predictions over a small catalogue: (n, A), `action` (n,)."""
+
+    behavior: Array
+    target: Array
+    action: NDArray[np.int64]
+    predictions: Mapping[str, Array]
+    context: Array | None = None
+    item_features: Array | None = None
+
+
+@dataclass(frozen=True)
+class BehaviorDraws:
+    """S items a row drawn from the behaviour policy: weights (n, S) and predictions (n, S)."""
+
+    weight: Array
+    predictions: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class BehaviorPolicies:
+    """The two or more policies behind a log, for the non-adaptive heuristic.
+
+    row_policy: (n,) which of the P policies logged the row. probability: (n, P) each policy's
+    probability of the logged item. expected_reward: per reward model (n, P), each policy's expected
+    prediction in the row's context.
+    """
+
+    row_policy: NDArray[np.int64]
+    probability: Array
+    expected_reward: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SelectionLog:
+    """A log and a target policy. Build it with one of the `from_` methods.
+
+    problem: the rows that the estimators really face. source: what importance fitting may use
+    (None: only the logged propensities are known). policies: for the heuristic.
+    independent_models: the reward models whose predictions did not learn from these rows; the
+    others' errors are correlated with the log's own noise, and a bias that the log cannot see is
+    then not taken to be zero.
+    """
+
+    problem: Problem
+    source: DensePolicies | BehaviorDraws | None = None
+    policies: BehaviorPolicies | None = None
+    independent_models: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_policies(
+        cls,
+        action: ArrayLike,
+        reward: ArrayLike,
+        behavior: ArrayLike,
+        target: ArrayLike,
+        reward_models: Mapping[str, ArrayLike] | None = None,
+        *,
+        context: ArrayLike | None = None,
+        item_features: ArrayLike | None = None,
+        row_policy: ArrayLike | None = None,
+        policies: ArrayLike | None = None,
+        independent_models: frozenset[str] = frozenset(),
+    ) -> SelectionLog:
+        """A log whose policies are known over the whole (small) catalogue.
+
+        action: (n,) int. reward: (n,). behavior, target: (n, A) probabilities; for a log of several
+        policies `behavior` is their mixture by share of rows. reward_models: predictions (n, A) by
+        name, cross-fitted where they learned from this log. context (n, d) and item_features (A, e)
+        are for the network fit only. row_policy (n,) and policies (P, n, A): which policy logged a
+        row and what each would have done, for the heuristic.
+        Raises OfftowerError where shapes differ or a logged action has behavior 0.
+        """
+        pi_b, pi_e = check_policies(behavior, target)
+        n, n_items = pi_b.shape
+        logged = _integers(action, "action", n, n_items)
+        rewards = _vector(reward, "reward", n)
+        rows = np.arange(n)
+        if np.any(pi_b[rows, logged] <= 0.0):
+            bad = int(np.flatnonzero(pi_b[rows, logged] <= 0.0)[0])
+            raise OfftowerError(
+                f"row {bad} logged item {int(logged[bad])}, to which behavior gives probability 0."
+            )
+        predictions = {
+            name: _matrix(values, f"reward model {name!r}", (n, n_items))
+            for name, values in (reward_models or {}).items()
+        }
+        terms = {
+            name: RewardTerms(q[rows, logged], np.einsum("ij,ij->i", pi_e, q))
+            for name, q in predictions.items()
+        }
+        several = None
+        if policies is not None or row_policy is not None:
+            if policies is None or row_policy is None:
+                raise OfftowerError("give both row_policy (n,) and policies (P, n, A), or neither.")
+            stack = np.asarray(policies, dtype=np.float64)
+            if stack.ndim != 3 or stack.shape[1:] != (n, n_items):
+                raise OfftowerError(
+                    f"policies has shape {stack.shape}, expected (P, {n}, {n_items})."
+                )
+            several = BehaviorPolicies(
+                _integers(row_policy, "row_policy", n, stack.shape[0]),
+                np.ascontiguousarray(stack[:, rows, logged].T),
+                {name: np.einsum("pij,ij->ip", stack, q) for name, q in predictions.items()},
+            )
+        source = DensePolicies(
+            pi_b,
+            pi_e,
+            logged,
+            predictions,
+            None if context is None else np.asarray(context, dtype=np.float64),
+            None if item_features is None else np.asarray(item_features, dtype=np.float64),
+        )
+        weight = importance_weights(pi_b, pi_e)[rows, logged]
+        return cls(Problem(weight, rewards, terms), source, several, independent_models)
+
+    @classmethod
+    def from_draws(
+        cls,
+        weight: ArrayLike,
+        reward: ArrayLike,
+        draw_weight: ArrayLike,
+        reward_models: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]] | None = None,
+        *,
+        policies: BehaviorPolicies | None = None,
+        independent_models: frozenset[str] = frozenset(),
+    ) -> SelectionLog:
+        """A log over a large catalogue, its behaviour policy known through draws.
+
+        weight: (n,) target / behavior of the logged items; draw_weight: (n, S) the same at S items
+        drawn from the behaviour policy (about 100 a row). reward_models: by name (prediction of the
+        logged item (n,), expected prediction under the target (n,), predictions at the draws (n,
+        S)). Draws may be float32; they are read in chunks.
+        """
+        rewards = np.ascontiguousarray(reward, dtype=np.float64)
+        n = rewards.shape[0]
+        draws = np.asarray(draw_weight)
+        if draws.ndim != 2 or draws.shape[0] != n:
+            raise OfftowerError(f"draw_weight has shape {draws.shape}, expected ({n}, S).")
+        terms: dict[str, RewardTerms] = {}
+        at_draws: dict[str, Array] = {}
+        for name, (logged, expected, drawn) in (reward_models or {}).items():
+            terms[name] = RewardTerms(
+                _vector(logged, f"reward model {name!r}, logged items", n),
+                _vector(expected, f"reward model {name!r}, expected", n),
+            )
+            at_draws[name] = np.asarray(drawn)
+            if at_draws[name].shape != draws.shape:
+                raise OfftowerError(
+                    f"reward model {name!r}, draws: shape {at_draws[name].shape}, expected "
+                    f"{draws.shape}."
+                )
+        problem = Problem(_vector(weight, "weight", n), _vector(reward, "reward", n), terms)
+        return cls(problem, BehaviorDraws(draws, at_draws), policies, independent_models)
+
+    @classmethod
+    def from_propensities(
+        cls,
+        weight: ArrayLike,
+        reward: ArrayLike,
+        reward_models: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+        *,
+        policies: BehaviorPolicies | None = None,
+        independent_models: frozenset[str] = frozenset(),
+    ) -> SelectionLog:
+        """A log that knows the logged items' propensities only.
+
+        weight, reward: (n,). reward_models: by name (prediction of the logged item, expected
+        prediction under the target), each (n,). PAS-IF then uses one pooled multiplier and cannot
+        judge candidates that read a reward model.
+        """
+        n = np.asarray(reward).shape[0]
+        terms = {
+            name: RewardTerms(
+                _vector(logged, f"reward model {name!r}, logged items", n),
+                _vector(expected, f"reward model {name!r}, expected", n),
+            )
+            for name, (logged, expected) in (reward_models or {}).items()
+        }
+        problem = Problem(_vector(weight, "weight", n), _vector(reward, "reward", n), terms)
+        return cls(problem, None, policies, independent_models)
+
+
+def _vector(values: ArrayLike, name: str, n: int) -> Array:
+    array = np.ascontiguousarray(values, dtype=np.float64)
+    if array.shape != (n,):
+        raise OfftowerError(f"{name} has shape {array.shape}, expected ({n},).")
+    if not np.all(np.isfinite(array)):
+        raise OfftowerError(f"{name} holds non-finite numbers.")
+    return array
+
+
+def _matrix(values: ArrayLike, name: str, shape: tuple[int, ...]) -> Array:
+    array = np.asarray(values, dtype=np.float64)
+    if array.shape != shape:
+        raise OfftowerError(f"{name} has shape {array.shape}, expected {shape}.")
+    if not np.all(np.isfinite(array)):
+        raise OfftowerError(f"{name} holds non-finite numbers.")
+    return array
+
+
+def _integers(values: ArrayLike, name: str, n: int, limit: int) -> NDArray[np.int64]:
+    array = np.asarray(values)
+    if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
+        raise OfftowerError(
+            f"{name} has shape {array.shape} and dtype {array.dtype}, expected ({n},) integers."
+        )
+    if array.min() < 0 or array.max() >= limit:
+        raise OfftowerError(f"{name} must lie in 0..{limit - 1}.")
+    return array.astype(np.int64)

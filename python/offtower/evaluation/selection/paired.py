@@ -1,0 +1,144 @@
+"""Paired selection: variance from the log itself, bias from paired differences, ties by a prior.
+
+PAS-IF's many-split limit compares each estimator with the weighted mean of the pseudo-target rows:
+its evidence about bias is a paired difference to IPS on the pseudo problem, and its evidence about
+variance is that of a few dozen splits. Both can be had from the real problem with far less noise.
+For each candidate j and the consistent candidate c of least variance,
+
+    mse_j = var_j + E[b_j^2 | d_j],     d_j = V_j - V_c,     s_j^2 = var(influence_j - influence_c)
+
+- a consistent candidate (IPS, SNIPS, DR, SNDR given true propensities) has b_j = 0;
+- otherwise, with a flat prior on the bias, E[b^2 | d] = d^2 + s^2. That is also right for a reward
+  model that learned from the same log: its errors share the log's noise, and d looks too small;
+- where the candidate's reward model is declared independent of the log, the prior has a spike:
+  b = 0 with probability `spike`, else b ~ N(0, slab s^2). Then a perfect reward model can win.
+
+Two rules act against noise. A candidate that may be biased, with no independent model to speak for
+it, is ranked by mse_j plus `caution` standard errors of it: it must win clearly. And consistent
+candidates that this cannot tell apart (`tie_width` standard errors of the paired difference of
+variances) are put in the order of `preference`: self-normalised ones first, as they do not depend
+on how rewards are shifted and their variance estimates are the steadiest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offtower.errors import OfftowerError
+from offtower.evaluation.selection.log import SelectionLog
+from offtower.evaluation.selection.problem import Array, Candidate
+from offtower.evaluation.selection.result import SelectionResult, make_result
+
+DEFAULT_PREFERENCE = ("SNDR", "SNIPS", "DR", "IPS")
+
+
+def select_paired(
+    log: SelectionLog,
+    candidates: Sequence[Candidate],
+    *,
+    spike: float = 0.5,
+    slab: float = 10.0,
+    caution: float = 2.0,
+    tie_width: float = 2.0,
+    preference: tuple[str, ...] = DEFAULT_PREFERENCE,
+) -> SelectionResult:
+    """Rank candidates by variance plus expected squared bias, both from the log's own rows.
+
+    spike, slab: the prior on the bias of candidates with an independent reward model. caution:
+    standard errors of its mse that are charged to a candidate that may be biased. tie_width:
+    standard errors within which consistent candidates count as tied; 0 turns the preference off.
+    preference: class names, the most trusted first. `mse` in the result is without the charge.
+    Needs n of a few hundred for its normal approximations, and trusts the propensities: where
+    target mass lies outside the log's support no selector on that log can see the bias. Raises
+    OfftowerError without a consistent candidate.
+    """
+    judged = list(candidates)
+    consistent = np.array([c.is_consistent for c in judged])
+    if not consistent.any():
+        raise OfftowerError(
+            "method='paired' compares with a consistent estimator: add IPS, SNIPS, DR or SNDR to "
+            "the candidates."
+        )
+    values, influence = log.problem.influence(judged)
+    n = log.problem.n
+    squares = influence**2 / n
+    variance = squares.mean(axis=1)
+    reference = int(np.argmin(np.where(consistent, variance, np.inf)))
+    gap = values - values[reference]
+    gap_variance = np.mean((influence - influence[reference]) ** 2, axis=1) / n
+    independent = np.array([c.model in log.independent_models for c in judged])
+    bias = np.where(
+        independent,
+        spike_slab_square(gap, gap_variance, spike, slab),
+        gap**2 + gap_variance,
+    )
+    bias[consistent] = 0.0
+    mse = variance + bias
+
+    bias_noise = np.sqrt(4.0 * gap**2 * gap_variance + 2.0 * gap_variance**2)
+    bias_noise[consistent] = 0.0
+    noise = np.hypot(_noise(squares), bias_noise)
+    charged = ~(consistent | independent)
+    score = mse + np.where(
+        charged, caution * np.hypot(_noise(squares - squares[reference]), bias_noise), 0.0
+    )
+    order = _order(judged, score, squares, consistent, tie_width, preference)
+    first = order[0]
+    margin_noise = np.hypot(
+        _noise(squares - squares[first]), np.hypot(bias_noise, bias_noise[first])
+    )
+    margin_noise[first] = 0.0
+    return make_result(
+        "paired",
+        judged,
+        values,
+        mse,
+        noise,
+        margin_noise,
+        order=order,
+        details={
+            "reference": judged[reference].name,
+            "variance": {c.name: float(v) for c, v in zip(judged, variance, strict=True)},
+            "squared_bias": {c.name: float(b) for c, b in zip(judged, bias, strict=True)},
+            "caution": caution,
+            "tie_width": tie_width,
+        },
+    )
+
+
+def spike_slab_square(gap: Array, gap_variance: Array, spike: float, slab: float) -> Array:
+    """E[b^2 | gap] for gap ~ N(b, v), v = gap_variance; b = 0 with prior `spike`, else N(0, slab v)."""
+    shrink = slab / (1.0 + slab)
+    square = gap**2
+    safe = np.where(gap_variance > 0.0, gap_variance, 1.0)
+    z2 = np.where(gap_variance > 0.0, square / safe, np.where(square > 0.0, np.inf, 0.0))
+    bayes = np.sqrt(1.0 + slab) * np.exp(-0.5 * np.minimum(z2, 1e4) * shrink)
+    null = spike * bayes / (spike * bayes + 1.0 - spike)
+    return (1.0 - null) * (shrink**2 * square + shrink * gap_variance)
+
+
+def _noise(squares: Array) -> Array:
+    """Standard error of the mean of each row of squared influences: (c, n) -> (c,)."""
+    return squares.std(axis=1) / np.sqrt(squares.shape[1])
+
+
+def _order(
+    candidates: list[Candidate],
+    score: Array,
+    squares: Array,
+    consistent: NDArray[np.bool_],
+    tie_width: float,
+    preference: tuple[str, ...],
+) -> list[int]:
+    order = [int(j) for j in np.argsort(score, kind="stable")]
+    best = order[0]
+    if tie_width <= 0.0 or not consistent[best]:
+        return order
+    tied = consistent & (score - score[best] <= tie_width * _noise(squares - squares[best]))
+    rank = {name: place for place, name in enumerate(preference)}
+    place = [rank.get(c.family, len(rank)) for c in candidates]
+    inside = sorted((j for j in order if tied[j]), key=lambda j: (place[j], score[j]))
+    return inside + [j for j in order if not tied[j]]

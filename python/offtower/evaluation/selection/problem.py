@@ -1,0 +1,129 @@
+"""What the selectors work on: rows of a problem, and candidates that turn rows into a value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from offtower.evaluation.rows import EvaluationRows
+
+from offtower.errors import OfftowerError
+
+Array = NDArray[np.float64]
+Index = NDArray[np.int64]
+
+_CONSISTENT = {"IPS", "SNIPS", "DR", "SNDR"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An estimator, and the reward model whose predictions it reads (None: it reads none).
+
+    name: unique among the candidates. estimator: an object of `offtower.evaluation.estimators`.
+    consistent: whether its bias vanishes with n given true propensities and full support; by
+    default that is so for IPS, SNIPS, DR and SNDR.
+    """
+
+    name: str
+    estimator: Any
+    model: str | None = None
+    consistent: bool | None = None
+
+    @property
+    def is_consistent(self) -> bool:
+        """`consistent`, or what the estimator's class says."""
+        if self.consistent is not None:
+            return self.consistent
+        return self.family in _CONSISTENT
+
+    @property
+    def family(self) -> str:
+        """The estimator's class name: the ties of like estimators are broken by it."""
+        return type(self.estimator).__name__
+
+
+@dataclass(frozen=True)
+class RewardTerms:
+    """A reward model seen from the log: q(x_i, a_i) and sum_a pi_e(a|x_i) q(x_i, a), both (n,)."""
+
+    action_reward: Array
+    expected_reward: Array
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One off-policy problem by rows: weight (n,), reward (n,), terms of each reward model."""
+
+    weight: Array
+    reward: Array
+    models: Mapping[str, RewardTerms] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+        return int(self.reward.shape[0])
+
+    def rows(self, model: str | None, index: Index | None = None) -> EvaluationRows:
+        """Rows for an estimator; `index` (m,) picks some, with repetition where it repeats."""
+        weight, reward = self.weight, self.reward
+        action = expected = None
+        if model is not None:
+            terms = self.models[model]
+            action, expected = terms.action_reward, terms.expected_reward
+        if index is not None:
+            weight, reward = weight[index], reward[index]
+            action = None if action is None else action[index]
+            expected = None if expected is None else expected[index]
+        return EvaluationRows(
+            importance_weight=weight,
+            reward=reward,
+            action_reward=action,
+            expected_reward=expected,
+        )
+
+    def values(self, candidates: Sequence[Candidate], index: Index | None = None) -> Array:
+        """Each candidate's estimate on the rows (or on `index` of them): (len(candidates),)."""
+        shared: dict[str | None, EvaluationRows] = {}
+        out = np.empty(len(candidates))
+        for j, candidate in enumerate(candidates):
+            if candidate.model not in shared:
+                shared[candidate.model] = self.rows(candidate.model, index)
+            out[j] = candidate.estimator.estimate(shared[candidate.model]).value
+        return out
+
+    def influence(self, candidates: Sequence[Candidate]) -> tuple[Array, Array]:
+        """Values (c,) and centred per-row contributions (c, n): value ~ truth + mean(influence).
+
+        mean(influence^2) / n is a candidate's variance, and the same of a difference of two rows is
+        the variance of their paired difference.
+        """
+        values = np.empty(len(candidates))
+        influence = np.empty((len(candidates), self.n))
+        for j, candidate in enumerate(candidates):
+            rows = self.rows(candidate.model)
+            values[j] = candidate.estimator.estimate(rows).value
+            contributions = np.asarray(candidate.estimator.contributions(rows), dtype=np.float64)
+            influence[j] = contributions - contributions.mean()
+        return values, influence
+
+
+def check_candidates(candidates: Iterable[Candidate], models: Iterable[str]) -> list[Candidate]:
+    """The candidates as a list; OfftowerError for none, repeated names or unknown reward models."""
+    out = list(candidates)
+    if not out:
+        raise OfftowerError("estimator selection needs at least one candidate.")
+    names = [c.name for c in out]
+    repeated = sorted({x for x in names if names.count(x) > 1})
+    if repeated:
+        raise OfftowerError(f"candidate names must be unique; repeated: {', '.join(repeated)}.")
+    known = set(models)
+    for candidate in out:
+        if candidate.model is not None and candidate.model not in known:
+            raise OfftowerError(
+                f"candidate {candidate.name!r} reads the reward model {candidate.model!r}, but the "
+                f"log has {sorted(known) or 'none'}."
+            )
+    return out

@@ -1,0 +1,156 @@
+"""One door to all selectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from offtower.errors import OfftowerError
+from offtower.evaluation.selection.heuristic import select_heuristic
+from offtower.evaluation.selection.log import SelectionLog
+from offtower.evaluation.selection.ocv import select_ocv
+from offtower.evaluation.selection.paired import select_paired
+from offtower.evaluation.selection.pasif import select_pasif
+from offtower.evaluation.selection.problem import Candidate, check_candidates
+from offtower.evaluation.selection.result import SelectionComparison, SelectionResult
+from offtower.evaluation.selection.slope import select_slope
+
+METHODS: dict[str, Callable[..., SelectionResult]] = {
+    "paired": select_paired,
+    "pasif": select_pasif,
+    "heuristic": select_heuristic,
+    "ocv": select_ocv,
+    "slope": select_slope,
+}
+_SEEDED = {"pasif", "heuristic", "ocv"}
+
+
+def select_estimator(
+    log: SelectionLog,
+    candidates: Iterable[Candidate],
+    *,
+    method: str = "paired",
+    seed: int = 0,
+    **options: Any,
+) -> SelectionResult:
+    """Rank estimators for this log and this target policy.
+
+    method: "paired" (variance plus paired squared bias on the real problem), "pasif" (options
+    importance_fit, share, repetitions, resample, ties, network, min_draws), "heuristic", "ocv" or
+    "slope"; `compare_selectors` runs them all. options go to the method's own function
+    (select_pasif and its like). The same seed gives the same result.
+    Raises OfftowerError for an unknown method, candidates that are no candidates, or a log that
+    lacks what the method needs.
+    """
+    if method not in METHODS:
+        raise OfftowerError(
+            f"unknown selection method {method!r}; use one of {', '.join(METHODS)} "
+            "(compare_selectors runs them all)."
+        )
+    checked = check_candidates(candidates, log.problem.models)
+    if method in _SEEDED:
+        options = {"seed": seed, **options}
+    return METHODS[method](log, checked, **options)
+
+
+def compare_selectors(
+    log: SelectionLog,
+    candidates: Iterable[Candidate],
+    *,
+    methods: Iterable[str] | None = None,
+    seed: int = 0,
+    options: dict[str, dict[str, Any]] | None = None,
+) -> SelectionComparison:
+    """Run several selectors and say where they disagree and what that means.
+
+    methods: names of METHODS, all by default; a method that cannot run on this log is listed with
+    its reason. options: per method. The recommendation is the first method of
+    paired, pasif, ocv, slope, heuristic that ran. Raises OfftowerError when none did.
+    """
+    checked = check_candidates(candidates, log.problem.models)
+    results: dict[str, SelectionResult] = {}
+    failed: dict[str, str] = {}
+    for method in METHODS if methods is None else methods:
+        try:
+            results[method] = select_estimator(
+                log, checked, method=method, seed=seed, **(options or {}).get(method, {})
+            )
+        except OfftowerError as error:
+            if method not in METHODS:
+                raise
+            failed[method] = str(error)
+    preferred = [m for m in ("paired", "pasif", "ocv", "slope", "heuristic") if m in results]
+    if not preferred:
+        raise OfftowerError(
+            "no selection method could run: " + "; ".join(f"{m}: {e}" for m, e in failed.items())
+        )
+    recommended = preferred[0]
+    spread = _spread(log, checked, results, recommended)
+    return SelectionComparison(
+        results,
+        failed,
+        recommended,
+        _agreement(results),
+        spread,
+        _verdict(results, recommended, spread),
+    )
+
+
+def _agreement(results: dict[str, SelectionResult]) -> dict[tuple[str, str], float]:
+    names = list(results)
+    out: dict[tuple[str, str], float] = {}
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            first = [s.name for s in results[a].ranking]
+            second = [s.name for s in results[b].ranking]
+            shared = [x for x in first if x in second]
+            if len(shared) < 2:
+                out[a, b] = float("nan")
+                continue
+            left = np.arange(len(shared), dtype=np.float64)
+            right = np.argsort(np.argsort([second.index(x) for x in shared])).astype(np.float64)
+            out[a, b] = float(np.corrcoef(left, right)[0, 1])
+    return out
+
+
+def _spread(
+    log: SelectionLog,
+    candidates: list[Candidate],
+    results: dict[str, SelectionResult],
+    recommended: str,
+) -> float:
+    """Largest distance of another method's choice, in standard errors of the recommended one."""
+    chosen = results[recommended].best
+    candidate = next(c for c in candidates if c.name == chosen.name)
+    _, influence = log.problem.influence([candidate])
+    error = float(np.sqrt(np.mean(influence**2) / log.problem.n))
+    widest = max(abs(r.best.value - chosen.value) for r in results.values())
+    if widest == 0.0:
+        return 0.0
+    return widest / error if error > 0.0 else float("inf")
+
+
+def _verdict(results: dict[str, SelectionResult], recommended: str, spread: float) -> str:
+    choices = {name: result.best.name for name, result in results.items()}
+    chosen = choices[recommended]
+    others = {name: choice for name, choice in choices.items() if choice != chosen}
+    if not others:
+        return f"All selectors that ran choose {chosen}."
+    listed = ", ".join(f"{name} chooses {choice}" for name, choice in others.items())
+    if spread <= 1.0:
+        return (
+            f"{listed}; {recommended} chooses {chosen}. Their values lie within one standard error "
+            "of each other: the choice hardly matters."
+        )
+    if spread <= 2.0:
+        return (
+            f"{listed}; {recommended} chooses {chosen}. Their values differ by {spread:.1f} "
+            "standard errors: compatible, but report both."
+        )
+    return (
+        f"{listed}; {recommended} chooses {chosen}. Their values differ by {spread:.1f} standard "
+        "errors, more than noise explains: at least one choice is biased for this policy. Look at "
+        "the weights and the reward model's calibration before trusting either."
+    )

@@ -1,0 +1,323 @@
+"""Selectors: known answers, invariances, bookkeeping and refusals."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from selection_worlds import World, candidates
+
+from offtower.errors import OfftowerError
+from offtower.evaluation import estimators as e
+from offtower.evaluation.selection import (
+    Candidate,
+    NetworkOptions,
+    SelectionLog,
+    SelectionResult,
+    compare_selectors,
+    default_candidates,
+    fit_split_pooled,
+    pseudo_problem,
+    select_estimator,
+)
+from offtower.evaluation.selection.pasif import _repetition_errors
+
+ALL = ("paired", "pasif", "heuristic", "ocv", "slope")
+
+
+class Rewards:
+    """Rewards that remember which rows were read."""
+
+    def __init__(self, n: int, seen: list[np.ndarray]) -> None:
+        self.values, self.seen = np.arange(float(n)), seen
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        self.seen.append(index)
+        return self.values[index]
+
+
+class Recorder:
+    """A problem that remembers which rows the candidates and the proxy truth were given."""
+
+    def __init__(self, n: int) -> None:
+        self.truth: list[np.ndarray] = []
+        self.shown: list[np.ndarray] = []
+        self.reward = Rewards(n, self.truth)
+
+    def values(self, candidates: list[Candidate], index: np.ndarray) -> np.ndarray:
+        self.shown.append(index)
+        return np.zeros(len(candidates))
+
+
+# ---- the pseudo problem -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fit", ["exact", "network"])
+def test_pseudo_problem_has_the_pseudo_target_value(fit: str) -> None:
+    """Every (x, a) once, summed with pi_b: IPS, DM and DR on one part are the other's value."""
+    w = World(0, n=30)
+    rows, items = np.repeat(np.arange(30), 6), np.tile(np.arange(6), 30)
+    log = SelectionLog.from_policies(
+        items,
+        w.q[rows, items],
+        w.behavior[rows],
+        w.target[rows],
+        {"true": w.q[rows], "wrong": 1.0 - w.q[rows]},
+        context=w.context[rows],
+        item_features=w.item_features,
+    )
+    pseudo = pseudo_problem(
+        log, share=0.2, importance_fit=fit, network=NetworkOptions(epochs=40, hidden=16)
+    )
+    mass = w.behavior[rows, items]
+    truth = np.average(log.problem.reward, weights=mass * pseudo.rho)
+    rest = mass * (1.0 - pseudo.rho)
+    weight, q = pseudo.problem.weight, log.problem.reward
+    assert np.average(weight * q, weights=rest) == pytest.approx(truth, rel=1e-9)
+    assert np.average(weight, weights=rest) == pytest.approx(1.0, rel=1e-9)
+    for name, model in pseudo.problem.models.items():
+        dr = np.average(weight * (q - model.action_reward) + model.expected_reward, weights=rest)
+        assert dr == pytest.approx(truth, rel=1e-9), name
+    dm = np.average(pseudo.problem.models["true"].expected_reward, weights=rest)
+    assert dm == pytest.approx(truth, rel=1e-9)
+
+
+def test_exact_pseudo_weights_imitate_the_real_ones() -> None:
+    log = World(1).log()
+    pseudo = pseudo_problem(log, share=0.2)
+    assert np.corrcoef(pseudo.problem.weight, log.problem.weight)[0, 1] > 0.99
+    assert pseudo.weight_error < 0.1 * np.mean((log.problem.weight - 1.0) ** 2)
+
+
+def test_draws_and_dense_policies_agree() -> None:
+    w = World(2, n=400)
+    rng = np.random.default_rng(0)
+    draws = (rng.random((400, 800, 1)) > w.behavior.cumsum(axis=1)[:, None, :-1]).sum(axis=2)
+    ratio = w.target / w.behavior
+    rows = np.arange(400)
+    dense = w.log({"true": w.q})
+    sampled = SelectionLog.from_draws(
+        dense.problem.weight,
+        w.reward,
+        np.take_along_axis(ratio, draws, axis=1),
+        {
+            "true": (
+                w.q[rows, w.action],
+                (w.target * w.q).sum(axis=1),
+                np.take_along_axis(w.q, draws, axis=1),
+            )
+        },
+    )
+    a, b = pseudo_problem(dense, share=0.2), pseudo_problem(sampled, share=0.2)
+    np.testing.assert_allclose(a.rho, b.rho, atol=0.05)
+    np.testing.assert_allclose(
+        a.problem.models["true"].expected_reward,
+        b.problem.models["true"].expected_reward,
+        atol=0.06,
+    )
+
+
+@pytest.mark.parametrize("resample", [False, True])
+def test_no_row_is_on_both_sides_even_with_resampling(resample: bool) -> None:
+    recorder = Recorder(300)
+    _repetition_errors(np.full(300, 0.3), recorder, [Candidate("a", None)], 20, resample, seed=0)
+    assert len(recorder.truth) == len(recorder.shown) == 20
+    for truth, shown in zip(recorder.truth, recorder.shown, strict=True):
+        assert np.intersect1d(truth, shown).size == 0
+        assert truth.size + shown.size == 300
+        assert (np.unique(shown).size == shown.size) is (not resample)
+
+
+# ---- known answers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["pasif", "ocv", "paired"])
+def test_perfect_reward_model_puts_dm_first(method: str) -> None:
+    """Over 20 logs DM is first or tied in most, and its mean place is the best of all."""
+    places: dict[str, list[int]] = {}
+    for seed in range(20):
+        w = World(seed)
+        log = w.log({"true": w.q}, independent_models=frozenset({"true"}))
+        result = select_estimator(log, candidates("true"), method=method)
+        for place, score in enumerate(result.ranking):
+            places.setdefault(score.name, []).append(place)
+    mean = {name: np.mean(p) for name, p in places.items()}
+    assert min(mean, key=lambda name: mean[name]) == "DM[true]", mean
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_identical_policies_and_a_zero_model_put_dm_last(method: str) -> None:
+    for seed in range(3):
+        w = World(seed, logging=(2.0, 2.0), target_beta=2.0)
+        log = w.log({"zero": np.zeros_like(w.q)})
+        if method == "pasif":
+            np.testing.assert_allclose(pseudo_problem(log, share=0.2).rho, 0.2, atol=1e-12)
+        result = select_estimator(log, candidates("zero"), method=method)
+        assert result.position("DM[zero]") == len(result.ranking) - 1
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_renumbering_items_changes_nothing(method: str) -> None:
+    w = World(4)
+    noisy = np.clip(w.q + 0.2, 0.0, 1.0)
+    new = np.random.default_rng(1).permutation(6)
+    place = np.argsort(new)
+    renumbered = w.log(
+        {"m": noisy[:, new]},
+        action=place[w.action],
+        behavior=w.behavior[:, new],
+        target=w.target[:, new],
+        policies=w.policies[:, :, new],
+        item_features=w.item_features[new],
+    )
+    first = select_estimator(w.log({"m": noisy}), candidates("m"), method=method)
+    second = select_estimator(renumbered, candidates("m"), method=method)
+    assert [s.name for s in first.ranking] == [s.name for s in second.ranking]
+    np.testing.assert_allclose(
+        [s.mse for s in first.ranking], [s.mse for s in second.ranking], rtol=1e-8
+    )
+
+
+def test_a_badly_biased_model_is_seen_by_every_adaptive_selector() -> None:
+    w = World(5)
+    log = w.log({"bad": np.full_like(w.q, 0.2)})
+    for method in ("paired", "pasif", "ocv", "slope"):
+        result = select_estimator(log, candidates("bad"), method=method)
+        assert result.position("DM[bad]") == len(result.ranking) - 1, method
+
+
+def test_proxy_truth_variance_is_subtracted() -> None:
+    """With identical policies IPS is a mean of 0.8 n rows: its pseudo mse is their variance."""
+    total = []
+    for seed in range(60):
+        w = World(seed, n=400, logging=(0.0, 0.0), target_beta=0.0)
+        result = select_estimator(
+            w.log(), [Candidate("IPS", e.IPS())], method="pasif", repetitions=20
+        )
+        total.append(result.best.mse / (w.reward.var() / (0.8 * 400)))
+    mean, error = np.mean(total), np.std(total) / np.sqrt(60)
+    assert abs(mean - 1.0) < 4.0 * error and error < 0.5  # without it: 1 + 0.8 / 0.2 = 5
+
+
+def test_paired_does_not_trust_a_model_of_the_same_log_beyond_its_evidence() -> None:
+    w = World(6)
+    result = select_estimator(w.log({"m": w.q}), candidates("m"), method="paired")
+    assert result.position("DM[m]") > 0
+    assert set(result.details["variance"]) == {c.name for c in candidates("m")}
+
+
+def test_paired_ranks_consistent_candidates_by_their_variance() -> None:
+    """Many rows, a useful model, far target: DR beats IPS as it does in truth."""
+    w = World(7, n=20_000)
+    result = select_estimator(w.log({"m": w.q}), candidates("m"), method="paired", tie_width=0.0)
+    assert result.position("DR[m]") < result.position("IPS")
+    scores = {s.name: s for s in result.ranking}
+    n = w.n
+    ips = e.IPS().contributions(w.log().problem.rows(None))
+    assert scores["IPS"].mse == pytest.approx(np.var(ips) / n)
+
+
+# ---- modes, bookkeeping, refusals -------------------------------------------------------------
+
+
+def test_propensities_only_pool_the_multiplier_and_skip_models() -> None:
+    w = World(8)
+    dense = w.log({"m": w.q})
+    log = SelectionLog.from_propensities(
+        dense.problem.weight,
+        w.reward,
+        {"m": (w.q[np.arange(w.n), w.action], (w.target * w.q).sum(axis=1))},
+    )
+    result = select_estimator(log, candidates("m"), method="pasif")
+    assert {s.name for s in result.ranking} == {"IPS", "SNIPS"}
+    assert set(result.skipped) == {"DM[m]", "DR[m]", "SNDR[m]"}
+    assert any("pooled" in note for note in result.notes)
+    np.testing.assert_array_equal(
+        pseudo_problem(log, share=0.2).rho, fit_split_pooled(dense.problem.weight)
+    )
+    assert len(select_estimator(log, candidates("m")).ranking) == 5
+
+
+def test_network_fit_runs_through_the_selector() -> None:
+    w = World(9, n=300)
+    result = select_estimator(
+        w.log({"m": w.q}),
+        candidates("m"),
+        method="pasif",
+        importance_fit="network",
+        network=NetworkOptions(hidden=8, epochs=20, penalties=(1.0, 10.0)),
+        repetitions=4,
+    )
+    assert result.details["importance_fit"] == "network" and len(result.ranking) == 5
+    assert any("lambda" in note for note in result.notes)
+
+
+def test_heuristic_ignores_the_target() -> None:
+    w = World(10)
+    first = select_estimator(w.log({"m": w.q}), candidates("m"), method="heuristic")
+    other = w.log({"m": w.q}, target=np.full_like(w.target, 1 / 6))
+    second = select_estimator(other, candidates("m"), method="heuristic")
+    assert [s.mse for s in first.ranking] == [s.mse for s in second.ranking]
+    assert [s.value for s in first.ranking] != [s.value for s in second.ranking]
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_seeded_and_json_able(method: str) -> None:
+    log = World(11, n=500).log({"m": np.full((500, 6), 0.5)})
+    first = select_estimator(log, candidates("m"), method=method)
+    again = select_estimator(log, candidates("m"), method=method)
+    assert first.to_dict() == again.to_dict()
+    text = json.dumps(first.to_dict(), allow_nan=False)
+    assert json.loads(text)["best"] == first.best.name
+    assert first.best.margin == 0.0 and isinstance(first, SelectionResult)
+
+
+def test_comparison_names_disagreement_and_failures() -> None:
+    w = World(12, n=800)
+    log = SelectionLog.from_policies(w.action, w.reward, w.behavior, w.target, {"m": w.q * 0.3})
+    comparison = compare_selectors(log, candidates("m"))
+    assert set(comparison.results) == {"paired", "pasif", "ocv", "slope"}
+    assert "two or more" in comparison.failed["heuristic"]
+    assert comparison.recommended == "paired" and comparison.best.name
+    assert -1.0 <= comparison.agreement["paired", "pasif"] <= 1.0
+    report = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
+    assert report["choices"]["paired"] == comparison.best.name
+    assert "choose" in comparison.verdict
+
+
+def test_default_candidates_are_tuned_and_rankable() -> None:
+    w = World(13)
+    log = w.log({"a": np.clip(w.q + 0.1, 0, 1), "b": np.full_like(w.q, 0.5)})
+    pool = default_candidates(log.problem)
+    names = [c.name for c in pool]
+    assert len(names) == len(set(names)) == 5 + 7 * 2
+    assert {"IPS", "LogSmoothing", "DR[a]", "DRos[b]", "SwitchDR[b]"} <= set(names)
+    comparison = compare_selectors(log, pool)
+    assert set(comparison.results) == set(ALL)
+
+
+def test_refusals() -> None:
+    log = World(14, n=200).log()
+    with pytest.raises(OfftowerError, match="unknown selection method"):
+        select_estimator(log, candidates(), method="oracle")
+    with pytest.raises(OfftowerError, match="at least one"):
+        select_estimator(log, [])
+    with pytest.raises(OfftowerError, match="unique"):
+        select_estimator(log, [Candidate("a", e.IPS()), Candidate("a", e.SNIPS())])
+    with pytest.raises(OfftowerError, match="reward model"):
+        select_estimator(log, candidates("m"))
+    with pytest.raises(OfftowerError, match="consistent estimator"):
+        select_estimator(log, [Candidate("c", e.ClippedIPS(max_weight=2.0))])
+    with pytest.raises(OfftowerError, match="from_policies"):
+        bare = SelectionLog.from_propensities(log.problem.weight, log.problem.reward)
+        select_estimator(bare, candidates(), method="pasif", importance_fit="network")
+    with pytest.raises(OfftowerError, match="repetitions"):
+        select_estimator(log, candidates(), method="pasif", repetitions=1)
+
+
+def test_a_logged_item_without_behavior_is_refused() -> None:
+    with pytest.raises(OfftowerError, match="row 1"):
+        SelectionLog.from_policies(
+            [0, 0], [1.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], [[0.5, 0.5], [0.5, 0.5]]
+        )
