@@ -153,7 +153,7 @@ class Selector:
     scale: int = 1
 
 
-def selectors(which: str, network_epochs: int) -> dict[str, Selector]:
+def selectors(which: str, network: NetworkOptions) -> dict[str, Selector]:
     """Named sets of selectors."""
     main = {
         "paired": Selector("paired"),
@@ -166,7 +166,7 @@ def selectors(which: str, network_epochs: int) -> dict[str, Selector]:
     if which == "main":
         return main
     if which == "network":
-        options = {"importance_fit": "network", "network": NetworkOptions(epochs=network_epochs)}
+        options = {"importance_fit": "network", "network": network}
         return {
             "pasif network, 10 splits": Selector("pasif", {"repetitions": 10, **options}),
             "pasif exact, 10 splits": main["pasif exact, 10 splits"],
@@ -270,7 +270,8 @@ def summarise(
 
 def run_world(world: World, args: argparse.Namespace, map_: Callable[..., Any]) -> dict[str, Any]:
     """Truth and selectors on one world."""
-    chosen = selectors(args.selectors, args.network_epochs)
+    network = NetworkOptions(epochs=args.network_epochs, learning_rate=args.network_rate)
+    chosen = selectors(args.selectors, network)
     logs = max(args.truth, args.repetitions)
     tasks = [(world, i, chosen if i < args.repetitions else {}) for i in range(logs)]
     results = list(map_(run_log, tasks))
@@ -388,7 +389,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1000, help="rounds of each logging policy")
     parser.add_argument("--logging", type=float, nargs=2, default=[-2.0, 2.0])
     parser.add_argument("--selectors", choices=("main", "ablation", "network"), default="main")
-    parser.add_argument("--network-epochs", type=int, default=5000)
+    parser.add_argument("--network-epochs", type=int, default=5000, help="published: 5000")
+    parser.add_argument("--network-rate", type=float, default=1e-3, help="published: 0.001")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", help="write all numbers here ('-' for standard output)")
     parser.add_argument("--figure", help="write the figure here (.png, .svg, .pdf)")

@@ -123,11 +123,20 @@ def _solve_chunk(weight: Array, mass: Array | None, share: float) -> tuple[Array
 
 
 def _shrink_scale(weight: Array, mass: Array | None, share: float) -> Array:
-    """The factor s <= 1 with E[rho(s w)] = k, by bisection, where the raw weights overshoot k."""
+    """The factor s < 1 with E[rho(s w)] = k, where the raw weights overshoot k.
+
+    E[1 / (1 - k + k s w)] is convex and decreasing in s, so Newton from s = 0 rises to the root.
+    """
     keep = 1.0 - share
-    low, high = np.zeros(weight.shape[0]), np.ones(weight.shape[0])
-    for _ in range(60):
-        mid = 0.5 * (low + high)
-        under = _mean(1.0 / (keep + share * mid[:, None] * weight), mass) > 1.0
-        low, high = np.where(under, mid, low), np.where(under, high, mid)
-    return 0.5 * (low + high)
+    scale = np.zeros(weight.shape[0])
+    active = np.arange(weight.shape[0])
+    for _ in range(_MAX_STEPS):
+        w = share * weight[active]
+        inverse = 1.0 / (keep + scale[active][:, None] * w)
+        mi = None if mass is None else mass[active]
+        excess = _mean(inverse, mi) - 1.0
+        scale[active] += excess / _mean(w * inverse * inverse, mi)
+        active = active[excess > _TOLERANCE]
+        if active.size == 0:
+            break
+    return scale

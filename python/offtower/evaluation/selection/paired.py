@@ -110,7 +110,7 @@ def select_paired(
 
 
 def spike_slab_square(gap: Array, gap_variance: Array, spike: float, slab: float) -> Array:
-    """E[b^2 | gap] for gap ~ N(b, v), v = gap_variance; b = 0 with prior `spike`, else N(0, slab v)."""
+    """E[b^2 | gap], gap ~ N(b, v = gap_variance); b = 0 with prior `spike`, else N(0, slab v)."""
     shrink = slab / (1.0 + slab)
     square = gap**2
     safe = np.where(gap_variance > 0.0, gap_variance, 1.0)
