@@ -6,21 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
-from offtower.config import (
-    Config,
-    DataConfig,
-    ObjectiveConfig,
-    PolicyConfig,
-    RewardModelConfig,
-    TowerConfig,
-    TrainingConfig,
-)
+from offtower.config import parse_config
 from offtower.data.catalogue import Catalogue
-from offtower.data.convert import ACTION_CONTEXT, CONTEXT, from_bandit_feedback
+from offtower.data.convert import ITEM_VECTOR, from_bandit_feedback
 from offtower.data.encoding import to_tensors
 from offtower.data.log import Log
+from offtower.data.simulate.features import vector_array
 from offtower.errors import ConfigError, DataError
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
@@ -32,6 +26,8 @@ from offtower.training.run import build_trainer
 from offtower.training.trainer import EpochHook
 
 BanditFeedback = Mapping[str, Any]
+
+_CONTEXT = "context"
 
 
 class TwoTowerPolicyLearner:
@@ -98,32 +94,35 @@ class TwoTowerPolicyLearner:
         if reward_model is None:
             needs_one = objective in ("auto", "dr", "clipped_dr")
             reward_model = {"kind": "factored" if needs_one else "none"}
-        self.config = Config(
-            name="in-memory",
-            data=DataConfig(train="in-memory", catalogue="in-memory"),
-            seed=random_state,
-            policy=PolicyConfig(
-                embedding_dim=embedding_dim,
-                context_tower=TowerConfig(**tower),
-                item_tower=TowerConfig(**tower),
-                temperature=temperature,
-                learn_temperature=learn_temperature,
-                item_bias=item_bias,
-            ),
-            reward_model=RewardModelConfig(**reward_model),
-            objective=ObjectiveConfig(name=objective, arguments=dict(objective_arguments or {})),
-            training=TrainingConfig(
-                epochs=epochs,
-                batch_size=batch_size,
-                optimizer=optimizer,
-                learning_rate=learning_rate,
-                weight_decay=weight_decay,
-                gradient_clip=gradient_clip,
-                shuffle=shuffle,
-                patience=patience,
-                validation_estimator=validation_estimator,
-                log_every_steps=1_000_000_000,
-            ),
+        self.config = parse_config(
+            {
+                "name": "in-memory",
+                "data": {"train": "in-memory", "catalogue": "in-memory"},
+                "seed": random_state,
+                "policy": {
+                    "embedding_dim": embedding_dim,
+                    "context_tower": tower,
+                    "item_tower": tower,
+                    "temperature": temperature,
+                    "learn_temperature": learn_temperature,
+                    "item_bias": item_bias,
+                },
+                "reward_model": dict(reward_model),
+                "objective": {"name": objective, "arguments": dict(objective_arguments or {})},
+                "training": {
+                    "epochs": epochs,
+                    "batch_size": batch_size,
+                    "optimizer": optimizer,
+                    "learning_rate": learning_rate,
+                    "weight_decay": weight_decay,
+                    "gradient_clip": gradient_clip,
+                    "shuffle": shuffle,
+                    "patience": patience,
+                    "validation_estimator": validation_estimator,
+                    "log_every_steps": 1_000_000_000,
+                },
+            },
+            source="TwoTowerPolicyLearner",
         )
         self._progress = progress or Progress()
         self.history_: list[dict[str, Any]] = []
@@ -186,8 +185,8 @@ class TwoTowerPolicyLearner:
     def embed_contexts(self, context: np.ndarray) -> np.ndarray:
         """(n_rounds, embedding_dim) float32."""
         policy = self._fitted()
-        arrays = {CONTEXT: self._matrix(context, self.dim_context_features, "context")}
-        encoded = policy.context_encoding.encode_arrays(arrays)
+        matrix = self._matrix(context, self.dim_context_features, "context")
+        encoded = policy.context_encoding.encode(_table(_CONTEXT, matrix))
         return policy.embed_contexts(to_tensors(encoded)).numpy()
 
     def embed_items(self, action_context: np.ndarray) -> np.ndarray:
@@ -198,7 +197,7 @@ class TwoTowerPolicyLearner:
     def _embed_items(self, action_context: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         policy = self._fitted()
         matrix = self._matrix(action_context, self.dim_action_features, "action_context")
-        encoded = policy.item_encoding.encode_arrays({ACTION_CONTEXT: matrix})
+        encoded = policy.item_encoding.encode(_table(ITEM_VECTOR, matrix))
         items = policy.embed_items(ItemFeatures(encoded, len(matrix)))
         return items.embedding, items.bias
 
@@ -218,7 +217,7 @@ class TwoTowerPolicyLearner:
             self._matrix(np.asarray(context), self.dim_context_features, "context")
         if action_context is not None:
             self._matrix(np.asarray(action_context), self.dim_action_features, "action_context")
-        return from_bandit_feedback(dict(feedback))
+        return from_bandit_feedback(feedback, _CONTEXT)
 
     @staticmethod
     def _matrix(values: np.ndarray, width: int, name: str) -> np.ndarray:
@@ -229,3 +228,7 @@ class TwoTowerPolicyLearner:
                 f"but has shape {values.shape}"
             )
         return values
+
+
+def _table(name: str, matrix: np.ndarray) -> pa.Table:
+    return pa.table({name: vector_array(matrix.astype(np.float32))})

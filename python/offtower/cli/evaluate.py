@@ -1,0 +1,49 @@
+r"""Judge trained policies on a held-out log, off-policy, against the policy that logged it.
+
+Exit code 0: go. 1: no-go. 3: not enough evidence. 2: refused. With several runs the code is that of
+the best verdict.
+
+\b
+Example:
+  offtower evaluate runs/mine --log logs/mine/test
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offtower.cli.common import AsJson, DrawnProgress, finite, messages, print_json, verb
+
+
+@verb
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.", metavar="RUN...")],
+    log: Annotated[
+        Path | None, typer.Option(help="Log to judge on; the runs' data.test without it.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="HTML file; report.html of the first run without it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    from offtower.cli.tables import evaluation_table
+    from offtower.evaluation.present import write_evaluation_report
+    from offtower.evaluation.run import evaluate_runs
+
+    evaluation = evaluate_runs(runs, log=log, progress=DrawnProgress())
+    path = write_evaluation_report(
+        report or runs[0] / "report.html",
+        [evaluation],
+        title=f"Evaluation of {', '.join(run.name for run in runs)}",
+        subtitle="offtower evaluate " + " ".join(str(run) for run in runs),
+    )
+    if as_json:
+        print_json(finite({"report": str(path), **evaluation.to_dict()}))
+    else:
+        console = messages()
+        console.print(evaluation_table(evaluation))
+        console.print(f"report: {path}")
+    raise typer.Exit(evaluation.exit_code)

@@ -1,0 +1,111 @@
+r"""Turn files as they come into a checked log and catalogue.
+
+SOURCE is a file or a folder (CSV, Parquet, Arrow), or open-bandit:CAMPAIGN for the sample of the
+Open Bandit Dataset that the obp package carries (extra 'obp'; campaigns men, women, all). The
+schema file names the columns; see README, "Your own log".
+
+\b
+Example:
+  offtower ingest clicks.csv --schema schema.yaml --catalogue items.csv --out logs/mine --split time
+  offtower ingest open-bandit:men --out logs/men --split time
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from offtower.cli.common import AsJson, DrawnProgress, messages, print_json, verb
+from offtower.errors import ConfigError, DataError
+
+
+@verb
+def ingest(
+    source: Annotated[str, typer.Argument(help="File, folder, or open-bandit:CAMPAIGN.")],
+    out: Annotated[Path, typer.Option(help="New folder; gets log/ and catalogue/.")],
+    schema: Annotated[
+        Path | None, typer.Option(help="YAML with the sections log and catalogue.")
+    ] = None,
+    catalogue: Annotated[
+        Path | None, typer.Option(help="File or folder of items; without it, those shown.")
+    ] = None,
+    split: Annotated[
+        Literal["time", "user", "row"] | None,
+        typer.Option(help="Also cut the log into train, validation, test."),
+    ] = None,
+    fractions: Annotated[str, typer.Option(help="Shares of the split.")] = "0.6,0.2,0.2",
+    on_bad_rows: Annotated[
+        Literal["error", "quarantine"], typer.Option(help="Refuse, or set aside and count.")
+    ] = "error",
+    seed: Annotated[int, typer.Option(help="Of a split by user or row.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    from offtower.data.ingest import ingest_files, ingest_open_bandit, split_ingested
+
+    progress = DrawnProgress()
+    if source.startswith("open-bandit:"):
+        summary = ingest_open_bandit(source.partition(":")[2], out)
+    else:
+        if schema is None:
+            raise ConfigError(
+                "--schema is needed: a YAML file that names the log's columns (README, 'Your own "
+                "log')"
+            )
+        log_schema, catalogue_schema = read_schemas(schema)
+        summary = ingest_files(
+            Path(source),
+            out,
+            log_schema,
+            catalogue_source=catalogue,
+            catalogue_schema=catalogue_schema,
+            on_bad_rows=on_bad_rows,
+            progress=progress,
+        )
+    if split is not None:
+        summary = split_ingested(summary, split, _fractions(fractions), seed)
+    if as_json:
+        print_json(summary.to_dict())
+        return
+    console = messages()
+    console.print(f"{summary.rows:,} rows in {summary.log}")
+    console.print(f"{summary.items:,} items in {summary.catalogue}")
+    if summary.quarantined:
+        console.print(f"[yellow]{summary.quarantined:,} bad rows in {out / 'quarantine'}[/]")
+    for name, rows in summary.splits.items():
+        console.print(f"{rows:,} rows in {out / name}")
+
+
+def read_schemas(path: Path) -> tuple[Any, Any]:
+    """The `log` and `catalogue` sections of a schema file, parsed."""
+    import yaml
+
+    from offtower.data import CatalogueSchema, LogSchema
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no schema file at '{path}'") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{path}' is not valid YAML: {error}") from error
+    if not isinstance(content, dict) or "log" not in content:
+        raise ConfigError(f"'{path}' must have a section 'log' (and may have 'catalogue')")
+    unknown = sorted(set(content) - {"log", "catalogue"})
+    if unknown:
+        raise ConfigError(f"'{path}': unknown section '{unknown[0]}'; known: log, catalogue")
+    catalogue = content.get("catalogue")
+    return (
+        LogSchema.from_dict(content["log"]),
+        None if catalogue is None else CatalogueSchema.from_dict(catalogue),
+    )
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    try:
+        parts = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--fractions '{text}' must be numbers with commas") from None
+    if not 2 <= len(parts) <= 3 or min(parts) <= 0 or abs(sum(parts) - 1) > 1e-9:
+        raise DataError(f"--fractions '{text}' must be two or three positive shares with sum 1")
+    return parts

@@ -1,0 +1,73 @@
+r"""Draw a log from a simulated recommender whose every probability is known.
+
+Writes OUT/catalogue and OUT/train, OUT/validation, OUT/test. A million items need no rounds x items
+array; the logged propensities are exact.
+
+\b
+Example:
+  offtower simulate --items 100000 --rows 1000000 --out logs/simulated
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pyarrow as pa
+import typer
+
+from offtower.cli.common import AsJson, DrawnProgress, messages, print_json, verb
+from offtower.errors import DataError
+from offtower.progress import Progress
+
+_PARTS = {"train": 1.0, "validation": 0.2, "test": 0.2}
+"""Rows of each part as a share of --rows."""
+
+
+@verb
+def simulate(
+    out: Annotated[Path, typer.Option(help="New folder.")],
+    items: Annotated[int, typer.Option(min=1, help="Items in the catalogue.")] = 10_000,
+    rows: Annotated[int, typer.Option(min=5, help="Rows of the training log.")] = 100_000,
+    dim: Annotated[int, typer.Option(min=1, help="Width of context and item vectors.")] = 8,
+    beta: Annotated[float, typer.Option(help="Sharpness of the logging policy.")] = 1.0,
+    epsilon: Annotated[
+        float, typer.Option(help="Share of uniform draws in the logging policy.")
+    ] = 0.1,
+    features: Annotated[
+        Literal["vector", "all"], typer.Option(help="Only vectors, or every kind of feature.")
+    ] = "vector",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    from offtower.data import write_catalogue, write_log
+    from offtower.data.simulate import SimulatedWorld
+
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"'{out}' is not empty; choose another --out")
+    progress = DrawnProgress()
+    world = SimulatedWorld(
+        items, dim, dim, dim, seed=seed, beta=beta, epsilon=epsilon, feature_kinds=features
+    )
+    write_catalogue(out / "catalogue", world.catalogue_table(), world.catalogue_schema)
+    counts = {name: max(1, round(rows * share)) for name, share in _PARTS.items()}
+    for number, (name, count) in enumerate(counts.items(), start=1):
+        progress.start(f"drawing {name}", count)
+        drawn = world.log(count, seed=number)
+        write_log(out / name, _watched(drawn, progress), world.log_schema)
+        progress.finish()
+    facts = {"catalogue": str(out / "catalogue"), "items": items, "rows": counts}
+    if as_json:
+        print_json(facts)
+        return
+    console = messages()
+    console.print(f"{items:,} items in {out / 'catalogue'}")
+    for name, count in counts.items():
+        console.print(f"{count:,} rows in {out / name}")
+
+
+def _watched(tables: Iterator[pa.Table], progress: Progress) -> Iterator[pa.Table]:
+    for table in tables:
+        yield table
+        progress.advance(table.num_rows)

@@ -1,0 +1,40 @@
+r"""Check every row of a log, and what the log must satisfy on average.
+
+Exit code 0: no error found. 1: the log has errors. 2: it cannot be read.
+
+\b
+Example:
+  offtower validate logs/mine/log --catalogue logs/mine/catalogue
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offtower.cli.common import AsJson, escape, finite, messages, print_json, verb
+
+_COLOURS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+
+
+@verb
+def validate(
+    log: Annotated[Path, typer.Argument(help="Directory of the log.")],
+    catalogue: Annotated[Path, typer.Option(help="Directory of the catalogue.")],
+    as_json: AsJson = False,
+) -> None:
+    from offtower.data import Catalogue, ParquetLog, validate_log
+
+    report = validate_log(ParquetLog.open(log), Catalogue.open(catalogue))
+    if as_json:
+        print_json(finite(report.to_dict()))
+    else:
+        console = messages()
+        for finding in report.findings:
+            colour = _COLOURS[finding.level]
+            console.print(f"[{colour}]{finding.level:>7}[/]  {escape(finding.message)}")
+        console.print("[green]ok[/]" if report.ok else "[bold red]the log has errors[/]")
+    if not report.ok:
+        raise typer.Exit(1)

@@ -1,0 +1,246 @@
+"""The items: ids, features, and the way from an id to its number."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from offtower.atomic import replace_directory
+from offtower.data.columns import (
+    Column,
+    as_array,
+    as_float_array,
+    category_values,
+    hash_values,
+    is_category,
+    is_list,
+    is_number,
+)
+from offtower.data.manifest import parquet_files, read_manifest, write_manifest
+from offtower.data.schema import CatalogueSchema, FeatureSpec
+from offtower.errors import DataError
+
+
+class Catalogue:
+    """N items in a fixed order; item number i is row i.
+
+    Args:
+        table: one row per item.
+        schema: the id's column and the features.
+        fingerprint: of the content; computed where it is not given.
+
+    Raises:
+        DataError: a column is missing or of a wrong type, an id is null or stands twice, a feature
+            is not finite.
+    """
+
+    def __init__(
+        self, table: pa.Table, schema: CatalogueSchema, fingerprint: str | None = None
+    ) -> None:
+        _check_columns(table, schema)
+        self.schema = schema
+        self._table = table.select(list(schema.columns))
+        self.item_ids: pa.Array = category_values(table.column(schema.item_id))
+        if len(self.item_ids) == 0:
+            raise DataError("the catalogue has no items")
+        self._index = _IdIndex(self.item_ids)
+        self.fingerprint = fingerprint or _fingerprint(self._table, schema)
+
+    @classmethod
+    def open(cls, path: str | Path, schema: CatalogueSchema | None = None) -> Catalogue:
+        """A directory of Parquet files, in the order of their names.
+
+        Raises:
+            DataError: as for the class, and where the files cannot be read.
+        """
+        path = Path(path)
+        files = parquet_files(path, "catalogue")
+        if schema is None:
+            manifest = read_manifest(path)
+            if manifest is None:
+                raise DataError(
+                    f"'{path}' was not written by offtower, so the config must state "
+                    "data.catalogue_schema (item_id and features)"
+                )
+            schema = CatalogueSchema.from_dict(manifest["schema"])
+        tables = []
+        for file in files:
+            try:
+                table = pq.read_table(file, memory_map=True)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DataError(f"'{file}' is not a readable Parquet file: {error}") from error
+            missing = [name for name in schema.columns if name not in table.column_names]
+            if missing:
+                raise DataError(
+                    f"'{file}' has no column '{missing[0]}'; it has {', '.join(table.column_names)}"
+                )
+            tables.append(table.select(list(schema.columns)))
+        try:
+            joined = pa.concat_tables(tables)
+        except pa.ArrowInvalid as error:
+            raise DataError(f"the files of '{path}' differ in their columns: {error}") from error
+        return cls(joined, schema)
+
+    @classmethod
+    def from_table(cls, table: pa.Table, schema: CatalogueSchema) -> Catalogue:
+        return cls(table, schema)
+
+    @classmethod
+    def from_arrays(cls, item_id: Any, features: Mapping[str, np.ndarray]) -> Catalogue:
+        """Arrays in memory: 1-d numbers or text, 2-d vectors."""
+        columns: dict[str, Any] = {"item_id": pa.array(item_id)}
+        specs = []
+        for name, values in features.items():
+            values = np.asarray(values)
+            if values.ndim == 2:
+                flat = pa.array(values.astype(np.float32).ravel())
+                columns[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+                specs.append(FeatureSpec(name=name, kind="vector", dim=values.shape[1]))
+            else:
+                columns[name] = pa.array(values)
+                kind = "numeric" if is_number(columns[name].type) else "category"
+                specs.append(FeatureSpec(name=name, kind=kind))
+        return cls(pa.table(columns), CatalogueSchema(features=tuple(specs)))
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_ids)
+
+    def table(self, start: int, stop: int) -> pa.Table:
+        """Rows of items start..stop-1."""
+        return self._table.slice(start, stop - start)
+
+    def index_of(self, ids: Column) -> NDArray[np.int64]:
+        """(n,) item numbers of ids; -1 where the catalogue has no such item or the id is null."""
+        return self._index.find(ids)
+
+
+def write_catalogue(directory: str | Path, table: pa.Table, schema: CatalogueSchema) -> Catalogue:
+    """Check a catalogue and write it as a directory that `Catalogue.open` reads.
+
+    Raises:
+        DataError: as for `Catalogue`, or the directory exists.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise DataError(f"'{directory}' exists already")
+    catalogue = Catalogue(table, schema)
+    with replace_directory(directory) as temporary:
+        pq.write_table(catalogue.table(0, catalogue.num_items), temporary / "part-00000.parquet")
+        write_manifest(temporary, schema.to_dict(), catalogue.num_items, catalogue.fingerprint)
+    return catalogue
+
+
+class _IdIndex:
+    """Sorted 64-bit keys of all ids: 16 bytes an item, whatever the ids are."""
+
+    def __init__(self, ids: pa.Array) -> None:
+        if ids.null_count:
+            row = int(np.flatnonzero(pc.is_null(ids).to_numpy(zero_copy_only=False))[0])
+            raise DataError(f"item {row} of the catalogue has a null id")
+        self._text = pa.types.is_string(ids.type)
+        keys = self._keys(ids)
+        self._order = np.argsort(keys, kind="stable")
+        self._keys_sorted = keys[self._order]
+        equal = np.flatnonzero(self._keys_sorted[1:] == self._keys_sorted[:-1])
+        if equal.size:
+            first, second = self._order[equal[0]], self._order[equal[0] + 1]
+            if ids[int(first)] == ids[int(second)]:
+                raise DataError(
+                    f"item id {ids[int(first)].as_py()!r} stands twice in the catalogue, "
+                    f"as items {first} and {second}"
+                )
+            raise DataError(
+                f"the ids {ids[int(first)].as_py()!r} and {ids[int(second)].as_py()!r} share a "
+                "64-bit key, which happens once in billions of catalogues; rename one"
+            )
+
+    def find(self, ids: Column) -> NDArray[np.int64]:
+        array = as_array(ids)
+        n = len(array)
+        if not is_category(array.type):
+            return np.full(n, -1, dtype=np.int64)
+        encoded = pc.dictionary_encode(category_values(array))
+        distinct = encoded.dictionary
+        if pa.types.is_string(distinct.type) != self._text:
+            return np.full(n, -1, dtype=np.int64)
+        keys = self._keys(distinct)
+        place = np.minimum(np.searchsorted(self._keys_sorted, keys), len(self._order) - 1)
+        found = self._keys_sorted[place] == keys
+        of_distinct = np.where(found, self._order[place], -1)
+        index = pc.fill_null(encoded.indices, len(distinct)).to_numpy(zero_copy_only=False)
+        return np.append(of_distinct, -1)[index]
+
+    def _keys(self, ids: pa.Array) -> NDArray[Any]:
+        if self._text:
+            return hash_values(ids)
+        return ids.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _check_columns(table: pa.Table, schema: CatalogueSchema) -> None:
+    for name in schema.columns:
+        if name not in table.column_names:
+            raise DataError(
+                f"the catalogue has no column '{name}'; it has {', '.join(table.column_names)}"
+            )
+    kind = table.schema.field(schema.item_id).type
+    if not is_category(kind):
+        raise DataError(
+            f"item ids must be text or integers, but column '{schema.item_id}' is {kind}"
+        )
+    for spec in schema.features:
+        _check_feature(spec, table.column(spec.source))
+
+
+def _check_feature(spec: FeatureSpec, column: pa.ChunkedArray) -> None:
+    where = f"catalogue feature '{spec.name}' (column '{spec.source}')"
+    kind = column.type
+    if spec.kind == "numeric":
+        if not is_number(kind):
+            raise DataError(f"{where} must be a number, but is {kind}")
+        bad = np.flatnonzero(~np.isfinite(as_float_array(column)))
+    elif spec.kind == "vector":
+        if not is_list(kind) or not is_number(kind.value_type):
+            raise DataError(f"{where} must be a list of numbers, but is {kind}")
+        bad = _bad_vectors(column, spec.dim)
+    elif spec.kind == "category":
+        if not is_category(kind):
+            raise DataError(f"{where} must be text or an integer, but is {kind}")
+        return
+    else:
+        if not is_list(kind) or not is_category(kind.value_type):
+            raise DataError(f"{where} must be a list of text or integers, but is {kind}")
+        return
+    if bad.size:
+        raise DataError(
+            f"{where}: item {bad[0]} has {column[int(bad[0])].as_py()!r}, expected finite numbers"
+            + (f" (a list of {spec.dim})" if spec.kind == "vector" and spec.dim else "")
+            + (f"; {bad.size} items in all are like this" if bad.size > 1 else "")
+        )
+
+
+def _bad_vectors(column: pa.ChunkedArray, dim: int | None) -> NDArray[np.int64]:
+    from offtower.data.check import bad_vectors
+
+    return np.flatnonzero(bad_vectors(column, dim))
+
+
+def _fingerprint(table: pa.Table, schema: CatalogueSchema) -> str:
+    """sha256 of the schema and of every value, whatever the chunks."""
+    digest = hashlib.sha256(repr(schema).encode())
+    # Slices of fixed length, so that the chunks a file was read in do not matter.
+    for start in range(0, table.num_rows, 65_536):
+        part = table.slice(start, 65_536).combine_chunks()
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, part.schema.remove_metadata()) as writer:
+            writer.write_table(part.replace_schema_metadata(None))
+        digest.update(sink.getvalue())
+    return digest.hexdigest()

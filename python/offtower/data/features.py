@@ -1,0 +1,98 @@
+"""Encoded features: arrays and tensors by name, one row each. Dense ones are plain arrays; a bag is
+its values and offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BagArray:
+    """Lists of category indices: row i holds values[offsets[i]:offsets[i + 1]]."""
+
+    values: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    """(rows + 1,)."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+@dataclass(frozen=True)
+class BagTensor:
+    """A `BagArray` as tensors."""
+
+    values: Tensor
+    offsets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+FeatureArrays = dict[str, np.ndarray | BagArray]
+"""numeric float32 (n,), vector float32 (n, dim), category int64 (n,), bag BagArray."""
+
+
+def num_rows(arrays: Mapping[str, np.ndarray | BagArray]) -> int:
+    """Rows that every feature has; 0 where there is no feature."""
+    return next((len(value) for value in arrays.values()), 0)
+
+
+def nbytes(arrays: Mapping[str, np.ndarray | BagArray]) -> int:
+    """Bytes that the arrays hold."""
+    return sum(
+        value.values.nbytes + value.offsets.nbytes if isinstance(value, BagArray) else value.nbytes
+        for value in arrays.values()
+    )
+
+
+def take(arrays: Mapping[str, np.ndarray | BagArray], index: NDArray[np.int64]) -> FeatureArrays:
+    """Rows at `index`, in its order."""
+    return {
+        name: take_bag(value, index) if isinstance(value, BagArray) else value[index]
+        for name, value in arrays.items()
+    }
+
+
+def take_bag(bag: BagArray, index: NDArray[np.int64]) -> BagArray:
+    lengths = np.diff(bag.offsets)[index]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    # Position of each value: its row's start, plus its place inside the row.
+    starts = bag.offsets[:-1][index]
+    positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    return BagArray(bag.values[positions], offsets)
+
+
+def concat(parts: Sequence[FeatureArrays]) -> FeatureArrays:
+    """All rows of all parts."""
+    return {name: _concat_one([part[name] for part in parts]) for name in parts[0]}
+
+
+def _concat_one(values: Sequence[np.ndarray | BagArray]) -> np.ndarray | BagArray:
+    bags = [value for value in values if isinstance(value, BagArray)]
+    if not bags:
+        return np.concatenate([value for value in values if isinstance(value, np.ndarray)])
+    ends = np.cumsum([0] + [int(bag.offsets[-1]) for bag in bags])
+    offsets = [bag.offsets[1:] + end for bag, end in zip(bags, ends[:-1], strict=True)]
+    return BagArray(
+        np.concatenate([bag.values for bag in bags]),
+        np.concatenate([np.zeros(1, dtype=np.int64), *offsets]),
+    )
+
+
+def to_tensors(
+    arrays: Mapping[str, np.ndarray | BagArray],
+) -> dict[str, Tensor | BagTensor]:
+    """The same as tensors; dense arrays share their memory."""
+    return {
+        name: BagTensor(torch.from_numpy(value.values), torch.from_numpy(value.offsets))
+        if isinstance(value, BagArray)
+        else torch.from_numpy(value)
+        for name, value in arrays.items()
+    }

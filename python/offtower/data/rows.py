@@ -1,0 +1,123 @@
+"""Encoded rows of a log: all that training and evaluation need, as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from offtower.data.catalogue import Catalogue
+from offtower.data.columns import as_array, as_float_array, category_values, hash_values
+from offtower.data.encoding import FeatureArrays, FeatureEncoding, concat, nbytes, take
+from offtower.data.schema import LogSchema
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """n rows."""
+
+    context: FeatureArrays
+    action: NDArray[np.int64]
+    """(n,) item numbers in the catalogue."""
+    reward: NDArray[np.float32]
+    pscore: NDArray[np.float64] | None
+    row: NDArray[np.int64]
+    """(n,) number of the row in the whole log."""
+    timestamp: NDArray[np.int64] | None = None
+    behavior_policy: NDArray[np.uint64] | None = None
+    """(n,) stable hash of the policy's name."""
+    position: NDArray[np.int64] | None = None
+    round_id: NDArray[np.uint64] | None = None
+    user_id: NDArray[np.uint64] | None = None
+    """(n,) stable hash of the user's id."""
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def nbytes(self) -> int:
+        arrays = [getattr(self, f.name) for f in fields(self) if f.name != "context"]
+        return nbytes(self.context) + sum(a.nbytes for a in arrays if a is not None)
+
+    def take(self, index: NDArray[np.int64]) -> EncodedRows:
+        """Rows at `index`, in its order."""
+        columns = {
+            f.name: None if getattr(self, f.name) is None else getattr(self, f.name)[index]
+            for f in fields(self)
+            if f.name != "context"
+        }
+        return EncodedRows(context=take(self.context, index), **columns)
+
+    @classmethod
+    def concat(cls, parts: Sequence[EncodedRows]) -> EncodedRows:
+        """All rows of all parts."""
+        columns = {
+            f.name: None
+            if getattr(parts[0], f.name) is None
+            else np.concatenate([getattr(part, f.name) for part in parts])
+            for f in fields(cls)
+            if f.name != "context"
+        }
+        return cls(context=concat([part.context for part in parts]), **columns)
+
+
+def encode_rows(
+    table: pa.Table,
+    schema: LogSchema,
+    catalogue: Catalogue,
+    context_encoding: FeatureEncoding,
+    first_row: int,
+    row: NDArray[np.int64] | None = None,
+) -> EncodedRows:
+    """Checked rows -> arrays.
+
+    Args:
+        table: rows that passed the row check.
+        first_row: number of the table's first row in the whole log.
+        row: (n,) numbers of the rows, where some were taken out; else first_row, first_row + 1, ...
+    """
+    if row is None:
+        row = np.arange(first_row, first_row + table.num_rows, dtype=np.int64)
+
+    def keys(name: str | None) -> NDArray[np.uint64] | None:
+        return None if name is None else hashed(table.column(name))
+
+    position = schema.position
+    timestamp = schema.timestamp
+    return EncodedRows(
+        context=context_encoding.encode(table),
+        action=catalogue.index_of(table.column(schema.action)),
+        reward=as_float_array(table.column(schema.reward)).astype(np.float32),
+        pscore=None if schema.pscore is None else as_float_array(table.column(schema.pscore)),
+        row=row,
+        timestamp=None if timestamp is None else timestamps(table.column(timestamp)),
+        behavior_policy=keys(schema.behavior_policy),
+        position=None if position is None else integers(table.column(position)),
+        round_id=keys(schema.round_id),
+        user_id=keys(schema.user_id),
+    )
+
+
+def hashed(column: pa.ChunkedArray) -> NDArray[np.uint64]:
+    """A stable 64-bit key of each value; equal values, equal keys. Null has the key 0."""
+    encoded = pc.dictionary_encode(category_values(column))
+    of_distinct = np.append(hash_values(encoded.dictionary), np.uint64(0))
+    place = pc.fill_null(encoded.indices, len(encoded.dictionary))
+    return of_distinct[place.to_numpy(zero_copy_only=False)]
+
+
+def timestamps(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Times as int64: microseconds for timestamp columns, the number itself for numbers."""
+    array = as_array(column)
+    if pa.types.is_timestamp(array.type):
+        array = pc.cast(array, pa.timestamp("us", tz=array.type.tz), safe=False)
+        return pc.cast(array, pa.int64()).to_numpy(zero_copy_only=False)
+    return pc.cast(array, pa.int64(), safe=False).to_numpy(zero_copy_only=False)
+
+
+def integers(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    return pc.cast(as_array(column), pa.int64(), safe=False).to_numpy(zero_copy_only=False)

@@ -1,0 +1,177 @@
+"""Which columns a log and a catalogue have, and what they mean.
+
+A directory that offtower wrote carries its schema in `_offtower.json`, so a config may omit it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from offtower.errors import ConfigError
+
+FeatureKind = Literal["numeric", "vector", "category", "bag"]
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(config=_STRICT, frozen=True)
+class FeatureSpec:
+    """One feature: a column and how it becomes numbers."""
+
+    name: str
+    kind: FeatureKind
+    """numeric: a number; vector: a list of `dim` numbers; category: a string or integer;
+    bag: a list of categories."""
+    dim: int | None = Field(default=None, ge=1)
+    """Length of a vector; found from the data where it is not given."""
+    encoding: Literal["vocabulary", "hash"] = "vocabulary"
+    """Of categories and bags: the values seen in training, or a stable hash into `buckets`."""
+    buckets: int = Field(default=2**20, ge=1)
+    min_count: int = Field(default=1, ge=1)
+    """A value seen less often shares the row of unknown values."""
+    embedding_dim: int | None = Field(default=None, ge=1)
+    """Width of the learned embedding of a category or bag; the tower's default without it."""
+    column: str | None = None
+    """Column of the file where it is not `name`."""
+
+    @property
+    def source(self) -> str:
+        """The column that holds the feature."""
+        return self.column or self.name
+
+    @model_validator(mode="after")
+    def _check(self) -> FeatureSpec:
+        if self.dim is not None and self.kind != "vector":
+            raise ValueError(f"feature '{self.name}': 'dim' is for vectors, not for {self.kind}")
+        return self
+
+
+@dataclass(config=_STRICT, frozen=True)
+class LogSchema:
+    """Columns of a log; every name but the features' may be changed."""
+
+    context: tuple[FeatureSpec, ...] = ()
+    action: str = "action"
+    reward: str = "reward"
+    pscore: str | None = "pscore"
+    """Column with pi_0(a|x) in (0, 1]; None where propensities were not logged."""
+    timestamp: str | None = None
+    behavior_policy: str | None = None
+    position: str | None = None
+    round_id: str | None = None
+    user_id: str | None = None
+    reward_range: tuple[float, float] = (0.0, 1.0)
+    """Smallest and largest possible reward; rows outside are refused."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LogSchema:
+        low, high = self.reward_range
+        if not (low < high and abs(low) < float("inf") and abs(high) < float("inf")):
+            raise ValueError(f"reward_range must be two finite numbers, low < high, got {low, high}")
+        _unique_names(self.context)
+        return self
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that the schema names, each once, in a fixed order."""
+        named = [spec.source for spec in self.context]
+        named += [
+            name
+            for name in (
+                self.action,
+                self.reward,
+                self.pscore,
+                self.timestamp,
+                self.behavior_policy,
+                self.position,
+                self.round_id,
+                self.user_id,
+            )
+            if name is not None
+        ]
+        return tuple(dict.fromkeys(named))
+
+    def to_dict(self) -> dict[str, Any]:
+        content: dict[str, Any] = _LOG.dump_python(self, mode="json")
+        return content
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> LogSchema:
+        return _parse(_LOG, content, "log schema", cls)
+
+
+@dataclass(config=_STRICT, frozen=True)
+class CatalogueSchema:
+    """Columns of a catalogue."""
+
+    item_id: str = "item_id"
+    features: tuple[FeatureSpec, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> CatalogueSchema:
+        _unique_names(self.features)
+        return self
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([self.item_id, *(spec.source for spec in self.features)]))
+
+    def to_dict(self) -> dict[str, Any]:
+        content: dict[str, Any] = _CATALOGUE.dump_python(self, mode="json")
+        return content
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> CatalogueSchema:
+        return _parse(_CATALOGUE, content, "catalogue schema", cls)
+
+
+_LOG: TypeAdapter[LogSchema] = TypeAdapter(LogSchema)
+_CATALOGUE: TypeAdapter[CatalogueSchema] = TypeAdapter(CatalogueSchema)
+_SPEC: TypeAdapter[FeatureSpec] = TypeAdapter(FeatureSpec)
+
+
+def spec_to_dict(spec: FeatureSpec) -> dict[str, Any]:
+    content: dict[str, Any] = _SPEC.dump_python(spec, mode="json")
+    return content
+
+
+def spec_from_dict(content: Mapping[str, Any]) -> FeatureSpec:
+    return _parse(_SPEC, content, "feature", FeatureSpec)
+
+
+def _parse(adapter: TypeAdapter[Any], content: Mapping[str, Any], what: str, kind: type) -> Any:
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{what} must be keys and values, got {type(content).__name__}")
+    try:
+        return adapter.validate_python(dict(content))
+    except ValidationError as error:
+        raise ConfigError(
+            f"{what}: " + "; ".join(_explain(item, kind) for item in error.errors())
+        ) from None
+
+
+def _explain(item: Any, kind: type) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        inside = FeatureSpec if len(item["loc"]) > 1 else kind
+        known = [f.name for f in fields(inside)]
+        nearest = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(known)}"
+        return f"unknown key '{where}'; {hint}"
+    if item["type"] in ("missing", "missing_argument"):
+        return f"'{where}' is required"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"'{where}': {message}" if where else message
+
+
+def _unique_names(specs: tuple[FeatureSpec, ...]) -> None:
+    names = [spec.name for spec in specs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"feature '{twice[0]}' is named twice")

@@ -1,0 +1,186 @@
+"""The main job from end to end, on data that comes with the install: `offtower quickstart`.
+
+Real data: the Open Bandit Dataset sample inside the obp package (men campaign, both logging
+policies). Synthetic data: a log whose true value is known. Each is learned from by regression, IPS
+and DR, and judged on its held-out part.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from offtower.atomic import write_text
+from offtower.config import Config, parse_config
+from offtower.data import ParquetLog, validate_log, write_catalogue, write_log
+from offtower.data.convert import from_bandit_feedback
+from offtower.data.encoding import to_tensors
+from offtower.data.ingest import ingest_open_bandit, split_ingested
+from offtower.data.simulate import ObpWorld
+from offtower.errors import DataError, RunError
+from offtower.evaluation.run import LogEvaluation, evaluate_runs
+from offtower.models.policy import TwoTowerPolicy
+from offtower.prepare import PreparedData
+from offtower.progress import Progress
+from offtower.training.run import train_run
+from offtower.training.trainer import EpochHook
+
+OBJECTIVES = ("regression", "ips", "dr")
+_MARK = "quickstart.json"
+_TRUTH_CONTEXTS = 5000
+
+
+@dataclass
+class QuickstartResult:
+    """Both logs, judged."""
+
+    evaluations: list[LogEvaluation]
+    report: Path
+
+
+def run_quickstart(out: Path, progress: Progress, say: Callable[[str], None]) -> QuickstartResult:
+    """Ingest, validate, train and judge; everything goes below `out`, which is made anew."""
+    _begin(out)
+    say("Open Bandit Dataset, men campaign: reading the sample")
+    real = _open_bandit(out / "data" / "open-bandit", say)
+    evaluations = [
+        _learn_and_judge(
+            "Open Bandit Dataset, men campaign", "open_bandit", real, out, progress, say
+        )
+    ]
+    say("Synthetic log: 10 actions, true value known")
+    synthetic, world = _synthetic(out / "data" / "synthetic")
+    evaluations.append(
+        _learn_and_judge(
+            "Synthetic log, 10 actions", "synthetic", synthetic, out, progress, say, world
+        )
+    )
+    from offtower.evaluation.present import write_evaluation_report
+
+    report = write_evaluation_report(
+        out / "report.html",
+        evaluations,
+        title="offtower quickstart",
+        subtitle="offtower quickstart",
+    )
+    return QuickstartResult(evaluations, report)
+
+
+def _begin(out: Path) -> None:
+    """Empty a former quickstart's folder; refuse any other."""
+    if out.exists() and any(out.iterdir()):
+        if not (out / _MARK).exists():
+            raise RunError(f"'{out}' is not empty and no quickstart made it; choose another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / _MARK, json.dumps({"made_by": "offtower quickstart"}))
+
+
+def _open_bandit(folder: Path, say: Callable[[str], None]) -> Path:
+    summary = ingest_open_bandit("men", folder)
+    say(f"  {summary.rows:,} impressions of {summary.items} items")
+    split_ingested(summary, "time", (0.6, 0.2, 0.2), seed=0)
+    _validate(folder, say)
+    return folder
+
+
+def _validate(folder: Path, say: Callable[[str], None]) -> None:
+    from offtower.data import Catalogue
+
+    report = validate_log(ParquetLog.open(folder / "log"), Catalogue.open(folder / "catalogue"))
+    for finding in report.findings:
+        if finding.level != "info":
+            say(f"  {finding.level}: {finding.message}")
+    if not report.ok:
+        raise DataError(f"the log at '{folder}' has errors; see above")
+
+
+def _synthetic(folder: Path) -> tuple[Path, ObpWorld]:
+    world = ObpWorld(n_actions=10, dim_context=5, dim_action_context=5, beta=1.0)
+    for seed, (name, rounds) in enumerate(
+        {"train": 5000, "validation": 2500, "test": 5000}.items(), start=1
+    ):
+        log, catalogue = from_bandit_feedback(world.sample(rounds, seed))
+        table = log.read_row_group(0)
+        # The truth stays out of what learning and judging can read.
+        table = table.drop_columns([c for c in ("expected_reward", "pi_b") if c in table.column_names])
+        write_log(folder / name, [table], log.schema)
+        if name == "train":
+            write_catalogue(folder / "catalogue", catalogue.table(0, 10), catalogue.schema)
+    return folder, world
+
+
+def _learn_and_judge(
+    title: str,
+    template: str,
+    folder: Path,
+    out: Path,
+    progress: Progress,
+    say: Callable[[str], None],
+    world: ObpWorld | None = None,
+) -> LogEvaluation:
+    configs = [_config(template, objective, folder, out) for objective in OBJECTIVES]
+    for config in configs:
+        result = train_run(
+            config,
+            progress=progress,
+            hook=None if world is None else lambda data: _truth_hook(world, data),
+        )
+        say(f"  {config.objective.name}: {result.epochs} epochs, {result.steps:,} steps")
+    return evaluate_runs(
+        [config.run_directory for config in configs],
+        title=title,
+        progress=progress,
+        truth=None if world is None else _truth(world),
+    )
+
+
+def _config(template: str, objective: str, folder: Path, out: Path) -> Config:
+    text = resources.files("offtower.quickstart").joinpath(f"{template}.yaml").read_text("utf-8")
+    content: dict[str, Any] = yaml.safe_load(text)
+    content["name"] = f"{content['name']}-{objective}"
+    content["runs"] = str(out)
+    content["objective"] = {"name": objective}
+    for key, value in content["data"].items():
+        content["data"][key] = str(folder / Path(value).name)
+    return parse_config(content, source=f"{template}.yaml")
+
+
+
+
+def _truth(world: ObpWorld) -> Callable[[TwoTowerPolicy, Any], dict[str, float]]:
+    """The true value of the softmax and of the greedy policy, on contexts of their own."""
+    feedback = world.sample(_TRUTH_CONTEXTS, seed=99)
+    expected = feedback["expected_reward"]
+    log, _ = from_bandit_feedback(feedback)
+    table = log.read_row_group(0)
+
+    def value(policy: TwoTowerPolicy, items: Any) -> dict[str, float]:
+        with torch.no_grad():
+            u = policy.embed_contexts(to_tensors(policy.context_encoding.encode(table)))
+            embedded = policy.embed_items(items)
+            logits = (u @ embedded.embedding.T / policy.temperature).double()
+            if embedded.bias is not None:
+                logits = logits + embedded.bias
+            pi = torch.softmax(logits, dim=1).numpy()
+        greedy = expected[np.arange(len(expected)), pi.argmax(1)]
+        return {
+            "true_value": float((pi * expected).sum(1).mean()),
+            "true_value_greedy": float(greedy.mean()),
+        }
+
+    return value
+
+
+def _truth_hook(world: ObpWorld, data: PreparedData) -> EpochHook:
+    value = _truth(world)
+    return lambda policy, epoch: value(policy, data.items)
