@@ -26,7 +26,9 @@ _MOST_COLUMNS = 100_000
 
 
 def from_bandit_feedback(
-    feedback: Mapping[str, Any], context_name: str = "context"
+    feedback: Mapping[str, Any],
+    context_name: str = "context",
+    reward_range: tuple[float, float] | None = None,
 ) -> tuple[TableLog, Catalogue]:
     """OBP's dict -> an in-memory log and a catalogue with the actions 0 .. n_actions - 1.
 
@@ -35,6 +37,8 @@ def from_bandit_feedback(
             `action_context` (n_actions, k), and where present `position` (n,), `expected_reward`
             (n, n_actions), `pi_b` (n, n_actions[, 1]).
         context_name: name of the log's one vector feature.
+        reward_range: smallest and largest possible reward. Where it is not given: (0, 1), widened
+            to the rewards that are there.
 
     Raises:
         DataError: a key is missing or an array has another shape. Values are not checked here; the
@@ -50,10 +54,15 @@ def from_bandit_feedback(
     action = _vector(feedback, "action", n_rounds)
     if action.dtype.kind not in "iu":
         raise DataError(f"'action' must hold integers, but holds {action.dtype}")
+    reward = _vector(feedback, "reward", n_rounds).astype(np.float64)
+    if reward_range is None:
+        finite = reward[np.isfinite(reward)]
+        low, high = float(finite.min(initial=0.0)), float(finite.max(initial=1.0))
+        reward_range = (low, high)
     columns = {
         context_name: vector_array(context),
         "action": pa.array(action.astype(np.int64)),
-        "reward": pa.array(_vector(feedback, "reward", n_rounds).astype(np.float64)),
+        "reward": pa.array(reward),
     }
     optional: dict[str, str] = {}
     for key, kind in (("pscore", np.float64), ("position", np.int64)):
@@ -74,6 +83,7 @@ def from_bandit_feedback(
         context=(FeatureSpec(name=context_name, kind="vector", dim=context.shape[1]),),
         pscore=optional.get("pscore"),
         position=optional.get("position"),
+        reward_range=reward_range,
     )
     items = pa.table(
         {
@@ -97,17 +107,19 @@ def to_bandit_feedback(log: Log, catalogue: Catalogue) -> BanditFeedback:
     Returns:
         n_rounds, n_actions, context (n, d) float64, action_context (n_actions, k) float64, action
         (n,) index into the catalogue, position (n,) or None, reward (n,), pscore (n,) or None, and
-        `expected_reward` (n, n_actions) and `pi_b` (n, n_actions, 1) where the log holds them.
+        `expected_reward` (n, n_actions) and `pi_b` (n, n_actions, 1) where a log in memory
+        holds them.
 
     Raises:
         DataError: an action is not in the catalogue, a number is missing, or the categories would
             make too many columns.
     """
     schema = log.schema
-    groups = [log.read_row_group(group) for group in range(len(log.row_group_sizes))]
-    if not groups:
-        raise DataError("the log has no rows")
-    table = pa.concat_tables(groups)
+    columns = list(schema.columns)
+    if isinstance(log, TableLog):
+        columns += [key for key in _TRUTH if key in log.table.column_names]
+    groups = range(len(log.row_group_sizes))
+    table = pa.concat_tables([log.read_row_group(group, columns) for group in groups])
     items = catalogue.table(0, catalogue.num_items)
     action = catalogue.index_of(table.column(schema.action))
     if (action < 0).any():
@@ -139,7 +151,7 @@ def _design(table: pa.Table, specs: Sequence[FeatureSpec], place: str) -> NDArra
 
 
 def _feature_columns(table: pa.Table, spec: FeatureSpec, place: str) -> NDArray[np.float64]:
-    name = spec.column or spec.name
+    name = spec.source
     if spec.kind == "numeric":
         return _numbers(table, name).astype(np.float64)[:, None]
     column = _combined(table, name)

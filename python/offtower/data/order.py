@@ -1,9 +1,9 @@
 """The seeded global order of a log's rows: independent of the number of workers, and resumable.
 
 An epoch visits every row once. Row groups are shuffled and gathered into windows that fit in
-memory, the rows of a window are permuted, and the permuted rows are cut into batches. Everything is a
-function of (seed, epoch, window), so a worker that joins late, or another number of workers, finds
-the same batches: each worker takes its slice of every batch (`rank_slice`).
+memory, the rows of a window are permuted, and the permuted rows are cut into batches. Everything is
+a function of (seed, epoch, window), so a worker that joins late, or another number of workers,
+finds the same batches: each worker takes its slice of every batch (`rank_slice`).
 
 Random numbers are raw Philox output (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
 SC 2011) sorted into a permutation: numpy promises that raw output never changes, which it does not
@@ -19,6 +19,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from offtower.data.columns import splitmix64
 from offtower.errors import ConfigError, DataError
 
 _ROW_GROUPS, _ROWS, _BATCHES = 1, 2, 3
@@ -222,15 +223,8 @@ def keyed_hash(key: ArrayLike, seed: int) -> NDArray[np.uint64]:
     values = np.atleast_1d(np.asarray(key))
     if values.dtype.kind not in "iu":
         raise DataError(f"keys must be integers, but are {values.dtype}")
-    secret = _splitmix64(np.array([seed % 2**64], dtype=np.uint64))
-    return _splitmix64(values.astype(np.uint64, copy=False) ^ secret)
-
-
-def _splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    mixed = values + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap modulo 2**64
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    secret = splitmix64(np.array([seed % 2**64], dtype=np.uint64))
+    return splitmix64(values.astype(np.uint64, copy=False) ^ secret)
 
 
 def _permutation(n: int, seed: int, *purpose: int) -> NDArray[np.int64]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -13,10 +12,12 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from offtower.data.log import Log, ParquetLog, write_log
 from offtower.data.order import keyed_hash
+from offtower.data.rows import hashed
 from offtower.errors import DataError
 
 SplitBy = Literal["time", "user", "round", "row"]
@@ -43,8 +44,8 @@ def split_log(
         log: the log, or the directory of one.
         out: folder of the parts; it may exist, the parts may not.
         by: "time" cuts at quantiles of the timestamp, so that later rows are tested (rows of one
-            timestamp stay together); "user" and "round" keep a user's or a round's rows together, by a
-            keyed hash; "row" draws each row by itself.
+            timestamp stay together); "user" and "round" keep a user's or a round's rows together,
+            by a keyed hash; "row" draws each row by itself.
         fractions: share of each part, adding up to 1.
         names: name of each part.
         seed: key of the hash; another seed draws another split.
@@ -102,15 +103,30 @@ def _check_parts(fractions: Sequence[float], names: Sequence[str]) -> None:
             )
 
 
-def _tables(log: Log, columns: list[str] | None = None) -> Iterator[tuple[pa.Table, int]]:
-    first_row = 0
-    for group, size in enumerate(log.row_group_sizes.tolist()):
+def _tables(log: Log, columns: Sequence[str]) -> Iterator[tuple[pa.Table, int]]:
+    for group, first_row in enumerate(log.first_rows.tolist()):
         yield log.read_row_group(group, columns), first_row
-        first_row += size
+
+
+def _all_columns(log: Log) -> list[str]:
+    """The schema's columns, and those beside them that every file has with one type."""
+    if not isinstance(log, ParquetLog):
+        return log.read_row_group(0).column_names
+    groups = range(len(log.row_group_sizes))
+    schemas = [pq.read_schema(file) for file in sorted({log.location(i)[0] for i in groups})]
+    return [
+        field.name
+        for field in schemas[0]
+        if field.name in log.schema.columns
+        or (
+            all(other.names.count(field.name) == 1 for other in schemas)
+            and len({other.field(field.name).type for other in schemas}) == 1
+        )
+    ]
 
 
 def _rows_of(log: Log, assign: Assign, part: int) -> Iterator[pa.Table]:
-    for table, first_row in _tables(log):
+    for table, first_row in _tables(log, _all_columns(log)):
         yield table.filter(pa.array(assign(table, first_row) == part))
 
 
@@ -156,23 +172,11 @@ def _assignment(log: Log, by: str, shares: NDArray[np.float64], seed: int) -> As
     return by_key
 
 
-def _keys(table: pa.Table, column: str) -> NDArray[np.integer]:
-    """An integer per row: the key itself, or 64 bits of a string's hash."""
+def _keys(table: pa.Table, column: str) -> NDArray[np.uint64]:
     values = table.column(column)
     if values.null_count:
         raise DataError(f"column '{column}' has nulls; a split by it needs every row's value")
-    if pa.types.is_integer(values.type):
-        keys: NDArray[np.integer] = values.to_numpy()
-        return keys
-    encoded = values.cast(pa.string()).combine_chunks().dictionary_encode()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.combine_chunks()
-    digests = [
-        hashlib.blake2b(text.encode(), digest_size=8).digest()
-        for text in encoded.dictionary.to_pylist()
-    ]
-    of_value = np.frombuffer(b"".join(digests), dtype="<i8")
-    return of_value[encoded.indices.to_numpy()]
+    return hashed(values)
 
 
 def _quantiles(log: Log, column: str, shares: NDArray[np.float64]) -> NDArray[np.uint64]:

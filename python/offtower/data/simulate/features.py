@@ -152,7 +152,7 @@ class Side:
         return index.to_numpy().astype(np.int64)
 
 
-def vector_array(values: NDArray[np.float32]) -> pa.FixedSizeListArray:
+def vector_array(values: NDArray[np.floating]) -> pa.FixedSizeListArray:
     """(n, dim) matrix -> Arrow column of fixed-size lists."""
     flat = pa.array(np.ascontiguousarray(values).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])

@@ -1,0 +1,399 @@
+"""Batches of encoded rows from a log, read ahead by one thread, in an order that can be resumed."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from offtower.data.catalogue import Catalogue
+from offtower.data.check import RowChecker
+from offtower.data.encoding import FeatureEncoding, concat
+from offtower.data.log import Log
+from offtower.data.order import Batch, Cursor, EpochOrder, fold_of, rank_slice
+from offtower.data.rows import EncodedRows, encode_rows
+from offtower.errors import ConfigError
+
+__all__ = ["BatchReader", "Cursor", "Step", "row_folds", "scan"]
+
+Loaded = TypeVar("Loaded")
+OnBadRows = Literal["error", "quarantine"]
+FoldOf = Callable[[EncodedRows], NDArray[np.int8]]
+
+_WINDOWS_IN_FLIGHT = 2
+"""The window that is being consumed, and the next one."""
+
+_SCAN_WINDOW_ROWS = 131_072
+
+
+class _Step(NamedTuple):
+    cursor: Cursor
+    rows: EncodedRows
+    fold: int
+
+
+class Step(_Step):
+    """One step of an epoch: (cursor, rows, fold).
+
+    Attributes:
+        cursor: the place after this batch.
+        rows: this worker's rows of the batch.
+        fold: fold of all rows of the batch; 0 without folds.
+        batch_rows: rows of the batch over all workers.
+    """
+
+    batch_rows: int
+
+    def __new__(cls, cursor: Cursor, rows: EncodedRows, fold: int, batch_rows: int) -> Step:
+        step = super().__new__(cls, cursor, rows, fold)
+        step.batch_rows = batch_rows
+        return step
+
+
+@dataclass
+class _Window:
+    rows: EncodedRows
+    batches: list[Batch]
+
+
+class BatchReader:
+    """Reads epochs of a log in the order of an `EpochOrder`.
+
+    A thread reads, checks and encodes the next window while the current one is consumed; no more
+    than two windows are in memory. Arrow tables are dropped row group by row group, and batches are
+    taken from the encoded window by index. A log of one window is encoded once and kept.
+
+    Every worker reads every window and takes its part of each batch, so that what is read does not
+    depend on the number of workers.
+
+    Args:
+        log: the log.
+        catalogue: items that the log may show.
+        context_encoding: fitted encoding of the context features.
+        order: the order; made from the log's row group sizes.
+        prefetch: False reads in the calling thread.
+        on_bad_rows: "error" raises BadRowsError at the first row group with a bad row;
+            "quarantine" takes bad rows out and writes them to the folder `quarantine`.
+        quarantine: folder for bad rows; needed with on_bad_rows="quarantine".
+        fold: folds of encoded rows, (n,) int8; by default `row_folds` with the order's seed.
+        cache_bytes: largest size of a one-window log that is kept.
+
+    Raises:
+        ConfigError: an argument does not fit the others.
+
+    Use it as a context manager, or call `close`, to end the thread of an epoch that was left early;
+    a generator that is dropped does so too.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        catalogue: Catalogue,
+        context_encoding: FeatureEncoding,
+        order: EpochOrder,
+        prefetch: bool = True,
+        on_bad_rows: OnBadRows = "error",
+        *,
+        quarantine: Path | None = None,
+        fold: FoldOf | None = None,
+        cache_bytes: int = 2**29,
+    ) -> None:
+        if not np.array_equal(order.row_group_sizes, log.row_group_sizes):
+            raise ConfigError("the order was made for another log: its row group sizes differ")
+        self.order = order
+        self.prefetch = prefetch
+        self.seconds_waiting = 0.0
+        """Seconds that the consumer has waited for windows, over all epochs."""
+        self._loader = _Loader(log, catalogue, context_encoding, on_bad_rows, quarantine)
+        self._fold = fold
+        self._cache_bytes = cache_bytes
+        self._kept: EncodedRows | None = None
+        self._running: weakref.WeakSet[Generator[Step, None, None]] = weakref.WeakSet()
+
+    @property
+    def bad_rows(self) -> int:
+        """Rows taken out so far, each counted once."""
+        return self._loader.bad_rows
+
+    def epoch(
+        self, epoch: int, start: Cursor | None = None, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Step]:
+        """Batches of one epoch, from `start` on.
+
+        Args:
+            epoch: number of the epoch.
+            start: a cursor that an earlier `Step` of this epoch gave; the same batches follow.
+            rank: number of this worker.
+            world_size: number of workers. Every worker gets the same number of steps; a batch with
+                fewer rows than workers gives some of them no rows.
+
+        Returns:
+            Steps; each unpacks into (cursor after the batch, this worker's rows, fold).
+
+        Raises:
+            ConfigError: `start` is of another epoch, or rank is not in [0, world_size).
+            BadRowsError: while iterating, with on_bad_rows="error".
+        """
+        start = start or Cursor(epoch, 0, 0)
+        if start.epoch != epoch:
+            raise ConfigError(f"a cursor of epoch {start.epoch} cannot start epoch {epoch}")
+        rank_slice(0, rank, world_size)
+        steps = self._epoch(start, rank, world_size)
+        self._running.add(steps)
+        return steps
+
+    def close(self) -> None:
+        """End the threads of epochs that were left before their end."""
+        for steps in list(self._running):
+            steps.close()
+
+    def __enter__(self) -> BatchReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _epoch(self, start: Cursor, rank: int, world_size: int) -> Generator[Step, None, None]:
+        epoch, first = start.epoch, start.batch
+        with closing(self._windows(epoch, start.window)) as windows:
+            for number in range(start.window, len(self.order.windows(epoch))):
+                began = time.monotonic()
+                window = next(windows)
+                self.seconds_waiting += time.monotonic() - began
+                last = len(window.batches)
+                for turn in range(first, last):
+                    batch = window.batches[turn]
+                    part = batch.index[rank_slice(batch.index.size, rank, world_size)]
+                    cursor = (
+                        Cursor(epoch, number, turn + 1)
+                        if turn + 1 < last
+                        else Cursor(epoch, number + 1, 0)
+                    )
+                    yield Step(cursor, window.rows.take(part), batch.fold, batch.index.size)
+                first = 0
+                # The thread reads on when this window is given back: nothing here may hold it.
+                del window
+
+    def _windows(self, epoch: int, first: int) -> Generator[_Window, None, None]:
+        windows = self.order.windows(epoch)
+        numbers = range(first, len(windows))
+        if len(windows) == 1 and self._kept is not None:
+            for number in numbers:
+                yield self._window(epoch, number, self._kept)
+            return
+
+        def load(number: int, stop: threading.Event) -> _Window | None:
+            rows = self._loader.load(windows[number], stop)
+            if rows is None:
+                return None
+            if len(windows) == 1 and rows.nbytes <= self._cache_bytes:
+                self._kept = rows
+            return self._window(epoch, number, rows)
+
+        if not self.prefetch or len(numbers) < 2:
+            for number in numbers:
+                window = load(number, threading.Event())
+                assert window is not None
+                yield window
+                del window
+            return
+        with _Ahead(numbers, load) as ahead:
+            yield from ahead
+
+    def _window(self, epoch: int, number: int, rows: EncodedRows) -> _Window:
+        folds = None
+        if self.order.num_folds > 1:
+            of = self._fold or (lambda r: row_folds(r, self.order.num_folds, self.order.seed))
+            folds = of(rows)
+        return _Window(rows, self.order.batches(epoch, number, len(rows), folds))
+
+
+def row_folds(rows: EncodedRows, num_folds: int, seed: int) -> NDArray[np.int8]:
+    """(n,) fold of each row: by user where the log knows users, else by global row number."""
+    return fold_of(rows.row if rows.user_id is None else rows.user_id, num_folds, seed)
+
+
+def scan(
+    log: Log,
+    catalogue: Catalogue,
+    context_encoding: FeatureEncoding,
+    batch_rows: int,
+    *,
+    on_bad_rows: OnBadRows = "error",
+    quarantine: Path | None = None,
+    prefetch: bool = True,
+) -> Iterator[EncodedRows]:
+    """All rows of a log in the order of the file, `batch_rows` at a time; the rest comes last.
+
+    Raises:
+        ConfigError: `batch_rows` is less than 1, or `quarantine` is missing.
+        BadRowsError: while iterating, with on_bad_rows="error".
+    """
+    loader = _Loader(log, catalogue, context_encoding, on_bad_rows, quarantine)
+    order = EpochOrder(
+        log.row_group_sizes, batch_rows, 0, shuffle=False, window_rows=_SCAN_WINDOW_ROWS
+    )
+    return _scan(loader, order, prefetch)
+
+
+def _scan(loader: _Loader, order: EpochOrder, prefetch: bool) -> Iterator[EncodedRows]:
+    windows, batch_rows = order.windows(0), order.batch_size
+    numbers = range(len(windows))
+    rest: EncodedRows | None = None
+    with ExitStack() as stack:
+        loaded: Iterator[EncodedRows | None]
+        if prefetch and len(windows) > 1:
+            ahead = _Ahead(numbers, lambda number, stop: loader.load(windows[number], stop))
+            loaded = iter(stack.enter_context(ahead))
+        else:
+            loaded = (loader.load(groups, threading.Event()) for groups in windows)
+        for rows in loaded:
+            assert rows is not None
+            if rest is not None:
+                rows = _joined([rest, rows])
+            whole = len(rows) - len(rows) % batch_rows
+            for start in range(0, whole, batch_rows):
+                yield rows.take(np.arange(start, start + batch_rows))
+            rest = rows.take(np.arange(whole, len(rows))) if whole < len(rows) else None
+            del rows
+    if rest is not None:
+        yield rest
+
+
+class _Loader:
+    """Reads, checks and encodes row groups."""
+
+    def __init__(
+        self,
+        log: Log,
+        catalogue: Catalogue,
+        context_encoding: FeatureEncoding,
+        on_bad_rows: OnBadRows,
+        quarantine: Path | None,
+    ) -> None:
+        if on_bad_rows not in ("error", "quarantine"):
+            raise ConfigError(f"on_bad_rows must be error or quarantine, but is '{on_bad_rows}'")
+        if on_bad_rows == "quarantine" and quarantine is None:
+            raise ConfigError("on_bad_rows='quarantine' needs a folder `quarantine` for the rows")
+        self._log = log
+        self._catalogue = catalogue
+        self._encoding = context_encoding
+        self._first_rows = log.first_rows
+        self._checker = RowChecker(
+            log.schema, catalogue, quarantine=quarantine if on_bad_rows == "quarantine" else None
+        )
+
+    @property
+    def bad_rows(self) -> int:
+        return self._checker.bad_rows
+
+    def load(self, groups: Sequence[int], stop: threading.Event) -> EncodedRows | None:
+        """The rows of some row groups; None where `stop` was set meanwhile."""
+        parts = []
+        for group in groups:
+            if stop.is_set():
+                return None
+            parts.append(self._encoded(group))
+        rows = _joined(parts)
+        # Arrow keeps what its tables held for the next ones; a window's worth is too much to keep.
+        pa.default_memory_pool().release_unused()
+        return rows
+
+    def _encoded(self, group: int) -> EncodedRows:
+        schema = self._log.schema
+        first_row = int(self._first_rows[group])
+        table = self._log.read_row_group(group, schema.columns)
+        good = self._checker.good_rows(table, self._log.location(group), first_row)
+        row = None
+        if not good.all():
+            row = first_row + np.flatnonzero(good)
+            table = table.filter(pa.array(good))
+        return encode_rows(table, schema, self._catalogue, self._encoding, first_row, row)
+
+
+def _joined(parts: list[EncodedRows]) -> EncodedRows:
+    """`EncodedRows.concat`, freeing the parts column by column: `parts` is empty afterwards."""
+    if len(parts) == 1:
+        return parts.pop()
+    columns: list[dict[str, Any]] = [{f.name: getattr(p, f.name) for f in fields(p)} for p in parts]
+    parts.clear()
+    joined: dict[str, Any] = {}
+    contexts = [column.pop("context") for column in columns]
+    joined["context"] = {
+        name: concat([{name: context.pop(name)} for context in contexts])[name]
+        for name in list(contexts[0])
+    }
+    for name in list(columns[0]):
+        values = [column.pop(name) for column in columns]
+        joined[name] = None if values[0] is None else np.concatenate(values)
+    return EncodedRows(**joined)
+
+
+class _Ahead(Generic[Loaded]):
+    """Loads windows in a thread, never holding more than two that were not given back.
+
+    Iterating asks for the next window, and by that gives the last one back.
+    """
+
+    def __init__(
+        self,
+        numbers: Sequence[int],
+        load: Callable[[int, threading.Event], Loaded | None],
+    ) -> None:
+        self._numbers = numbers
+        self._load = load
+        self._stop = threading.Event()
+        self._permits = threading.Semaphore(_WINDOWS_IN_FLIGHT)
+        self._loaded: SimpleQueue[Loaded | BaseException] = SimpleQueue()
+        # A daemon: an interpreter that exits in the middle of an epoch does not wait for it.
+        self._thread = threading.Thread(target=self._run, name="offtower-reader", daemon=True)
+
+    def __enter__(self) -> _Ahead[Loaded]:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._permits.release()
+        # The garbage collector may run this in the thread itself.
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __iter__(self) -> Iterator[Loaded]:
+        for _ in self._numbers:
+            yield self._next()
+            self._permits.release()
+
+    def _next(self) -> Loaded:
+        loaded = self._loaded.get()
+        if isinstance(loaded, BaseException):
+            raise loaded
+        return loaded
+
+    def _run(self) -> None:
+        try:
+            for number in self._numbers:
+                self._permits.acquire()
+                window = None if self._stop.is_set() else self._load(number, self._stop)
+                if window is None:
+                    return
+                self._loaded.put(window)
+                del window
+        except BaseException as error:
+            self._loaded.put(error)
