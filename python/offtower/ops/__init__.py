@@ -1,0 +1,26 @@
+"""The fused operators: softmax terms over the whole catalogue without a (rounds, items) array."""
+
+from offtower.ops.backends import available_backends, backend_status
+from offtower.ops.policy import (
+    PartialTerms,
+    merge_partials,
+    partial_terms,
+    policy_terms,
+    sample_softmax,
+    top_k,
+)
+from offtower.ops.types import DenseReward, FactoredReward, PolicyTerms
+
+__all__ = [
+    "DenseReward",
+    "FactoredReward",
+    "PartialTerms",
+    "PolicyTerms",
+    "available_backends",
+    "backend_status",
+    "merge_partials",
+    "partial_terms",
+    "policy_terms",
+    "sample_softmax",
+    "top_k",
+]

@@ -1,0 +1,203 @@
+"""Registration with torch: custom ops, fake kernels, autograd and autocast, in one visible place.
+
+The schema holds a reward model as its parts, since an operator's arguments are tensors and numbers.
+"""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from offtower.ops import backends
+from offtower.ops.reference import Cotangents, Inputs, backward, running_sums
+
+# Real annotations (no string ones): torch infers the schema from them.
+_ARGUMENTS = 10
+
+
+def _absent(like: Tensor, present: bool, rows: int) -> Tensor:
+    return like.new_empty(rows if present else 0)
+
+
+@torch.library.custom_op("offtower::policy_terms", mutates_args=())
+def policy_terms_op(
+    u: Tensor,
+    v: Tensor,
+    action: Tensor,
+    temperature: float,
+    bias: Optional[Tensor],
+    dense: Optional[Tensor],
+    e: Optional[Tensor],
+    t: Optional[Tensor],
+    c: Optional[Tensor],
+    sigmoid: bool,
+    entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> log_prob, log_normalizer, expected_reward, action_reward, entropy; absent ones empty."""
+    x = Inputs(u, v, action, temperature, bias, dense, e, t, c, sigmoid)
+    if backends.serves(backend, x, entropy):
+        return backends.forward(x)
+    sums = running_sums(x, entropy)
+    nothing = sums.total.new_empty(0)
+    log_normalizer = sums.log_normalizer
+    expected, spread = sums.expected_reward, sums.entropy
+    return (
+        x.action_logit() - log_normalizer,
+        log_normalizer,
+        nothing if expected is None else expected,
+        x.action_reward() if x.has_reward else nothing.clone(),
+        nothing.clone() if spread is None else spread,
+    )
+
+
+@policy_terms_op.register_fake
+def _(
+    u: Tensor,
+    v: Tensor,
+    action: Tensor,
+    temperature: float,
+    bias: Optional[Tensor],
+    dense: Optional[Tensor],
+    e: Optional[Tensor],
+    t: Optional[Tensor],
+    c: Optional[Tensor],
+    sigmoid: bool,
+    entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    rows = u.shape[0]
+    has_reward = dense is not None or e is not None
+    return (
+        u.new_empty(rows, dtype=dtype),
+        u.new_empty(rows, dtype=dtype),
+        u.new_empty(rows if has_reward else 0, dtype=dtype),
+        u.new_empty(rows if has_reward else 0, dtype=dtype),
+        u.new_empty(rows if entropy else 0, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("offtower::policy_terms_backward", mutates_args=())
+def policy_terms_backward_op(
+    u: Tensor,
+    v: Tensor,
+    action: Tensor,
+    temperature: float,
+    bias: Optional[Tensor],
+    dense: Optional[Tensor],
+    e: Optional[Tensor],
+    t: Optional[Tensor],
+    c: Optional[Tensor],
+    sigmoid: bool,
+    log_normalizer: Tensor,
+    expected_reward: Tensor,
+    entropy: Tensor,
+    g_log_prob: Optional[Tensor],
+    g_log_normalizer: Optional[Tensor],
+    g_expected_reward: Optional[Tensor],
+    g_entropy: Optional[Tensor],
+    need_u: bool,
+    need_v: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> du, dv, dbias; those not needed are empty."""
+    x = Inputs(u, v, action, temperature, bias, dense, e, t, c, sigmoid)
+    du, dv, db = backward(
+        x,
+        log_normalizer,
+        expected_reward,
+        entropy,
+        Cotangents(g_log_prob, g_log_normalizer, g_expected_reward, g_entropy),
+        (need_u, need_v, need_b),
+    )
+    return (
+        u.new_empty(0) if du is None else du,
+        v.new_empty(0) if dv is None else dv,
+        u.new_empty(0) if db is None else db,
+    )
+
+
+@policy_terms_backward_op.register_fake
+def _(
+    u: Tensor,
+    v: Tensor,
+    action: Tensor,
+    temperature: float,
+    bias: Optional[Tensor],
+    dense: Optional[Tensor],
+    e: Optional[Tensor],
+    t: Optional[Tensor],
+    c: Optional[Tensor],
+    sigmoid: bool,
+    log_normalizer: Tensor,
+    expected_reward: Tensor,
+    entropy: Tensor,
+    g_log_prob: Optional[Tensor],
+    g_log_normalizer: Optional[Tensor],
+    g_expected_reward: Optional[Tensor],
+    g_entropy: Optional[Tensor],
+    need_u: bool,
+    need_v: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(u, memory_format=torch.contiguous_format) if need_u else u.new_empty(0),
+        torch.empty_like(v, memory_format=torch.contiguous_format) if need_v else v.new_empty(0),
+        u.new_empty(v.shape[0]) if need_b else u.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    u, v, action, temperature, bias, dense, e, t, c, sigmoid, _entropy, _backend = inputs
+    _, log_normalizer, expected, _, spread = output
+    ctx.temperature, ctx.sigmoid = temperature, sigmoid
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(u, v, action, bias, dense, e, t, c, log_normalizer, expected, spread)
+
+
+def _backward(ctx: Any, *gradients: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+    g_log_prob, g_log_normalizer, g_expected, _g_action_reward, g_entropy = gradients
+    u, v, action, bias, dense, e, t, c, log_normalizer, expected, spread = ctx.saved_tensors
+    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4])
+    nothing: tuple[Optional[Tensor], ...] = (None,) * (_ARGUMENTS + 2)
+    if expected.numel() == 0:
+        g_expected = None
+    if spread.numel() == 0:
+        g_entropy = None
+    if not any(needs) or all(
+        g is None for g in (g_log_prob, g_log_normalizer, g_expected, g_entropy)
+    ):
+        return nothing
+    du, dv, db = policy_terms_backward_op(
+        u,
+        v,
+        action,
+        ctx.temperature,
+        bias,
+        dense,
+        e,
+        t,
+        c,
+        ctx.sigmoid,
+        log_normalizer,
+        expected,
+        spread,
+        g_log_prob,
+        g_log_normalizer,
+        g_expected,
+        g_entropy,
+        *needs,
+    )
+    result = list(nothing)
+    result[0] = du if needs[0] else None
+    result[1] = dv if needs[1] else None
+    result[4] = db if needs[2] else None
+    return tuple(result)
+
+
+policy_terms_op.register_autograd(_backward, setup_context=_setup_context)
+# Under autocast the operator keeps float32: its accumulation is never below that, and rounding
+# embeddings to half precision is the caller's choice, not a context manager's.
+for _device in ("cpu", "cuda"):
+    policy_terms_op.register_autocast(_device, torch.float32)

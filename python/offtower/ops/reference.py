@@ -1,0 +1,210 @@
+"""The operators in plain torch, chunked over items: the meaning of every other backend.
+
+Logits exist for one chunk of items at a time; running (max, sum, weighted sums) per row merge the
+chunks. The backward pass computes the logits again. Accumulation is at least float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CELLS_AT_ONCE = 1 << 22
+"""Logits held at a time."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Operands of `policy_terms`, with the reward model taken apart.
+
+    u (B, d), v (N, d), action (B,), bias (N,); dense (B, N), or e (B, k), t (N, k), c (N,).
+    """
+
+    u: Tensor
+    v: Tensor
+    action: Tensor
+    temperature: float
+    bias: Tensor | None
+    dense: Tensor | None
+    e: Tensor | None
+    t: Tensor | None
+    c: Tensor | None
+    sigmoid: bool
+
+    @property
+    def has_reward(self) -> bool:
+        return self.dense is not None or self.e is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.u.dtype == torch.float64 else torch.float32
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        items = self.v.shape[0]
+        size = max(64, CELLS_AT_ONCE // max(1, self.u.shape[0]))
+        for start in range(0, items, size):
+            yield start, min(start + size, items)
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """(B, stop - start)."""
+        s = self.scaled_context() @ self.v[start:stop].to(self.dtype).T
+        return s if self.bias is None else s.add_(self.bias[start:stop].to(self.dtype))
+
+    def rewards(self, start: int, stop: int) -> Tensor:
+        """(B, stop - start)."""
+        if self.dense is not None:
+            return self.dense[:, start:stop].to(self.dtype)
+        assert self.e is not None and self.t is not None
+        q = self.e.to(self.dtype) @ self.t[start:stop].to(self.dtype).T
+        if self.c is not None:
+            q = q.add_(self.c[start:stop].to(self.dtype))
+        return q.sigmoid_() if self.sigmoid else q
+
+    def scaled_context(self) -> Tensor:
+        u = self.u.to(self.dtype)
+        return u if self.temperature == 1.0 else u / self.temperature
+
+    def action_logit(self) -> Tensor:
+        """(B,)."""
+        s = (self.scaled_context() * self.v[self.action].to(self.dtype)).sum(1)
+        return s if self.bias is None else s + self.bias[self.action].to(self.dtype)
+
+    def action_reward(self) -> Tensor:
+        """(B,)."""
+        if self.dense is not None:
+            return self.dense.gather(1, self.action[:, None])[:, 0].to(self.dtype)
+        assert self.e is not None and self.t is not None
+        q = (self.e.to(self.dtype) * self.t[self.action].to(self.dtype)).sum(1)
+        if self.c is not None:
+            q = q + self.c[self.action].to(self.dtype)
+        return q.sigmoid() if self.sigmoid else q
+
+
+@dataclass(frozen=True)
+class RunningSums:
+    """Sums over a slice of items, relative to the slice's largest logit; they merge exactly.
+
+    top: max_a s_a.  total: sum exp(s - top).  reward: sum exp(s - top) q.
+    centred: sum exp(s - top) (s - top), for the entropy without cancellation.
+    """
+
+    top: Tensor
+    total: Tensor
+    reward: Tensor | None
+    centred: Tensor | None
+
+    def merge(self, other: RunningSums) -> RunningSums:
+        top = torch.maximum(self.top, other.top)
+        mine, others = torch.exp(self.top - top), torch.exp(other.top - top)
+        reward = centred = None
+        if self.reward is not None and other.reward is not None:
+            reward = self.reward * mine + other.reward * others
+        if self.centred is not None and other.centred is not None:
+            centred = mine * (self.centred + self.total * (self.top - top)) + others * (
+                other.centred + other.total * (other.top - top)
+            )
+        return RunningSums(top, self.total * mine + other.total * others, reward, centred)
+
+    @property
+    def log_normalizer(self) -> Tensor:
+        return self.top + self.total.log()
+
+    @property
+    def expected_reward(self) -> Tensor | None:
+        return None if self.reward is None else self.reward / self.total
+
+    @property
+    def entropy(self) -> Tensor | None:
+        return None if self.centred is None else self.total.log() - self.centred / self.total
+
+
+def running_sums(x: Inputs, entropy: bool) -> RunningSums:
+    """Sums over all items of `x`."""
+    sums: RunningSums | None = None
+    for start, stop in x.chunks():
+        part = _chunk_sums(x, start, stop, entropy)
+        sums = part if sums is None else sums.merge(part)
+    assert sums is not None
+    return sums
+
+
+def _chunk_sums(x: Inputs, start: int, stop: int, entropy: bool) -> RunningSums:
+    s = x.logits(start, stop)
+    top = s.amax(1)
+    shifted = s.sub_(top[:, None])
+    p = shifted.exp()
+    return RunningSums(
+        top,
+        p.sum(1),
+        (p * x.rewards(start, stop)).sum(1) if x.has_reward else None,
+        (p * shifted).sum(1) if entropy else None,
+    )
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """Gradients of the loss in each output, (B,) or None where an output was not used."""
+
+    log_prob: Tensor | None
+    log_normalizer: Tensor | None
+    expected_reward: Tensor | None
+    entropy: Tensor | None
+
+
+def backward(
+    x: Inputs,
+    log_normalizer: Tensor,
+    expected_reward: Tensor,
+    entropy: Tensor,
+    g: Cotangents,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients in u, v and bias; only those that `needs` names are computed.
+
+    ds_ij = g_l (1[j=a] - pi_ij) + g_lse pi_ij + g_m pi_ij (q_ij - m_i) - g_h pi_ij (log pi_ij + h_i)
+    """
+    need_u, need_v, need_b = needs
+    scaled = x.scaled_context()
+    du = torch.zeros_like(scaled) if need_u else None
+    dv = torch.zeros(x.v.shape, dtype=x.dtype, device=x.v.device) if need_v else None
+    db = torch.zeros(x.v.shape[0], dtype=x.dtype, device=x.v.device) if need_b else None
+    base = torch.zeros_like(log_normalizer)
+    if g.log_prob is not None:
+        base = base - g.log_prob
+    if g.log_normalizer is not None:
+        base = base + g.log_normalizer
+    if g.expected_reward is not None:
+        base = base - g.expected_reward * expected_reward
+    if g.entropy is not None:
+        base = base - g.entropy * entropy
+    for start, stop in x.chunks():
+        log_pi = x.logits(start, stop).sub_(log_normalizer[:, None])
+        factor = base[:, None].expand_as(log_pi)
+        if g.expected_reward is not None:
+            factor = factor + g.expected_reward[:, None] * x.rewards(start, stop)
+        if g.entropy is not None:
+            factor = factor - g.entropy[:, None] * log_pi
+        ds = log_pi.exp_().mul_(factor)
+        if du is not None:
+            du.addmm_(ds, x.v[start:stop].to(x.dtype))
+        if dv is not None:
+            torch.mm(ds.T, scaled, out=dv[start:stop])
+        if db is not None:
+            torch.sum(ds, 0, out=db[start:stop])
+    if g.log_prob is not None:
+        if du is not None:
+            du.addcmul_(g.log_prob[:, None], x.v[x.action].to(x.dtype))
+        if dv is not None:
+            dv.index_add_(0, x.action, g.log_prob[:, None] * scaled)
+        if db is not None:
+            db.index_add_(0, x.action, g.log_prob)
+    if du is not None and x.temperature != 1.0:
+        du.div_(x.temperature)
+    return (
+        None if du is None else du.to(x.u.dtype),
+        None if dv is None else dv.to(x.v.dtype),
+        None if db is None or x.bias is None else db.to(x.bias.dtype),
+    )
