@@ -1,6 +1,6 @@
 """Estimator selection: which off-policy estimator to believe for this log and this policy."""
 
-from offtower.evaluation.selection.candidates import default_candidates, tune_candidates
+from offtower.evaluation.selection.candidates import default_candidates
 from offtower.evaluation.selection.log import (
     BehaviorDraws,
     BehaviorPolicies,
@@ -47,5 +47,4 @@ __all__ = [
     "pseudo_problem",
     "pseudo_weight",
     "select_estimator",
-    "tune_candidates",
 ]

@@ -7,26 +7,22 @@ from typing import Any
 
 import numpy as np
 
+from offtower.evaluation import estimators as e
 from offtower.evaluation.selection.problem import Array, Candidate, Problem
 
 Maker = Callable[[float], Any]
 
 
 def default_candidates(problem: Problem, models: Iterable[str] | None = None) -> list[Candidate]:
-    """The issue's default list: model-free estimators, and the others with each reward model.
+    """Model-free estimators, and the others with each reward model.
 
-    problem: the log's rows (`SelectionLog.problem`), on which SLOPE tunes what has a parameter.
-    models: names of reward models, all of the problem's by default. Names read "DR[trees]".
+    IPS, SNIPS, clipped, sub-Gaussian and logarithmically smoothed IPS (the last only where no reward
+    is negative); per model DM, DR, SNDR, Switch-DR, DRos, clipped and sub-Gaussian DR, named like
+    "DR[trees]".
+    problem: the log's rows (`SelectionLog.problem`), on which SLOPE chooses the parameters.
+    models: names of reward models, all of the problem's by default.
     """
-    return tune_candidates(problem, problem.models if models is None else models)
-
-
-def tune_candidates(problem: Problem, models: Iterable[str]) -> list[Candidate]:
-    """IPS, SNIPS, clipped, sub-Gaussian and logarithmically smoothed IPS; per model DM, DR, SNDR,
-    Switch-DR, DRos, clipped and sub-Gaussian DR. Parameters are chosen by SLOPE on `problem`.
-    """
-    from offtower.evaluation import estimators as e
-
+    names = list(problem.models if models is None else models)
     clip = _clip_grid(problem.weight)
     smooth = np.concatenate([[1e-4], np.geomspace(1e-3, 1.0, 7)])
     top = max(float(problem.weight.max()), 1e-12) ** 2
@@ -35,10 +31,11 @@ def tune_candidates(problem: Problem, models: Iterable[str]) -> list[Candidate]:
     free: list[tuple[str, Maker, Array]] = [
         ("ClippedIPS", lambda v: e.ClippedIPS(max_weight=v), clip),
         ("SubGaussianIPS", lambda v: e.SubGaussianIPS(lambda_=v), smooth),
-        ("LogSmoothing", lambda v: e.LogSmoothing(lambda_=v), smooth),
     ]
+    if problem.reward.min() >= 0.0:
+        free.append(("LogSmoothing", lambda v: e.LogSmoothing(lambda_=v), smooth))
     out += [_tuned(problem, name, make, grid, None) for name, make, grid in free]
-    for model in models:
+    for model in names:
         out += [
             Candidate(f"{kind.__name__}[{model}]", kind(), model) for kind in (e.DM, e.DR, e.SNDR)
         ]

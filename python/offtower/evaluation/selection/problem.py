@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from offtower.evaluation.rows import EvaluationRows
 
 from offtower.errors import OfftowerError
+from offtower.evaluation.rows import EvaluationRows
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
-
-_CONSISTENT = {"IPS", "SNIPS", "DR", "SNDR"}
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,10 @@ class Candidate:
 
     @property
     def is_consistent(self) -> bool:
-        """`consistent`, or what the estimator's class says."""
+        """`consistent`, or what the estimator says of itself."""
         if self.consistent is not None:
             return self.consistent
-        return self.family in _CONSISTENT
+        return bool(getattr(self.estimator, "consistent", False))
 
     @property
     def family(self) -> str:
