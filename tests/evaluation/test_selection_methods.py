@@ -321,3 +321,45 @@ def test_a_logged_item_without_behavior_is_refused() -> None:
         SelectionLog.from_policies(
             [0, 0], [1.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], [[0.5, 0.5], [0.5, 0.5]]
         )
+
+
+def test_heuristic_with_three_policies_uses_the_mixture_of_the_others() -> None:
+    """Rewards without noise that depend on the item only: IPS on the mixture is nearly right."""
+    rng = np.random.default_rng(0)
+    n = 9000
+    policies = np.stack([np.tile(p, (n, 1)) for p in ([0.6, 0.4], [0.3, 0.7], [0.5, 0.5])])
+    row_policy = np.arange(n) % 3
+    action = (rng.random(n) > policies[row_policy, np.arange(n), 0]).astype(int)
+    log = SelectionLog.from_policies(
+        action,
+        1.0 + action,
+        policies.mean(axis=0),
+        policies[0],
+        {"wrong": np.full((n, 2), 3.0)},
+        row_policy=row_policy,
+        policies=policies,
+    )
+    result = select_estimator(log, candidates("wrong"), method="heuristic")
+    scores = {s.name: s.mse for s in result.ranking}
+    assert abs(scores["SNIPS"]) < 1e-3 and scores["DM[wrong]"] > 1.0
+
+
+def test_negative_rewards_leave_logarithmic_smoothing_out() -> None:
+    w = World(15, n=300)
+    log = w.log(reward=w.reward - 0.5)
+    assert "LogSmoothing" not in [c.name for c in default_candidates(log.problem)]
+
+
+def test_float32_draws_are_accepted_and_bad_shapes_refused() -> None:
+    rng = np.random.default_rng(0)
+    weight, reward = rng.lognormal(size=50), rng.random(50)
+    draws = rng.lognormal(size=(50, 120)).astype(np.float32)
+    log = SelectionLog.from_draws(weight, reward, draws)
+    assert pseudo_problem(log, share=0.2).rho.shape == (50,)
+    with pytest.raises(OfftowerError, match="draw_weight"):
+        SelectionLog.from_draws(weight, reward, draws[:40])
+    with pytest.raises(OfftowerError, match="draws: shape"):
+        SelectionLog.from_draws(weight, reward, draws, {"m": (reward, reward, draws[:, :5])})
+    with pytest.raises(OfftowerError, match="draw"):
+        few = SelectionLog.from_draws(weight, reward, draws[:, :20])
+        select_estimator(few, candidates(), method="pasif")

@@ -16,9 +16,9 @@ Maker = Callable[[float], Any]
 def default_candidates(problem: Problem, models: Iterable[str] | None = None) -> list[Candidate]:
     """Model-free estimators, and the others with each reward model.
 
-    IPS, SNIPS, clipped, sub-Gaussian and logarithmically smoothed IPS (the last only where no reward
-    is negative); per model DM, DR, SNDR, Switch-DR, DRos, clipped and sub-Gaussian DR, named like
-    "DR[trees]".
+    IPS, SNIPS, clipped, sub-Gaussian and logarithmically smoothed IPS (the last only where no
+    reward is negative); per model DM, DR, SNDR, Switch-DR, DRos, clipped and sub-Gaussian DR,
+    named like "DR[trees]".
     problem: the log's rows (`SelectionLog.problem`), on which SLOPE chooses the parameters.
     models: names of reward models, all of the problem's by default.
     """

@@ -146,7 +146,7 @@ class SelectionLog:
         weight: (n,) target / behavior of the logged items; draw_weight: (n, S) the same at S items
         drawn from the behaviour policy (about 100 a row). reward_models: by name (prediction of the
         logged item (n,), expected prediction under the target (n,), predictions at the draws (n,
-        S)). Draws may be float32; they are read in chunks.
+        S)). Draws may be float32 or memory-mapped; they are read in chunks.
         """
         rewards = np.ascontiguousarray(reward, dtype=np.float64)
         n = rewards.shape[0]
