@@ -27,7 +27,12 @@ def write(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from offtower.data.log import write_log
     from offtower.data.simulate import SimulatedWorld
 
-    world = SimulatedWorld(arguments.items, dim_context=8, feature_kinds=arguments.features)
+    world = SimulatedWorld(
+        arguments.items,
+        dim_context=8,
+        feature_kinds=arguments.features,
+        logging="popularity",  # drawing from a softmax over all items would be most of the time
+    )
     began = time.perf_counter()
     write_log(path / "log", world.log(arguments.rows), world.log_schema)
     seconds = time.perf_counter() - began

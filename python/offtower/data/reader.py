@@ -9,9 +9,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields
 from pathlib import Path
-from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,17 +21,14 @@ from offtower.data.check import RowChecker
 from offtower.data.encoding import FeatureEncoding, concat
 from offtower.data.log import Log
 from offtower.data.order import Batch, Cursor, EpochOrder, fold_of, rank_slice
+from offtower.data.read_ahead import ReadAhead
 from offtower.data.rows import EncodedRows, encode_rows
 from offtower.errors import ConfigError
 
 __all__ = ["BatchReader", "Cursor", "Step", "row_folds", "scan"]
 
-Loaded = TypeVar("Loaded")
 OnBadRows = Literal["error", "quarantine"]
 FoldOf = Callable[[EncodedRows], NDArray[np.int8]]
-
-_WINDOWS_IN_FLIGHT = 2
-"""The window that is being consumed, and the next one."""
 
 _SCAN_WINDOW_ROWS = 131_072
 
@@ -213,7 +209,7 @@ class BatchReader:
                 yield window
                 del window
             return
-        with _Ahead(numbers, load) as ahead:
+        with ReadAhead(numbers, load) as ahead:
             yield from ahead
 
     def _window(self, epoch: int, number: int, rows: EncodedRows) -> _Window:
@@ -259,7 +255,7 @@ def _scan(loader: _Loader, order: EpochOrder, prefetch: bool) -> Iterator[Encode
     with ExitStack() as stack:
         loaded: Iterator[EncodedRows | None]
         if prefetch and len(windows) > 1:
-            ahead = _Ahead(numbers, lambda number, stop: loader.load(windows[number], stop))
+            ahead = ReadAhead(numbers, lambda number, stop: loader.load(windows[number], stop))
             loaded = iter(stack.enter_context(ahead))
         else:
             loaded = (loader.load(groups, threading.Event()) for groups in windows)
@@ -343,57 +339,3 @@ def _joined(parts: list[EncodedRows]) -> EncodedRows:
         values = [column.pop(name) for column in columns]
         joined[name] = None if values[0] is None else np.concatenate(values)
     return EncodedRows(**joined)
-
-
-class _Ahead(Generic[Loaded]):
-    """Loads windows in a thread, never holding more than two that were not given back.
-
-    Iterating asks for the next window, and by that gives the last one back.
-    """
-
-    def __init__(
-        self,
-        numbers: Sequence[int],
-        load: Callable[[int, threading.Event], Loaded | None],
-    ) -> None:
-        self._numbers = numbers
-        self._load = load
-        self._stop = threading.Event()
-        self._permits = threading.Semaphore(_WINDOWS_IN_FLIGHT)
-        self._loaded: SimpleQueue[Loaded | BaseException] = SimpleQueue()
-        # A daemon: an interpreter that exits in the middle of an epoch does not wait for it.
-        self._thread = threading.Thread(target=self._run, name="offtower-reader", daemon=True)
-
-    def __enter__(self) -> _Ahead[Loaded]:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._permits.release()
-        # The garbage collector may run this in the thread itself.
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-
-    def __iter__(self) -> Iterator[Loaded]:
-        for _ in self._numbers:
-            yield self._next()
-            self._permits.release()
-
-    def _next(self) -> Loaded:
-        loaded = self._loaded.get()
-        if isinstance(loaded, BaseException):
-            raise loaded
-        return loaded
-
-    def _run(self) -> None:
-        try:
-            for number in self._numbers:
-                self._permits.acquire()
-                window = None if self._stop.is_set() else self._load(number, self._stop)
-                if window is None:
-                    return
-                self._loaded.put(window)
-                del window
-        except BaseException as error:
-            self._loaded.put(error)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from offtower.data.simulate.logging_policy import LoggingPolicy
 from offtower.data.simulate.obp_world import ObpWorld, obp_synthetic, true_value
 from offtower.data.simulate.world import FixedItemValue, PolicyValue, SimulatedWorld
 
 __all__ = [
     "FixedItemValue",
+    "LoggingPolicy",
     "ObpWorld",
     "PolicyValue",
     "SimulatedWorld",

@@ -24,6 +24,7 @@ from offtower import ops
 from offtower.data.catalogue import Catalogue
 from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.data.simulate.features import CONTEXT_NAMES, ITEM_NAMES, FeatureKinds, Side
+from offtower.data.simulate.logging_policy import LoggingKind, LoggingPolicy
 from offtower.errors import ConfigError
 
 _PARAMETERS, _ITEMS, _LOG, _CONTEXTS = 1, 2, 3, 4
@@ -64,6 +65,8 @@ class SimulatedWorld:
         latent_dim: rank of the interaction between contexts and items.
         seed: of the world; logs and contexts are drawn from it with seeds of their own.
         reward: "binary" draws Bernoulli(q); "continuous" draws Beta(4q, 4(1-q)), mean q.
+        logging: "contextual" is the pi_0 above; "popularity" leaves the context out of it, which
+            makes logs of many rows over many items cheap (see `LoggingPolicy`).
         beta: sharpness of the logging policy; negative values prefer bad items.
         epsilon: share of uniform draws in the logging policy, in [0, 1].
         scale: standard deviation of the interaction in z.
@@ -86,6 +89,7 @@ class SimulatedWorld:
         seed: int = 0,
         *,
         reward: Literal["binary", "continuous"] = "binary",
+        logging: LoggingKind = "contextual",
         beta: float = 1.0,
         epsilon: float = 0.1,
         scale: float = 1.5,
@@ -114,8 +118,7 @@ class SimulatedWorld:
         self.latent_dim = latent_dim
         self.seed = seed
         self.reward = reward
-        self.beta = beta
-        self.epsilon = _checked_epsilon(epsilon)
+        self.logging_policy = LoggingPolicy(logging, beta, epsilon)
         self.n_users = n_users
         self.string_ids = string_ids
         rng = _generator(seed, _PARAMETERS)
@@ -180,7 +183,8 @@ class SimulatedWorld:
     ) -> Iterator[pa.Table]:
         """Draw a log, in tables of a few thousand rows with the columns of `log_schema`.
 
-        `pscore` is exact (float64). The same arguments give the same rows.
+        `pscore` is exact (float64). The same arguments give the same rows. A contextual logging
+        policy costs O(items) a row.
 
         Args:
             n_rounds: rows in all.
@@ -189,13 +193,17 @@ class SimulatedWorld:
             epsilon: in place of the world's.
             behavior_policy: name written into that column.
         """
-        beta = self.beta if beta is None else beta
-        epsilon = self.epsilon if epsilon is None else _checked_epsilon(epsilon)
+        given = self.logging_policy
+        policy = LoggingPolicy(
+            given.kind,
+            given.beta if beta is None else beta,
+            given.epsilon if epsilon is None else epsilon,
+        )
         ids = self.item_ids
         for first, count, rng in self._chunks(n_rounds, _LOG, seed):
             columns, users = self._draw_contexts(count, rng)
             latent = self.context_latent(pa.table(columns))
-            action, pscore = self._draw_actions(latent, beta, epsilon, rng)
+            action, pscore = policy.draw(latent, self.item_latent, self.item_logit, rng)
             mean = torch.sigmoid(self._logit(latent, action)).numpy()
             if self.reward == "binary":
                 reward = (rng.random(count) < mean).astype(np.float32)
@@ -205,9 +213,6 @@ class SimulatedWorld:
                 reward = rng.beta(_BETA_CONCENTRATION * safe, _BETA_CONCENTRATION * (1.0 - safe))
                 reward = reward.astype(np.float32)
             seconds = np.arange(first, first + count).astype("timedelta64[s]")
-            policy = pa.DictionaryArray.from_arrays(
-                pa.array(np.zeros(count, dtype=np.int32)), pa.array([behavior_policy])
-            )
             yield pa.table(
                 {
                     **columns,
@@ -215,7 +220,7 @@ class SimulatedWorld:
                     "reward": pa.array(reward),
                     "pscore": pa.array(pscore.numpy()),
                     "timestamp": pa.array(_START + seconds),
-                    "behavior_policy": policy.cast(pa.string()),
+                    "behavior_policy": pa.repeat(behavior_policy, count),
                     "user_id": pa.array(users),
                 }
             )
@@ -311,13 +316,14 @@ class SimulatedWorld:
 
     def logging_rewards(self, contexts: pa.Table) -> NDArray[np.float64]:
         """(n,) expected reward of the logging policy in each context."""
+        policy = self.logging_policy
         softmax = self.policy_rewards(
             contexts,
-            lambda chunk: self.beta * self.context_latent(chunk),
-            self.item_latent,
-            item_bias=self.beta * self.item_logit,
+            lambda chunk: policy.context_factor(self.context_latent(chunk)),
+            policy.item_factor(self.item_latent),
+            item_bias=policy.beta * self.item_logit,
         )
-        return (1.0 - self.epsilon) * softmax + self.epsilon * self.uniform_rewards(contexts)
+        return (1.0 - policy.epsilon) * softmax + policy.epsilon * self.uniform_rewards(contexts)
 
     def uniform_rewards(self, contexts: pa.Table) -> NDArray[np.float64]:
         """(n,) mean of q over all items in each context."""
@@ -377,24 +383,6 @@ class SimulatedWorld:
         vectors = np.float32(np.sqrt(0.5)) * (self._user_vectors[users] + own)
         return self._context_side.columns(vectors, rng), users
 
-    def _draw_actions(
-        self, latent: Tensor, beta: float, epsilon: float, rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Actions (B,) and their probabilities (B,) under the logging policy."""
-        count = len(latent)
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        index, log_prob = ops.sample_softmax(
-            beta * latent, self.item_latent, item_bias=beta * self.item_logit, generator=generator
-        )
-        drawn, log_prob = index[:, 0], log_prob[:, 0].double()
-        # The softmax's normaliser, from the drawn item: then any item's probability is known.
-        log_normalizer = beta * self._logit(latent, drawn) - log_prob
-        uniform = torch.from_numpy(rng.random(count) < epsilon)
-        other = torch.from_numpy(rng.integers(self.n_items, size=count))
-        action = torch.where(uniform, other, drawn)
-        softmax = torch.exp(beta * self._logit(latent, action) - log_normalizer)
-        return action, (1.0 - epsilon) * softmax + epsilon / self.n_items
-
     def _logit(self, latent: Tensor, action: Tensor) -> Tensor:
         return (latent * self.item_latent[action]).sum(dim=1) + self.item_logit[action]
 
@@ -407,9 +395,3 @@ def _generator(seed: int, *purpose: int) -> np.random.Generator:
 def _mean(rewards: NDArray[np.float64]) -> PolicyValue:
     spread = rewards.std(ddof=1) if rewards.size > 1 else np.nan
     return PolicyValue(float(rewards.mean()), float(spread / np.sqrt(rewards.size)))
-
-
-def _checked_epsilon(epsilon: float) -> float:
-    if not 0.0 <= epsilon <= 1.0:
-        raise ConfigError(f"epsilon must lie in [0, 1], but is {epsilon}")
-    return epsilon

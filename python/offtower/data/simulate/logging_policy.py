@@ -1,0 +1,97 @@
+"""The logging policies of a simulated world: exact draws, exact probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offtower import ops
+from offtower.errors import ConfigError
+
+LoggingKind = Literal["contextual", "popularity"]
+
+
+@dataclass(frozen=True)
+class LoggingPolicy:
+    """pi_0(a|x) = (1 - epsilon) softmax_a(beta z) + epsilon / N.
+
+    Attributes:
+        kind: "contextual" takes the z(x, a) of rewards; "popularity" the item's own part of it, and
+            then a draw costs O(log N) in place of O(N).
+        beta: sharpness; negative values prefer bad items.
+        epsilon: share of uniform draws, in [0, 1].
+
+    Raises:
+        ConfigError: epsilon is outside [0, 1], or the kind is unknown.
+    """
+
+    kind: LoggingKind = "contextual"
+    beta: float = 1.0
+    epsilon: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("contextual", "popularity"):
+            raise ConfigError(f"logging must be 'contextual' or 'popularity', but is {self.kind!r}")
+        if not 0.0 <= self.epsilon <= 1.0:
+            raise ConfigError(f"epsilon must lie in [0, 1], but is {self.epsilon}")
+
+    def context_factor(self, latent: Tensor) -> Tensor:
+        """(B, d) factor of the softmax's logit for contexts with z-factor `latent` (B, l)."""
+        return self.beta * latent if self.kind == "contextual" else torch.zeros(len(latent), 1)
+
+    def item_factor(self, latent: Tensor) -> Tensor:
+        """(N, d) factor of the softmax's logit for items with z-factor `latent` (N, l)."""
+        if self.kind == "contextual":
+            return latent
+        return torch.zeros(len(latent), 1, dtype=latent.dtype)
+
+    def draw(
+        self,
+        context_latent: Tensor,
+        item_latent: Tensor,
+        item_logit: Tensor,
+        rng: np.random.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw an item for each context.
+
+        Args:
+            context_latent: (B, l) float64.
+            item_latent: (N, l) float64.
+            item_logit: (N,) float64.
+            rng: source of the draws.
+
+        Returns:
+            item numbers (B,) int64 and their probabilities pi_0 (B,) float64.
+        """
+        count, n_items = len(context_latent), len(item_logit)
+        uniform = torch.from_numpy(rng.random(count) < self.epsilon)
+        other = torch.from_numpy(rng.integers(n_items, size=count))
+        if self.kind == "popularity":
+            probability = torch.softmax(self.beta * item_logit, dim=0)
+            ends = torch.cumsum(probability, dim=0)
+            place = torch.from_numpy(rng.random(count)) * ends[-1]
+            drawn = torch.searchsorted(ends, place, right=True).clamp_(max=n_items - 1)
+            action = torch.where(uniform, other, drawn)
+            softmax = probability[action]
+        else:
+
+            def logit(item: Tensor) -> Tensor:
+                return (context_latent * item_latent[item]).sum(dim=1) + item_logit[item]
+
+            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            index, log_prob = ops.sample_softmax(
+                self.beta * context_latent,
+                item_latent,
+                item_bias=self.beta * item_logit,
+                generator=generator,
+            )
+            drawn = index[:, 0]
+            # The softmax's normaliser, from the drawn item: then any item's probability is known.
+            log_normalizer = self.beta * logit(drawn) - log_prob[:, 0]
+            action = torch.where(uniform, other, drawn)
+            softmax = torch.exp(self.beta * logit(action) - log_normalizer)
+        return action, (1.0 - self.epsilon) * softmax + self.epsilon / n_items
