@@ -10,6 +10,7 @@ from selection_worlds import World, candidates
 
 from offtower.errors import OfftowerError
 from offtower.evaluation import estimators as e
+from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.selection import (
     Candidate,
     NetworkOptions,
@@ -363,3 +364,21 @@ def test_float32_draws_are_accepted_and_bad_shapes_refused() -> None:
     with pytest.raises(OfftowerError, match="draw"):
         few = SelectionLog.from_draws(weight, reward, draws[:, :20])
         select_estimator(few, candidates(), method="pasif")
+
+
+def test_rows_of_several_reward_models_make_a_log() -> None:
+    log = World(16, n=200).log({"a": np.full((200, 6), 0.4), "b": np.full((200, 6), 0.6)})
+    rows = {name: log.problem.rows(name) for name in ("a", "b")}
+    again = SelectionLog.from_rows(rows)
+    pool = candidates("a", "b")
+    assert (
+        select_estimator(again, pool, method="paired").to_dict()
+        == select_estimator(log, pool, method="paired").to_dict()
+    )
+    bare = SelectionLog.from_rows(log.problem.rows(None))
+    assert len(select_estimator(bare, candidates(), method="pasif").ranking) == 2
+    other = EvaluationRows(log.problem.weight * 2.0, log.problem.reward)
+    with pytest.raises(OfftowerError, match="same log"):
+        SelectionLog.from_rows({"a": rows["a"], "b": other})
+    with pytest.raises(OfftowerError, match="lack"):
+        SelectionLog.from_rows({"a": log.problem.rows(None)})

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from offtower.errors import OfftowerError
+from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.selection.problem import Array, Problem, RewardTerms
 from offtower.evaluation.selection.splits import check_policies, importance_weights
 
@@ -195,6 +196,51 @@ class SelectionLog:
         }
         problem = Problem(_vector(weight, "weight", n), _vector(reward, "reward", n), terms)
         return cls(problem, None, policies, independent_models)
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: EvaluationRows | Mapping[str, EvaluationRows],
+        *,
+        draws: BehaviorDraws | None = None,
+        policies: BehaviorPolicies | None = None,
+        independent_models: frozenset[str] = frozenset(),
+    ) -> SelectionLog:
+        """A log from the rows that estimators take, one set for each reward model (by its name).
+
+        rows: one EvaluationRows without a reward model, or by model name those of the same logged
+        rows. draws: the behaviour policy's draws, with predictions by the same names; without them
+        PAS-IF pools its multiplier, as in `from_propensities`.
+        Raises OfftowerError where the sets differ in weights or rewards, or a set lacks its terms.
+        """
+        named = {"": rows} if isinstance(rows, EvaluationRows) else dict(rows)
+        if not named:
+            raise OfftowerError("from_rows needs at least one set of rows.")
+        first = next(iter(named.values()))
+        terms: dict[str, RewardTerms] = {}
+        for name, part in named.items():
+            same = np.array_equal(part.importance_weight, first.importance_weight)
+            if not same or not np.array_equal(part.reward, first.reward):
+                raise OfftowerError(
+                    f"the rows of reward model {name!r} have other weights or rewards than those "
+                    f"of {next(iter(named))!r}: score the same log in the same order."
+                )
+            if part.action_reward is not None and part.expected_reward is not None:
+                terms[name or "model"] = RewardTerms(part.action_reward, part.expected_reward)
+            elif name:
+                raise OfftowerError(
+                    f"the rows of reward model {name!r} lack action_reward or expected_reward."
+                )
+        if draws is not None:
+            missing = sorted(set(terms) - set(draws.predictions))
+            if missing:
+                raise OfftowerError(f"the draws lack predictions of: {', '.join(missing)}.")
+            if draws.weight.shape[0] != first.n:
+                raise OfftowerError(
+                    f"the draws have {draws.weight.shape[0]} rows and the log {first.n}."
+                )
+        problem = Problem(first.importance_weight, first.reward, terms)
+        return cls(problem, draws, policies, independent_models)
 
 
 def _vector(values: ArrayLike, name: str, n: int) -> Array:
