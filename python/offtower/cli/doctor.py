@@ -1,4 +1,4 @@
-r"""Say what is installed, what was built, and what is missing and why.
+"""Say what is installed, what was built, and what is missing and why.
 
 \b
 Example:

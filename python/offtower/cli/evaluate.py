@@ -1,4 +1,4 @@
-r"""Judge trained policies on a held-out log, off-policy, against the policy that logged it.
+"""Judge trained policies on a held-out log, off-policy, against the policy that logged it.
 
 Exit code 0: go. 1: no-go. 3: not enough evidence. 2: refused. With several runs the code is that of
 the best verdict.

@@ -1,4 +1,4 @@
-r"""Turn files as they come into a checked log and catalogue.
+"""Turn files as they come into a checked log and catalogue.
 
 SOURCE is a file or a folder (CSV, Parquet, Arrow), or open-bandit:CAMPAIGN for the sample of the
 Open Bandit Dataset that the obp package carries (extra 'obp'; campaigns men, women, all). The

@@ -1,4 +1,4 @@
-r"""Draw a log from a simulated recommender whose every probability is known.
+"""Draw a log from a simulated recommender whose every probability is known.
 
 Writes OUT/catalogue and OUT/train, OUT/validation, OUT/test. A million items need no rounds x items
 array; the logged propensities are exact.

@@ -1,4 +1,4 @@
-r"""Train a two-tower policy from a log, as a configuration file says.
+"""Train a two-tower policy from a log, as a configuration file says.
 
 \b
 Example:

@@ -1,4 +1,4 @@
-r"""Check every row of a log, and what the log must satisfy on average.
+"""Check every row of a log, and what the log must satisfy on average.
 
 Exit code 0: no error found. 1: the log has errors. 2: it cannot be read.
 

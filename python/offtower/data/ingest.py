@@ -14,6 +14,7 @@ import pyarrow.dataset as ds
 from offtower.data.catalogue import Catalogue, write_catalogue
 from offtower.data.check import RowChecker
 from offtower.data.log import write_log
+from offtower.data.obd import import_open_bandit
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
 from offtower.data.split import split_log
 from offtower.errors import DataError
@@ -74,7 +75,7 @@ def ingest_files(
     catalogue = Catalogue.from_table(catalogue_table, catalogue_schema)
     quarantine = out / "quarantine" if on_bad_rows == "quarantine" else None
     checker = RowChecker(schema, catalogue, quarantine=quarantine)
-    progress.start("reading the log", source.count_rows())
+    progress.start("reading the log", None)
     manifest = write_log(
         out / "log", _checked(source, log_source, schema, checker, progress), schema
     )
@@ -86,6 +87,29 @@ def ingest_files(
         rows=int(manifest["num_rows"]),
         items=catalogue.num_items,
         quarantined=checker.bad_rows,
+    )
+
+
+def ingest_open_bandit(campaign: str, out: Path) -> IngestSummary:
+    """The Open Bandit Dataset sample inside the obp package, both logging policies.
+
+    Raises:
+        MissingExtraError: obp is not installed.
+        DataError: an unknown campaign, or `out` already holds a log.
+    """
+    tables, schema, catalogue = import_open_bandit(campaign)
+    if (out / "log").exists() or (out / "catalogue").exists():
+        raise DataError(f"'{out}' already holds a log or a catalogue; choose another --out")
+    manifest = write_log(out / "log", tables, schema, rows_per_group=4096)
+    write_catalogue(
+        out / "catalogue", catalogue.table(0, catalogue.num_items), catalogue.schema
+    )
+    return IngestSummary(
+        log=out / "log",
+        catalogue=out / "catalogue",
+        rows=int(manifest["num_rows"]),
+        items=catalogue.num_items,
+        quarantined=0,
     )
 
 
