@@ -1,0 +1,92 @@
+"""Off-policy estimators: per-row weights, rewards and reward-model terms in, a value out."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from offtower.errors import OfftowerError
+from offtower.evaluation.estimators.base import Estimator
+from offtower.evaluation.estimators.modelled import (
+    DM,
+    DR,
+    SNDR,
+    ClippedDR,
+    DRos,
+    SubGaussianDR,
+    SwitchDR,
+)
+from offtower.evaluation.estimators.paired import Difference, MeanReward
+from offtower.evaluation.estimators.weighted import (
+    IPS,
+    MIPS,
+    SNIPS,
+    ClippedIPS,
+    LogSmoothing,
+    SubGaussianIPS,
+    cluster_weight,
+)
+from offtower.evaluation.statistics import Estimate, Statistics
+
+ESTIMATORS: dict[str, type[Estimator]] = {
+    cls.label: cls
+    for cls in (
+        IPS,
+        ClippedIPS,
+        SNIPS,
+        DM,
+        DR,
+        ClippedDR,
+        SNDR,
+        SwitchDR,
+        DRos,
+        SubGaussianIPS,
+        SubGaussianDR,
+        LogSmoothing,
+        MIPS,
+    )
+}
+"""By name, as a config spells them."""
+
+
+def make_estimator(name: str, **parameters: Any) -> Estimator:
+    """An estimator by its name in `ESTIMATORS`: make_estimator("clipped_ips", max_weight=9).
+
+    Raises OfftowerError for an unknown name (with the nearest one) or wrong parameters.
+    """
+    if name not in ESTIMATORS:
+        near = difflib.get_close_matches(name, ESTIMATORS, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else "."
+        raise OfftowerError(f"unknown estimator {name!r}{hint} Known: {', '.join(ESTIMATORS)}")
+    try:
+        return ESTIMATORS[name](**parameters)
+    except TypeError:
+        expected = ", ".join(ESTIMATORS[name].__dataclass_fields__) or "no parameters"
+        raise OfftowerError(
+            f"{name} takes {expected}; given: {', '.join(parameters) or 'nothing'}"
+        ) from None
+
+
+__all__ = [
+    "DM",
+    "DR",
+    "ESTIMATORS",
+    "IPS",
+    "MIPS",
+    "SNDR",
+    "SNIPS",
+    "ClippedDR",
+    "ClippedIPS",
+    "DRos",
+    "Difference",
+    "Estimate",
+    "Estimator",
+    "LogSmoothing",
+    "MeanReward",
+    "Statistics",
+    "SubGaussianDR",
+    "SubGaussianIPS",
+    "SwitchDR",
+    "cluster_weight",
+    "make_estimator",
+]

@@ -1,0 +1,206 @@
+"""What every estimator can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+
+from offtower.errors import OfftowerError
+from offtower.evaluation.intervals import (
+    DEFAULT_REPLICATES,
+    Interval,
+    bernstein_interval,
+    bootstrap_interval,
+    check_method,
+    normal_interval,
+)
+from offtower.evaluation.rows import Array, EvaluationRows
+from offtower.evaluation.smoothing_bound import SmoothingSums, check_range
+from offtower.evaluation.statistics import Estimate, Statistics, collect, finish
+
+
+@dataclass(frozen=True)
+class Estimator(ABC):
+    """A smooth function of the means of per-row terms.
+
+    Subclasses give `terms`, and where the value is not simply their mean `combine` and `gradient`.
+    """
+
+    label: ClassVar[str]
+    """Name in a registry, a config or a report."""
+    needs_reward_model: ClassVar[bool] = False
+    """Reads action_reward and expected_reward."""
+    uses_weight: ClassVar[bool] = True
+    num_terms: ClassVar[int] = 1
+    consistent: ClassVar[bool] = False
+    """Tends to the policy's value, given true propensities and full support."""
+
+    @property
+    def name(self) -> str:
+        """The label with the parameters: clipped_ips(max_weight=10)."""
+        shown = ", ".join(f"{f.name}={getattr(self, f.name):g}" for f in fields(self))
+        return f"{self.label}({shown})" if shown else self.label
+
+    @abstractmethod
+    def terms(self, rows: EvaluationRows) -> Array:
+        """(n, k) terms of the rows."""
+
+    def combine(self, mean: Array) -> Array:
+        """(..., k) means of the terms -> (...) values."""
+        return mean[..., 0]
+
+    def gradient(self, mean: Array) -> Array:
+        """(k,) means -> (k,) derivative of the value."""
+        return np.ones(1)
+
+    def contributions(self, rows: EvaluationRows) -> Array:
+        """(n,) numbers whose mean is the value and whose spread gives its variance.
+
+        For a mean these are its terms; for a ratio, value + gradient . (terms - means).
+        """
+        terms = self.terms(rows)
+        mean = collect(terms, rows).mean
+        self._check_support(float(rows.importance_weight.sum()))
+        return self.combine(mean) + (terms - mean) @ self.gradient(mean)
+
+    def statistics(
+        self,
+        rows: EvaluationRows,
+        *,
+        by_user: bool = False,
+        replicates: int = 0,
+        seed: int = 0,
+    ) -> Statistics:
+        """Mergeable sums of a shard; see `statistics.collect`."""
+        return collect(self.terms(rows), rows, by_user=by_user, replicates=replicates, seed=seed)
+
+    def finish(self, statistics: Statistics) -> Estimate:
+        """Value and standard error of merged statistics.
+
+        Raises OfftowerError without rows, or where every importance weight is 0.
+        """
+        if statistics.n:
+            self._check_support(statistics.weight_sum)
+        return finish(self, statistics)
+
+    def estimate(self, rows: EvaluationRows) -> Estimate:
+        """Value and standard error; `finish` says what is refused."""
+        return self.finish(self.statistics(rows))
+
+    def interval(
+        self,
+        rows: EvaluationRows,
+        confidence: float = 0.95,
+        method: str = "normal",
+        *,
+        by_user: bool = False,
+        replicates: int = DEFAULT_REPLICATES,
+        seed: int = 0,
+        reward_range: tuple[float, float] | None = None,
+        max_weight: float | None = None,
+    ) -> Interval:
+        """Two-sided confidence interval; `intervals` lists the methods.
+
+        by_user: rows of one user hang together ("normal" and "bootstrap").
+        replicates, seed: of the bootstrap.
+        reward_range: for "bernstein" and "log_smoothing". max_weight: largest possible weight, for
+        "bernstein"; the largest one seen in the log is not it.
+        """
+        check_method(method)
+        if method == "log_smoothing":
+            return self._smoothed(rows, confidence, reward_range, by_user)
+        statistics = self.statistics(
+            rows,
+            by_user=by_user,
+            replicates=replicates if method == "bootstrap" else 0,
+            seed=seed,
+        )
+        return self.interval_of(statistics, confidence, method, reward_range, max_weight)
+
+    def interval_of(
+        self,
+        statistics: Statistics,
+        confidence: float = 0.95,
+        method: str = "normal",
+        reward_range: tuple[float, float] | None = None,
+        max_weight: float | None = None,
+    ) -> Interval:
+        """The same from merged statistics ("log_smoothing" has its own: `SmoothingSums`)."""
+        if statistics.n:
+            self._check_support(statistics.weight_sum)
+        if method == "bernstein":
+            if reward_range is None:
+                raise OfftowerError("a bernstein interval needs reward_range=(low, high)")
+            bounds = self.bounds(check_range(reward_range), max_weight)
+            return bernstein_interval(self, statistics, bounds, confidence)
+        if method == "bootstrap":
+            return bootstrap_interval(self, statistics, confidence)
+        if method == "normal":
+            return normal_interval(self, statistics, confidence)
+        raise OfftowerError(f"no {method!r} interval from the statistics of {self.name}")
+
+    def bounds(
+        self, reward_range: tuple[float, float], max_weight: float | None
+    ) -> tuple[float, float]:
+        """Least and largest possible term, for `bernstein`."""
+        raise OfftowerError(
+            f"{self.name} is not a mean of bounded terms: a bernstein interval does not exist; "
+            "use 'normal' or 'bootstrap', or another estimator"
+        )
+
+    def _smoothed(
+        self,
+        rows: EvaluationRows,
+        confidence: float,
+        reward_range: tuple[float, float] | None,
+        by_user: bool,
+    ) -> Interval:
+        if self.label not in ("ips", "log_smoothing"):
+            raise OfftowerError(
+                f"the log_smoothing interval rests on weights and rewards, not on {self.name}; "
+                "ask IPS or LogSmoothing for it"
+            )
+        if reward_range is None or by_user:
+            raise OfftowerError(
+                "a log_smoothing interval needs reward_range=(low, high) and independent rows "
+                "(no form by user)"
+            )
+        return SmoothingSums.of(rows, reward_range).value(confidence)
+
+    def _check_support(self, weight_sum: float) -> None:
+        if self.uses_weight and weight_sum == 0.0:
+            raise OfftowerError(
+                f"{self.label} has nothing to go by: every importance weight is 0, so the log "
+                "holds no action that the target policy takes"
+            )
+
+    def _check_parameter(self, name: str, low: float, high: float = np.inf) -> None:
+        value: Any = getattr(self, name)
+        if not isinstance(value, (int, float)) or not low <= value <= high:
+            raise OfftowerError(
+                f"{self.label}: {name} must be a number in [{low:g}, {high:g}], but is {value!r}"
+            )
+
+
+def reward_terms(rows: EvaluationRows, label: str) -> tuple[Array, Array]:
+    """q_i and m_i. Raises OfftowerError where the rows lack them."""
+    if rows.action_reward is None or rows.expected_reward is None:
+        raise OfftowerError(
+            f"{label} needs a reward model: give the rows action_reward (q of the logged action) "
+            "and expected_reward (mean of q under the target policy), or choose an estimator "
+            "without one, such as snips"
+        )
+    return rows.action_reward, rows.expected_reward
+
+
+def need_max_weight(label: str, max_weight: float | None) -> float:
+    """The largest possible weight, where a bound cannot do without."""
+    if max_weight is None or not max_weight > 0.0 or not np.isfinite(max_weight):
+        raise OfftowerError(
+            f"a bernstein interval of {label} needs max_weight, the largest weight that can occur "
+            "(at most 1 over the least logging probability); the largest weight seen is not enough"
+        )
+    return float(max_weight)

@@ -1,0 +1,128 @@
+"""What estimators read: a few numbers for each logged row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offtower.errors import DataError
+
+Array = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationRows:
+    """The logged rows of one target policy, arrays of length n, checked when made.
+
+    Attributes:
+        importance_weight: w_i = pi_e(a_i|x_i) / pscore_i, not negative. May be given as None
+            together with `log_weight`.
+        reward: r_i.
+        action_reward: q(x_i, a_i) of the reward model; None without one.
+        expected_reward: m_i = sum_a pi_e(a|x_i) q(x_i, a); None without a reward model.
+        user: integer key of the user of each row, for intervals by user.
+        row: integer key of each row, unique in the log. Bootstrap weights are keyed by it, so that
+            shards of a log can be evaluated apart and merged. Without it rows count from 0.
+        log_weight: log w_i.
+        cluster_weight: pi_e(c_i|x_i) / pi_0(c_i|x_i) with c_i the cluster of the logged item, for
+            marginalised IPS; `estimators.cluster_weight` makes it from probabilities.
+
+    Raises:
+        DataError: lengths differ, a number is NaN or infinite, a weight is negative, a key is not
+            an integer.
+    """
+
+    importance_weight: Array
+    reward: Array
+    action_reward: Array | None = None
+    expected_reward: Array | None = None
+    user: IntArray | None = None
+    row: IntArray | None = None
+    log_weight: Array | None = None
+    cluster_weight: Array | None = None
+
+    def __post_init__(self) -> None:
+        if self.importance_weight is None:
+            if self.log_weight is None:
+                raise DataError("rows need importance_weight or log_weight; both are missing")
+            with np.errstate(over="ignore"):
+                weight = np.exp(_numbers(self.log_weight, "log_weight", infinite=True))
+            object.__setattr__(self, "importance_weight", weight)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                if field.name == "reward":
+                    raise DataError("rows need rewards; reward is missing")
+                continue
+            if field.name in ("user", "row"):
+                value = _keys(value, field.name)
+            else:
+                value = _numbers(value, field.name, infinite=field.name == "log_weight")
+            object.__setattr__(self, field.name, value)
+        for name in ("importance_weight", "cluster_weight"):
+            weight = getattr(self, name)
+            if weight is not None:
+                _refuse(weight < 0.0, weight, name, "a number that is not negative")
+        n = self.reward.shape[0]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value.shape[0] != n:
+                raise DataError(
+                    f"columns of rows differ in length: reward has {n}, "
+                    f"{field.name} has {value.shape[0]}"
+                )
+
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+        return int(self.reward.shape[0])
+
+    def __len__(self) -> int:
+        return self.n
+
+    def take(self, index: Any) -> EvaluationRows:
+        """Rows at `index`: positions, a mask or a slice."""
+        return self._map(lambda column: column[index])
+
+    def _map(self, change: Callable[[Any], Any]) -> EvaluationRows:
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return EvaluationRows(**{k: None if v is None else change(v) for k, v in columns.items()})
+
+
+def _numbers(values: Any, name: str, infinite: bool = False) -> Array:
+    try:
+        array = np.ascontiguousarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name} must be an array of numbers: {error}") from None
+    if array.ndim != 1:
+        raise DataError(f"{name} must have one dimension (rows), but has shape {array.shape}")
+    if infinite:
+        _refuse(np.isnan(array), array, name, "a number")
+    else:
+        _refuse(~np.isfinite(array), array, name, "a finite number")
+    return array
+
+
+def _keys(values: Any, name: str) -> IntArray:
+    array = np.asarray(values)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(
+            f"{name} must be a list of integer keys, but is an array of {array.dtype} with shape "
+            f"{array.shape}; give texts an integer code or a 64-bit hash first"
+        )
+    return array.astype(np.int64, copy=False)
+
+
+def _refuse(bad: NDArray[np.bool_], values: Array, name: str, expected: str) -> None:
+    count = int(np.count_nonzero(bad))
+    if count:
+        first = int(np.argmax(bad))
+        raise DataError(
+            f"{name}[{first}] is {values[first]}, expected {expected} ({count} such "
+            f"value{'s' if count > 1 else ''} in {values.shape[0]} rows)"
+        )

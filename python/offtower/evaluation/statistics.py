@@ -1,0 +1,282 @@
+"""Sums over rows that merge: what an estimator keeps of a shard of the log.
+
+An estimator is a smooth function of the means of a few per-row terms (for SNIPS: w and w r). Its
+value, standard error, intervals and paired differences all follow from the count, the means and the
+second moments of the terms, so those are what a shard hands on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from offtower.errors import OfftowerError
+from offtower.evaluation.poisson import poisson_weights
+from offtower.evaluation.rows import Array, EvaluationRows, IntArray
+
+_BLOCK_CELLS = 1 << 20
+"""Bootstrap weights drawn at a time."""
+
+
+class Functional(Protocol):
+    """A smooth function of the means of k per-row terms."""
+
+    @property
+    def name(self) -> str: ...
+
+    def combine(self, mean: Array) -> Array:
+        """(..., k) means -> (...) values."""
+
+    def gradient(self, mean: Array) -> Array:
+        """(k,) means -> (k,) derivative of `combine`."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value, its standard error (NaN when one row cannot tell) and the rows it rests on."""
+
+    value: float
+    std_error: float
+    n: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        return {"value": self.value, "std_error": self.std_error, "n": self.n}
+
+
+@dataclass(frozen=True, eq=False)
+class UserSums:
+    """Per user: number of rows (g,) and sums of terms (g, k), in the order of the keys (g,)."""
+
+    key: IntArray
+    count: Array
+    total: Array
+
+    @classmethod
+    def of(cls, user: IntArray, count: Array, total: Array) -> UserSums:
+        """Sum the rows of each user."""
+        key, where = np.unique(user, return_inverse=True)
+        sums = [np.bincount(where, column, minlength=key.size) for column in total.T]
+        return cls(
+            key,
+            np.bincount(where, count, minlength=key.size).astype(np.float64),
+            np.stack(sums, axis=1) if sums else np.empty((key.size, 0)),
+        )
+
+    def merge(self, other: UserSums) -> UserSums:
+        return UserSums.of(
+            np.concatenate([self.key, other.key]),
+            np.concatenate([self.count, other.count]),
+            np.concatenate([self.total, other.total]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Replicates:
+    """Bootstrap sums: per replicate the sum of weights (R,) and of weighted terms (R, k)."""
+
+    weight: Array
+    total: Array
+    seed: int
+    by_user: bool
+    keyed: bool
+
+    def merge(self, other: Replicates) -> Replicates:
+        if (self.seed, self.by_user, self.total.shape) != (
+            other.seed,
+            other.by_user,
+            other.total.shape,
+        ):
+            raise OfftowerError(
+                "bootstrap sums of two shards can be merged only if both were made with the same "
+                "seed, number of replicates and unit (rows or users)"
+            )
+        if not (self.keyed and other.keyed):
+            raise OfftowerError(
+                "bootstrap sums of shards need global row numbers: give EvaluationRows its 'row' "
+                "column (or 'user', for a bootstrap by user), or evaluate the log in one piece"
+            )
+        return Replicates(
+            self.weight + other.weight,
+            self.total + other.total,
+            self.seed,
+            self.by_user,
+            keyed=True,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Mergeable sums of k terms over n rows.
+
+    Attributes:
+        n: number of rows.
+        total, carry: (k,) sum of the terms and its rounding error so far (Neumaier 1974), so that
+            the order and the number of shards do not show in the value.
+        scatter: (k, k) sum of (t - mean)(t - mean)^T, merged as in Chan, Golub and LeVeque (1983).
+        weight_sum: sum of the importance weights, to tell a log without support.
+        low, high: (k,) least and largest term.
+        users: sums by user, where asked for; memory grows with the number of users.
+        replicates: bootstrap sums, where asked for.
+    """
+
+    n: int
+    total: Array
+    carry: Array
+    scatter: Array
+    weight_sum: float
+    low: Array
+    high: Array
+    users: UserSums | None = None
+    replicates: Replicates | None = None
+
+    @property
+    def mean(self) -> Array:
+        """(k,) means of the terms."""
+        if self.n == 0:
+            raise OfftowerError("there are no rows to estimate from")
+        return (self.total + self.carry) / self.n
+
+    @property
+    def covariance(self) -> Array:
+        """(k, k) sample covariance (divided by n - 1); NaN for a single row."""
+        if self.n < 2:
+            return np.full_like(self.scatter, np.nan)
+        return self.scatter / (self.n - 1)
+
+    def select(self, columns: list[int], weight_sum: float | None = None) -> Statistics:
+        """Statistics of some of the terms, in the order given."""
+        users, replicates = self.users, self.replicates
+        return replace(
+            self,
+            total=self.total[columns],
+            carry=self.carry[columns],
+            scatter=self.scatter[np.ix_(columns, columns)],
+            low=self.low[columns],
+            high=self.high[columns],
+            weight_sum=self.weight_sum if weight_sum is None else weight_sum,
+            users=None if users is None else replace(users, total=users.total[:, columns]),
+            replicates=None
+            if replicates is None
+            else replace(replicates, total=replicates.total[:, columns]),
+        )
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Statistics of both shards' rows together."""
+        if self.total.shape != other.total.shape:
+            raise OfftowerError("statistics of different estimators cannot be merged")
+        if (self.users is None) != (other.users is None) or (self.replicates is None) != (
+            other.replicates is None
+        ):
+            raise OfftowerError("all shards need the same options: users, bootstrap replicates")
+        total, error = _two_sum(self.total, other.total)
+        n = self.n + other.n
+        scatter = self.scatter + other.scatter
+        if self.n and other.n:
+            gap = self.mean - other.mean
+            scatter = scatter + np.outer(gap, gap) * (self.n * other.n / n)
+        users, replicates = self.users, self.replicates
+        if users is not None and other.users is not None:
+            users = users.merge(other.users)
+        if replicates is not None and other.replicates is not None:
+            replicates = replicates.merge(other.replicates)
+        return Statistics(
+            n,
+            total,
+            self.carry + other.carry + error,
+            scatter,
+            self.weight_sum + other.weight_sum,
+            np.minimum(self.low, other.low),
+            np.maximum(self.high, other.high),
+            users,
+            replicates,
+        )
+
+
+def collect(
+    terms: Array,
+    rows: EvaluationRows,
+    *,
+    by_user: bool = False,
+    replicates: int = 0,
+    seed: int = 0,
+) -> Statistics:
+    """Statistics of terms (n, k) of a shard.
+
+    by_user: also keep sums by user, and let bootstrap weights belong to users.
+    replicates: number of bootstrap replicates to carry, 0 for none.
+    Raises OfftowerError where users are asked for and the rows have none.
+    """
+    if by_user and rows.user is None:
+        raise OfftowerError(
+            "an interval by user needs the 'user' column of the rows (user_id in the log's schema)"
+        )
+    n, k = terms.shape
+    total = terms.sum(axis=0)
+    centred = terms - (total / n if n else total)
+    users = None
+    if by_user and rows.user is not None:
+        users = UserSums.of(rows.user, np.ones(n), terms)
+    return Statistics(
+        n,
+        total,
+        np.zeros(k),
+        centred.T @ centred,
+        float(rows.importance_weight.sum()),
+        terms.min(axis=0, initial=np.inf),
+        terms.max(axis=0, initial=-np.inf),
+        users,
+        _replicates(terms, rows, replicates, seed, by_user) if replicates else None,
+    )
+
+
+def _replicates(
+    terms: Array, rows: EvaluationRows, count: int, seed: int, by_user: bool
+) -> Replicates:
+    key = rows.user if by_user else rows.row
+    keyed = key is not None
+    if key is None:
+        key = np.arange(rows.n, dtype=np.int64)
+    weight, total = np.zeros(count), np.zeros((count, terms.shape[1]))
+    step = max(1, _BLOCK_CELLS // count)
+    for start in range(0, rows.n, step):
+        drawn = poisson_weights(key[start : start + step], count, seed).astype(np.float64)
+        weight += drawn.sum(axis=0)
+        total += drawn.T @ terms[start : start + step]
+    return Replicates(weight, total, seed, by_user, keyed)
+
+
+def finish(functional: Functional, statistics: Statistics) -> Estimate:
+    """Value and delta-method standard error; by user where the statistics hold users."""
+    mean = statistics.mean
+    value = float(functional.combine(mean))
+    return Estimate(value, standard_error(functional, statistics), statistics.n)
+
+
+def standard_error(functional: Functional, statistics: Statistics) -> float:
+    """sqrt(g' S g / n) with g the gradient at the means; clustered where there are users."""
+    if statistics.n < 2:
+        return float("nan")
+    mean = statistics.mean
+    slope = functional.gradient(mean)
+    if statistics.users is not None:
+        return _clustered_error(slope, mean, statistics.users, statistics.n)
+    variance = float(slope @ statistics.covariance @ slope)
+    return float(np.sqrt(max(0.0, variance) / statistics.n))
+
+
+def _clustered_error(slope: Array, mean: Array, users: UserSums, n: int) -> float:
+    """Root of G/(G-1) sum_u S_u^2 / n^2, S_u the sum of a user's influences."""
+    groups = users.key.size
+    if groups < 2:
+        return float("nan")
+    influence = (users.total - users.count[:, None] * mean) @ slope
+    return float(np.sqrt(groups / (groups - 1.0) * np.sum(influence**2)) / n)
+
+
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """a + b as a rounded sum and its exact rounding error (Knuth)."""
+    total = a + b
+    back = total - a
+    return total, (a - (total - back)) + (b - back)
