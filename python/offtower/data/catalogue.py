@@ -19,10 +19,12 @@ from offtower.data.columns import (
     as_array,
     as_float_array,
     category_values,
+    distinct_values,
     hash_values,
     is_category,
     is_list,
     is_number,
+    is_text,
 )
 from offtower.data.manifest import parquet_files, read_manifest, write_manifest
 from offtower.data.schema import CatalogueSchema, FeatureSpec
@@ -48,7 +50,7 @@ class Catalogue:
         _check_columns(table, schema)
         self.schema = schema
         self._table = table.select(list(schema.columns))
-        self.item_ids: pa.Array = category_values(table.column(schema.item_id))
+        self.item_ids: pa.Array = _ids(table.column(schema.item_id))
         if len(self.item_ids) == 0:
             raise DataError("the catalogue has no items")
         self._index = _IdIndex(self.item_ids)
@@ -111,6 +113,11 @@ class Catalogue:
         return cls(pa.table(columns), CatalogueSchema(features=tuple(specs)))
 
     @property
+    def text_ids(self) -> bool:
+        """Whether the ids are text; they are integers otherwise."""
+        return self._index.text
+
+    @property
     def num_items(self) -> int:
         return len(self.item_ids)
 
@@ -146,7 +153,7 @@ class _IdIndex:
         if ids.null_count:
             row = int(np.flatnonzero(pc.is_null(ids).to_numpy(zero_copy_only=False))[0])
             raise DataError(f"item {row} of the catalogue has a null id")
-        self._text = pa.types.is_string(ids.type)
+        self.text = is_text(ids.type)
         keys = self._keys(ids)
         self._order = np.argsort(keys, kind="stable")
         self._keys_sorted = keys[self._order]
@@ -164,25 +171,36 @@ class _IdIndex:
             )
 
     def find(self, ids: Column) -> NDArray[np.int64]:
-        array = as_array(ids)
-        n = len(array)
-        if not is_category(array.type):
-            return np.full(n, -1, dtype=np.int64)
-        encoded = pc.dictionary_encode(category_values(array))
-        distinct = encoded.dictionary
-        if pa.types.is_string(distinct.type) != self._text:
-            return np.full(n, -1, dtype=np.int64)
+        if not is_category(ids.type) or is_text(ids.type) != self.text:
+            return np.full(len(ids), -1, dtype=np.int64)
+        distinct, place = distinct_values(ids)
         keys = self._keys(distinct)
-        place = np.minimum(np.searchsorted(self._keys_sorted, keys), len(self._order) - 1)
-        found = self._keys_sorted[place] == keys
-        of_distinct = np.where(found, self._order[place], -1)
-        index = pc.fill_null(encoded.indices, len(distinct)).to_numpy(zero_copy_only=False)
-        return np.append(of_distinct, -1)[index]
+        if not self.text and self._is_range:
+            nearest = np.clip(keys - self._keys_sorted[0], 0, len(self._order) - 1)
+        else:
+            nearest = np.minimum(np.searchsorted(self._keys_sorted, keys), len(self._order) - 1)
+        of_distinct = np.where(self._keys_sorted[nearest] == keys, self._order[nearest], -1)
+        return np.append(of_distinct, -1)[place]
+
+    @property
+    def _is_range(self) -> bool:
+        """Integer ids without gaps need no search."""
+        span = int(self._keys_sorted[-1]) - int(self._keys_sorted[0])
+        return span == len(self._order) - 1
 
     def _keys(self, ids: pa.Array) -> NDArray[Any]:
-        if self._text:
+        if self.text:
             return hash_values(ids)
-        return ids.to_numpy(zero_copy_only=False).astype(np.int64)
+        keys: NDArray[np.int64] = category_values(ids).to_numpy(zero_copy_only=False)
+        return keys
+
+
+def _ids(column: pa.ChunkedArray) -> pa.Array:
+    """Ids as they are; integers as int64, but uint64 where they need it."""
+    array = as_array(column)
+    if pa.types.is_uint64(array.type) and (pc.max(array).as_py() or 0) >= 2**63:
+        return array
+    return category_values(array)
 
 
 def _check_columns(table: pa.Table, schema: CatalogueSchema) -> None:
@@ -228,7 +246,7 @@ def _check_feature(spec: FeatureSpec, column: pa.ChunkedArray) -> None:
 
 
 def _bad_vectors(column: pa.ChunkedArray, dim: int | None) -> NDArray[np.int64]:
-    from offtower.data.check import bad_vectors
+    from offtower.data.rules import bad_vectors
 
     return np.flatnonzero(bad_vectors(column, dim))
 

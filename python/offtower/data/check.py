@@ -6,39 +6,41 @@ value is reported with file, row, column, value and what was expected.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
-from offtower.data.columns import (
-    Column,
-    as_array,
-    as_float_array,
-    is_category,
-    is_list,
-    is_number,
-)
-from offtower.data.schema import FeatureSpec, LogSchema
+from offtower.data.quarantine import REASON, write_aside
+from offtower.data.rules import Fault, bad_vectors, find_faults
+from offtower.data.schema import LogSchema
 from offtower.errors import DataError
+
+__all__ = [
+    "REASON",
+    "BadRow",
+    "BadRowsError",
+    "Location",
+    "RowChecker",
+    "bad_vectors",
+    "check_table",
+    "count_faults",
+    "first_bad_rows",
+]
 
 Location = tuple[str, int]
 """(file, row group)."""
 
 _DETAILS = 10
 """Bad rows that a message spells out."""
-
-REASON = "_reason"
-"""Column of a quarantine file that says what was wrong."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,29 @@ class BadRow:
 
     file: str
     row_group: int
+    file_row: int | None
+    """Number of the row in its file, from 0; None where the source is no Parquet file."""
     row: int
     """Number of the row in the whole log, from 0."""
     column: str
     value: str
+    problem: str
+    """What is wrong, in a word or two: "null", "NaN", "above 1", "an unknown item"."""
     expected: str
 
     def __str__(self) -> str:
+        inside = "" if self.file_row is None else f", row {self.file_row} of the file"
+        # Where the value is its own explanation (null, nan), it is not said twice.
+        plain = self.problem.lower() in (self.value.lower(), "wrong")
+        why = "" if plain else f" ({self.problem})"
         return (
-            f"{self.file}, row group {self.row_group}, row {self.row}: column '{self.column}' is "
-            f"{self.value}, expected {self.expected}"
+            f"{self.file}{inside}, row group {self.row_group}, row {self.row} of the log: "
+            f"column '{self.column}' is {self.value}{why}, expected {self.expected}"
         )
 
 
 class BadRowsError(DataError):
-    """Bad rows were found; `rows` holds the first ones, `counts` all of them by kind."""
+    """Bad rows were found; `rows` holds the first ones, `counts` all by (column, problem)."""
 
     def __init__(self, rows: list[BadRow], counts: Counter[tuple[str, str]]) -> None:
         self.rows = rows
@@ -72,8 +82,8 @@ class BadRowsError(DataError):
         if total > min(len(rows), _DETAILS):
             lines.append("  in all, in what was read so far:")
             lines += [
-                f"    {count:,} x column '{column}', expected {expected}"
-                for (column, expected), count in sorted(counts.items())
+                f"    {count:,} x column '{column}' is {problem}"
+                for (column, problem), count in sorted(counts.items())
             ]
         lines.append(
             "Correct the log, or set such rows aside with --on-bad-rows quarantine "
@@ -82,19 +92,10 @@ class BadRowsError(DataError):
         super().__init__("\n".join(lines))
 
 
-@dataclass(frozen=True)
-class _Fault:
-    """Rows of one table that break one rule."""
-
-    column: str
-    expected: str
-    mask: NDArray[np.bool_]
-
-
 def check_table(
     table: pa.Table, schema: LogSchema, catalogue: Catalogue, location: Location, first_row: int
 ) -> list[BadRow]:
-    """Every bad value of a table.
+    """Every bad value of a table, by row.
 
     Args:
         table: rows with the schema's columns.
@@ -104,18 +105,40 @@ def check_table(
     Raises:
         DataError: a column is missing or has a type that can never be right.
     """
-    return [
+    faults = find_faults(table, schema, catalogue, location[0])
+    return first_bad_rows(table, faults, location, first_row, limit=None)
+
+
+def count_faults(faults: Iterable[Fault]) -> Counter[tuple[str, str]]:
+    """Bad values by (column, problem)."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for fault in faults:
+        counts[fault.column, fault.problem] += int(fault.mask.sum())
+    return counts
+
+
+def first_bad_rows(
+    table: pa.Table,
+    faults: list[Fault],
+    location: Location,
+    first_row: int,
+    limit: int | None = _DETAILS,
+) -> list[BadRow]:
+    """The first `limit` bad values (all without one), by row."""
+    found = [
         _detail(table, fault, int(row), location, first_row)
-        for fault in _faults(table, schema, catalogue, location)
-        for row in np.flatnonzero(fault.mask)
+        for fault in faults
+        for row in np.flatnonzero(fault.mask)[:limit]
     ]
+    return sorted(found, key=lambda bad: bad.row)[:limit]
 
 
 class RowChecker:
     """Checks tables one after the other; refuses bad rows or sets them aside.
 
     Args:
-        schema, catalogue: what rows must keep.
+        schema, catalogue: what rows must keep. Vectors without a `dim` must keep the length of
+            those in the first table checked.
         quarantine: folder for bad rows, with a column `_reason`; None refuses them.
     """
 
@@ -125,13 +148,19 @@ class RowChecker:
         self._schema = schema
         self._catalogue = catalogue
         self._quarantine = quarantine
-        self._seen: dict[Location, int] = {}
+        self._seen: dict[tuple[Location, int], int] = {}
+        self._counts: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
 
     @property
     def bad_rows(self) -> int:
         """Rows set aside so far, each counted once however often it was read."""
         return sum(self._seen.values())
+
+    @property
+    def counts(self) -> Counter[tuple[str, str]]:
+        """Values set aside so far by (column, problem); a row may have several."""
+        return Counter(self._counts)
 
     def check(self, table: pa.Table, location: Location, first_row: int) -> pa.Table:
         """The good rows of a table.
@@ -140,222 +169,89 @@ class RowChecker:
             BadRowsError: there is a bad row and no quarantine.
             DataError: see `check_table`.
         """
-        return table.filter(pa.array(self.good_rows(table, location, first_row)))
+        good = self.good_rows(table, location, first_row)
+        return table if good.all() else table.filter(pa.array(good))
 
-    def good_rows(
-        self, table: pa.Table, location: Location, first_row: int
-    ) -> NDArray[np.bool_]:
+    def good_rows(self, table: pa.Table, location: Location, first_row: int) -> NDArray[np.bool_]:
         """(n,) mask of the good rows; the others are in quarantine when this returns."""
-        faults = _faults(table, self._schema, self._catalogue, location)
+        faults = find_faults(table, self._schema, self._catalogue, location[0])
+        bad = np.zeros(table.num_rows, dtype=bool)
+        for fault in faults:
+            bad |= fault.mask
+        self._learn_lengths(table, bad)
         if not faults:
-            return np.ones(table.num_rows, dtype=bool)
+            return ~bad
         if self._quarantine is None:
-            raise _error(table, faults, location, first_row)
-        bad = np.logical_or.reduce([fault.mask for fault in faults])
+            rows = first_bad_rows(table, faults, location, first_row)
+            raise BadRowsError(rows, count_faults(faults))
+        key = (location, first_row)
         with self._lock:
-            key = (f"{location[0]}:{first_row}", location[1])
             if key not in self._seen:
                 self._set_aside(table, faults, bad, location, first_row)
                 self._seen[key] = int(bad.sum())
-        good: NDArray[np.bool_] = ~bad
-        return good
+                self._counts.update(count_faults(faults))
+        return ~bad
+
+    def _learn_lengths(self, table: pa.Table, bad: NDArray[np.bool_]) -> None:
+        specs = self._schema.context
+        if all(spec.kind != "vector" or spec.dim is not None for spec in specs) or bad.all():
+            return
+        row = int(np.argmin(bad))
+        learned = tuple(
+            replace(spec, dim=len(table.column(spec.source)[row]) or None)
+            if spec.kind == "vector" and spec.dim is None
+            else spec
+            for spec in specs
+        )
+        self._schema = replace(self._schema, context=learned)
 
     def _set_aside(
         self,
         table: pa.Table,
-        faults: list[_Fault],
+        faults: list[Fault],
         bad: NDArray[np.bool_],
         location: Location,
         first_row: int,
     ) -> None:
         assert self._quarantine is not None
-        self._quarantine.mkdir(parents=True, exist_ok=True)
+        reasons: dict[int, list[str]] = {}
+        for found in first_bad_rows(table, faults, location, first_row, limit=None):
+            reasons.setdefault(found.row, []).append(str(found))
         rows = np.flatnonzero(bad)
-        reasons = [
-            "; ".join(
-                str(_detail(table, fault, int(row), location, first_row))
-                for fault in faults
-                if fault.mask[row]
-            )
-            for row in rows
-        ]
-        aside = table.take(pa.array(rows)).append_column(REASON, pa.array(reasons))
-        path = self._quarantine / f"rows-from-{first_row:012d}.parquet"
-        temporary = path.with_name(f".{path.name}.partial")
-        pq.write_table(aside, temporary)
-        temporary.replace(path)
-
-
-def bad_vectors(column: Column, dim: int | None) -> NDArray[np.bool_]:
-    """(n,) rows whose list is null, of another length than `dim`, or not finite."""
-    array = as_array(column)
-    lengths = pc.fill_null(pc.list_value_length(array), -1).to_numpy(zero_copy_only=False)
-    wanted = dim if dim is not None else (lengths[0] if len(lengths) else 0)
-    bad: NDArray[np.bool_] = (lengths != wanted) | (lengths < 0)
-    parts = pc.list_parent_indices(array).to_numpy(zero_copy_only=False)
-    finite = np.isfinite(as_float_array(pc.list_flatten(array)))
-    if not finite.all():
-        bad[parts[~finite]] = True
-    return bad
-
-
-def _faults(
-    table: pa.Table, schema: LogSchema, catalogue: Catalogue, location: Location
-) -> list[_Fault]:
-    """Broken rules, each with a mask of rows; a table without faults costs a pass per column."""
-    found: list[_Fault] = []
-    for rule in _rules(schema, catalogue):
-        column = _column(table, rule, location)
-        mask = rule.bad(column)
-        if mask.any():
-            found.append(_Fault(rule.column, rule.expected, mask))
-    return found
-
-
-@dataclass(frozen=True)
-class _Rule:
-    column: str
-    expected: str
-    type_ok: Callable[[pa.DataType], bool]
-    type_expected: str
-    bad: Callable[[Column], NDArray[np.bool_]]
-
-
-def _rules(schema: LogSchema, catalogue: Catalogue) -> Iterator[_Rule]:
-    yield _Rule(
-        schema.action,
-        f"the id of an item in the catalogue ({catalogue.num_items:,} items)",
-        is_category,
-        "text or integers",
-        lambda column: catalogue.index_of(column) < 0,
-    )
-    low, high = schema.reward_range
-    yield _Rule(
-        schema.reward,
-        f"a number in [{low:g}, {high:g}]",
-        is_number,
-        "numbers",
-        lambda column: _outside(column, low, high),
-    )
-    if schema.pscore is not None:
-        yield _Rule(
-            schema.pscore,
-            "a probability in (0, 1]",
-            is_number,
-            "numbers",
-            lambda column: _outside(column, 0.0, 1.0) | (as_float_array(column) == 0.0),
+        write_aside(
+            self._quarantine,
+            table.take(pa.array(rows)),
+            sorted(reasons),
+            ["; ".join(reasons[row]) for row in sorted(reasons)],
+            location[0],
+            first_row,
         )
-    for spec in schema.context:
-        rule = _feature_rule(spec)
-        if rule is not None:
-            yield rule
-    if schema.timestamp is not None:
-        yield _Rule(
-            schema.timestamp,
-            "a time",
-            lambda kind: pa.types.is_timestamp(kind) or is_number(kind),
-            "times or numbers",
-            _null_or_not_finite,
-        )
-    if schema.position is not None:
-        yield _Rule(schema.position, "a position", is_category, "integers or text", _null)
-    for name in (schema.behavior_policy, schema.round_id, schema.user_id):
-        if name is not None:
-            yield _Rule(name, "a value", is_category, "text or integers", _null)
 
 
-def _feature_rule(spec: FeatureSpec) -> _Rule | None:
-    if spec.kind == "numeric":
-        return _Rule(
-            spec.source,
-            "a finite number",
-            is_number,
-            "numbers",
-            lambda column: ~np.isfinite(as_float_array(column)),
-        )
-    if spec.kind == "vector":
-        length = "" if spec.dim is None else f"{spec.dim} "
-        return _Rule(
-            spec.source,
-            f"a list of {length}finite numbers",
-            lambda kind: is_list(kind) and is_number(kind.value_type),
-            "lists of numbers",
-            lambda column: bad_vectors(column, spec.dim),
-        )
-    # A null category or bag is a value like any other: unknown, or empty.
-    if spec.kind == "category":
-        return _Rule(spec.source, "a category", is_category, "text or integers", _nothing)
-    return _Rule(
-        spec.source,
-        "a list of categories",
-        lambda kind: is_list(kind) and is_category(kind.value_type),
-        "lists of text or integers",
-        _nothing,
-    )
-
-
-def _column(table: pa.Table, rule: _Rule, location: Location) -> pa.ChunkedArray:
-    if rule.column not in table.column_names:
-        raise DataError(
-            f"{location[0]} has no column '{rule.column}'; it has {', '.join(table.column_names)}"
-        )
-    column = table.column(rule.column)
-    if not rule.type_ok(column.type):
-        raise DataError(
-            f"{location[0]}: column '{rule.column}' holds {column.type}, "
-            f"expected {rule.type_expected}"
-        )
-    return column
-
-
-def _outside(column: Column, low: float, high: float) -> NDArray[np.bool_]:
-    """Null, NaN, infinite, below `low` or above `high`."""
-    values = as_float_array(column)
-    # A comparison with NaN is false, so NaN (and null, which became NaN) counts as outside.
-    bad: NDArray[np.bool_] = ~((values >= low) & (values <= high))
-    return bad
-
-
-def _null(column: Column) -> NDArray[np.bool_]:
-    nulls: NDArray[np.bool_] = pc.is_null(as_array(column)).to_numpy(zero_copy_only=False)
-    return nulls
-
-
-def _null_or_not_finite(column: Column) -> NDArray[np.bool_]:
-    if pa.types.is_floating(column.type):
-        return ~np.isfinite(as_float_array(column))
-    return _null(column)
-
-
-def _nothing(column: Column) -> NDArray[np.bool_]:
-    return np.zeros(len(column), dtype=bool)
-
-
-def _detail(
-    table: pa.Table, fault: _Fault, row: int, location: Location, first_row: int
-) -> BadRow:
+def _detail(table: pa.Table, fault: Fault, row: int, location: Location, first_row: int) -> BadRow:
     value = table.column(fault.column)[row].as_py()
     text = repr(value)
+    before = _rows_before(*location)
     return BadRow(
         file=location[0],
         row_group=location[1],
+        file_row=None if before is None else before + row,
         row=first_row + row,
         column=fault.column,
         value="null" if value is None else (text if len(text) <= 80 else text[:77] + "..."),
+        problem=fault.problem,
         expected=fault.expected,
     )
 
 
-def _error(
-    table: pa.Table, faults: list[_Fault], location: Location, first_row: int
-) -> BadRowsError:
-    counts: Counter[tuple[str, str]] = Counter()
-    for fault in faults:
-        counts[fault.column, fault.expected] += int(fault.mask.sum())
-    every = (
-        _detail(table, fault, int(row), location, first_row)
-        for fault in faults
-        for row in np.flatnonzero(fault.mask)[:_DETAILS]
-    )
-    first = sorted(itertools.islice(every, 100 * _DETAILS), key=lambda bad: bad.row)
-    return BadRowsError(first[:_DETAILS], counts)
+@lru_cache(maxsize=64)
+def _rows_before(file: str, row_group: int) -> int | None:
+    """Rows of a Parquet file before a row group; asked only where a row is bad."""
+    if not file.endswith(".parquet"):
+        return None
+    try:
+        with pq.ParquetFile(file) as opened:
+            sizes = [opened.metadata.row_group(i).num_rows for i in range(row_group)]
+    except (pa.ArrowInvalid, OSError):
+        return None
+    return sum(sizes)

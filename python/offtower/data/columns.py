@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
@@ -15,19 +14,36 @@ Column = pa.Array | pa.ChunkedArray
 
 def as_array(column: Column) -> pa.Array:
     """One contiguous array."""
-    if isinstance(column, pa.ChunkedArray):
-        return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    return column
+    if isinstance(column, pa.Array):
+        return column
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    if pa.types.is_string(column.type) and column.nbytes >= 2**31:
+        column = column.cast(pa.large_string())  # 32-bit offsets would overflow
+    joined = column.combine_chunks()
+    return pa.concat_arrays(joined.chunks) if isinstance(joined, pa.ChunkedArray) else joined
 
 
 def is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+    return bool(
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_decimal(kind)
+    )
 
 
 def is_list(kind: pa.DataType) -> bool:
     return bool(
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     )
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether categories or ids of this type are text; they are integers otherwise."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def is_category(kind: pa.DataType) -> bool:
@@ -85,28 +101,76 @@ def list_parts(column: Column) -> tuple[pa.Array, NDArray[np.int64]]:
 
 
 def category_values(column: Column) -> pa.Array:
-    """Text as string, integers and booleans as int64; dictionaries decoded."""
+    """Text as string (or large_string), integers and booleans as int64; dictionaries decoded.
+
+    Unsigned 64-bit integers keep their bits: those of 2**63 and more become negative.
+    """
     array = as_array(column)
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
+    if pa.types.is_uint64(array.type):
+        return array.view(pa.int64())
     if pa.types.is_integer(array.type) or pa.types.is_boolean(array.type):
         return pc.cast(array, pa.int64())
+    if pa.types.is_large_string(array.type) and array.nbytes >= 2**31:
+        return array
     return pc.cast(array, pa.string())
 
 
-def hash_values(values: pa.Array) -> NDArray[np.uint64]:
-    """A stable 64-bit hash of text or integers: the same on every machine and Python.
+def distinct_values(column: Column) -> tuple[pa.Array, NDArray[np.int64]]:
+    """Distinct values, none of them null, and the place (n,) of each row's value among them.
 
-    Text is hashed by SipHash (pandas' `hash_array` with its fixed key), integers by splitmix64
-    (Steele et al. 2014). Null hashes like 0.
+    Null has the place `len(values)`, so that a row for it may be appended to whatever is computed
+    of the values. A column that is a dictionary already is not decoded.
     """
-    if pa.types.is_integer(values.type):
+    array = as_array(column)
+    if pa.types.is_dictionary(array.type) and array.dictionary.null_count == 0:
+        values, indices = category_values(array.dictionary), array.indices
+    else:
+        encoded = pc.dictionary_encode(category_values(array))
+        values, indices = encoded.dictionary, encoded.indices
+    indices = pc.fill_null(pc.cast(indices, pa.int64()), len(values))
+    return values, indices.to_numpy(zero_copy_only=False)
+
+
+def hash_values(values: pa.Array) -> NDArray[np.uint64]:
+    """A stable 64-bit hash: the same on every machine, in every process and Python.
+
+    Integers of any width hash by splitmix64 (Steele, Lea, Flood 2014) of their 64 bits. Text is
+    cut into 8-byte little-endian words of its UTF-8 bytes, padded with zeros, and chained:
+    h = splitmix64(h ^ word), from h = splitmix64(number of bytes). The integer 5 and the text "5"
+    differ. Null hashes like 0 or like "".
+    """
+    if not is_text(values.type):
         plain = pc.fill_null(values, 0).to_numpy(zero_copy_only=False).astype(np.int64)
         return splitmix64(plain.view(np.uint64))
-    text = np.asarray(pc.fill_null(values, "").to_numpy(zero_copy_only=False), dtype=object)
-    if text.size == 0:
+    n = len(values)
+    if n == 0:
         return np.zeros(0, dtype=np.uint64)
-    return pd.util.hash_array(text, categorize=False).astype(np.uint64)
+    wide = pc.cast(pc.fill_null(values, ""), pa.large_string())
+    _, offset_buffer, data = wide.buffers()
+    ends = np.frombuffer(offset_buffer, dtype=np.int64)[wide.offset : wide.offset + n + 1]
+    first, last = int(ends[0]), int(ends[-1])
+    starts, lengths = ends[:-1] - first, np.diff(ends)
+    padded = np.zeros(last - first + 8, dtype=np.uint8)
+    if last > first:
+        padded[:-8] = np.frombuffer(data, dtype=np.uint8)[first:last]
+    # One word at every byte: unaligned reads, without a loop over rows.
+    words = np.lib.stride_tricks.as_strided(
+        padded[:8].view("<u8"), shape=(len(padded) - 7,), strides=(1,), writeable=False
+    )
+    key = splitmix64(lengths.astype(np.uint64))
+    active = np.flatnonzero(lengths > 0)
+    done = 0
+    while active.size:
+        word = words[starts[active] + done]
+        left = np.minimum(lengths[active] - done, 8).astype(np.uint64)
+        unused = (np.uint64(8) - left) * np.uint64(8)
+        word = (word << unused) >> unused  # bytes of the next text
+        key[active] = splitmix64(key[active] ^ word)
+        done += 8
+        active = active[lengths[active] > done]
+    return key
 
 
 def splitmix64(key: NDArray[np.uint64]) -> NDArray[np.uint64]:

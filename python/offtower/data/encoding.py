@@ -15,10 +15,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from offtower.atomic import write_text
 from offtower.data.columns import (
+    Column,
     as_float_array,
     as_float_matrix,
     category_values,
+    distinct_values,
     hash_values,
     list_parts,
 )
@@ -110,17 +113,16 @@ class FeatureEncoding:
         self._vocabulary = dict(vocabulary)
 
     @classmethod
-    def fit(
-        cls, specs: Iterable[FeatureSpec], tables: Iterable[pa.Table]
-    ) -> FeatureEncoding:
-        """One pass over the tables; the result does not depend on how the rows are cut.
+    def fit(cls, specs: Iterable[FeatureSpec], tables: Iterable[pa.Table]) -> FeatureEncoding:
+        """One pass over the tables, the same bits for the same tables; how the rows are cut
+        changes no vocabulary, and means and deviations by rounding only.
 
         Raises:
             DataError: vectors of several lengths, or too many distinct values for a vocabulary.
         """
         specs = tuple(specs)
         moments: dict[str, _Moments] = {}
-        counts: dict[str, pa.Table] = {}
+        counts: dict[str, _Counter] = {}
         for table in tables:
             for spec in specs:
                 column = table.column(spec.source)
@@ -139,7 +141,7 @@ class FeatureEncoding:
                         )
                     moments[spec.name] = found if before is None else before.merge(found)
                 elif spec.encoding == "vocabulary":
-                    counts[spec.name] = _count(spec, column, counts.get(spec.name))
+                    counts.setdefault(spec.name, _Counter(spec)).add(column)
         fitted = tuple(
             replace(spec, dim=int(moments[spec.name].mean.size))
             if spec.kind == "vector" and spec.name in moments
@@ -166,20 +168,30 @@ class FeatureEncoding:
             return 1 + spec.buckets
         return 1 + len(self._vocabulary[name])
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it; `save` suits large vocabularies better."""
+        values = {name: array.to_pylist() for name, array in self._vocabulary.items()}
+        return {**self._numbers(), "vocabulary": values}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> FeatureEncoding:
+        """What `to_dict` gave."""
+        return cls._from_parts(
+            content,
+            {
+                name: pa.array(v or pa.array([], pa.string()))
+                for name, v in content["vocabulary"].items()
+            },
+        )
+
     def save(self, directory: Path) -> None:
-        """JSON for numbers, one Parquet file a vocabulary."""
+        """JSON for numbers, one Parquet file a vocabulary; the JSON is written last."""
         directory.mkdir(parents=True, exist_ok=True)
-        content: dict[str, Any] = {
-            "specs": [spec_to_dict(spec) for spec in self.specs],
-            "mean": {name: value.tolist() for name, value in self._mean.items()},
-            "scale": {name: value.tolist() for name, value in self._scale.items()},
-            "vocabulary": {},
-        }
-        for number, (name, values) in enumerate(self._vocabulary.items()):
-            file = f"vocabulary_{number}.parquet"
-            pq.write_table(pa.table({"value": values}), directory / file)
-            content["vocabulary"][name] = file
-        (directory / _FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        files = {name: f"vocabulary_{i}.parquet" for i, name in enumerate(self._vocabulary)}
+        for name, file in files.items():
+            pq.write_table(pa.table({"value": self._vocabulary[name]}), directory / file)
+        content = {**self._numbers(), "vocabulary": files}
+        write_text(directory / _FILE, json.dumps(content, indent=1))
 
     @classmethod
     def load(cls, directory: Path) -> FeatureEncoding:
@@ -190,17 +202,31 @@ class FeatureEncoding:
         """
         try:
             content = json.loads((directory / _FILE).read_text(encoding="utf-8"))
-            return cls(
-                tuple(spec_from_dict(spec) for spec in content["specs"]),
-                {name: np.asarray(value) for name, value in content["mean"].items()},
-                {name: np.asarray(value) for name, value in content["scale"].items()},
-                {
-                    name: pq.read_table(directory / file).column("value").combine_chunks()
-                    for name, file in content["vocabulary"].items()
-                },
-            )
+            values = {
+                name: pq.read_table(directory / file).column("value").combine_chunks()
+                for name, file in content["vocabulary"].items()
+            }
+            return cls._from_parts(content, values)
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
             raise RunError(f"the encoding at '{directory}' cannot be read: {error}") from error
+
+    def _numbers(self) -> dict[str, Any]:
+        return {
+            "specs": [spec_to_dict(spec) for spec in self.specs],
+            "mean": {name: value.tolist() for name, value in self._mean.items()},
+            "scale": {name: value.tolist() for name, value in self._scale.items()},
+        }
+
+    @classmethod
+    def _from_parts(
+        cls, content: Mapping[str, Any], vocabulary: Mapping[str, pa.Array]
+    ) -> FeatureEncoding:
+        return cls(
+            tuple(spec_from_dict(spec) for spec in content["specs"]),
+            {name: np.asarray(value) for name, value in content["mean"].items()},
+            {name: np.asarray(value) for name, value in content["scale"].items()},
+            vocabulary,
+        )
 
     def _encode_one(self, spec: FeatureSpec, table: pa.Table) -> np.ndarray | BagArray:
         column = table.column(spec.source)
@@ -210,28 +236,28 @@ class FeatureEncoding:
         if spec.kind == "vector":
             return self._standardise(spec.name, as_float_matrix(column, spec.dim, spec.name))
         if spec.kind == "category":
-            return self._index(spec, category_values(column))
+            return self._index(spec, column)
         values, offsets = list_parts(column)
-        return BagArray(self._index(spec, category_values(values)), offsets)
+        return BagArray(self._index(spec, values), offsets)
 
     def _standardise(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
         # In float64, so that large offsets (timestamps) keep their small differences.
         standard = (values - self._mean[name]) / self._scale[name]
         return standard.astype(np.float32)
 
-    def _index(self, spec: FeatureSpec, values: pa.Array) -> NDArray[np.int64]:
+    def _index(self, spec: FeatureSpec, values: Column) -> NDArray[np.int64]:
         """Values -> 1 + position in the vocabulary or hash bucket; null and unseen -> 0."""
-        encoded = pc.dictionary_encode(values)
-        distinct = encoded.dictionary
+        distinct, place = distinct_values(values)
         if spec.encoding == "hash":
             seed = np.uint64(zlib.crc32(spec.name.encode()))
             bucket = (hash_values(distinct) ^ seed) % np.uint64(spec.buckets)
             of_distinct = 1 + bucket.astype(np.int64)
         else:
             vocabulary = self._vocabulary[spec.name]
-            known = pc.index_in(_like(distinct, vocabulary.type), value_set=vocabulary)
-            of_distinct = 1 + pc.fill_null(known, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-        place = pc.fill_null(encoded.indices, len(distinct)).to_numpy(zero_copy_only=False)
+            known = pc.index_in(_like(distinct, vocabulary, spec.name), value_set=vocabulary)
+            of_distinct = 1 + pc.fill_null(known, -1).to_numpy(zero_copy_only=False).astype(
+                np.int64
+            )
         return np.append(of_distinct, 0)[place]
 
 
@@ -239,37 +265,74 @@ def _has_vocabulary(spec: FeatureSpec) -> bool:
     return spec.kind in ("category", "bag") and spec.encoding == "vocabulary"
 
 
-def _count(spec: FeatureSpec, column: pa.ChunkedArray, before: pa.Table | None) -> pa.Table:
-    values = category_values(column if spec.kind == "category" else list_parts(column)[0])
-    found = pc.value_counts(pc.drop_null(values))
-    table = pa.table({"value": found.field("values"), "count": found.field("counts")})
-    if before is not None:
-        if before.schema.field("value").type != table.schema.field("value").type:
+class _Counter:
+    """How often each value occurs. Parts are joined when they outgrow what is joined already, so
+    the work per row does not grow with the number of tables."""
+
+    def __init__(self, spec: FeatureSpec) -> None:
+        self._spec = spec
+        self._joined: pa.Table | None = None
+        self._waiting: list[pa.Table] = []
+        self._rows_waiting = 0
+
+    def add(self, column: pa.ChunkedArray) -> None:
+        spec = self._spec
+        values = category_values(column if spec.kind == "category" else list_parts(column)[0])
+        found = pc.value_counts(pc.drop_null(values))
+        table = pa.table({"value": found.field("values"), "count": found.field("counts")})
+        parts = [self._joined, *self._waiting[:1]]
+        if any(part is not None and part.schema != table.schema for part in parts):
             raise DataError(f"feature '{spec.name}' holds text in one file and numbers in another")
-        joined = pa.concat_tables([before, table])
-        table = joined.group_by("value").aggregate([("count", "sum")])
-        table = table.rename_columns({"count_sum": "count"})
-    if table.num_rows > MAX_VOCABULARY:
-        raise DataError(
-            f"feature '{spec.name}' has more than {MAX_VOCABULARY:,} distinct values; "
-            "set its encoding to 'hash', with buckets of your choice"
-        )
-    return table
+        self._waiting.append(table)
+        self._rows_waiting += table.num_rows
+        joined_rows = 0 if self._joined is None else self._joined.num_rows
+        if self._rows_waiting > max(1_000_000, joined_rows):
+            self.table()
+
+    def table(self) -> pa.Table:
+        """Columns value and count, each value once.
+
+        Raises:
+            DataError: more than MAX_VOCABULARY distinct values.
+        """
+        parts = ([] if self._joined is None else [self._joined]) + self._waiting
+        if len(parts) == 1:
+            self._joined = parts[0]
+        else:
+            summed = pa.concat_tables(parts).group_by("value").aggregate([("count", "sum")])
+            self._joined = summed.rename_columns({"count_sum": "count"}).select(["value", "count"])
+        self._waiting, self._rows_waiting = [], 0
+        if self._joined.num_rows > MAX_VOCABULARY:
+            raise DataError(
+                f"feature '{self._spec.name}' has more than {MAX_VOCABULARY:,} distinct values; "
+                "set its encoding to 'hash', with buckets of your choice"
+            )
+        return self._joined
 
 
-def _vocabulary(spec: FeatureSpec, counts: Mapping[str, pa.Table]) -> pa.Array:
+def _vocabulary(spec: FeatureSpec, counts: Mapping[str, _Counter]) -> pa.Array:
     if spec.name not in counts:
         return pa.array([], pa.string())
-    table = counts[spec.name]
+    table = counts[spec.name].table()
     kept = table.filter(pc.greater_equal(table.column("count"), spec.min_count)).column("value")
     kept = kept.combine_chunks()
     return kept.take(pc.sort_indices(kept))
 
 
-def _like(values: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Values in the vocabulary's type; what cannot be it (text against numbers) becomes null."""
-    if values.type == kind:
+def _like(values: pa.Array, vocabulary: pa.Array, name: str) -> pa.Array:
+    """Values in the vocabulary's type.
+
+    Raises:
+        DataError: text that is no number, against a vocabulary of numbers.
+    """
+    if values.type == vocabulary.type:
         return values
-    if pa.types.is_string(kind):
-        return pc.cast(values, kind)
-    return pa.nulls(len(values), kind)
+    if len(vocabulary) == 0:
+        return pa.nulls(len(values), vocabulary.type)
+    try:
+        return pc.cast(values, vocabulary.type)
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"feature '{name}' holds text, but integers in the rows that its vocabulary was "
+            f"fitted on ({error}); write the column with one type"
+        ) from error

@@ -68,7 +68,8 @@ class ParquetLog(Log):
                     f"'{file}' has no column '{missing[0]}', which the schema names; "
                     f"it has {', '.join(arrow.names)}"
                 )
-            selected = pa.schema([arrow.field(name) for name in schema.columns])
+            # Types only: whether a column may hold nulls is no difference in content.
+            selected = pa.schema([(name, arrow.field(name).type) for name in schema.columns])
             if first is None:
                 first = selected
             elif not selected.equals(first):
@@ -219,10 +220,16 @@ class _Writer:
 def _regroup(
     batches: Iterable[pa.Table | pa.RecordBatch], rows_per_group: int
 ) -> Iterator[pa.Table]:
+    first: pa.Schema | None = None
     waiting: list[pa.Table] = []
     rows = 0
     for batch in batches:
         table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
+        table = table.replace_schema_metadata(None)
+        if first is None:
+            first = table.schema
+        elif table.schema != first:
+            raise DataError(f"the tables to write differ: {_difference(first, table.schema)}")
         start = 0
         while start < table.num_rows:
             piece = table.slice(start, min(rows_per_group - rows, table.num_rows - start))
@@ -234,6 +241,13 @@ def _regroup(
                 waiting, rows = [], 0
     if rows:
         yield pa.concat_tables(waiting).combine_chunks()
+
+
+def _difference(first: pa.Schema, other: pa.Schema) -> str:
+    if first.names != other.names:
+        return f"columns {', '.join(first.names)} and then {', '.join(other.names)}"
+    name = next((n for n in first.names if first.field(n) != other.field(n)), "?")
+    return f"column '{name}' is {first.field(name)} and then {other.field(name)}"
 
 
 def _footer(file: Path) -> tuple[pq.FileMetaData, pa.Schema]:

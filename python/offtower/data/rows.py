@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
-from offtower.data.columns import as_array, as_float_array, category_values, hash_values
+from offtower.data.columns import as_array, as_float_array, distinct_values, hash_values
 from offtower.data.encoding import FeatureArrays, FeatureEncoding, concat, nbytes, take
 from offtower.data.schema import LogSchema
 
@@ -104,10 +104,8 @@ def encode_rows(
 
 def hashed(column: pa.ChunkedArray) -> NDArray[np.uint64]:
     """A stable 64-bit key of each value; equal values, equal keys. Null has the key 0."""
-    encoded = pc.dictionary_encode(category_values(column))
-    of_distinct = np.append(hash_values(encoded.dictionary), np.uint64(0))
-    place = pc.fill_null(encoded.indices, len(encoded.dictionary))
-    return of_distinct[place.to_numpy(zero_copy_only=False)]
+    distinct, place = distinct_values(column)
+    return np.append(hash_values(distinct), np.uint64(0))[place]
 
 
 def timestamps(column: pa.ChunkedArray) -> NDArray[np.int64]:

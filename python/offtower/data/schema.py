@@ -72,8 +72,10 @@ class LogSchema:
     @model_validator(mode="after")
     def _check(self) -> LogSchema:
         low, high = self.reward_range
-        if not (low < high and abs(low) < float("inf") and abs(high) < float("inf")):
-            raise ValueError(f"reward_range must be two finite numbers, low < high, got {low, high}")
+        if not (low < high and abs(low) < 1e38 and abs(high) < 1e38):
+            raise ValueError(
+                f"reward_range must be two finite numbers, low < high, got {low, high}"
+            )
         _unique_names(self.context)
         return self
 

@@ -1,0 +1,36 @@
+"""Rows set aside: every bad row with all its columns and the reason, in Parquet."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+REASON = "_reason"
+"""Column that says what was wrong; `_row` has the row's number in the whole log."""
+
+ROW = "_row"
+
+
+def write_aside(
+    directory: Path, rows: pa.Table, numbers: list[int], reasons: list[str], source: str, first: int
+) -> Path:
+    """Write the bad rows of one table; writing the same table again gives the same file.
+
+    Args:
+        rows: the bad rows, with their columns as read.
+        numbers, reasons: of each row.
+        source: the file they came from, part of the name: logs may share a folder.
+        first: number of the table's first row in the whole log.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    aside = rows.append_column(ROW, pa.array(numbers, pa.int64()))
+    aside = aside.append_column(REASON, pa.array(reasons, pa.string()))
+    path = directory / f"rows-from-{first:012d}-{zlib.crc32(source.encode()):08x}.parquet"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    pq.write_table(aside, temporary)
+    temporary.replace(path)
+    return path

@@ -1,0 +1,253 @@
+"""What each column must hold: masks of the rows that break a rule, by what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from offtower.data.catalogue import Catalogue
+from offtower.data.columns import (
+    Column,
+    as_array,
+    as_float_array,
+    is_category,
+    is_list,
+    is_number,
+    is_text,
+)
+from offtower.data.schema import FeatureSpec, LogSchema
+from offtower.errors import DataError
+
+Mask = NDArray[np.bool_]
+
+LARGEST = float(np.finfo(np.float32).max)
+"""Features become float32; larger numbers would become infinite."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Rows of one table that break one rule in one way."""
+
+    column: str
+    problem: str
+    expected: str
+    mask: Mask
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a column must hold; `bad` costs one pass, `kinds` is asked only where a row is bad."""
+
+    column: str
+    expected: str
+    type_ok: Callable[[pa.DataType], bool]
+    type_expected: str
+    bad: Callable[[Column], Mask]
+    kinds: Callable[[Column], dict[str, Mask]]
+
+
+def find_faults(table: pa.Table, schema: LogSchema, catalogue: Catalogue, file: str) -> list[Fault]:
+    """Broken rules, each with its rows; a table without faults costs a pass per column.
+
+    Raises:
+        DataError: a column is missing or has a type that can never be right.
+    """
+    found: list[Fault] = []
+    for rule in _rules(schema, catalogue):
+        column = _column(table, rule, file)
+        mask = rule.bad(column)
+        if not mask.any():
+            continue
+        left = mask.copy()
+        for problem, rows in rule.kinds(column).items():
+            hit = left & rows
+            if hit.any():
+                found.append(Fault(rule.column, problem, rule.expected, hit))
+                left &= ~hit
+        if left.any():
+            found.append(Fault(rule.column, "wrong", rule.expected, left))
+    return found
+
+
+def bad_vectors(column: Column, dim: int | None) -> Mask:
+    """(n,) rows whose list is null, of another length than `dim`, or not finite in float32.
+
+    Without a `dim` the commonest length is expected.
+    """
+    bad = np.zeros(len(column), dtype=bool)
+    for rows in vector_kinds(column, dim).values():
+        bad |= rows
+    return bad
+
+
+def vector_kinds(column: Column, dim: int | None) -> dict[str, Mask]:
+    """What is wrong with vectors, each with its rows."""
+    array = as_array(column)
+    n = len(array)
+    # Null lists hide whatever their slot of a fixed-size list holds.
+    null = pc.is_null(array).to_numpy(zero_copy_only=False)
+    lengths = pc.fill_null(pc.list_value_length(array), -1).to_numpy(zero_copy_only=False)
+    wanted = dim
+    if wanted is None:
+        known = lengths[~null]
+        wanted = int(np.bincount(known).argmax()) if known.size else 0
+    flat = pc.list_flatten(array)
+    values = as_float_array(flat)
+    usable = np.abs(values) <= LARGEST
+    null_inside, infinite, nan = (np.zeros(n, dtype=bool) for _ in range(3))
+    if not usable.all():
+        parents = pc.list_parent_indices(array).to_numpy(zero_copy_only=False)
+        nulls = pc.is_null(flat).to_numpy(zero_copy_only=False)
+        null_inside[parents[nulls]] = True
+        nan[parents[np.isnan(values) & ~nulls]] = True
+        infinite[parents[np.abs(values) > LARGEST]] = True
+    return {
+        "null": null,
+        "of wrong length": (lengths != wanted) & ~null,
+        "null inside": null_inside,
+        "NaN inside": nan,
+        "infinite inside": infinite,
+    }
+
+
+def _rules(schema: LogSchema, catalogue: Catalogue) -> Iterator[Rule]:
+    text = catalogue.text_ids
+    yield Rule(
+        schema.action,
+        f"the id of an item in the catalogue ({catalogue.num_items:,} items)",
+        lambda kind: is_category(kind) and is_text(kind) == text,
+        ("text" if text else "integers") + ", as the item ids of the catalogue are",
+        lambda column: catalogue.index_of(column) < 0,
+        lambda column: {"null": _null(column), "an unknown item": ~_null(column)},
+    )
+    low, high = schema.reward_range
+    yield Rule(
+        schema.reward,
+        f"a number in [{low:g}, {high:g}], the schema's reward_range",
+        is_number,
+        "numbers",
+        lambda column: _outside(column, low, high),
+        lambda column: _number_kinds(column, low, high),
+    )
+    if schema.pscore is not None:
+        yield Rule(
+            schema.pscore,
+            "a probability in (0, 1]",
+            is_number,
+            "numbers",
+            lambda column: _outside(column, 0.0, 1.0) | (as_float_array(column) == 0.0),
+            lambda column: {
+                **_number_kinds(column, 0.0, 1.0, "negative", "above 1"),
+                "zero": as_float_array(column) == 0.0,
+            },
+        )
+    for spec in schema.context:
+        yield _feature_rule(spec)
+    if schema.timestamp is not None:
+        yield Rule(
+            schema.timestamp,
+            "a time",
+            lambda kind: pa.types.is_timestamp(kind) or is_number(kind),
+            "times or numbers",
+            _null_or_not_finite,
+            lambda column: {"null": _null(column), "not finite": ~_null(column)},
+        )
+    if schema.position is not None:
+        yield _present(schema.position, "an integer", pa.types.is_integer, "integers")
+    for name in (schema.behavior_policy, schema.round_id, schema.user_id):
+        if name is not None:
+            yield _present(name, "text or an integer", is_category, "text or integers")
+
+
+def _present(name: str, expected: str, ok: Callable[[pa.DataType], bool], types: str) -> Rule:
+    return Rule(name, expected, ok, types, _null, lambda column: {"null": _null(column)})
+
+
+def _feature_rule(spec: FeatureSpec) -> Rule:
+    if spec.kind == "numeric":
+        return Rule(
+            spec.source,
+            "a finite number",
+            is_number,
+            "numbers",
+            lambda column: _outside(column, -LARGEST, LARGEST),
+            lambda column: _number_kinds(column, -LARGEST, LARGEST, "infinite", "infinite"),
+        )
+    if spec.kind == "vector":
+        length = "equally many" if spec.dim is None else f"{spec.dim}"
+        return Rule(
+            spec.source,
+            f"a list of {length} finite numbers",
+            lambda kind: is_list(kind) and is_number(kind.value_type),
+            "lists of numbers",
+            lambda column: bad_vectors(column, spec.dim),
+            lambda column: vector_kinds(column, spec.dim),
+        )
+    # A null category or bag is a value like any other: unknown, or empty.
+    if spec.kind == "category":
+        return Rule(
+            spec.source, "a category", is_category, "text or integers", _nothing, lambda column: {}
+        )
+    return Rule(
+        spec.source,
+        "a list of categories",
+        lambda kind: is_list(kind) and is_category(kind.value_type),
+        "lists of text or integers",
+        _nothing,
+        lambda column: {},
+    )
+
+
+def _column(table: pa.Table, rule: Rule, file: str) -> pa.ChunkedArray:
+    if rule.column not in table.column_names:
+        raise DataError(
+            f"{file} has no column '{rule.column}'; it has {', '.join(table.column_names)}"
+        )
+    column = table.column(rule.column)
+    if not rule.type_ok(column.type):
+        raise DataError(
+            f"{file}: column '{rule.column}' holds {column.type}, expected {rule.type_expected}"
+        )
+    return column
+
+
+def _outside(column: Column, low: float, high: float) -> Mask:
+    """Null, NaN, infinite, below `low` or above `high`."""
+    values = as_float_array(column)
+    # A comparison with NaN is false, so NaN (and null, which became NaN) counts as outside.
+    bad: Mask = ~((values >= low) & (values <= high))
+    return bad
+
+
+def _number_kinds(
+    column: Column, low: float, high: float, below: str = "", above: str = ""
+) -> dict[str, Mask]:
+    values = as_float_array(column)
+    null = _null(column)
+    return {
+        "null": null,
+        "NaN": np.isnan(values) & ~null,
+        "infinite": np.isinf(values),
+        below or f"below {low:g}": values < low,
+        above or f"above {high:g}": values > high,
+    }
+
+
+def _null(column: Column) -> Mask:
+    nulls: Mask = pc.is_null(as_array(column)).to_numpy(zero_copy_only=False)
+    return nulls
+
+
+def _null_or_not_finite(column: Column) -> Mask:
+    if pa.types.is_floating(column.type):
+        return ~np.isfinite(as_float_array(column))
+    return _null(column)
+
+
+def _nothing(column: Column) -> Mask:
+    return np.zeros(len(column), dtype=bool)
