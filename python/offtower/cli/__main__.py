@@ -1,0 +1,5 @@
+"""`python -m offtower.cli`."""
+
+from offtower.cli import main
+
+main()

@@ -1,0 +1,192 @@
+"""A run that is killed at any moment, and resumed, ends with the same policy, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from offtower.config import to_yaml
+from offtower.errors import RunError
+from offtower.run_directory import RunDirectory
+from offtower.training.metrics import read_metrics
+from offtower.training.run import train_run
+from safetensors.numpy import load_file
+
+from tests.training.conftest import make_config
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    return load_file(run / "policy" / "policy.safetensors")
+
+
+def assert_same_policy(one: Path, two: Path) -> None:
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    config = make_config(simulated, runs, "whole")
+    train_run(config)
+    return config.run_directory
+
+
+def test_the_same_run_twice_gives_the_same_bits(
+    simulated: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    config = make_config(simulated, tmp_path, "whole")
+    train_run(config)
+    assert_same_policy(config.run_directory, uninterrupted)
+
+
+def test_another_seed_gives_another_policy(
+    simulated: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    config = make_config(simulated, tmp_path, "other", "seed=4")
+    train_run(config)
+    one, two = weights(config.run_directory), weights(uninterrupted)
+    assert any(not np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_killed_at_any_moment_and_resumed(
+    simulated: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    """SIGKILL after random delays, again and again, until a start runs to its end."""
+    config = make_config(simulated, tmp_path, "whole")
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    command = [sys.executable, "-m", "offtower.cli", "train", str(path), "--resume"]
+    run = config.run_directory
+    rng = np.random.default_rng(7)
+    kills = 0
+    for _ in range(40):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        seen = len(list((run / "checkpoints").glob("step_*"))) if run.exists() else 0
+        # The start itself takes seconds; the clock of a kill begins when the run does something.
+        began = time.monotonic()
+        while process.poll() is None and time.monotonic() - began < 60 and kills < 6:
+            metrics = run / "metrics.jsonl"
+            moved = metrics.exists() and metrics.stat().st_size > 0
+            if kills < 2 and run.exists():  # During preparation and the reward model's fit too.
+                break
+            if moved and seen >= 0:
+                break
+            time.sleep(0.005)
+        if kills >= 6:
+            assert process.wait(timeout=120) == 0
+            break
+        time.sleep(float(rng.uniform(0, 0.25)))
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait(timeout=60)
+    assert kills == 6
+    assert_same_policy(run, uninterrupted)
+    # No line is lost or written twice.
+    steps = [(line["kind"], line["step"]) for line in read_metrics(run / "metrics.jsonl")]
+    wanted = [
+        (line["kind"], line["step"]) for line in read_metrics(uninterrupted / "metrics.jsonl")
+    ]
+    assert steps == wanted
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
+    simulated: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    config = make_config(simulated, tmp_path, "whole")
+    train_run(config)
+    run = RunDirectory(config.run_directory)
+    newest = sorted(run.checkpoints.glob("step_*"))[-1]
+    tensors = newest / "tensors.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[-20] ^= 0xFF
+    tensors.write_bytes(bytes(content))
+    shutil.rmtree(run.policy)
+    train_run(config, resume=True)
+    assert_same_policy(config.run_directory, uninterrupted)
+    assert run.manifest()["checkpoints_skipped"] == [
+        f"{newest.name}: tensors.safetensors is damaged"
+    ]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(
+    simulated: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    config = make_config(simulated, tmp_path, "whole")
+    save, calls = safetensors.torch.save_file, []
+
+    def full(tensors: dict[str, object], path: Path) -> None:
+        calls.append(path)
+        if len(calls) > 60:
+            Path(path).write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train_run(config)
+    monkeypatch.undo()
+    assert not list(config.run_directory.rglob("*.partial"))
+    train_run(config, resume=True)
+    assert_same_policy(config.run_directory, uninterrupted)
+
+
+def test_names_that_are_taken(simulated: Path, tmp_path: Path) -> None:
+    config = make_config(simulated, tmp_path, "a", "training.epochs=1")
+    train_run(config)
+    with pytest.raises(RunError, match="Pass --resume"):
+        train_run(config)
+    other = make_config(simulated, tmp_path, "a", "training.epochs=2")
+    with pytest.raises(RunError, match=r"training.epochs \(1 -> 2\)"):
+        train_run(other, resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(RunError, match="not empty and holds no run"):
+        train_run(make_config(simulated, tmp_path, "mine", "training.epochs=1"))
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_changed_data_are_noticed(simulated: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(simulated, data)
+    config = make_config(data, tmp_path / "runs", "a", "training.epochs=1")
+    train_run(config)
+    shutil.rmtree(data / "train")
+    shutil.copytree(data / "validation", data / "train")
+    with pytest.raises(RunError, match="log or the catalogue changed"):
+        train_run(config, resume=True)
+
+
+def test_manifest_and_metrics_say_what_happened(uninterrupted: Path) -> None:
+    manifest = json.loads((uninterrupted / "manifest.json").read_text())
+    assert manifest["training_rows"] == 600
+    assert manifest["epochs"] == 6
+    lines = read_metrics(uninterrupted / "metrics.jsonl")
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    assert len(epochs) == 6
+    for key in (
+        "loss",
+        "value_estimate",
+        "effective_sample_size",
+        "largest_weight",
+        "entropy",
+        "rows_per_second",
+        "waiting_share",
+    ):
+        assert epochs[0][key] is not None, key
+    lows = [line["validation"]["low"] for line in epochs]
+    best = epochs[int(np.argmax(lows))]
+    assert manifest["selected_step"] == best["step"]
