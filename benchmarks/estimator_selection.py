@@ -146,11 +146,10 @@ def candidates() -> list[Candidate]:
 
 @dataclass(frozen=True)
 class Selector:
-    """A selector under test: method and options; `scale` divides the repetitions it is given."""
+    """A selector under test."""
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
-    scale: int = 1
 
 
 def selectors(which: str, network: NetworkOptions) -> dict[str, Selector]:
@@ -158,7 +157,8 @@ def selectors(which: str, network: NetworkOptions) -> dict[str, Selector]:
     main = {
         "paired": Selector("paired"),
         "pasif exact, 10 splits": Selector("pasif", {"repetitions": 10}),
-        "pasif exact, 40 splits": Selector("pasif", {"repetitions": 40}),
+        "pasif exact, 100 splits": Selector("pasif"),
+        "pasif exact, ties by pairing": Selector("pasif", {"ties": "paired"}),
         "heuristic": Selector("heuristic"),
         "ocv": Selector("ocv"),
         "slope": Selector("slope"),
@@ -174,11 +174,17 @@ def selectors(which: str, network: NetworkOptions) -> dict[str, Selector]:
         }
     pasif = {f"pasif, {r} splits": Selector("pasif", {"repetitions": r}) for r in (10, 40, 160)}
     pasif |= {
-        f"pasif, 40 splits, k = {k}": Selector("pasif", {"share": k}) for k in (0.1, 0.3, 0.5)
+        f"pasif, 40 splits, k = {k}": Selector("pasif", {"repetitions": 40, "share": k})
+        for k in (0.1, 0.3, 0.5)
     }
     pasif |= {
-        "pasif, 40 splits, bootstrap": Selector("pasif", {"resample": True}),
-        "pasif, 40 splits, ties by variance": Selector("pasif", {"ties": True}),
+        "pasif, 40 splits, bootstrap": Selector("pasif", {"repetitions": 40, "resample": True}),
+        "pasif, 40 splits, ties by variance": Selector(
+            "pasif", {"repetitions": 40, "ties": "variance"}
+        ),
+        "pasif, 40 splits, ties by pairing": Selector(
+            "pasif", {"repetitions": 40, "ties": "paired"}
+        ),
     }
     paired = {
         "paired, no caution, no prior": Selector("paired", {"caution": 0.0, "tie_width": 0.0}),

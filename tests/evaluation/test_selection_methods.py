@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from selection_worlds import World, candidates
 
 from offtower.errors import OfftowerError
 from offtower.evaluation import estimators as e
@@ -23,6 +22,8 @@ from offtower.evaluation.selection import (
     select_estimator,
 )
 from offtower.evaluation.selection.pasif import _repetition_errors
+
+from .selection_worlds import World, candidates
 
 ALL = ("paired", "pasif", "heuristic", "ocv", "slope")
 
@@ -382,3 +383,19 @@ def test_rows_of_several_reward_models_make_a_log() -> None:
         SelectionLog.from_rows({"a": rows["a"], "b": other})
     with pytest.raises(OfftowerError, match="lack"):
         SelectionLog.from_rows({"a": log.problem.rows(None)})
+
+
+def test_ties_of_pasif_can_be_resolved() -> None:
+    w = World(17)
+    log = w.log({"m": np.clip(w.q + 0.1, 0.0, 1.0)})
+    pool = candidates("m")
+    plain = select_estimator(log, pool, method="pasif", repetitions=10)
+    paired = select_estimator(log, pool, method="pasif", repetitions=10, ties="paired")
+    tied = {plain.best.name, *plain.tied}
+    assert paired.best.name in tied and {s.mse for s in paired.ranking} == {
+        s.mse for s in plain.ranking
+    }
+    first = next(s for s in select_estimator(log, pool).ranking if s.name in tied)
+    assert paired.best.name == first.name
+    with pytest.raises(OfftowerError, match="ties"):
+        select_estimator(log, pool, method="pasif", ties="coin")

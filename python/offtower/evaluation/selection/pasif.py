@@ -22,7 +22,7 @@ from offtower.evaluation.selection.result import SelectionResult, make_result
 from offtower.evaluation.selection.splits import MIN_DRAWS, check_share
 from offtower.evaluation.selection.ties import resolve_ties
 
-DEFAULT_REPETITIONS = 40
+DEFAULT_REPETITIONS = 100
 
 
 def select_pasif(
@@ -33,7 +33,7 @@ def select_pasif(
     share: float = 0.2,
     repetitions: int = DEFAULT_REPETITIONS,
     resample: bool = False,
-    ties: bool = False,
+    ties: str = "none",
     network: NetworkOptions | None = None,
     min_draws: int = MIN_DRAWS,
     seed: int = 0,
@@ -42,10 +42,10 @@ def select_pasif(
 
     importance_fit: "exact" or "network". share: k. repetitions: splits that are drawn.
     resample: also draw each part's rows with replacement, after the split, as the published
-    bootstrap does (it adds noise: redrawing the split is enough). ties: among the candidates
-    within two standard errors of the best take the one of least variance on the whole log (see
-    `resolve_ties`). A candidate's `mse` is that of the pseudo problem, with (1 - share) n rows;
-    `noise` is over splits of this one log, and does not contain the log's own noise.
+    bootstrap does (it adds noise: redrawing the split is enough). ties: how candidates within two
+    standard errors of the best are ordered, "none", "variance" or "paired" (see `resolve_ties`).
+    A candidate's `mse` is that of the pseudo problem, with (1 - share) n rows; `noise` is over
+    splits of this one log, and does not contain the log's own noise.
     """
     check_share(share)
     if repetitions < 2:
@@ -75,10 +75,8 @@ def select_pasif(
     best = int(np.argmin(mse))
     margin_noise = (errors - errors[:, [best]]).std(axis=0, ddof=1) / root
     values = log.problem.values(judged)
-    order = None
-    if ties:
-        order = resolve_ties(log.problem, judged, mse, margin_noise)
-        margin_noise = (errors - errors[:, [order[0]]]).std(axis=0, ddof=1) / root
+    order = resolve_ties(log, judged, mse, margin_noise, ties)
+    margin_noise = (errors - errors[:, [order[0]]]).std(axis=0, ddof=1) / root
     details: dict[str, Any] = {
         "importance_fit": importance_fit,
         "share": share,
