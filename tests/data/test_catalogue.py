@@ -1,5 +1,3 @@
-"""Catalogues: ids to numbers, and what is refused."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -8,72 +6,75 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+
 from offtower.data import Catalogue, CatalogueSchema, FeatureSpec, write_catalogue
 from offtower.errors import DataError
 
-
-@given(
-    st.one_of(
-        st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, min_size=1, max_size=40),
-        st.lists(st.text(max_size=8), unique=True, min_size=1, max_size=40),
-    ),
-    st.randoms(),
-)
-def test_every_id_is_found_where_it_stands(ids: list[Any], random: Any) -> None:
-    catalogue = Catalogue.from_arrays(ids, {"f": np.zeros(len(ids))})
-    asked = [random.choice(ids) for _ in range(20)]
-    found = catalogue.index_of(pa.array(asked))
-    assert [ids[i] for i in found] == asked
+IDS: list[Any] = [
+    ["b", "a", "", "long " * 20],
+    [10, 11, 12, 9],
+    [-5, 2**62, 0, 7],
+    pa.array([2**63 + 1, 1, 2**64 - 1, 0], pa.uint64()),
+]
 
 
-@pytest.mark.parametrize("ids", [[1, 2, 3], ["1", "2", "3"]])
-def test_unknown_null_and_other_kinds_are_minus_one(ids: list[Any]) -> None:
-    catalogue = Catalogue.from_arrays(ids, {"f": np.zeros(3)})
-    other = ["1", "9"] if isinstance(ids[0], int) else [1, 9]
-    assert catalogue.index_of(pa.array(other)).tolist() == [-1, -1]
-    same = pa.array([ids[2], None, ids[0]])
-    assert catalogue.index_of(same).tolist() == [2, -1, 0]
-    assert catalogue.index_of(same.dictionary_encode()).tolist() == [2, -1, 0]
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_ids_are_found(ids: Any, dictionary: bool) -> None:
+    ids = pa.array(ids)
+    catalogue = Catalogue.from_arrays(ids, {"x": np.arange(4.0)})
+    asked = pa.concat_arrays([ids.take(pa.array([3, 1, 0, 1, 2])), pa.nulls(1, ids.type)])
+    asked = asked.dictionary_encode() if dictionary else asked
+    assert catalogue.index_of(asked).tolist() == [3, 1, 0, 1, 2, -1]
+    assert catalogue.index_of(pa.chunked_array([asked, asked])).tolist()[6:] == [3, 1, 0, 1, 2, -1]
+    assert catalogue.item_ids.to_pylist() == ids.to_pylist()
 
 
-def schema(**kinds: str) -> CatalogueSchema:
-    return CatalogueSchema(features=tuple(FeatureSpec(n, k) for n, k in kinds.items()))  # type: ignore[arg-type]
+def test_unknown_ids_and_ids_of_another_type() -> None:
+    text = Catalogue.from_arrays(["a", "5"], {})
+    assert text.index_of(pa.array(["c", "5", None])).tolist() == [-1, 1, -1]
+    assert text.index_of(pa.array([5])).tolist() == [-1]
+    whole = Catalogue.from_arrays([4, 5], {})
+    assert whole.index_of(pa.array([3, 6, -(2**63), 2**63 - 1, 5])).tolist() == [-1, -1, -1, -1, 1]
+    assert whole.index_of(pa.array([], pa.int64())).tolist() == []
+
+
+def test_against_a_dictionary_of_many() -> None:
+    ids = np.random.default_rng(0).permutation(100_000)[:50_000]
+    catalogue = Catalogue.from_arrays([f"item-{i}" for i in ids], {})
+    place = {int(item): number for number, item in enumerate(ids)}
+    found = catalogue.index_of(pa.array([f"item-{i}" for i in range(100_000)]))
+    assert found.tolist() == [place.get(i, -1) for i in range(100_000)]
 
 
 @pytest.mark.parametrize(
-    ("columns", "kinds", "message"),
+    ("ids", "feature", "kind", "message"),
     [
-        ({"item_id": [1, 2, 1]}, {}, "item id 1 stands twice in the catalogue, as items 0 and 2"),
-        ({"item_id": ["a", None]}, {}, "item 1 of the catalogue has a null id"),
-        ({"item_id": [1.5]}, {}, "ids must be text or integers"),
-        ({"id": [1]}, {}, "no column 'item_id'"),
-        ({"item_id": [1, 2], "p": [1.0, None]}, {"p": "numeric"}, "item 1 has None"),
-        ({"item_id": [1, 2], "p": [float("inf"), 0]}, {"p": "numeric"}, "item 0 has inf"),
-        ({"item_id": [1, 2], "p": ["a", "b"]}, {"p": "numeric"}, "must be a number"),
-        ({"item_id": [1, 2], "v": [[1.0], [1.0, 2.0]]}, {"v": "vector"}, "item 1 has"),
-        ({"item_id": [1], "v": [3.0]}, {"v": "vector"}, "must be a list of numbers"),
-        ({"item_id": pa.array([], pa.int64())}, {}, "no items"),
+        (["a", "b", "a"], [1.0] * 3, "numeric", "id 'a' stands twice .* as items 0 and 2"),
+        (["a", None, "c"], [1.0] * 3, "numeric", "item 1 of the catalogue has a null id"),
+        ([1.5, 2.5, 3.5], [1.0] * 3, "numeric", "text or integers, but column 'item_id' is double"),
+        ([1, 2, 3], [1.0, float("nan"), None], "numeric", "item 1 has nan.*2 items in all"),
+        ([1, 2, 3], ["x"] * 3, "numeric", "must be a number, but is string"),
+        ([1, 2, 3], [[1.0], None, [1.0]], "vector", "item 1 has None, expected finite numbers"),
+        ([1, 2, 3], [[1.0], [1.0, 2.0], [1.0]], "vector", r"item 1 has \[1.0, 2.0\]"),
+        ([1, 2, 3], [1.5] * 3, "category", "must be text or an integer, but is double"),
+        ([1, 2, 3], ["x"] * 3, "bag", "must be a list of text or integers, but is string"),
     ],
 )
-def test_bad_catalogues(columns: dict[str, Any], kinds: dict[str, str], message: str) -> None:
+def test_malformed_catalogues(ids: Any, feature: Any, kind: Any, message: str) -> None:
+    schema = CatalogueSchema(features=(FeatureSpec(name="f", kind=kind),))
     with pytest.raises(DataError, match=message):
-        Catalogue.from_table(pa.table(columns), schema(**kinds))
+        Catalogue(pa.table({"item_id": ids, "f": feature}), schema)
 
 
-def test_round_trip_on_disk(tmp_path: Path) -> None:
-    table = pa.table({"item_id": ["x", "y"], "p": [1.0, 2.0]})
-    written = write_catalogue(tmp_path / "c", table, schema(p="numeric"))
-    opened = Catalogue.open(tmp_path / "c")
-    assert opened.schema == written.schema
-    assert opened.fingerprint == written.fingerprint
-    assert opened.table(0, 2).to_pydict() == table.to_pydict()
-    with pytest.raises(DataError, match="exists already"):
-        write_catalogue(tmp_path / "c", table, schema(p="numeric"))
-
-
-def test_fingerprint_sees_every_value() -> None:
-    one = Catalogue.from_arrays([1, 2], {"f": np.array([0.0, 1.0])})
-    two = Catalogue.from_arrays([1, 2], {"f": np.array([0.0, 1.5])})
-    assert one.fingerprint != two.fingerprint
+def test_written_and_read_again(tmp_path: Path) -> None:
+    schema = CatalogueSchema(item_id="sku", features=(FeatureSpec(name="f", kind="bag"),))
+    table = pa.table({"sku": ["a", "b", "c"], "f": [["x"], [], None]})
+    written = write_catalogue(tmp_path / "c", table, schema)
+    again = Catalogue.open(tmp_path / "c")
+    assert again.schema == schema and again.fingerprint == written.fingerprint
+    assert again.num_items == 3 and again.table(1, 3).column("sku").to_pylist() == ["b", "c"]
+    with pytest.raises(DataError, match="has no column 'item_id'"):
+        Catalogue.open(tmp_path / "c", CatalogueSchema())
+    with pytest.raises(DataError, match="no items"):
+        Catalogue(table.slice(0, 0), schema)

@@ -7,12 +7,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.data.conftest import make_catalogue, make_schema, make_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offtower.data import BadRowsError, RowChecker, check_table
 from offtower.errors import DataError
+from tests.data.conftest import make_catalogue, make_schema, make_table
 
 PSCORE = "a probability in (0, 1]"
 REWARD = "a number in [0, 1], the schema's reward_range"
@@ -90,8 +90,9 @@ def test_exactly_the_bad_cells_are_found(n: int, seed: int, cells: list[tuple[in
     assert len(found) == len(wanted)
 
 
-@pytest.mark.parametrize("kind", [pa.list_(pa.float64()), pa.large_list(pa.float32()),
-                                  pa.list_(pa.float32(), 3)])
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float32(), 3)]
+)
 def test_every_list_type_is_checked(kind: pa.DataType) -> None:
     table = make_table(5)
     values = table.column("taste").to_pylist()

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.data.conftest import make_schema, make_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from offtower.data import FeatureEncoding, FeatureSpec, encoding
 from offtower.data.columns import hash_values
 from offtower.data.encoding import BagArray, concat, num_rows, take, to_tensors
 from offtower.errors import DataError
+from tests.data.conftest import make_schema, make_table
 
 
 def test_numbers_are_standardised_however_the_rows_are_cut() -> None:
@@ -89,7 +89,9 @@ def test_hash_is_stable_and_does_not_look_at_neighbours() -> None:
         "import pyarrow as pa; from offtower.data.columns import hash_values;"
         f"print(hash_values(pa.array({words!r})).tolist())"
     )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert output.stdout.strip() == str(hash_values(pa.array(words)).tolist())
     assert hash_values(pa.array([5], pa.int8())) == hash_values(pa.array([5], pa.int64()))
     assert hash_values(pa.array([0]))[0] == 0xE220A8397B1DCDAF  # splitmix64's published first draw

@@ -27,7 +27,7 @@ from offtower.data.columns import (
     is_text,
 )
 from offtower.data.manifest import parquet_files, read_manifest, write_manifest
-from offtower.data.schema import CatalogueSchema, FeatureSpec
+from offtower.data.schema import CatalogueSchema, FeatureKind, FeatureSpec
 from offtower.errors import DataError
 
 
@@ -108,7 +108,7 @@ class Catalogue:
                 specs.append(FeatureSpec(name=name, kind="vector", dim=values.shape[1]))
             else:
                 columns[name] = pa.array(values)
-                kind = "numeric" if is_number(columns[name].type) else "category"
+                kind: FeatureKind = "numeric" if is_number(columns[name].type) else "category"
                 specs.append(FeatureSpec(name=name, kind=kind))
         return cls(pa.table(columns), CatalogueSchema(features=tuple(specs)))
 
@@ -142,8 +142,10 @@ def write_catalogue(directory: str | Path, table: pa.Table, schema: CatalogueSch
     catalogue = Catalogue(table, schema)
     with replace_directory(directory) as temporary:
         pq.write_table(catalogue.table(0, catalogue.num_items), temporary / "part-00000.parquet")
-        write_manifest(temporary, schema.to_dict(), catalogue.num_items, catalogue.fingerprint)
-    return catalogue
+        # Read again, for the fingerprint that whoever opens it will compute.
+        fingerprint = Catalogue.open(temporary, schema).fingerprint
+        write_manifest(temporary, schema.to_dict(), catalogue.num_items, fingerprint)
+    return Catalogue(table, schema, fingerprint)
 
 
 class _IdIndex:

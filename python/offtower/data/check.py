@@ -1,4 +1,4 @@
-"""The check of every row: nothing bad passes, nothing good is refused, nothing is dropped in silence.
+"""The check of every row: nothing bad passes, nothing good is refused or dropped in silence.
 
 A type that can never be right (text where a number must be) is refused for the whole file; a bad
 value is reported with file, row, column, value and what was expected.

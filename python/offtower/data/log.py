@@ -247,7 +247,7 @@ def _difference(first: pa.Schema, other: pa.Schema) -> str:
     if first.names != other.names:
         return f"columns {', '.join(first.names)} and then {', '.join(other.names)}"
     name = next((n for n in first.names if first.field(n) != other.field(n)), "?")
-    return f"column '{name}' is {first.field(name)} and then {other.field(name)}"
+    return f"column '{name}' is {first.field(name).type} and then {other.field(name).type}"
 
 
 def _footer(file: Path) -> tuple[pq.FileMetaData, pa.Schema]:

@@ -382,8 +382,8 @@ class _Collector:
         return Finding(
             "info" if share > 0.5 else "warning",
             "coverage",
-            f"{shown:,} of {self._catalogue.num_items:,} items are shown at least once ({share:.1%})"
-            + ("" if share > 0.5 else "; the log says nothing of the others"),
+            f"{shown:,} of {self._catalogue.num_items:,} items are shown at least once "
+            f"({share:.1%})" + ("" if share > 0.5 else "; the log says nothing of the others"),
             {"shown": shown, "items": self._catalogue.num_items},
         )
 
@@ -402,7 +402,8 @@ class _Collector:
             Finding(
                 "error",
                 "repeats",
-                f"{'about ' if self._pairs.shift else ''}{twice:,} rows repeat a (round, position) that another row has",
+                f"{'about ' if self._pairs.shift else ''}{twice:,} rows repeat a (round, position) "
+                "that another row has",
                 {"rows": twice},
             )
         ]
