@@ -80,7 +80,7 @@ def test_a_damaged_row_group_is_named(tmp_path: Path) -> None:
     log = ParquetLog.open(tmp_path / "log")
     file = Path(log.location(1)[0])
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(DataError, match="row group 1 of .* cannot be read"):
+    with pytest.raises(DataError, match=r"row group 1 of .* cannot be read"):
         log.read_row_group(1)
 
 

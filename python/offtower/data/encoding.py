@@ -65,7 +65,7 @@ class _Moments:
     square: NDArray[np.float64]
 
     @classmethod
-    def of(cls, values: NDArray[np.float32]) -> _Moments:
+    def of(cls, values: NDArray[Any]) -> _Moments:
         wide = values.astype(np.float64).reshape(len(values), -1)
         mean = wide.mean(axis=0) if len(wide) else np.zeros(wide.shape[1])
         return cls(len(wide), mean, np.square(wide - mean).sum(axis=0))
@@ -240,7 +240,7 @@ class FeatureEncoding:
         values, offsets = list_parts(column)
         return BagArray(self._index(spec, values), offsets)
 
-    def _standardise(self, name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _standardise(self, name: str, values: NDArray[Any]) -> NDArray[np.float32]:
         # In float64, so that large offsets (timestamps) keep their small differences.
         standard = (values - self._mean[name]) / self._scale[name]
         return standard.astype(np.float32)

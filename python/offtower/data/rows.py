@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +46,7 @@ class EncodedRows:
 
     def take(self, index: NDArray[np.int64]) -> EncodedRows:
         """Rows at `index`, in its order."""
-        columns = {
+        columns: dict[str, Any] = {
             f.name: None if getattr(self, f.name) is None else getattr(self, f.name)[index]
             for f in fields(self)
             if f.name != "context"
@@ -55,7 +56,7 @@ class EncodedRows:
     @classmethod
     def concat(cls, parts: Sequence[EncodedRows]) -> EncodedRows:
         """All rows of all parts."""
-        columns = {
+        columns: dict[str, Any] = {
             f.name: None
             if getattr(parts[0], f.name) is None
             else np.concatenate([getattr(part, f.name) for part in parts])
