@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 from offtower.evaluation import estimators
+from offtower.evaluation.diagnostics import support_probe
+from offtower.evaluation.evaluate import EvaluationOptions, EvaluationSums, evaluate_rows
+from offtower.evaluation.gate import EXIT_CODES, GateOptions, Verdict
 from offtower.evaluation.intervals import Interval
+from offtower.evaluation.result import EvaluationResult
 from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.statistics import Estimate, Statistics
 
-__all__ = ["Estimate", "EvaluationRows", "Interval", "Statistics", "estimators"]
+__all__ = [
+    "EXIT_CODES",
+    "Estimate",
+    "EvaluationOptions",
+    "EvaluationResult",
+    "EvaluationRows",
+    "EvaluationSums",
+    "GateOptions",
+    "Interval",
+    "Statistics",
+    "Verdict",
+    "estimators",
+    "evaluate_rows",
+    "support_probe",
+]

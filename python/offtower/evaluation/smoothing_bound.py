@@ -56,7 +56,8 @@ class SmoothingSums:
         """Sums over a shard. Raises OfftowerError for a reward outside the range."""
         low, high = check_range(reward_range)
         reward = rows.reward
-        outside = (reward < low) | (reward > high)
+        slack = 1e-6 * max(high - low, abs(low), abs(high))  # rewards kept as float32
+        outside = (reward < low - slack) | (reward > high + slack)
         if outside.any():
             first = int(np.argmax(outside))
             raise OfftowerError(
@@ -65,7 +66,8 @@ class SmoothingSums:
             )
         width = high - low
         weight = rows.importance_weight
-        above, below = (reward - low) / width, (high - reward) / width
+        above = np.clip((reward - low) / width, 0.0, 1.0)
+        below = 1.0 - above
         kinds = (weight * above, weight * below, (weight - 1.0) * above, (weight - 1.0) * below)
         log_sum = np.array([[np.log1p(lam * z).sum() for lam in GRID] for z in kinds])
         return cls(rows.n, log_sum, np.array([z.sum() for z in kinds]), (low, high))

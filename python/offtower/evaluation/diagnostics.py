@@ -1,0 +1,306 @@
+"""Can these weights, propensities and predictions be believed? Sums that merge over shards."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import betaincinv, logsumexp
+
+from offtower.errors import DataError
+from offtower.evaluation.rows import Array, EvaluationRows
+from offtower.evaluation.statistics import Statistics, collect, standard_error
+
+KEPT_WEIGHTS = 200_000
+"""Largest weights kept of a log: the top 0.1 % of up to 2e8 rows."""
+TOP_SHARE = 0.001
+
+
+@dataclass(frozen=True)
+class WeightDiagnostics:
+    """What the importance weights say.
+
+    Attributes:
+        effective_sample_size: (sum w)^2 / sum w^2 (Kish 1965), and as a share of n.
+        mean, mean_std_error, mean_z: mean weight; 1 in expectation for true propensities and full
+            support. Below 1 also where a heavy tail was not seen.
+        top_share: part of the weight that the 0.1 % of rows with the largest weights carry.
+        pareto_k: shape of the tail (`pareto_shape`); None where there is no tail to fit.
+        zero_share: rows with weight 0.
+        balance, balance_std_error, balance_z: mean of w q(x,a) - E_pi q(x,.), 0 in expectation for
+            any q; None without a reward model. Wrong propensities show here where q varies.
+    """
+
+    n: int
+    effective_sample_size: float
+    effective_share: float
+    mean: float
+    mean_std_error: float
+    mean_z: float | None
+    max: float
+    top_share: float
+    pareto_k: float | None
+    zero_share: float
+    balance: float | None = None
+    balance_std_error: float | None = None
+    balance_z: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSums:
+    """Mergeable sums for `WeightDiagnostics`; terms are w and, with a reward model, w q - m."""
+
+    statistics: Statistics
+    square: float
+    zeros: int
+    top: Array
+
+    @classmethod
+    def of(cls, rows: EvaluationRows, by_user: bool = False) -> WeightSums:
+        """Sums over a shard."""
+        weight = rows.importance_weight
+        terms = [weight]
+        if rows.action_reward is not None and rows.expected_reward is not None:
+            terms.append(weight * rows.action_reward - rows.expected_reward)
+        return cls(
+            collect(np.stack(terms, axis=1), rows, by_user=by_user),
+            float(weight @ weight),
+            int(np.count_nonzero(weight == 0.0)),
+            _largest(weight, KEPT_WEIGHTS),
+        )
+
+    def merge(self, other: WeightSums) -> WeightSums:
+        """Sums over both shards."""
+        return WeightSums(
+            self.statistics.merge(other.statistics),
+            self.square + other.square,
+            self.zeros + other.zeros,
+            _largest(np.concatenate([self.top, other.top]), KEPT_WEIGHTS),
+        )
+
+    def finish(self) -> WeightDiagnostics:
+        """The diagnostics. Raises OfftowerError without rows."""
+        sums = self.statistics
+        mean = sums.mean
+        n, total = sums.n, float(mean[0]) * sums.n
+        error = standard_error(_Column(0, mean.size), sums)
+        count = min(self.top.size, max(1, math.ceil(TOP_SHARE * n)))
+        ess = total**2 / self.square if self.square > 0.0 else 0.0
+        balance = balance_error = None
+        if mean.size > 1:
+            balance = float(mean[1])
+            balance_error = standard_error(_Column(1, mean.size), sums)
+        return WeightDiagnostics(
+            n=n,
+            effective_sample_size=ess,
+            effective_share=ess / n,
+            mean=float(mean[0]),
+            mean_std_error=error,
+            mean_z=_z(float(mean[0]) - 1.0, error),
+            max=float(self.top.max(initial=0.0)),
+            top_share=float(_largest(self.top, count).sum()) / total if total > 0.0 else 0.0,
+            pareto_k=pareto_shape(self.top, n),
+            zero_share=self.zeros / n,
+            balance=balance,
+            balance_std_error=balance_error,
+            balance_z=None if balance is None else _z(balance, balance_error),
+        )
+
+
+@dataclass(frozen=True)
+class _Column:
+    """The mean of one of k terms, as a functional."""
+
+    index: int
+    count: int
+    name: str = "mean"
+
+    def combine(self, mean: Array) -> Array:
+        return mean[..., self.index]
+
+    def gradient(self, mean: Array) -> Array:
+        return np.eye(self.count)[self.index]
+
+
+def pareto_shape(largest: Array, n: int) -> float | None:
+    """Shape k of a generalised Pareto tail: beyond 0.5 the variance is infinite, 0.7 is too much.
+
+    largest: the largest weights of n, at least 3 sqrt(n) of them. Tail of min(n / 5, 3 sqrt(n))
+    weights; fit of Zhang and Stephens (2009) with the prior of Vehtari, Simpson, Gelman, Yao and
+    Gabry (JMLR 2024, appendix G). None where the tail has fewer than 5 different weights: then it
+    ends where it was seen to end.
+    """
+    size = int(min(0.2 * n, 3.0 * math.sqrt(n), largest.size - 1))
+    if size < 5:
+        return None
+    tail = np.sort(_largest(largest, size + 1))
+    excess = tail[1:] - tail[0]
+    excess = excess[excess > 1e-12 * tail[-1]]
+    if np.unique(excess).size < 5:
+        return None
+    m = excess.size
+    points = 30 + int(math.sqrt(m))
+    grid = 1.0 - np.sqrt(points / (np.arange(1, points + 1) - 0.5))
+    theta = 1.0 / excess[-1] + grid / (3.0 * excess[int(m / 4 + 0.5) - 1])
+    shape = np.array([np.log1p(-t * excess).mean() for t in theta])
+    profile = m * (np.log(-theta / shape) - shape - 1.0)
+    mix = np.exp(profile - logsumexp(profile))
+    k = float(np.log1p(-float(mix @ theta) * excess).mean())
+    return (m * k + 5.0) / (m + 10.0)
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Rows of like prediction: how many, mean prediction, mean reward, its standard error."""
+
+    n: int
+    predicted: float
+    observed: float
+    std_error: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The reward model's predictions of the logged rewards.
+
+    Attributes:
+        bias, bias_std_error: mean of r - q over the log.
+        weighted_bias: sum w (r - q) / sum w: the bias where the target policy goes.
+        slope: least-squares slope of r on q; 1 for a calibrated model, None for a constant one.
+        error: mean absolute distance of prediction and reward over the bins.
+        bins: about ten of equal size, by increasing prediction.
+    """
+
+    n: int
+    bias: float
+    bias_std_error: float
+    weighted_bias: float | None
+    slope: float | None
+    error: float
+    bins: tuple[CalibrationBin, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSums:
+    """Mergeable sums by prediction, rounded to 8 bits of mantissa (0.4 %).
+
+    key (g,): the rounded predictions. sums (g, 5): rows, q, r, r^2, w (r - q).
+    pair: statistics of (r - q, q, r).
+    """
+
+    key: Array
+    sums: Array
+    pair: Statistics
+
+    @classmethod
+    def of(cls, rows: EvaluationRows) -> CalibrationSums | None:
+        """Sums over a shard; None without a reward model."""
+        q, r = rows.action_reward, rows.reward
+        if q is None:
+            return None
+        bits = np.ascontiguousarray(q, dtype=np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+        columns = [np.ones_like(r), q, r, r * r, rows.importance_weight * (r - q)]
+        pair = collect(np.stack([r - q, q, r], axis=1), rows)
+        return cls(
+            *_by_key(bits.view(np.float32).astype(np.float64), np.stack(columns, axis=1)), pair
+        )
+
+    def merge(self, other: CalibrationSums) -> CalibrationSums:
+        """Sums over both shards."""
+        key, sums = _by_key(
+            np.concatenate([self.key, other.key]), np.concatenate([self.sums, other.sums])
+        )
+        return CalibrationSums(key, sums, self.pair.merge(other.pair))
+
+    def finish(self, bins: int = 10) -> Calibration:
+        """The calibration, its keys gathered into `bins` bins of about equal size."""
+        n = self.pair.n
+        place = np.cumsum(self.sums[:, 0]) - 0.5 * self.sums[:, 0]
+        group = np.minimum((place * bins / max(n, 1)).astype(np.int64), bins - 1)
+        _, sums = _by_key(group.astype(np.float64), self.sums)
+        made = tuple(_bin(row) for row in sums)
+        scatter = self.pair.scatter
+        weight_sum = self.pair.weight_sum
+        return Calibration(
+            n=n,
+            bias=float(self.pair.mean[0]),
+            bias_std_error=standard_error(_Column(0, 3), self.pair),
+            weighted_bias=float(self.sums[:, 4].sum()) / weight_sum if weight_sum > 0.0 else None,
+            slope=float(scatter[1, 2] / scatter[1, 1]) if scatter[1, 1] > 1e-14 * n else None,
+            error=sum(b.n * abs(b.observed - b.predicted) for b in made) / n,
+            bins=made,
+        )
+
+
+def _bin(row: Array) -> CalibrationBin:
+    n, q, r, square, _ = row.tolist()
+    variance = max(0.0, square / n - (r / n) ** 2)
+    return CalibrationBin(
+        int(n), q / n, r / n, math.sqrt(variance / (n - 1)) if n > 1 else math.nan
+    )
+
+
+@dataclass(frozen=True)
+class SupportDiagnostics:
+    """Items drawn from the target policy that the logging policy cannot show.
+
+    Attributes:
+        draws: items looked at. missing: share with logging probability 0.
+        low, high: Clopper-Pearson interval of that share, at 95 %.
+        least: least positive logging probability among the draws; None where all are 0.
+    """
+
+    draws: int
+    missing: float
+    low: float
+    high: float
+    least: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def support_probe(logging_probability: ArrayLike) -> SupportDiagnostics:
+    """Support missing under the log, seen from the target policy's side.
+
+    logging_probability: (m,) pi_0(a|x) of items a drawn from pi_e(.|x) in contexts x of the log.
+    Raises DataError for an empty array or numbers that are no probabilities.
+    """
+    p = np.asarray(logging_probability, dtype=np.float64).ravel()
+    if p.size == 0:
+        raise DataError("a support probe needs at least one item drawn from the target policy")
+    if not ((p >= 0.0) & (p <= 1.0 + 1e-9)).all():
+        raise DataError("a support probe needs logging probabilities, numbers from 0 to 1")
+    missing = int(np.count_nonzero(p == 0.0))
+    low = float(betaincinv(missing, p.size - missing + 1, 0.025)) if missing else 0.0
+    high = float(betaincinv(missing + 1, p.size - missing, 0.975)) if missing < p.size else 1.0
+    positive = p[p > 0.0]
+    least = float(positive.min()) if positive.size else None
+    return SupportDiagnostics(p.size, missing / p.size, low, high, least)
+
+
+def _by_key(key: Array, columns: Array) -> tuple[Array, Array]:
+    unique, where = np.unique(key, return_inverse=True)
+    sums = [np.bincount(where, column, minlength=unique.size) for column in columns.T]
+    return unique, np.stack(sums, axis=1)
+
+
+def _largest(values: Array, count: int) -> Array:
+    if values.size <= count:
+        return values
+    return np.partition(values, values.size - count)[values.size - count :]
+
+
+def _z(distance: float, error: float | None) -> float | None:
+    if error is None or not error > 0.0:
+        return None
+    return distance / error

@@ -1,0 +1,400 @@
+"""Several policies, several estimators, one log: values, differences, diagnostics and verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Any, TypeVar
+
+import numpy as np
+
+from offtower.errors import OfftowerError
+from offtower.evaluation.diagnostics import (
+    CalibrationSums,
+    SupportDiagnostics,
+    WeightSums,
+    support_probe,
+)
+from offtower.evaluation.estimators import Difference, Estimator, MeanReward, make_estimator
+from offtower.evaluation.estimators.paired import check_aligned
+from offtower.evaluation.gate import Evidence, GateOptions, decide
+from offtower.evaluation.intervals import (
+    Interval,
+    bernstein_interval,
+    bootstrap_interval,
+    check_confidence,
+    normal_interval,
+    simultaneous_confidence,
+)
+from offtower.evaluation.result import (
+    Comparison,
+    EstimatorResult,
+    EvaluationResult,
+    Gap,
+    PolicyEvaluation,
+)
+from offtower.evaluation.rows import Array, EvaluationRows
+from offtower.evaluation.smoothing_bound import SmoothingSums, check_range
+from offtower.evaluation.statistics import Functional, Statistics, collect, finish
+
+CHUNK_ROWS = 1 << 16
+LOGGING = MeanReward()
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How to judge.
+
+    Attributes:
+        estimators: by which to estimate each policy's value.
+        reward_range: least and largest possible reward.
+        confidence: of every interval. The verdicts share it (Bonferroni over the policies).
+        intervals: methods, of "normal", "bootstrap" and "bernstein"; verdicts use the first.
+        decide_by: label or name of the estimator of the verdicts; "auto" is dr, else snips, else
+            the first.
+        by_user: clusters rows by their user; None does so where rows have users.
+        replicates: of the bootstrap; None takes 500, or as many as the confidence needs.
+        max_weight: largest possible weight, for "bernstein".
+        gate: what a verdict asks for.
+        propensities_estimated: the log had no propensities; verdicts say so.
+    """
+
+    estimators: tuple[Estimator, ...]
+    reward_range: tuple[float, float]
+    confidence: float = 0.95
+    intervals: tuple[str, ...] = ("normal", "bootstrap")
+    decide_by: str = "auto"
+    by_user: bool | None = None
+    replicates: int | None = None
+    seed: int = 0
+    max_weight: float | None = None
+    gate: GateOptions = field(default_factory=GateOptions)
+    propensities_estimated: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(self.reward_range)
+        check_confidence(self.confidence)
+        names = [estimator.name for estimator in self.estimators]
+        if not names or len(set(names)) != len(names):
+            raise OfftowerError(f"estimators must be some, each once: {names}")
+        known = ("normal", "bootstrap", "bernstein")
+        if not self.intervals or any(method not in known for method in self.intervals):
+            raise OfftowerError(
+                f"intervals must be some of {', '.join(known)}, but are {self.intervals}; the "
+                "log_smoothing interval is always given"
+            )
+        self.decider  # noqa: B018 - refuse an unknown one now
+
+    @property
+    def decider(self) -> int:
+        """Position of the estimator of the verdicts."""
+        labels = [estimator.label for estimator in self.estimators]
+        if self.decide_by == "auto":
+            return next((labels.index(x) for x in ("dr", "snips") if x in labels), 0)
+        for i, estimator in enumerate(self.estimators):
+            if self.decide_by in (estimator.label, estimator.name):
+                return i
+        raise OfftowerError(f"decide_by={self.decide_by!r} is none of {', '.join(labels)}")
+
+    def bootstrap_replicates(self, policies: int) -> int:
+        """Replicates to carry for intervals of all policies."""
+        if "bootstrap" not in self.intervals:
+            return 0
+        if self.replicates is not None:
+            return self.replicates
+        level = self.confidence
+        if self.intervals[0] == "bootstrap":
+            level = simultaneous_confidence(level, policies)
+        return max(500, int(np.ceil(10.0 / (1.0 - level) - 1e-9)))
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationSums:
+    """All that is kept of a shard, for all policies; merges in any order.
+
+    The terms of every estimator under every policy, and the reward, are columns of one
+    `Statistics`, so that any difference of two values is paired.
+    """
+
+    policies: tuple[str, ...]
+    options: EvaluationOptions
+    terms: Statistics
+    weights: tuple[WeightSums, ...]
+    calibration: tuple[CalibrationSums | None, ...]
+    smoothing: tuple[SmoothingSums, ...]
+
+    @classmethod
+    def of(
+        cls, rows_by_policy: Mapping[str, EvaluationRows], options: EvaluationOptions
+    ) -> EvaluationSums:
+        """Sums over a shard: the same logged rows, as seen by each policy."""
+        if not rows_by_policy:
+            raise OfftowerError("there is no policy to evaluate")
+        first = next(iter(rows_by_policy.values()))
+        by_user = options.by_user if options.by_user is not None else first.user is not None
+        columns: list[Array] = []
+        for policy, rows in rows_by_policy.items():
+            check_aligned(first, rows)
+            try:
+                columns += [estimator.terms(rows) for estimator in options.estimators]
+            except OfftowerError as error:
+                raise type(error)(f"policy '{policy}': {error}") from None
+        columns.append(LOGGING.terms(first))
+        every = tuple(rows_by_policy.values())
+        return cls(
+            tuple(rows_by_policy),
+            options,
+            collect(
+                np.concatenate(columns, axis=1),
+                first,
+                by_user=by_user,
+                replicates=options.bootstrap_replicates(len(every)),
+                seed=options.seed,
+            ),
+            tuple(WeightSums.of(rows, by_user) for rows in every),
+            tuple(CalibrationSums.of(rows) for rows in every),
+            tuple(SmoothingSums.of(rows, options.reward_range) for rows in every),
+        )
+
+    def merge(self, other: EvaluationSums) -> EvaluationSums:
+        """Sums over both shards."""
+        if self.policies != other.policies or self.options != other.options:
+            raise OfftowerError("only shards of the same evaluation can be merged")
+        return EvaluationSums(
+            self.policies,
+            self.options,
+            self.terms.merge(other.terms),
+            tuple(a.merge(b) for a, b in zip(self.weights, other.weights, strict=True)),
+            tuple(
+                a.merge(b) if a is not None and b is not None else None
+                for a, b in zip(self.calibration, other.calibration, strict=True)
+            ),
+            tuple(a.merge(b) for a, b in zip(self.smoothing, other.smoothing, strict=True)),
+        )
+
+    def finish(self, support: Mapping[str, SupportDiagnostics] | None = None) -> EvaluationResult:
+        """Values, differences, diagnostics and verdicts.
+
+        support: by policy, a probe of `diagnostics.support_probe`.
+        """
+        return _Finisher(self, support or {}).result()
+
+
+class _Finisher:
+    """Turns sums into a result."""
+
+    def __init__(self, sums: EvaluationSums, support: Mapping[str, SupportDiagnostics]) -> None:
+        unknown = set(support) - set(sums.policies)
+        if unknown:
+            raise OfftowerError(f"a support probe for unknown policies: {sorted(unknown)}")
+        self.sums, self.support, self.options = sums, support, sums.options
+        widths = [estimator.num_terms for estimator in self.options.estimators]
+        self.starts = np.concatenate([[0], np.cumsum(widths)]).tolist()
+        self.joint = simultaneous_confidence(self.options.confidence, len(sums.policies))
+        users = sums.terms.users
+        self.independent = users is None or users.key.size == sums.terms.n
+
+    def columns(self, policy: int, estimator: int) -> list[int]:
+        base = policy * self.starts[-1]
+        return list(range(base + self.starts[estimator], base + self.starts[estimator + 1]))
+
+    @property
+    def reward_column(self) -> list[int]:
+        return [len(self.sums.policies) * self.starts[-1]]
+
+    def result(self) -> EvaluationResult:
+        options, sums = self.options, self.sums
+        logged = sums.terms.select(self.reward_column)
+        policies = {name: self.policy(i, name) for i, name in enumerate(sums.policies)}
+        users = sums.terms.users
+        return EvaluationResult(
+            confidence=options.confidence,
+            simultaneous_confidence=self.joint,
+            reward_range=options.reward_range,
+            n=sums.terms.n,
+            users=None if users is None else int(users.key.size),
+            logging=EstimatorResult(
+                LOGGING.name,
+                LOGGING.label,
+                finish(LOGGING, logged),
+                self.intervals(LOGGING, logged),
+            ),
+            decide_by=options.estimators[options.decider].name,
+            policies=policies,
+            comparisons=self.comparisons(),
+            propensities_estimated=options.propensities_estimated,
+        )
+
+    def policy(self, index: int, name: str) -> PolicyEvaluation:
+        options, sums = self.options, self.sums
+        estimates = {}
+        for i, estimator in enumerate(options.estimators):
+            estimates[estimator.name] = self.estimate(index, i, estimator)
+        weights = sums.weights[index].finish()
+        calibration = sums.calibration[index]
+        smoothing = sums.smoothing[index]
+        chosen = options.estimators[options.decider]
+        gap = estimates[chosen.name].difference
+        assert gap is not None
+        support = self.support.get(name)
+        evidence = Evidence(
+            gap.estimate,
+            gap.simultaneous,
+            weights,
+            smoothing.difference(self.joint) if self.independent else None,
+            support,
+            chosen.name,
+            chosen.consistent,
+            options.propensities_estimated,
+        )
+        return PolicyEvaluation(
+            policy=name,
+            estimates=estimates,
+            guaranteed_value=smoothing.value(options.confidence) if self.independent else None,
+            guaranteed_difference=(
+                smoothing.difference(options.confidence) if self.independent else None
+            ),
+            weights=weights,
+            calibration=None if calibration is None else calibration.finish(),
+            support=support,
+            verdict=decide(evidence, options.gate),
+        )
+
+    def estimate(self, policy: int, index: int, estimator: Estimator) -> EstimatorResult:
+        sums = self.sums
+        columns = self.columns(policy, index)
+        weight_sum = sums.weights[policy].statistics.weight_sum
+        own = sums.terms.select(columns, weight_sum)
+        estimate = estimator.finish(own)
+        gap = self.gap(
+            Difference(estimator, LOGGING), sums.terms.select(columns + self.reward_column)
+        )
+        return EstimatorResult(
+            estimator.name, estimator.label, estimate, self.intervals(estimator, own), gap
+        )
+
+    def gap(self, difference: Difference, statistics: Statistics) -> Gap:
+        main = self.options.intervals[0]
+        main = "normal" if main == "bernstein" else main
+        return Gap(
+            finish(difference, statistics),
+            self.interval(difference, statistics, main, self.options.confidence),
+            self.interval(difference, statistics, main, self.joint),
+        )
+
+    def comparisons(self) -> tuple[Comparison, ...]:
+        decider = self.options.decider
+        estimator = self.options.estimators[decider]
+        out = []
+        for a, b in combinations(range(len(self.sums.policies)), 2):
+            columns = self.columns(a, decider) + self.columns(b, decider)
+            gap = self.gap(Difference(estimator, estimator), self.sums.terms.select(columns))
+            out.append(
+                Comparison(self.sums.policies[a], self.sums.policies[b], estimator.name, gap)
+            )
+        return tuple(out)
+
+    def intervals(self, estimator: Estimator, statistics: Statistics) -> dict[str, Interval]:
+        out = {}
+        for method in self.options.intervals:
+            if method != "bernstein":
+                out[method] = self.interval(estimator, statistics, method, self.options.confidence)
+            elif self.independent and estimator.num_terms == 1:
+                bounds = estimator.bounds(self.options.reward_range, self.options.max_weight)
+                out[method] = bernstein_interval(
+                    estimator, replace(statistics, users=None), bounds, self.options.confidence
+                )
+        return out
+
+    def interval(
+        self, functional: Functional, statistics: Statistics, method: str, confidence: float
+    ) -> Interval:
+        make = bootstrap_interval if method == "bootstrap" else normal_interval
+        return make(functional, statistics, confidence)
+
+
+def evaluate_rows(
+    rows_by_policy: Mapping[str, EvaluationRows],
+    estimators: Iterable[Estimator | str] | None = None,
+    *,
+    reward_range: tuple[float, float],
+    confidence: float = 0.95,
+    intervals: Sequence[str] = ("normal", "bootstrap"),
+    support: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> EvaluationResult:
+    """Evaluate policies on the same logged rows.
+
+    rows_by_policy: per policy the rows as it sees them, in the same order.
+    estimators: objects, or names that need no parameter; by default IPS and SNIPS, and DM and DR
+        where every policy's rows have a reward model's terms.
+    support: by policy, the logging probabilities of items drawn from that policy
+        (`diagnostics.support_probe`).
+    options: the other fields of `EvaluationOptions`.
+    Raises OfftowerError for rows that differ between policies, fewer than two rows, missing
+    columns, a log without support, or wrong options.
+    """
+    chosen = _estimators(rows_by_policy, estimators)
+    try:
+        settings = EvaluationOptions(
+            chosen, check_range(reward_range), confidence, tuple(intervals), **options
+        )
+    except TypeError as error:
+        raise OfftowerError(f"evaluate_rows: {error}") from None
+    probes = {
+        name: probe if isinstance(probe, SupportDiagnostics) else support_probe(probe)
+        for name, probe in (support or {}).items()
+    }
+    shards = (EvaluationSums.of(shard, settings) for shard in _shards(rows_by_policy))
+    return merge_all(shards).finish(probes)
+
+
+def _estimators(
+    rows_by_policy: Mapping[str, EvaluationRows], given: Iterable[Estimator | str] | None
+) -> tuple[Estimator, ...]:
+    if given is None:
+        modelled = all(
+            rows.action_reward is not None and rows.expected_reward is not None
+            for rows in rows_by_policy.values()
+        )
+        given = ("ips", "snips", "dm", "dr") if modelled else ("ips", "snips")
+    return tuple(make_estimator(e) if isinstance(e, str) else e for e in given)
+
+
+def _shards(rows_by_policy: Mapping[str, EvaluationRows]) -> Iterator[dict[str, EvaluationRows]]:
+    """Chunks of bounded size, with row keys."""
+    sizes = {name: rows.n for name, rows in rows_by_policy.items()}
+    if len(set(sizes.values())) > 1:
+        raise OfftowerError(f"every policy needs the same rows; their numbers differ: {sizes}")
+    n = next(iter(sizes.values()), 0)
+    if rows_by_policy and n < 2:
+        raise OfftowerError(f"an evaluation needs at least two rows; there are {n}")
+    for start in range(0, max(n, 1), CHUNK_ROWS):
+        part = slice(start, min(n, start + CHUNK_ROWS))
+        key = np.arange(part.start, part.stop, dtype=np.int64)
+        yield {
+            name: shard if shard.row is not None else replace(shard, row=key)
+            for name, rows in rows_by_policy.items()
+            for shard in (rows.take(part),)
+        }
+
+
+Merging = TypeVar("Merging", EvaluationSums, Statistics)
+
+
+def merge_all(shards: Iterable[Merging]) -> Merging:
+    """Merge in a balanced tree, so that sums by user are not copied once for each shard."""
+    waiting: list[tuple[int, Merging]] = []
+    for shard in shards:
+        level, merged = 0, shard
+        while waiting and waiting[-1][0] == level:
+            merged = waiting.pop()[1].merge(merged)
+            level += 1
+        waiting.append((level, merged))
+    if not waiting:
+        raise OfftowerError("there are no rows to evaluate")
+    merged = waiting.pop()[1]
+    while waiting:
+        merged = waiting.pop()[1].merge(merged)
+    return merged

@@ -1,0 +1,152 @@
+"""What an evaluation hands on: plain numbers, ready for JSON and for the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from offtower.evaluation.diagnostics import Calibration, SupportDiagnostics, WeightDiagnostics
+from offtower.evaluation.gate import Verdict, best_exit_code
+from offtower.evaluation.intervals import Interval
+from offtower.evaluation.statistics import Estimate
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A paired difference of two values.
+
+    interval: at the stated confidence. simultaneous: so that those of all policies cover at once.
+    """
+
+    estimate: Estimate
+    interval: Interval
+    simultaneous: Interval
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.estimate.to_dict(),
+            "interval": self.interval.to_dict(),
+            "simultaneous": self.simultaneous.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class EstimatorResult:
+    """One estimator's word on one policy; `difference` is to the logging policy."""
+
+    name: str
+    label: str
+    estimate: Estimate
+    intervals: dict[str, Interval]
+    difference: Gap | None = None
+
+    @property
+    def interval(self) -> Interval:
+        """By the first of the methods asked for that this estimator has."""
+        return next(iter(self.intervals.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "estimator": self.name,
+            "label": self.label,
+            **self.estimate.to_dict(),
+            "intervals": {method: i.to_dict() for method, i in self.intervals.items()},
+            "difference": None if self.difference is None else self.difference.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class PolicyEvaluation:
+    """All about one policy.
+
+    guaranteed_value, guaranteed_difference: logarithmic-smoothing intervals, which hold for every
+    number of rows; None where rows hang together by user.
+    """
+
+    policy: str
+    estimates: dict[str, EstimatorResult]
+    guaranteed_value: Interval | None
+    guaranteed_difference: Interval | None
+    weights: WeightDiagnostics
+    calibration: Calibration | None
+    support: SupportDiagnostics | None
+    verdict: Verdict
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy,
+            "estimates": {name: e.to_dict() for name, e in self.estimates.items()},
+            "guaranteed_value": _dict(self.guaranteed_value),
+            "guaranteed_difference": _dict(self.guaranteed_difference),
+            "diagnostics": {
+                "weights": self.weights.to_dict(),
+                "calibration": _dict(self.calibration),
+                "support": _dict(self.support),
+            },
+            "verdict": self.verdict.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """first - second, paired, by the deciding estimator."""
+
+    first: str
+    second: str
+    estimator: str
+    difference: Gap
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "first": self.first,
+            "second": self.second,
+            "estimator": self.estimator,
+            **self.difference.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Policies on one log.
+
+    Attributes:
+        n, users: rows, and users where intervals are by user.
+        logging: the logging policy's own value, the mean reward.
+        decide_by: name of the estimator of the verdicts.
+        policies: by name, in the order given. comparisons: of each two of them.
+    """
+
+    confidence: float
+    simultaneous_confidence: float
+    reward_range: tuple[float, float]
+    n: int
+    users: int | None
+    logging: EstimatorResult
+    decide_by: str
+    policies: dict[str, PolicyEvaluation]
+    comparisons: tuple[Comparison, ...] = field(default_factory=tuple)
+    propensities_estimated: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """That of the best verdict (`gate.EXIT_CODES`)."""
+        return best_exit_code([policy.verdict for policy in self.policies.values()])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "n": self.n,
+            "users": self.users,
+            "confidence": self.confidence,
+            "simultaneous_confidence": self.simultaneous_confidence,
+            "reward_range": list(self.reward_range),
+            "propensities_estimated": self.propensities_estimated,
+            "decide_by": self.decide_by,
+            "logging": self.logging.to_dict(),
+            "policies": {name: policy.to_dict() for name, policy in self.policies.items()},
+            "comparisons": [comparison.to_dict() for comparison in self.comparisons],
+            "exit_code": self.exit_code,
+        }
+
+
+def _dict(value: Any) -> dict[str, Any] | None:
+    return None if value is None else value.to_dict()
