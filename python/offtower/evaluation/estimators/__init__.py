@@ -17,6 +17,7 @@ from offtower.evaluation.estimators.modelled import (
     SwitchDR,
 )
 from offtower.evaluation.estimators.paired import Difference, MeanReward
+from offtower.evaluation.estimators.tuning import Tuning, slope_choice, tune
 from offtower.evaluation.estimators.weighted import (
     IPS,
     MIPS,
@@ -87,6 +88,9 @@ __all__ = [
     "SubGaussianDR",
     "SubGaussianIPS",
     "SwitchDR",
+    "Tuning",
     "cluster_weight",
     "make_estimator",
+    "slope_choice",
+    "tune",
 ]
