@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +46,14 @@ class PreparedData:
     facts: LogFacts
     quarantine: Path | None = None
     """Folder for bad rows, where the config says to set them aside."""
+
+    @property
+    def on_bad_rows(self) -> Literal["error", "quarantine"]:
+        return "error" if self.quarantine is None else "quarantine"
+
+    def quarantine_of(self, part: str) -> Path | None:
+        """Folder for the bad rows of one log, so that files of two logs never meet."""
+        return None if self.quarantine is None else self.quarantine / part
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -88,7 +97,11 @@ def prepare(
     restored = None if store is None else _restore(store, fingerprints)
     if restored is None:
         collector = _FactCollector(train.schema)
-        checker = RowChecker(train.schema, catalogue, quarantine=quarantine)
+        checker = RowChecker(
+            train.schema,
+            catalogue,
+            quarantine=None if quarantine is None else quarantine / "train",
+        )
         progress.start("reading the log", train.num_rows)
         context_encoding = FeatureEncoding.fit(
             train.schema.context, collector.watch(_checked_tables(train, checker, progress))

@@ -16,7 +16,7 @@ import pytest
 from offtower.config import to_yaml
 from offtower.errors import RunError
 from offtower.run_directory import RunDirectory
-from offtower.training.metrics import read_metrics
+from offtower.metrics import read_metrics
 from offtower.training.run import train_run
 from safetensors.numpy import load_file
 

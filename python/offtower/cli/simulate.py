@@ -5,7 +5,7 @@ array; the logged propensities are exact.
 
 \b
 Example:
-  offtower simulate --items 100000 --rows 1000000 --out logs/simulated
+  offtower simulate --items 10000 --rows 100000 --out logs/simulated
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def take(arrays: Mapping[str, np.ndarray | BagArray], index: NDArray[np.int64]) 
 
 
 def take_bag(bag: BagArray, index: NDArray[np.int64]) -> BagArray:
-    lengths = np.diff(bag.offsets)[index]
+    lengths = bag.offsets[index + 1] - bag.offsets[index]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     # Position of each value: its row's start, plus its place inside the row.
     starts = bag.offsets[:-1][index]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from offtower.errors import DataError
 from offtower.evaluation.rows import EvaluationRows
 from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
-from offtower.models.reward.base import RewardModel
+from offtower.ops import DenseReward, FactoredReward
+
+RewardTerms = DenseReward | FactoredReward
 
 
 class PolicyScorer:
@@ -22,18 +24,16 @@ class PolicyScorer:
     Args:
         policy: put into evaluation mode.
         items: features of the catalogue that the rows' actions index.
-        reward_model: q(x, a) for DM and DR; None leaves those columns out.
+        item_chunk: items embedded at a time.
     """
 
     def __init__(
         self,
         policy: TwoTowerPolicy,
         items: ItemFeatures,
-        reward_model: RewardModel | None = None,
         item_chunk: int = DEFAULT_CHUNK,
     ) -> None:
         self.policy = policy
-        self.reward_model = reward_model
         self._training = policy.training
         policy.eval()
         with torch.no_grad():
@@ -41,21 +41,25 @@ class PolicyScorer:
         policy.train(self._training)
 
     @torch.no_grad()
-    def score(self, rows: EncodedRows) -> EvaluationRows:
-        """Weights, rewards and reward-model terms of a batch of logged rows."""
+    def score(self, rows: EncodedRows, reward: RewardTerms | None = None) -> EvaluationRows:
+        """Weights, rewards and reward-model terms of a batch of logged rows.
+
+        Args:
+            rows: n rows.
+            reward: q of these rows and all items, for DM and DR; None leaves those columns out.
+        """
         if rows.pscore is None:
             raise DataError(
                 "off-policy evaluation needs the logged propensities: "
                 "name their column as 'pscore' in the log's schema"
             )
         self.policy.eval()
-        reward_model = None if self.reward_model is None else self.reward_model.for_new_rows(rows)
         context_embedding = self.policy.embed_contexts(to_tensors(rows.context))
         terms = self.policy.terms(
             context_embedding,
             self.items,
             torch.from_numpy(rows.action),
-            reward_model=reward_model,
+            reward_model=reward,
         )
         self.policy.train(self._training)
         log_weight = terms.log_prob.double().numpy() - np.log(rows.pscore)
@@ -68,10 +72,6 @@ class PolicyScorer:
             row=rows.row,
             log_weight=log_weight,
         )
-
-    def score_all(self, batches: Iterable[EncodedRows]) -> Iterator[EvaluationRows]:
-        for batch in batches:
-            yield self.score(batch)
 
 
 def concatenate(parts: Iterable[EvaluationRows]) -> EvaluationRows:

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 
 import offtower
-from offtower.config import Config, ObjectiveConfig, config_fingerprint
+from offtower.config import Config, config_fingerprint
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.store import save_policy
@@ -19,7 +20,7 @@ from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
 from offtower.training.checkpoint import CheckpointStore
 from offtower.models.reward.fit import obtain_reward_model
-from offtower.training.metrics import MetricsLog
+from offtower.metrics import MetricsLog
 from offtower.prepare import PreparedData, open_data
 from offtower.seeds import seed_torch
 from offtower.training.trainer import EpochHook, Trainer, TrainingResult, check_fit_for
@@ -53,8 +54,11 @@ def train_run(
     run = RunDirectory(config.run_directory)
     run.claim(config, resume=resume)
     data = open_data(config, progress, run.path)
-    reward_model = obtain_reward_model(
-        config.reward_model, data, config.seed, progress, run.reward_model
+    needed = resolve_objective(config, data).needs_reward_model
+    reward_model = (
+        obtain_reward_model(config.reward_model, data, config.seed, progress, run.reward_model)
+        if needed or config.training.validation_estimator in ("dm", "dr")
+        else None
     )
     store = CheckpointStore(
         run.checkpoints,
@@ -110,7 +114,7 @@ def build_trainer(
     on_epoch_end: EpochHook | None = None,
 ) -> Trainer:
     """A fresh, seeded policy and its trainer."""
-    objective = resolve_objective(config.objective, data, reward_model)
+    objective = resolve_objective(config, data)
     check_fit_for(objective, data, reward_model)
     seed_torch(config.seed, "policy")
     policy = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
@@ -133,29 +137,33 @@ def build_trainer(
     )
 
 
-def resolve_objective(
-    config: ObjectiveConfig, data: PreparedData, reward_model: RewardModel | None
-) -> Objective:
-    """The configured objective; `auto` picks by what the log offers.
+def resolve_objective(config: Config, data: PreparedData) -> Objective:
+    """The configured objective; `auto` picks by what the log and the configuration offer.
 
     auto: clipped_dr where there are propensities and a reward model, weighted_likelihood with
     propensities alone, regression without them.
     """
-    name = config.name
+    name = config.objective.name
     if name == "auto":
         if data.train.schema.pscore is None:
             name = "regression"
-        elif reward_model is None:
+        elif config.reward_model.kind == "none":
             name = "weighted_likelihood"
         else:
             name = "clipped_dr"
-    objective = make_objective(name, config.arguments)
+    objective = make_objective(name, config.objective.arguments)
     if isinstance(objective, Regression):
         objective = objective.resolve(data.facts.binary_reward)
     return objective
 
 
 def _quarantine_facts(data: PreparedData) -> dict[str, Any]:
+    """Bad rows that were set aside, counted from the files that hold them."""
     if data.quarantine is None:
         return {}
-    return {"quarantine": str(data.quarantine)}
+    counts = {
+        folder.name: sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet"))
+        for folder in sorted(data.quarantine.glob("*"))
+        if folder.is_dir()
+    }
+    return {"quarantine": str(data.quarantine), "quarantined_rows": counts}

@@ -22,7 +22,7 @@ from offtower.objectives import Objective, Reduction
 from offtower.progress import Progress
 from offtower.training.checkpoint import CheckpointStore, Progression
 from offtower.models.reward.fit import reward_folds
-from offtower.training.metrics import MetricsLog
+from offtower.metrics import MetricsLog
 from offtower.models.optimizer import make_optimizer
 from offtower.prepare import PreparedData
 from offtower.seeds import derive_seed, seed_torch
@@ -145,8 +145,8 @@ class Trainer:
             self._data.context_encoding,
             order,
             fold=None if folds == 1 else lambda rows: reward_folds(rows, folds, seed),
-            on_bad_rows=self.config.data.on_bad_rows,
-            quarantine=self._data.quarantine,
+            on_bad_rows=self._data.on_bad_rows,
+            quarantine=self._data.quarantine_of("train"),
         )
 
     def _run_epoch(self, reader: BatchReader, progression: Progression) -> None:

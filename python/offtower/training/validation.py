@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from offtower.config import TrainingConfig
 from offtower.data.reader import scan
+from offtower.data.rows import EncodedRows
 from offtower.evaluation.estimators import make_estimator
 from offtower.evaluation.scoring import PolicyScorer, concatenate
 from offtower.models.policy import TwoTowerPolicy
@@ -54,10 +56,12 @@ class Validator:
             self._batches = list(self._scan())
 
     def __call__(self, policy: TwoTowerPolicy) -> ValidationScore:
-        scorer = PolicyScorer(
-            policy, self._data.items, self._reward_model, self._config.item_chunk
+        scorer = PolicyScorer(policy, self._data.items, self._config.item_chunk)
+        model = self._reward_model
+        rows = concatenate(
+            scorer.score(batch, None if model is None else model.for_new_rows(batch))
+            for batch in self._batches or self._scan()
         )
-        rows = concatenate(scorer.score_all(self._batches or self._scan()))
         estimate = self._estimator.estimate(rows)
         interval = self._estimator.interval(rows, confidence=self._confidence)
         weight = rows.importance_weight
@@ -70,8 +74,14 @@ class Validator:
             effective_sample_size=float(weight.sum()) ** 2 / square if square > 0 else 0.0,
         )
 
-    def _scan(self):  # type: ignore[no-untyped-def]
-        assert self._data.validation is not None
+    def _scan(self) -> Iterator[EncodedRows]:
+        data = self._data
+        assert data.validation is not None
         return scan(
-            self._data.validation, self._data.catalogue, self._data.context_encoding, SCAN_ROWS
+            data.validation,
+            data.catalogue,
+            data.context_encoding,
+            SCAN_ROWS,
+            on_bad_rows=data.on_bad_rows,
+            quarantine=data.quarantine_of("validation"),
         )

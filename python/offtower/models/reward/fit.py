@@ -10,12 +10,12 @@ import torch
 
 from offtower.atomic import replace_directory
 from offtower.config import RewardModelConfig
-from offtower.data.encoding import take, to_tensors
+from offtower.data.encoding import FeatureEncoding, take, to_tensors
 from offtower.data.order import EpochOrder, fold_of
 from offtower.data.reader import BatchReader, scan
 from offtower.data.rows import EncodedRows
 from offtower.errors import RunError
-from offtower.models.items import DEFAULT_CHUNK
+from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.dense import (
@@ -55,7 +55,11 @@ def obtain_reward_model(
     if config.kind == "none":
         return None
     if directory is not None and directory.exists():
-        return _restore(config, data, directory)
+        if config.kind == "dense":
+            return DenseRewardModel.restore(directory, _design(data), config.folds)
+        return restore_reward_model(
+            config, directory, data.context_encoding, data.item_encoding, data.items
+        )
     model = fit_reward_model(config, data, seed, progress)
     if directory is not None:
         with replace_directory(directory) as temporary:
@@ -72,16 +76,16 @@ def fit_reward_model(
     return _fit_factored(config, data, seed, progress)
 
 
-def _restore(config: RewardModelConfig, data: PreparedData, directory: Path) -> RewardModel:
-    if config.kind == "dense":
-        return DenseRewardModel.restore(directory, _design(data), config.folds)
+def restore_reward_model(
+    config: RewardModelConfig,
+    directory: Path,
+    context_encoding: FeatureEncoding,
+    item_encoding: FeatureEncoding,
+    items: ItemFeatures,
+) -> FactoredRewardModel:
+    """A factored reward model that a run stored, over the catalogue `items`."""
     return FactoredRewardModel.restore(
-        directory,
-        config,
-        data.context_encoding,
-        data.item_encoding,
-        data.items,
-        DEFAULT_CHUNK,
+        directory, config, context_encoding, item_encoding, items, DEFAULT_CHUNK
     )
 
 
@@ -96,7 +100,16 @@ def _fit_dense(
 ) -> DenseRewardModel:
     check_size(data.train.num_rows, data.catalogue.num_items)
     design = _design(data)
-    parts = list(scan(data.train, data.catalogue, data.context_encoding, SCAN_ROWS))
+    parts = list(
+        scan(
+            data.train,
+            data.catalogue,
+            data.context_encoding,
+            SCAN_ROWS,
+            on_bad_rows=data.on_bad_rows,
+            quarantine=data.quarantine_of("train"),
+        )
+    )
     pairs = np.concatenate([design.logged(part) for part in parts])
     reward = np.concatenate([part.reward for part in parts]).astype(np.float64)
     fold = np.concatenate([reward_folds(part, config.folds, seed) for part in parts])
@@ -159,8 +172,8 @@ def _fit_factored(
         fold=None
         if config.folds == 1
         else lambda rows: reward_folds(rows, config.folds, seed),
-        on_bad_rows="error" if data.quarantine is None else "quarantine",
-        quarantine=data.quarantine,
+        on_bad_rows=data.on_bad_rows,
+        quarantine=data.quarantine_of("train"),
     )
     progress.start("fitting the reward model", config.epochs * data.train.num_rows)
     with reader:

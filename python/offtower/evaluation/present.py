@@ -1,0 +1,1 @@
+def write_evaluation_report(*a, **k): return "none"
