@@ -62,7 +62,7 @@ def make_estimator(name: str, **parameters: Any) -> Estimator:
     try:
         return ESTIMATORS[name](**parameters)
     except TypeError:
-        expected = ", ".join(ESTIMATORS[name].__dataclass_fields__) or "no parameters"
+        expected = ", ".join(ESTIMATORS[name].parameters()) or "no parameters"
         raise OfftowerError(
             f"{name} takes {expected}; given: {', '.join(parameters) or 'nothing'}"
         ) from None

@@ -44,6 +44,11 @@ class Estimator(ABC):
         shown = ", ".join(f"{f.name}={getattr(self, f.name):g}" for f in fields(self))
         return f"{self.label}({shown})" if shown else self.label
 
+    @classmethod
+    def parameters(cls) -> tuple[str, ...]:
+        """Names of the parameters."""
+        return tuple(f.name for f in fields(cls))
+
     @abstractmethod
     def terms(self, rows: EvaluationRows) -> Array:
         """(n, k) terms of the rows."""

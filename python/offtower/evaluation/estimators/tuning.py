@@ -79,7 +79,7 @@ def tune(
 
 def parameter(estimator: type[Estimator]) -> str:
     """Name of the class's parameter. Raises OfftowerError where it has none."""
-    names = list(estimator.__dataclass_fields__)
+    names = estimator.parameters()
     if len(names) != 1:
         raise OfftowerError(f"{estimator.label} has no parameter to tune")
     return names[0]
