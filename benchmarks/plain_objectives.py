@@ -6,9 +6,11 @@ Values are those of the softmax policy, exact, on 5,000 contexts that no log hol
 
     python benchmarks/plain_objectives.py --json plain_objectives.json
 
-World: OBP 0.4.1's logistic rewards, 10 actions, context and action vectors of dimension 5, behaviour
-softmax(q). The world whose logging policy and optimum are nearest to .609 and .956 (figures of a like
-experiment) is picked among the seeds 0 to 399 before anything is learned.
+World: 10 actions, context and action vectors of dimension 5, standard normal; q(x, a) =
+sigmoid(<c, x> + <d, a> + x'Ma) with coefficients uniform in [-1, 1]; behaviour softmax(q). The
+five worlds whose logging policy and optimum are nearest to .609 and .956 (figures of a like
+experiment) are picked among the seeds 0 to 399 before anything is learned: a world, a log and a
+start for each seed.
 """
 
 from __future__ import annotations
@@ -21,29 +23,57 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from offtower import TwoTowerPolicyLearner
-from offtower.data.simulate import ObpWorld
 
 LIKE = {"logging": 0.609, "optimum": 0.956, "ips": 0.766, "dr": 0.763, "regression": 0.887}
 OBJECTIVES = ("regression", "ips", "dr")
 
 
-def nearest_world(candidates: int) -> ObpWorld:
+class World:
+    """Logistic binary rewards, bilinear in context and action vectors."""
+
+    def __init__(self, seed: int) -> None:
+        rng = np.random.default_rng([seed, 0])
+        self.action_context = rng.standard_normal((10, 5))
+        self._c, self._d = rng.uniform(-1, 1, 5), rng.uniform(-1, 1, 5)
+        self._m = rng.uniform(-1, 1, (5, 5))
+        self._seed = seed
+
+    def sample(self, n: int, seed: int) -> dict[str, Any]:
+        rng = np.random.default_rng([self._seed, 1, seed])
+        x, a = rng.standard_normal((n, 5)), self.action_context
+        q = 1 / (1 + np.exp(-((x @ self._c)[:, None] + a @ self._d + x @ self._m @ a.T)))
+        pi_b = np.exp(q) / np.exp(q).sum(1, keepdims=True)
+        action = (pi_b.cumsum(1) < rng.random(n)[:, None]).sum(1).clip(max=9)
+        rows = np.arange(n)
+        return {
+            "context": x,
+            "action_context": a,
+            "action": action,
+            "reward": (rng.random(n) < q[rows, action]).astype(float),
+            "pscore": pi_b[rows, action],
+            "expected_reward": q,
+            "pi_b": pi_b,
+        }
+
+
+def nearest_worlds(candidates: int, count: int) -> list[World]:
     def distance(seed: int) -> float:
-        logging, optimum = landmarks(ObpWorld(10, 5, 5, 1.0, seed), 1000)
+        logging, optimum, _ = landmarks(World(seed), 1000)
         return (logging - LIKE["logging"]) ** 2 + (optimum - LIKE["optimum"]) ** 2
 
-    return ObpWorld(10, 5, 5, 1.0, min(range(candidates), key=distance))
+    return [World(seed) for seed in sorted(range(candidates), key=distance)[:count]]
 
 
-def landmarks(world: ObpWorld, contexts: int) -> tuple[float, float]:
-    """Value of the logging policy, and of the best one."""
+def landmarks(world: World, contexts: int) -> tuple[float, float, float]:
+    """Value of the logging policy, of the best one, and of the best fixed action."""
     log = world.sample(contexts, seed=99)
     q = log["expected_reward"]
-    return float((log["pi_b"][:, :, 0] * q).sum(1).mean()), float(q.max(1).mean())
+    return float((log["pi_b"] * q).sum(1).mean()), float(q.max(1).mean()), float(q.mean(0).max())
 
 
-def learn(world: ObpWorld, objective: str, seed: int, epochs: int) -> dict[str, Any]:
+def learn(world: World, objective: str, seed: int, epochs: int) -> dict[str, Any]:
     test = world.sample(5000, seed=99)
     learner = TwoTowerPolicyLearner(
         5,
@@ -89,13 +119,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    world = nearest_world(arguments.candidates)
-    logging, optimum = landmarks(world, 5000)
-    print(f"logging {logging:.3f}  optimum {optimum:.3f}")
+    worlds = nearest_worlds(arguments.candidates, arguments.seeds)
+    logging, optimum, fixed = np.mean([landmarks(world, 5000) for world in worlds], axis=0)
+    print(f"logging {logging:.3f}  best fixed action {fixed:.3f}  optimum {optimum:.3f}")
     results = [
         learn(world, objective, seed, arguments.epochs)
         for objective in OBJECTIVES
-        for seed in range(arguments.seeds)
+        for seed, world in enumerate(worlds)
     ]
     summary = {}
     for objective in OBJECTIVES:
@@ -109,6 +139,7 @@ def main() -> None:
         content = {
             "logging": logging,
             "optimum": optimum,
+            "best_fixed_action": fixed,
             "settings": {"seeds": arguments.seeds, "epochs": arguments.epochs},
             "results": results,
             "summary": summary,

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import offtower
 import pytest
+
+import offtower
 
 PACKAGE = Path(offtower.__file__).parent
 

@@ -18,10 +18,10 @@ from offtower.data.simulate.features import vector_array
 from offtower.errors import ConfigError, DataError
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
-from offtower.ops import policy_terms
-from offtower.progress import Progress
 from offtower.models.reward.fit import obtain_reward_model
+from offtower.ops import policy_terms
 from offtower.prepare import prepare
+from offtower.progress import Progress
 from offtower.training.run import build_trainer
 from offtower.training.trainer import EpochHook
 
@@ -206,9 +206,7 @@ class TwoTowerPolicyLearner:
             raise ConfigError("this learner is not fitted yet; call fit(bandit_feedback) first")
         return self.policy_
 
-    def _open(
-        self, feedback: BanditFeedback | tuple[Log, Catalogue]
-    ) -> tuple[Log, Catalogue]:
+    def _open(self, feedback: BanditFeedback | tuple[Log, Catalogue]) -> tuple[Log, Catalogue]:
         if isinstance(feedback, tuple):
             return feedback
         context = feedback.get("context")

@@ -1,6 +1,7 @@
 """runs/<name>/: all that passes from one command to the next.
 
-config.yaml  manifest.json  metrics.jsonl  checkpoints/  reward_model/  policy/  export/  report.html
+config.yaml  manifest.json  metrics.jsonl  encodings/  reward_model/  checkpoints/  policy/
+report.json  report.html
 """
 
 from __future__ import annotations
@@ -54,10 +55,6 @@ class RunDirectory:
     @property
     def quarantine(self) -> Path:
         return self.path / "quarantine"
-
-    @property
-    def evaluation_path(self) -> Path:
-        return self.path / "evaluation.json"
 
     @property
     def report_path(self) -> Path:

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from offtower.config import TowerConfig
 from offtower.data import Catalogue, CatalogueSchema, FeatureEncoding, FeatureSpec
 from offtower.models import ItemFeatures, Tower, embed_items

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from torch import nn
+
 from offtower import TwoTowerPolicyLearner
 from offtower.config import PolicyConfig, TowerConfig
 from offtower.data import Catalogue, FeatureEncoding, FeatureSpec, TableLog
@@ -14,9 +17,6 @@ from offtower.data.encoding import BagTensor, to_tensors
 from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.errors import ConfigError, RunError
 from offtower.models import ItemFeatures, TwoTowerPolicy, load_policy, save_policy
-from torch import nn
-
-import pyarrow as pa
 
 RNG = np.random.default_rng(0)
 CATALOGUE = Catalogue.from_arrays(np.arange(6), {"v": RNG.normal(size=(6, 3))})

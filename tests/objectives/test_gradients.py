@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+
 from offtower.objectives import LoggedRows, Objective, Reduction, Regression, make_objective
 from offtower.ops import DenseReward, policy_terms
 
@@ -200,9 +201,7 @@ def test_workers_on_uneven_batches_average_to_one_worker(name: str, cuts: tuple[
             if objective.needs_reward_model
             else None,
         )
-        rows = LoggedRows(
-            torch.from_numpy(p.reward[part]), terms, torch.from_numpy(p.pscore[part])
-        )
+        rows = LoggedRows(torch.from_numpy(p.reward[part]), terms, torch.from_numpy(p.pscore[part]))
         objective(rows, Reduction(ROWS, workers, reduce)).loss.backward()
         return [x.grad for x in (u, v, b) if x.grad is not None]
 

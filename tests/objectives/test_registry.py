@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from offtower.errors import ConfigError
 from offtower.objectives import IPS, OBJECTIVES, ClippedIPS, make_objective
 

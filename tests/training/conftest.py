@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from offtower.config import Config, apply_overrides, parse_config
 from offtower.data import write_catalogue, write_log
 from offtower.data.simulate import SimulatedWorld

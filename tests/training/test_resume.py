@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from offtower.config import to_yaml
-from offtower.errors import RunError
-from offtower.run_directory import RunDirectory
-from offtower.metrics import read_metrics
-from offtower.training.run import train_run
 from safetensors.numpy import load_file
 
+from offtower.config import to_yaml
+from offtower.errors import RunError
+from offtower.metrics import read_metrics
+from offtower.run_directory import RunDirectory
+from offtower.training.run import train_run
 from tests.training.conftest import make_config
 
 

@@ -42,7 +42,9 @@ R = TypeVar("R")
 
 def messages() -> Console:
     """Where progress and words for people go: standard error, so that --json stays clean."""
-    return Console(stderr=True, highlight=False)
+    # A pipe has no width of its own, and a table cut at 80 columns helps nobody.
+    width = None if sys.stderr.isatty() else 120
+    return Console(stderr=True, highlight=False, width=width)
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -30,15 +30,15 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     from offtower.cli.tables import evaluation_table
-    from offtower.evaluation.present import write_evaluation_report
+    from offtower.evaluation.report import write_report
     from offtower.evaluation.run import evaluate_runs
 
     evaluation = evaluate_runs(runs, log=log, progress=DrawnProgress())
-    path = write_evaluation_report(
+    path = write_report(
         report or runs[0] / "report.html",
         [evaluation],
         title=f"Evaluation of {', '.join(run.name for run in runs)}",
-        subtitle="offtower evaluate " + " ".join(str(run) for run in runs),
+        command="offtower evaluate " + " ".join(str(run) for run in runs),
     )
     if as_json:
         print_json(finite({"report": str(path), **evaluation.to_dict()}))

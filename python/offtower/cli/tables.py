@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from offtower.evaluation.intervals import Interval
 from offtower.evaluation.run import LogEvaluation
 
+_TRUTH = {"true_value": "truth", "true_value_greedy": "greedy"}
 _COLOUR = {"go": "green", "no-go": "red", "not enough evidence": "yellow"}
 
 
@@ -17,20 +19,23 @@ def evaluation_table(evaluation: LogEvaluation) -> Table:
     table = Table(
         title=f"{evaluation.title}: {result.n:,} held-out rows, {evaluation.log['items']:,} items",
         title_justify="left",
-        caption=f"value [{result.confidence:.0%} interval]; verdict by {result.decide_by}",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+        caption=f"± half of the {result.confidence:.0%} interval; verdict by {result.decide_by}",
         caption_justify="left",
     )
-    table.add_column("policy")
+    table.add_column("policy", no_wrap=True)
     for estimate in first.estimates.values():
-        table.add_column(estimate.label, justify="right")
+        table.add_column(estimate.label, justify="right", no_wrap=True)
     for name in _truth_columns(evaluation):
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(_TRUTH.get(name, name), justify="right")
     table.add_column("ESS", justify="right")
-    table.add_column("verdict")
+    table.add_column("verdict", no_wrap=True)
     truth_columns = _truth_columns(evaluation)
     logging = result.logging
     table.add_row(
-        "logging policy",
+        "logging",
         *[_value(logging.estimate.value, logging.interval)],
         *["" for _ in list(first.estimates)[1:]],
         *["" for _ in truth_columns],
@@ -55,4 +60,6 @@ def _truth_columns(evaluation: LogEvaluation) -> list[str]:
 
 
 def _value(value: float, interval: Interval) -> str:
-    return f"{value:.4f} \\[{interval.low:.4f}, {interval.high:.4f}]"
+    """Value and half width, in the digits that the width leaves."""
+    half = (interval.high - interval.low) / 2
+    return f"{value:.4f} ±{half:.4f}".replace("±0.", "±.")

@@ -16,7 +16,7 @@ from offtower.data.check import RowChecker
 from offtower.data.log import write_log
 from offtower.data.obd import import_open_bandit
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
-from offtower.data.split import split_log
+from offtower.data.split import SplitBy, split_log
 from offtower.errors import DataError
 from offtower.progress import Progress
 
@@ -101,9 +101,7 @@ def ingest_open_bandit(campaign: str, out: Path) -> IngestSummary:
     if (out / "log").exists() or (out / "catalogue").exists():
         raise DataError(f"'{out}' already holds a log or a catalogue; choose another --out")
     manifest = write_log(out / "log", tables, schema, rows_per_group=4096)
-    write_catalogue(
-        out / "catalogue", catalogue.table(0, catalogue.num_items), catalogue.schema
-    )
+    write_catalogue(out / "catalogue", catalogue.table(0, catalogue.num_items), catalogue.schema)
     return IngestSummary(
         log=out / "log",
         catalogue=out / "catalogue",
@@ -114,7 +112,7 @@ def ingest_open_bandit(campaign: str, out: Path) -> IngestSummary:
 
 
 def split_ingested(
-    summary: IngestSummary, by: str, fractions: tuple[float, ...], seed: int
+    summary: IngestSummary, by: SplitBy, fractions: tuple[float, ...], seed: int
 ) -> IngestSummary:
     """Cut `log` into train, validation and test beside it."""
     out = summary.log.parent

@@ -160,9 +160,7 @@ def evaluate_runs(
             "items": catalogue.num_items,
             "fingerprint": opened.fingerprint,
         },
-        objectives={
-            name: run.config.objective.name for name, run in zip(names, runs, strict=True)
-        },
+        objectives={name: run.config.objective.name for name, run in zip(names, runs, strict=True)},
         histograms={name: counts.tolist() for name, counts in histograms.items()},
         curves={name: _curve(run) for name, run in zip(names, runs, strict=True)},
         truth={
@@ -232,9 +230,7 @@ def _scored(
         }
 
 
-def _estimators(
-    config: Config, has_reward_model: bool, notes: list[str]
-) -> tuple[Estimator, ...]:
+def _estimators(config: Config, has_reward_model: bool, notes: list[str]) -> tuple[Estimator, ...]:
     wanted = [make_estimator(name) for name in config.evaluation.estimators]
     kept = [e for e in wanted if has_reward_model or not e.needs_reward_model]
     left_out = [e.label for e in wanted if e not in kept]

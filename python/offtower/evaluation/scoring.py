@@ -68,7 +68,7 @@ class PolicyScorer:
             reward=rows.reward.astype(np.float64),
             action_reward=_float64(terms.action_reward),
             expected_reward=_float64(terms.expected_reward),
-            user=rows.user_id,
+            user=None if rows.user_id is None else rows.user_id.view(np.int64),
             row=rows.row,
             log_weight=log_weight,
         )

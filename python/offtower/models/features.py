@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from offtower.data.encoding import BagTensor, FeatureEncoding
 
 FeatureTensors = Mapping[str, Tensor | BagTensor]
-"""Encoded features by name, one row each: numeric (n,), vector (n, dim), category (n,) int64, bag."""
+"""Encoded features by name: numeric (n,), vector (n, dim), category (n,) int64, or a bag."""
 
 UNKNOWN = 0
 """Index that every unseen category shares."""

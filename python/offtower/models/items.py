@@ -138,9 +138,7 @@ class _ChunkedTower(torch.autograd.Function):
                 if bias is not None and grad_bias is not None:
                     outputs.append(bias)
                     cotangents.append(grad_bias[start:stop])
-                parts = torch.autograd.grad(
-                    outputs, ctx.parameters, cotangents, allow_unused=True
-                )
+                parts = torch.autograd.grad(outputs, ctx.parameters, cotangents, allow_unused=True)
                 for position, part in enumerate(parts):
                     if part is None:
                         continue
@@ -182,4 +180,3 @@ def _take_bag(bag: BagTensor, index: Tensor) -> BagTensor:
         starts - offsets[:-1], lengths
     )
     return BagTensor(bag.values[positions], offsets)
-

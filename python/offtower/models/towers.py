@@ -115,4 +115,3 @@ def _make_body(encoding: FeatureEncoding, output_dim: int, config: TowerConfig) 
             f"Class(encoding=..., output_dim={output_dim}, **arguments): {error}"
         ) from error
     return module
-

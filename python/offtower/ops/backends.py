@@ -20,7 +20,7 @@ NAMES = ("auto", "reference", "cpu", "cuda")
 
 def _load_cpu() -> tuple[ModuleType | None, str]:
     try:
-        from offtower.ops import _cpu
+        import offtower.ops._cpu as _cpu
     except ImportError as error:
         return None, (
             f"not built ({error}); 'pip install -e .' with a C++17 compiler builds it. "

@@ -3,7 +3,7 @@
 The schema holds a reward model as its parts, since an operator's arguments are tensors and numbers.
 """
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,21 +15,17 @@ from offtower.ops.reference import Cotangents, Inputs, backward, running_sums
 _ARGUMENTS = 10
 
 
-def _absent(like: Tensor, present: bool, rows: int) -> Tensor:
-    return like.new_empty(rows if present else 0)
-
-
 @torch.library.custom_op("offtower::policy_terms", mutates_args=())
 def policy_terms_op(
     u: Tensor,
     v: Tensor,
     action: Tensor,
     temperature: float,
-    bias: Optional[Tensor],
-    dense: Optional[Tensor],
-    e: Optional[Tensor],
-    t: Optional[Tensor],
-    c: Optional[Tensor],
+    bias: Tensor | None,
+    dense: Tensor | None,
+    e: Tensor | None,
+    t: Tensor | None,
+    c: Tensor | None,
     sigmoid: bool,
     entropy: bool,
     backend: str,
@@ -57,11 +53,11 @@ def _(
     v: Tensor,
     action: Tensor,
     temperature: float,
-    bias: Optional[Tensor],
-    dense: Optional[Tensor],
-    e: Optional[Tensor],
-    t: Optional[Tensor],
-    c: Optional[Tensor],
+    bias: Tensor | None,
+    dense: Tensor | None,
+    e: Tensor | None,
+    t: Tensor | None,
+    c: Tensor | None,
     sigmoid: bool,
     entropy: bool,
     backend: str,
@@ -84,19 +80,19 @@ def policy_terms_backward_op(
     v: Tensor,
     action: Tensor,
     temperature: float,
-    bias: Optional[Tensor],
-    dense: Optional[Tensor],
-    e: Optional[Tensor],
-    t: Optional[Tensor],
-    c: Optional[Tensor],
+    bias: Tensor | None,
+    dense: Tensor | None,
+    e: Tensor | None,
+    t: Tensor | None,
+    c: Tensor | None,
     sigmoid: bool,
     log_normalizer: Tensor,
     expected_reward: Tensor,
     entropy: Tensor,
-    g_log_prob: Optional[Tensor],
-    g_log_normalizer: Optional[Tensor],
-    g_expected_reward: Optional[Tensor],
-    g_entropy: Optional[Tensor],
+    g_log_prob: Tensor | None,
+    g_log_normalizer: Tensor | None,
+    g_expected_reward: Tensor | None,
+    g_entropy: Tensor | None,
     need_u: bool,
     need_v: bool,
     need_b: bool,
@@ -124,19 +120,19 @@ def _(
     v: Tensor,
     action: Tensor,
     temperature: float,
-    bias: Optional[Tensor],
-    dense: Optional[Tensor],
-    e: Optional[Tensor],
-    t: Optional[Tensor],
-    c: Optional[Tensor],
+    bias: Tensor | None,
+    dense: Tensor | None,
+    e: Tensor | None,
+    t: Tensor | None,
+    c: Tensor | None,
     sigmoid: bool,
     log_normalizer: Tensor,
     expected_reward: Tensor,
     entropy: Tensor,
-    g_log_prob: Optional[Tensor],
-    g_log_normalizer: Optional[Tensor],
-    g_expected_reward: Optional[Tensor],
-    g_entropy: Optional[Tensor],
+    g_log_prob: Tensor | None,
+    g_log_normalizer: Tensor | None,
+    g_expected_reward: Tensor | None,
+    g_entropy: Tensor | None,
     need_u: bool,
     need_v: bool,
     need_b: bool,
@@ -156,11 +152,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(u, v, action, bias, dense, e, t, c, log_normalizer, expected, spread)
 
 
-def _backward(ctx: Any, *gradients: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
+def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     g_log_prob, g_log_normalizer, g_expected, _g_action_reward, g_entropy = gradients
     u, v, action, bias, dense, e, t, c, log_normalizer, expected, spread = ctx.saved_tensors
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4])
-    nothing: tuple[Optional[Tensor], ...] = (None,) * (_ARGUMENTS + 2)
+    nothing: tuple[Tensor | None, ...] = (None,) * (_ARGUMENTS + 2)
     if expected.numel() == 0:
         g_expected = None
     if spread.numel() == 0:

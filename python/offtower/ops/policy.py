@@ -245,8 +245,8 @@ def sample_softmax(
 ) -> tuple[Tensor, Tensor]:
     """Draw items from the softmax policy, exactly, without a (B, N) array.
 
-    Two levels: a tile of items from the tiles' log-sum-exps, then an item inside the tile. Memory is
-    O(B N / tile + B tile).
+    Two levels: a tile of items from the tiles' log-sum-exps, then an item inside the tile. Memory
+    is O(B N / tile + B tile).
 
     Args:
         num_samples: s, independent draws a row.
@@ -311,7 +311,7 @@ def _sample_block(
         s = s + x.bias[place].to(x.dtype)
     s = s.masked_fill(outside, float("-inf"))
     inside = _categorical((s - torch.logsumexp(s, 2, keepdim=True)).flatten(0, 1), 1, generator)
-    inside = inside.view(chosen.shape + (1,))
+    inside = inside.view((*chosen.shape, 1))
     index = place.gather(2, inside)[:, :, 0]
     return index, s.gather(2, inside)[:, :, 0] - log_normalizer
 

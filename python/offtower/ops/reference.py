@@ -164,7 +164,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients in u, v and bias; only those that `needs` names are computed.
 
-    ds_ij = g_l (1[j=a] - pi_ij) + g_lse pi_ij + g_m pi_ij (q_ij - m_i) - g_h pi_ij (log pi_ij + h_i)
+    ds_ij = g_l (1[j=a] - pi_ij) + g_lse pi_ij
+          + g_m pi_ij (q_ij - m_i) - g_h pi_ij (log pi_ij + h_i)
     """
     need_u, need_v, need_b = needs
     scaled = x.scaled_context()

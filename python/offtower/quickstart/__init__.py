@@ -27,6 +27,7 @@ from offtower.data.encoding import to_tensors
 from offtower.data.ingest import ingest_open_bandit, split_ingested
 from offtower.data.simulate import ObpWorld
 from offtower.errors import DataError, RunError
+from offtower.evaluation.report import write_report
 from offtower.evaluation.run import LogEvaluation, evaluate_runs
 from offtower.models.policy import TwoTowerPolicy
 from offtower.prepare import PreparedData
@@ -37,6 +38,8 @@ from offtower.training.trainer import EpochHook
 OBJECTIVES = ("regression", "ips", "dr")
 _MARK = "quickstart.json"
 _TRUTH_CONTEXTS = 5000
+_WORLD = 142
+"""A world in which no single item is close to the best policy."""
 
 
 @dataclass
@@ -64,13 +67,8 @@ def run_quickstart(out: Path, progress: Progress, say: Callable[[str], None]) ->
             "Synthetic log, 10 actions", "synthetic", synthetic, out, progress, say, world
         )
     )
-    from offtower.evaluation.present import write_evaluation_report
-
-    report = write_evaluation_report(
-        out / "report.html",
-        evaluations,
-        title="offtower quickstart",
-        subtitle="offtower quickstart",
+    report = write_report(
+        out / "report.html", evaluations, title="offtower quickstart", command="offtower quickstart"
     )
     return QuickstartResult(evaluations, report)
 
@@ -105,14 +103,16 @@ def _validate(folder: Path, say: Callable[[str], None]) -> None:
 
 
 def _synthetic(folder: Path) -> tuple[Path, ObpWorld]:
-    world = ObpWorld(n_actions=10, dim_context=5, dim_action_context=5, beta=1.0)
+    world = ObpWorld(n_actions=10, dim_context=5, dim_action_context=5, beta=1.0, seed=_WORLD)
     for seed, (name, rounds) in enumerate(
         {"train": 5000, "validation": 2500, "test": 5000}.items(), start=1
     ):
         log, catalogue = from_bandit_feedback(world.sample(rounds, seed))
         table = log.read_row_group(0)
         # The truth stays out of what learning and judging can read.
-        table = table.drop_columns([c for c in ("expected_reward", "pi_b") if c in table.column_names])
+        table = table.drop_columns(
+            [c for c in ("expected_reward", "pi_b") if c in table.column_names]
+        )
         write_log(folder / name, [table], log.schema)
         if name == "train":
             write_catalogue(folder / "catalogue", catalogue.table(0, 10), catalogue.schema)
@@ -141,6 +141,7 @@ def _learn_and_judge(
         title=title,
         progress=progress,
         truth=None if world is None else _truth(world),
+        landmarks=None if world is None else _landmarks(world),
     )
 
 
@@ -153,8 +154,6 @@ def _config(template: str, objective: str, folder: Path, out: Path) -> Config:
     for key, value in content["data"].items():
         content["data"][key] = str(folder / Path(value).name)
     return parse_config(content, source=f"{template}.yaml")
-
-
 
 
 def _truth(world: ObpWorld) -> Callable[[TwoTowerPolicy, Any], dict[str, float]]:
@@ -179,6 +178,14 @@ def _truth(world: ObpWorld) -> Callable[[TwoTowerPolicy, Any], dict[str, float]]
         }
 
     return value
+
+
+def _landmarks(world: ObpWorld) -> dict[str, float]:
+    expected = world.sample(_TRUTH_CONTEXTS, seed=99)["expected_reward"]
+    return {
+        "best possible policy": float(expected.max(axis=1).mean()),
+        "best fixed item": float(expected.mean(axis=0).max()),
+    }
 
 
 def _truth_hook(world: ObpWorld, data: PreparedData) -> EpochHook:

@@ -122,7 +122,11 @@ class CheckpointStore:
                 self.skipped.append(f"{path.name}: {error}")
                 continue
             policy.load_state_dict(
-                {k.removeprefix("policy/"): v for k, v in tensors.items() if k.startswith("policy/")}
+                {
+                    k.removeprefix("policy/"): v
+                    for k, v in tensors.items()
+                    if k.startswith("policy/")
+                }
             )
             _restore_optimizer(optimizer, tensors)
             return progression

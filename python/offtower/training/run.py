@@ -12,17 +12,17 @@ import torch
 
 import offtower
 from offtower.config import Config, config_fingerprint
+from offtower.metrics import MetricsLog
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
+from offtower.models.reward.fit import obtain_reward_model
 from offtower.models.store import save_policy
 from offtower.objectives import Objective, Regression, make_objective
+from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
-from offtower.training.checkpoint import CheckpointStore
-from offtower.models.reward.fit import obtain_reward_model
-from offtower.metrics import MetricsLog
-from offtower.prepare import PreparedData, open_data
 from offtower.seeds import seed_torch
+from offtower.training.checkpoint import CheckpointStore
 from offtower.training.trainer import EpochHook, Trainer, TrainingResult, check_fit_for
 from offtower.training.validation import Validator
 

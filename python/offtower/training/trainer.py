@@ -16,16 +16,16 @@ from offtower.data.order import Cursor, EpochOrder
 from offtower.data.reader import BatchReader
 from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError, RunError
-from offtower.models.policy import TwoTowerPolicy
-from offtower.models.reward.base import RewardModel
-from offtower.objectives import Objective, Reduction
-from offtower.progress import Progress
-from offtower.training.checkpoint import CheckpointStore, Progression
-from offtower.models.reward.fit import reward_folds
 from offtower.metrics import MetricsLog
 from offtower.models.optimizer import make_optimizer
+from offtower.models.policy import TwoTowerPolicy
+from offtower.models.reward.base import RewardModel
+from offtower.models.reward.fit import reward_folds
+from offtower.objectives import Objective, Reduction
 from offtower.prepare import PreparedData
+from offtower.progress import Progress
 from offtower.seeds import derive_seed, seed_torch
+from offtower.training.checkpoint import CheckpointStore, Progression
 from offtower.training.step import StepMeasures, TrainingStep
 from offtower.training.validation import ValidationScore, Validator
 
@@ -153,9 +153,7 @@ class Trainer:
         settings = self._settings
         epoch = progression.cursor.epoch
         sums = _EpochSums.restore(progression.epoch_sums)
-        self._progress.start(
-            f"epoch {epoch + 1} of {settings.epochs}", self._data.train.num_rows
-        )
+        self._progress.start(f"epoch {epoch + 1} of {settings.epochs}", self._data.train.num_rows)
         self._progress.advance(int(sums.rows))
         last_checkpoint = time.monotonic()
         self.policy.train()
@@ -185,7 +183,10 @@ class Trainer:
                     }
                 )
             self._progress.advance(len(rows.reward), f"objective {sums.mean_value:.4f}")
-            if self._store is not None and now - last_checkpoint > settings.checkpoint_every_seconds:
+            if (
+                self._store is not None
+                and now - last_checkpoint > settings.checkpoint_every_seconds
+            ):
                 progression.epoch_sums = asdict(sums)
                 self._store.save(self.policy, self._optimizer, progression)
                 last_checkpoint = now

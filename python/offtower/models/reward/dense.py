@@ -114,7 +114,9 @@ def make_estimator(config: RewardModelConfig, seed: int) -> Any:
     try:
         estimator = kind(**config.arguments)
     except TypeError as error:
-        raise ConfigError(f"reward_model.arguments do not fit '{config.estimator}': {error}") from None
+        raise ConfigError(
+            f"reward_model.arguments do not fit '{config.estimator}': {error}"
+        ) from None
     parameters = estimator.get_params()
     if parameters.get("random_state", 0) is None:
         estimator.set_params(random_state=seed % (2**32))
@@ -130,9 +132,7 @@ def predict(estimator: Any, pairs: np.ndarray) -> np.ndarray:
     return np.asarray(estimator.predict(pairs))
 
 
-def flatten(
-    encoding: FeatureEncoding, arrays: FeatureArrays, n: int, where: str
-) -> np.ndarray:
+def flatten(encoding: FeatureEncoding, arrays: FeatureArrays, n: int, where: str) -> np.ndarray:
     """Encoded features -> (n, width) float64: numbers, one-hot categories, bags as counts."""
     parts: list[np.ndarray] = []
     for spec in encoding.specs:

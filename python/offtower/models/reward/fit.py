@@ -16,6 +16,7 @@ from offtower.data.reader import BatchReader, scan
 from offtower.data.rows import EncodedRows
 from offtower.errors import RunError
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
+from offtower.models.optimizer import make_optimizer
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.dense import (
@@ -26,9 +27,8 @@ from offtower.models.reward.dense import (
 )
 from offtower.models.reward.factored import FactoredRewardModel, Link, make_towers
 from offtower.objectives import LoggedRows, Reduction, Regression
-from offtower.progress import Progress
-from offtower.models.optimizer import make_optimizer
 from offtower.prepare import PreparedData
+from offtower.progress import Progress
 from offtower.seeds import derive_seed, seed_torch
 
 SCAN_ROWS = 8192
@@ -138,9 +138,7 @@ def _fit_dense(
     return DenseRewardModel(estimators, design, values)
 
 
-def _with_folds(
-    parts: list[EncodedRows], fold: np.ndarray
-) -> list[tuple[EncodedRows, np.ndarray]]:
+def _with_folds(parts: list[EncodedRows], fold: np.ndarray) -> list[tuple[EncodedRows, np.ndarray]]:
     ends = np.cumsum([len(part.reward) for part in parts])
     return list(zip(parts, np.split(fold, ends[:-1]), strict=True))
 
@@ -169,9 +167,7 @@ def _fit_factored(
         data.catalogue,
         data.context_encoding,
         order,
-        fold=None
-        if config.folds == 1
-        else lambda rows: reward_folds(rows, config.folds, seed),
+        fold=None if config.folds == 1 else lambda rows: reward_folds(rows, config.folds, seed),
         on_bad_rows=data.on_bad_rows,
         quarantine=data.quarantine_of("train"),
     )

@@ -1,1 +1,0 @@
-def write_evaluation_report(*a, **k): return "none"

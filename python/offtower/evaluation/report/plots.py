@@ -1,0 +1,209 @@
+"""Charts as inline SVG: readable in print and with a colour-vision deficiency.
+
+Colours are those of Okabe and Ito; every series has a marker or line style of its own, so that
+nothing hangs on colour. The same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from offtower.evaluation.run import HISTOGRAM_EDGES, LogEvaluation
+
+INK, FAINT = "#222222", "#8a8a8a"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
+
+_STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "offtower",
+}
+
+
+def estimates(evaluation: LogEvaluation) -> str:
+    """Each policy's estimates with intervals, against the logging policy's value and the truth."""
+    result = evaluation.result
+    labels = [e.label for e in next(iter(result.policies.values())).estimates.values()]
+    names = list(result.policies)
+    height = 0.9 + len(names) * (0.25 + 0.2 * len(labels))
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(height)
+        band = result.logging.interval
+        axes.axvspan(band.low, band.high, color="#e8e8e8", lw=0, zorder=0)
+        axes.axvline(result.logging.estimate.value, color=FAINT, lw=1.2, zorder=1)
+        offsets = np.linspace(-0.3, 0.3, len(labels)) if len(labels) > 1 else np.zeros(1)
+        for i, label in enumerate(labels):
+            for j, name in enumerate(names):
+                found = next(
+                    e for e in result.policies[name].estimates.values() if e.label == label
+                )
+                y = j + offsets[i]
+                axes.hlines(y, found.interval.low, found.interval.high, color=_colour(i), lw=1.8)
+                axes.plot(
+                    found.estimate.value,
+                    y,
+                    MARKERS[i % len(MARKERS)],
+                    color=_colour(i),
+                    ms=5,
+                    label=label if j == 0 else None,
+                )
+        for j, name in enumerate(names):
+            known = evaluation.truth.get(name, {}).get("true_value")
+            if known is not None:
+                line = axes.vlines(known, j - 0.42, j + 0.42, color=INK, lw=2)
+                if j == 0:
+                    line.set_label("truth")
+        axes.set_yticks(range(len(names)), [evaluation.objectives[n] for n in names])
+        axes.invert_yaxis()
+        axes.set_xlabel("value of the policy; grey: logging policy with its interval")
+        _legend(axes, len(labels) + 1)
+        return _svg(figure, f"Estimates with intervals, {evaluation.title}")
+
+
+def learning_curves(evaluation: LogEvaluation) -> str:
+    """Held-out estimate after each epoch with its interval, and the truth where it is known."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(2.9)
+        for i, (name, lines) in enumerate(evaluation.curves.items()):
+            judged = [line for line in lines if line.get("validation")]
+            if judged:
+                epoch = [line["epoch"] + 1 for line in judged]
+                axes.plot(
+                    epoch,
+                    [line["validation"]["value"] for line in judged],
+                    color=_colour(i),
+                    ls=DASHES[i % len(DASHES)],
+                    marker=MARKERS[i % len(MARKERS)],
+                    ms=3,
+                    lw=1.4,
+                    label=evaluation.objectives[name],
+                )
+                axes.fill_between(
+                    epoch,
+                    [line["validation"]["low"] for line in judged],
+                    [line["validation"]["high"] for line in judged],
+                    color=_colour(i),
+                    alpha=0.12,
+                    lw=0,
+                )
+            known = [line for line in lines if line.get("true_value") is not None]
+            if known:
+                axes.plot(
+                    [line["epoch"] + 1 for line in known],
+                    [line["true_value"] for line in known],
+                    color=_colour(i),
+                    lw=0.9,
+                    alpha=0.9,
+                    label=f"{evaluation.objectives[name]}, truth",
+                )
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("value on the validation log")
+        if axes.get_legend_handles_labels()[0]:
+            _legend(axes, 3)
+        return _svg(figure, f"Learning curves, {evaluation.title}")
+
+
+def weights(evaluation: LogEvaluation) -> str:
+    """How the importance weights spread: share of rows by weight, on a logarithmic axis."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(2.5)
+        for i, (name, counts) in enumerate(evaluation.histograms.items()):
+            share = np.asarray(counts) / max(sum(counts), 1)
+            axes.stairs(
+                share,
+                10.0**HISTOGRAM_EDGES,
+                color=_colour(i),
+                ls=DASHES[i % len(DASHES)],
+                lw=1.5,
+                label=evaluation.objectives[name],
+            )
+        axes.axvline(1.0, color=FAINT, lw=0.8)
+        axes.set_xscale("log")
+        axes.set_xlabel("importance weight, policy over logging policy")
+        axes.set_ylabel("share of rows")
+        _legend(axes, 3)
+        return _svg(figure, f"Importance weights, {evaluation.title}")
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.2, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def _legend(axes: Axes, columns: int) -> None:
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=min(columns, 6),
+        frameon=False,
+        borderaxespad=0.2,
+        handlelength=2.2,
+        columnspacing=1.4,
+    )
+
+
+def _svg(figure: Figure, description: str) -> str:
+    """Inline SVG that scales with the page and says what it shows."""
+    from html import escape
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
+
+
+def all_charts(evaluation: LogEvaluation) -> Sequence[tuple[str, str, str]]:
+    """(heading, how to read it, SVG)."""
+    charts: list[tuple[str, str, Any]] = [
+        (
+            "Estimates",
+            "A point is an estimate, its line the interval. A policy is better than the logging "
+            "policy where the whole interval lies right of the grey band.",
+            estimates(evaluation),
+        )
+    ]
+    if any(evaluation.curves.values()):
+        charts.append(
+            (
+                "Learning",
+                "The off-policy estimate on the validation log after each epoch; the epoch with "
+                "the best lower end is kept.",
+                learning_curves(evaluation),
+            )
+        )
+    charts.append(
+        (
+            "Weights",
+            "Far to the right, few rows decide the estimate; far to the left, the log shows what "
+            "the policy would not.",
+            weights(evaluation),
+        )
+    )
+    return charts

@@ -1,0 +1,110 @@
+"""From evaluations to HTML."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+
+import offtower
+from offtower.atomic import write_text
+from offtower.evaluation.report.plots import all_charts
+from offtower.evaluation.run import LogEvaluation
+
+
+def write_report(
+    path: Path, evaluations: Sequence[LogEvaluation], *, title: str, command: str
+) -> Path:
+    """Write the report, and the same numbers as JSON beside it (`report.json`).
+
+    Args:
+        path: HTML file; replaced as a whole.
+        evaluations: one section each.
+        title: of the page.
+        command: that made it, shown so that anyone can repeat it.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("offtower.evaluation.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = number
+    environment.filters["count"] = lambda value: f"{value:,.0f}"
+    html = environment.get_template("report.html.j2").render(
+        title=title,
+        command=command,
+        sections=[_section(evaluation) for evaluation in evaluations],
+        versions=f"offtower {offtower.__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}",
+    )
+    write_text(path, html)
+    content = {"title": title, "logs": [evaluation.to_dict() for evaluation in evaluations]}
+    write_text(path.with_suffix(".json"), json.dumps(_finite(content), indent=2) + "\n")
+    return path
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A value for a table, in fixed digits; exponents only for what is very large."""
+    if value is None or value != value:
+        return "–"
+    if abs(value) < 1e6:
+        return f"{value:.{digits}f}".replace("-", "−")
+    return f"{value:.3g}".replace("-", "−")
+
+
+def _digits(scale: float) -> int:
+    """Decimals that leave three to four figures of numbers of this size."""
+    return 4 if scale == 0 else min(9, max(2, 3 - math.floor(math.log10(abs(scale)))))
+
+
+def _section(evaluation: LogEvaluation) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    result = evaluation.result
+    return {
+        "evaluation": evaluation,
+        "result": result,
+        "digits": _digits(result.logging.estimate.value),
+        "sentence": _sentences(evaluation),
+        # Made by matplotlib from escaped text: the one place where markup is not escaped.
+        "charts": [(head, text, Markup(svg)) for head, text, svg in all_charts(evaluation)],
+        "truth_columns": list(next(iter(evaluation.truth.values()), {})),
+        "calibration": any(p.calibration is not None for p in result.policies.values()),
+    }
+
+
+def _sentences(evaluation: LogEvaluation) -> dict[str, str]:
+    """By policy, what a product manager needs."""
+    result = evaluation.result
+    sentences = {}
+    for name, policy in result.policies.items():
+        decider = next(e for e in policy.estimates.values() if e.name == result.decide_by)
+        gap = decider.difference
+        base = result.logging.estimate.value
+        if gap is None or base == 0:
+            sentences[name] = ""
+            continue
+        low, high = gap.simultaneous.low / base, gap.simultaneous.high / base
+        sentences[name] = (
+            f"Estimated {decider.estimate.value:.4g} a row against {base:.4g} for the policy that "
+            f"logged: between {low:+.0%} and {high:+.0%}."
+        ).replace("-", "−")
+    return sentences
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and value - value != 0.0:
+        return None
+    return value
