@@ -247,6 +247,7 @@ class _Finisher:
             chosen.name,
             chosen.consistent,
             options.propensities_estimated,
+            smoothing.mean_weight() if self.independent else None,
         )
         return PolicyEvaluation(
             policy=name,

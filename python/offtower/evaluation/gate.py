@@ -90,6 +90,8 @@ class Evidence:
         support: a target-side probe, where one was made.
         estimator: name of the deciding estimator. consistent: whether its bias vanishes.
         propensities_estimated: the log had none, and they were estimated.
+        mean_weight_low: lower bound on the mean weight at any tail
+            (`SmoothingSums.mean_weight`); above 1 the propensities are wrong.
     """
 
     difference: Estimate
@@ -100,6 +102,7 @@ class Evidence:
     estimator: str
     consistent: bool
     propensities_estimated: bool = False
+    mean_weight_low: float | None = None
 
 
 def decide(evidence: Evidence, options: GateOptions | None = None) -> Verdict:
@@ -189,6 +192,15 @@ def _propensity_doubts(evidence: Evidence, options: GateOptions) -> list[Reason]
                 "mean_weight",
                 f"the mean importance weight is {weights.mean:.4g}, {abs(weights.mean_z):.1f} "
                 f"standard errors from 1: {cause} wrong propensities",
+                "doubt",
+            )
+        )
+    elif evidence.mean_weight_low is not None and evidence.mean_weight_low > 1.0:
+        doubts.append(
+            Reason(
+                "mean_weight",
+                f"the mean importance weight is at least {evidence.mean_weight_low:.4g}, and no "
+                "ratio of probabilities averages above 1: wrong propensities",
                 "doubt",
             )
         )

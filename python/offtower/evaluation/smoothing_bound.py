@@ -21,7 +21,8 @@ cost of at most log(grid) / n. And rewards are shifted by the ends of their rang
     V(logging) - V(new)   >= E (w - 1)(b - r)         Z >= -(b - a)
 
 with equality where the logging policy can show whatever the new one shows, and the inequality where
-it cannot. No largest weight enters.
+it cannot. No largest weight enters. Z = w gives a bound on the mean weight, which cannot exceed 1:
+where the bound does, the propensities are wrong.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import logsumexp
+from scipy.optimize import brentq
 
 from offtower.errors import OfftowerError
 from offtower.evaluation.intervals import Interval, check_confidence
@@ -39,12 +40,12 @@ from offtower.evaluation.rows import Array, EvaluationRows
 GRID = 0.9 * 0.5 ** np.arange(16)
 """lambda times the width of the reward range: from 0.9 to 2.7e-5, apt for up to about 1e9 rows."""
 
-_KINDS = ("value_low", "value_high", "difference_low", "difference_high")
+_KINDS = ("value_low", "value_high", "difference_low", "difference_high", "mean_weight")
 
 
 @dataclass(frozen=True, eq=False)
 class SmoothingSums:
-    """Mergeable sums of log(1 + lambda Z): (4, grid), one row for each inequality above."""
+    """Mergeable sums of log(1 + lambda Z): (5, grid), one row for each bound above."""
 
     n: int
     log_sum: Array
@@ -68,7 +69,13 @@ class SmoothingSums:
         weight = rows.importance_weight
         above = np.clip((reward - low) / width, 0.0, 1.0)
         below = 1.0 - above
-        kinds = (weight * above, weight * below, (weight - 1.0) * above, (weight - 1.0) * below)
+        kinds = (
+            weight * above,
+            weight * below,
+            (weight - 1.0) * above,
+            (weight - 1.0) * below,
+            weight,
+        )
         log_sum = np.array([[np.log1p(lam * z).sum() for lam in GRID] for z in kinds])
         return cls(rows.n, log_sum, np.array([z.sum() for z in kinds]), (low, high))
 
@@ -87,45 +94,56 @@ class SmoothingSums:
         """Interval of V(new); each side fails with probability at most (1 - confidence) / 2."""
         low, high = self.reward_range
         tail = (1.0 - check_confidence(confidence)) / 2
-        return Interval(
-            low + (high - low) * min(1.0, self.lower_bound("value_low", tail)),
-            high - (high - low) * min(1.0, self.lower_bound("value_high", tail)),
-            confidence,
-            "log_smoothing",
+        ends = (
+            low + (high - low) * self.lower_bound("value_low", tail),
+            high - (high - low) * self.lower_bound("value_high", tail),
         )
+        return _interval(*ends, low, high, confidence)
 
     def difference(self, confidence: float = 0.95) -> Interval:
         """Interval of V(new) - V(logging), from one paired bound for each side."""
         low, high = self.reward_range
         tail = (1.0 - check_confidence(confidence)) / 2
-        return Interval(
-            (high - low) * min(1.0, self.lower_bound("difference_low", tail)),
-            -(high - low) * min(1.0, self.lower_bound("difference_high", tail)),
-            confidence,
-            "log_smoothing",
+        ends = (
+            (high - low) * self.lower_bound("difference_low", tail),
+            -(high - low) * self.lower_bound("difference_high", tail),
         )
+        return _interval(*ends, low - high, high - low, confidence)
+
+    def mean_weight(self, delta: float = 1e-4) -> float:
+        """Lower bound on the mean weight, wrong with probability at most delta; should be <= 1."""
+        return self.lower_bound("mean_weight", delta)
 
     def lower_bound(self, kind: str, delta: float) -> float:
         """One-sided bound on E Z in units of the reward's width; 1 - delta is its confidence."""
         if self.n < 1:
             raise OfftowerError("there are no rows to estimate from")
         i = _KINDS.index(kind)
-        floor = 0.0 if kind.startswith("value") else -1.0
+        floor = -1.0 if kind.startswith("difference") else 0.0
         target = math.log(1.0 / delta) + math.log(GRID.size)
 
         def excess(mu: float) -> float:
-            return float(logsumexp(self.log_sum[i] - self.n * np.log1p(GRID * mu))) - target
+            exponent = self.log_sum[i] - self.n * np.log1p(GRID * mu)
+            top = float(exponent.max())
+            return top + math.log(float(np.exp(exponent - top).sum())) - target
 
-        if excess(floor) <= 0.0:
-            return floor
         # At the sample mean every product is at most 1 (Jensen), so the root lies below it.
-        left, right = floor, max(floor, float(self.total[i]) / self.n)
-        for _ in range(200):
-            middle = 0.5 * (left + right)
-            if middle in (left, right):
-                break
-            left, right = (middle, right) if excess(middle) > 0.0 else (left, middle)
-        return left
+        right = float(self.total[i]) / self.n
+        if right <= floor or excess(floor) <= 0.0:
+            return floor
+        return float(brentq(excess, floor, right, xtol=1e-14, rtol=1e-14))
+
+
+def _interval(low: float, high: float, least: float, most: float, confidence: float) -> Interval:
+    """Cut to what is possible; all of it where the bounds contradict each other.
+
+    Both bounds can only exclude everything if the weights are no ratios of probabilities
+    (`SmoothingSums.mean_weight` tells): then nothing is known.
+    """
+    low, high = max(low, least), min(high, most)
+    if low > high:
+        low, high = least, most
+    return Interval(low, high, confidence, "log_smoothing")
 
 
 def check_range(reward_range: tuple[float, float]) -> tuple[float, float]:
