@@ -30,8 +30,9 @@ class WeightDiagnostics:
         top_share: part of the weight that the 0.1 % of rows with the largest weights carry.
         pareto_k: shape of the tail (`pareto_shape`); None where there is no tail to fit.
         zero_share: rows with weight 0.
-        balance, balance_std_error, balance_z: mean of w q(x,a) - E_pi q(x,.), 0 in expectation for
-            any q; None without a reward model. Wrong propensities show here where q varies.
+        balance, balance_std_error, balance_z: mean of w (q(x,a) - E_pi q(x,.)), 0 in expectation
+            for any q; None without a reward model. Propensities that are right on average and
+            wrong between items show here.
     """
 
     n: int
@@ -54,7 +55,7 @@ class WeightDiagnostics:
 
 @dataclass(frozen=True, eq=False)
 class WeightSums:
-    """Mergeable sums for `WeightDiagnostics`; terms are w and, with a reward model, w q - m."""
+    """Mergeable sums for `WeightDiagnostics`; terms are w and, with a reward model, w (q - m)."""
 
     statistics: Statistics
     square: float
@@ -67,7 +68,7 @@ class WeightSums:
         weight = rows.importance_weight
         terms = [weight]
         if rows.action_reward is not None and rows.expected_reward is not None:
-            terms.append(weight * rows.action_reward - rows.expected_reward)
+            terms.append(weight * (rows.action_reward - rows.expected_reward))
         return cls(
             collect(np.stack(terms, axis=1), rows, by_user=by_user),
             float(weight @ weight),
@@ -186,7 +187,7 @@ class Calibration:
     bins: tuple[CalibrationBin, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "bins": [asdict(one) for one in self.bins]}
 
 
 @dataclass(frozen=True, eq=False)

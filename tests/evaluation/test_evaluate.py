@@ -1,0 +1,256 @@
+"""Several policies on one log: numbers, shards, verdicts, errors."""
+
+from __future__ import annotations
+
+import json
+from functools import reduce
+
+import numpy as np
+import pytest
+
+from offtower.errors import DataError, OfftowerError
+from offtower.evaluation import (
+    EvaluationOptions,
+    EvaluationRows,
+    EvaluationSums,
+    GateOptions,
+    evaluate_rows,
+)
+from offtower.evaluation import estimators as e
+from offtower.evaluation.evaluate import merge_all
+from offtower.evaluation.statistics import finish
+
+from .one_context import OneContext
+from .test_estimators import ALL
+
+
+def policies(n: int = 4000, seed: int = 0, users: bool = False) -> dict[str, EvaluationRows]:
+    """A better policy, a worse one and the logging policy itself."""
+    world, rng = OneContext(10), np.random.default_rng(seed)
+    action = np.searchsorted(world.cumulative, rng.random(n))
+    reward = (rng.random(n) < world.q[action]) * 1.0
+    worse = world.behavior * np.exp(-4.0 * world.q)
+    worse /= worse.sum()
+    user = np.repeat(np.arange(n), 4)[:n] if users else None
+    rows = {}
+    for name, policy in {"new": world.target, "bad": worse, "same": world.behavior}.items():
+        rows[name] = EvaluationRows(
+            (policy / world.behavior)[action],
+            reward,
+            world.model[action],
+            np.full(n, policy @ world.model),
+            user,
+        )
+    return rows
+
+
+def test_numbers_are_those_of_the_estimators() -> None:
+    rows = policies()
+    estimators = [x for x in ALL if x.label != "mips"]
+    result = evaluate_rows(rows, estimators, reward_range=(0, 1))
+    assert list(result.policies) == ["new", "bad", "same"] and result.n == 4000
+    assert result.logging.estimate.value == pytest.approx(rows["new"].reward.mean())
+    for name, policy in result.policies.items():
+        for estimator in estimators:
+            got = policy.estimates[estimator.name]
+            want = estimator.estimate(rows[name])
+            assert got.estimate.value == pytest.approx(want.value, rel=1e-12)
+            assert got.estimate.std_error == pytest.approx(want.std_error, rel=1e-9, abs=1e-12)
+            for method, interval in got.intervals.items():
+                direct = estimator.interval(rows[name], method=method, replicates=500)
+                expected = (direct.low, direct.high)
+                assert (interval.low, interval.high) == pytest.approx(expected, abs=1e-9)
+            pair = e.Difference(estimator, e.MeanReward())
+            gap = finish(pair, pair.statistics(rows[name], rows[name]))
+            assert got.difference is not None
+            assert got.difference.estimate.value == pytest.approx(gap.value, abs=1e-12)
+            assert got.difference.estimate.std_error == pytest.approx(gap.std_error, abs=1e-9)
+
+
+def test_differences_between_policies_are_paired() -> None:
+    rows = policies()
+    result = evaluate_rows(rows, reward_range=(0, 1))
+    assert [(c.first, c.second) for c in result.comparisons] == [
+        ("new", "bad"),
+        ("new", "same"),
+        ("bad", "same"),
+    ]
+    pair = e.Difference(e.DR(), e.DR())
+    for c in result.comparisons:
+        want = finish(pair, pair.statistics(rows[c.first], rows[c.second]))
+        assert c.estimator == "dr"
+        assert c.difference.estimate.value == pytest.approx(want.value, abs=1e-12)
+        assert c.difference.estimate.std_error == pytest.approx(want.std_error, abs=1e-9)
+
+
+def test_verdicts_with_simultaneous_intervals() -> None:
+    result = evaluate_rows(policies(), reward_range=(0, 1))
+    decisions = {name: p.verdict.decision for name, p in result.policies.items()}
+    assert decisions == {"new": "go", "bad": "no-go", "same": "not enough evidence"}
+    assert result.exit_code == 0
+    assert result.simultaneous_confidence == pytest.approx(1 - 0.05 / 3)
+    gap = result.policies["new"].estimates["dr"].difference
+    assert gap is not None
+    assert gap.simultaneous.low < gap.interval.low < gap.interval.high < gap.simultaneous.high
+
+
+@pytest.mark.parametrize("users", [False, True])
+def test_shards_in_any_order_give_the_same_result(users: bool) -> None:
+    rows = policies(900, users=users)
+    keyed = {
+        name: EvaluationRows(
+            r.importance_weight,
+            r.reward,
+            r.action_reward,
+            r.expected_reward,
+            r.user,
+            np.arange(900),
+        )
+        for name, r in rows.items()
+    }
+    options = EvaluationOptions((e.IPS(), e.SNIPS(), e.DM(), e.DR()), (0.0, 1.0))
+    whole = evaluate_rows(rows, reward_range=(0, 1)).to_dict()
+    shards = [
+        EvaluationSums.of({k: v.take(part) for k, v in keyed.items()}, options)
+        for part in np.array_split(np.random.default_rng(1).permutation(900), 7)
+    ]
+    for merged in (reduce(EvaluationSums.merge, shards), merge_all(iter(shards))):
+        _same(merged.finish().to_dict(), whole)
+
+
+def _same(got: object, want: object) -> None:
+    if isinstance(want, dict):
+        assert isinstance(got, dict) and got.keys() == want.keys()
+        for key in want:
+            _same(got[key], want[key])
+    elif isinstance(want, list):
+        assert isinstance(got, list) and len(got) == len(want)
+        for a, b in zip(got, want, strict=True):
+            _same(a, b)
+    elif isinstance(want, float):
+        assert got == pytest.approx(want, rel=1e-7, abs=1e-10, nan_ok=True)
+    elif not isinstance(want, str):  # sentences quote rounded numbers
+        assert got == want
+
+
+def test_long_logs_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = policies(1000)
+    whole = evaluate_rows(rows, reward_range=(0, 1)).to_dict()
+    monkeypatch.setattr("offtower.evaluation.evaluate.CHUNK_ROWS", 64)
+    _same(evaluate_rows(rows, reward_range=(0, 1)).to_dict(), whole)
+
+
+def test_json_ready() -> None:
+    result = evaluate_rows(
+        policies(500), reward_range=(0, 1), support={"new": [0.1, 0.2], "bad": [0.0]}
+    )
+    content = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    new = content["policies"]["new"]
+    assert set(new["estimates"]) == {"ips", "snips", "dm", "dr"}
+    assert set(new["diagnostics"]) == {"weights", "calibration", "support"}
+    assert new["diagnostics"]["support"]["missing"] == 0.0
+    assert content["policies"]["bad"]["diagnostics"]["support"]["missing"] == 1.0
+    assert new["guaranteed_difference"]["method"] == "log_smoothing"
+    assert content["decide_by"] == "dr" and content["exit_code"] in (0, 1, 3)
+
+
+def test_users_make_intervals_wider_and_drop_the_guaranteed_one() -> None:
+    rows = policies(users=True)
+    by_user = evaluate_rows(rows, reward_range=(0, 1))
+    by_row = evaluate_rows(rows, reward_range=(0, 1), by_user=False)
+    assert by_user.users == 1000 and by_row.users is None
+    assert by_user.policies["new"].guaranteed_value is None
+    assert by_row.policies["new"].guaranteed_value is not None
+    assert by_user.policies["new"].estimates["ips"].interval.by_user
+
+
+def test_users_seen_once_each_keep_the_guaranteed_interval() -> None:
+    rows = {
+        name: EvaluationRows(r.importance_weight, r.reward, user=np.arange(r.n))
+        for name, r in policies(500).items()
+    }
+    result = evaluate_rows(rows, reward_range=(0, 1))
+    assert result.users == 500 and result.policies["new"].guaranteed_value is not None
+
+
+def test_bernstein_where_it_exists() -> None:
+    result = evaluate_rows(
+        policies(500), reward_range=(0, 1), intervals=("normal", "bernstein"), max_weight=60.0
+    )
+    methods = {k: list(v.intervals) for k, v in result.policies["new"].estimates.items()}
+    assert methods["ips"] == methods["dr"] == ["normal", "bernstein"]
+    assert methods["snips"] == ["normal"]
+
+
+def test_bootstrap_verdicts_draw_enough_replicates() -> None:
+    result = evaluate_rows(policies(300), reward_range=(0, 1), intervals=("bootstrap",))
+    gap = result.policies["new"].estimates["dr"].difference
+    assert gap is not None and gap.simultaneous.method == "bootstrap"
+    assert gap.simultaneous.confidence == result.simultaneous_confidence
+
+
+def test_the_estimator_of_the_verdict() -> None:
+    rows = policies(300)
+    bare = {"p": EvaluationRows(rows["new"].importance_weight, rows["new"].reward)}
+    assert evaluate_rows(bare, reward_range=(0, 1)).decide_by == "snips"
+    clipped = [e.IPS(), e.ClippedIPS(max_weight=3.0)]
+    assert evaluate_rows(bare, clipped, reward_range=(0, 1)).decide_by == "ips"
+    got = evaluate_rows(bare, clipped, reward_range=(0, 1), decide_by="clipped_ips")
+    assert got.decide_by == "clipped_ips(max_weight=3)"
+    reasons = {r.code for r in got.policies["p"].verdict.reasons}
+    assert "biased_estimator" in reasons
+
+
+def test_gate_options_reach_the_gate() -> None:
+    result = evaluate_rows(policies(), reward_range=(0, 1), gate=GateOptions(margin=0.9))
+    assert {p.verdict.decision for p in result.policies.values()} == {"no-go"}
+    assert result.exit_code == 1
+
+
+def test_what_is_refused() -> None:
+    rows = policies(50)
+    new = rows["new"]
+    bare = {"p": EvaluationRows(new.importance_weight, new.reward)}
+
+    def refused(message: str, *arguments: object, **options: object) -> None:
+        with pytest.raises(OfftowerError, match=message):
+            evaluate_rows(*arguments, **{"reward_range": (0, 1), **options})  # type: ignore[arg-type]
+
+    refused("no policy", {})
+    refused("at least two rows; there are 1", {"p": new.take(slice(0, 1))})
+    refused("at least two rows; there are 0", {"p": new.take(slice(0, 0))})
+    refused("policy 'p': dr needs a reward model", bare, ["dr"])
+    refused("unknown estimator 'drr'; did you mean 'dr'", bare, ["drr"])
+    refused("each once", bare, ["ips", "ips"])
+    refused("decide_by='dr' is none of ips", bare, ["ips"], decide_by="dr")
+    refused("intervals must be some of", bare, intervals=("magic",))
+    refused("their numbers differ", {"a": new, "b": new.take(slice(0, 9))})
+    refused("low < high", bare, reward_range=(1, 0))
+    refused("outside of the reward range", bare, reward_range=(0, 0.5))
+    refused("unexpected keyword argument 'colour'", bare, colour="red")
+    refused("needs the 'user' column", bare, by_user=True)
+    refused("unknown policies: \\['q'\\]", bare, support={"q": [0.1]})
+    zero = {"p": EvaluationRows(np.zeros(50), new.reward)}
+    refused("every importance weight is 0", zero)
+    other = {"a": new, "b": EvaluationRows(new.importance_weight, 1.0 - new.reward)}
+    with pytest.raises(DataError, match=r"reward\[0\]"):
+        evaluate_rows(other, reward_range=(0, 1))
+    options = EvaluationOptions((e.IPS(),), (0.0, 1.0))
+    elsewhere = EvaluationOptions((e.SNIPS(),), (0.0, 1.0))
+    with pytest.raises(OfftowerError, match="same evaluation"):
+        EvaluationSums.of(bare, options).merge(EvaluationSums.of(bare, elsewhere))
+
+
+@pytest.mark.slow
+def test_the_gate_is_seldom_wrong() -> None:
+    """400 logs of 1,000 rows of a policy no better than the log: at most 2.5 % go, plus 3 sigma."""
+    world, rng, go = OneContext(10), np.random.default_rng(8), 0
+    level = world.behavior @ world.q
+    for _ in range(400):
+        action = np.searchsorted(world.cumulative, rng.random(1000))
+        reward = (rng.random(1000) < level) * 1.0
+        rows = EvaluationRows(world.weight[action], reward)
+        result = evaluate_rows({"p": rows}, reward_range=(0, 1), intervals=("normal",))
+        go += result.exit_code == 0
+    print(go)
+    assert go / 400 <= 0.025 + 3 * np.sqrt(0.025 * 0.975 / 400)
