@@ -1,0 +1,202 @@
+"""The command line: every verb, its exit codes, its JSON and its refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from offtower.cli import app
+from offtower.config import load_config
+
+RUNNER = CliRunner()
+REPOSITORY = Path(__file__).parents[2]
+
+
+def call(*arguments: str) -> Any:
+    return RUNNER.invoke(app, list(arguments))
+
+
+def call_json(*arguments: str, code: int = 0) -> dict[str, Any]:
+    result = call(*arguments, "--json")
+    assert result.exit_code == code, result.output
+    content: dict[str, Any] = json.loads(result.stdout)
+    return content
+
+
+VERBS = ("doctor", "simulate", "ingest", "validate", "train", "evaluate", "quickstart")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_helps_with_an_example(verb: str) -> None:
+    result = call(verb, "--help")
+    assert result.exit_code == 0
+    assert f"offtower {verb}" in result.stdout
+    assert "Example:" in result.stdout
+    assert "--json" in result.stdout
+
+
+def test_doctor_says_what_there_is() -> None:
+    content = call_json("doctor")
+    assert "reference" in content["available_backends"]
+    assert {"ips", "dr", "regression"} <= set(content["objectives"])
+    assert content["packages"]["torch"]
+    assert call("doctor").exit_code == 0
+
+
+@pytest.fixture(scope="module")
+def own_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CSV log as the README shows it."""
+    folder = tmp_path_factory.mktemp("own")
+    rng = np.random.default_rng(0)
+    n = 900
+    item = rng.integers(0, 6, n)
+    age = rng.integers(18, 80, n)
+    country = np.array(["de", "fr", "jp"])[rng.integers(0, 3, n)]
+    click = (rng.random(n) < np.where(item == 2, 0.7, 0.2)).astype(int)
+    lines = ["age,country,item,click,propensity,time"]
+    lines += [
+        f"{age[i]},{country[i]},item-{item[i]},{click[i]},{1 / 6},{1_700_000_000 + i}"
+        for i in range(n)
+    ]
+    (folder / "clicks.csv").write_text("\n".join(lines))
+    schema = {
+        "log": {
+            "context": [
+                {"name": "age", "kind": "numeric"},
+                {"name": "country", "kind": "category"},
+            ],
+            "action": "item",
+            "reward": "click",
+            "pscore": "propensity",
+            "timestamp": "time",
+        }
+    }
+    (folder / "schema.yaml").write_text(yaml.safe_dump(schema))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(own_log: Path) -> Path:
+    """The README's three commands."""
+    out = own_log / "logs"
+    schema = str(own_log / "schema.yaml")
+    content = call_json(
+        *("ingest", str(own_log / "clicks.csv"), "--schema", schema),
+        *("--out", str(out), "--split", "time"),
+    )
+    assert content["rows"] == 900
+    assert content["items"] == 6
+    assert content["splits"] == {"train": 540, "validation": 180, "test": 180}
+    config = {
+        "name": "own-log",
+        "runs": str(own_log / "runs"),
+        "data": {
+            **{part: str(out / part) for part in ("train", "validation", "test", "catalogue")}
+        },
+        "objective": {"name": "ips"},
+        "training": {"epochs": 8, "batch_size": 64, "learning_rate": 0.01, "threads": 1},
+    }
+    path = own_log / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    content = call_json("train", str(path))
+    assert content["epochs"] == 8
+    return own_log
+
+
+def test_validate_finds_no_error(trained: Path) -> None:
+    logs = trained / "logs"
+    arguments = ("validate", str(logs / "log"), "--catalogue", str(logs / "catalogue"))
+    content = call_json(*arguments)
+    assert content["ok"]
+    inverse = next(f for f in content["findings"] if "1/pscore" in f["message"])
+    assert inverse["numbers"]["mean"] == pytest.approx(6.0)
+    assert call(*arguments).exit_code == 0
+
+
+def test_evaluate_gives_the_verdict_as_exit_code_and_a_report(trained: Path) -> None:
+    """One item earns .7, the others .2: 180 rows suffice for a go."""
+    run = trained / "runs" / "own-log"
+    content = call_json("evaluate", str(run), code=0)
+    assert content["policies"]["own-log"]["verdict"]["decision"] == "go"
+    assert content["logging"]["value"] == pytest.approx(0.28, abs=0.12)
+    html = (run / "report.html").read_text()
+    assert "<svg" in html and "own-log" in html
+    stored = json.loads((run / "report.json").read_text())
+    assert stored["logs"][0]["n"] == 180
+    shown = call("evaluate", str(run))
+    assert shown.exit_code == 0
+    assert "go" in shown.output
+
+
+def test_evaluating_again_needs_nothing_but_the_policy(trained: Path) -> None:
+    """Deleting checkpoints and encodings does no harm: policy/ holds all that judging reads."""
+    import shutil
+
+    run = trained / "runs" / "copy"
+    shutil.copytree(trained / "runs" / "own-log", run)
+    for name in ("checkpoints", "encodings"):
+        shutil.rmtree(run / name)
+    one = call_json("evaluate", str(run), code=0)
+    two = call_json("evaluate", str(trained / "runs" / "own-log"), code=0)
+    assert (
+        one["policies"]["copy"]["estimates"]["ips"]
+        == two["policies"]["own-log"]["estimates"]["ips"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "none.yaml"), "no configuration file at 'none.yaml'"),
+        (("evaluate", "nowhere"), "is not a run"),
+        (("validate", "nowhere", "--catalogue", "nowhere"), "there is no log at 'nowhere'"),
+        (("ingest", "nothing.csv", "--out", "o"), "--schema is needed"),
+        (("ingest", "open-bandit:cats", "--out", "o"), "campaign must be one of men, women, all"),
+        (("simulate", "--out", "/proc/x", "--rows", "5", "--items", "2"), ""),
+    ],
+)
+def test_refusals_are_one_message_and_code_2(arguments: tuple[str, ...], message: str) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    assert message in result.output.replace("\n", " ")
+
+
+def test_a_bad_row_is_named_or_set_aside(own_log: Path, tmp_path: Path) -> None:
+    text = (own_log / "clicks.csv").read_text().splitlines()
+    text[7] = text[7].replace(f"{1 / 6}", "1.5")
+    path = tmp_path / "bad.csv"
+    path.write_text("\n".join(text))
+    arguments = ("ingest", str(path), "--schema", str(own_log / "schema.yaml"))
+    refused = call(*arguments, "--out", str(tmp_path / "a"))
+    assert refused.exit_code == 2
+    assert "row 6" in refused.output
+    flat = " ".join(refused.output.split())
+    assert "'propensity'" in flat and "1.5" in flat
+    assert "expected a probability in (0, 1]" in flat
+    assert not (tmp_path / "a" / "log").exists()
+    content = call_json(*arguments, "--out", str(tmp_path / "b"), "--on-bad-rows", "quarantine")
+    assert content["rows"] == 899
+    assert content["quarantined"] == 1
+    assert list((tmp_path / "b" / "quarantine").rglob("*.parquet"))
+
+
+def test_simulate_writes_logs_that_validate(tmp_path: Path) -> None:
+    out = tmp_path / "sim"
+    content = call_json(
+        *("simulate", "--out", str(out), "--items", "20", "--rows", "500", "--features", "all")
+    )
+    assert content["rows"] == {"train": 500, "validation": 100, "test": 100}
+    assert call_json("validate", str(out / "train"), "--catalogue", str(out / "catalogue"))["ok"]
+    assert call("simulate", "--out", str(out)).exit_code == 2
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").rglob("*.yaml")))
+def test_ready_made_configs_are_valid(path: Path) -> None:
+    assert load_config(path).name
