@@ -84,6 +84,8 @@ DOUBTS = {
     "weight_tail": {"weights": replace(WEIGHTS, pareto_k=0.9)},
     "mean_weight": {"weights": replace(WEIGHTS, mean=0.8, mean_z=-20.0)},
     "no_variation": {"difference": Estimate(0.03, 0.0, 10_000)},
+    "balance": {"weights": replace(WEIGHTS, balance=0.02, balance_z=9.0)},
+    "too_few_users": {"users": 20},
     "support": {"support": support_probe([0.0, 0.1, 0.1])},
 }
 
@@ -123,6 +125,11 @@ def test_no_interval_is_believed_with_wrong_propensities() -> None:
 
 def test_a_small_offset_of_the_mean_weight_is_tolerated() -> None:
     weights = replace(WEIGHTS, mean=1.01, mean_z=10.0)
+    assert decide(evidence(0.01, 0.05, weights=weights)).decision == GO
+
+
+def test_an_imbalance_too_small_to_matter_is_tolerated() -> None:
+    weights = replace(WEIGHTS, balance=0.001, balance_z=10.0)
     assert decide(evidence(0.01, 0.05, weights=weights)).decision == GO
 
 

@@ -104,6 +104,19 @@ def test_users_of_one_row_each_change_nothing() -> None:
         assert by_user == pytest.approx(by_row, rel=1e-12)
 
 
+def test_users_gather_in_few_runs() -> None:
+    rows = some_rows(4096)
+    rng = np.random.default_rng(0)
+    rows = type(rows)(rows.importance_weight, rows.reward, user=rng.integers(0, 3000, 4096))
+    ips = e.IPS()
+    parts = [ips.statistics(rows.take(slice(i, i + 8)), by_user=True) for i in range(0, 4096, 8)]
+    merged = reduce(Statistics.merge, parts)
+    assert merged.users is not None and len(merged.users.runs) < 14
+    assert rows.user is not None and merged.users.count == np.unique(rows.user).size
+    whole = ips.finish(ips.statistics(rows, by_user=True))
+    assert ips.finish(merged).std_error == pytest.approx(whole.std_error, rel=1e-12)
+
+
 def test_differences_are_paired() -> None:
     rows = some_rows(200)
     other = type(rows)(rows.importance_weight**0.5, rows.reward, row=rows.row)

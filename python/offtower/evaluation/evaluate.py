@@ -193,7 +193,9 @@ class _Finisher:
         self.starts = np.concatenate([[0], np.cumsum(widths)]).tolist()
         self.joint = simultaneous_confidence(self.options.confidence, len(sums.policies))
         users = sums.terms.users
-        self.independent = users is None or users.key.size == sums.terms.n
+        self.terms = sums.terms if users is None else replace(sums.terms, users=users.compact())
+        self.users = None if users is None else users.count
+        self.independent = self.users in (None, sums.terms.n)
 
     def columns(self, policy: int, estimator: int) -> list[int]:
         base = policy * self.starts[-1]
@@ -205,15 +207,14 @@ class _Finisher:
 
     def result(self) -> EvaluationResult:
         options, sums = self.options, self.sums
-        logged = sums.terms.select(self.reward_column)
+        logged = self.terms.select(self.reward_column)
         policies = {name: self.policy(i, name) for i, name in enumerate(sums.policies)}
-        users = sums.terms.users
         return EvaluationResult(
             confidence=options.confidence,
             simultaneous_confidence=self.joint,
             reward_range=options.reward_range,
             n=sums.terms.n,
-            users=None if users is None else int(users.key.size),
+            users=self.users,
             logging=EstimatorResult(
                 LOGGING.name,
                 LOGGING.label,
@@ -248,6 +249,7 @@ class _Finisher:
             chosen.consistent,
             options.propensities_estimated,
             smoothing.mean_weight() if self.independent else None,
+            self.users,
         )
         return PolicyEvaluation(
             policy=name,
@@ -266,10 +268,10 @@ class _Finisher:
         sums = self.sums
         columns = self.columns(policy, index)
         weight_sum = sums.weights[policy].statistics.weight_sum
-        own = sums.terms.select(columns, weight_sum)
+        own = self.terms.select(columns, weight_sum)
         estimate = estimator.finish(own)
         gap = self.gap(
-            Difference(estimator, LOGGING), sums.terms.select(columns + self.reward_column)
+            Difference(estimator, LOGGING), self.terms.select(columns + self.reward_column)
         )
         return EstimatorResult(
             estimator.name, estimator.label, estimate, self.intervals(estimator, own), gap
@@ -290,7 +292,7 @@ class _Finisher:
         out = []
         for a, b in combinations(range(len(self.sums.policies)), 2):
             columns = self.columns(a, decider) + self.columns(b, decider)
-            gap = self.gap(Difference(estimator, estimator), self.sums.terms.select(columns))
+            gap = self.gap(Difference(estimator, estimator), self.terms.select(columns))
             out.append(
                 Comparison(self.sums.policies[a], self.sums.policies[b], estimator.name, gap)
             )

@@ -27,19 +27,24 @@ class GateOptions:
 
     Attributes:
         margin: V(new) - V(logging) must exceed it, in units of reward.
-        min_rows, min_effective_sample_size: below these an asymptotic interval is not believed.
+        min_rows, min_users, min_effective_sample_size: below these an asymptotic interval is not
+            believed.
         max_pareto_k: heavier tails of the weights are not believed (`diagnostics.pareto_shape`).
         max_mean_weight_z, max_mean_weight_error: propensities are doubted where the mean weight is
-            off 1 by more than both, in standard errors and absolutely.
+            off 1 by more than both, in standard errors and absolutely, or where the weighted
+            predictions are off by more standard errors than that, and by enough to explain
+            `max_balance_share` of the difference.
         max_missing_support: tolerated share of target draws that the log cannot show.
     """
 
     margin: float = 0.0
     min_rows: int = 100
+    min_users: int = 30
     min_effective_sample_size: float = 100.0
     max_pareto_k: float = 0.7
     max_mean_weight_z: float = 4.0
     max_mean_weight_error: float = 0.02
+    max_balance_share: float = 0.25
     max_missing_support: float = 0.01
 
     def __post_init__(self) -> None:
@@ -92,6 +97,7 @@ class Evidence:
         propensities_estimated: the log had none, and they were estimated.
         mean_weight_low: lower bound on the mean weight at any tail
             (`SmoothingSums.mean_weight`); above 1 the propensities are wrong.
+        users: number of users where the interval is by user.
     """
 
     difference: Estimate
@@ -103,6 +109,7 @@ class Evidence:
     consistent: bool
     propensities_estimated: bool = False
     mean_weight_low: float | None = None
+    users: int | None = None
 
 
 def decide(evidence: Evidence, options: GateOptions | None = None) -> Verdict:
@@ -204,6 +211,21 @@ def _propensity_doubts(evidence: Evidence, options: GateOptions) -> list[Reason]
                 "doubt",
             )
         )
+    distance = abs(evidence.difference.value - options.margin)
+    if (
+        weights.balance is not None
+        and abs(weights.balance_z or 0.0) > options.max_mean_weight_z
+        and abs(weights.balance) > options.max_balance_share * distance
+    ):
+        doubts.append(
+            Reason(
+                "balance",
+                f"the weights do not carry the reward model's predictions from the log to the new "
+                f"policy: they are off by {weights.balance:.4g}, "
+                f"{abs(weights.balance_z or 0.0):.1f} standard errors from 0: wrong propensities",
+                "doubt",
+            )
+        )
     if weights.n > 1 and weights.effective_sample_size == 0.0:
         doubts.append(
             Reason("no_support", "no logged action has weight under the new policy", "doubt")
@@ -219,6 +241,11 @@ def _tail_doubts(evidence: Evidence, options: GateOptions) -> list[Reason]:
             weights.n < options.min_rows,
             "too_few_rows",
             f"only {weights.n} rows, {options.min_rows} asked for",
+        ),
+        (
+            evidence.users is not None and evidence.users < options.min_users,
+            "too_few_users",
+            f"only {evidence.users} users, {options.min_users} asked for",
         ),
         (
             weights.effective_sample_size < options.min_effective_sample_size,

@@ -76,7 +76,7 @@ def normal_interval(
     _need_rows(statistics)
     estimate = finish(functional, statistics)
     users = statistics.users
-    units = statistics.n if users is None else users.key.size
+    units = statistics.n if users is None else users.count
     if units < 2:
         raise OfftowerError("an interval by user needs at least two users; the rows have one")
     half = float(stdtrit(units - 1, 0.5 + check_confidence(confidence) / 2)) * estimate.std_error

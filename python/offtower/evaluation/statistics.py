@@ -7,6 +7,7 @@ second moments of the terms, so those are what a shard hands on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -46,30 +47,62 @@ class Estimate:
 
 
 @dataclass(frozen=True, eq=False)
-class UserSums:
-    """Per user: number of rows (g,) and sums of terms (g, k), in the order of the keys (g,)."""
+class _Run:
+    """Keys in order and without repetition (g,), rows (g,) and sums of terms (g, k) of each."""
 
     key: IntArray
     count: Array
     total: Array
 
     @classmethod
-    def of(cls, user: IntArray, count: Array, total: Array) -> UserSums:
-        """Sum the rows of each user."""
-        key, where = np.unique(user, return_inverse=True)
-        sums = [np.bincount(where, column, minlength=key.size) for column in total.T]
-        return cls(
-            key,
-            np.bincount(where, count, minlength=key.size).astype(np.float64),
-            np.stack(sums, axis=1) if sums else np.empty((key.size, 0)),
+    def of(cls, key: IntArray, count: Array, total: Array) -> _Run:
+        unique, where = np.unique(key, return_inverse=True)
+        sums = [np.bincount(where, column, minlength=unique.size) for column in total.T]
+        rows = np.bincount(where, count, minlength=unique.size).astype(np.float64)
+        return cls(unique, rows, np.stack(sums, axis=1))
+
+    @classmethod
+    def joined(cls, runs: Sequence[_Run]) -> _Run:
+        if len(runs) == 1:
+            return runs[0]
+        return cls.of(
+            np.concatenate([run.key for run in runs]),
+            np.concatenate([run.count for run in runs]),
+            np.concatenate([run.total for run in runs]),
         )
 
+
+@dataclass(frozen=True, eq=False)
+class UserSums:
+    """Sums by user, in runs of falling size, so that adding many small shards stays cheap."""
+
+    runs: tuple[_Run, ...]
+
+    @classmethod
+    def of(cls, user: IntArray, terms: Array) -> UserSums:
+        """Sum the rows of each user."""
+        return cls((_Run.of(user, np.ones(user.size), terms),))
+
     def merge(self, other: UserSums) -> UserSums:
-        return UserSums.of(
-            np.concatenate([self.key, other.key]),
-            np.concatenate([self.count, other.count]),
-            np.concatenate([self.total, other.total]),
-        )
+        """Sums over both shards."""
+        runs = sorted(self.runs + other.runs, key=lambda run: -run.key.size)
+        while len(runs) > 1 and runs[-2].key.size < 2 * runs[-1].key.size:
+            runs[-2:] = [_Run.joined(runs[-2:])]
+            runs.sort(key=lambda run: -run.key.size)
+        return UserSums(tuple(runs))
+
+    def select(self, columns: list[int]) -> UserSums:
+        """Sums of some of the terms."""
+        return UserSums(tuple(replace(run, total=run.total[:, columns]) for run in self.runs))
+
+    def compact(self) -> UserSums:
+        """The same in one run."""
+        return self if len(self.runs) == 1 else UserSums((_Run.joined(self.runs),))
+
+    @property
+    def count(self) -> int:
+        """Number of users."""
+        return int(self.compact().runs[0].key.size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +189,7 @@ class Statistics:
             low=self.low[columns],
             high=self.high[columns],
             weight_sum=self.weight_sum if weight_sum is None else weight_sum,
-            users=None if users is None else replace(users, total=users.total[:, columns]),
+            users=None if users is None else users.select(columns),
             replicates=None
             if replicates is None
             else replace(replicates, total=replicates.total[:, columns]),
@@ -217,7 +250,7 @@ def collect(
     centred = terms - (total / n if n else total)
     users = None
     if by_user and rows.user is not None:
-        users = UserSums.of(rows.user, np.ones(n), terms)
+        users = UserSums.of(rows.user, terms)
     return Statistics(
         n,
         total,
@@ -268,10 +301,11 @@ def standard_error(functional: Functional, statistics: Statistics) -> float:
 
 def _clustered_error(slope: Array, mean: Array, users: UserSums, n: int) -> float:
     """Root of G/(G-1) sum_u S_u^2 / n^2, S_u the sum of a user's influences."""
-    groups = users.key.size
+    run = users.compact().runs[0]
+    groups = run.key.size
     if groups < 2:
         return float("nan")
-    influence = (users.total - users.count[:, None] * mean) @ slope
+    influence = (run.total - run.count[:, None] * mean) @ slope
     return float(np.sqrt(groups / (groups - 1.0) * np.sum(influence**2)) / n)
 
 
