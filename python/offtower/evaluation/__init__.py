@@ -7,6 +7,7 @@ from offtower.evaluation.diagnostics import support_probe
 from offtower.evaluation.evaluate import EvaluationOptions, EvaluationSums, evaluate_rows
 from offtower.evaluation.gate import EXIT_CODES, GateOptions, Verdict
 from offtower.evaluation.intervals import Interval
+from offtower.evaluation.propensity import estimate_propensities, pscore_calibration
 from offtower.evaluation.result import EvaluationResult
 from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.statistics import Estimate, Statistics
@@ -22,7 +23,9 @@ __all__ = [
     "Interval",
     "Statistics",
     "Verdict",
+    "estimate_propensities",
     "estimators",
     "evaluate_rows",
+    "pscore_calibration",
     "support_probe",
 ]
