@@ -126,6 +126,7 @@ def test_calibration_by_definition() -> None:
     assert sum(b.n for b in got.bins) == 20_000
     assert [b.predicted for b in got.bins] == sorted(b.predicted for b in got.bins)
     for one in got.bins:
+        assert one.std_error is not None
         assert abs(one.observed - 0.8 * one.predicted) < 5 * one.std_error
     assert got.error == pytest.approx(0.2 * q.mean(), abs=0.02)
 

@@ -158,12 +158,15 @@ def pareto_shape(largest: Array, n: int) -> float | None:
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Rows of like prediction: how many, mean prediction, mean reward, its standard error."""
+    """Rows of like prediction: how many, mean prediction, mean reward, its standard error.
+
+    std_error: None for a single row.
+    """
 
     n: int
     predicted: float
     observed: float
-    std_error: float
+    std_error: float | None
 
 
 @dataclass(frozen=True)
@@ -245,9 +248,7 @@ class CalibrationSums:
 def _bin(row: Array) -> CalibrationBin:
     n, q, r, square, _ = row.tolist()
     variance = max(0.0, square / n - (r / n) ** 2)
-    return CalibrationBin(
-        int(n), q / n, r / n, math.sqrt(variance / (n - 1)) if n > 1 else math.nan
-    )
+    return CalibrationBin(int(n), q / n, r / n, math.sqrt(variance / (n - 1)) if n > 1 else None)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,10 @@ class EvaluationRows:
 
     def _map(self, change: Callable[[Any], Any]) -> EvaluationRows:
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return EvaluationRows(**{k: None if v is None else change(v) for k, v in columns.items()})
+        changed: dict[str, Any] = {
+            name: None if column is None else change(column) for name, column in columns.items()
+        }
+        return EvaluationRows(**changed)
 
 
 def _numbers(values: Any, name: str, infinite: bool = False) -> Array:
