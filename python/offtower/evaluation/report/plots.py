@@ -73,7 +73,7 @@ def estimates(evaluation: LogEvaluation) -> str:
                 line = axes.vlines(known, j - 0.42, j + 0.42, color=INK, lw=2)
                 if j == 0:
                     line.set_label("truth")
-        axes.set_yticks(range(len(names)), [evaluation.objectives[n] for n in names])
+        axes.set_yticks(range(len(names)), [_short(evaluation.objectives[n]) for n in names])
         axes.invert_yaxis()
         axes.set_xlabel("value of the policy; grey: logging policy with its interval")
         _legend(axes, len(labels) + 1)
@@ -96,7 +96,7 @@ def learning_curves(evaluation: LogEvaluation) -> str:
                     marker=MARKERS[i % len(MARKERS)],
                     ms=3,
                     lw=1.4,
-                    label=evaluation.objectives[name],
+                    label=_short(evaluation.objectives[name]),
                 )
                 axes.fill_between(
                     epoch,
@@ -114,7 +114,7 @@ def learning_curves(evaluation: LogEvaluation) -> str:
                     color=_colour(i),
                     lw=0.9,
                     alpha=0.9,
-                    label=f"{evaluation.objectives[name]}, truth",
+                    label=f"{_short(evaluation.objectives[name])}, truth",
                 )
         axes.set_xlabel("epoch")
         axes.set_ylabel("value on the validation log")
@@ -135,7 +135,7 @@ def weights(evaluation: LogEvaluation) -> str:
                 color=_colour(i),
                 ls=DASHES[i % len(DASHES)],
                 lw=1.5,
-                label=evaluation.objectives[name],
+                label=_short(evaluation.objectives[name]),
             )
         axes.axvline(1.0, color=FAINT, lw=0.8)
         axes.set_xscale("log")
@@ -148,6 +148,11 @@ def weights(evaluation: LogEvaluation) -> str:
 def _figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7.2, height), layout="constrained")
     return figure, figure.add_subplot()
+
+
+def _short(name: str, length: int = 28) -> str:
+    """A label that leaves room for the chart; the tables have the whole name."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def _colour(index: int) -> str:

@@ -1,0 +1,34 @@
+"""The main job, end to end, as `make quickstart` runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from offtower.cli import app
+
+
+def test_quickstart_from_the_install_to_the_report(tmp_path: Path) -> None:
+    out = tmp_path / "quickstart"
+    result = CliRunner().invoke(app, ["quickstart", "--out", str(out), "--json"])
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    real, synthetic = content["logs"]
+    assert real["n"] == 4000 and real["log"]["items"] == 34
+    assert set(real["objectives"].values()) == {"regression", "ips", "dr"}
+    # A hundred clicks cannot say more, and the gate must know it.
+    for policy in real["policies"].values():
+        assert policy["verdict"]["decision"] == "not enough evidence"
+    for name, policy in synthetic["policies"].items():
+        truth = synthetic["truth"][name]["true_value"]
+        assert policy["verdict"]["decision"] == "go"
+        assert truth > synthetic["logging"]["value"]
+        # IPS and DR are unbiased: within four standard errors of the truth.
+        for estimator in ("ips", "dr"):
+            found = policy["estimates"][estimator]
+            assert abs(found["value"] - truth) < 4 * found["std_error"]
+    html = (out / "report.html").read_text()
+    assert html.count("<svg") == 6
+    assert "best possible policy" in html
