@@ -201,6 +201,19 @@ def test_the_estimator_of_the_verdict() -> None:
     assert "biased_estimator" in reasons
 
 
+@pytest.mark.parametrize("estimator", ["ips", "snips"])
+def test_the_logging_policy_is_no_better_than_itself(estimator: str) -> None:
+    """Rounding leaves differences of 1e-17 with errors of 1e-18: no evidence of anything."""
+    for seed in range(20):
+        reward = np.random.default_rng(seed).random(997)
+        weight = np.exp(np.zeros(997) + 1e-16 * np.arange(997))
+        rows = {"same": EvaluationRows(weight, reward)}
+        result = evaluate_rows(rows, [estimator], reward_range=(0, 1), intervals=("normal",))
+        verdict = result.policies["same"].verdict
+        assert verdict.decision == "not enough evidence"
+        assert verdict.reasons[0].code == "no_variation"
+
+
 def test_gate_options_reach_the_gate() -> None:
     result = evaluate_rows(policies(), reward_range=(0, 1), gate=GateOptions(margin=0.9))
     assert {p.verdict.decision for p in result.policies.values()} == {"no-go"}

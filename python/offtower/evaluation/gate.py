@@ -262,8 +262,8 @@ def _tail_doubts(evidence: Evidence, options: GateOptions) -> list[Reason]:
         (
             not error > 0.0,
             "no_variation",
-            "the difference has no measurable spread (all rewards alike, or one user): its "
-            "interval means nothing",
+            "the difference has no measurable spread (both policies act alike, or all rewards "
+            "are alike): its interval means nothing",
         ),
         (
             support is not None and support.missing > options.max_missing_support,

@@ -19,6 +19,7 @@ from offtower.evaluation.rows import Array, EvaluationRows, IntArray
 
 _BLOCK_CELLS = 1 << 20
 """Bootstrap weights drawn at a time."""
+_ROUNDING = 1e-13
 
 
 class Functional(Protocol):
@@ -295,8 +296,11 @@ def standard_error(functional: Functional, statistics: Statistics) -> float:
     slope = functional.gradient(mean)
     if statistics.users is not None:
         return _clustered_error(slope, mean, statistics.users, statistics.n)
-    variance = float(slope @ statistics.covariance @ slope)
-    return float(np.sqrt(max(0.0, variance) / statistics.n))
+    covariance = statistics.covariance
+    variance = float(slope @ covariance @ slope)
+    # What is left of terms that cancel, such as those of two equal policies, is rounding.
+    scale = float(np.abs(slope) @ np.sqrt(np.diagonal(covariance))) ** 2
+    return float(np.sqrt(variance / statistics.n)) if variance > _ROUNDING * scale else 0.0
 
 
 def _clustered_error(slope: Array, mean: Array, users: UserSums, n: int) -> float:
