@@ -156,9 +156,9 @@ def selectors(which: str, network: NetworkOptions) -> dict[str, Selector]:
     """Named sets of selectors."""
     main = {
         "paired": Selector("paired"),
-        "pasif exact, 10 splits": Selector("pasif", {"repetitions": 10}),
-        "pasif exact, 100 splits": Selector("pasif"),
-        "pasif exact, ties by pairing": Selector("pasif", {"ties": "paired"}),
+        "pasif exact, 10 splits": Selector("pasif", {"repetitions": 10, "ties": "none"}),
+        "pasif exact, 100 splits": Selector("pasif", {"ties": "none"}),
+        "pasif exact, ties by pairing": Selector("pasif"),
         "heuristic": Selector("heuristic"),
         "ocv": Selector("ocv"),
         "slope": Selector("slope"),
@@ -166,25 +166,25 @@ def selectors(which: str, network: NetworkOptions) -> dict[str, Selector]:
     if which == "main":
         return main
     if which == "network":
-        options = {"importance_fit": "network", "network": network}
+        options = {"importance_fit": "network", "network": network, "ties": "none"}
         return {
             "pasif network, 10 splits": Selector("pasif", {"repetitions": 10, **options}),
             "pasif exact, 10 splits": main["pasif exact, 10 splits"],
+            "pasif exact, 100 splits": main["pasif exact, 100 splits"],
             "paired": main["paired"],
         }
-    pasif = {f"pasif, {r} splits": Selector("pasif", {"repetitions": r}) for r in (10, 40, 160)}
+    plain: dict[str, Any] = {"repetitions": 40, "ties": "none"}
+    pasif = {
+        f"pasif, {r} splits": Selector("pasif", {**plain, "repetitions": r}) for r in (10, 40, 160)
+    }
     pasif |= {
-        f"pasif, 40 splits, k = {k}": Selector("pasif", {"repetitions": 40, "share": k})
+        f"pasif, 40 splits, k = {k}": Selector("pasif", {**plain, "share": k})
         for k in (0.1, 0.3, 0.5)
     }
     pasif |= {
-        "pasif, 40 splits, bootstrap": Selector("pasif", {"repetitions": 40, "resample": True}),
-        "pasif, 40 splits, ties by variance": Selector(
-            "pasif", {"repetitions": 40, "ties": "variance"}
-        ),
-        "pasif, 40 splits, ties by pairing": Selector(
-            "pasif", {"repetitions": 40, "ties": "paired"}
-        ),
+        "pasif, 40 splits, bootstrap": Selector("pasif", {**plain, "resample": True}),
+        "pasif, 40 splits, ties by variance": Selector("pasif", {**plain, "ties": "variance"}),
+        "pasif, 40 splits, ties by pairing": Selector("pasif", {**plain, "ties": "paired"}),
     }
     paired = {
         "paired, no caution, no prior": Selector("paired", {"caution": 0.0, "tie_width": 0.0}),

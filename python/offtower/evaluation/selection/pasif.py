@@ -33,7 +33,7 @@ def select_pasif(
     share: float = 0.2,
     repetitions: int = DEFAULT_REPETITIONS,
     resample: bool = False,
-    ties: str = "none",
+    ties: str = "paired",
     network: NetworkOptions | None = None,
     min_draws: int = MIN_DRAWS,
     seed: int = 0,
@@ -43,7 +43,8 @@ def select_pasif(
     importance_fit: "exact" or "network". share: k. repetitions: splits that are drawn.
     resample: also draw each part's rows with replacement, after the split, as the published
     bootstrap does (it adds noise: redrawing the split is enough). ties: how candidates within two
-    standard errors of the best are ordered, "none", "variance" or "paired" (see `resolve_ties`).
+    standard errors of the best are ordered, "paired", "variance" or "none", the published ranking
+    (see `resolve_ties`).
     A candidate's `mse` is that of the pseudo problem, with (1 - share) n rows; `noise` is over
     splits of this one log, and does not contain the log's own noise.
     """
