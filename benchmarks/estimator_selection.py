@@ -10,7 +10,7 @@ and by the rank correlation of its ranking, with standard errors over repetition
     python benchmarks/estimator_selection.py --worlds 100 101 102 --repetitions 200 --truth 1000
     python benchmarks/estimator_selection.py --selectors ablation --repetitions 100
 
-Worlds 0 to 39 were looked at while the selectors were designed; report others.
+Worlds 0 to 39, 104 and 105 were looked at while the selectors were designed; report others.
 """
 
 from __future__ import annotations
