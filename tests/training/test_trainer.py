@@ -1,0 +1,105 @@
+"""The loop's edges: broken gradients, bad rows, interrupts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from offtower.config import to_yaml
+from offtower.data import BadRowsError, ParquetLog, write_log
+from offtower.errors import RunError
+from offtower.metrics import read_metrics
+from offtower.objectives import LoggedRows, Objective, ObjectiveValue, Reduction
+from offtower.run_directory import RunDirectory
+from offtower.training.run import train_run
+from tests.training.conftest import make_config
+
+
+class Exploding(Objective):
+    """A user's own objective, by import path, whose loss turns into NaN in the second epoch."""
+
+    name = "exploding"
+
+    def __init__(self, after: int = 20) -> None:
+        self.calls, self.after = 0, after
+
+    def __call__(self, rows: LoggedRows, over: Reduction) -> ObjectiveValue:
+        self.calls += 1
+        factor = float("nan") if self.calls > self.after else 1.0
+        value = rows.weight() * rows.reward * factor
+        return ObjectiveValue(-over.mean(value), over.average(value))
+
+
+def test_a_loss_that_is_no_number_stops_with_advice(simulated: Path, tmp_path: Path) -> None:
+    objective = {"name": f"{__name__}:Exploding", "arguments": {"after": 30}}
+    config = make_config(simulated, tmp_path, "a", objective=objective)
+    with pytest.raises(RunError, match=r"step 31 \(epoch 2\) gave a loss of nan.*learning_rate"):
+        train_run(config)
+    assert list((config.run_directory / "checkpoints").glob("step_*"))
+
+
+def with_bad_rows(simulated: Path, out: Path, part: str) -> None:
+    log = ParquetLog.open(simulated / part)
+    table = pa.concat_tables(log.tables())
+    pscore = table.column("pscore").to_numpy().copy()
+    pscore[[5, 250]] = 0.0
+    place = table.column_names.index("pscore")
+    write_log(out, [table.set_column(place, "pscore", pa.array(pscore))], log.schema, 100)
+
+
+def test_bad_rows_are_refused_or_set_aside_and_counted(simulated: Path, tmp_path: Path) -> None:
+    for part in ("train", "validation"):
+        with_bad_rows(simulated, tmp_path / part, part)
+    overrides = [f"data.train={tmp_path / 'train'}", f"data.validation={tmp_path / 'validation'}"]
+    config = make_config(simulated, tmp_path / "runs", "a", *overrides, "training.epochs=2")
+    with pytest.raises(BadRowsError, match="row 5 of the log"):
+        train_run(config)
+    config = make_config(
+        *(simulated, tmp_path / "runs", "b"),
+        *(*overrides, "training.epochs=2", "data.on_bad_rows=quarantine"),
+    )
+    train_run(config)
+    manifest = RunDirectory(config.run_directory).manifest()
+    assert manifest["training_rows"] == 598
+    assert manifest["quarantined_rows"] == {"train": 2, "validation": 2}
+
+
+@pytest.mark.parametrize("name", ["regression", "snips", "weighted_likelihood"])
+def test_objectives_train_from_the_config(simulated: Path, tmp_path: Path, name: str) -> None:
+    config = make_config(simulated, tmp_path, name, f"objective.name={name}", "training.epochs=2")
+    result = train_run(config)
+    lines = read_metrics(config.run_directory / "metrics.jsonl")
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    assert result.epochs == len(epochs) == 2
+    assert all(np.isfinite(line["loss"]) for line in epochs)
+    assert all(line["entropy"] is not None for line in epochs)
+    # Nothing was fitted that this objective does not need.
+    assert not (config.run_directory / "reward_model").exists()
+
+
+def test_an_interrupt_ends_with_code_130_and_can_be_resumed(
+    simulated: Path, tmp_path: Path
+) -> None:
+    config = make_config(simulated, tmp_path, "a", "training.epochs=300")
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    command: list[Any] = [sys.executable, "-m", "offtower.cli", "train", str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = config.run_directory / "metrics.jsonl"
+    began = time.monotonic()
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() - began < 60:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "Traceback" not in text
+    assert "--resume" in text
