@@ -134,6 +134,21 @@ def test_evaluate_gives_the_verdict_as_exit_code_and_a_report(trained: Path) -> 
     assert "go" in shown.output
 
 
+def test_evaluation_can_be_changed_and_nothing_else(trained: Path) -> None:
+    run = str(trained / "runs" / "own-log")
+    wide = call_json("evaluate", run, "--set", "evaluation.confidence=0.9")
+    narrow = call_json("evaluate", run, "--set", "evaluation.estimators=[snips]")
+    assert wide["confidence"] == 0.9
+    assert list(narrow["policies"]["own-log"]["estimates"]) == ["snips"]
+    refused = call("evaluate", run, "--set", "seed=4")
+    assert refused.exit_code == 2
+    assert "would change what the run is" in " ".join(refused.output.split())
+    # Estimators with a reward model: fitted where judging asks for one.
+    dense = "evaluation.reward_model={kind: dense, folds: 2}"
+    with_model = call_json("evaluate", run, "--set", dense)
+    assert {"dm", "dr"} <= set(with_model["policies"]["own-log"]["estimates"])
+
+
 def test_evaluating_again_needs_nothing_but_the_policy(trained: Path) -> None:
     """Deleting checkpoints and encodings does no harm: policy/ holds all that judging reads."""
     import shutil

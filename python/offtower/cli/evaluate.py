@@ -1,7 +1,7 @@
 """Judge trained policies on a held-out log, off-policy, against the policy that logged it.
 
 Exit code 0: go. 1: no-go. 3: not enough evidence. 2: refused. With several runs the code is that of
-the best verdict.
+the best verdict. --set changes the section `evaluation`, e.g. evaluation.confidence=0.9.
 
 \b
 Example:
@@ -15,7 +15,15 @@ from typing import Annotated
 
 import typer
 
-from offtower.cli.common import AsJson, DrawnProgress, finite, messages, print_json, verb
+from offtower.cli.common import (
+    AsJson,
+    DrawnProgress,
+    Overrides,
+    finite,
+    messages,
+    print_json,
+    verb,
+)
 
 
 @verb
@@ -27,13 +35,14 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option(help="HTML file; report.html of the first run without it.")
     ] = None,
+    overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     from offtower.cli.tables import evaluation_table
     from offtower.evaluation.report import write_report
     from offtower.evaluation.run import evaluate_runs
 
-    evaluation = evaluate_runs(runs, log=log, progress=DrawnProgress())
+    evaluation = evaluate_runs(runs, log=log, overrides=overrides or [], progress=DrawnProgress())
     path = write_report(
         report or runs[0] / "report.html",
         [evaluation],

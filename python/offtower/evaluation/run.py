@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from offtower.config import Config
+from offtower.config import Config, RewardModelConfig, apply_overrides, parse_config, to_dict
 from offtower.data.catalogue import Catalogue
 from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
@@ -88,6 +88,7 @@ def evaluate_runs(
     paths: Sequence[Path],
     *,
     log: Path | None = None,
+    overrides: Sequence[str] = (),
     title: str | None = None,
     progress: Progress | None = None,
     truth: Truth | None = None,
@@ -102,6 +103,8 @@ def evaluate_runs(
     Args:
         paths: run directories.
         log: directory of the log; data.test of the first run without it.
+        overrides: changes such as "evaluation.confidence=0.9"; only of the section `evaluation`,
+            since the rest says what the run is.
         title: of the report's section.
         truth: a simulator's truth, shown beside the estimates.
         landmarks: other known values to show.
@@ -113,7 +116,7 @@ def evaluate_runs(
     """
     progress = progress or Progress()
     first = RunDirectory(paths[0])
-    config = first.load_config()
+    config = _judged_by(first.load_config(), overrides)
     place = log or (None if config.data.test is None else Path(config.data.test))
     if place is None:
         raise ConfigError(
@@ -128,7 +131,7 @@ def evaluate_runs(
         )
     catalogue = Catalogue.open(config.data.catalogue, _catalogue_schema(config))
     runs = [_open_run(path, catalogue) for path in paths]
-    owner, reward_model = _reward_model(runs, progress)
+    owner, reward_model = _reward_model(runs, config.evaluation.reward_model, progress)
     notes: list[str] = []
     estimators = _estimators(config, reward_model is not None, notes)
     options = EvaluationOptions(
@@ -173,6 +176,16 @@ def evaluate_runs(
     )
 
 
+def _judged_by(config: Config, overrides: Sequence[str]) -> Config:
+    for override in overrides:
+        if not override.startswith("evaluation."):
+            raise ConfigError(
+                f"override '{override}' would change what the run is; only keys of 'evaluation' "
+                "can be changed where it is judged"
+            )
+    return parse_config(apply_overrides(to_dict(config), overrides), source="--set")
+
+
 def _open_run(path: Path, catalogue: Catalogue) -> _Run:
     directory = RunDirectory(path)
     config = directory.load_config()
@@ -182,11 +195,11 @@ def _open_run(path: Path, catalogue: Catalogue) -> _Run:
 
 
 def _reward_model(
-    runs: Sequence[_Run], progress: Progress
+    runs: Sequence[_Run], wanted: RewardModelConfig | None, progress: Progress
 ) -> tuple[_Run | None, RewardModel | None]:
     """The run that owns the reward model, and the model; the first run that names one."""
     for run in sorted(runs, key=lambda r: not r.directory.reward_model.exists()):
-        config = run.config.evaluation.reward_model or run.config.reward_model
+        config = wanted or run.config.reward_model
         if config.kind == "none":
             continue
         own = config == run.config.reward_model and run.directory.reward_model.exists()
