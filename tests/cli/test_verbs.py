@@ -149,6 +149,18 @@ def test_evaluation_can_be_changed_and_nothing_else(trained: Path) -> None:
     assert {"dm", "dr"} <= set(with_model["policies"]["own-log"]["estimates"])
 
 
+def test_an_estimator_is_selected_for_the_policy(trained: Path) -> None:
+    run = str(trained / "runs" / "own-log")
+    content = call_json("evaluate", run, "--select", "all")
+    found = content["selection"]["own-log"]
+    assert found["recommended"] == "paired"
+    assert {"paired", "pasif", "slope"} <= set(found["choices"])
+    assert "heuristic" in found["failed"]  # One behaviour policy: nothing to play as target.
+    html = (trained / "runs" / "own-log" / "report.html").read_text()
+    assert "Which estimator to believe" in html
+    assert call("evaluate", run, "--select", "oracle").exit_code == 2
+
+
 def test_evaluating_again_needs_nothing_but_the_policy(trained: Path) -> None:
     """Deleting checkpoints and encodings does no harm: policy/ holds all that judging reads."""
     import shutil

@@ -19,6 +19,7 @@ from offtower.cli.common import (
     AsJson,
     DrawnProgress,
     Overrides,
+    escape,
     finite,
     messages,
     print_json,
@@ -35,6 +36,12 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option(help="HTML file; report.html of the first run without it.")
     ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            help="Choose the estimator to believe: paired, pasif, heuristic, ocv, slope, or all."
+        ),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -42,7 +49,9 @@ def evaluate(
     from offtower.evaluation.report import write_report
     from offtower.evaluation.run import evaluate_runs
 
-    evaluation = evaluate_runs(runs, log=log, overrides=overrides or [], progress=DrawnProgress())
+    evaluation = evaluate_runs(
+        runs, log=log, overrides=overrides or [], select=select, progress=DrawnProgress()
+    )
     path = write_report(
         report or runs[0] / "report.html",
         [evaluation],
@@ -54,5 +63,7 @@ def evaluate(
     else:
         console = messages()
         console.print(evaluation_table(evaluation))
+        for name, found in evaluation.selection.items():
+            console.print(f"{name}: {escape(found.verdict)}")
         console.print(f"report: {path}")
     raise typer.Exit(evaluation.exit_code)

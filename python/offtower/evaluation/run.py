@@ -20,7 +20,14 @@ from offtower.evaluation.estimators import Estimator, make_estimator
 from offtower.evaluation.evaluate import EvaluationOptions, EvaluationSums
 from offtower.evaluation.result import EvaluationResult
 from offtower.evaluation.rows import EvaluationRows
-from offtower.evaluation.scoring import PolicyScorer
+from offtower.evaluation.scoring import PolicyScorer, concatenate
+from offtower.evaluation.selection import (
+    METHODS,
+    SelectionComparison,
+    SelectionLog,
+    compare_selectors,
+    default_candidates,
+)
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
@@ -33,6 +40,8 @@ from offtower.run_directory import RunDirectory
 
 Truth = Callable[[TwoTowerPolicy, ItemFeatures], dict[str, float]]
 """A simulator's true values of a policy, for reports; never used to choose anything."""
+
+MAX_SELECTION_ROWS = 2_000_000
 
 HISTOGRAM_EDGES = np.linspace(-4.0, 4.0, 49)
 """Bins of log10 of the importance weight; weights beyond count in the first and last."""
@@ -55,6 +64,8 @@ class LogEvaluation:
     landmarks: dict[str, float] = field(default_factory=dict)
     """Other known values, such as the optimum."""
     notes: list[str] = field(default_factory=list)
+    selection: dict[str, SelectionComparison] = field(default_factory=dict)
+    """By policy, which estimator to believe, where that was asked for."""
 
     @property
     def exit_code(self) -> int:
@@ -68,6 +79,7 @@ class LogEvaluation:
             "truth": self.truth,
             "landmarks": self.landmarks,
             "notes": self.notes,
+            "selection": {name: found.to_dict() for name, found in self.selection.items()},
             **self.result.to_dict(),
         }
 
@@ -89,6 +101,7 @@ def evaluate_runs(
     *,
     log: Path | None = None,
     overrides: Sequence[str] = (),
+    select: str | None = None,
     title: str | None = None,
     progress: Progress | None = None,
     truth: Truth | None = None,
@@ -105,6 +118,9 @@ def evaluate_runs(
         log: directory of the log; data.test of the first run without it.
         overrides: changes such as "evaluation.confidence=0.9"; only of the section `evaluation`,
             since the rest says what the run is.
+        select: also choose the estimator to believe for each policy, by one selector ("paired",
+            "pasif", "heuristic", "ocv", "slope") or by "all" of them, compared. Keeps a few numbers
+            a row in memory, so it takes logs of up to MAX_SELECTION_ROWS rows.
         title: of the report's section.
         truth: a simulator's truth, shown beside the estimates.
         landmarks: other known values to show.
@@ -143,6 +159,8 @@ def evaluate_runs(
         seed=config.seed,
     )
     names = _distinct_names(runs)
+    _check_selection(select, opened)
+    kept: dict[str, list[EvaluationRows]] = {name: [] for name in names}
     sums: EvaluationSums | None = None
     histograms = {name: np.zeros(len(HISTOGRAM_EDGES) - 1, dtype=np.int64) for name in names}
     progress.start("judging", opened.num_rows)
@@ -151,6 +169,8 @@ def evaluate_runs(
         sums = part if sums is None else sums.merge(part)
         for name, rows in by_policy.items():
             histograms[name] += _histogram(rows)
+            if select is not None:
+                kept[name].append(rows)
         progress.advance(next(iter(by_policy.values())).n)
     progress.finish()
     assert sums is not None, "a log has at least one row"
@@ -173,7 +193,35 @@ def evaluate_runs(
         },
         landmarks=dict(landmarks or {}),
         notes=notes,
+        selection={
+            name: _select(concatenate(parts), select, config.seed)
+            for name, parts in kept.items()
+            if select is not None
+        },
     )
+
+
+def _check_selection(select: str | None, log: ParquetLog) -> None:
+    if select is None:
+        return
+    if select not in (*METHODS, "all"):
+        raise ConfigError(f"--select must be one of {', '.join(METHODS)} or all, got '{select}'")
+    if log.num_rows > MAX_SELECTION_ROWS:
+        raise ConfigError(
+            f"estimator selection takes logs of up to {MAX_SELECTION_ROWS:,} rows, and this one "
+            f"has {log.num_rows:,}; pass a part of it with --log (data.split_log cuts one)"
+        )
+
+
+def _select(rows: EvaluationRows, select: str, seed: int) -> SelectionComparison:
+    """Which estimator to believe for one policy, among the default candidates tuned by SLOPE."""
+    if rows.expected_reward is None:
+        log = SelectionLog.from_rows(rows)
+    else:
+        # The reward model was fitted on the training log, which this one is not.
+        log = SelectionLog.from_rows({"model": rows}, independent_models=frozenset({"model"}))
+    methods = None if select == "all" else [select]
+    return compare_selectors(log, default_candidates(log.problem), methods=methods, seed=seed)
 
 
 def _judged_by(config: Config, overrides: Sequence[str]) -> Config:

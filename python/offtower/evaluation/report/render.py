@@ -37,6 +37,7 @@ def write_report(
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["number"] = number
+    environment.filters["root"] = lambda square: math.sqrt(square) if square >= 0 else None
     environment.filters["count"] = lambda value: f"{value:,.0f}"
     html = environment.get_template("report.html.j2").render(
         title=title,
