@@ -192,18 +192,7 @@ def top_k(
     rows, items = context_embedding.shape[0], item_embedding.shape[0]
     if not 1 <= k <= items:
         raise OperatorError(f"k must lie in [1, {items}], the number of items, got {k}")
-    x = Inputs(
-        context_embedding,
-        item_embedding,
-        torch.zeros(rows, dtype=torch.int64),
-        float(temperature),
-        item_bias,
-        None,
-        None,
-        None,
-        None,
-        False,
-    )
+    x = _logits_only(context_embedding, item_embedding, temperature, item_bias)
     best: Tensor | None = None
     index: Tensor | None = None
     for start, stop in x.chunks():
@@ -263,18 +252,7 @@ def sample_softmax(
         raise OperatorError(f"num_samples must be at least 1, got {num_samples}")
     rows, items = context_embedding.shape[0], item_embedding.shape[0]
     tile = max(1, round(items**0.5))
-    x = Inputs(
-        context_embedding,
-        item_embedding,
-        torch.zeros(rows, dtype=torch.int64),
-        float(temperature),
-        item_bias,
-        None,
-        None,
-        None,
-        None,
-        False,
-    )
+    x = _logits_only(context_embedding, item_embedding, temperature, item_bias)
     per_block = max(1, CELLS_AT_ONCE // (items + tile * num_samples))
     drawn: list[tuple[Tensor, Tensor]] = []
     for start in range(0, rows, per_block):
@@ -342,4 +320,23 @@ def _parts(
         reward_model.item.detach(),
         None if bias is None else bias.detach(),
         reward_model.link == "sigmoid",
+    )
+
+
+def _logits_only(
+    context_embedding: Tensor, item_embedding: Tensor, temperature: float, item_bias: Tensor | None
+) -> Inputs:
+    """Operands without logged actions and reward model."""
+    action = torch.zeros(context_embedding.shape[0], dtype=torch.int64)
+    return Inputs(
+        context_embedding,
+        item_embedding,
+        action,
+        float(temperature),
+        item_bias,
+        dense=None,
+        e=None,
+        t=None,
+        c=None,
+        sigmoid=False,
     )
