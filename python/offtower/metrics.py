@@ -21,11 +21,15 @@ class MetricsLog:
         self._path = path
         self.lines: list[dict[str, Any]] = []
 
-    def resume_at(self, step: int) -> None:
-        """Keep what was written up to `step`; later lines will be written again."""
+    def resume_at(self, step: int, epoch: int) -> None:
+        """Keep what was written up to `step`; later lines will be written again.
+
+        The line that closes an epoch has the step of its last batch. It is kept only for epochs
+        before `epoch`, the one under way: a run may have died between that line and its checkpoint.
+        """
         if self._path is None or not self._path.exists():
             return
-        kept = [line for line in read_metrics(self._path) if line["step"] <= step]
+        kept = [line for line in read_metrics(self._path) if _kept(line, step, epoch)]
         write_text(self._path, "".join(_to_text(line) for line in kept))
         self.lines = kept
 
@@ -58,9 +62,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _kept(line: dict[str, Any], step: int, epoch: int) -> bool:
+    if line["kind"] == "epoch":
+        return bool(line["epoch"] < epoch)
+    return bool(line["step"] <= step)
+
+
 def _to_text(line: dict[str, Any]) -> str:
-    clean = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in line.items()
-    }
-    return json.dumps(clean) + "\n"
+    return json.dumps(_finite(line)) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as None, which JSON has."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -123,7 +123,7 @@ class Trainer:
         if resume and self._store is not None:
             progression = self._store.load_newest(self.policy, self._optimizer)
             if progression is not None:
-                self._metrics.resume_at(progression.step)
+                self._metrics.resume_at(progression.step, progression.cursor.epoch)
                 return progression
         self._metrics.restart()
         return Progression(cursor=Cursor(epoch=0, window=0, batch=0))
