@@ -158,6 +158,7 @@ class Trainer:
         last_checkpoint = time.monotonic()
         self.policy.train()
         batches = reader.epoch(epoch, start=progression.cursor)
+        num_windows = len(reader.order.windows(epoch))
         waited = reader.seconds_waiting
         began = time.monotonic()
         rows: EncodedRows | None = None
@@ -183,10 +184,9 @@ class Trainer:
                     }
                 )
             self._progress.advance(len(rows.reward), f"objective {sums.mean_value:.4f}")
-            if (
-                self._store is not None
-                and now - last_checkpoint > settings.checkpoint_every_seconds
-            ):
+            # The end of the epoch writes its own, after the epoch was measured and judged.
+            due = now - last_checkpoint > settings.checkpoint_every_seconds
+            if self._store is not None and due and cursor.window < num_windows:
                 progression.epoch_sums = asdict(sums)
                 self._store.save(self.policy, self._optimizer, progression)
                 last_checkpoint = now
