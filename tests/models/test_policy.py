@@ -30,7 +30,7 @@ CONTEXT_SPECS = (
 
 
 class AttentionTower(nn.Module):
-    """A user's own tower: attention over a bag of words, as DESIGN's news recommenders have."""
+    """A user's own tower: attention over a bag of words, as news recommenders have it."""
 
     def __init__(self, encoding: FeatureEncoding, output_dim: int, width: int = 8) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ class ClippedIPS(Objective):
 
     Gradient: mean_i min(w_i, c) r_i grad log pi(a_i|x_i), so that rows beyond the clip still
     push (differentiating min(w, c) would silence them). Biased towards small weights.
-    Source: Ionides 2008, "Truncated importance sampling"; DESIGN: the clipped weight is constant.
+    Source: Ionides 2008, "Truncated importance sampling".
     """
 
     name = "clipped_ips"
