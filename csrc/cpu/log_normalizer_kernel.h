@@ -23,6 +23,12 @@ namespace {
 
 constexpr int64_t kTile = 512;
 
+#if defined(__clang__)
+#define OFFTOWER_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define OFFTOWER_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 template <int W>
 struct Vector;
 
@@ -47,7 +53,7 @@ using I = typename Vector<W>::I;
 template <int W>
 inline F<W> exp_negative(F<W> x) {
   const F<W> low = F<W>{} - 87.0f;
-  x = x > low ? x : low;
+  x = x < low ? low : x; // not the other way round: a NaN stays one
   const F<W> shifted = x * 1.44269504088896341f + 12582912.0f;
   const F<W> n = shifted - 12582912.0f;
   F<W> r = x - n * 0.693359375f;
@@ -63,7 +69,7 @@ inline F<W> exp_negative(F<W> x) {
   std::memcpy(&bits, &p, sizeof(bits));
   bits = bits + (exponent << 23);
   std::memcpy(&p, &bits, sizeof(p));
-  return p;
+  return x == x ? p : x;
 }
 
 template <int W>
@@ -84,18 +90,28 @@ template <int W, int V, int ITEMS>
 inline void add_items(const float* packed, const float* item, const float* bias, int64_t dim,
                       TileState<W, V>& state) {
   F<W> s[ITEMS][V];
-  for (int i = 0; i < ITEMS; ++i)
-    for (int v = 0; v < V; ++v) s[i][v] = F<W>{} + (bias != nullptr ? bias[i] : 0.0f);
+  // Without full unrolling the compiler keeps `s` in memory and stores it after every step.
+  OFFTOWER_UNROLL
+  for (int i = 0; i < ITEMS; ++i) {
+    const F<W> b = F<W>{} + (bias != nullptr ? bias[i] : 0.0f);
+    OFFTOWER_UNROLL
+    for (int v = 0; v < V; ++v) s[i][v] = b;
+  }
   for (int64_t k = 0; k < dim; ++k) {
     F<W> u[V];
-    std::memcpy(u, packed + k * W * V, sizeof(u));
+    OFFTOWER_UNROLL
+    for (int v = 0; v < V; ++v) std::memcpy(&u[v], packed + (k * V + v) * W, sizeof(u[v]));
+    OFFTOWER_UNROLL
     for (int i = 0; i < ITEMS; ++i) {
       const F<W> x = F<W>{} + item[i * dim + k];
+      OFFTOWER_UNROLL
       for (int v = 0; v < V; ++v) s[i][v] += x * u[v];
     }
   }
+  OFFTOWER_UNROLL
   for (int v = 0; v < V; ++v) {
     F<W> top = s[0][v];
+    OFFTOWER_UNROLL
     for (int i = 1; i < ITEMS; ++i) top = s[i][v] > top ? s[i][v] : top;
     const I<W> moved = top > state.top[v];
     if (any<W>(moved)) {
@@ -104,6 +120,7 @@ inline void add_items(const float* packed, const float* item, const float* bias,
       state.top[v] = top;
     }
     F<W> sum = exp_negative<W>(s[0][v] - state.top[v]);
+    OFFTOWER_UNROLL
     for (int i = 1; i < ITEMS; ++i) sum += exp_negative<W>(s[i][v] - state.top[v]);
     state.sum[v] += sum;
   }

@@ -52,8 +52,13 @@ def check_action(action: Tensor, rows: int, items: int, device: torch.device) ->
     if action.device != device:
         raise OperatorError(f"action is on {action.device}, but the embeddings are on {device}")
     if torch.compiler.is_compiling():
-        return  # Looking at values would break the graph.
-    if rows and device.type == "cpu":
+        return  # Looking at values would break the graph; the operator itself looks.
+    check_action_range(action, items)
+
+
+def check_action_range(action: Tensor, items: int) -> None:
+    """Every entry in [0, N). Looked at on the CPU only: elsewhere it would wait for the device."""
+    if action.numel() and action.device.type == "cpu":
         low, high = torch.aminmax(action)
         if int(low) < 0 or int(high) >= items:
             row = int(((action < 0) | (action >= items)).nonzero()[0])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from offtower.ops import backends
+from offtower.ops.checks import check_action_range
 from offtower.ops.reference import Cotangents, Inputs, backward, running_sums
 
 # Real annotations (no string ones): torch infers the schema from them.
@@ -31,6 +32,7 @@ def policy_terms_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> log_prob, log_normalizer, expected_reward, action_reward, entropy; absent ones empty."""
+    check_action_range(action, v.shape[0])
     x = Inputs(u, v, action, temperature, bias, dense, e, t, c, sigmoid)
     if backends.serves(backend, x, entropy):
         return backends.forward(x)

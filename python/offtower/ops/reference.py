@@ -15,6 +15,10 @@ from torch import Tensor
 CELLS_AT_ONCE = 1 << 22
 """Logits held at a time."""
 
+NO_MASS = -1e4
+"""A log-probability whose exponential is exactly 0 in float32 and float64: stands for -inf in
+p log p, where 0 * inf would be NaN."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -98,14 +102,16 @@ class RunningSums:
 
     def merge(self, other: RunningSums) -> RunningSums:
         top = torch.maximum(self.top, other.top)
-        mine, others = torch.exp(self.top - top), torch.exp(other.top - top)
+        # -inf on both sides, where every item so far is masked: nothing to rescale.
+        base = _finite_top(top)
+        mine, others = torch.exp(self.top - base), torch.exp(other.top - base)
         reward = centred = None
         if self.reward is not None and other.reward is not None:
             reward = self.reward * mine + other.reward * others
         if self.centred is not None and other.centred is not None:
-            centred = mine * (self.centred + self.total * (self.top - top)) + others * (
-                other.centred + other.total * (other.top - top)
-            )
+            centred = mine * (
+                self.centred + self.total * (self.top - base).clamp_min(NO_MASS)
+            ) + others * (other.centred + other.total * (other.top - base).clamp_min(NO_MASS))
         return RunningSums(top, self.total * mine + other.total * others, reward, centred)
 
     @property
@@ -134,14 +140,18 @@ def running_sums(x: Inputs, entropy: bool) -> RunningSums:
 def _chunk_sums(x: Inputs, start: int, stop: int, entropy: bool) -> RunningSums:
     s = x.logits(start, stop)
     top = s.amax(1)
-    shifted = s.sub_(top[:, None])
+    shifted = s.sub_(_finite_top(top)[:, None])
     p = shifted.exp()
     return RunningSums(
         top,
         p.sum(1),
         (p * x.rewards(start, stop)).sum(1) if x.has_reward else None,
-        (p * shifted).sum(1) if entropy else None,
+        (p * shifted.clamp_min_(NO_MASS)).sum(1) if entropy else None,
     )
+
+
+def _finite_top(top: Tensor) -> Tensor:
+    return top.masked_fill(top == float("-inf"), 0.0)
 
 
 @dataclass(frozen=True)
@@ -187,7 +197,7 @@ def backward(
         if g.expected_reward is not None:
             factor = factor + g.expected_reward[:, None] * x.rewards(start, stop)
         if g.entropy is not None:
-            factor = factor - g.entropy[:, None] * log_pi
+            factor = factor - g.entropy[:, None] * log_pi.clamp_min(NO_MASS)
         ds = log_pi.exp_().mul_(factor)
         if du is not None:
             du.addmm_(ds, x.v[start:stop].to(x.dtype))
