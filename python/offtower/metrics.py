@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from offtower.atomic import write_text
+from offtower.jsonable import finite
 
 
 class MetricsLog:
@@ -69,13 +69,4 @@ def _kept(line: dict[str, Any], step: int, epoch: int) -> bool:
 
 
 def _to_text(line: dict[str, Any]) -> str:
-    return json.dumps(_finite(line)) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinities as None, which JSON has."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return json.dumps(finite(line)) + "\n"

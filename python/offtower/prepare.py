@@ -65,14 +65,14 @@ class PreparedData:
 
 def open_data(config: Config, progress: Progress, run_path: Path | None = None) -> PreparedData:
     """Open what `config.data` names and fit the encodings, or reuse those of an earlier start."""
-    schema = _log_schema(config)
+    schema = log_schema(config)
     train = ParquetLog.open(config.data.train, schema)
     validation = (
         ParquetLog.open(config.data.validation, schema or train.schema)
         if config.data.validation is not None
         else None
     )
-    catalogue = Catalogue.open(config.data.catalogue, _catalogue_schema(config))
+    catalogue = Catalogue.open(config.data.catalogue, catalogue_schema(config))
     quarantine = (
         run_path / "quarantine"
         if run_path is not None and config.data.on_bad_rows == "quarantine"
@@ -131,12 +131,14 @@ def prepare(
     )
 
 
-def _log_schema(config: Config) -> LogSchema | None:
+def log_schema(config: Config) -> LogSchema | None:
+    """The schema that the configuration states; None where the directory carries its own."""
     content = config.data.log_schema
     return None if content is None else LogSchema.from_dict(content)
 
 
-def _catalogue_schema(config: Config) -> CatalogueSchema | None:
+def catalogue_schema(config: Config) -> CatalogueSchema | None:
+    """As `log_schema`, of the catalogue."""
     content = config.data.catalogue_schema
     return None if content is None else CatalogueSchema.from_dict(content)
 

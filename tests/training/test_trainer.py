@@ -103,3 +103,16 @@ def test_an_interrupt_ends_with_code_130_and_can_be_resumed(
     assert process.returncode == 130, text
     assert "Traceback" not in text
     assert "--resume" in text
+
+
+def test_a_run_judged_by_a_dense_reward_model_resumes(simulated: Path, tmp_path: Path) -> None:
+    """Its regressors are not stored: a resumed run must have them again."""
+    dense = {"kind": "dense", "estimator": "sklearn.linear_model:Ridge", "folds": 2}
+    overrides = ("training.validation_estimator=dr", "training.epochs=2", "objective.name=ips")
+    config = make_config(simulated, tmp_path, "a", *overrides, reward_model=dense)
+    first = train_run(config)
+    newest = sorted(RunDirectory(config.run_directory).checkpoints.glob("step_*"))[-1]
+    newest.rename(newest.with_name("put-aside"))
+    again = train_run(config, resume=True)
+    assert again.validation == first.validation
+    assert again.selected_step == first.selected_step

@@ -51,17 +51,6 @@ def print_json(content: dict[str, Any]) -> None:
     typer.echo(json.dumps(content, indent=2, sort_keys=True, default=str, allow_nan=False))
 
 
-def finite(value: Any) -> Any:
-    """`value` with infinities and NaN as None, since JSON has neither."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and value - value != 0.0:
-        return None
-    return value
-
-
 def verb(function: Callable[P, R]) -> Callable[P, R]:
     """Turn errors for users into one message and exit code 2, interrupts into 130."""
 

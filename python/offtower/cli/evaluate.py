@@ -20,11 +20,11 @@ from offtower.cli.common import (
     DrawnProgress,
     Overrides,
     escape,
-    finite,
     messages,
     print_json,
     verb,
 )
+from offtower.jsonable import finite
 
 
 @verb

@@ -16,7 +16,8 @@ from typing import Annotated
 
 import typer
 
-from offtower.cli.common import AsJson, DrawnProgress, finite, messages, print_json, verb
+from offtower.cli.common import AsJson, DrawnProgress, messages, print_json, verb
+from offtower.jsonable import finite
 
 
 @verb

@@ -16,11 +16,11 @@ from offtower.cli.common import (
     AsJson,
     DrawnProgress,
     Overrides,
-    finite,
     messages,
     print_json,
     verb,
 )
+from offtower.jsonable import finite
 
 
 @verb

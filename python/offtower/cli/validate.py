@@ -14,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-from offtower.cli.common import AsJson, escape, finite, messages, print_json, verb
+from offtower.cli.common import AsJson, escape, messages, print_json, verb
+from offtower.jsonable import finite
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 

@@ -14,7 +14,6 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows
-from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.errors import ConfigError, DataError
 from offtower.evaluation.estimators import Estimator, make_estimator
 from offtower.evaluation.evaluate import EvaluationOptions, EvaluationSums
@@ -28,13 +27,14 @@ from offtower.evaluation.selection import (
     compare_selectors,
     default_candidates,
 )
+from offtower.metrics import read_metrics
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.dense import DenseRewardModel
 from offtower.models.reward.fit import obtain_reward_model, restore_reward_model
 from offtower.models.store import load_policy
-from offtower.prepare import open_data
+from offtower.prepare import catalogue_schema, log_schema, open_data
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
 
@@ -139,13 +139,13 @@ def evaluate_runs(
             f"the configuration of '{paths[0]}' names no data.test; pass --log with the log to "
             "judge on"
         )
-    opened = ParquetLog.open(place, _log_schema(config))
+    opened = ParquetLog.open(place, log_schema(config))
     if opened.schema.pscore is None:
         raise DataError(
             f"the log at '{place}' has no propensities: off-policy evaluation needs the column "
             "'pscore' in its schema"
         )
-    catalogue = Catalogue.open(config.data.catalogue, _catalogue_schema(config))
+    catalogue = Catalogue.open(config.data.catalogue, catalogue_schema(config))
     runs = [_open_run(path, catalogue) for path in paths]
     owner, reward_model = _reward_model(runs, config.evaluation.reward_model, progress)
     notes: list[str] = []
@@ -320,8 +320,6 @@ def _histogram(rows: EvaluationRows) -> np.ndarray:
 
 
 def _curve(run: _Run) -> list[dict[str, Any]]:
-    from offtower.metrics import read_metrics
-
     path = run.directory.metrics_path
     if not path.exists():
         return []
@@ -335,13 +333,3 @@ def _distinct_names(runs: Sequence[_Run]) -> list[str]:
     if len(set(names)) != len(names):
         raise ConfigError(f"a run is named twice: {', '.join(names)}")
     return names
-
-
-def _log_schema(config: Config) -> LogSchema | None:
-    content = config.data.log_schema
-    return None if content is None else LogSchema.from_dict(content)
-
-
-def _catalogue_schema(config: Config) -> CatalogueSchema | None:
-    content = config.data.catalogue_schema
-    return None if content is None else CatalogueSchema.from_dict(content)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,6 @@ class CheckpointStore:
         return self._directory / f"best_{step:012d}.safetensors"
 
     def _prune(self, best_step: int | None) -> None:
-        import shutil
-
         kept = self._paths()[-self._kept :]
         for path in self._paths()[: -self._kept]:
             shutil.rmtree(path, ignore_errors=True)

@@ -12,6 +12,7 @@ import torch
 
 import offtower
 from offtower.config import Config, config_fingerprint
+from offtower.evaluation.estimators import make_estimator
 from offtower.metrics import MetricsLog
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
@@ -54,10 +55,17 @@ def train_run(
     run = RunDirectory(config.run_directory)
     run.claim(config, resume=resume)
     data = open_data(config, progress, run.path)
-    needed = resolve_objective(config, data).needs_reward_model
+    judged_by_model = make_estimator(config.training.validation_estimator).needs_reward_model
     reward_model = (
-        obtain_reward_model(config.reward_model, data, config.seed, progress, run.reward_model)
-        if needed or config.training.validation_estimator in ("dm", "dr")
+        obtain_reward_model(
+            config.reward_model,
+            data,
+            config.seed,
+            progress,
+            run.reward_model,
+            for_new_rows=judged_by_model,
+        )
+        if judged_by_model or resolve_objective(config, data).needs_reward_model
         else None
     )
     store = CheckpointStore(

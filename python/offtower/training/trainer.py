@@ -101,14 +101,11 @@ class Trainer:
     def fit(self, *, resume: bool = False) -> TrainingResult:
         """Run to the last epoch or to an early stop, from the newest checkpoint if `resume`."""
         progression = self._start(resume)
-        stopped_early = False
         with self._reader() as reader:
             while progression.cursor.epoch < self._settings.epochs and not progression.finished:
                 self._run_epoch(reader, progression)
-                stopped_early = self._close_epoch(progression)
-                progression.finished = stopped_early
+                progression.finished = self._close_epoch(progression)
                 self._save(progression)
-        progression.finished = True
         self._take_best(progression)
         return TrainingResult(
             epochs=progression.cursor.epoch,

@@ -16,6 +16,7 @@ import offtower
 from offtower.atomic import write_text
 from offtower.evaluation.report.plots import all_charts
 from offtower.evaluation.run import LogEvaluation
+from offtower.jsonable import finite
 
 
 def write_report(
@@ -48,7 +49,7 @@ def write_report(
     )
     write_text(path, html)
     content = {"title": title, "logs": [evaluation.to_dict() for evaluation in evaluations]}
-    write_text(path.with_suffix(".json"), json.dumps(_finite(content), indent=2) + "\n")
+    write_text(path.with_suffix(".json"), json.dumps(finite(content), indent=2) + "\n")
     return path
 
 
@@ -99,13 +100,3 @@ def _sentences(evaluation: LogEvaluation) -> dict[str, str]:
             f"logged: between {low:+.0%} and {high:+.0%}."
         ).replace("-", "−")
     return sentences
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and value - value != 0.0:
-        return None
-    return value

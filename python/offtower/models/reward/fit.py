@@ -46,6 +46,8 @@ def obtain_reward_model(
     seed: int,
     progress: Progress,
     directory: Path | None = None,
+    *,
+    for_new_rows: bool = False,
 ) -> RewardModel | None:
     """Restore the reward model from `directory`, or fit it and store it there.
 
@@ -54,7 +56,11 @@ def obtain_reward_model(
     """
     if config.kind == "none":
         return None
-    if directory is not None and directory.exists():
+    stored = directory is not None and directory.exists()
+    if stored and config.kind == "dense" and for_new_rows:
+        # Regressors cannot be stored without a pickle: they are fitted again, to the same bits.
+        return fit_reward_model(config, data, seed, progress)
+    if directory is not None and stored:
         if config.kind == "dense":
             return DenseRewardModel.restore(directory, _design(data), config.folds)
         return restore_reward_model(
