@@ -166,8 +166,9 @@ struct ItemTile {
   const bool factored;
 };
 
-// <item, context> * scale + bias for M items and a block. Every caller gets the same bits for the
-// same item and context, so that a row's own logit is exactly the one inside its normalizer.
+// <item, context> * scale + bias for M items and a block. The bias comes last: a product summed on
+// top of it would round at the bias's size. Every caller gets the same bits for the same item and
+// context, so that a row's own logit is exactly the one inside its normalizer.
 template <class A, int M>
 OFFTOWER_INLINE void affine(const typename A::Unit* rows, int64_t stride, const float* bias,
                             const typename A::Unit* block, int64_t depth, float scale,
@@ -176,15 +177,15 @@ OFFTOWER_INLINE void affine(const typename A::Unit* rows, int64_t stride, const 
   OFFTOWER_UNROLL
   for (int m = 0; m < M; ++m) {
     OFFTOWER_UNROLL
-    for (int v = 0; v < V; ++v) s[m][v] = A::set(A::kPair == 1 ? bias[m] : 0.0f);
+    for (int v = 0; v < V; ++v) s[m][v] = A::set(0.0f);
   }
   multiply<A, M, V, false>(rows, stride, block, kBlock<A>, depth, s);
-  if constexpr (A::kPair == 2) {
+  OFFTOWER_UNROLL
+  for (int m = 0; m < M; ++m) {
     OFFTOWER_UNROLL
-    for (int m = 0; m < M; ++m) {
-      OFFTOWER_UNROLL
-      for (int v = 0; v < V; ++v) s[m][v] = A::fma(s[m][v], A::set(scale), A::set(bias[m]));
-    }
+    for (int v = 0; v < V; ++v)
+      s[m][v] = A::kPair == 2 ? A::fma(s[m][v], A::set(scale), A::set(bias[m]))
+                              : A::add(s[m][v], A::set(bias[m]));
   }
 }
 
