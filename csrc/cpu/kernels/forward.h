@@ -101,7 +101,7 @@ OFFTOWER_INLINE void add_items(const Problem<A, T>& problem, const ItemTile<A, T
   constexpr int V = A::kColumns, W = A::kWidth;
   Registers<A, M> s;
   const int64_t stride = tile.row_source.stride();
-  affine<A, M>(tile.rows + item * stride, stride, tile.bias + item, problem.block(block),
+  affine<A, M>(tile.rows + item * stride, stride, tile.bias_at(item), problem.block(block),
                problem.depth, problem.scale, s);
   typename A::F top[V];
   uint32_t over = 0;
@@ -120,13 +120,22 @@ OFFTOWER_INLINE void add_items(const Problem<A, T>& problem, const ItemTile<A, T
     const auto anchor = A::load(sums.anchor + v * W);
     // The M items first, then all before: two short sums err less than one long one.
     auto sum = A::set(0.0f), centred = A::set(0.0f);
+    constexpr int G = side_by_side(M);
     OFFTOWER_UNROLL
-    for (int m = 0; m < M; ++m) {
-      const auto y = below_anchor<A>(s[m][v], anchor);
-      const auto p = exp2<A>(y);
-      sum = A::add(sum, p);
-      if constexpr (kEntropy) centred = A::fma(p, A::max(A::set(kNoMass), y), centred);
-      if constexpr (kReward) A::store(mass + m * kBlock<A> + v * W, p);
+    for (int m = 0; m < M; m += G) {
+      typename A::F p[G];
+      OFFTOWER_UNROLL
+      for (int g = 0; g < G; ++g) p[g] = below_anchor<A>(s[m + g][v], anchor);
+      exp2<A, G>(p);
+      OFFTOWER_UNROLL
+      for (int g = 0; g < G; ++g) {
+        sum = A::add(sum, p[g]);
+        if constexpr (kEntropy) {
+          const auto y = below_anchor<A>(s[m + g][v], anchor);
+          centred = A::fma(p[g], A::max(A::set(kNoMass), y), centred);
+        }
+        if constexpr (kReward) A::store(mass + (m + g) * kBlock<A> + v * W, p[g]);
+      }
     }
     A::store(sums.sum + v * W, A::add(A::load(sums.sum + v * W), sum));
     if constexpr (kEntropy)
