@@ -63,7 +63,10 @@ class Case:
         elif kind != "none":
             width = min(dim, 24)
             self.reward = FactoredReward(
-                draw(rows, width) / math.sqrt(width), draw(items, width), draw(items), kind  # type: ignore[arg-type]
+                draw(rows, width) / math.sqrt(width),
+                draw(items, width),
+                draw(items),
+                kind,  # type: ignore[arg-type]
             )
         self.cotangents = torch.randn(4, rows, dtype=torch.float64, generator=g)
 
@@ -141,7 +144,9 @@ def test_errors_are_within_twice_those_of_torch(
         for name, (ours, torchs) in errors.items():
             gradient = name in ("du", "dv", "db")
             rounded_to = dtype if gradient else torch.float32
-            floor = torch.finfo(rounded_to).eps / 2 * (size[name] if gradient else max(1, size[name]))
+            floor = (
+                torch.finfo(rounded_to).eps / 2 * (size[name] if gradient else max(1, size[name]))
+            )
             mine, bar = rms(ours), 2 * rms(torchs) + floor
             assert mine <= bar, (name, shape, mine, bar)
 
