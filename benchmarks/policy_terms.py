@@ -6,9 +6,9 @@
     python benchmarks/policy_terms.py --memory --json memory.json         # peak memory of a step
 
 Only the needed work is counted: 2BNd for log_prob forward, 8BNd with its backward, 12BNd for DR
-with a factored reward of the same width (its exponentials and sigmoids come free). It is divided by two
-rates of the same run: a loop of the widest multiply-adds in registers on all threads, and torch's
-best square matrix product in that dtype. All variants take turns in one process; medians.
+with a factored reward of the same width (exponentials and sigmoids are not counted). It is divided
+by two rates of the same run: a loop of the widest multiply-adds in registers on all threads, and
+torch's best square matrix product in that dtype. Variants take turns in one process; medians.
 """
 
 from __future__ import annotations

@@ -153,7 +153,10 @@ os._exit(0)
 
 
 def test_an_interrupt_ends_a_long_call_and_other_threads_run_meanwhile() -> None:
-    """SIGALRM half a second into minutes of work; a Python thread counts while the GIL is free."""
+    """SIGALRM half a second into minutes of work; a Python thread counts while the GIL is free.
+
+    The first call lets torch import what it imports at first calls.
+    """
     code = """
 import signal, threading, time, torch
 from offtower.ops import policy_terms
@@ -168,7 +171,7 @@ def work():
         time.sleep(0.001)
 thread = threading.Thread(target=work); thread.start()
 u, v = torch.zeros(16_384, 256), torch.zeros(1_000_000, 256)
-policy_terms(u[:3], v[:3], torch.zeros(3, dtype=torch.int64))  # torch imports much at the first call
+policy_terms(u[:3], v[:3], torch.zeros(3, dtype=torch.int64))
 signal.setitimer(signal.ITIMER_REAL, 0.5)
 begin = time.perf_counter()
 try:
