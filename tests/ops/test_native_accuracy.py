@@ -204,7 +204,7 @@ def test_huge_logits(isa: str, logit: float, items: int) -> None:
 def test_same_bits_on_every_run_and_with_any_number_of_threads(
     isa: str, dtype: torch.dtype, kind: str
 ) -> None:
-    """20,000 items: several segments forward, sixty-four backward; rows of three blocks and more."""
+    """20,000 items: segments forward and sixty-four backward; three blocks of rows and more."""
     case = Case(200, 20_000, 40, kind, dtype)
     before = torch.get_num_threads()
     first: dict[str, Tensor] | None = None
