@@ -17,6 +17,10 @@ from offtower.ops.reference import Cotangents, Inputs, RunningSums
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NONE, _DENSE, _IDENTITY, _SIGMOID = range(4)
+_WORTH_A_THREAD = 1 << 22
+"""Multiply-adds, some 50 microseconds of one thread."""
+_EXPONENTIAL = 16
+"""What an exponential costs, in multiply-adds."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,13 @@ class _Operands:
         return self.kept[-1].data_ptr()
 
 
-def _setting() -> dict[str, Any]:
-    """Threads as torch is set; the instruction set only where one is forced."""
+def _setting(x: Inputs) -> dict[str, Any]:
+    """Threads as torch is set, but none for less than it costs to wake one; the instruction set
+    only where one is forced. Neither changes a result's bits, save the set."""
+    width = x.u.shape[1] + (0 if x.e is None else x.e.shape[1]) + _EXPONENTIAL
+    worth = x.u.shape[0] * x.v.shape[0] * width // _WORTH_A_THREAD
     return {
-        "threads": torch.get_num_threads(),
+        "threads": max(1, min(torch.get_num_threads(), worth)),
         "isa": os.environ.get("OFFTOWER_CPU_ISA", ""),
     }
 
@@ -89,7 +96,7 @@ def forward(x: Inputs, entropy: bool) -> Terms:
         make(rows), make(rows),
     )  # fmt: skip
     addresses: dict[str, Any] = {name: _address(tensor) for name, tensor in vars(terms).items()}
-    _cpu.forward(operands.native, **addresses, **_setting())
+    _cpu.forward(operands.native, **addresses, **_setting(x))
     return terms
 
 
@@ -111,7 +118,7 @@ def running_sums(x: Inputs, entropy: bool) -> tuple[RunningSums, Tensor, Tensor 
         centred_sum=_address(centred),
         action_logit=_address(logit),
         action_reward=_address(action_reward),
-        **_setting(),
+        **_setting(x),
     )
     return RunningSums(top, total, reward, centred), logit, action_reward
 
@@ -152,7 +159,7 @@ def backward(
         context=_address(du),
         item=_address(dv),
         item_bias=_address(db),
-        **_setting(),
+        **_setting(x),
     )
     return du, dv, db
 
@@ -164,7 +171,7 @@ def top_k(x: Inputs, k: int) -> tuple[Tensor, Tensor]:
     operands = _Operands(x)
     score = torch.empty(x.u.shape[0], k)
     index = torch.empty(x.u.shape[0], k, dtype=torch.int64)
-    _cpu.top_k(operands.native, k=k, score=score.data_ptr(), index=index.data_ptr(), **_setting())
+    _cpu.top_k(operands.native, k=k, score=score.data_ptr(), index=index.data_ptr(), **_setting(x))
     return score, index
 
 
