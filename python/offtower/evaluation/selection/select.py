@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from offtower.errors import OfftowerError
+from offtower.evaluation.selection.disagreement import explain
 from offtower.evaluation.selection.heuristic import select_heuristic
 from offtower.evaluation.selection.log import SelectionLog
 from offtower.evaluation.selection.ocv import select_ocv
@@ -101,6 +102,7 @@ def compare_selectors(
         _agreement(results),
         spread,
         _verdict(results, recommended, spread),
+        explain(results, recommended),
     )
 
 
