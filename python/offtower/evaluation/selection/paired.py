@@ -13,11 +13,12 @@ For each candidate j and the consistent candidate c of least variance,
 - where the candidate's reward model is declared independent of the log, the prior has a spike:
   b = 0 with probability `spike`, else b ~ N(0, slab s^2). Then a perfect reward model can win.
 
-A reward model that was cross-fitted on this very log hides variance: fold k's model learned from
-the rows of the other folds, so the folds' estimates hang together, and rows that are taken as
-independent show none of it. For p parameters fitted by least squares the missing part is p / n of
-the variance, times 1.5 to 3 with three folds; `overlap` p / n is added where p is known
-(`RewardTerms.parameters`).
+A reward model that was cross-fitted on this very log may hide variance: fold k's model learned
+from the rows of the other folds, so the folds' estimates can hang together, and rows that are taken
+as independent show none of it. For p parameters this is of order p / n where the model cannot
+represent the truth, and nothing where it can. `overlap` p / n is charged where p is known
+(`RewardTerms.parameters`); its value is no theorem, it was chosen on worlds kept for design, where
+it also settles ties between a rigid and a flexible model.
 
 Two rules act against noise. A candidate that may be biased, with no independent model to speak for
 it, is ranked by mse_j plus `caution` standard errors of it: it must win clearly. And consistent
@@ -131,8 +132,14 @@ def spike_slab_square(gap: Array, gap_variance: Array, spike: float, slab: float
 
 def _learned(log: SelectionLog, candidates: list[Candidate]) -> Array:
     """(c,) parameters that each candidate's reward model learned from the log."""
-    models = log.problem.models
-    return np.array([0.0 if c.model is None else models[c.model].parameters for c in candidates])
+    return np.array(
+        [
+            0.0
+            if c.model is None or c.model in log.independent_models
+            else log.problem.models[c.model].parameters
+            for c in candidates
+        ]
+    )
 
 
 def _noise(squares: Array) -> Array:
