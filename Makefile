@@ -45,6 +45,6 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) $(TORCH_FLAGS) torch
 	touch $@
 
-$(VENV)/.installed-%: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*.h)
+$(VENV)/.installed-%: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 	$(PIP) --editable ".[$*]"
 	touch $@

@@ -15,7 +15,7 @@ cpu = Pybind11Extension(
     "offtower.ops._cpu",
     sorted(
         str(path.relative_to(ROOT))
-        for path in [*ROOT.glob("csrc/cpu/*.cpp"), ROOT / "csrc/bindings/cpu_module.cpp"]
+        for path in [*ROOT.glob("csrc/cpu/**/*.cpp"), ROOT / "csrc/bindings/cpu_module.cpp"]
     ),
     depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")],
     cxx_std=17,

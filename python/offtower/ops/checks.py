@@ -41,6 +41,9 @@ def check_embeddings(
             )
     if not (math.isfinite(temperature) and temperature > 0):
         raise OperatorError(f"temperature must be a positive finite number, got {temperature}")
+    smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    if context_embedding.dtype != torch.float64 and not smallest <= temperature <= largest:
+        raise OperatorError(f"temperature {temperature} is beyond float32's range")
 
 
 def check_action(action: Tensor, rows: int, items: int, device: torch.device) -> None:
@@ -108,6 +111,40 @@ def check_reward(reward_model: RewardTerms, rows: int, items: int, like: Tensor)
             raise OperatorError(
                 f"FactoredReward.item_bias must have shape ({items},), but has {tuple(bias.shape)}"
             )
+
+
+def under_autocast(
+    context_embedding: Tensor,
+    item_embedding: Tensor,
+    item_bias: Tensor | None,
+    reward_model: RewardTerms | None,
+) -> tuple[Tensor, Tensor, Tensor | None, RewardTerms | None]:
+    """Under torch.autocast, operands of mixed dtypes in float32; all others as they came.
+
+    Towers give bfloat16 there and tables stay float32. Nothing is rounded further: whether
+    embeddings lose precision is the towers' matter, not this operator's.
+    """
+    if not isinstance(context_embedding, Tensor) or not torch.is_autocast_enabled(
+        context_embedding.device.type
+    ):
+        return context_embedding, item_embedding, item_bias, reward_model
+    parts = [] if reward_model is None else list(vars(reward_model).values())
+    given = [context_embedding, item_embedding, item_bias, *parts]
+    dtypes = {x.dtype for x in given if isinstance(x, Tensor)}
+    if len(dtypes) == 1:
+        return context_embedding, item_embedding, item_bias, reward_model
+    if isinstance(reward_model, DenseReward):
+        reward_model = DenseReward(reward_model.values.float())
+    elif isinstance(reward_model, FactoredReward):
+        bias = reward_model.item_bias
+        reward_model = FactoredReward(
+            reward_model.context.float(),
+            reward_model.item.float(),
+            None if bias is None else bias.float(),
+            reward_model.link,
+        )
+    bias = None if item_bias is None else item_bias.float()
+    return context_embedding.float(), item_embedding.float(), bias, reward_model
 
 
 def _check_matrix(name: str, tensor: Tensor, shape: str) -> None:

@@ -1,4 +1,4 @@
-"""Registration with torch: custom ops, fake kernels, autograd and autocast, in one visible place.
+"""Registration with torch: custom ops, fake kernels and autograd, in one visible place.
 
 The schema holds a reward model as its parts, since an operator's arguments are tensors and numbers.
 """
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offtower.ops import backends
+from offtower.ops import backends, native
 from offtower.ops.checks import check_action_range
 from offtower.ops.reference import Cotangents, Inputs, backward, running_sums
 
@@ -30,12 +30,25 @@ def policy_terms_op(
     sigmoid: bool,
     entropy: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> log_prob, log_normalizer, expected_reward, action_reward, entropy; absent ones empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> log_prob, log_normalizer, expected_reward, action_reward, entropy; absent ones empty.
+
+    And what the backward pass needs: an anchor and the sum of exp(s - anchor) of each row. With the
+    log-normalizer alone, near 14 at a million items, exp(s - lse) would be off by its rounding.
+    """
     check_action_range(action, v.shape[0])
     x = Inputs(u, v, action, temperature, bias, dense, e, t, c, sigmoid)
-    if backends.serves(backend, x, entropy):
-        return backends.forward(x)
+    if backends.serves(backend, x):
+        terms = native.forward(x, entropy)
+        return (
+            terms.log_prob,
+            terms.log_normalizer,
+            terms.expected_reward,
+            terms.action_reward,
+            terms.entropy,
+            terms.anchor,
+            terms.total,
+        )
     sums = running_sums(x, entropy)
     nothing = sums.total.new_empty(0)
     log_normalizer = sums.log_normalizer
@@ -46,6 +59,8 @@ def policy_terms_op(
         nothing if expected is None else expected,
         x.action_reward() if x.has_reward else nothing.clone(),
         nothing.clone() if spread is None else spread,
+        sums.top,
+        sums.total,
     )
 
 
@@ -63,7 +78,7 @@ def _(
     sigmoid: bool,
     entropy: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     rows = u.shape[0]
     has_reward = dense is not None or e is not None
@@ -73,6 +88,8 @@ def _(
         u.new_empty(rows if has_reward else 0, dtype=dtype),
         u.new_empty(rows if has_reward else 0, dtype=dtype),
         u.new_empty(rows if entropy else 0, dtype=dtype),
+        u.new_empty(rows, dtype=dtype),
+        u.new_empty(rows, dtype=dtype),
     )
 
 
@@ -88,7 +105,8 @@ def policy_terms_backward_op(
     t: Tensor | None,
     c: Tensor | None,
     sigmoid: bool,
-    log_normalizer: Tensor,
+    anchor: Tensor,
+    total: Tensor,
     expected_reward: Tensor,
     entropy: Tensor,
     g_log_prob: Tensor | None,
@@ -98,12 +116,14 @@ def policy_terms_backward_op(
     need_u: bool,
     need_v: bool,
     need_b: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> du, dv, dbias; those not needed are empty."""
     x = Inputs(u, v, action, temperature, bias, dense, e, t, c, sigmoid)
-    du, dv, db = backward(
+    compute = native.backward if backends.serves(backend, x) else backward
+    du, dv, db = compute(
         x,
-        log_normalizer,
+        (anchor, total),
         expected_reward,
         entropy,
         Cotangents(g_log_prob, g_log_normalizer, g_expected_reward, g_entropy),
@@ -128,7 +148,8 @@ def _(
     t: Tensor | None,
     c: Tensor | None,
     sigmoid: bool,
-    log_normalizer: Tensor,
+    anchor: Tensor,
+    total: Tensor,
     expected_reward: Tensor,
     entropy: Tensor,
     g_log_prob: Tensor | None,
@@ -138,6 +159,7 @@ def _(
     need_u: bool,
     need_v: bool,
     need_b: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(u, memory_format=torch.contiguous_format) if need_u else u.new_empty(0),
@@ -147,16 +169,16 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    u, v, action, temperature, bias, dense, e, t, c, sigmoid, _entropy, _backend = inputs
-    _, log_normalizer, expected, _, spread = output
-    ctx.temperature, ctx.sigmoid = temperature, sigmoid
+    u, v, action, temperature, bias, dense, e, t, c, sigmoid, _entropy, backend = inputs
+    _, _, expected, _, spread, anchor, total = output
+    ctx.temperature, ctx.sigmoid, ctx.backend = temperature, sigmoid, backend
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(u, v, action, bias, dense, e, t, c, log_normalizer, expected, spread)
+    ctx.save_for_backward(u, v, action, bias, dense, e, t, c, anchor, total, expected, spread)
 
 
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    g_log_prob, g_log_normalizer, g_expected, _g_action_reward, g_entropy = gradients
-    u, v, action, bias, dense, e, t, c, log_normalizer, expected, spread = ctx.saved_tensors
+    g_log_prob, g_log_normalizer, g_expected, _, g_entropy, _, _ = gradients
+    u, v, action, bias, dense, e, t, c, anchor, total, expected, spread = ctx.saved_tensors
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4])
     nothing: tuple[Tensor | None, ...] = (None,) * (_ARGUMENTS + 2)
     if expected.numel() == 0:
@@ -178,7 +200,8 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         t,
         c,
         ctx.sigmoid,
-        log_normalizer,
+        anchor,
+        total,
         expected,
         spread,
         g_log_prob,
@@ -186,6 +209,7 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         g_expected,
         g_entropy,
         *needs,
+        ctx.backend,
     )
     result = list(nothing)
     result[0] = du if needs[0] else None
@@ -195,7 +219,3 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 policy_terms_op.register_autograd(_backward, setup_context=_setup_context)
-# Under autocast the operator keeps float32: its accumulation is never below that, and rounding
-# embeddings to half precision is the caller's choice, not a context manager's.
-for _device in ("cpu", "cuda"):
-    policy_terms_op.register_autocast(_device, torch.float32)

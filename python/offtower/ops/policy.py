@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from offtower.errors import OperatorError
-from offtower.ops.backends import check_backend
-from offtower.ops.checks import check_action, check_embeddings, check_reward
+from offtower.ops import native
+from offtower.ops.backends import check_backend, serves
+from offtower.ops.checks import check_action, check_embeddings, check_reward, under_autocast
 from offtower.ops.library import policy_terms_op
 from offtower.ops.reference import CELLS_AT_ONCE, Inputs, RunningSums, running_sums
 from offtower.ops.types import Backend, DenseReward, FactoredReward, PolicyTerms, RewardTerms
@@ -31,11 +32,14 @@ def policy_terms(
 
     No (B, N) array is held. Differentiable in both embeddings and the bias, through log_prob,
     log_normalizer, expected_reward and entropy; the reward model is frozen. Only gradients that are
-    asked for are computed.
+    asked for are computed. bfloat16 operands are summed in float32, and their gradients are rounded
+    once. On the CPU results and gradients are the same bits on every run and for any number of
+    threads (torch.set_num_threads).
 
     Args:
         context_embedding: u, (B, d), float32, bfloat16 or float64.
-        item_embedding: v, (N, d), of the same dtype.
+        item_embedding: v, (N, d), of the same dtype. Under torch.autocast operands of mixed dtypes
+            are brought to float32; equal ones stay as they are.
         action: (B,) int64, the logged item of each row.
         temperature: positive; fold a learned one into u and pass 1.
         item_bias: b, (N,).
@@ -50,12 +54,15 @@ def policy_terms(
         OperatorError: shapes, dtypes or devices do not fit, an action is out of range (its row is
             named), the temperature is not positive and finite, or there are no items.
     """
+    context_embedding, item_embedding, item_bias, reward_model = under_autocast(
+        context_embedding, item_embedding, item_bias, reward_model
+    )
     check_embeddings(context_embedding, item_embedding, temperature, item_bias)
     rows, items = context_embedding.shape[0], item_embedding.shape[0]
     check_action(action, rows, items, context_embedding.device)
     check_backend(backend)
     dense, e, t, c, sigmoid = _parts(reward_model, rows, items, context_embedding)
-    log_prob, log_normalizer, expected, action_reward, spread = policy_terms_op(
+    log_prob, log_normalizer, expected, action_reward, spread, _, _ = policy_terms_op(
         context_embedding,
         item_embedding,
         action,
@@ -128,6 +135,7 @@ def partial_terms(
     item_bias: Tensor | None = None,
     reward_model: RewardTerms | None = None,
     entropy: bool = False,
+    backend: Backend = "auto",
 ) -> PartialTerms:
     """Terms of one slice of the items, without gradient.
 
@@ -154,6 +162,9 @@ def partial_terms(
         c,
         sigmoid,
     )
+    check_backend(backend)
+    if serves(backend, x):
+        return PartialTerms(*native.running_sums(replace(x, action=action), entropy))
     return PartialTerms(
         running_sums(x, entropy),
         x.action_logit().masked_fill(~here, float("-inf")),
@@ -179,11 +190,13 @@ def top_k(
     *,
     temperature: float = 1.0,
     item_bias: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The k items of largest score s_a = <u, v_a> / temperature + b_a.
 
     Returns:
-        scores (B, k), falling, and item numbers (B, k) int64; ties go to the lowest number.
+        scores (B, k), falling, float32 (float64 for float64 operands), and item numbers (B, k)
+        int64; ties go to the lowest number. NaN counts as largest.
 
     Raises:
         OperatorError: as for `policy_terms`, or k is not in [1, N].
@@ -193,6 +206,9 @@ def top_k(
     if not 1 <= k <= items:
         raise OperatorError(f"k must lie in [1, {items}], the number of items, got {k}")
     x = _logits_only(context_embedding, item_embedding, temperature, item_bias)
+    check_backend(backend)
+    if serves(backend, x):
+        return native.top_k(x, k)
     best: Tensor | None = None
     index: Tensor | None = None
     for start, stop in x.chunks():

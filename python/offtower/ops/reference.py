@@ -166,13 +166,16 @@ class Cotangents:
 
 def backward(
     x: Inputs,
-    log_normalizer: Tensor,
+    sums: tuple[Tensor, Tensor],
     expected_reward: Tensor,
     entropy: Tensor,
     g: Cotangents,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients in u, v and bias; only those that `needs` names are computed.
+
+    `sums` holds an anchor near the largest logit of each row, and sum exp(s - anchor), over all
+    items of the policy, which may be more than those of `x`.
 
     ds_ij = g_l (1[j=a] - pi_ij) + g_lse pi_ij
           + g_m pi_ij (q_ij - m_i) - g_h pi_ij (log pi_ij + h_i)
@@ -182,7 +185,9 @@ def backward(
     du = torch.zeros_like(scaled) if need_u else None
     dv = torch.zeros(x.v.shape, dtype=x.dtype, device=x.v.device) if need_v else None
     db = torch.zeros(x.v.shape[0], dtype=x.dtype, device=x.v.device) if need_b else None
-    base = torch.zeros_like(log_normalizer)
+    anchor, total = _finite_top(sums[0])[:, None], sums[1]
+    log_total = total.log()[:, None]
+    base = torch.zeros_like(total)
     if g.log_prob is not None:
         base = base - g.log_prob
     if g.log_normalizer is not None:
@@ -192,13 +197,13 @@ def backward(
     if g.entropy is not None:
         base = base - g.entropy * entropy
     for start, stop in x.chunks():
-        log_pi = x.logits(start, stop).sub_(log_normalizer[:, None])
-        factor = base[:, None].expand_as(log_pi)
+        shifted = x.logits(start, stop).sub_(anchor)
+        factor = base[:, None].expand_as(shifted)
         if g.expected_reward is not None:
             factor = factor + g.expected_reward[:, None] * x.rewards(start, stop)
         if g.entropy is not None:
-            factor = factor - g.entropy[:, None] * log_pi.clamp_min(NO_MASS)
-        ds = log_pi.exp_().mul_(factor)
+            factor = factor - g.entropy[:, None] * (shifted - log_total).clamp_min(NO_MASS)
+        ds = shifted.exp_().mul_(factor / total[:, None])
         if du is not None:
             du.addmm_(ds, x.v[start:stop].to(x.dtype))
         if dv is not None:

@@ -1,0 +1,39 @@
+// The k best (score, index) pairs of each row, gathered while scores stream by.
+//
+// Order: NaN first (as torch has it), then by falling score, then by rising index. It is total, so
+// the result does not depend on how the items were split.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace offtower::cpu {
+
+struct Candidate {
+  float score;
+  int64_t index;
+};
+
+class Candidates {
+public:
+  explicit Candidates(int64_t k);
+  ~Candidates();
+
+  // Scores at or below the threshold need not be pushed; it is NaN while every score must be.
+  // Returns the threshold after the push. Indices must rise from push to push.
+  float push(float score, int64_t index);
+
+  // The k best of these and the others, whose items all come after.
+  void take_from(const Candidates& others);
+  // Writes them in order.
+  void write(float* score, int64_t* index);
+
+private:
+  void shrink();
+
+  const int64_t k_;
+  float threshold_ = __builtin_nanf("");
+  std::vector<Candidate> kept_;
+};
+
+} // namespace offtower::cpu

@@ -1,0 +1,36 @@
+// The table of instruction sets: one entry for each translation unit under isa/.
+#pragma once
+
+#include <vector>
+
+#include "operands.h"
+#include "workers.h"
+
+namespace offtower::cpu {
+
+struct InstructionSet {
+  const char* name;
+  bool (*runs_here)();
+  // Each returns false if it was interrupted.
+  bool (*forward)(const PolicyOperands&, const ForwardResults&, Workers&);
+  bool (*backward)(const BackwardOperands&, const BackwardResults&, Workers&);
+  bool (*top_k)(const PolicyOperands&, const TopKResults&, Workers&);
+  // Multiply-adds (counted as two) a second of a loop that touches registers only, one thread.
+  double (*multiply_add_rate)(DType);
+};
+
+const InstructionSet& portable();
+#if defined(__x86_64__)
+const InstructionSet& avx2();
+const InstructionSet& avx512();
+const InstructionSet& avx512bf16();
+#endif
+
+// Those that this library was built for, widest first.
+std::vector<const InstructionSet*> built_sets();
+
+// The widest that this machine runs, or the one called `name` ("" for none in particular).
+// Throws std::invalid_argument for an unknown one or one that this machine lacks.
+const InstructionSet& choose_set(const char* name);
+
+} // namespace offtower::cpu

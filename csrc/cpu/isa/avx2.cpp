@@ -1,0 +1,26 @@
+// AVX2 with fused multiply-add.
+#if defined(__x86_64__)
+#include "../standard.h"
+//
+#define OFFTOWER_REGISTER(x) "+v"(x)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+#include "../simd/avx2.h"
+#include "../kernels/table.h"
+
+namespace offtower::cpu {
+const InstructionSet& avx2() {
+  static const InstructionSet set = instruction_set<Float32<Avx2>, Float32<Avx2>>("avx2", [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  });
+  return set;
+}
+} // namespace offtower::cpu
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,27 @@
+// AVX-512 with dot products of bfloat16 pairs.
+#if defined(__x86_64__)
+#include "../standard.h"
+//
+#define OFFTOWER_REGISTER(x) "+v"(x)
+#define OFFTOWER_BFLOAT16_DOT
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#endif
+#include "../simd/avx512.h"
+#include "../kernels/table.h"
+
+namespace offtower::cpu {
+const InstructionSet& avx512bf16() {
+  static const InstructionSet set = instruction_set<Float32<Avx512>, Bfloat16Dot>("avx512bf16", [] {
+    __builtin_cpu_init();
+    return avx512().runs_here() && __builtin_cpu_supports("avx512bf16");
+  });
+  return set;
+}
+} // namespace offtower::cpu
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,221 @@
+// Backward: one pass that computes the logits again and from ds both gradients.
+//
+// A task is a segment of items with all rows. Of each tile of items it makes ds for a group of
+// rows, which stays in cache, and sums  dv_j += sum_i ds_ij u_i  and  du_i += sum_j ds_ij v_j.  dv
+// belongs to the task and is written once; each segment's du is added along a fixed tree. No
+// atomics; the bits do not depend on the number of threads.
+#pragma once
+
+#include <cmath>
+
+#include "../merge_tree.h"
+#include "../shown_items.h"
+#include "../workers.h"
+#include "cotangent_tile.h"
+
+namespace offtower::cpu {
+namespace {
+
+constexpr int64_t kTileItems = 96;  // a multiple of kGroup
+constexpr int64_t kTileRows = 128;  // a multiple of every block
+constexpr int64_t kBackwardSegments = 64;
+
+template <class A, class T>
+class Backward {
+public:
+  Backward(const BackwardOperands& operands, const BackwardResults& results, Workers& workers)
+      : in_(operands), o_(operands.policy), out_(results), workers_(workers), problem_(o_),
+        columns_(ceil_div(o_.dim, A::kWidth) * A::kWidth),
+        padded_rows_(problem_.blocks * kBlock<A>), cotangents_(padded_rows_),
+        tiles_(ceil_div(o_.items, kTileItems)),
+        segment_tiles_(ceil_div(tiles_, least(tiles_, kBackwardSegments))),
+        segments_(ceil_div(tiles_, segment_tiles_)),
+        tree_(segments_, out_.context == nullptr ? 0 : padded_rows_ * columns_),
+        order_(in_.cotangents.log_prob == nullptr ? 0 : o_.rows) {
+    if (out_.item != nullptr) {
+      context_rows_.resize(padded_rows_ / A::kPair * columns_);
+      pack_rows<A, T>(static_cast<const T*>(o_.context), o_.rows, o_.dim, problem_.divisor,
+                      columns_, context_rows_.get());
+    }
+    fill_cotangents();
+    if (in_.cotangents.log_prob != nullptr) sort_by_action(o_.action, o_.rows, order_.get());
+    scratch_.fill(least(workers.threads(), segments_), *this);
+  }
+
+  bool run() {
+    const auto task = [](void* self, int64_t segment, int worker) {
+      static_cast<Backward*>(self)->segment(segment, worker);
+    };
+    if (!workers_.run(segments_, task, this)) return false;
+    if (out_.context != nullptr) write_context();
+    return true;
+  }
+
+private:
+  struct Scratch {
+    explicit Scratch(const Backward& owner)
+        : tile(owner.problem_, kTileItems), cotangents(kTileItems, kTileRows),
+          item_gradient(kTileItems * owner.columns_),
+          items_packed(kTileItems / A::kPair * owner.columns_),
+          bias_sums(kTileItems * A::kWidth),
+          dense(owner.o_.reward == RewardKind::dense ? kTileItems * kBlock<A> : 0) {}
+    ItemTile<A, T> tile;
+    CotangentTile<A> cotangents;
+    Buffer<float> item_gradient;
+    Buffer<typename A::Unit> items_packed;
+    Buffer<float> bias_sums, dense;
+  };
+
+  void fill_cotangents() {
+    const Cotangents& g = in_.cotangents;
+    RowCotangents& c = cotangents_;
+    c.has_reward = g.expected_reward != nullptr;
+    c.has_entropy = g.entropy != nullptr;
+    for (int64_t row = 0; row < padded_rows_; ++row) {
+      if (row >= o_.rows) {
+        c.anchor[row] = INFINITY;
+        continue;
+      }
+      const double total = in_.total[row];
+      double base = 0.0;
+      if (g.log_prob != nullptr) base -= g.log_prob[row];
+      if (g.log_normalizer != nullptr) base += g.log_normalizer[row];
+      if (c.has_entropy) base -= static_cast<double>(g.entropy[row]) * in_.entropy[row];
+      c.anchor[row] = in_.anchor[row];
+      c.base[row] = static_cast<float>(base / total);
+      c.log_total[row] = static_cast<float>(std::log(total));
+      if (c.has_reward) {
+        c.reward[row] = static_cast<float>(g.expected_reward[row] / total);
+        c.expected[row] = in_.expected_reward[row];
+      }
+      if (c.has_entropy) c.entropy[row] = static_cast<float>(g.entropy[row] / total);
+    }
+  }
+
+  void segment(int64_t segment, int worker) {
+    float* const sum = out_.context == nullptr ? nullptr : tree_.take();
+    const int64_t end = least((segment + 1) * segment_tiles_, tiles_);
+    for (int64_t t = segment * segment_tiles_; t < end; ++t) {
+      if (workers_.stopped(worker)) return;
+      const int64_t begin = t * kTileItems;
+      tile(begin, least(kTileItems, o_.items - begin), scratch_[worker], sum);
+    }
+    if (sum != nullptr) tree_.give(segment, sum);
+  }
+
+  void tile(int64_t begin, int64_t count, Scratch& mine, float* context_gradient) {
+    mine.tile.load(begin, count);
+    if (out_.item != nullptr) clear(mine.item_gradient.get(), count * columns_);
+    if (out_.item_bias != nullptr) clear(mine.bias_sums.get(), count * A::kWidth);
+    const typename A::Unit* items = out_.context == nullptr ? nullptr : packed_items(mine);
+    const int64_t registers = columns_ / A::kWidth, stride = mine.cotangents.row_stride();
+    for (int64_t row = 0; row < padded_rows_; row += kTileRows) {
+      const int64_t rows = least(kTileRows, padded_rows_ - row);
+      for (int64_t r = 0; r < rows; r += kBlock<A>) block((row + r) / kBlock<A>, r, mine);
+      if (out_.item != nullptr)
+        accumulate<A, false>(mine.cotangents.by_row.get(), stride,
+                             context_rows_.get() + row / A::kPair * columns_, columns_,
+                             rows / A::kPair, mine.item_gradient.get(), columns_, count, registers);
+      if (out_.context != nullptr)
+        accumulate<A, true>(mine.cotangents.for_items(), mine.cotangents.rows, items, columns_,
+                            ceil_div(count, A::kPair), context_gradient + row * columns_, columns_,
+                            rows, registers);
+    }
+    write_items(mine);
+  }
+
+  void block(int64_t block, int64_t row_in_tile, Scratch& mine) {
+    float* bias = out_.item_bias == nullptr ? nullptr : mine.bias_sums.get();
+    float* dense = mine.dense.get();
+    const RowCotangents& g = cotangents_;
+    CotangentTile<A>& out = mine.cotangents;
+    if (g.has_reward && g.has_entropy)
+      block_cotangents<A, T, true, true>(problem_, g, mine.tile, block, row_in_tile, dense, bias, out);
+    else if (g.has_reward)
+      block_cotangents<A, T, true, false>(problem_, g, mine.tile, block, row_in_tile, dense, bias, out);
+    else if (g.has_entropy)
+      block_cotangents<A, T, false, true>(problem_, g, mine.tile, block, row_in_tile, dense, bias, out);
+    else
+      block_cotangents<A, T, false, false>(problem_, g, mine.tile, block, row_in_tile, dense, bias, out);
+  }
+
+  // The tile's items as right operand; in place where a row fills whole registers already.
+  const typename A::Unit* packed_items(Scratch& mine) {
+    if (A::kPair == 1 && o_.dim == columns_) return mine.tile.rows;
+    const T* source = static_cast<const T*>(o_.item) + mine.tile.begin * o_.dim;
+    pack_rows<A, T>(source, mine.tile.count, o_.dim, 1.0f, columns_, mine.items_packed.get());
+    return mine.items_packed.get();
+  }
+
+  // dv and db of a tile: the dense part from scratch, and the rows that show its items.
+  void write_items(Scratch& mine) {
+    const int64_t begin = mine.tile.begin, count = mine.tile.count;
+    const T* context = static_cast<const T*>(o_.context);
+    float* gradient = mine.item_gradient.get();
+    float* bias = mine.bias_sums.get();
+    if (out_.item_bias != nullptr)
+      for (int64_t i = 0; i < count; ++i)
+        for (int lane = 1; lane < A::kWidth; ++lane) bias[i * A::kWidth] += bias[i * A::kWidth + lane];
+    if (in_.cotangents.log_prob != nullptr) {
+      const int64_t* order = order_.get();
+      for (int64_t at = first_showing(o_.action, order, o_.rows, begin);
+           at < o_.rows && o_.action[order[at]] < begin + count; ++at) {
+        const int64_t row = order[at], item = o_.action[row] - begin;
+        const float g = in_.cotangents.log_prob[row];
+        if (out_.item_bias != nullptr) bias[item * A::kWidth] += g;
+        if (out_.item == nullptr) continue;
+        for (int64_t k = 0; k < o_.dim; ++k)
+          gradient[item * columns_ + k] += g * (to_float(context[row * o_.dim + k]) / problem_.divisor);
+      }
+    }
+    T* to_bias = static_cast<T*>(out_.item_bias);
+    if (to_bias != nullptr)
+      for (int64_t i = 0; i < count; ++i) to_bias[begin + i] = from_float<T>(bias[i * A::kWidth]);
+    if (out_.item == nullptr) return;
+    for (int64_t i = 0; i < count; ++i) {
+      T* target = static_cast<T*>(out_.item) + (begin + i) * o_.dim;
+      for (int64_t k = 0; k < o_.dim; ++k)
+        target[k] = from_float<T>(gradient[i * columns_ + k] * problem_.scale);
+    }
+  }
+
+  void write_context() {
+    const T* item = static_cast<const T*>(o_.item);
+    const float* g = in_.cotangents.log_prob;
+    for (int64_t row = 0; row < o_.rows; ++row) {
+      T* target = static_cast<T*>(out_.context) + row * o_.dim;
+      const float* dense = tree_.sum() + row * columns_;
+      const bool own = g != nullptr && o_.action[row] >= 0;
+      const T* shown = own ? item + o_.action[row] * o_.dim : nullptr;
+      for (int64_t k = 0; k < o_.dim; ++k) {
+        const float value = own ? dense[k] + g[row] * to_float(shown[k]) : dense[k];
+        target[k] = from_float<T>(value / o_.temperature);
+      }
+    }
+  }
+
+  static void clear(float* p, int64_t count) {
+    std::memset(p, 0, static_cast<size_t>(count) * sizeof(float));
+  }
+
+  const BackwardOperands in_;
+  const PolicyOperands& o_;
+  const BackwardResults out_;
+  Workers& workers_;
+  const Problem<A, T> problem_;
+  const int64_t columns_, padded_rows_;
+  RowCotangents cotangents_;
+  const int64_t tiles_, segment_tiles_, segments_;
+  MergeTree tree_;
+  Buffer<int64_t> order_;
+  Buffer<typename A::Unit> context_rows_;
+  PerWorker<Scratch> scratch_;
+};
+
+template <class A, class T>
+bool backward(const BackwardOperands& operands, const BackwardResults& results, Workers& workers) {
+  return Backward<A, T>(operands, results, workers).run();
+}
+
+} // namespace
+} // namespace offtower::cpu

@@ -1,0 +1,330 @@
+// Forward: per row log_prob, log_normalizer, expected_reward, action_reward and entropy, streaming
+// over items.
+//
+// Tasks are (segment of items) x (group of blocks). Within one, (sum, reward, centred) of kFold
+// items are float32; they are folded into float64, so errors do not grow with the number of items.
+// Segments merge in their order. Nothing depends on the number of threads.
+#pragma once
+
+#include <cmath>
+
+#include "../workers.h"
+#include "problem.h"
+
+namespace offtower::cpu {
+namespace {
+
+constexpr int64_t kFold = 96;             // items between two folds; a multiple of kGroup
+constexpr int64_t kTileBytes = 192 << 10; // of items that stay in the second-level cache
+constexpr int64_t kSegments = 64;         // at most, over the items
+constexpr int64_t kSegmentFolds = 85;     // at least: a shorter segment is not worth its merge
+constexpr int64_t kGroupBlocks = 4;       // blocks that share a tile
+constexpr float kNoLogit = -1e38f;        // the anchor before any item
+constexpr float kAnchorSlack = 8.0f;      // a logit may exceed the anchor by this much
+
+
+// Sums of one row over a segment.
+struct RowSums {
+  double total, reward, centred; // centred in units of log 2
+  float anchor;
+};
+
+template <class A>
+struct BlockSums {
+  static constexpr int L = kBlock<A>;
+
+  void clear() {
+    for (int lane = 0; lane < L; ++lane) {
+      anchor[lane] = base[lane] = kNoLogit;
+      limit[lane] = kNoLogit + kAnchorSlack;
+      sum[lane] = reward[lane] = centred[lane] = 0.0f;
+      totals[lane] = rewards[lane] = centreds[lane] = 0.0;
+    }
+  }
+
+  // float32 sums of the last items into the float64 ones, which are relative to `base`.
+  void fold() {
+    bool moved = false;
+    for (int lane = 0; lane < L; ++lane) moved |= anchor[lane] != base[lane];
+    if (moved) rebase();
+    for (int lane = 0; lane < L; ++lane) {
+      totals[lane] += sum[lane];
+      rewards[lane] += reward[lane];
+      centreds[lane] += centred[lane];
+      sum[lane] = reward[lane] = centred[lane] = 0.0f;
+    }
+  }
+
+  void rebase() {
+    for (int lane = 0; lane < L; ++lane) {
+      if (anchor[lane] == base[lane]) continue;
+      const double shift = (static_cast<double>(base[lane]) - anchor[lane]) * kLog2E;
+      // Before the first item there is nothing to move, and the shift is -1e38.
+      const double factor = totals[lane] == 0.0 ? 0.0 : std::exp2(shift);
+      centreds[lane] = totals[lane] == 0.0 ? 0.0 : factor * (centreds[lane] + totals[lane] * shift);
+      totals[lane] *= factor;
+      rewards[lane] *= factor;
+      base[lane] = anchor[lane];
+    }
+  }
+
+  alignas(64) float anchor[L], limit[L];
+  alignas(64) float sum[L], reward[L], centred[L];
+  alignas(64) float base[L];
+  alignas(64) double totals[L], rewards[L], centreds[L];
+};
+
+// Raises the anchors of lanes whose largest new logit exceeds them by more than the slack. Rare.
+template <class A>
+__attribute__((noinline)) void raise_anchors(const float* top, BlockSums<A>& sums) {
+  for (int lane = 0; lane < kBlock<A>; ++lane) {
+    if (!(top[lane] > sums.limit[lane])) continue;
+    const float shift = (sums.anchor[lane] - top[lane]) * kLog2E;
+    const bool first = sums.sum[lane] == 0.0f; // nothing to move, and the shift is -1e38
+    const float factor = first ? 0.0f : std::exp2(shift);
+    sums.centred[lane] = first ? 0.0f : factor * (sums.centred[lane] + sums.sum[lane] * shift);
+    sums.sum[lane] *= factor;
+    sums.reward[lane] *= factor;
+    sums.anchor[lane] = top[lane];
+    sums.limit[lane] = top[lane] + kAnchorSlack;
+  }
+}
+
+template <class A, class T, int M, bool kReward, bool kEntropy>
+OFFTOWER_INLINE void add_items(const Problem<A, T>& problem, const ItemTile<A, T>& tile,
+                               int64_t item, int64_t block, const float* dense,
+                               BlockSums<A>& sums) {
+  constexpr int V = A::kColumns, W = A::kWidth;
+  Registers<A, M> s;
+  const int64_t stride = tile.row_source.stride();
+  affine<A, M>(tile.rows + item * stride, stride, tile.bias + item, problem.block(block),
+               problem.depth, problem.scale, s);
+  alignas(64) float tops[kBlock<A>];
+  uint32_t over = 0;
+  OFFTOWER_UNROLL
+  for (int v = 0; v < V; ++v) {
+    auto top = s[0][v];
+    OFFTOWER_UNROLL
+    for (int m = 1; m < M; ++m) top = A::max(top, s[m][v]);
+    over |= A::above(top, A::load(sums.limit + v * W));
+    A::store(tops + v * W, top);
+  }
+  if (__builtin_expect(over != 0, 0)) raise_anchors<A>(tops, sums);
+
+  alignas(64) float mass[kReward ? M * kBlock<A> : 1];
+  OFFTOWER_UNROLL
+  for (int v = 0; v < V; ++v) {
+    const auto anchor = A::load(sums.anchor + v * W);
+    auto sum = A::load(sums.sum + v * W);
+    auto centred = A::load(sums.centred + v * W);
+    OFFTOWER_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const auto y = below_anchor<A>(s[m][v], anchor);
+      const auto p = exp2<A>(y);
+      sum = A::add(sum, p);
+      if constexpr (kEntropy) centred = A::fma(p, A::max(A::set(kNoMass), y), centred);
+      if constexpr (kReward) A::store(mass + m * kBlock<A> + v * W, p);
+    }
+    A::store(sums.sum + v * W, sum);
+    if constexpr (kEntropy) A::store(sums.centred + v * W, centred);
+  }
+  if constexpr (kReward) {
+    Registers<A, M> q;
+    rewards<A, T, M>(problem, tile, item, problem.reward_block(block), dense, q);
+    OFFTOWER_UNROLL
+    for (int v = 0; v < V; ++v) {
+      auto reward = A::load(sums.reward + v * W);
+      OFFTOWER_UNROLL
+      for (int m = 0; m < M; ++m)
+        reward = A::fma(A::load(mass + m * kBlock<A> + v * W), q[m][v], reward);
+      A::store(sums.reward + v * W, reward);
+    }
+  }
+}
+
+template <class A, class T, bool kReward, bool kEntropy>
+void add_tile(const Problem<A, T>& problem, const ItemTile<A, T>& tile, int64_t block,
+              float* dense, BlockSums<A>& sums) {
+  for (int64_t start = 0; start < tile.count; start += kFold) {
+    const int64_t stop = least(start + kFold, tile.count);
+    const bool is_dense = kReward && !problem.factored;
+    if (is_dense) load_dense<A, T>(problem.o, block, tile.begin + start, stop - start, dense);
+    const auto at = [&](int64_t i) { return is_dense ? dense + (i - start) * kBlock<A> : nullptr; };
+    int64_t i = start;
+    for (; i + kGroup <= stop; i += kGroup)
+      add_items<A, T, kGroup, kReward, kEntropy>(problem, tile, i, block, at(i), sums);
+    for (; i < stop; ++i)
+      add_items<A, T, 1, kReward, kEntropy>(problem, tile, i, block, at(i), sums);
+    sums.fold();
+  }
+}
+
+template <class A, class T>
+class Forward {
+public:
+  Forward(const PolicyOperands& operands, const ForwardResults& results, Workers& workers)
+      : problem_(operands), results_(results), workers_(workers),
+        entropy_(results.entropy != nullptr || results.centred_sum != nullptr) {
+    const int64_t items = operands.items, bytes = (operands.dim + operands.reward_dim) * 4;
+    tile_items_ = largest(kFold, kTileBytes / largest(bytes, 1) / kFold * kFold);
+    const int64_t folds = ceil_div(items, kFold);
+    // From the sizes alone, so that the bits do not depend on the threads.
+    const int64_t segment_folds = largest(ceil_div(folds, kSegments), kSegmentFolds);
+    segment_items_ = segment_folds * kFold;
+    segments_ = ceil_div(items, segment_items_);
+    groups_ = ceil_div(problem_.blocks, kGroupBlocks);
+    sums_.resize(segments_ * operands.rows);
+    scratch_.fill(least(workers.threads(), segments_ * groups_), problem_, tile_items_);
+  }
+
+  bool run() {
+    const auto task = [](void* self, int64_t index, int worker) {
+      static_cast<Forward*>(self)->segment(index / static_cast<Forward*>(self)->groups_,
+                                           index % static_cast<Forward*>(self)->groups_, worker);
+    };
+    if (!workers_.run(segments_ * groups_, task, this)) return false;
+    const auto last = [](void* self, int64_t group, int worker) {
+      static_cast<Forward*>(self)->finish(group, worker);
+    };
+    return workers_.run(groups_, last, this);
+  }
+
+private:
+  struct Scratch {
+    Scratch(const Problem<A, T>& problem, int64_t tile_items)
+        : tile(problem, tile_items),
+          dense(problem.o.reward == RewardKind::dense ? kFold * kBlock<A> : 0), sums(kGroupBlocks) {}
+    ItemTile<A, T> tile;
+    Buffer<float> dense;
+    Buffer<BlockSums<A>> sums;
+  };
+
+  void segment(int64_t segment, int64_t group, int worker) {
+    const PolicyOperands& o = problem_.o;
+    Scratch& mine = scratch_[worker];
+    const int64_t first = group * kGroupBlocks;
+    const int64_t blocks = least(kGroupBlocks, problem_.blocks - first);
+    for (int64_t b = 0; b < blocks; ++b) mine.sums[b].clear();
+    const int64_t end = least((segment + 1) * segment_items_, o.items);
+    for (int64_t begin = segment * segment_items_; begin < end; begin += tile_items_) {
+      if (workers_.stopped(worker)) return;
+      mine.tile.load(begin, least(tile_items_, end - begin));
+      for (int64_t b = 0; b < blocks; ++b) add(mine, first + b, mine.sums[b]);
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      const BlockSums<A>& sums = mine.sums[b];
+      for (int64_t lane = 0; lane < kBlock<A>; ++lane) {
+        const int64_t row = (first + b) * kBlock<A> + lane;
+        if (row < o.rows)
+          sums_[segment * o.rows + row] = {sums.totals[lane], sums.rewards[lane],
+                                           sums.centreds[lane], sums.anchor[lane]};
+      }
+    }
+  }
+
+  void add(Scratch& mine, int64_t block, BlockSums<A>& sums) {
+    const bool reward = problem_.o.reward != RewardKind::none;
+    float* dense = mine.dense.get();
+    if (reward && entropy_) add_tile<A, T, true, true>(problem_, mine.tile, block, dense, sums);
+    else if (reward) add_tile<A, T, true, false>(problem_, mine.tile, block, dense, sums);
+    else if (entropy_) add_tile<A, T, false, true>(problem_, mine.tile, block, dense, sums);
+    else add_tile<A, T, false, false>(problem_, mine.tile, block, dense, sums);
+  }
+
+  RowSums merged(int64_t row) const {
+    RowSums whole = sums_[row];
+    for (int64_t k = 1; k < segments_; ++k) {
+      RowSums part = sums_[k * problem_.o.rows + row];
+      const float anchor = part.anchor > whole.anchor ? part.anchor : whole.anchor;
+      move(whole, anchor);
+      move(part, anchor);
+      whole.total += part.total;
+      whole.reward += part.reward;
+      whole.centred += part.centred;
+    }
+    return whole;
+  }
+
+  static void move(RowSums& sums, float anchor) {
+    if (sums.anchor == anchor) return;
+    const double shift = (static_cast<double>(sums.anchor) - anchor) * kLog2E;
+    const double factor = sums.total == 0.0 ? 0.0 : std::exp2(shift);
+    sums.centred = sums.total == 0.0 ? 0.0 : factor * (sums.centred + sums.total * shift);
+    sums.total *= factor;
+    sums.reward *= factor;
+    sums.anchor = anchor;
+  }
+
+  // Logit and reward of row `lane` of a block for its own item, by the products of the tiles.
+  struct Own {
+    float logit, reward;
+  };
+  Own own(Scratch& mine, int64_t block, int64_t lane, int64_t action) {
+    alignas(64) float values[kBlock<A>];
+    mine.tile.load(action, 1);
+    Own result{0.0f, 0.0f};
+    Registers<A, 1> s;
+    affine<A, 1>(mine.tile.rows, mine.tile.row_source.stride(), mine.tile.bias,
+                 problem_.block(block), problem_.depth, problem_.scale, s);
+    for (int v = 0; v < A::kColumns; ++v) A::store(values + v * A::kWidth, s[0][v]);
+    result.logit = values[lane];
+    const PolicyOperands& o = problem_.o;
+    if (o.reward == RewardKind::dense) {
+      const int64_t row = block * kBlock<A> + lane;
+      result.reward = to_float(static_cast<const T*>(o.dense)[row * o.items + action]);
+    } else if (problem_.factored) {
+      rewards<A, T, 1>(problem_, mine.tile, 0, problem_.reward_block(block), nullptr, s);
+      for (int v = 0; v < A::kColumns; ++v) A::store(values + v * A::kWidth, s[0][v]);
+      result.reward = values[lane];
+    }
+    return result;
+  }
+
+  void finish(int64_t group, int worker) {
+    const PolicyOperands& o = problem_.o;
+    const auto put = [](float* array, int64_t row, double value) {
+      if (array != nullptr) array[row] = static_cast<float>(value);
+    };
+    constexpr int64_t kRows = kGroupBlocks * kBlock<A>;
+    for (int64_t row = group * kRows; row < least((group + 1) * kRows, o.rows); ++row) {
+      const RowSums sums = merged(row);
+      const double log_total = std::log(sums.total);
+      const double log_normalizer = sums.anchor + log_total;
+      const int64_t action = o.action == nullptr ? -1 : o.action[row];
+      if (action >= 0) {
+        const Own mine = own(scratch_[worker], row / kBlock<A>, row % kBlock<A>, action);
+        put(results_.log_prob, row, (static_cast<double>(mine.logit) - sums.anchor) - log_total);
+        put(results_.action_logit, row, mine.logit);
+        put(results_.action_reward, row, mine.reward);
+      } else {
+        put(results_.log_prob, row, -INFINITY);
+        put(results_.action_logit, row, -INFINITY);
+        put(results_.action_reward, row, 0.0);
+      }
+      // All the mass of masked items is none: their total is 0 and their anchor stands for -inf.
+      put(results_.log_normalizer, row, sums.total == 0.0 ? -INFINITY : log_normalizer);
+      put(results_.expected_reward, row, sums.reward / sums.total);
+      put(results_.entropy, row, log_total - sums.centred / sums.total / kLog2E);
+      put(results_.anchor, row, sums.total == 0.0 ? -INFINITY : sums.anchor);
+      put(results_.total, row, sums.total);
+      put(results_.reward_sum, row, sums.reward);
+      put(results_.centred_sum, row, sums.centred / kLog2E);
+    }
+  }
+
+  const Problem<A, T> problem_;
+  const ForwardResults results_;
+  Workers& workers_;
+  const bool entropy_;
+  int64_t tile_items_, segment_items_, segments_, groups_;
+  Buffer<RowSums> sums_;
+  PerWorker<Scratch> scratch_;
+};
+
+template <class A, class T>
+bool forward(const PolicyOperands& operands, const ForwardResults& results, Workers& workers) {
+  return Forward<A, T>(operands, results, workers).run();
+}
+
+} // namespace
+} // namespace offtower::cpu

@@ -1,0 +1,105 @@
+// The k largest logits of each row, streaming over items: a register of scores is compared with its
+// rows' thresholds, and only what lies above is looked at one by one.
+#pragma once
+
+#include "../candidates.h"
+#include "../workers.h"
+#include "problem.h"
+
+namespace offtower::cpu {
+namespace {
+
+constexpr int64_t kTopKTile = 96;
+
+template <class A, class T>
+class TopK {
+public:
+  TopK(const PolicyOperands& operands, const TopKResults& results, Workers& workers)
+      : problem_(operands), out_(results), workers_(workers), tiles_(ceil_div(operands.items, kTopKTile)),
+        // The order of candidates is total: splits may follow the threads and change no result.
+        splits_(least(tiles_, ceil_div(workers.threads(), problem_.blocks))) {
+    found_.fill(splits_ * problem_.blocks * kBlock<A>, out_.k);
+    tile_.fill(least(workers.threads(), splits_ * problem_.blocks), problem_, kTopKTile);
+  }
+
+  bool run() {
+    const auto task = [](void* self, int64_t index, int worker) {
+      static_cast<TopK*>(self)->search(index, worker);
+    };
+    if (!workers_.run(splits_ * problem_.blocks, task, this)) return false;
+    const auto last = [](void* self, int64_t block, int) { static_cast<TopK*>(self)->write(block); };
+    return workers_.run(problem_.blocks, last, this);
+  }
+
+private:
+  static constexpr int L = kBlock<A>;
+
+  void search(int64_t index, int worker) {
+    const int64_t split = index / problem_.blocks, block = index % problem_.blocks;
+    alignas(64) float threshold[L];
+    for (int lane = 0; lane < L; ++lane) {
+      const bool row = block * L + lane < problem_.o.rows;
+      threshold[lane] = row ? __builtin_nanf("") : __builtin_inff();
+    }
+    ItemTile<A, T>& tile = tile_[worker];
+    const int64_t end = tiles_ * (split + 1) / splits_;
+    for (int64_t t = tiles_ * split / splits_; t < end; ++t) {
+      if (workers_.stopped(worker)) return;
+      const int64_t begin = t * kTopKTile;
+      tile.load(begin, least(kTopKTile, problem_.o.items - begin));
+      int64_t i = 0;
+      for (; i + kGroup <= tile.count; i += kGroup) compare<kGroup>(tile, i, block, index, threshold);
+      for (; i < tile.count; ++i) compare<1>(tile, i, block, index, threshold);
+    }
+  }
+
+  template <int M>
+  OFFTOWER_INLINE void compare(const ItemTile<A, T>& tile, int64_t item, int64_t block,
+                               int64_t index, float* threshold) {
+    Registers<A, M> s;
+    const int64_t stride = tile.row_source.stride();
+    affine<A, M>(tile.rows + item * stride, stride, tile.bias + item, problem_.block(block),
+                 problem_.depth, problem_.scale, s);
+    uint32_t any = 0;
+    OFFTOWER_UNROLL
+    for (int v = 0; v < A::kColumns; ++v) {
+      const auto limit = A::load(threshold + v * A::kWidth);
+      OFFTOWER_UNROLL
+      for (int m = 0; m < M; ++m) any |= A::not_below_or_equal(s[m][v], limit);
+    }
+    if (__builtin_expect(any == 0, 1)) return;
+    alignas(64) float score[L];
+    for (int m = 0; m < M; ++m) {
+      OFFTOWER_UNROLL
+      for (int v = 0; v < A::kColumns; ++v) A::store(score + v * A::kWidth, s[m][v]);
+      for (int lane = 0; lane < L; ++lane)
+        if (!(score[lane] <= threshold[lane]))
+          threshold[lane] = found_[index * L + lane].push(score[lane], tile.begin + item + m);
+    }
+  }
+
+  void write(int64_t block) {
+    for (int64_t lane = 0; lane < L && block * L + lane < problem_.o.rows; ++lane) {
+      Candidates& best = found_[block * L + lane];
+      for (int64_t split = 1; split < splits_; ++split)
+        best.take_from(found_[(split * problem_.blocks + block) * L + lane]);
+      const int64_t at = (block * L + lane) * out_.k;
+      best.write(out_.score + at, out_.index + at);
+    }
+  }
+
+  const Problem<A, T> problem_;
+  const TopKResults out_;
+  Workers& workers_;
+  const int64_t tiles_, splits_;
+  PerWorker<Candidates> found_; // [split][block][lane]
+  PerWorker<ItemTile<A, T>> tile_;
+};
+
+template <class A, class T>
+bool top_k(const PolicyOperands& operands, const TopKResults& results, Workers& workers) {
+  return TopK<A, T>(operands, results, workers).run();
+}
+
+} // namespace
+} // namespace offtower::cpu

@@ -1,0 +1,38 @@
+// Sums of partial arrays in a fixed order, whichever thread finishes first.
+//
+// Leaves 0..count-1 are added along a binary tree over their numbers, so the bits of the sum depend
+// on `count` alone. Leaves are handed out in order, so at most about threads + log2(count) arrays
+// exist at a time.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+namespace offtower::cpu {
+
+class MergeTree {
+public:
+  MergeTree(int64_t leaves, int64_t length);
+  ~MergeTree();
+
+  // `length` zeros for a leaf; the tree owns them. Throws std::bad_alloc.
+  float* take();
+  // Adds a finished leaf; merges it with its neighbours as far as they are there.
+  void give(int64_t leaf, float* array);
+  // The sum, after all leaves were given.
+  const float* sum() const;
+
+private:
+  const int64_t leaves_, length_;
+  std::mutex guard_;
+  std::vector<std::unique_ptr<float[]>> owned_;
+  std::vector<float*> free_;
+  std::map<std::pair<int, int64_t>, float*> waiting_; // by (level, number)
+  float* root_ = nullptr;
+};
+
+} // namespace offtower::cpu

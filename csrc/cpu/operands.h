@@ -1,0 +1,79 @@
+// What an operator is given and what it fills: plain pointers and sizes, nothing of torch.
+//
+// Arrays are row-major and contiguous. "rows" are logged contexts, "items" the catalogue.
+#pragma once
+
+#include <cstdint>
+
+namespace offtower::cpu {
+
+enum class DType : int32_t { float32 = 0, bfloat16 = 1 };
+enum class RewardKind : int32_t { none = 0, dense = 1, identity = 2, sigmoid = 3 };
+
+// Logits s_ij = <context_i, item_j> / temperature + item_bias_j, and a frozen reward model q_ij.
+struct PolicyOperands {
+  DType dtype;
+  int64_t rows, items, dim;
+  const void* context;   // (rows, dim)
+  const void* item;      // (items, dim)
+  const void* item_bias; // (items,) or null
+  const int64_t* action; // (rows,); -1 where the row's item is not among these, null: for no row
+  float temperature;
+
+  RewardKind reward;
+  const void* dense; // (rows, items)
+  int64_t reward_dim;
+  const void* reward_context; // (rows, reward_dim)
+  const void* reward_item;    // (items, reward_dim)
+  const void* reward_bias;    // (items,) or null
+};
+
+// (rows,) float32 each; null where not asked for.
+//
+// Sums over items are relative to the row's anchor, a logit within 8 of the largest:
+// total = sum_j exp(s_j - anchor), reward_sum = sum_j exp(s_j - anchor) q_j,
+// centred_sum = sum_j exp(s_j - anchor) (s_j - anchor). Sums over slices of items merge exactly.
+struct ForwardResults {
+  float* log_prob;
+  float* log_normalizer;
+  float* expected_reward;
+  float* action_reward;
+  float* entropy;
+  float* anchor;
+  float* total;
+  float* reward_sum;
+  float* centred_sum;
+  float* action_logit;
+};
+
+// Gradients of the loss in the forward results, (rows,) float32 each; null means zero.
+struct Cotangents {
+  const float* log_prob;
+  const float* log_normalizer;
+  const float* expected_reward;
+  const float* entropy;
+};
+
+struct BackwardOperands {
+  PolicyOperands policy;
+  const float* anchor; // of the forward pass; over all slices of items where there are several
+  const float* total;
+  const float* expected_reward; // null without its cotangent, and so is entropy
+  const float* entropy;
+  Cotangents cotangents;
+};
+
+// In the operands' dtype and shape; null where not asked for, and then not computed.
+struct BackwardResults {
+  void* context;
+  void* item;
+  void* item_bias;
+};
+
+struct TopKResults {
+  int64_t k;
+  float* score;   // (rows, k), falling
+  int64_t* index; // (rows, k); of equal scores the lowest comes first
+};
+
+} // namespace offtower::cpu

@@ -1,0 +1,14 @@
+// Which rows show which item, for the sparse part of a gradient.
+#pragma once
+
+#include <cstdint>
+
+namespace offtower::cpu {
+
+// Fills `order` with the rows sorted by (item, row).
+void sort_by_action(const int64_t* action, int64_t rows, int64_t* order);
+
+// The first place in `order` whose row shows `item` or one after it.
+int64_t first_showing(const int64_t* action, const int64_t* order, int64_t rows, int64_t item);
+
+} // namespace offtower::cpu

@@ -1,0 +1,41 @@
+// AVX-512 (F, BW, DQ, VL). Included after the target was set.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace offtower::cpu {
+namespace {
+
+struct Avx512 {
+  static constexpr int kWidth = 16;
+  static constexpr int kColumns = 4; // 24 of 32 registers accumulate
+  using F = __m512;
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F set(float x) { return _mm512_set1_ps(x); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  // 14 bits, whose values the architecture fixes, and one Newton step: 2^-23. For 1 <= x <= 2^126.
+  static F reciprocal(F x) {
+    const F r = _mm512_rcp14_ps(x);
+    return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(x, r, set(1.0f)), r);
+  }
+  static uint32_t above(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  static uint32_t not_below_or_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+  static F scale_exponent(F p, F shifted, F y) {
+    const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+    const __mmask16 there = _mm512_cmp_ps_mask(y, set(-126.0f), _CMP_NLT_UQ);
+    return _mm512_castsi512_ps(_mm512_maskz_add_epi32(there, _mm512_castps_si512(p), n));
+  }
+};
+
+} // namespace
+} // namespace offtower::cpu

@@ -1,0 +1,56 @@
+// Any machine: the compiler's own vectors of four floats.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../unroll.h"
+
+namespace offtower::cpu {
+namespace {
+
+struct Portable {
+  static constexpr int kWidth = 4;   // floats a register
+  static constexpr int kColumns = 2; // registers side by side in a product: 12 of 16 accumulate
+  typedef float F __attribute__((vector_size(16)));
+  typedef int32_t I __attribute__((vector_size(16)));
+
+  static F load(const float* p) {
+    F x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+  }
+  static void store(float* p, F x) { std::memcpy(p, &x, sizeof(x)); }
+  static F set(float x) { return F{x, x, x, x}; }
+  static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
+  static F mul(F a, F b) { return a * b; }
+  static F fma(F a, F b, F c) { return a * b + c; }
+  static F fms(F a, F b, F c) { return a * b - c; }
+  // b where either is NaN, as the x86 instruction has it.
+  static F max(F a, F b) { return a > b ? a : b; }
+  static F min(F a, F b) { return a < b ? a : b; }
+  static F reciprocal(F x) { return 1.0f / x; }
+  // A bit a lane: a > b, and not (a <= b).
+  static uint32_t above(F a, F b) { return bits(a > b); }
+  static uint32_t not_below_or_equal(F a, F b) { return bits(~(a <= b)); }
+  // p * 2^n, n the integer in the low bits of `shifted`; 0 where y < -126.
+  static F scale_exponent(F p, F shifted, F y) {
+    I a, n;
+    std::memcpy(&a, &p, sizeof(a));
+    std::memcpy(&n, &shifted, sizeof(n));
+    a = (a + (n << 23)) & ~(y < set(-126.0f));
+    std::memcpy(&p, &a, sizeof(p));
+    return p;
+  }
+
+private:
+  static uint32_t bits(I mask) {
+    uint32_t found = 0;
+    for (int lane = 0; lane < kWidth; ++lane) found |= (mask[lane] & 1u) << lane;
+    return found;
+  }
+};
+
+} // namespace
+} // namespace offtower::cpu

@@ -1,0 +1,175 @@
+"""The native core's calls: tensors in, addresses out, results as tensors.
+
+Everything here assumes operands that `checks` has passed and that `backends.serves` has accepted:
+float32 or bfloat16, on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offtower.ops.reference import Cotangents, Inputs, RunningSums
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_NONE, _DENSE, _IDENTITY, _SIGMOID = range(4)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the forward pass gives, each (B,) float32; absent ones are empty."""
+
+    log_prob: Tensor
+    log_normalizer: Tensor
+    expected_reward: Tensor
+    action_reward: Tensor
+    entropy: Tensor
+    anchor: Tensor
+    total: Tensor
+
+
+class _Operands:
+    """Contiguous tensors, kept alive, and the native struct of their addresses."""
+
+    def __init__(self, x: Inputs) -> None:
+        from offtower.ops import _cpu
+
+        self.kept: list[Tensor] = []
+        reward, reward_dim = _NONE, 0
+        if x.dense is not None:
+            reward = _DENSE
+        elif x.e is not None:
+            reward, reward_dim = (_SIGMOID if x.sigmoid else _IDENTITY), x.e.shape[1]
+        self.native = _cpu.Operands(
+            dtype=_DTYPES[x.u.dtype],
+            rows=x.u.shape[0],
+            items=x.v.shape[0],
+            dim=x.u.shape[1],
+            context=self.address(x.u),
+            item=self.address(x.v),
+            item_bias=self.address(x.bias),
+            action=self.address(x.action),
+            temperature=x.temperature,
+            reward=reward,
+            dense=self.address(x.dense),
+            reward_dim=reward_dim,
+            reward_context=self.address(x.e),
+            reward_item=self.address(x.t),
+            reward_bias=self.address(x.c),
+        )
+
+    def address(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        self.kept.append(tensor.detach().contiguous())
+        return self.kept[-1].data_ptr()
+
+
+def _setting() -> dict[str, Any]:
+    """Threads as torch is set; the instruction set only where one is forced."""
+    return {
+        "threads": torch.get_num_threads(),
+        "isa": os.environ.get("OFFTOWER_CPU_ISA", ""),
+    }
+
+
+def forward(x: Inputs, entropy: bool) -> Terms:
+    """All terms over all items of `x`."""
+    from offtower.ops import _cpu
+
+    operands = _Operands(x)
+    rows, reward = x.u.shape[0], x.u.shape[0] if x.has_reward else 0
+    make = torch.empty
+    terms = Terms(
+        make(rows), make(rows), make(reward), make(reward), make(rows if entropy else 0),
+        make(rows), make(rows),
+    )  # fmt: skip
+    addresses = {name: _address(tensor) for name, tensor in vars(terms).items()}
+    _cpu.forward(operands.native, **addresses, **_setting())
+    return terms
+
+
+def running_sums(x: Inputs, entropy: bool) -> tuple[RunningSums, Tensor, Tensor | None]:
+    """Sums over the items of `x`, logits (-inf) and rewards (0) of actions (-1 if elsewhere)."""
+    from offtower.ops import _cpu
+
+    operands = _Operands(x)
+    rows = x.u.shape[0]
+    top, total, logit = (torch.empty(rows) for _ in range(3))
+    reward = torch.empty(rows) if x.has_reward else None
+    action_reward = torch.empty(rows) if x.has_reward else None
+    centred = torch.empty(rows) if entropy else None
+    _cpu.forward(
+        operands.native,
+        anchor=_address(top),
+        total=_address(total),
+        reward_sum=_address(reward),
+        centred_sum=_address(centred),
+        action_logit=_address(logit),
+        action_reward=_address(action_reward),
+        **_setting(),
+    )
+    return RunningSums(top, total, reward, centred), logit, action_reward
+
+
+def backward(
+    x: Inputs,
+    sums: tuple[Tensor, Tensor],
+    expected_reward: Tensor,
+    entropy: Tensor,
+    g: Cotangents,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients in u, v and bias; only those that `needs` names are computed."""
+    from offtower.ops import _cpu
+
+    operands = _Operands(x)
+    need_u, need_v, need_b = needs
+    du = torch.empty_like(x.u, memory_format=torch.contiguous_format) if need_u else None
+    dv = torch.empty_like(x.v, memory_format=torch.contiguous_format) if need_v else None
+    db = torch.empty(x.v.shape[0], dtype=x.u.dtype) if need_b and x.bias is not None else None
+    anchor, total = sums
+    given = {
+        "g_log_prob": g.log_prob,
+        "g_log_normalizer": g.log_normalizer,
+        "g_expected_reward": g.expected_reward,
+        "g_entropy": g.entropy,
+        "anchor": anchor,
+        "total": total,
+        "expected_reward": expected_reward,
+        "entropy": entropy,
+    }
+    _cpu.backward(
+        operands.native,
+        **{name: operands.address(_float32(tensor)) for name, tensor in given.items()},
+        context=_address(du),
+        item=_address(dv),
+        item_bias=_address(db),
+        **_setting(),
+    )
+    return du, dv, db
+
+
+def top_k(x: Inputs, k: int) -> tuple[Tensor, Tensor]:
+    """Scores (B, k) float32, falling, and item numbers (B, k); of equal scores the lowest first."""
+    from offtower.ops import _cpu
+
+    operands = _Operands(x)
+    score = torch.empty(x.u.shape[0], k)
+    index = torch.empty(x.u.shape[0], k, dtype=torch.int64)
+    _cpu.top_k(
+        operands.native, k=k, score=score.data_ptr(), index=index.data_ptr(), **_setting()
+    )
+    return score, index
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _float32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
