@@ -251,6 +251,7 @@ def main() -> None:
     parser.add_argument("--one-context", action="store_true")
     parser.add_argument("--pasif", action="store_true")
     parser.add_argument("--folder", help="keep the data here and use it again")
+    parser.add_argument("--prepare", action="store_true", help="with --folder: make the data only")
     parser.add_argument("--judge", help=argparse.SUPPRESS)
     parser.add_argument("--json", help="write all numbers here ('-' for standard output)")
     args = parser.parse_args()
@@ -264,6 +265,8 @@ def main() -> None:
             folder = Path(args.folder or temporary)
             if not (folder / "run").exists():
                 prepare(args, folder)
+            if args.prepare:
+                return
             report = measured(args, folder)
             report["truth"] = truth(args, folder) if args.truth_contexts else None
     report = {"settings": {k: v for k, v in vars(args).items() if k != "judge"}, **report}
