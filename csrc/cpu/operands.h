@@ -30,7 +30,7 @@ struct PolicyOperands {
 
 // (rows,) float32 each; null where not asked for.
 //
-// Sums over items are relative to the row's anchor, a logit within 8 of the largest:
+// Sums over items are relative to the row's anchor, a logit, the largest or up to 1 below it:
 // total = sum_j exp(s_j - anchor), reward_sum = sum_j exp(s_j - anchor) q_j,
 // centred_sum = sum_j exp(s_j - anchor) (s_j - anchor). Sums over slices of items merge exactly.
 struct ForwardResults {

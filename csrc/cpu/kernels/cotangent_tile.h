@@ -65,7 +65,7 @@ OFFTOWER_INLINE void store_cotangents(const Registers<A, M>& ds, int64_t item, i
 }
 
 template <class A, class T, int M, bool kReward, bool kEntropy>
-OFFTOWER_INLINE void item_cotangents(const Problem<A, T>& problem, const RowCotangents& g,
+OFFTOWER_INLINE void item_cotangents(const Problem<A, T>& problem, const RowCotangents& g_rows,
                                      const ItemTile<A, T>& tile, int64_t item, int64_t block,
                                      int64_t row_in_tile, const float* dense, float* bias_sums,
                                      CotangentTile<A>& out) {
@@ -73,28 +73,34 @@ OFFTOWER_INLINE void item_cotangents(const Problem<A, T>& problem, const RowCota
   const int64_t row = block * kBlock<A>;
   Registers<A, M> s;
   const int64_t stride = tile.row_source.stride();
-  affine<A, M>(tile.rows + item * stride, stride, tile.bias + item, problem.block(block),
+  affine<A, M>(tile.rows + item * stride, stride, tile.bias_at(item), problem.block(block),
                problem.depth, problem.scale, s);
   alignas(64) float mass[kReward ? M * kBlock<A> : 1];
   OFFTOWER_UNROLL
   for (int v = 0; v < V; ++v) {
-    const auto anchor = A::load(g.anchor.get() + row + v * W);
-    const auto base = A::load(g.base.get() + row + v * W);
+    const auto anchor = A::load(g_rows.anchor.get() + row + v * W);
+    const auto base = A::load(g_rows.base.get() + row + v * W);
+    constexpr int G = side_by_side(M);
     OFFTOWER_UNROLL
-    for (int m = 0; m < M; ++m) {
-      const auto y = below_anchor<A>(s[m][v], anchor);
-      const auto p = exp2<A>(y);
-      if constexpr (kReward) {
-        const auto reward = A::load(g.reward.get() + row + v * W);
-        A::store(mass + m * kBlock<A> + v * W, A::mul(p, reward));
+    for (int m = 0; m < M; m += G) {
+      typename A::F p[G];
+      OFFTOWER_UNROLL
+      for (int g = 0; g < G; ++g) p[g] = below_anchor<A>(s[m + g][v], anchor);
+      exp2<A, G>(p);
+      OFFTOWER_UNROLL
+      for (int g = 0; g < G; ++g) {
+        if constexpr (kReward)
+          A::store(mass + (m + g) * kBlock<A> + v * W,
+                   A::mul(p[g], A::load(g_rows.reward.get() + row + v * W)));
+        auto factor = base;
+        if constexpr (kEntropy) {
+          const auto y = A::max(A::set(kNoMass), below_anchor<A>(s[m + g][v], anchor));
+          const auto log_pi =
+              A::fms(y, A::set(kLn2), A::load(g_rows.log_total.get() + row + v * W));
+          factor = A::sub(base, A::mul(A::load(g_rows.entropy.get() + row + v * W), log_pi));
+        }
+        s[m + g][v] = A::mul(p[g], factor);
       }
-      auto factor = base;
-      if constexpr (kEntropy) {
-        const auto log_pi = A::fms(A::max(A::set(kNoMass), y), A::set(kLn2),
-                                   A::load(g.log_total.get() + row + v * W));
-        factor = A::sub(base, A::mul(A::load(g.entropy.get() + row + v * W), log_pi));
-      }
-      s[m][v] = A::mul(p, factor);
     }
   }
   if constexpr (kReward) {
@@ -109,7 +115,7 @@ OFFTOWER_INLINE void item_cotangents(const Problem<A, T>& problem, const RowCota
     rewards<A, T, M>(problem, tile, item, problem.reward_block(block), dense, q);
     OFFTOWER_UNROLL
     for (int v = 0; v < V; ++v) {
-      const auto expected = A::load(g.expected.get() + row + v * W);
+      const auto expected = A::load(g_rows.expected.get() + row + v * W);
       OFFTOWER_UNROLL
       for (int m = 0; m < M; ++m) {
         const int64_t at = m * kBlock<A> + v * W;

@@ -10,24 +10,41 @@ constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kNoMass = -1e4f * kLog2E; // stands for -inf in p log p, where 0 * inf would be NaN
 
-// 2^y for y < 127; 0 below -126; NaN for NaN. Error 1.1 ulp.
+// y = 2^y for y < 127; 0 below -126; NaN for NaN. Error 1.1 ulp.
 //
 // Adding 1.5 * 2^23 leaves the nearest integer n in the low bits. 2^(y - n) is the polynomial of
 // degree 6 of least relative error on [-1/2, 1/2] with value 1 at 0 (Remez; 2e-9, 1.6e-8 with its
-// coefficients rounded to float32).
+// coefficients rounded to float32). G exponentials go side by side: one alone is a chain of dependent
+// steps, and three fill the pipes (8 % less time than one after the other).
+template <class S, int G>
+OFFTOWER_INLINE void exp2(typename S::F (&y)[G]) {
+  const auto magic = S::set(12582912.0f);
+  typename S::F shifted[G], r[G], p[G];
+  OFFTOWER_UNROLL
+  for (int g = 0; g < G; ++g) {
+    shifted[g] = S::add(y[g], magic);
+    r[g] = S::sub(y[g], S::sub(shifted[g], magic));
+    p[g] = S::fma(S::set(1.5353362e-4f), r[g], S::set(1.3398875e-3f));
+  }
+  const float coefficients[] = {9.6184369e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.9314718e-1f, 1.0f};
+  OFFTOWER_UNROLL
+  for (int k = 0; k < 5; ++k) {
+    OFFTOWER_UNROLL
+    for (int g = 0; g < G; ++g) p[g] = S::fma(p[g], r[g], S::set(coefficients[k]));
+  }
+  OFFTOWER_UNROLL
+  for (int g = 0; g < G; ++g) y[g] = S::scale_exponent(p[g], shifted[g], y[g]);
+}
+
 template <class S>
 OFFTOWER_INLINE typename S::F exp2(typename S::F y) {
-  const auto magic = S::set(12582912.0f);
-  const auto shifted = S::add(y, magic);
-  const auto r = S::sub(y, S::sub(shifted, magic));
-  auto p = S::fma(S::set(1.5353362e-4f), r, S::set(1.3398875e-3f));
-  p = S::fma(p, r, S::set(9.6184369e-3f));
-  p = S::fma(p, r, S::set(5.5503324e-2f));
-  p = S::fma(p, r, S::set(2.4022648e-1f));
-  p = S::fma(p, r, S::set(6.9314718e-1f));
-  p = S::fma(p, r, S::set(1.0f));
-  return S::scale_exponent(p, shifted, y);
+  typename S::F one[1] = {y};
+  exp2<S, 1>(one);
+  return one[0];
 }
+
+// How many of M to take side by side.
+constexpr int side_by_side(int m) { return m % 3 == 0 ? 3 : m % 2 == 0 ? 2 : 1; }
 
 // (s - anchor) * log2(e): exactly 0 at the anchor, and as exact as s near it, however large both are.
 template <class S>

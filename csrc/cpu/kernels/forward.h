@@ -20,7 +20,8 @@ constexpr int64_t kSegments = 64;         // at most, over the items
 constexpr int64_t kSegmentFolds = 85;     // at least: a shorter segment is not worth its merge
 constexpr int64_t kGroupBlocks = 4;       // blocks that share a tile
 constexpr float kNoLogit = -1e38f;        // the anchor before any item
-constexpr float kAnchorSlack = 8.0f;      // a logit may exceed the anchor by this much
+constexpr float kAnchorSlack = 1.0f;      // a logit may exceed the anchor by this much: more would
+                                          // cost the entropy digits, none would move it too often
 
 
 // Sums of one row over a segment.
@@ -74,19 +75,22 @@ struct BlockSums {
   alignas(64) double totals[L], rewards[L], centreds[L];
 };
 
-// Raises the anchors of lanes whose largest new logit exceeds them by more than the slack. Rare.
+// Raises the anchors of lanes whose largest new logit exceeds them by more than the slack, and moves
+// the float32 sums along. Rare after the first items of a segment.
 template <class A>
-__attribute__((noinline)) void raise_anchors(const float* top, BlockSums<A>& sums) {
-  for (int lane = 0; lane < kBlock<A>; ++lane) {
-    if (!(top[lane] > sums.limit[lane])) continue;
-    const float shift = (sums.anchor[lane] - top[lane]) * kLog2E;
-    const bool first = sums.sum[lane] == 0.0f; // nothing to move, and the shift is -1e38
-    const float factor = first ? 0.0f : std::exp2(shift);
-    sums.centred[lane] = first ? 0.0f : factor * (sums.centred[lane] + sums.sum[lane] * shift);
-    sums.sum[lane] *= factor;
-    sums.reward[lane] *= factor;
-    sums.anchor[lane] = top[lane];
-    sums.limit[lane] = top[lane] + kAnchorSlack;
+OFFTOWER_INLINE void raise_anchors(const typename A::F (&top)[A::kColumns], BlockSums<A>& sums) {
+  for (int v = 0; v < A::kColumns; ++v) {
+    const int64_t at = v * A::kWidth;
+    const auto old = A::load(sums.anchor + at), sum = A::load(sums.sum + at);
+    const auto anchor = A::where_above(top[v], A::load(sums.limit + at), top[v], old);
+    const auto shift = below_anchor<A>(old, anchor); // -1e38 before the first item, when sum is 0
+    const auto factor = exp2<A>(shift);
+    const auto centred = A::fma(sum, shift, A::load(sums.centred + at));
+    A::store(sums.anchor + at, anchor);
+    A::store(sums.limit + at, A::add(anchor, A::set(kAnchorSlack)));
+    A::store(sums.sum + at, A::mul(sum, factor));
+    A::store(sums.reward + at, A::mul(A::load(sums.reward + at), factor));
+    A::store(sums.centred + at, A::mul(centred, factor));
   }
 }
 
@@ -97,47 +101,56 @@ OFFTOWER_INLINE void add_items(const Problem<A, T>& problem, const ItemTile<A, T
   constexpr int V = A::kColumns, W = A::kWidth;
   Registers<A, M> s;
   const int64_t stride = tile.row_source.stride();
-  affine<A, M>(tile.rows + item * stride, stride, tile.bias + item, problem.block(block),
+  affine<A, M>(tile.rows + item * stride, stride, tile.bias_at(item), problem.block(block),
                problem.depth, problem.scale, s);
-  alignas(64) float tops[kBlock<A>];
+  typename A::F top[V];
   uint32_t over = 0;
   OFFTOWER_UNROLL
   for (int v = 0; v < V; ++v) {
-    auto top = s[0][v];
+    top[v] = s[0][v];
     OFFTOWER_UNROLL
-    for (int m = 1; m < M; ++m) top = A::max(top, s[m][v]);
-    over |= A::above(top, A::load(sums.limit + v * W));
-    A::store(tops + v * W, top);
+    for (int m = 1; m < M; ++m) top[v] = A::max(top[v], s[m][v]);
+    over |= A::above(top[v], A::load(sums.limit + v * W));
   }
-  if (__builtin_expect(over != 0, 0)) raise_anchors<A>(tops, sums);
+  if (__builtin_expect(over != 0, 0)) raise_anchors<A>(top, sums);
 
   alignas(64) float mass[kReward ? M * kBlock<A> : 1];
   OFFTOWER_UNROLL
   for (int v = 0; v < V; ++v) {
     const auto anchor = A::load(sums.anchor + v * W);
-    auto sum = A::load(sums.sum + v * W);
-    auto centred = A::load(sums.centred + v * W);
+    // The M items first, then all before: two short sums err less than one long one.
+    auto sum = A::set(0.0f), centred = A::set(0.0f);
+    constexpr int G = side_by_side(M);
     OFFTOWER_UNROLL
-    for (int m = 0; m < M; ++m) {
-      const auto y = below_anchor<A>(s[m][v], anchor);
-      const auto p = exp2<A>(y);
-      sum = A::add(sum, p);
-      if constexpr (kEntropy) centred = A::fma(p, A::max(A::set(kNoMass), y), centred);
-      if constexpr (kReward) A::store(mass + m * kBlock<A> + v * W, p);
+    for (int m = 0; m < M; m += G) {
+      typename A::F p[G];
+      OFFTOWER_UNROLL
+      for (int g = 0; g < G; ++g) p[g] = below_anchor<A>(s[m + g][v], anchor);
+      exp2<A, G>(p);
+      OFFTOWER_UNROLL
+      for (int g = 0; g < G; ++g) {
+        sum = A::add(sum, p[g]);
+        if constexpr (kEntropy) {
+          const auto y = below_anchor<A>(s[m + g][v], anchor);
+          centred = A::fma(p[g], A::max(A::set(kNoMass), y), centred);
+        }
+        if constexpr (kReward) A::store(mass + (m + g) * kBlock<A> + v * W, p[g]);
+      }
     }
-    A::store(sums.sum + v * W, sum);
-    if constexpr (kEntropy) A::store(sums.centred + v * W, centred);
+    A::store(sums.sum + v * W, A::add(A::load(sums.sum + v * W), sum));
+    if constexpr (kEntropy)
+      A::store(sums.centred + v * W, A::add(A::load(sums.centred + v * W), centred));
   }
   if constexpr (kReward) {
     Registers<A, M> q;
     rewards<A, T, M>(problem, tile, item, problem.reward_block(block), dense, q);
     OFFTOWER_UNROLL
     for (int v = 0; v < V; ++v) {
-      auto reward = A::load(sums.reward + v * W);
+      auto reward = A::set(0.0f);
       OFFTOWER_UNROLL
       for (int m = 0; m < M; ++m)
         reward = A::fma(A::load(mass + m * kBlock<A> + v * W), q[m][v], reward);
-      A::store(sums.reward + v * W, reward);
+      A::store(sums.reward + v * W, A::add(A::load(sums.reward + v * W), reward));
     }
   }
 }

@@ -118,15 +118,16 @@ private:
   Buffer<Unit> copy_;
 };
 
-// One float an item: zeros where there is no array.
+// One float an item; null where there is no array.
 template <class T>
 class ItemNumbers {
 public:
-  ItemNumbers(const void* array, int64_t most) : array_(static_cast<const T*>(array)), copy_(most) {}
+  ItemNumbers(const void* array, int64_t most)
+      : array_(static_cast<const T*>(array)), copy_(array == nullptr ? 0 : most) {}
 
   const float* load(int64_t begin, int64_t count) {
-    if (array_ != nullptr)
-      for (int64_t i = 0; i < count; ++i) copy_[i] = to_float(array_[begin + i]);
+    if (array_ == nullptr) return nullptr;
+    for (int64_t i = 0; i < count; ++i) copy_[i] = to_float(array_[begin + i]);
     return copy_.get();
   }
 
@@ -156,9 +157,14 @@ struct ItemTile {
 
   int64_t begin = 0, count = 0;
   const typename A::Unit* rows = nullptr;
-  const float* bias = nullptr;
+  const float* bias = nullptr; // null without an item bias
   const typename A::Unit* reward_rows = nullptr;
   const float* reward_bias = nullptr;
+  const float* bias_at(int64_t item) const { return bias == nullptr ? nullptr : bias + item; }
+  const float* reward_bias_at(int64_t item) const {
+    return reward_bias == nullptr ? nullptr : reward_bias + item;
+  }
+
   ItemRows<A, T> row_source;
   ItemNumbers<T> bias_source;
   ItemRows<A, T> reward_source;
@@ -166,8 +172,9 @@ struct ItemTile {
   const bool factored;
 };
 
-// <item, context> * scale + bias for M items and a block. Every caller gets the same bits for the
-// same item and context, so that a row's own logit is exactly the one inside its normalizer.
+// <item, context> * scale + bias for M items and a block. The bias comes last: a product summed on
+// top of it would round at the bias's size. Every caller gets the same bits for the same item and
+// context, so that a row's own logit is exactly the one inside its normalizer.
 template <class A, int M>
 OFFTOWER_INLINE void affine(const typename A::Unit* rows, int64_t stride, const float* bias,
                             const typename A::Unit* block, int64_t depth, float scale,
@@ -176,15 +183,21 @@ OFFTOWER_INLINE void affine(const typename A::Unit* rows, int64_t stride, const 
   OFFTOWER_UNROLL
   for (int m = 0; m < M; ++m) {
     OFFTOWER_UNROLL
-    for (int v = 0; v < V; ++v) s[m][v] = A::set(A::kPair == 1 ? bias[m] : 0.0f);
+    for (int v = 0; v < V; ++v) s[m][v] = A::set(0.0f);
   }
   multiply<A, M, V, false>(rows, stride, block, kBlock<A>, depth, s);
-  if constexpr (A::kPair == 2) {
+  if (A::kPair == 2 && scale != 1.0f) {
     OFFTOWER_UNROLL
     for (int m = 0; m < M; ++m) {
       OFFTOWER_UNROLL
-      for (int v = 0; v < V; ++v) s[m][v] = A::fma(s[m][v], A::set(scale), A::set(bias[m]));
+      for (int v = 0; v < V; ++v) s[m][v] = A::mul(s[m][v], A::set(scale));
     }
+  }
+  if (bias == nullptr) return;
+  OFFTOWER_UNROLL
+  for (int m = 0; m < M; ++m) {
+    OFFTOWER_UNROLL
+    for (int v = 0; v < V; ++v) s[m][v] = A::add(s[m][v], A::set(bias[m]));
   }
 }
 
@@ -214,7 +227,7 @@ OFFTOWER_INLINE void rewards(const Problem<A, T>& problem, const ItemTile<A, T>&
     return;
   }
   const int64_t stride = tile.reward_source.stride();
-  affine<A, M>(tile.reward_rows + item * stride, stride, tile.reward_bias + item, reward_block,
+  affine<A, M>(tile.reward_rows + item * stride, stride, tile.reward_bias_at(item), reward_block,
                problem.reward_depth, 1.0f, q);
   if (problem.o.reward == RewardKind::sigmoid) {
     OFFTOWER_UNROLL

@@ -58,7 +58,7 @@ private:
                                int64_t index, float* threshold) {
     Registers<A, M> s;
     const int64_t stride = tile.row_source.stride();
-    affine<A, M>(tile.rows + item * stride, stride, tile.bias + item, problem_.block(block),
+    affine<A, M>(tile.rows + item * stride, stride, tile.bias_at(item), problem_.block(block),
                  problem_.depth, problem_.scale, s);
     uint32_t any = 0;
     OFFTOWER_UNROLL

@@ -27,6 +27,9 @@ struct Avx2 {
   static F reciprocal(F x) { return _mm256_div_ps(set(1.0f), x); }
   static uint32_t above(F a, F b) { return bits(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
   static uint32_t not_below_or_equal(F a, F b) { return bits(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)); }
+  static F where_above(F a, F b, F yes, F no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+  }
   static F scale_exponent(F p, F shifted, F y) {
     const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
     const F scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), n));

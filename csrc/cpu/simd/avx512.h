@@ -30,6 +30,9 @@ struct Avx512 {
   }
   static uint32_t above(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static uint32_t not_below_or_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+  static F where_above(F a, F b, F yes, F no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
+  }
   static F scale_exponent(F p, F shifted, F y) {
     const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
     const __mmask16 there = _mm512_cmp_ps_mask(y, set(-126.0f), _CMP_NLT_UQ);

@@ -34,6 +34,7 @@ struct Portable {
   // A bit a lane: a > b, and not (a <= b).
   static uint32_t above(F a, F b) { return bits(a > b); }
   static uint32_t not_below_or_equal(F a, F b) { return bits(~(a <= b)); }
+  static F where_above(F a, F b, F yes, F no) { return a > b ? yes : no; }
   // p * 2^n, n the integer in the low bits of `shifted`; 0 where y < -126.
   static F scale_exponent(F p, F shifted, F y) {
     I a, n;

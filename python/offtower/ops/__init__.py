@@ -1,6 +1,10 @@
 """The fused operators: softmax terms over the whole catalogue without a (rounds, items) array."""
 
-from offtower.ops.backends import available_backends, backend_status
+from offtower.ops.backends import (
+    available_backends,
+    available_instruction_sets,
+    backend_status,
+)
 from offtower.ops.policy import (
     PartialTerms,
     merge_partials,
@@ -17,6 +21,7 @@ __all__ = [
     "PartialTerms",
     "PolicyTerms",
     "available_backends",
+    "available_instruction_sets",
     "backend_status",
     "merge_partials",
     "partial_terms",

@@ -1,0 +1,375 @@
+"""The native core as a citizen of a process: memory, threads, forks, signals, graphs, refusals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from offtower.errors import OperatorError
+from offtower.ops import (
+    FactoredReward,
+    available_instruction_sets,
+    merge_partials,
+    partial_terms,
+    policy_terms,
+    top_k,
+)
+from offtower.ops.library import policy_terms_op
+
+pytestmark = pytest.mark.skipif(
+    not available_instruction_sets(), reason="the native core is not built"
+)
+
+
+def operands(rows: int, items: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(rows, dim, generator=g),
+        torch.randn(items, dim, generator=g),
+        torch.randint(0, items, (rows,), generator=g),
+    )
+
+
+def python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_memory_beyond_inputs_and_outputs_is_of_the_order_of_the_rows() -> None:
+    """N = 2e6, B = 512, DR forward and backward: the (B, N) matrix alone would be 3.8 GiB.
+
+    Allowed: a hundred arrays of B x d (two threads and the merge tree hold about ten), and what
+    autograd itself holds beside the gradient of v, of which it makes no copy.
+    """
+    code = """
+import resource, torch
+from offtower.ops import FactoredReward, policy_terms
+torch.set_num_threads(2)
+rows, items, dim = 512, 2_000_000, 8
+u, v = torch.randn(rows, dim, requires_grad=True), torch.randn(items, dim, requires_grad=True)
+reward = FactoredReward(torch.randn(rows, dim), torch.randn(items, dim), link="sigmoid")
+action = torch.randint(0, items, (rows,))
+policy_terms(u[:2], v[:100], action[:2] % 100, entropy=True).entropy.sum().backward()
+u.grad = v.grad = None
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+terms = policy_terms(u, v, action, reward_model=reward, entropy=True)
+(terms.log_prob + terms.expected_reward + terms.entropy).sum().backward()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(peak * 1024 - v.grad.numel() * 4)
+"""
+    beyond = int(python(code))
+    # glibc's arenas and the interpreter itself move by a few MiB.
+    assert beyond < 100 * 512 * 8 * 4 + (12 << 20)
+
+
+def test_forked_and_spawned_workers_compute_too(tmp_path: Path) -> None:
+    """A fork after the core has run in the parent, as data loaders do; and a fresh interpreter."""
+    code = """
+import multiprocessing, sys, torch
+from offtower.ops import policy_terms
+
+def work(queue):
+    g = torch.Generator().manual_seed(1)
+    u, v = torch.randn(300, 16, generator=g), torch.randn(30_000, 16, generator=g)
+    queue.put(policy_terms(u, v, torch.arange(300)).log_prob.sum().item())
+
+if __name__ == "__main__":
+    method = sys.argv[1] if len(sys.argv) > 1 else "fork"
+    torch.set_num_threads(2)
+    here = multiprocessing.SimpleQueue()
+    work(here)
+    context = multiprocessing.get_context(method)
+    queue = context.SimpleQueue()
+    child = context.Process(target=work, args=(queue,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0, child.exitcode
+    assert queue.get() == here.get()
+"""
+    for method in ("fork", "spawn"):
+        path = tmp_path / "work.py"
+        path.write_text(code)
+        done = subprocess.run(
+            [sys.executable, str(path), method], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_it_starts_no_more_threads_than_torch_has() -> None:
+    """Threads of the process while the core computes: those that torch was given, and the watcher."""
+    code = """
+import os, threading, time, torch
+from offtower.ops import policy_terms
+torch.set_num_threads(3)
+u, v = torch.randn(512, 64), torch.randn(200_000, 64)
+action = torch.zeros(512, dtype=torch.int64)
+policy_terms(u, v, action)
+idle = len(os.listdir("/proc/self/task"))
+seen, done = [], False
+def watch():
+    while not done:
+        seen.append(len(os.listdir("/proc/self/task")))
+        time.sleep(0.001)
+watcher = threading.Thread(target=watch)
+watcher.start()
+policy_terms(u, v, action)
+done = True
+watcher.join()
+print(max(seen) - idle - 1, len(os.listdir("/proc/self/task")) - idle)
+"""
+    during, after = map(int, python(code).split())
+    assert during == 2  # two helpers beside the calling thread
+    assert after == 0  # and nothing stays
+
+
+def test_an_interrupt_ends_a_long_call_and_other_threads_run_meanwhile() -> None:
+    """SIGALRM half a second into minutes of work; a Python thread counts while the GIL is free."""
+    code = """
+import signal, threading, time, torch
+from offtower.ops import policy_terms
+class Alarm(Exception): pass
+def ring(*_): raise Alarm
+signal.signal(signal.SIGALRM, ring)
+count, stop = 0, False
+def work():
+    global count
+    while not stop:
+        count += 1
+        time.sleep(0.001)
+thread = threading.Thread(target=work); thread.start()
+u, v = torch.zeros(16_384, 256), torch.zeros(1_000_000, 256)
+signal.setitimer(signal.ITIMER_REAL, 0.5)
+begin = time.perf_counter()
+try:
+    policy_terms(u, v, torch.zeros(16_384, dtype=torch.int64))
+except Alarm:
+    print("interrupted", count > 20)
+stop = True
+thread.join()
+terms = policy_terms(u[:3], v[:3], torch.zeros(3, dtype=torch.int64))
+print(float(terms.log_normalizer[0].exp().round()))
+"""
+    assert python(code).split() == ["interrupted", "True", "3.0"]
+
+
+def test_more_threads_than_tasks() -> None:
+    code = """
+import torch
+from offtower.ops import policy_terms
+u, v = torch.ones(300, 4), torch.arange(60_000.0)[:, None].expand(-1, 4).contiguous() / 1e5
+action = torch.zeros(300, dtype=torch.int64)
+torch.set_num_threads(1)
+one = policy_terms(u, v, action).log_prob
+torch.set_num_threads(64)
+many = policy_terms(u, v, action).log_prob
+print(torch.equal(one, many))
+"""
+    assert python(code).strip() == "True"
+
+
+def test_forcing_an_instruction_set_that_is_not_there() -> None:
+    u, v, action = operands(3, 5, 2)
+    os.environ["OFFTOWER_CPU_ISA"] = "mmx"
+    try:
+        with pytest.raises(ValueError, match="OFFTOWER_CPU_ISA=mmx is not an instruction set"):
+            policy_terms(u, v, action, backend="cpu")
+    finally:
+        del os.environ["OFFTOWER_CPU_ISA"]
+
+
+def test_float64_is_the_references_business() -> None:
+    u, v, action = operands(3, 5, 2)
+    with pytest.raises(OperatorError, match=r"float32 and bfloat16.*got torch.float64"):
+        policy_terms(u.double(), v.double(), action, backend="cpu")
+    assert policy_terms(u.double(), v.double(), action).log_prob.dtype == torch.float64
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e39])
+def test_temperatures_beyond_float32(temperature: float) -> None:
+    u, v, action = operands(3, 5, 2)
+    with pytest.raises(OperatorError, match="beyond float32's range"):
+        policy_terms(u, v, action, temperature=temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_operands(dtype: torch.dtype) -> None:
+    """Views, transposes and odd offsets are what their contiguous copies are."""
+    u, v, action = operands(6, 40, 10)
+    wide = torch.zeros(40, 21, dtype=dtype)
+    wide[:, 1:21:2] = v.to(dtype)
+    view = wide[:, 1:21:2]
+    turned = u.to(dtype).T.contiguous().T
+    one = policy_terms(turned, view, action, backend="cpu")
+    two = policy_terms(u.to(dtype), v.to(dtype), action, backend="cpu")
+    assert torch.equal(one.log_prob, two.log_prob)
+    offset = torch.cat([torch.zeros(1, dtype=dtype), v.to(dtype).flatten()])[1:].view(40, 10)
+    assert torch.equal(policy_terms(u.to(dtype), offset, action).log_prob, two.log_prob)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_own_checks_of_the_native_path(dtype: torch.dtype) -> None:
+    u, v, action = operands(5, 30, 4)
+    e, t = torch.rand(5, 3, dtype=dtype), torch.rand(30, 3, dtype=dtype)
+    arguments = (
+        u.to(dtype).requires_grad_(), v.to(dtype).requires_grad_(), action, 0.7,
+        torch.rand(30).to(dtype).requires_grad_(), None, e, t, None, True, True, "cpu",
+    )  # fmt: skip
+    torch.library.opcheck(policy_terms_op, arguments)
+
+
+def test_compiled_and_used_twice() -> None:
+    """One graph, and a second use of the same terms, as with two losses."""
+    u, v, action = operands(70, 300, 12)
+
+    def losses(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        terms = policy_terms(u, v, action, entropy=True)
+        assert terms.entropy is not None
+        return terms.log_prob.square().sum(), terms.entropy.sum()
+
+    gradients = []
+    for call in (losses, torch.compile(losses, fullgraph=True, backend="aot_eager")):
+        x, y = u.clone().requires_grad_(), v.clone().requires_grad_()
+        one, two = call(x, y)
+        one.backward(retain_graph=True)
+        two.backward()
+        gradients.append((x.grad, y.grad))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_gradient_of_a_gradient_is_refused_and_not_wrong() -> None:
+    u, v, action = operands(4, 9, 3)
+    x = u.requires_grad_()
+    (first,) = torch.autograd.grad(
+        policy_terms(x, v, action).log_prob.sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError):
+        first.square().sum().backward()
+
+
+def test_autocast_takes_mixed_dtypes_and_rounds_nothing() -> None:
+    u, v, action = operands(6, 20, 4)
+    half = u.bfloat16()
+    with pytest.raises(OperatorError, match="give both one dtype"):
+        policy_terms(half, v, action)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = policy_terms(half, v, action)
+        same = policy_terms(half, v.bfloat16(), action)
+    assert torch.equal(mixed.log_prob, policy_terms(half.float(), v, action).log_prob)
+    assert torch.equal(same.log_prob, policy_terms(half, v.bfloat16(), action).log_prob)
+
+
+def test_cotangents_of_any_size_and_pattern() -> None:
+    """Zero, huge, tiny, and an expanded scalar (stride 0): each row's gradient is its own."""
+    u, v, action = operands(5, 300, 8)
+    weight = torch.tensor([0.0, 1e20, -1e-20, 1.0, 3.0])
+    x, y = u.clone().requires_grad_(), v.clone().requires_grad_()
+    policy_terms(x, y, action).log_prob.backward(weight)
+    a, b = u.double().requires_grad_(), v.double().requires_grad_()
+    policy_terms(a, b, action).log_prob.backward(weight.double())
+    assert x.grad is not None and a.grad is not None and y.grad is not None and b.grad is not None
+    error = (x.grad.double() - a.grad).norm(dim=1)
+    assert (error <= 1e-5 * a.grad.norm(dim=1)).all()
+    assert (y.grad.double() - b.grad).norm() <= 1e-5 * b.grad.norm()
+    x.grad = None
+    policy_terms(x, y, action).log_prob.sum().backward()
+    a.grad = None
+    policy_terms(a, b, action).log_prob.sum().backward()
+    torch.testing.assert_close(x.grad.double(), a.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_many_rows_of_one_item_are_summed_in_row_order() -> None:
+    """All rows show one item: the sparse part of its gradient is the longest there can be."""
+    u, v, _ = operands(3000, 100, 8)
+    action = torch.full((3000,), 41)
+    y, b = v.clone().requires_grad_(), v.double().requires_grad_()
+    policy_terms(u, y, action).log_prob.sum().backward()
+    policy_terms(u.double(), b, action).log_prob.sum().backward()
+    assert y.grad is not None and b.grad is not None
+    assert (y.grad.double() - b.grad).norm() <= 1e-5 * b.grad.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_of_items_merge_to_the_whole(dtype: torch.dtype) -> None:
+    u, v, action = operands(70, 1000, 12)
+    u, v = u.to(dtype), v.to(dtype)
+    e, t = torch.rand(70, 3).to(dtype), torch.rand(1000, 3).to(dtype)
+    parts = [
+        partial_terms(
+            u,
+            v[start:stop],
+            torch.where((action >= start) & (action < stop), action - start, -1),
+            reward_model=FactoredReward(e, t[start:stop], link="sigmoid"),
+            entropy=True,
+            backend="cpu",
+        )
+        for start, stop in ((0, 1), (1, 400), (400, 1000))
+    ]
+    reward = FactoredReward(e, t, link="sigmoid")
+    whole = policy_terms(u, v, action, reward_model=reward, entropy=True)
+    for order in (parts, parts[::-1]):
+        merged = merge_partials(order).finish()
+        for name in ("log_prob", "log_normalizer", "expected_reward", "action_reward", "entropy"):
+            torch.testing.assert_close(
+                getattr(merged, name), getattr(whole, name), rtol=1e-6, atol=2e-6
+            )
+
+
+def test_empty_batches() -> None:
+    u, v, _ = operands(0, 9, 3)
+    action = torch.zeros(0, dtype=torch.int64)
+    x, y = u.requires_grad_(), v.requires_grad_()
+    terms = policy_terms(x, y, action, entropy=True)
+    assert terms.log_prob.shape == (0,)
+    terms.log_prob.sum().backward()
+    assert y.grad is not None and not y.grad.any()
+    scores, index = top_k(u.detach(), v.detach(), 2)
+    assert scores.shape == index.shape == (0, 2)
+
+
+def test_more_rows_than_a_16_bit_number() -> None:
+    """65,537 rows, three items: equal contexts give equal terms."""
+    u = torch.randn(1, 4).expand(65_537, 4).contiguous()
+    v = torch.randn(3, 4)
+    action = torch.zeros(65_537, dtype=torch.int64)
+    terms = policy_terms(u, v, action)
+    assert (terms.log_prob == terms.log_prob[0]).all()
+    exact = torch.log_softmax(u[:1].double() @ v.double().T, 1)[0, 0]
+    assert abs(float(terms.log_prob[-1]) - float(exact)) < 1e-6
+
+
+def test_signals_that_raise_nothing_change_nothing() -> None:
+    """A handler that returns lets the call go on."""
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    u, v, action = operands(256, 100_000, 32)
+    before = signal.signal(signal.SIGALRM, count)
+    try:
+        quiet = policy_terms(u, v, action).log_prob
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        end = time.monotonic() + 0.2
+        while time.monotonic() < end:
+            assert torch.equal(policy_terms(u, v, action).log_prob, quiet)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert calls > 0
