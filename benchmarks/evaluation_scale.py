@@ -92,6 +92,7 @@ def judge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         overrides = ["evaluation.expected_reward=draws", f"evaluation.draws={args.draws}"]
     else:
         overrides = ["evaluation.draws=2"]
+    overrides.append(f"evaluation.batch_rows={args.batch}")
     started = time.perf_counter()
     found = evaluate_runs(
         [folder / "run"], overrides=overrides, select="all" if args.select else None
