@@ -4,6 +4,7 @@ The core knows nothing of torch: one library serves every torch, builds under pi
 seconds, and its absence leaves the package working on the plain-torch reference.
 """
 
+import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
@@ -20,7 +21,7 @@ cpu = Pybind11Extension(
     depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")],
     cxx_std=17,
     extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=fast"],
-    extra_link_args=["-pthread"],
+    extra_link_args=["-pthread", *(["-ldl"] if sys.platform == "linux" else [])],
 )
 # A machine without a compiler still gets a working package; `offtower doctor` says what is missing.
 cpu.optional = True

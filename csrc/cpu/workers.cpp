@@ -7,41 +7,75 @@
 #include <thread>
 #include <vector>
 
+#include "torch_threads.h"
+
 namespace offtower::cpu {
+namespace {
+
+// One run: what all of its threads share.
+struct Job {
+  Workers* workers;
+  Workers::Task task;
+  void* context;
+  int64_t count;
+  std::thread::id caller;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> helpers{0};
+  std::atomic<bool> failed{false};
+  std::mutex guard;
+  std::exception_ptr failure;
+};
+
+void work(void* shared) {
+  Job& job = *static_cast<Job*>(shared);
+  const int worker = std::this_thread::get_id() == job.caller ? 0 : 1 + job.helpers.fetch_add(1);
+  if (worker >= job.workers->threads()) return; // more than were asked for
+  try {
+    for (int64_t index; !job.failed && !job.workers->stopped(worker) &&
+                        (index = job.next.fetch_add(1)) < job.count;)
+      job.task(job.context, index, worker);
+  } catch (...) {
+    const std::lock_guard<std::mutex> held(job.guard);
+    if (!job.failure) job.failure = std::current_exception();
+    job.failed = true;
+  }
+}
+
+void run_on_own_threads(Job& job, int64_t wanted) {
+  std::vector<std::thread> helpers;
+  helpers.reserve(static_cast<size_t>(wanted));
+  try {
+    for (int64_t i = 1; i < wanted; ++i) helpers.emplace_back(work, &job);
+  } catch (const std::system_error&) {
+    // No more threads to be had: those that started do the work. The result is the same.
+  }
+  work(&job);
+  for (std::thread& helper : helpers) helper.join();
+}
+
+} // namespace
 
 double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
+
+bool uses_torch_threads() { return torch_parallel() != nullptr; }
 
 Workers::Workers(int threads, bool (*interrupted)())
     : threads_(std::max(threads, 1)), interrupted_(interrupted),
       asked_(std::chrono::steady_clock::now()) {}
 
 bool Workers::run(int64_t count, Task task, void* context) {
-  std::atomic<int64_t> next{0};
-  std::exception_ptr failure;
-  std::mutex guard;
-  const auto work = [&](int worker) {
-    try {
-      for (int64_t index; !stopped(worker) && (index = next.fetch_add(1)) < count;)
-        task(context, index, worker);
-    } catch (...) {
-      const std::lock_guard<std::mutex> held(guard);
-      if (!failure) failure = std::current_exception();
-      stop_ = true;
-    }
-  };
-  std::vector<std::thread> helpers;
+  Job job{this, task, context, count, std::this_thread::get_id(), {}, {}, {}, {}, {}};
   const int64_t wanted = std::min<int64_t>(threads_, count);
-  helpers.reserve(static_cast<size_t>(std::max<int64_t>(wanted - 1, 0)));
-  try {
-    for (int worker = 1; worker < wanted; ++worker) helpers.emplace_back(work, worker);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that started do the work. The result is the same.
-  }
-  work(0);
-  for (std::thread& helper : helpers) helper.join();
-  if (failure) std::rethrow_exception(failure);
+  const ParallelCall parallel = torch_parallel();
+  if (wanted <= 1)
+    work(&job);
+  else if (parallel != nullptr)
+    parallel(work, &job, static_cast<unsigned>(wanted), 0);
+  else
+    run_on_own_threads(job, wanted);
+  if (job.failure) std::rethrow_exception(job.failure);
   return !stop_;
 }
 

@@ -1,6 +1,9 @@
-// Threads for the length of one call, and its interruption.
+// The threads of one call, and its interruption.
 //
-// No second pool spins beside torch's, and nothing is left behind for a forked child to inherit.
+// They are torch's own where they can be found: its OpenMP threads spin for milliseconds after each
+// of its operators, and threads of ours would fight them for the cores (a third of the time of a
+// 10 ms call). Elsewhere, and in forked children, where an OpenMP pool is not to be used, they are
+// plain threads that end with the call. Results do not depend on it.
 #pragma once
 
 #include <atomic>
@@ -11,6 +14,9 @@ namespace offtower::cpu {
 
 // Of a steady clock.
 double seconds();
+
+// Whether calls of this process run on torch's OpenMP threads.
+bool uses_torch_threads();
 
 class Workers {
 public:

@@ -1,6 +1,6 @@
 """The native core against float64, for every instruction set that this machine runs.
 
-The bar is what torch itself reaches in the same dtype: the same terms computed by stable eager torch
+The bar is what torch itself reaches in the same dtype: the same terms by stable eager torch
 (max-shifted; entropy as log Z - sum p (s - max)) from the same rounded inputs.
 """
 
@@ -63,7 +63,10 @@ class Case:
         elif kind != "none":
             width = min(dim, 24)
             self.reward = FactoredReward(
-                draw(rows, width) / math.sqrt(width), draw(items, width), draw(items), kind  # type: ignore[arg-type]
+                draw(rows, width) / math.sqrt(width),
+                draw(items, width),
+                draw(items),
+                kind,  # type: ignore[arg-type]
             )
         self.cotangents = torch.randn(4, rows, dtype=torch.float64, generator=g)
 
@@ -123,8 +126,9 @@ def test_errors_are_within_twice_those_of_torch(
     """Ragged shapes; near-uniform to so peaked that logits pass 1e4.
 
     Root mean squares over rows and seeds: single errors are a few roundings, and the ratio of two
-    largest ones says little. On top of twice torch's there is one rounding of the result (of 1, where
-    it is smaller: log-probabilities are differences of such numbers), since torch is at times exact.
+    largest ones says little. On top of twice torch's there is one rounding of the result (of 1,
+    where it is smaller: log-probabilities are differences of such numbers), since torch is at
+    times exact.
     """
     for shape in SHAPES:
         errors: dict[str, list[list[Tensor]]] = {}
@@ -141,7 +145,9 @@ def test_errors_are_within_twice_those_of_torch(
         for name, (ours, torchs) in errors.items():
             gradient = name in ("du", "dv", "db")
             rounded_to = dtype if gradient else torch.float32
-            floor = torch.finfo(rounded_to).eps / 2 * (size[name] if gradient else max(1, size[name]))
+            floor = (
+                torch.finfo(rounded_to).eps / 2 * (size[name] if gradient else max(1, size[name]))
+            )
             mine, bar = rms(ours), 2 * rms(torchs) + floor
             assert mine <= bar, (name, shape, mine, bar)
 
@@ -198,7 +204,7 @@ def test_huge_logits(isa: str, logit: float, items: int) -> None:
 def test_same_bits_on_every_run_and_with_any_number_of_threads(
     isa: str, dtype: torch.dtype, kind: str
 ) -> None:
-    """20,000 items: several segments forward, sixty-four backward; three blocks of rows and a bit."""
+    """20,000 items: segments forward and sixty-four backward; three blocks of rows and more."""
     case = Case(200, 20_000, 40, kind, dtype)
     before = torch.get_num_threads()
     first: dict[str, Tensor] | None = None

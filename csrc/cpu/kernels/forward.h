@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kFold = 96;             // items between two folds; a multiple of kGroup
 constexpr int64_t kTileBytes = 192 << 10; // of items that stay in the second-level cache
 constexpr int64_t kSegments = 64;         // at most, over the items
-constexpr int64_t kSegmentFolds = 85;     // at least: a shorter segment is not worth its merge
+constexpr int64_t kSegmentFolds = 43;     // about: the merge of a shorter one costs over 1 %
 constexpr int64_t kGroupBlocks = 4;       // blocks that share a tile
 constexpr float kNoLogit = -1e38f;        // the anchor before any item
 constexpr float kAnchorSlack = 1.0f;      // a logit may exceed the anchor by this much: more would
@@ -182,8 +182,8 @@ public:
     tile_items_ = largest(kFold, kTileBytes / largest(bytes, 1) / kFold * kFold);
     const int64_t folds = ceil_div(items, kFold);
     // From the sizes alone, so that the bits do not depend on the threads.
-    const int64_t segment_folds = largest(ceil_div(folds, kSegments), kSegmentFolds);
-    segment_items_ = segment_folds * kFold;
+    const int64_t wanted = largest(1, least(folds / kSegmentFolds, kSegments));
+    segment_items_ = ceil_div(folds, wanted) * kFold;
     segments_ = ceil_div(items, segment_items_);
     groups_ = ceil_div(problem_.blocks, kGroupBlocks);
     sums_.resize(segments_ * operands.rows);

@@ -26,9 +26,10 @@ def _load_cpu() -> tuple[ModuleType | None, str]:
         )
     forced = os.environ.get("OFFTOWER_CPU_ISA")
     chosen = f"OFFTOWER_CPU_ISA={forced}" if forced else f"uses {_cpu.isas_here()[0]}"
+    whose = "torch's" if _cpu.uses_torch_threads() else "its own"
     return _cpu, (
         f"built for {', '.join(_cpu.isas())}; this machine runs {', '.join(_cpu.isas_here())} "
-        f"and {chosen}"
+        f"and {chosen}, on {whose} threads"
     )
 
 

@@ -88,7 +88,7 @@ def forward(x: Inputs, entropy: bool) -> Terms:
         make(rows), make(rows), make(reward), make(reward), make(rows if entropy else 0),
         make(rows), make(rows),
     )  # fmt: skip
-    addresses = {name: _address(tensor) for name, tensor in vars(terms).items()}
+    addresses: dict[str, Any] = {name: _address(tensor) for name, tensor in vars(terms).items()}
     _cpu.forward(operands.native, **addresses, **_setting())
     return terms
 
@@ -133,7 +133,7 @@ def backward(
     dv = torch.empty_like(x.v, memory_format=torch.contiguous_format) if need_v else None
     db = torch.empty(x.v.shape[0], dtype=x.u.dtype) if need_b and x.bias is not None else None
     anchor, total = sums
-    given = {
+    given: dict[str, Tensor | None] = {
         "g_log_prob": g.log_prob,
         "g_log_normalizer": g.log_normalizer,
         "g_expected_reward": g.expected_reward,
@@ -143,9 +143,12 @@ def backward(
         "expected_reward": expected_reward,
         "entropy": entropy,
     }
+    addresses: dict[str, Any] = {
+        name: operands.address(_float32(tensor)) for name, tensor in given.items()
+    }
     _cpu.backward(
         operands.native,
-        **{name: operands.address(_float32(tensor)) for name, tensor in given.items()},
+        **addresses,
         context=_address(du),
         item=_address(dv),
         item_bias=_address(db),
@@ -161,9 +164,7 @@ def top_k(x: Inputs, k: int) -> tuple[Tensor, Tensor]:
     operands = _Operands(x)
     score = torch.empty(x.u.shape[0], k)
     index = torch.empty(x.u.shape[0], k, dtype=torch.int64)
-    _cpu.top_k(
-        operands.native, k=k, score=score.data_ptr(), index=index.data_ptr(), **_setting()
-    )
+    _cpu.top_k(operands.native, k=k, score=score.data_ptr(), index=index.data_ptr(), **_setting())
     return score, index
 
 
