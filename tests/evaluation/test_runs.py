@@ -258,3 +258,39 @@ def test_coverage_and_calibration_are_reported(place: Path) -> None:
     assert found.coverage["a"].unlogged == 0.0
     assert found.pscore_calibration is not None and found.pscore_calibration.ok
     assert found.to_dict()["coverage"]["a"]["draws"] == 500 * 20
+
+
+def test_models_over_pairs_at_draws_agree_with_the_sum_over_the_catalogue(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Boosted trees over a catalogue that is too large to sum: DM at draws, within its noise."""
+    option = "selection.models=[trees]"
+    exact = judge(place, option, select="paired").selection["a"].results["paired"].ranking
+    monkeypatch.setattr("offtower.evaluation.judging.EXACT_PAIRS", 0)
+    drawn = judge(place, option, "draws=16", select="paired").selection["a"]
+    at_draws = {score.name: score.value for score in drawn.results["paired"].ranking}
+    for score in exact:
+        if score.name == "DM[trees]":
+            assert at_draws[score.name] != score.value
+            assert at_draws[score.name] == pytest.approx(score.value, abs=0.02)
+        if score.name in ("IPS", "SNIPS"):
+            assert at_draws[score.name] == pytest.approx(score.value, rel=1e-5)
+
+
+def test_a_pair_model_reads_any_items_alike(place: Path) -> None:
+    from offtower.evaluation.pair_models import fit_pair_model, trees_config
+    from offtower.prepare import open_data
+    from offtower.progress import Progress
+    from offtower.run_directory import RunDirectory
+
+    directory = RunDirectory(place / "runs" / "a")
+    data = open_data(directory.load_config(), Progress(), directory.path)
+    model = fit_pair_model(trees_config(True), data, seed=0, max_rows=500)
+    rows = next(iter(scan(data.train, data.catalogue, data.context_encoding, 40)))
+    every = model.everywhere(rows).values.numpy()
+    assert every.shape == (40, ITEMS) and 0 <= every.min() and every.max() <= 1
+    np.testing.assert_allclose(model.logged(rows), every[np.arange(40), rows.action], rtol=1e-6)
+    item = np.random.default_rng(0).integers(0, ITEMS, (40, 3))
+    np.testing.assert_allclose(
+        model.at(rows, item), np.take_along_axis(every, item, axis=1), rtol=1e-6
+    )
