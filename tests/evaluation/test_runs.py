@@ -288,7 +288,7 @@ def test_a_pair_model_reads_any_items_alike(place: Path) -> None:
     model = fit_pair_model(trees_config(True), data, seed=0, max_rows=500)
     rows = next(iter(scan(data.train, data.catalogue, data.context_encoding, 40)))
     every = model.everywhere(rows).values.numpy()
-    assert every.shape == (40, ITEMS) and 0 <= every.min() and every.max() <= 1
+    assert every.shape == (40, ITEMS) and every.min() >= 0 and every.max() <= 1
     np.testing.assert_allclose(model.logged(rows), every[np.arange(40), rows.action], rtol=1e-6)
     item = np.random.default_rng(0).integers(0, ITEMS, (40, 3))
     np.testing.assert_allclose(
