@@ -14,6 +14,7 @@ torch's best square matrix product in that dtype. Variants take turns in one pro
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import resource
@@ -69,8 +70,10 @@ def calls_of_ours(x: Operands) -> dict[str, Callable[[], None]]:
     return dict(zip(WORK, (forward, backward, doubly_robust), strict=True))
 
 
-def medians(calls: dict[str, Callable[[], None]], x: Operands, repeats: int) -> dict[str, float]:
-    """Seconds; every call once a round, the first round uncounted."""
+def rounds(
+    calls: dict[str, Callable[[], None]], x: Operands, repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of every call, once a round; a first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
@@ -79,76 +82,116 @@ def medians(calls: dict[str, Callable[[], None]], x: Operands, repeats: int) -> 
             call()
             if turn:
                 times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(t) for name, t in times.items()}
+    return times
 
 
-def limits(dtype: str) -> dict[str, float]:
-    """Operations a second: registers alone, and torch's best square product."""
-    code = list(DTYPES).index(dtype)
-    threads = torch.get_num_threads()
-    registers = max(_cpu.multiply_add_rate(code, threads) for _ in range(3))
-    best = 0.0
-    for n in (1024, 2048, 4096):
-        a, b = (torch.randn(n, n).to(DTYPES[dtype]) for _ in range(2))
-        for _ in range(4):
+def medians(calls: dict[str, Callable[[], None]], x: Operands, repeats: int) -> dict[str, float]:
+    return {name: statistics.median(t) for name, t in rounds(calls, x, repeats).items()}
+
+
+class Limits:
+    """The machine's two rates, measured in every round: it may slow down between rounds."""
+
+    SIZE = 2048
+
+    def __init__(self, dtype: str) -> None:
+        self._code = list(DTYPES).index(dtype)
+        self._a, self._b = (torch.randn(self.SIZE, self.SIZE).to(DTYPES[dtype]) for _ in range(2))
+        self.registers: list[float] = []
+        self.square: list[float] = []
+
+    def calls(self) -> dict[str, Callable[[], None]]:
+        def registers() -> None:
+            self.registers.append(_cpu.multiply_add_rate(self._code, torch.get_num_threads()))
+
+        def square() -> None:
             begin = time.perf_counter()
-            a @ b
-            best = max(best, 2 * n**3 / (time.perf_counter() - begin))
-    return {"registers": registers, "square product": best}
+            self._a @ self._b
+            self.square.append(2 * self.SIZE**3 / (time.perf_counter() - begin))
+
+        return {"registers": registers, "square": square}
+
+    def shares(self, work: float, times: list[float]) -> dict[str, float]:
+        """Medians over rounds of rate / limit of that round."""
+        counted = len(times)
+        return {
+            name: statistics.median(
+                work / t / limit for t, limit in zip(times, limits[-counted:], strict=True)
+            )
+            for name, limits in (
+                ("share of registers", self.registers),
+                ("share of square product", self.square),
+            )
+        }
 
 
 def shares(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    sizes = itertools.product(arguments.rows, arguments.items, arguments.dim)
+    return [
+        case
+        for dtype, (rows, items, dim) in itertools.product(arguments.dtype, list(sizes))
+        for case in _shares(dtype, rows, items, dim, arguments.repeats)
+    ]
+
+
+def _shares(dtype: str, rows: int, items: int, dim: int, repeats: int) -> list[dict[str, Any]]:
+    x, limits = Operands(rows, items, dim, DTYPES[dtype]), Limits(dtype)
+    calls = calls_of_ours(x)
+    if items > 2_000_000:
+        calls.pop("DR forward+backward")  # two more arrays of items x dim
+    times = rounds({**limits.calls(), **calls}, x, repeats)
     found = []
-    for dtype in arguments.dtype:
-        for rows in arguments.rows:
-            for items in arguments.items:
-                for dim in arguments.dim:
-                    limit = limits(dtype)
-                    x = Operands(rows, items, dim, DTYPES[dtype])
-                    took = medians(calls_of_ours(x), x, arguments.repeats)
-                    for name, seconds in took.items():
-                        rate = WORK[name] * rows * items * dim / seconds
-                        found.append(
-                            {
-                                "case": name, "dtype": dtype, "rows": rows, "items": items,
-                                "dim": dim, "milliseconds": seconds * 1e3, "gflops": rate / 1e9,
-                                "share of registers": rate / limit["registers"],
-                                "share of square product": rate / limit["square product"],
-                            }
-                        )  # fmt: skip
+    for name in calls:
+        work = WORK[name] * rows * items * dim
+        seconds = statistics.median(times[name])
+        found.append(
+            {
+                "case": name, "dtype": dtype, "rows": rows, "items": items, "dim": dim,
+                "milliseconds": seconds * 1e3, "gflops": work / seconds / 1e9,
+                **limits.shares(work, times[name]),
+            }
+        )  # fmt: skip
     return found
 
 
 def against_peers(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    sizes = itertools.product(arguments.rows, arguments.items, arguments.dim)
+    return [
+        case
+        for dtype, (rows, items, dim) in itertools.product(arguments.dtype, list(sizes))
+        for case in _against_peers(dtype, rows, items, dim, arguments)
+    ]
+
+
+def _against_peers(
+    dtype: str, rows: int, items: int, dim: int, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    x = Operands(rows, items, dim, DTYPES[dtype])
+    matrix_gib = 4 * rows * items * 4 / 2**30  # logits, their softmax, and both gradients
+    fits = {
+        name: peer
+        for name, peer in peers().items()
+        if matrix_gib <= arguments.gib or name.startswith(("chunked", "compiled"))
+    }
+    ours = calls_of_ours(x)
+    forward = {name: _without_gradient(peer, x) for name, peer in fits.items()}
+    forward["attention"] = _without_gradient(attention, x)
+    if matrix_gib <= arguments.gib:
+        forward["bare product"] = _without_gradient(bare_product, x)
+    forward["offtower"] = ours["log_prob forward"]
+    both = {name: _with_gradient(peer, x) for name, peer in fits.items()}
+    both["offtower"] = ours["log_prob forward+backward"]
     found = []
-    for dtype in arguments.dtype:
-        for rows in arguments.rows:
-            for items in arguments.items:
-                for dim in arguments.dim:
-                    gib = 4 * rows * items * 4 / 2**30  # eager's logits, their softmax, gradients
-                    x = Operands(rows, items, dim, DTYPES[dtype])
-                    forward: dict[str, Callable[[], None]] = {}
-                    both: dict[str, Callable[[], None]] = {}
-                    for name, peer in {**peers(), "bare product": bare_product}.items():
-                        if gib > arguments.gib and not name.startswith(("chunked", "compiled")):
-                            continue  # would not fit; said in the table by its absence
-                        forward[name] = _without_gradient(peer, x)
-                        if peer is not bare_product:
-                            both[name] = _with_gradient(peer, x)
-                    forward["attention"] = _without_gradient(attention, x)
-                    ours = calls_of_ours(x)
-                    forward["offtower"] = ours["log_prob forward"]
-                    both["offtower"] = ours["log_prob forward+backward"]
-                    for case, calls in (("forward", forward), ("forward+backward", both)):
-                        took = medians(calls, x, arguments.repeats)
-                        for name, seconds in took.items():
-                            found.append(
-                                {
-                                    "case": case, "dtype": dtype, "rows": rows, "items": items,
-                                    "dim": dim, "variant": name, "milliseconds": seconds * 1e3,
-                                    "times ours": seconds / took["offtower"],
-                                }
-                            )  # fmt: skip
+    for case, calls in (("forward", forward), ("forward+backward", both)):
+        took = medians(calls, x, arguments.repeats)
+        for name, seconds in took.items():
+            found.append(
+                {
+                    "case": case, "dtype": dtype, "rows": rows, "items": items, "dim": dim,
+                    "variant": name, "milliseconds": seconds * 1e3,
+                    "times ours": seconds / took["offtower"],
+                }
+            )  # fmt: skip
     return found
 
 
@@ -168,24 +211,11 @@ def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """B = 256: with N at d = 64, and with d at N = 200,000."""
     sizes = [(n, 64) for n in (10_000, 100_000, 1_000_000, 10_000_000)]
     sizes += [(200_000, d) for d in (16, 32, 48, 64, 100, 128, 256)]
-    found = []
-    for dtype in arguments.dtype:
-        limit = limits(dtype)
-        for items, dim in sizes:
-            x = Operands(256, items, dim, DTYPES[dtype])
-            calls = calls_of_ours(x)
-            if items > 2_000_000:
-                calls.pop("DR forward+backward")
-            for name, seconds in medians(calls, x, arguments.repeats).items():
-                rate = WORK[name] * 256 * items * dim / seconds
-                found.append(
-                    {
-                        "case": name, "dtype": dtype, "rows": 256, "items": items, "dim": dim,
-                        "milliseconds": seconds * 1e3, "gflops": rate / 1e9,
-                        "share of registers": rate / limit["registers"],
-                    }
-                )  # fmt: skip
-    return found
+    return [
+        case
+        for dtype, (items, dim) in itertools.product(arguments.dtype, sizes)
+        for case in _shares(dtype, 256, items, dim, arguments.repeats)
+    ]
 
 
 def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -267,7 +297,7 @@ def main() -> None:
             "machine": platform.machine(), "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "instruction set": available_instruction_sets()[0],
-            "limits": {name: limits(name) for name in arguments.dtype}, "rows": rows,
+            "rows": rows,
         }  # fmt: skip
         arguments.json.write_text(json.dumps(facts, indent=1))
 

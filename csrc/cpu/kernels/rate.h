@@ -9,7 +9,7 @@ namespace {
 
 template <class A>
 double multiply_add_rate() {
-  constexpr int64_t kSteps = 20'000'000;
+  constexpr int64_t kSteps = 10'000'000;
   constexpr int kChains = 12; // enough to hide the latency
   typename A::F acc[kChains];
   OFFTOWER_UNROLL
