@@ -10,13 +10,15 @@ and by the rank correlation of its ranking, with standard errors over repetition
     python benchmarks/estimator_selection.py --worlds 100 101 102 --repetitions 200 --truth 1000
     python benchmarks/estimator_selection.py --selectors ablation --repetitions 100
 
-Worlds 0 to 39, 104 and 105 were looked at while the selectors were designed; report others.
+Worlds 0 to 39, 104, 105 and 200 to 211 were looked at while the selectors were designed; report
+others. A long run may be cut into pieces: --resume DIR --minutes 4, the same command again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -156,6 +158,7 @@ def selectors(which: str, network: NetworkOptions) -> dict[str, Selector]:
     """Named sets of selectors."""
     main = {
         "paired": Selector("paired"),
+        "paired, overlap not charged": Selector("paired", {"overlap": 0.0}),
         "pasif exact, 10 splits": Selector("pasif", {"repetitions": 10, "ties": "none"}),
         "pasif exact, 100 splits": Selector("pasif", {"ties": "none"}),
         "pasif exact, ties by pairing": Selector("pasif"),
@@ -190,17 +193,53 @@ def selectors(which: str, network: NetworkOptions) -> dict[str, Selector]:
         "paired, no caution, no prior": Selector("paired", {"caution": 0.0, "tie_width": 0.0}),
         "paired, caution only": Selector("paired", {"tie_width": 0.0}),
         "paired, prior only": Selector("paired", {"caution": 0.0}),
+        "paired, overlap not charged": Selector("paired", {"overlap": 0.0}),
         "paired": Selector("paired"),
     }
     return {**pasif, **paired}
 
 
-def run_log(task: tuple[World, int, dict[str, Selector]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Store:
+    """Finished rankings in a folder, so that a long run can go on where it was stopped.
+
+    deadline: time.time() after which no new ranking is begun.
+    """
+
+    folder: str
+    deadline: float = math.inf
+
+    def get(self, key: str) -> tuple[list[Any], float] | None:
+        """A stored ranking (or estimates) and its seconds. Stops the program where it is late."""
+        path = os.path.join(self.folder, key + ".json")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                content = json.load(file)
+            return content["order"], content["seconds"]
+        if time.time() > self.deadline:
+            raise SystemExit("time is up; the same command goes on from here")
+        return None
+
+    def put(self, key: str, order: list[Any], seconds: float) -> None:
+        """Store a ranking."""
+        path = os.path.join(self.folder, key + ".json")
+        os.makedirs(self.folder, exist_ok=True)
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            json.dump({"order": order, "seconds": seconds}, file)
+        os.replace(path + ".part", path)
+
+
+def run_log(task: tuple[World, int, dict[str, Selector], Store | None]) -> dict[str, Any]:
     """One log: every candidate's estimate per target, and every selector's ranking."""
-    world, number, chosen = task
-    data = world.log(number)
+    world, number, chosen, store = task
     pool = candidates()
     names = [c.name for c in pool]
+    truth_key = f"estimates-{world.seed}-{number}"
+    if store is not None and not chosen:
+        found = store.get(truth_key)
+        if found is not None:
+            return {"estimates": np.array(found[0]), "orders": {}, "seconds": {}}
+    data = world.log(number)
     estimates = np.empty((len(TARGETS), len(pool)))
     orders: dict[str, list[list[int]]] = {name: [] for name in chosen}
     seconds: dict[str, float] = dict.fromkeys(chosen, 0.0)
@@ -215,19 +254,29 @@ def run_log(task: tuple[World, int, dict[str, Selector]]) -> dict[str, Any]:
             item_features=np.eye(world.n_actions),
             row_policy=data["row_policy"],
             policies=data["policies"],
+            model_parameters={"linear": world.dim + world.n_actions},
         )
         estimates[t] = log.problem.values(pool)
         for name, selector in chosen.items():
-            started = time.perf_counter()
-            result = select_estimator(
-                log,
-                pool,
-                method=selector.method,
-                **({} if selector.method in ("paired", "slope") else {"seed": number}),
-                **selector.options,
-            )
-            seconds[name] += (time.perf_counter() - started) / len(TARGETS)
-            orders[name].append([names.index(s.name) for s in result.ranking])
+            key = f"{world.seed}-{number}-{beta:g}-{name.replace(' ', '_')}"
+            stored = None if store is None else store.get(key)
+            if stored is None:
+                started = time.perf_counter()
+                result = select_estimator(
+                    log,
+                    pool,
+                    method=selector.method,
+                    **({} if selector.method in ("paired", "slope") else {"seed": number}),
+                    **selector.options,
+                )
+                order = [names.index(s.name) for s in result.ranking]
+                stored = order, time.perf_counter() - started
+                if store is not None:
+                    store.put(key, *stored)
+            seconds[name] += stored[1] / len(TARGETS)
+            orders[name].append(stored[0])
+    if store is not None and not chosen:
+        store.put(truth_key, estimates.tolist(), 0.0)
     return {"estimates": estimates, "orders": orders, "seconds": seconds}
 
 
@@ -276,10 +325,15 @@ def summarise(
 
 def run_world(world: World, args: argparse.Namespace, map_: Callable[..., Any]) -> dict[str, Any]:
     """Truth and selectors on one world."""
-    network = NetworkOptions(epochs=args.network_epochs, learning_rate=args.network_rate)
+    network = NetworkOptions(
+        epochs=args.network_epochs,
+        learning_rate=args.network_rate,
+        precision=args.network_precision,
+        whole_grid=not args.network_first,
+    )
     chosen = selectors(args.selectors, network)
     logs = max(args.truth, args.repetitions)
-    tasks = [(world, i, chosen if i < args.repetitions else {}) for i in range(logs)]
+    tasks = [(world, i, chosen if i < args.repetitions else {}, args.store) for i in range(logs)]
     results = list(map_(run_log, tasks))
     truth = np.array([world.truth(beta) for beta in TARGETS])
     errors = np.array([r["estimates"] for r in results]) - truth[None, :, None]
@@ -397,11 +451,19 @@ def main() -> None:
     parser.add_argument("--selectors", choices=("main", "ablation", "network"), default="main")
     parser.add_argument("--network-epochs", type=int, default=5000, help="published: 5000")
     parser.add_argument("--network-rate", type=float, default=1e-3, help="published: 0.001")
+    parser.add_argument("--network-precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--network-first", action="store_true", help="stop at the first lambda that qualifies"
+    )
+    parser.add_argument("--resume", help="folder of finished rankings; go on where a run stopped")
+    parser.add_argument("--minutes", type=float, help="with --resume: stop after so long")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", help="write all numbers here ('-' for standard output)")
     parser.add_argument("--figure", help="write the figure here (.png, .svg, .pdf)")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    late = math.inf if args.minutes is None else time.time() + 60 * args.minutes
+    args.store = Store(args.resume, late) if args.resume else None
     results = []
     for seed in args.worlds:
         world = World(seed, rounds=args.rounds, logging=(args.logging[0], args.logging[1]))
@@ -414,7 +476,8 @@ def main() -> None:
         print(f"world {seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     total = combine(results)
     print_table(total)
-    report = {"settings": vars(args), "total": total, "worlds": results}
+    settings = {name: value for name, value in vars(args).items() if name != "store"}
+    report = {"settings": settings, "total": total, "worlds": results}
     if args.json == "-":
         print(json.dumps(report))
     elif args.json:

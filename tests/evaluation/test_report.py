@@ -9,14 +9,17 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from offtower.evaluation import EvaluationRows
 from offtower.evaluation.evaluate import evaluate_rows
 from offtower.evaluation.report import write_report
+from offtower.evaluation.report.plots import COLOURS, DASHES, MARKERS
 from offtower.evaluation.report.render import number
 from offtower.evaluation.run import HISTOGRAM_EDGES, LogEvaluation
+from offtower.evaluation.selection import SelectionLog, compare_selectors, default_candidates
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -120,45 +123,123 @@ def test_numbers() -> None:
     assert number(1234567.0) == "1.23e+06"
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_page_never_scrolls_sideways(tmp_path: Path, width: int) -> None:
-    """The page, laid out in a frame of that width, is no wider; only boxes inside it may scroll."""
-    long = "a-policy-with-a-very-long-name-" * 4
-    html = render(tmp_path / "report.html", evaluation(names=("short", long)))
-    source = json.dumps(html).replace("</", "<\\/")
-    frame = (
-        f"<body style='margin:0'><iframe id=f style='width:{width}px;height:900px;border:0'>"
-        "</iframe>"
-        "<pre id=out></pre><script>const f=document.getElementById('f');"
-        "f.onload=()=>{const d=f.contentDocument.documentElement;"
-        "document.getElementById('out').textContent=`width ${d.scrollWidth} of ${d.clientWidth}`};"
-        f"f.srcdoc={source};</script>"
-    )
-    page = tmp_path / "frame.html"
-    page.write_text(frame)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium on this machine: the page cannot be looked at"
+)
+
+
+def chromium(tmp_path: Path, page: Path, *arguments: str) -> str:
+    """What headless chromium prints for a page."""
     done = subprocess.run(
         [
-            "chromium",
+            str(CHROMIUM),
             "--headless",
             "--no-sandbox",
             "--disable-gpu",
             "--disable-quic",
+            "--hide-scrollbars",
             "--no-first-run",
             "--disable-background-networking",
             "--disable-component-update",
             "--disable-sync",
             f"--user-data-dir={tmp_path / 'profile'}",
             "--virtual-time-budget=4000",
-            "--dump-dom",
+            *arguments,
             page.as_uri(),
         ],
         capture_output=True,
         text=True,
         timeout=90,
     )
-    found = re.search(r"width (\d+) of (\d+)", done.stdout)
-    assert found is not None, done.stderr[-500:]
+    assert done.returncode == 0, done.stderr[-500:]
+    return done.stdout
+
+
+def framed(tmp_path: Path, html: str, width: int, height: int) -> Path:
+    """A page that shows the report in a frame, since a window has a least width of its own."""
+    source = json.dumps(html).replace("</", "<\\/")
+    page = tmp_path / "frame.html"
+    page.write_text(
+        f"<body style='margin:0'><iframe id=f style='width:{width}px;height:{height}px;border:0'>"
+        "</iframe>"
+        "<pre id=out></pre><script>const f=document.getElementById('f');"
+        "f.onload=()=>{const d=f.contentDocument.documentElement;"
+        "document.getElementById('out').textContent=`width ${d.scrollWidth} of ${d.clientWidth}`};"
+        f"f.srcdoc={source};</script>"
+    )
+    return page
+
+
+def selected() -> LogEvaluation:
+    """A report with everything in it: several policies with long names, and a selection."""
+    long = "a-policy-with-a-very-long-name-" * 4
+    one = evaluation(names=("short", long))
+    rng = np.random.default_rng(1)
+    rows = EvaluationRows(
+        rng.lognormal(-0.1, 0.4, 500),
+        (rng.random(500) < 0.3) * 1.0,
+        np.full(500, 0.3),
+        rng.uniform(0.2, 0.4, 500),
+    )
+    log = SelectionLog.from_rows({"trees": rows})
+    one.selection = {"short": compare_selectors(log, default_candidates(log.problem))}
+    return one
+
+
+def test_a_selection_shows_its_ranking_and_its_disagreements(tmp_path: Path) -> None:
+    one = selected()
+    html = render(tmp_path / "report.html", one)
+    found = one.selection["short"]
+    assert "Ranking by paired" in html and "heuristic could not run" in html
+    for score in found.results["paired"].ranking[:8]:
+        assert f"<td>{score.name}</td>" in html
+    for method in found.disagreements:
+        assert f"<li><b>{method}</b> chooses" in html
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored["logs"][0]["selection"]["short"]["disagreements"] == found.disagreements
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_never_scrolls_sideways(tmp_path: Path, width: int) -> None:
+    """The page, laid out in a frame of that width, is no wider; only boxes inside it may scroll."""
+    page = framed(tmp_path, render(tmp_path / "report.html", selected()), width, 900)
+    printed = chromium(tmp_path, page, "--dump-dom")
+    found = re.search(r"width (\d+) of (\d+)", printed)
+    assert found is not None
     # The frame's own scroll bar may take up to 15 pixels of the width.
     assert width - 15 <= int(found[2]) <= width
     assert int(found[1]) <= int(found[2])
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+def test_screenshot_has_ink_in_every_part_and_a_margin(tmp_path: Path, width: int) -> None:
+    """Phone and desktop: charts are drawn (their colours are there), nothing touches the edges."""
+    page = framed(tmp_path, render(tmp_path / "report.html", selected()), width, 3000)
+    shot = tmp_path / "shot.png"
+    chromium(tmp_path, page, f"--screenshot={shot}", f"--window-size={max(width, 800)},3000")
+    image = plt.imread(shot)[:3000, :width, :3]
+    assert image.shape[0] == 3000
+    dark = image.mean(axis=2) < 0.6
+    for part in np.array_split(dark, 6):
+        assert part.mean() > 0.002
+    assert not dark[:, :8].any() and not dark[200:, -8:].any()
+    blue = np.abs(image - np.array([0.0, 0x72 / 255, 0xB2 / 255])).max(axis=2) < 0.02
+    assert blue.sum() > 200
+
+
+@needs_chromium
+def test_prints_on_paper(tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    render(report, selected())
+    chromium(tmp_path, report, f"--print-to-pdf={tmp_path / 'report.pdf'}")
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_series_differ_in_more_than_colour() -> None:
+    """Neighbouring colours also differ in lightness on a grey printer, or in marker and dash."""
+    assert len(set(MARKERS)) == len(set(map(str, DASHES))) == len(set(COLOURS)) == 6

@@ -399,3 +399,39 @@ def test_ties_of_pasif_can_be_resolved() -> None:
     assert paired.best.name == first.name
     with pytest.raises(OfftowerError, match="ties"):
         select_estimator(log, pool, method="pasif", ties="coin")
+
+
+def test_paired_charges_what_a_model_learned_from_the_log_itself() -> None:
+    world = World(21)
+    models = {"a": world.q, "b": world.q}  # equal, so that only the charge tells them apart
+    log = world.log(models, model_parameters={"a": 30.0})
+    paired = select_estimator(log, candidates("a", "b"), method="paired")
+    variance = paired.details["variance"]
+    for family in ("DM", "DR", "SNDR"):
+        charged = variance[f"{family}[a]"] / variance[f"{family}[b]"]
+        assert charged == pytest.approx(1.0 + 3.0 * 30.0 / world.n, rel=1e-9)
+    assert paired.position("SNDR[b]") < paired.position("SNDR[a]")
+    free = select_estimator(log, candidates("a", "b"), method="paired", overlap=0.0)
+    assert free.details["variance"]["DR[a]"] == free.details["variance"]["DR[b]"]
+    # A model that learned elsewhere hides nothing.
+    elsewhere = world.log(
+        models, model_parameters={"a": 30.0}, independent_models=frozenset({"a", "b"})
+    )
+    there = select_estimator(elsewhere, candidates("a", "b"), method="paired")
+    assert there.details["variance"]["DR[a]"] == there.details["variance"]["DR[b]"]
+
+
+def test_comparison_explains_each_disagreement_and_takes_a_log_for_one_method() -> None:
+    world = World(3)
+    log = world.log({"model": world.q})
+    pool = candidates("model")
+    found = compare_selectors(log, pool)
+    for method, result in found.results.items():
+        if result.best.name == found.best.name:
+            assert method not in found.disagreements
+        else:
+            assert found.disagreements[method].startswith(f"chooses {result.best.name};")
+    small = SelectionLog.from_propensities(log.problem.weight, log.problem.reward)
+    part = compare_selectors(log, pool, methods=["paired", "pasif"], logs={"pasif": small})
+    assert not part.results["paired"].skipped
+    assert "pasif" in part.failed  # that log has no reward model

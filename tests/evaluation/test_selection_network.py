@@ -91,3 +91,50 @@ def test_same_seed_same_split_and_global_generator_untouched() -> None:
 def test_network_needs_context_and_action() -> None:
     with pytest.raises(OfftowerError, match="context"):
         fit_split(np.full((2, 2), 0.5), np.full((2, 2), 0.5), method="network")
+
+
+@pytest.mark.parametrize("pairwise", [True, False])
+def test_gradient_of_the_training_step_is_that_of_autograd(pairwise: bool) -> None:
+    import torch
+
+    from offtower.evaluation.selection.network_training import FitProblem, SplitNet, Trainer
+
+    w = world(5)
+    behavior, target = torch.from_numpy(w["behavior"]), torch.from_numpy(w["target"])
+    logged = torch.from_numpy(w["action"])
+    rows = torch.arange(200)
+    weight = (target / behavior)[rows, logged]
+    context = torch.from_numpy(w["context"]).float()
+    item = torch.from_numpy(w["item_features"]).float()
+    if pairwise:
+        item = torch.randn(200, 5, 2, generator=torch.Generator().manual_seed(0))
+    net = SplitNet(3, item.shape[-1], 16)
+    logit = net(context, item).double()
+    rho = torch.sigmoid(logit)
+    p = (behavior * rho).sum(dim=1)
+    pseudo = (rho / (1 - rho))[rows, logged] * (1 - p) / p
+    loss = ((pseudo - weight) ** 2).mean() + 3.0 * ((p - 0.2) ** 2).mean()
+    loss.backward()
+    expected = [parameter.grad.clone() for parameter in net.parameters()]
+    trainer = Trainer(net, FitProblem(behavior, weight, logged, context, item), 0.0)
+    assert trainer.step(3.0, 0.2) == pytest.approx(loss.item(), rel=1e-6)
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_half_precision_products_and_the_first_qualifying_penalty_agree_with_the_recipe() -> None:
+    w = world(6)
+    recipe = {"hidden": 32, "epochs": 400, "learning_rate": 0.01, "penalties": (1.0, 10.0, 100.0)}
+    published = fit_network(**w, share=0.2, options=NetworkOptions(**recipe), seed=0)
+    short = NetworkOptions(**recipe, whole_grid=False, precision="bfloat16")
+    fast = fit_network(**w, share=0.2, options=short, seed=0)
+    assert fast.qualified and published.qualified
+    assert len(fast.trials) <= len(published.trials)
+    assert fast.chosen == published.chosen
+    assert np.abs(fast.rho - published.rho).mean() < 0.03
+
+
+def test_wrong_options_are_refused() -> None:
+    for wrong in ({"penalties": (1.0, 0.1)}, {"precision": "half"}, {"epochs": 0}):
+        with pytest.raises(OfftowerError):
+            NetworkOptions(**wrong)

@@ -45,7 +45,7 @@ def evaluate(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    from offtower.cli.tables import evaluation_table
+    from offtower.cli.tables import evaluation_table, selection_table
     from offtower.evaluation.report import write_report
     from offtower.evaluation.run import evaluate_runs
 
@@ -63,7 +63,14 @@ def evaluate(
     else:
         console = messages()
         console.print(evaluation_table(evaluation))
+        for note in evaluation.notes:
+            console.print(f"[yellow]note[/]: {escape(note)}", soft_wrap=True)
         for name, found in evaluation.selection.items():
-            console.print(f"{name}: {escape(found.verdict)}")
+            console.print(selection_table(name, found))
+            console.print(escape(found.verdict), soft_wrap=True)
+            for method, text in found.disagreements.items():
+                console.print(f"  [bold]{method}[/] {escape(text)}", soft_wrap=True)
+            for method, reason in found.failed.items():
+                console.print(f"  [dim]{method} could not run: {escape(reason)}[/]", soft_wrap=True)
         console.print(f"report: {path}")
     raise typer.Exit(evaluation.exit_code)

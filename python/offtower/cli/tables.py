@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from offtower.evaluation.intervals import Interval
 from offtower.evaluation.run import LogEvaluation
+from offtower.evaluation.selection import SelectionComparison
 
 _TRUTH = {"true_value": "truth", "true_value_greedy": "greedy"}
 _COLOUR = {"go": "green", "no-go": "red", "not enough evidence": "yellow"}
@@ -27,7 +29,7 @@ def evaluation_table(evaluation: LogEvaluation) -> Table:
     )
     table.add_column("policy", no_wrap=True)
     for estimate in first.estimates.values():
-        table.add_column(estimate.label, justify="right", no_wrap=True)
+        table.add_column(estimate.name, justify="right", no_wrap=True)
     for name in _truth_columns(evaluation):
         table.add_column(_TRUTH.get(name, name), justify="right")
     table.add_column("ESS", justify="right")
@@ -51,6 +53,31 @@ def evaluation_table(evaluation: LogEvaluation) -> Table:
             *[f"{truth[column]:.4f}" for column in truth_columns],
             f"{policy.weights.effective_sample_size:,.0f}",
             f"[{_COLOUR[decision]}]{decision}[/]",
+        )
+    return table
+
+
+def selection_table(name: str, found: SelectionComparison) -> Table:
+    """One row a selector: what it believes, and what it cannot tell from it."""
+    table = Table(
+        title=f"{name}: which estimator to believe",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+    )
+    for column in ("selector", "believes", "value", "root MSE", "cannot be told from it"):
+        table.add_column(column, justify="right" if column in ("value", "root MSE") else "left")
+    for method, result in found.results.items():
+        mse = result.best.mse
+        tied = result.tied[:3]
+        more = f" and {len(result.tied) - 3} more" if len(result.tied) > 3 else ""
+        table.add_row(
+            f"{method} *" if method == found.recommended else method,
+            escape(result.best.name),
+            f"{result.best.value:.4f}",
+            f"{mse**0.5:.4f}" if mse >= 0 else "-",
+            escape(", ".join(tied) + more),
         )
     return table
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from offtower.errors import OfftowerError
+from offtower.config import GateOptions
 from offtower.evaluation.diagnostics import SupportDiagnostics, WeightDiagnostics
 from offtower.evaluation.intervals import Interval
 from offtower.evaluation.statistics import Estimate
@@ -19,37 +19,6 @@ Decision = Literal["go", "no-go", "not enough evidence"]
 EXIT_CODES: dict[str, int] = {GO: 0, NO_GO: 1, NOT_ENOUGH: 3}
 """Exit code of a command that ends in a verdict; 2 stays for refused input."""
 _PREFERENCE = (GO, NOT_ENOUGH, NO_GO)
-
-
-@dataclass(frozen=True)
-class GateOptions:
-    """What a verdict asks for.
-
-    Attributes:
-        margin: V(new) - V(logging) must exceed it, in units of reward.
-        min_rows, min_users, min_effective_sample_size: below these an asymptotic interval is not
-            believed.
-        max_pareto_k: heavier tails of the weights are not believed (`diagnostics.pareto_shape`).
-        max_mean_weight_z, max_mean_weight_error: propensities are doubted where the mean weight is
-            off 1 by more than both, in standard errors and absolutely, or where the weighted
-            predictions are off by more standard errors than that, and by enough to explain
-            `max_balance_share` of the difference.
-        max_missing_support: tolerated share of target draws that the log cannot show.
-    """
-
-    margin: float = 0.0
-    min_rows: int = 100
-    min_users: int = 30
-    min_effective_sample_size: float = 100.0
-    max_pareto_k: float = 0.7
-    max_mean_weight_z: float = 4.0
-    max_mean_weight_error: float = 0.02
-    max_balance_share: float = 0.25
-    max_missing_support: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.margin):
-            raise OfftowerError(f"the gate's margin must be a number, but is {self.margin}")
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from offtower.data.encoding import to_tensors
 from offtower.data.rows import EncodedRows
 from offtower.errors import DataError
+from offtower.evaluation.draws import RewardTerms, rewards_at, terms_and_draws
+from offtower.evaluation.pair_models import PairRewardModel
 from offtower.evaluation.rows import EvaluationRows
 from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
-from offtower.ops import DenseReward, FactoredReward
+from offtower.models.reward.base import RewardModel
+from offtower.ops import PolicyTerms
 
-RewardTerms = DenseReward | FactoredReward
+
+@dataclass(frozen=True)
+class JudgingModel:
+    """A reward model as a scorer uses it.
+
+    Attributes:
+        name: of its rows: linear, trees, two_tower or dense.
+        owner: position of the run whose encoding it reads.
+        exact: gives q over the whole catalogue. pairs: predicts pairs. One of the two is there.
+    """
+
+    name: str
+    owner: int
+    exact: RewardModel | None = None
+    pairs: PairRewardModel | None = None
+
+    def over_all(self, rows: EncodedRows) -> RewardTerms:
+        """q of these rows and all items; of a model over pairs only where those are not many."""
+        if self.exact is not None:
+            return self.exact.for_new_rows(rows)
+        assert self.pairs is not None, "a model is one or the other"
+        return self.pairs.everywhere(rows)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A batch as one policy sees it.
+
+    rows: by model name; "" is always there. log_normalizer: (n,). context_embedding: (n, d).
+    """
+
+    rows: dict[str, EvaluationRows]
+    log_normalizer: Tensor
+    context_embedding: Tensor
 
 
 class PolicyScorer:
@@ -40,7 +78,6 @@ class PolicyScorer:
             self.items: ItemEmbeddings = policy.embed_items(items, chunk=item_chunk)
         policy.train(self._training)
 
-    @torch.no_grad()
     def score(self, rows: EncodedRows, reward: RewardTerms | None = None) -> EvaluationRows:
         """Weights, rewards and reward-model terms of a batch of logged rows.
 
@@ -48,30 +85,79 @@ class PolicyScorer:
             rows: n rows.
             reward: q of these rows and all items, for DM and DR; None leaves those columns out.
         """
+        return self.score_models(rows, {} if reward is None else {"": reward}).rows[""]
+
+    @torch.no_grad()
+    def score_models(
+        self,
+        rows: EncodedRows,
+        exact: Mapping[str, RewardTerms],
+        *,
+        at_draws: Mapping[str, RewardTerms] | None = None,
+        pairs: Mapping[str, tuple[PairRewardModel, EncodedRows]] | None = None,
+        draws: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Scored:
+        """The same for several reward models at once.
+
+        Args:
+            rows: n rows.
+            exact: q by model name, summed over the catalogue. Each but the first costs a pass more.
+            at_draws: q by model name, averaged over items drawn from the policy.
+            pairs: models over pairs with these rows in their own encoding, at the same draws.
+            draws: items drawn for each row, for the latter two. generator: of the draws.
+
+        Raises:
+            DataError: the rows have no propensities.
+        """
         if rows.pscore is None:
             raise DataError(
                 "off-policy evaluation needs the logged propensities: "
                 "name their column as 'pscore' in the log's schema"
             )
         self.policy.eval()
-        context_embedding = self.policy.embed_contexts(to_tensors(rows.context))
-        terms = self.policy.terms(
-            context_embedding,
-            self.items,
-            torch.from_numpy(rows.action),
-            reward_model=reward,
-        )
+        context = self.policy.embed_contexts(to_tensors(rows.context))
+        action = torch.from_numpy(rows.action)
+        waiting = list(exact.items())
+        first = waiting.pop(0) if waiting else None
+        reward = None if first is None else first[1]
+        if at_draws or pairs:
+            assert draws > 0 and generator is not None, "draws need a number and a generator"
+            terms, drawn = terms_and_draws(
+                context,
+                self.items,
+                action,
+                draws=draws,
+                generator=generator,
+                temperature=self.policy.temperature,
+                reward_model=reward,
+            )
+        else:
+            terms = self.policy.terms(context, self.items, action, reward_model=reward)
+        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        if first is not None:
+            found[first[0]] = _both(terms)
+        for name, one in waiting:
+            found[name] = _both(self.policy.terms(context, self.items, action, reward_model=one))
+        for name, one in (at_draws or {}).items():
+            logged = rewards_at(one, action[:, None])[:, 0].double().numpy()
+            found[name] = logged, rewards_at(one, drawn).double().mean(dim=1).numpy()
+        for name, (model, seen) in (pairs or {}).items():
+            found[name] = model.logged(seen), model.at(seen, drawn.numpy()).mean(axis=1)
         self.policy.train(self._training)
         log_weight = terms.log_prob.double().numpy() - np.log(rows.pscore)
-        return EvaluationRows(
+        plain = EvaluationRows(
             importance_weight=np.exp(log_weight),
             reward=rows.reward.astype(np.float64),
-            action_reward=_float64(terms.action_reward),
-            expected_reward=_float64(terms.expected_reward),
             user=None if rows.user_id is None else rows.user_id.view(np.int64),
             row=rows.row,
             log_weight=log_weight,
         )
+        made = {
+            name: replace(plain, action_reward=logged, expected_reward=expected)
+            for name, (logged, expected) in found.items()
+        }
+        return Scored({"": plain, **made}, terms.log_normalizer, context)
 
 
 def concatenate(parts: Iterable[EvaluationRows]) -> EvaluationRows:
@@ -96,5 +182,6 @@ def concatenate(parts: Iterable[EvaluationRows]) -> EvaluationRows:
     )
 
 
-def _float64(values: torch.Tensor | None) -> np.ndarray | None:
-    return None if values is None else values.double().numpy()
+def _both(terms: PolicyTerms) -> tuple[np.ndarray, np.ndarray]:
+    assert terms.action_reward is not None and terms.expected_reward is not None
+    return terms.action_reward.double().numpy(), terms.expected_reward.double().numpy()

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from offtower.evaluation.run import HISTOGRAM_EDGES, LogEvaluation
+from offtower.evaluation.selection import SelectionComparison
 
 INK, FAINT = "#222222", "#8a8a8a"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -43,7 +44,7 @@ _STYLE: Any = {
 def estimates(evaluation: LogEvaluation) -> str:
     """Each policy's estimates with intervals, against the logging policy's value and the truth."""
     result = evaluation.result
-    labels = [e.label for e in next(iter(result.policies.values())).estimates.values()]
+    labels = list(next(iter(result.policies.values())).estimates)
     names = list(result.policies)
     height = 0.9 + len(names) * (0.25 + 0.2 * len(labels))
     with matplotlib.rc_context(_STYLE):
@@ -54,9 +55,7 @@ def estimates(evaluation: LogEvaluation) -> str:
         offsets = np.linspace(-0.3, 0.3, len(labels)) if len(labels) > 1 else np.zeros(1)
         for i, label in enumerate(labels):
             for j, name in enumerate(names):
-                found = next(
-                    e for e in result.policies[name].estimates.values() if e.label == label
-                )
+                found = result.policies[name].estimates[label]
                 y = j + offsets[i]
                 axes.hlines(y, found.interval.low, found.interval.high, color=_colour(i), lw=1.8)
                 axes.plot(
@@ -117,6 +116,7 @@ def learning_curves(evaluation: LogEvaluation) -> str:
                     label=f"{_short(evaluation.objectives[name])}, truth",
                 )
         axes.set_xlabel("epoch")
+        axes.locator_params(axis="x", integer=True)
         axes.set_ylabel("value on the validation log")
         if axes.get_legend_handles_labels()[0]:
             _legend(axes, 3)
@@ -143,6 +143,54 @@ def weights(evaluation: LogEvaluation) -> str:
         axes.set_ylabel("share of rows")
         _legend(axes, 3)
         return _svg(figure, f"Importance weights, {evaluation.title}")
+
+
+def calibration(evaluation: LogEvaluation) -> str:
+    """The reward model's predictions against what was observed, in bins; bars: two std. errors."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(3.2)
+        # The predictions of the logged items are the same for every policy.
+        policies = evaluation.result.policies.values()
+        found = next(p.calibration for p in policies if p.calibration is not None)
+        predicted = [one.predicted for one in found.bins]
+        axes.errorbar(
+            predicted,
+            [one.observed for one in found.bins],
+            yerr=[2.0 * (one.std_error or 0.0) for one in found.bins],
+            fmt=MARKERS[0],
+            color=_colour(0),
+            ms=4,
+            lw=1.2,
+        )
+        ends = [min(predicted), max(predicted)]
+        axes.plot(ends, ends, color=FAINT, lw=1, ls="--")
+        axes.set_xlabel("predicted reward of the logged item")
+        axes.set_ylabel("observed mean reward")
+        return _svg(figure, f"Calibration of the reward model, {evaluation.title}")
+
+
+def ranking(comparison: SelectionComparison, title: str, shown: int = 12) -> str:
+    """The recommended selector's ranking: root mean squared error of its best candidates."""
+    result = comparison.results[comparison.recommended]
+    best = result.ranking[:shown]
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(0.9 + 0.24 * len(best))
+        for i, score in enumerate(best):
+            ends = [max(0.0, score.mse + sign * 2.0 * score.noise) ** 0.5 for sign in (-1, 1)]
+            same = i == 0 or score.name in result.tied
+            axes.hlines(i, *ends, color=INK if same else FAINT, lw=1.8)
+            axes.plot(
+                max(0.0, score.mse) ** 0.5,
+                i,
+                "o" if same else "s",
+                color=COLOURS[0] if same else "white",
+                markeredgecolor=COLOURS[0] if same else FAINT,
+                ms=5.5,
+            )
+        axes.set_yticks(range(len(best)), [_short(score.name) for score in best])
+        axes.invert_yaxis()
+        axes.set_xlabel("root of the estimated mean squared error; filled: cannot be told apart")
+        return _svg(figure, f"Ranking of estimators by {comparison.recommended}, {title}")
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
@@ -211,4 +259,13 @@ def all_charts(evaluation: LogEvaluation) -> Sequence[tuple[str, str, str]]:
             weights(evaluation),
         )
     )
+    if any(p.calibration is not None for p in evaluation.result.policies.values()):
+        charts.append(
+            (
+                "Reward model",
+                "On the dashed line, what was predicted is what was observed. DM is only as good "
+                "as this, and only where the log has been.",
+                calibration(evaluation),
+            )
+        )
     return charts

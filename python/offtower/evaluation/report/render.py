@@ -14,8 +14,9 @@ import torch
 
 import offtower
 from offtower.atomic import write_text
-from offtower.evaluation.report.plots import all_charts
+from offtower.evaluation.report.plots import all_charts, ranking
 from offtower.evaluation.run import LogEvaluation
+from offtower.evaluation.selection import SelectionComparison
 from offtower.jsonable import finite
 
 
@@ -78,9 +79,37 @@ def _section(evaluation: LogEvaluation) -> dict[str, Any]:
         "sentence": _sentences(evaluation),
         # Made by matplotlib from escaped text: the one place where markup is not escaped.
         "charts": [(head, text, Markup(svg)) for head, text, svg in all_charts(evaluation)],
+        "rankings": {
+            name: Markup(ranking(found, evaluation.objectives[name]))
+            for name, found in evaluation.selection.items()
+        },
+        "places": {name: _places(found) for name, found in evaluation.selection.items()},
         "truth_columns": list(next(iter(evaluation.truth.values()), {})),
         "calibration": any(p.calibration is not None for p in result.policies.values()),
     }
+
+
+def _places(found: SelectionComparison, shown: int = 8) -> list[dict[str, Any]]:
+    """The recommended selector's best candidates, and the place that each selector gives them."""
+    best = found.results[found.recommended]
+    rows: list[dict[str, Any]] = []
+    others = {
+        method: {score.name: i + 1 for i, score in enumerate(result.ranking)}
+        for method, result in found.results.items()
+    }
+    names = [score.name for score in best.ranking[:shown]]
+    names += [r.best.name for r in found.results.values() if r.best.name not in names]
+    scores = {score.name: score for result in found.results.values() for score in result.ranking}
+    scores |= {score.name: score for score in best.ranking}
+    for name in dict.fromkeys(names):
+        rows.append(
+            {
+                "name": name,
+                "value": scores[name].value,
+                "places": [place.get(name) for place in others.values()],
+            }
+        )
+    return rows
 
 
 def _sentences(evaluation: LogEvaluation) -> dict[str, str]:

@@ -78,6 +78,7 @@ class SelectionLog:
         row_policy: ArrayLike | None = None,
         policies: ArrayLike | None = None,
         independent_models: frozenset[str] = frozenset(),
+        model_parameters: Mapping[str, float] | None = None,
     ) -> SelectionLog:
         """A log whose policies are known over the whole (small) catalogue.
 
@@ -85,7 +86,8 @@ class SelectionLog:
         policies `behavior` is their mixture by share of rows. reward_models: predictions (n, A) by
         name, cross-fitted where they learned from this log. context (n, d) and item_features (A, e)
         are for the network fit only. row_policy (n,) and policies (P, n, A): which policy logged a
-        row and what each would have done, for the heuristic.
+        row and what each would have done, for the heuristic. model_parameters: by name, how many
+        parameters a model learned from this log (`RewardTerms.parameters`).
         Raises OfftowerError where shapes differ or a logged action has behavior 0.
         """
         pi_b, pi_e = check_policies(behavior, target)
@@ -102,8 +104,11 @@ class SelectionLog:
             name: _matrix(values, f"reward model {name!r}", (n, n_items))
             for name, values in (reward_models or {}).items()
         }
+        learned = model_parameters or {}
         terms = {
-            name: RewardTerms(q[rows, logged], np.einsum("ij,ij->i", pi_e, q))
+            name: RewardTerms(
+                q[rows, logged], np.einsum("ij,ij->i", pi_e, q), float(learned.get(name, 0.0))
+            )
             for name, q in predictions.items()
         }
         several = None

@@ -13,6 +13,13 @@ For each candidate j and the consistent candidate c of least variance,
 - where the candidate's reward model is declared independent of the log, the prior has a spike:
   b = 0 with probability `spike`, else b ~ N(0, slab s^2). Then a perfect reward model can win.
 
+A reward model that was cross-fitted on this very log may hide variance: fold k's model learned
+from the rows of the other folds, so the folds' estimates can hang together, and rows that are taken
+as independent show none of it. For p parameters this is of order p / n where the model cannot
+represent the truth, and nothing where it can. `overlap` p / n is charged where p is known
+(`RewardTerms.parameters`); its value is no theorem, it was chosen on worlds kept for design, where
+it also settles ties between a rigid and a flexible model.
+
 Two rules act against noise. A candidate that may be biased, with no independent model to speak for
 it, is ranked by mse_j plus `caution` standard errors of it: it must win clearly. And consistent
 candidates that this cannot tell apart (`tie_width` standard errors of the paired difference of
@@ -44,13 +51,15 @@ def select_paired(
     caution: float = 2.0,
     tie_width: float = 2.0,
     preference: tuple[str, ...] = DEFAULT_PREFERENCE,
+    overlap: float = 3.0,
 ) -> SelectionResult:
     """Rank candidates by variance plus expected squared bias, both from the log's own rows.
 
     spike, slab: the prior on the bias of candidates with an independent reward model. caution:
     standard errors of its mse that are charged to a candidate that may be biased. tie_width:
     standard errors within which consistent candidates count as tied; 0 turns the preference off.
-    preference: class names, the most trusted first. `mse` in the result is without the charge.
+    preference: class names, the most trusted first. overlap: variance charged to a model for each
+    parameter that it learned from the log, over n. `mse` in the result is without the caution.
     Needs n of a few hundred for its normal approximations, and trusts the propensities: where
     target mass lies outside the log's support no selector on that log can see the bias. Raises
     OfftowerError without a consistent candidate.
@@ -65,7 +74,7 @@ def select_paired(
     values, influence = log.problem.influence(judged)
     n = log.problem.n
     squares = influence**2 / n
-    variance = squares.mean(axis=1)
+    variance = squares.mean(axis=1) * (1.0 + overlap / n * _learned(log, judged))
     reference = int(np.argmin(np.where(consistent, variance, np.inf)))
     gap = values - values[reference]
     gap_variance = np.mean((influence - influence[reference]) ** 2, axis=1) / n
@@ -105,6 +114,7 @@ def select_paired(
             "squared_bias": {c.name: float(b) for c, b in zip(judged, bias, strict=True)},
             "caution": caution,
             "tie_width": tie_width,
+            "overlap": overlap,
         },
     )
 
@@ -118,6 +128,18 @@ def spike_slab_square(gap: Array, gap_variance: Array, spike: float, slab: float
     bayes = np.sqrt(1.0 + slab) * np.exp(-0.5 * np.minimum(z2, 1e4) * shrink)
     null = spike * bayes / (spike * bayes + 1.0 - spike)
     return (1.0 - null) * (shrink**2 * square + shrink * gap_variance)
+
+
+def _learned(log: SelectionLog, candidates: list[Candidate]) -> Array:
+    """(c,) parameters that each candidate's reward model learned from the log."""
+    return np.array(
+        [
+            0.0
+            if c.model is None or c.model in log.independent_models
+            else log.problem.models[c.model].parameters
+            for c in candidates
+        ]
+    )
 
 
 def _noise(squares: Array) -> Array:

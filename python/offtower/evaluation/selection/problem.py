@@ -45,10 +45,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class RewardTerms:
-    """A reward model seen from the log: q(x_i, a_i) and sum_a pi_e(a|x_i) q(x_i, a), both (n,)."""
+    """A reward model seen from the log: q(x_i, a_i) and sum_a pi_e(a|x_i) q(x_i, a), both (n,).
+
+    parameters: effective number of those that the model learned from these very rows, cross-fitted
+    (the length of its coefficient vector for a linear model); 0 where it learned from another log,
+    or where nothing is known.
+    """
 
     action_reward: Array
     expected_reward: Array
+    parameters: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ class SelectionComparison:
     the method whose choice to take. agreement: pairs of methods -> Spearman correlation of their
     rankings over the candidates that both ranked. spread: largest difference between the values of
     the methods' choices, in standard errors of the recommended choice. verdict: one plain sentence.
+    disagreements: by method that chooses otherwise, what lies behind it.
     """
 
     results: dict[str, SelectionResult]
@@ -97,6 +98,7 @@ class SelectionComparison:
     agreement: dict[tuple[str, str], float]
     spread: float
     verdict: str
+    disagreements: dict[str, str] = field(default_factory=dict)
 
     @property
     def best(self) -> CandidateScore:
@@ -110,6 +112,7 @@ class SelectionComparison:
             "best": self.best.name,
             "choices": {name: result.best.name for name, result in self.results.items()},
             "verdict": self.verdict,
+            "disagreements": dict(self.disagreements),
             "spread_in_standard_errors": _json_number(self.spread),
             "agreement": {f"{a} | {b}": _json_number(v) for (a, b), v in self.agreement.items()},
             "results": {name: result.to_dict() for name, result in self.results.items()},

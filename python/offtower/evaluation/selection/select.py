@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from offtower.errors import OfftowerError
+from offtower.evaluation.selection.disagreement import explain
 from offtower.evaluation.selection.heuristic import select_heuristic
 from offtower.evaluation.selection.log import SelectionLog
 from offtower.evaluation.selection.ocv import select_ocv
@@ -62,11 +63,13 @@ def compare_selectors(
     methods: Iterable[str] | None = None,
     seed: int = 0,
     options: dict[str, dict[str, Any]] | None = None,
+    logs: Mapping[str, SelectionLog] | None = None,
 ) -> SelectionComparison:
     """Run several selectors and say where they disagree and what that means.
 
     methods: names of METHODS, all by default; a method that cannot run on this log is listed with
-    its reason. options: per method. The recommendation is the first method of
+    its reason. options: per method. logs: a log of its own for a method, such as a part of the rows
+    for which there are draws. The recommendation is the first method of
     paired, pasif, ocv, slope, heuristic that ran. Raises OfftowerError when none did.
     """
     checked = check_candidates(candidates, log.problem.models)
@@ -75,7 +78,11 @@ def compare_selectors(
     for method in METHODS if methods is None else methods:
         try:
             results[method] = select_estimator(
-                log, checked, method=method, seed=seed, **(options or {}).get(method, {})
+                (logs or {}).get(method, log),
+                checked,
+                method=method,
+                seed=seed,
+                **(options or {}).get(method, {}),
             )
         except OfftowerError as error:
             if method not in METHODS:
@@ -95,6 +102,7 @@ def compare_selectors(
         _agreement(results),
         spread,
         _verdict(results, recommended, spread),
+        explain(results, recommended),
     )
 
 

@@ -1,0 +1,84 @@
+"""Weights of item clusters, for marginalised IPS (Saito and Joachims, ICML 2022)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from offtower.data.catalogue import Catalogue
+from offtower.data.columns import distinct_values
+from offtower.errors import ConfigError
+from offtower.evaluation.scoring import PolicyScorer, Scored
+from offtower.ops import partial_terms
+
+MAX_CLUSTERS = 5000
+
+
+def item_clusters(
+    wanted: int | str, catalogue: Catalogue, scorer: PolicyScorer, seed: int
+) -> NDArray[np.int64]:
+    """(N,) cluster of each item, without gaps.
+
+    wanted: a category feature of the catalogue, or a number of clusters for k-means over the
+        policy's item embeddings.
+    Raises ConfigError for an unknown feature, one that is no category, or more than 5,000 clusters.
+    """
+    if isinstance(wanted, str):
+        specs = {spec.name: spec for spec in catalogue.schema.features}
+        if wanted not in specs or specs[wanted].kind != "category":
+            known = [name for name, spec in specs.items() if spec.kind == "category"]
+            raise ConfigError(
+                f"evaluation.clusters='{wanted}' is no category of the catalogue; it has "
+                f"{', '.join(known) or 'none'} (or give a number of clusters)"
+            )
+        column = catalogue.table(0, catalogue.num_items).column(specs[wanted].source)
+        _, place = distinct_values(column)
+        label = np.unique(place, return_inverse=True)[1]
+    else:
+        if not 1 < wanted <= catalogue.num_items:
+            raise ConfigError(
+                f"evaluation.clusters={wanted} must lie in 2..{catalogue.num_items}, the items"
+            )
+        from sklearn.cluster import MiniBatchKMeans
+
+        model = MiniBatchKMeans(wanted, random_state=seed % 2**32, n_init=1, batch_size=8192)
+        found = model.fit_predict(scorer.items.embedding.double().numpy())
+        label = np.unique(found, return_inverse=True)[1]
+    if label.max() >= MAX_CLUSTERS:
+        raise ConfigError(
+            f"evaluation.clusters gives {label.max() + 1:,} clusters, at most {MAX_CLUSTERS:,}"
+        )
+    return label.astype(np.int64)
+
+
+class ClusterScorer:
+    """log pi(c|x) of logged clusters under a two-tower policy, summed over the cluster's items.
+
+    label: (N,) cluster of each item.
+    """
+
+    def __init__(self, scorer: PolicyScorer, label: NDArray[np.int64]) -> None:
+        self._scorer = scorer
+        self._label = label
+        order = np.argsort(label, kind="stable")
+        self._members = np.split(order, np.cumsum(np.bincount(label))[:-1])
+
+    @torch.no_grad()
+    def log_probability(self, scored: Scored, action: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(n,) for the rows that `scored` is of; action: (n,) logged items."""
+        items, out = self._scorer.items, np.empty(action.size)
+        logged = self._label[action]
+        for cluster in np.unique(logged):
+            rows = np.flatnonzero(logged == cluster)
+            member = torch.from_numpy(self._members[cluster])
+            part = partial_terms(
+                scored.context_embedding[rows],
+                items.embedding[member],
+                torch.full((rows.size,), -1, dtype=torch.int64),
+                temperature=self._scorer.policy.temperature,
+                item_bias=None if items.bias is None else items.bias[member],
+            )
+            of_cluster = part.sums.log_normalizer.double().numpy()
+            out[rows] = of_cluster - scored.log_normalizer[rows].double().numpy()
+        return out

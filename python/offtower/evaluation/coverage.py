@@ -1,0 +1,115 @@
+"""What the log alone says of its support and its propensities, gathered while it streams by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from offtower import ops
+from offtower.data.rows import EncodedRows
+from offtower.evaluation.propensity import PscoreCalibration, pscore_calibration
+from offtower.evaluation.scoring import PolicyScorer, Scored
+
+PROBED_ROWS = 500
+PROBED_DRAWS = 20
+CALIBRATION_ROWS = 100_000
+"""Rows whose propensities are calibrated: evenly spaced ones of a longer log."""
+
+
+@dataclass(frozen=True)
+class ItemCoverage:
+    """How much of what a policy would show the log has never shown.
+
+    Attributes:
+        draws: items drawn from the policy in contexts of the log.
+        unlogged: share of them that the log shows nowhere.
+        logging_unlogged: the share that is expected of the logging policy itself, by Good and
+            Turing: items seen once, over the rows.
+    """
+
+    draws: int
+    unlogged: float
+    logging_unlogged: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class LogWatch:
+    """Gathers item counts and propensities; draws items from each policy on the first batch.
+
+    num_items: of the catalogue. num_rows: of the log.
+    """
+
+    def __init__(self, num_items: int, num_rows: int, seed: int) -> None:
+        self._counts = np.zeros(num_items, dtype=np.int64)
+        self._stride = max(1, -(-num_rows // CALIBRATION_ROWS))
+        self._pscore: list[NDArray[np.float64]] = []
+        self._action: list[NDArray[np.int64]] = []
+        self._drawn: dict[str, NDArray[np.int64]] = {}
+        self._seed = seed
+
+    def add(self, rows: EncodedRows) -> None:
+        """A batch."""
+        self._counts += np.bincount(rows.action, minlength=self._counts.size)
+        assert rows.pscore is not None
+        taken = rows.row % self._stride == 0
+        self._pscore.append(rows.pscore[taken])
+        self._action.append(rows.action[taken])
+
+    def probe(self, name: str, scorer: PolicyScorer, scored: Scored) -> None:
+        """Draw from a policy, once."""
+        if name in self._drawn:
+            return
+        drawn, _ = ops.sample_softmax(
+            scored.context_embedding[:PROBED_ROWS],
+            scorer.items.embedding,
+            temperature=scorer.policy.temperature,
+            item_bias=scorer.items.bias,
+            generator=torch.Generator().manual_seed(self._seed),
+            num_samples=PROBED_DRAWS,
+        )
+        self._drawn[name] = drawn.numpy().reshape(-1)
+
+    def coverage(self) -> dict[str, ItemCoverage]:
+        """By policy."""
+        rows = max(1, int(self._counts.sum()))
+        own = float(np.count_nonzero(self._counts == 1)) / rows
+        return {
+            name: ItemCoverage(drawn.size, float(np.mean(self._counts[drawn] == 0)), own)
+            for name, drawn in self._drawn.items()
+        }
+
+    def calibration(self) -> PscoreCalibration | None:
+        """Of the logged propensities; None for a log of one row."""
+        pscore = np.concatenate(self._pscore)
+        if pscore.size < 2:
+            return None
+        return pscore_calibration(pscore, np.concatenate(self._action), self._counts.size)
+
+
+def coverage_notes(
+    coverage: Mapping[str, ItemCoverage], calibration: PscoreCalibration | None
+) -> list[str]:
+    """What of it a reader of the report must know."""
+    notes = []
+    for name, one in coverage.items():
+        if one.unlogged > 0.01 + 2.0 * one.logging_unlogged:
+            notes.append(
+                f"{100 * one.unlogged:.2g} % of what {name} would show is shown nowhere in this "
+                f"log ({100 * one.logging_unlogged:.2g} % for the policy that logged): there the "
+                "estimates rest on the reward model or on luck"
+            )
+    if calibration is not None and not calibration.ok:
+        bad: list[Any] = [group for group in calibration.groups if not group.ok]
+        notes.append(
+            f"the logged propensities do not hold together: the inverse propensities of "
+            f"{len(bad)} of {len(calibration.groups)} groups of items have a mass of "
+            f"{bad[0].mass:.3g} where 1 is expected"
+        )
+    return notes

@@ -1,0 +1,296 @@
+"""evaluate_runs: options of the config, reward models, propensities, clusters, selection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from offtower.config import parse_config
+from offtower.data import write_catalogue, write_log
+from offtower.data.catalogue import Catalogue
+from offtower.data.encoding import to_tensors
+from offtower.data.log import ParquetLog
+from offtower.data.reader import scan
+from offtower.data.schema import LogSchema
+from offtower.data.simulate import SimulatedWorld
+from offtower.errors import ConfigError, DataError, OfftowerError
+from offtower.evaluation.clusters import ClusterScorer, item_clusters
+from offtower.evaluation.gate import GO, NO_GO
+from offtower.evaluation.opening import open_run
+from offtower.evaluation.run import LogEvaluation, evaluate_runs
+from offtower.evaluation.scoring import PolicyScorer
+from offtower.models.policy import TwoTowerPolicy
+from offtower.training.run import train_run
+
+ITEMS = 15
+
+
+def of_policy(
+    world: SimulatedWorld, policy: TwoTowerPolicy, catalogue: Catalogue, rows: int, folder: Path
+) -> Iterator[pa.Table]:
+    """A log that `policy` itself made, with its exact probabilities."""
+    items = policy.embed_items(_features(catalogue, policy))
+    generator = torch.Generator().manual_seed(5)
+    rng = np.random.default_rng(5)
+    write_log(folder / "raw", world.log(rows, seed=9), world.log_schema)
+    log = ParquetLog.open(folder / "raw")
+    first = 0
+    table = pa.concat_tables(log.tables())
+    for batch in scan(log, catalogue, policy.context_encoding, 512):
+        part = table.slice(first, len(batch))
+        first += len(batch)
+        context = policy.embed_contexts(to_tensors(batch.context))
+        logit = context @ items.embedding.T / policy.temperature
+        log_prob = torch.log_softmax(logit.double(), dim=1)
+        action = torch.multinomial(log_prob.exp(), 1, generator=generator)
+        pscore = log_prob.exp().gather(1, action)[:, 0]
+        mean = world.expected_reward(part, action[:, 0].numpy())
+        reward = (rng.random(len(batch)) < mean).astype(np.float32)
+        for name, values in (
+            ("action", world.item_ids.take(pa.array(action[:, 0].numpy()))),
+            ("pscore", pa.array(pscore.detach().numpy())),
+            ("reward", pa.array(reward)),
+        ):
+            part = part.set_column(part.schema.get_field_index(name), name, values)
+        yield part
+
+
+def _features(catalogue: Catalogue, policy: TwoTowerPolicy) -> object:
+    from offtower.models.items import ItemFeatures
+
+    return ItemFeatures.from_catalogue(catalogue, policy.item_encoding)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small world, two trained runs, a log without propensities and one made by run `a`."""
+    folder = tmp_path_factory.mktemp("runs")
+    world = SimulatedWorld(ITEMS, 4, 4, 4, seed=1, feature_kinds="all", intercept=0.0)
+    write_catalogue(folder / "catalogue", world.catalogue_table(), world.catalogue_schema)
+    for seed, (name, rows) in enumerate({"train": 1500, "test": 800}.items()):
+        write_log(folder / name, world.log(rows, seed=seed), world.log_schema)
+    for name, objective in (("a", "dr"), ("b", "regression")):
+        train_run(
+            parse_config(
+                {
+                    "name": name,
+                    "runs": str(folder / "runs"),
+                    "data": {
+                        key: str(folder / part)
+                        for key, part in (
+                            ("train", "train"),
+                            ("test", "test"),
+                            ("catalogue", "catalogue"),
+                        )
+                    },
+                    "policy": {"embedding_dim": 4, "temperature": 0.5},
+                    "reward_model": {
+                        "kind": "factored",
+                        "embedding_dim": 4,
+                        "folds": 2,
+                        "epochs": 2,
+                    },
+                    "objective": {"name": objective},
+                    "training": {"epochs": 3, "batch_size": 64, "threads": 1},
+                }
+            )
+        )
+    blind = LogSchema.from_dict({**world.log_schema.to_dict(), "pscore": None})
+    bare = (table.drop_columns(["pscore"]) for table in world.log(800, seed=1))
+    write_log(folder / "bare", bare, blind)
+    catalogue = Catalogue.open(folder / "catalogue")
+    policy = open_run(folder / "runs" / "a", catalogue).policy
+    with torch.no_grad():
+        write_log(
+            folder / "served", of_policy(world, policy, catalogue, 1000, folder), world.log_schema
+        )
+    return folder
+
+
+def judge(place: Path, *overrides: str, runs: str = "a", **more: object) -> LogEvaluation:
+    return evaluate_runs(
+        [place / "runs" / name for name in runs],
+        overrides=[f"evaluation.{one}" for one in overrides],
+        **more,
+    )
+
+
+def estimate(found: LogEvaluation, name: str, policy: str = "a") -> object:
+    return found.result.policies[policy].estimates[name].estimate
+
+
+def test_estimators_with_parameters_and_slope(place: Path) -> None:
+    found = judge(
+        place,
+        "estimators=[snips, {name: clipped_ips, max_weight: 2}, {name: dros, shrinkage: slope}]",
+        "interval=bootstrap",
+        "replicates=400",
+    )
+    names = list(found.result.policies["a"].estimates)
+    assert names[:2] == ["snips", "clipped_ips(max_weight=2)"]
+    assert names[2].startswith("dros(shrinkage=")
+    assert any("SLOPE" in note and "800 rows" in note for note in found.notes)
+    assert found.result.policies["a"].estimates["snips"].interval.method == "bootstrap"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("estimators=[clipped_ips]", "clipped_ips takes max_weight"),
+        ("estimators=[{name: snips, max_weight: slope}]", "snips takes no parameters"),
+        ("estimators=[snpis]", "did you mean 'snips'"),
+        ("estimators=[mips]", "evaluation.clusters"),
+        ("gate.margn=1", "did you mean 'margin'"),
+        ("decide_by=ipps", "decide_by"),
+    ],
+)
+def test_wrong_options_are_refused_in_words(place: Path, override: str, words: str) -> None:
+    with pytest.raises(OfftowerError, match=words):
+        judge(place, override)
+
+
+def test_the_gate_is_configured(place: Path) -> None:
+    easy = ("gate.min_effective_sample_size=1", "gate.max_pareto_k=9", "gate.max_mean_weight_z=99")
+    decisions = [
+        judge(place, *easy, f"gate.margin={margin}").result.policies["a"].verdict.decision
+        for margin in (-0.9, 0.9)
+    ]
+    assert decisions == [GO, NO_GO]
+
+
+def test_expected_rewards_by_draws_agree_and_their_noise_is_in_the_interval(place: Path) -> None:
+    exact, drawn = judge(place), judge(place, "expected_reward=draws", "draws=1")
+    a, b = estimate(exact, "dm"), estimate(drawn, "dm")
+    assert b.std_error > a.std_error
+    # The same rows: what differs is the draws' noise alone.
+    assert abs(a.value - b.value) < 4.0 * np.sqrt(b.std_error**2 - a.std_error**2)
+    assert estimate(exact, "ips").value == pytest.approx(estimate(drawn, "ips").value, rel=1e-5)
+
+
+def test_without_propensities_it_refuses_or_estimates_loudly(place: Path) -> None:
+    with pytest.raises(DataError, match=r"evaluation\.propensities=estimate"):
+        judge(place, log=place / "bare")
+    found = judge(place, "propensities=estimate", log=place / "bare")
+    assert any("ESTIMATES, NOT LOGGED" in note for note in found.notes)
+    assert found.result.propensities_estimated
+    codes = [reason.code for reason in found.result.policies["a"].verdict.reasons]
+    assert "propensities_estimated" in codes
+    # The logging policy is a softmax with a little exploration: estimates land near the truth.
+    logged = judge(place)
+    error = np.hypot(estimate(logged, "snips").std_error, estimate(found, "snips").std_error)
+    assert abs(estimate(found, "snips").value - estimate(logged, "snips").value) < 4 * error
+
+
+@pytest.mark.parametrize("clusters", ["genre", "4"])
+def test_marginalised_ips_over_clusters(place: Path, clusters: str) -> None:
+    found = judge(place, "estimators=[ips, mips]", f"clusters={clusters}")
+    assert any(note.startswith("mips:") for note in found.notes)
+    assert np.isfinite(estimate(found, "mips").value)
+    # Its weights are less spread, as theory says.
+    assert estimate(found, "mips").std_error < estimate(found, "ips").std_error
+
+
+def test_cluster_probabilities_are_sums_over_members(place: Path) -> None:
+    catalogue = Catalogue.open(place / "catalogue")
+    run = open_run(place / "runs" / "a", catalogue)
+    scorer = PolicyScorer(run.policy, run.items)
+    label = item_clusters(3, catalogue, scorer, 0)
+    assert sorted(set(label)) == [0, 1, 2]
+    log = ParquetLog.open(place / "test")
+    rows = next(iter(scan(log, catalogue, run.policy.context_encoding, 50)))
+    scored = scorer.score_models(rows, {})
+    found = ClusterScorer(scorer, label).log_probability(scored, rows.action)
+    logit = scored.context_embedding @ scorer.items.embedding.T / run.policy.temperature
+    probability = torch.softmax(logit.double(), dim=1).numpy()
+    same = label[None, :] == label[rows.action][:, None]
+    np.testing.assert_allclose(np.exp(found), (probability * same).sum(axis=1), rtol=1e-4)
+
+
+def test_unknown_clusters_name_the_categories(place: Path) -> None:
+    with pytest.raises(ConfigError, match="genre"):
+        judge(place, "estimators=[mips]", "clusters=gener")
+    with pytest.raises(ConfigError, match=r"2\.\.15"):
+        judge(place, "estimators=[mips]", "clusters=99")
+
+
+def test_selection_reads_three_reward_models(place: Path) -> None:
+    found = judge(place, select="all").selection["a"]
+    names = {score.name for score in found.results["paired"].ranking}
+    for model in ("linear", "trees", "two_tower"):
+        assert {f"DM[{model}]", f"DR[{model}]", f"SNDR[{model}]"} <= names
+    assert "heuristic" in found.failed
+    assert all("[" in name for name in found.results["pasif"].skipped)
+    assert any("logged propensities" in note for note in found.results["pasif"].notes)
+
+
+def test_a_run_that_made_the_log_lets_pasif_judge_every_candidate(place: Path) -> None:
+    run = place / "runs" / "a"
+    options = (f"selection.logging_run={run}", "selection.models=[linear]", "selection.draws=120")
+    found = judge(place, *options, runs="b", select="pasif", log=place / "served")
+    result = found.selection["b"].results["pasif"]
+    assert not result.skipped
+    assert any("120 draws" in note for note in result.notes)
+    # Judged on its own log a run has weights of one.
+    own = judge(place, log=place / "served").result.policies["a"].weights
+    assert own.max == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_run_that_did_not_make_the_log_is_found_out(place: Path) -> None:
+    run = place / "runs" / "b"
+    options = (f"selection.logging_run={run}", "selection.models=[]")
+    found = judge(place, *options, select="pasif", log=place / "served")
+    assert any("did not make this log" in note for note in found.notes)
+    assert found.selection["a"].results["pasif"].skipped
+
+
+def test_judging_on_the_training_log_is_said(place: Path) -> None:
+    assert any("optimistic" in note for note in judge(place, log=place / "train").notes)
+    assert not any("optimistic" in note for note in judge(place).notes)
+
+
+def test_coverage_and_calibration_are_reported(place: Path) -> None:
+    found = judge(place)
+    assert found.coverage["a"].unlogged == 0.0
+    assert found.pscore_calibration is not None and found.pscore_calibration.ok
+    assert found.to_dict()["coverage"]["a"]["draws"] == 500 * 20
+
+
+def test_models_over_pairs_at_draws_agree_with_the_sum_over_the_catalogue(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Boosted trees over a catalogue that is too large to sum: DM at draws, within its noise."""
+    option = "selection.models=[trees]"
+    exact = judge(place, option, select="paired").selection["a"].results["paired"].ranking
+    monkeypatch.setattr("offtower.evaluation.judging.EXACT_PAIRS", 0)
+    drawn = judge(place, option, "draws=16", select="paired").selection["a"]
+    at_draws = {score.name: score.value for score in drawn.results["paired"].ranking}
+    for score in exact:
+        if score.name == "DM[trees]":
+            assert at_draws[score.name] != score.value
+            assert at_draws[score.name] == pytest.approx(score.value, abs=0.02)
+        if score.name in ("IPS", "SNIPS"):
+            assert at_draws[score.name] == pytest.approx(score.value, rel=1e-5)
+
+
+def test_a_pair_model_reads_any_items_alike(place: Path) -> None:
+    from offtower.evaluation.pair_models import fit_pair_model, trees_config
+    from offtower.prepare import open_data
+    from offtower.progress import Progress
+    from offtower.run_directory import RunDirectory
+
+    directory = RunDirectory(place / "runs" / "a")
+    data = open_data(directory.load_config(), Progress(), directory.path)
+    model = fit_pair_model(trees_config(True), data, seed=0, max_rows=500)
+    rows = next(iter(scan(data.train, data.catalogue, data.context_encoding, 40)))
+    every = model.everywhere(rows).values.numpy()
+    assert every.shape == (40, ITEMS) and every.min() >= 0 and every.max() <= 1
+    np.testing.assert_allclose(model.logged(rows), every[np.arange(40), rows.action], rtol=1e-6)
+    item = np.random.default_rng(0).integers(0, ITEMS, (40, 3))
+    np.testing.assert_allclose(
+        model.at(rows, item), np.take_along_axis(every, item, axis=1), rtol=1e-6
+    )
