@@ -22,9 +22,6 @@ LEAST_ROWS = 2
 """Items looked at in every cell: one gives every item a chance, two give a variance."""
 _TAKE_ALL = 0.5
 """A cell is taken whole where more than this share of it would be looked at."""
-_REACH = 3.0
-"""Variance of a cell's outliers against what is expected, when the first cells are chosen."""
-
 
 @dataclass(frozen=True, eq=False)
 class CellModel:
@@ -32,8 +29,6 @@ class CellModel:
 
     log_mass: FloatArray
     """(C,) predicted log Z_c."""
-    log_reach: FloatArray
-    """(C,) the same with more variance than expected: what a cell's outliers may hold."""
     variation: FloatArray
     """(C,) predicted coefficient of variation of exp(s_a) inside the cell."""
 
@@ -53,7 +48,6 @@ def model_cells(cells: Cells, query: NDArray[np.float32]) -> CellModel:
     mean = (cells.mean @ query).astype(np.float64)
     return CellModel(
         mean + _log_sum_of_normals(variance, size),
-        mean + _log_sum_of_normals(_REACH * variance, size),
         np.sqrt(np.minimum(np.expm1(np.minimum(variance, 50.0)), size)),
     )
 

@@ -190,7 +190,7 @@ class PropensitySampler:
         model = model_cells(cells, query)
         for wanted in (_HEAD_CELLS, _PEAKED_CELLS):
             head_cells = min(wanted, cells.num_cells)
-            head = np.sort(np.argpartition(-model.log_reach, head_cells - 1)[:head_cells])
+            head = np.sort(np.argpartition(-model.log_mass, head_cells - 1)[:head_cells])
             rows = _ranges(cells.start[head], size[head])
             logit = score_rows(cells.vectors, query, rows)
             logit[_contains(hidden, rows)] = -np.inf
