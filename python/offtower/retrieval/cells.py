@@ -227,7 +227,9 @@ def _principal_direction(points: FloatArray, rng: np.random.Generator) -> FloatA
     return vector
 
 
-def _route(points: FloatArray, direction: FloatArray, threshold: FloatArray, depth: int) -> IntArray:
+def _route(
+    points: FloatArray, direction: FloatArray, threshold: FloatArray, depth: int
+) -> IntArray:
     """(n,) leaf of each point."""
     leaf = np.zeros(len(points), dtype=np.int64)
     for level in range(depth):

@@ -23,6 +23,7 @@ LEAST_ROWS = 2
 _TAKE_ALL = 0.5
 """A cell is taken whole where more than this share of it would be looked at."""
 
+
 @dataclass(frozen=True, eq=False)
 class CellModel:
     """Predicted masses of all C cells for one context, in logarithms."""

@@ -40,8 +40,8 @@ from offtower.retrieval.vectors import (
     Layout,
     load_ids,
     metadata_texts,
-    query_dim,
     quantise,
+    query_dim,
     write_parquet,
     write_vectors,
 )
@@ -73,7 +73,7 @@ class ExportOptions:
     """
 
     dtype: Dtype = "float32"
-    index: IndexOptions | None | str = "auto"
+    index: IndexOptions | str | None = "auto"
     sampling: bool = True
     parquet: bool = True
     layout: Layout = "offtower"

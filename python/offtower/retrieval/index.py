@@ -183,7 +183,9 @@ def build_index(
         "dim": int(vectors.shape[1]),
         "options": asdict(options),
         "build_seconds": seconds,
-        "bytes": sum((directory / f).stat().st_size for f in (FILE, LISTS) if (directory / f).exists()),
+        "bytes": sum(
+            (directory / f).stat().st_size for f in (FILE, LISTS) if (directory / f).exists()
+        ),
     }
     opened = AnnIndex(_read(faiss, directory), facts, vectors, scale)
     facts |= _tune(opened, queries, vectors, scale, options)

@@ -160,8 +160,7 @@ class PropensitySampler:
         left = len(cells.item) - len(hidden)
         if left < positions:
             raise DataError(
-                f"{positions} items were asked for, but filters leave {left} of "
-                f"{len(cells.item):,}"
+                f"{positions} items were asked for, but filters leave {left} of {len(cells.item):,}"
             )
         if mode == "cells":
             return _Weights.by_model(cells, query, hidden)
@@ -260,9 +259,7 @@ class _Weights:
         self._cumulative: FloatArray | None = None
 
     @classmethod
-    def by_model(
-        cls, cells: Cells, query: NDArray[np.float32], hidden: IntArray
-    ) -> _Weights:
+    def by_model(cls, cells: Cells, query: NDArray[np.float32], hidden: IntArray) -> _Weights:
         """Weights that the export alone determines."""
         log_mass = model_cells(cells, query).log_mass
         if len(hidden):
@@ -276,9 +273,7 @@ class _Weights:
         return cls(cells, query, hidden, weight, np.zeros(len(weight)), shift, 0, False)
 
     @classmethod
-    def whole(
-        cls, cells: Cells, query: NDArray[np.float32], hidden: IntArray
-    ) -> _Weights:
+    def whole(cls, cells: Cells, query: NDArray[np.float32], hidden: IntArray) -> _Weights:
         """Every item scored."""
         logit = (cells.vectors @ query).astype(np.float64)
         logit[hidden] = -np.inf

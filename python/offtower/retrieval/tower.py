@@ -125,9 +125,7 @@ class _Graph(nn.Module):
         assert isinstance(body, MLPBody)
         encoder = body.encoder
         parts: dict[str, Tensor] = {}
-        for place, (spec, value) in enumerate(
-            zip(self.tower.encoding.specs, inputs, strict=True)
-        ):
+        for place, (spec, value) in enumerate(zip(self.tower.encoding.specs, inputs, strict=True)):
             if spec.kind in ("numeric", "vector"):
                 wide = value.double() if spec.kind == "vector" else value.double().unsqueeze(1)
                 mean, scale = getattr(self, f"mean_{place}"), getattr(self, f"scale_{place}")
@@ -177,7 +175,9 @@ def graph_inputs(encoding: FeatureEncoding, contexts: pa.Table) -> dict[str, np.
     return inputs
 
 
-def write_graphs(tower: ContextTower, directory: Path, version: str, *, onnx: bool) -> dict[str, Any]:
+def write_graphs(
+    tower: ContextTower, directory: Path, version: str, *, onnx: bool
+) -> dict[str, Any]:
     """Write the ExportedProgram, ONNX where asked for, and contract.json.
 
     Returns:
@@ -232,7 +232,9 @@ def contract(tower: ContextTower, version: str) -> dict[str, Any]:
                 entry["value"] = "1 + the value's place in the vocabulary; 0 where it has none"
                 entry["vocabulary"] = "encoding/encoding.json names the Parquet file, column value"
             else:
-                entry["value"] = "1 + (splitmix64 chain of the value xor crc32(feature)) mod buckets"
+                entry["value"] = (
+                    "1 + (splitmix64 chain of the value xor crc32(feature)) mod buckets"
+                )
                 entry["buckets"] = spec.buckets
         inputs.append(entry)
     return {
@@ -252,7 +254,9 @@ def _write_onnx(graph: nn.Module, examples: Any, shapes: Any, path: Path) -> Non
         try:
             __import__(package)
         except ImportError:
-            raise MissingExtraError(package, "onnx", "export of the context tower as ONNX") from None
+            raise MissingExtraError(
+                package, "onnx", "export of the context tower as ONNX"
+            ) from None
     import logging
 
     logger = logging.getLogger("torch.onnx")

@@ -124,7 +124,9 @@ def write_vectors(
                 kind = pa.large_string() if text else pa.int64()
                 writer = pa.ipc.new_file(sink, pa.schema([("item_id", kind)]))
             elif text != pa.types.is_large_string(kind):
-                raise DataError("item ids are text in one file of the catalogue, numbers in another")
+                raise DataError(
+                    "item ids are text in one file of the catalogue, numbers in another"
+                )
             column = pc.cast(category_values(ids), kind)
             writer.write_batch(pa.record_batch([column], names=["item_id"]))
             progress.advance(part.num_items)
