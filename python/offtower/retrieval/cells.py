@@ -137,7 +137,7 @@ def build_cells(
         num_cells: C, rounded to a power of two.
         seed: of directions and of the order inside cells.
     """
-    n, dim = vectors.shape
+    n = len(vectors)
     depth = round(float(np.log2(num_cells or default_num_cells(n))))
     rng = np.random.default_rng(seed)
     second = (queries.astype(np.float64).T @ queries.astype(np.float64)) / max(1, len(queries))

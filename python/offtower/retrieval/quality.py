@@ -1,4 +1,4 @@
-"""How well retrieval finds what was rewarded, over the full catalogue, free of the log's choices."""
+"""How well retrieval finds what was rewarded, over the full catalogue."""
 
 from __future__ import annotations
 

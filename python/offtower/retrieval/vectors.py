@@ -175,7 +175,7 @@ def quantise(
 ) -> NDArray[np.float32] | None:
     """Write vectors in another precision.
 
-    int8 has one scale a coordinate, v = scale * q, so that <u * scale, q> is still an inner product.
+    int8 has one scale a coordinate, v = scale * q, so <u * scale, q> is an inner product.
 
     Returns:
         (D,) scale of int8, else None.
