@@ -54,7 +54,7 @@ def export(
     from offtower.retrieval.manifest import read_manifest
 
     wanted: IndexOptions | str | None = None if index == "none" else "auto"
-    if index not in ("auto", "none"):
+    if index != "auto" and index != "none":
         wanted = IndexOptions(kind=index, target_recall=recall, k=k, shard_rows=shard_rows)
     options = ExportOptions(
         dtype=dtype, index=wanted, sampling=sampling, layout=layout, fixed_size=not plain_lists
