@@ -53,7 +53,8 @@ def trained(folder: Path, objective: str, items: int, dim: int) -> tuple[np.ndar
             "training": {"epochs": 2, "learning_rate": 0.003},
         }
     )
-    train_run(config)
+    if not (config.run_directory / "policy").exists():
+        train_run(config)
     policy, _ = load_policy(config.run_directory / "policy")
     world = SimulatedWorld(items, 16, 16, 16, seed=0, feature_kinds="all")
     table = world.catalogue_table()
@@ -142,7 +143,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--kinds", nargs="*", default=["flat", "ivf_flat", "ivf_sq8", "ivf_pq"])
     parser.add_argument("--vectors", nargs="*", default=["weighted_likelihood", "clipped_dr"])
-    parser.add_argument("--folder", type=Path, help="keep the log and the runs here")
+    parser.add_argument(
+        "--folder", type=Path, help="keep the log and the runs here, and reuse them"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

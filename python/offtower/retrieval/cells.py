@@ -217,7 +217,7 @@ def _principal_direction(points: FloatArray, rng: np.random.Generator) -> FloatA
     some = points[:_DIRECTION_ROWS]
     centred = some - some.mean(axis=0)
     scatter = centred.T @ centred
-    vector: FloatArray = rng.standard_normal(points.shape[1], dtype=np.float32)
+    vector: FloatArray = rng.standard_normal((points.shape[1],), dtype=np.float32)
     for _ in range(8):
         vector = np.asarray(scatter @ vector)
         length = float(np.linalg.norm(vector))
