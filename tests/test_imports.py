@@ -14,12 +14,23 @@ import offtower
 PACKAGE = Path(offtower.__file__).parent
 
 FORBIDDEN = {
-    "ops": {"data", "models", "objectives", "evaluation", "training", "cli", "learner", "config"},
+    "ops": {
+        "data",
+        "models",
+        "objectives",
+        "evaluation",
+        "retrieval",
+        "training",
+        "cli",
+        "learner",
+        "config",
+    },
     "data": {"models", "objectives", "evaluation", "training", "cli", "learner", "config"},
     "objectives": {"data", "models", "evaluation", "training", "cli", "learner"},
     "models": {"evaluation", "training", "cli", "learner"},
     "evaluation": {"training", "cli", "learner"},
     "training": {"cli", "learner"},
+    "retrieval": {"training", "cli", "learner"},
 }
 HOME_OF = {"obp": {"data"}, "ray": {"jobs"}, "faiss": {"retrieval"}}
 

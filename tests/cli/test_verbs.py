@@ -29,7 +29,17 @@ def call_json(*arguments: str, code: int = 0) -> dict[str, Any]:
     return content
 
 
-VERBS = ("doctor", "simulate", "ingest", "validate", "train", "evaluate", "quickstart")
+VERBS = (
+    "doctor",
+    "simulate",
+    "ingest",
+    "validate",
+    "train",
+    "evaluate",
+    "export",
+    "search",
+    "quickstart",
+)
 
 
 @pytest.mark.parametrize("verb", VERBS)

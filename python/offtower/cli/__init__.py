@@ -7,8 +7,10 @@ import typer
 from offtower.cli import (
     doctor,
     evaluate,
+    export,
     ingest,
     quickstart,
+    search,
     simulate,
     train,
     validate,
@@ -22,7 +24,17 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for verb in (doctor, simulate, ingest, validate, train, evaluate, quickstart):
+for verb in (
+    doctor,
+    simulate,
+    ingest,
+    validate,
+    train,
+    evaluate,
+    export,
+    search,
+    quickstart,
+):
     name = verb.__name__.rsplit(".", 1)[-1]
     app.command(name, help=verb.__doc__)(getattr(verb, name))
 

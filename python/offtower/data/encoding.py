@@ -171,7 +171,7 @@ class FeatureEncoding:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it; `save` suits large vocabularies better."""
         values = {name: array.to_pylist() for name, array in self._vocabulary.items()}
-        return {**self._numbers(), "vocabulary": values}
+        return {**self.numbers(), "vocabulary": values}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> FeatureEncoding:
@@ -190,7 +190,7 @@ class FeatureEncoding:
         files = {name: f"vocabulary_{i}.parquet" for i, name in enumerate(self._vocabulary)}
         for name, file in files.items():
             pq.write_table(pa.table({"value": self._vocabulary[name]}), directory / file)
-        content = {**self._numbers(), "vocabulary": files}
+        content = {**self.numbers(), "vocabulary": files}
         write_text(directory / _FILE, json.dumps(content, indent=1))
 
     @classmethod
@@ -210,7 +210,8 @@ class FeatureEncoding:
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
             raise RunError(f"the encoding at '{directory}' cannot be read: {error}") from error
 
-    def _numbers(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
+        """Specs, means and scales, as JSON takes them; `to_dict` without the vocabularies."""
         return {
             "specs": [spec_to_dict(spec) for spec in self.specs],
             "mean": {name: value.tolist() for name, value in self._mean.items()},

@@ -1,0 +1,351 @@
+"""Item vectors of a policy, streamed to disk: a hundred million items in bounded memory.
+
+The last coordinate of an item vector is the item's bias where the policy has one; the context's is
+then 1. Temperature is folded into the context. So the plain inner product is the policy's logit,
+and changing the temperature changes no item vector.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from offtower.data.catalogue import Catalogue
+from offtower.data.columns import as_array, category_values, hash_values, is_text
+from offtower.data.encoding import to_tensors
+from offtower.data.manifest import parquet_files, read_manifest
+from offtower.data.schema import CatalogueSchema
+from offtower.errors import DataError, RunError
+from offtower.models.policy import TwoTowerPolicy
+from offtower.progress import Progress
+
+Dtype = Literal["float32", "float16", "int8"]
+Layout = Literal["offtower", "vector_db"]
+
+CHUNK = 65_536
+ROWS_PER_PART = 4_194_304
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What was written."""
+
+    count: int
+    text_ids: bool
+    fingerprint: str | None
+    """Of the catalogue, where offtower wrote it."""
+    ids_sha256: str
+
+
+class CatalogueStream:
+    """A catalogue directory read a chunk at a time, each chunk checked as a catalogue is."""
+
+    def __init__(self, path: str | Path, schema: CatalogueSchema | None = None) -> None:
+        self.path = Path(path)
+        self.files = parquet_files(self.path, "catalogue")
+        manifest = read_manifest(self.path) if self.path.is_dir() else None
+        self.fingerprint = None if manifest is None else str(manifest.get("fingerprint"))
+        if schema is None:
+            if manifest is None:
+                raise DataError(
+                    f"'{self.path}' was not written by offtower, so the config must state "
+                    "data.catalogue_schema (item_id and features)"
+                )
+            schema = CatalogueSchema.from_dict(manifest["schema"])
+        self.schema = schema
+        try:
+            self.num_items = sum(pq.read_metadata(file).num_rows for file in self.files)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"the catalogue at '{self.path}' cannot be read: {error}") from error
+        if self.num_items == 0:
+            raise DataError(f"the catalogue at '{self.path}' has no items")
+
+    def chunks(self, rows: int = CHUNK) -> Iterator[Catalogue]:
+        columns = list(self.schema.columns)
+        for file in self.files:
+            try:
+                with pq.ParquetFile(file) as opened:
+                    missing = [name for name in columns if name not in opened.schema_arrow.names]
+                    if missing:
+                        raise DataError(f"'{file}' has no column '{missing[0]}'")
+                    for batch in opened.iter_batches(batch_size=rows, columns=columns):
+                        table = pa.Table.from_batches([batch])
+                        if table.num_rows:
+                            yield Catalogue(table, self.schema, fingerprint="a part")
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DataError(f"'{file}' is not a readable Parquet file: {error}") from error
+
+
+@torch.no_grad()
+def write_vectors(
+    policy: TwoTowerPolicy,
+    catalogue: CatalogueStream,
+    directory: Path,
+    *,
+    chunk: int = CHUNK,
+    progress: Progress | None = None,
+) -> Streamed:
+    """Embed every item and write vectors.npy (N, D) float32 and ids.arrow.
+
+    Memory is O(chunk) and 16 bytes an item, by which duplicate ids are found.
+
+    Raises:
+        DataError: an id is null or stands twice, a feature is bad, an embedding is not finite.
+    """
+    progress = progress or Progress()
+    policy.eval()
+    n, dim = catalogue.num_items, query_dim(policy)
+    vectors: Any = np.lib.format.open_memmap(
+        directory / "vectors.npy", mode="w+", dtype=np.float32, shape=(n, dim)
+    )
+    keys = np.empty(n, dtype=np.uint64)
+    first, text, kind = 0, False, pa.int64()
+    writer: pa.RecordBatchFileWriter | None = None
+    progress.start("embedding items", n)
+    sink = pa.OSFile(str(directory / "ids.arrow"), "wb")
+    try:
+        for part in catalogue.chunks(chunk):
+            last = first + part.num_items
+            ids = as_array(part.item_ids)
+            text = is_text(ids.type)
+            vectors[first:last] = embed_part(policy, part)
+            keys[first:last] = _keys(ids)
+            if writer is None:
+                kind = pa.large_string() if text else pa.int64()
+                writer = pa.ipc.new_file(sink, pa.schema([("item_id", kind)]))
+            elif text != pa.types.is_large_string(kind):
+                raise DataError(
+                    "item ids are text in one file of the catalogue, numbers in another"
+                )
+            column = pc.cast(category_values(ids), kind)
+            writer.write_batch(pa.record_batch([column], names=["item_id"]))
+            progress.advance(part.num_items)
+            first = last
+    finally:
+        if writer is not None:
+            writer.close()
+        sink.close()
+        progress.finish()
+    vectors.flush()
+    _check_unique(keys, directory)
+    digest = _sha(keys)
+    return Streamed(n, text, catalogue.fingerprint, digest)
+
+
+def embed_part(policy: TwoTowerPolicy, part: Catalogue) -> NDArray[np.float32]:
+    """(n, D) vectors of some items.
+
+    Raises:
+        DataError: a vector is not finite; the item is named.
+    """
+    features = to_tensors(policy.item_encoding.encode(part.table(0, part.num_items)))
+    embedding, bias = policy.item_tower(features)
+    out = np.empty((part.num_items, query_dim(policy)), dtype=np.float32)
+    out[:, : embedding.shape[1]] = embedding.numpy()
+    if bias is not None:
+        out[:, -1] = bias.numpy()
+    bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
+    if bad.size:
+        raise DataError(
+            f"the embedding of item {part.item_ids[int(bad[0])].as_py()!r} is not finite"
+            + (f" (and of {bad.size - 1} more in its chunk)" if bad.size > 1 else "")
+            + ": the policy's weights or the item's features hold NaN or overflow; look at "
+            "metrics.jsonl, and train again"
+        )
+    return out
+
+
+def query_dim(policy: TwoTowerPolicy) -> int:
+    """D: the embedding's dimension, and one more where items have a bias."""
+    return policy.config.embedding_dim + int(policy.config.item_bias)
+
+
+def quantise(
+    vectors: NDArray[np.float32], dtype: Dtype, directory: Path, name: str, chunk: int = CHUNK
+) -> NDArray[np.float32] | None:
+    """Write vectors in another precision.
+
+    int8 has one scale a coordinate, v = scale * q, so <u * scale, q> is an inner product.
+
+    Returns:
+        (D,) scale of int8, else None.
+
+    Raises:
+        DataError: a number is beyond what float16 holds.
+    """
+    n, dim = vectors.shape
+    scale: NDArray[np.float32] | None = None
+    largest = np.zeros(dim, dtype=np.float32)
+    for first in range(0, n, chunk):
+        part = np.abs(vectors[first : first + chunk])
+        largest = np.maximum(largest, part.max(axis=0, initial=0.0))
+    if dtype == "int8":
+        scale = np.where(largest > 0.0, largest / 127.0, 1.0).astype(np.float32)
+    elif dtype == "float16" and float(largest.max(initial=0.0)) > 65_504.0:
+        raise DataError(
+            f"an item vector holds {float(largest.max()):.3g}, which half precision cannot; "
+            "export with dtype float32 or int8"
+        )
+    target: Any = np.lib.format.open_memmap(
+        directory / name, mode="w+", dtype=np.dtype(dtype), shape=(n, dim)
+    )
+    for first in range(0, n, chunk):
+        part = vectors[first : first + chunk]
+        if scale is not None:
+            part = np.rint(part / scale)
+        target[first : first + chunk] = part.astype(np.dtype(dtype))
+    target.flush()
+    return scale
+
+
+def write_parquet(
+    vectors: NDArray[Any],
+    ids: pa.ChunkedArray,
+    directory: Path,
+    *,
+    layout: Layout = "offtower",
+    fixed_size: bool = True,
+    metadata: Iterator[list[str]] | None = None,
+    rows_per_part: int = ROWS_PER_PART,
+    chunk: int = CHUNK,
+) -> list[str]:
+    """Parquet parts with one row an item, as databases and vector stores read them.
+
+    Args:
+        layout: "offtower" has the columns item_id and embedding; "vector_db" has id (text), values
+            and metadata (JSON text).
+        fixed_size: lists of fixed size; plain lists otherwise.
+        metadata: JSON texts of the items, chunk by chunk, for "vector_db".
+
+    Returns:
+        names of the parts.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    names: list[str] = []
+    dim = vectors.shape[1]
+    for start in range(0, len(vectors), rows_per_part):
+        name = f"part-{len(names):05d}.parquet"
+        names.append(name)
+        writer: pq.ParquetWriter | None = None
+        try:
+            for first in range(start, min(start + rows_per_part, len(vectors)), chunk):
+                last = min(first + chunk, start + rows_per_part, len(vectors))
+                part = np.ascontiguousarray(vectors[first:last])
+                flat = pa.array(part.reshape(-1))
+                column: pa.Array = pa.FixedSizeListArray.from_arrays(flat, dim)
+                if not fixed_size:
+                    column = column.cast(pa.list_(flat.type))
+                key = ids.slice(first, last - first).combine_chunks()
+                if layout == "offtower":
+                    table = pa.table({"item_id": key, "embedding": column})
+                else:
+                    texts = next(metadata) if metadata is not None else ["{}"] * (last - first)
+                    table = pa.table(
+                        {
+                            "id": pc.cast(key, pa.string()),
+                            "values": column,
+                            "metadata": pa.array(texts, pa.string()),
+                        }
+                    )
+                if writer is None:
+                    writer = pq.ParquetWriter(
+                        directory / name, table.schema, compression="zstd", use_dictionary=False
+                    )
+                writer.write_table(table)
+        finally:
+            if writer is not None:
+                writer.close()
+    return names
+
+
+def metadata_texts(catalogue: CatalogueStream, chunk: int = CHUNK) -> Iterator[list[str]]:
+    """JSON text of every item's plain features (vectors are left out), in chunks of exactly
+    `chunk` items (the last may be shorter)."""
+    specs = [spec for spec in catalogue.schema.features if spec.kind != "vector"]
+    waiting: list[str] = []
+    for part in catalogue.chunks(chunk):
+        table = part.table(0, part.num_items)
+        columns = {spec.name: table.column(spec.source).to_pylist() for spec in specs}
+        waiting += [
+            json.dumps({name: values[row] for name, values in columns.items()}, default=str)
+            for row in range(part.num_items)
+        ]
+        while len(waiting) >= chunk:
+            yield waiting[:chunk]
+            waiting = waiting[chunk:]
+    if waiting:
+        yield waiting
+
+
+def load_ids(path: Path, count: int) -> pa.ChunkedArray:
+    """Item ids, memory-mapped.
+
+    Raises:
+        RunError: the file is damaged or holds another number of ids.
+    """
+    try:
+        # A mapped file stays open as long as its columns live.
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise RunError(f"'{path}' cannot be read: {error}; export again") from error
+    if table.num_rows != count:
+        raise RunError(f"'{path}' holds {table.num_rows:,} ids, expected {count:,}; export again")
+    return table.column("item_id")
+
+
+def load_vectors(path: Path, count: int, dim: int, dtype: str) -> NDArray[Any]:
+    """Item vectors, memory-mapped read-only.
+
+    Raises:
+        RunError: the file is damaged, or its shape or dtype is not the manifest's.
+    """
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise RunError(f"'{path}' cannot be read: {error}; export again") from error
+    if vectors.shape != (count, dim) or vectors.dtype != np.dtype(dtype):
+        raise RunError(
+            f"'{path}' holds {vectors.shape} {vectors.dtype}, the manifest says "
+            f"{(count, dim)} {dtype}; export again"
+        )
+    return vectors
+
+
+def _keys(ids: pa.Array) -> NDArray[np.uint64]:
+    if is_text(ids.type):
+        return hash_values(ids)
+    values: NDArray[Any] = category_values(ids).to_numpy(zero_copy_only=False)
+    return values.astype(np.int64).view(np.uint64)
+
+
+def _check_unique(keys: NDArray[np.uint64], directory: Path) -> None:
+    ordered = np.sort(keys)
+    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if not twice.size:
+        return
+    rows = np.flatnonzero(keys == ordered[twice[0]])
+    ids = load_ids(directory / "ids.arrow", len(keys))
+    first, second = int(rows[0]), int(rows[1])
+    raise DataError(
+        f"item id {ids[first].as_py()!r} stands twice in the catalogue, as items {first} and "
+        f"{second}"
+        + (f"; {twice.size} ids in all do" if twice.size > 1 else "")
+        + ". Each item needs an id of its own"
+    )
+
+
+def _sha(keys: NDArray[np.uint64]) -> str:
+    import hashlib
+
+    return hashlib.sha256(np.ascontiguousarray(keys).data).hexdigest()

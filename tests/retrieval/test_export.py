@@ -1,0 +1,347 @@
+"""What was learned is what is served: round trips, other readers, damage."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from offtower import ops
+from offtower.data import Catalogue
+from offtower.data.encoding import to_tensors
+from offtower.data.log import ParquetLog
+from offtower.data.simulate import SimulatedWorld
+from offtower.errors import DataError, OfftowerError, RunError
+from offtower.models import ItemFeatures, load_policy, save_policy
+from offtower.retrieval import ExportOptions, IndexOptions, Retriever, export_run
+from offtower.retrieval.manifest import read_manifest, write_manifest
+from offtower.retrieval.tower import ContextTower, graph_inputs
+from offtower.retrieval.vectors import load_ids
+
+PLAIN = ExportOptions(index=None, onnx=False, contexts=50, kept=50)
+
+
+def contexts(run: Path, rows: int = 32) -> pa.Table:
+    return ParquetLog.open(run.parents[1] / "test").read_row_group(0).slice(0, rows)
+
+
+def policy_logits(run: Path, table: pa.Table) -> torch.Tensor:
+    policy, _ = load_policy(run / "policy")
+    catalogue = Catalogue.open(run.parents[1] / "catalogue")
+    with torch.no_grad():
+        items = policy.embed_items(ItemFeatures.from_catalogue(catalogue, policy.item_encoding))
+        u = policy.embed_contexts(to_tensors(policy.context_encoding.encode(table)))
+    assert items.bias is not None
+    return u.double() @ items.embedding.double().T / policy.temperature + items.bias.double()
+
+
+def test_a_fresh_process_without_training_code_finds_the_policys_top_k(
+    run: Path, exported: Path
+) -> None:
+    code = """
+import json, sys
+import pyarrow.parquet as pq
+from offtower.retrieval import Retriever
+r = Retriever.open(sys.argv[1])
+t = pq.read_table(sys.argv[2])
+exact, found = r.search(t, 20, exact=True), r.search(t, 20)
+assert not [m for m in sys.modules if m.startswith("offtower.training")]
+print(json.dumps([exact.item_id, [s.tolist() for s in exact.score], found.item_id]))
+"""
+    table = contexts(run)
+    path = exported.parent / "some.parquet"
+    pq.write_table(table, path)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run), str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ids, score, found = json.loads(done.stdout)
+    truth = torch.topk(policy_logits(run, table), 20)
+    np.testing.assert_allclose(score, truth.values.numpy(), rtol=1e-4, atol=1e-4)
+    assert ids == [[f"item-{i}" for i in row] for row in truth.indices.tolist()]
+    hits = [len(set(a) & set(b)) / 20 for a, b in zip(ids, found, strict=True)]
+    assert np.mean(hits) > 0.95
+
+
+def test_the_manifest_says_what_was_measured(run: Path, exported: Path) -> None:
+    manifest = read_manifest(exported)
+    assert manifest["index"]["recall"]["mean"] >= 0.97
+    assert manifest["index"]["recall"]["contexts"] == 200
+    assert manifest["index"]["metric"] == "inner_product"
+    assert manifest["vectors"]["dim"] == 13 and manifest["vectors"]["count"] == 3000
+    assert manifest["measured_on"]["part"] == "test"
+    policy = json.loads((run / "policy" / "policy.json").read_text())
+    fingerprint = policy["facts"]["config_fingerprint"]
+    assert manifest["policy"]["config_fingerprint"] == fingerprint
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_other_runtimes_give_the_same_queries(run: Path, tmp_path: Path, learned: bool) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    policy, _ = load_policy(run / "policy")
+    if learned:
+        policy.config.learn_temperature = True
+    from offtower.retrieval.tower import write_graphs
+
+    tower = ContextTower.of(policy)
+    facts = write_graphs(tower, tmp_path, "v", onnx=True)
+    assert facts["reason"] is None
+    program = torch.export.load(tmp_path / "context_tower.pt2").module()
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "context_tower.onnx"), providers=["CPUExecutionProvider"]
+    )
+    for rows in (1, 7, 32):
+        table = contexts(run, rows)
+        truth = tower.embed(table)
+        inputs = graph_inputs(tower.encoding, table)
+        onnx = session.run(["query"], inputs)[0]
+        np.testing.assert_allclose(onnx, truth, rtol=1e-5, atol=1e-5)
+        torch_out = program(*(torch.from_numpy(v) for v in inputs.values())).detach().numpy()
+        np.testing.assert_allclose(torch_out, truth, rtol=1e-5, atol=1e-5)
+    contract = json.loads((tmp_path / "contract.json").read_text())
+    assert [entry["input"] for entry in contract["inputs"]] == list(inputs)
+
+
+def test_duckdb_reads_the_parquet(run: Path, exported: Path) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    retriever = Retriever.open(exported)
+    table = contexts(run, 1)
+    query = retriever.embed(table)[0].tolist()
+    sql = (
+        "select item_id, list_inner_product(embedding::float[], ?::float[]) as s "
+        f"from '{exported}/items/*.parquet' order by s desc limit 10"
+    )
+    rows = duckdb.execute(sql, [query]).fetchall()
+    assert [row[0] for row in rows] == retriever.search(table, 10, exact=True).item_id[0]
+
+
+def test_lancedb_reads_the_parquet(run: Path, exported: Path, tmp_path: Path) -> None:
+    lancedb = pytest.importorskip("lancedb")
+    retriever = Retriever.open(exported)
+    items = pq.read_table(exported / "items")
+    opened = lancedb.connect(str(tmp_path / "lance")).create_table("items", items)
+    context = contexts(run, 1)
+    query = retriever.embed(context)[0]
+    search = opened.search(query, vector_column_name="embedding")
+    search = search.metric("dot") if hasattr(search, "metric") else search.distance_type("dot")
+    found = search.limit(10).to_arrow().column("item_id").to_pylist()
+    assert found == retriever.search(context, 10, exact=True).item_id[0]
+
+
+def test_columns_for_vector_databases(run: Path) -> None:
+    options = ExportOptions(
+        index=None, onnx=False, contexts=50, kept=50, layout="vector_db", fixed_size=False
+    )
+    path = export_run(run, options)
+    table = pq.read_table(path / "items")
+    assert table.column_names == ["id", "values", "metadata"]
+    assert pa.types.is_list(table.schema.field("values").type)
+    first = json.loads(table.column("metadata")[0].as_py())
+    assert set(first) == {"price", "genre", "tags"}
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("float16", 0.99), ("int8", 0.9)])
+def test_less_precision_with_its_measured_loss(run: Path, dtype: str, least: float) -> None:
+    options = ExportOptions(dtype=dtype, index=None, onnx=False, contexts=100, kept=50)  # type: ignore[arg-type]
+    path = export_run(run, options)
+    measured = read_manifest(path)["vectors"]["precision"]
+    assert least < measured["recall@100"] <= 1.0
+    table = contexts(run)
+    found = Retriever.open(path).search(table, 100)
+    truth = torch.topk(policy_logits(run, table), 100).indices.numpy()
+    kept = np.mean([np.isin(t, f).mean() for t, f in zip(truth, found.item, strict=True)])
+    assert kept == pytest.approx(measured["recall@100"], abs=0.02)
+
+
+def test_items_added_after_training_are_found_from_their_features(
+    run: Path, world: SimulatedWorld, tmp_path: Path
+) -> None:
+    table = world.catalogue_table()
+    best = int(policy_logits(run, contexts(run, 1))[0].argmax())
+    twin = table.slice(best, 1).set_column(0, "item_id", pa.array(["brand-new"]))
+    pq.write_table(pa.concat_tables([table, twin]), tmp_path / "part-0.parquet")
+    shutil.copy(run.parents[1] / "catalogue" / "_offtower.json", tmp_path)
+    path = export_run(run, PLAIN, catalogue=tmp_path)
+    found = Retriever.open(path).search(contexts(run, 1), 2)
+    assert set(found.item_id[0]) == {f"item-{best}", "brand-new"}
+
+
+def damaged(exported: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / exported.name
+    shutil.copytree(exported, copy)
+    return copy
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "ids.arrow", "index/index.faiss"])
+def test_truncated_and_corrupted_files(exported: Path, tmp_path: Path, name: str) -> None:
+    copy = damaged(exported, tmp_path)
+    content = bytearray((copy / name).read_bytes())
+    (copy / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(RunError, match="is truncated"):
+        Retriever.open(copy)
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(RunError, match="is corrupted"):
+        Retriever.open(copy)
+    (copy / name).unlink()
+    with pytest.raises(RunError, match="lacks"):
+        Retriever.open(copy)
+
+
+def test_a_changed_manifest_a_wrong_dimension_and_another_version(
+    exported: Path, tmp_path: Path
+) -> None:
+    copy = damaged(exported, tmp_path)
+    manifest = read_manifest(copy)
+    text = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(text.replace('"count": 3000', '"count": 2999'))
+    with pytest.raises(RunError, match="was changed"):
+        Retriever.open(copy)
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(RunError, match="is damaged"):
+        Retriever.open(copy)
+    manifest.pop("format")
+    wrong = {**manifest, "vectors": {**manifest["vectors"], "dim": 12}}
+    write_manifest(copy, wrong)
+    with pytest.raises(RunError, match="gives 13 numbers, the items have 12"):
+        Retriever.open(copy)
+    facts = json.loads((copy / "index" / "index.json").read_text())
+    (copy / "index" / "index.json").write_text(json.dumps({**facts, "version": "older"}))
+    other = {name: f for name, f in manifest["files"].items() if name != "index/index.json"}
+    write_manifest(copy, {**manifest, "files": other})
+    with pytest.raises(RunError, match="is of version older"):
+        Retriever.open(copy)
+
+
+def test_nan_embeddings_and_duplicate_ids_are_named(
+    run: Path, world: SimulatedWorld, tmp_path: Path
+) -> None:
+    before = (run / "export" / "CURRENT").read_text() if (run / "export").exists() else None
+    copy = tmp_path / "runs" / "small"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("export"))
+    policy, facts = load_policy(copy / "policy")
+    with torch.no_grad():
+        policy.item_tower.body.layers[-1].weight[0, 0] = float("nan")
+    save_policy(copy / "policy", policy, facts)
+    with pytest.raises(DataError, match="embedding of item 'item-0' is not finite"):
+        export_run(copy, PLAIN)
+    assert not (copy / "export" / "CURRENT").exists()
+    table = world.catalogue_table()
+    pq.write_table(pa.concat_tables([table, table.slice(17, 1)]), tmp_path / "items.parquet")
+    shutil.copy(run.parents[1] / "catalogue" / "_offtower.json", tmp_path)
+    with pytest.raises(DataError, match="'item-17' stands twice in the catalogue, as items 17"):
+        export_run(run, PLAIN, catalogue=tmp_path)
+    if before is not None:
+        assert (run / "export" / "CURRENT").read_text() == before
+
+
+def test_a_full_disk_or_a_kill_leaves_the_earlier_export(run: Path, exported: Path) -> None:
+    export = run / "export"
+    current = (export / "CURRENT").read_text()
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
+        "from offtower.retrieval import ExportOptions, export_run;"
+        "export_run(sys.argv[1], ExportOptions(index=None, onnx=False))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert (export / "CURRENT").read_text() == current
+    killed = subprocess.Popen(
+        [sys.executable, "-c", code.replace("(60_000, 60_000)", "(1 << 40, 1 << 40)"), str(run)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and killed.poll() is None:
+        if any(p.name.startswith(".") for p in export.iterdir()):
+            break
+        time.sleep(0.001)
+    killed.kill()
+    killed.wait()
+    assert Retriever.open(run).search(contexts(run, 1), 3).item_id
+    path = export_run(run, PLAIN)
+    assert Retriever.open(run).version == path.name
+    assert not [p for p in export.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"])
+def test_every_index_finds_what_it_says(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("faiss")
+    from offtower.retrieval.index import build_index, open_index
+
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((6000, 9)).astype(np.float32)
+    queries = rng.standard_normal((80, 9)).astype(np.float32)
+    options = IndexOptions(kind=kind, k=10, target_recall=0.9, lists=32)  # type: ignore[arg-type]
+    facts = build_index(vectors, queries, tmp_path, options, "v1")
+    index = open_index(tmp_path, "v1", vectors)
+    score, item = index.search(queries[40:], 10)
+    _, truth = ops.top_k(torch.from_numpy(queries[40:]), torch.from_numpy(vectors), 10)
+    hits = np.mean([np.isin(t, f).mean() for t, f in zip(truth.numpy(), item, strict=True)])
+    assert hits == pytest.approx(facts["recall"]["mean"], abs=1e-6)
+    assert hits >= 0.88
+    own = np.einsum("nkd,nd->nk", vectors[item], queries[40:])
+    np.testing.assert_allclose(score, own, rtol=1e-4)
+    assert (np.diff(score, axis=1) <= 0).all()
+    if kind.startswith("ivf"):
+        sharded = tmp_path / "sharded"
+        again = IndexOptions(kind=kind, k=10, target_recall=0.9, lists=32, shard_rows=2500)  # type: ignore[arg-type]
+        build_index(vectors, queries, sharded, again, "v1")
+        other = open_index(sharded, "v1", vectors)
+        assert np.array_equal(
+            other.search(queries, 10, nprobe=32)[1][:, 0],
+            index.search(queries, 10, nprobe=32)[1][:, 0],
+        )
+    with pytest.raises(RunError, match="export has 100"):
+        open_index(tmp_path, "v1", vectors[:100])
+
+
+def test_faiss_and_torch_share_a_process() -> None:
+    """Two OpenMP runtimes: both compute, and FAISS takes torch's number of threads."""
+    faiss = pytest.importorskip("faiss")
+    from offtower.retrieval.index import import_faiss
+
+    vectors = np.random.default_rng(0).standard_normal((20_000, 16)).astype(np.float32)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            import_faiss()
+            assert faiss.omp_get_max_threads() == threads
+            index = faiss.IndexFlatIP(16)
+            index.add(vectors)
+            _, found = index.search(vectors[:50], 5)
+            _, truth = ops.top_k(torch.from_numpy(vectors[:50]), torch.from_numpy(vectors), 5)
+            assert np.array_equal(found, truth.numpy())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_ids_are_checked(run: Path, exported: Path) -> None:
+    with pytest.raises(RunError, match="expected 5"):
+        load_ids(exported / "ids.arrow", 5)
+    retriever = Retriever.open(exported)
+    assert retriever.numbers_of(["item-5", "nobody"]).tolist() == [5, -1]
+    with pytest.raises(OfftowerError, match="are text"):
+        retriever.numbers_of([5])
+    with pytest.raises(DataError, match="no column"):
+        retriever.search(contexts(run).drop_columns(["segment"]), 3)
+    everything = pc.cast(retriever.item_ids, pa.string()).to_pylist()
+    with pytest.raises(DataError, match="filters leave 0"):
+        retriever.sample(contexts(run, 1), 1, exclude=everything)
+    assert os.path.exists(exported / "manifest.json")
