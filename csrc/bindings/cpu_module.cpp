@@ -9,7 +9,6 @@
 #include <string>
 #include <vector>
 
-#include "../cpu/huge_pages.h"
 #include "../cpu/instruction_sets.h"
 
 namespace py = pybind11;
@@ -138,8 +137,6 @@ PYBIND11_MODULE(_cpu, m) {
                                    at<float>(g_expected_reward), at<float>(g_entropy)}};
         const BackwardResults results{at<void>(context), at<void>(item), at<void>(item_bias)};
         const InstructionSet& set = choose_set(isa.c_str());
-        if (item != 0)
-          prefer_huge_pages(results.item, o.items * o.dim * (o.dtype == DType::float32 ? 4 : 2));
         run(threads, [&](Workers& workers) { return set.backward(in, results, workers); });
       },
       py::arg("operands"), py::kw_only(), py::arg("anchor"), py::arg("total"),
