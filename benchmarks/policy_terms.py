@@ -171,7 +171,8 @@ def _against_peers(
     fits = {
         name: peer
         for name, peer in peers().items()
-        if matrix_gib <= arguments.gib or name.startswith(("chunked", "compiled"))
+        if name not in arguments.without
+        and (matrix_gib <= arguments.gib or name.startswith(("chunked", "compiled")))
     }
     ours = calls_of_ours(x)
     forward = {name: _without_gradient(peer, x) for name, peer in fits.items()}
@@ -275,6 +276,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--gib", type=float, default=6.0, help="peers that need more are left out")
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--without", nargs="+", default=[], help="peers to leave out")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
