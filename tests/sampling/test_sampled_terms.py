@@ -213,7 +213,9 @@ def by_the_formula(w: dict[str, Any], q: Any) -> PolicyTerms:
                 math.log(z) - (p * s).sum(),
             )
         )
-    return PolicyTerms(*(torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)))
+    return PolicyTerms(
+        *(torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
+    )
 
 
 @pytest.mark.parametrize("own", [False, True])

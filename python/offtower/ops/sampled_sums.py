@@ -39,8 +39,8 @@ class Draws:
 
 
 class SampleSums(NamedTuple):
-    """Per row, with p_j = exp(s_j - log_count_j) / sum: log of that sum, E_p[q] and E_p[s] minus the
-    log of the sum."""
+    """Per row, with p_j = exp(s_j - log_count_j) / sum: log of that sum, E_p[q], and E_p[s] minus
+    the log of the sum."""
 
     log_sum: Tensor
     mean_reward: Tensor | None

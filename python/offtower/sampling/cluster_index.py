@@ -3,6 +3,8 @@ variance and no bias."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ class ClusterIndex:
         bounds = torch.searchsorted(flat[order], torch.arange(len(self._centres) + 1)).tolist()
         score = u.new_full((len(flat), k), float("-inf"))
         place = torch.full((len(flat), k), -1, dtype=torch.int64)
-        for cluster, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for cluster, (first, last) in enumerate(pairwise(bounds)):
             begin = self._ends[cluster - 1] if cluster else 0
             end = self._ends[cluster]
             if first == last or begin == end:

@@ -30,9 +30,7 @@ class ItemCounts:
         """f(a), the share of the rows that show each of the items; 0 where none does."""
         return self.found(item, self.count / self.rows)
 
-    def found(
-        self, item: NDArray[np.int64], values: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def found(self, item: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Of `values` (k,), one a logged item, those of the items asked for; 0 for others."""
         if self.item.size == 0:
             return np.zeros(item.shape)

@@ -19,9 +19,7 @@ class Source(ABC):
         """Draws in a step of `batch_rows` rows."""
 
     @abstractmethod
-    def draw(
-        self, bits: np.random.Philox, batch_action: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    def draw(self, bits: np.random.Philox, batch_action: NDArray[np.int64]) -> NDArray[np.int64]:
         """(size,) item numbers."""
 
     @abstractmethod
@@ -43,9 +41,7 @@ class UniformSource(Source):
     def size(self, batch_rows: int) -> int:
         return self.num_samples
 
-    def draw(
-        self, bits: np.random.Philox, batch_action: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    def draw(self, bits: np.random.Philox, batch_action: NDArray[np.int64]) -> NDArray[np.int64]:
         m = self.num_samples
         place = (np.arange(m) + uniforms(bits, m)) * (self.num_items / max(m, 1))
         return np.minimum(place.astype(np.int64), self.num_items - 1)
@@ -68,9 +64,7 @@ class FrequencySource(Source):
     def size(self, batch_rows: int) -> int:
         return self.num_samples
 
-    def draw(
-        self, bits: np.random.Philox, batch_action: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    def draw(self, bits: np.random.Philox, batch_action: NDArray[np.int64]) -> NDArray[np.int64]:
         uniform = uniforms(bits, 2 * self.num_samples).reshape(-1, 2)
         return self._counts.item[self._table.draw(uniform)]
 
@@ -94,9 +88,7 @@ class BatchSource(Source):
     def size(self, batch_rows: int) -> int:
         return batch_rows
 
-    def draw(
-        self, bits: np.random.Philox, batch_action: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    def draw(self, bits: np.random.Philox, batch_action: NDArray[np.int64]) -> NDArray[np.int64]:
         return batch_action
 
     def expected_count(self, item: NDArray[np.int64], batch_rows: int) -> NDArray[np.float64]:

@@ -1,5 +1,5 @@
-"""Each row's most likely items under a recent policy, searched in a catalogue that is embedded again
-every so many steps, in the background."""
+"""Each row's most likely items under a recent policy, searched in a catalogue that is embedded
+again every so many steps, in the background."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class PolicyTopK:
     At every `refresh_steps`-th step the item tower is copied and the catalogue is embedded with the
     copy in another thread; the copy of the refresh before takes over at that step, and never
     earlier or later, so what is found depends on no thread's speed. The staleness, up to twice
-    `refresh_steps`, and what an approximate search misses cost variance but no bias: the items found
-    are counted exactly, whichever they are, and the others have their part in the draws.
+    `refresh_steps`, and what an approximate search misses cost variance but no bias: the items
+    found are counted exactly, whichever they are, and the others have their part in the draws.
 
     Args:
         policy: the policy that learns.
