@@ -14,10 +14,21 @@ import offtower
 PACKAGE = Path(offtower.__file__).parent
 
 FORBIDDEN = {
-    "ops": {"data", "models", "objectives", "evaluation", "training", "cli", "learner", "config"},
+    "ops": {
+        "data",
+        "models",
+        "sampling",
+        "objectives",
+        "evaluation",
+        "training",
+        "cli",
+        "learner",
+        "config",
+    },
     "data": {"models", "objectives", "evaluation", "training", "cli", "learner", "config"},
+    "sampling": {"objectives", "evaluation", "training", "cli", "learner", "config"},
     "objectives": {"data", "models", "evaluation", "training", "cli", "learner"},
-    "models": {"evaluation", "training", "cli", "learner"},
+    "models": {"sampling", "evaluation", "training", "cli", "learner"},
     "evaluation": {"training", "cli", "learner"},
     "training": {"cli", "learner"},
 }

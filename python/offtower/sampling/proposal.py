@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,29 @@ class Proposal:
     def __init__(self, sources: Sequence[Source], top_k: PolicyTopK | None = None) -> None:
         self.sources = tuple(sources)
         self.top_k = top_k
+
+    def due(self, step: int) -> bool:
+        """Whether `at_step` reads the policy's weights at this step."""
+        return self.top_k is not None and self.top_k.due(step)
+
+    def at_step(self, step: int) -> None:
+        """Called before each step, with the number of steps taken so far."""
+        if self.top_k is not None:
+            self.top_k.at_step(step)
+
+    def close(self) -> None:
+        """End the search's thread."""
+        if self.top_k is not None:
+            self.top_k.close()
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps; empty for proposals that do not follow the policy."""
+        return {} if self.top_k is None else self.top_k.state()
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Stand where the run stood that wrote `tensors`."""
+        if self.top_k is not None:
+            self.top_k.load_state(tensors)
 
     def size(self, batch_rows: int) -> int:
         """Draws in a step of `batch_rows` rows over all workers."""
