@@ -57,7 +57,7 @@ class FrequencySource(Source):
         self.num_samples = num_samples
         self._counts = counts
         # Relative to the largest, so that no power overflows.
-        weight = (counts.count / counts.count.max()) ** power
+        weight: NDArray[np.float64] = (counts.count / counts.count.max()) ** power
         self._probability = weight / weight.sum()
         self._table = AliasTable(weight)
 
@@ -92,9 +92,9 @@ class BatchSource(Source):
         return batch_action
 
     def expected_count(self, item: NDArray[np.int64], batch_rows: int) -> NDArray[np.float64]:
-        return (batch_rows - 1) * self._counts.share(item)
+        return float(batch_rows - 1) * self._counts.share(item)
 
 
 def uniforms(bits: np.random.Philox, n: int) -> NDArray[np.float64]:
     """(n,) in [0, 1), from raw output, which numpy promises never to change."""
-    return (bits.random_raw(n) >> np.uint64(11)) * 2.0**-53
+    return (bits.random_raw(n) >> np.uint64(11)).astype(np.float64) * 2.0**-53
