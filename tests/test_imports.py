@@ -17,6 +17,7 @@ FORBIDDEN = {
     "ops": {
         "data",
         "models",
+        "sampling",
         "objectives",
         "evaluation",
         "retrieval",
@@ -26,8 +27,9 @@ FORBIDDEN = {
         "config",
     },
     "data": {"models", "objectives", "evaluation", "training", "cli", "learner", "config"},
+    "sampling": {"objectives", "evaluation", "training", "cli", "learner", "config"},
     "objectives": {"data", "models", "evaluation", "training", "cli", "learner"},
-    "models": {"evaluation", "training", "cli", "learner"},
+    "models": {"sampling", "evaluation", "training", "cli", "learner"},
     "evaluation": {"training", "cli", "learner"},
     "training": {"cli", "learner"},
     "retrieval": {"training", "cli", "learner"},

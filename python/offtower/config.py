@@ -116,9 +116,18 @@ class TrainingConfig:
 
     epochs: int = Field(default=20, ge=1)
     batch_size: int = Field(default=1024, ge=1)
+    terms: Literal["exact", "sampled"] = "exact"
+    """exact: a step reads the whole catalogue; sampled: it reads the draws of `sampling`."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: float = Field(default=1e-3, gt=0.0)
     weight_decay: float = Field(default=1e-2, ge=0.0)
+    table_updates: Literal["auto", "dense", "lazy_adamw", "rowwise_adagrad"] = "auto"
+    """Embedding tables of categories (item ids among them). dense: every row in every step;
+    lazy_adamw: rows that the step touched, with AdamW's moments and decay; rowwise_adagrad: the
+    same with one number of state a row. auto is lazy_adamw for sampled terms with adamw, else
+    dense."""
+    table_learning_rate: float | None = Field(default=None, gt=0.0)
+    """Of tables that are not updated densely; null is `learning_rate`."""
     gradient_clip: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the whole gradient; null leaves it alone."""
     shuffle: bool = True
@@ -224,6 +233,27 @@ class SelectionConfig:
 
 
 @dataclass(config=_STRICT)
+class SamplingConfig:
+    """Draws of the sampled softmax, for training.terms=sampled."""
+
+    proposal: Literal["mixed", "uniform", "frequency", "in_batch", "top_k"] = "mixed"
+    """mixed: the batch's items and uniform draws; top_k: uniform draws, and for each row its most
+    likely items under a recent policy, exactly; docs/sampling.md says when to take which."""
+    num_samples: int = Field(default=4096, ge=1)
+    """Draws a step, shared by its rows; the batch's own items come on top."""
+    power: float = Field(default=0.75, ge=0.0, le=1.0)
+    """frequency: draws are proportional to an item's logged rows to this power."""
+    uniform_share: float = Field(default=0.25, gt=0.0, le=1.0)
+    """frequency: share of the draws that is uniform, so that every item can be drawn."""
+    top_k: int = Field(default=32, ge=1)
+    """top_k: items that each row counts exactly."""
+    refresh_steps: int = Field(default=200, ge=1)
+    """top_k: steps between two embeddings of the catalogue, which happen in the background."""
+    exact_every: int | None = Field(default=None, ge=1)
+    """Take the exact terms in every so-manieth step; null never does."""
+
+
+@dataclass(config=_STRICT)
 class EvaluationConfig:
     """How `offtower evaluate` judges."""
 
@@ -277,6 +307,7 @@ class Config:
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     @property

@@ -125,7 +125,11 @@ def prepare(
         catalogue=catalogue,
         context_encoding=context_encoding,
         item_encoding=item_encoding,
-        items=ItemFeatures.from_catalogue(catalogue, item_encoding),
+        items=ItemFeatures.from_catalogue(
+            catalogue,
+            item_encoding,
+            directory=None if run_path is None else run_path / "items",
+        ),
         facts=facts,
         quarantine=quarantine,
     )

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from offtower.data import Catalogue, CatalogueSchema, FeatureSpec, write_catalogue
@@ -78,3 +82,81 @@ def test_written_and_read_again(tmp_path: Path) -> None:
         Catalogue.open(tmp_path / "c", CatalogueSchema())
     with pytest.raises(DataError, match="no items"):
         Catalogue(table.slice(0, 0), schema)
+
+
+def in_parts(folder: Path, table: pa.Table, cuts: list[int], rows_per_group: int) -> Path:
+    folder.mkdir()
+    for number, (start, stop) in enumerate(pairwise([0, *cuts, table.num_rows])):
+        part = table.slice(start, stop - start)
+        pq.write_table(part, folder / f"{number}.parquet", row_group_size=rows_per_group)
+    return folder
+
+
+def test_files_and_row_groups_make_no_difference(tmp_path: Path) -> None:
+    """Every slice, the fingerprint and the index are those of the whole table in memory."""
+    n = 200
+    table = pa.table(
+        {
+            "item_id": [f"item-{i * 7 % 1000}" for i in range(n)],
+            "x": np.arange(n) * 0.5,
+            "v": [[float(i), -1.0] for i in range(n)],
+            "tags": [["a"] * (i % 3) for i in range(n)],
+        }
+    )
+    kinds: list[Any] = [("x", "numeric"), ("v", "vector"), ("tags", "bag")]
+    schema = CatalogueSchema(features=tuple(FeatureSpec(name=n, kind=k) for n, k in kinds))
+    whole = Catalogue(table, schema)
+    opened = [
+        Catalogue.open(in_parts(tmp_path / "one", table, [], 1000), schema),
+        Catalogue.open(in_parts(tmp_path / "many", table, [1, 50, 51, 180], 17), schema),
+    ]
+    for catalogue in opened:
+        assert catalogue.fingerprint == opened[0].fingerprint
+        assert catalogue.num_items == n
+        for start, stop in [(0, n), (0, 1), (49, 52), (10, 190), (199, 200), (60, 60), (5, 9)]:
+            assert catalogue.table(start, stop).equals(whole.table(start, stop))
+        assert catalogue.index_of(table.column("item_id")).tolist() == list(range(n))
+
+
+def test_bad_items_of_files_are_counted_over_all_row_groups(tmp_path: Path) -> None:
+    x = np.arange(100.0)
+    x[[40, 77, 99]] = np.nan
+    path = in_parts(tmp_path / "c", pa.table({"item_id": np.arange(100), "x": x}), [30], 10)
+    schema = CatalogueSchema(features=(FeatureSpec(name="x", kind="numeric"),))
+    with pytest.raises(DataError, match=r"item 40 has nan.*3 items in all"):
+        Catalogue.open(path, schema)
+    pq.write_table(pa.table({"item_id": ["a"], "x": [1.0]}), path / "9.parquet")
+    with pytest.raises(DataError, match=r"'item_id' is string in '9.parquet' and int64"):
+        Catalogue.open(path, schema)
+
+
+def test_vectors_of_two_lengths_in_two_parts(tmp_path: Path, monkeypatch: Any) -> None:
+    """The first slice says which length is right where the schema does not."""
+    import offtower.data.catalogue_rows as rows
+
+    monkeypatch.setattr(rows.CatalogueRows.slices, "__defaults__", (10,))
+    table = pa.table({"item_id": np.arange(30), "v": [[1.0, 2.0]] * 25 + [[1.0, 2.0, 3.0]] * 5})
+    schema = CatalogueSchema(features=(FeatureSpec(name="v", kind="vector"),))
+    with pytest.raises(DataError, match=r"item 25 has \[1.0, 2.0, 3.0\].*5 items in all"):
+        Catalogue(table, schema)
+
+
+def test_opening_reads_features_in_bounded_memory(tmp_path: Path) -> None:
+    """400,000 items of 64 floats are 102 MB; a row group of them is 17 MB."""
+    n = 400_000
+    flat = pa.array(np.zeros(n * 64, dtype=np.float32))
+    table = pa.table({"item_id": np.arange(n), "v": pa.FixedSizeListArray.from_arrays(flat, 64)})
+    in_parts(tmp_path / "c", table, [], 65_536)
+    code = f"""
+import resource
+from offtower.data import Catalogue, CatalogueSchema, FeatureSpec
+schema = CatalogueSchema(features=(FeatureSpec(name="v", kind="vector", dim=64),))
+import offtower.data.rules, pyarrow.parquet
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+catalogue = Catalogue.open({str(tmp_path / "c")!r}, schema)
+assert catalogue.table(300_000, 300_010).num_rows == 10
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # Three row groups' worth while one is checked (float64 among them), and the ids.
+    assert int(done.stdout) / 1024 < 180

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from offtower.atomic import replace_directory
+from offtower.data.catalogue_rows import SLICE_ROWS, CatalogueRows, ParquetRows, TableRows
 from offtower.data.columns import (
     Column,
     as_array,
@@ -34,8 +35,11 @@ from offtower.errors import DataError
 class Catalogue:
     """N items in a fixed order; item number i is row i.
 
+    Ids and their index stay in memory. Features of a catalogue in files are read a row group at a
+    time, whenever they are asked for.
+
     Args:
-        table: one row per item.
+        rows: one row per item.
         schema: the id's column and the features.
         fingerprint: of the content; computed where it is not given.
 
@@ -45,16 +49,22 @@ class Catalogue:
     """
 
     def __init__(
-        self, table: pa.Table, schema: CatalogueSchema, fingerprint: str | None = None
+        self,
+        rows: pa.Table | CatalogueRows,
+        schema: CatalogueSchema,
+        fingerprint: str | None = None,
     ) -> None:
-        _check_columns(table, schema)
+        if isinstance(rows, pa.Table):
+            _check_names(rows.schema, schema)
+            rows = TableRows(rows.select(list(schema.columns)))
+        _check_types(rows.schema, schema)
         self.schema = schema
-        self._table = table.select(list(schema.columns))
-        self.item_ids: pa.Array = _ids(table.column(schema.item_id))
+        self._rows = rows
+        self.item_ids: pa.Array = _ids(rows.column(schema.item_id))
         if len(self.item_ids) == 0:
             raise DataError("the catalogue has no items")
         self._index = _IdIndex(self.item_ids)
-        self.fingerprint = fingerprint or _fingerprint(self._table, schema)
+        self.fingerprint = _check_values(rows, schema) if fingerprint is None else fingerprint
 
     @classmethod
     def open(cls, path: str | Path, schema: CatalogueSchema | None = None) -> Catalogue:
@@ -73,23 +83,7 @@ class Catalogue:
                     "data.catalogue_schema (item_id and features)"
                 )
             schema = CatalogueSchema.from_dict(manifest["schema"])
-        tables = []
-        for file in files:
-            try:
-                table = pq.read_table(file, memory_map=True)
-            except (pa.ArrowInvalid, OSError) as error:
-                raise DataError(f"'{file}' is not a readable Parquet file: {error}") from error
-            missing = [name for name in schema.columns if name not in table.column_names]
-            if missing:
-                raise DataError(
-                    f"'{file}' has no column '{missing[0]}'; it has {', '.join(table.column_names)}"
-                )
-            tables.append(table.select(list(schema.columns)))
-        try:
-            joined = pa.concat_tables(tables)
-        except pa.ArrowInvalid as error:
-            raise DataError(f"the files of '{path}' differ in their columns: {error}") from error
-        return cls(joined, schema)
+        return cls(ParquetRows(files, schema.columns, path), schema)
 
     @classmethod
     def from_table(cls, table: pa.Table, schema: CatalogueSchema) -> Catalogue:
@@ -123,7 +117,7 @@ class Catalogue:
 
     def table(self, start: int, stop: int) -> pa.Table:
         """Rows of items start..stop-1."""
-        return self._table.slice(start, stop - start)
+        return self._rows.slice(start, stop)
 
     def index_of(self, ids: Column) -> NDArray[np.int64]:
         """(n,) item numbers of ids; -1 where the catalogue has no such item or the id is null."""
@@ -141,7 +135,11 @@ def write_catalogue(directory: str | Path, table: pa.Table, schema: CatalogueSch
         raise DataError(f"'{directory}' exists already")
     catalogue = Catalogue(table, schema)
     with replace_directory(directory) as temporary:
-        pq.write_table(catalogue.table(0, catalogue.num_items), temporary / "part-00000.parquet")
+        pq.write_table(
+            catalogue.table(0, catalogue.num_items),
+            temporary / "part-00000.parquet",
+            row_group_size=SLICE_ROWS,
+        )
         # Read again, for the fingerprint that whoever opens it will compute.
         fingerprint = Catalogue.open(temporary, schema).fingerprint
         write_manifest(temporary, schema.to_dict(), catalogue.num_items, fingerprint)
@@ -205,62 +203,96 @@ def _ids(column: pa.ChunkedArray) -> pa.Array:
     return category_values(array)
 
 
-def _check_columns(table: pa.Table, schema: CatalogueSchema) -> None:
+def _check_names(arrow: pa.Schema, schema: CatalogueSchema) -> None:
     for name in schema.columns:
-        if name not in table.column_names:
+        if name not in arrow.names:
             raise DataError(
-                f"the catalogue has no column '{name}'; it has {', '.join(table.column_names)}"
+                f"the catalogue has no column '{name}'; it has {', '.join(arrow.names)}"
             )
-    kind = table.schema.field(schema.item_id).type
+
+
+def _check_types(arrow: pa.Schema, schema: CatalogueSchema) -> None:
+    kind = arrow.field(schema.item_id).type
     if not is_category(kind):
         raise DataError(
             f"item ids must be text or integers, but column '{schema.item_id}' is {kind}"
         )
     for spec in schema.features:
-        _check_feature(spec, table.column(spec.source))
+        kind = arrow.field(spec.source).type
+        values = kind.value_type if is_list(kind) else None
+        fits, wanted = {
+            "numeric": (is_number(kind), "a number"),
+            "vector": (values is not None and is_number(values), "a list of numbers"),
+            "category": (is_category(kind), "text or an integer"),
+            "bag": (values is not None and is_category(values), "a list of text or integers"),
+        }[spec.kind]
+        if not fits:
+            raise DataError(f"{_where(spec)} must be {wanted}, but is {kind}")
 
 
-def _check_feature(spec: FeatureSpec, column: pa.ChunkedArray) -> None:
-    where = f"catalogue feature '{spec.name}' (column '{spec.source}')"
-    kind = column.type
-    if spec.kind == "numeric":
-        if not is_number(kind):
-            raise DataError(f"{where} must be a number, but is {kind}")
-        bad = np.flatnonzero(~np.isfinite(as_float_array(column)))
-    elif spec.kind == "vector":
-        if not is_list(kind) or not is_number(kind.value_type):
-            raise DataError(f"{where} must be a list of numbers, but is {kind}")
-        bad = _bad_vectors(column, spec.dim)
-    elif spec.kind == "category":
-        if not is_category(kind):
-            raise DataError(f"{where} must be text or an integer, but is {kind}")
-        return
-    else:
-        if not is_list(kind) or not is_category(kind.value_type):
-            raise DataError(f"{where} must be a list of text or integers, but is {kind}")
-        return
-    if bad.size:
+def _check_values(rows: CatalogueRows, schema: CatalogueSchema) -> str:
+    """One pass over all values: numbers must be finite, vectors of one length.
+
+    Returns:
+        sha256 of the schema and of every value, whatever the chunks.
+    """
+    digest = hashlib.sha256(repr(schema).encode())
+    bad = {s.name: _BadItems(s) for s in schema.features if s.kind in ("numeric", "vector")}
+    first = 0
+    for table in rows.slices():
+        for spec in schema.features:
+            if spec.name in bad:
+                bad[spec.name].look(table.column(spec.source), first)
+        first += table.num_rows
+        # Slices of fixed length, so that the chunks a file was read in do not matter.
+        part = table.combine_chunks()
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, part.schema.remove_metadata()) as writer:
+            writer.write_table(part.replace_schema_metadata(None))
+        digest.update(sink.getvalue())
+    for found in bad.values():
+        found.refuse_any()
+    return digest.hexdigest()
+
+
+class _BadItems:
+    """Items whose numeric or vector feature is unusable: the first, and how many."""
+
+    def __init__(self, spec: FeatureSpec) -> None:
+        self._spec = spec
+        self._dim = spec.dim
+        self._first: tuple[int, Any] | None = None
+        self._count = 0
+
+    def look(self, column: pa.ChunkedArray, first_item: int) -> None:
+        if self._spec.kind == "numeric":
+            bad = np.flatnonzero(~np.isfinite(as_float_array(column)))
+        else:
+            bad = _bad_vectors(column, self._dim)
+            if self._dim is None:
+                good = np.setdiff1d(np.arange(min(len(column), bad.size + 1)), bad)
+                self._dim = len(column[int(good[0])]) if good.size else None
+        if bad.size and self._first is None:
+            self._first = (first_item + int(bad[0]), column[int(bad[0])].as_py())
+        self._count += bad.size
+
+    def refuse_any(self) -> None:
+        if self._first is None:
+            return
+        item, value = self._first
+        dim = self._spec.dim
         raise DataError(
-            f"{where}: item {bad[0]} has {column[int(bad[0])].as_py()!r}, expected finite numbers"
-            + (f" (a list of {spec.dim})" if spec.kind == "vector" and spec.dim else "")
-            + (f"; {bad.size} items in all are like this" if bad.size > 1 else "")
+            f"{_where(self._spec)}: item {item} has {value!r}, expected finite numbers"
+            + (f" (a list of {dim})" if self._spec.kind == "vector" and dim else "")
+            + (f"; {self._count} items in all are like this" if self._count > 1 else "")
         )
+
+
+def _where(spec: FeatureSpec) -> str:
+    return f"catalogue feature '{spec.name}' (column '{spec.source}')"
 
 
 def _bad_vectors(column: pa.ChunkedArray, dim: int | None) -> NDArray[np.int64]:
     from offtower.data.rules import bad_vectors
 
     return np.flatnonzero(bad_vectors(column, dim))
-
-
-def _fingerprint(table: pa.Table, schema: CatalogueSchema) -> str:
-    """sha256 of the schema and of every value, whatever the chunks."""
-    digest = hashlib.sha256(repr(schema).encode())
-    # Slices of fixed length, so that the chunks a file was read in do not matter.
-    for start in range(0, table.num_rows, 65_536):
-        part = table.slice(start, 65_536).combine_chunks()
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, part.schema.remove_metadata()) as writer:
-            writer.write_table(part.replace_schema_metadata(None))
-        digest.update(sink.getvalue())
-    return digest.hexdigest()

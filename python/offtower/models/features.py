@@ -93,6 +93,17 @@ class FeatureEncoder(nn.Module):
         return index.masked_fill(hidden, UNKNOWN)
 
 
+def embedding_tables(module: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
+    """Tables of the categories and bags of every feature encoder inside `module`."""
+    return [
+        table
+        for encoder in module.modules()
+        if isinstance(encoder, FeatureEncoder)
+        for table in encoder.tables.values()
+        if isinstance(table, (nn.Embedding, nn.EmbeddingBag))
+    ]
+
+
 def _initialise(table: nn.Module) -> None:
     weight = table.weight
     assert isinstance(weight, Tensor)

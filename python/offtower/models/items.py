@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +19,18 @@ from offtower.data.encoding import (
     FeatureArrays,
     FeatureEncoding,
     concat,
+    nbytes,
+    take,
     to_tensors,
 )
+from offtower.data.mapped import is_mapped, open_mapped, slice_arrays, write_mapped
 from offtower.models.features import FeatureTensors
 from offtower.models.towers import Tower
 
 DEFAULT_CHUNK = 65_536
+
+MAP_ABOVE = 1 << 28
+"""Bytes of encoded features that are kept in memory; more of them are memory-mapped."""
 
 
 @dataclass(frozen=True)
@@ -38,26 +47,65 @@ class ItemFeatures:
     """Encoded features of all N items, read by slice or by index.
 
     Args:
-        arrays: encoded features of all items, in the catalogue's order.
+        arrays: encoded features of all items, in the catalogue's order; memory-mapped arrays are
+            read where they are asked for, and only there.
         num_items: N.
     """
 
     def __init__(self, arrays: FeatureArrays, num_items: int) -> None:
-        self._tensors: FeatureTensors = to_tensors(arrays)
         self.num_items = num_items
+        self._arrays = arrays
+        self._mapped = is_mapped(arrays)
+        self._tensors: FeatureTensors = {} if self._mapped else to_tensors(arrays)
+        self._keeper: object = None
 
     @classmethod
     def from_catalogue(
-        cls, catalogue: Catalogue, encoding: FeatureEncoding, chunk: int = DEFAULT_CHUNK
+        cls,
+        catalogue: Catalogue,
+        encoding: FeatureEncoding,
+        chunk: int = DEFAULT_CHUNK,
+        *,
+        directory: Path | None = None,
+        map_above: int = MAP_ABOVE,
     ) -> ItemFeatures:
-        parts = [
-            encoding.encode(catalogue.table(start, min(start + chunk, catalogue.num_items)))
-            for start in range(0, catalogue.num_items, chunk)
-        ]
-        return cls(parts[0] if len(parts) == 1 else concat(parts), catalogue.num_items)
+        """Encode a catalogue, `chunk` items at a time.
+
+        Args:
+            directory: where encoded features of more than `map_above` bytes in all go, as a memory
+                map; those that are there already, of this catalogue, are used. A temporary folder
+                where None.
+        """
+        n = catalogue.num_items
+        if directory is not None:
+            mapped = open_mapped(directory, catalogue.fingerprint)
+            if mapped is not None:
+                return cls(mapped, n)
+        parts = (
+            encoding.encode(catalogue.table(start, min(start + chunk, n)))
+            for start in range(0, n, chunk)
+        )
+        first = next(parts)
+        if n <= chunk:
+            return cls(first, n)
+        if nbytes(first) / chunk * n <= map_above:
+            return cls(concat([first, *parts]), n)
+        temporary = None
+        if directory is None:
+            temporary = tempfile.TemporaryDirectory(prefix="offtower-items-")
+            directory = Path(temporary.name) / "items"
+        write_mapped(directory, chain([first], parts), n, catalogue.fingerprint)
+        mapped = open_mapped(directory, catalogue.fingerprint)
+        assert mapped is not None, "it was written just now"
+        features = cls(mapped, n)
+        # The folder goes with the object that reads it.
+        features._keeper = temporary
+        return features
 
     def slice(self, start: int, stop: int) -> FeatureTensors:
-        """Features of items start..stop-1; dense features are views."""
+        """Features of items start..stop-1; dense features in memory are views."""
+        if self._mapped:
+            return to_tensors(slice_arrays(self._arrays, start, stop))
         if start == 0 and stop == self.num_items:
             return self._tensors
         return {
@@ -69,6 +117,8 @@ class ItemFeatures:
 
     def at(self, index: Tensor) -> FeatureTensors:
         """Features of the items at `index` (n,) int64."""
+        if self._mapped:
+            return to_tensors(take(self._arrays, index.numpy()))
         return {
             name: _take_bag(value, index) if isinstance(value, BagTensor) else value[index]
             for name, value in self._tensors.items()

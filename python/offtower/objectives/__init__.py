@@ -6,6 +6,7 @@ from offtower.objectives.ips import IPS, SNIPS, ClippedIPS
 from offtower.objectives.log_smoothing import LogSmoothing
 from offtower.objectives.registry import OBJECTIVES, make_objective
 from offtower.objectives.regression import Regression
+from offtower.objectives.softmax import InBatchSoftmax, MixedNegatives, Softmax
 from offtower.objectives.weighted_likelihood import WeightedLikelihood
 
 __all__ = [
@@ -15,12 +16,15 @@ __all__ = [
     "ClippedDoublyRobust",
     "ClippedIPS",
     "DoublyRobust",
+    "InBatchSoftmax",
     "LogSmoothing",
     "LoggedRows",
+    "MixedNegatives",
     "Objective",
     "ObjectiveValue",
     "Reduction",
     "Regression",
+    "Softmax",
     "WeightedLikelihood",
     "make_objective",
 ]

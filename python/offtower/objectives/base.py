@@ -108,6 +108,9 @@ class Objective(ABC):
     needs_pscore: bool = True
     needs_reward_model: bool = False
     needs_nonnegative_reward: bool = False
+    proposal: str | None = None
+    """A proposal of `offtower.sampling` whose draws the objective is defined by; None leaves the
+    choice between exact and sampled terms to the configuration."""
 
     @abstractmethod
     def __call__(self, rows: LoggedRows, over: Reduction) -> ObjectiveValue:

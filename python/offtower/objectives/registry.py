@@ -13,6 +13,7 @@ from offtower.objectives.doubly_robust import ClippedDoublyRobust, DoublyRobust
 from offtower.objectives.ips import IPS, SNIPS, ClippedIPS
 from offtower.objectives.log_smoothing import LogSmoothing
 from offtower.objectives.regression import Regression
+from offtower.objectives.softmax import InBatchSoftmax, MixedNegatives, Softmax
 from offtower.objectives.weighted_likelihood import WeightedLikelihood
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -26,6 +27,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
         Regression,
         WeightedLikelihood,
         LogSmoothing,
+        Softmax,
+        InBatchSoftmax,
+        MixedNegatives,
     )
 }
 

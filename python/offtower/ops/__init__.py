@@ -13,6 +13,7 @@ from offtower.ops.policy import (
     sample_softmax,
     top_k,
 )
+from offtower.ops.sampled import sampled_policy_terms
 from offtower.ops.types import DenseReward, FactoredReward, PolicyTerms
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "partial_terms",
     "policy_terms",
     "sample_softmax",
+    "sampled_policy_terms",
     "top_k",
 ]

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,24 @@ class CheckpointStore:
         self._kept = kept
         directory.mkdir(parents=True, exist_ok=True)
         remove_leftovers(directory)
+        self.extra: dict[str, Tensor] = {}
+        """What `load_newest` found beside policy and optimiser."""
         self.skipped: list[str] = []
         """What was wrong with checkpoints that could not be read."""
 
     def save(
-        self, policy: nn.Module, optimizer: torch.optim.Optimizer, progression: Progression
+        self,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        progression: Progression,
+        extra: Mapping[str, Tensor] | None = None,
     ) -> Path:
+        """Write a checkpoint; `extra` tensors are what else the run must have to go on."""
         path = self._directory / f"step_{progression.step:012d}"
         with replace_directory(path) as temporary:
             tensors = {f"policy/{k}": v.contiguous() for k, v in policy.state_dict().items()}
             tensors.update(_optimizer_tensors(optimizer))
+            tensors.update({f"extra/{k}": v.contiguous() for k, v in (extra or {}).items()})
             file = temporary / "tensors.safetensors"
             safetensors.torch.save_file(tensors, file)
             state = {
@@ -130,6 +139,9 @@ class CheckpointStore:
                 }
             )
             _restore_optimizer(optimizer, tensors)
+            self.extra = {
+                k.removeprefix("extra/"): v for k, v in tensors.items() if k.startswith("extra/")
+            }
             return progression
         return None
 

@@ -24,6 +24,7 @@ from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
 from offtower.seeds import seed_torch
 from offtower.training.checkpoint import CheckpointStore
+from offtower.training.sampled import build_proposal
 from offtower.training.trainer import EpochHook, Trainer, TrainingResult, check_fit_for
 from offtower.training.validation import Validator
 
@@ -142,6 +143,7 @@ def build_trainer(
         validate=validate,
         progress=progress,
         on_epoch_end=on_epoch_end,
+        proposal=build_proposal(config, objective, data, policy, progress or Progress()),
     )
 
 

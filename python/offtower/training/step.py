@@ -15,6 +15,7 @@ from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.objectives import LoggedRows, Objective, ObjectiveValue, Reduction
 from offtower.ops import PolicyTerms
+from offtower.training.sampled import SampledTerms
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,19 @@ class StepMeasures:
     """Mean entropy of pi(.|x), in nats."""
 
 
+@dataclass(frozen=True)
+class StepPlace:
+    """Where a step stands in the run: what its draws are a function of."""
+
+    step: int
+    """Steps taken before it."""
+    seed: int
+    """Of the step's draws."""
+
+
+FIRST_PLACE = StepPlace(0, 0)
+
+
 class TrainingStep:
     """Computes losses; owns no optimiser and no loop."""
 
@@ -38,7 +52,9 @@ class TrainingStep:
         items: ItemFeatures,
         reward_model: RewardModel | None,
         item_chunk: int = DEFAULT_CHUNK,
+        sampled: SampledTerms | None = None,
     ) -> None:
+        self.sampled = sampled
         self.policy = policy
         self.objective = objective
         self.items = items
@@ -46,7 +62,13 @@ class TrainingStep:
         self.item_chunk = item_chunk
 
     def loss(
-        self, rows: EncodedRows, fold: int, over: Reduction, *, measure: bool = False
+        self,
+        rows: EncodedRows,
+        fold: int,
+        over: Reduction,
+        *,
+        measure: bool = False,
+        place: StepPlace = FIRST_PLACE,
     ) -> tuple[ObjectiveValue, StepMeasures | None]:
         """The batch's objective; with `measure` also weights and entropy where they cost little."""
         context = to_tensors(rows.context)
@@ -56,17 +78,20 @@ class TrainingStep:
         if not self.objective.uses_policy:
             logit = self.policy.action_logit(context, self.items.at(action))
             return self.objective(LoggedRows(reward, action_logit=logit), over), None
-        terms = self._terms(rows, context, action, fold, entropy=measure)
+        terms = self._terms(rows, context, action, fold, place, entropy=measure)
         value = self.objective(LoggedRows(reward, terms=terms, pscore=pscore), over)
         return value, _measures(terms, pscore) if measure else None
 
     @torch.no_grad()
-    def measures(self, rows: EncodedRows) -> StepMeasures:
-        """Weights and entropy on a batch, for objectives that do not compute the softmax."""
+    def measures(self, rows: EncodedRows, seed: int = 0) -> StepMeasures:
+        """Weights and entropy on a batch; estimates where the step's terms are sampled."""
         action = torch.from_numpy(rows.action)
         context_embedding = self.policy.embed_contexts(to_tensors(rows.context))
-        items = self.policy.embed_items(self.items, chunk=self.item_chunk)
-        terms = self.policy.terms(context_embedding, items, action, entropy=True)
+        if self.sampled is not None:
+            terms = self.sampled(context_embedding, action, seed, entropy=True)
+        else:
+            items = self.policy.embed_items(self.items, chunk=self.item_chunk)
+            terms = self.policy.terms(context_embedding, items, action, entropy=True)
         pscore = None if rows.pscore is None else torch.from_numpy(rows.pscore)
         return _measures(terms, pscore)
 
@@ -76,14 +101,19 @@ class TrainingStep:
         context: FeatureTensors,
         action: Tensor,
         fold: int,
+        place: StepPlace,
         *,
         entropy: bool,
     ) -> PolicyTerms:
         context_embedding = self.policy.embed_contexts(context)
-        items = self.policy.embed_items(self.items, chunk=self.item_chunk)
         reward_model = (
             None if self.reward_model is None else self.reward_model.for_training_rows(rows, fold)
         )
+        if self.sampled is not None and not self.sampled.wants_exact(place.step):
+            return self.sampled(
+                context_embedding, action, place.seed, reward_model=reward_model, entropy=entropy
+            )
+        items = self.policy.embed_items(self.items, chunk=self.item_chunk)
         return self.policy.terms(
             context_embedding, items, action, reward_model=reward_model, entropy=entropy
         )

@@ -11,22 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offtower.config import Config
+from offtower.config import Config, TrainingConfig
 from offtower.data.order import Cursor, EpochOrder
 from offtower.data.reader import BatchReader
 from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError, RunError
 from offtower.metrics import MetricsLog
-from offtower.models.optimizer import make_optimizer
+from offtower.models.optimizer import (
+    TableUpdates,
+    clip_gradients,
+    finish_updates,
+    make_optimizer,
+)
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.fit import reward_folds
 from offtower.objectives import Objective, Reduction
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
+from offtower.sampling import Proposal
 from offtower.seeds import derive_seed, seed_torch
 from offtower.training.checkpoint import CheckpointStore, Progression
-from offtower.training.step import StepMeasures, TrainingStep
+from offtower.training.epoch import EpochSums, measures_line
+from offtower.training.sampled import SampledTerms
+from offtower.training.step import StepMeasures, StepPlace, TrainingStep
 from offtower.training.validation import ValidationScore, Validator
 
 EpochHook = Callable[[TwoTowerPolicy, int], dict[str, float]]
@@ -59,6 +67,7 @@ class Trainer:
         store: where checkpoints go; None trains in memory only.
         metrics: where metrics lines go.
         validate: score on the validation log; None keeps the last epoch's weights.
+        proposal: of the sampled softmax; None takes exact terms.
         on_epoch_end: extra numbers for the metrics, such as a simulator's truth.
     """
 
@@ -75,6 +84,7 @@ class Trainer:
         validate: Validator | None = None,
         progress: Progress | None = None,
         on_epoch_end: EpochHook | None = None,
+        proposal: Proposal | None = None,
     ) -> None:
         self.config = config
         self.policy = policy
@@ -87,14 +97,22 @@ class Trainer:
         self._validate = validate
         self._progress = progress or Progress()
         self._on_epoch_end = on_epoch_end
+        self._proposal = proposal
+        sampled = (
+            None
+            if proposal is None
+            else SampledTerms(policy, data.items, proposal, config.sampling.exact_every)
+        )
         self._step = TrainingStep(
-            policy, objective, data.items, self._reward_model, self._settings.item_chunk
+            policy, objective, data.items, self._reward_model, self._settings.item_chunk, sampled
         )
         self._optimizer = make_optimizer(
             self._settings.optimizer,
             policy,
             self._settings.learning_rate,
             self._settings.weight_decay,
+            _table_updates(self._settings, sampled=proposal is not None),
+            self._settings.table_learning_rate,
         )
         self._best_in_memory: dict[str, Tensor] | None = None
 
@@ -106,6 +124,8 @@ class Trainer:
                 self._run_epoch(reader, progression)
                 progression.finished = self._close_epoch(progression)
                 self._save(progression)
+        if self._proposal is not None:
+            self._proposal.close()
         self._take_best(progression)
         return TrainingResult(
             epochs=progression.cursor.epoch,
@@ -120,6 +140,8 @@ class Trainer:
         if resume and self._store is not None:
             progression = self._store.load_newest(self.policy, self._optimizer)
             if progression is not None:
+                if self._proposal is not None:
+                    self._proposal.load_state(self._store.extra)
                 self._metrics.resume_at(progression.step, progression.cursor.epoch)
                 return progression
         self._metrics.restart()
@@ -149,7 +171,7 @@ class Trainer:
     def _run_epoch(self, reader: BatchReader, progression: Progression) -> None:
         settings = self._settings
         epoch = progression.cursor.epoch
-        sums = _EpochSums.restore(progression.epoch_sums)
+        sums = EpochSums.restore(progression.epoch_sums)
         self._progress.start(f"epoch {epoch + 1} of {settings.epochs}", self._data.train.num_rows)
         self._progress.advance(int(sums.rows))
         last_checkpoint = time.monotonic()
@@ -162,7 +184,11 @@ class Trainer:
         for cursor, rows, fold in batches:
             seed_torch(self.config.seed, "step", epoch, cursor.window, cursor.batch)
             measure = progression.step % settings.log_every_steps == 0
-            loss, value, gradient_norm, measures = self._update(rows, fold, measure, progression)
+            draw_seed = derive_seed(self.config.seed, "draws", epoch, cursor.window, cursor.batch)
+            place = StepPlace(progression.step, draw_seed)
+            loss, value, gradient_norm, measures = self._update(
+                rows, fold, measure, progression, place
+            )
             progression.cursor = cursor
             progression.step += 1
             progression.rows += len(rows.reward)
@@ -177,7 +203,7 @@ class Trainer:
                         "loss": loss,
                         "value_estimate": value,
                         "gradient_norm": gradient_norm,
-                        **_measures_line(measures),
+                        **measures_line(measures),
                     }
                 )
             self._progress.advance(len(rows.reward), f"objective {sums.mean_value:.4f}")
@@ -185,32 +211,38 @@ class Trainer:
             due = now - last_checkpoint > settings.checkpoint_every_seconds
             if self._store is not None and due and cursor.window < num_windows:
                 progression.epoch_sums = asdict(sums)
-                self._store.save(self.policy, self._optimizer, progression)
+                self._save(progression)
                 last_checkpoint = now
         sums.seconds += time.monotonic() - began
         sums.seconds_waiting += reader.seconds_waiting - waited
+        finish_updates(self._optimizer)
         if rows is not None and settings.measure_terms:
             self.policy.eval()
-            sums.last = asdict(self._step.measures(rows))
+            sums.last = asdict(self._step.measures(rows, derive_seed(self.config.seed, "measures")))
         progression.epoch_sums = asdict(sums)
         progression.cursor = Cursor(epoch=epoch + 1, window=0, batch=0)
         self._progress.finish()
 
     def _update(
-        self, rows: EncodedRows, fold: int, measure: bool, progression: Progression
+        self,
+        rows: EncodedRows,
+        fold: int,
+        measure: bool,
+        progression: Progression,
+        place: StepPlace,
     ) -> tuple[float, float, float | None, StepMeasures | None]:
         over = Reduction(rows=len(rows.reward))
-        result, measures = self._step.loss(rows, fold, over, measure=measure)
+        if self._proposal is not None:
+            if self._proposal.due(place.step):
+                finish_updates(self._optimizer)
+            self._proposal.at_step(place.step)
+        result, measures = self._step.loss(rows, fold, over, measure=measure, place=place)
         loss = float(result.loss.detach())
         self._optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
         norm: float | None = None
         if self._settings.gradient_clip is not None:
-            norm = float(
-                torch.nn.utils.clip_grad_norm_(
-                    self.policy.parameters(), self._settings.gradient_clip
-                )
-            )
+            norm = clip_gradients(self.policy.parameters(), self._settings.gradient_clip)
         if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
             raise RunError(
                 f"step {progression.step + 1} (epoch {progression.cursor.epoch + 1}) gave a loss "
@@ -224,15 +256,15 @@ class Trainer:
     def _close_epoch(self, progression: Progression) -> bool:
         """Validate, keep the best, write the epoch's line; True when patience ran out."""
         epoch = progression.cursor.epoch - 1
-        sums = _EpochSums.restore(progression.epoch_sums)
+        sums = EpochSums.restore(progression.epoch_sums)
         progression.epoch_sums = None
         line: dict[str, Any] = {
             "kind": "epoch",
             "step": progression.step,
             "epoch": epoch,
             "loss": sums.loss / max(sums.rows, 1),
-            "value_estimate": sums.mean_value if self._objective.uses_policy else None,
-            **_measures_line(StepMeasures(**sums.last) if sums.last else None),
+            "value_estimate": sums.mean_value if self._estimates_value else None,
+            **measures_line(StepMeasures(**sums.last) if sums.last else None),
             "rows_per_second": sums.rows / sums.seconds if sums.seconds > 0 else None,
             "waiting_share": sums.seconds_waiting / sums.seconds if sums.seconds > 0 else None,
         }
@@ -270,7 +302,13 @@ class Trainer:
 
     def _save(self, progression: Progression) -> None:
         if self._store is not None:
-            self._store.save(self.policy, self._optimizer, progression)
+            extra = None if self._proposal is None else self._proposal.state()
+            self._store.save(self.policy, self._optimizer, progression, extra)
+
+    @property
+    def _estimates_value(self) -> bool:
+        """Whether the objective's value is an off-policy estimate of the policy's."""
+        return self._objective.uses_policy and self._data.train.schema.pscore is not None
 
     def _take_best(self, progression: Progression) -> None:
         if progression.best_step is not None and progression.best_step != progression.step:
@@ -281,33 +319,10 @@ class Trainer:
         self.policy.eval()
 
 
-@dataclass
-class _EpochSums:
-    rows: float = 0
-    loss: float = 0.0
-    value: float = 0.0
-    seconds: float = 0.0
-    seconds_waiting: float = 0.0
-    last: dict[str, float | None] | None = None
-
-    @classmethod
-    def restore(cls, content: dict[str, Any] | None) -> _EpochSums:
-        return cls(**content) if content else cls()
-
-    def add(self, rows: int, loss: float, value: float) -> None:
-        self.rows += rows
-        self.loss += loss * rows
-        self.value += value * rows
-
-    @property
-    def mean_value(self) -> float:
-        return self.value / max(self.rows, 1)
-
-
-def _measures_line(measures: StepMeasures | None) -> dict[str, float | None]:
-    if measures is None:
-        return {"effective_sample_size": None, "largest_weight": None, "entropy": None}
-    return asdict(measures)
+def _table_updates(settings: TrainingConfig, *, sampled: bool) -> TableUpdates:
+    if settings.table_updates != "auto":
+        return settings.table_updates
+    return "lazy_adamw" if sampled and settings.optimizer == "adamw" else "dense"
 
 
 def check_fit_for(

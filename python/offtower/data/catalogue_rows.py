@@ -1,0 +1,133 @@
+"""Where the rows of a catalogue are: a table in memory, or Parquet files read by row group."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from offtower.errors import DataError
+
+SLICE_ROWS = 65_536
+"""Rows that are looked at together."""
+
+
+class CatalogueRows(ABC):
+    """Rows in a fixed order."""
+
+    schema: pa.Schema
+    num_rows: int
+
+    @abstractmethod
+    def slice(self, start: int, stop: int) -> pa.Table:
+        """Rows start..stop-1."""
+
+    @abstractmethod
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One whole column."""
+
+    def slices(self, rows: int = SLICE_ROWS) -> Iterator[pa.Table]:
+        """All rows, in pieces of one length, whatever the chunks or row groups they came in."""
+        for start in range(0, self.num_rows, rows):
+            yield self.slice(start, min(start + rows, self.num_rows))
+
+
+class TableRows(CatalogueRows):
+    """A table in memory."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+        self.schema = table.schema
+        self.num_rows = table.num_rows
+
+    def slice(self, start: int, stop: int) -> pa.Table:
+        return self._table.slice(start, stop - start)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        return self._table.column(name)
+
+
+class ParquetRows(CatalogueRows):
+    """Files of one schema. The row group that was read last stays in memory.
+
+    Args:
+        files: in the order of the items.
+        columns: those that are read.
+        place: the directory, for messages.
+
+    Raises:
+        DataError: a file is not Parquet, lacks a column, or differs from the first in its columns.
+    """
+
+    def __init__(self, files: Sequence[Path], columns: Sequence[str], place: Path) -> None:
+        self._files = list(files)
+        self._columns = list(columns)
+        self._groups: list[tuple[int, int]] = []
+        sizes: list[int] = []
+        for number, file in enumerate(self._files):
+            try:
+                with pq.ParquetFile(file, memory_map=True) as opened:
+                    arrow, metadata = opened.schema_arrow, opened.metadata
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DataError(f"'{file}' is not a readable Parquet file: {error}") from error
+            missing = [name for name in self._columns if name not in arrow.names]
+            if missing:
+                raise DataError(
+                    f"'{file}' has no column '{missing[0]}'; it has {', '.join(arrow.names)}"
+                )
+            # Types only: whether a column may hold nulls is no difference in content.
+            chosen = pa.schema([(name, arrow.field(name).type) for name in self._columns])
+            if number == 0:
+                self.schema = chosen
+            elif not chosen.equals(self.schema):
+                name = next(n for n in self._columns if chosen.field(n) != self.schema.field(n))
+                raise DataError(
+                    f"the files of '{place}' differ in their columns: '{name}' is "
+                    f"{chosen.field(name).type} in '{file.name}' and "
+                    f"{self.schema.field(name).type} in '{self._files[0].name}'"
+                )
+            for group in range(metadata.num_row_groups):
+                self._groups.append((number, group))
+                sizes.append(metadata.row_group(group).num_rows)
+        self._ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
+        self.num_rows = int(self._ends[-1]) if sizes else 0
+        self._last: tuple[int, pa.Table] | None = None
+
+    def slice(self, start: int, stop: int) -> pa.Table:
+        parts = []
+        group = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            table = self._row_group(group)
+            end = int(self._ends[group])
+            first = start - (end - table.num_rows)
+            parts.append(table.slice(first, min(stop, end) - start))
+            start, group = end, group + 1
+        return pa.concat_tables(parts) if parts else self.schema.empty_table()
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        parts = []
+        for number, group in self._groups:
+            parts += self._read(number, group, [name]).column(name).chunks
+        return pa.chunked_array(parts, self.schema.field(name).type)
+
+    def _row_group(self, place: int) -> pa.Table:
+        if self._last is None or self._last[0] != place:
+            self._last = None  # Before the next one is read: never two at a time.
+            self._last = (place, self._read(*self._groups[place], self._columns))
+        return self._last[1]
+
+    def _read(self, number: int, group: int, columns: list[str]) -> pa.Table:
+        file = self._files[number]
+        try:
+            with pq.ParquetFile(file, memory_map=True) as opened:
+                table = opened.read_row_group(group, columns=columns)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"row group {group} of '{file}' cannot be read ({error}); "
+                "the file is damaged or changed while it was read"
+            ) from error
+        return table.select(columns).replace_schema_metadata(None)

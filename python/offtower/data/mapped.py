@@ -1,0 +1,160 @@
+"""Encoded features on disk, memory-mapped: what is read of them is what is touched.
+
+<directory>/features.json   <number>.npy (dense)   <number>.values.npy, <number>.offsets.npy (bag)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offtower.atomic import replace_directory, write_text
+from offtower.data.features import BagArray, FeatureArrays
+from offtower.errors import RunError
+
+_FILE = "features.json"
+
+
+def write_mapped(
+    directory: Path, parts: Iterable[FeatureArrays], num_rows: int, fingerprint: str
+) -> None:
+    """Write features that arrive in parts, in memory for one part; whole or not at all.
+
+    Args:
+        directory: replaced where it exists.
+        parts: all rows, in order; the names of the first are those of all.
+        num_rows: rows of all parts.
+        fingerprint: of what was encoded.
+    """
+    with replace_directory(directory) as temporary:
+        writers: dict[str, _Dense | _Bag] = {}
+        for part in parts:
+            for number, (name, value) in enumerate(part.items()):
+                if name not in writers:
+                    writers[name] = (
+                        _Bag(temporary, number, value, num_rows)
+                        if isinstance(value, BagArray)
+                        else _Dense(temporary, number, value, num_rows)
+                    )
+                writers[name].add(value)
+        for writer in writers.values():
+            writer.close()
+        content = {
+            "fingerprint": fingerprint,
+            "features": {
+                name: {"number": number, "bag": isinstance(writer, _Bag)}
+                for number, (name, writer) in enumerate(writers.items())
+            },
+        }
+        write_text(temporary / _FILE, json.dumps(content, indent=1))
+
+
+def open_mapped(directory: Path, fingerprint: str) -> FeatureArrays | None:
+    """The features as read-only memory maps; None where there are none of this fingerprint.
+
+    Raises:
+        RunError: a file is missing or damaged.
+    """
+    path = directory / _FILE
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["fingerprint"] != fingerprint:
+            return None
+        arrays: FeatureArrays = {}
+        for name, place in content["features"].items():
+            number = place["number"]
+            if place["bag"]:
+                arrays[name] = BagArray(
+                    _map(directory / f"{number}.values.npy"),
+                    _map(directory / f"{number}.offsets.npy"),
+                )
+            else:
+                arrays[name] = _map(directory / f"{number}.npy")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"the encoded features at '{directory}' cannot be read ({error}); remove that folder, "
+            "and they are written anew"
+        ) from error
+    return arrays
+
+
+def is_mapped(arrays: FeatureArrays) -> bool:
+    """Whether the arrays are memory maps, which no tensor may share."""
+    for value in arrays.values():
+        dense = value.offsets if isinstance(value, BagArray) else value
+        return isinstance(dense, np.memmap)
+    return False
+
+
+def slice_arrays(arrays: FeatureArrays, start: int, stop: int) -> FeatureArrays:
+    """Copies of rows start..stop-1."""
+    result: FeatureArrays = {}
+    for name, value in arrays.items():
+        if isinstance(value, BagArray):
+            offsets = np.array(value.offsets[start : stop + 1])
+            values = np.array(value.values[offsets[0] : offsets[-1]])
+            result[name] = BagArray(values, offsets - offsets[0])
+        else:
+            result[name] = np.array(value[start:stop])
+    return result
+
+
+def _map(path: Path) -> NDArray[Any]:
+    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
+
+
+class _Dense:
+    def __init__(self, directory: Path, number: int, like: Any, num_rows: int) -> None:
+        self._array = np.lib.format.open_memmap(
+            directory / f"{number}.npy",
+            mode="w+",
+            dtype=like.dtype,
+            shape=(num_rows, *like.shape[1:]),
+        )
+        self._next = 0
+
+    def add(self, value: Any) -> None:
+        self._array[self._next : self._next + len(value)] = value
+        self._next += len(value)
+
+    def close(self) -> None:
+        self._array.flush()
+
+
+class _Bag:
+    """How many values there are is known at the end only: they are appended to a raw file, whose
+    .npy header has room for any length."""
+
+    _HEADER = 128
+
+    def __init__(self, directory: Path, number: int, like: BagArray, num_rows: int) -> None:
+        self._offsets = _Dense(directory, number, like.offsets, num_rows + 1)
+        (directory / f"{number}.npy").rename(directory / f"{number}.offsets.npy")
+        self._path = directory / f"{number}.values.npy"
+        self._file = open(self._path, "wb")  # noqa: SIM115
+        self._file.write(b"\0" * self._HEADER)
+        self._dtype = like.values.dtype
+        self._count = 0
+        self._offsets.add(np.zeros(1, dtype=like.offsets.dtype))
+
+    def add(self, value: Any) -> None:
+        self._offsets.add(value.offsets[1:] + self._count)
+        self._file.write(np.ascontiguousarray(value.values).tobytes())
+        self._count += len(value.values)
+
+    def close(self) -> None:
+        self._offsets.close()
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._count,)}
+        text = repr(header).encode("latin1")
+        self._file.seek(0)
+        self._file.write(b"\x93NUMPY\x01\x00" + (self._HEADER - 10).to_bytes(2, "little"))
+        self._file.write(text.ljust(self._HEADER - 11) + b"\n")
+        self._file.close()

@@ -1,0 +1,17 @@
+"""Proposals of the sampled softmax: training steps that cost O(draws) in place of O(items)."""
+
+from offtower.sampling.alias import AliasTable
+from offtower.sampling.counts import ItemCounts, count_items
+from offtower.sampling.proposal import PROPOSALS, Proposal, StepDraws, make_proposal
+from offtower.sampling.top_k import PolicyTopK
+
+__all__ = [
+    "PROPOSALS",
+    "AliasTable",
+    "ItemCounts",
+    "PolicyTopK",
+    "Proposal",
+    "StepDraws",
+    "count_items",
+    "make_proposal",
+]

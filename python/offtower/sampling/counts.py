@@ -1,0 +1,72 @@
+"""How often each item was logged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offtower.data.catalogue import Catalogue
+from offtower.data.log import Log
+from offtower.progress import Progress
+
+
+@dataclass(frozen=True)
+class ItemCounts:
+    """Rows of each item that was logged at all: memory follows the log, not the catalogue.
+
+    item: (k,) distinct item numbers, rising.  count: (k,) their rows, all positive.
+    """
+
+    item: NDArray[np.int64]
+    count: NDArray[np.int64]
+
+    @property
+    def rows(self) -> int:
+        return int(self.count.sum())
+
+    def share(self, item: NDArray[np.int64]) -> NDArray[np.float64]:
+        """f(a), the share of the rows that show each of the items; 0 where none does."""
+        return self.found(item, self.count / self.rows)
+
+    def found(self, item: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of `values` (k,), one a logged item, those of the items asked for; 0 for others."""
+        if self.item.size == 0:
+            return np.zeros(item.shape)
+        place = np.minimum(np.searchsorted(self.item, item), self.item.size - 1)
+        return np.where(self.item[place] == item, values[place], 0.0)
+
+    @classmethod
+    def of(cls, action: NDArray[np.int64]) -> ItemCounts:
+        """Counts of an array of item numbers."""
+        item, count = np.unique(action, return_counts=True)
+        return cls(item.astype(np.int64), count.astype(np.int64))
+
+    def merge(self, other: ItemCounts) -> ItemCounts:
+        """Counts of both logs in one."""
+        item, place = np.unique(np.concatenate([self.item, other.item]), return_inverse=True)
+        count = np.zeros(item.size, dtype=np.int64)
+        np.add.at(count, place, np.concatenate([self.count, other.count]))
+        return ItemCounts(item, count)
+
+
+def count_items(log: Log, catalogue: Catalogue, progress: Progress | None = None) -> ItemCounts:
+    """One pass over the log's action column; rows of items that the catalogue lacks do not count
+    (the row check has refused or set them aside)."""
+    progress = progress or Progress()
+    progress.start("counting the logged items", log.num_rows)
+    total = ItemCounts.of(np.zeros(0, dtype=np.int64))
+    waiting: list[NDArray[np.int64]] = []
+    size = 0
+    for group, rows in enumerate(log.row_group_sizes.tolist()):
+        table = log.read_row_group(group, [log.schema.action])
+        action = catalogue.index_of(table.column(log.schema.action))
+        waiting.append(action[action >= 0])
+        size += len(waiting[-1])
+        # Joined when there is as much to join as there is already, so the work a row stays bounded.
+        if size > max(1 << 20, total.item.size):
+            total, waiting, size = total.merge(ItemCounts.of(np.concatenate(waiting))), [], 0
+        progress.advance(rows)
+    progress.finish()
+    return total.merge(ItemCounts.of(np.concatenate([np.zeros(0, np.int64), *waiting])))

@@ -1,0 +1,144 @@
+"""Each row's most likely items under a recent policy, searched in a catalogue that is embedded
+again every so many steps, in the background."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offtower.models.items import DEFAULT_CHUNK, ItemFeatures, embed_items
+from offtower.models.policy import TwoTowerPolicy
+from offtower.models.towers import Tower
+from offtower.ops import top_k
+from offtower.sampling.cluster_index import ClusterIndex
+from offtower.seeds import derive_seed
+
+EXACT_SEARCH_ITEMS = 50_000
+"""Catalogues up to this size are searched exactly."""
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """The item tower as it was at a step, and what is searched with it."""
+
+    step: int
+    tower: Tower
+    embedding: Tensor
+    bias: Tensor | None
+    index: ClusterIndex | None
+
+
+class PolicyTopK:
+    """The k items of largest probability for each context, as a recent item tower sees them.
+
+    At every `refresh_steps`-th step the item tower is copied and the catalogue is embedded with the
+    copy in another thread; the copy of the refresh before takes over at that step, and never
+    earlier or later, so what is found depends on no thread's speed. The staleness, up to twice
+    `refresh_steps`, and what an approximate search misses cost variance but no bias: the items
+    found are counted exactly, whichever they are, and the others have their part in the draws.
+
+    Args:
+        policy: the policy that learns.
+        items: features of the catalogue.
+        k: items a row.
+        refresh_steps: steps between two embeddings of the catalogue.
+        seed: of the index.
+        chunk: items embedded at a time.
+    """
+
+    def __init__(
+        self,
+        policy: TwoTowerPolicy,
+        items: ItemFeatures,
+        *,
+        k: int,
+        refresh_steps: int,
+        seed: int,
+        chunk: int = DEFAULT_CHUNK,
+    ) -> None:
+        self._policy, self._items = policy, items
+        self.k = min(k, items.num_items)
+        self.refresh_steps = refresh_steps
+        self._seed, self._chunk = seed, chunk
+        self._current: _Snapshot | None = None
+        self._pending: Future[_Snapshot] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="offtower-top-k")
+
+    def due(self, step: int) -> bool:
+        """Whether `at_step` does anything at this step."""
+        return self._current is None or step % self.refresh_steps == 0
+
+    def at_step(self, step: int) -> None:
+        """Called before each step, with the number of steps taken so far."""
+        if not self.due(step):
+            return
+        if self._pending is not None:
+            self._current = self._pending.result()
+        self._pending = self._start(step, copy.deepcopy(self._policy.item_tower))
+        if self._current is None:
+            self._current = self._pending.result()
+            self._pending = None
+
+    def of(self, context_embedding: Tensor) -> Tensor:
+        """(B, k) item numbers, -1 where the search found fewer."""
+        snapshot = self._current
+        assert snapshot is not None, "at_step comes before the first draw"
+        if snapshot.index is not None:
+            return snapshot.index.search(context_embedding, self.k)
+        return top_k(context_embedding, snapshot.embedding, self.k, item_bias=snapshot.bias)[1]
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, so that a resumed run finds the same items."""
+        pending = None if self._pending is None else self._pending.result()
+        tensors: dict[str, Tensor] = {}
+        for name, snapshot in (("current", self._current), ("pending", pending)):
+            if snapshot is not None:
+                tensors[f"{name}/step"] = torch.tensor(snapshot.step)
+                for key, value in snapshot.tower.state_dict().items():
+                    tensors[f"{name}/tower/{key}"] = value
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Stand where the run stood that wrote `tensors`."""
+        self._current, self._pending = None, None
+        for name in ("current", "pending"):
+            if f"{name}/step" not in tensors:
+                continue
+            tower = copy.deepcopy(self._policy.item_tower)
+            prefix = f"{name}/tower/"
+            tower.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            )
+            built = self._start(int(tensors[f"{name}/step"]), tower)
+            if name == "current":
+                self._current = built.result()
+            else:
+                self._pending = built
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self, step: int, tower: Tower) -> Future[_Snapshot]:
+        tower.eval()
+        tower.requires_grad_(False)
+        return self._thread.submit(self._build, step, tower)
+
+    def _build(self, step: int, tower: Tower) -> _Snapshot:
+        with torch.no_grad():
+            items = embed_items(tower, self._items, chunk=self._chunk)
+            # <u, v> + temperature b ranks items as <u, v> / temperature + b does.
+            bias = items.bias
+            if bias is not None and self._policy.temperature != 1.0:
+                bias = bias * self._policy.temperature
+            if self._items.num_items <= EXACT_SEARCH_ITEMS:
+                return _Snapshot(step, tower, items.embedding, bias, None)
+            index = ClusterIndex(
+                items.embedding, bias, seed=derive_seed(self._seed, "top-k index", step)
+            )
+        # The index holds the vectors in an order of its own.
+        return _Snapshot(step, tower, items.embedding[:0], None, index)

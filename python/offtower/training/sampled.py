@@ -1,0 +1,118 @@
+"""Terms of a step from the items that it touches: the batch's own and the proposal's draws."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offtower.config import Config
+from offtower.models.items import ItemFeatures
+from offtower.models.policy import TwoTowerPolicy
+from offtower.objectives import Objective
+from offtower.ops import DenseReward, FactoredReward, PolicyTerms, sampled_policy_terms
+from offtower.prepare import PreparedData
+from offtower.progress import Progress
+from offtower.sampling import PolicyTopK, Proposal, count_items, make_proposal
+
+
+class SampledTerms:
+    """Draws, embeds what was drawn, and estimates the policy's terms.
+
+    Args:
+        policy: the policy that learns.
+        items: features of the catalogue; only those of touched items are read.
+        proposal: what is drawn.
+        exact_every: take the exact terms in every so-manieth step.
+    """
+
+    def __init__(
+        self,
+        policy: TwoTowerPolicy,
+        items: ItemFeatures,
+        proposal: Proposal,
+        exact_every: int | None = None,
+    ) -> None:
+        self.policy, self.items, self.proposal = policy, items, proposal
+        self._exact_every = exact_every
+
+    def wants_exact(self, step: int) -> bool:
+        """Whether this step takes the exact terms instead."""
+        return self._exact_every is not None and step % self._exact_every == 0
+
+    def __call__(
+        self,
+        context_embedding: Tensor,
+        action: Tensor,
+        seed: int,
+        *,
+        reward_model: DenseReward | FactoredReward | None = None,
+        entropy: bool = False,
+    ) -> PolicyTerms:
+        """Terms of (B,) rows; `seed` is the step's, the same on every worker."""
+        draws = self.proposal.draw(seed, action, context_embedding)
+        parts = [action, draws.item]
+        if draws.exact_item is not None:
+            parts.append(draws.exact_item.clamp_min(0).reshape(-1))
+        touched, place = torch.unique(torch.cat(parts), return_inverse=True)
+        rows, drawn = len(action), len(draws.item)
+        embedding, bias = self.policy.item_tower(self.items.at(touched))
+        logged = place[:rows]
+        exact = draws.exact_item
+        return sampled_policy_terms(
+            context_embedding,
+            embedding[logged],
+            action,
+            embedding,
+            draws.item,
+            draws.log_proposal,
+            temperature=self.policy.temperature,
+            action_bias=None if bias is None else bias[logged],
+            sampled_bias=bias,
+            reward_model=reward_model,
+            entropy=entropy,
+            sample_index=place[rows : rows + drawn],
+            exact_item=exact,
+            exact_index=None if exact is None else place[rows + drawn :].view(exact.shape),
+        )
+
+
+def build_proposal(
+    config: Config,
+    objective: Objective,
+    data: PreparedData,
+    policy: TwoTowerPolicy,
+    progress: Progress,
+) -> Proposal | None:
+    """The configured proposal; None where the terms are exact, or no terms are needed."""
+    settings = config.sampling
+    if objective.proposal is None and config.training.terms == "exact":
+        return None
+    if not objective.uses_policy:
+        return None
+    name = objective.proposal or settings.proposal
+    counts = (
+        count_items(data.train, data.catalogue, progress)
+        if name in ("frequency", "in_batch", "mixed")
+        else None
+    )
+    top_k = (
+        PolicyTopK(
+            policy,
+            data.items,
+            k=settings.top_k,
+            refresh_steps=settings.refresh_steps,
+            seed=config.seed,
+            chunk=config.training.item_chunk,
+        )
+        if name == "top_k"
+        else None
+    )
+    return make_proposal(
+        name,
+        data.catalogue.num_items,
+        num_samples=settings.num_samples,
+        counts=counts,
+        power=settings.power,
+        uniform_share=settings.uniform_share,
+        top_k=top_k,
+    )
