@@ -38,6 +38,7 @@ VERBS = (
     "evaluate",
     "export",
     "search",
+    "benchmark",
     "quickstart",
 )
 
@@ -237,3 +238,59 @@ def test_simulate_writes_logs_that_validate(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").rglob("*.yaml")))
 def test_ready_made_configs_are_valid(path: Path) -> None:
     assert load_config(path).name
+
+
+def test_what_was_trained_is_exported_found_drawn_and_learned_from_again(
+    trained: Path, tmp_path: Path
+) -> None:
+    """Item 2 has reward .7 where others have .2; six items, so every figure can be checked."""
+    run = str(trained / "runs" / "own-log")
+    assert call("search", run, "--contexts", '{"age": 31, "country": "fr"}').exit_code == 2
+    call_json("export", run)
+    one = '{"age": 31, "country": "fr"}'
+    found = call_json("search", run, "--contexts", one, "-k", "6")["contexts"][0]
+    assert found["items"][0] == "item-2"
+    assert sorted(found["items"]) == [f"item-{i}" for i in range(6)]
+    probability = np.exp(np.array(found["score"]))
+    probability /= probability.sum()
+
+    # 2,000 draws of one item: propensities are the softmax's, and so are the frequencies.
+    contexts = tmp_path / "contexts.csv"
+    contexts.write_text("age,country\n" + "31,fr\n" * 2000)
+    served = tmp_path / "served.parquet"
+    sample = ("search", run, "--contexts", str(contexts), "-k", "1", "--sample", "--seed", "3")
+    drawn = call_json(*sample, "--log", str(served))["contexts"]
+    expected = dict(zip(found["items"], probability, strict=True))
+    for row in drawn:
+        assert row["pscore"][0] == pytest.approx(expected[row["items"][0]], rel=0.01)
+    shown = [row["items"][0] for row in drawn]
+    for item, p in expected.items():
+        # Five standard errors: once in two million.
+        assert abs(shown.count(item) - 2000 * p) < 5 * (2000 * p * (1 - p)) ** 0.5 + 1
+    assert [row["items"] for row in call_json(*sample)["contexts"]] == [r["items"] for r in drawn]
+    assert served.exists() and served.with_suffix(".schema.yaml").exists()
+
+    left = call_json("search", run, "--contexts", one, "-k", "5", "--exclude", "item-2")
+    assert "item-2" not in left["contexts"][0]["items"]
+    for arguments, message in (
+        (("--contexts", "[]"), "no rows"),
+        (("--contexts", "{broken"), "not valid JSON"),
+        (("--contexts", one, "--log", str(tmp_path / "x.parquet")), "needs --sample"),
+        (("--contexts", one, "-k", "0"), "k"),
+        (("--contexts", one, "-k", "7"), "7"),
+        (("--contexts", '{"age": 31}'), "country"),
+    ):
+        refused = call("search", run, *arguments)
+        assert refused.exit_code == 2, arguments
+        assert message in " ".join(refused.output.split()), refused.output
+
+
+def test_benchmark_measures_and_says_what_it_left_out() -> None:
+    content = call_json(
+        *("benchmark", "train", "--items", "300", "--steps", "2", "--batch", "64", "--no-peers")
+    )
+    assert {line["trainer"] for line in content["results"]} >= {"offtower exact", "offtower mixed"}
+    assert all(line["rows_per_second"] > 0 for line in content["results"])
+    refused = call("benchmark", "quality")
+    assert refused.exit_code == 2
+    assert "not part of the package" in " ".join(refused.output.split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from offtower.cli import (
+    benchmark,
     doctor,
     evaluate,
     export,
@@ -33,6 +34,7 @@ for verb in (
     evaluate,
     export,
     search,
+    benchmark,
     quickstart,
 ):
     name = verb.__name__.rsplit(".", 1)[-1]

@@ -29,7 +29,14 @@ _REQUIRED = (
     "jinja2",
     "matplotlib",
 )
-_EXTRAS = {"obp": "obp", "ray": "ray", "faiss-cpu": "ann"}
+_EXTRAS = {
+    "obp": "obp",
+    "ray": "ray",
+    "faiss-cpu": "ann",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+}
 
 
 @verb

@@ -24,7 +24,9 @@ from offtower.errors import DataError
 def search(
     run: Annotated[Path, typer.Argument(help="Run directory or export.", metavar="RUN")],
     contexts: Annotated[str, typer.Option(help="File, folder, or one context as JSON.")],
-    k: Annotated[int, typer.Option("-k", help="Items a context.")] = 100,
+    k: Annotated[
+        int | None, typer.Option("-k", help="Items a context; 100, or all of fewer.")
+    ] = None,
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw a slate from the policy, with propensities.")
     ] = False,
@@ -53,6 +55,8 @@ def search(
         raise DataError(f"'{log}' exists already; choose another --log")
     retriever = Retriever.open(run)
     table = _contexts(contexts)
+    if k is None:
+        k = min(100, retriever.num_items)
     hidden: list[Any] | None = None
     if exclude:
         hidden = [part.strip() for part in exclude.split(",") if part.strip()]

@@ -1,0 +1,53 @@
+"""Measurements that an installation can make of itself: `offtower benchmark SUITE`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from offtower.errors import ConfigError
+from offtower.imports import load_by_path
+
+SUITES: Mapping[str, str] = {
+    "train": "offtower.benchmarks.train:run",
+    "memory": "offtower.benchmarks.memory:run",
+}
+"""Suite -> import path of a `Suite`. Another one is one more line here."""
+
+ELSEWHERE: Mapping[str, str] = {
+    "ops": "the operators alone are measured by benchmarks/policy_terms.py of the source tree",
+    "quality": "learning quality is measured by benchmarks/plain_objectives.py of the source tree",
+}
+"""Suites that are named in the documentation and not part of the package (yet)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every suite takes."""
+
+    items: tuple[int, ...]
+    dim: int
+    batch: int
+    steps: int
+    peers: bool
+    say: Callable[[str], None] = lambda text: None
+    """Where lines for people go, as soon as they are known."""
+
+
+Suite = Callable[[Settings], dict[str, Any]]
+"""Measures, tells `say`, and returns what --json prints."""
+
+
+def load_suite(name: str) -> Suite:
+    """The suite called `name`.
+
+    Raises:
+        ConfigError: there is none, or it is not part of the package.
+    """
+    if name in ELSEWHERE and name not in SUITES:
+        raise ConfigError(f"suite '{name}' is not part of the package: {ELSEWHERE[name]}")
+    if name not in SUITES:
+        raise ConfigError(f"unknown suite '{name}'; known: {', '.join(SUITES)}")
+    suite: Suite = load_by_path(SUITES[name], f"suite '{name}'")
+    return suite

@@ -1,0 +1,47 @@
+"""Measure this installation: speed of training (train) or its peak memory (memory).
+
+\b
+Example:
+  offtower benchmark train --items 10000 --items 1000000 --dim 32
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from offtower.cli.common import AsJson, escape, messages, print_json, verb
+from offtower.jsonable import finite
+
+
+@verb
+def benchmark(
+    suite: Annotated[str, typer.Argument(help="train or memory.", metavar="SUITE")],
+    items: Annotated[
+        list[int] | None,
+        typer.Option("--items", help="Items of the catalogue; may be given several times.", min=2),
+    ] = None,
+    dim: Annotated[int, typer.Option("--dim", help="Width of the embeddings.", min=1)] = 32,
+    batch: Annotated[int, typer.Option("--batch", help="Rows of a batch.", min=2)] = 1024,
+    steps: Annotated[int, typer.Option("--steps", help="Batches of an epoch.", min=1)] = 20,
+    peers: Annotated[
+        bool, typer.Option("--peers/--no-peers", help="Also run other packages' trainers.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    from offtower.benchmarks import Settings, load_suite
+
+    console = messages()
+    run = load_suite(suite)
+    settings = Settings(
+        items=tuple(items or (10_000, 100_000)),
+        dim=dim,
+        batch=batch,
+        steps=steps,
+        peers=peers,
+        say=lambda text: console.print(escape(text), soft_wrap=True),
+    )
+    result = run(settings)
+    if as_json:
+        print_json(finite(result))
