@@ -30,5 +30,6 @@ def test_quickstart_from_the_install_to_the_report(tmp_path: Path) -> None:
             found = policy["estimates"][estimator]
             assert abs(found["value"] - truth) < 4 * found["std_error"]
     html = (out / "report.html").read_text()
-    assert html.count("<svg") == 6
+    # Of each log: estimates, learning curves, weights, calibration of the reward model.
+    assert html.count("<svg") == 8
     assert "best possible policy" in html

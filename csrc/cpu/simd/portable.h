@@ -14,6 +14,7 @@ struct Portable {
   static constexpr int kColumns = 2; // registers side by side in a product: 12 of 16 accumulate
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
+  typedef uint32_t U __attribute__((vector_size(16))); // sums of bits wrap; those of int32 must not
 
   static F load(const float* p) {
     F x;
@@ -37,10 +38,10 @@ struct Portable {
   static F where_above(F a, F b, F yes, F no) { return a > b ? yes : no; }
   // p * 2^n, n the integer in the low bits of `shifted`; 0 where y < -126.
   static F scale_exponent(F p, F shifted, F y) {
-    I a, n;
+    U a, n;
     std::memcpy(&a, &p, sizeof(a));
     std::memcpy(&n, &shifted, sizeof(n));
-    a = (a + (n << 23)) & ~(y < set(-126.0f));
+    a = (a + (n << 23)) & ~reinterpret_cast<U>(y < set(-126.0f));
     std::memcpy(&p, &a, sizeof(p));
     return p;
   }
