@@ -100,5 +100,11 @@ def default_values(estimator: type[Estimator], rows: EvaluationRows) -> Array:
         return np.array([1.0])
     if name == "shrinkage":
         return top**2 * np.geomspace(1e3, 1e-3, 13)
+    return threshold_grid(weight)
+
+
+def threshold_grid(weight: Array) -> Array:
+    """Thresholds from the largest weight (no clipping) down to the median, without repetition."""
     levels = np.quantile(weight, [1.0, 0.999, 0.995, 0.99, 0.97, 0.95, 0.9, 0.8, 0.65, 0.5])
-    return np.unique(levels[levels > 0.0])
+    positive = levels[levels > 0.0]
+    return np.unique(positive)[::-1] if positive.size else np.array([1.0])

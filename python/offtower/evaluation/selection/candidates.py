@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from offtower.evaluation import estimators as e
+from offtower.evaluation.estimators.tuning import slope_choice, threshold_grid
 from offtower.evaluation.selection.problem import Array, Candidate, Problem
+from offtower.evaluation.statistics import Estimate
 
 Maker = Callable[[float], Any]
 
@@ -23,7 +25,7 @@ def default_candidates(problem: Problem, models: Iterable[str] | None = None) ->
     models: names of reward models, all of the problem's by default.
     """
     names = list(problem.models if models is None else models)
-    clip = _clip_grid(problem.weight)
+    clip = threshold_grid(problem.weight)
     smooth = np.concatenate([[1e-4], np.geomspace(1e-3, 1.0, 7)])
     top = max(float(problem.weight.max()), 1e-12) ** 2
     shrink = top * np.geomspace(1e3, 1e-3, 10)
@@ -51,24 +53,10 @@ def default_candidates(problem: Problem, models: Iterable[str] | None = None) ->
     return out
 
 
-def _clip_grid(weight: Array) -> Array:
-    """Thresholds from the largest weight (no clipping) down to the median, without repetition."""
-    levels = np.quantile(weight, [1.0, 0.999, 0.995, 0.99, 0.97, 0.95, 0.9, 0.8, 0.65, 0.5])
-    positive = levels[levels > 0.0]
-    if positive.size == 0:
-        return np.array([1.0])
-    return np.array(sorted(set(positive.tolist()), reverse=True))
-
-
 def _tuned(problem: Problem, name: str, make: Maker, grid: Array, model: str | None) -> Candidate:
     """SLOPE along a grid from least to most bias: the last value that all before it allow."""
     ladder = [Candidate(name, make(float(value)), model) for value in grid]
     values, influence = problem.influence(ladder)
-    half = 2.0 * np.sqrt(np.mean(influence**2, axis=1) / problem.n)
-    slack = np.sqrt(6.0) - 1.0
-    chosen = 0
-    for i in range(1, len(ladder)):
-        if np.any(np.abs(values[i] - values[:i]) > half[i] + slack * half[:i]):
-            break
-        chosen = i
-    return ladder[chosen]
+    error = np.sqrt(np.mean(influence**2, axis=1) / problem.n)
+    steps = [Estimate(float(v), float(s), problem.n) for v, s in zip(values, error, strict=True)]
+    return ladder[slope_choice(steps)]
