@@ -25,7 +25,7 @@ def search(
     run: Annotated[Path, typer.Argument(help="Run directory or export.", metavar="RUN")],
     contexts: Annotated[str, typer.Option(help="File, folder, or one context as JSON.")],
     k: Annotated[
-        int | None, typer.Option("-k", help="Items a context; 100, or all of fewer.")
+        int | None, typer.Option("-k", help="Items a context: 100, or 1 with --sample.")
     ] = None,
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw a slate from the policy, with propensities.")
@@ -44,9 +44,11 @@ def search(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
+    import pyarrow as pa
     import pyarrow.parquet as pq
     import yaml
 
+    from offtower.atomic import write_bytes, write_text
     from offtower.retrieval import Retriever, decisions_table, served_schema
 
     if log is not None and not sample:
@@ -56,7 +58,7 @@ def search(
     retriever = Retriever.open(run)
     table = _contexts(contexts)
     if k is None:
-        k = min(100, retriever.num_items)
+        k = 1 if sample else min(100, retriever.num_items)
     hidden: list[Any] | None = None
     if exclude:
         hidden = [part.strip() for part in exclude.split(",") if part.strip()]
@@ -73,11 +75,13 @@ def search(
         ):
             rows.append({"items": ids, "pscore": pscore.tolist(), "relative_error": error.tolist()})
         if log is not None:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(decisions_table(retriever, table, served), log)
+            # The schema first: where the decisions are, so is what ingests them.
             schema = log.with_suffix(".schema.yaml")
             content = {"log": served_schema(retriever).to_dict()}
-            schema.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+            write_text(schema, yaml.safe_dump(content, sort_keys=False))
+            buffer = pa.BufferOutputStream()
+            pq.write_table(decisions_table(retriever, table, served), buffer)
+            write_bytes(log, buffer.getvalue().to_pybytes())
     else:
         found = retriever.search(table, k, exclude=hidden, exact=exact)
         for ids, score in zip(found.item_id, found.score, strict=True):
