@@ -62,23 +62,19 @@ PolicyOperands operands(int dtype, int64_t rows, int64_t items, int64_t dim, Add
 }
 
 double multiply_add_rate(int dtype, int threads, const std::string& isa) {
-  const InstructionSet& set = choose_set(isa.c_str());
   struct Shared {
-    const InstructionSet& set;
-    DType dtype;
+    const Kernels& kernels;
     std::mutex guard;
-    std::vector<double> rates;
-  } shared{set, static_cast<DType>(dtype), {}, {}};
+    double sum;
+  } shared{choose_set(isa.c_str()).of(static_cast<DType>(dtype)), {}, 0.0};
   const auto measure = [](void* context, int64_t, int) {
     Shared& mine = *static_cast<Shared*>(context);
-    const double rate = mine.set.multiply_add_rate(mine.dtype);
+    const double rate = mine.kernels.multiply_add_rate();
     const std::lock_guard<std::mutex> held(mine.guard);
-    mine.rates.push_back(rate);
+    mine.sum += rate;
   };
   run(threads, [&](Workers& workers) { return workers.run(threads, measure, &shared); });
-  double sum = 0.0;
-  for (const double rate : shared.rates) sum += rate;
-  return sum;
+  return shared.sum;
 }
 
 std::vector<std::string> isas() {
@@ -115,8 +111,8 @@ PYBIND11_MODULE(_cpu, m) {
                                      at<float>(entropy),         at<float>(anchor),
                                      at<float>(total),           at<float>(reward_sum),
                                      at<float>(centred_sum),     at<float>(action_logit)};
-        const InstructionSet& set = choose_set(isa.c_str());
-        run(threads, [&](Workers& workers) { return set.forward(o, results, workers); });
+        const Kernels& kernels = choose_set(isa.c_str()).of(o.dtype);
+        run(threads, [&](Workers& workers) { return kernels.forward(o, results, workers); });
       },
       py::arg("operands"), py::kw_only(), py::arg("log_prob") = 0, py::arg("log_normalizer") = 0,
       py::arg("expected_reward") = 0, py::arg("action_reward") = 0, py::arg("entropy") = 0,
@@ -136,8 +132,8 @@ PYBIND11_MODULE(_cpu, m) {
                                   {at<float>(g_log_prob), at<float>(g_log_normalizer),
                                    at<float>(g_expected_reward), at<float>(g_entropy)}};
         const BackwardResults results{at<void>(context), at<void>(item), at<void>(item_bias)};
-        const InstructionSet& set = choose_set(isa.c_str());
-        run(threads, [&](Workers& workers) { return set.backward(in, results, workers); });
+        const Kernels& kernels = choose_set(isa.c_str()).of(o.dtype);
+        run(threads, [&](Workers& workers) { return kernels.backward(in, results, workers); });
       },
       py::arg("operands"), py::kw_only(), py::arg("anchor"), py::arg("total"),
       py::arg("expected_reward") = 0, py::arg("entropy") = 0, py::arg("g_log_prob") = 0,
@@ -149,8 +145,8 @@ PYBIND11_MODULE(_cpu, m) {
       [](const PolicyOperands& o, int64_t k, Address score, Address index, int threads,
          const std::string& isa) {
         const TopKResults results{k, at<float>(score), at<int64_t>(index)};
-        const InstructionSet& set = choose_set(isa.c_str());
-        run(threads, [&](Workers& workers) { return set.top_k(o, results, workers); });
+        const Kernels& kernels = choose_set(isa.c_str()).of(o.dtype);
+        run(threads, [&](Workers& workers) { return kernels.top_k(o, results, workers); });
       },
       py::arg("operands"), py::kw_only(), py::arg("k"), py::arg("score"), py::arg("index"),
       py::arg("threads"), py::arg("isa"));

@@ -38,23 +38,23 @@ private:
   T* data_ = nullptr;
 };
 
-// One T for each worker, made by the calling thread before the work starts.
+// A number of T, such as one for each worker, made by the calling thread before the work starts.
 template <class T>
-class PerWorker {
+class Objects {
 public:
-  PerWorker() = default;
-  ~PerWorker() {
+  Objects() = default;
+  ~Objects() {
     for (int64_t i = 0; i < count_; ++i) delete made_[i];
   }
-  PerWorker(const PerWorker&) = delete;
-  PerWorker& operator=(const PerWorker&) = delete;
+  Objects(const Objects&) = delete;
+  Objects& operator=(const Objects&) = delete;
 
   template <class... Args>
   void fill(int64_t count, const Args&... args) {
     made_.resize(count);
     for (; count_ < count; ++count_) made_[count_] = new T(args...);
   }
-  T& operator[](int64_t worker) { return *made_[worker]; }
+  T& operator[](int64_t i) { return *made_[i]; }
 
 private:
   int64_t count_ = 0;

@@ -8,15 +8,21 @@
 
 namespace offtower::cpu {
 
-struct InstructionSet {
-  const char* name;
-  bool (*runs_here)();
-  // Each returns false if it was interrupted.
+// The operators for arrays of one dtype. Each returns false if it was interrupted.
+struct Kernels {
   bool (*forward)(const PolicyOperands&, const ForwardResults&, Workers&);
   bool (*backward)(const BackwardOperands&, const BackwardResults&, Workers&);
   bool (*top_k)(const PolicyOperands&, const TopKResults&, Workers&);
   // Multiply-adds (counted as two) a second of a loop that touches registers only, one thread.
-  double (*multiply_add_rate)(DType);
+  double (*multiply_add_rate)();
+};
+
+struct InstructionSet {
+  const char* name;
+  bool (*runs_here)();
+  Kernels float32, bfloat16;
+
+  const Kernels& of(DType dtype) const { return dtype == DType::float32 ? float32 : bfloat16; }
 };
 
 const InstructionSet& portable();

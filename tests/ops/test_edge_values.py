@@ -65,22 +65,17 @@ def test_a_masked_slice_merges() -> None:
         torch.testing.assert_close(terms.entropy, whole.entropy)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ops.available_instruction_sets())
 @pytest.mark.parametrize("value", [float("nan"), -float("nan"), INF])
 @pytest.mark.parametrize("item", [0, 5, 511, 1999])
 def test_native_core_hides_no_impossible_number(
     isa: str, value: float, item: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "cpu" not in ops.available_backends():
-        pytest.skip(ops.backend_status()["cpu"])
     monkeypatch.setenv("OFFTOWER_CPU_ISA", isa)
     u, v, action = (t.float() if t.is_floating_point() else t for t in operands(70, 2000))
     v[item, 1] = value
     u[:, 1] = u[:, 1].abs()
-    try:
-        terms = ops.policy_terms(u, v, action, backend="cpu")
-    except ValueError as error:
-        pytest.skip(str(error))
+    terms = ops.policy_terms(u, v, action, backend="cpu")
     assert not torch.isfinite(terms.log_normalizer).any()
 
 

@@ -13,10 +13,14 @@
 
 namespace offtower::cpu {
 const InstructionSet& avx2() {
-  static const InstructionSet set = instruction_set<Float32<Avx2>, Float32<Avx2>>("avx2", [] {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  });
+  using A = Float32<Avx2>;
+  static const InstructionSet set{
+      "avx2",
+      [] {
+        __builtin_cpu_init();
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+      },
+      kernels<A, float>(), kernels<A, Bfloat16>()};
   return set;
 }
 } // namespace offtower::cpu

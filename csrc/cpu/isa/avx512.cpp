@@ -13,11 +13,15 @@
 
 namespace offtower::cpu {
 const InstructionSet& avx512() {
-  static const InstructionSet set = instruction_set<Float32<Avx512>, Float32<Avx512>>("avx512", [] {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  });
+  using A = Float32<Avx512>;
+  static const InstructionSet set{
+      "avx512",
+      [] {
+        __builtin_cpu_init();
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+      },
+      kernels<A, float>(), kernels<A, Bfloat16>()};
   return set;
 }
 } // namespace offtower::cpu

@@ -14,10 +14,13 @@
 
 namespace offtower::cpu {
 const InstructionSet& avx512bf16() {
-  static const InstructionSet set = instruction_set<Float32<Avx512>, Bfloat16Dot>("avx512bf16", [] {
-    __builtin_cpu_init();
-    return avx512().runs_here() && __builtin_cpu_supports("avx512bf16");
-  });
+  static const InstructionSet set{
+      "avx512bf16",
+      [] {
+        __builtin_cpu_init();
+        return avx512().runs_here() && __builtin_cpu_supports("avx512bf16");
+      },
+      avx512().float32, kernels<Bfloat16Dot, Bfloat16>()};
   return set;
 }
 } // namespace offtower::cpu

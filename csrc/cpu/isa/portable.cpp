@@ -14,7 +14,8 @@
 namespace offtower::cpu {
 const InstructionSet& portable() {
   using A = Float32<Portable>;
-  static const InstructionSet set = instruction_set<A, A>("portable", [] { return true; });
+  static const InstructionSet set{"portable", [] { return true; }, kernels<A, float>(),
+                                  kernels<A, Bfloat16>()};
   return set;
 }
 } // namespace offtower::cpu

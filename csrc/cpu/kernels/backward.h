@@ -209,7 +209,7 @@ private:
   MergeTree tree_;
   Buffer<int64_t> order_;
   Buffer<typename A::Unit> context_rows_;
-  PerWorker<Scratch> scratch_;
+  Objects<Scratch> scratch_;
 };
 
 template <class A, class T>

@@ -23,7 +23,6 @@ constexpr float kNoLogit = -1e38f;        // the anchor before any item
 constexpr float kAnchorSlack = 1.0f;      // a logit may exceed the anchor by this much: more would
                                           // cost the entropy digits, none would move it too often
 
-
 // Sums of one row over a segment.
 struct RowSums {
   double total, reward, centred; // centred in units of log 2
@@ -331,7 +330,7 @@ private:
   const bool entropy_;
   int64_t tile_items_, segment_items_, segments_, groups_;
   Buffer<RowSums> sums_;
-  PerWorker<Scratch> scratch_;
+  Objects<Scratch> scratch_;
 };
 
 template <class A, class T>

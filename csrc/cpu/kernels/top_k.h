@@ -92,8 +92,8 @@ private:
   const TopKResults out_;
   Workers& workers_;
   const int64_t tiles_, splits_;
-  PerWorker<Candidates> found_; // [split][block][lane]
-  PerWorker<ItemTile<A, T>> tile_;
+  Objects<Candidates> found_; // [split][block][lane]
+  Objects<ItemTile<A, T>> tile_;
 };
 
 template <class A, class T>

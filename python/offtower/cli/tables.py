@@ -18,14 +18,9 @@ def evaluation_table(evaluation: LogEvaluation) -> Table:
     """One row a policy: estimates with intervals, the truth where it is known, the verdict."""
     result = evaluation.result
     first = next(iter(result.policies.values()))
-    table = Table(
-        title=f"{evaluation.title}: {result.n:,} held-out rows, {evaluation.log['items']:,} items",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1),
+    table = _table(
+        f"{evaluation.title}: {result.n:,} held-out rows, {evaluation.log['items']:,} items",
         caption=f"± half of the {result.confidence:.0%} interval; verdict by {result.decide_by}",
-        caption_justify="left",
     )
     table.add_column("policy", no_wrap=True)
     for estimate in first.estimates.values():
@@ -59,13 +54,7 @@ def evaluation_table(evaluation: LogEvaluation) -> Table:
 
 def selection_table(name: str, found: SelectionComparison) -> Table:
     """One row a selector: what it believes, and what it cannot tell from it."""
-    table = Table(
-        title=f"{name}: which estimator to believe",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1),
-    )
+    table = _table(f"{name}: which estimator to believe")
     for column in ("selector", "believes", "value", "root MSE", "cannot be told from it"):
         table.add_column(column, justify="right" if column in ("value", "root MSE") else "left")
     for method, result in found.results.items():
@@ -80,6 +69,18 @@ def selection_table(name: str, found: SelectionComparison) -> Table:
             escape(", ".join(tied) + more),
         )
     return table
+
+
+def _table(title: str, caption: str | None = None) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+        caption=caption,
+        caption_justify="left",
+    )
 
 
 def _truth_columns(evaluation: LogEvaluation) -> list[str]:

@@ -21,6 +21,7 @@ from offtower.ops import (
     PolicyTerms,
     partial_terms,
 )
+from offtower.ops.categorical import draw_categorical
 
 RewardTerms = DenseReward | FactoredReward
 
@@ -70,7 +71,7 @@ def terms_and_draws(
         mass[:, k] = part.sums.log_normalizer.double()
         merged = part if merged is None else merged.merge(part)
     assert merged is not None, "a catalogue has at least one item"
-    chosen = _categorical(mass, draws, generator)
+    chosen = _draw(mass, draws, generator)
     drawn = _inside(context_embedding, items, temperature, mass, chosen, size, generator)
     return merged.finish(), drawn
 
@@ -123,14 +124,10 @@ def _inside(
         logit = (context_embedding[row] @ items.embedding[tile].T).double() / temperature
         if items.bias is not None:
             logit += items.bias[tile].double()
-        drawn[place] = tile.start + _categorical(logit, 1, generator)[:, 0]
+        drawn[place] = tile.start + _draw(logit, 1, generator)[:, 0]
     return drawn.view(rows, draws)
 
 
-def _categorical(log_mass: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """(n, S) draws by inversion from unnormalised log masses (n, K), float64."""
-    top = log_mass.amax(dim=1, keepdim=True)
-    cumulative = torch.cumsum(torch.exp(log_mass - top), dim=1)
-    place = torch.rand(len(log_mass), draws, dtype=torch.float64, generator=generator)
-    found = torch.searchsorted(cumulative, place * cumulative[:, -1:], right=True)
-    return found.clamp_max(log_mass.shape[1] - 1)
+def _draw(log_mass: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """(n, S) draws from unnormalised log masses (n, K) of any size."""
+    return draw_categorical(log_mass - log_mass.amax(dim=1, keepdim=True), draws, generator)

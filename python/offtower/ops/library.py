@@ -39,16 +39,7 @@ def policy_terms_op(
     check_action_range(action, v.shape[0])
     x = Inputs(u, v, action, temperature, bias, dense, e, t, c, sigmoid)
     if backends.serves(backend, x):
-        terms = native.forward(x, entropy)
-        return (
-            terms.log_prob,
-            terms.log_normalizer,
-            terms.expected_reward,
-            terms.action_reward,
-            terms.entropy,
-            terms.anchor,
-            terms.total,
-        )
+        return native.forward(x, entropy)
     sums = running_sums(x, entropy)
     nothing = sums.total.new_empty(0)
     log_normalizer = sums.log_normalizer

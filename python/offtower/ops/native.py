@@ -7,8 +7,7 @@ float32 or bfloat16, on the CPU.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +22,7 @@ _EXPONENTIAL = 16
 """What an exponential costs, in multiply-adds."""
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(NamedTuple):
     """What the forward pass gives, each (B,) float32; absent ones are empty."""
 
     log_prob: Tensor
@@ -95,7 +93,7 @@ def forward(x: Inputs, entropy: bool) -> Terms:
         make(rows), make(rows), make(reward), make(reward), make(rows if entropy else 0),
         make(rows), make(rows),
     )  # fmt: skip
-    addresses: dict[str, Any] = {name: _address(tensor) for name, tensor in vars(terms).items()}
+    addresses: dict[str, Any] = {name: _address(tensor) for name, tensor in terms._asdict().items()}
     _cpu.forward(operands.native, **addresses, **_setting(x))
     return terms
 

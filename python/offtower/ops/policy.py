@@ -11,6 +11,7 @@ from torch import Tensor
 from offtower.errors import OperatorError
 from offtower.ops import native
 from offtower.ops.backends import check_backend, serves
+from offtower.ops.categorical import draw_categorical
 from offtower.ops.checks import check_action, check_embeddings, check_reward, under_autocast
 from offtower.ops.library import policy_terms_op
 from offtower.ops.reference import CELLS_AT_ONCE, Inputs, RunningSums, running_sums
@@ -294,7 +295,7 @@ def _sample_block(
         parts.append(torch.logsumexp(s.view(s.shape[0], -1, tile), dim=2))
     of_tile = torch.cat(parts, 1)
     log_normalizer = torch.logsumexp(of_tile, 1, keepdim=True)
-    chosen = _categorical(of_tile - log_normalizer, num_samples, generator)
+    chosen = draw_categorical(of_tile - log_normalizer, num_samples, generator)
     # (B, s, tile): the items of each drawn tile; those beyond N are masked.
     place = chosen[:, :, None] * tile + torch.arange(tile)
     outside = place >= items
@@ -304,19 +305,10 @@ def _sample_block(
     if x.bias is not None:
         s = s + x.bias[place].to(x.dtype)
     s = s.masked_fill(outside, float("-inf"))
-    inside = _categorical((s - torch.logsumexp(s, 2, keepdim=True)).flatten(0, 1), 1, generator)
+    inside = draw_categorical((s - torch.logsumexp(s, 2, keepdim=True)).flatten(0, 1), 1, generator)
     inside = inside.view((*chosen.shape, 1))
     index = place.gather(2, inside)[:, :, 0]
     return index, s.gather(2, inside)[:, :, 0] - log_normalizer
-
-
-def _categorical(log_p: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
-    """(n, s) draws with replacement by inversion of the cumulative probability, in float64."""
-    cumulative = torch.cumsum(log_p.double().exp(), 1)
-    uniform = torch.rand(len(log_p), num_samples, dtype=torch.float64, generator=generator)
-    place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    last = (log_p > float("-inf")).double().cumsum(1).argmax(1)
-    return torch.minimum(place, last[:, None])
 
 
 def _parts(
