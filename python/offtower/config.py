@@ -118,6 +118,10 @@ class TrainingConfig:
     batch_size: int = Field(default=1024, ge=1)
     terms: Literal["exact", "sampled"] = "exact"
     """exact: a step reads the whole catalogue; sampled: it reads the draws of `sampling`."""
+    strategy: Literal["replicated", "item_sharded"] = "replicated"
+    """On several workers (`offtower train --workers`). replicated: each has the whole catalogue and
+    its rows of every batch; item_sharded: each has its items, their id embeddings and optimiser
+    state, and what is sent does not grow with the catalogue."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: float = Field(default=1e-3, gt=0.0)
     weight_decay: float = Field(default=1e-2, ge=0.0)

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -45,6 +45,42 @@ class Progression:
     """Running sums of the epoch under way, so that its metrics line is whole after a resumption."""
 
 
+class Checkpoints(Protocol):
+    """What the loop asks of a store; all workers of a run call the same methods in step."""
+
+    extra: dict[str, Tensor]
+    """What `load_newest` found beside policy and optimiser."""
+    skipped: list[str]
+    """What was wrong with checkpoints that could not be read."""
+
+    def save(
+        self,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        progression: Progression,
+        extra: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write a checkpoint, or begin to; `extra` is what else the run must have to go on."""
+
+    def finish(self) -> None:
+        """Wait for what was begun."""
+
+    @property
+    def written(self) -> bool:
+        """Whether `finish` would not wait here for what was begun."""
+
+    def save_best(self, policy: nn.Module, step: int) -> None:
+        """Keep the policy's weights at the best validation so far."""
+
+    def load_best(self, policy: nn.Module, step: int) -> None:
+        """Fill the policy with what `save_best` kept."""
+
+    def load_newest(
+        self, policy: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> Progression | None:
+        """Fill policy and optimiser from the newest readable checkpoint; None without one."""
+
+
 class CheckpointStore:
     """Writes, finds and reads the checkpoints of one run.
 
@@ -71,12 +107,12 @@ class CheckpointStore:
         optimizer: torch.optim.Optimizer,
         progression: Progression,
         extra: Mapping[str, Tensor] | None = None,
-    ) -> Path:
+    ) -> None:
         """Write a checkpoint; `extra` tensors are what else the run must have to go on."""
         path = self._directory / f"step_{progression.step:012d}"
         with replace_directory(path) as temporary:
             tensors = {f"policy/{k}": v.contiguous() for k, v in policy.state_dict().items()}
-            tensors.update(_optimizer_tensors(optimizer))
+            tensors.update(optimizer_tensors(optimizer))
             tensors.update({f"extra/{k}": v.contiguous() for k, v in (extra or {}).items()})
             file = temporary / "tensors.safetensors"
             safetensors.torch.save_file(tensors, file)
@@ -87,7 +123,13 @@ class CheckpointStore:
             }
             write_text(temporary / "state.json", json.dumps(state, indent=2))
         self._prune(progression.best_step)
-        return path
+
+    def finish(self) -> None:
+        """A checkpoint is whole when `save` returns."""
+
+    @property
+    def written(self) -> bool:
+        return False
 
     def save_best(self, policy: nn.Module, step: int) -> None:
         path = self._best_path(step)
@@ -138,7 +180,7 @@ class CheckpointStore:
                     if k.startswith("policy/")
                 }
             )
-            _restore_optimizer(optimizer, tensors)
+            restore_optimizer(optimizer, tensors)
             self.extra = {
                 k.removeprefix("extra/"): v for k, v in tensors.items() if k.startswith("extra/")
             }
@@ -168,7 +210,8 @@ class CheckpointStore:
                 path.unlink(missing_ok=True)
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state by name: optimizer/<number of the parameter>/<key>."""
     tensors: dict[str, Tensor] = {}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
@@ -179,7 +222,8 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave."""
     content = optimizer.state_dict()
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
