@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
 from offtower.config import Config
-from offtower.errors import ConfigError
+from offtower.errors import ConfigError, RunError
 from offtower.metrics import read_metrics
 from offtower.models.reward.fit import obtain_reward_model
 from offtower.prepare import open_data
@@ -22,7 +21,7 @@ from offtower.training.run import build_trainer, train_run
 from offtower.training.sampled import SampledTerms
 from offtower.training.step import StepPlace, TrainingStep
 from tests.training.conftest import make_config
-from tests.training.test_resume import assert_same_policy
+from tests.training.test_resume import assert_same_policy, fill_the_disk
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "mixed": {"proposal": "mixed", "num_samples": 5},
@@ -57,16 +56,8 @@ def test_a_broken_run_resumes_to_the_same_bits(
     whole = sampled_config(simulated, tmp_path / "whole", SETTINGS[name], over)
     train_run(whole)
     broken = sampled_config(simulated, tmp_path / "broken", SETTINGS[name], over)
-    save, calls = safetensors.torch.save_file, []
-
-    def full(tensors: dict[str, Any], path: Path) -> None:
-        calls.append(path)
-        if len(calls) > 48:
-            raise OSError(28, "No space left on device")
-        save(tensors, path)
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    fill_the_disk(monkeypatch, after=48)
+    with pytest.raises(RunError, match="No space left"):
         train_run(broken)
     monkeypatch.undo()
     newest = sorted((broken.run_directory / "checkpoints").glob("step_*"))[-1]
@@ -148,7 +139,7 @@ def test_steps_touch_the_drawn_items_only(simulated: Path, tmp_path: Path) -> No
 
 def _progression() -> Any:
     from offtower.data.order import Cursor
-    from offtower.training.checkpoint import Progression
+    from offtower.training.checkpoints import Progression
 
     return Progression(cursor=Cursor())
 

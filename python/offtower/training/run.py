@@ -20,10 +20,9 @@ from offtower.models.store import save_policy
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
-from offtower.training.checkpoint import Checkpoints, CheckpointStore
+from offtower.training.checkpoints import CheckpointStore
 from offtower.training.distributed import ALONE, Workers
-from offtower.training.distributed.checkpoints import DistributedCheckpointStore
-from offtower.training.setup import TrainingSetup, build_setup, resolve_objective
+from offtower.training.setup import build_setup, resolve_objective
 from offtower.training.trainer import EpochHook, Trainer, TrainingResult
 
 
@@ -61,7 +60,13 @@ def train_run(
     reward_model = workers.first_then_all(lambda: _reward_model(config, data, run, progress))
     metrics = MetricsLog(run.metrics_path if workers.first else None)
     setup = build_setup(config, data, reward_model, workers, progress)
-    store = _store(config, data, setup, run, workers)
+    store = CheckpointStore(
+        run.checkpoints,
+        f"{config_fingerprint(config)}-{'-'.join(sorted(data.fingerprint.values()))}",
+        config.training.checkpoints_kept,
+        workers,
+        setup.owned_rows,
+    )
     trainer = setup.trainer(
         store=store,
         metrics=metrics,
@@ -123,16 +128,6 @@ def _reward_model(
     return obtain_reward_model(
         config.reward_model, data, config.seed, progress, run.reward_model, for_new_rows=judges
     )
-
-
-def _store(
-    config: Config, data: PreparedData, setup: TrainingSetup, run: RunDirectory, workers: Workers
-) -> Checkpoints:
-    fingerprint = f"{config_fingerprint(config)}-{'-'.join(sorted(data.fingerprint.values()))}"
-    kept = config.training.checkpoints_kept
-    if workers.size == 1 and setup.shard is None:
-        return CheckpointStore(run.checkpoints, fingerprint, kept)
-    return DistributedCheckpointStore(run.checkpoints, fingerprint, kept, workers, setup.owned_rows)
 
 
 def _quarantine_facts(data: PreparedData) -> dict[str, Any]:

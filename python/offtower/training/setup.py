@@ -17,9 +17,8 @@ from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.sampling import Proposal
 from offtower.seeds import seed_torch
-from offtower.training.checkpoint import Checkpoints
+from offtower.training.checkpoints import CheckpointStore, OwnedRows
 from offtower.training.distributed import Workers
-from offtower.training.distributed.checkpoints import OwnedRows
 from offtower.training.distributed.item_shard import (
     ItemShard,
     make_shard,
@@ -55,7 +54,7 @@ class TrainingSetup:
     def trainer(
         self,
         *,
-        store: Checkpoints | None = None,
+        store: CheckpointStore | None = None,
         metrics: MetricsLog | None = None,
         progress: Progress | None = None,
         on_epoch_end: EpochHook | None = None,
@@ -190,7 +189,7 @@ def _item_sharded(
         None,
         validate,
         shard,
-        OwnedRows(owned, shard.num_items),
+        OwnedRows(owned, shard.size, shard.num_items),
     )
 
 

@@ -25,7 +25,7 @@ from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.sampling import Proposal
 from offtower.seeds import derive_seed, seed_torch
-from offtower.training.checkpoint import Checkpoints, Progression
+from offtower.training.checkpoints import CheckpointStore, Progression
 from offtower.training.distributed import ALONE, Workers
 from offtower.training.distributed.gradients import GradientSum
 from offtower.training.epoch import EpochSums, measures_line
@@ -78,7 +78,7 @@ class Trainer:
         step: StepLoss,
         reward_model: RewardModel | None,
         *,
-        store: Checkpoints | None = None,
+        store: CheckpointStore | None = None,
         metrics: MetricsLog | None = None,
         validate: Validator | None = None,
         progress: Progress | None = None,

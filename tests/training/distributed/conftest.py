@@ -21,9 +21,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     schema = world.catalogue_schema
     ids = FeatureSpec(name="id", kind="category", column="item_id", embedding_dim=3)
     table = world.catalogue_table().take(np.random.default_rng(5).permutation(14))
-    write_catalogue(
-        folder / "catalogue", table, replace(schema, features=(*schema.features, ids))
-    )
+    write_catalogue(folder / "catalogue", table, replace(schema, features=(*schema.features, ids)))
     for seed, (name, rows) in enumerate({"train": 600, "validation": 300, "test": 300}.items()):
         write_log(folder / name, world.log(rows, seed=seed), world.log_schema, rows_per_group=100)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,10 +17,16 @@ from offtower.training.distributed import TorchWorkers, Workers
 
 TIMEOUT = timedelta(seconds=60)
 
+# A process is a fork of one that has imported all of this, and has no threads yet.
+START = "forkserver"
+multiprocessing.set_forkserver_preload(["offtower.training.run", "tests.training.conftest"])
+
 
 def run_workers(size: int, work: Callable[..., None], *arguments: Any) -> None:
     """`work(workers, *arguments)` in each of `size` processes; an error of one is raised here."""
-    mp.spawn(_enter, (size, _free_port(), work, arguments), nprocs=size)
+    mp.start_processes(
+        _enter, (size, _free_port(), work, arguments), nprocs=size, start_method=START
+    )
 
 
 def of_each_size(largest: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> None:

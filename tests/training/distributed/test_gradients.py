@@ -127,9 +127,7 @@ def results(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
     folder = tmp_path_factory.mktemp("gradients")
     of_each_size(WORKERS, all_cases, folder, simulated, folder)
     found = {
-        size: [
-            torch.load(folder / f"{size}-{rank}.pt", weights_only=False) for rank in range(size)
-        ]
+        size: [torch.load(folder / f"{size}-{rank}.pt", weights_only=False) for rank in range(size)]
         for size in range(1, WORKERS + 1)
     }
     return {0: [all_cases(ALONE, simulated, folder)], **found}

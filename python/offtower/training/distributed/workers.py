@@ -15,6 +15,9 @@ from offtower.errors import RunError
 
 Value = TypeVar("Value")
 
+# The name until torch 2.12.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class WorkerLostError(RunError):
     """A sum over the workers did not come to its end."""
@@ -121,9 +124,7 @@ class TorchWorkers(Workers):
         whole = rows.new_empty((self.size, *padded.shape))
         self._call(
             "gathering rows",
-            lambda: dist.all_gather_into_tensor(
-                whole.view(-1, *rows.shape[1:]), padded, group=self._group
-            ),
+            lambda: _all_gather(whole.view(-1, *rows.shape[1:]), padded, group=self._group),
         )
         if min(counts) == most:
             return whole.view(-1, *rows.shape[1:])
