@@ -23,6 +23,10 @@ class RunError(OfftowerError):
     """A run directory that is missing, incomplete or belongs to another configuration."""
 
 
+class ClusterError(RunError):
+    """A Ray cluster that cannot be reached, or has no room for a job."""
+
+
 class MissingExtraError(OfftowerError, ImportError):
     """An optional dependency is not installed."""
 
