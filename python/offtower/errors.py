@@ -35,3 +35,7 @@ class MissingExtraError(OfftowerError, ImportError):
             f"{purpose} needs the package '{package}', which is not installed. "
             f'Install it with: pip install "offtower[{extra}]"'
         )
+        self._given = (package, extra, purpose)
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
+        return MissingExtraError, self._given
