@@ -33,6 +33,7 @@ def test_a_request_that_fits_is_not_refused() -> None:
         Request(6, other_cpus=1),
         Request(2, cpus=4),  # six CPUs in all, but no second node with four
         Request(1, cpus=1, gpus=1),
+        Request(2, memory=1.1 * GIB),
         Request(5, placement="STRICT_PACK"),
         Request(3, placement="STRICT_SPREAD"),
     ],

@@ -148,9 +148,10 @@ def ray_mapper(
     """
     wanted = None if workers is None else max(1, int(-(-workers * cpus // 1)))
     with connect(address, num_cpus=wanted):
-        room = require(workers or 1, cpus, wait=wait, progress=progress)
+        room = require(workers or 1, cpus, memory_per_worker=memory, wait=wait, progress=progress)
         if workers is None:
-            workers = max(1, sum(min(node.workers(cpus, 0.0), 1024) for node in room.nodes))
+            each = [min(node.workers(cpus, 0.0, memory), 1024) for node in room.nodes]
+            workers = max(1, sum(each))
         share_large_tensors()
         yield RayMapper(workers, cpus, memory)
 

@@ -48,13 +48,12 @@ class Node:
     memory: float
     """Bytes that Ray hands out."""
 
-    def workers(self, cpus: float, gpus: float) -> int:
-        """How many workers of so many CPUs and GPUs this node holds."""
+    def workers(self, cpus: float, gpus: float, memory: float = 0.0) -> int:
+        """How many workers of so many CPUs, GPUs and bytes this node holds."""
         fits = [math.inf]
-        if cpus > 0:
-            fits.append((self.cpus + 1e-9) // cpus)
-        if gpus > 0:
-            fits.append((self.gpus + 1e-9) // gpus)
+        for has, each in ((self.cpus, cpus), (self.gpus, gpus), (self.memory, memory)):
+            if each > 0:
+                fits.append((has + 1e-9) // each)
         least = min(fits)
         return 2**31 - 1 if math.isinf(least) else int(least)
 
@@ -93,6 +92,7 @@ def require(
     other_cpus: float = 0.0,
     placement: Placement = "PACK",
     *,
+    memory_per_worker: float = 0.0,
     wait: float = 0.0,
     progress: Progress | None = None,
 ) -> Room:
@@ -106,6 +106,7 @@ def require(
         other_cpus: CPUs that the job needs beside its workers, on any node: a coordinating task,
             readers of data. Without them Ray Train and Ray Data wait for each other for ever.
         placement: whether workers must share a node, or may not.
+        memory_per_worker: bytes that its node promises each; 0 for no promise.
         wait: seconds that the cluster may take to grow, by an autoscaler (which is asked for the
             workers) or by nodes that are still starting. 0: what is there must do.
         progress: told how many of the workers have room, while waiting.
@@ -116,7 +117,9 @@ def require(
     Raises:
         ClusterError: the cluster has no room for the workers, or has not grown in time.
     """
-    wanted = Request(num_workers, cpus_per_worker, gpus_per_worker, other_cpus, placement)
+    wanted = Request(
+        num_workers, cpus_per_worker, gpus_per_worker, other_cpus, placement, memory_per_worker
+    )
     ray = import_ray()
     progress = progress or Progress()
     deadline = time.monotonic() + wait
@@ -158,17 +161,18 @@ class Request:
     gpus: float = 0.0
     other_cpus: float = 0.0
     placement: Placement = "PACK"
+    memory: float = 0.0
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
             raise ClusterError(f"a job needs at least one worker, got {self.num_workers}")
-        for name in ("cpus", "gpus", "other_cpus"):
+        for name in ("cpus", "gpus", "other_cpus", "memory"):
             if not getattr(self, name) >= 0:
                 raise ClusterError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def room(self, found: Sequence[Node]) -> int:
         """How many of the workers have room on these nodes, were nothing else running."""
-        each = [node.workers(self.cpus, self.gpus) for node in found]
+        each = [node.workers(self.cpus, self.gpus, self.memory) for node in found]
         if self.placement == "STRICT_PACK":
             room = max(each, default=0)
         elif self.placement == "STRICT_SPREAD":
@@ -191,6 +195,7 @@ class Request:
         """Why it does not fit: asked, there, and by node."""
         gpus = self.num_workers * self.gpus
         each = _amount(self.cpus, "CPU") + (f" and {_amount(self.gpus, 'GPU')}" if gpus else "")
+        each += f" and {self.memory / 2**30:.3g} GiB" if self.memory else ""
         workers = f"{self.num_workers} worker{'' if self.num_workers == 1 else 's'} of {each}"
         beside = f" and {_amount(self.other_cpus, 'CPU')} beside them" if self.other_cpus else ""
         where = {"STRICT_PACK": ", all on one node", "STRICT_SPREAD": ", each on its own node"}
@@ -203,7 +208,7 @@ class Request:
             f"room for {self.room(found)} of the workers",
         ]
         for node in found[:_SHOWN_NODES]:
-            room = min(node.workers(self.cpus, self.gpus), self.num_workers)
+            room = min(node.workers(self.cpus, self.gpus, self.memory), self.num_workers)
             lines.append(
                 f"    {node.name}: {_resources(node.cpus, node.gpus)}, "
                 f"{node.memory / 2**30:.1f} GiB, room for {room}"
@@ -223,7 +228,7 @@ def _ask_autoscaler(ray: Any, wanted: Request | None) -> None:
 
     bundles: list[dict[str, float]] = []
     if wanted is not None:
-        worker = {"CPU": wanted.cpus, "GPU": wanted.gpus}
+        worker = {"CPU": wanted.cpus, "GPU": wanted.gpus, "memory": wanted.memory}
         bundles = [{k: v for k, v in worker.items() if v}] * wanted.num_workers
         if wanted.other_cpus:
             bundles.append({"CPU": wanted.other_cpus})
