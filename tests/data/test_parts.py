@@ -22,7 +22,7 @@ from offtower.data.simulate import SimulatedWorld, write_simulated_log
 from offtower.data.split import split_log
 from offtower.errors import DataError
 from tests.data.conftest import make_schema, make_table
-from tests.data.helpers import BackwardsMapper, content
+from tests.mappers import BackwardsMapper, content
 
 
 class Units(RowSource):

@@ -11,7 +11,7 @@ from offtower.data import Finding, TableLog, ValidationReport, validate_log
 from offtower.data.log_sums import ItemSet, Moments, Repeats
 from offtower.mapping import merge_all
 from tests.data.conftest import make_catalogue, make_schema, make_table
-from tests.data.helpers import BackwardsMapper
+from tests.mappers import BackwardsMapper
 
 
 def report_of(n: int = 2000, **columns: pa.Array) -> ValidationReport:

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -188,19 +189,49 @@ def _count_groups(
     )
 
 
+@dataclass(frozen=True)
+class _ByRow:
+    """Each row by itself. bounds: share k of 2**64 lies below bounds[k]."""
+
+    bounds: NDArray[np.uint64]
+    seed: int
+
+    def __call__(self, table: pa.Table, first_row: int) -> NDArray[np.int64]:
+        rows = np.arange(first_row, first_row + table.num_rows)
+        return np.searchsorted(self.bounds, keyed_hash(rows, self.seed), side="right")
+
+
+@dataclass(frozen=True)
+class _ByKey:
+    """Rows with the same value of a column together."""
+
+    column: str
+    bounds: NDArray[np.uint64]
+    seed: int
+
+    def __call__(self, table: pa.Table, first_row: int) -> NDArray[np.int64]:
+        key = keyed_hash(_keys(table, self.column), self.seed)
+        return np.searchsorted(self.bounds, key, side="right")
+
+
+@dataclass(frozen=True)
+class _ByTime:
+    """Before the first cut, between cuts, from the last cut on."""
+
+    column: str
+    cuts: NDArray[np.uint64]
+
+    def __call__(self, table: pa.Table, first_row: int) -> NDArray[np.int64]:
+        return np.searchsorted(self.cuts, _sortable(table, self.column), side="right")
+
+
 def _assignment(
     log: Log, by: str, shares: NDArray[np.float64], seed: int, mapper: Mapper
 ) -> Assign:
     schema = log.schema
-    # share k of 2**64 lies below bounds[k]
     bounds = np.array([min(int(share * 2**64), 2**64 - 1) for share in shares], dtype=np.uint64)
     if by == "row":
-
-        def by_row(table: pa.Table, first_row: int) -> NDArray[np.int64]:
-            rows = np.arange(first_row, first_row + table.num_rows)
-            return np.searchsorted(bounds, keyed_hash(rows, seed), side="right")
-
-        return by_row
+        return _ByRow(bounds, seed)
     columns = {"time": schema.timestamp, "user": schema.user_id, "round": schema.round_id}
     if by not in columns:
         raise DataError(f"a log is split by time, user, round or row, not by '{by}'")
@@ -209,18 +240,8 @@ def _assignment(
         field = {"time": "timestamp", "user": "user_id", "round": "round_id"}[by]
         raise DataError(f"to split by {by} the log's schema must name its {field} column")
     if by == "time":
-        cuts = _quantiles(log, column, shares, mapper)
-
-        def by_time(table: pa.Table, first_row: int) -> NDArray[np.int64]:
-            return np.searchsorted(cuts, _sortable(table, column), side="right")
-
-        return by_time
-
-    def by_key(table: pa.Table, first_row: int) -> NDArray[np.int64]:
-        hashed = keyed_hash(_keys(table, column), seed)
-        return np.searchsorted(bounds, hashed, side="right")
-
-    return by_key
+        return _ByTime(column, _quantiles(log, column, shares, mapper))
+    return _ByKey(column, bounds, seed)
 
 
 def _keys(table: pa.Table, column: str) -> NDArray[np.uint64]:

@@ -1,7 +1,8 @@
-"""What several tests of this folder need."""
+"""A mapper that does what can happen to parts on a cluster, in this process."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +14,8 @@ R = TypeVar("R")
 
 
 class BackwardsMapper(Mapper):
-    """Runs the last part first, and every part twice: as workers may, whose results get lost."""
+    """Runs the last part first, and every part twice, as workers may, whose results get lost; the
+    function and the results are pickled, as they are on their way."""
 
     workers = 5
     distributed = True
@@ -22,14 +24,18 @@ class BackwardsMapper(Mapper):
         done: dict[int, R | Exception] = {}
         for number in [*reversed(range(len(parts))), *range(len(parts))]:
             try:
-                done[number] = function(parts[number])
+                done[number] = _sent(_sent(function)(parts[number]))
             except ValueError as error:
-                done[number] = error
+                done[number] = _sent(error)
         for number in range(len(parts)):
             result = done[number]
             if isinstance(result, Exception):
                 raise result
             yield result
+
+
+def _sent(value: T) -> T:
+    return pickle.loads(pickle.dumps(value))
 
 
 def content(directory: Path) -> dict[str, bytes]:
