@@ -31,6 +31,19 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` to write to; at the end the file takes that name, flushed."""
+    temporary = _beside(path)
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
 def replace_directory(directory: Path) -> Iterator[Path]:
     """Yield a new folder beside `directory`; at the end it takes that name.
 
@@ -60,12 +73,16 @@ def sync_tree(directory: Path) -> None:
     """Flush every file below a folder to disk."""
     for path in sorted(directory.rglob("*")):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _flush(path)
     sync_directory(directory)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_directory(directory: Path) -> None:

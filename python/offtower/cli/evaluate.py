@@ -15,6 +15,14 @@ from typing import Annotated
 
 import typer
 
+from offtower.cli.cluster import (
+    RayAddress,
+    RayWait,
+    WorkerCpus,
+    WorkerMemory,
+    Workers,
+    mapper_of,
+)
 from offtower.cli.common import (
     AsJson,
     DrawnProgress,
@@ -43,15 +51,27 @@ def evaluate(
         ),
     ] = None,
     overrides: Overrides = None,
+    ray: RayAddress = None,
+    workers: Workers = None,
+    worker_cpus: WorkerCpus = 1.0,
+    worker_memory: WorkerMemory = 0.0,
+    ray_wait: RayWait = 0.0,
     as_json: AsJson = False,
 ) -> None:
     from offtower.cli.tables import evaluation_table, selection_table
     from offtower.evaluation.report import write_report
     from offtower.evaluation.run import evaluate_runs
 
-    evaluation = evaluate_runs(
-        runs, log=log, overrides=overrides or [], select=select, progress=DrawnProgress()
-    )
+    progress = DrawnProgress()
+    with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
+        evaluation = evaluate_runs(
+            runs,
+            log=log,
+            overrides=overrides or [],
+            select=select,
+            progress=progress,
+            mapper=mapper,
+        )
     path = write_report(
         report or runs[0] / "report.html",
         [evaluation],

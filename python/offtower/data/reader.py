@@ -251,25 +251,54 @@ def scan(
     context_encoding: FeatureEncoding,
     batch_rows: int,
     *,
+    rows: range | None = None,
     on_bad_rows: OnBadRows = "error",
     quarantine: Path | None = None,
     prefetch: bool = True,
 ) -> Iterator[EncodedRows]:
     """All rows of a log in the order of the file, `batch_rows` at a time; the rest comes last.
 
+    Args:
+        rows: numbers of the rows to read, in place of all. Where they start and stop at multiples
+            of `batch_rows`, the batches are those of reading everything.
+
     Raises:
-        ConfigError: `batch_rows` is less than 1, or `quarantine` is missing.
+        ConfigError: `batch_rows` is less than 1, `quarantine` is missing, or `rows` is given where
+            rows are taken out.
         BadRowsError: while iterating, with on_bad_rows="error".
     """
+    if rows is not None and on_bad_rows != "error":
+        raise ConfigError("a range of rows is read of a log without bad rows only")
     loader = _Loader(log, catalogue, context_encoding, on_bad_rows, quarantine)
-    order = EpochOrder(
-        log.row_group_sizes, batch_rows, 0, shuffle=False, window_rows=_SCAN_WINDOW_ROWS
+    rows = range(log.num_rows) if rows is None else rows
+    first = log.first_rows
+    groups = range(
+        max(0, int(np.searchsorted(first, rows.start, side="right")) - 1),
+        int(np.searchsorted(first, rows.stop, side="left")),
     )
-    return _scan(loader, order, prefetch)
+    order = EpochOrder(
+        log.row_group_sizes[groups.start : groups.stop],
+        batch_rows,
+        0,
+        shuffle=False,
+        window_rows=_SCAN_WINDOW_ROWS,
+    )
+    windows = [[groups.start + int(g) for g in window] for window in order.windows(0)]
+    if on_bad_rows != "error":
+        return _scan(loader, windows, batch_rows, prefetch)
+    before = rows.start - int(first[groups.start])
+    return _scan(loader, windows, batch_rows, prefetch, before, len(rows))
 
 
-def _scan(loader: _Loader, order: EpochOrder, prefetch: bool) -> Iterator[EncodedRows]:
-    windows, batch_rows = order.windows(0), order.batch_size
+def _scan(
+    loader: _Loader,
+    windows: list[list[int]],
+    batch_rows: int,
+    prefetch: bool,
+    skip: int = 0,
+    limit: int | None = None,
+) -> Iterator[EncodedRows]:
+    """Batches of the rows of some windows, without the first `skip` rows, `limit` at most."""
     numbers = range(len(windows))
     rest: EncodedRows | None = None
     with ExitStack() as stack:
@@ -281,6 +310,12 @@ def _scan(loader: _Loader, order: EpochOrder, prefetch: bool) -> Iterator[Encode
             loaded = (loader.load(groups, threading.Event()) for groups in windows)
         for rows in loaded:
             assert rows is not None
+            if skip or (limit is not None and len(rows) > limit):
+                stop = len(rows) if limit is None else min(len(rows), skip + limit)
+                rows = rows.take(np.arange(min(skip, stop), stop))
+                skip = 0
+            if limit is not None:
+                limit -= len(rows)
             if rest is not None:
                 rows = _joined([rest, rows])
             whole = len(rows) - len(rows) % batch_rows

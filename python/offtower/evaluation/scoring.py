@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offtower.data.encoding import to_tensors
 from offtower.data.rows import EncodedRows
@@ -77,6 +79,12 @@ class PolicyScorer:
         with torch.no_grad():
             self.items: ItemEmbeddings = policy.embed_items(items, chunk=item_chunk)
         policy.train(self._training)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process scores with: the items are embedded, so their tower stays here."""
+        policy = copy.copy(self.policy)
+        policy._modules = {**policy._modules, "item_tower": nn.Identity()}
+        return {**self.__dict__, "policy": policy}
 
     def score(self, rows: EncodedRows, reward: RewardTerms | None = None) -> EvaluationRows:
         """Weights, rewards and reward-model terms of a batch of logged rows.
