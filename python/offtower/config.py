@@ -258,6 +258,17 @@ class SamplingConfig:
 
 
 @dataclass(config=_STRICT)
+class TrackingConfig:
+    """Where the metrics of training go, beside metrics.jsonl of the run."""
+
+    tensorboard: bool = False
+    """Event files in the run's folder `tensorboard`."""
+    mlflow: str | None = None
+    """URI of an MLflow tracking server, or file:FOLDER."""
+    mlflow_experiment: str = "offtower"
+
+
+@dataclass(config=_STRICT)
 class EvaluationConfig:
     """How `offtower evaluate` judges."""
 
@@ -313,6 +324,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
     def run_directory(self) -> Path:
@@ -395,8 +407,9 @@ def config_fingerprint(config: Config) -> str:
     content.pop("runs")
     for machine_only in ("threads", "checkpoint_every_seconds", "checkpoints_kept"):
         content["training"].pop(machine_only)
-    # How a policy is judged does not change the policy.
+    # How a policy is judged and who is told does not change the policy.
     content.pop("evaluation")
+    content.pop("tracking")
     content["data"].pop("test")
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

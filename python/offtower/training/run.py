@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -20,6 +20,7 @@ from offtower.models.store import save_policy
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
+from offtower.tracking import Tracker, make_trackers
 from offtower.training.checkpoints import CheckpointStore
 from offtower.training.distributed import ALONE, Workers
 from offtower.training.setup import build_setup, resolve_objective
@@ -33,6 +34,7 @@ def train_run(
     progress: Progress | None = None,
     hook: Callable[[PreparedData], EpochHook] | None = None,
     workers: Workers = ALONE,
+    trackers: Sequence[Tracker] = (),
 ) -> TrainingResult:
     """Train as configured and write runs/<name>/policy.
 
@@ -43,6 +45,7 @@ def train_run(
         progress: where progress is drawn.
         hook: builds a function that adds numbers to each epoch's metrics (a simulator's truth).
         workers: those that call this together, with the same arguments and the same storage.
+        trackers: get the metrics' lines, on every worker, beside those of the configuration.
 
     Raises:
         RunError: the directory belongs to another configuration, or exists and `resume` is false.
@@ -58,7 +61,8 @@ def train_run(
     workers.barrier()
     data = workers.first_then_all(lambda: open_data(config, progress, run.path))
     reward_model = workers.first_then_all(lambda: _reward_model(config, data, run, progress))
-    metrics = MetricsLog(run.metrics_path if workers.first else None)
+    configured = make_trackers(config, run.path) if workers.first else []
+    metrics = MetricsLog(run.metrics_path if workers.first else None, [*configured, *trackers])
     setup = build_setup(config, data, reward_model, workers, progress)
     store = CheckpointStore(
         run.checkpoints,
@@ -102,6 +106,7 @@ def train_run(
                 **_quarantine_facts(data),
             }
         )
+    metrics.close()
     workers.barrier()
     return result
 

@@ -93,7 +93,7 @@ def assert_near(one: Path, two: Path, data: Path) -> None:
 
 
 TOLERANCE = 2e-4
-"""Largest difference of a log-probability after 38 steps."""
+"""Largest difference of a log-probability after 44 steps."""
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
