@@ -1,6 +1,7 @@
 // The launch of one side's gradient; a translation unit each, since they are what takes long to compile.
 #pragma once
 
+#include "hopper.h"
 #include "kernels/finish.h"
 #include "kernels/gradient.h"
 #include "launch.h"
@@ -21,25 +22,30 @@ void run_gradient(const BackwardOperands& in, const BackwardResults& results,
   const bool reward = kReward != Reward::none;
   const int64_t rows = kItemsStay ? o.items : o.rows, columns = kItemsStay ? o.rows : o.items;
   void* const out = kItemsStay ? results.item : results.context;
+  const int64_t split_bytes = rows * o.dim * 4;
+  const HopperPlan hopper =
+      plan_hopper_gradient(o, kItemsStay, kReward, kWidth, call.device, split_bytes);
   const Plan plan = plan_pass(call.device, footprint<Kernel, T>(), kWidth, factored_width(o, reward),
-                              rows, columns, rows * o.dim * 4);
+                              rows, columns, split_bytes);
+  const int splits = hopper.fits ? hopper.splits : plan.splits;
   GradientProblem p{};
-  p.policy = problem_of(o, kItemsStay, reward, plan);
+  p.policy = problem_of(o, kItemsStay, reward, splits, plan.stages);
   p.stats = prepared.stats;
   p.padded_contexts = prepared.padded_contexts;
   p.entropy = in.cotangents.entropy != nullptr;
   p.own = in.cotangents.log_prob != nullptr && o.action != nullptr;
   p.output_scale = 1.0f / o.temperature;
   // Items write theirs at once where one block has all contexts; contexts still lack their own item.
-  const bool direct = kItemsStay && plan.splits == 1;
+  const bool direct = kItemsStay && splits == 1;
   p.gradient = direct ? out : nullptr;
-  if (!direct && out != nullptr) p.partial = workspace.take<float>(plan.splits * rows * o.dim);
+  if (!direct && out != nullptr) p.partial = workspace.take<float>(splits * rows * o.dim);
   const bool bias = kItemsStay && results.item_bias != nullptr;
-  if (bias) p.bias_partial = workspace.take<float>(plan.splits * o.items);
+  if (bias) p.bias_partial = workspace.take<float>(splits * o.items);
   if (call.workspace == nullptr) return;
-  launch<Kernel>(p, plan.blocks, plan.warps * 32, plan.shared_bytes, call);
+  if (hopper.fits) launch_hopper_gradient(p, kItemsStay, kReward, kWidth, hopper, call);
+  else launch<Kernel>(p, plan.blocks, plan.warps * 32, plan.shared_bytes, call);
   if (p.partial != nullptr) {
-    SumProblem sum{p.partial, plan.splits, rows, static_cast<int>(o.dim), nullptr, nullptr, nullptr,
+    SumProblem sum{p.partial, splits, rows, static_cast<int>(o.dim), nullptr, nullptr, nullptr,
                    0, p.output_scale, out};
     if (!kItemsStay && p.own) {
       sum.own = in.cotangents.log_prob;
@@ -50,7 +56,7 @@ void run_gradient(const BackwardOperands& in, const BackwardResults& results,
     launch_small<Sum<T>>(sum, rows * o.dim, call);
   }
   if (bias)
-    launch_small<Sum<T>>({p.bias_partial, plan.splits, o.items, 1, nullptr, nullptr, nullptr, 0, 1.0f,
+    launch_small<Sum<T>>({p.bias_partial, splits, o.items, 1, nullptr, nullptr, nullptr, 0, 1.0f,
                           results.item_bias},
                          o.items, call);
 }

@@ -4,6 +4,9 @@
 #include "kernels/gradient.h"
 #include "launch.h"
 
+#include <cstdio>
+#include <cstdlib>
+
 namespace offtower::cuda {
 
 #if defined(__CUDACC__)
@@ -23,8 +26,15 @@ Device device_facts(int number) {
           fact(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
 }
 #else
-// Small, so that small problems are split.
-Device device_facts(int number) { return {number, 8, 0, 3, 163 << 10, 164 << 10}; }
+// With few multiprocessors, so that small problems are split. OFFTOWER_EMULATED_DEVICE: "major minor
+// multiprocessors bytes-of-a-block bytes-in-all".
+Device device_facts(int number) {
+  Device d{number, 8, 0, 3, 163 << 10, 164 << 10};
+  if (const char* given = std::getenv("OFFTOWER_EMULATED_DEVICE"))
+    std::sscanf(given, "%d %d %d %d %d", &d.major, &d.minor, &d.multiprocessors, &d.block_shared,
+                &d.total_shared);
+  return d;
+}
 #endif
 
 std::string refusal(const PolicyOperands& o, const Device& device) {

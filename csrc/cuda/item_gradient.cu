@@ -10,7 +10,7 @@ void item_gradient(const BackwardOperands& in, const BackwardResults& results,
 
 int64_t backward(const BackwardOperands& in, const BackwardResults& results, const Call& call) {
   Workspace workspace(call.workspace);
-  PrepareProblem prepare{in, nullptr, ceil_div(in.policy.rows, 64) * 64};
+  PrepareProblem prepare{in, nullptr, ceil_div(in.policy.rows, 128) * 128};
   prepare.stats = workspace.take<float>(kRowStats * prepare.padded_contexts);
   if (call.workspace != nullptr) launch_small<Prepare>(prepare, prepare.padded_contexts, call);
   if (results.context != nullptr) context_gradient(in, results, prepare, workspace, call);

@@ -70,7 +70,8 @@ auto with_reward(RewardKind kind, Use use) {
 }
 
 // Operands as kernels see them: contexts stay, or items do.
-inline Problem problem_of(const PolicyOperands& o, bool items_stay, bool reward, const Plan& plan) {
+inline Problem problem_of(const PolicyOperands& o, bool items_stay, bool reward, int splits,
+                          int stages) {
   const Matrix context{o.context, o.rows, static_cast<int>(o.dim)};
   const Matrix item{o.item, o.items, static_cast<int>(o.dim)};
   const bool factored = reward && o.reward_dim > 0 && o.reward != RewardKind::dense;
@@ -88,8 +89,8 @@ inline Problem problem_of(const PolicyOperands& o, bool items_stay, bool reward,
   p.items = o.items;
   p.scale = static_cast<float>(1.4426950408889634 / static_cast<double>(o.temperature));
   p.sigmoid = o.reward == RewardKind::sigmoid;
-  p.splits = plan.splits;
-  p.stages = plan.stages;
+  p.splits = splits;
+  p.stages = stages;
   return p;
 }
 

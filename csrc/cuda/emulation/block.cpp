@@ -64,6 +64,9 @@ struct Block {
   std::string error;
   const std::function<void(char*)>* body = nullptr;
   char* shared = nullptr;
+  std::size_t shared_bytes = 0;
+  std::vector<std::function<void()>> later;                   // under way
+  std::map<int, std::vector<std::function<void()>>> products; // by warpgroup
 };
 
 Block* block = nullptr;
@@ -126,7 +129,13 @@ void run_one(int64_t index) {
       all_done &= block->fibers[f].done;
       if (!block->fibers[f].done && !block->fibers[f].blocked) ready.push_back(f);
     }
-    if (all_done) return;
+    if (all_done) break;
+    // What is under way lands in its own time, and at the latest when nobody can go on.
+    for (auto& one : std::exchange(block->later, {})) {
+      if (draw(3) == 0 || ready.empty() || idle > 2) one();
+      else block->later.push_back(std::move(one));
+    }
+    if (ready.empty() && block->changes != seen) continue;
     if (ready.empty()) throw std::runtime_error("a block is stuck:" + state());
     // A pass over the ready ones in a drawn order.
     for (std::size_t i = ready.size(); i > 1; --i) std::swap(ready[i - 1], ready[draw(static_cast<uint32_t>(i))]);
@@ -141,6 +150,9 @@ void run_one(int64_t index) {
     seen = block->changes;
     if (idle > 1000) throw std::runtime_error("a block waits for ever:" + state());
   }
+  if (!block->later.empty()) throw std::runtime_error("a block ended before its copies did");
+  for (const auto& [group, waiting] : block->products)
+    if (!waiting.empty()) throw std::runtime_error("a warpgroup ended before its products did");
 }
 
 } // namespace
@@ -184,6 +196,27 @@ void collective(const char* what, int first, int members, void* brought, Togethe
   wake(all);
 }
 
+void later(std::function<void()> what) {
+  if (draw(3) == 0) what();
+  else block->later.push_back(std::move(what));
+}
+
+std::vector<std::function<void()>>& products_of_this_group() {
+  return block->products[block->current / 128];
+}
+
+uint32_t address_in_shared(const void* p) {
+  const auto offset = static_cast<const char*>(p) - block->shared;
+  if (offset < 0 || static_cast<std::size_t>(offset) > block->shared_bytes)
+    fail("an address that is not in shared memory");
+  return static_cast<uint32_t>(offset);
+}
+
+const char* shared_memory(uint32_t address, int bytes) {
+  if (address + static_cast<std::size_t>(bytes) > block->shared_bytes) fail("read beyond shared memory");
+  return block->shared + address;
+}
+
 void barrier(int name, int members) {
   Meeting& meeting = block->meetings[{-1 - name, 0}];
   meeting.waiting.push_back(block->current);
@@ -208,6 +241,7 @@ void run(int64_t blocks, int threads, std::size_t shared_bytes,
   std::vector<char> memory(shared_bytes + kGuard + 1024);
   const auto base = reinterpret_cast<uintptr_t>(memory.data());
   mine.shared = memory.data() + ((base + 1023) / 1024 * 1024 - base);
+  mine.shared_bytes = shared_bytes;
   block = &mine;
   for (int64_t index = 0; index < blocks; ++index) {
     std::memset(mine.shared, kPoison, shared_bytes + kGuard - 1024);

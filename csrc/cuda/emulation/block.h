@@ -45,6 +45,18 @@ struct Copies {
 };
 Copies& copies_of_this_thread();
 
+// Something asynchronous: at once, or at some later time.
+void later(std::function<void()> what);
+// Products that this thread's warpgroup has started and not waited for, in their order.
+std::vector<std::function<void()>>& products_of_this_group();
+inline void run_all(std::vector<std::function<void()>>& waiting) {
+  for (const auto& one : waiting) one();
+  waiting.clear();
+}
+// Addresses within the block's shared memory, and back; fails beyond its end.
+uint32_t address_in_shared(const void* p);
+const char* shared_memory(uint32_t address, int bytes);
+
 // Runs `body(shared)` in `threads` fibers for each of `blocks` blocks. Throws std::runtime_error.
 void run(int64_t blocks, int threads, std::size_t shared_bytes,
          const std::function<void(char* shared)>& body);

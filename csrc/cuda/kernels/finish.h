@@ -1,7 +1,8 @@
 // The small kernels around the large ones: a thread a context, an item or a number.
 #pragma once
 
-#include "forward.h"
+#include "forward_rows.h"
+#include "gradient_rows.h"
 #include "../../operands.h"
 
 namespace offtower::cuda {

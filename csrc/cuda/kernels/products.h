@@ -12,6 +12,8 @@ namespace offtower::cuda {
 OFFTOWER_DEVICE int lane_index() { return thread_index() % 32; }
 OFFTOWER_DEVICE int warp_index() { return thread_index() / 32; }
 
+OFFTOWER_DEVICE float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(-x * kLog2E)); }
+
 template <int kFragments, int kTiles>
 OFFTOWER_DEVICE void clear(float (&s)[kFragments][kTiles][4]) {
   OFFTOWER_UNROLL

@@ -79,6 +79,4 @@ OFFTOWER_DEVICE void load_item_biases(const Problem& p, int64_t first, float* ve
   }
 }
 
-OFFTOWER_DEVICE float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(-x * kLog2E)); }
-
 } // namespace offtower::cuda
