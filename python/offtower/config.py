@@ -108,6 +108,12 @@ class ObjectiveConfig:
     name: str = "auto"
     """A registered name (`offtower doctor` lists them) or an import path "package.module:Class"."""
     arguments: dict[str, Any] = field(default_factory=dict)
+    kl: float = Field(default=0.0, ge=0.0)
+    """Price of KL(pi || pi_0), estimated from logged propensities: stay near the log."""
+    imitation: float = Field(default=0.0, ge=0.0)
+    """Weight of the likelihood of all logged items, whatever they earned: the other KL."""
+    entropy: float = Field(default=0.0, ge=0.0)
+    """Weight of the policy's entropy: stay away from determinism."""
 
 
 @dataclass(config=_STRICT)
@@ -130,6 +136,16 @@ class TrainingConfig:
     """Of tables that are not updated densely; null is `learning_rate`."""
     gradient_clip: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the whole gradient; null leaves it alone."""
+    warm_up: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of training in which the learning rate rises from 0 to its value."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """How the learning rate falls to 0 from the end of the warm-up to the end of training."""
+    weight_average: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Share of training, at its end, over which weights are averaged step by step (Izmailov et al.
+    2018); validations and the saved policy take the average. null takes the last weights."""
+    warm_start: str | None = None
+    """Folder of a policy (runs/<name>/policy) of the same architecture that training starts from,
+    such as that of a regression or of weighted likelihood before dr."""
     shuffle: bool = True
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many validations without a better lower bound."""

@@ -19,6 +19,7 @@ from offtower.errors import ConfigError, DataError
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.fit import obtain_reward_model
+from offtower.objectives import OBJECTIVES
 from offtower.ops import policy_terms
 from offtower.prepare import prepare
 from offtower.progress import Progress
@@ -92,7 +93,8 @@ class TwoTowerPolicyLearner:
             "normalize": normalize,
         }
         if reward_model is None:
-            needs_one = objective in ("auto", "dr", "clipped_dr")
+            known = OBJECTIVES.get(objective)
+            needs_one = objective == "auto" or (known is not None and known.needs_reward_model)
             reward_model = {"kind": "factored" if needs_one else "none"}
         self.config = parse_config(
             {

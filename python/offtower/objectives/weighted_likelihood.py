@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from offtower.objectives.base import LoggedRows, Objective, ObjectiveValue, Reduction, positive
 
 
@@ -26,3 +28,29 @@ class WeightedLikelihood(Objective):
         log_likelihood = weight * rows.reward * rows.policy_terms().log_prob
         # The likelihood is no value of a policy; what is reported is the IPS estimate.
         return ObjectiveValue(-over.mean(log_likelihood), over.average(rows.weight() * rows.reward))
+
+
+class ExponentialLikelihood(Objective):
+    r"""Maximise mean_i min(exp(r_i / beta), c) log pi(a_i|x_i).
+
+    Gradient: mean_i min(exp(r_i / beta), c) grad log pi(a_i|x_i). Its optimum is the policy
+    proportional to pi_0(a|x) E[exp(r / beta) | x, a]: the best one for value - beta KL(pi || pi_0),
+    up to the noise of rewards, so it stays near the log on purpose. Needs no propensities and takes
+    rewards of any sign; the smaller beta, the farther from the log.
+    Source: Peters and Schaal 2007, "Reinforcement learning by reward-weighted regression"; Peng,
+    Kumar, Zhang, Levine 2019, "Advantage-weighted regression".
+    """
+
+    name = "exponential_likelihood"
+    needs_pscore = False
+
+    def __init__(self, beta: float = 0.3, max_weight: float = 100.0) -> None:
+        self.beta = positive("beta", beta)
+        self.max_weight = positive("max_weight", max_weight)
+
+    def __call__(self, rows: LoggedRows, over: Reduction) -> ObjectiveValue:
+        weight = torch.exp(rows.reward / self.beta).clamp(max=self.max_weight)
+        log_likelihood = weight * rows.policy_terms().log_prob
+        # The likelihood is no value of a policy; where there are propensities, the IPS estimate is.
+        value = log_likelihood if rows.pscore is None else rows.weight() * rows.reward
+        return ObjectiveValue(-over.mean(log_likelihood), over.average(value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -12,13 +13,14 @@ import torch
 
 import offtower
 from offtower.config import Config, config_fingerprint
+from offtower.errors import ConfigError
 from offtower.evaluation.estimators import make_estimator
 from offtower.metrics import MetricsLog
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.fit import obtain_reward_model
-from offtower.models.store import save_policy
-from offtower.objectives import Objective, Regression, make_objective
+from offtower.models.store import load_policy, save_policy
+from offtower.objectives import Objective, Regression, Regularised, make_objective
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
@@ -127,6 +129,8 @@ def build_trainer(
     check_fit_for(objective, data, reward_model)
     seed_torch(config.seed, "policy")
     policy = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
+    if config.training.warm_start is not None:
+        warm_start(policy, Path(config.training.warm_start))
     validate = (
         Validator(data, config.training, config.evaluation.confidence, reward_model)
         if data.validation is not None and data.validation.schema.pscore is not None
@@ -147,6 +151,29 @@ def build_trainer(
     )
 
 
+def warm_start(policy: TwoTowerPolicy, folder: Path) -> None:
+    """Fill a policy with the weights of a stored one.
+
+    Raises:
+        RunError: there is none.
+        ConfigError: it has other sizes, or was learned with other encodings.
+    """
+    stored, _ = load_policy(folder)
+    for side in ("context_encoding", "item_encoding"):
+        if getattr(stored, side).to_dict() != getattr(policy, side).to_dict():
+            raise ConfigError(
+                f"training.warm_start: the policy at '{folder}' was learned with another "
+                f"{side.replace('_', ' ')}; begin from a run on the same log and catalogue"
+            )
+    try:
+        policy.load_state_dict(stored.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"training.warm_start: the policy at '{folder}' does not fit the configured one "
+            f"({error}); take over its 'policy' settings"
+        ) from None
+
+
 def resolve_objective(config: Config, data: PreparedData) -> Objective:
     """The configured objective; `auto` picks by what the log and the configuration offer.
 
@@ -161,10 +188,20 @@ def resolve_objective(config: Config, data: PreparedData) -> Objective:
             name = "weighted_likelihood"
         else:
             name = "clipped_dr"
-    objective = make_objective(name, config.objective.arguments)
+    settings = config.objective
+    objective = make_objective(name, settings.arguments)
     if isinstance(objective, Regression):
         objective = objective.resolve(data.facts.binary_reward)
-    return objective
+    if settings.kl == settings.imitation == settings.entropy == 0.0:
+        return objective
+    if not objective.uses_policy:
+        raise ConfigError(
+            f"objective '{name}' has no policy terms that objective.kl, imitation or entropy "
+            "could be added to"
+        )
+    return Regularised(
+        objective, kl=settings.kl, imitation=settings.imitation, entropy=settings.entropy
+    )
 
 
 def _quarantine_facts(data: PreparedData) -> dict[str, Any]:

@@ -78,7 +78,8 @@ class TrainingStep:
         if not self.objective.uses_policy:
             logit = self.policy.action_logit(context, self.items.at(action))
             return self.objective(LoggedRows(reward, action_logit=logit), over), None
-        terms = self._terms(rows, context, action, fold, place, entropy=measure)
+        entropy = measure or self.objective.needs_entropy
+        terms = self._terms(rows, context, action, fold, place, entropy=entropy)
         value = self.objective(LoggedRows(reward, terms=terms, pscore=pscore), over)
         return value, _measures(terms, pscore) if measure else None
 
