@@ -60,6 +60,11 @@ class TowerConfig:
     unknown_rate: float = Field(default=0.02, ge=0.0, lt=1.0)
     """Share of category values replaced by "unknown" in training, so that the row which new items
     and new users share is itself trained."""
+    members: int = Field(default=1, ge=1)
+    """Networks side by side, each with its share of the embedding: <u, v> is then the sum of their
+    inner products, which is an ensemble's. objective=auto makes such policies."""
+    bias_scale: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    """Factor of the item bias, which the temperature does not touch."""
     module: str | None = None
     """Import path "package.module:Class" of a user's own torch module in place of the MLP."""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -114,6 +119,40 @@ class ObjectiveConfig:
     """Weight of the likelihood of all logged items, whatever they earned: the other KL."""
     entropy: float = Field(default=0.0, ge=0.0)
     """Weight of the policy's entropy: stay away from determinism."""
+
+
+@dataclass(config=_STRICT)
+class AutoConfig:
+    """objective.name=auto: several learners, cross-fitted; held-out rows choose between them.
+
+    It has its own schedule, learning rates and temperature; of `training` it takes terms and
+    item_chunk, of `policy` the sizes. The policy is an ensemble: its embedding has
+    policy.embedding_dim numbers for each member.
+    """
+
+    candidates: tuple[str, ...] = (
+        "regression_linear",
+        "regression",
+        "likelihood_linear",
+        "likelihood",
+    )
+    """In the order of belief; docs/objectives.md says what they are."""
+    folds: int = Field(default=3, ge=2, le=64)
+    """Parts of the log; a member learns from all but one, which judges it."""
+    members: int | None = Field(default=None, ge=1)
+    """Members of the ensemble; null is one a fold. Fewer save time and width on large logs."""
+    epochs: int | None = Field(default=None, ge=1)
+    """Passes over the log; null takes 400 to 1500 steps."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """null is a power of two between 64 and 1024, by the rows of the log."""
+    judge_rows: int = Field(default=100_000, ge=100)
+    """Held-out rows that the choice is made on, at most."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AutoConfig:
+        if self.members is not None and self.members > self.folds:
+            raise ValueError(f"auto.members is {self.members}, of {self.folds} auto.folds")
+        return self
 
 
 @dataclass(config=_STRICT)
@@ -322,6 +361,7 @@ class Config:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    auto: AutoConfig = field(default_factory=AutoConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -74,29 +75,60 @@ class Tower(nn.Module):
         self.embedding_dim = embedding_dim
         self.normalize = config.normalize
         self.has_bias = bias
-        self.output_dim = embedding_dim + int(bias)
-        self.body = _make_body(encoding, self.output_dim, config)
+        self.bias_scale = config.bias_scale
+        if embedding_dim % config.members:
+            raise ConfigError(
+                f"a tower of {config.members} members cannot share an embedding of "
+                f"{embedding_dim} numbers evenly; choose a multiple"
+            )
+        self.member_dim = embedding_dim // config.members
+        self.output_dim = self.member_dim + int(bias)
+        if config.members == 1:
+            self.body = _make_body(encoding, self.output_dim, config)
+        else:
+            self.members = nn.ModuleList(
+                _make_body(encoding, self.output_dim, config) for _ in range(config.members)
+            )
 
     @property
     def random(self) -> bool:
         """Whether training mode draws random numbers (dropout, hidden categories)."""
-        if isinstance(self.body, MLPBody) and not self.body.encoder.random:
-            return any(isinstance(layer, nn.Dropout) for layer in self.body.modules())
-        return True
+        return any(_is_random(body) for body in self._bodies())
 
     def forward(self, features: FeatureTensors) -> tuple[Tensor, Tensor | None]:
         """Encoded features of n rows -> embeddings (n, d) and biases (n,) or None."""
-        output = self.body(features)
+        parts = [self._embed(body, features) for body in self._bodies()]
+        if len(parts) == 1:
+            embedding, bias = parts[0]
+        else:
+            embedding = torch.cat([part for part, _ in parts], dim=1)
+            biases = [one for _, one in parts if one is not None]
+            bias = torch.stack(biases).sum(dim=0) if biases else None
+        if bias is not None and self.bias_scale != 1.0:
+            bias = bias * self.bias_scale
+        return embedding.contiguous(), None if bias is None else bias.contiguous()
+
+    def _bodies(self) -> list[nn.Module]:
+        return list(self.members) if hasattr(self, "members") else [self.body]
+
+    def _embed(self, body: nn.Module, features: FeatureTensors) -> tuple[Tensor, Tensor | None]:
+        output = body(features)
         if output.dim() != 2 or output.shape[1] != self.output_dim:
             raise ConfigError(
                 f"the tower's module returned shape {tuple(output.shape)}, expected "
                 f"(rows, {self.output_dim})"
             )
-        bias = output[:, self.embedding_dim] if self.has_bias else None
-        embedding = output[:, : self.embedding_dim] if self.has_bias else output
+        bias = output[:, self.member_dim] if self.has_bias else None
+        embedding = output[:, : self.member_dim] if self.has_bias else output
         if self.normalize:
             embedding = functional.normalize(embedding, dim=1)
-        return embedding.contiguous(), None if bias is None else bias.contiguous()
+        return embedding, bias
+
+
+def _is_random(body: nn.Module) -> bool:
+    if isinstance(body, MLPBody) and not body.encoder.random:
+        return any(isinstance(layer, nn.Dropout) for layer in body.modules())
+    return True
 
 
 def _make_body(encoding: FeatureEncoding, output_dim: int, config: TowerConfig) -> nn.Module:

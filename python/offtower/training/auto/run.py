@@ -1,0 +1,121 @@
+"""Learn all candidates, judge them where they did not learn, join the members of the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offtower.atomic import replace_directory
+from offtower.config import Config
+from offtower.metrics import MetricsLog
+from offtower.models.policy import TwoTowerPolicy
+from offtower.models.store import load_weights, save_weights
+from offtower.prepare import PreparedData
+from offtower.progress import Progress
+from offtower.training.auto.candidates import Candidate, make_candidates, make_schedule
+from offtower.training.auto.choose import Choice, choose
+from offtower.training.auto.ensemble import join
+from offtower.training.auto.judge import Judge
+from offtower.training.auto.members import Folds, fit_members
+
+
+@dataclass(frozen=True)
+class AutoTraining:
+    """The policy, and how it was chosen."""
+
+    policy: TwoTowerPolicy
+    choice: Choice
+    members: Mapping[str, list[TwoTowerPolicy]]
+    epochs: int
+    report: dict[str, Any]
+    """JSON: the chosen candidate, every candidate's estimate at every sharpness, losses."""
+
+
+def train_auto(
+    config: Config,
+    data: PreparedData,
+    *,
+    progress: Progress | None = None,
+    metrics: MetricsLog | None = None,
+    directory: Path | None = None,
+) -> AutoTraining:
+    """Learn a policy that needs no settings.
+
+    Args:
+        config: `auto`, `policy` sizes, `seed`.
+        data: its training log has propensities. A validation log is not needed, nor read.
+        progress, metrics: where both go.
+        directory: where each candidate's members are kept once they are learned, so that a run that
+            was killed goes on with the next candidate.
+
+    Raises:
+        ConfigError: no candidate is possible.
+    """
+    progress, metrics = progress or Progress(), metrics or MetricsLog(None)
+    settings = config.auto
+    number = settings.members or settings.folds
+    folds = Folds(settings.folds, tuple(range(number)))
+    schedule = make_schedule(settings, data.train.num_rows)
+    candidates = make_candidates(config, data)
+    members: dict[str, list[TwoTowerPolicy]] = {}
+    for candidate in candidates:
+        place = None if directory is None else directory / candidate.name
+        if place is not None and place.exists():
+            members[candidate.name] = _restore(place, candidate, data, number)
+            continue
+        members[candidate.name] = fit_members(candidate, config, data, folds, schedule, progress)
+        if place is not None:
+            with replace_directory(place) as temporary:
+                for k, member in enumerate(members[candidate.name]):
+                    save_weights(temporary / f"member_{k}.safetensors", member)
+    progress.start("judging candidates on held-out rows", None)
+    judge = Judge(data, folds, config.seed, settings.judge_rows, config.training.item_chunk)
+    regressions = [one.name for one in candidates if one.predicts_rewards]
+    judged = judge(members, regressions, data.facts.binary_reward)
+    # Of regressions the one with the least held-out loss is believed first: on the same rows its
+    # differences are far less noisy than those of values.
+    order = sorted(regressions, key=judged.loss.__getitem__)
+    order += [one.name for one in candidates if one.name not in regressions]
+    choice = choose(
+        judged,
+        order,
+        least_reward=float(data.train.schema.reward_range[0]),
+        confidence=config.evaluation.confidence,
+    )
+    progress.finish()
+    report = describe(choice, judged.loss)
+    metrics.write({"kind": "auto", "step": 0, **report})
+    policy = join(members[choice.chosen.name], choice.chosen.factor)
+    return AutoTraining(policy, choice, members, schedule.epochs, report)
+
+
+def describe(choice: Choice, loss: Mapping[str, float]) -> dict[str, Any]:
+    """What was chosen between, as JSON takes it."""
+    return {
+        "chosen": choice.chosen.name,
+        "factor": choice.chosen.factor,
+        "value": choice.chosen.value,
+        "low": choice.chosen.low,
+        "mean_weight": choice.chosen.mean_weight,
+        "held_out_loss": dict(loss),
+        "candidates": {
+            name: [
+                {"factor": s.factor, "value": s.value, "low": s.low, "mean_weight": s.mean_weight}
+                for s in options
+            ]
+            for name, options in choice.scored.items()
+        },
+    }
+
+
+def _restore(
+    place: Path, candidate: Candidate, data: PreparedData, number: int
+) -> list[TwoTowerPolicy]:
+    members = []
+    for k in range(number):
+        policy = TwoTowerPolicy(candidate.policy, data.context_encoding, data.item_encoding)
+        load_weights(place / f"member_{k}.safetensors", policy)
+        members.append(policy.eval().requires_grad_(False))
+    return members
