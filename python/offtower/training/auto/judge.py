@@ -12,16 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from offtower.data.encoding import to_tensors
-from offtower.data.order import keyed_hash
 from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows
 from offtower.models.items import ItemEmbeddings
 from offtower.models.policy import TwoTowerPolicy
-from offtower.models.reward.fit import reward_folds
 from offtower.ops import FactoredReward, policy_terms
 from offtower.prepare import PreparedData
-from offtower.seeds import derive_seed
-from offtower.training.auto.members import Folds
+from offtower.training.auto.folds import Folds
 
 SHARPNESS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Factors of a candidate's logits, in units of 1 / (their deviation between items)."""
@@ -66,17 +63,13 @@ class Judge:
     Args:
         data: the training log is read.
         folds: which fold each member was kept from.
-        seed: of the folds, and of the sample of rows.
         max_rows: a longer log is sampled by a keyed hash of the row.
         item_chunk: items embedded at a time.
     """
 
-    def __init__(
-        self, data: PreparedData, folds: Folds, seed: int, max_rows: int, item_chunk: int
-    ) -> None:
+    def __init__(self, data: PreparedData, folds: Folds, max_rows: int, item_chunk: int) -> None:
         self._data = data
         self._folds = folds
-        self._seed = seed
         self._share = min(1.0, max_rows / (data.train.num_rows * self._held_share()))
         self._chunk = item_chunk
         self._kept: list[tuple[int, EncodedRows]] | None = None
@@ -118,7 +111,9 @@ class Judge:
         for member, rows in self._rows():
             action = torch.from_numpy(rows.action)
             context = to_tensors(rows.context)
-            embedded = {n: side.members[member].embed_contexts(context) for n, side in sides.items()}
+            embedded = {
+                n: side.members[member].embed_contexts(context) for n, side in sides.items()
+            }
             q = None if best is None else _reward(embedded[best], sides[best].items[member], binary)
             log_pscore = torch.from_numpy(rows.pscore).log() if rows.pscore is not None else None
             assert log_pscore is not None, "auto is for logs with propensities"
@@ -170,9 +165,13 @@ class Judge:
     def _loss(self, side: _Side, binary: bool) -> float:
         total = count = 0.0
         for member, rows in self._rows():
-            logit = side.members[member].action_logit(
-                to_tensors(rows.context), self._data.items.at(torch.from_numpy(rows.action))
-            ).double()
+            logit = (
+                side.members[member]
+                .action_logit(
+                    to_tensors(rows.context), self._data.items.at(torch.from_numpy(rows.action))
+                )
+                .double()
+            )
             reward = torch.from_numpy(rows.reward).double()
             total += float(
                 functional.binary_cross_entropy_with_logits(logit, reward, reduction="sum")
@@ -190,7 +189,6 @@ class Judge:
 
     def _read(self, first: int | None) -> Iterator[tuple[int, EncodedRows]]:
         data, seen = self._data, [0] * len(self._folds.held_out)
-        limit = int(self._share * 2**64) if self._share < 1.0 else None
         for rows in scan(
             data.train,
             data.catalogue,
@@ -199,10 +197,7 @@ class Judge:
             on_bad_rows=data.on_bad_rows,
             quarantine=data.quarantine_of("train"),
         ):
-            fold = reward_folds(rows, self._folds.number, self._seed)
-            kept = np.ones(len(rows), dtype=bool)
-            if limit is not None:
-                kept = keyed_hash(rows.row, derive_seed(self._seed, "judged")) < np.uint64(limit)
+            fold, kept = self._folds.of(rows), self._folds.sampled(rows, self._share)
             for member, held_out in enumerate(self._folds.held_out):
                 index = np.flatnonzero((fold == held_out) & kept)
                 if first is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from offtower.config import Config, TrainingConfig
 from offtower.data.order import EpochOrder
@@ -11,25 +10,15 @@ from offtower.data.reader import BatchReader
 from offtower.errors import RunError
 from offtower.models.optimizer import finish_updates, make_optimizer
 from offtower.models.policy import TwoTowerPolicy
-from offtower.models.reward.fit import reward_folds
 from offtower.objectives import Reduction
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.seeds import derive_seed, seed_torch
 from offtower.training.auto.candidates import Candidate, Schedule
+from offtower.training.auto.folds import Folds
 from offtower.training.sampled import SampledTerms, build_proposal
 from offtower.training.schedule import LearningRate
 from offtower.training.step import StepPlace, TrainingStep
-
-
-@dataclass(frozen=True)
-class Folds:
-    """Which rows judge which member."""
-
-    number: int
-    """Folds that the log is cut into, by user where it knows users."""
-    held_out: tuple[int, ...]
-    """Fold of each member: the rows that it does not learn from."""
 
 
 def fit_members(
@@ -65,7 +54,7 @@ def fit_members(
         data.catalogue,
         data.context_encoding,
         order,
-        fold=lambda rows: reward_folds(rows, folds.number, seed),
+        fold=folds.of,
         on_bad_rows=data.on_bad_rows,
         quarantine=data.quarantine_of("train"),
     )

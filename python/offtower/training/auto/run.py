@@ -17,8 +17,9 @@ from offtower.progress import Progress
 from offtower.training.auto.candidates import Candidate, make_candidates, make_schedule
 from offtower.training.auto.choose import Choice, choose
 from offtower.training.auto.ensemble import join
+from offtower.training.auto.folds import Folds
 from offtower.training.auto.judge import Judge
-from offtower.training.auto.members import Folds, fit_members
+from offtower.training.auto.members import fit_members
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def train_auto(
     progress, metrics = progress or Progress(), metrics or MetricsLog(None)
     settings = config.auto
     number = settings.members or settings.folds
-    folds = Folds(settings.folds, tuple(range(number)))
+    folds = Folds(settings.folds, tuple(range(number)), config.seed)
     schedule = make_schedule(settings, data.train.num_rows)
     candidates = make_candidates(config, data)
     members: dict[str, list[TwoTowerPolicy]] = {}
@@ -71,7 +72,7 @@ def train_auto(
                 for k, member in enumerate(members[candidate.name]):
                     save_weights(temporary / f"member_{k}.safetensors", member)
     progress.start("judging candidates on held-out rows", None)
-    judge = Judge(data, folds, config.seed, settings.judge_rows, config.training.item_chunk)
+    judge = Judge(data, folds, settings.judge_rows, config.training.item_chunk)
     regressions = [one.name for one in candidates if one.predicts_rewards]
     judged = judge(members, regressions, data.facts.binary_reward)
     # Of regressions the one with the least held-out loss is believed first: on the same rows its
