@@ -57,6 +57,9 @@ class TowerConfig:
     """Scale embeddings to unit length; then the temperature sets the sharpness of the policy."""
     category_embedding_dim: int = Field(default=16, ge=1)
     """Width of a category's or bag's embedding where the feature does not state its own."""
+    bag: Literal["mean", "root"] = "mean"
+    """How the embeddings of a bag's values are joined: their mean, or their sum over the root of
+    their number, which keeps its size whatever the number; better for long bags, such as texts."""
     unknown_rate: float = Field(default=0.02, ge=0.0, lt=1.0)
     """Share of category values replaced by "unknown" in training, so that the row which new items
     and new users share is itself trained."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,6 +134,10 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Problem], np.ndarray]]] = {
         {"max_weight": 4.0},
         lambda p: coefficients(p, np.minimum(1 / p.pscore, 4.0) * p.reward),
     ),
+    "weighted_likelihood, smoothed": (
+        {"max_weight": 4.0, "smoothing": 0.5},
+        lambda p: coefficients(p, np.minimum(p.pscore**-0.5, 4.0) * p.reward),
+    ),
     "log_smoothing": (
         {"lambda_": LAMBDA},
         lambda p: coefficients(p, p.weight * p.reward / (1 + LAMBDA * p.weight * p.reward)),
@@ -193,6 +198,7 @@ VALUES: dict[str, Callable[[Problem], float]] = {
     "dr": lambda p: (p.weight * p.residual + (p.pi * p.q).sum(1)).mean(),
     "clipped_dr": lambda p: (np.minimum(p.weight, CLIP) * p.residual + (p.pi * p.q).sum(1)).mean(),
     "weighted_likelihood": lambda p: (p.weight * p.reward).mean(),
+    "weighted_likelihood, smoothed": lambda p: (p.weight * p.reward).mean(),
     "log_smoothing": lambda p: (np.log1p(LAMBDA * p.weight * p.reward) / LAMBDA).mean(),
     "exponential_smoothing": lambda p: (p.weight**ALPHA * p.reward).mean(),
     "exponential_smoothing of pscore": lambda p: (
@@ -220,7 +226,7 @@ VALUES: dict[str, Callable[[Problem], float]] = {
 
 def made(name: str) -> Objective:
     """The objective of a line of FORMULAS; what follows its name tells settings apart."""
-    return make_objective(name.split(" ")[0], FORMULAS[name][0])
+    return make_objective(re.split(r"[ ,]", name)[0], FORMULAS[name][0])
 
 
 def gradients(p: Problem, objective: Objective) -> tuple[list[torch.Tensor], float]:

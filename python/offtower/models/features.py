@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class FeatureEncoder(nn.Module):
         encoding: fitted encoding of the features that arrive.
         category_embedding_dim: width of tables whose feature states none.
         unknown_rate: share of category values hidden in training mode.
+        bag: a bag's embedding is the mean of its values' embeddings, or their sum over the root of
+            their number.
     """
 
     def __init__(
@@ -34,9 +37,11 @@ class FeatureEncoder(nn.Module):
         encoding: FeatureEncoding,
         category_embedding_dim: int = 16,
         unknown_rate: float = 0.0,
+        bag: Literal["mean", "root"] = "mean",
     ) -> None:
         super().__init__()
         self.unknown_rate = unknown_rate
+        self.bag = bag
         self.plain: list[str] = []
         self.tables = nn.ModuleDict()
         self._table_of: dict[str, str] = {}
@@ -81,7 +86,11 @@ class FeatureEncoder(nn.Module):
             value = features[name]
             table = self.tables[key]
             if isinstance(value, BagTensor):
-                parts.append(table(self._hide_some(value.values), value.offsets[:-1]))
+                mean = table(self._hide_some(value.values), value.offsets[:-1])
+                if self.bag == "root":
+                    count = value.offsets[1:] - value.offsets[:-1]
+                    mean = mean * count.to(mean.dtype).sqrt().unsqueeze(1)
+                parts.append(mean)
             else:
                 parts.append(table(self._hide_some(value)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -29,7 +29,9 @@ class MLPBody(nn.Module):
 
     def __init__(self, encoding: FeatureEncoding, output_dim: int, config: TowerConfig) -> None:
         super().__init__()
-        self.encoder = FeatureEncoder(encoding, config.category_embedding_dim, config.unknown_rate)
+        self.encoder = FeatureEncoder(
+            encoding, config.category_embedding_dim, config.unknown_rate, config.bag
+        )
         if self.encoder.width == 0:
             raise ConfigError(
                 "a tower needs at least one feature; name some in the schema of the log "

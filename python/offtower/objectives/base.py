@@ -116,6 +116,8 @@ class Objective(ABC):
     needs_nonnegative_reward: bool = False
     needs_entropy: bool = False
     """Needs `terms.entropy`."""
+    needs_rewarded_rows_only: bool = False
+    """Rows without reward contribute nothing, and may be left out of a step."""
     proposal: str | None = None
     """A proposal of `offtower.sampling` whose draws the objective is defined by; None leaves the
     choice between exact and sampled terms to the configuration."""

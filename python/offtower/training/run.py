@@ -25,6 +25,7 @@ from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
 from offtower.seeds import seed_torch
+from offtower.training.auto import train_auto
 from offtower.training.checkpoint import CheckpointStore
 from offtower.training.sampled import build_proposal
 from offtower.training.trainer import EpochHook, Trainer, TrainingResult, check_fit_for
@@ -58,6 +59,18 @@ def train_run(
     run = RunDirectory(config.run_directory)
     run.claim(config, resume=resume)
     data = open_data(config, progress, run.path)
+    if uses_auto(config, data):
+        automatic = train_auto(
+            config,
+            data,
+            progress=progress,
+            metrics=MetricsLog(run.metrics_path),
+            directory=run.path / "auto",
+            on_epoch_end=None if hook is None else hook(data),
+        )
+        more = {"auto": automatic.report}
+        _finish(run, config, data, automatic.policy, automatic.result, began, more)
+        return automatic.result
     judged_by_model = make_estimator(config.training.validation_estimator).needs_reward_model
     reward_model = (
         obtain_reward_model(
@@ -86,6 +99,33 @@ def train_run(
         on_epoch_end=None if hook is None else hook(data),
     )
     result = trainer.fit(resume=resume)
+    _finish(
+        run,
+        config,
+        data,
+        trainer.policy,
+        result,
+        began,
+        {"checkpoints_skipped": store.skipped},
+    )
+    return result
+
+
+def uses_auto(config: Config, data: PreparedData) -> bool:
+    """Whether `objective.name=auto` chooses between learners: where propensities are known."""
+    return config.objective.name == "auto" and data.train.schema.pscore is not None
+
+
+def _finish(
+    run: RunDirectory,
+    config: Config,
+    data: PreparedData,
+    policy: TwoTowerPolicy,
+    result: TrainingResult,
+    began: float,
+    more: dict[str, Any],
+) -> None:
+    """Save the policy and say in the manifest what made it."""
     facts = {
         "offtower": offtower.__version__,
         "config_fingerprint": config_fingerprint(config),
@@ -93,25 +133,24 @@ def train_run(
         "selected_step": result.selected_step,
         "num_items": data.catalogue.num_items,
     }
-    save_policy(run.policy, trainer.policy, facts)
+    save_policy(run.policy, policy, facts)
     run.update_manifest(
         {
             **facts,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "parameters": sum(p.numel() for p in trainer.policy.parameters()),
+            "parameters": sum(p.numel() for p in policy.parameters()),
             "training_rows": data.facts.rows,
             "mean_reward": data.facts.mean_reward,
             "epochs": result.epochs,
             "steps": result.steps,
             "stopped_early": result.stopped_early,
             "validation_lower_bound": result.validation,
-            "checkpoints_skipped": store.skipped,
+            **more,
             "seconds": round(time.time() - began, 3),
             **_quarantine_facts(data),
         }
     )
-    return result
 
 
 def build_trainer(
@@ -175,19 +214,11 @@ def warm_start(policy: TwoTowerPolicy, folder: Path) -> None:
 
 
 def resolve_objective(config: Config, data: PreparedData) -> Objective:
-    """The configured objective; `auto` picks by what the log and the configuration offer.
-
-    auto: clipped_dr where there are propensities and a reward model, weighted_likelihood with
-    propensities alone, regression without them.
-    """
+    """The configured objective; `auto` without propensities is regression (with them, it is no
+    objective: see `offtower.training.auto`)."""
     name = config.objective.name
     if name == "auto":
-        if data.train.schema.pscore is None:
-            name = "regression"
-        elif config.reward_model.kind == "none":
-            name = "weighted_likelihood"
-        else:
-            name = "clipped_dr"
+        name = "regression"
     settings = config.objective
     objective = make_objective(name, settings.arguments)
     if isinstance(objective, Regression):

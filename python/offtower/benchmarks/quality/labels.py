@@ -199,7 +199,8 @@ def _ridge(
         dense = x.toarray()
         length = np.linalg.norm(dense, axis=1, keepdims=True)
         dense = 8.0 * dense / np.maximum(length, 1e-9)
-        return np.concatenate([dense, np.ones((len(dense), 1), dtype=dense.dtype)], axis=1)
+        result: Array = np.concatenate([dense, np.ones((len(dense), 1), np.float32)], axis=1)
+        return result
 
     x = design(features).astype(np.float64)
     if len(x) < x.shape[1]:
@@ -208,8 +209,13 @@ def _ridge(
     else:
         gram = x.T @ x + penalty * np.eye(x.shape[1])
         weight = np.linalg.solve(gram, x.T @ targets.toarray())
-    weight = weight.astype(np.float32)
-    return lambda rows: design(rows) @ weight
+    single: Array = weight.astype(np.float32)
+
+    def predict(rows: sparse.csr_matrix) -> Array:
+        scores: Array = design(rows) @ single
+        return scores
+
+    return predict
 
 
 def _logging(score: Array, temperature: float, epsilon: float) -> NDArray[np.float64]:

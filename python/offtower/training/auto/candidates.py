@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from offtower.config import AutoConfig, Config, PolicyConfig, TowerConfig
+from offtower.data.encoding import FeatureEncoding
 from offtower.errors import ConfigError
 from offtower.objectives import Objective, Regression, make_objective
 from offtower.prepare import PreparedData
@@ -45,6 +45,9 @@ where items are many, rewards rare, and features say little about an item.
 """
 
 
+_LINEAR_DIM = 64
+
+
 def make_candidates(config: Config, data: PreparedData) -> list[Candidate]:
     """The candidates that the log allows.
 
@@ -52,9 +55,9 @@ def make_candidates(config: Config, data: PreparedData) -> list[Candidate]:
         ConfigError: a name is unknown, or no candidate is left.
     """
     known: dict[str, Callable[[str], Candidate]] = {
-        "regression_linear": lambda name: _linear(name, _regression(data), config),
+        "regression_linear": lambda name: _linear(name, _regression(data), config, data),
         "regression": lambda name: _deep(name, _regression(data), config),
-        "likelihood_linear": lambda name: _linear(name, _likelihood(), config),
+        "likelihood_linear": lambda name: _linear(name, _likelihood(), config, data),
         "likelihood": lambda name: _deep(name, _likelihood(), config),
     }
     for name in config.auto.candidates:
@@ -91,23 +94,33 @@ def _likelihood() -> Objective:
     return make_objective("weighted_likelihood", {"max_weight": 100.0})
 
 
-def _linear(name: str, objective: Objective, config: Config) -> Candidate:
+def _linear(name: str, objective: Objective, config: Config, data: PreparedData) -> Candidate:
     """Embeddings that are linear in the features: <u, v> has all interactions of context and item
-    features, up to rank d."""
+    features, up to rank d. Ids and tokens need a wide one, few numbers do not."""
+    given = config.policy.embedding_dim
+    dim = max(given, min(_LINEAR_DIM, _width(data.context_encoding), _width(data.item_encoding)))
 
     def tower(given: TowerConfig) -> TowerConfig:
         return TowerConfig(
-            category_embedding_dim=max(given.category_embedding_dim, config.policy.embedding_dim),
+            category_embedding_dim=max(given.category_embedding_dim, dim),
             hidden_layer_sizes=(),
             unknown_rate=given.unknown_rate,
         )
 
-    policy = replace(
-        _plain(config.policy),
-        context_tower=tower(config.policy.context_tower),
-        item_tower=tower(config.policy.item_tower),
-    )
+    policy = replace(_plain(config.policy, tower), embedding_dim=dim)
     return Candidate(name, objective, policy, learning_rate=1e-2, weight_decay=0.1)
+
+
+def _width(encoding: FeatureEncoding) -> int:
+    """Numbers that one row's features are, categories one-hot."""
+    return sum(
+        1
+        if spec.kind == "numeric"
+        else (spec.dim or 1)
+        if spec.kind == "vector"
+        else encoding.cardinality(spec.name)
+        for spec in encoding.specs
+    )
 
 
 def _deep(name: str, objective: Objective, config: Config) -> Candidate:
@@ -115,7 +128,19 @@ def _deep(name: str, objective: Objective, config: Config) -> Candidate:
     return Candidate(name, objective, _plain(config.policy), learning_rate=3e-3, weight_decay=0.1)
 
 
-def _plain(policy: PolicyConfig) -> PolicyConfig:
+def _plain(
+    policy: PolicyConfig, tower: Callable[[TowerConfig], TowerConfig] = lambda given: given
+) -> PolicyConfig:
     """One member with an item bias and temperature 1: sharpness is chosen when all is learned."""
-    settings: dict[str, Any] = {"temperature": 1.0, "learn_temperature": False, "item_bias": True}
-    return replace(policy, **settings)
+
+    def side(given: TowerConfig) -> TowerConfig:
+        return replace(tower(given), members=1, bias_scale=1.0, bag="root")
+
+    return replace(
+        policy,
+        context_tower=side(policy.context_tower),
+        item_tower=side(policy.item_tower),
+        temperature=1.0,
+        learn_temperature=False,
+        item_bias=True,
+    )

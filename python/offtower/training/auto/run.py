@@ -20,6 +20,7 @@ from offtower.training.auto.ensemble import join
 from offtower.training.auto.folds import Folds
 from offtower.training.auto.judge import Judge
 from offtower.training.auto.members import fit_members
+from offtower.training.trainer import EpochHook, TrainingResult
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class AutoTraining:
     policy: TwoTowerPolicy
     choice: Choice
     members: Mapping[str, list[TwoTowerPolicy]]
-    epochs: int
+    result: TrainingResult
     report: dict[str, Any]
     """JSON: the chosen candidate, every candidate's estimate at every sharpness, losses."""
 
@@ -41,6 +42,7 @@ def train_auto(
     progress: Progress | None = None,
     metrics: MetricsLog | None = None,
     directory: Path | None = None,
+    on_epoch_end: EpochHook | None = None,
 ) -> AutoTraining:
     """Learn a policy that needs no settings.
 
@@ -48,6 +50,7 @@ def train_auto(
         config: `auto`, `policy` sizes, `seed`.
         data: its training log has propensities. A validation log is not needed, nor read.
         progress, metrics: where both go.
+        on_epoch_end: called once, with the policy that was chosen.
         directory: where each candidate's members are kept once they are learned, so that a run that
             was killed goes on with the next candidate.
 
@@ -87,9 +90,30 @@ def train_auto(
     )
     progress.finish()
     report = describe(choice, judged.loss)
-    metrics.write({"kind": "auto", "step": 0, **report})
     policy = join(members[choice.chosen.name], choice.chosen.factor)
-    return AutoTraining(policy, choice, members, schedule.epochs, report)
+    steps = schedule.epochs * -(-data.train.num_rows // schedule.batch_size)
+    metrics.restart()
+    metrics.write({"kind": "auto", "step": steps, **report})
+    chosen = choice.chosen
+    line: dict[str, Any] = {
+        "kind": "epoch",
+        "step": steps,
+        "epoch": schedule.epochs - 1,
+        "value_estimate": chosen.value,
+        "validation": {"value": chosen.value, "low": chosen.low, "estimator": "held-out dr"},
+    }
+    if on_epoch_end is not None:
+        line.update(on_epoch_end(policy, schedule.epochs - 1))
+    metrics.write(line)
+    result = TrainingResult(
+        epochs=schedule.epochs,
+        steps=steps,
+        selected_step=steps,
+        validation=chosen.low,
+        stopped_early=False,
+        history=metrics.epochs(),
+    )
+    return AutoTraining(policy, choice, members, result, report)
 
 
 def describe(choice: Choice, loss: Mapping[str, float]) -> dict[str, Any]:
