@@ -143,7 +143,11 @@ class AutoConfig:
     folds: int = Field(default=3, ge=2, le=64)
     """Parts of the log; a member learns from all but one, which judges it."""
     members: int | None = Field(default=None, ge=1)
-    """Members of the ensemble; null is one a fold. Fewer save time and width on large logs."""
+    """Members that judge, and members of the ensemble; null is one a fold. Fewer save time and
+    width on large logs."""
+    refit: bool = True
+    """Learn the chosen candidate's members again from all rows; else those that were judged, each
+    of which misses a fold, are the ensemble."""
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the log; null takes 400 to 1500 steps."""
     batch_size: int | None = Field(default=None, ge=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -215,13 +216,16 @@ def test_a_run_goes_on_with_the_next_candidate(simulated: Path, tmp_path: Path) 
     train_run(again)
     # As if it had been killed after two candidates: what they learned is read, not learned anew.
     run = again.run_directory
-    learned_at = (run / "auto" / "regression" / "member_0.safetensors").stat().st_mtime_ns
+    learned_at = (
+        (run / "auto" / "judged" / "regression" / "member_0.safetensors").stat().st_mtime_ns
+    )
     for name in ("likelihood_linear", "likelihood"):
-        for file in (run / "auto" / name).iterdir():
-            file.unlink()
-        (run / "auto" / name).rmdir()
+        shutil.rmtree(run / "auto" / "judged" / name)
+    shutil.rmtree(run / "auto" / "refit")
     resumed = train_run(again, resume=True)
-    assert (run / "auto" / "regression" / "member_0.safetensors").stat().st_mtime_ns == learned_at
+    assert (
+        run / "auto" / "judged" / "regression" / "member_0.safetensors"
+    ).stat().st_mtime_ns == learned_at
     assert resumed.validation == result.validation
     one, facts = load_policy(whole.run_directory / "policy")
     two, _ = load_policy(run / "policy")

@@ -119,8 +119,9 @@ def auto(world: QualityWorld, seed: int, **settings: Any) -> Learned:
     }
     from offtower.training.auto.ensemble import join
 
-    for name, members in found.members.items():
+    for name in found.choice.sharpest:
         # What each candidate would have been worth: known to the benchmark, not to the choice.
+        members = found.members[name]
         of_candidate = value(world, join(members, found.choice.sharpest[name].factor), data.items)
         facts[f"value of {name}"] = of_candidate.softmax
     return Learned(value(world, found.policy, data.items), seconds, facts)

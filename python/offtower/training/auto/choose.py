@@ -57,20 +57,21 @@ def choose(
     least_reward: float = 0.0,
     confidence: float = 0.95,
     doubt: float = 1.0,
+    proof: float = 2.0,
 ) -> Choice:
     """Pick a candidate and its sharpness.
 
     Within a candidate the sharpest policy is taken that no softer one beats by more than `doubt`
     standard errors of the paired difference: if a score ranks items by what the log says of them,
     the value rises with sharpness. Between candidates the first of `order` stands until another
-    beats it by so much.
+    beats it by more than `proof` standard errors.
 
     Args:
         judged: held-out rows.
         order: names, in the order of belief.
         least_reward: rewards are counted from it.
         confidence: of the lower bounds, one-sided.
-        doubt: standard errors.
+        doubt, proof: standard errors.
     """
     scored = {
         name: [
@@ -82,7 +83,7 @@ def choose(
     sharpest = {name: _sharpest(options, judged, doubt) for name, options in scored.items()}
     chosen = sharpest[order[0]]
     for name in order[1:]:
-        if _beats(sharpest[name], chosen, judged, doubt):
+        if _beats(sharpest[name], chosen, judged, proof):
             chosen = sharpest[name]
     return Choice(chosen, sharpest, scored)
 

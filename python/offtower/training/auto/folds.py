@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offtower.data.encoding import BagArray
-from offtower.data.order import fold_of, keyed_hash
+from offtower.data.order import MAX_FOLDS, fold_of, keyed_hash
 from offtower.data.rows import EncodedRows
 from offtower.seeds import derive_seed
+
+NOTHING = MAX_FOLDS
+"""Held-out folds from this number on have no rows: their members learn from all."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class Folds:
         """
         key = context_key(rows) if rows.user_id is None else rows.user_id
         return fold_of(key, self.number, derive_seed(self.seed, "auto folds"))
+
+    def none_held_out(self) -> Folds:
+        """As many members, each with a start of its own, that learn from all rows."""
+        return replace(self, held_out=tuple(NOTHING + k for k in range(len(self.held_out))))
 
     def sampled(self, rows: EncodedRows, share: float) -> NDArray[np.bool_]:
         """(n,) whether a row is in a sample of this share; by row, always the same."""

@@ -80,7 +80,11 @@ class Judge:
         regressions: Sequence[str],
         binary: bool,
     ) -> Judged:
-        """Judge all candidates; `regressions` names those whose logits predict the reward."""
+        """Judge candidates; `regressions` names those whose logits predict the reward.
+
+        Of these only the one with the least held-out loss is judged by value: on the same rows
+        losses are far less noisy than values.
+        """
         with torch.no_grad():
             sides = {
                 name: _Side(
@@ -89,10 +93,19 @@ class Judge:
                 )
                 for name, members in candidates.items()
             }
-            scale = {name: self._scale(side) for name, side in sides.items()}
             loss = {name: self._loss(sides[name], binary) for name in regressions}
             best = min(loss, key=loss.__getitem__) if loss else None
+            for name in regressions:
+                if name != best:
+                    del sides[name]
+            scale = {name: self._scale(side) for name, side in sides.items()}
             return self._judge(sides, scale, loss, best, binary)
+
+    def scale(self, members: Sequence[TwoTowerPolicy]) -> float:
+        """Deviation of these members' logits between items, over all members' rows."""
+        with torch.no_grad():
+            items = [m.embed_items(self._data.items, chunk=self._chunk) for m in members]
+            return self._scale(_Side(list(members), items))
 
     def _judge(
         self,

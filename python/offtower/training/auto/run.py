@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from offtower.atomic import replace_directory
 from offtower.config import Config
@@ -63,38 +63,46 @@ def train_auto(
     folds = Folds(settings.folds, tuple(range(number)), config.seed)
     schedule = make_schedule(settings, data.train.num_rows)
     candidates = make_candidates(config, data)
-    members: dict[str, list[TwoTowerPolicy]] = {}
-    for candidate in candidates:
-        place = None if directory is None else directory / candidate.name
+    by_name = {candidate.name: candidate for candidate in candidates}
+
+    def learned(purpose: Literal["judged", "refit"], name: str) -> list[TwoTowerPolicy]:
+        candidate = by_name[name]
+        place = None if directory is None else directory / purpose / name
         if place is not None and place.exists():
-            members[candidate.name] = _restore(place, candidate, data, number)
-            continue
-        members[candidate.name] = fit_members(candidate, config, data, folds, schedule, progress)
+            return _restore(place, candidate, data, number)
+        cut = folds if purpose == "judged" else folds.none_held_out()
+        found = fit_members(candidate, config, data, cut, schedule, progress)
         if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
             with replace_directory(place) as temporary:
-                for k, member in enumerate(members[candidate.name]):
+                for k, member in enumerate(found):
                     save_weights(temporary / f"member_{k}.safetensors", member)
+        return found
+
+    members = {name: learned("judged", name) for name in by_name}
     progress.start("judging candidates on held-out rows", None)
     judge = Judge(data, folds, settings.judge_rows, config.training.item_chunk)
     regressions = [one.name for one in candidates if one.predicts_rewards]
     judged = judge(members, regressions, data.facts.binary_reward)
-    # Of regressions the one with the least held-out loss is believed first: on the same rows its
-    # differences are far less noisy than those of values.
-    order = sorted(regressions, key=judged.loss.__getitem__)
-    order += [one.name for one in candidates if one.name not in regressions]
     choice = choose(
         judged,
-        order,
+        # In the order of belief; of regressions the best is left.
+        [name for name in by_name if name in judged.scale],
         least_reward=float(data.train.schema.reward_range[0]),
         confidence=config.evaluation.confidence,
     )
     progress.finish()
     report = describe(choice, judged.loss)
-    policy = join(members[choice.chosen.name], choice.chosen.factor)
+    chosen, final = choice.chosen, members[choice.chosen.name]
+    factor = chosen.factor
+    if settings.refit:
+        final = learned("refit", chosen.name)
+        # As sharp as what was judged: members that saw more rows may have larger logits.
+        factor *= judged.scale[chosen.name] / judge.scale(final)
+    policy = join(final, factor)
     steps = schedule.epochs * -(-data.train.num_rows // schedule.batch_size)
     metrics.restart()
     metrics.write({"kind": "auto", "step": steps, **report})
-    chosen = choice.chosen
     line: dict[str, Any] = {
         "kind": "epoch",
         "step": steps,
