@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from offtower.benchmarks.quality.misspecified import half_blind_policy, half_blind_settings
 from offtower.benchmarks.quality.world import QualityWorld, Value, of_scores, value
 from offtower.config import parse_config
 from offtower.data.convert import to_bandit_feedback
@@ -131,8 +132,7 @@ def logistic_cv(world: QualityWorld, seed: int) -> Learned:
     """scikit-learn's cross-validated logistic regression on all interactions, acting greedily."""
     from sklearn.linear_model import LogisticRegressionCV
 
-    if [spec.kind for spec in world.catalogue.schema.features] != ["vector"]:
-        raise NotForThisWorld("needs one vector a context and one an item")
+    _needs_vectors(world)
     began = time.perf_counter()
     log = to_bandit_feedback(world.log, world.catalogue)
     if not 0.0 < log["reward"].mean() < 1.0 or len(np.unique(log["reward"])) > 2:
@@ -156,6 +156,33 @@ def logistic_cv(world: QualityWorld, seed: int) -> Learned:
     return Learned(of_scores(scores, world.truth.expected(0, len(contexts))), seconds)
 
 
+def half_blind_regression(world: QualityWorld, seed: int) -> Learned:
+    """Regression that sees every other feature of contexts and items, acting greedily."""
+    _needs_vectors(world)
+    found, seconds = half_blind_policy(world)
+    return Learned(found, seconds)
+
+
+def half_blind_dr(world: QualityWorld, seed: int) -> Learned:
+    """DR whose reward model is that regression, for linear towers that see all features."""
+    _needs_vectors(world)
+    linear = {"hidden_layer_sizes": []}
+    return _trained(
+        world,
+        seed,
+        policy={"embedding_dim": 8, "context_tower": linear, "item_tower": linear},
+        reward_model=half_blind_settings(),
+        objective={"name": "clipped_dr", "arguments": {"max_weight": 10.0}},
+        training={
+            "epochs": max(5, min(60, 400_000 // world.log.num_rows)),
+            "batch_size": 256,
+            "learning_rate": 1e-2,
+            "weight_decay": 0.1,
+            "decay": "linear",
+        },
+    )
+
+
 METHODS: Mapping[str, Method] = {
     "auto": auto,
     "document_regression": document("regression"),
@@ -173,7 +200,14 @@ METHODS: Mapping[str, Method] = {
     "clipped_dr": product("clipped_dr", max_weight=10.0),
     "shrinkage_dr": product("shrinkage_dr", shrinkage=10.0),
     "logistic_cv": logistic_cv,
+    "half_blind_regression": half_blind_regression,
+    "half_blind_dr": half_blind_dr,
 }
+
+
+def _needs_vectors(world: QualityWorld) -> None:
+    if [spec.kind for spec in world.catalogue.schema.features] != ["vector"]:
+        raise NotForThisWorld("needs one vector a context and one an item")
 
 
 def _trained(world: QualityWorld, seed: int, **sections: Any) -> Learned:

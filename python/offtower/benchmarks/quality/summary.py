@@ -15,10 +15,10 @@ WITHIN = 0.01
 
 
 def summarise(results: Sequence[Line]) -> dict[str, Any]:
-    """By world: landmarks, methods, and auto against each method in pairs.
+    """By world: landmarks, methods, and the first method against each other in pairs.
 
     - mean, spread (standard deviation) over seeds; start_spread over the starts on one world.
-    - paired: mean of auto - method over the seeds that both have, with a two-sided t test.
+    - paired: mean of first - method over the seeds that both have, with a two-sided t test.
     - picks: how often auto's value is within 1 % of the best of its own candidates.
     """
     worlds: dict[str, Any] = {}
@@ -34,11 +34,11 @@ def table(summary: Mapping[str, Any]) -> Iterator[str]:
     for name, world in summary["worlds"].items():
         marks = "  ".join(f"{key} {mean:.3f}" for key, mean in world["landmarks"].items())
         yield f"\n{name}: {marks}"
-        head = f"{'value':>8}{'spread':>8}{'greedy':>8}{'auto - it':>11}{'p':>8}"
+        head = f"{'value':>8}{'spread':>8}{'greedy':>8}{'first - it':>12}{'p':>8}"
         yield f"  {'method':<24}{head}  seeds"
         for method, found in world["methods"].items():
             pair = world["paired"].get(method)
-            against = f"{pair['mean']:+11.4f}{pair['p']:8.1e}" if pair else " " * 19
+            against = f"{pair['mean']:+12.4f}{pair['p']:8.1e}" if pair else " " * 20
             yield (
                 f"  {method:<24}{found['mean']:8.3f}{found['spread']:8.3f}{found['greedy']:8.3f}"
                 f"{against}  {found['seeds']}"
@@ -78,13 +78,14 @@ def _world(lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def _paired(by_seed: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+    """The first method's values minus each other one's, seed by seed."""
     found: dict[str, Any] = {}
-    auto = by_seed.get("auto", {})
+    first = next(iter(by_seed))
     for name, values in by_seed.items():
-        both = sorted(set(auto) & set(values))
-        if name == "auto" or len(both) < 2:
+        both = sorted(set(by_seed[first]) & set(values))
+        if name == first or len(both) < 2:
             continue
-        difference = np.array([auto[s] - values[s] for s in both])
+        difference = np.array([by_seed[first][s] - values[s] for s in both])
         spread = difference.std(ddof=1)
         p = float(stats.ttest_1samp(difference, 0.0).pvalue) if spread > 0 else 1.0
         found[name] = {
