@@ -18,11 +18,14 @@ from offtower.data.simulate.features import vector_array
 from offtower.errors import ConfigError, DataError
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
+from offtower.models.reward.base import RewardModel
 from offtower.models.reward.fit import obtain_reward_model
+from offtower.objectives import OBJECTIVES
 from offtower.ops import policy_terms
 from offtower.prepare import prepare
 from offtower.progress import Progress
-from offtower.training.run import build_trainer
+from offtower.training.auto import AutoTraining, train_auto
+from offtower.training.run import build_trainer, uses_auto
 from offtower.training.trainer import EpochHook
 
 BanditFeedback = Mapping[str, Any]
@@ -41,7 +44,12 @@ class TwoTowerPolicyLearner:
         activation: elu, relu, tanh, gelu or silu.
         temperature: of the softmax.
         item_bias: give each action a bias beside its embedding.
-        objective: a name of `offtower.objectives.OBJECTIVES`, or "auto".
+        objective: a name of `offtower.objectives.OBJECTIVES`, or "auto": several learners are
+            cross-fitted, held-out rows choose between them, and the policy is the ensemble of the
+            best (see docs/objectives.md). Its embedding then has `embedding_dim` numbers for each
+            member, it has its own schedule and temperature, and what the settings of training
+            below say does not matter.
+        auto: settings of `offtower.config.AutoConfig`, such as {"folds": 5}.
         objective_arguments: settings of the objective, such as {"max_weight": 100}.
         reward_model: settings of `offtower.config.RewardModelConfig`, such as
             {"kind": "dense", "estimator": "sklearn.linear_model:LogisticRegression"}; None uses
@@ -80,6 +88,7 @@ class TwoTowerPolicyLearner:
         shuffle: bool = True,
         patience: int | None = None,
         validation_estimator: str = "snips",
+        auto: Mapping[str, Any] | None = None,
         random_state: int = 0,
         progress: Progress | None = None,
     ) -> None:
@@ -92,7 +101,8 @@ class TwoTowerPolicyLearner:
             "normalize": normalize,
         }
         if reward_model is None:
-            needs_one = objective in ("auto", "dr", "clipped_dr")
+            known = OBJECTIVES.get(objective)
+            needs_one = known is not None and known.needs_reward_model
             reward_model = {"kind": "factored" if needs_one else "none"}
         self.config = parse_config(
             {
@@ -108,6 +118,7 @@ class TwoTowerPolicyLearner:
                     "item_bias": item_bias,
                 },
                 "reward_model": dict(reward_model),
+                "auto": dict(auto or {}),
                 "objective": {"name": objective, "arguments": dict(objective_arguments or {})},
                 "training": {
                     "epochs": epochs,
@@ -125,6 +136,10 @@ class TwoTowerPolicyLearner:
             source="TwoTowerPolicyLearner",
         )
         self._progress = progress or Progress()
+        self.policy_: TwoTowerPolicy
+        self.reward_model_: RewardModel | None
+        self.auto_: AutoTraining
+        """With objective="auto": what was chosen between, and on which evidence."""
         self.history_: list[dict[str, Any]] = []
         """One mapping an epoch: loss, value estimate, weights, entropy, validation."""
 
@@ -143,6 +158,16 @@ class TwoTowerPolicyLearner:
         log, catalogue = self._open(bandit_feedback)
         held_out = None if validation is None else self._open(validation)[0]
         data = prepare(log, held_out, catalogue, self._progress)
+        if uses_auto(self.config, data):
+            found = train_auto(
+                self.config, data, progress=self._progress, on_epoch_end=on_epoch_end
+            )
+            self.policy_ = found.policy
+            self.reward_model_ = None
+            self.data_ = data
+            self.auto_ = found
+            self.history_ = found.result.history
+            return self
         reward_model = obtain_reward_model(
             self.config.reward_model, data, self.config.seed, self._progress
         )
@@ -150,7 +175,7 @@ class TwoTowerPolicyLearner:
             self.config, data, reward_model, progress=self._progress, on_epoch_end=on_epoch_end
         )
         result = trainer.fit()
-        self.policy_: TwoTowerPolicy = trainer.policy
+        self.policy_ = trainer.policy
         self.reward_model_ = reward_model
         self.data_ = data
         self.history_ = result.history
