@@ -47,6 +47,7 @@ def train(
                     "steps": result.steps,
                     "selected_step": result.selected_step,
                     "validation_lower_bound": result.validation,
+                    "chosen": result.chosen,
                     "stopped_early": result.stopped_early,
                 }
             )
@@ -55,7 +56,12 @@ def train(
     console = messages()
     stopped = ", stopped early" if result.stopped_early else ""
     console.print(f"{result.epochs} epochs, {result.steps:,} steps{stopped}")
-    if result.validation is not None:
+    if result.chosen is not None:
+        console.print(
+            f"auto chose {result.chosen}: on rows that it did not learn from its value is at least "
+            f"{result.validation:.4f} (lower bound); all candidates are in manifest.json"
+        )
+    elif result.validation is not None:
         console.print(
             f"kept step {result.selected_step:,}: the value on the validation log is at least "
             f"{result.validation:.4f} (lower end of its interval)"
