@@ -27,8 +27,9 @@ from offtower.run_directory import RunDirectory
 from offtower.seeds import seed_torch
 from offtower.training.auto import train_auto
 from offtower.training.checkpoint import CheckpointStore
+from offtower.training.checks import check_fit_for
 from offtower.training.sampled import build_proposal
-from offtower.training.trainer import EpochHook, Trainer, TrainingResult, check_fit_for
+from offtower.training.trainer import EpochHook, Trainer, TrainingResult
 from offtower.training.validation import Validator
 
 

@@ -15,7 +15,7 @@ from offtower.config import Config, TrainingConfig
 from offtower.data.order import Cursor, EpochOrder
 from offtower.data.reader import BatchReader
 from offtower.data.rows import EncodedRows
-from offtower.errors import ConfigError, RunError
+from offtower.errors import RunError
 from offtower.metrics import MetricsLog
 from offtower.models.optimizer import (
     TableUpdates,
@@ -346,30 +346,3 @@ def _table_updates(settings: TrainingConfig, *, sampled: bool) -> TableUpdates:
     if settings.table_updates != "auto":
         return settings.table_updates
     return "lazy_adamw" if sampled and settings.optimizer == "adamw" else "dense"
-
-
-def check_fit_for(
-    objective: Objective, data: PreparedData, reward_model: RewardModel | None
-) -> None:
-    """Refuse an objective whose needs the log does not meet, before any time is spent.
-
-    Raises:
-        ConfigError: no propensities, no reward model, or rewards below zero, where the objective
-            cannot do so.
-    """
-    if objective.needs_reward_model and reward_model is None:
-        raise ConfigError(
-            f"objective '{objective.name}' needs a reward model: set reward_model.kind to dense "
-            "(small catalogues, any scikit-learn regressor) or factored (two towers, any size)"
-        )
-    if objective.needs_pscore and data.train.schema.pscore is None:
-        raise ConfigError(
-            f"objective '{objective.name}' needs the logged propensities: name their column as "
-            "'pscore' in the log's schema, or use objective.name=regression"
-        )
-    reward_range = data.train.schema.reward_range
-    if objective.needs_nonnegative_reward and reward_range[0] < 0:
-        raise ConfigError(
-            f"objective '{objective.name}' is defined for rewards of zero or more, but the log's "
-            f"reward_range begins at {reward_range[0]}; shift the rewards, or use another objective"
-        )
