@@ -194,7 +194,7 @@ def test_schedule_grows_slower_than_the_log() -> None:
     for rows in (500, 5_000, 50_000, 5_000_000):
         schedule = make_schedule(config.auto, rows)
         steps.append(schedule.epochs * rows / schedule.batch_size)
-    assert 400 <= steps[0] <= steps[1] <= steps[2] <= 1600
+    assert 400 <= steps[0] <= steps[1] <= steps[2] <= 1700
     assert make_schedule(config.auto, 5_000_000).epochs == 1
 
 
@@ -278,7 +278,9 @@ def test_indicators_are_tokens_and_ids() -> None:
         "reward": context[np.arange(3000), action],
         "pscore": np.full(3000, 0.05),
     }
-    learner = TwoTowerPolicyLearner(40, 20, auto={"candidates": ["likelihood_linear"]})
+    learner = TwoTowerPolicyLearner(
+        40, 20, auto={"candidates": ["likelihood_linear"], "epochs": 20}
+    )
     learner.fit(feedback)
     specs = (*learner.data_.train.schema.context, *learner.data_.catalogue.schema.features)
     assert [spec.kind for spec in specs] == ["bag", "category"]
