@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from offtower.config import parse_config
 from offtower.data.catalogue import Catalogue
 from offtower.data.convert import ITEM_VECTOR, from_bandit_feedback
 from offtower.data.encoding import to_tensors
-from offtower.data.log import Log
+from offtower.data.indicators import as_ids, as_tokens, is_indicator, is_one_hot
+from offtower.data.log import Log, TableLog
+from offtower.data.schema import CatalogueSchema, FeatureSpec
 from offtower.data.simulate.features import vector_array
 from offtower.errors import ConfigError, DataError
 from offtower.models.items import ItemFeatures
@@ -48,7 +51,8 @@ class TwoTowerPolicyLearner:
             cross-fitted, held-out rows choose between them, and the policy is the ensemble of the
             best (see docs/objectives.md). Its embedding then has `embedding_dim` numbers for each
             member, it has its own schedule and temperature, and what the settings of training
-            below say does not matter.
+            below say does not matter. A `context` of zeros and ones, mostly zeros, is taken as a
+            bag of tokens, and an `action_context` of one-hot rows as the items' ids.
         auto: settings of `offtower.config.AutoConfig`, such as {"folds": 5}.
         objective_arguments: settings of the objective, such as {"max_weight": 100}.
         reward_model: settings of `offtower.config.RewardModelConfig`, such as
@@ -136,6 +140,7 @@ class TwoTowerPolicyLearner:
             source="TwoTowerPolicyLearner",
         )
         self._progress = progress or Progress()
+        self._tokens = self._ids = False
         self.policy_: TwoTowerPolicy
         self.reward_model_: RewardModel | None
         self.auto_: AutoTraining
@@ -155,6 +160,7 @@ class TwoTowerPolicyLearner:
         Neither `pi_b` nor `expected_reward` is needed or read. With a validation log the weights
         of the epoch with the best lower bound of an off-policy estimate are kept.
         """
+        self._read_indicators(bandit_feedback)
         log, catalogue = self._open(bandit_feedback)
         held_out = None if validation is None else self._open(validation)[0]
         data = prepare(log, held_out, catalogue, self._progress)
@@ -211,7 +217,8 @@ class TwoTowerPolicyLearner:
         """(n_rounds, embedding_dim) float32."""
         policy = self._fitted()
         matrix = self._matrix(context, self.dim_context_features, "context")
-        encoded = policy.context_encoding.encode(_table(_CONTEXT, matrix))
+        column = as_tokens(matrix) if self._tokens else _vectors(matrix)
+        encoded = policy.context_encoding.encode(pa.table({_CONTEXT: column}))
         return policy.embed_contexts(to_tensors(encoded)).numpy()
 
     def embed_items(self, action_context: np.ndarray) -> np.ndarray:
@@ -222,7 +229,8 @@ class TwoTowerPolicyLearner:
     def _embed_items(self, action_context: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         policy = self._fitted()
         matrix = self._matrix(action_context, self.dim_action_features, "action_context")
-        encoded = policy.item_encoding.encode(_table(ITEM_VECTOR, matrix))
+        column = as_ids(matrix) if self._ids else _vectors(matrix)
+        encoded = policy.item_encoding.encode(pa.table({ITEM_VECTOR: column}))
         items = policy.embed_items(ItemFeatures(encoded, len(matrix)))
         return items.embedding, items.bias
 
@@ -240,7 +248,26 @@ class TwoTowerPolicyLearner:
             self._matrix(np.asarray(context), self.dim_context_features, "context")
         if action_context is not None:
             self._matrix(np.asarray(action_context), self.dim_action_features, "action_context")
-        return from_bandit_feedback(feedback, _CONTEXT)
+        plain = dict(feedback)
+        # What becomes ids or tokens is not copied as numbers first.
+        if self._tokens:
+            plain["context"] = np.zeros((len(np.asarray(context)), 1), dtype=np.float32)
+        if self._ids:
+            plain["action_context"] = np.zeros((len(np.asarray(action_context)), 1))
+        log, catalogue = from_bandit_feedback(plain, _CONTEXT)
+        if self._tokens:
+            log = _with_tokens(log, np.asarray(context))
+        if self._ids:
+            catalogue = _of_ids(np.asarray(action_context))
+        return log, catalogue
+
+    def _read_indicators(self, feedback: BanditFeedback | tuple[Log, Catalogue]) -> None:
+        """With objective=auto: is `context` a bag of tokens, `action_context` the items' ids?"""
+        self._tokens = self._ids = False
+        if isinstance(feedback, tuple) or self.config.objective.name != "auto":
+            return
+        self._tokens = is_indicator(np.asarray(feedback.get("context")))
+        self._ids = is_one_hot(np.asarray(feedback.get("action_context")))
 
     @staticmethod
     def _matrix(values: np.ndarray, width: int, name: str) -> np.ndarray:
@@ -253,5 +280,19 @@ class TwoTowerPolicyLearner:
         return values
 
 
-def _table(name: str, matrix: np.ndarray) -> pa.Table:
-    return pa.table({name: vector_array(matrix.astype(np.float32))})
+def _vectors(matrix: np.ndarray) -> pa.Array:
+    return vector_array(matrix.astype(np.float32))
+
+
+def _with_tokens(log: TableLog, context: np.ndarray) -> TableLog:
+    place = log.table.column_names.index(_CONTEXT)
+    table = log.table.set_column(place, _CONTEXT, as_tokens(context))
+    return TableLog(table, replace(log.schema, context=(FeatureSpec(name=_CONTEXT, kind="bag"),)))
+
+
+def _of_ids(action_context: np.ndarray) -> Catalogue:
+    items = pa.table(
+        {"item_id": np.arange(len(action_context)), ITEM_VECTOR: as_ids(action_context)}
+    )
+    feature = FeatureSpec(name=ITEM_VECTOR, kind="category")
+    return Catalogue.from_table(items, CatalogueSchema(item_id="item_id", features=(feature,)))

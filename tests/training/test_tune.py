@@ -66,7 +66,7 @@ def test_resumed_search_keeps_what_ended(
 
 def test_mistakes_are_explained(simulated: Path, tmp_path: Path) -> None:
     config = make_config(simulated, tmp_path, "bad")
-    with pytest.raises(ConfigError, match=r"did you mean 'training\.learning_rate'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'learning_rate'"):
         tune(config, space={"training.learning_rat": [1.0]}, count=1)
     config.data.validation = None
     with pytest.raises(ConfigError, match="needs a held-out log"):

@@ -163,6 +163,7 @@ def _finish(
             "steps": result.steps,
             "stopped_early": result.stopped_early,
             "validation_lower_bound": result.validation,
+            "chosen": result.chosen,
             **more,
             "seconds": round(time.time() - began, 3),
             **_quarantine_facts(data),

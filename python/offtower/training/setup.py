@@ -20,6 +20,7 @@ from offtower.progress import Progress
 from offtower.sampling import Proposal
 from offtower.seeds import seed_torch
 from offtower.training.checkpoints import CheckpointStore, OwnedRows
+from offtower.training.checks import check_fit_for
 from offtower.training.distributed import Workers
 from offtower.training.distributed.item_shard import (
     ItemShard,
@@ -254,30 +255,3 @@ def warm_start(policy: TwoTowerPolicy, folder: Path) -> None:
             f"training.warm_start: the policy at '{folder}' does not fit the configured one "
             f"({error}); take over its 'policy' settings"
         ) from None
-
-
-def check_fit_for(
-    objective: Objective, data: PreparedData, reward_model: RewardModel | None
-) -> None:
-    """Refuse an objective whose needs the log does not meet, before any time is spent.
-
-    Raises:
-        ConfigError: no propensities, no reward model, or rewards below zero, where the objective
-            cannot do so.
-    """
-    if objective.needs_reward_model and reward_model is None:
-        raise ConfigError(
-            f"objective '{objective.name}' needs a reward model: set reward_model.kind to dense "
-            "(small catalogues, any scikit-learn regressor) or factored (two towers, any size)"
-        )
-    if objective.needs_pscore and data.train.schema.pscore is None:
-        raise ConfigError(
-            f"objective '{objective.name}' needs the logged propensities: name their column as "
-            "'pscore' in the log's schema, or use objective.name=regression"
-        )
-    reward_range = data.train.schema.reward_range
-    if objective.needs_nonnegative_reward and reward_range[0] < 0:
-        raise ConfigError(
-            f"objective '{objective.name}' is defined for rewards of zero or more, but the log's "
-            f"reward_range begins at {reward_range[0]}; shift the rewards, or use another objective"
-        )

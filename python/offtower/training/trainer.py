@@ -49,6 +49,8 @@ class TrainingResult:
     """Lower bound of the validation estimate at `selected_step`."""
     stopped_early: bool
     history: list[dict[str, Any]]
+    chosen: str | None = None
+    """Candidate that objective=auto chose; `validation` is then of held-out training rows."""
 
 
 class Trainer:

@@ -19,7 +19,7 @@ def summarise(results: Sequence[Line]) -> dict[str, Any]:
 
     - mean, spread (standard deviation) over seeds; start_spread over the starts on one world.
     - paired: mean of first - method over the seeds that both have, with a two-sided t test.
-    - picks: how often auto's value is within 1 % of the best of its own candidates.
+    - picks: how often a method that chooses (auto, tune) is within 1 % of its best candidate.
     """
     worlds: dict[str, Any] = {}
     for name in dict.fromkeys(line["world"] for line in results):
@@ -43,9 +43,8 @@ def table(summary: Mapping[str, Any]) -> Iterator[str]:
                 f"  {method:<24}{found['mean']:8.3f}{found['spread']:8.3f}{found['greedy']:8.3f}"
                 f"{against}  {found['seeds']}"
             )
-        if world["picks"]:
-            picks = world["picks"]
-            yield f"  auto within 1 % of its best candidate: {picks['within']} of {picks['of']}"
+        for method, picks in world["picks"].items():
+            yield f"  {method} within 1 % of its best candidate: {picks['within']} of {picks['of']}"
 
 
 def _world(lines: Sequence[Line]) -> dict[str, Any]:
@@ -97,10 +96,12 @@ def _paired(by_seed: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
     return found
 
 
-def _picks(lines: Sequence[Line]) -> dict[str, int] | None:
-    own = [line for line in lines if line["method"] == "auto" and "facts" in line]
-    if not own:
-        return None
+def _picks(lines: Sequence[Line]) -> dict[str, dict[str, int]]:
+    choosing = dict.fromkeys(line["method"] for line in lines if "facts" in line)
+    return {name: _within([x for x in lines if x["method"] == name]) for name in choosing}
+
+
+def _within(own: Sequence[Line]) -> dict[str, int]:
     best = [max(v for k, v in x["facts"].items() if k.startswith("value of ")) for x in own]
     within = sum(x["value"] >= (1 - WITHIN) * one for x, one in zip(own, best, strict=True))
     return {"within": int(within), "of": len(own)}

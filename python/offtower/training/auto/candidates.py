@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -82,7 +83,7 @@ def make_schedule(settings: AutoConfig, rows: int) -> Schedule:
     epochs = settings.epochs
     if epochs is None:
         steps = max(400, min(1500, 30 * rows // batch))
-        epochs = max(1, round(steps * batch / rows))
+        epochs = math.ceil(steps * batch / rows)
     return Schedule(epochs, min(batch, rows))
 
 

@@ -120,6 +120,7 @@ def train_auto(
         validation=chosen.low,
         stopped_early=False,
         history=metrics.epochs(),
+        chosen=chosen.name,
     )
     return AutoTraining(policy, choice, members, result, report)
 
