@@ -108,7 +108,12 @@ def train_auto(
         "step": steps,
         "epoch": schedule.epochs - 1,
         "value_estimate": chosen.value,
-        "validation": {"value": chosen.value, "low": chosen.low, "estimator": "held-out dr"},
+        "validation": {
+            "value": chosen.value,
+            "low": chosen.low,
+            "high": 2.0 * chosen.value - chosen.low,
+            "estimator": "dr of held-out training rows",
+        },
     }
     if on_epoch_end is not None:
         line.update(on_epoch_end(policy, schedule.epochs - 1))
