@@ -48,7 +48,7 @@ def value(learner: TwoTowerPolicyLearner) -> float:
 
 @pytest.fixture(scope="module")
 def fitted() -> TwoTowerPolicyLearner:
-    return learned()
+    return learned(epochs=25)
 
 
 def test_default_is_near_the_optimum(fitted: TwoTowerPolicyLearner) -> None:
@@ -269,14 +269,14 @@ def test_bags_keep_their_size() -> None:
 def test_indicators_are_tokens_and_ids() -> None:
     """One-hot actions and binary texts: 20 labels, each with a word of its own."""
     rng = np.random.default_rng(4)
-    context = (rng.random((3000, 40)) < 0.1).astype(float)
-    action = rng.integers(0, 20, 3000)
+    context = (rng.random((2000, 40)) < 0.1).astype(float)
+    action = rng.integers(0, 20, 2000)
     feedback = {
         "context": context,
         "action_context": np.eye(20),
         "action": action,
-        "reward": context[np.arange(3000), action],
-        "pscore": np.full(3000, 0.05),
+        "reward": context[np.arange(2000), action],
+        "pscore": np.full(2000, 0.05),
     }
     learner = TwoTowerPolicyLearner(
         40, 20, auto={"candidates": ["likelihood_linear"], "epochs": 20}
