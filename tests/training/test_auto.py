@@ -186,6 +186,11 @@ def test_rows_of_one_context_or_user_share_a_fold() -> None:
     assert len(np.unique(single)) == 50
     fold = Folds(3, (0, 1, 2), seed=0).of(rows(index))
     assert all(len(set(fold[index == i])) <= 1 for i in range(50))
+    # One context has most of the log: cut by context, two members would learn from the rest alone.
+    one = rows(np.where(rng.random(400) < 0.9, 7, index))
+    folds = Folds(3, (0, 1, 2), seed=0)
+    assert folds.balanced([one]).by_row and not folds.balanced([rows(index)]).by_row
+    assert np.bincount(folds.balanced([one]).of(one)).min() > 80
 
 
 def test_schedule_grows_slower_than_the_log() -> None:
