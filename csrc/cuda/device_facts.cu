@@ -18,8 +18,11 @@ Device device_facts(int number) {
     check(cudaDeviceGetAttribute(&value, which, number), "cudaDeviceGetAttribute");
     return value;
   };
+  // The portable kernels can be had on Hopper too, to compare them.
+  const char* wish = std::getenv("OFFTOWER_CUDA_KERNELS");
+  const bool portable = wish != nullptr && std::string(wish) == "portable";
   return {number,
-          fact(cudaDevAttrComputeCapabilityMajor),
+          portable ? 8 : fact(cudaDevAttrComputeCapabilityMajor),
           fact(cudaDevAttrComputeCapabilityMinor),
           fact(cudaDevAttrMultiProcessorCount),
           fact(cudaDevAttrMaxSharedMemoryPerBlockOptin),
