@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,26 +13,27 @@ from offtower.config import SelectionConfig
 from offtower.data.log import ParquetLog
 from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError
-from offtower.evaluation.draws import RewardTerms, rewards_at, terms_and_draws
+from offtower.evaluation.draws import RewardTerms, logits_at, rewards_at, terms_and_draws
+from offtower.evaluation.logging_policies import LoggingPolicies
 from offtower.evaluation.pair_models import PairRewardModel
 from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.scoring import PolicyScorer, Scored, concatenate
 from offtower.evaluation.selection import (
     METHODS,
     BehaviorDraws,
+    BehaviorPolicies,
     SelectionComparison,
     SelectionLog,
     compare_selectors,
     default_candidates,
 )
-from offtower.models.items import ItemEmbeddings
-
-_WRONG_PROPENSITY = 0.01
-"""Median distance of log-probabilities beyond which a run did not make the log."""
 
 
 def check_selection(select: str | None, log: ParquetLog, options: SelectionConfig) -> None:
-    """Refuse an unknown selector, or a log that is too long, before anything is computed."""
+    """Refuse what cannot be selected, before anything is computed.
+
+    Raises ConfigError for an unknown selector or a log that is too long.
+    """
     if select is None:
         return
     if select not in (*METHODS, "all"):
@@ -47,51 +48,50 @@ def check_selection(select: str | None, log: ParquetLog, options: SelectionConfi
 
 @dataclass
 class LoggingDraws:
-    """Items drawn from the run that made the log, on evenly spaced rows.
+    """Items drawn from the policies that made the log, on evenly spaced rows.
 
-    scorer: of that run. stride: every so many rows of the log are taken.
+    Each row's items are drawn from the policy that logged it, as its propensity says. stride: every
+    so many rows of the log are taken.
     """
 
-    scorer: PolicyScorer
+    policies: LoggingPolicies
     draws: int
     stride: int
     generator: torch.Generator
-    off: list[NDArray[np.float64]] = field(default_factory=list)
 
     def taken(self, rows: EncodedRows) -> NDArray[np.int64]:
         """Positions of a batch's rows that PAS-IF works on."""
         return np.flatnonzero(rows.row % self.stride == 0)
 
     @torch.no_grad()
-    def draw(self, rows: EncodedRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """(m, S) items and log pi_b of them, for the rows taken (in the run's own encoding)."""
-        from offtower.data.encoding import to_tensors
+    def draw(self, batches: Sequence[EncodedRows]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(m, S) items and log pi_b of them.
 
-        policy, items = self.scorer.policy, self.scorer.items
-        context = policy.embed_contexts(to_tensors(rows.context))
-        terms, drawn = terms_and_draws(
-            context,
-            items,
-            torch.from_numpy(rows.action),
-            draws=self.draws,
-            generator=self.generator,
-            temperature=policy.temperature,
-        )
-        assert rows.pscore is not None
-        self.off.append(np.abs(terms.log_prob.double().numpy() - np.log(rows.pscore)))
-        logit = _logits(context, items, drawn, policy.temperature)
-        return drawn, logit - terms.log_normalizer[:, None].double()
-
-    def refusal(self) -> str | None:
-        """Why these draws are not from the policy that logged; None where they may be."""
-        distance = float(np.median(np.concatenate(self.off))) if self.off else 0.0
-        if distance <= _WRONG_PROPENSITY:
-            return None
-        return (
-            "evaluation.selection.logging_run did not make this log: its probabilities of the "
-            f"logged items differ from the logged ones by a factor of {np.exp(distance):.3g} "
-            "(median); PAS-IF uses logged propensities only"
-        )
+        batches: the m rows taken, once in the encoding of each logging policy.
+        """
+        owner = self.policies.owner(batches[0])
+        drawn = torch.empty(len(owner), self.draws, dtype=torch.int64)
+        log_behavior = torch.empty(len(owner), self.draws, dtype=torch.float64)
+        for number, batch in enumerate(batches):
+            own = np.flatnonzero(owner == number)
+            if own.size == 0:
+                continue
+            rows = batch.take(own)
+            policy, items = self.policies.policy(number), self.policies.items(number)
+            context = self.policies.embed(number, rows)
+            terms, found = terms_and_draws(
+                context,
+                items,
+                torch.from_numpy(rows.action),
+                draws=self.draws,
+                generator=self.generator,
+                temperature=policy.temperature,
+            )
+            self.policies.check(number, rows, terms.log_prob.double().numpy())
+            logit = logits_at(context, items, found, policy.temperature)
+            drawn[own] = found
+            log_behavior[own] = logit - terms.log_normalizer[:, None].double()
+        return drawn, log_behavior
 
 
 class SelectionKeeper:
@@ -124,7 +124,7 @@ class SelectionKeeper:
         models: of the rows taken: q over the catalogue, or a model over pairs with its rows.
         """
         context = scored.context_embedding[taken]
-        logit = _logits(context, scorer.items, drawn, scorer.policy.temperature)
+        logit = logits_at(context, scorer.items, drawn, scorer.policy.temperature)
         log_target = logit - scored.log_normalizer[taken][:, None].double()
         self._weight.append(torch.exp(log_target - log_behavior).float().numpy())
         for name, model in models.items():
@@ -138,20 +138,33 @@ class SelectionKeeper:
                 self._subset.setdefault(name, []).append(_slim(part.take(taken)))
 
     def choose(
-        self, select: str, options: SelectionConfig, seed: int, refusal: str | None
+        self,
+        select: str,
+        options: SelectionConfig,
+        seed: int,
+        *,
+        refused: Mapping[str, str | None],
+        behavior: BehaviorPolicies | None,
     ) -> SelectionComparison:
-        """Which estimator to believe, among the default candidates tuned by SLOPE."""
-        log = self._log(self._rows)
+        """Which estimator to believe, among the default candidates tuned by SLOPE.
+
+        refused: by selector, why the draws of PAS-IF are not used, or why the heuristic cannot run.
+        behavior: the behaviour policies' numbers of every row, for the heuristic.
+        """
+        log = replace(self._log(self._rows), policies=behavior)
         drawn_log = None
-        if self._weight and refusal is None:
+        if self._weight and refused["pasif"] is None:
             draws = BehaviorDraws(
                 np.concatenate(self._weight),
                 {name: np.concatenate(parts) for name, parts in self._drawn.items()},
             )
             drawn_log = self._log(self._subset, draws)
         pasif = {"share": options.share, "repetitions": options.repetitions}
-        methods: Sequence[str] | None = None if select == "all" else [select]
-        return compare_selectors(
+        methods = list(METHODS) if select == "all" else [select]
+        heuristic = refused["heuristic"]
+        if heuristic is not None:
+            methods.remove("heuristic")
+        found = compare_selectors(
             log,
             default_candidates(log.problem),
             methods=methods,
@@ -159,6 +172,9 @@ class SelectionKeeper:
             options={"pasif": pasif},
             logs={} if drawn_log is None else {"pasif": drawn_log},
         )
+        if heuristic is None:
+            return found
+        return replace(found, failed={**found.failed, "heuristic": heuristic})
 
     @staticmethod
     def _log(
@@ -175,19 +191,3 @@ def _slim(rows: EvaluationRows) -> EvaluationRows:
     return EvaluationRows(
         rows.importance_weight, rows.reward, rows.action_reward, rows.expected_reward
     )
-
-
-def _logits(
-    context: torch.Tensor, items: ItemEmbeddings, item: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """(m, S) float64 logits of the items (m, S), a block of rows at a time."""
-    out = torch.empty(item.shape, dtype=torch.float64)
-    step = max(1, (1 << 22) // max(1, item.shape[1] * context.shape[1]))
-    for start in range(0, len(item), step):
-        part = slice(start, start + step)
-        logit = torch.einsum("bd,bsd->bs", context[part], items.embedding[item[part]])
-        logit = logit.double() / temperature
-        if items.bias is not None:
-            logit = logit + items.bias[item[part]].double()
-        out[part] = logit
-    return out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows
-from offtower.evaluation.choosing import LoggingDraws, SelectionKeeper
+from offtower.evaluation.choosing import SelectionKeeper
 from offtower.evaluation.clusters import ClusterScorer, item_clusters
 from offtower.evaluation.coverage import LogWatch
 from offtower.evaluation.draws import RewardTerms
@@ -24,12 +23,19 @@ from offtower.evaluation.estimated import (
     propensity_note,
 )
 from offtower.evaluation.evaluate import EvaluationSums, merge_all
-from offtower.evaluation.opening import ModelRoom, OpenRun, distinct_names, open_run
+from offtower.evaluation.logging_side import LoggingSide
+from offtower.evaluation.opening import ModelRoom, OpenRun, distinct_names
 from offtower.evaluation.options import EvaluationOptions
 from offtower.evaluation.pair_models import EXACT_PAIRS, PairRewardModel
 from offtower.evaluation.result import EvaluationResult
 from offtower.evaluation.rows import EvaluationRows
-from offtower.evaluation.scoring import JudgingModel, PolicyScorer, Scored, concatenate
+from offtower.evaluation.scoring import (
+    JudgingModel,
+    ModelTerms,
+    PolicyScorer,
+    Scored,
+    concatenate,
+)
 from offtower.evaluation.selection import SelectionComparison
 from offtower.evaluation.settings import (
     evaluation_options,
@@ -67,12 +73,12 @@ class Judge:
         self.propensities: LoggedProbability | None = None
         self.clusters: list[ClusterScorer] = []
         self.cluster_probability: LoggedProbability | None = None
-        self.logging: LoggingDraws | None = None
-        self.logging_run: OpenRun | None = None
+        self.logging = LoggingSide()
 
     def prepare(self, select: str | None, progress: Progress) -> None:
         """Models, estimated propensities, clusters: all that must be there before the rows."""
         config, options = self.config, self.options
+        self.logging = LoggingSide.open(select, self.log, self.catalogue, config)
         room = ModelRoom(self.runs, config, progress)
         self.main = room.main()
         self.models = [] if self.main is None else [self.main]
@@ -95,15 +101,6 @@ class Judge:
             self.notes.append(
                 f"mips: {label.max() + 1} clusters, whose probabilities under the logging policy "
                 "are estimates; no interval covers their error"
-            )
-        chosen = options.selection
-        if select is not None and chosen.logging_run is not None:
-            self.logging_run = open_run(Path(chosen.logging_run), self.catalogue)
-            self.logging = LoggingDraws(
-                PolicyScorer(self.logging_run.policy, self.logging_run.items),
-                chosen.draws,
-                max(1, -(-self.log.num_rows // chosen.draw_rows)),
-                torch.Generator().manual_seed(derive_seed(config.seed, "logging draws")),
             )
 
     def stream(self, select: str | None, progress: Progress) -> EvaluationResult:
@@ -128,7 +125,8 @@ class Judge:
                 while waiting:
                     yield EvaluationSums.of(waiting.pop(0), options)
 
-        return merge_all(sums()).finish()
+        merged = merge_all(sums())
+        return merged.finish(self.logging.found_support())
 
     def _options(self, pilot: Sequence[dict[str, EvaluationRows]]) -> EvaluationOptions:
         rows = {name: concatenate([batch[name] for batch in pilot]) for name in self.names}
@@ -144,23 +142,22 @@ class Judge:
     def _scored(self, select: str | None) -> Iterator[dict[str, EvaluationRows]]:
         """The same logged rows, batch by batch, as seen by each policy."""
         # Each run encodes the log by what it was trained with.
-        seen = [*self.runs, *([] if self.logging_run is None else [self.logging_run])]
         streams = [
-            scan(self.log, self.catalogue, run.policy.context_encoding, self.options.batch_rows)
-            for run in seen
+            scan(self.log, self.catalogue, one.policy.context_encoding, self.options.batch_rows)
+            for one in (*self.scorers, *self.logging.scorers)
         ]
         batches: tuple[EncodedRows, ...]
         for number, batches in enumerate(zip(*streams, strict=True)):
             if self.propensities is not None:
                 batches = tuple(self.propensities.filled(rows) for rows in batches)
             self.watch.add(batches[0])
-            scored = [self._score(i, number, batches) for i in range(len(self.runs))]
+            models = self._terms(batches)
+            scored = [self._score(i, number, batches, models) for i in range(len(self.runs))]
             for i, name in enumerate(self.names):
                 self.watch.probe(name, self.scorers[i], scored[i])
                 if select is not None:
                     self.kept[name].add(scored[i].rows)
-            if self.logging is not None:
-                self._draw(batches, scored)
+            self._of_logging(number, batches, scored, models)
             main = "" if self.main is None else self.main.name
             by_policy = {name: scored[i].rows[main] for i, name in enumerate(self.names)}
             if self.cluster_probability is not None:
@@ -169,25 +166,30 @@ class Judge:
                 self.histograms[name] += _histogram(rows)
             yield by_policy
 
-    def _score(self, policy: int, number: int, batches: Sequence[EncodedRows]) -> Scored:
-        exact, at_draws = {}, {}
-        pairs: dict[str, tuple[PairRewardModel, EncodedRows]] = {}
+    def _terms(self, batches: Sequence[EncodedRows]) -> ModelTerms:
+        """The reward models on these rows, each in the encoding of the run that owns it."""
+        found = ModelTerms({}, {}, {})
         for model in self.models:
             own = batches[model.owner]
             if model.pairs is not None and self._drawn_pairs:
-                pairs[model.name] = (model.pairs, own)
+                found.pairs[model.name] = (model.pairs, own)
                 continue
             terms = model.over_all(own)
             if model.exact is not None and self.options.expected_reward == "draws":
-                at_draws[model.name] = terms
+                found.at_draws[model.name] = terms
             else:
-                exact[model.name] = terms
+                found.exact[model.name] = terms
+        return found
+
+    def _score(
+        self, policy: int, number: int, batches: Sequence[EncodedRows], models: ModelTerms
+    ) -> Scored:
         seed = derive_seed(self.config.seed, "target draws", policy, number)
         return self.scorers[policy].score_models(
             batches[policy],
-            exact,
-            at_draws=at_draws,
-            pairs=pairs,
+            models.exact,
+            at_draws=models.at_draws,
+            pairs=models.pairs,
             draws=self.options.draws,
             generator=torch.Generator().manual_seed(seed),
         )
@@ -198,12 +200,34 @@ class Judge:
         cells = self.log.num_rows * self.catalogue.num_items
         return self.options.expected_reward == "draws" or cells > EXACT_PAIRS
 
-    def _draw(self, batches: Sequence[EncodedRows], scored: Sequence[Scored]) -> None:
-        assert self.logging is not None
-        taken = self.logging.taken(batches[0])
+    def _of_logging(
+        self,
+        number: int,
+        batches: Sequence[EncodedRows],
+        scored: Sequence[Scored],
+        models: ModelTerms,
+    ) -> None:
+        """What is gathered of the policies that made the log; batches holds their rows last."""
+        made_by = batches[len(self.runs) :]
+        judged = dict(zip(self.names, zip(self.scorers, scored, strict=True), strict=True))
+        if self.logging.support is not None:
+            self.logging.support.add(number, judged, made_by)
+        if self.logging.heuristic is not None:
+            self.logging.heuristic.add(number, batches[0], made_by, models)
+        if self.logging.draws is not None:
+            self._draw(batches, made_by, scored)
+
+    def _draw(
+        self,
+        batches: Sequence[EncodedRows],
+        made_by: Sequence[EncodedRows],
+        scored: Sequence[Scored],
+    ) -> None:
+        assert self.logging.draws is not None
+        taken = self.logging.draws.taken(batches[0])
         if taken.size == 0:
             return
-        drawn, log_behavior = self.logging.draw(batches[-1].take(taken))
+        drawn, log_behavior = self.logging.draws.draw([batch.take(taken) for batch in made_by])
         models: dict[str, RewardTerms | tuple[PairRewardModel, EncodedRows]] = {}
         for model in self.models:
             own = batches[model.owner].take(taken)
@@ -236,14 +260,17 @@ class Judge:
         """By policy, which estimator to believe."""
         if select is None:
             return {}
-        refusal = None if self.logging is None else self.logging.refusal()
-        if refusal is not None:
-            self.notes.append(refusal)
+        side = self.logging
+        behavior = None if side.heuristic is None else side.heuristic.finish()
         progress.start("choosing an estimator", len(self.names))
         found = {}
         for name in self.names:
             found[name] = self.kept.pop(name).choose(
-                select, self.options.selection, self.config.seed, refusal
+                select,
+                self.options.selection,
+                self.config.seed,
+                refused={"pasif": side.refusal(), "heuristic": side.heuristic_refusal},
+                behavior=behavior,
             )
             progress.advance(1)
         progress.finish()

@@ -136,6 +136,9 @@ def evaluate_runs(
         )
     coverage, calibration = judge.watch.coverage(), judge.watch.calibration()
     judge.notes += coverage_notes(coverage, calibration)
+    refusal = judge.logging.refusal()
+    if refusal is not None:
+        judge.notes.append(refusal)
     runs = list(zip(judge.names, judge.runs, strict=True))
     selection = judge.choose(select, progress)
     return LogEvaluation(

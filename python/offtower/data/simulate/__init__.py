@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from offtower.data.simulate.logging_policy import LoggingPolicy
 from offtower.data.simulate.obp_world import ObpWorld, obp_synthetic, true_value
+from offtower.data.simulate.several import log_of_several, propensity_column
 from offtower.data.simulate.world import FixedItemValue, PolicyValue, SimulatedWorld
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "ObpWorld",
     "PolicyValue",
     "SimulatedWorld",
+    "log_of_several",
     "obp_synthetic",
+    "propensity_column",
     "true_value",
 ]

@@ -105,6 +105,19 @@ class SelectionComparison:
         """The recommended method's choice."""
         return self.results[self.recommended].best
 
+    @property
+    def remarks(self) -> list[tuple[str, str]]:
+        """(method, sentence): what a reader must know of each, and what it could not judge."""
+        told = []
+        for method, result in self.results.items():
+            told += [(method, note) for note in result.notes]
+            for reason in dict.fromkeys(result.skipped.values()):
+                names = [name for name, why in result.skipped.items() if why == reason]
+                told.append(
+                    (method, f"could not judge {len(names)} candidates ({names[0]}, ...): {reason}")
+                )
+        return told
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return {
