@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ from offtower.data.schema import LogSchema
 from offtower.data.simulate import LoggingPolicy, SimulatedWorld, log_of_several
 from offtower.errors import ConfigError, DataError, OfftowerError
 from offtower.evaluation.judging import Judge
-from offtower.evaluation.logging_policies import BehaviorNames
-from offtower.evaluation.logging_side import LoggingSide
+from offtower.evaluation.logging_policies import BehaviorNames, LoggingPolicies
+from offtower.evaluation.logging_side import LoggingSide, SupportWatch
 from offtower.evaluation.opening import ModelRoom, judged_by, open_run
 from offtower.evaluation.run import LogEvaluation, evaluate_runs
 from offtower.evaluation.scoring import ModelTerms, PolicyScorer
@@ -140,7 +141,6 @@ def test_the_heuristic_judges_every_candidate_from_the_runs_that_logged(place: P
 
 def test_probabilities_and_expected_rewards_are_those_of_the_policies(place: Path) -> None:
     """Against softmaxes and sums by enumeration over the whole catalogue."""
-
     made = streamed(place, "heuristic", runs_option(place))
     catalogue, log, runs = made.catalogue, made.log, made.runs
     assert made.logging.heuristic is not None
@@ -204,6 +204,40 @@ def test_pasif_draws_from_the_policy_that_logged_each_row(place: Path) -> None:
     result = made.choose("pasif", Progress())["b"].results["pasif"]
     assert not result.skipped
     assert any("100 draws" in note for note in result.notes)
+
+
+def test_support_is_what_the_logging_run_leaves_of_the_target(place: Path) -> None:
+    """A logging policy 20 times as sharp hides items: share by enumeration, 5 standard errors."""
+    catalogue = Catalogue.open(place / "catalogue")
+    log = ParquetLog.open(place / "served")
+    target, other = (open_run(place / name, catalogue) for name in "ba")
+    scorer, sharp = (PolicyScorer(run.policy, run.items) for run in (target, other))
+    sharp.items = replace(sharp.items, embedding=20.0 * sharp.items.embedding)
+    watch = SupportWatch(LoggingPolicies(("a",), [sharp]), log.num_rows, 0)
+    shares, counts = [], 0
+    for number, rows in enumerate(scan(log, catalogue, target.policy.context_encoding, 400)):
+        scored = scorer.score_models(rows, {})
+        watch.add(number, {"b": (scorer, scored)}, [rows])
+        with torch.no_grad():
+            context = other.policy.embed_contexts(to_tensors(rows.context))
+        of_target = scored.context_embedding @ scorer.items.embedding.T / target.policy.temperature
+        of_log = context @ sharp.items.embedding.T / other.policy.temperature
+        aim, shown = (torch.softmax(logit.double(), 1) for logit in (of_target, of_log))
+        shares.append((aim * (shown < aim / log.num_rows)).sum(1).numpy())
+        counts += len(rows)
+    exact = float(np.concatenate(shares).mean())
+    found = watch.finish()["b"]
+    assert counts == 1300 and found.draws == 13_000
+    assert 0.02 < exact < 0.98
+    assert found.hidden is not None
+    assert abs(found.hidden - exact) < 5 * np.sqrt(exact * (1 - exact) / found.draws)
+
+
+def test_the_gate_sees_support_where_the_logging_policies_are_named(place: Path) -> None:
+    found = judge(place, runs_option(place), select=None).result.policies["b"]
+    assert found.support is not None and found.support.hidden is not None
+    assert found.support.hidden < 0.01 and found.support.draws == 13_000
+    assert judge(place, select=None).result.policies["b"].support is None
 
 
 @pytest.mark.parametrize("select", ["heuristic", "all"])

@@ -85,10 +85,11 @@ class SupportWatch:
 
     def finish(self) -> dict[str, SupportDiagnostics]:
         """By judged policy."""
+        # Rounding in float32 puts a probability of almost 1 above it.
         return {
             name: support_probe(
-                np.exp(np.concatenate(self._log_behavior[name])),
-                np.exp(np.concatenate(targets)),
+                np.exp(np.minimum(np.concatenate(self._log_behavior[name]), 0.0)),
+                np.exp(np.minimum(np.concatenate(targets), 0.0)),
                 num_rows=self._num_rows,
             )
             for name, targets in self._log_target.items()
