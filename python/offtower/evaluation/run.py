@@ -54,6 +54,15 @@ class LogEvaluation:
     pscore_calibration: PscoreCalibration | None = None
 
     @property
+    def labels(self) -> dict[str, str]:
+        """By policy, what to call it: its objective, or its name where two share one."""
+        told = list(self.objectives.values())
+        return {
+            name: objective if told.count(objective) == 1 else f"{name} ({objective})"
+            for name, objective in self.objectives.items()
+        }
+
+    @property
     def exit_code(self) -> int:
         return self.result.exit_code
 

@@ -87,8 +87,9 @@ class SelectionComparison:
 
     results: by method, in the order they ran. failed: method -> why it could not run. recommended:
     the method whose choice to take. agreement: pairs of methods -> Spearman correlation of their
-    rankings over the candidates that both ranked. spread: largest difference between the values of
-    the methods' choices, in standard errors of the recommended choice. verdict: one plain sentence.
+    rankings over the candidates that both ranked. spread: largest difference between the value of
+    another method's choice and the recommended one's, in standard errors of their paired
+    difference. verdict: one plain sentence.
     disagreements: by method that chooses otherwise, what lies behind it.
     """
 
