@@ -18,7 +18,8 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.columns import as_float_array, category_values, hash_values
 from offtower.data.encoding import to_tensors
 from offtower.data.log import Log
-from offtower.data.rows import EncodedRows
+from offtower.data.reader import scan
+from offtower.data.rows import EncodedRows, hashed
 from offtower.errors import ConfigError, DataError
 from offtower.evaluation.opening import open_run
 from offtower.evaluation.scoring import PolicyScorer
@@ -173,6 +174,18 @@ class LoggingPolicies:
         scorers = [PolicyScorer(run.policy, run.items) for run in runs]
         return cls(place, scorers, names, chosen.logging_tolerance)
 
+    @torch.no_grad()
+    def check_start(self, log: Log, catalogue: Catalogue, rows: int) -> None:
+        """`check` on the log's first rows, before anything is computed on the rest."""
+        for number, scorer in enumerate(self.scorers):
+            encoding = scorer.policy.context_encoding
+            first = next(iter(scan(log, catalogue, encoding, rows, prefetch=False)))
+            own = first.take(np.flatnonzero(self.owner(first) == number))
+            if self.names is not None and len(own):
+                context = self.embed(number, own)
+                terms = scorer.policy.terms(context, scorer.items, torch.from_numpy(own.action))
+                self.check(number, own, terms.log_prob.double().numpy())
+
     def owner(self, rows: EncodedRows) -> Integers:
         """(n,) which of the policies logged each row."""
         if self.names is None:
@@ -203,7 +216,8 @@ class LoggingPolicies:
             self.off.append(distance)
             return
         check_logged(
-            rows,
+            rows.row,
+            rows.pscore,
             np.exp(log_prob),
             self.tolerance,
             f"the run '{self.place[number]}', which evaluation.selection.logging_runs names for "
@@ -238,7 +252,15 @@ class LoggingColumns:
         self.names, self.tolerance, self._log = names, options.logging_tolerance, log
         self._group, self._first = -1, 0
         self._values = np.zeros((0, len(self.columns)))
-        self._append()  # a column that is not there is refused now
+        self._append()
+        # What can be refused is refused now, before anything is computed.
+        schema = log.schema
+        assert schema.behavior_policy is not None
+        if schema.pscore is not None:
+            first = log.read_row_group(0, [schema.behavior_policy, schema.pscore])
+            owner = names.index(hashed(first.column(schema.behavior_policy)))
+            pscore = as_float_array(first.column(schema.pscore))
+            self._check(self._values, owner, pscore, np.arange(len(owner)))
 
     def of(self, rows: EncodedRows) -> Floats:
         """(n, P) probabilities of a batch.
@@ -251,18 +273,22 @@ class LoggingColumns:
         keep = int(rows.row[-1]) + 1 - self._first
         self._values, self._first = self._values[keep:], self._first + keep
         assert rows.behavior_policy is not None
-        owner = self.names.index(rows.behavior_policy)
+        self._check(found, self.names.index(rows.behavior_policy), rows.pscore, rows.row)
+        return found
+
+    def _check(self, found: Floats, owner: Integers, pscore: Floats | None, row: Integers) -> None:
+        assert pscore is not None
         for number, name in enumerate(self.names.name):
             own = np.flatnonzero(owner == number)
             check_logged(
-                rows.take(own),
+                row[own],
+                pscore[own],
                 found[own, number],
                 self.tolerance,
                 f"the column '{self.columns[number]}', which evaluation.selection.logging_columns "
                 f"names for the behaviour policy '{name}',",
                 "on its own rows it must hold what the column of logged propensities holds",
             )
-        return found
 
     def _append(self) -> None:
         self._group += 1
@@ -286,19 +312,18 @@ class LoggingColumns:
 
 
 def check_logged(
-    rows: EncodedRows, probability: Floats, tolerance: float, what: str, remedy: str
+    row: Integers, pscore: Floats, probability: Floats, tolerance: float, what: str, remedy: str
 ) -> None:
     """Raise DataError, naming rows and values, where probabilities (n,) are not the logged ones."""
-    assert rows.pscore is not None
-    wrong = np.flatnonzero(np.abs(probability - rows.pscore) > tolerance * rows.pscore)
+    wrong = np.flatnonzero(np.abs(probability - pscore) > tolerance * pscore)
     if wrong.size == 0:
         return
     worst = wrong[:_SHOWN]
     told = "; ".join(
-        f"row {rows.row[i]}: logged {rows.pscore[i]:.6g}, found {probability[i]:.6g}" for i in worst
+        f"row {row[i]}: logged {pscore[i]:.6g}, found {probability[i]:.6g}" for i in worst
     )
     raise DataError(
-        f"{what} does not give the probabilities that were logged. {told}. Of {len(rows):,} rows "
+        f"{what} does not give the probabilities that were logged. {told}. Of {len(row):,} rows "
         f"compared in one batch {wrong.size:,} differ by more than {100 * tolerance:g} % "
         f"(evaluation.selection.logging_tolerance); {remedy}"
     )

@@ -193,6 +193,7 @@ class LoggingSide:
             names = BehaviorNames.of(log)
         side = cls(LoggingPolicies.open(config.evaluation, names, catalogue))
         if side.policies is not None:
+            side.policies.check_start(log, catalogue, config.evaluation.batch_rows)
             side.support = SupportWatch(side.policies, log.num_rows, config.seed)
             if select in ("pasif", "all"):
                 side.draws = LoggingDraws(
