@@ -249,11 +249,17 @@ class SelectionConfig:
     logging_tolerance: float = Field(default=0.02, ge=0.0)
     """Largest relative distance of logging_runs or logging_columns from the logged propensities."""
     draws: int = Field(default=100, ge=2)
-    """Draws from the logging policy for each row, with logging_run or logging_runs."""
+    """Draws from the logging policy for each row, with logging_run or logging_runs. A catalogue of
+    no more items is summed over instead."""
     draw_rows: int = Field(default=20_000, ge=100)
     """Rows that PAS-IF works on at draws: evenly spaced ones of a longer log."""
     share: float = Field(default=0.2, gt=0.0, lt=1.0)
     """PAS-IF's k, the expected share of the pseudo-target part."""
+    importance_fit: Literal["exact", "network"] = "exact"
+    """How PAS-IF's split is fitted: a root-find, or the published network (slow: about a minute for
+    2,000 rows and 10 items), which needs logging_run or logging_runs and the whole catalogue."""
+    network_steps: int = Field(default=5_000, ge=1)
+    """The network's steps of Adam on all rows, for each lambda of its grid."""
     repetitions: int = Field(default=100, ge=2)
     """PAS-IF's splits."""
 

@@ -189,8 +189,11 @@ def test_columns_are_read_in_step_with_the_rows(place: Path) -> None:
     assert names.tolist() == table["behavior_policy"].to_pylist()
 
 
-def test_pasif_draws_from_the_policy_that_logged_each_row(place: Path) -> None:
+def test_pasif_draws_from_the_policy_that_logged_each_row(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The judged run's own rows have weights of 1, the other's average 1 (5 standard errors)."""
+    monkeypatch.setattr("offtower.evaluation.choosing._DENSE_CELLS", 0)
     made = streamed(place, "pasif", runs_option(place), "evaluation.selection.draws=100")
     weight = np.concatenate(made.kept["b"]._weight).astype(float)
     column = ParquetLog.open(place / "served").tables()

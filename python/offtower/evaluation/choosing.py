@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,17 @@ from offtower.evaluation.selection import (
     METHODS,
     BehaviorDraws,
     BehaviorPolicies,
+    DensePolicies,
+    NetworkOptions,
     SelectionComparison,
     SelectionLog,
     compare_selectors,
     default_candidates,
 )
+from offtower.seeds import derive_seed
+
+_DENSE_CELLS = 4_000_000
+"""Rows x items whose probabilities PAS-IF keeps at most, where it takes all items."""
 
 
 def check_selection(select: str | None, log: ParquetLog, options: SelectionConfig) -> None:
@@ -50,14 +57,37 @@ def check_selection(select: str | None, log: ParquetLog, options: SelectionConfi
 class LoggingDraws:
     """Items drawn from the policies that made the log, on evenly spaced rows.
 
-    Each row's items are drawn from the policy that logged it, as its propensity says. stride: every
-    so many rows of the log are taken.
+    Each row's items are drawn from the policy that logged it, as its propensity says. every: all
+    items are taken in place of draws. stride: every so many rows of the log are taken.
     """
 
     policies: LoggingPolicies
     draws: int
+    every: bool
     stride: int
     generator: torch.Generator
+
+    @classmethod
+    def of(
+        cls, policies: LoggingPolicies, num_rows: int, options: SelectionConfig, seed: int
+    ) -> LoggingDraws:
+        """As the configuration says.
+
+        Raises ConfigError where the network is asked for and the catalogue is too large for it.
+        """
+        items = policies.items(0).embedding.shape[0]
+        stride = max(1, -(-num_rows // options.draw_rows))
+        network = options.importance_fit == "network"
+        cells = -(-num_rows // stride) * items
+        if network and cells > _DENSE_CELLS:
+            raise ConfigError(
+                f"evaluation.selection.importance_fit=network keeps the probabilities of "
+                f"{cells // items:,} rows x {items:,} items, and {_DENSE_CELLS:,} at most; lower "
+                "evaluation.selection.draw_rows, or use importance_fit=exact"
+            )
+        every = network or (items <= options.draws and cells <= _DENSE_CELLS)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "logging draws"))
+        return cls(policies, items if every else options.draws, every, stride, generator)
 
     def taken(self, rows: EncodedRows) -> NDArray[np.int64]:
         """Positions of a batch's rows that PAS-IF works on."""
@@ -79,14 +109,19 @@ class LoggingDraws:
             rows = batch.take(own)
             policy, items = self.policies.policy(number), self.policies.items(number)
             context = self.policies.embed(number, rows)
-            terms, found = terms_and_draws(
-                context,
-                items,
-                torch.from_numpy(rows.action),
-                draws=self.draws,
-                generator=self.generator,
-                temperature=policy.temperature,
-            )
+            action = torch.from_numpy(rows.action)
+            if self.every:
+                terms = policy.terms(context, items, action)
+                found = torch.arange(self.draws).expand(len(rows), -1)
+            else:
+                terms, found = terms_and_draws(
+                    context,
+                    items,
+                    action,
+                    draws=self.draws,
+                    generator=self.generator,
+                    temperature=policy.temperature,
+                )
             self.policies.check(number, rows, terms.log_prob.double().numpy())
             logit = logits_at(context, items, found, policy.temperature)
             drawn[own] = found
@@ -101,6 +136,9 @@ class SelectionKeeper:
         self._rows: dict[str, list[EvaluationRows]] = {}
         self._subset: dict[str, list[EvaluationRows]] = {}
         self._weight: list[NDArray[np.float32]] = []
+        self._behavior: list[NDArray[np.float64]] = []
+        self._action: list[NDArray[np.int64]] = []
+        self._context: list[NDArray[np.float64]] = []
         self._drawn: dict[str, list[NDArray[np.float32]]] = {}
 
     def add(self, rows: Mapping[str, EvaluationRows]) -> None:
@@ -108,6 +146,18 @@ class SelectionKeeper:
         for name, part in rows.items():
             if name or len(rows) == 1:
                 self._rows.setdefault(name, []).append(_slim(part))
+
+    def add_every(
+        self,
+        log_behavior: torch.Tensor,
+        action: NDArray[np.int64],
+        context: NDArray[np.float64] | None,
+    ) -> None:
+        """Where the draws are all items: pi_b of them, and what the network reads."""
+        self._behavior.append(torch.softmax(log_behavior, dim=1).numpy())
+        self._action.append(action)
+        if context is not None:
+            self._context.append(context)
 
     @torch.no_grad()
     def add_draws(
@@ -145,21 +195,22 @@ class SelectionKeeper:
         *,
         refused: Mapping[str, str | None],
         behavior: BehaviorPolicies | None,
+        item_features: NDArray[np.float64] | None = None,
     ) -> SelectionComparison:
         """Which estimator to believe, among the default candidates tuned by SLOPE.
 
         refused: by selector, why the draws of PAS-IF are not used, or why the heuristic cannot run.
-        behavior: the behaviour policies' numbers of every row, for the heuristic.
+        behavior: the behaviour policies' numbers of every row, for the heuristic. item_features:
+        (N, e), for the network.
         """
         log = replace(self._log(self._rows), policies=behavior)
         drawn_log = None
         if self._weight and refused["pasif"] is None:
-            draws = BehaviorDraws(
-                np.concatenate(self._weight),
-                {name: np.concatenate(parts) for name, parts in self._drawn.items()},
-            )
-            drawn_log = self._log(self._subset, draws)
-        pasif = {"share": options.share, "repetitions": options.repetitions}
+            drawn_log = self._drawn_log(item_features)
+        pasif: dict[str, Any] = {"share": options.share, "repetitions": options.repetitions}
+        if drawn_log is not None and options.importance_fit == "network":
+            pasif["importance_fit"] = "network"
+            pasif["network"] = NetworkOptions(epochs=options.network_steps)
         methods = list(METHODS) if select == "all" else [select]
         heuristic = refused["heuristic"]
         if heuristic is not None:
@@ -175,6 +226,26 @@ class SelectionKeeper:
         if heuristic is None:
             return found
         return replace(found, failed={**found.failed, "heuristic": heuristic})
+
+    def _drawn_log(self, item_features: NDArray[np.float64] | None) -> SelectionLog:
+        """The rows for which the logging policy is known: over all items, or at draws."""
+        weight: Any = np.concatenate(self._weight)
+        predictions: dict[str, Any] = {
+            name: np.concatenate(parts) for name, parts in self._drawn.items()
+        }
+        if not self._behavior:
+            return self._log(self._subset, BehaviorDraws(weight, predictions))
+        behavior = np.concatenate(self._behavior)
+        target = behavior * weight
+        source = DensePolicies(
+            behavior,
+            target / target.sum(axis=1, keepdims=True),
+            np.concatenate(self._action),
+            predictions,
+            np.concatenate(self._context) if self._context else None,
+            item_features,
+        )
+        return replace(self._log(self._subset), source=source)
 
     @staticmethod
     def _log(

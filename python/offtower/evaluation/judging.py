@@ -43,6 +43,7 @@ from offtower.evaluation.settings import (
     tuned,
     wanted_estimators,
 )
+from offtower.models.reward.dense import flatten
 from offtower.progress import Progress
 from offtower.seeds import derive_seed
 
@@ -228,6 +229,10 @@ class Judge:
         if taken.size == 0:
             return
         drawn, log_behavior = self.logging.draws.draw([batch.take(taken) for batch in made_by])
+        context = None
+        if self.options.selection.importance_fit == "network":
+            encoding, rows = self.runs[0].policy.context_encoding, batches[0].take(taken)
+            context = flatten(encoding, rows.context, len(rows), "log")
         models: dict[str, RewardTerms | tuple[PairRewardModel, EncodedRows]] = {}
         for model in self.models:
             own = batches[model.owner].take(taken)
@@ -235,6 +240,8 @@ class Judge:
                 (model.pairs, own) if model.pairs is not None else model.over_all(own)
             )
         for i, name in enumerate(self.names):
+            if self.logging.draws.every:
+                self.kept[name].add_every(log_behavior, batches[0].action[taken], context)
             self.kept[name].add_draws(
                 self.scorers[i], scored[i], taken, drawn, log_behavior, models
             )
@@ -271,10 +278,18 @@ class Judge:
                 self.config.seed,
                 refused={"pasif": side.refusal(), "heuristic": side.heuristic_refusal},
                 behavior=behavior,
+                item_features=self._item_features(),
             )
             progress.advance(1)
         progress.finish()
         return found
+
+    def _item_features(self) -> np.ndarray | None:
+        """(N, e) for the network, which tells items apart by their features."""
+        if self.options.selection.importance_fit != "network":
+            return None
+        n, encoding = self.catalogue.num_items, self.runs[0].policy.item_encoding
+        return flatten(encoding, encoding.encode(self.catalogue.table(0, n)), n, "catalogue")
 
     def same_log(self) -> bool:
         """Whether some policy learned from the log that it is judged on."""

@@ -196,12 +196,12 @@ class LoggingSide:
             side.policies.check_start(log, catalogue, config.evaluation.batch_rows)
             side.support = SupportWatch(side.policies, log.num_rows, config.seed)
             if select in ("pasif", "all"):
-                side.draws = LoggingDraws(
-                    side.policies,
-                    options.draws,
-                    max(1, -(-log.num_rows // options.draw_rows)),
-                    torch.Generator().manual_seed(derive_seed(config.seed, "logging draws")),
-                )
+                side.draws = LoggingDraws.of(side.policies, log.num_rows, options, config.seed)
+        elif options.importance_fit == "network" and select in ("pasif", "all"):
+            raise ConfigError(
+                "evaluation.selection.importance_fit=network needs the policy that logged over all "
+                "items: name its run in evaluation.selection.logging_run or logging_runs"
+            )
         source = LoggingColumns(log, names, options) if columns else side.policies
         if select not in ("heuristic", "all"):
             return side
