@@ -137,6 +137,7 @@ class SelectionKeeper:
         self._subset: dict[str, list[EvaluationRows]] = {}
         self._weight: list[NDArray[np.float32]] = []
         self._behavior: list[NDArray[np.float64]] = []
+        self._target: list[NDArray[np.float64]] = []
         self._action: list[NDArray[np.int64]] = []
         self._context: list[NDArray[np.float64]] = []
         self._drawn: dict[str, list[NDArray[np.float32]]] = {}
@@ -150,11 +151,13 @@ class SelectionKeeper:
     def add_every(
         self,
         log_behavior: torch.Tensor,
+        log_target: torch.Tensor,
         action: NDArray[np.int64],
         context: NDArray[np.float64] | None,
     ) -> None:
-        """Where the draws are all items: pi_b of them, and what the network reads."""
+        """Where the draws are all items: both policies, and what the network reads."""
         self._behavior.append(torch.softmax(log_behavior, dim=1).numpy())
+        self._target.append(torch.softmax(log_target, dim=1).numpy())
         self._action.append(action)
         if context is not None:
             self._context.append(context)
@@ -168,10 +171,11 @@ class SelectionKeeper:
         drawn: torch.Tensor,
         log_behavior: torch.Tensor,
         models: Mapping[str, RewardTerms | tuple[PairRewardModel, EncodedRows]],
-    ) -> None:
+    ) -> torch.Tensor:
         """What the policy and the models make of items drawn from the logging policy.
 
         models: of the rows taken: q over the catalogue, or a model over pairs with its rows.
+        Returns the policy's log-probabilities (m, S) of the items.
         """
         context = scored.context_embedding[taken]
         logit = logits_at(context, scorer.items, drawn, scorer.policy.temperature)
@@ -186,6 +190,7 @@ class SelectionKeeper:
         for name, part in scored.rows.items():
             if name or len(scored.rows) == 1:
                 self._subset.setdefault(name, []).append(_slim(part.take(taken)))
+        return log_target
 
     def choose(
         self,
@@ -229,17 +234,15 @@ class SelectionKeeper:
 
     def _drawn_log(self, item_features: NDArray[np.float64] | None) -> SelectionLog:
         """The rows for which the logging policy is known: over all items, or at draws."""
-        weight: Any = np.concatenate(self._weight)
         predictions: dict[str, Any] = {
             name: np.concatenate(parts) for name, parts in self._drawn.items()
         }
         if not self._behavior:
+            weight: Any = np.concatenate(self._weight)
             return self._log(self._subset, BehaviorDraws(weight, predictions))
-        behavior = np.concatenate(self._behavior)
-        target = behavior * weight
         source = DensePolicies(
-            behavior,
-            target / target.sum(axis=1, keepdims=True),
+            np.concatenate(self._behavior),
+            np.concatenate(self._target),
             np.concatenate(self._action),
             predictions,
             np.concatenate(self._context) if self._context else None,

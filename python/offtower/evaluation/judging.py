@@ -240,11 +240,12 @@ class Judge:
                 (model.pairs, own) if model.pairs is not None else model.over_all(own)
             )
         for i, name in enumerate(self.names):
-            if self.logging.draws.every:
-                self.kept[name].add_every(log_behavior, batches[0].action[taken], context)
-            self.kept[name].add_draws(
+            log_target = self.kept[name].add_draws(
                 self.scorers[i], scored[i], taken, drawn, log_behavior, models
             )
+            if self.logging.draws.every:
+                action = batches[0].action[taken]
+                self.kept[name].add_every(log_behavior, log_target, action, context)
 
     def _with_clusters(
         self,
