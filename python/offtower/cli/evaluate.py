@@ -90,6 +90,8 @@ def evaluate(
             console.print(escape(found.verdict), soft_wrap=True)
             for method, text in found.disagreements.items():
                 console.print(f"  [bold]{method}[/] {escape(text)}", soft_wrap=True)
+            for method, text in found.remarks:
+                console.print(f"  [dim]{method}: {escape(text)}[/]", soft_wrap=True)
             for method, reason in found.failed.items():
                 console.print(f"  [dim]{method} could not run: {escape(reason)}[/]", soft_wrap=True)
         console.print(f"report: {path}")
