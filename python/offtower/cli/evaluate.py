@@ -1,7 +1,7 @@
 """Judge trained policies on a held-out log, off-policy, against the policy that logged it.
 
 Exit code 0: go. 1: no-go. 3: not enough evidence. 2: refused. With several runs the code is that of
-the best verdict; --exit-zero makes it 0 unless refused. --set changes the section `evaluation`, e.g.
+the best verdict; --exit-zero makes it 0 unless refused. --set changes the section `evaluation`:
 evaluation.confidence=0.9.
 
 \b
