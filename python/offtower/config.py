@@ -118,6 +118,10 @@ class TrainingConfig:
     batch_size: int = Field(default=1024, ge=1)
     terms: Literal["exact", "sampled"] = "exact"
     """exact: a step reads the whole catalogue; sampled: it reads the draws of `sampling`."""
+    strategy: Literal["replicated", "item_sharded"] = "replicated"
+    """On several workers (`offtower train --workers`). replicated: each has the whole catalogue and
+    its rows of every batch; item_sharded: each has its items, their id embeddings and optimiser
+    state, and what is sent does not grow with the catalogue."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: float = Field(default=1e-3, gt=0.0)
     weight_decay: float = Field(default=1e-2, ge=0.0)
@@ -254,6 +258,17 @@ class SamplingConfig:
 
 
 @dataclass(config=_STRICT)
+class TrackingConfig:
+    """Where the metrics of training go, beside metrics.jsonl of the run."""
+
+    tensorboard: bool = False
+    """Event files in the run's folder `tensorboard`."""
+    mlflow: str | None = None
+    """URI of an MLflow tracking server, or file:FOLDER."""
+    mlflow_experiment: str = "offtower"
+
+
+@dataclass(config=_STRICT)
 class EvaluationConfig:
     """How `offtower evaluate` judges."""
 
@@ -309,6 +324,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
     def run_directory(self) -> Path:
@@ -391,8 +407,9 @@ def config_fingerprint(config: Config) -> str:
     content.pop("runs")
     for machine_only in ("threads", "checkpoint_every_seconds", "checkpoints_kept"):
         content["training"].pop(machine_only)
-    # How a policy is judged does not change the policy.
+    # How a policy is judged and who is told does not change the policy.
     content.pop("evaluation")
+    content.pop("tracking")
     content["data"].pop("test")
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

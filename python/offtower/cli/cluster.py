@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -13,7 +15,7 @@ from offtower.errors import ConfigError
 from offtower.mapping import Mapper
 from offtower.progress import Progress
 
-_PANEL = "On Ray (extra 'ray')"
+PANEL = "On Ray (extra 'ray')"
 
 RayAddress = Annotated[
     str | None,
@@ -22,12 +24,22 @@ RayAddress = Annotated[
         metavar="ADDRESS",
         help="Run on Ray: local (a cluster for this command), auto (the one of this machine), "
         "HOST:PORT or ray://HOST:PORT. The results are those of one process.",
-        rich_help_panel=_PANEL,
+        rich_help_panel=PANEL,
     ),
 ]
 Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Workers at the same time; as many as there is room for without it."),
+]
+TrainingWorkers = Annotated[
+    str | None,
+    typer.Option(
+        "--workers",
+        metavar="R|MIN-MAX",
+        help="Workers that share every batch, 2 with --ray alone; a range lets a lost node be done "
+        "without until another comes.",
+        rich_help_panel=PANEL,
+    ),
 ]
 WorkerCpus = Annotated[float, typer.Option(min=0.1, help="CPUs of each worker, and threads.")]
 WorkerMemory = Annotated[
@@ -36,6 +48,31 @@ WorkerMemory = Annotated[
 RayWait = Annotated[
     float, typer.Option(min=0.0, metavar="SECONDS", help="Let an autoscaler add nodes for so long.")
 ]
+
+
+def worker_range(text: str) -> int | tuple[int, int]:
+    """`4` or `2-8`.
+
+    Raises:
+        ConfigError: neither.
+    """
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+    if found is None:
+        raise ConfigError(f"--workers '{text}' is neither a number (4) nor a range (2-8)")
+    return int(found[1]) if found[2] is None else (int(found[1]), int(found[2]))
+
+
+@contextmanager
+def cluster(address: str | None, workers: int, cpus: float) -> Iterator[None]:
+    """The cluster of --ray; without it one on this machine, with CPUs for `workers`."""
+    from offtower.jobs.connect import connect
+
+    # Ray says on standard output which workers it lost; that is for people, like our messages.
+    with (
+        redirect_stdout(sys.stderr),
+        connect(address or "local", num_cpus=max(1, math.ceil(workers * cpus))),
+    ):
+        yield
 
 
 @contextmanager

@@ -46,15 +46,30 @@ class Step(_Step):
         cursor: the place after this batch.
         rows: this worker's rows of the batch.
         fold: fold of all rows of the batch; 0 without folds.
-        batch_rows: rows of the batch over all workers.
+        first: place of this worker's first row in the batch.
+        joined: rows of the batch over all workers, without their context.
     """
 
-    batch_rows: int
+    first: int
+    joined: EncodedRows
 
-    def __new__(cls, cursor: Cursor, rows: EncodedRows, fold: int, batch_rows: int) -> Step:
+    def __new__(
+        cls,
+        cursor: Cursor,
+        rows: EncodedRows,
+        fold: int,
+        first: int = 0,
+        joined: EncodedRows | None = None,
+    ) -> Step:
         step = super().__new__(cls, cursor, rows, fold)
-        step.batch_rows = batch_rows
+        step.first = first
+        step.joined = rows.without_context() if joined is None else joined
         return step
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of the batch over all workers."""
+        return len(self.joined)
 
 
 @dataclass
@@ -71,7 +86,8 @@ class BatchReader:
     taken from the encoded window by index. A log of one window is encoded once and kept.
 
     Every worker reads every window and takes its part of each batch, so that what is read does not
-    depend on the number of workers.
+    depend on the number of workers; and knows the actions, rewards and propensities of all rows
+    without a message.
 
     Args:
         log: the log.
@@ -175,13 +191,17 @@ class BatchReader:
                 last = len(window.batches)
                 for turn in range(first, last):
                     batch = window.batches[turn]
-                    part = batch.index[rank_slice(batch.index.size, rank, world_size)]
+                    mine = rank_slice(batch.index.size, rank, world_size)
                     cursor = (
                         Cursor(epoch, number, turn + 1)
                         if turn + 1 < last
                         else Cursor(epoch, number + 1, 0)
                     )
-                    yield Step(cursor, window.rows.take(part), batch.fold, batch.index.size)
+                    rows = window.rows.take(batch.index[mine])
+                    joined = (
+                        None if world_size == 1 else window.rows.without_context().take(batch.index)
+                    )
+                    yield Step(cursor, rows, batch.fold, mine.start, joined)
                 first = 0
                 # The thread reads on when this window is given back: nothing here may hold it.
                 del window

@@ -153,19 +153,25 @@ class PolicyScorer:
         for name, (model, seen) in (pairs or {}).items():
             found[name] = model.logged(seen), model.at(seen, drawn.numpy()).mean(axis=1)
         self.policy.train(self._training)
-        log_weight = terms.log_prob.double().numpy() - np.log(rows.pscore)
-        plain = EvaluationRows(
-            importance_weight=np.exp(log_weight),
-            reward=rows.reward.astype(np.float64),
-            user=None if rows.user_id is None else rows.user_id.view(np.int64),
-            row=rows.row,
-            log_weight=log_weight,
-        )
+        plain = weighted_rows(rows, terms.log_prob)
         made = {
             name: replace(plain, action_reward=logged, expected_reward=expected)
             for name, (logged, expected) in found.items()
         }
         return Scored({"": plain, **made}, terms.log_normalizer, context)
+
+
+def weighted_rows(rows: EncodedRows, log_prob: Tensor) -> EvaluationRows:
+    """Logged rows with their importance weights under a policy that gives them `log_prob` (n,)."""
+    assert rows.pscore is not None, "callers check that the log has propensities"
+    log_weight = log_prob.double().numpy() - np.log(rows.pscore)
+    return EvaluationRows(
+        importance_weight=np.exp(log_weight),
+        reward=rows.reward.astype(np.float64),
+        user=None if rows.user_id is None else rows.user_id.view(np.int64),
+        row=rows.row,
+        log_weight=log_weight,
+    )
 
 
 def concatenate(parts: Iterable[EvaluationRows]) -> EvaluationRows:

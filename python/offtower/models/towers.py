@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from offtower.data.encoding import FeatureEncoding
 from offtower.errors import ConfigError
 from offtower.imports import load_by_path
 from offtower.models.features import FeatureEncoder, FeatureTensors
+from offtower.models.row_draws import RowDraws
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
@@ -23,12 +25,41 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
+_DROPOUT = 1 << 16
+"""Purposes of draws from here on are those of dropout layers; below, of tables."""
+
+
+class RowDropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) whose draws belong to the rows; see `RowDraws`."""
+
+    def __init__(self, rate: float, draws: RowDraws, purpose: int) -> None:
+        super().__init__()
+        self.rate = rate
+        self._draws, self._purpose = draws, purpose
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if not self.training:
+            return hidden
+        dropped = self._draws.below(self.rate, self._purpose, *hidden.shape)
+        return hidden.masked_fill(dropped, 0.0) / (1.0 - self.rate)
+
+
 class MLPBody(nn.Module):
     """Feature encoder, hidden layers, linear map to the output."""
 
-    def __init__(self, encoding: FeatureEncoding, output_dim: int, config: TowerConfig) -> None:
+    def __init__(
+        self,
+        encoding: FeatureEncoding,
+        output_dim: int,
+        config: TowerConfig,
+        draws: RowDraws | None = None,
+        table_rows: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
-        self.encoder = FeatureEncoder(encoding, config.category_embedding_dim, config.unknown_rate)
+        draws = draws or RowDraws()
+        self.encoder = FeatureEncoder(
+            encoding, config.category_embedding_dim, config.unknown_rate, draws, table_rows
+        )
         if self.encoder.width == 0:
             raise ConfigError(
                 "a tower needs at least one feature; name some in the schema of the log "
@@ -39,7 +70,7 @@ class MLPBody(nn.Module):
         for size in config.hidden_layer_sizes:
             layers += [nn.Linear(width, size), _ACTIVATIONS[config.activation]()]
             if config.dropout > 0.0:
-                layers.append(nn.Dropout(config.dropout))
+                layers.append(RowDropout(config.dropout, draws, purpose=_DROPOUT + len(layers)))
             width = size
         layers.append(nn.Linear(width, output_dim))
         self.layers = nn.Sequential(*layers)
@@ -60,6 +91,7 @@ class Tower(nn.Module):
         embedding_dim: d.
         config: sizes, activation, or the import path of a module.
         bias: give each row a bias beside its embedding, as one more output of the body.
+        table_rows: see `FeatureEncoder`; not for a user's module.
     """
 
     def __init__(
@@ -69,23 +101,34 @@ class Tower(nn.Module):
         config: TowerConfig,
         *,
         bias: bool = False,
+        table_rows: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
+        self.draws = RowDraws()
         self.embedding_dim = embedding_dim
         self.normalize = config.normalize
         self.has_bias = bias
         self.output_dim = embedding_dim + int(bias)
-        self.body = _make_body(encoding, self.output_dim, config)
+        self.body = _make_body(encoding, self.output_dim, config, self.draws, table_rows)
 
     @property
     def random(self) -> bool:
-        """Whether training mode draws random numbers (dropout, hidden categories)."""
-        if isinstance(self.body, MLPBody) and not self.body.encoder.random:
-            return any(isinstance(layer, nn.Dropout) for layer in self.body.modules())
-        return True
+        """Whether training mode may draw from torch's global generator."""
+        if not isinstance(self.body, MLPBody):
+            return True
+        if self.draws.seed is not None:
+            return False
+        return self.body.encoder.random or any(isinstance(m, RowDropout) for m in self.modules())
 
-    def forward(self, features: FeatureTensors) -> tuple[Tensor, Tensor | None]:
-        """Encoded features of n rows -> embeddings (n, d) and biases (n,) or None."""
+    def forward(
+        self, features: FeatureTensors, numbers: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encoded features of n rows -> embeddings (n, d) and biases (n,) or None.
+
+        Args:
+            numbers: (n,) int64 that the rows' random draws belong to; 0, 1, ... where None.
+        """
+        self.draws.begin(numbers)
         output = self.body(features)
         if output.dim() != 2 or output.shape[1] != self.output_dim:
             raise ConfigError(
@@ -99,11 +142,17 @@ class Tower(nn.Module):
         return embedding.contiguous(), None if bias is None else bias.contiguous()
 
 
-def _make_body(encoding: FeatureEncoding, output_dim: int, config: TowerConfig) -> nn.Module:
+def _make_body(
+    encoding: FeatureEncoding,
+    output_dim: int,
+    config: TowerConfig,
+    draws: RowDraws,
+    table_rows: Mapping[str, int] | None,
+) -> nn.Module:
     if config.module is None:
         if config.arguments:
             raise ConfigError("tower 'arguments' are for a tower 'module', and none is named")
-        return MLPBody(encoding, output_dim, config)
+        return MLPBody(encoding, output_dim, config, draws, table_rows)
     kind: Any = load_by_path(config.module, "tower module")
     if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
         raise ConfigError(f"tower module '{config.module}' is not a torch.nn.Module class")
