@@ -176,7 +176,7 @@ def test_commands_are_understood_and_have_room() -> None:
     for name, spec, command in found:
         given = parse(command)
         assert given["ray"] == "auto", name
-        workers = int(str(given["workers"]).split(":")[-1])
+        workers = int(str(given["workers"]).split("-")[-1])
         room = 0
         for group in spec["rayClusterSpec"]["workerGroupSpecs"]:
             limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
