@@ -1,4 +1,4 @@
-"""The verbs on two workers of a real cluster: files, numbers and errors are those of one process."""
+"""The verbs on two workers of a real cluster: the files, numbers and errors of one process."""
 
 from __future__ import annotations
 
