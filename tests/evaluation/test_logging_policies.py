@@ -210,7 +210,7 @@ def test_columns_are_read_in_step_with_the_rows(place: Path, backwards: bool) ->
     ("log", "select", "options", "cells"),
     [
         ("served", "all", ("RUNS",), None),
-        ("served", "all", ("RUNS", "evaluation.selection.draws=20"), 0),
+        ("served", "all", ("RUNS", "evaluation.selection.draws=100"), 0),
         ("served", "heuristic", ("RUNS", "evaluation.expected_reward=draws"), None),
         ("drawn", "heuristic", ("COLUMNS",), None),
         (

@@ -78,9 +78,9 @@ def stop_one() -> None:
 
 def test_two_kills_and_a_stall_change_nothing(
     ray_cluster: str,
-    simulated: Path,
+    simulated: Path,  # noqa: F811
     tmp_path: Path,
-    plain: Path,  # noqa: F811
+    plain: Path,
 ) -> None:
     """Two SIGKILLs of workers, then one that stops answering: the same bits as never interrupted,
     and no metrics line is lost or doubled."""
@@ -113,8 +113,8 @@ def test_the_command_line(ray_cluster: str, simulated: Path, tmp_path: Path, pla
 
 def test_errors_are_those_of_one_process(
     ray_cluster: str,
-    simulated: Path,
-    tmp_path: Path,  # noqa: F811
+    simulated: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     config = config_of(simulated, tmp_path, "bad", "replicated", "data.train=nowhere")
     with pytest.raises(DataError, match="nowhere"):
@@ -123,8 +123,8 @@ def test_errors_are_those_of_one_process(
 
 def test_more_workers_than_room_are_refused_at_once(
     ray_cluster: str,
-    simulated: Path,
-    tmp_path: Path,  # noqa: F811
+    simulated: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     config = config_of(simulated, tmp_path, "many", "replicated")
     began = time.monotonic()
@@ -135,8 +135,8 @@ def test_more_workers_than_room_are_refused_at_once(
 
 def test_workers_that_are_lost_again_and_again(
     ray_cluster: str,
-    simulated: Path,
-    tmp_path: Path,  # noqa: F811
+    simulated: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     config: Config = config_of(simulated, tmp_path, "a", "replicated")
     Meanwhile(config.run_directory, [3], kill_one).start()
