@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -57,6 +58,7 @@ def main(folder: Path) -> None:
     finally:
         ray.shutdown()
         cluster.shutdown()
+        shutil.rmtree(sockets, ignore_errors=True)
 
 
 if __name__ == "__main__":
