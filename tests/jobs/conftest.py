@@ -6,8 +6,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.training.distributed.world import write_world
 
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -50,3 +53,9 @@ def ray_cluster(ray_environment: dict[str, str]) -> Iterator[str]:
             yield cluster.address
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small log whose catalogue has item ids."""
+    return write_world(tmp_path_factory.mktemp("with_ids"))

@@ -19,7 +19,6 @@ from offtower.config import Config, to_yaml
 from offtower.errors import ClusterError, DataError
 from offtower.jobs.train import WorkerPlan, train_on_ray
 from offtower.metrics import read_metrics
-from tests.training.distributed.conftest import simulated  # noqa: F401
 from tests.training.distributed.processes import run_workers
 from tests.training.distributed.test_runs import config_of, train
 from tests.training.test_resume import assert_same_policy
@@ -30,7 +29,7 @@ PLAN = WorkerPlan(2, timeout=60.0)
 
 
 @pytest.fixture(scope="module")
-def plain(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def plain(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run on two workers without Ray."""
     config = config_of(simulated, tmp_path_factory.mktemp("plain"), "a", "item_sharded")
     run_workers(2, train, config)
@@ -78,7 +77,7 @@ def stop_one() -> None:
 
 def test_two_kills_and_a_stall_change_nothing(
     ray_cluster: str,
-    simulated: Path,  # noqa: F811
+    simulated: Path,
     tmp_path: Path,
     plain: Path,
 ) -> None:
@@ -99,7 +98,7 @@ def test_two_kills_and_a_stall_change_nothing(
     assert steps == wanted
 
 
-def test_the_command_line(ray_cluster: str, simulated: Path, tmp_path: Path, plain: Path) -> None:  # noqa: F811
+def test_the_command_line(ray_cluster: str, simulated: Path, tmp_path: Path, plain: Path) -> None:
     config = config_of(simulated, tmp_path, "a", "item_sharded", "tracking.tensorboard=true")
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
@@ -113,7 +112,7 @@ def test_the_command_line(ray_cluster: str, simulated: Path, tmp_path: Path, pla
 
 def test_errors_are_those_of_one_process(
     ray_cluster: str,
-    simulated: Path,  # noqa: F811
+    simulated: Path,
     tmp_path: Path,
 ) -> None:
     config = config_of(simulated, tmp_path, "bad", "replicated", "data.train=nowhere")
@@ -123,7 +122,7 @@ def test_errors_are_those_of_one_process(
 
 def test_more_workers_than_room_are_refused_at_once(
     ray_cluster: str,
-    simulated: Path,  # noqa: F811
+    simulated: Path,
     tmp_path: Path,
 ) -> None:
     config = config_of(simulated, tmp_path, "many", "replicated")
@@ -135,7 +134,7 @@ def test_more_workers_than_room_are_refused_at_once(
 
 def test_workers_that_are_lost_again_and_again(
     ray_cluster: str,
-    simulated: Path,  # noqa: F811
+    simulated: Path,
     tmp_path: Path,
 ) -> None:
     config: Config = config_of(simulated, tmp_path, "a", "replicated")

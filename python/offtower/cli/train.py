@@ -89,12 +89,19 @@ def train(
             "workers",
         )
         found = {name: result[name] for name in names}
+        found["chosen"] = result.get("chosen")
         print_json(finite({"run": str(settings.run_directory), **found}))
         return
     console = messages()
     stopped = ", stopped early" if result["stopped_early"] else ""
     console.print(f"{result['epochs']} epochs, {result['steps']:,} steps{stopped}")
-    if result["validation_lower_bound"] is not None:
+    if result.get("chosen") is not None:
+        console.print(
+            f"auto chose {result['chosen']}: on rows that it did not learn from its value is at "
+            f"least {result['validation_lower_bound']:.4f} (lower bound); all candidates are in "
+            "manifest.json"
+        )
+    elif result["validation_lower_bound"] is not None:
         console.print(
             f"kept step {result['selected_step']:,}: the value on the validation log is at least "
             f"{result['validation_lower_bound']:.4f} (lower end of its interval)"

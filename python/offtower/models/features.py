@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ class FeatureEncoder(nn.Module):
         draws: which values are hidden.
         table_rows: rows of a feature's table by name, in place of all that the encoding knows:
             for a part of the catalogue that has a table of its own.
+        bag: a bag's embedding is the mean of its values' embeddings, or their sum over the root of
+            their number.
     """
 
     def __init__(
@@ -44,9 +47,11 @@ class FeatureEncoder(nn.Module):
         unknown_rate: float = 0.0,
         draws: RowDraws | None = None,
         table_rows: Mapping[str, int] | None = None,
+        bag: Literal["mean", "root"] = "mean",
     ) -> None:
         super().__init__()
         self.unknown_rate = unknown_rate
+        self.bag = bag
         self._draws = draws or RowDraws()
         self.plain: list[str] = []
         self.tables = nn.ModuleDict()
@@ -102,7 +107,11 @@ class FeatureEncoder(nn.Module):
             value = features[name]
             table = self.tables[key]
             if isinstance(value, BagTensor):
-                parts.append(table(self._hide_in_bags(value, number), value.offsets[:-1]))
+                mean = table(self._hide_in_bags(value, number), value.offsets[:-1])
+                if self.bag == "root":
+                    count = value.offsets[1:] - value.offsets[:-1]
+                    mean = mean * count.to(mean.dtype).sqrt().unsqueeze(1)
+                parts.append(mean)
             else:
                 parts.append(table(self._hide_some(value, number)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

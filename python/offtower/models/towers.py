@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -58,7 +59,12 @@ class MLPBody(nn.Module):
         super().__init__()
         draws = draws or RowDraws()
         self.encoder = FeatureEncoder(
-            encoding, config.category_embedding_dim, config.unknown_rate, draws, table_rows
+            encoding,
+            config.category_embedding_dim,
+            config.unknown_rate,
+            draws,
+            table_rows,
+            config.bag,
         )
         if self.encoder.width == 0:
             raise ConfigError(
@@ -108,17 +114,27 @@ class Tower(nn.Module):
         self.embedding_dim = embedding_dim
         self.normalize = config.normalize
         self.has_bias = bias
-        self.output_dim = embedding_dim + int(bias)
-        self.body = _make_body(encoding, self.output_dim, config, self.draws, table_rows)
+        self.bias_scale = config.bias_scale
+        if embedding_dim % config.members:
+            raise ConfigError(
+                f"a tower of {config.members} members cannot share an embedding of "
+                f"{embedding_dim} numbers evenly; choose a multiple"
+            )
+        self.member_dim = embedding_dim // config.members
+        self.output_dim = self.member_dim + int(bias)
+
+        def make() -> nn.Module:
+            return _make_body(encoding, self.output_dim, config, self.draws, table_rows)
+
+        if config.members == 1:
+            self.body = make()
+        else:
+            self.members = nn.ModuleList(make() for _ in range(config.members))
 
     @property
     def random(self) -> bool:
         """Whether training mode may draw from torch's global generator."""
-        if not isinstance(self.body, MLPBody):
-            return True
-        if self.draws.seed is not None:
-            return False
-        return self.body.encoder.random or any(isinstance(m, RowDropout) for m in self.modules())
+        return any(self._is_random(body) for body in self._bodies())
 
     def forward(
         self, features: FeatureTensors, numbers: Tensor | None = None
@@ -129,17 +145,39 @@ class Tower(nn.Module):
             numbers: (n,) int64 that the rows' random draws belong to; 0, 1, ... where None.
         """
         self.draws.begin(numbers)
-        output = self.body(features)
+        parts = [self._embed(body, features) for body in self._bodies()]
+        if len(parts) == 1:
+            embedding, bias = parts[0]
+        else:
+            embedding = torch.cat([part for part, _ in parts], dim=1)
+            biases = [one for _, one in parts if one is not None]
+            bias = torch.stack(biases).sum(dim=0) if biases else None
+        if bias is not None and self.bias_scale != 1.0:
+            bias = bias * self.bias_scale
+        return embedding.contiguous(), None if bias is None else bias.contiguous()
+
+    def _bodies(self) -> list[nn.Module]:
+        return list(self.members) if hasattr(self, "members") else [self.body]
+
+    def _is_random(self, body: nn.Module) -> bool:
+        if not isinstance(body, MLPBody):
+            return True
+        if self.draws.seed is not None:
+            return False
+        return body.encoder.random or any(isinstance(m, RowDropout) for m in body.modules())
+
+    def _embed(self, body: nn.Module, features: FeatureTensors) -> tuple[Tensor, Tensor | None]:
+        output = body(features)
         if output.dim() != 2 or output.shape[1] != self.output_dim:
             raise ConfigError(
                 f"the tower's module returned shape {tuple(output.shape)}, expected "
                 f"(rows, {self.output_dim})"
             )
-        bias = output[:, self.embedding_dim] if self.has_bias else None
-        embedding = output[:, : self.embedding_dim] if self.has_bias else output
+        bias = output[:, self.member_dim] if self.has_bias else None
+        embedding = output[:, : self.member_dim] if self.has_bias else output
         if self.normalize:
             embedding = functional.normalize(embedding, dim=1)
-        return embedding.contiguous(), None if bias is None else bias.contiguous()
+        return embedding, bias
 
 
 def _make_body(

@@ -35,7 +35,7 @@ from offtower.ops.reference import Cotangents, Inputs, RunningSums
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
-    """The library, or why there is none. First asked for when a CUDA tensor comes or doctor asks."""
+    """The library, or why there is none. First asked for by a CUDA tensor or by doctor."""
     if importlib.util.find_spec("offtower.ops._cuda") is None:
         record = Path(__file__).with_name("_cuda_build.txt")
         reason = record.read_text().strip() if record.exists() else ""

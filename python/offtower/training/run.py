@@ -12,8 +12,10 @@ import torch
 
 import offtower
 from offtower.config import Config, config_fingerprint
+from offtower.errors import ConfigError
 from offtower.evaluation.estimators import make_estimator
 from offtower.metrics import MetricsLog
+from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.fit import obtain_reward_model
 from offtower.models.store import save_policy
@@ -21,9 +23,10 @@ from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
 from offtower.tracking import Tracker, make_trackers
+from offtower.training.auto import train_auto
 from offtower.training.checkpoints import CheckpointStore
 from offtower.training.distributed import ALONE, Workers
-from offtower.training.setup import build_setup, resolve_objective
+from offtower.training.setup import build_setup, resolve_objective, uses_auto
 from offtower.training.trainer import EpochHook, Trainer, TrainingResult
 
 
@@ -60,9 +63,28 @@ def train_run(
         run.claim(config, resume=resume)
     workers.barrier()
     data = workers.first_then_all(lambda: open_data(config, progress, run.path))
-    reward_model = workers.first_then_all(lambda: _reward_model(config, data, run, progress))
     configured = make_trackers(config, run.path) if workers.first else []
     metrics = MetricsLog(run.metrics_path if workers.first else None, [*configured, *trackers])
+    each_epoch = None if hook is None or not workers.first else hook(data)
+    if uses_auto(config, data):
+        if workers.size > 1:
+            raise ConfigError(
+                "objective.name=auto chooses between learners on one process; for several workers "
+                "name an objective, such as the one that auto chose on a part of the log"
+            )
+        automatic = train_auto(
+            config,
+            data,
+            progress=progress,
+            metrics=metrics,
+            directory=run.path / "auto",
+            on_epoch_end=each_epoch,
+        )
+        more = {"auto": automatic.report, "workers": 1}
+        _finish(run, config, data, automatic.policy, automatic.result, began, more)
+        metrics.close()
+        return automatic.result
+    reward_model = workers.first_then_all(lambda: _reward_model(config, data, run, progress))
     setup = build_setup(config, data, reward_model, workers, progress)
     store = CheckpointStore(
         run.checkpoints,
@@ -75,37 +97,13 @@ def train_run(
         store=store,
         metrics=metrics,
         progress=progress,
-        on_epoch_end=None if hook is None or not workers.first else hook(data),
+        on_epoch_end=each_epoch,
     )
     result = trainer.fit(resume=resume)
-    facts = {
-        "offtower": offtower.__version__,
-        "config_fingerprint": config_fingerprint(config),
-        "data_fingerprint": data.fingerprint,
-        "selected_step": result.selected_step,
-        "num_items": data.catalogue.num_items,
-    }
     policy = setup.whole_policy()
     if policy is not None:
-        save_policy(run.policy, policy, facts)
-        run.update_manifest(
-            {
-                **facts,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "parameters": sum(p.numel() for p in policy.parameters()),
-                "training_rows": data.facts.rows,
-                "mean_reward": data.facts.mean_reward,
-                "epochs": result.epochs,
-                "steps": result.steps,
-                "stopped_early": result.stopped_early,
-                "validation_lower_bound": result.validation,
-                "checkpoints_skipped": store.skipped,
-                "workers": workers.size,
-                "seconds": round(time.time() - began, 3),
-                **_quarantine_facts(data),
-            }
-        )
+        more = {"checkpoints_skipped": store.skipped, "workers": workers.size}
+        _finish(run, config, data, policy, result, began, more)
     metrics.close()
     workers.barrier()
     return result
@@ -132,6 +130,44 @@ def _reward_model(
         return None
     return obtain_reward_model(
         config.reward_model, data, config.seed, progress, run.reward_model, for_new_rows=judges
+    )
+
+
+def _finish(
+    run: RunDirectory,
+    config: Config,
+    data: PreparedData,
+    policy: TwoTowerPolicy,
+    result: TrainingResult,
+    began: float,
+    more: dict[str, Any],
+) -> None:
+    """Save the policy and say in the manifest what made it."""
+    facts = {
+        "offtower": offtower.__version__,
+        "config_fingerprint": config_fingerprint(config),
+        "data_fingerprint": data.fingerprint,
+        "selected_step": result.selected_step,
+        "num_items": data.catalogue.num_items,
+    }
+    save_policy(run.policy, policy, facts)
+    run.update_manifest(
+        {
+            **facts,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "parameters": sum(p.numel() for p in policy.parameters()),
+            "training_rows": data.facts.rows,
+            "mean_reward": data.facts.mean_reward,
+            "epochs": result.epochs,
+            "steps": result.steps,
+            "stopped_early": result.stopped_early,
+            "validation_lower_bound": result.validation,
+            "chosen": result.chosen,
+            **more,
+            "seconds": round(time.time() - began, 3),
+            **_quarantine_facts(data),
+        }
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import nn
 
@@ -12,12 +13,14 @@ from offtower.metrics import MetricsLog
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.factored import FactoredRewardModel
-from offtower.objectives import Objective, Regression, make_objective
+from offtower.models.store import load_policy
+from offtower.objectives import Objective, Regression, Regularised, make_objective
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.sampling import Proposal
 from offtower.seeds import seed_torch
 from offtower.training.checkpoints import CheckpointStore, OwnedRows
+from offtower.training.checks import check_fit_for
 from offtower.training.distributed import Workers
 from offtower.training.distributed.item_shard import (
     ItemShard,
@@ -117,6 +120,8 @@ def _replicated(
 ) -> TrainingSetup:
     seed_torch(config.seed, "policy")
     policy = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
+    if config.training.warm_start is not None:
+        warm_start(policy, Path(config.training.warm_start))
     proposal = build_proposal(config, objective, data, policy, progress)
     sampled = (
         None
@@ -159,6 +164,11 @@ def _item_sharded(
             "training.strategy=item_sharded needs a reward model whose items can be split: set "
             "reward_model.kind=factored"
         )
+    if config.training.warm_start is not None:
+        raise ConfigError(
+            "training.warm_start reads a policy over the whole catalogue: take "
+            "training.strategy=replicated"
+        )
     shard = make_shard(config.policy, data, workers)
     seed_torch(config.seed, "policy")
     policy = sharded_policy(config.policy, data, shard)
@@ -197,48 +207,51 @@ def _validates(data: PreparedData) -> bool:
     return data.validation is not None and data.validation.schema.pscore is not None
 
 
-def resolve_objective(config: Config, data: PreparedData) -> Objective:
-    """The configured objective; `auto` picks by what the log and the configuration offer.
+def uses_auto(config: Config, data: PreparedData) -> bool:
+    """Whether `objective.name=auto` chooses between learners: where propensities are known."""
+    return config.objective.name == "auto" and data.train.schema.pscore is not None
 
-    auto: clipped_dr where there are propensities and a reward model, weighted_likelihood with
-    propensities alone, regression without them.
-    """
+
+def resolve_objective(config: Config, data: PreparedData) -> Objective:
+    """The configured objective; `auto` without propensities is regression (with them, it is no
+    objective: see `offtower.training.auto`)."""
     name = config.objective.name
     if name == "auto":
-        if data.train.schema.pscore is None:
-            name = "regression"
-        elif config.reward_model.kind == "none":
-            name = "weighted_likelihood"
-        else:
-            name = "clipped_dr"
-    objective = make_objective(name, config.objective.arguments)
+        name = "regression"
+    settings = config.objective
+    objective = make_objective(name, settings.arguments)
     if isinstance(objective, Regression):
         objective = objective.resolve(data.facts.binary_reward)
-    return objective
+    if settings.kl == settings.imitation == settings.entropy == 0.0:
+        return objective
+    if not objective.uses_policy:
+        raise ConfigError(
+            f"objective '{name}' has no policy terms that objective.kl, imitation or entropy "
+            "could be added to"
+        )
+    return Regularised(
+        objective, kl=settings.kl, imitation=settings.imitation, entropy=settings.entropy
+    )
 
 
-def check_fit_for(
-    objective: Objective, data: PreparedData, reward_model: RewardModel | None
-) -> None:
-    """Refuse an objective whose needs the log does not meet, before any time is spent.
+def warm_start(policy: TwoTowerPolicy, folder: Path) -> None:
+    """Fill a policy with the weights of a stored one.
 
     Raises:
-        ConfigError: no propensities, no reward model, or rewards below zero, where the objective
-            cannot do so.
+        RunError: there is none.
+        ConfigError: it has other sizes, or was learned with other encodings.
     """
-    if objective.needs_reward_model and reward_model is None:
+    stored, _ = load_policy(folder)
+    for side in ("context_encoding", "item_encoding"):
+        if getattr(stored, side).to_dict() != getattr(policy, side).to_dict():
+            raise ConfigError(
+                f"training.warm_start: the policy at '{folder}' was learned with another "
+                f"{side.replace('_', ' ')}; begin from a run on the same log and catalogue"
+            )
+    try:
+        policy.load_state_dict(stored.state_dict())
+    except RuntimeError as error:
         raise ConfigError(
-            f"objective '{objective.name}' needs a reward model: set reward_model.kind to dense "
-            "(small catalogues, any scikit-learn regressor) or factored (two towers, any size)"
-        )
-    if objective.needs_pscore and data.train.schema.pscore is None:
-        raise ConfigError(
-            f"objective '{objective.name}' needs the logged propensities: name their column as "
-            "'pscore' in the log's schema, or use objective.name=regression"
-        )
-    reward_range = data.train.schema.reward_range
-    if objective.needs_nonnegative_reward and reward_range[0] < 0:
-        raise ConfigError(
-            f"objective '{objective.name}' is defined for rewards of zero or more, but the log's "
-            f"reward_range begins at {reward_range[0]}; shift the rewards, or use another objective"
-        )
+            f"training.warm_start: the policy at '{folder}' does not fit the configured one "
+            f"({error}); take over its 'policy' settings"
+        ) from None

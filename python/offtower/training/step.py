@@ -104,7 +104,8 @@ class TrainingStep:
         if not self.objective.uses_policy:
             logit = self.policy.action_logit(context, self.items.at(action), numbers)
             return self.objective(LoggedRows(reward, action_logit=logit), over), None
-        terms = self._terms(batch, context, numbers, place, entropy=measure)
+        entropy = measure or self.objective.needs_entropy
+        terms = self._terms(batch, context, numbers, place, entropy=entropy)
         value = self.objective(LoggedRows(reward, terms=terms, pscore=pscore), over)
         return value, measured(terms, pscore, self.workers) if measure else None
 

@@ -29,6 +29,7 @@ from offtower.training.checkpoints import CheckpointStore, Progression
 from offtower.training.distributed import ALONE, Workers
 from offtower.training.distributed.gradients import GradientSum
 from offtower.training.epoch import EpochSums, measures_line
+from offtower.training.schedule import LearningRate, WeightAverage
 from offtower.training.step import StepLoss, StepMeasures, StepPlace
 from offtower.training.validation import ValidationScore, Validator
 
@@ -48,6 +49,8 @@ class TrainingResult:
     """Lower bound of the validation estimate at `selected_step`."""
     stopped_early: bool
     history: list[dict[str, Any]]
+    chosen: str | None = None
+    """Candidate that objective=auto chose; `validation` is then of held-out training rows."""
 
 
 class Trainer:
@@ -110,6 +113,12 @@ class Trainer:
             _table_updates(self._settings, sampled=proposal is not None),
             self._settings.table_learning_rate,
         )
+        self._rate = LearningRate(self._settings, self._optimizer)
+        self._average = (
+            None
+            if self._settings.weight_average is None
+            else WeightAverage(policy, self._settings.weight_average)
+        )
         self._best_in_memory: dict[str, Tensor] | None = None
 
     def fit(self, *, resume: bool = False) -> TrainingResult:
@@ -118,8 +127,14 @@ class Trainer:
         with self._reader() as reader:
             while progression.cursor.epoch < self._settings.epochs and not progression.finished:
                 self._run_epoch(reader, progression)
+                if self._average is not None:
+                    self._average.swap_in()
                 progression.finished = self._close_epoch(progression)
+                if self._average is not None:
+                    self._average.swap_out()
                 self._save(progression)
+        if self._average is not None:
+            self._average.swap_in()
         if self._proposal is not None:
             self._proposal.close()
         if self._store is not None:
@@ -140,6 +155,8 @@ class Trainer:
             if progression is not None:
                 if self._proposal is not None:
                     self._proposal.load_state(self._store.extra)
+                if self._average is not None:
+                    self._average.load_state(self._store.extra)
                 self._metrics.resume_at(progression.step, progression.cursor.epoch)
                 return progression
         self._metrics.restart()
@@ -186,7 +203,11 @@ class Trainer:
             measure = progression.step % settings.log_every_steps == 0
             draw_seed = derive_seed(self.config.seed, "draws", epoch, cursor.window, cursor.batch)
             place = StepPlace(progression.step, draw_seed)
+            over = (epoch + sums.rows / self._data.train.num_rows) / settings.epochs
+            self._rate.at(over)
             loss, value, gradient_norm, measures = self._update(batch, measure, progression, place)
+            if self._average is not None:
+                self._average.after_step(over)
             progression.cursor = cursor
             progression.step += 1
             progression.rows += batch.batch_rows
@@ -308,7 +329,9 @@ class Trainer:
 
     def _save(self, progression: Progression) -> None:
         if self._store is not None:
-            extra = None if self._proposal is None else self._proposal.state()
+            extra = {} if self._proposal is None else dict(self._proposal.state())
+            if self._average is not None:
+                extra.update(self._average.state())
             self._store.save(self.policy, self._optimizer, progression, extra)
 
     @property

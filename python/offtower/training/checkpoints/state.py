@@ -77,6 +77,8 @@ def owned_names(
 ) -> set[str]:
     """Names of all tensors with a row for each of this worker's items."""
     names = {f"policy/{name}" for name in owned.weights}
+    # What is averaged over steps goes with the weights.
+    names.update(f"extra/average/{name}" for name in owned.weights)
     if optimizer is None or not owned.weights:
         return names
     parameters = dict(policy.named_parameters())

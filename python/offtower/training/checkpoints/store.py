@@ -14,8 +14,10 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +217,12 @@ class CheckpointStore:
             future.set_exception(OSError("; ".join(faults)))
         elif self._group is None:
             try:
-                future.set_result(dcp.save(state, storage_writer=writer, no_dist=True))
+                with _alone():
+                    future.set_result(dcp.save(state, storage_writer=writer, no_dist=True))
             except (Exception, CheckpointException) as error:
+                if any(isinstance(one, KeyboardInterrupt) for one in _inner(error)):
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    raise KeyboardInterrupt from None
                 future.set_exception(error)
         else:
             # Copies, since the optimiser moves the originals while the thread writes.
@@ -281,12 +287,11 @@ class CheckpointStore:
         state: dict[str, Any] = self._layout.empty(
             reader.read_metadata().state_dict_metadata, owned
         )
-        dcp.load(
-            state,
-            storage_reader=reader,
-            no_dist=self._group is None,
-            process_group=self._group,
-        )
+        if self._group is None:
+            with _alone():
+                dcp.load(state, storage_reader=reader, no_dist=True)
+        else:
+            dcp.load(state, storage_reader=reader, process_group=self._group)
         return self._layout.from_checkpoint(state)
 
     def _paths(self) -> list[Path]:
@@ -312,14 +317,28 @@ class CheckpointStore:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _cause(error: BaseException) -> str:
-    """The innermost reason: what happened on a worker comes wrapped."""
+@contextmanager
+def _alone() -> Iterator[None]:
+    """torch warns that there is no process group; on one process there should be none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _inner(error: BaseException) -> list[BaseException]:
+    """What happened on each worker, unwrapped."""
     failures = getattr(error, "failures", None)
     if failures:
-        return "; ".join(sorted({_cause(one[0]) for one in failures.values()}))
-    if error.__cause__ is not None:
-        return _cause(error.__cause__)
-    return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        return [inner for one in failures.values() for inner in _inner(one[0])]
+    return [error] if error.__cause__ is None else _inner(error.__cause__)
+
+
+def _cause(error: BaseException) -> str:
+    said = {
+        str(one) if isinstance(one, OSError) else f"{type(one).__name__}: {one}"
+        for one in _inner(error)
+    }
+    return "; ".join(sorted(said))
 
 
 def _sha256(path: Path) -> str:

@@ -67,7 +67,7 @@ def make_shard(config: PolicyConfig, data: PreparedData, workers: Workers) -> It
     """This worker's items; collective.
 
     A tower module of the user's own knows the catalogue's item numbers only: its tables are whole
-    on every worker.
+    on every worker, and so are those of a tower of several members.
 
     Raises:
         ConfigError: fewer items than it takes to give every worker some.
@@ -79,7 +79,7 @@ def make_shard(config: PolicyConfig, data: PreparedData, workers: Workers) -> It
     codes: dict[str, Tensor] = {}
     recoded = dict(arrays)
     for spec in data.item_encoding.specs:
-        if config.item_tower.module is not None:
+        if config.item_tower.module is not None or config.item_tower.members > 1:
             break
         if spec.kind != "category" or spec.encoding == "hash":
             continue
@@ -120,7 +120,7 @@ def sharded_policy(config: PolicyConfig, data: PreparedData, shard: ItemShard) -
 
 def owned_tables(policy: TwoTowerPolicy, shard: ItemShard) -> dict[str, nn.Embedding]:
     """Tables of which this worker has its own items' rows, by feature."""
-    if not isinstance(policy.item_tower.body, MLPBody):
+    if not shard.codes:
         return {}
     encoder = _encoder(policy)
     found: dict[str, nn.Embedding] = {}
@@ -133,7 +133,7 @@ def owned_tables(policy: TwoTowerPolicy, shard: ItemShard) -> dict[str, nn.Embed
 
 def owned_weights(policy: TwoTowerPolicy, shard: ItemShard) -> dict[str, str]:
     """Name of each owned weight in the policy's state, by feature."""
-    if not isinstance(policy.item_tower.body, MLPBody):
+    if not shard.codes:
         return {}
     encoder = _encoder(policy)
     return {

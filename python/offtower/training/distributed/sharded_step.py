@@ -59,7 +59,7 @@ class ShardedStep:
         if not self.objective.uses_policy:
             logit = self._action_logit(batch)
             return self.objective(LoggedRows(reward, action_logit=logit), over), None
-        terms = self._terms(batch, entropy=measure)
+        terms = self._terms(batch, entropy=measure or self.objective.needs_entropy)
         value = self.objective(LoggedRows(reward, terms=terms, pscore=pscore), over)
         return value, measured(terms, pscore) if measure else None
 
