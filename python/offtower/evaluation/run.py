@@ -55,6 +55,15 @@ class LogEvaluation:
     pscore_calibration: PscoreCalibration | None = None
 
     @property
+    def labels(self) -> dict[str, str]:
+        """By policy, what to call it: its objective, or its name where two share one."""
+        told = list(self.objectives.values())
+        return {
+            name: objective if told.count(objective) == 1 else f"{name} ({objective})"
+            for name, objective in self.objectives.items()
+        }
+
+    @property
     def exit_code(self) -> int:
         return self.result.exit_code
 
@@ -138,6 +147,9 @@ def evaluate_runs(
         )
     coverage, calibration = judge.gathered.watch.coverage(), judge.gathered.watch.calibration()
     judge.notes += coverage_notes(coverage, calibration)
+    refusal = judge.refusal()
+    if refusal is not None:
+        judge.notes.append(refusal)
     runs = list(zip(judge.names, judge.runs, strict=True))
     selection = judge.choose(select, progress)
     return LogEvaluation(
