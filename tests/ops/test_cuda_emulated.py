@@ -212,9 +212,9 @@ SMALL = "8 6 84 100352 102400"
 def test_plans_fit_and_fill_the_device(
     facts: str, dtype: int, module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tiles fit the shared memory, large problems keep the device busy, partial sums are bounded."""
+    """Tiles fit, large problems keep the device busy, partial sums are bounded."""
     monkeypatch.setenv("OFFTOWER_EMULATED_DEVICE", facts)
-    _, _, multiprocessors, block_shared, _ = map(int, facts.split())
+    multiprocessors, block_shared = (int(x) for x in facts.split()[2:4])
     for rows in (1, 100, 1024, 70_000):
         for items in (1, 5000, 1_000_000, 1 << 31):
             for dim, kind, reward_dim in ((64, 0, 0), (128, 3, 128), (256, 2, 64), (64, 1, 0)):
@@ -234,5 +234,5 @@ def test_plans_fit_and_fill_the_device(
                     if plan["splits"] > 1 and name != "forward":
                         stay = rows if name == "du" else items
                         assert plan["splits"] * stay * dim * 4 <= 256 << 20
-                    if facts == H200 and dtype == 1 and kind != 1 and dim + reward_dim <= 320:
+                    if facts == H200 and dtype == 1 and kind != 1 and dim + reward_dim <= 256:
                         assert plan["hopper"]
