@@ -3,7 +3,7 @@
 The value of a policy is estimated doubly robustly, with the share of the model's part that the log
 can vouch for:
 
-    V = mean_i [ w_i (r_i - q_i) + kappa m_i ],   kappa = min(1, mean w + SE(mean w))
+    V = mean_i [ w_i (r_i - q_i) + kappa m_i ],   kappa = min(1, mean w + 2 SE(mean w))
 
 Weights have mean 1 where the log shows what the policy plays. A policy that lives on items which
 the log never shows has weights near 0: DR then repeats what the model promises, and kappa takes
@@ -64,7 +64,8 @@ def choose(
     Within a candidate the sharpest policy is taken that no softer one beats by more than `doubt`
     standard errors of the paired difference: if a score ranks items by what the log says of them,
     the value rises with sharpness. Between candidates the first of `order` stands until another
-    beats it by more than `proof` standard errors.
+    beats it by more than `proof` standard errors, or has a lower bound above the first's estimate:
+    the value of a policy off the log is so noisy that no difference to it is significant.
 
     Args:
         judged: held-out rows.
@@ -83,7 +84,8 @@ def choose(
     sharpest = {name: _sharpest(options, judged, doubt) for name, options in scored.items()}
     chosen = sharpest[order[0]]
     for name in order[1:]:
-        if _beats(sharpest[name], chosen, judged, proof):
+        other = sharpest[name]
+        if _beats(other, chosen, judged, proof) or other.low > chosen.value:
             chosen = sharpest[name]
     return Choice(chosen, sharpest, scored)
 
@@ -92,7 +94,7 @@ def _score(judged: Judged, name: str, factor: float, least: float, confidence: f
     weight = judged.weight[name, factor]
     n = len(weight)
     mean_weight = float(weight.mean())
-    vouched = min(1.0, mean_weight + _standard_error(weight, judged))
+    vouched = min(1.0, mean_weight + 2.0 * _standard_error(weight, judged))
     model = vouched * (judged.expected[name, factor] - least)
     contribution = weight * (judged.reward - judged.action_reward) + model + least
     if not judged.loss:
