@@ -7,7 +7,9 @@ import pytest
 from scipy import stats
 
 from offtower.errors import ConfigError, DataError
-from offtower.retrieval.cells import Cells, build_cells
+from offtower.retrieval.cells import Cells
+from offtower.retrieval.cutting import build_cells
+from offtower.retrieval.drawing import independent
 from offtower.retrieval.sampling import PropensitySampler
 
 
@@ -57,7 +59,7 @@ def test_a_hundred_thousand_items_are_drawn_by_the_exact_softmax(scale: float) -
     counts = np.zeros(len(truth))
     worst, share = 0.0, 0.0
     for _ in range(400):
-        weights = sampler._weights(query, rng, "softmax", None, 1)
+        weights = sampler.weights(query, rng)
         share = max(share, weights.rows_scored / len(truth))
         # The law of one draw given what was looked at, enumerated: 2,500 draws from it are drawn
         # by cell and item as `draw` does, in one go.
@@ -68,7 +70,7 @@ def test_a_hundred_thousand_items_are_drawn_by_the_exact_softmax(scale: float) -
         law = weights.weight[cell_of] / weights.weight.sum() * inside / mass[cell_of]
         drawn = cells.item[rng.choice(len(law), 2500, p=law / law.sum())]
         counts += np.bincount(drawn, minlength=len(truth))
-        pick = weights.result([weights.draw(rng) for _ in range(5)])
+        pick = independent(weights, rng, 5)
         worst = max(worst, float(np.abs(pick.pscore / truth[pick.item] - 1.0).max()))
         row = cells.place[pick.item]
         np.testing.assert_allclose(pick.conditional_pscore, law[row], rtol=1e-4)
@@ -88,7 +90,7 @@ def test_a_hundred_thousand_items_are_drawn_by_the_exact_softmax(scale: float) -
 @pytest.mark.parametrize("mode", ["softmax", "cells", "exact"])
 def test_inverse_propensities_are_unbiased_whatever_the_budget(mode: str) -> None:
     """E[sum over items of f(a) 1{A=a}/pscore] = sum f, at a budget so small that pscore is poor."""
-    vectors, queries = world(20_000, 6, 1.5)
+    vectors, queries = world(20_000, 40, 1.5)
     cells = build_cells(vectors, queries[:32], num_cells=1024)
     sampler = PropensitySampler(cells, relative_error=0.9)
     query = queries[50]

@@ -23,8 +23,8 @@ from offtower.models.store import load_policy
 from offtower.prepare import catalogue_schema
 from offtower.progress import Progress
 from offtower.retrieval import cells as cell_files
-from offtower.retrieval.cells import build_cells
 from offtower.retrieval.contexts import measuring_log, some_contexts
+from offtower.retrieval.cutting import build_cells
 from offtower.retrieval.exact import exact_top_k, recall
 from offtower.retrieval.index import IndexOptions, build_index, import_faiss
 from offtower.retrieval.manifest import (

@@ -190,7 +190,7 @@ class Retriever:
         slate: bool = True,
         mode: Mode = "softmax",
         exclude: Filter | None = None,
-        relative_error: float = 0.0025,
+        relative_error: float = 0.002,
         seed: int | None = None,
     ) -> Served:
         """Draw k items for each context, with their propensities.
