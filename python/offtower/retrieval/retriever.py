@@ -191,7 +191,7 @@ class Retriever:
         mode: Mode = "softmax",
         exclude: Filter | None = None,
         relative_error: float = 0.002,
-        seed: int | None = None,
+        seed: int | np.random.Generator | None = None,
     ) -> Served:
         """Draw k items for each context, with their propensities.
 
@@ -202,7 +202,7 @@ class Retriever:
             mode: "softmax", "cells" or "exact"; see `retrieval.sampling`.
             exclude: ids that must not be shown; propensities are renormalised over the others.
             relative_error: standard error that "softmax" aims at, as a share of pscore.
-            seed: repeats draws; None takes fresh randomness.
+            seed: repeats draws; None takes fresh randomness, a generator goes on from where it is.
 
         Raises:
             ConfigError: k, mode or relative_error is out of range.
