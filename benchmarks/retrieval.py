@@ -25,7 +25,7 @@ from offtower.data.simulate import SimulatedWorld
 from offtower.models import load_policy
 from offtower.retrieval import IndexOptions, PropensitySampler
 from offtower.retrieval.cutting import build_cells
-from offtower.retrieval.index import build_index
+from offtower.retrieval.index_building import build_index
 from offtower.retrieval.tower import ContextTower
 from offtower.training.run import train_run
 

@@ -17,14 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from offtower import ops
 from offtower.data import Catalogue
 from offtower.data.encoding import to_tensors
 from offtower.data.log import ParquetLog
 from offtower.data.simulate import SimulatedWorld
 from offtower.errors import DataError, OfftowerError, RunError
 from offtower.models import ItemFeatures, load_policy, save_policy
-from offtower.retrieval import ExportOptions, IndexOptions, Retriever, export_run
+from offtower.retrieval import ExportOptions, Retriever, export_run
 from offtower.retrieval.manifest import read_manifest, write_manifest
 from offtower.retrieval.tower import ContextTower, graph_inputs
 from offtower.retrieval.vectors import load_ids
@@ -277,59 +276,6 @@ def test_a_full_disk_or_a_kill_leaves_the_earlier_export(run: Path, exported: Pa
     path = export_run(run, PLAIN)
     assert Retriever.open(run).version == path.name
     assert not [p for p in export.iterdir() if p.name.startswith(".")]
-
-
-@pytest.mark.parametrize("kind", ["flat", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"])
-def test_every_index_finds_what_it_says(tmp_path: Path, kind: str) -> None:
-    pytest.importorskip("faiss")
-    from offtower.retrieval.index import build_index, open_index
-
-    rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((6000, 9)).astype(np.float32)
-    queries = rng.standard_normal((80, 9)).astype(np.float32)
-    options = IndexOptions(kind=kind, k=10, target_recall=0.9, lists=32)  # type: ignore[arg-type]
-    facts = build_index(vectors, queries, tmp_path, options, "v1")
-    index = open_index(tmp_path, "v1", vectors)
-    score, item = index.search(queries[40:], 10)
-    _, truth = ops.top_k(torch.from_numpy(queries[40:]), torch.from_numpy(vectors), 10)
-    hits = np.mean([np.isin(t, f).mean() for t, f in zip(truth.numpy(), item, strict=True)])
-    assert hits == pytest.approx(facts["recall"]["mean"], abs=1e-6)
-    assert hits >= 0.88
-    own = np.einsum("nkd,nd->nk", vectors[item], queries[40:])
-    np.testing.assert_allclose(score, own, rtol=1e-4)
-    assert (np.diff(score, axis=1) <= 0).all()
-    if kind.startswith("ivf"):
-        sharded = tmp_path / "sharded"
-        again = IndexOptions(kind=kind, k=10, target_recall=0.9, lists=32, shard_rows=2500)  # type: ignore[arg-type]
-        build_index(vectors, queries, sharded, again, "v1")
-        other = open_index(sharded, "v1", vectors)
-        assert np.array_equal(
-            other.search(queries, 10, nprobe=32)[1][:, 0],
-            index.search(queries, 10, nprobe=32)[1][:, 0],
-        )
-    with pytest.raises(RunError, match="export has 100"):
-        open_index(tmp_path, "v1", vectors[:100])
-
-
-def test_faiss_and_torch_share_a_process() -> None:
-    """Two OpenMP runtimes: both compute, and FAISS takes torch's number of threads."""
-    faiss = pytest.importorskip("faiss")
-    from offtower.retrieval.index import import_faiss
-
-    vectors = np.random.default_rng(0).standard_normal((20_000, 16)).astype(np.float32)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            import_faiss()
-            assert faiss.omp_get_max_threads() == threads
-            index = faiss.IndexFlatIP(16)
-            index.add(vectors)
-            _, found = index.search(vectors[:50], 5)
-            _, truth = ops.top_k(torch.from_numpy(vectors[:50]), torch.from_numpy(vectors), 5)
-            assert np.array_equal(found, truth.numpy())
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_ids_are_checked(run: Path, exported: Path) -> None:

@@ -26,7 +26,8 @@ from offtower.retrieval import cells as cell_files
 from offtower.retrieval.contexts import measuring_log, some_contexts
 from offtower.retrieval.cutting import build_cells
 from offtower.retrieval.exact import exact_top_k, recall
-from offtower.retrieval.index import IndexOptions, build_index, import_faiss
+from offtower.retrieval.index import IndexOptions, import_faiss
+from offtower.retrieval.index_building import build_index
 from offtower.retrieval.manifest import (
     describe_files,
     set_current,

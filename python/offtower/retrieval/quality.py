@@ -99,7 +99,8 @@ def retrieval_quality(
         rank = np.where(hit.any(axis=1), hit.argmax(axis=1), retriever.num_items)
         for k in sizes:
             seen[k][shown[:, :k][shown[:, :k] >= 0]] = True
-            found[k] += float(recall(shown[:, :k], exact[:, :k]).sum())
+            if retriever.index is not None:
+                found[k] += float(recall(shown[:, :k], exact[:, :k]).sum())
         first = np.where(rank == 0, weight, 0.0)
         first_sum += float(first.sum())
         first_square += float(first @ first)
