@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import json
 import os
 import shutil
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,16 +19,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import nn
 
+from offtower.config import TowerConfig
 from offtower.data import Catalogue
-from offtower.data.encoding import to_tensors
+from offtower.data.encoding import FeatureEncoding, to_tensors
 from offtower.data.log import ParquetLog
 from offtower.data.simulate import SimulatedWorld
 from offtower.errors import DataError, OfftowerError, RunError
 from offtower.models import ItemFeatures, load_policy, save_policy
+from offtower.models.features import FeatureEncoder
 from offtower.retrieval import ExportOptions, Retriever, export_run
+from offtower.retrieval.graphs import graph_inputs, write_graphs
 from offtower.retrieval.manifest import read_manifest, write_manifest
-from offtower.retrieval.tower import ContextTower, graph_inputs
+from offtower.retrieval.tower import ContextTower
 from offtower.retrieval.vectors import load_ids
 
 PLAIN = ExportOptions(index=None, onnx=False, contexts=50, kept=50)
@@ -94,8 +101,6 @@ def test_other_runtimes_give_the_same_queries(run: Path, tmp_path: Path, learned
     policy, _ = load_policy(run / "policy")
     if learned:
         policy.config.learn_temperature = True
-    from offtower.retrieval.tower import write_graphs
-
     tower = ContextTower.of(policy)
     facts = write_graphs(tower, tmp_path, "v", onnx=True)
     assert facts["reason"] is None
@@ -248,6 +253,24 @@ def test_nan_embeddings_and_duplicate_ids_are_named(
         assert (run / "export" / "CURRENT").read_text() == before
 
 
+@pytest.mark.parametrize("what", ["write_vectors", "write_parquet", "write_manifest"])
+def test_a_failed_write_leaves_the_earlier_export(
+    run: Path, exported: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    export = run / "export"
+    before = (export / "CURRENT").read_text(), sorted(p.name for p in export.iterdir())
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"offtower.retrieval.export.{what}", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_run(run, PLAIN)
+    after = (export / "CURRENT").read_text(), sorted(p.name for p in export.iterdir())
+    assert after == before
+
+
+@pytest.mark.slow
 def test_a_full_disk_or_a_kill_leaves_the_earlier_export(run: Path, exported: Path) -> None:
     export = run / "export"
     current = (export / "CURRENT").read_text()
@@ -291,3 +314,63 @@ def test_ids_are_checked(run: Path, exported: Path) -> None:
     with pytest.raises(DataError, match="filters leave 0"):
         retriever.sample(contexts(run, 1), 1, exclude=everything)
     assert os.path.exists(exported / "manifest.json")
+
+
+class Gated(nn.Module):
+    """A user's own tower: numbers through a gate, bags and categories by tables of its own."""
+
+    def __init__(self, encoding: FeatureEncoding, output_dim: int, bags: bool = True) -> None:
+        super().__init__()
+        self.encoding, self.bags = encoding, bags
+        self.encoder = FeatureEncoder(encoding, 4)
+        self.plain = [s for s in encoding.specs if s.kind in ("numeric", "vector")]
+        width = self.encoder.width if bags else sum(s.dim or 1 for s in self.plain)
+        self.out, self.gate = nn.Linear(width, output_dim), nn.Linear(width, output_dim)
+
+    def forward(self, features: Any) -> torch.Tensor:
+        if self.bags:
+            x = self.encoder(features)
+        else:
+            parts = [features[s.name] for s in self.plain]
+            x = torch.cat([p if p.dim() == 2 else p.unsqueeze(1) for p in parts], 1)
+        return self.out(x) * torch.sigmoid(self.gate(x))
+
+
+class Untraceable(Gated):
+    """Looks at its numbers while it computes, which no tracer can follow."""
+
+    def forward(self, features: Any) -> torch.Tensor:
+        out = super().forward(features)
+        return out if float(out.sum()) > 1e9 else 2.0 * out
+
+
+def own_tower(run: Path, kind: str, **arguments: Any) -> ContextTower:
+    policy, _ = load_policy(run / "policy")
+    config = copy.deepcopy(policy.config)
+    config.context_tower = TowerConfig(module=f"{__name__}:{kind}", arguments=arguments)
+    return ContextTower(config, policy.context_encoding, 0.5).eval()
+
+
+@pytest.mark.parametrize("bags", [False, True])
+def test_a_users_own_module_is_traced(run: Path, tmp_path: Path, bags: bool) -> None:
+    tower = own_tower(run, "Gated", bags=bags)
+    facts = write_graphs(tower, tmp_path, "v", onnx=not bags)
+    assert facts["program"] == "context_tower.pt2", facts
+    program = torch.export.load(tmp_path / "context_tower.pt2").module()
+    for rows in (1, 9):
+        inputs = graph_inputs(tower.encoding, contexts(run, rows))
+        given = [torch.from_numpy(value) for value in inputs.values()]
+        truth = tower.embed(contexts(run, rows))
+        np.testing.assert_allclose(program(*given).detach().numpy(), truth, rtol=1e-4, atol=1e-5)
+    if not bags:
+        assert facts["onnx"] == "context_tower.onnx" and facts["reason"] is None
+
+
+def test_a_module_that_torch_cannot_export_is_named_with_the_reason(
+    run: Path, tmp_path: Path
+) -> None:
+    facts = write_graphs(own_tower(run, "Untraceable"), tmp_path, "v", onnx=False)
+    assert facts["program"] is None and facts["onnx"] is None
+    assert f"torch cannot export '{__name__}:Untraceable'" in facts["reason"]
+    assert "the Retriever serves it" in facts["reason"].replace("The R", "the R")
+    assert [p.name for p in tmp_path.iterdir()] == []

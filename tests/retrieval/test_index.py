@@ -76,8 +76,8 @@ def test_a_graph_finds_the_largest_inner_products_of_vectors_of_unlike_length(
     from offtower.retrieval.index_building import build_index
 
     rng = np.random.default_rng(3)
-    length = np.exp(0.35 * rng.standard_normal((8000, 1)))
-    vectors = np.c_[length * rng.standard_normal((8000, 12)), rng.standard_normal(8000)]
+    length = np.exp(0.35 * rng.standard_normal((4000, 1)))
+    vectors = np.c_[length * rng.standard_normal((4000, 12)), rng.standard_normal(4000)]
     queries = np.c_[rng.standard_normal((120, 12)), np.ones(120)].astype(np.float32)
     items = vectors.astype(np.float32)
     for dtype in ("float32", "int8"):

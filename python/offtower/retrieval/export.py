@@ -26,6 +26,7 @@ from offtower.retrieval import cells as cell_files
 from offtower.retrieval.contexts import measuring_log, some_contexts
 from offtower.retrieval.cutting import build_cells
 from offtower.retrieval.exact import exact_top_k, recall
+from offtower.retrieval.graphs import write_graphs
 from offtower.retrieval.index import IndexOptions, import_faiss
 from offtower.retrieval.index_building import build_index
 from offtower.retrieval.manifest import (
@@ -34,7 +35,7 @@ from offtower.retrieval.manifest import (
     sha256_file,
     write_manifest,
 )
-from offtower.retrieval.tower import ContextTower, write_graphs
+from offtower.retrieval.tower import ContextTower
 from offtower.retrieval.vectors import (
     CatalogueStream,
     Dtype,
