@@ -28,10 +28,10 @@ class Cells:
 
     vectors: FloatArray
     """(N, D)."""
-    item: IntArray
-    """(N,) item number of each row."""
-    place: IntArray
-    """(N,) row of each item."""
+    item: NDArray[Any]
+    """(N,) item number of each row, int32 where that suffices."""
+    place: NDArray[Any]
+    """(N,) row of each item, of the same type."""
     start: IntArray
     """(C + 1,) first row of each cell; no cell is empty."""
     mean: FloatArray

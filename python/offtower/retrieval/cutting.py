@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from offtower.retrieval.cells import Cells, FloatArray, IntArray
 
-_SPLIT_ROWS = 2_000_000
-"""Items that splits are chosen from; a larger catalogue is sampled."""
+_SPLIT_ROWS_PER_CELL = 100
+"""Items a cell that splits are chosen from; a catalogue that has more is sampled."""
 _DIRECTION_ROWS = 4_000
 """Items that a split's direction is taken from."""
 _CHUNK = 262_144
@@ -58,29 +58,37 @@ def build_cells(
     second = (queries.astype(np.float64).T @ queries.astype(np.float64)) / max(1, len(queries))
     root = _symmetric_root(second)
     second = root @ root
-    rows = slice(None)
-    if n > _SPLIT_ROWS:
-        rows = np.sort(rng.choice(n, _SPLIT_ROWS, replace=False))  # type: ignore[assignment]
-    direction, threshold = _split_tree((vectors[rows] @ root).astype(np.float32), depth, rng)
+    rows = np.arange(n)
+    if n > _SPLIT_ROWS_PER_CELL << depth:
+        rows = np.sort(rng.choice(n, _SPLIT_ROWS_PER_CELL << depth, replace=False))
+    points = np.empty((len(rows), vectors.shape[1]), dtype=np.float32)
+    for first in range(0, len(rows), _CHUNK):
+        points[first : first + _CHUNK] = vectors[rows[first : first + _CHUNK]] @ root
+    direction, threshold = _split_tree(points, depth, rng)
+    del points, rows
     # Directions are of M^(1/2) v; with the root folded in they take v itself.
     direction = (direction @ root).astype(np.float32)
-    cell = np.empty(n, dtype=np.int64)
+    cell = np.empty(n, dtype=np.int32)
     for first in range(0, n, _CHUNK):
         cell[first : first + _CHUNK] = _route(
             np.asarray(vectors[first : first + _CHUNK]), direction, threshold, depth
         )
     always = _set_outliers_apart(vectors, cell, root, 2**depth)
     # A random key inside each cell: any run of rows is a random sample of its cell.
-    order = np.lexsort((rng.permutation(n), cell))
-    start = np.unique(cell[order], return_index=True)[1]
-    start = np.append(start, n).astype(np.int64)
-    place = np.empty(n, dtype=np.int64)
-    place[order] = np.arange(n)
+    number: Any = np.int32 if n < 2**31 else np.int64
+    order = np.arange(n, dtype=number)
+    rng.shuffle(order)
+    order = order[np.argsort(cell[order], kind="stable")]
+    size = np.bincount(cell)
+    start = np.append(0, np.cumsum(size[size > 0]))
+    del cell
+    place = np.empty(n, dtype=number)
+    place[order] = np.arange(n, dtype=number)
     arranged = _arranged(vectors, order, directory)
     mean, spread, covariance = _moments(arranged, start, root, always)
     return Cells(
         arranged,
-        order.astype(np.int64),
+        order,
         place,
         start,
         mean,

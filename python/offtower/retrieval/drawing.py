@@ -218,7 +218,7 @@ def _draws(
 ) -> Draws:
     # A probability is at most 1; an estimate of one may be a rounding or an error above.
     return Draws(
-        np.asarray(weights.cells.item[row]),
+        weights.cells.item[row].astype(np.int64),
         np.exp(np.minimum(log_pscore, 0.0)),
         error,
         np.exp(np.minimum(log_conditional, 0.0)),

@@ -97,7 +97,7 @@ def write_vectors(
 ) -> Streamed:
     """Embed every item and write vectors.npy (N, D) float32 and ids.arrow.
 
-    Memory is O(chunk) and 16 bytes an item, by which duplicate ids are found.
+    Memory is O(chunk) and 8 bytes an item, by which duplicate ids are found.
 
     Raises:
         DataError: an id is null or stands twice, a feature is bad, an embedding is not finite.
@@ -119,7 +119,7 @@ def write_vectors(
             ids = as_array(part.item_ids)
             text = is_text(ids.type)
             vectors[first:last] = embed_part(policy, part)
-            keys[first:last] = _keys(ids)
+            keys[first:last] = id_keys(ids)
             if writer is None:
                 kind = pa.large_string() if text else pa.int64()
                 writer = pa.ipc.new_file(sink, pa.schema([("item_id", kind)]))
@@ -137,8 +137,8 @@ def write_vectors(
         sink.close()
         progress.finish()
     vectors.flush()
-    _check_unique(keys, directory)
     digest = _sha(keys)
+    _check_unique(keys, directory)
     return Streamed(n, text, catalogue.fingerprint, digest)
 
 
@@ -322,7 +322,10 @@ def load_vectors(path: Path, count: int, dim: int, dtype: str) -> NDArray[Any]:
     return vectors
 
 
-def _keys(ids: pa.Array) -> NDArray[np.uint64]:
+def id_keys(ids: pa.Array | pa.ChunkedArray) -> NDArray[np.uint64]:
+    """64-bit keys of ids: numbers as they are, hashes of text."""
+    if isinstance(ids, pa.ChunkedArray):
+        ids = pa.concat_arrays(ids.chunks)
     if is_text(ids.type):
         return hash_values(ids)
     values: NDArray[Any] = category_values(ids).to_numpy(zero_copy_only=False)
@@ -330,17 +333,18 @@ def _keys(ids: pa.Array) -> NDArray[np.uint64]:
 
 
 def _check_unique(keys: NDArray[np.uint64], directory: Path) -> None:
-    ordered = np.sort(keys)
-    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
-    if not twice.size:
+    """Refuse an id that stands twice. Sorts `keys` in place."""
+    keys.sort()
+    found = np.flatnonzero(keys[1:] == keys[:-1])
+    if not found.size:
         return
-    rows = np.flatnonzero(keys == ordered[twice[0]])
     ids = load_ids(directory / "ids.arrow", len(keys))
+    rows = np.flatnonzero(id_keys(ids.combine_chunks()) == keys[found[0]])
     first, second = int(rows[0]), int(rows[1])
     raise DataError(
         f"item id {ids[first].as_py()!r} stands twice in the catalogue, as items {first} and "
         f"{second}"
-        + (f"; {twice.size} ids in all do" if twice.size > 1 else "")
+        + (f"; {found.size} ids in all do" if found.size > 1 else "")
         + ". Each item needs an id of its own"
     )
 
