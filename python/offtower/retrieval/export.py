@@ -35,16 +35,14 @@ from offtower.retrieval.manifest import (
     sha256_file,
     write_manifest,
 )
+from offtower.retrieval.parquet_parts import Layout, metadata_texts, write_parquet
 from offtower.retrieval.tower import ContextTower
 from offtower.retrieval.vectors import (
     CatalogueStream,
     Dtype,
-    Layout,
     load_ids,
-    metadata_texts,
     quantise,
     query_dim,
-    write_parquet,
     write_vectors,
 )
 from offtower.run_directory import RunDirectory

@@ -7,7 +7,6 @@ and changing the temperature changes no item vector.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +29,10 @@ from offtower.models.policy import TwoTowerPolicy
 from offtower.progress import Progress
 
 Dtype = Literal["float32", "float16", "int8"]
-Layout = Literal["offtower", "vector_db"]
 
 CHUNK = 65_536
-ROWS_PER_PART = 4_194_304
+_TOWER_ROWS = 8_192
+"""Items that go through the tower at once; larger buffers come from and go to the system anew."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,29 @@ class CatalogueStream:
                     missing = [name for name in columns if name not in opened.schema_arrow.names]
                     if missing:
                         raise DataError(f"'{file}' has no column '{missing[0]}'")
-                    for batch in opened.iter_batches(batch_size=rows, columns=columns):
-                        table = pa.Table.from_batches([batch])
-                        if table.num_rows:
-                            yield Catalogue(table, self.schema, fingerprint="a part")
+                    for groups in _row_groups(opened.metadata, rows):
+                        for batch in opened.iter_batches(rows, groups, columns):
+                            if batch.num_rows:
+                                table = pa.Table.from_batches([batch])
+                                yield Catalogue(table, self.schema, fingerprint="a part")
             except (pa.ArrowInvalid, OSError) as error:
                 raise DataError(f"'{file}' is not a readable Parquet file: {error}") from error
+
+
+def _row_groups(metadata: Any, rows: int) -> Iterator[list[int]]:
+    """Row groups to read together, of about `rows` rows: a reader of the whole file holds on to
+    what it has read."""
+    together: list[int] = []
+    count = 0
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).num_rows
+        if together and count + size > rows:
+            yield together
+            together, count = [], 0
+        together.append(group)
+        count += size
+    if together:
+        yield together
 
 
 @torch.no_grad()
@@ -148,12 +164,14 @@ def embed_part(policy: TwoTowerPolicy, part: Catalogue) -> NDArray[np.float32]:
     Raises:
         DataError: a vector is not finite; the item is named.
     """
-    features = to_tensors(policy.item_encoding.encode(part.table(0, part.num_items)))
-    embedding, bias = policy.item_tower(features)
     out = np.empty((part.num_items, query_dim(policy)), dtype=np.float32)
-    out[:, : embedding.shape[1]] = embedding.numpy()
-    if bias is not None:
-        out[:, -1] = bias.numpy()
+    for first in range(0, part.num_items, _TOWER_ROWS):
+        last = min(first + _TOWER_ROWS, part.num_items)
+        features = to_tensors(policy.item_encoding.encode(part.table(first, last)))
+        embedding, bias = policy.item_tower(features)
+        out[first:last, : embedding.shape[1]] = embedding.numpy()
+        if bias is not None:
+            out[first:last, -1] = bias.numpy()
     bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
     if bad.size:
         raise DataError(
@@ -206,85 +224,6 @@ def quantise(
         target[first : first + chunk] = part.astype(np.dtype(dtype))
     target.flush()
     return scale
-
-
-def write_parquet(
-    vectors: NDArray[Any],
-    ids: pa.ChunkedArray,
-    directory: Path,
-    *,
-    layout: Layout = "offtower",
-    fixed_size: bool = True,
-    metadata: Iterator[list[str]] | None = None,
-    rows_per_part: int = ROWS_PER_PART,
-    chunk: int = CHUNK,
-) -> list[str]:
-    """Parquet parts with one row an item, as databases and vector stores read them.
-
-    Args:
-        layout: "offtower" has the columns item_id and embedding; "vector_db" has id (text), values
-            and metadata (JSON text).
-        fixed_size: lists of fixed size; plain lists otherwise.
-        metadata: JSON texts of the items, chunk by chunk, for "vector_db".
-
-    Returns:
-        names of the parts.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    names: list[str] = []
-    dim = vectors.shape[1]
-    for start in range(0, len(vectors), rows_per_part):
-        name = f"part-{len(names):05d}.parquet"
-        names.append(name)
-        writer: pq.ParquetWriter | None = None
-        try:
-            for first in range(start, min(start + rows_per_part, len(vectors)), chunk):
-                last = min(first + chunk, start + rows_per_part, len(vectors))
-                part = np.ascontiguousarray(vectors[first:last])
-                flat = pa.array(part.reshape(-1))
-                column: pa.Array = pa.FixedSizeListArray.from_arrays(flat, dim)
-                if not fixed_size:
-                    column = column.cast(pa.list_(flat.type))
-                key = ids.slice(first, last - first).combine_chunks()
-                if layout == "offtower":
-                    table = pa.table({"item_id": key, "embedding": column})
-                else:
-                    texts = next(metadata) if metadata is not None else ["{}"] * (last - first)
-                    table = pa.table(
-                        {
-                            "id": pc.cast(key, pa.string()),
-                            "values": column,
-                            "metadata": pa.array(texts, pa.string()),
-                        }
-                    )
-                if writer is None:
-                    writer = pq.ParquetWriter(
-                        directory / name, table.schema, compression="zstd", use_dictionary=False
-                    )
-                writer.write_table(table)
-        finally:
-            if writer is not None:
-                writer.close()
-    return names
-
-
-def metadata_texts(catalogue: CatalogueStream, chunk: int = CHUNK) -> Iterator[list[str]]:
-    """JSON text of every item's plain features (vectors are left out), in chunks of exactly
-    `chunk` items (the last may be shorter)."""
-    specs = [spec for spec in catalogue.schema.features if spec.kind != "vector"]
-    waiting: list[str] = []
-    for part in catalogue.chunks(chunk):
-        table = part.table(0, part.num_items)
-        columns = {spec.name: table.column(spec.source).to_pylist() for spec in specs}
-        waiting += [
-            json.dumps({name: values[row] for name, values in columns.items()}, default=str)
-            for row in range(part.num_items)
-        ]
-        while len(waiting) >= chunk:
-            yield waiting[:chunk]
-            waiting = waiting[chunk:]
-    if waiting:
-        yield waiting
 
 
 def load_ids(path: Path, count: int) -> pa.ChunkedArray:
