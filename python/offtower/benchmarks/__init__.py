@@ -10,13 +10,13 @@ from offtower.errors import ConfigError
 from offtower.imports import load_by_path
 
 SUITES: Mapping[str, str] = {
+    "ops": "offtower.benchmarks.operators:run",
     "train": "offtower.benchmarks.train:run",
     "memory": "offtower.benchmarks.memory:run",
 }
 """Suite -> import path of a `Suite`. Another one is one more line here."""
 
 ELSEWHERE: Mapping[str, str] = {
-    "ops": "the operators alone are measured by benchmarks/policy_terms.py of the source tree",
     "quality": "learning quality is measured by benchmarks/plain_objectives.py of the source tree",
 }
 """Suites that are named in the documentation and not part of the package (yet)."""
