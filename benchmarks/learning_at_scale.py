@@ -239,25 +239,31 @@ def draw_figure(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
-    for name, found in results["methods"].items():
-        curve = found["curve"]
-        axes.plot(
-            [p["seconds"] for p in curve],
-            [p["value"] for p in curve],
-            marker="o",
-            markersize=3,
-            label=name,
-            linewidth=2.5 if name == "exact" else 1.5,
-        )
-    axes.axhline(results["landmarks"]["logging"], color="grey", linestyle=":", label="logging")
-    axes.set_xscale("log")
-    axes.set_xlabel("seconds of training")
-    axes.set_ylabel("true value of the softmax policy")
-    axes.set_title(f"{results['items']:,} items, {results['rows']:,} logged rows", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=130)
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharex=True)
+    for axes, key, what in zip(
+        panels,
+        ("value", "greedy"),
+        ("the softmax policy", "its most likely item"),
+        strict=True,
+    ):
+        for name, found in results["methods"].items():
+            axes.plot(
+                [p["seconds"] for p in found["curve"]],
+                [p[key] for p in found["curve"]],
+                marker="o",
+                markersize=3,
+                label=name,
+                color="black" if name == "exact" else None,
+                linewidth=2.5 if name == "exact" else 1.5,
+            )
+        axes.axhline(results["landmarks"]["logging"], color="grey", linestyle=":", label="logging")
+        axes.set_xscale("log")
+        axes.set_xlabel("seconds of training")
+        axes.set_title(f"true value of {what}", loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(f"{results['items']:,} items, {results['rows']:,} logged rows", fontsize=11)
+    figure.savefig(path, dpi=120)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -39,7 +39,7 @@ class Operands:
         self.reward = ops.FactoredReward(normal(batch), normal(items), link="sigmoid")
 
 
-def fused(x: Operands, backend: str) -> Mapping[str, Call]:
+def fused(x: Operands, backend: Any) -> Mapping[str, Call]:
     """The three uses of the operator, by one backend."""
 
     def forward() -> None:

@@ -159,7 +159,7 @@ def _route(
 
 
 def _set_outliers_apart(
-    vectors: FloatArray, cell: IntArray, root: NDArray[np.float64], cells: int
+    vectors: FloatArray, cell: NDArray[np.int32], root: NDArray[np.float64], cells: int
 ) -> int:
     """Give the items farthest from their cells' means cells of their own, numbered from `cells`.
 

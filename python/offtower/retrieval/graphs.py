@@ -57,12 +57,12 @@ class _Graph(nn.Module):
         if isinstance(body, MLPBody):
             return self._built_in(body, features)
         for spec in self.tower.encoding.specs:
-            value = features[spec.name]
-            if spec.kind == "bag" and isinstance(value, Tensor):
-                present = value >= 0
+            padded = features[spec.name]
+            if spec.kind == "bag" and isinstance(padded, Tensor):
+                present = padded >= 0
                 ends = torch.cumsum(present.sum(1), 0)
                 features[spec.name] = BagTensor(
-                    value[present], torch.cat([torch.zeros_like(ends[:1]), ends])
+                    padded[present], torch.cat([torch.zeros_like(ends[:1]), ends])
                 )
         query: Tensor = self.tower(features)
         return query

@@ -57,6 +57,7 @@ class ContextTower(nn.Module):
 
     def as_query(self, embedding: Tensor) -> Tensor:
         """(n, d) context embeddings -> (n, D) queries."""
+        assert isinstance(self.scale, Tensor)
         query = embedding * self.scale
         if not self.config.item_bias:
             return query
