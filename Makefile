@@ -10,10 +10,12 @@ TORCH_INDEX ?=
 TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test test-slow test-gpu test-ray lint format clean
+.PHONY: quickstart installed-test test test-slow test-gpu test-gpu-sanitized test-ray lint format clean
 
 quickstart: $(VENV)/.installed-obp
 	$(BIN)/offtower quickstart
+
+installed-test: $(VENV)/.installed-test
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
@@ -21,8 +23,17 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
 
-test-gpu: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m gpu
+# On a machine with an NVIDIA GPU and nvcc. PYTEST="python3 -m pytest" runs in an environment of yours.
+PYTEST ?= $(BIN)/python -m pytest
+test-gpu: $(if $(filter $(BIN)/python,$(firstword $(PYTEST))),$(VENV)/.installed-test)
+	$(PYTEST) -m gpu tests/ops
+
+# The same kernels under each tool of compute-sanitizer, on shapes that it gets through in minutes.
+test-gpu-sanitized: $(if $(filter $(BIN)/python,$(firstword $(PYTEST))),$(VENV)/.installed-test)
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    --target-processes all $(PYTEST) -m gpu tests/ops/test_cuda.py -k sanitized || exit 1; \
+	done
 
 test-ray: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m ray
@@ -37,7 +48,7 @@ format: $(VENV)/.installed-lint
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist *.egg-info python/*.egg-info python/offtower/ops/*.so
+	rm -rf build dist *.egg-info python/*.egg-info python/offtower/ops/*.so python/offtower/ops/_cuda_build.txt
 
 # torch comes first and alone, so that a package which asks for "torch" finds it installed.
 $(VENV)/.torch: constraints.txt
@@ -45,6 +56,6 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) $(TORCH_FLAGS) torch
 	touch $@
 
-$(VENV)/.installed-%: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+$(VENV)/.installed-%: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 	$(PIP) --editable ".[$*]"
 	touch $@

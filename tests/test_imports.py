@@ -22,17 +22,19 @@ FORBIDDEN = {
         "evaluation",
         "retrieval",
         "training",
+        "jobs",
         "cli",
         "learner",
         "config",
     },
-    "data": {"models", "objectives", "evaluation", "training", "cli", "learner", "config"},
-    "sampling": {"objectives", "evaluation", "training", "cli", "learner", "config"},
-    "objectives": {"data", "models", "evaluation", "training", "cli", "learner"},
-    "models": {"sampling", "evaluation", "training", "cli", "learner"},
-    "evaluation": {"training", "cli", "learner"},
-    "training": {"cli", "learner"},
-    "retrieval": {"training", "cli", "learner"},
+    "data": {"models", "objectives", "evaluation", "training", "jobs", "cli", "learner", "config"},
+    "sampling": {"objectives", "evaluation", "training", "jobs", "cli", "learner", "config"},
+    "objectives": {"data", "models", "evaluation", "training", "jobs", "cli", "learner"},
+    "models": {"sampling", "evaluation", "training", "jobs", "cli", "learner"},
+    "evaluation": {"training", "jobs", "cli", "learner"},
+    "training": {"jobs", "cli", "learner"},
+    "retrieval": {"training", "jobs", "cli", "learner"},
+    "jobs": {"cli", "learner"},
 }
 HOME_OF = {"obp": {"data"}, "ray": {"jobs"}, "faiss": {"retrieval"}}
 
@@ -72,9 +74,9 @@ def test_optional_packages_are_imported_in_one_part_only(package: str) -> None:
 
 
 def test_importing_offtower_is_light() -> None:
-    """No optional package, and no plotting, comes in with `import offtower`."""
+    """No optional package, and no plotting, comes in with `import offtower`, nor with the jobs."""
     code = (
-        "import sys, offtower; "
+        "import sys, offtower, offtower.jobs.connect; "
         "print([m for m in ('obp', 'ray', 'faiss', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,6 +12,7 @@
 #include "../cpu/instruction_sets.h"
 
 namespace py = pybind11;
+using namespace offtower;
 using namespace offtower::cpu;
 
 namespace {

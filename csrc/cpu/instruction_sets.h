@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "operands.h"
+#include "../operands.h"
 #include "workers.h"
 
 namespace offtower::cpu {

@@ -19,6 +19,6 @@
 #include "candidates.h"
 #include "instruction_sets.h"
 #include "merge_tree.h"
-#include "operands.h"
+#include "../operands.h"
 #include "shown_items.h"
 #include "workers.h"

@@ -30,7 +30,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     temporary = _beside(path)
     try:
         yield temporary
-        _sync(temporary)
+        _flush(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -68,11 +68,11 @@ def sync_tree(directory: Path) -> None:
     """Flush every file below a folder to disk."""
     for path in sorted(directory.rglob("*")):
         if path.is_file():
-            _sync(path)
+            _flush(path)
     sync_directory(directory)
 
 
-def _sync(path: Path) -> None:
+def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -57,9 +57,17 @@ class TowerConfig:
     """Scale embeddings to unit length; then the temperature sets the sharpness of the policy."""
     category_embedding_dim: int = Field(default=16, ge=1)
     """Width of a category's or bag's embedding where the feature does not state its own."""
+    bag: Literal["mean", "root"] = "mean"
+    """How the embeddings of a bag's values are joined: their mean, or their sum over the root of
+    their number, which keeps its size whatever the number; better for long bags, such as texts."""
     unknown_rate: float = Field(default=0.02, ge=0.0, lt=1.0)
     """Share of category values replaced by "unknown" in training, so that the row which new items
     and new users share is itself trained."""
+    members: int = Field(default=1, ge=1)
+    """Networks side by side, each with its share of the embedding: <u, v> is then the sum of their
+    inner products, which is an ensemble's. objective=auto makes such policies."""
+    bias_scale: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    """Factor of the item bias, which the temperature does not touch."""
     module: str | None = None
     """Import path "package.module:Class" of a user's own torch module in place of the MLP."""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -108,6 +116,50 @@ class ObjectiveConfig:
     name: str = "auto"
     """A registered name (`offtower doctor` lists them) or an import path "package.module:Class"."""
     arguments: dict[str, Any] = field(default_factory=dict)
+    kl: float = Field(default=0.0, ge=0.0)
+    """Price of KL(pi || pi_0), estimated from logged propensities: stay near the log."""
+    imitation: float = Field(default=0.0, ge=0.0)
+    """Weight of the likelihood of all logged items, whatever they earned: the other KL."""
+    entropy: float = Field(default=0.0, ge=0.0)
+    """Weight of the policy's entropy: stay away from determinism."""
+
+
+@dataclass(config=_STRICT)
+class AutoConfig:
+    """objective.name=auto: several learners, cross-fitted; held-out rows choose between them.
+
+    It has its own schedule, learning rates and temperature; of `training` it takes terms and
+    item_chunk, of `policy` the sizes. The policy is an ensemble: its embedding has
+    policy.embedding_dim numbers for each member.
+    """
+
+    candidates: tuple[str, ...] = (
+        "regression_linear",
+        "regression",
+        "likelihood_linear",
+        "likelihood",
+    )
+    """In the order of belief; docs/objectives.md says what they are."""
+    folds: int = Field(default=3, ge=2, le=64)
+    """Parts of the log; a member learns from all but one, which judges it."""
+    members: int | None = Field(default=None, ge=1)
+    """Members that judge, and members of the ensemble; null is one a fold. Fewer save time and
+    width on large logs."""
+    refit: bool = True
+    """Learn the chosen candidate's members again from all rows; else those that were judged, each
+    of which misses a fold, are the ensemble."""
+    epochs: int | None = Field(default=None, ge=1)
+    """Passes over the log; null takes 400 to 1500 steps."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """null is a power of two between 64 and 1024, by the rows of the log."""
+    judge_rows: int = Field(default=100_000, ge=100)
+    """Held-out rows that the choice is made on, at most."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AutoConfig:
+        if self.members is not None and self.members > self.folds:
+            raise ValueError(f"auto.members is {self.members}, of {self.folds} auto.folds")
+        return self
 
 
 @dataclass(config=_STRICT)
@@ -118,6 +170,10 @@ class TrainingConfig:
     batch_size: int = Field(default=1024, ge=1)
     terms: Literal["exact", "sampled"] = "exact"
     """exact: a step reads the whole catalogue; sampled: it reads the draws of `sampling`."""
+    strategy: Literal["replicated", "item_sharded"] = "replicated"
+    """On several workers (`offtower train --workers`). replicated: each has the whole catalogue and
+    its rows of every batch; item_sharded: each has its items, their id embeddings and optimiser
+    state, and what is sent does not grow with the catalogue."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: float = Field(default=1e-3, gt=0.0)
     weight_decay: float = Field(default=1e-2, ge=0.0)
@@ -130,6 +186,16 @@ class TrainingConfig:
     """Of tables that are not updated densely; null is `learning_rate`."""
     gradient_clip: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the whole gradient; null leaves it alone."""
+    warm_up: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of training in which the learning rate rises from 0 to its value."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """How the learning rate falls to 0 from the end of the warm-up to the end of training."""
+    weight_average: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Share of training, at its end, over which weights are averaged step by step (Izmailov et al.
+    2018); validations and the saved policy take the average. null takes the last weights."""
+    warm_start: str | None = None
+    """Folder of a policy (runs/<name>/policy) of the same architecture that training starts from,
+    such as that of a regression or of weighted likelihood before dr."""
     shuffle: bool = True
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many validations without a better lower bound."""
@@ -254,6 +320,17 @@ class SamplingConfig:
 
 
 @dataclass(config=_STRICT)
+class TrackingConfig:
+    """Where the metrics of training go, beside metrics.jsonl of the run."""
+
+    tensorboard: bool = False
+    """Event files in the run's folder `tensorboard`."""
+    mlflow: str | None = None
+    """URI of an MLflow tracking server, or file:FOLDER."""
+    mlflow_experiment: str = "offtower"
+
+
+@dataclass(config=_STRICT)
 class EvaluationConfig:
     """How `offtower evaluate` judges."""
 
@@ -306,9 +383,11 @@ class Config:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    auto: AutoConfig = field(default_factory=AutoConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
     def run_directory(self) -> Path:
@@ -391,8 +470,9 @@ def config_fingerprint(config: Config) -> str:
     content.pop("runs")
     for machine_only in ("threads", "checkpoint_every_seconds", "checkpoints_kept"):
         content["training"].pop(machine_only)
-    # How a policy is judged does not change the policy.
+    # How a policy is judged and who is told does not change the policy.
     content.pop("evaluation")
+    content.pop("tracking")
     content["data"].pop("test")
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -23,6 +23,10 @@ class RunError(OfftowerError):
     """A run directory that is missing, incomplete or belongs to another configuration."""
 
 
+class ClusterError(RunError):
+    """A Ray cluster that cannot be reached, or has no room for a job."""
+
+
 class MissingExtraError(OfftowerError, ImportError):
     """An optional dependency is not installed."""
 
@@ -31,3 +35,7 @@ class MissingExtraError(OfftowerError, ImportError):
             f"{purpose} needs the package '{package}', which is not installed. "
             f'Install it with: pip install "offtower[{extra}]"'
         )
+        self._given = (package, extra, purpose)
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
+        return MissingExtraError, self._given

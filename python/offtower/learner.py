@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,21 @@ from offtower.config import parse_config
 from offtower.data.catalogue import Catalogue
 from offtower.data.convert import ITEM_VECTOR, from_bandit_feedback
 from offtower.data.encoding import to_tensors
-from offtower.data.log import Log
+from offtower.data.indicators import as_ids, as_tokens, is_indicator, is_one_hot
+from offtower.data.log import Log, TableLog
+from offtower.data.schema import CatalogueSchema, FeatureSpec
 from offtower.data.simulate.features import vector_array
 from offtower.errors import ConfigError, DataError
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
+from offtower.models.reward.base import RewardModel
 from offtower.models.reward.fit import obtain_reward_model
+from offtower.objectives import OBJECTIVES
 from offtower.ops import policy_terms
 from offtower.prepare import prepare
 from offtower.progress import Progress
-from offtower.training.run import build_trainer
+from offtower.training.auto import AutoTraining, train_auto
+from offtower.training.run import build_trainer, uses_auto
 from offtower.training.trainer import EpochHook
 
 BanditFeedback = Mapping[str, Any]
@@ -41,7 +47,13 @@ class TwoTowerPolicyLearner:
         activation: elu, relu, tanh, gelu or silu.
         temperature: of the softmax.
         item_bias: give each action a bias beside its embedding.
-        objective: a name of `offtower.objectives.OBJECTIVES`, or "auto".
+        objective: a name of `offtower.objectives.OBJECTIVES`, or "auto": several learners are
+            cross-fitted, held-out rows choose between them, and the policy is the ensemble of the
+            best (see docs/objectives.md). Its embedding then has `embedding_dim` numbers for each
+            member, it has its own schedule and temperature, and what the settings of training
+            below say does not matter. A `context` of zeros and ones, mostly zeros, is taken as a
+            bag of tokens, and an `action_context` of one-hot rows as the items' ids.
+        auto: settings of `offtower.config.AutoConfig`, such as {"folds": 5}.
         objective_arguments: settings of the objective, such as {"max_weight": 100}.
         reward_model: settings of `offtower.config.RewardModelConfig`, such as
             {"kind": "dense", "estimator": "sklearn.linear_model:LogisticRegression"}; None uses
@@ -80,6 +92,7 @@ class TwoTowerPolicyLearner:
         shuffle: bool = True,
         patience: int | None = None,
         validation_estimator: str = "snips",
+        auto: Mapping[str, Any] | None = None,
         random_state: int = 0,
         progress: Progress | None = None,
     ) -> None:
@@ -92,7 +105,8 @@ class TwoTowerPolicyLearner:
             "normalize": normalize,
         }
         if reward_model is None:
-            needs_one = objective in ("auto", "dr", "clipped_dr")
+            known = OBJECTIVES.get(objective)
+            needs_one = known is not None and known.needs_reward_model
             reward_model = {"kind": "factored" if needs_one else "none"}
         self.config = parse_config(
             {
@@ -108,6 +122,7 @@ class TwoTowerPolicyLearner:
                     "item_bias": item_bias,
                 },
                 "reward_model": dict(reward_model),
+                "auto": dict(auto or {}),
                 "objective": {"name": objective, "arguments": dict(objective_arguments or {})},
                 "training": {
                     "epochs": epochs,
@@ -125,6 +140,11 @@ class TwoTowerPolicyLearner:
             source="TwoTowerPolicyLearner",
         )
         self._progress = progress or Progress()
+        self._tokens = self._ids = False
+        self.policy_: TwoTowerPolicy
+        self.reward_model_: RewardModel | None
+        self.auto_: AutoTraining
+        """With objective="auto": what was chosen between, and on which evidence."""
         self.history_: list[dict[str, Any]] = []
         """One mapping an epoch: loss, value estimate, weights, entropy, validation."""
 
@@ -140,9 +160,20 @@ class TwoTowerPolicyLearner:
         Neither `pi_b` nor `expected_reward` is needed or read. With a validation log the weights
         of the epoch with the best lower bound of an off-policy estimate are kept.
         """
+        self._read_indicators(bandit_feedback)
         log, catalogue = self._open(bandit_feedback)
         held_out = None if validation is None else self._open(validation)[0]
         data = prepare(log, held_out, catalogue, self._progress)
+        if uses_auto(self.config, data):
+            found = train_auto(
+                self.config, data, progress=self._progress, on_epoch_end=on_epoch_end
+            )
+            self.policy_ = found.policy
+            self.reward_model_ = None
+            self.data_ = data
+            self.auto_ = found
+            self.history_ = found.result.history
+            return self
         reward_model = obtain_reward_model(
             self.config.reward_model, data, self.config.seed, self._progress
         )
@@ -150,7 +181,7 @@ class TwoTowerPolicyLearner:
             self.config, data, reward_model, progress=self._progress, on_epoch_end=on_epoch_end
         )
         result = trainer.fit()
-        self.policy_: TwoTowerPolicy = trainer.policy
+        self.policy_ = trainer.policy
         self.reward_model_ = reward_model
         self.data_ = data
         self.history_ = result.history
@@ -186,7 +217,8 @@ class TwoTowerPolicyLearner:
         """(n_rounds, embedding_dim) float32."""
         policy = self._fitted()
         matrix = self._matrix(context, self.dim_context_features, "context")
-        encoded = policy.context_encoding.encode(_table(_CONTEXT, matrix))
+        column = as_tokens(matrix) if self._tokens else _vectors(matrix)
+        encoded = policy.context_encoding.encode(pa.table({_CONTEXT: column}))
         return policy.embed_contexts(to_tensors(encoded)).numpy()
 
     def embed_items(self, action_context: np.ndarray) -> np.ndarray:
@@ -197,7 +229,8 @@ class TwoTowerPolicyLearner:
     def _embed_items(self, action_context: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         policy = self._fitted()
         matrix = self._matrix(action_context, self.dim_action_features, "action_context")
-        encoded = policy.item_encoding.encode(_table(ITEM_VECTOR, matrix))
+        column = as_ids(matrix) if self._ids else _vectors(matrix)
+        encoded = policy.item_encoding.encode(pa.table({ITEM_VECTOR: column}))
         items = policy.embed_items(ItemFeatures(encoded, len(matrix)))
         return items.embedding, items.bias
 
@@ -215,7 +248,26 @@ class TwoTowerPolicyLearner:
             self._matrix(np.asarray(context), self.dim_context_features, "context")
         if action_context is not None:
             self._matrix(np.asarray(action_context), self.dim_action_features, "action_context")
-        return from_bandit_feedback(feedback, _CONTEXT)
+        plain = dict(feedback)
+        # What becomes ids or tokens is not copied as numbers first.
+        if self._tokens:
+            plain["context"] = np.zeros((len(np.asarray(context)), 1), dtype=np.float32)
+        if self._ids:
+            plain["action_context"] = np.zeros((len(np.asarray(action_context)), 1))
+        log, catalogue = from_bandit_feedback(plain, _CONTEXT)
+        if self._tokens:
+            log = _with_tokens(log, np.asarray(context))
+        if self._ids:
+            catalogue = _of_ids(np.asarray(action_context))
+        return log, catalogue
+
+    def _read_indicators(self, feedback: BanditFeedback | tuple[Log, Catalogue]) -> None:
+        """With objective=auto: is `context` a bag of tokens, `action_context` the items' ids?"""
+        self._tokens = self._ids = False
+        if isinstance(feedback, tuple) or self.config.objective.name != "auto":
+            return
+        self._tokens = is_indicator(np.asarray(feedback.get("context")))
+        self._ids = is_one_hot(np.asarray(feedback.get("action_context")))
 
     @staticmethod
     def _matrix(values: np.ndarray, width: int, name: str) -> np.ndarray:
@@ -228,5 +280,19 @@ class TwoTowerPolicyLearner:
         return values
 
 
-def _table(name: str, matrix: np.ndarray) -> pa.Table:
-    return pa.table({name: vector_array(matrix.astype(np.float32))})
+def _vectors(matrix: np.ndarray) -> pa.Array:
+    return vector_array(matrix.astype(np.float32))
+
+
+def _with_tokens(log: TableLog, context: np.ndarray) -> TableLog:
+    place = log.table.column_names.index(_CONTEXT)
+    table = log.table.set_column(place, _CONTEXT, as_tokens(context))
+    return TableLog(table, replace(log.schema, context=(FeatureSpec(name=_CONTEXT, kind="bag"),)))
+
+
+def _of_ids(action_context: np.ndarray) -> Catalogue:
+    items = pa.table(
+        {"item_id": np.arange(len(action_context)), ITEM_VECTOR: as_ids(action_context)}
+    )
+    feature = FeatureSpec(name=ITEM_VECTOR, kind="category")
+    return Catalogue.from_table(items, CatalogueSchema(item_id="item_id", features=(feature,)))

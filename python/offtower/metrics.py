@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from offtower.atomic import write_text
 from offtower.jsonable import finite
+from offtower.tracking import Tracker
 
 
 class MetricsLog:
@@ -15,10 +17,12 @@ class MetricsLog:
 
     Args:
         path: the file, or None to keep lines in memory only.
+        trackers: get every line too.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()) -> None:
         self._path = path
+        self._trackers = tuple(trackers)
         self.lines: list[dict[str, Any]] = []
 
     def resume_at(self, step: int, epoch: int) -> None:
@@ -41,10 +45,16 @@ class MetricsLog:
 
     def write(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
-        if self._path is None:
-            return
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(_to_text(line))
+        if self._path is not None:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(_to_text(line))
+        for tracker in self._trackers:
+            tracker.write(line)
+
+    def close(self) -> None:
+        """The run has ended."""
+        for tracker in self._trackers:
+            tracker.close()
 
     def epochs(self) -> list[dict[str, Any]]:
         """The lines that close an epoch."""

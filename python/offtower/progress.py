@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
 
 class Progress:
     """Does nothing; a drawing one overrides the three methods."""
@@ -14,3 +17,18 @@ class Progress:
 
     def finish(self) -> None:
         """The current task is done."""
+
+
+class _Rows(Protocol):
+    @property
+    def rows(self) -> int: ...
+
+
+R = TypeVar("R", bound=_Rows)
+
+
+def watched(results: Iterable[R], progress: Progress) -> Iterator[R]:
+    """Hand results on, and count their `rows` as done."""
+    for result in results:
+        progress.advance(result.rows)
+        yield result

@@ -320,6 +320,20 @@ def test_scan_keeps_the_order_of_the_file(batch_rows: int) -> None:
     assert len(parts) == -(-100 // batch_rows)
 
 
+@given(st.integers(1, 40), st.integers(0, 12), st.integers(0, 12))
+def test_a_range_of_rows_has_the_batches_of_the_whole(batch: int, first: int, more: int) -> None:
+    log = make_log(100)
+    encoding = FeatureEncoding.fit(SCHEMA.context, [make_table(100)])
+    last = -(-100 // batch)
+    first = min(first, last - 1)
+    stop = min(first + 1 + more, last)
+    rows = range(first * batch, min(stop * batch, 100))
+    found = scan(log, make_catalogue(), encoding, batch, rows=rows, prefetch=more % 2 == 0)
+    whole = list(scan(log, make_catalogue(), encoding, batch, prefetch=False))
+    for one, other in zip(found, whole[first:stop], strict=True):
+        np.testing.assert_array_equal(one.row, other.row)
+
+
 def test_parquet_and_table_logs_read_alike(tmp_path: Path) -> None:
     log = make_log(100)
     write_log(tmp_path / "log", [make_table(100)], SCHEMA, rows_per_group=10)

@@ -4,10 +4,14 @@ import json
 
 import numpy as np
 import pyarrow as pa
+from hypothesis import given
+from hypothesis import strategies as st
 
 from offtower.data import Finding, TableLog, ValidationReport, validate_log
-from offtower.data.validate import _Repeats
+from offtower.data.log_sums import ItemSet, Moments, Repeats
+from offtower.mapping import merge_all
 from tests.data.conftest import make_catalogue, make_schema, make_table
+from tests.mappers import BackwardsMapper
 
 
 def report_of(n: int = 2000, **columns: pa.Array) -> ValidationReport:
@@ -81,10 +85,46 @@ def test_the_target_mass_without_support() -> None:
 
 def test_repeats_in_bounded_memory() -> None:
     keys = np.arange(100_000, dtype=np.uint64)
-    exact, bounded = _Repeats(), _Repeats(limit=4000)
-    for part in np.array_split(np.concatenate([keys, keys[:30_000]]), 50):
-        exact.add(part)
-        bounded.add(part)
+    rows = np.concatenate([keys, keys[:30_000]])
+    parts = np.array_split(rows, 50)
+    exact = merge_all(Repeats.of(part) for part in parts)
+    bounded = merge_all(Repeats.of(part, limit=4000) for part in parts)
     assert exact.count() == 30_000 and exact.shift == 0
     # About 2,000 or more kept repeats: a standard error under 5 %, so 20 % fails by chance never.
     assert abs(bounded.count() - 30_000) < 6_000 and bounded.shift > 0
+    # What is kept depends on the set of keys, not on how it was cut or in which order it came.
+    other = Repeats.of(rows[::-1], limit=4000)
+    for cut in np.array_split(np.random.default_rng(0).permutation(rows), 7)[::-1]:
+        other = other.merge(Repeats.of(cut, limit=4000))
+    assert other.shift == bounded.shift
+    assert np.array_equal(other.key, bounded.key)
+
+
+@given(st.lists(st.lists(st.integers(0, 299), max_size=40), min_size=1, max_size=8))
+def test_item_sets_are_sets(parts: list[list[int]]) -> None:
+    """Few items are numbers, many are bits; 300 items turn from one to the other at five."""
+    found = merge_all(ItemSet.of(np.asarray(part, dtype=np.int64), 300) for part in parts)
+    assert len(found) == len(set().union(*parts))
+
+
+@given(st.lists(st.lists(st.floats(-1e6, 1e6), max_size=20), min_size=1, max_size=8))
+def test_moments_merge(parts: list[list[float]]) -> None:
+    found = merge_all(Moments.of(np.asarray(part, dtype=np.float64)) for part in parts)
+    whole = np.concatenate([np.asarray(part, dtype=np.float64) for part in parts])
+    assert found.count == whole.size
+    if whole.size:
+        scale = float(np.abs(whole).max())
+        assert abs(found.mean - whole.mean()) <= 1e-13 * scale
+        assert abs(found.square - np.square(whole - whole.mean()).sum()) <= 1e-12 * scale**2 * 200
+        assert (found.smallest, found.largest) == (whole.min(), whole.max())
+
+
+def test_the_report_does_not_depend_on_who_ran_the_parts() -> None:
+    reward = np.random.default_rng(1).random(5000)
+    reward[[17, 4000]] = np.nan
+    table = make_table(5000)
+    table = table.set_column(table.schema.get_field_index("reward"), "reward", pa.array(reward))
+    log = TableLog(table, make_schema(), rows_per_group=37)
+    one = validate_log(log, make_catalogue())
+    assert validate_log(log, make_catalogue(), mapper=BackwardsMapper()) == one
+    assert "bad values" in named(one, "rows")[0].message

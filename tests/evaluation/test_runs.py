@@ -26,6 +26,7 @@ from offtower.evaluation.run import LogEvaluation, evaluate_runs
 from offtower.evaluation.scoring import PolicyScorer
 from offtower.models.policy import TwoTowerPolicy
 from offtower.training.run import train_run
+from tests.mappers import BackwardsMapper
 
 ITEMS = 15
 
@@ -266,7 +267,7 @@ def test_models_over_pairs_at_draws_agree_with_the_sum_over_the_catalogue(
     """Boosted trees over a catalogue that is too large to sum: DM at draws, within its noise."""
     option = "selection.models=[trees]"
     exact = judge(place, option, select="paired").selection["a"].results["paired"].ranking
-    monkeypatch.setattr("offtower.evaluation.judging.EXACT_PAIRS", 0)
+    monkeypatch.setattr("offtower.evaluation.batches.EXACT_PAIRS", 0)
     drawn = judge(place, option, "draws=16", select="paired").selection["a"]
     at_draws = {score.name: score.value for score in drawn.results["paired"].ranking}
     for score in exact:
@@ -275,6 +276,38 @@ def test_models_over_pairs_at_draws_agree_with_the_sum_over_the_catalogue(
             assert at_draws[score.name] == pytest.approx(score.value, abs=0.02)
         if score.name in ("IPS", "SNIPS"):
             assert at_draws[score.name] == pytest.approx(score.value, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("estimators=[ips, snips, dm, dr, {name: dros, shrinkage: slope}]", "interval=bootstrap"),
+        ("estimators=[mips]", "clusters=3"),
+        ("propensities=estimate", "estimators=[snips]"),
+        ("expected_reward=draws", "draws=4"),
+        ("select", "selection.models=[linear]", "selection.logging_run=RUN", "selection.draws=110"),
+    ],
+)
+def test_parts_judged_elsewhere_give_the_same_bits(
+    place: Path, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number of the evaluation, by user and by row, with estimates and selections."""
+    monkeypatch.setattr("offtower.evaluation.judging.PILOT_ROWS", 300)
+    select = "all" if options[0] == "select" else None
+    given = [one.replace("RUN", str(place / "runs" / "a")) for one in options if one != "select"]
+    found = [
+        judge(
+            place,
+            *given,
+            "batch_rows=64",
+            runs="ab",
+            select=select,
+            log=place / "served",
+            mapper=mapper,
+        ).to_dict()
+        for mapper in (None, BackwardsMapper())
+    ]
+    assert found[1] == found[0]
 
 
 def test_a_pair_model_reads_any_items_alike(place: Path) -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from offtower.objectives import LoggedRows, Objective, Reduction, Regression, make_objective
+from offtower.objectives import (
+    LoggedRows,
+    Objective,
+    Reduction,
+    Regression,
+    Regularised,
+    make_objective,
+)
 from offtower.ops import DenseReward, policy_terms
 
 TAU = 0.7
@@ -79,8 +88,37 @@ def snips(p: Problem) -> np.ndarray:
     return coefficients(p, p.weight * (p.reward - value)) * ROWS / p.weight.sum()
 
 
+def optimal_baseline(p: Problem) -> float:
+    return float((p.weight * (p.weight - 1) * p.reward).sum() / ((p.weight - 1) ** 2).sum())
+
+
+def pessimistic(p: Problem, contribution: np.ndarray, d_contribution: np.ndarray) -> np.ndarray:
+    """Gradient of mean c - PENALTY std c, from (rows,) c and (rows, items) dc / d logits."""
+    centred = contribution - contribution.mean()
+    emphasis = 1 - PENALTY * centred / np.sqrt((centred**2).mean())
+    return emphasis[:, None] * d_contribution / ROWS
+
+
+def dr(p: Problem) -> np.ndarray:
+    return p.weight * p.residual + (p.pi * p.q).sum(1)
+
+
+def d_dr(p: Problem) -> np.ndarray:
+    return (p.weight * p.residual)[:, None] * p.score_of_action() + p.model_part()
+
+
+def d_shrunk(w: np.ndarray) -> np.ndarray:
+    """w dh/dw of h(w) = SHRINKAGE w / (w^2 + SHRINKAGE)."""
+    return SHRINKAGE * w * (SHRINKAGE - w**2) / (w**2 + SHRINKAGE) ** 2
+
+
+def pi_of_action(p: Problem) -> np.ndarray:
+    return p.pi[np.arange(ROWS), p.action]
+
+
 LAMBDA, CLIP = 0.3, 1.5
-FORMULAS: dict[str, tuple[dict[str, float], Callable[[Problem], np.ndarray]]] = {
+PENALTY, SHRINKAGE, ALPHA, BETA, TRUST, K = 0.4, 2.0, 0.6, 0.5, 0.3, 3
+FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Problem], np.ndarray]]] = {
     "ips": ({}, lambda p: coefficients(p, p.weight * p.reward)),
     "clipped_ips": (
         {"max_weight": CLIP},
@@ -96,9 +134,61 @@ FORMULAS: dict[str, tuple[dict[str, float], Callable[[Problem], np.ndarray]]] = 
         {"max_weight": 4.0},
         lambda p: coefficients(p, np.minimum(1 / p.pscore, 4.0) * p.reward),
     ),
+    "weighted_likelihood, smoothed": (
+        {"max_weight": 4.0, "smoothing": 0.5},
+        lambda p: coefficients(p, np.minimum(p.pscore**-0.5, 4.0) * p.reward),
+    ),
     "log_smoothing": (
         {"lambda_": LAMBDA},
         lambda p: coefficients(p, p.weight * p.reward / (1 + LAMBDA * p.weight * p.reward)),
+    ),
+    "exponential_smoothing": (
+        {"alpha": ALPHA},
+        lambda p: coefficients(p, ALPHA * p.weight**ALPHA * p.reward),
+    ),
+    "exponential_smoothing of pscore": (
+        {"alpha": ALPHA, "of": "pscore"},
+        lambda p: coefficients(p, pi_of_action(p) / p.pscore**ALPHA * p.reward),
+    ),
+    "baseline_ips": (
+        {"baseline": 0.4},
+        lambda p: coefficients(p, p.weight * (p.reward - 0.4)),
+    ),
+    "baseline_ips of mean": (
+        {"baseline": "mean"},
+        lambda p: coefficients(p, p.weight * (p.reward - p.reward.mean())),
+    ),
+    "baseline_ips of least variance": (
+        {"baseline": "optimal"},
+        lambda p: coefficients(p, p.weight * (p.reward - optimal_baseline(p))),
+    ),
+    "exponential_likelihood": (
+        {"beta": BETA, "max_weight": 4.0},
+        lambda p: coefficients(p, np.minimum(np.exp(p.reward / BETA), 4.0)),
+    ),
+    "pessimistic_ips": (
+        {"penalty": PENALTY},
+        lambda p: pessimistic(
+            p, p.weight * p.reward, (p.weight * p.reward)[:, None] * p.score_of_action()
+        ),
+    ),
+    "pessimistic_dr": ({"penalty": PENALTY}, lambda p: pessimistic(p, dr(p), d_dr(p))),
+    "shrinkage_dr": (
+        {"shrinkage": SHRINKAGE},
+        lambda p: coefficients(p, d_shrunk(p.weight) * p.residual) + p.model_part() / ROWS,
+    ),
+    "dr with less trust": (
+        {"trust": TRUST},
+        lambda p: (
+            coefficients(p, p.weight * (p.residual + (1 - TRUST) * (p.reward - p.residual)))
+            + TRUST * p.model_part() / ROWS
+        ),
+    ),
+    "top_k_ips": (
+        {"k": K, "max_weight": CLIP},
+        lambda p: coefficients(
+            p, np.minimum(p.weight, CLIP) * K * (1 - pi_of_action(p)) ** (K - 1) * p.reward
+        ),
     ),
 }
 VALUES: dict[str, Callable[[Problem], float]] = {
@@ -108,8 +198,35 @@ VALUES: dict[str, Callable[[Problem], float]] = {
     "dr": lambda p: (p.weight * p.residual + (p.pi * p.q).sum(1)).mean(),
     "clipped_dr": lambda p: (np.minimum(p.weight, CLIP) * p.residual + (p.pi * p.q).sum(1)).mean(),
     "weighted_likelihood": lambda p: (p.weight * p.reward).mean(),
+    "weighted_likelihood, smoothed": lambda p: (p.weight * p.reward).mean(),
     "log_smoothing": lambda p: (np.log1p(LAMBDA * p.weight * p.reward) / LAMBDA).mean(),
+    "exponential_smoothing": lambda p: (p.weight**ALPHA * p.reward).mean(),
+    "exponential_smoothing of pscore": lambda p: (
+        pi_of_action(p) / p.pscore**ALPHA * p.reward
+    ).mean(),
+    "baseline_ips": lambda p: (p.weight * (p.reward - 0.4)).mean() + 0.4,
+    "baseline_ips of mean": lambda p: (
+        (p.weight * (p.reward - p.reward.mean())).mean() + p.reward.mean()
+    ),
+    "baseline_ips of least variance": lambda p: (
+        (p.weight * (p.reward - optimal_baseline(p))).mean() + optimal_baseline(p)
+    ),
+    "exponential_likelihood": lambda p: (p.weight * p.reward).mean(),
+    "pessimistic_ips": lambda p: (p.weight * p.reward).mean(),
+    "pessimistic_dr": lambda p: dr(p).mean(),
+    "shrinkage_dr": lambda p: (
+        SHRINKAGE * p.weight / (p.weight**2 + SHRINKAGE) * p.residual + (p.pi * p.q).sum(1)
+    ).mean(),
+    "dr with less trust": lambda p: (
+        p.weight * (p.reward - TRUST * (p.reward - p.residual)) + TRUST * (p.pi * p.q).sum(1)
+    ).mean(),
+    "top_k_ips": lambda p: (np.minimum(p.weight, CLIP) * p.reward).mean(),
 }
+
+
+def made(name: str) -> Objective:
+    """The objective of a line of FORMULAS; what follows its name tells settings apart."""
+    return make_objective(re.split(r"[ ,]", name)[0], FORMULAS[name][0])
 
 
 def gradients(p: Problem, objective: Objective) -> tuple[list[torch.Tensor], float]:
@@ -121,6 +238,7 @@ def gradients(p: Problem, objective: Objective) -> tuple[list[torch.Tensor], flo
         temperature=TAU,
         item_bias=b,
         reward_model=DenseReward(torch.from_numpy(p.q)) if objective.needs_reward_model else None,
+        entropy=objective.needs_entropy,
     )
     rows = LoggedRows(torch.from_numpy(p.reward), terms, torch.from_numpy(p.pscore))
     result = objective(rows, Reduction(rows=ROWS))
@@ -131,11 +249,11 @@ def gradients(p: Problem, objective: Objective) -> tuple[list[torch.Tensor], flo
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", FORMULAS)
 def test_gradient_and_value_are_the_formula(name: str, seed: int) -> None:
-    arguments, formula = FORMULAS[name]
+    formula = FORMULAS[name][1]
     p = Problem.draw(seed)
     d_logits = formula(p)
     expected = [d_logits @ p.v / TAU, d_logits.T @ p.u / TAU, d_logits.sum(0)]
-    found, value = gradients(p, make_objective(name, arguments))
+    found, value = gradients(p, made(name))
     assert len(found) == 3
     for grad, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose(-grad.numpy(), wanted, rtol=0, atol=1e-12)
@@ -179,15 +297,11 @@ def test_regression_gradient(loss: str) -> None:
 @pytest.mark.parametrize("cuts", [(3,), (1, 2)])
 def test_workers_on_uneven_batches_average_to_one_worker(name: str, cuts: tuple[int, ...]) -> None:
     """Mean over R workers of local gradients, as DDP takes it, is the joined batch's gradient."""
-    arguments, _ = FORMULAS[name]
-    objective = make_objective(name, arguments)
+    objective = made(name)
     p = Problem.draw(5)
     whole, _ = gradients(p, objective)
     parts = np.split(np.arange(ROWS), cuts)
     workers = len(parts)
-
-    # Two passes stand in for the all-reduce: the first records local sums, the second reads them.
-    recorded: list[list[torch.Tensor]] = []
 
     def run(part: np.ndarray, reduce: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
         u, v, b = (torch.from_numpy(x).requires_grad_() for x in (p.u, p.v, p.b))
@@ -205,22 +319,87 @@ def test_workers_on_uneven_batches_average_to_one_worker(name: str, cuts: tuple[
         objective(rows, Reduction(ROWS, workers, reduce)).loss.backward()
         return [x.grad for x in (u, v, b) if x.grad is not None]
 
-    for part in parts:
-        calls: list[torch.Tensor] = []
+    # Passes stand in for the all-reduce: each knows the sums that the passes before recorded. A
+    # sum may depend on an earlier one (a deviation on a mean), so there are as many as sums.
+    totals: list[torch.Tensor] = []
+    for _ in range(4):
+        recorded: list[list[torch.Tensor]] = []
+        for part in parts:
+            calls: list[torch.Tensor] = []
+            known = iter(totals)
 
-        def record(x: torch.Tensor, calls: list[torch.Tensor] = calls) -> torch.Tensor:
-            calls.append(x)
-            return x
+            def record(
+                x: torch.Tensor,
+                calls: list[torch.Tensor] = calls,
+                known: Iterator[torch.Tensor] = known,
+            ) -> torch.Tensor:
+                calls.append(x)
+                return next(known, x)
 
-        run(part, record)
-        recorded.append(calls)
-    totals = [sum(c) for c in zip(*recorded, strict=True)]
+            run(part, record)
+            recorded.append(calls)
+        totals = [sum(c) for c in zip(*recorded, strict=True)]
 
     averaged = [torch.zeros_like(g) for g in whole]
     for part in parts:
-        # SNIPS sums the weight first and weight x reward second; both do not depend on totals.
         position = iter(totals)
         for total, grad in zip(averaged, run(part, lambda _: next(position)), strict=True):  # noqa: B023
             total += grad / workers
     for total, grad in zip(averaged, whole, strict=True):
         torch.testing.assert_close(total, grad, rtol=0, atol=1e-12)
+
+
+def regularised(p: Problem, **strengths: float) -> tuple[list[torch.Tensor], float]:
+    return gradients(p, Regularised(make_objective("ips"), **strengths))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_of_regularisers(seed: int) -> None:
+    p = Problem.draw(seed)
+    plain, value = regularised(p)
+    h = -(p.pi * np.log(p.pi)).sum(1)
+    parts = {
+        "kl": -coefficients(p, p.weight * np.log(p.weight)),
+        "imitation": coefficients(p, np.ones(ROWS)),
+        # d h_i / d logit_ij = -pi_ij (log pi_ij + h_i)
+        "entropy": -p.pi * (np.log(p.pi) + h[:, None]) / ROWS,
+    }
+    for name, d_logits in parts.items():
+        wanted = [d_logits @ p.v / TAU, d_logits.T @ p.u / TAU, d_logits.sum(0)]
+        found, same_value = regularised(p, **{name: 0.7})
+        assert same_value == value
+        for grad, without, part in zip(found, plain, wanted, strict=True):
+            np.testing.assert_allclose(-(grad - without).numpy(), 0.7 * part, rtol=0, atol=1e-12)
+
+
+def test_kl_estimate_is_unbiased_and_never_negative() -> None:
+    """Over the logging policy the regulariser's mean is KL(pi || pi_0), action by action."""
+    rng = np.random.default_rng(0)
+    pi, pi_0 = rng.dirichlet(np.ones(6)), rng.dirichlet(np.ones(6))
+    terms = policy_terms(
+        torch.ones(6, 1, dtype=torch.float64),
+        torch.zeros(6, 1, dtype=torch.float64),
+        torch.arange(6),
+        item_bias=torch.from_numpy(np.log(pi)),
+    )
+    rows = LoggedRows(torch.zeros(6, dtype=torch.float64), terms, torch.from_numpy(pi_0))
+    per_action = [
+        float(Regularised(make_objective("ips"), kl=1.0)(_row(rows, i), Reduction(1)).loss)
+        for i in range(6)
+    ]
+    assert min(per_action) >= 0.0
+    assert np.dot(pi_0, per_action) == pytest.approx(float((pi * np.log(pi / pi_0)).sum()))
+
+
+def _row(rows: LoggedRows, i: int) -> LoggedRows:
+    assert rows.terms is not None and rows.pscore is not None
+    one = replace(rows.terms, log_prob=rows.terms.log_prob[i : i + 1])
+    return LoggedRows(rows.reward[i : i + 1], one, rows.pscore[i : i + 1])
+
+
+def test_extreme_weights_leave_shrunk_objectives_finite() -> None:
+    p = Problem.draw(2)
+    p.pscore = np.full(ROWS, 1e-30)
+    for name in ("shrinkage_dr", "log_smoothing", "clipped_ips", "clipped_dr"):
+        found, value = gradients(p, make_objective(name))
+        assert np.isfinite(value) and all(bool(torch.isfinite(g).all()) for g in found), name

@@ -30,10 +30,12 @@ from offtower.errors import DataError, OfftowerError, RunError
 from offtower.models import ItemFeatures, load_policy, save_policy
 from offtower.models.features import FeatureEncoder
 from offtower.retrieval import ExportOptions, Retriever, export_run
+from offtower.retrieval.catalogue_stream import CatalogueStream
 from offtower.retrieval.graphs import graph_inputs, write_graphs
 from offtower.retrieval.manifest import read_manifest, write_manifest
 from offtower.retrieval.tower import ContextTower
-from offtower.retrieval.vectors import load_ids
+from offtower.retrieval.vectors import load_ids, write_vectors
+from tests.mappers import BackwardsMapper, content
 
 PLAIN = ExportOptions(index=None, onnx=False, contexts=50, kept=50)
 
@@ -299,6 +301,28 @@ def test_a_full_disk_or_a_kill_leaves_the_earlier_export(run: Path, exported: Pa
     path = export_run(run, PLAIN)
     assert Retriever.open(run).version == path.name
     assert not [p for p in export.iterdir() if p.name.startswith(".")]
+
+
+def test_items_embedded_elsewhere_have_the_same_bits(
+    run: Path, world: SimulatedWorld, tmp_path: Path
+) -> None:
+    """Files of any size, row groups of any size, parts in any order and twice."""
+    table, schema = world.catalogue_table(), world.catalogue_schema
+    for name, (first, last), groups in (("a", (0, 1700), 333), ("b", (1700, 3000), 2000)):
+        part = table.slice(first, last - first)
+        (tmp_path / "catalogue").mkdir(exist_ok=True)
+        pq.write_table(part, tmp_path / "catalogue" / f"{name}.parquet", row_group_size=groups)
+    policy, _ = load_policy(run / "policy")
+    stream = CatalogueStream(tmp_path / "catalogue", schema)
+    assert stream.starts(700) == [0, 700, 1400, 1700, 2400]
+    found = []
+    for name, mapper in (("one", None), ("many", BackwardsMapper())):
+        (tmp_path / name).mkdir()
+        found.append(write_vectors(policy, stream, tmp_path / name, chunk=700, mapper=mapper))
+    assert found[0] == found[1] and found[0].count == 3000
+    assert content(tmp_path / "many") == content(tmp_path / "one")
+    ids = load_ids(tmp_path / "many" / "ids.arrow", 3000)
+    assert ids.to_pylist() == table["item_id"].to_pylist()
 
 
 def test_ids_are_checked(run: Path, exported: Path) -> None:

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed.checkpoint as dcp
 from safetensors.numpy import load_file
 
 from offtower.config import to_yaml
@@ -111,35 +113,37 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
     train_run(config)
     run = RunDirectory(config.run_directory)
     newest = sorted(run.checkpoints.glob("step_*"))[-1]
-    tensors = newest / "tensors.safetensors"
+    tensors = next(newest.glob("*.safetensors"))
     content = bytearray(tensors.read_bytes())
     content[-20] ^= 0xFF
     tensors.write_bytes(bytes(content))
     shutil.rmtree(run.policy)
     train_run(config, resume=True)
     assert_same_policy(config.run_directory, uninterrupted)
-    assert run.manifest()["checkpoints_skipped"] == [
-        f"{newest.name}: tensors.safetensors is damaged"
-    ]
+    assert run.manifest()["checkpoints_skipped"] == [f"{newest.name}: {tensors.name} is damaged"]
+
+
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Checkpoints beyond the first `after` are half written, and fail."""
+    save, calls = dcp.save, []
+
+    def full(state: Any, **arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) > after:
+            folder = Path(arguments["storage_writer"].path)
+            (folder / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        return save(state, **arguments)
+
+    monkeypatch.setattr(dcp, "save", full)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(
     simulated: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import safetensors.torch
-
     config = make_config(simulated, tmp_path, "whole")
-    save, calls = safetensors.torch.save_file, []
-
-    def full(tensors: dict[str, object], path: Path) -> None:
-        calls.append(path)
-        if len(calls) > 60:
-            Path(path).write_bytes(b"half of it")
-            raise OSError(28, "No space left on device")
-        save(tensors, path)
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    fill_the_disk(monkeypatch, after=60)
+    with pytest.raises(RunError, match=r"No space left.*newest whole one is step_.*--resume"):
         train_run(config)
     monkeypatch.undo()
     assert not list(config.run_directory.rglob("*.partial"))

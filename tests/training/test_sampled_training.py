@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
 from offtower.config import Config
-from offtower.errors import ConfigError
+from offtower.errors import ConfigError, RunError
 from offtower.metrics import read_metrics
 from offtower.models.reward.fit import obtain_reward_model
-from offtower.objectives import Reduction
 from offtower.prepare import open_data
 from offtower.progress import Progress
 from offtower.sampling import Proposal
@@ -23,7 +21,7 @@ from offtower.training.run import build_trainer, train_run
 from offtower.training.sampled import SampledTerms
 from offtower.training.step import StepPlace, TrainingStep
 from tests.training.conftest import make_config
-from tests.training.test_resume import assert_same_policy
+from tests.training.test_resume import assert_same_policy, fill_the_disk
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "mixed": {"proposal": "mixed", "num_samples": 5},
@@ -58,16 +56,8 @@ def test_a_broken_run_resumes_to_the_same_bits(
     whole = sampled_config(simulated, tmp_path / "whole", SETTINGS[name], over)
     train_run(whole)
     broken = sampled_config(simulated, tmp_path / "broken", SETTINGS[name], over)
-    save, calls = safetensors.torch.save_file, []
-
-    def full(tensors: dict[str, Any], path: Path) -> None:
-        calls.append(path)
-        if len(calls) > 48:
-            raise OSError(28, "No space left on device")
-        save(tensors, path)
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    fill_the_disk(monkeypatch, after=48)
+    with pytest.raises(RunError, match="No space left"):
         train_run(broken)
     monkeypatch.undo()
     newest = sorted((broken.run_directory / "checkpoints").glob("step_*"))[-1]
@@ -85,15 +75,13 @@ def test_the_expected_gradient_is_the_exact_one(simulated: Path, tmp_path: Path)
     model = obtain_reward_model(config.reward_model, data, config.seed, Progress())
     trainer = build_trainer(config, data, model)
     trainer.policy.eval()
-    rows = _first_rows(trainer)
+    batch = _first_batch(trainer)
     found = []
     whole = Proposal([UniformSource(data.items.num_items, 24)])
     for sampled in (SampledTerms(trainer.policy, data.items, whole), None):
         step = TrainingStep(trainer.policy, trainer._objective, data.items, model, 65_536, sampled)
         trainer.policy.zero_grad(set_to_none=True)
-        value, measures = step.loss(
-            rows, 0, Reduction(len(rows.reward)), measure=True, place=StepPlace(1, 5)
-        )
+        value, measures = step.loss(batch, measure=True, place=StepPlace(1, 5))
         value.loss.backward()
         found.append(
             [
@@ -109,10 +97,10 @@ def test_the_expected_gradient_is_the_exact_one(simulated: Path, tmp_path: Path)
         torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(two), rtol=1e-4, atol=1e-6)
 
 
-def _first_rows(trainer: Any) -> Any:
+def _first_batch(trainer: Any) -> Any:
     with trainer._reader() as reader:
-        for _, rows, _ in reader.epoch(0):
-            return rows
+        for batch in reader.epoch(0):
+            return batch
     raise AssertionError
 
 
@@ -142,16 +130,16 @@ def test_steps_touch_the_drawn_items_only(simulated: Path, tmp_path: Path) -> No
     trainer.policy.item_tower.register_forward_hook(
         lambda module, arguments, output: seen.append(len(output[0]))
     )
-    rows = _first_rows(trainer)
+    batch = _first_batch(trainer)
     trainer.policy.train()
     for step in range(5):
-        trainer._update(rows, 0, False, _progression(), StepPlace(step, step))
+        trainer._update(batch, False, _progression(), StepPlace(step, step))
     assert seen and max(seen) <= 6 < data.items.num_items
 
 
 def _progression() -> Any:
     from offtower.data.order import Cursor
-    from offtower.training.checkpoint import Progression
+    from offtower.training.checkpoints import Progression
 
     return Progression(cursor=Cursor())
 

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "../buffer.h"
-#include "../operands.h"
+#include "../../operands.h"
 #include "exp2.h"
 #include "product.h"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from offtower.errors import ConfigError
@@ -13,12 +14,11 @@ SUITES: Mapping[str, str] = {
     "ops": "offtower.benchmarks.operators:run",
     "train": "offtower.benchmarks.train:run",
     "memory": "offtower.benchmarks.memory:run",
+    "quality": "offtower.benchmarks.quality.suite:run",
 }
 """Suite -> import path of a `Suite`. Another one is one more line here."""
 
-ELSEWHERE: Mapping[str, str] = {
-    "quality": "learning quality is measured by benchmarks/plain_objectives.py of the source tree",
-}
+ELSEWHERE: Mapping[str, str] = {}
 """Suites that are named in the documentation and not part of the package (yet)."""
 
 
@@ -31,6 +31,14 @@ class Settings:
     batch: int
     steps: int
     peers: bool
+    config: Path | None = None
+    """quality: which worlds, methods and seeds."""
+    out: Path | None = None
+    """quality: folder of results."""
+    data: str | None = None
+    """quality: beginning of the file names of a label set."""
+    minutes: float | None = None
+    """quality: begin nothing new after so long."""
     say: Callable[[str], None] = lambda text: None
     """Where lines for people go, as soon as they are known."""
 

@@ -14,6 +14,7 @@ from offtower.cli import (
     search,
     simulate,
     train,
+    tune,
     validate,
 )
 
@@ -31,6 +32,7 @@ for verb in (
     ingest,
     validate,
     train,
+    tune,
     evaluate,
     export,
     search,

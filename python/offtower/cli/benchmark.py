@@ -1,13 +1,15 @@
-"""Measure this installation: its operators (ops), training's speed (train) or memory (memory).
+"""Measure the operators (ops), training's speed (train) or memory (memory), or learning (quality).
 
 \b
 Example:
   offtower benchmark ops --items 200000 --dim 64 --batch 256
   offtower benchmark train --items 10000 --items 1000000 --dim 32
+  offtower benchmark quality --config configs/quality/table.yaml --out results/table
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,7 +20,7 @@ from offtower.jsonable import finite
 
 @verb
 def benchmark(
-    suite: Annotated[str, typer.Argument(help="ops, train or memory.", metavar="SUITE")],
+    suite: Annotated[str, typer.Argument(help="ops, train, memory or quality.", metavar="SUITE")],
     items: Annotated[
         list[int] | None,
         typer.Option("--items", help="Items of the catalogue; may be given several times.", min=2),
@@ -31,6 +33,19 @@ def benchmark(
     peers: Annotated[
         bool, typer.Option("--peers/--no-peers", help="Also run other packages' trainers.")
     ] = True,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="quality: worlds, methods, seeds (YAML).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="quality: folder of results; goes on from there.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="quality: PREFIX of PREFIX-train.npz and PREFIX-test.npz."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help="quality: begin nothing new after so long.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     from offtower.benchmarks import Settings, load_suite
@@ -43,6 +58,10 @@ def benchmark(
         batch=batch,
         steps=steps,
         peers=peers,
+        config=config,
+        out=out,
+        data=data,
+        minutes=minutes,
         say=lambda text: console.print(escape(text), soft_wrap=True),
     )
     result = run(settings)

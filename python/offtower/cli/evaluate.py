@@ -15,6 +15,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from offtower.cli.cluster import (
+    RayAddress,
+    RayWait,
+    WorkerCpus,
+    WorkerMemory,
+    Workers,
+    mapper_of,
+)
 from offtower.cli.common import (
     AsJson,
     DrawnProgress,
@@ -55,6 +63,11 @@ def evaluate(
         ),
     ] = None,
     overrides: Overrides = None,
+    ray: RayAddress = None,
+    workers: Workers = None,
+    worker_cpus: WorkerCpus = 1.0,
+    worker_memory: WorkerMemory = 0.0,
+    ray_wait: RayWait = 0.0,
     as_json: AsJson = False,
 ) -> None:
     from offtower.cli.tables import evaluation_table, retrieval_table, selection_table
@@ -62,9 +75,16 @@ def evaluate(
     from offtower.evaluation.run import evaluate_runs
 
     exports = _exports(runs, retrieval) if retrieval else []
-    evaluation = evaluate_runs(
-        runs, log=log, overrides=overrides or [], select=select, progress=DrawnProgress()
-    )
+    progress = DrawnProgress()
+    with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
+        evaluation = evaluate_runs(
+            runs,
+            log=log,
+            overrides=overrides or [],
+            select=select,
+            progress=progress,
+            mapper=mapper,
+        )
     if retrieval:
         _measure_retrieval(evaluation, exports, runs, retrieval)
     path = write_report(

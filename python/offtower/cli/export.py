@@ -14,6 +14,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from offtower.cli.cluster import (
+    RayAddress,
+    RayWait,
+    WorkerCpus,
+    WorkerMemory,
+    Workers,
+    mapper_of,
+)
 from offtower.cli.common import AsJson, DrawnProgress, messages, print_json, verb
 from offtower.jsonable import finite
 
@@ -47,6 +55,11 @@ def export(
     contexts: Annotated[
         Path | None, typer.Option(help="Log to measure recall on; the run's held-out log else.")
     ] = None,
+    ray: RayAddress = None,
+    workers: Workers = None,
+    worker_cpus: WorkerCpus = 1.0,
+    worker_memory: WorkerMemory = 0.0,
+    ray_wait: RayWait = 0.0,
     as_json: AsJson = False,
 ) -> None:
     from offtower.retrieval.export import ExportOptions, export_run
@@ -59,9 +72,16 @@ def export(
     options = ExportOptions(
         dtype=dtype, index=wanted, sampling=sampling, layout=layout, fixed_size=not plain_lists
     )
-    path = export_run(
-        run, options, catalogue=catalogue, contexts=contexts, progress=DrawnProgress()
-    )
+    progress = DrawnProgress()
+    with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
+        path = export_run(
+            run,
+            options,
+            catalogue=catalogue,
+            contexts=contexts,
+            mapper=mapper,
+            progress=progress,
+        )
     manifest = read_manifest(path)
     if as_json:
         print_json(finite({"export": str(path), **manifest}))

@@ -17,6 +17,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from offtower.cli.cluster import (
+    RayAddress,
+    RayWait,
+    WorkerCpus,
+    WorkerMemory,
+    Workers,
+    mapper_of,
+)
 from offtower.cli.common import AsJson, DrawnProgress, messages, print_json, verb
 from offtower.errors import ConfigError, DataError
 
@@ -40,31 +48,35 @@ def ingest(
         Literal["error", "quarantine"], typer.Option(help="Refuse, or set aside and count.")
     ] = "error",
     seed: Annotated[int, typer.Option(help="Of a split by user or row.")] = 0,
+    ray: RayAddress = None,
+    workers: Workers = None,
+    worker_cpus: WorkerCpus = 1.0,
+    worker_memory: WorkerMemory = 0.0,
+    ray_wait: RayWait = 0.0,
     as_json: AsJson = False,
 ) -> None:
     from offtower.data.ingest import ingest_files, ingest_open_bandit, split_ingested
 
     progress = DrawnProgress()
-    if source.startswith("open-bandit:"):
-        summary = ingest_open_bandit(source.partition(":")[2], out)
-    else:
-        if schema is None:
-            raise ConfigError(
-                "--schema is needed: a YAML file that names the log's columns (README, 'Your own "
-                "log')"
+    shares = _fractions(fractions)
+    open_bandit = source.startswith("open-bandit:")
+    schemas = None if open_bandit else read_schemas(schema)
+    with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
+        if schemas is None:
+            summary = ingest_open_bandit(source.partition(":")[2], out)
+        else:
+            summary = ingest_files(
+                Path(source),
+                out,
+                schemas[0],
+                catalogue_source=catalogue,
+                catalogue_schema=schemas[1],
+                on_bad_rows=on_bad_rows,
+                mapper=mapper,
+                progress=progress,
             )
-        log_schema, catalogue_schema = read_schemas(schema)
-        summary = ingest_files(
-            Path(source),
-            out,
-            log_schema,
-            catalogue_source=catalogue,
-            catalogue_schema=catalogue_schema,
-            on_bad_rows=on_bad_rows,
-            progress=progress,
-        )
-    if split is not None:
-        summary = split_ingested(summary, split, _fractions(fractions), seed)
+        if split is not None:
+            summary = split_ingested(summary, split, shares, seed, mapper=mapper, progress=progress)
     if as_json:
         print_json(summary.to_dict())
         return
@@ -77,8 +89,12 @@ def ingest(
         console.print(f"{rows:,} rows in {out / name}")
 
 
-def read_schemas(path: Path) -> tuple[Any, Any]:
+def read_schemas(path: Path | None) -> tuple[Any, Any]:
     """The `log` and `catalogue` sections of a schema file, parsed."""
+    if path is None:
+        raise ConfigError(
+            "--schema is needed: a YAML file that names the log's columns (README, 'Your own log')"
+        )
     import yaml
 
     from offtower.data import CatalogueSchema, LogSchema

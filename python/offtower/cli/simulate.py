@@ -10,16 +10,21 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-import pyarrow as pa
 import typer
 
+from offtower.cli.cluster import (
+    RayAddress,
+    RayWait,
+    WorkerCpus,
+    WorkerMemory,
+    Workers,
+    mapper_of,
+)
 from offtower.cli.common import AsJson, DrawnProgress, messages, print_json, verb
 from offtower.errors import DataError
-from offtower.progress import Progress
 
 _PARTS = {"train": 1.0, "validation": 0.2, "test": 0.2}
 """Rows of each part as a share of --rows."""
@@ -39,10 +44,15 @@ def simulate(
         Literal["vector", "all"], typer.Option(help="Only vectors, or every kind of feature.")
     ] = "vector",
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    ray: RayAddress = None,
+    workers: Workers = None,
+    worker_cpus: WorkerCpus = 1.0,
+    worker_memory: WorkerMemory = 0.0,
+    ray_wait: RayWait = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    from offtower.data import write_catalogue, write_log
-    from offtower.data.simulate import SimulatedWorld
+    from offtower.data import write_catalogue
+    from offtower.data.simulate import SimulatedWorld, write_simulated_log
 
     if out.exists() and any(out.iterdir()):
         raise DataError(f"'{out}' is not empty; choose another --out")
@@ -52,11 +62,17 @@ def simulate(
     )
     write_catalogue(out / "catalogue", world.catalogue_table(), world.catalogue_schema)
     counts = {name: max(1, round(rows * share)) for name, share in _PARTS.items()}
-    for number, (name, count) in enumerate(counts.items(), start=1):
-        progress.start(f"drawing {name}", count)
-        drawn = world.log(count, seed=number)
-        write_log(out / name, _watched(drawn, progress), world.log_schema)
-        progress.finish()
+    with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
+        for number, (name, count) in enumerate(counts.items(), start=1):
+            write_simulated_log(
+                world,
+                out / name,
+                count,
+                seed=number,
+                mapper=mapper,
+                progress=progress,
+                task=f"drawing {name}",
+            )
     facts = {"catalogue": str(out / "catalogue"), "items": items, "rows": counts}
     if as_json:
         print_json(facts)
@@ -65,9 +81,3 @@ def simulate(
     console.print(f"{items:,} items in {out / 'catalogue'}")
     for name, count in counts.items():
         console.print(f"{count:,} rows in {out / name}")
-
-
-def _watched(tables: Iterator[pa.Table], progress: Progress) -> Iterator[pa.Table]:
-    for table in tables:
-        yield table
-        progress.advance(table.num_rows)

@@ -1,8 +1,11 @@
 """Train a two-tower policy from a log, as a configuration file says.
 
+With --workers the same training runs on Ray, and gives the same policy up to rounding.
+
 \b
-Example:
+Examples:
   offtower train configs/quickstart/ips.yaml --set training.epochs=5
+  offtower train mine.yaml --workers 4 --set training.strategy=item_sharded
 """
 
 from __future__ import annotations
@@ -12,6 +15,15 @@ from typing import Annotated
 
 import typer
 
+from offtower.cli.cluster import (
+    PANEL,
+    RayAddress,
+    RayWait,
+    TrainingWorkers,
+    WorkerCpus,
+    cluster,
+    worker_range,
+)
 from offtower.cli.common import (
     AsJson,
     DrawnProgress,
@@ -21,6 +33,7 @@ from offtower.cli.common import (
     verb,
 )
 from offtower.jsonable import finite
+from offtower.run_directory import RunDirectory
 
 
 @verb
@@ -31,33 +44,66 @@ def train(
         bool,
         typer.Option("--resume", help="Go on from the run's newest checkpoint, if it has one."),
     ] = False,
+    ray: RayAddress = None,
+    workers: TrainingWorkers = None,
+    worker_cpus: WorkerCpus = 1.0,
+    worker_timeout: Annotated[
+        float,
+        typer.Option(
+            min=1.0,
+            metavar="SECONDS",
+            help="A worker that does not answer for so long counts as lost.",
+            rich_help_panel=PANEL,
+        ),
+    ] = 600.0,
+    max_failures: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="How often workers may be lost and started again.",
+            rich_help_panel=PANEL,
+        ),
+    ] = 3,
+    ray_wait: RayWait = 0.0,
     as_json: AsJson = False,
 ) -> None:
     from offtower.config import load_config
     from offtower.training.run import train_run
 
     settings = load_config(config, overrides or [])
-    result = train_run(settings, resume=resume, progress=DrawnProgress())
-    if as_json:
-        print_json(
-            finite(
-                {
-                    "run": str(settings.run_directory),
-                    "epochs": result.epochs,
-                    "steps": result.steps,
-                    "selected_step": result.selected_step,
-                    "validation_lower_bound": result.validation,
-                    "stopped_early": result.stopped_early,
-                }
-            )
+    progress = DrawnProgress()
+    if ray is None and workers is None:
+        train_run(settings, resume=resume, progress=progress)
+    else:
+        from offtower.jobs.train import WorkerPlan, train_on_ray
+
+        plan = WorkerPlan(
+            worker_range(workers or "2"), worker_cpus, max_failures, worker_timeout, ray_wait
         )
+        with cluster(ray, plan.range[1], worker_cpus):
+            train_on_ray(settings, plan, resume=resume, progress=progress)
+    result = RunDirectory(settings.run_directory).manifest()
+    if as_json:
+        names = (
+            *("epochs", "steps", "selected_step", "validation_lower_bound", "stopped_early"),
+            "workers",
+        )
+        found = {name: result[name] for name in names}
+        found["chosen"] = result.get("chosen")
+        print_json(finite({"run": str(settings.run_directory), **found}))
         return
     console = messages()
-    stopped = ", stopped early" if result.stopped_early else ""
-    console.print(f"{result.epochs} epochs, {result.steps:,} steps{stopped}")
-    if result.validation is not None:
+    stopped = ", stopped early" if result["stopped_early"] else ""
+    console.print(f"{result['epochs']} epochs, {result['steps']:,} steps{stopped}")
+    if result.get("chosen") is not None:
         console.print(
-            f"kept step {result.selected_step:,}: the value on the validation log is at least "
-            f"{result.validation:.4f} (lower end of its interval)"
+            f"auto chose {result['chosen']}: on rows that it did not learn from its value is at "
+            f"least {result['validation_lower_bound']:.4f} (lower bound); all candidates are in "
+            "manifest.json"
+        )
+    elif result["validation_lower_bound"] is not None:
+        console.print(
+            f"kept step {result['selected_step']:,}: the value on the validation log is at least "
+            f"{result['validation_lower_bound']:.4f} (lower end of its interval)"
         )
     console.print(f"policy in {settings.run_directory / 'policy'}")

@@ -14,7 +14,15 @@ from typing import Annotated
 
 import typer
 
-from offtower.cli.common import AsJson, escape, messages, print_json, verb
+from offtower.cli.cluster import (
+    RayAddress,
+    RayWait,
+    WorkerCpus,
+    WorkerMemory,
+    Workers,
+    mapper_of,
+)
+from offtower.cli.common import AsJson, DrawnProgress, escape, messages, print_json, verb
 from offtower.jsonable import finite
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
@@ -24,11 +32,19 @@ _COLOURS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 def validate(
     log: Annotated[Path, typer.Argument(help="Directory of the log.")],
     catalogue: Annotated[Path, typer.Option(help="Directory of the catalogue.")],
+    ray: RayAddress = None,
+    workers: Workers = None,
+    worker_cpus: WorkerCpus = 1.0,
+    worker_memory: WorkerMemory = 0.0,
+    ray_wait: RayWait = 0.0,
     as_json: AsJson = False,
 ) -> None:
     from offtower.data import Catalogue, ParquetLog, validate_log
 
-    report = validate_log(ParquetLog.open(log), Catalogue.open(catalogue))
+    progress = DrawnProgress()
+    opened, items = ParquetLog.open(log), Catalogue.open(catalogue)
+    with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
+        report = validate_log(opened, items, mapper=mapper, progress=progress)
     if as_json:
         print_json(finite(report.to_dict()))
     else:

@@ -91,6 +91,12 @@ class BadRowsError(DataError):
         )
         super().__init__("\n".join(lines))
 
+    def __reduce__(
+        self,
+    ) -> tuple[type[BadRowsError], tuple[list[BadRow], Counter[tuple[str, str]]]]:
+        """So that a worker can send it."""
+        return BadRowsError, (self.rows, self.counts)
+
 
 def check_table(
     table: pa.Table, schema: LogSchema, catalogue: Catalogue, location: Location, first_row: int
@@ -151,6 +157,11 @@ class RowChecker:
         self._seen: dict[tuple[Location, int], int] = {}
         self._counts: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
+
+    @property
+    def schema(self) -> LogSchema:
+        """The schema, with the lengths of vectors learned so far."""
+        return self._schema
 
     @property
     def bad_rows(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -15,12 +16,13 @@ from offtower.data.catalogue import Catalogue, write_catalogue
 from offtower.data.check import RowChecker
 from offtower.data.log import write_log
 from offtower.data.obd import import_open_bandit
+from offtower.data.parts import write_log_parts
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
+from offtower.data.source import CheckedUnits, Units, joined_values, open_source
 from offtower.data.split import SplitBy, split_log
 from offtower.errors import DataError
-from offtower.progress import Progress
-
-_FORMATS = {".csv": "csv", ".parquet": "parquet", ".arrow": "ipc", ".feather": "feather"}
+from offtower.mapping import Mapper
+from offtower.progress import Progress, watched
 
 
 @dataclass
@@ -53,6 +55,7 @@ def ingest_files(
     catalogue_source: Path | None = None,
     catalogue_schema: CatalogueSchema | None = None,
     on_bad_rows: str = "error",
+    mapper: Mapper | None = None,
     progress: Progress | None = None,
 ) -> IngestSummary:
     """Read a file or a folder of files, check every row, write `out`/log and `out`/catalogue.
@@ -60,33 +63,33 @@ def ingest_files(
     Without a catalogue source the catalogue is the set of items that the log shows, and the item
     id is its only feature.
 
+    mapper: where the source is read and files are written; the files are the same with any. One
+        that is distributed reads the source once more, to count its rows, and needs a path that
+        every worker sees.
+
     Raises:
         DataError: no such source, an unknown format, or a bad row (unless quarantined).
     """
-    progress = progress or Progress()
+    mapper, progress = mapper or Mapper(), progress or Progress()
     if (out / "log").exists() or (out / "catalogue").exists():
         raise DataError(f"'{out}' already holds a log or a catalogue; choose another --out")
     source = open_source(log_source)
+    units = Units(source, log_source, schema.columns)
     if catalogue_source is None:
-        catalogue_table, catalogue_schema = _shown_items(source, schema)
+        catalogue_table, catalogue_schema = _shown_items(source, log_source, schema, mapper)
     else:
         catalogue_table = open_source(catalogue_source).to_table()
         catalogue_schema = catalogue_schema or CatalogueSchema()
     catalogue = Catalogue.from_table(catalogue_table, catalogue_schema)
-    quarantine = out / "quarantine" if on_bad_rows == "quarantine" else None
-    checker = RowChecker(schema, catalogue, quarantine=quarantine)
-    progress.start("reading the log", None)
-    manifest = write_log(
-        out / "log", _checked(source, log_source, schema, checker, progress), schema
-    )
-    progress.finish()
+    quarantine = (out / "quarantine").resolve() if on_bad_rows == "quarantine" else None
+    rows, bad = _write(out / "log", units, schema, catalogue, quarantine, mapper, progress)
     write_catalogue(out / "catalogue", catalogue_table, catalogue_schema)
     return IngestSummary(
         log=out / "log",
         catalogue=out / "catalogue",
-        rows=int(manifest["num_rows"]),
+        rows=rows,
         items=catalogue.num_items,
-        quarantined=checker.bad_rows,
+        quarantined=bad,
     )
 
 
@@ -112,64 +115,37 @@ def ingest_open_bandit(campaign: str, out: Path) -> IngestSummary:
 
 
 def split_ingested(
-    summary: IngestSummary, by: SplitBy, fractions: tuple[float, ...], seed: int
+    summary: IngestSummary,
+    by: SplitBy,
+    fractions: tuple[float, ...],
+    seed: int,
+    *,
+    mapper: Mapper | None = None,
+    progress: Progress | None = None,
 ) -> IngestSummary:
     """Cut `log` into train, validation and test beside it."""
     out = summary.log.parent
     names = ("train", "validation", "test")[: len(fractions)]
-    counts = split_log(summary.log, out, by=by, fractions=fractions, names=names, seed=seed)
+    counts = split_log(
+        summary.log,
+        out,
+        by=by,
+        fractions=fractions,
+        names=names,
+        seed=seed,
+        mapper=mapper,
+        progress=progress,
+    )
     return replace(summary, splits=counts)
 
 
-def open_source(path: Path) -> ds.Dataset:
-    """A file, or a folder of files of one format."""
-    if not path.exists():
-        raise DataError(f"there is no file or folder at '{path}'")
-    sample = path
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in _FORMATS)
-        if not files:
-            raise DataError(f"'{path}' holds no {', '.join(_FORMATS)} file")
-        sample = files[0]
-    kind = _FORMATS.get(sample.suffix)
-    if kind is None:
-        raise DataError(
-            f"'{sample}' has an unknown ending '{sample.suffix}'; known: {', '.join(_FORMATS)}"
-        )
-    try:
-        return ds.dataset(path, format=kind)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"'{path}' cannot be read as {kind}: {error}") from error
-
-
-def _checked(
-    source: ds.Dataset, place: Path, schema: LogSchema, checker: RowChecker, progress: Progress
-) -> Iterator[pa.Table]:
-    first_row = 0
-    wanted = [name for name in schema.columns if name in source.schema.names]
-    missing = [name for name in schema.columns if name not in source.schema.names]
-    if missing:
-        raise DataError(
-            f"'{place}' has no column {', '.join(repr(m) for m in missing)}; "
-            f"it has {', '.join(source.schema.names)}"
-        )
-    try:
-        for batch in source.to_batches(columns=wanted):
-            if batch.num_rows == 0:
-                continue
-            table = checker.check(pa.Table.from_batches([batch]), (str(place), 0), first_row)
-            first_row += batch.num_rows
-            progress.advance(batch.num_rows)
-            yield table
-    except pa.ArrowInvalid as error:
-        raise DataError(f"'{place}' cannot be read after row {first_row}: {error}") from error
-
-
-def _shown_items(source: ds.Dataset, schema: LogSchema) -> tuple[pa.Table, CatalogueSchema]:
+def _shown_items(
+    source: ds.Dataset, place: Path, schema: LogSchema, mapper: Mapper
+) -> tuple[pa.Table, CatalogueSchema]:
+    units = Units(source, place, [schema.action])
     seen: pa.Array | None = None
-    for batch in source.to_batches(columns=[schema.action]):
-        values = pc.drop_null(pc.unique(batch.column(0)))
-        seen = values if seen is None else pc.unique(pa.concat_arrays([seen, values]))
+    for _, values in mapper.map(units.distinct, range(len(units)), "finding items"):
+        seen = joined_values(seen, values)
     if seen is None or len(seen) == 0:
         raise DataError("the log shows no item, so no catalogue can be made from it")
     order = pc.sort_indices(seen)
@@ -177,3 +153,69 @@ def _shown_items(source: ds.Dataset, schema: LogSchema) -> tuple[pa.Table, Catal
         pa.table({"item_id": seen.take(order)}),
         CatalogueSchema(features=(FeatureSpec(name="item_id", kind="category"),)),
     )
+
+
+def _write(
+    out: Path,
+    units: Units,
+    schema: LogSchema,
+    catalogue: Catalogue,
+    quarantine: Path | None,
+    mapper: Mapper,
+    progress: Progress,
+) -> tuple[int, int]:
+    """Write `out`; rows written, and rows set aside."""
+    none = np.zeros(len(units), dtype=np.int64)
+    rows = CheckedUnits(units, schema, schema, len(units), catalogue.bare(), none, quarantine, none)
+    if not mapper.distributed:
+        return _stream(out, rows, progress)
+    # Numbers of rows, then of good rows, then the files, each of which is known by its numbers.
+    progress.start("counting rows", len(units))
+    counts = []
+    for count in mapper.map(units.count, range(len(units)), "counting rows"):
+        counts.append(count)
+        progress.advance(1)
+    progress.finish()
+    counted = np.asarray(counts, dtype=np.int64)
+    rows.first_rows, rows.counts = np.cumsum(counted) - counted, counted
+    rows.learned_in, rows.learned = _learned(rows)
+    bad = 0
+    if quarantine is not None:
+        progress.start("checking rows", int(counted.sum()))
+        tallies = list(
+            watched(mapper.map(rows.tally, range(len(units)), "checking rows"), progress)
+        )
+        progress.finish()
+        bad = sum(one.bad for one in tallies)
+        rows.counts = np.asarray([one.good for one in tallies], dtype=np.int64)
+    manifest = write_log_parts(out, rows, schema, mapper, progress=progress, task="writing rows")
+    return int(manifest["num_rows"]), bad
+
+
+def _stream(out: Path, rows: CheckedUnits, progress: Progress) -> tuple[int, int]:
+    """The same in one pass."""
+    progress.start("reading the log", None)
+    checker = RowChecker(rows.schema, rows.catalogue, quarantine=rows.quarantine)
+
+    def tables() -> Iterator[pa.Table]:
+        first_row = 0
+        for unit in range(len(rows.units)):
+            for batch in rows.units.batches(unit):
+                table = pa.Table.from_batches([batch])
+                yield checker.check(table, (str(rows.units.place), 0), first_row)
+                first_row += batch.num_rows
+                progress.advance(batch.num_rows)
+
+    manifest = write_log(out, tables(), rows.schema)
+    progress.finish()
+    return int(manifest["num_rows"]), checker.bad_rows
+
+
+def _learned(rows: CheckedUnits) -> tuple[int, LogSchema]:
+    """The unit with the first good row, and the schema with the lengths of that row's vectors."""
+    for unit in range(len(rows.units)):
+        checker = RowChecker(rows.schema, rows.catalogue, quarantine=rows.quarantine)
+        for table, checker in rows.checked(unit):
+            if table.num_rows:
+                return unit, checker.schema
+    return len(rows.units), rows.schema

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,10 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from offtower.atomic import replace_directory
+from offtower.atomic import replace_directory, replace_file
 from offtower.data.manifest import parquet_files, read_manifest, write_manifest
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
+
+ROWS_PER_GROUP = 65_536
+ROWS_PER_FILE = 1_048_576
 
 
 class Log(ABC):
@@ -161,13 +165,13 @@ def write_log(
     directory: str | Path,
     batches: Iterable[pa.Table | pa.RecordBatch],
     schema: LogSchema,
-    rows_per_group: int = 65_536,
-    rows_per_file: int = 8_388_608,
+    rows_per_group: int = ROWS_PER_GROUP,
+    rows_per_file: int = ROWS_PER_FILE,
 ) -> dict[str, Any]:
     """Write rows as a directory that `ParquetLog.open` reads; it appears whole or not at all.
 
     Rows are regrouped, so the sizes of the incoming batches do not matter. Columns beyond the
-    schema's are kept.
+    schema's are kept. `data.parts.write_log_parts` writes the same files with many workers.
 
     Returns:
         The manifest: schema, num_rows, fingerprint.
@@ -179,47 +183,43 @@ def write_log(
     if directory.exists():
         raise DataError(f"'{directory}' exists already; choose another folder or remove it")
     with replace_directory(directory) as temporary:
-        writer = _Writer(temporary, rows_per_file)
-        try:
-            for group in _regroup(batches, rows_per_group):
-                writer.write(group)
-        finally:
-            writer.close()
-        if writer.rows == 0:
+        groups = regroup(batches, rows_per_group)
+        group = next(groups, None)
+        if group is None:
             raise DataError(f"no rows to write to '{directory}'")
-        log = ParquetLog.open(temporary, schema)
-        return write_manifest(temporary, schema.to_dict(), log.num_rows, log.fingerprint)
+        number = 0
+        while group is not None:
+            in_file = itertools.islice(groups, max(1, rows_per_file // rows_per_group) - 1)
+            write_log_file(temporary, number, itertools.chain([group], in_file))
+            group, number = next(groups, None), number + 1
+        return finish_log(temporary, schema)
 
 
-class _Writer:
-    def __init__(self, directory: Path, rows_per_file: int) -> None:
-        self._directory = directory
-        self._rows_per_file = rows_per_file
-        self._writer: pq.ParquetWriter | None = None
-        self._in_file = 0
-        self._files = 0
-        self.rows = 0
-
-    def write(self, table: pa.Table) -> None:
-        if self._writer is None or self._in_file + table.num_rows > self._rows_per_file:
-            self.close()
-            path = self._directory / f"part-{self._files:05d}.parquet"
-            self._writer = pq.ParquetWriter(path, table.schema, compression="zstd")
-            self._files += 1
-            self._in_file = 0
-        self._writer.write_table(table, row_group_size=table.num_rows)
-        self._in_file += table.num_rows
-        self.rows += table.num_rows
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+def write_log_file(directory: Path, number: int, groups: Iterable[pa.Table]) -> None:
+    """One file of a log, beside and renamed; each table becomes a row group."""
+    path = directory / f"part-{number:05d}.parquet"
+    writer: pq.ParquetWriter | None = None
+    with replace_file(path) as temporary:
+        try:
+            for group in groups:
+                if writer is None:
+                    writer = pq.ParquetWriter(temporary, group.schema, compression="zstd")
+                writer.write_table(group, row_group_size=group.num_rows)
+        finally:
+            if writer is not None:
+                writer.close()
 
 
-def _regroup(
+def finish_log(directory: Path, schema: LogSchema) -> dict[str, Any]:
+    """Read the footers of the files of a log, and write its manifest."""
+    log = ParquetLog.open(directory, schema)
+    return write_manifest(directory, schema.to_dict(), log.num_rows, log.fingerprint)
+
+
+def regroup(
     batches: Iterable[pa.Table | pa.RecordBatch], rows_per_group: int
 ) -> Iterator[pa.Table]:
+    """The same rows in tables of `rows_per_group`; the rest comes last."""
     first: pa.Schema | None = None
     waiting: list[pa.Table] = []
     rows = 0

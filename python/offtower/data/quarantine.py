@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from offtower.atomic import replace_file
 
 REASON = "_reason"
 """Column that says what was wrong; `_row` has the row's number in the whole log."""
@@ -30,7 +31,6 @@ def write_aside(
     aside = rows.append_column(ROW, pa.array(numbers, pa.int64()))
     aside = aside.append_column(REASON, pa.array(reasons, pa.string()))
     path = directory / f"rows-from-{first:012d}-{zlib.crc32(source.encode()):08x}.parquet"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    pq.write_table(aside, temporary)
-    temporary.replace(path)
+    with replace_file(path) as temporary:
+        pq.write_table(aside, temporary)
     return path

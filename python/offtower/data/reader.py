@@ -46,15 +46,30 @@ class Step(_Step):
         cursor: the place after this batch.
         rows: this worker's rows of the batch.
         fold: fold of all rows of the batch; 0 without folds.
-        batch_rows: rows of the batch over all workers.
+        first: place of this worker's first row in the batch.
+        joined: rows of the batch over all workers, without their context.
     """
 
-    batch_rows: int
+    first: int
+    joined: EncodedRows
 
-    def __new__(cls, cursor: Cursor, rows: EncodedRows, fold: int, batch_rows: int) -> Step:
+    def __new__(
+        cls,
+        cursor: Cursor,
+        rows: EncodedRows,
+        fold: int,
+        first: int = 0,
+        joined: EncodedRows | None = None,
+    ) -> Step:
         step = super().__new__(cls, cursor, rows, fold)
-        step.batch_rows = batch_rows
+        step.first = first
+        step.joined = rows.without_context() if joined is None else joined
         return step
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of the batch over all workers."""
+        return len(self.joined)
 
 
 @dataclass
@@ -71,7 +86,8 @@ class BatchReader:
     taken from the encoded window by index. A log of one window is encoded once and kept.
 
     Every worker reads every window and takes its part of each batch, so that what is read does not
-    depend on the number of workers.
+    depend on the number of workers; and knows the actions, rewards and propensities of all rows
+    without a message.
 
     Args:
         log: the log.
@@ -175,13 +191,17 @@ class BatchReader:
                 last = len(window.batches)
                 for turn in range(first, last):
                     batch = window.batches[turn]
-                    part = batch.index[rank_slice(batch.index.size, rank, world_size)]
+                    mine = rank_slice(batch.index.size, rank, world_size)
                     cursor = (
                         Cursor(epoch, number, turn + 1)
                         if turn + 1 < last
                         else Cursor(epoch, number + 1, 0)
                     )
-                    yield Step(cursor, window.rows.take(part), batch.fold, batch.index.size)
+                    rows = window.rows.take(batch.index[mine])
+                    joined = (
+                        None if world_size == 1 else window.rows.without_context().take(batch.index)
+                    )
+                    yield Step(cursor, rows, batch.fold, mine.start, joined)
                 first = 0
                 # The thread reads on when this window is given back: nothing here may hold it.
                 del window
@@ -231,25 +251,54 @@ def scan(
     context_encoding: FeatureEncoding,
     batch_rows: int,
     *,
+    rows: range | None = None,
     on_bad_rows: OnBadRows = "error",
     quarantine: Path | None = None,
     prefetch: bool = True,
 ) -> Iterator[EncodedRows]:
     """All rows of a log in the order of the file, `batch_rows` at a time; the rest comes last.
 
+    Args:
+        rows: numbers of the rows to read, in place of all. Where they start and stop at multiples
+            of `batch_rows`, the batches are those of reading everything.
+
     Raises:
-        ConfigError: `batch_rows` is less than 1, or `quarantine` is missing.
+        ConfigError: `batch_rows` is less than 1, `quarantine` is missing, or `rows` is given where
+            rows are taken out.
         BadRowsError: while iterating, with on_bad_rows="error".
     """
+    if rows is not None and on_bad_rows != "error":
+        raise ConfigError("a range of rows is read of a log without bad rows only")
     loader = _Loader(log, catalogue, context_encoding, on_bad_rows, quarantine)
-    order = EpochOrder(
-        log.row_group_sizes, batch_rows, 0, shuffle=False, window_rows=_SCAN_WINDOW_ROWS
+    rows = range(log.num_rows) if rows is None else rows
+    first = log.first_rows
+    groups = range(
+        max(0, int(np.searchsorted(first, rows.start, side="right")) - 1),
+        int(np.searchsorted(first, rows.stop, side="left")),
     )
-    return _scan(loader, order, prefetch)
+    order = EpochOrder(
+        log.row_group_sizes[groups.start : groups.stop],
+        batch_rows,
+        0,
+        shuffle=False,
+        window_rows=_SCAN_WINDOW_ROWS,
+    )
+    windows = [[groups.start + int(g) for g in window] for window in order.windows(0)]
+    if on_bad_rows != "error":
+        return _scan(loader, windows, batch_rows, prefetch)
+    before = rows.start - int(first[groups.start])
+    return _scan(loader, windows, batch_rows, prefetch, before, len(rows))
 
 
-def _scan(loader: _Loader, order: EpochOrder, prefetch: bool) -> Iterator[EncodedRows]:
-    windows, batch_rows = order.windows(0), order.batch_size
+def _scan(
+    loader: _Loader,
+    windows: list[list[int]],
+    batch_rows: int,
+    prefetch: bool,
+    skip: int = 0,
+    limit: int | None = None,
+) -> Iterator[EncodedRows]:
+    """Batches of the rows of some windows, without the first `skip` rows, `limit` at most."""
     numbers = range(len(windows))
     rest: EncodedRows | None = None
     with ExitStack() as stack:
@@ -261,6 +310,12 @@ def _scan(loader: _Loader, order: EpochOrder, prefetch: bool) -> Iterator[Encode
             loaded = (loader.load(groups, threading.Event()) for groups in windows)
         for rows in loaded:
             assert rows is not None
+            if skip or (limit is not None and len(rows) > limit):
+                stop = len(rows) if limit is None else min(len(rows), skip + limit)
+                rows = rows.take(np.arange(min(skip, stop), stop))
+                skip = 0
+            if limit is not None:
+                limit -= len(rows)
             if rest is not None:
                 rows = _joined([rest, rows])
             whole = len(rows) - len(rows) % batch_rows

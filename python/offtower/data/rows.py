@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,10 @@ class EncodedRows:
             if f.name != "context"
         }
         return EncodedRows(context=take(self.context, index), **columns)
+
+    def without_context(self) -> EncodedRows:
+        """The same rows with no context features."""
+        return replace(self, context={})
 
     @classmethod
     def concat(cls, parts: Sequence[EncodedRows]) -> EncodedRows:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +17,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from offtower.data.log import Log, ParquetLog, write_log
+from offtower.data.log import Log, ParquetLog
 from offtower.data.order import keyed_hash
+from offtower.data.parts import RowSource, write_log_parts
 from offtower.data.rows import hashed
 from offtower.errors import DataError
+from offtower.mapping import Mapper, pieces
+from offtower.progress import Progress
 
 SplitBy = Literal["time", "user", "round", "row"]
 
@@ -35,10 +40,14 @@ def split_log(
     fractions: Sequence[float] = (0.6, 0.2, 0.2),
     names: Sequence[str] = ("train", "validation", "test"),
     seed: int = 0,
+    *,
+    mapper: Mapper | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, int]:
     """Write each part of a log to `out`/<name>, keeping the order of rows and all columns.
 
-    Memory does not grow with the log: rows pass through one row group at a time, once per part.
+    Memory does not grow with the log: rows pass through one row group at a time. Row groups without
+    a row of a part are not read for it.
 
     Args:
         log: the log, or the directory of one.
@@ -49,6 +58,7 @@ def split_log(
         fractions: share of each part, adding up to 1.
         names: name of each part.
         seed: key of the hash; another seed draws another split.
+        mapper: where row groups are read and files are written; the files are the same with any.
 
     Returns:
         Rows of each part, by name.
@@ -64,20 +74,27 @@ def split_log(
     taken = [name for name in names if (out / name).exists()]
     if taken:
         raise DataError(f"'{out / taken[0]}' exists already; choose another folder or remove it")
-    assign = _assignment(log, by, np.cumsum(fractions)[:-1], seed)
-    counts = _count(log, assign, len(names))
-    if not counts.all():
-        empty = names[int(counts.argmin())]
+    mapper, progress = mapper or Mapper(), progress or Progress()
+    assign = _assignment(log, by, np.cumsum(fractions)[:-1], seed, mapper)
+    counts = _count(log, assign, len(names), mapper)
+    totals = counts.sum(axis=0)
+    if not totals.all():
+        empty = names[int(totals.argmin())]
         raise DataError(
             f"part '{empty}' would be empty: {log.num_rows} rows split by {by} "
-            f"into {', '.join(f'{c} {n}' for n, c in zip(names, counts, strict=True))}"
+            f"into {', '.join(f'{c} {n}' for n, c in zip(names, totals, strict=True))}"
         )
     created = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".split-", dir=out))
+    columns = _all_columns(log)
     try:
         for number, name in enumerate(names):
-            write_log(temporary / name, _rows_of(log, assign, number), log.schema)
+            source = _Part(log, columns, assign, number, counts[:, number])
+            task = f"writing {name}"
+            write_log_parts(
+                temporary / name, source, log.schema, mapper, progress=progress, task=task
+            )
         for name in names:
             os.rename(temporary / name, out / name)
         temporary.rmdir()
@@ -86,7 +103,7 @@ def split_log(
         if created and not any(out.iterdir()):
             out.rmdir()
         raise
-    return {name: int(count) for name, count in zip(names, counts, strict=True)}
+    return {name: int(count) for name, count in zip(names, totals, strict=True)}
 
 
 def _check_parts(fractions: Sequence[float], names: Sequence[str]) -> None:
@@ -103,9 +120,18 @@ def _check_parts(fractions: Sequence[float], names: Sequence[str]) -> None:
             )
 
 
-def _tables(log: Log, columns: Sequence[str]) -> Iterator[tuple[pa.Table, int]]:
-    for group, first_row in enumerate(log.first_rows.tolist()):
-        yield log.read_row_group(group, columns), first_row
+def _pieces(log: Log, mapper: Mapper) -> list[range]:
+    """Row groups in ranges of about a million rows."""
+    sizes = log.row_group_sizes
+    return pieces(len(sizes), max(1, round(1_000_000 / sizes.mean())), mapper.workers)
+
+
+def _tables(
+    log: Log, columns: Sequence[str], groups: Iterable[int]
+) -> Iterator[tuple[pa.Table, int]]:
+    first_rows = log.first_rows
+    for group in groups:
+        yield log.read_row_group(group, columns), int(first_rows[group])
 
 
 def _all_columns(log: Log) -> list[str]:
@@ -125,31 +151,87 @@ def _all_columns(log: Log) -> list[str]:
     ]
 
 
-def _rows_of(log: Log, assign: Assign, part: int) -> Iterator[pa.Table]:
-    for table, first_row in _tables(log, _all_columns(log)):
-        yield table.filter(pa.array(assign(table, first_row) == part))
+class _Part(RowSource):
+    """The rows of one part, a row group a unit."""
+
+    def __init__(
+        self,
+        log: Log,
+        columns: Sequence[str],
+        assign: Assign,
+        part: int,
+        counts: NDArray[np.int64],
+    ) -> None:
+        self._log, self._columns, self._assign, self._part = log, columns, assign, part
+        self.counts = counts
+
+    def tables(self, unit: int) -> Iterator[pa.Table]:
+        for table, first_row in _tables(self._log, self._columns, [unit]):
+            yield table.filter(pa.array(self._assign(table, first_row) == self._part))
 
 
-def _count(log: Log, assign: Assign, parts: int) -> NDArray[np.int64]:
-    counts = np.zeros(parts, dtype=np.int64)
+def _count(log: Log, assign: Assign, parts: int, mapper: Mapper) -> NDArray[np.int64]:
+    """(row groups, parts) rows."""
     schema = log.schema
     wanted = [c for c in (schema.timestamp, schema.user_id, schema.round_id) if c is not None]
-    for table, first_row in _tables(log, wanted or [schema.action]):
-        counts += np.bincount(assign(table, first_row), minlength=parts)
-    return counts
+    count = partial(_count_groups, log, wanted or [schema.action], assign, parts)
+    return np.concatenate(list(mapper.map(count, _pieces(log, mapper), "counting")))
 
 
-def _assignment(log: Log, by: str, shares: NDArray[np.float64], seed: int) -> Assign:
+def _count_groups(
+    log: Log, columns: Sequence[str], assign: Assign, parts: int, groups: range
+) -> NDArray[np.int64]:
+    return np.stack(
+        [
+            np.bincount(assign(table, first_row), minlength=parts)
+            for table, first_row in _tables(log, columns, groups)
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class _ByRow:
+    """Each row by itself. bounds: share k of 2**64 lies below bounds[k]."""
+
+    bounds: NDArray[np.uint64]
+    seed: int
+
+    def __call__(self, table: pa.Table, first_row: int) -> NDArray[np.int64]:
+        rows = np.arange(first_row, first_row + table.num_rows)
+        return np.searchsorted(self.bounds, keyed_hash(rows, self.seed), side="right")
+
+
+@dataclass(frozen=True)
+class _ByKey:
+    """Rows with the same value of a column together."""
+
+    column: str
+    bounds: NDArray[np.uint64]
+    seed: int
+
+    def __call__(self, table: pa.Table, first_row: int) -> NDArray[np.int64]:
+        key = keyed_hash(_keys(table, self.column), self.seed)
+        return np.searchsorted(self.bounds, key, side="right")
+
+
+@dataclass(frozen=True)
+class _ByTime:
+    """Before the first cut, between cuts, from the last cut on."""
+
+    column: str
+    cuts: NDArray[np.uint64]
+
+    def __call__(self, table: pa.Table, first_row: int) -> NDArray[np.int64]:
+        return np.searchsorted(self.cuts, _sortable(table, self.column), side="right")
+
+
+def _assignment(
+    log: Log, by: str, shares: NDArray[np.float64], seed: int, mapper: Mapper
+) -> Assign:
     schema = log.schema
-    # share k of 2**64 lies below bounds[k]
     bounds = np.array([min(int(share * 2**64), 2**64 - 1) for share in shares], dtype=np.uint64)
     if by == "row":
-
-        def by_row(table: pa.Table, first_row: int) -> NDArray[np.int64]:
-            rows = np.arange(first_row, first_row + table.num_rows)
-            return np.searchsorted(bounds, keyed_hash(rows, seed), side="right")
-
-        return by_row
+        return _ByRow(bounds, seed)
     columns = {"time": schema.timestamp, "user": schema.user_id, "round": schema.round_id}
     if by not in columns:
         raise DataError(f"a log is split by time, user, round or row, not by '{by}'")
@@ -158,18 +240,8 @@ def _assignment(log: Log, by: str, shares: NDArray[np.float64], seed: int) -> As
         field = {"time": "timestamp", "user": "user_id", "round": "round_id"}[by]
         raise DataError(f"to split by {by} the log's schema must name its {field} column")
     if by == "time":
-        cuts = _quantiles(log, column, shares)
-
-        def by_time(table: pa.Table, first_row: int) -> NDArray[np.int64]:
-            return np.searchsorted(cuts, _sortable(table, column), side="right")
-
-        return by_time
-
-    def by_key(table: pa.Table, first_row: int) -> NDArray[np.int64]:
-        hashed = keyed_hash(_keys(table, column), seed)
-        return np.searchsorted(bounds, hashed, side="right")
-
-    return by_key
+        return _ByTime(column, _quantiles(log, column, shares, mapper))
+    return _ByKey(column, bounds, seed)
 
 
 def _keys(table: pa.Table, column: str) -> NDArray[np.uint64]:
@@ -179,29 +251,27 @@ def _keys(table: pa.Table, column: str) -> NDArray[np.uint64]:
     return hashed(values)
 
 
-def _quantiles(log: Log, column: str, shares: NDArray[np.float64]) -> NDArray[np.uint64]:
+def _quantiles(
+    log: Log, column: str, shares: NDArray[np.float64], mapper: Mapper | None = None
+) -> NDArray[np.uint64]:
     """The value at each share of the sorted column, exactly, in a few passes of bounded memory.
 
     Each pass counts the values in 65,536 bins of every wanted value's interval and narrows the
     interval to one bin; at most five passes over one column settle 64 bits.
     """
-    low, high, total = 2**64 - 1, 0, 0
-    for table, _ in _tables(log, [column]):
-        if table.num_rows:
-            values = _sortable(table, column)
-            low, high = min(low, int(values.min())), max(high, int(values.max()))
-            total += values.size
+    mapper = mapper or Mapper()
+    parts = _pieces(log, mapper)
+    found = list(mapper.map(partial(_extent, log, column), parts, "finding times"))
+    low, high = min(one[0] for one in found), max(one[1] for one in found)
+    total = sum(one[2] for one in found)
     ranks = [min(round(share * total), total - 1) for share in shares]
     intervals = [(low, high, 0) for _ in ranks]  # first value, last value, rows below the first
     while any(first < last for first, last, _ in intervals):
         widths = [(last - first) // _BINS + 1 for first, last, _ in intervals]
         counts = np.zeros((len(ranks), _BINS), dtype=np.int64)
-        for table, _ in _tables(log, [column]):
-            values = _sortable(table, column)
-            for k, (first, last, _) in enumerate(intervals):
-                inside = values[(values >= np.uint64(first)) & (values <= np.uint64(last))]
-                bins = (inside - np.uint64(first)) // np.uint64(widths[k])
-                counts[k] += np.bincount(bins.astype(np.int64), minlength=_BINS)
+        bins = partial(_count_bins, log, column, intervals, widths)
+        for part in mapper.map(bins, parts, "finding quantiles"):
+            counts += part
         for k, (first, last, below) in enumerate(intervals):
             cumulative = below + np.cumsum(counts[k])
             bin_number = int(np.searchsorted(cumulative, ranks[k], side="right"))
@@ -209,6 +279,35 @@ def _quantiles(log: Log, column: str, shares: NDArray[np.float64]) -> NDArray[np
             before = below if bin_number == 0 else int(cumulative[bin_number - 1])
             intervals[k] = (start, min(start + widths[k] - 1, last), before)
     return np.array([first for first, _, _ in intervals], dtype=np.uint64)
+
+
+def _extent(log: Log, column: str, groups: range) -> tuple[int, int, int]:
+    """Least and largest value of some row groups, and their rows."""
+    low, high, rows = 2**64 - 1, 0, 0
+    for table, _ in _tables(log, [column], groups):
+        if table.num_rows:
+            values = _sortable(table, column)
+            low, high = min(low, int(values.min())), max(high, int(values.max()))
+            rows += values.size
+    return low, high, rows
+
+
+def _count_bins(
+    log: Log,
+    column: str,
+    intervals: Sequence[tuple[int, int, int]],
+    widths: Sequence[int],
+    groups: range,
+) -> NDArray[np.int64]:
+    """(intervals, bins) values of some row groups."""
+    counts = np.zeros((len(intervals), _BINS), dtype=np.int64)
+    for table, _ in _tables(log, [column], groups):
+        values = _sortable(table, column)
+        for k, (first, last, _) in enumerate(intervals):
+            inside = values[(values >= np.uint64(first)) & (values <= np.uint64(last))]
+            bins = (inside - np.uint64(first)) // np.uint64(widths[k])
+            counts[k] += np.bincount(bins.astype(np.int64), minlength=_BINS)
+    return counts
 
 
 def _sortable(table: pa.Table, column: str) -> NDArray[np.uint64]:

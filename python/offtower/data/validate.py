@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
-
 from offtower.data.catalogue import Catalogue
-from offtower.data.check import BadRow, count_faults, first_bad_rows
-from offtower.data.columns import as_float_array, category_values, splitmix64
 from offtower.data.log import Log
-from offtower.data.rows import hashed
-from offtower.data.rules import find_faults
-
-Target = Callable[[pa.Table], NDArray[np.floating]]
+from offtower.data.log_sums import LogSums, Moments, Target
+from offtower.data.schema import LogSchema
+from offtower.mapping import Mapper, merge_all, pieces
+from offtower.progress import Progress, watched
 
 Level = Literal["error", "warning", "info"]
 
-_SHOWN_BAD_ROWS = 5
-_NOISY = 0.25
-"""A standard error above this share of the expected number says nothing."""
-_HEAVY = 0.1
-"""Share of a sum in one value, above which its standard error is not to be believed."""
+_PART_ROWS = 1_000_000
+"""Rows of a part of the log, about."""
 _ALARM = 4.0
 """Standard errors between an average and what it must be, above which it is an error."""
 
@@ -73,80 +62,14 @@ class ValidationReport:
         }
 
 
-@dataclass
-class _Mean:
-    """Count, mean, squared deviations, largest value and sum; merged batch by batch."""
-
-    count: int = 0
-    mean: float = 0.0
-    square: float = 0.0
-    largest: float = -math.inf
-    smallest: float = math.inf
-
-    def add(self, values: NDArray[np.float64]) -> None:
-        if values.size == 0:
-            return
-        count = self.count + values.size
-        mean = float(values.mean())
-        shift = mean - self.mean
-        self.square += float(np.square(values - mean).sum())
-        self.square += shift**2 * self.count * values.size / count
-        self.mean += shift * values.size / count
-        self.count = count
-        self.largest = max(self.largest, float(values.max()))
-        self.smallest = min(self.smallest, float(values.min()))
-
-    @property
-    def std_error(self) -> float:
-        if self.count < 2:
-            return math.inf
-        return math.sqrt(self.square / (self.count - 1) / self.count)
-
-    def too_noisy(self, expected: float) -> bool:
-        """Whether the mean says nothing beside `expected`, or hangs on one value: then the
-        standard error itself is not to be believed."""
-        heaviest = self.largest > _HEAVY * self.count * abs(self.mean)
-        return not self.std_error <= _NOISY * expected or heaviest
-
-
-class _Repeats:
-    """Counts keys that occur again, in bounded memory: beyond a limit only keys below a falling
-    threshold are kept, all occurrences of each, and the count is scaled up."""
-
-    def __init__(self, limit: int = 8_000_000) -> None:
-        self._limit = limit
-        self._parts: list[NDArray[np.uint64]] = []
-        self._distinct = np.zeros(0, dtype=np.uint64)
-        self._waiting = 0
-        self._repeats = 0
-        self.shift = 0
-
-    def add(self, keys: NDArray[np.uint64]) -> None:
-        mixed = splitmix64(keys)
-        if self.shift:
-            mixed = mixed[mixed >> np.uint64(64 - self.shift) == 0]
-        self._parts.append(mixed)
-        self._waiting += len(mixed)
-        if self._waiting > self._limit:
-            self._join()
-
-    def _join(self) -> None:
-        keys = np.concatenate([self._distinct, *self._parts])
-        self._parts, self._waiting = [], 0
-        self._distinct = np.unique(keys)
-        self._repeats += len(keys) - len(self._distinct)
-        while len(self._distinct) > self._limit:
-            self.shift += 1
-            self._distinct = self._distinct[self._distinct >> np.uint64(64 - self.shift) == 0]
-            self._repeats //= 2
-
-    def count(self) -> int:
-        """Rows that repeat an earlier key; an estimate where `shift` is above 0."""
-        self._join()
-        return self._repeats << self.shift
-
-
-def validate_log(log: Log, catalogue: Catalogue, target: Target | None = None) -> ValidationReport:
+def validate_log(
+    log: Log,
+    catalogue: Catalogue,
+    target: Target | None = None,
+    *,
+    mapper: Mapper | None = None,
+    progress: Progress | None = None,
+) -> ValidationReport:
     """Check every row and the averages of a log.
 
     The mean of 1/pscore estimates the number of items that the logging policy can show (exactly N
@@ -158,79 +81,47 @@ def validate_log(log: Log, catalogue: Catalogue, target: Target | None = None) -
         target: of a table with n rows, the (n,) probabilities pi(a_i|x_i) that a policy gives the
             logged actions. The mean of pi/pscore is the share of the policy's mass that the log
             can speak of; the rest has no support.
+        mapper: where the parts of the log are read; here, one after the other, without one. The
+            numbers are the same bits with any.
 
     Raises:
         DataError: a column is missing or can never be right; a file cannot be read.
     """
-    collector = _Collector(log, catalogue, target)
-    for index in range(len(log.row_group_sizes)):
-        collector.add(log.read_row_group(index), index)
-    return ValidationReport(log.num_rows, tuple(collector.findings()))
+    mapper, progress = mapper or Mapper(), progress or Progress()
+    sizes = log.row_group_sizes
+    groups = max(1, round(_PART_ROWS / max(1.0, float(sizes.mean()))))
+    parts = pieces(len(sizes), groups, mapper.workers)
+    progress.start("validating", log.num_rows)
+    found = mapper.map(partial(_sums_of, log, catalogue.bare(), target), parts, "validating")
+    sums = merge_all(watched(found, progress), empty="the log has no rows")
+    progress.finish()
+    return ValidationReport(log.num_rows, tuple(_Findings(sums, log.schema, catalogue).all()))
 
 
-class _Collector:
-    def __init__(self, log: Log, catalogue: Catalogue, target: Target | None) -> None:
-        self._log = log
-        self._schema = log.schema
-        self._catalogue = catalogue
-        self._bad: list[BadRow] = []
-        self._bad_counts: Counter[tuple[str, str]] = Counter()
-        self._reward = _Mean()
-        self._pscore = _Mean()
-        self._inverse: dict[str, _Mean] = defaultdict(_Mean)
-        self._shown = np.zeros(catalogue.num_items, dtype=bool)
-        self._values: dict[str, set[str]] = {spec.name: set() for spec in log.schema.context}
-        self._pairs = _Repeats()
-        self._target = target
-        self._weight = _Mean()
-        self._first_row = 0
-
-    def add(self, table: pa.Table, index: int) -> None:
-        schema = self._schema
-        location = self._log.location(index)
-        faults = find_faults(table, schema, self._catalogue, location[0])
-        table_good = table
-        if faults:
-            self._bad_counts.update(count_faults(faults))
-            wanted = _SHOWN_BAD_ROWS - len(self._bad)
-            self._bad += first_bad_rows(table, faults, location, self._first_row, wanted)
-            bad = np.logical_or.reduce([fault.mask for fault in faults])
-            table_good = table.filter(pa.array(~bad))
-        self._first_row += table.num_rows
-        if table_good.num_rows == 0:
-            return
-        self._reward.add(as_float_array(table_good.column(schema.reward)))
-        self._shown[self._catalogue.index_of(table_good.column(schema.action))] = True
-        self._add_pscore(table_good)
-        for spec in schema.context:
-            seen = self._values[spec.name]
-            if len(seen) < 2 and spec.kind in ("numeric", "category"):
-                seen |= {str(v) for v in pc.unique(table.column(spec.source)).to_pylist()[:3]}
-        if schema.round_id is not None and schema.position is not None:
-            key = hashed(table_good.column(schema.round_id))
-            self._pairs.add(splitmix64(key) ^ hashed(table_good.column(schema.position)))
-        if self._target is not None and schema.pscore is not None:
-            logged = as_float_array(table_good.column(schema.pscore))
-            self._weight.add(np.asarray(self._target(table_good), dtype=np.float64) / logged)
-
-    def _add_pscore(self, table: pa.Table) -> None:
-        schema = self._schema
-        if schema.pscore is None:
-            return
-        pscore = as_float_array(table.column(schema.pscore))
-        self._pscore.add(pscore)
-        inverse = 1.0 / pscore
-        self._inverse[""].add(inverse)
-        if schema.behavior_policy is None:
-            return
-        names = pc.dictionary_encode(
-            category_values(table.column(schema.behavior_policy)).cast(pa.string())
+def _sums_of(log: Log, catalogue: Catalogue, target: Target | None, groups: range) -> LogSums:
+    first_rows = log.first_rows
+    return merge_all(
+        LogSums.of(
+            log.read_row_group(group),
+            log.schema,
+            catalogue,
+            log.location(group),
+            int(first_rows[group]),
+            target,
         )
-        place = names.indices.to_numpy(zero_copy_only=False)
-        for number, name in enumerate(names.dictionary.to_pylist()):
-            self._inverse[name].add(inverse[place == number])
+        for group in groups
+    )
 
-    def findings(self) -> list[Finding]:
+
+class _Findings:
+    """What sums over a whole log say."""
+
+    def __init__(self, sums: LogSums, schema: LogSchema, catalogue: Catalogue) -> None:
+        self._sums = sums
+        self._schema = schema
+        self._num_items = catalogue.num_items
+
+    def all(self) -> list[Finding]:
         found = self._bad_rows()
         found.append(self._mean_reward())
         found += self._propensities()
@@ -240,30 +131,34 @@ class _Collector:
         return found
 
     def _bad_rows(self) -> list[Finding]:
-        if not self._bad_counts:
-            return [Finding("info", "rows", f"all {self._log.num_rows:,} rows keep the schema")]
+        if not self._sums.bad_counts:
+            return [Finding("info", "rows", f"all {self._sums.rows:,} rows keep the schema")]
         kinds = "; ".join(
             f"{count:,} x column '{column}' is {problem}"
-            for (column, problem), count in sorted(self._bad_counts.items())
+            for (column, problem), count in sorted(self._sums.bad_counts.items())
         )
         return [
             Finding(
-                "error", "rows", f"bad values: {kinds}", {"bad": sum(self._bad_counts.values())}
+                "error",
+                "rows",
+                f"bad values: {kinds}",
+                {"bad": sum(self._sums.bad_counts.values())},
             ),
-            *(Finding("error", "row", str(row)) for row in self._bad),
+            *(Finding("error", "row", str(row)) for row in self._sums.bad),
         ]
 
     def _mean_reward(self) -> Finding:
-        if self._reward.count == 0:
+        reward = self._sums.reward
+        if reward.count == 0:
             return Finding("error", "reward", "no row is good, so nothing can be averaged")
-        mean, error = self._reward.mean, self._reward.std_error
+        mean, error = reward.mean, reward.std_error
         return Finding(
-            "info" if self._reward.square > 0 else "warning",
+            "info" if reward.square > 0 else "warning",
             "reward",
             f"mean reward {mean:.5g} (standard error {error:.2g}; 95% interval "
             f"{mean - 1.96 * error:.5g} to {mean + 1.96 * error:.5g}), "
-            f"from {self._reward.smallest:g} to {self._reward.largest:g}"
-            + ("" if self._reward.square > 0 else ": every reward is the same, nothing to learn"),
+            f"from {reward.smallest:g} to {reward.largest:g}"
+            + ("" if reward.square > 0 else ": every reward is the same, nothing to learn"),
             {
                 "mean": mean,
                 "std_error": error,
@@ -282,18 +177,18 @@ class _Collector:
                     "estimate can be made",
                 )
             ]
-        if self._pscore.count == 0:
+        if self._sums.pscore.count == 0:
             return []
         found = [
             Finding(
                 "info",
                 "pscore",
-                f"pscore from {self._pscore.smallest:.3g} to {self._pscore.largest:.3g}",
-                {"smallest": self._pscore.smallest, "largest": self._pscore.largest},
+                f"pscore from {self._sums.pscore.smallest:.3g} to {self._sums.pscore.largest:.3g}",
+                {"smallest": self._sums.pscore.smallest, "largest": self._sums.pscore.largest},
             )
         ]
-        policies = [name for name in self._inverse if name] or [""]
-        found += [self._inverse_mean(name, self._inverse[name]) for name in policies]
+        policies = [name for name in self._sums.inverse if name] or [""]
+        found += [self._inverse_mean(name, self._sums.inverse[name]) for name in policies]
         return found + self._policies_agree(policies) + self._target_mass()
 
     def _policies_agree(self, policies: list[str]) -> list[Finding]:
@@ -302,7 +197,7 @@ class _Collector:
         if len(policies) < 2:
             return []
         name = "behavior policies"
-        means = [self._inverse[policy] for policy in policies]
+        means = [self._sums.inverse[policy] for policy in policies]
         low, high = min(means, key=lambda m: m.mean), max(means, key=lambda m: m.mean)
         error = math.hypot(low.std_error, high.std_error)
         text = (
@@ -311,7 +206,7 @@ class _Collector:
             "against another cannot be tested: a log holds only its own policy's probabilities"
         )
         numbers = {"difference": high.mean - low.mean, "std_error": error}
-        if any(m.too_noisy(self._catalogue.num_items) for m in (low, high)):
+        if any(m.too_noisy(self._num_items) for m in (low, high)):
             return [Finding("info", name, text + ". Too noisy to say more", numbers)]
         if high.mean - low.mean > _ALARM * error + 1e-6 * high.mean:
             text += ". They can show different items, or the propensities of one are wrong"
@@ -319,7 +214,7 @@ class _Collector:
         return [Finding("info", name, text, numbers)]
 
     def _target_mass(self) -> list[Finding]:
-        weight = self._weight
+        weight = self._sums.weight
         if weight.count == 0:
             return []
         lost = 1.0 - weight.mean
@@ -339,8 +234,8 @@ class _Collector:
         level: Level = "warning" if lost > slack else "info"
         return [Finding(level, "target", text, numbers)]
 
-    def _inverse_mean(self, policy: str, inverse: _Mean) -> Finding:
-        n_items = self._catalogue.num_items
+    def _inverse_mean(self, policy: str, inverse: Moments) -> Finding:
+        n_items = self._num_items
         whose = f" of behavior policy '{policy}'" if policy else ""
         text = (
             f"mean of 1/pscore{whose} is {inverse.mean:.4g} (standard error "
@@ -377,32 +272,33 @@ class _Collector:
         return Finding("info", name, text + ": consistent", numbers)
 
     def _coverage(self) -> Finding:
-        shown = int(self._shown.sum())
-        share = shown / self._catalogue.num_items
+        shown = len(self._sums.shown)
+        share = shown / self._num_items
         return Finding(
             "info" if share > 0.5 else "warning",
             "coverage",
-            f"{shown:,} of {self._catalogue.num_items:,} items are shown at least once "
+            f"{shown:,} of {self._num_items:,} items are shown at least once "
             f"({share:.1%})" + ("" if share > 0.5 else "; the log says nothing of the others"),
-            {"shown": shown, "items": self._catalogue.num_items},
+            {"shown": shown, "items": self._num_items},
         )
 
     def _constant_columns(self) -> list[Finding]:
         return [
             Finding("warning", "constant", f"feature '{name}' has one value in every row")
-            for name, seen in self._values.items()
-            if len(seen) == 1 and self._log.num_rows > 1
+            for name, seen in self._sums.values.items()
+            if len(seen) == 1 and self._sums.rows > 1
         ]
 
     def _repeated_rounds(self) -> list[Finding]:
-        twice = self._pairs.count()
-        if twice == 0:
+        pairs = self._sums.pairs
+        twice = 0 if pairs is None else pairs.count()
+        if pairs is None or twice == 0:
             return []
         return [
             Finding(
                 "error",
                 "repeats",
-                f"{'about ' if self._pairs.shift else ''}{twice:,} rows repeat a (round, position) "
+                f"{'about ' if pairs.shift else ''}{twice:,} rows repeat a (round, position) "
                 "that another row has",
                 {"rows": twice},
             )

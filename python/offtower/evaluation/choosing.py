@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -55,16 +55,17 @@ class LoggingDraws:
     scorer: PolicyScorer
     draws: int
     stride: int
-    generator: torch.Generator
-    off: list[NDArray[np.float64]] = field(default_factory=list)
 
     def taken(self, rows: EncodedRows) -> NDArray[np.int64]:
         """Positions of a batch's rows that PAS-IF works on."""
         return np.flatnonzero(rows.row % self.stride == 0)
 
     @torch.no_grad()
-    def draw(self, rows: EncodedRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """(m, S) items and log pi_b of them, for the rows taken (in the run's own encoding)."""
+    def draw(
+        self, rows: EncodedRows, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.float64]]:
+        """(m, S) items and log pi_b of them, for the rows taken (in the run's own encoding); and
+        (m,) distances of the run's log-probabilities of the logged items from the logged ones."""
         from offtower.data.encoding import to_tensors
 
         policy, items = self.scorer.policy, self.scorer.items
@@ -74,24 +75,26 @@ class LoggingDraws:
             items,
             torch.from_numpy(rows.action),
             draws=self.draws,
-            generator=self.generator,
+            generator=generator,
             temperature=policy.temperature,
         )
         assert rows.pscore is not None
-        self.off.append(np.abs(terms.log_prob.double().numpy() - np.log(rows.pscore)))
+        off = np.abs(terms.log_prob.double().numpy() - np.log(rows.pscore))
         logit = _logits(context, items, drawn, policy.temperature)
-        return drawn, logit - terms.log_normalizer[:, None].double()
+        return drawn, logit - terms.log_normalizer[:, None].double(), off
 
-    def refusal(self) -> str | None:
-        """Why these draws are not from the policy that logged; None where they may be."""
-        distance = float(np.median(np.concatenate(self.off))) if self.off else 0.0
-        if distance <= _WRONG_PROPENSITY:
-            return None
-        return (
-            "evaluation.selection.logging_run did not make this log: its probabilities of the "
-            f"logged items differ from the logged ones by a factor of {np.exp(distance):.3g} "
-            "(median); PAS-IF uses logged propensities only"
-        )
+
+def logging_refusal(off: Sequence[NDArray[np.float64]]) -> str | None:
+    """Why draws are not from the policy that logged, by the distances that `LoggingDraws.draw`
+    found; None where they may be."""
+    distance = float(np.median(np.concatenate(off))) if off else 0.0
+    if distance <= _WRONG_PROPENSITY:
+        return None
+    return (
+        "evaluation.selection.logging_run did not make this log: its probabilities of the "
+        f"logged items differ from the logged ones by a factor of {np.exp(distance):.3g} "
+        "(median); PAS-IF uses logged propensities only"
+    )
 
 
 class SelectionKeeper:
@@ -108,6 +111,15 @@ class SelectionKeeper:
         for name, part in rows.items():
             if name or len(rows) == 1:
                 self._rows.setdefault(name, []).append(_slim(part))
+
+    def absorb(self, other: SelectionKeeper) -> None:
+        """Add what was kept of later rows."""
+        for mine, others in ((self._rows, other._rows), (self._subset, other._subset)):
+            for name, parts in others.items():
+                mine.setdefault(name, []).extend(parts)
+        self._weight += other._weight
+        for name, values in other._drawn.items():
+            self._drawn.setdefault(name, []).extend(values)
 
     @torch.no_grad()
     def add_draws(

@@ -47,7 +47,9 @@ class LogWatch:
     """
 
     def __init__(self, num_items: int, num_rows: int, seed: int) -> None:
-        self._counts = np.zeros(num_items, dtype=np.int64)
+        # How often each item was shown, where 2 stands for more: one byte an item does.
+        self._seen = np.zeros(num_items, dtype=np.uint8)
+        self._rows = 0
         self._stride = max(1, -(-num_rows // CALIBRATION_ROWS))
         self._pscore: list[NDArray[np.float64]] = []
         self._action: list[NDArray[np.int64]] = []
@@ -56,16 +58,39 @@ class LogWatch:
 
     def add(self, rows: EncodedRows) -> None:
         """A batch."""
-        self._counts += np.bincount(rows.action, minlength=self._counts.size)
+        item, times = np.unique(rows.action, return_counts=True)
+        self._add_seen(item, np.minimum(times, 2).astype(np.uint8))
+        self._rows += len(rows)
         assert rows.pscore is not None
         taken = rows.row % self._stride == 0
         self._pscore.append(rows.pscore[taken])
         self._action.append(rows.action[taken])
 
+    def absorb(self, other: LogWatch) -> None:
+        """Add what was gathered of later rows."""
+        item = np.flatnonzero(other._seen)
+        self._add_seen(item, other._seen[item])
+        self._rows += other._rows
+        self._pscore += other._pscore
+        self._action += other._action
+        self._drawn = {**other._drawn, **self._drawn}
+
+    def _add_seen(self, item: NDArray[np.int64], times: NDArray[np.uint8]) -> None:
+        self._seen[item] = np.minimum(self._seen[item] + times, 2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Only the items that were seen travel."""
+        item = np.flatnonzero(self._seen)
+        return {**self.__dict__, "_seen": (self._seen.size, item, self._seen[item])}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        size, item, times = state.pop("_seen")
+        self.__dict__.update(state)
+        self._seen = np.zeros(size, dtype=np.uint8)
+        self._seen[item] = times
+
     def probe(self, name: str, scorer: PolicyScorer, scored: Scored) -> None:
-        """Draw from a policy, once."""
-        if name in self._drawn:
-            return
+        """Draw from a policy on a batch, the log's first."""
         drawn, _ = ops.sample_softmax(
             scored.context_embedding[:PROBED_ROWS],
             scorer.items.embedding,
@@ -78,10 +103,9 @@ class LogWatch:
 
     def coverage(self) -> dict[str, ItemCoverage]:
         """By policy."""
-        rows = max(1, int(self._counts.sum()))
-        own = float(np.count_nonzero(self._counts == 1)) / rows
+        own = float(np.count_nonzero(self._seen == 1)) / max(1, self._rows)
         return {
-            name: ItemCoverage(drawn.size, float(np.mean(self._counts[drawn] == 0)), own)
+            name: ItemCoverage(drawn.size, float(np.mean(self._seen[drawn] == 0)), own)
             for name, drawn in self._drawn.items()
         }
 
@@ -90,7 +114,7 @@ class LogWatch:
         pscore = np.concatenate(self._pscore)
         if pscore.size < 2:
             return None
-        return pscore_calibration(pscore, np.concatenate(self._action), self._counts.size)
+        return pscore_calibration(pscore, np.concatenate(self._action), self._seen.size)
 
 
 def coverage_notes(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from offtower.evaluation.result import (
 from offtower.evaluation.rows import Array, EvaluationRows
 from offtower.evaluation.smoothing_bound import SmoothingSums, check_range
 from offtower.evaluation.statistics import Functional, Statistics, collect, finish
+from offtower.mapping import merge_all
 
 CHUNK_ROWS = 1 << 16
 LOGGING = MeanReward()
@@ -314,23 +315,3 @@ def _shards(rows_by_policy: Mapping[str, EvaluationRows]) -> Iterator[dict[str, 
             for name, rows in rows_by_policy.items()
             for shard in (rows.take(part),)
         }
-
-
-Merging = TypeVar("Merging", EvaluationSums, Statistics)
-
-
-def merge_all(shards: Iterable[Merging]) -> Merging:
-    """Merge in a balanced tree, so that sums by user are not copied once for each shard."""
-    waiting: list[tuple[int, Merging]] = []
-    for shard in shards:
-        level, merged = 0, shard
-        while waiting and waiting[-1][0] == level:
-            merged = waiting.pop()[1].merge(merged)
-            level += 1
-        waiting.append((level, merged))
-    if not waiting:
-        raise OfftowerError("there are no rows to evaluate")
-    merged = waiting.pop()[1]
-    while waiting:
-        merged = waiting.pop()[1].merge(merged)
-    return merged

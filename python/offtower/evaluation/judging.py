@@ -1,35 +1,27 @@
-"""One evaluation as it runs: what it reads, batch by batch, and what it gathers."""
+"""One evaluation as it runs: what it prepares, how its rows are judged, and what it gathers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-
-import numpy as np
-import torch
 
 from offtower.config import Config
 from offtower.data.catalogue import Catalogue
 from offtower.data.log import ParquetLog
-from offtower.data.reader import scan
-from offtower.data.rows import EncodedRows
-from offtower.evaluation.choosing import LoggingDraws, SelectionKeeper
+from offtower.evaluation.batches import HISTOGRAM_EDGES, BatchScorer, ByPolicy
+from offtower.evaluation.choosing import LoggingDraws, logging_refusal
 from offtower.evaluation.clusters import ClusterScorer, item_clusters
-from offtower.evaluation.coverage import LogWatch
-from offtower.evaluation.draws import RewardTerms
 from offtower.evaluation.estimated import (
     LoggedProbability,
     estimate_logged,
     propensity_note,
 )
-from offtower.evaluation.evaluate import EvaluationSums, merge_all
+from offtower.evaluation.evaluate import EvaluationSums
 from offtower.evaluation.opening import ModelRoom, OpenRun, distinct_names, open_run
 from offtower.evaluation.options import EvaluationOptions
-from offtower.evaluation.pair_models import EXACT_PAIRS, PairRewardModel
 from offtower.evaluation.result import EvaluationResult
-from offtower.evaluation.rows import EvaluationRows
-from offtower.evaluation.scoring import JudgingModel, PolicyScorer, Scored, concatenate
+from offtower.evaluation.scoring import JudgingModel, PolicyScorer, concatenate
 from offtower.evaluation.selection import SelectionComparison
 from offtower.evaluation.settings import (
     evaluation_options,
@@ -37,14 +29,13 @@ from offtower.evaluation.settings import (
     tuned,
     wanted_estimators,
 )
-from offtower.progress import Progress
-from offtower.seeds import derive_seed
+from offtower.mapping import Mapper, merge_all, pieces
+from offtower.progress import Progress, watched
+
+__all__ = ["HISTOGRAM_EDGES", "Judge"]
 
 PILOT_ROWS = 65_536
 """Rows on which SLOPE chooses parameters."""
-
-HISTOGRAM_EDGES = np.linspace(-4.0, 4.0, 49)
-"""Bins of log10 of the importance weight; weights beyond count in the first and last."""
 
 
 class Judge:
@@ -58,10 +49,6 @@ class Judge:
         self.names = distinct_names(runs)
         self.scorers = [PolicyScorer(run.policy, run.items) for run in runs]
         self.notes: list[str] = []
-        self.watch = LogWatch(catalogue.num_items, log.num_rows, config.seed)
-        bins = len(HISTOGRAM_EDGES) - 1
-        self.histograms = {name: np.zeros(bins, dtype=np.int64) for name in self.names}
-        self.kept = {name: SelectionKeeper() for name in self.names}
         self.models: list[JudgingModel] = []
         self.main: JudgingModel | None = None
         self.propensities: LoggedProbability | None = None
@@ -103,34 +90,77 @@ class Judge:
                 PolicyScorer(self.logging_run.policy, self.logging_run.items),
                 chosen.draws,
                 max(1, -(-self.log.num_rows // chosen.draw_rows)),
-                torch.Generator().manual_seed(derive_seed(config.seed, "logging draws")),
             )
+        self.scorer = self._scorer(select is not None)
+        self.gathered = self.scorer.gathering()
 
-    def stream(self, select: str | None, progress: Progress) -> EvaluationResult:
-        """Judge all rows, a batch at a time."""
-        waiting: list[dict[str, EvaluationRows]] = []
+    def _scorer(self, select: bool) -> BatchScorer:
+        options = self.options
+        logging = None if self.logging_run is None else self.logging_run.policy.context_encoding
+        return BatchScorer(
+            names=self.names,
+            encodings=[run.policy.context_encoding for run in self.runs],
+            scorers=self.scorers,
+            log=self.log,
+            catalogue=self.catalogue,
+            batch_rows=options.batch_rows,
+            models=self.models,
+            main="" if self.main is None else self.main.name,
+            draws=options.draws,
+            at_draws=options.expected_reward == "draws",
+            propensities=self.propensities,
+            clusters=self.clusters,
+            cluster_probability=self.cluster_probability,
+            logging=self.logging,
+            logging_encoding=logging,
+            select=select,
+            seed=self.config.seed,
+        )
+
+    def judge(self, mapper: Mapper, progress: Progress) -> EvaluationResult:
+        """Judge all rows: here a batch at a time, or in parts wherever the mapper runs. Both merge
+        the batches' sums in the same tree, and give the same bits."""
+        progress.start("judging", self.log.num_rows)
+        merged = merge_all(
+            self._parts(mapper, progress) if mapper.distributed else self._batches(progress)
+        )
+        progress.finish()
+        return merged.finish()
+
+    def _batches(self, progress: Progress) -> Iterator[EvaluationSums]:
+        waiting: list[ByPolicy] = []
         options: EvaluationOptions | None = None
-        pilot = PILOT_ROWS if tuned(self.wanted) else 0
-
-        def sums() -> Iterator[EvaluationSums]:
-            nonlocal options
-            for by_policy in self._scored(select):
-                waiting.append(by_policy)
-                progress.advance(next(iter(by_policy.values())).n)
-                if options is None:
-                    if sum(next(iter(batch.values())).n for batch in waiting) < pilot:
-                        continue
-                    options = self._options(waiting)
-                while waiting:
-                    yield EvaluationSums.of(waiting.pop(0), options)
-            if waiting:
+        pilot = self._pilot_rows
+        for by_policy in self.scorer.scored(range(self.scorer.num_batches), self.gathered):
+            waiting.append(by_policy)
+            progress.advance(next(iter(by_policy.values())).n)
+            if options is None:
+                if sum(next(iter(batch.values())).n for batch in waiting) < pilot:
+                    continue
                 options = self._options(waiting)
-                while waiting:
-                    yield EvaluationSums.of(waiting.pop(0), options)
+            while waiting:
+                yield EvaluationSums.of(waiting.pop(0), options)
+        if waiting:
+            options = self._options(waiting)
+            while waiting:
+                yield EvaluationSums.of(waiting.pop(0), options)
 
-        return merge_all(sums()).finish()
+    def _parts(self, mapper: Mapper, progress: Progress) -> Iterator[EvaluationSums]:
+        scorer = self.scorer
+        # Parameters are chosen here, on the rows that the first part judges once more.
+        pilot = min(max(1, -(-self._pilot_rows // scorer.batch_rows)), scorer.num_batches)
+        options = self._options(list(scorer.scored(range(pilot), scorer.gathering())))
+        parts = pieces(scorer.num_batches, scorer.part_batches, mapper.workers)
+        found = mapper.map(partial(scorer.judge, options), parts, "judging")
+        for part in watched(found, progress):
+            self.gathered.absorb(part.gathered)
+            yield part.sums
 
-    def _options(self, pilot: Sequence[dict[str, EvaluationRows]]) -> EvaluationOptions:
+    @property
+    def _pilot_rows(self) -> int:
+        return PILOT_ROWS if tuned(self.wanted) else 0
+
+    def _options(self, pilot: Sequence[ByPolicy]) -> EvaluationOptions:
         rows = {name: concatenate([batch[name] for batch in pilot]) for name in self.names}
         estimators = make_estimators(self.wanted, rows, self.notes)
         return evaluation_options(
@@ -141,108 +171,17 @@ class Judge:
             self.propensities is not None,
         )
 
-    def _scored(self, select: str | None) -> Iterator[dict[str, EvaluationRows]]:
-        """The same logged rows, batch by batch, as seen by each policy."""
-        # Each run encodes the log by what it was trained with.
-        seen = [*self.runs, *([] if self.logging_run is None else [self.logging_run])]
-        streams = [
-            scan(self.log, self.catalogue, run.policy.context_encoding, self.options.batch_rows)
-            for run in seen
-        ]
-        batches: tuple[EncodedRows, ...]
-        for number, batches in enumerate(zip(*streams, strict=True)):
-            if self.propensities is not None:
-                batches = tuple(self.propensities.filled(rows) for rows in batches)
-            self.watch.add(batches[0])
-            scored = [self._score(i, number, batches) for i in range(len(self.runs))]
-            for i, name in enumerate(self.names):
-                self.watch.probe(name, self.scorers[i], scored[i])
-                if select is not None:
-                    self.kept[name].add(scored[i].rows)
-            if self.logging is not None:
-                self._draw(batches, scored)
-            main = "" if self.main is None else self.main.name
-            by_policy = {name: scored[i].rows[main] for i, name in enumerate(self.names)}
-            if self.cluster_probability is not None:
-                by_policy = self._with_clusters(by_policy, scored, batches[0])
-            for name, rows in by_policy.items():
-                self.histograms[name] += _histogram(rows)
-            yield by_policy
-
-    def _score(self, policy: int, number: int, batches: Sequence[EncodedRows]) -> Scored:
-        exact, at_draws = {}, {}
-        pairs: dict[str, tuple[PairRewardModel, EncodedRows]] = {}
-        for model in self.models:
-            own = batches[model.owner]
-            if model.pairs is not None and self._drawn_pairs:
-                pairs[model.name] = (model.pairs, own)
-                continue
-            terms = model.over_all(own)
-            if model.exact is not None and self.options.expected_reward == "draws":
-                at_draws[model.name] = terms
-            else:
-                exact[model.name] = terms
-        seed = derive_seed(self.config.seed, "target draws", policy, number)
-        return self.scorers[policy].score_models(
-            batches[policy],
-            exact,
-            at_draws=at_draws,
-            pairs=pairs,
-            draws=self.options.draws,
-            generator=torch.Generator().manual_seed(seed),
-        )
-
-    @property
-    def _drawn_pairs(self) -> bool:
-        """Whether models over pairs are judged at draws in place of all items."""
-        cells = self.log.num_rows * self.catalogue.num_items
-        return self.options.expected_reward == "draws" or cells > EXACT_PAIRS
-
-    def _draw(self, batches: Sequence[EncodedRows], scored: Sequence[Scored]) -> None:
-        assert self.logging is not None
-        taken = self.logging.taken(batches[0])
-        if taken.size == 0:
-            return
-        drawn, log_behavior = self.logging.draw(batches[-1].take(taken))
-        models: dict[str, RewardTerms | tuple[PairRewardModel, EncodedRows]] = {}
-        for model in self.models:
-            own = batches[model.owner].take(taken)
-            models[model.name] = (
-                (model.pairs, own) if model.pairs is not None else model.over_all(own)
-            )
-        for i, name in enumerate(self.names):
-            self.kept[name].add_draws(
-                self.scorers[i], scored[i], taken, drawn, log_behavior, models
-            )
-
-    def _with_clusters(
-        self,
-        by_policy: dict[str, EvaluationRows],
-        scored: Sequence[Scored],
-        batch: EncodedRows,
-    ) -> dict[str, EvaluationRows]:
-        assert self.cluster_probability is not None
-        behavior = self.cluster_probability.of(batch)
-        return {
-            name: replace(
-                by_policy[name],
-                cluster_weight=np.exp(self.clusters[i].log_probability(scored[i], batch.action))
-                / behavior,
-            )
-            for i, name in enumerate(self.names)
-        }
-
     def choose(self, select: str | None, progress: Progress) -> dict[str, SelectionComparison]:
         """By policy, which estimator to believe."""
         if select is None:
             return {}
-        refusal = None if self.logging is None else self.logging.refusal()
+        refusal = None if self.logging is None else logging_refusal(self.gathered.off)
         if refusal is not None:
             self.notes.append(refusal)
         progress.start("choosing an estimator", len(self.names))
         found = {}
         for name in self.names:
-            found[name] = self.kept.pop(name).choose(
+            found[name] = self.gathered.kept.pop(name).choose(
                 select, self.options.selection, self.config.seed, refusal
             )
             progress.advance(1)
@@ -255,10 +194,3 @@ class Judge:
         for run in self.runs:
             learned.add(run.directory.manifest().get("data_fingerprint", {}).get("train"))
         return self.log.fingerprint in learned
-
-
-def _histogram(rows: EvaluationRows) -> np.ndarray:
-    log_weight = rows.log_weight
-    assert log_weight is not None
-    inside = np.clip(log_weight / np.log(10.0), HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
-    return np.histogram(inside, HISTOGRAM_EDGES)[0]

@@ -17,6 +17,7 @@ from offtower.evaluation.opening import OpenRun, judged_by, open_run
 from offtower.evaluation.propensity import PscoreCalibration
 from offtower.evaluation.result import EvaluationResult
 from offtower.evaluation.selection import SelectionComparison
+from offtower.mapping import Mapper
 from offtower.metrics import read_metrics
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
@@ -85,6 +86,7 @@ def evaluate_runs(
     select: str | None = None,
     title: str | None = None,
     progress: Progress | None = None,
+    mapper: Mapper | None = None,
     truth: Truth | None = None,
     landmarks: dict[str, float] | None = None,
 ) -> LogEvaluation:
@@ -103,6 +105,8 @@ def evaluate_runs(
             "pasif", "heuristic", "ocv", "slope") or by "all" of them, compared. Keeps a few numbers
             a row in memory, so it takes logs of up to MAX_SELECTION_ROWS rows.
         title: of the report's section.
+        mapper: where the log is judged; every number has the same bits with any. Reward models are
+            fitted, and estimators selected, in this process.
         truth: a simulator's truth, shown beside the estimates.
         landmarks: other known values to show.
 
@@ -130,14 +134,12 @@ def evaluate_runs(
     catalogue = Catalogue.open(config.data.catalogue, catalogue_schema(config))
     judge = Judge([open_run(path, catalogue) for path in paths], opened, catalogue, config)
     judge.prepare(select, progress)
-    progress.start("judging", opened.num_rows)
-    result = judge.stream(select, progress)
-    progress.finish()
+    result = judge.judge(mapper or Mapper(), progress)
     if judge.same_log():
         judge.notes.append(
             "this is the log that the policies learned from: every value is optimistic"
         )
-    coverage, calibration = judge.watch.coverage(), judge.watch.calibration()
+    coverage, calibration = judge.gathered.watch.coverage(), judge.gathered.watch.calibration()
     judge.notes += coverage_notes(coverage, calibration)
     runs = list(zip(judge.names, judge.runs, strict=True))
     selection = judge.choose(select, progress)
@@ -151,7 +153,7 @@ def evaluate_runs(
             "fingerprint": opened.fingerprint,
         },
         objectives={name: run.config.objective.name for name, run in runs},
-        histograms={name: counts.tolist() for name, counts in judge.histograms.items()},
+        histograms={name: counts.tolist() for name, counts in judge.gathered.histograms.items()},
         curves={name: _curve(run) for name, run in runs},
         truth={name: truth(run.policy, run.items) for name, run in runs if truth is not None},
         landmarks=dict(landmarks or {}),

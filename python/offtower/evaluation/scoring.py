@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offtower.data.encoding import to_tensors
 from offtower.data.rows import EncodedRows
@@ -78,6 +80,12 @@ class PolicyScorer:
             self.items: ItemEmbeddings = policy.embed_items(items, chunk=item_chunk)
         policy.train(self._training)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process scores with: the items are embedded, so their tower stays here."""
+        policy = copy.copy(self.policy)
+        policy._modules = {**policy._modules, "item_tower": nn.Identity()}
+        return {**self.__dict__, "policy": policy}
+
     def score(self, rows: EncodedRows, reward: RewardTerms | None = None) -> EvaluationRows:
         """Weights, rewards and reward-model terms of a batch of logged rows.
 
@@ -145,19 +153,25 @@ class PolicyScorer:
         for name, (model, seen) in (pairs or {}).items():
             found[name] = model.logged(seen), model.at(seen, drawn.numpy()).mean(axis=1)
         self.policy.train(self._training)
-        log_weight = terms.log_prob.double().numpy() - np.log(rows.pscore)
-        plain = EvaluationRows(
-            importance_weight=np.exp(log_weight),
-            reward=rows.reward.astype(np.float64),
-            user=None if rows.user_id is None else rows.user_id.view(np.int64),
-            row=rows.row,
-            log_weight=log_weight,
-        )
+        plain = weighted_rows(rows, terms.log_prob)
         made = {
             name: replace(plain, action_reward=logged, expected_reward=expected)
             for name, (logged, expected) in found.items()
         }
         return Scored({"": plain, **made}, terms.log_normalizer, context)
+
+
+def weighted_rows(rows: EncodedRows, log_prob: Tensor) -> EvaluationRows:
+    """Logged rows with their importance weights under a policy that gives them `log_prob` (n,)."""
+    assert rows.pscore is not None, "callers check that the log has propensities"
+    log_weight = log_prob.double().numpy() - np.log(rows.pscore)
+    return EvaluationRows(
+        importance_weight=np.exp(log_weight),
+        reward=rows.reward.astype(np.float64),
+        user=None if rows.user_id is None else rows.user_id.view(np.int64),
+        row=rows.row,
+        log_weight=log_weight,
+    )
 
 
 def concatenate(parts: Iterable[EvaluationRows]) -> EvaluationRows:

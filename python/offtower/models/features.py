@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from offtower.data.encoding import BagTensor, FeatureEncoding
+from offtower.models.row_draws import RowDraws
 
 FeatureTensors = Mapping[str, Tensor | BagTensor]
 """Encoded features by name: numeric (n,), vector (n, dim), category (n,) int64, or a bag."""
 
 UNKNOWN = 0
 """Index that every unseen category shares."""
+
+_INITIAL_BLOCK = 4096
+"""Rows of a table that start from one stream of random numbers."""
 
 
 class FeatureEncoder(nn.Module):
@@ -27,6 +33,11 @@ class FeatureEncoder(nn.Module):
         encoding: fitted encoding of the features that arrive.
         category_embedding_dim: width of tables whose feature states none.
         unknown_rate: share of category values hidden in training mode.
+        draws: which values are hidden.
+        table_rows: rows of a feature's table by name, in place of all that the encoding knows:
+            for a part of the catalogue that has a table of its own.
+        bag: a bag's embedding is the mean of its values' embeddings, or their sum over the root of
+            their number.
     """
 
     def __init__(
@@ -34,11 +45,18 @@ class FeatureEncoder(nn.Module):
         encoding: FeatureEncoding,
         category_embedding_dim: int = 16,
         unknown_rate: float = 0.0,
+        draws: RowDraws | None = None,
+        table_rows: Mapping[str, int] | None = None,
+        bag: Literal["mean", "root"] = "mean",
     ) -> None:
         super().__init__()
         self.unknown_rate = unknown_rate
+        self.bag = bag
+        self._draws = draws or RowDraws()
         self.plain: list[str] = []
         self.tables = nn.ModuleDict()
+        self.initial_seeds: dict[str, int] = {}
+        """By table, for `initial_rows`."""
         self._table_of: dict[str, str] = {}
         width = 0
         for spec in encoding.specs:
@@ -51,16 +69,20 @@ class FeatureEncoder(nn.Module):
                 width += spec.dim
             else:
                 dim = spec.embedding_dim or category_embedding_dim
-                rows = encoding.cardinality(spec.name)
+                rows = (table_rows or {}).get(spec.name, encoding.cardinality(spec.name))
                 table: nn.Module = (
-                    nn.Embedding(rows, dim)
+                    skip_init(nn.Embedding, rows, dim)
                     if spec.kind == "category"
-                    else nn.EmbeddingBag(rows, dim, mode="mean")
+                    else skip_init(nn.EmbeddingBag, rows, dim, mode="mean")
                 )
-                _initialise(table)
+                # One draw of the global generator, however large the table is.
+                seed = int(torch.randint(2**62, ()))
                 # Module names must not hold dots; feature names may.
                 key = f"feature_{len(self._table_of)}"
                 self.tables[key] = table
+                self.initial_seeds[key] = seed
+                if spec.name not in (table_rows or {}):
+                    _fill(table, initial_rows(seed, torch.arange(rows), dim))
                 self._table_of[spec.name] = key
                 width += dim
         self.width = width
@@ -70,6 +92,10 @@ class FeatureEncoder(nn.Module):
         """Whether a forward pass in training mode draws random numbers."""
         return self.unknown_rate > 0.0 and len(self.tables) > 0
 
+    def table_of(self, feature: str) -> str:
+        """Key of the table of a category or bag."""
+        return self._table_of[feature]
+
     def forward(self, features: FeatureTensors) -> Tensor:
         """Encoded features of n rows -> (n, width) float32."""
         parts: list[Tensor] = []
@@ -77,20 +103,40 @@ class FeatureEncoder(nn.Module):
             value = features[name]
             assert isinstance(value, Tensor)
             parts.append(value if value.dim() == 2 else value.unsqueeze(1))
-        for name, key in self._table_of.items():
+        for number, (name, key) in enumerate(self._table_of.items()):
             value = features[name]
             table = self.tables[key]
             if isinstance(value, BagTensor):
-                parts.append(table(self._hide_some(value.values), value.offsets[:-1]))
+                mean = table(self._hide_in_bags(value, number), value.offsets[:-1])
+                if self.bag == "root":
+                    count = value.offsets[1:] - value.offsets[:-1]
+                    mean = mean * count.to(mean.dtype).sqrt().unsqueeze(1)
+                parts.append(mean)
             else:
-                parts.append(table(self._hide_some(value)))
+                parts.append(table(self._hide_some(value, number)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _hide_some(self, index: Tensor) -> Tensor:
-        if not self.training or self.unknown_rate == 0.0:
+    @property
+    def _hides(self) -> bool:
+        return self.training and self.unknown_rate > 0.0
+
+    def _hide_some(self, index: Tensor, number: int) -> Tensor:
+        if not self._hides:
             return index
-        hidden = torch.rand(index.shape, device=index.device) < self.unknown_rate
+        hidden = self._draws.below(self.unknown_rate, number, len(index))[:, 0]
         return index.masked_fill(hidden, UNKNOWN)
+
+    def _hide_in_bags(self, bag: BagTensor, number: int) -> Tensor:
+        if not self._hides:
+            return bag.values
+        lengths = bag.offsets[1:] - bag.offsets[:-1]
+        rows = len(lengths)
+        numbers = torch.arange(rows) if self._draws.numbers is None else self._draws.numbers
+        # A value is known by its row and its place in the bag; bags beyond 2^20 values share draws.
+        place = torch.arange(len(bag.values)) - torch.repeat_interleave(bag.offsets[:-1], lengths)
+        value = (torch.repeat_interleave(numbers, lengths) << 20) + place
+        hidden = self._draws.of(value, self.unknown_rate, number)[:, 0]
+        return bag.values.masked_fill(hidden, UNKNOWN)
 
 
 def embedding_tables(module: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
@@ -104,9 +150,31 @@ def embedding_tables(module: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
     ]
 
 
-def _initialise(table: nn.Module) -> None:
+def initial_rows(seed: int, rows: Tensor, dim: int) -> Tensor:
+    """(k, dim) values that the rows (k,) of a table start from: normal, of variance 1 / dim.
+
+    A row's values depend on the seed and its number alone, so that a part of a table can be had
+    without the rest.
+    """
+    values = torch.empty(len(rows), dim)
+    if len(rows) == 0:
+        return values
+    block = torch.div(rows, _INITIAL_BLOCK, rounding_mode="floor")
+    order = torch.argsort(block, stable=True)
+    found, counts = torch.unique_consecutive(block[order], return_counts=True)
+    start = 0
+    for number, count in zip(found.tolist(), counts.tolist(), strict=True):
+        generator = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * number) % 2**63)
+        drawn = torch.randn(_INITIAL_BLOCK, dim, generator=generator)
+        wanted = order[start : start + count]
+        values[wanted] = drawn[rows[wanted] - number * _INITIAL_BLOCK]
+        start += count
+    return values.mul_(dim**-0.5)
+
+
+def _fill(table: nn.Module, values: Tensor) -> None:
     weight = table.weight
     assert isinstance(weight, Tensor)
     with torch.no_grad():
-        nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        weight.copy_(values)
         weight[UNKNOWN].zero_()

@@ -50,10 +50,12 @@ class ItemFeatures:
         arrays: encoded features of all items, in the catalogue's order; memory-mapped arrays are
             read where they are asked for, and only there.
         num_items: N.
+        first: number of the first item, where these are a part of a catalogue.
     """
 
-    def __init__(self, arrays: FeatureArrays, num_items: int) -> None:
+    def __init__(self, arrays: FeatureArrays, num_items: int, first: int = 0) -> None:
         self.num_items = num_items
+        self.first = first
         self._arrays = arrays
         self._mapped = is_mapped(arrays)
         self._tensors: FeatureTensors = {} if self._mapped else to_tensors(arrays)
@@ -115,6 +117,21 @@ class ItemFeatures:
             for name, value in self._tensors.items()
         }
 
+    @property
+    def arrays(self) -> FeatureArrays:
+        """The encoded features."""
+        return self._arrays
+
+    def part(self, start: int, stop: int) -> ItemFeatures:
+        """Items start..stop-1 by themselves, in memory."""
+        return ItemFeatures(
+            slice_arrays(self._arrays, start, stop), stop - start, self.first + start
+        )
+
+    def numbered(self, start: int, stop: int) -> tuple[FeatureTensors, Tensor]:
+        """Features of items start..stop-1 and the items' numbers, as a tower takes them."""
+        return self.slice(start, stop), torch.arange(self.first + start, self.first + stop)
+
     def at(self, index: Tensor) -> FeatureTensors:
         """Features of the items at `index` (n,) int64."""
         if self._mapped:
@@ -132,8 +149,8 @@ def embed_items(
 
     Autograd through N items would keep every activation of the tower. Here chunks are embedded
     without a graph, and the backward pass embeds each chunk once more, with one, to carry its
-    share of the gradient to the parameters. Random parts of the tower (dropout) repeat their
-    draws, since each chunk's generator state is kept.
+    share of the gradient to the parameters. Random parts of the tower repeat their draws: those
+    of a user's module because the generator's state is kept.
     """
     if features.num_items <= chunk or not torch.is_grad_enabled():
         return _embed_at_once(tower, features, chunk)
@@ -146,12 +163,12 @@ def embed_items(
 
 def _embed_at_once(tower: Tower, features: ItemFeatures, chunk: int) -> ItemEmbeddings:
     if features.num_items <= chunk:
-        embedding, bias = tower(features.slice(0, features.num_items))
+        embedding, bias = tower(*features.numbered(0, features.num_items))
         return ItemEmbeddings(embedding, bias)
     embeddings: Tensor | None = None
     biases: Tensor | None = None
     for start, stop in _chunks(features.num_items, chunk):
-        embedding, bias = tower(features.slice(start, stop))
+        embedding, bias = tower(*features.numbered(start, stop))
         if embeddings is None:
             embeddings = embedding.new_empty(features.num_items, embedding.shape[1])
             biases = None if bias is None else bias.new_empty(features.num_items)
@@ -180,7 +197,7 @@ class _ChunkedTower(torch.autograd.Function):
         totals: list[Tensor | None] = [None] * len(ctx.parameters)
         with _repeated_draws(ctx.random_state), torch.enable_grad():
             for start, stop in _chunks(ctx.features.num_items, ctx.chunk):
-                embedding, bias = ctx.tower(ctx.features.slice(start, stop))
+                embedding, bias = ctx.tower(*ctx.features.numbered(start, stop))
                 outputs, cotangents = [], []
                 if grad_embedding is not None:
                     outputs.append(embedding)

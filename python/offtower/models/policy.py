@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from offtower.models.features import FeatureTensors
 from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures, embed_items
 from offtower.models.towers import Tower
 from offtower.ops import DenseReward, FactoredReward, PolicyTerms, policy_terms
+from offtower.seeds import derive_seed
 
 
 class TwoTowerPolicy(nn.Module):
@@ -22,6 +24,7 @@ class TwoTowerPolicy(nn.Module):
         config: sizes, temperature, item bias.
         context_encoding: fitted encoding of the context features.
         item_encoding: fitted encoding of the item features.
+        item_table_rows: rows of some of the item tower's tables, for a part of the catalogue.
     """
 
     def __init__(
@@ -29,6 +32,8 @@ class TwoTowerPolicy(nn.Module):
         config: PolicyConfig,
         context_encoding: FeatureEncoding,
         item_encoding: FeatureEncoding,
+        *,
+        item_table_rows: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -36,7 +41,11 @@ class TwoTowerPolicy(nn.Module):
         self.item_encoding = item_encoding
         self.context_tower = Tower(context_encoding, config.embedding_dim, config.context_tower)
         self.item_tower = Tower(
-            item_encoding, config.embedding_dim, config.item_tower, bias=config.item_bias
+            item_encoding,
+            config.embedding_dim,
+            config.item_tower,
+            bias=config.item_bias,
+            table_rows=item_table_rows,
         )
         log_temperature = torch.tensor(math.log(config.temperature))
         if config.learn_temperature:
@@ -49,9 +58,19 @@ class TwoTowerPolicy(nn.Module):
         """The temperature that the operators take; a learned one is folded into u instead."""
         return 1.0 if self.config.learn_temperature else self.config.temperature
 
-    def embed_contexts(self, features: FeatureTensors) -> Tensor:
-        """(n, d) embeddings u; with a learned temperature they are u / temperature."""
-        embedding: Tensor = self.context_tower(features)[0]
+    def seed_draws(self, seed: int) -> None:
+        """Make the towers' random draws of the next training passes functions of `seed` and of
+        each row's number (see `models.row_draws`)."""
+        self.context_tower.draws.seed = derive_seed(seed, "context draws")
+        self.item_tower.draws.seed = derive_seed(seed, "item draws")
+
+    def embed_contexts(self, features: FeatureTensors, numbers: Tensor | None = None) -> Tensor:
+        """(n, d) embeddings u; with a learned temperature they are u / temperature.
+
+        Args:
+            numbers: (n,) of the rows in their batch, which their random draws belong to.
+        """
+        embedding: Tensor = self.context_tower(features, numbers)[0]
         if self.config.learn_temperature:
             embedding = embedding * torch.exp(-self.log_temperature)
         return embedding
@@ -80,9 +99,15 @@ class TwoTowerPolicy(nn.Module):
             entropy=entropy,
         )
 
-    def action_logit(self, context: FeatureTensors, item: FeatureTensors) -> Tensor:
-        """(n,) <u_i, v_i> + b_i of paired rows, without temperature: regression's prediction."""
-        context_embedding = self.context_tower(context)[0]
-        item_embedding, item_bias = self.item_tower(item)
+    def action_logit(
+        self, context: FeatureTensors, item: FeatureTensors, numbers: Tensor | None = None
+    ) -> Tensor:
+        """(n,) <u_i, v_i> + b_i of paired rows, without temperature: regression's prediction.
+
+        Args:
+            numbers: (n,) of the rows in their batch, for the random draws of both towers.
+        """
+        context_embedding = self.context_tower(context, numbers)[0]
+        item_embedding, item_bias = self.item_tower(item, numbers)
         logit = (context_embedding * item_embedding).sum(dim=1)
         return logit if item_bias is None else logit + item_bias

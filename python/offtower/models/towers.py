@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -13,6 +15,7 @@ from offtower.data.encoding import FeatureEncoding
 from offtower.errors import ConfigError
 from offtower.imports import load_by_path
 from offtower.models.features import FeatureEncoder, FeatureTensors
+from offtower.models.row_draws import RowDraws
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
@@ -23,12 +26,46 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
+_DROPOUT = 1 << 16
+"""Purposes of draws from here on are those of dropout layers; below, of tables."""
+
+
+class RowDropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) whose draws belong to the rows; see `RowDraws`."""
+
+    def __init__(self, rate: float, draws: RowDraws, purpose: int) -> None:
+        super().__init__()
+        self.rate = rate
+        self._draws, self._purpose = draws, purpose
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if not self.training:
+            return hidden
+        dropped = self._draws.below(self.rate, self._purpose, *hidden.shape)
+        return hidden.masked_fill(dropped, 0.0) / (1.0 - self.rate)
+
+
 class MLPBody(nn.Module):
     """Feature encoder, hidden layers, linear map to the output."""
 
-    def __init__(self, encoding: FeatureEncoding, output_dim: int, config: TowerConfig) -> None:
+    def __init__(
+        self,
+        encoding: FeatureEncoding,
+        output_dim: int,
+        config: TowerConfig,
+        draws: RowDraws | None = None,
+        table_rows: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
-        self.encoder = FeatureEncoder(encoding, config.category_embedding_dim, config.unknown_rate)
+        draws = draws or RowDraws()
+        self.encoder = FeatureEncoder(
+            encoding,
+            config.category_embedding_dim,
+            config.unknown_rate,
+            draws,
+            table_rows,
+            config.bag,
+        )
         if self.encoder.width == 0:
             raise ConfigError(
                 "a tower needs at least one feature; name some in the schema of the log "
@@ -39,7 +76,7 @@ class MLPBody(nn.Module):
         for size in config.hidden_layer_sizes:
             layers += [nn.Linear(width, size), _ACTIVATIONS[config.activation]()]
             if config.dropout > 0.0:
-                layers.append(nn.Dropout(config.dropout))
+                layers.append(RowDropout(config.dropout, draws, purpose=_DROPOUT + len(layers)))
             width = size
         layers.append(nn.Linear(width, output_dim))
         self.layers = nn.Sequential(*layers)
@@ -60,6 +97,7 @@ class Tower(nn.Module):
         embedding_dim: d.
         config: sizes, activation, or the import path of a module.
         bias: give each row a bias beside its embedding, as one more output of the body.
+        table_rows: see `FeatureEncoder`; not for a user's module.
     """
 
     def __init__(
@@ -69,41 +107,90 @@ class Tower(nn.Module):
         config: TowerConfig,
         *,
         bias: bool = False,
+        table_rows: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
+        self.draws = RowDraws()
         self.embedding_dim = embedding_dim
         self.normalize = config.normalize
         self.has_bias = bias
-        self.output_dim = embedding_dim + int(bias)
-        self.body = _make_body(encoding, self.output_dim, config)
+        self.bias_scale = config.bias_scale
+        if embedding_dim % config.members:
+            raise ConfigError(
+                f"a tower of {config.members} members cannot share an embedding of "
+                f"{embedding_dim} numbers evenly; choose a multiple"
+            )
+        self.member_dim = embedding_dim // config.members
+        self.output_dim = self.member_dim + int(bias)
+
+        def make() -> nn.Module:
+            return _make_body(encoding, self.output_dim, config, self.draws, table_rows)
+
+        if config.members == 1:
+            self.body = make()
+        else:
+            self.members = nn.ModuleList(make() for _ in range(config.members))
 
     @property
     def random(self) -> bool:
-        """Whether training mode draws random numbers (dropout, hidden categories)."""
-        if isinstance(self.body, MLPBody) and not self.body.encoder.random:
-            return any(isinstance(layer, nn.Dropout) for layer in self.body.modules())
-        return True
+        """Whether training mode may draw from torch's global generator."""
+        return any(self._is_random(body) for body in self._bodies())
 
-    def forward(self, features: FeatureTensors) -> tuple[Tensor, Tensor | None]:
-        """Encoded features of n rows -> embeddings (n, d) and biases (n,) or None."""
-        output = self.body(features)
+    def forward(
+        self, features: FeatureTensors, numbers: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encoded features of n rows -> embeddings (n, d) and biases (n,) or None.
+
+        Args:
+            numbers: (n,) int64 that the rows' random draws belong to; 0, 1, ... where None.
+        """
+        self.draws.begin(numbers)
+        parts = [self._embed(body, features) for body in self._bodies()]
+        if len(parts) == 1:
+            embedding, bias = parts[0]
+        else:
+            embedding = torch.cat([part for part, _ in parts], dim=1)
+            biases = [one for _, one in parts if one is not None]
+            bias = torch.stack(biases).sum(dim=0) if biases else None
+        if bias is not None and self.bias_scale != 1.0:
+            bias = bias * self.bias_scale
+        return embedding.contiguous(), None if bias is None else bias.contiguous()
+
+    def _bodies(self) -> list[nn.Module]:
+        return list(self.members) if hasattr(self, "members") else [self.body]
+
+    def _is_random(self, body: nn.Module) -> bool:
+        if not isinstance(body, MLPBody):
+            return True
+        if self.draws.seed is not None:
+            return False
+        return body.encoder.random or any(isinstance(m, RowDropout) for m in body.modules())
+
+    def _embed(self, body: nn.Module, features: FeatureTensors) -> tuple[Tensor, Tensor | None]:
+        output = body(features)
         if output.dim() != 2 or output.shape[1] != self.output_dim:
             raise ConfigError(
                 f"the tower's module returned shape {tuple(output.shape)}, expected "
                 f"(rows, {self.output_dim})"
             )
-        bias = output[:, self.embedding_dim] if self.has_bias else None
-        embedding = output[:, : self.embedding_dim] if self.has_bias else output
+        bias = output[:, self.member_dim] if self.has_bias else None
+        embedding = output[:, : self.member_dim] if self.has_bias else output
         if self.normalize:
             embedding = functional.normalize(embedding, dim=1)
-        return embedding.contiguous(), None if bias is None else bias.contiguous()
+        return embedding, bias
 
 
-def _make_body(encoding: FeatureEncoding, output_dim: int, config: TowerConfig) -> nn.Module:
+def _make_body(
+    encoding: FeatureEncoding,
+    output_dim: int,
+    config: TowerConfig,
+    draws: RowDraws,
+    table_rows: Mapping[str, int] | None,
+) -> nn.Module:
     if config.module is None:
         if config.arguments:
             raise ConfigError("tower 'arguments' are for a tower 'module', and none is named")
-        return MLPBody(encoding, output_dim, config)
+        return MLPBody(encoding, output_dim, config, draws, table_rows)
     kind: Any = load_by_path(config.module, "tower module")
     if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
         raise ConfigError(f"tower module '{config.module}' is not a torch.nn.Module class")

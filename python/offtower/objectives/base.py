@@ -39,17 +39,23 @@ class LoggedRows:
         """(B,) importance weight pi(a|x) / pscore, differentiable."""
         return self.log_weight().exp()
 
-    def residual(self) -> Tensor:
-        """(B,) reward minus the reward model's prediction of it; no gradient."""
+    def residual(self, trust: float = 1.0) -> Tensor:
+        """(B,) reward minus `trust` times the reward model's prediction of it; no gradient."""
         action_reward = self.policy_terms().action_reward
         assert action_reward is not None, "the trainer checks that there is a reward model"
-        return self.reward - action_reward.detach()
+        return self.reward - trust * action_reward.detach()
 
     def expected_reward(self) -> Tensor:
         """(B,) sum_a pi(a|x) q(x, a), differentiable."""
         expected = self.policy_terms().expected_reward
         assert expected is not None, "the trainer checks that there is a reward model"
         return expected
+
+    def entropy(self) -> Tensor:
+        """(B,) entropy of pi(.|x) in nats, differentiable."""
+        entropy = self.policy_terms().entropy
+        assert entropy is not None, "the trainer asks for entropy where an objective needs it"
+        return entropy
 
 
 def _local(total: Tensor) -> Tensor:
@@ -108,6 +114,10 @@ class Objective(ABC):
     needs_pscore: bool = True
     needs_reward_model: bool = False
     needs_nonnegative_reward: bool = False
+    needs_entropy: bool = False
+    """Needs `terms.entropy`."""
+    needs_rewarded_rows_only: bool = False
+    """Rows without reward contribute nothing, and may be left out of a step."""
     proposal: str | None = None
     """A proposal of `offtower.sampling` whose draws the objective is defined by; None leaves the
     choice between exact and sampled terms to the configuration."""
@@ -123,6 +133,24 @@ def positive(name: str, value: float) -> float:
 
     if not (value > 0.0) or value != value or value == float("inf"):
         raise ConfigError(f"objective setting '{name}' must be a positive number, got {value!r}")
+    return float(value)
+
+
+def not_negative(name: str, value: float) -> float:
+    """`value`, or a ConfigError that names the setting."""
+    from offtower.errors import ConfigError
+
+    if not (value >= 0.0) or value == float("inf"):
+        raise ConfigError(f"objective setting '{name}' must not be negative, got {value!r}")
+    return float(value)
+
+
+def share(name: str, value: float) -> float:
+    """`value` in (0, 1], or a ConfigError that names the setting."""
+    from offtower.errors import ConfigError
+
+    if not (0.0 < value <= 1.0):
+        raise ConfigError(f"objective setting '{name}' must lie in (0, 1], got {value!r}")
     return float(value)
 
 

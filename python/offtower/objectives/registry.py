@@ -9,12 +9,20 @@ from typing import Any
 from offtower.errors import ConfigError
 from offtower.imports import load_by_path
 from offtower.objectives.base import Objective
-from offtower.objectives.doubly_robust import ClippedDoublyRobust, DoublyRobust
+from offtower.objectives.baseline import BaselineIPS
+from offtower.objectives.doubly_robust import (
+    ClippedDoublyRobust,
+    DoublyRobust,
+    OptimisticShrinkageDR,
+)
 from offtower.objectives.ips import IPS, SNIPS, ClippedIPS
 from offtower.objectives.log_smoothing import LogSmoothing
+from offtower.objectives.pessimistic import PessimisticDR, PessimisticIPS
 from offtower.objectives.regression import Regression
+from offtower.objectives.smoothing import ExponentialSmoothing
 from offtower.objectives.softmax import InBatchSoftmax, MixedNegatives, Softmax
-from offtower.objectives.weighted_likelihood import WeightedLikelihood
+from offtower.objectives.top_k import TopKCorrectedIPS
+from offtower.objectives.weighted_likelihood import ExponentialLikelihood, WeightedLikelihood
 
 OBJECTIVES: dict[str, type[Objective]] = {
     kind.name: kind
@@ -22,11 +30,18 @@ OBJECTIVES: dict[str, type[Objective]] = {
         IPS,
         ClippedIPS,
         SNIPS,
+        BaselineIPS,
+        ExponentialSmoothing,
+        LogSmoothing,
+        PessimisticIPS,
+        TopKCorrectedIPS,
         DoublyRobust,
         ClippedDoublyRobust,
+        OptimisticShrinkageDR,
+        PessimisticDR,
         Regression,
         WeightedLikelihood,
-        LogSmoothing,
+        ExponentialLikelihood,
         Softmax,
         InBatchSoftmax,
         MixedNegatives,

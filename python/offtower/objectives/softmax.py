@@ -18,6 +18,7 @@ class Softmax(Objective):
     name = "softmax"
     needs_pscore = False
     needs_nonnegative_reward = True
+    needs_rewarded_rows_only = True
 
     def __call__(self, rows: LoggedRows, over: Reduction) -> ObjectiveValue:
         log_likelihood = rows.reward * rows.policy_terms().log_prob

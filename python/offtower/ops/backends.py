@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Protocol, cast
 
-import torch
+from torch import Tensor
 
 from offtower.errors import OperatorError
-
-if TYPE_CHECKING:
-    from offtower.ops.reference import Inputs
+from offtower.ops import native, native_cuda
+from offtower.ops.reference import Cotangents, Inputs, RunningSums
 
 NAMES = ("auto", "reference", "cpu", "cuda")
 
@@ -38,7 +37,8 @@ _CPU, _CPU_STATUS = _load_cpu()
 
 def available_backends() -> tuple[str, ...]:
     """Names that `backend=` takes here, beside "auto"."""
-    return ("reference", "cpu") if _CPU is not None else ("reference",)
+    cpu = ("cpu",) if _CPU is not None else ()
+    return ("reference", *cpu, *(("cuda",) if native_cuda.usable() else ()))
 
 
 def available_instruction_sets() -> tuple[str, ...]:
@@ -51,7 +51,7 @@ def backend_status() -> dict[str, str]:
     return {
         "reference": "available (plain torch)",
         "cpu": _CPU_STATUS,
-        "cuda": "not built: this version has no CUDA operators; the reference runs on GPUs",
+        "cuda": native_cuda.status(),
     }
 
 
@@ -63,18 +63,53 @@ def check_backend(name: str) -> None:
         raise OperatorError(f"backend '{name}' is not available: {backend_status()[name]}")
 
 
-def serves(backend: str, x: Inputs) -> bool:
-    """Whether the native core computes this call: float32 and bfloat16 on the CPU.
+class Core(Protocol):
+    """What `native` and `native_cuda` both offer."""
+
+    def forward(self, x: Inputs, entropy: bool) -> native.Terms: ...
+    def running_sums(
+        self, x: Inputs, entropy: bool
+    ) -> tuple[RunningSums, Tensor, Tensor | None]: ...
+    def backward(
+        self,
+        x: Inputs,
+        sums: tuple[Tensor, Tensor],
+        expected_reward: Tensor,
+        entropy: Tensor,
+        g: Cotangents,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+    def top_k(self, x: Inputs, k: int) -> tuple[Tensor, Tensor]: ...
+
+
+def core_of(backend: str, x: Inputs, k: int = 0) -> Core | None:
+    """The native core that computes this call, or None for the reference.
+
+    The CPU's takes float32 and bfloat16 there, the CUDA one on NVIDIA GPUs.
+
+    Args:
+        k: of `top_k`.
 
     Raises:
-        OperatorError: backend "cpu" was asked for and does not take these operands.
+        OperatorError: "cpu" or "cuda" was asked for and does not take these operands.
     """
-    if _CPU is None or backend == "reference":
-        return False
-    fits = x.u.dtype in (torch.float32, torch.bfloat16) and x.u.device.type == "cpu"
-    if backend == "cpu" and not fits:
-        raise OperatorError(
-            f"backend 'cpu' takes float32 and bfloat16 tensors on the CPU, got {x.u.dtype} on "
-            f"{x.u.device}; use backend='reference' or 'auto'"
-        )
-    return fits and x.u.shape[0] > 0
+    if backend == "reference":
+        return None
+    kind = "cuda" if x.u.is_cuda else x.u.device.type
+    wanted = kind if backend == "auto" else backend
+    refusal = _refusal(wanted, kind, x, k)
+    if refusal and backend != "auto":
+        raise OperatorError(f"backend '{backend}' {refusal}; use backend='reference' or 'auto'")
+    if refusal or x.u.shape[0] == 0:
+        return None
+    return cast(Core, native_cuda if wanted == "cuda" else native)
+
+
+def _refusal(wanted: str, kind: str, x: Inputs, k: int) -> str:
+    """Why core `wanted` does not take these operands, or ""."""
+    if wanted not in ("cpu", "cuda") or (wanted == "cpu" and _CPU is None):
+        return "is not available"
+    if kind != wanted or x.u.dtype not in native.DTYPES:
+        where = "on the CPU" if wanted == "cpu" else "on NVIDIA GPUs"
+        return f"takes float32 and bfloat16 tensors {where}, got {x.u.dtype} on {x.u.device}"
+    return native_cuda.refusal(x, k) if wanted == "cuda" else ""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offtower.ops import backends, native
+from offtower.ops.backends import core_of
 from offtower.ops.checks import check_action_range
 from offtower.ops.reference import Cotangents, Inputs, backward, running_sums
 
@@ -38,8 +38,9 @@ def policy_terms_op(
     """
     check_action_range(action, v.shape[0])
     x = Inputs(u, v, action, temperature, bias, dense, e, t, c, sigmoid)
-    if backends.serves(backend, x):
-        return native.forward(x, entropy)
+    core = core_of(backend, x)
+    if core is not None:
+        return core.forward(x, entropy)
     sums = running_sums(x, entropy)
     nothing = sums.total.new_empty(0)
     log_normalizer = sums.log_normalizer
@@ -111,7 +112,8 @@ def policy_terms_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> du, dv, dbias; those not needed are empty."""
     x = Inputs(u, v, action, temperature, bias, dense, e, t, c, sigmoid)
-    compute = native.backward if backends.serves(backend, x) else backward
+    core = core_of(backend, x)
+    compute = backward if core is None else core.backward
     du, dv, db = compute(
         x,
         (anchor, total),

@@ -1,12 +1,13 @@
-"""The native core's calls: tensors in, addresses out, results as tensors.
+"""The CPU core's calls: tensors in, addresses out, results as tensors.
 
-Everything here assumes operands that `checks` has passed and that `backends.serves` has accepted:
+Everything here assumes operands that `checks` has passed and that `backends.core_of` has accepted:
 float32 or bfloat16, on the CPU.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from offtower.ops.reference import Cotangents, Inputs, RunningSums
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_NONE, _DENSE, _IDENTITY, _SIGMOID = range(4)
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+NONE, DENSE, IDENTITY, SIGMOID = range(4)
 _WORTH_A_THREAD = 1 << 22
 """Multiply-adds, some 50 microseconds of one thread."""
 _EXPONENTIAL = 16
@@ -34,20 +35,28 @@ class Terms(NamedTuple):
     total: Tensor
 
 
-class _Operands:
-    """Contiguous tensors, kept alive, and the native struct of their addresses."""
+def reward_kind(x: Inputs) -> int:
+    """The core's number of the reward model's kind."""
+    if x.dense is not None:
+        return DENSE
+    if x.e is None:
+        return NONE
+    return SIGMOID if x.sigmoid else IDENTITY
 
-    def __init__(self, x: Inputs) -> None:
-        from offtower.ops import _cpu
 
+class Operands:
+    """Contiguous tensors, kept alive, and a core's own struct of their addresses.
+
+    Args:
+        make: the struct's constructor in the core's module.
+        aligned: copy a tensor that does not start on 16 bytes.
+    """
+
+    def __init__(self, x: Inputs, make: Callable[..., Any], *, aligned: bool = False) -> None:
         self.kept: list[Tensor] = []
-        reward, reward_dim = _NONE, 0
-        if x.dense is not None:
-            reward = _DENSE
-        elif x.e is not None:
-            reward, reward_dim = (_SIGMOID if x.sigmoid else _IDENTITY), x.e.shape[1]
-        self.native = _cpu.Operands(
-            dtype=_DTYPES[x.u.dtype],
+        self._aligned = aligned
+        self.native = make(
+            dtype=DTYPES[x.u.dtype],
             rows=x.u.shape[0],
             items=x.v.shape[0],
             dim=x.u.shape[1],
@@ -56,9 +65,9 @@ class _Operands:
             item_bias=self.address(x.bias),
             action=self.address(x.action),
             temperature=x.temperature,
-            reward=reward,
+            reward=reward_kind(x),
             dense=self.address(x.dense),
-            reward_dim=reward_dim,
+            reward_dim=0 if x.e is None else x.e.shape[1],
             reward_context=self.address(x.e),
             reward_item=self.address(x.t),
             reward_bias=self.address(x.c),
@@ -67,8 +76,11 @@ class _Operands:
     def address(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
-        self.kept.append(tensor.detach().contiguous())
-        return self.kept[-1].data_ptr()
+        plain = tensor.detach().contiguous()
+        if self._aligned and plain.data_ptr() % 16 != 0:
+            plain = plain.clone()
+        self.kept.append(plain)
+        return plain.data_ptr()
 
 
 def _setting(x: Inputs) -> dict[str, Any]:
@@ -86,14 +98,14 @@ def forward(x: Inputs, entropy: bool) -> Terms:
     """All terms over all items of `x`."""
     from offtower.ops import _cpu
 
-    operands = _Operands(x)
+    operands = Operands(x, _cpu.Operands)
     rows, reward = x.u.shape[0], x.u.shape[0] if x.has_reward else 0
     make = torch.empty
     terms = Terms(
         make(rows), make(rows), make(reward), make(reward), make(rows if entropy else 0),
         make(rows), make(rows),
     )  # fmt: skip
-    addresses: dict[str, Any] = {name: _address(tensor) for name, tensor in terms._asdict().items()}
+    addresses: dict[str, Any] = {name: address(tensor) for name, tensor in terms._asdict().items()}
     _cpu.forward(operands.native, **addresses, **_setting(x))
     return terms
 
@@ -102,7 +114,7 @@ def running_sums(x: Inputs, entropy: bool) -> tuple[RunningSums, Tensor, Tensor 
     """Sums over the items of `x`, logits (-inf) and rewards (0) of actions (-1 if elsewhere)."""
     from offtower.ops import _cpu
 
-    operands = _Operands(x)
+    operands = Operands(x, _cpu.Operands)
     rows = x.u.shape[0]
     top, total, logit = (torch.empty(rows) for _ in range(3))
     reward = torch.empty(rows) if x.has_reward else None
@@ -110,12 +122,12 @@ def running_sums(x: Inputs, entropy: bool) -> tuple[RunningSums, Tensor, Tensor 
     centred = torch.empty(rows) if entropy else None
     _cpu.forward(
         operands.native,
-        anchor=_address(top),
-        total=_address(total),
-        reward_sum=_address(reward),
-        centred_sum=_address(centred),
-        action_logit=_address(logit),
-        action_reward=_address(action_reward),
+        anchor=address(top),
+        total=address(total),
+        reward_sum=address(reward),
+        centred_sum=address(centred),
+        action_logit=address(logit),
+        action_reward=address(action_reward),
         **_setting(x),
     )
     return RunningSums(top, total, reward, centred), logit, action_reward
@@ -132,7 +144,7 @@ def backward(
     """Gradients in u, v and bias; only those that `needs` names are computed."""
     from offtower.ops import _cpu
 
-    operands = _Operands(x)
+    operands = Operands(x, _cpu.Operands)
     need_u, need_v, need_b = needs
     du = torch.empty_like(x.u, memory_format=torch.contiguous_format) if need_u else None
     dv = torch.empty_like(x.v, memory_format=torch.contiguous_format) if need_v else None
@@ -149,14 +161,14 @@ def backward(
         "entropy": entropy,
     }
     addresses: dict[str, Any] = {
-        name: operands.address(_float32(tensor)) for name, tensor in given.items()
+        name: operands.address(as_float32(tensor)) for name, tensor in given.items()
     }
     _cpu.backward(
         operands.native,
         **addresses,
-        context=_address(du),
-        item=_address(dv),
-        item_bias=_address(db),
+        context=address(du),
+        item=address(dv),
+        item_bias=address(db),
         **_setting(x),
     )
     return du, dv, db
@@ -166,16 +178,16 @@ def top_k(x: Inputs, k: int) -> tuple[Tensor, Tensor]:
     """Scores (B, k) float32, falling, and item numbers (B, k); of equal scores the lowest first."""
     from offtower.ops import _cpu
 
-    operands = _Operands(x)
+    operands = Operands(x, _cpu.Operands)
     score = torch.empty(x.u.shape[0], k)
     index = torch.empty(x.u.shape[0], k, dtype=torch.int64)
     _cpu.top_k(operands.native, k=k, score=score.data_ptr(), index=index.data_ptr(), **_setting(x))
     return score, index
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
-def _float32(tensor: Tensor | None) -> Tensor | None:
+def as_float32(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float()

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from offtower.errors import OperatorError
-from offtower.ops import native
-from offtower.ops.backends import check_backend, serves
+from offtower.ops.backends import check_backend, core_of
 from offtower.ops.categorical import draw_categorical
 from offtower.ops.checks import check_action, check_embeddings, check_reward, under_autocast
 from offtower.ops.library import policy_terms_op
@@ -34,8 +33,9 @@ def policy_terms(
     No (B, N) array is held. Differentiable in both embeddings and the bias, through log_prob,
     log_normalizer, expected_reward and entropy; the reward model is frozen. Only gradients that are
     asked for are computed. bfloat16 operands are summed in float32, and their gradients are rounded
-    once. On the CPU results and gradients are the same bits on every run and for any number of
-    threads (torch.set_num_threads).
+    once. The native cores (CPU and CUDA) give the same bits on every run, on the CPU for any number
+    of threads too (torch.set_num_threads). On a GPU nothing waits for the device, so actions are
+    not looked at beforehand: one at or beyond N gives NaN, a negative one a log_prob of -inf.
 
     Args:
         context_embedding: u, (B, d), float32, bfloat16 or float64.
@@ -164,8 +164,9 @@ def partial_terms(
         sigmoid,
     )
     check_backend(backend)
-    if serves(backend, x):
-        return PartialTerms(*native.running_sums(replace(x, action=action), entropy))
+    core = core_of(backend, x)
+    if core is not None:
+        return PartialTerms(*core.running_sums(replace(x, action=action), entropy))
     return PartialTerms(
         running_sums(x, entropy),
         x.action_logit().masked_fill(~here, float("-inf")),
@@ -208,8 +209,9 @@ def top_k(
         raise OperatorError(f"k must lie in [1, {items}], the number of items, got {k}")
     x = _logits_only(context_embedding, item_embedding, temperature, item_bias)
     check_backend(backend)
-    if serves(backend, x):
-        return native.top_k(x, k)
+    core = core_of(backend, x, k)
+    if core is not None:
+        return core.top_k(x, k)
     best: Tensor | None = None
     index: Tensor | None = None
     for start, stop in x.chunks():
@@ -277,7 +279,7 @@ def sample_softmax(
         block = replace(x, u=x.u[start:stop], action=x.action[start:stop])
         drawn.append(_sample_block(block, tile, num_samples, generator))
     if not drawn:
-        empty = torch.empty(0, num_samples, dtype=torch.int64)
+        empty = torch.empty(0, num_samples, dtype=torch.int64, device=x.u.device)
         return empty, empty.to(x.dtype)
     return torch.cat([i for i, _ in drawn]), torch.cat([p for _, p in drawn])
 
@@ -297,7 +299,7 @@ def _sample_block(
     log_normalizer = torch.logsumexp(of_tile, 1, keepdim=True)
     chosen = draw_categorical(of_tile - log_normalizer, num_samples, generator)
     # (B, s, tile): the items of each drawn tile; those beyond N are masked.
-    place = chosen[:, :, None] * tile + torch.arange(tile)
+    place = chosen[:, :, None] * tile + torch.arange(tile, device=chosen.device)
     outside = place >= items
     place = place.clamp_max(items - 1)
     v = x.v[place.view(x.u.shape[0], -1)].to(x.dtype)
@@ -335,7 +337,9 @@ def _logits_only(
     context_embedding: Tensor, item_embedding: Tensor, temperature: float, item_bias: Tensor | None
 ) -> Inputs:
     """Operands without logged actions and reward model."""
-    action = torch.zeros(context_embedding.shape[0], dtype=torch.int64)
+    action = torch.zeros(
+        context_embedding.shape[0], dtype=torch.int64, device=context_embedding.device
+    )
     return Inputs(
         context_embedding,
         item_embedding,

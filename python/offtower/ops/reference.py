@@ -175,7 +175,8 @@ def backward(
     """Gradients in u, v and bias; only those that `needs` names are computed.
 
     `sums` holds an anchor near the largest logit of each row, and sum exp(s - anchor), over all
-    items of the policy, which may be more than those of `x`.
+    items of the policy, which may be more than those of `x`; a row whose action is not among them
+    has action -1.
 
     ds_ij = g_l (1[j=a] - pi_ij) + g_lse pi_ij
           + g_m pi_ij (q_ij - m_i) - g_h pi_ij (log pi_ij + h_i)
@@ -211,12 +212,15 @@ def backward(
         if db is not None:
             torch.sum(ds, 0, out=db[start:stop])
     if g.log_prob is not None:
+        here = x.action >= 0
+        shown = x.action.clamp_min(0)
+        own = g.log_prob.masked_fill(~here, 0.0)
         if du is not None:
-            du.addcmul_(g.log_prob[:, None], x.v[x.action].to(x.dtype))
+            du.addcmul_(own[:, None], x.v[shown].to(x.dtype))
         if dv is not None:
-            dv.index_add_(0, x.action, g.log_prob[:, None] * scaled)
+            dv.index_add_(0, shown, own[:, None] * scaled)
         if db is not None:
-            db.index_add_(0, x.action, g.log_prob)
+            db.index_add_(0, shown, own)
     if du is not None and x.temperature != 1.0:
         du.div_(x.temperature)
     return (

@@ -18,11 +18,13 @@ import offtower
 from offtower.atomic import remove_leftovers, replace_directory
 from offtower.config import Config
 from offtower.errors import ConfigError, DataError, MissingExtraError
+from offtower.mapping import Mapper
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import load_policy
 from offtower.prepare import catalogue_schema
 from offtower.progress import Progress
 from offtower.retrieval import cells as cell_files
+from offtower.retrieval.catalogue_stream import CatalogueStream
 from offtower.retrieval.contexts import measuring_log, some_contexts
 from offtower.retrieval.cutting import build_cells
 from offtower.retrieval.exact import exact_top_k, recall
@@ -38,7 +40,6 @@ from offtower.retrieval.manifest import (
 from offtower.retrieval.parquet_parts import Layout, metadata_texts, write_parquet
 from offtower.retrieval.tower import ContextTower
 from offtower.retrieval.vectors import (
-    CatalogueStream,
     Dtype,
     load_ids,
     quantise,
@@ -101,6 +102,7 @@ def export_run(
     *,
     catalogue: Path | None = None,
     contexts: Path | None = None,
+    mapper: Mapper | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Export a run's policy to RUN/export/<version> and make it the current version.
@@ -113,6 +115,8 @@ def export_run(
         catalogue: items to export in place of those trained on; new ones are embedded from their
             features.
         contexts: log to measure recall on; the run's test, validation or training log without it.
+        mapper: where items are embedded; the vectors are the same bits with any. Cells, index and
+            Parquet parts are made in this process.
 
     Returns:
         the version's folder.
@@ -133,7 +137,9 @@ def export_run(
     now = datetime.now(UTC)
     version = f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     with replace_directory(export / version) as folder:
-        writer = _Writer(folder, version, policy, stream, config, options, progress)
+        writer = _Writer(
+            folder, version, policy, stream, config, options, mapper or Mapper(), progress
+        )
         content = writer.write(contexts)
         content |= {
             "created": now.isoformat(timespec="seconds"),
@@ -161,11 +167,12 @@ class _Writer:
         catalogue: CatalogueStream,
         config: Config,
         options: ExportOptions,
+        mapper: Mapper,
         progress: Progress,
     ) -> None:
         self.folder, self.version, self.policy = folder, version, policy
         self.catalogue, self.config, self.options = catalogue, config, options
-        self.progress = progress
+        self.mapper, self.progress = mapper, progress
 
     def write(self, contexts: Path | None) -> dict[str, Any]:
         """All files but the manifest; returns its content."""
@@ -188,7 +195,12 @@ class _Writer:
         graphs = write_graphs(tower, folder / "context_tower", self.version, onnx=wants_onnx)
         lap("context tower")
         streamed = write_vectors(
-            self.policy, self.catalogue, folder, chunk=options.chunk, progress=self.progress
+            self.policy,
+            self.catalogue,
+            folder,
+            chunk=options.chunk,
+            mapper=self.mapper,
+            progress=self.progress,
         )
         exact = np.load(folder / "vectors.npy", mmap_mode="r")
         scale, loss, name = None, None, "vectors.npy"

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from offtower.retrieval.vectors import CHUNK, CatalogueStream
+from offtower.retrieval.catalogue_stream import CHUNK, CatalogueStream
 
 Layout = Literal["offtower", "vector_db"]
 

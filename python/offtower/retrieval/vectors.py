@@ -7,32 +7,32 @@ and changing the temperature changes no item vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.columns import as_array, category_values, hash_values, is_text
 from offtower.data.encoding import to_tensors
-from offtower.data.manifest import parquet_files, read_manifest
-from offtower.data.schema import CatalogueSchema
 from offtower.errors import DataError, RunError
+from offtower.mapping import Mapper, pieces
 from offtower.models.policy import TwoTowerPolicy
-from offtower.progress import Progress
+from offtower.progress import Progress, watched
+from offtower.retrieval.catalogue_stream import CHUNK, CatalogueStream
 
 Dtype = Literal["float32", "float16", "int8"]
 
-CHUNK = 65_536
 _TOWER_ROWS = 8_192
 """Items that go through the tower at once; larger buffers come from and go to the system anew."""
+_PART_CHUNKS = 16
+"""Chunks that a worker embeds in one go."""
 
 
 @dataclass(frozen=True)
@@ -46,116 +46,100 @@ class Streamed:
     ids_sha256: str
 
 
-class CatalogueStream:
-    """A catalogue directory read a chunk at a time, each chunk checked as a catalogue is."""
+@dataclass(frozen=True)
+class _Embedded:
+    """What is handed back of a part of the catalogue; its vectors are in the file."""
 
-    def __init__(self, path: str | Path, schema: CatalogueSchema | None = None) -> None:
-        self.path = Path(path)
-        self.files = parquet_files(self.path, "catalogue")
-        manifest = read_manifest(self.path) if self.path.is_dir() else None
-        self.fingerprint = None if manifest is None else str(manifest.get("fingerprint"))
-        if schema is None:
-            if manifest is None:
-                raise DataError(
-                    f"'{self.path}' was not written by offtower, so the config must state "
-                    "data.catalogue_schema (item_id and features)"
-                )
-            schema = CatalogueSchema.from_dict(manifest["schema"])
-        self.schema = schema
-        try:
-            self.num_items = sum(pq.read_metadata(file).num_rows for file in self.files)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"the catalogue at '{self.path}' cannot be read: {error}") from error
-        if self.num_items == 0:
-            raise DataError(f"the catalogue at '{self.path}' has no items")
+    first: int
+    ids: list[pa.Array]
 
-    def chunks(self, rows: int = CHUNK) -> Iterator[Catalogue]:
-        columns = list(self.schema.columns)
-        for file in self.files:
-            try:
-                with pq.ParquetFile(file) as opened:
-                    missing = [name for name in columns if name not in opened.schema_arrow.names]
-                    if missing:
-                        raise DataError(f"'{file}' has no column '{missing[0]}'")
-                    for groups in _row_groups(opened.metadata, rows):
-                        for batch in opened.iter_batches(rows, groups, columns):
-                            if batch.num_rows:
-                                table = pa.Table.from_batches([batch])
-                                yield Catalogue(table, self.schema, fingerprint="a part")
-            except (pa.ArrowInvalid, OSError) as error:
-                raise DataError(f"'{file}' is not a readable Parquet file: {error}") from error
+    @property
+    def rows(self) -> int:
+        return sum(len(ids) for ids in self.ids)
 
 
-def _row_groups(metadata: Any, rows: int) -> Iterator[list[int]]:
-    """Row groups to read together, of about `rows` rows: a reader of the whole file holds on to
-    what it has read."""
-    together: list[int] = []
-    count = 0
-    for group in range(metadata.num_row_groups):
-        size = metadata.row_group(group).num_rows
-        if together and count + size > rows:
-            yield together
-            together, count = [], 0
-        together.append(group)
-        count += size
-    if together:
-        yield together
-
-
-@torch.no_grad()
 def write_vectors(
     policy: TwoTowerPolicy,
     catalogue: CatalogueStream,
     directory: Path,
     *,
     chunk: int = CHUNK,
+    mapper: Mapper | None = None,
     progress: Progress | None = None,
 ) -> Streamed:
     """Embed every item and write vectors.npy (N, D) float32 and ids.arrow.
 
     Memory is O(chunk) and 8 bytes an item, by which duplicate ids are found.
 
+    Args:
+        mapper: where items are embedded. Every worker writes its own rows of the one file, so the
+            directory must be one that they all see.
+
     Raises:
         DataError: an id is null or stands twice, a feature is bad, an embedding is not finite.
     """
-    progress = progress or Progress()
+    mapper, progress = mapper or Mapper(), progress or Progress()
     policy.eval()
-    n, dim = catalogue.num_items, query_dim(policy)
-    vectors: Any = np.lib.format.open_memmap(
-        directory / "vectors.npy", mode="w+", dtype=np.float32, shape=(n, dim)
+    n = catalogue.num_items
+    path = (directory / "vectors.npy").resolve()
+    vectors = np.lib.format.open_memmap(
+        path, mode="w+", dtype=np.float32, shape=(n, query_dim(policy))
     )
+    vectors.flush()
+    del vectors
     keys = np.empty(n, dtype=np.uint64)
-    first, text, kind = 0, False, pa.int64()
+    text, kind = False, pa.int64()
     writer: pa.RecordBatchFileWriter | None = None
+    embed = partial(_embed_items, policy, catalogue, path, chunk)
     progress.start("embedding items", n)
     sink = pa.OSFile(str(directory / "ids.arrow"), "wb")
     try:
-        for part in catalogue.chunks(chunk):
-            last = first + part.num_items
-            ids = as_array(part.item_ids)
-            text = is_text(ids.type)
-            vectors[first:last] = embed_part(policy, part)
-            keys[first:last] = id_keys(ids)
-            if writer is None:
-                kind = pa.large_string() if text else pa.int64()
-                writer = pa.ipc.new_file(sink, pa.schema([("item_id", kind)]))
-            elif text != pa.types.is_large_string(kind):
-                raise DataError(
-                    "item ids are text in one file of the catalogue, numbers in another"
-                )
-            column = pc.cast(category_values(ids), kind)
-            writer.write_batch(pa.record_batch([column], names=["item_id"]))
-            progress.advance(part.num_items)
-            first = last
+        found = mapper.map(embed, _embedding_parts(catalogue, chunk, mapper), "embedding items")
+        for part in watched(found, progress):
+            first = part.first
+            for ids in part.ids:
+                text = is_text(ids.type)
+                keys[first : first + len(ids)] = id_keys(ids)
+                first += len(ids)
+                if writer is None:
+                    kind = pa.large_string() if text else pa.int64()
+                    writer = pa.ipc.new_file(sink, pa.schema([("item_id", kind)]))
+                elif text != pa.types.is_large_string(kind):
+                    raise DataError(
+                        "item ids are text in one file of the catalogue, numbers in another"
+                    )
+                column = pc.cast(category_values(ids), kind)
+                writer.write_batch(pa.record_batch([column], names=["item_id"]))
     finally:
         if writer is not None:
             writer.close()
         sink.close()
         progress.finish()
-    vectors.flush()
     digest = _sha(keys)
     _check_unique(keys, directory)
     return Streamed(n, text, catalogue.fingerprint, digest)
+
+
+def _embedding_parts(catalogue: CatalogueStream, chunk: int, mapper: Mapper) -> list[range]:
+    """Items of a part: a chunk here, some chunks where parts travel."""
+    starts = [*catalogue.starts(chunk), catalogue.num_items]
+    chunks = pieces(len(starts) - 1, _PART_CHUNKS if mapper.distributed else 1, mapper.workers)
+    return [range(starts[part.start], starts[part.stop]) for part in chunks]
+
+
+@torch.no_grad()
+def _embed_items(
+    policy: TwoTowerPolicy, catalogue: CatalogueStream, path: Path, chunk: int, items: range
+) -> _Embedded:
+    """Embed some items into their rows of the file; running it twice writes the same bytes."""
+    vectors: Any = np.load(path, mmap_mode="r+")
+    first, found = items.start, []
+    for part in catalogue.chunks(chunk, items):
+        vectors[first : first + part.num_items] = embed_part(policy, part)
+        first += part.num_items
+        found.append(as_array(part.item_ids))
+    vectors.flush()
+    return _Embedded(items.start, found)
 
 
 def embed_part(policy: TwoTowerPolicy, part: Catalogue) -> NDArray[np.float32]:

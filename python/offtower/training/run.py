@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -12,21 +12,22 @@ import torch
 
 import offtower
 from offtower.config import Config, config_fingerprint
+from offtower.errors import ConfigError
 from offtower.evaluation.estimators import make_estimator
 from offtower.metrics import MetricsLog
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.fit import obtain_reward_model
 from offtower.models.store import save_policy
-from offtower.objectives import Objective, Regression, make_objective
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
-from offtower.seeds import seed_torch
-from offtower.training.checkpoint import CheckpointStore
-from offtower.training.sampled import build_proposal
-from offtower.training.trainer import EpochHook, Trainer, TrainingResult, check_fit_for
-from offtower.training.validation import Validator
+from offtower.tracking import Tracker, make_trackers
+from offtower.training.auto import train_auto
+from offtower.training.checkpoints import CheckpointStore
+from offtower.training.distributed import ALONE, Workers
+from offtower.training.setup import build_setup, resolve_objective, uses_auto
+from offtower.training.trainer import EpochHook, Trainer, TrainingResult
 
 
 def train_run(
@@ -35,6 +36,8 @@ def train_run(
     resume: bool = False,
     progress: Progress | None = None,
     hook: Callable[[PreparedData], EpochHook] | None = None,
+    workers: Workers = ALONE,
+    trackers: Sequence[Tracker] = (),
 ) -> TrainingResult:
     """Train as configured and write runs/<name>/policy.
 
@@ -44,71 +47,65 @@ def train_run(
             begun yet begins.
         progress: where progress is drawn.
         hook: builds a function that adds numbers to each epoch's metrics (a simulator's truth).
+        workers: those that call this together, with the same arguments and the same storage.
+        trackers: get the metrics' lines, on every worker, beside those of the configuration.
 
     Raises:
         RunError: the directory belongs to another configuration, or exists and `resume` is false.
         ConfigError, DataError: see there.
     """
-    progress = progress or Progress()
+    progress = (progress if workers.first else None) or Progress()
     began = time.time()
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     run = RunDirectory(config.run_directory)
-    run.claim(config, resume=resume)
-    data = open_data(config, progress, run.path)
-    judged_by_model = make_estimator(config.training.validation_estimator).needs_reward_model
-    reward_model = (
-        obtain_reward_model(
-            config.reward_model,
+    if workers.first:
+        run.claim(config, resume=resume)
+    workers.barrier()
+    data = workers.first_then_all(lambda: open_data(config, progress, run.path))
+    configured = make_trackers(config, run.path) if workers.first else []
+    metrics = MetricsLog(run.metrics_path if workers.first else None, [*configured, *trackers])
+    each_epoch = None if hook is None or not workers.first else hook(data)
+    if uses_auto(config, data):
+        if workers.size > 1:
+            raise ConfigError(
+                "objective.name=auto chooses between learners on one process; for several workers "
+                "name an objective, such as the one that auto chose on a part of the log"
+            )
+        automatic = train_auto(
+            config,
             data,
-            config.seed,
-            progress,
-            run.reward_model,
-            for_new_rows=judged_by_model,
+            progress=progress,
+            metrics=metrics,
+            directory=run.path / "auto",
+            on_epoch_end=each_epoch,
         )
-        if judged_by_model or resolve_objective(config, data).needs_reward_model
-        else None
-    )
+        more = {"auto": automatic.report, "workers": 1}
+        _finish(run, config, data, automatic.policy, automatic.result, began, more)
+        metrics.close()
+        return automatic.result
+    reward_model = workers.first_then_all(lambda: _reward_model(config, data, run, progress))
+    setup = build_setup(config, data, reward_model, workers, progress)
     store = CheckpointStore(
         run.checkpoints,
         f"{config_fingerprint(config)}-{'-'.join(sorted(data.fingerprint.values()))}",
         config.training.checkpoints_kept,
+        workers,
+        setup.owned_rows,
     )
-    trainer = build_trainer(
-        config,
-        data,
-        reward_model,
+    trainer = setup.trainer(
         store=store,
-        metrics=MetricsLog(run.metrics_path),
+        metrics=metrics,
         progress=progress,
-        on_epoch_end=None if hook is None else hook(data),
+        on_epoch_end=each_epoch,
     )
     result = trainer.fit(resume=resume)
-    facts = {
-        "offtower": offtower.__version__,
-        "config_fingerprint": config_fingerprint(config),
-        "data_fingerprint": data.fingerprint,
-        "selected_step": result.selected_step,
-        "num_items": data.catalogue.num_items,
-    }
-    save_policy(run.policy, trainer.policy, facts)
-    run.update_manifest(
-        {
-            **facts,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "parameters": sum(p.numel() for p in trainer.policy.parameters()),
-            "training_rows": data.facts.rows,
-            "mean_reward": data.facts.mean_reward,
-            "epochs": result.epochs,
-            "steps": result.steps,
-            "stopped_early": result.stopped_early,
-            "validation_lower_bound": result.validation,
-            "checkpoints_skipped": store.skipped,
-            "seconds": round(time.time() - began, 3),
-            **_quarantine_facts(data),
-        }
-    )
+    policy = setup.whole_policy()
+    if policy is not None:
+        more = {"checkpoints_skipped": store.skipped, "workers": workers.size}
+        _finish(run, config, data, policy, result, began, more)
+    metrics.close()
+    workers.barrier()
     return result
 
 
@@ -117,54 +114,61 @@ def build_trainer(
     data: PreparedData,
     reward_model: RewardModel | None,
     *,
-    store: CheckpointStore | None = None,
-    metrics: MetricsLog | None = None,
     progress: Progress | None = None,
     on_epoch_end: EpochHook | None = None,
 ) -> Trainer:
-    """A fresh, seeded policy and its trainer."""
-    objective = resolve_objective(config, data)
-    check_fit_for(objective, data, reward_model)
-    seed_torch(config.seed, "policy")
-    policy = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
-    validate = (
-        Validator(data, config.training, config.evaluation.confidence, reward_model)
-        if data.validation is not None and data.validation.schema.pscore is not None
-        else None
-    )
-    return Trainer(
-        config,
-        data,
-        policy,
-        objective,
-        reward_model,
-        store=store,
-        metrics=metrics,
-        validate=validate,
-        progress=progress,
-        on_epoch_end=on_epoch_end,
-        proposal=build_proposal(config, objective, data, policy, progress or Progress()),
+    """A fresh, seeded policy and its trainer, in memory on this process."""
+    setup = build_setup(config, data, reward_model, ALONE, progress or Progress())
+    return setup.trainer(progress=progress, on_epoch_end=on_epoch_end)
+
+
+def _reward_model(
+    config: Config, data: PreparedData, run: RunDirectory, progress: Progress
+) -> RewardModel | None:
+    judges = make_estimator(config.training.validation_estimator).needs_reward_model
+    if not (judges or resolve_objective(config, data).needs_reward_model):
+        return None
+    return obtain_reward_model(
+        config.reward_model, data, config.seed, progress, run.reward_model, for_new_rows=judges
     )
 
 
-def resolve_objective(config: Config, data: PreparedData) -> Objective:
-    """The configured objective; `auto` picks by what the log and the configuration offer.
-
-    auto: clipped_dr where there are propensities and a reward model, weighted_likelihood with
-    propensities alone, regression without them.
-    """
-    name = config.objective.name
-    if name == "auto":
-        if data.train.schema.pscore is None:
-            name = "regression"
-        elif config.reward_model.kind == "none":
-            name = "weighted_likelihood"
-        else:
-            name = "clipped_dr"
-    objective = make_objective(name, config.objective.arguments)
-    if isinstance(objective, Regression):
-        objective = objective.resolve(data.facts.binary_reward)
-    return objective
+def _finish(
+    run: RunDirectory,
+    config: Config,
+    data: PreparedData,
+    policy: TwoTowerPolicy,
+    result: TrainingResult,
+    began: float,
+    more: dict[str, Any],
+) -> None:
+    """Save the policy and say in the manifest what made it."""
+    facts = {
+        "offtower": offtower.__version__,
+        "config_fingerprint": config_fingerprint(config),
+        "data_fingerprint": data.fingerprint,
+        "selected_step": result.selected_step,
+        "num_items": data.catalogue.num_items,
+    }
+    save_policy(run.policy, policy, facts)
+    run.update_manifest(
+        {
+            **facts,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "parameters": sum(p.numel() for p in policy.parameters()),
+            "training_rows": data.facts.rows,
+            "mean_reward": data.facts.mean_reward,
+            "epochs": result.epochs,
+            "steps": result.steps,
+            "stopped_early": result.stopped_early,
+            "validation_lower_bound": result.validation,
+            "chosen": result.chosen,
+            **more,
+            "seconds": round(time.time() - began, 3),
+            **_quarantine_facts(data),
+        }
+    )
 
 
 def _quarantine_facts(data: PreparedData) -> dict[str, Any]:

@@ -45,17 +45,24 @@ class SampledTerms:
         action: Tensor,
         seed: int,
         *,
+        batch_action: Tensor | None = None,
         reward_model: DenseReward | FactoredReward | None = None,
         entropy: bool = False,
     ) -> PolicyTerms:
-        """Terms of (B,) rows; `seed` is the step's, the same on every worker."""
-        draws = self.proposal.draw(seed, action, context_embedding)
+        """Terms of (B,) rows; `seed` is the step's, the same on every worker.
+
+        Args:
+            batch_action: logged items of the step over all workers, where that is more than
+                `action`.
+        """
+        logged_items = action if batch_action is None else batch_action
+        draws = self.proposal.draw(seed, logged_items, context_embedding)
         parts = [action, draws.item]
         if draws.exact_item is not None:
             parts.append(draws.exact_item.clamp_min(0).reshape(-1))
         touched, place = torch.unique(torch.cat(parts), return_inverse=True)
         rows, drawn = len(action), len(draws.item)
-        embedding, bias = self.policy.item_tower(self.items.at(touched))
+        embedding, bias = self.policy.item_tower(self.items.at(touched), touched)
         logged = place[:rows]
         exact = draws.exact_item
         return sampled_policy_terms(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from offtower.data.encoding import to_tensors
-from offtower.data.rows import EncodedRows
+from offtower.data.reader import Step
 from offtower.models.features import FeatureTensors
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.objectives import LoggedRows, Objective, ObjectiveValue, Reduction
 from offtower.ops import PolicyTerms
+from offtower.training.distributed import ALONE, Workers
 from offtower.training.sampled import SampledTerms
 
 
@@ -42,8 +44,34 @@ class StepPlace:
 FIRST_PLACE = StepPlace(0, 0)
 
 
+class StepLoss(Protocol):
+    """A batch in, the objective out; the batch's rows may be spread over workers."""
+
+    def loss(
+        self, batch: Step, *, measure: bool = False, place: StepPlace = FIRST_PLACE
+    ) -> tuple[ObjectiveValue, StepMeasures | None]:
+        """The objective over all rows of the step. Gradients of the loss on all workers add up to
+        its gradient; the value is the same number on every worker."""
+
+    def measures(self, batch: Step, seed: int = 0) -> StepMeasures:
+        """Weights and entropy over all rows of the step."""
+
+    def whole(self, loss: Tensor) -> Tensor:
+        """The loss over all rows of the step, from this worker's."""
+
+
 class TrainingStep:
-    """Computes losses; owns no optimiser and no loop."""
+    """Each worker has its rows of the batch and the whole catalogue; owns no optimiser, no loop.
+
+    Args:
+        policy: the policy that learns, its towers in training mode.
+        objective: what is maximised.
+        items: features of the whole catalogue.
+        reward_model: for objectives that need one.
+        item_chunk: items embedded at a time.
+        sampled: terms from draws; None takes exact ones.
+        workers: those that share the batch.
+    """
 
     def __init__(
         self,
@@ -53,6 +81,7 @@ class TrainingStep:
         reward_model: RewardModel | None,
         item_chunk: int = DEFAULT_CHUNK,
         sampled: SampledTerms | None = None,
+        workers: Workers = ALONE,
     ) -> None:
         self.sampled = sampled
         self.policy = policy
@@ -60,58 +89,67 @@ class TrainingStep:
         self.items = items
         self.reward_model = reward_model if objective.needs_reward_model else None
         self.item_chunk = item_chunk
+        self.workers = workers
 
     def loss(
-        self,
-        rows: EncodedRows,
-        fold: int,
-        over: Reduction,
-        *,
-        measure: bool = False,
-        place: StepPlace = FIRST_PLACE,
+        self, batch: Step, *, measure: bool = False, place: StepPlace = FIRST_PLACE
     ) -> tuple[ObjectiveValue, StepMeasures | None]:
-        """The batch's objective; with `measure` also weights and entropy where they cost little."""
+        rows = batch.rows
+        over = Reduction(batch.batch_rows, all_reduce=self.workers.sum)
         context = to_tensors(rows.context)
+        numbers = _numbers(batch)
         action = torch.from_numpy(rows.action)
         reward = torch.from_numpy(rows.reward)
         pscore = None if rows.pscore is None else torch.from_numpy(rows.pscore)
         if not self.objective.uses_policy:
-            logit = self.policy.action_logit(context, self.items.at(action))
+            logit = self.policy.action_logit(context, self.items.at(action), numbers)
             return self.objective(LoggedRows(reward, action_logit=logit), over), None
-        terms = self._terms(rows, context, action, fold, place, entropy=measure)
+        entropy = measure or self.objective.needs_entropy
+        terms = self._terms(batch, context, numbers, place, entropy=entropy)
         value = self.objective(LoggedRows(reward, terms=terms, pscore=pscore), over)
-        return value, _measures(terms, pscore) if measure else None
+        return value, measured(terms, pscore, self.workers) if measure else None
 
     @torch.no_grad()
-    def measures(self, rows: EncodedRows, seed: int = 0) -> StepMeasures:
-        """Weights and entropy on a batch; estimates where the step's terms are sampled."""
+    def measures(self, batch: Step, seed: int = 0) -> StepMeasures:
+        rows = batch.rows
+        context_embedding = self.policy.embed_contexts(to_tensors(rows.context), _numbers(batch))
         action = torch.from_numpy(rows.action)
-        context_embedding = self.policy.embed_contexts(to_tensors(rows.context))
         if self.sampled is not None:
-            terms = self.sampled(context_embedding, action, seed, entropy=True)
+            logged = torch.from_numpy(batch.joined.action)
+            terms = self.sampled(context_embedding, action, seed, batch_action=logged, entropy=True)
         else:
             items = self.policy.embed_items(self.items, chunk=self.item_chunk)
             terms = self.policy.terms(context_embedding, items, action, entropy=True)
         pscore = None if rows.pscore is None else torch.from_numpy(rows.pscore)
-        return _measures(terms, pscore)
+        return measured(terms, pscore, self.workers)
+
+    def whole(self, loss: Tensor) -> Tensor:
+        return self.workers.sum(loss)
 
     def _terms(
         self,
-        rows: EncodedRows,
+        batch: Step,
         context: FeatureTensors,
-        action: Tensor,
-        fold: int,
+        numbers: Tensor,
         place: StepPlace,
         *,
         entropy: bool,
     ) -> PolicyTerms:
-        context_embedding = self.policy.embed_contexts(context)
+        context_embedding = self.policy.embed_contexts(context, numbers)
+        action = torch.from_numpy(batch.rows.action)
         reward_model = (
-            None if self.reward_model is None else self.reward_model.for_training_rows(rows, fold)
+            None
+            if self.reward_model is None
+            else self.reward_model.for_training_rows(batch.rows, batch.fold)
         )
         if self.sampled is not None and not self.sampled.wants_exact(place.step):
             return self.sampled(
-                context_embedding, action, place.seed, reward_model=reward_model, entropy=entropy
+                context_embedding,
+                action,
+                place.seed,
+                batch_action=torch.from_numpy(batch.joined.action),
+                reward_model=reward_model,
+                entropy=entropy,
             )
         items = self.policy.embed_items(self.items, chunk=self.item_chunk)
         return self.policy.terms(
@@ -119,12 +157,33 @@ class TrainingStep:
         )
 
 
-def _measures(terms: PolicyTerms, pscore: Tensor | None) -> StepMeasures:
-    entropy = None if terms.entropy is None else float(terms.entropy.detach().mean())
+def _numbers(batch: Step) -> Tensor:
+    """Places of this worker's rows in the batch."""
+    return torch.arange(batch.first, batch.first + len(batch.rows))
+
+
+def measured(terms: PolicyTerms, pscore: Tensor | None, workers: Workers = ALONE) -> StepMeasures:
+    """Measures over the rows of all workers."""
+    log_prob = terms.log_prob.detach().double()
+    sums = torch.zeros(4, dtype=torch.float64)
+    sums[0] = len(log_prob)
+    if terms.entropy is not None:
+        sums[1] = terms.entropy.detach().double().sum()
     if pscore is None:
-        return StepMeasures(None, None, entropy)
-    log_weight = terms.log_prob.detach().double() - pscore.double().log()
+        sums = workers.sum(sums)
+        return StepMeasures(None, None, _mean(terms, sums))
+    log_weight = log_prob - pscore.double().log()
+    largest = torch.full((1,), float("-inf"), dtype=torch.float64)
+    if len(log_weight):
+        largest[0] = log_weight.max()
+    largest = workers.maximum(largest)
     # The share is unchanged by a common factor, and then nothing overflows.
-    scaled = torch.exp(log_weight - log_weight.max())
-    share = float(scaled.sum().square() / scaled.square().sum() / len(scaled))
-    return StepMeasures(share, float(log_weight.max().exp()), entropy)
+    scaled = torch.exp(log_weight - largest)
+    sums[2], sums[3] = scaled.sum(), scaled.square().sum()
+    sums = workers.sum(sums)
+    share = float(sums[2].square() / sums[3] / sums[0])
+    return StepMeasures(share, float(largest.exp()), _mean(terms, sums))
+
+
+def _mean(terms: PolicyTerms, sums: Tensor) -> float | None:
+    return None if terms.entropy is None else float(sums[1] / sums[0])

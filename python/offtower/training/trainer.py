@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offtower.config import Config, TrainingConfig
 from offtower.data.order import Cursor, EpochOrder
-from offtower.data.reader import BatchReader
-from offtower.data.rows import EncodedRows
-from offtower.errors import ConfigError, RunError
+from offtower.data.reader import BatchReader, Step
+from offtower.errors import RunError
 from offtower.metrics import MetricsLog
-from offtower.models.optimizer import (
-    TableUpdates,
-    clip_gradients,
-    finish_updates,
-    make_optimizer,
-)
+from offtower.models.optimizer import TableUpdates, finish_updates, make_optimizer
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.fit import reward_folds
-from offtower.objectives import Objective, Reduction
+from offtower.objectives import Objective
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.sampling import Proposal
 from offtower.seeds import derive_seed, seed_torch
-from offtower.training.checkpoint import CheckpointStore, Progression
+from offtower.training.checkpoints import CheckpointStore, Progression
+from offtower.training.distributed import ALONE, Workers
+from offtower.training.distributed.gradients import GradientSum
 from offtower.training.epoch import EpochSums, measures_line
-from offtower.training.sampled import SampledTerms
-from offtower.training.step import StepMeasures, StepPlace, TrainingStep
+from offtower.training.schedule import LearningRate, WeightAverage
+from offtower.training.step import StepLoss, StepMeasures, StepPlace
 from offtower.training.validation import ValidationScore, Validator
 
 EpochHook = Callable[[TwoTowerPolicy, int], dict[str, float]]
@@ -53,22 +49,27 @@ class TrainingResult:
     """Lower bound of the validation estimate at `selected_step`."""
     stopped_early: bool
     history: list[dict[str, Any]]
+    chosen: str | None = None
+    """Candidate that objective=auto chose; `validation` is then of held-out training rows."""
 
 
 class Trainer:
-    """Trains one policy.
+    """Trains one policy, on this process or on several that do the same in step.
 
     Args:
         config: the run's.
         data: opened logs and encodings.
         policy: trained in place.
         objective: what is maximised.
+        step: the objective's loss on a batch.
         reward_model: frozen q(x, a), for objectives that need it.
         store: where checkpoints go; None trains in memory only.
-        metrics: where metrics lines go.
+        metrics: where metrics lines go; of the first worker.
         validate: score on the validation log; None keeps the last epoch's weights.
         proposal: of the sampled softmax; None takes exact terms.
         on_epoch_end: extra numbers for the metrics, such as a simulator's truth.
+        workers: those that share every batch.
+        owned: weights of which each worker has rows of its own.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Trainer:
         data: PreparedData,
         policy: TwoTowerPolicy,
         objective: Objective,
+        step: StepLoss,
         reward_model: RewardModel | None,
         *,
         store: CheckpointStore | None = None,
@@ -85,6 +87,8 @@ class Trainer:
         progress: Progress | None = None,
         on_epoch_end: EpochHook | None = None,
         proposal: Proposal | None = None,
+        workers: Workers = ALONE,
+        owned: Sequence[nn.Parameter] = (),
     ) -> None:
         self.config = config
         self.policy = policy
@@ -92,20 +96,15 @@ class Trainer:
         self._settings = config.training
         self._objective = objective
         self._reward_model = reward_model if objective.needs_reward_model else None
+        self._step = step
         self._store = store
         self._metrics = metrics or MetricsLog(None)
         self._validate = validate
         self._progress = progress or Progress()
         self._on_epoch_end = on_epoch_end
         self._proposal = proposal
-        sampled = (
-            None
-            if proposal is None
-            else SampledTerms(policy, data.items, proposal, config.sampling.exact_every)
-        )
-        self._step = TrainingStep(
-            policy, objective, data.items, self._reward_model, self._settings.item_chunk, sampled
-        )
+        self._workers = workers
+        self._gradients = GradientSum(policy, workers, owned)
         self._optimizer = make_optimizer(
             self._settings.optimizer,
             policy,
@@ -113,6 +112,12 @@ class Trainer:
             self._settings.weight_decay,
             _table_updates(self._settings, sampled=proposal is not None),
             self._settings.table_learning_rate,
+        )
+        self._rate = LearningRate(self._settings, self._optimizer)
+        self._average = (
+            None
+            if self._settings.weight_average is None
+            else WeightAverage(policy, self._settings.weight_average)
         )
         self._best_in_memory: dict[str, Tensor] | None = None
 
@@ -122,10 +127,18 @@ class Trainer:
         with self._reader() as reader:
             while progression.cursor.epoch < self._settings.epochs and not progression.finished:
                 self._run_epoch(reader, progression)
+                if self._average is not None:
+                    self._average.swap_in()
                 progression.finished = self._close_epoch(progression)
+                if self._average is not None:
+                    self._average.swap_out()
                 self._save(progression)
+        if self._average is not None:
+            self._average.swap_in()
         if self._proposal is not None:
             self._proposal.close()
+        if self._store is not None:
+            self._store.finish()
         self._take_best(progression)
         return TrainingResult(
             epochs=progression.cursor.epoch,
@@ -142,6 +155,8 @@ class Trainer:
             if progression is not None:
                 if self._proposal is not None:
                     self._proposal.load_state(self._store.extra)
+                if self._average is not None:
+                    self._average.load_state(self._store.extra)
                 self._metrics.resume_at(progression.step, progression.cursor.epoch)
                 return progression
         self._metrics.restart()
@@ -176,24 +191,27 @@ class Trainer:
         self._progress.advance(int(sums.rows))
         last_checkpoint = time.monotonic()
         self.policy.train()
-        batches = reader.epoch(epoch, start=progression.cursor)
+        batches = reader.epoch(epoch, progression.cursor, self._workers.rank, self._workers.size)
         num_windows = len(reader.order.windows(epoch))
         waited = reader.seconds_waiting
         began = time.monotonic()
-        rows: EncodedRows | None = None
-        for cursor, rows, fold in batches:
+        batch: Step | None = None
+        for batch in batches:
+            cursor = batch.cursor
             seed_torch(self.config.seed, "step", epoch, cursor.window, cursor.batch)
+            self.policy.seed_draws(torch.initial_seed())
             measure = progression.step % settings.log_every_steps == 0
             draw_seed = derive_seed(self.config.seed, "draws", epoch, cursor.window, cursor.batch)
             place = StepPlace(progression.step, draw_seed)
-            loss, value, gradient_norm, measures = self._update(
-                rows, fold, measure, progression, place
-            )
+            over = (epoch + sums.rows / self._data.train.num_rows) / settings.epochs
+            self._rate.at(over)
+            loss, value, gradient_norm, measures = self._update(batch, measure, progression, place)
+            if self._average is not None:
+                self._average.after_step(over)
             progression.cursor = cursor
             progression.step += 1
-            progression.rows += len(rows.reward)
-            sums.add(len(rows.reward), loss, value)
-            now = time.monotonic()
+            progression.rows += batch.batch_rows
+            sums.add(batch.batch_rows, loss, value)
             if measure:
                 self._metrics.write(
                     {
@@ -206,43 +224,52 @@ class Trainer:
                         **measures_line(measures),
                     }
                 )
-            self._progress.advance(len(rows.reward), f"objective {sums.mean_value:.4f}")
+            self._progress.advance(batch.batch_rows, f"objective {sums.mean_value:.4f}")
+            due = time.monotonic() - last_checkpoint > settings.checkpoint_every_seconds
             # The end of the epoch writes its own, after the epoch was measured and judged.
-            due = now - last_checkpoint > settings.checkpoint_every_seconds
-            if self._store is not None and due and cursor.window < num_windows:
+            if self._checkpoint_due(due) and cursor.window < num_windows:
                 progression.epoch_sums = asdict(sums)
                 self._save(progression)
-                last_checkpoint = now
+                last_checkpoint = time.monotonic()
         sums.seconds += time.monotonic() - began
         sums.seconds_waiting += reader.seconds_waiting - waited
         finish_updates(self._optimizer)
-        if rows is not None and settings.measure_terms:
+        if batch is not None and settings.measure_terms:
             self.policy.eval()
-            sums.last = asdict(self._step.measures(rows, derive_seed(self.config.seed, "measures")))
+            seed = derive_seed(self.config.seed, "measures")
+            sums.last = asdict(self._step.measures(batch, seed))
         progression.epoch_sums = asdict(sums)
         progression.cursor = Cursor(epoch=epoch + 1, window=0, batch=0)
         self._progress.finish()
 
+    def _checkpoint_due(self, due: bool) -> bool:
+        """Whether to begin a checkpoint, as the first worker's clock says; one that all workers
+        have written takes its name."""
+        if self._store is None:
+            return False
+        if self._workers.size == 1:
+            return due
+        told = torch.tensor([float(due and self._workers.first), float(self._store.written)])
+        begin, written = self._workers.sum(told).tolist()
+        if written == self._workers.size:
+            self._store.finish()
+        return begin > 0
+
     def _update(
-        self,
-        rows: EncodedRows,
-        fold: int,
-        measure: bool,
-        progression: Progression,
-        place: StepPlace,
+        self, batch: Step, measure: bool, progression: Progression, place: StepPlace
     ) -> tuple[float, float, float | None, StepMeasures | None]:
-        over = Reduction(rows=len(rows.reward))
         if self._proposal is not None:
             if self._proposal.due(place.step):
                 finish_updates(self._optimizer)
             self._proposal.at_step(place.step)
-        result, measures = self._step.loss(rows, fold, over, measure=measure, place=place)
-        loss = float(result.loss.detach())
+        result, measures = self._step.loss(batch, measure=measure, place=place)
+        loss = float(self._step.whole(result.loss.detach()))
         self._optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
+        self._gradients.combine()
         norm: float | None = None
         if self._settings.gradient_clip is not None:
-            norm = clip_gradients(self.policy.parameters(), self._settings.gradient_clip)
+            norm = self._gradients.clip(self._settings.gradient_clip)
         if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
             raise RunError(
                 f"step {progression.step + 1} (epoch {progression.cursor.epoch + 1}) gave a loss "
@@ -302,7 +329,9 @@ class Trainer:
 
     def _save(self, progression: Progression) -> None:
         if self._store is not None:
-            extra = None if self._proposal is None else self._proposal.state()
+            extra = {} if self._proposal is None else dict(self._proposal.state())
+            if self._average is not None:
+                extra.update(self._average.state())
             self._store.save(self.policy, self._optimizer, progression, extra)
 
     @property
@@ -323,30 +352,3 @@ def _table_updates(settings: TrainingConfig, *, sampled: bool) -> TableUpdates:
     if settings.table_updates != "auto":
         return settings.table_updates
     return "lazy_adamw" if sampled and settings.optimizer == "adamw" else "dense"
-
-
-def check_fit_for(
-    objective: Objective, data: PreparedData, reward_model: RewardModel | None
-) -> None:
-    """Refuse an objective whose needs the log does not meet, before any time is spent.
-
-    Raises:
-        ConfigError: no propensities, no reward model, or rewards below zero, where the objective
-            cannot do so.
-    """
-    if objective.needs_reward_model and reward_model is None:
-        raise ConfigError(
-            f"objective '{objective.name}' needs a reward model: set reward_model.kind to dense "
-            "(small catalogues, any scikit-learn regressor) or factored (two towers, any size)"
-        )
-    if objective.needs_pscore and data.train.schema.pscore is None:
-        raise ConfigError(
-            f"objective '{objective.name}' needs the logged propensities: name their column as "
-            "'pscore' in the log's schema, or use objective.name=regression"
-        )
-    reward_range = data.train.schema.reward_range
-    if objective.needs_nonnegative_reward and reward_range[0] < 0:
-        raise ConfigError(
-            f"objective '{objective.name}' is defined for rewards of zero or more, but the log's "
-            f"reward_range begins at {reward_range[0]}; shift the rewards, or use another objective"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from offtower.data.simulate.drawing import write_simulated_log
 from offtower.data.simulate.logging_policy import LoggingPolicy
 from offtower.data.simulate.obp_world import ObpWorld, obp_synthetic, true_value
 from offtower.data.simulate.world import FixedItemValue, PolicyValue, SimulatedWorld
@@ -14,4 +15,5 @@ __all__ = [
     "SimulatedWorld",
     "obp_synthetic",
     "true_value",
+    "write_simulated_log",
 ]

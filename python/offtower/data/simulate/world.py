@@ -30,7 +30,7 @@ from offtower.errors import ConfigError
 _PARAMETERS, _ITEMS, _LOG, _CONTEXTS = 1, 2, 3, 4
 """What a stream of random numbers is for; part of its key."""
 
-_CHUNK_ROWS = 4096
+CHUNK_ROWS = 4096
 """Rows drawn at a time. A part of what a seed means: another value draws other rows."""
 
 _START = np.datetime64("2026-01-01T00:00:00", "us")
@@ -142,10 +142,7 @@ class SimulatedWorld:
     @property
     def item_ids(self) -> pa.Array:
         """(N,) item ids in the catalogue's order."""
-        number = np.arange(self.n_items)
-        if not self.string_ids:
-            return pa.array(number)
-        return pa.array(np.char.mod("item-%d", number))
+        return self._ids_of(np.arange(self.n_items))
 
     @property
     def catalogue_schema(self) -> CatalogueSchema:
@@ -193,44 +190,57 @@ class SimulatedWorld:
             epsilon: in place of the world's.
             behavior_policy: name written into that column.
         """
+        for number in range(num_chunks(n_rounds)):
+            yield self.log_chunk(
+                number, n_rounds, seed, beta=beta, epsilon=epsilon, behavior_policy=behavior_policy
+            )
+
+    def log_chunk(
+        self,
+        number: int,
+        n_rounds: int,
+        seed: int = 0,
+        *,
+        beta: float | None = None,
+        epsilon: float | None = None,
+        behavior_policy: str = "logging",
+    ) -> pa.Table:
+        """Table `number` of `log` with the same arguments; each can be drawn by itself."""
         given = self.logging_policy
         policy = LoggingPolicy(
             given.kind,
             given.beta if beta is None else beta,
             given.epsilon if epsilon is None else epsilon,
         )
-        ids = self.item_ids
-        for first, count, rng in self._chunks(n_rounds, _LOG, seed):
-            columns, users = self._draw_contexts(count, rng)
-            latent = self.context_latent(pa.table(columns))
-            action, pscore = policy.draw(latent, self.item_latent, self.item_logit, rng)
-            mean = torch.sigmoid(self._logit(latent, action)).numpy()
-            if self.reward == "binary":
-                reward = (rng.random(count) < mean).astype(np.float32)
-            else:
-                # Beta needs positive parameters; q within 1e-12 of 0 or 1 is that far off.
-                safe = np.clip(mean, 1e-12, 1.0 - 1e-12)
-                reward = rng.beta(_BETA_CONCENTRATION * safe, _BETA_CONCENTRATION * (1.0 - safe))
-                reward = reward.astype(np.float32)
-            seconds = np.arange(first, first + count).astype("timedelta64[s]")
-            yield pa.table(
-                {
-                    **columns,
-                    "action": ids.take(pa.array(action.numpy())),
-                    "reward": pa.array(reward),
-                    "pscore": pa.array(pscore.numpy()),
-                    "timestamp": pa.array(_START + seconds),
-                    "behavior_policy": pa.repeat(behavior_policy, count),
-                    "user_id": pa.array(users),
-                }
-            )
+        first, count, rng = self._chunk(number, n_rounds, _LOG, seed)
+        columns, users = self._draw_contexts(count, rng)
+        latent = self.context_latent(pa.table(columns))
+        action, pscore = policy.draw(latent, self.item_latent, self.item_logit, rng)
+        mean = torch.sigmoid(self._logit(latent, action)).numpy()
+        if self.reward == "binary":
+            reward = (rng.random(count) < mean).astype(np.float32)
+        else:
+            # Beta needs positive parameters; q within 1e-12 of 0 or 1 is that far off.
+            safe = np.clip(mean, 1e-12, 1.0 - 1e-12)
+            reward = rng.beta(_BETA_CONCENTRATION * safe, _BETA_CONCENTRATION * (1.0 - safe))
+            reward = reward.astype(np.float32)
+        seconds = np.arange(first, first + count).astype("timedelta64[s]")
+        return pa.table(
+            {
+                **columns,
+                "action": self._ids_of(action.numpy()),
+                "reward": pa.array(reward),
+                "pscore": pa.array(pscore.numpy()),
+                "timestamp": pa.array(_START + seconds),
+                "behavior_policy": pa.repeat(behavior_policy, count),
+                "user_id": pa.array(users),
+            }
+        )
 
     def contexts(self, n: int, seed: int = 0) -> pa.Table:
         """Draw n fresh contexts: a table of the context columns."""
-        tables = [
-            pa.table(self._draw_contexts(count, rng)[0])
-            for _, count, rng in self._chunks(n, _CONTEXTS, seed)
-        ]
+        chunks = (self._chunk(number, n, _CONTEXTS, seed) for number in range(num_chunks(n)))
+        tables = [pa.table(self._draw_contexts(count, rng)[0]) for _, count, rng in chunks]
         return pa.concat_tables(tables).combine_chunks()
 
     def context_latent(self, contexts: pa.Table) -> Tensor:
@@ -366,14 +376,14 @@ class SimulatedWorld:
         rewards_of_item = self.expected_reward(fresh, np.full(n_contexts, item))
         return FixedItemValue(item, *_mean(rewards_of_item))
 
-    def _chunks(
-        self, n: int, purpose: int, seed: int
-    ) -> Iterator[tuple[int, int, np.random.Generator]]:
-        if n < 1:
-            raise ConfigError(f"the number of rows must be at least 1, but is {n}")
-        for number, first in enumerate(range(0, n, _CHUNK_ROWS)):
-            rng = _generator(self.seed, purpose, seed, number)
-            yield first, min(_CHUNK_ROWS, n - first), rng
+    def _chunk(
+        self, number: int, n: int, purpose: int, seed: int
+    ) -> tuple[int, int, np.random.Generator]:
+        first = number * CHUNK_ROWS
+        return first, min(CHUNK_ROWS, n - first), _generator(self.seed, purpose, seed, number)
+
+    def _ids_of(self, number: NDArray[np.int64]) -> pa.Array:
+        return pa.array(np.char.mod("item-%d", number) if self.string_ids else number)
 
     def _draw_contexts(
         self, n: int, rng: np.random.Generator
@@ -385,6 +395,17 @@ class SimulatedWorld:
 
     def _logit(self, latent: Tensor, action: Tensor) -> Tensor:
         return (latent * self.item_latent[action]).sum(dim=1) + self.item_logit[action]
+
+
+def num_chunks(n_rounds: int) -> int:
+    """Tables that `SimulatedWorld.log` gives.
+
+    Raises:
+        ConfigError: there is no row.
+    """
+    if n_rounds < 1:
+        raise ConfigError(f"the number of rows must be at least 1, but is {n_rounds}")
+    return -(-n_rounds // CHUNK_ROWS)
 
 
 def _generator(seed: int, *purpose: int) -> np.random.Generator:

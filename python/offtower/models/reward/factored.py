@@ -46,6 +46,10 @@ class FactoredRewardModel(RewardModel):
             model.eval()
             model.requires_grad_(False)
 
+    def over(self, items: ItemFeatures) -> FactoredRewardModel:
+        """The same model over other items, such as a part of the catalogue."""
+        return FactoredRewardModel(self.towers, items, self.link, self._chunk)
+
     def for_training_rows(self, rows: EncodedRows, fold: int) -> FactoredReward:
         return self.for_features(to_tensors(rows.context), fold)
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-namespace offtower::cpu {
+namespace offtower {
 
 enum class DType : int32_t { float32 = 0, bfloat16 = 1 };
 enum class RewardKind : int32_t { none = 0, dense = 1, identity = 2, sigmoid = 3 };
@@ -76,4 +76,4 @@ struct TopKResults {
   int64_t* index; // (rows, k); of equal scores the lowest comes first
 };
 
-} // namespace offtower::cpu
+} // namespace offtower

@@ -1,0 +1,61 @@
+// What a device is, and which operands the kernels take on it.
+#include "kernels/top_k.h"
+#include "kernels/forward.h"
+#include "kernels/gradient.h"
+#include "launch.h"
+
+#include <cstdio>
+#include <cstdlib>
+
+namespace offtower::cuda {
+
+#if defined(__CUDACC__)
+Device device_facts(int number) {
+  // The runtime that is linked in here has a notion of its own of the current device.
+  check(cudaSetDevice(number), "cudaSetDevice");
+  const auto fact = [&](cudaDeviceAttr which) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, number), "cudaDeviceGetAttribute");
+    return value;
+  };
+  return {number,
+          fact(cudaDevAttrComputeCapabilityMajor),
+          fact(cudaDevAttrComputeCapabilityMinor),
+          fact(cudaDevAttrMultiProcessorCount),
+          fact(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          fact(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+}
+#else
+// With few multiprocessors, so that small problems are split. OFFTOWER_EMULATED_DEVICE: "major minor
+// multiprocessors bytes-of-a-block bytes-in-all".
+Device device_facts(int number) {
+  Device d{number, 8, 0, 3, 163 << 10, 164 << 10};
+  if (const char* given = std::getenv("OFFTOWER_EMULATED_DEVICE"))
+    std::sscanf(given, "%d %d %d %d %d", &d.major, &d.minor, &d.multiprocessors, &d.block_shared,
+                &d.total_shared);
+  return d;
+}
+#endif
+
+std::string refusal(const PolicyOperands& o, const Device& device) {
+  if (device.major < 8)
+    return "the kernels need compute capability 8.0, and device " + std::to_string(device.number) +
+           " has " + std::to_string(device.major) + "." + std::to_string(device.minor);
+  if (o.dim > 256 || o.reward_dim > 256)
+    return "the kernels take embeddings of up to 256 numbers, and these have " +
+           std::to_string(largest(o.dim, o.reward_dim));
+  if (o.items > int64_t{1} << 31)
+    return "the kernels take up to 2^31 items, and there are " + std::to_string(o.items);
+  const bool fits = with_type(o.dtype, [&](auto t) {
+    using T = decltype(t);
+    const int width = o.dim <= 64 ? 64 : o.dim <= 128 ? 128 : 256;
+    // dv, whose tiles carry the most.
+    return plan_pass(device, footprint<Gradient<T, true, Reward::factored, 256>, T>(), width,
+                     factored_width(o, true), 1, 1, 0)
+        .fits;
+  });
+  return fits ? "" : "tiles of these widths do not fit the shared memory of device " +
+                         std::to_string(device.number);
+}
+
+} // namespace offtower::cuda

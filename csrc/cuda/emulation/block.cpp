@@ -1,0 +1,256 @@
+#include "block.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <utility>
+
+#if !defined(__x86_64__)
+#error "the emulation switches fibers in x86-64 assembly"
+#endif
+
+extern "C" void offtower_switch_fiber(void** from, void* to);
+asm(R"(
+.text
+.globl offtower_switch_fiber
+offtower_switch_fiber:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+namespace offtower::cuda::emulation {
+namespace {
+
+constexpr std::size_t kStack = 256 << 10;
+constexpr std::size_t kGuard = 4096; // bytes behind the shared memory that must stay as they are
+constexpr unsigned char kPoison = 0xff;
+
+struct Fiber {
+  void* stack_pointer = nullptr;
+  std::unique_ptr<char[]> stack;
+  bool done = false, blocked = false;
+  const char* waits_for = "";
+  Copies copies;
+};
+
+struct Meeting {
+  std::vector<void*> brought;
+  std::vector<int> waiting;
+  const char* what = nullptr;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::map<std::pair<int, int>, Meeting> meetings; // by (first, members); barriers by (-1 - name, 0)
+  int64_t index = 0, count = 0;
+  int current = 0;
+  uint64_t changes = 0;
+  void* scheduler = nullptr;
+  std::string error;
+  const std::function<void(char*)>* body = nullptr;
+  char* shared = nullptr;
+  std::size_t shared_bytes = 0;
+  std::vector<std::function<void()>> later;                   // under way
+  std::map<int, std::vector<std::function<void()>>> products; // by warpgroup
+};
+
+Block* block = nullptr;
+uint64_t random_state = 1;
+
+void to_scheduler() { offtower_switch_fiber(&block->fibers[block->current].stack_pointer, block->scheduler); }
+
+void start() {
+  (*block->body)(block->shared);
+  Fiber& self = block->fibers[block->current];
+  self.done = true;
+  ++block->changes;
+  to_scheduler();
+  std::abort();
+}
+
+void prepare(Fiber& fiber) {
+  if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+  auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStack) & ~uintptr_t{15};
+  void** frame = reinterpret_cast<void**>(top) - 8; // six registers, the entry, alignment
+  for (int i = 0; i < 6; ++i) frame[i] = nullptr;
+  frame[6] = reinterpret_cast<void*>(&start);
+  frame[7] = nullptr;
+  fiber.stack_pointer = frame;
+  fiber.done = fiber.blocked = false;
+  fiber.copies = Copies{};
+}
+
+void block_here(const char* what) {
+  Fiber& self = block->fibers[block->current];
+  self.blocked = true;
+  self.waits_for = what;
+  to_scheduler();
+}
+
+void wake(const std::vector<int>& fibers) {
+  for (int f : fibers) block->fibers[f].blocked = false;
+  ++block->changes;
+}
+
+std::string state() {
+  std::map<std::string, int> counts;
+  for (const Fiber& f : block->fibers) ++counts[f.done ? "end" : f.waits_for];
+  std::string text;
+  for (const auto& [what, n] : counts) text += " " + std::to_string(n) + " at " + what + ";";
+  return text;
+}
+
+void run_one(int64_t index) {
+  block->index = index;
+  for (Fiber& f : block->fibers) prepare(f);
+  block->meetings.clear();
+  std::vector<int> ready;
+  uint64_t seen = block->changes;
+  int idle = 0;
+  while (true) {
+    ready.clear();
+    bool all_done = true;
+    for (int f = 0; f < static_cast<int>(block->fibers.size()); ++f) {
+      all_done &= block->fibers[f].done;
+      if (!block->fibers[f].done && !block->fibers[f].blocked) ready.push_back(f);
+    }
+    if (all_done) break;
+    // What is under way lands in its own time, and at the latest when nobody can go on.
+    for (auto& one : std::exchange(block->later, {})) {
+      if (draw(3) == 0 || ready.empty() || idle > 2) one();
+      else block->later.push_back(std::move(one));
+    }
+    if (ready.empty() && block->changes != seen) continue;
+    if (ready.empty()) throw std::runtime_error("a block is stuck:" + state());
+    // A pass over the ready ones in a drawn order.
+    for (std::size_t i = ready.size(); i > 1; --i) std::swap(ready[i - 1], ready[draw(static_cast<uint32_t>(i))]);
+    for (int f : ready) {
+      Fiber& fiber = block->fibers[f];
+      if (fiber.done || fiber.blocked) continue;
+      block->current = f;
+      offtower_switch_fiber(&block->scheduler, fiber.stack_pointer);
+      if (!block->error.empty()) throw std::runtime_error(block->error);
+    }
+    idle = block->changes == seen ? idle + 1 : 0;
+    seen = block->changes;
+    if (idle > 1000) throw std::runtime_error("a block waits for ever:" + state());
+  }
+  if (!block->later.empty()) throw std::runtime_error("a block ended before its copies did");
+  for (const auto& [group, waiting] : block->products)
+    if (!waiting.empty()) throw std::runtime_error("a warpgroup ended before its products did");
+}
+
+} // namespace
+
+int thread_index() { return block->current; }
+int thread_count() { return static_cast<int>(block->fibers.size()); }
+int64_t block_index() { return block->index; }
+int64_t block_count() { return block->count; }
+void progress() { ++block->changes; }
+Copies& copies_of_this_thread() { return block->fibers[block->current].copies; }
+
+uint32_t draw(uint32_t bound) {
+  random_state ^= random_state << 13;
+  random_state ^= random_state >> 7;
+  random_state ^= random_state << 17;
+  return static_cast<uint32_t>((random_state >> 33) % bound);
+}
+
+void fail(const std::string& what) {
+  block->error = what + " (thread " + std::to_string(block->current) + " of block " +
+                 std::to_string(block->index) + ")";
+  to_scheduler();
+  std::abort();
+}
+
+void collective(const char* what, int first, int members, void* brought, Together together) {
+  Meeting& meeting = block->meetings[{first, members}];
+  if (meeting.waiting.empty()) {
+    meeting.what = what;
+    meeting.brought.assign(static_cast<std::size_t>(members), nullptr);
+  } else if (std::strcmp(meeting.what, what) != 0) {
+    fail(std::string("lanes of one warp are at ") + meeting.what + " and at " + what);
+  }
+  const int lane = block->current - first;
+  if (lane < 0 || lane >= members) fail(std::string(what) + " of threads that are not its own");
+  meeting.brought[static_cast<std::size_t>(lane)] = brought;
+  meeting.waiting.push_back(block->current);
+  if (static_cast<int>(meeting.waiting.size()) < members) return block_here(what);
+  if (together != nullptr) together(meeting.brought.data(), members);
+  const std::vector<int> all = std::exchange(meeting.waiting, {});
+  wake(all);
+}
+
+void later(std::function<void()> what) {
+  if (draw(3) == 0) what();
+  else block->later.push_back(std::move(what));
+}
+
+std::vector<std::function<void()>>& products_of_this_group() {
+  return block->products[block->current / 128];
+}
+
+uint32_t address_in_shared(const void* p) {
+  const auto offset = static_cast<const char*>(p) - block->shared;
+  if (offset < 0 || static_cast<std::size_t>(offset) > block->shared_bytes)
+    fail("an address that is not in shared memory");
+  return static_cast<uint32_t>(offset);
+}
+
+const char* shared_memory(uint32_t address, int bytes) {
+  if (address + static_cast<std::size_t>(bytes) > block->shared_bytes) fail("read beyond shared memory");
+  return block->shared + address;
+}
+
+void barrier(int name, int members) {
+  Meeting& meeting = block->meetings[{-1 - name, 0}];
+  meeting.waiting.push_back(block->current);
+  if (static_cast<int>(meeting.waiting.size()) < members) return block_here("a barrier");
+  const std::vector<int> all = std::exchange(meeting.waiting, {});
+  wake(all);
+}
+
+void wait_a_while(const char* what) {
+  block->fibers[block->current].waits_for = what;
+  to_scheduler();
+}
+
+void run(int64_t blocks, int threads, std::size_t shared_bytes,
+         const std::function<void(char* shared)>& body) {
+  if (const char* seed = std::getenv("OFFTOWER_EMULATION_SEED"))
+    random_state = 0x9e3779b97f4a7c15ull * (std::strtoull(seed, nullptr, 10) + 1);
+  Block mine;
+  mine.fibers.resize(static_cast<std::size_t>(threads));
+  mine.count = blocks;
+  mine.body = &body;
+  std::vector<char> memory(shared_bytes + kGuard + 1024);
+  const auto base = reinterpret_cast<uintptr_t>(memory.data());
+  mine.shared = memory.data() + ((base + 1023) / 1024 * 1024 - base);
+  mine.shared_bytes = shared_bytes;
+  block = &mine;
+  for (int64_t index = 0; index < blocks; ++index) {
+    std::memset(mine.shared, kPoison, shared_bytes + kGuard - 1024);
+    run_one(index);
+    for (std::size_t i = shared_bytes; i < shared_bytes + kGuard - 1024; ++i)
+      if (static_cast<unsigned char>(mine.shared[i]) != kPoison)
+        throw std::runtime_error("a block wrote beyond its shared memory");
+  }
+  block = nullptr;
+}
+
+} // namespace offtower::cuda::emulation

@@ -1,0 +1,180 @@
+// The operations of simt.h on the emulated block: the meaning of each PTX instruction, lane by lane.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "block.h"
+
+#define OFFTOWER_DEVICE inline
+#define OFFTOWER_BOTH inline
+#define OFFTOWER_UNROLL
+
+namespace offtower::cuda {
+
+inline int thread_index() { return emulation::thread_index(); }
+inline int thread_count() { return emulation::thread_count(); }
+inline int64_t block_index() { return emulation::block_index(); }
+inline int64_t block_count() { return emulation::block_count(); }
+
+namespace emulation {
+// `args` of the 32 lanes of this thread's warp, together.
+template <class Args>
+void in_warp(const char* what, Args& args, void (*together)(Args* const* lanes)) {
+  struct Brought {
+    Args* args;
+    void (*together)(Args* const*);
+  } brought{&args, together};
+  collective(what, thread_index() / 32 * 32, 32, &brought, [](void* const* all, int) {
+    Args* lanes[32];
+    for (int lane = 0; lane < 32; ++lane) lanes[lane] = static_cast<Brought*>(all[lane])->args;
+    static_cast<Brought*>(all[0])->together(lanes);
+  });
+}
+} // namespace emulation
+
+inline float float_of_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t bits_of_float(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline void sync_block() { emulation::collective("sync_block", 0, thread_count(), nullptr, nullptr); }
+inline void sync_warp() {
+  int nothing = 0;
+  emulation::in_warp<int>("sync_warp", nothing, [](int* const*) {});
+}
+inline uint32_t ballot(bool x) {
+  uint32_t value = x;
+  emulation::in_warp<uint32_t>("ballot", value, [](uint32_t* const* lanes) {
+    uint32_t all = 0;
+    for (int lane = 0; lane < 32; ++lane) all |= *lanes[lane] << lane;
+    for (int lane = 0; lane < 32; ++lane) *lanes[lane] = all;
+  });
+  return value;
+}
+template <class T>
+T shuffle_xor(T x, int mask) {
+  struct Args {
+    T value;
+    int mask;
+  } args{x, mask};
+  emulation::in_warp<Args>("shuffle_xor", args, [](Args* const* lanes) {
+    T before[32];
+    for (int lane = 0; lane < 32; ++lane) before[lane] = lanes[lane]->value;
+    for (int lane = 0; lane < 32; ++lane) lanes[lane]->value = before[lane ^ lanes[lane]->mask];
+  });
+  return args.value;
+}
+inline int add_to_counter(int* shared, int amount) {
+  const int before = *shared;
+  *shared += amount;
+  return before;
+}
+inline int lowest_bit(uint32_t x) { return __builtin_ctz(x); }
+
+inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
+inline float larger(float a, float b) { return std::fmax(a, b); }
+inline double log_of(double x) { return std::log(x); }
+inline double exp2_of(double x) { return std::exp2(x); }
+inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_reciprocal(float x) { return 1.0f / x; }
+
+inline uint32_t nearest_bfloat16(float x) {
+  const uint32_t bits = bits_of_float(x);
+  if (x != x) return 0x7fffu;
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+inline uint32_t pack_bfloat16(float low, float high) {
+  return nearest_bfloat16(low) | nearest_bfloat16(high) << 16;
+}
+
+namespace emulation {
+struct Matrices {
+  uint32_t* r;
+  const uint16_t* row;
+};
+// Lane l holds elements (l / 4, 2 (l % 4)) and the next of each matrix; of its transpose, if asked.
+template <bool kTransposed>
+void spread_matrices(Matrices* const* lanes) {
+  for (int lane = 0; lane < 32; ++lane)
+    for (int m = 0; m < 4; ++m) {
+      const int i = lane / 4, j = lane % 4 * 2;
+      const uint32_t first = kTransposed ? lanes[m * 8 + j]->row[i] : lanes[m * 8 + i]->row[j];
+      const uint32_t second =
+          kTransposed ? lanes[m * 8 + j + 1]->row[i] : lanes[m * 8 + i]->row[j + 1];
+      lanes[lane]->r[m] = first | second << 16;
+    }
+}
+template <bool kTransposed>
+void load_spread(uint32_t (&r)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("a matrix row is not on 16 bytes");
+  Matrices args{r, static_cast<const uint16_t*>(row)};
+  in_warp<Matrices>("ldmatrix", args, spread_matrices<kTransposed>);
+}
+inline float half_of(uint32_t pair, int which) {
+  return float_of_bits(which == 0 ? pair << 16 : pair & 0xffff0000u);
+}
+} // namespace emulation
+
+inline void load_matrices(uint32_t (&r)[4], const void* row) { emulation::load_spread<false>(r, row); }
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  emulation::load_spread<true>(r, row);
+}
+
+// PTX ISA, "Matrix fragments for mma.m16n8k16": with g = lane / 4 and t = lane % 4, a0..a3 are rows
+// (g, g+8, g, g+8), columns 2t (+8 for a2, a3); b0, b1 are rows 2t (+8), column g; d0..d3 are rows
+// (g, g, g+8, g+8), columns 2t and 2t+1.
+inline void tensor_multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Args {
+    float* d;
+    const uint32_t* a;
+    uint32_t b[2];
+  } args{d, a, {b0, b1}};
+  emulation::in_warp<Args>("mma", args, [](Args* const* lanes) {
+    float x[16][16], y[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int e = 0; e < 8; ++e)
+        x[g + e / 2 % 2 * 8][2 * t + e % 2 + e / 4 * 8] = emulation::half_of(lanes[lane]->a[e / 2], e % 2);
+      for (int e = 0; e < 4; ++e)
+        y[2 * t + e % 2 + e / 2 * 8][g] = emulation::half_of(lanes[lane]->b[e / 2], e % 2);
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int e = 0; e < 4; ++e) {
+        const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+        double sum = lanes[lane]->d[e];
+        for (int k = 0; k < 16; ++k) sum += static_cast<double>(x[row][k]) * y[k][column];
+        lanes[lane]->d[e] = static_cast<float>(sum);
+      }
+  });
+}
+
+inline void copy_async(void* shared, const void* global, bool inside) {
+  auto run = [=] {
+    if (inside) std::memcpy(shared, global, 16);
+    else std::memset(shared, 0, 16);
+  };
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) emulation::fail("a copy's target is not on 16 bytes");
+  if (inside && reinterpret_cast<uintptr_t>(global) % 16 != 0)
+    emulation::fail("a copy's source is not on 16 bytes");
+  emulation::Copies& mine = emulation::copies_of_this_thread();
+  if (emulation::draw(2) == 0) run();
+  else mine.waiting.push_back({run, mine.group});
+}
+inline void commit_copies() { ++emulation::copies_of_this_thread().group; }
+template <int kLeft>
+void wait_copies() {
+  emulation::Copies& mine = emulation::copies_of_this_thread();
+  auto at = mine.waiting.begin();
+  for (; at != mine.waiting.end() && at->group < mine.group - kLeft; ++at) at->run();
+  mine.waiting.erase(mine.waiting.begin(), at);
+}
+
+} // namespace offtower::cuda

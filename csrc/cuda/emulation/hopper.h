@@ -1,0 +1,178 @@
+// Hopper's operations on the emulated block. Copies and products happen at once or later, by the seed:
+// a copy at the latest when everybody waits, a product when its warpgroup waits for it.
+#pragma once
+
+#include "device.h"
+
+namespace offtower::cuda {
+
+struct TensorMap {
+  const void* data = nullptr;
+  int64_t rows = 0;
+  int width = 0, box_rows = 0;
+};
+
+namespace emulation {
+// As it lies in the eight bytes of a barrier.
+struct Barrier {
+  uint8_t phase, expected, pending, ready;
+  int32_t bytes; // still to come
+};
+static_assert(sizeof(Barrier) == 8, "a barrier has eight bytes");
+
+inline void settle(Barrier& b) {
+  if (b.pending != 0 || b.bytes != 0) return;
+  b.phase ^= 1;
+  b.pending = b.expected;
+  progress();
+}
+inline Barrier& barrier_at(uint64_t* at) {
+  auto& b = *reinterpret_cast<Barrier*>(at);
+  if (b.ready != 0x5a) fail("a barrier that was not initialised");
+  return b;
+}
+} // namespace emulation
+
+inline void init_barrier(uint64_t* at, int arrivals) {
+  *reinterpret_cast<emulation::Barrier*>(at) = {0, static_cast<uint8_t>(arrivals),
+                                                static_cast<uint8_t>(arrivals), 0x5a, 0};
+}
+inline void publish_barriers() {}
+inline void arrive(uint64_t* at) {
+  emulation::Barrier& b = emulation::barrier_at(at);
+  if (b.pending == 0) emulation::fail("more arrivals than a barrier expects");
+  --b.pending;
+  emulation::settle(b);
+}
+inline void arrive_expecting(uint64_t* at, int bytes) {
+  emulation::barrier_at(at).bytes += bytes;
+  arrive(at);
+}
+inline void wait_barrier(uint64_t* at, int parity) {
+  while (emulation::barrier_at(at).phase == parity) emulation::wait_a_while("a barrier in shared memory");
+}
+
+inline void copy_box(void* shared, const TensorMap* map, int column, int row, uint64_t* at) {
+  if (reinterpret_cast<uintptr_t>(shared) % 1024 != 0) emulation::fail("a panel is not on 1,024 bytes");
+  const TensorMap m = *map;
+  emulation::later([=] {
+    for (int r = 0; r < m.box_rows; ++r)
+      for (int c = 0; c < 64; ++c) {
+        const bool inside = row + int64_t{r} < m.rows && column + c < m.width;
+        const uint16_t value =
+            inside ? static_cast<const uint16_t*>(m.data)[(row + int64_t{r}) * m.width + column + c] : 0;
+        // Piece c / 8 of row r lies at piece (c / 8) ^ (r % 8).
+        char* to = static_cast<char*>(shared) + r * 128 + ((c / 8) ^ (r % 8)) * 16 + c % 8 * 2;
+        std::memcpy(to, &value, 2);
+      }
+    auto& b = *reinterpret_cast<emulation::Barrier*>(at);
+    b.bytes -= m.box_rows * 128;
+    emulation::settle(b);
+  });
+}
+inline void copy_bytes(void* shared, const void* global, int bytes, uint64_t* at) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0 ||
+      bytes % 16 != 0)
+    emulation::fail("a bulk copy is not on 16 bytes");
+  emulation::later([=] {
+    std::memcpy(shared, global, static_cast<std::size_t>(bytes));
+    auto& b = *reinterpret_cast<emulation::Barrier*>(at);
+    b.bytes -= bytes;
+    emulation::settle(b);
+  });
+}
+
+namespace emulation {
+struct Product {
+  float* d;
+  const uint32_t* a_registers; // or null
+  uint64_t a, b;
+  bool add;
+  int columns;
+};
+
+// The number at 16-byte units of a descriptor, and a byte offset of its own, through the swizzle.
+inline float number_at(uint64_t d, uint32_t offset) {
+  if (d >> 62 != 1) fail("a descriptor without the 128-byte swizzle");
+  uint32_t address = static_cast<uint32_t>(d & 0x3fff) * 16 + offset;
+  address ^= (address >> 7 & 7) << 4;
+  uint16_t value;
+  std::memcpy(&value, shared_memory(address, 2), 2);
+  return float_of_bits(static_cast<uint32_t>(value) << 16);
+}
+inline uint32_t leading(uint64_t d) { return static_cast<uint32_t>(d >> 16 & 0x3fff) * 16; }
+inline uint32_t stride(uint64_t d) { return static_cast<uint32_t>(d >> 32 & 0x3fff) * 16; }
+
+inline void multiply(const std::vector<Product>& p) { // of the 128 threads of a warpgroup
+  const int columns = p[0].columns;
+  static thread_local float x[64][16], y[16][128];
+  for (int k = 0; k < 16; ++k) {
+    for (int i = 0; i < 64; ++i) {
+      if (p[0].a_registers == nullptr) {
+        x[i][k] = number_at(p[0].a, static_cast<uint32_t>(i / 8) * stride(p[0].a) + i % 8 * 128 + k * 2);
+      } else {
+        const int g = i % 8, high = i / 8 % 2, t = k % 8 / 2;
+        const uint32_t pair = p[i / 16 * 32 + g * 4 + t].a_registers[high + k / 8 * 2];
+        x[i][k] = half_of(pair, k % 2);
+      }
+    }
+    for (int j = 0; j < columns; ++j)
+      y[k][j] = p[0].a_registers == nullptr
+                    ? number_at(p[0].b, static_cast<uint32_t>(j / 8) * stride(p[0].b) + j % 8 * 128 + k * 2)
+                    : number_at(p[0].b, static_cast<uint32_t>(j / 64) * leading(p[0].b) + j % 64 * 2 +
+                                            static_cast<uint32_t>(k / 8) * stride(p[0].b) + k % 8 * 128);
+  }
+  for (int thread = 0; thread < 128; ++thread)
+    for (int n = 0; n < columns / 8; ++n)
+      for (int e = 0; e < 4; ++e) {
+        const int row = thread / 32 * 16 + thread % 32 / 4 + e / 2 * 8, column = n * 8 + thread % 4 * 2 + e % 2;
+        float& d = p[static_cast<std::size_t>(thread)].d[n * 4 + e];
+        double sum = p[0].add ? d : 0.0;
+        for (int k = 0; k < 16; ++k) sum += static_cast<double>(x[row][k]) * y[k][column];
+        d = static_cast<float>(sum);
+      }
+}
+
+inline void product_of_group(Product mine) {
+  collective("wgmma", thread_index() / 128 * 128, 128, &mine, [](void* const* all, int members) {
+    std::vector<Product> products;
+    for (int i = 0; i < members; ++i) {
+      products.push_back(*static_cast<Product*>(all[i]));
+      if (products[0].a != products.back().a || products[0].b != products.back().b)
+        return fail("a warpgroup disagrees about a descriptor");
+    }
+    std::vector<std::function<void()>>& waiting = products_of_this_group();
+    waiting.push_back([products] { multiply(products); });
+    if (draw(2) == 0) run_all(waiting);
+  });
+}
+} // namespace emulation
+
+template <int kTiles>
+void start_group_scores(float (&d)[kTiles][4], uint64_t a, uint64_t b) {
+  emulation::product_of_group({&d[0][0], nullptr, a, b, false, kTiles * 8});
+}
+template <int kTiles>
+void add_group_scores(float (&d)[kTiles][4], uint64_t a, uint64_t b) {
+  emulation::product_of_group({&d[0][0], nullptr, a, b, true, kTiles * 8});
+}
+template <int kTiles>
+void group_weigh(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
+  emulation::product_of_group({&d[0][0], a, 0, b, true, kTiles * 8});
+}
+inline void before_products() {}
+inline void commit_products() {}
+inline void wait_products() {
+  emulation::collective("wgmma wait", thread_index() / 128 * 128, 128, nullptr, [](void* const*, int) {
+    emulation::run_all(emulation::products_of_this_group());
+  });
+}
+template <class T, int kCount>
+void pin(T (&)[kCount][4]) {}
+template <int>
+void give_registers() {}
+template <int>
+void take_registers() {}
+inline uint32_t shared_address(const void* p) { return emulation::address_in_shared(p); }
+
+} // namespace offtower::cuda

@@ -1,0 +1,232 @@
+"""Label sets as logged feedback: an action is a label, its reward whether the example has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from torch import Tensor
+
+from offtower.benchmarks.quality.world import QualityWorld, Truth
+from offtower.data.catalogue import Catalogue
+from offtower.data.log import TableLog
+from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
+from offtower.data.simulate.features import vector_array
+from offtower.errors import DataError
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """Examples with all their labels."""
+
+    name: str
+    train_features: sparse.csr_matrix
+    train_labels: sparse.csr_matrix
+    test_features: sparse.csr_matrix
+    test_labels: sparse.csr_matrix
+    as_tokens: bool = True
+    """Features are sparse: a bag of tokens; else one vector."""
+
+
+def load_label_set(prefix: str) -> LabelSet:
+    """`PREFIX-train.npz` and `PREFIX-test.npz`: CSR parts X_data, X_indices, X_indptr, X_shape of
+    the features, and the same for the labels as Y_.
+
+    Raises:
+        DataError: a file or a part is missing.
+    """
+    parts = []
+    for part in ("train", "test"):
+        path = Path(f"{prefix}-{part}.npz")
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                for side in ("X", "Y"):
+                    parts.append(
+                        sparse.csr_matrix(
+                            tuple(content[f"{side}_{x}"] for x in ("data", "indices", "indptr")),
+                            shape=tuple(content[f"{side}_shape"]),
+                            dtype=np.float32,
+                        )
+                    )
+        except FileNotFoundError:
+            raise DataError(
+                f"no label set at '{path}'; --data takes the beginning of the names of two files, "
+                "PREFIX-train.npz and PREFIX-test.npz"
+            ) from None
+        except KeyError as error:
+            raise DataError(f"'{path}' has no array {error}") from None
+    return LabelSet(Path(prefix).name, parts[0], parts[1], parts[2], parts[3])
+
+
+def digits(seed: int) -> LabelSet:
+    """scikit-learn's handwritten digits: 64 numbers, ten labels, 1,797 examples, half of them for
+    the test."""
+    from sklearn.datasets import load_digits
+
+    features, target = load_digits(return_X_y=True)
+    order = np.random.default_rng([seed, 7]).permutation(len(target))
+    x = sparse.csr_matrix((features[order] / 16.0).astype(np.float32))
+    y = sparse.csr_matrix(np.eye(10, dtype=np.float32)[target[order]])
+    half = len(target) // 2
+    return LabelSet("digits", x[:half], y[:half], x[half:], y[half:], as_tokens=False)
+
+
+def long_tail(
+    seed: int, *, labels: int = 3000, examples: int = 10_000, tokens: int = 4000
+) -> LabelSet:
+    """Thousands of labels of Zipf frequencies, and sparse texts that hint at them.
+
+    A label has 3 to 8 words of its own, drawn from a Zipf vocabulary; an example has one to four
+    labels, each of which leaves each of its words with probability .6, and 5 to 15 words of
+    background.
+    """
+    rng = np.random.default_rng([seed, 8])
+    popularity = 1.0 / np.arange(3, labels + 3) ** 0.9
+    background = 1.0 / np.arange(5, tokens + 5) ** 0.8
+    popularity, background = popularity / popularity.sum(), background / background.sum()
+    # Words of labels come from all over the vocabulary, flatter than texts do.
+    flat = np.sqrt(background) / np.sqrt(background).sum()
+    words = [rng.choice(tokens, size=rng.integers(3, 9), p=flat) for _ in range(labels)]
+    total = examples + 2000
+    x, y = (
+        sparse.lil_matrix((total, tokens), dtype=np.float32),
+        sparse.lil_matrix((total, labels), dtype=np.float32),
+    )
+    for i in range(total):
+        own = np.unique(rng.choice(labels, size=rng.integers(1, 5), p=popularity))
+        seen = [words[label][rng.random(len(words[label])) < 0.6] for label in own]
+        seen.append(rng.choice(tokens, size=rng.integers(5, 16), p=background))
+        x[i, np.unique(np.concatenate(seen))] = 1.0
+        y[i, own] = 1.0
+    x, y = x.tocsr(), y.tocsr()
+    return LabelSet("long tail", x[:examples], y[:examples], x[examples:], y[examples:])
+
+
+def as_feedback(
+    labels: LabelSet,
+    rounds: int,
+    seed: int,
+    *,
+    fraction: float = 0.1,
+    temperature: float = 0.07,
+    epsilon: float = 0.1,
+) -> QualityWorld:
+    """A log of `rounds` on training examples, and the test examples as truth.
+
+    pi_0 = (1 - epsilon) softmax(ridge / temperature) + epsilon / N, the ridge fitted on a
+    `fraction` of the training examples with all their labels.
+    """
+    rng = np.random.default_rng([seed, 9])
+    count, number = labels.train_labels.shape
+    known = rng.permutation(count)[: max(2, int(fraction * count))]
+    weak = _ridge(labels.train_features[known], labels.train_labels[known])
+    example = rng.integers(0, count, rounds)
+    action = np.empty(rounds, dtype=np.int64)
+    pscore = np.empty(rounds)
+    for start in range(0, count, 1000):
+        # Example by example, so that the policy's probabilities are made once for each.
+        stop = min(start + 1000, count)
+        pi = _logging(weak(labels.train_features[start:stop]), temperature, epsilon)
+        here = np.flatnonzero((example >= start) & (example < stop))
+        chosen = pi[example[here] - start]
+        place = rng.random(len(here))[:, None]
+        action[here] = (chosen.cumsum(axis=1) < place).sum(axis=1).clip(max=number - 1)
+        pscore[here] = chosen[np.arange(len(here)), action[here]]
+    reward = np.asarray(labels.train_labels[example, action]).ravel().astype(np.float64)
+    context = _columns(labels, labels.train_features[example])
+    columns = {
+        **context,
+        "action": pa.array(action),
+        "reward": pa.array(reward),
+        "pscore": pa.array(pscore),
+    }
+    spec = (
+        FeatureSpec(name="tokens", kind="bag")
+        if labels.as_tokens
+        else FeatureSpec(name="features", kind="vector")
+    )
+    items = pa.table({"item_id": pa.array(np.arange(number))})
+    catalogue_schema = CatalogueSchema(
+        item_id="item_id",
+        features=(FeatureSpec(name="id", kind="category", column="item_id"),),
+    )
+
+    def expected(start: int, stop: int) -> Tensor:
+        return torch.from_numpy(labels.test_labels[start:stop].toarray()).double()
+
+    return QualityWorld(
+        name=f"{labels.name}, n {rounds}",
+        log=TableLog(pa.table(columns), LogSchema(context=(spec,), pscore="pscore")),
+        catalogue=Catalogue.from_table(items, catalogue_schema),
+        truth=Truth(pa.table(_columns(labels, labels.test_features)), expected),
+        landmarks=_landmarks(labels, weak, temperature, epsilon),
+    )
+
+
+def _landmarks(
+    labels: LabelSet, weak: Callable[..., Array], temperature: float, epsilon: float
+) -> dict[str, float]:
+    full = _ridge(labels.train_features, labels.train_labels)
+    logging = supervised = 0.0
+    total = labels.test_labels.shape[0]
+    for start in range(0, total, 1000):
+        x, y = labels.test_features[start : start + 1000], labels.test_labels[start : start + 1000]
+        truth = y.toarray()
+        logging += float((_logging(weak(x), temperature, epsilon) * truth).sum())
+        supervised += float(truth[np.arange(len(truth)), full(x).argmax(axis=1)].sum())
+    return {
+        "logging": logging / total,
+        "best_fixed": float(labels.test_labels.mean(axis=0).max()),
+        "supervised": supervised / total,
+        "optimum": float((labels.test_labels.max(axis=1).toarray()).mean()),
+    }
+
+
+def _ridge(
+    features: sparse.csr_matrix, targets: sparse.csr_matrix, penalty: float = 30.0
+) -> Callable[[sparse.csr_matrix], Array]:
+    """Ridge regression on unit-length rows (times 8) with an intercept, by the smaller system."""
+
+    def design(x: sparse.csr_matrix) -> Array:
+        dense = x.toarray()
+        length = np.linalg.norm(dense, axis=1, keepdims=True)
+        dense = 8.0 * dense / np.maximum(length, 1e-9)
+        result: Array = np.concatenate([dense, np.ones((len(dense), 1), np.float32)], axis=1)
+        return result
+
+    x = design(features).astype(np.float64)
+    if len(x) < x.shape[1]:
+        dual = np.linalg.solve(x @ x.T + penalty * np.eye(len(x)), targets.toarray())
+        weight = x.T @ dual
+    else:
+        gram = x.T @ x + penalty * np.eye(x.shape[1])
+        weight = np.linalg.solve(gram, x.T @ targets.toarray())
+    single: Array = weight.astype(np.float32)
+
+    def predict(rows: sparse.csr_matrix) -> Array:
+        scores: Array = design(rows) @ single
+        return scores
+
+    return predict
+
+
+def _logging(score: Array, temperature: float, epsilon: float) -> NDArray[np.float64]:
+    scaled = score.astype(np.float64) / temperature
+    weight = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    pi: NDArray[np.float64] = weight / weight.sum(axis=1, keepdims=True)
+    return (1.0 - epsilon) * pi + epsilon / pi.shape[1]
+
+
+def _columns(labels: LabelSet, rows: sparse.csr_matrix) -> dict[str, pa.Array]:
+    if not labels.as_tokens:
+        return {"features": vector_array(rows.toarray())}
+    offsets, tokens = pa.array(rows.indptr.astype(np.int32)), pa.array(rows.indices)
+    return {"tokens": pa.ListArray.from_arrays(offsets, tokens)}

@@ -1,0 +1,107 @@
+"""Means, spreads and paired tests of the measured cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+Line = Mapping[str, Any]
+
+WITHIN = 0.01
+"""Share of the best value that counts as having picked the best."""
+
+
+def summarise(results: Sequence[Line]) -> dict[str, Any]:
+    """By world: landmarks, methods, and the first method against each other in pairs.
+
+    - mean, spread (standard deviation) over seeds; start_spread over the starts on one world.
+    - paired: mean of first - method over the seeds that both have, with a two-sided t test.
+    - picks: how often a method that chooses (auto, tune) is within 1 % of its best candidate.
+    """
+    worlds: dict[str, Any] = {}
+    for name in dict.fromkeys(line["world"] for line in results):
+        lines = [line for line in results if line["world"] == name and "value" in line]
+        if lines:
+            worlds[name] = _world(lines)
+    return {"worlds": worlds}
+
+
+def table(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Lines for people."""
+    for name, world in summary["worlds"].items():
+        marks = "  ".join(f"{key} {mean:.3f}" for key, mean in world["landmarks"].items())
+        yield f"\n{name}: {marks}"
+        head = f"{'value':>8}{'spread':>8}{'greedy':>8}{'first - it':>12}{'p':>8}"
+        yield f"  {'method':<24}{head}  seeds"
+        for method, found in world["methods"].items():
+            pair = world["paired"].get(method)
+            against = f"{pair['mean']:+12.4f}{pair['p']:8.1e}" if pair else " " * 20
+            yield (
+                f"  {method:<24}{found['mean']:8.3f}{found['spread']:8.3f}{found['greedy']:8.3f}"
+                f"{against}  {found['seeds']}"
+            )
+        for method, picks in world["picks"].items():
+            yield f"  {method} within 1 % of its best candidate: {picks['within']} of {picks['of']}"
+
+
+def _world(lines: Sequence[Line]) -> dict[str, Any]:
+    methods: dict[str, Any] = {}
+    by_seed: dict[str, dict[int, float]] = {}
+    for name in dict.fromkeys(line["method"] for line in lines):
+        own = [line for line in lines if line["method"] == name]
+        seeds = sorted({line["seed"] for line in own})
+        values = [[line["value"] for line in own if line["seed"] == seed] for seed in seeds]
+        by_seed[name] = {s: float(np.mean(v)) for s, v in zip(seeds, values, strict=True)}
+        means = list(by_seed[name].values())
+        starts = [np.var(v, ddof=1) for v in values if len(v) > 1]
+        methods[name] = {
+            "mean": float(np.mean(means)),
+            "spread": float(np.std(means, ddof=1)) if len(means) > 1 else 0.0,
+            "start_spread": float(np.sqrt(np.mean(starts))) if starts else None,
+            "greedy": float(np.mean([line["greedy"] for line in own])),
+            "seconds": float(np.mean([line["seconds"] for line in own])),
+            "seeds": len(seeds),
+        }
+    first = {line["seed"]: line["landmarks"] for line in lines}.values()
+    return {
+        "landmarks": {
+            key: float(np.mean([marks[key] for marks in first])) for key in next(iter(first))
+        },
+        "methods": methods,
+        "paired": _paired(by_seed),
+        "picks": _picks(lines),
+    }
+
+
+def _paired(by_seed: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+    """The first method's values minus each other one's, seed by seed."""
+    found: dict[str, Any] = {}
+    first = next(iter(by_seed))
+    for name, values in by_seed.items():
+        both = sorted(set(by_seed[first]) & set(values))
+        if name == first or len(both) < 2:
+            continue
+        difference = np.array([by_seed[first][s] - values[s] for s in both])
+        spread = difference.std(ddof=1)
+        p = float(stats.ttest_1samp(difference, 0.0).pvalue) if spread > 0 else 1.0
+        found[name] = {
+            "mean": float(difference.mean()),
+            "error": float(spread / np.sqrt(len(both))),
+            "p": p,
+            "seeds": len(both),
+        }
+    return found
+
+
+def _picks(lines: Sequence[Line]) -> dict[str, dict[str, int]]:
+    choosing = dict.fromkeys(line["method"] for line in lines if "facts" in line)
+    return {name: _within([x for x in lines if x["method"] == name]) for name in choosing}
+
+
+def _within(own: Sequence[Line]) -> dict[str, int]:
+    best = [max(v for k, v in x["facts"].items() if k.startswith("value of ")) for x in own]
+    within = sum(x["value"] >= (1 - WITHIN) * one for x, one in zip(own, best, strict=True))
+    return {"within": int(within), "of": len(own)}

@@ -1,0 +1,116 @@
+"""The options that run a verb's work on Ray, and the mapper that they stand for."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Annotated
+
+import typer
+
+from offtower.errors import ConfigError
+from offtower.mapping import Mapper
+from offtower.progress import Progress
+
+PANEL = "On Ray (extra 'ray')"
+
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Run on Ray: local (a cluster for this command), auto (the one of this machine), "
+        "HOST:PORT or ray://HOST:PORT. The results are those of one process.",
+        rich_help_panel=PANEL,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Workers at the same time; as many as there is room for without it."),
+]
+TrainingWorkers = Annotated[
+    str | None,
+    typer.Option(
+        "--workers",
+        metavar="R|MIN-MAX",
+        help="Workers that share every batch, 2 with --ray alone; a range lets a lost node be done "
+        "without until another comes.",
+        rich_help_panel=PANEL,
+    ),
+]
+WorkerCpus = Annotated[float, typer.Option(min=0.1, help="CPUs of each worker, and threads.")]
+WorkerMemory = Annotated[
+    float, typer.Option(min=0.0, metavar="GIB", help="Memory promised to each worker; 0: none.")
+]
+RayWait = Annotated[
+    float, typer.Option(min=0.0, metavar="SECONDS", help="Let an autoscaler add nodes for so long.")
+]
+
+
+def worker_range(text: str) -> int | tuple[int, int]:
+    """`4` or `2-8`.
+
+    Raises:
+        ConfigError: neither.
+    """
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+    if found is None:
+        raise ConfigError(f"--workers '{text}' is neither a number (4) nor a range (2-8)")
+    return int(found[1]) if found[2] is None else (int(found[1]), int(found[2]))
+
+
+@contextmanager
+def cluster(address: str | None, workers: int, cpus: float) -> Iterator[None]:
+    """The cluster of --ray; without it one on this machine, with CPUs for `workers`."""
+    from offtower.jobs.connect import connect
+
+    # Ray says on standard output which workers it lost; that is for people, like our messages.
+    with (
+        redirect_stdout(sys.stderr),
+        connect(address or "local", num_cpus=max(1, math.ceil(workers * cpus))),
+    ):
+        yield
+
+
+@contextmanager
+def mapper_of(
+    address: str | None,
+    workers: int | None,
+    cpus: float,
+    memory: float,
+    wait: float,
+    progress: Progress,
+) -> Iterator[Mapper]:
+    """A mapper as the options say: plain without --ray and --workers.
+
+    Raises:
+        ClusterError: no cluster, or no room on it.
+        MissingExtraError: Ray is not installed.
+    """
+    if address is None:
+        if workers is None and (wait or memory or cpus != 1.0):
+            raise ConfigError(
+                "--worker-cpus, --worker-memory and --ray-wait are options of --ray; add --ray "
+                "local, auto or an ADDRESS"
+            )
+        if workers is None:
+            yield Mapper()
+            return
+    from offtower.jobs.mapper import ray_mapper
+
+    # Ray says on standard output which workers it lost; that is for people, like our messages.
+    with (
+        redirect_stdout(sys.stderr),
+        ray_mapper(
+            address or "local",
+            workers,
+            cpus=cpus,
+            memory=memory * 2**30,
+            wait=wait,
+            progress=progress,
+        ) as mapper,
+    ):
+        yield mapper

@@ -1,0 +1,288 @@
+"""What validation keeps of a part of a log: sums that merge, and never the rows."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from offtower.data.catalogue import Catalogue
+from offtower.data.check import BadRow, Location, count_faults, first_bad_rows
+from offtower.data.columns import as_float_array, category_values, splitmix64
+from offtower.data.rows import hashed
+from offtower.data.rules import find_faults
+from offtower.data.schema import LogSchema
+
+Target = Callable[[pa.Table], NDArray[np.floating]]
+
+SHOWN_BAD_ROWS = 5
+REPEATS_LIMIT = 8_000_000
+_HEAVY = 0.1
+"""Share of a sum in one value, above which its standard error is not to be believed."""
+_NOISY = 0.25
+"""A standard error above this share of the expected number says nothing."""
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
+"""Bits set in each byte."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean, squared deviations, largest and smallest value."""
+
+    count: int = 0
+    mean: float = 0.0
+    square: float = 0.0
+    largest: float = -math.inf
+    smallest: float = math.inf
+
+    @classmethod
+    def of(cls, values: NDArray[np.float64]) -> Moments:
+        if values.size == 0:
+            return cls()
+        mean = float(values.mean())
+        return cls(
+            values.size,
+            mean,
+            float(np.square(values - mean).sum()),
+            float(values.max()),
+            float(values.min()),
+        )
+
+    def merge(self, other: Moments) -> Moments:
+        """Of both together (Chan, Golub and LeVeque 1979)."""
+        if not other.count or not self.count:
+            return self if self.count else other
+        count = self.count + other.count
+        shift = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + shift * other.count / count,
+            self.square + other.square + shift**2 * self.count * other.count / count,
+            max(self.largest, other.largest),
+            min(self.smallest, other.smallest),
+        )
+
+    @property
+    def std_error(self) -> float:
+        if self.count < 2:
+            return math.inf
+        return math.sqrt(self.square / (self.count - 1) / self.count)
+
+    def too_noisy(self, expected: float) -> bool:
+        """Whether the mean says nothing beside `expected`, or hangs on one value: then the
+        standard error itself is not to be believed."""
+        heaviest = self.largest > _HEAVY * self.count * abs(self.mean)
+        return not self.std_error <= _NOISY * expected or heaviest
+
+
+@dataclass(frozen=True, eq=False)
+class Repeats:
+    """How often keys occur, in bounded memory: beyond a limit only keys below a falling threshold
+    are kept, all occurrences of each, and the count is scaled up.
+
+    The threshold depends on the set of keys alone, so that parts merge in any order.
+
+    Attributes:
+        key: (g,) mixed keys in order, without repetition. times: (g,) occurrences of each.
+        shift: keys whose first `shift` bits are 0 are kept.
+    """
+
+    key: NDArray[np.uint64]
+    times: NDArray[np.int64]
+    shift: int = 0
+    limit: int = REPEATS_LIMIT
+
+    @classmethod
+    def of(cls, keys: NDArray[np.uint64], limit: int = REPEATS_LIMIT) -> Repeats:
+        key, times = np.unique(splitmix64(keys), return_counts=True)
+        return cls(key, times, 0, limit)._bounded()
+
+    def merge(self, other: Repeats) -> Repeats:
+        """Of both together."""
+        shift = max(self.shift, other.shift)
+        one, two = self._above(shift), other._above(shift)
+        key = np.concatenate([one.key, two.key])
+        order = np.argsort(key, kind="stable")  # Two runs in order are merged, not sorted.
+        key, times = key[order], np.concatenate([one.times, two.times])[order]
+        first = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])) if key.size else order
+        times = np.add.reduceat(times, first) if key.size else times
+        return Repeats(key[first], times, shift, self.limit)._bounded()
+
+    def count(self) -> int:
+        """Rows that repeat an earlier key; an estimate where `shift` is above 0."""
+        return int(self.times.sum() - self.key.size) << self.shift
+
+    def _above(self, shift: int) -> Repeats:
+        if shift == self.shift:
+            return self
+        kept = self.key >> np.uint64(64 - shift) == 0
+        return Repeats(self.key[kept], self.times[kept], shift, self.limit)
+
+    def _bounded(self) -> Repeats:
+        found = self
+        while found.key.size > found.limit:
+            found = found._above(found.shift + 1)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class ItemSet:
+    """Some of N items: their numbers in order, or one bit an item where there are many."""
+
+    num_items: int
+    numbers: NDArray[np.int64] | None
+    bits: NDArray[np.uint8] | None = None
+
+    @classmethod
+    def of(cls, numbers: NDArray[np.int64], num_items: int) -> ItemSet:
+        return cls(num_items, np.unique(numbers))._small()
+
+    def merge(self, other: ItemSet) -> ItemSet:
+        """Items of either."""
+        if self.numbers is not None and other.numbers is not None:
+            return ItemSet(self.num_items, np.union1d(self.numbers, other.numbers))._small()
+        return ItemSet(self.num_items, None, self._packed() | other._packed())
+
+    def __len__(self) -> int:
+        if self.numbers is not None:
+            return int(self.numbers.size)
+        return int(_BITS[self._packed()].sum(dtype=np.int64))
+
+    def _packed(self) -> NDArray[np.uint8]:
+        if self.bits is not None:
+            return self.bits
+        mask = np.zeros(self.num_items, dtype=bool)
+        mask[self.numbers] = True
+        return np.packbits(mask)
+
+    def _small(self) -> ItemSet:
+        assert self.numbers is not None
+        if self.numbers.size * 64 <= self.num_items:
+            return self
+        return ItemSet(self.num_items, None, self._packed())
+
+
+@dataclass(frozen=True, eq=False)
+class LogSums:
+    """What is kept of some rows of a log.
+
+    Attributes:
+        rows: rows read.
+        bad, bad_counts: the first bad values, and all by (column, problem).
+        reward, pscore, weight: of the good rows; weight is target / pscore.
+        inverse: of 1/pscore: "" over all rows, and by behaviour policy.
+        shown: items that good rows show.
+        values: of each numeric or categorical feature, up to three of its values.
+        pairs: keys of (round, position), where the log has both.
+    """
+
+    rows: int
+    bad: tuple[BadRow, ...]
+    bad_counts: Counter[tuple[str, str]]
+    reward: Moments
+    pscore: Moments
+    weight: Moments
+    inverse: dict[str, Moments]
+    shown: ItemSet
+    values: dict[str, frozenset[str]] = field(default_factory=dict)
+    pairs: Repeats | None = None
+
+    @classmethod
+    def of(
+        cls,
+        table: pa.Table,
+        schema: LogSchema,
+        catalogue: Catalogue,
+        location: Location,
+        first_row: int,
+        target: Target | None = None,
+    ) -> LogSums:
+        """Of one table; its first row has the number `first_row` in the whole log."""
+        faults = find_faults(table, schema, catalogue, location[0])
+        bad: list[BadRow] = []
+        good = table
+        if faults:
+            bad = first_bad_rows(table, faults, location, first_row, SHOWN_BAD_ROWS)
+            wrong = np.logical_or.reduce([fault.mask for fault in faults])
+            good = table.filter(pa.array(~wrong))
+        some = good.num_rows > 0
+        logged = None if schema.pscore is None else as_float_array(good.column(schema.pscore))
+        weight = Moments()
+        if target is not None and logged is not None and some:
+            weight = Moments.of(np.asarray(target(good), dtype=np.float64) / logged)
+        pairs = None
+        if schema.round_id is not None and schema.position is not None:
+            key = splitmix64(hashed(good.column(schema.round_id)))
+            pairs = Repeats.of(key ^ hashed(good.column(schema.position)))
+        return cls(
+            rows=table.num_rows,
+            bad=tuple(bad),
+            bad_counts=count_faults(faults),
+            reward=Moments.of(as_float_array(good.column(schema.reward))),
+            pscore=Moments() if logged is None else Moments.of(logged),
+            weight=weight,
+            inverse=_inverse(good, logged, schema),
+            shown=ItemSet.of(catalogue.index_of(good.column(schema.action)), catalogue.num_items),
+            values={
+                spec.name: frozenset(
+                    str(v) for v in pc.unique(table.column(spec.source)).to_pylist()[:3]
+                )
+                for spec in schema.context
+                if some and spec.kind in ("numeric", "category")
+            },
+            pairs=pairs,
+        )
+
+    def merge(self, other: LogSums) -> LogSums:
+        """Of both; `other`'s rows come later in the log."""
+        names = list(dict.fromkeys([*self.inverse, *other.inverse]))
+        features = list(dict.fromkeys([*self.values, *other.values]))
+        pairs = self.pairs
+        if pairs is not None and other.pairs is not None:
+            pairs = pairs.merge(other.pairs)
+        return LogSums(
+            rows=self.rows + other.rows,
+            bad=(self.bad + other.bad)[:SHOWN_BAD_ROWS],
+            bad_counts=self.bad_counts + other.bad_counts,
+            reward=self.reward.merge(other.reward),
+            pscore=self.pscore.merge(other.pscore),
+            weight=self.weight.merge(other.weight),
+            inverse={
+                name: self.inverse.get(name, Moments()).merge(other.inverse.get(name, Moments()))
+                for name in names
+            },
+            shown=self.shown.merge(other.shown),
+            values={
+                name: frozenset(
+                    sorted(
+                        self.values.get(name, frozenset()) | other.values.get(name, frozenset())
+                    )[:3]
+                )
+                for name in features
+            },
+            pairs=pairs,
+        )
+
+
+def _inverse(
+    table: pa.Table, pscore: NDArray[np.float64] | None, schema: LogSchema
+) -> dict[str, Moments]:
+    if pscore is None or not pscore.size:
+        return {}
+    inverse = 1.0 / pscore
+    found = {"": Moments.of(inverse)}
+    if schema.behavior_policy is None:
+        return found
+    names = pc.dictionary_encode(
+        category_values(table.column(schema.behavior_policy)).cast(pa.string())
+    )
+    place = names.indices.to_numpy(zero_copy_only=False)
+    for number, name in enumerate(names.dictionary.to_pylist()):
+        found[name] = Moments.of(inverse[place == number])
+    return found

@@ -1,0 +1,105 @@
+"""A log written by many workers, file by file: the bytes that one worker writes alone.
+
+Rows come in units (row groups of a log, files of a source, chunks of a simulation). Once it is
+known how many rows each unit gives, each file of the log is a function of its number alone: the
+rows from number * rows_per_file on of all units joined. A file written twice is the same file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from offtower.atomic import remove_leftovers, replace_directory
+from offtower.data.log import ROWS_PER_FILE, ROWS_PER_GROUP, finish_log, regroup, write_log_file
+from offtower.data.schema import LogSchema
+from offtower.errors import DataError
+from offtower.mapping import Mapper
+from offtower.progress import Progress, watched
+
+
+class RowSource(ABC):
+    """Rows in units; sent to workers, so it holds no rows."""
+
+    counts: NDArray[np.int64]
+    """(u,) rows that each unit gives."""
+
+    @abstractmethod
+    def tables(self, unit: int) -> Iterator[pa.Table]:
+        """The rows of a unit, in order; the same at every call."""
+
+    def rows(self, first: int, last: int) -> Iterator[pa.Table]:
+        """Rows first..last-1 of all units joined; only the units that hold them are read."""
+        ends = np.cumsum(self.counts)
+        unit = int(np.searchsorted(ends, first, side="right"))
+        while first < last:
+            at = int(ends[unit] - self.counts[unit])
+            for table in self.tables(unit):
+                start, stop = max(first, at), min(last, at + table.num_rows)
+                if start < stop:
+                    yield table.slice(start - at, stop - start)
+                at += table.num_rows
+                if at >= last:
+                    break
+            first = min(last, int(ends[unit]))
+            unit += 1
+
+
+@dataclass(frozen=True)
+class _Written:
+    rows: int
+
+
+def write_log_parts(
+    directory: str | Path,
+    source: RowSource,
+    schema: LogSchema,
+    mapper: Mapper,
+    *,
+    rows_per_group: int = ROWS_PER_GROUP,
+    rows_per_file: int = ROWS_PER_FILE,
+    progress: Progress | None = None,
+    task: str = "writing",
+) -> dict[str, Any]:
+    """`write_log` of a source, a file at a time wherever the mapper runs; the same bytes.
+
+    Returns:
+        The manifest: schema, num_rows, fingerprint.
+
+    Raises:
+        DataError: the directory exists, a column is missing, or there are no rows.
+    """
+    directory, progress = Path(directory), progress or Progress()
+    if directory.exists():
+        raise DataError(f"'{directory}' exists already; choose another folder or remove it")
+    total = int(source.counts.sum())
+    if total == 0:
+        raise DataError(f"no rows to write to '{directory}'")
+    rows_per_file = max(1, rows_per_file // rows_per_group) * rows_per_group
+    with replace_directory(directory) as temporary:
+        # Absolute: workers have a working folder of their own.
+        write = partial(_write, source, temporary.resolve(), rows_per_group, rows_per_file)
+        progress.start(task, total)
+        for _ in watched(mapper.map(write, range(-(-total // rows_per_file)), task), progress):
+            pass
+        progress.finish()
+        remove_leftovers(temporary)
+        return finish_log(temporary, schema)
+
+
+def _write(
+    source: RowSource, directory: Path, rows_per_group: int, rows_per_file: int, number: int
+) -> _Written:
+    first = number * rows_per_file
+    last = min(first + rows_per_file, int(source.counts.sum()))
+    groups = regroup(source.rows(first, last), rows_per_group)
+    write_log_file(directory, number, groups)
+    return _Written(last - first)

@@ -1,0 +1,76 @@
+"""A simulated log written to disk, by one process or by many: the same files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from offtower.data.log import write_log
+from offtower.data.parts import RowSource, write_log_parts
+from offtower.data.simulate.world import CHUNK_ROWS, SimulatedWorld, num_chunks
+from offtower.mapping import Mapper
+from offtower.progress import Progress
+
+ROWS_PER_FILE = 262_144
+"""Fewer than other logs have: over a large catalogue each row costs a pass over it."""
+
+
+def write_simulated_log(
+    world: SimulatedWorld,
+    directory: str | Path,
+    n_rounds: int,
+    seed: int,
+    *,
+    mapper: Mapper | None = None,
+    progress: Progress | None = None,
+    task: str = "drawing",
+) -> dict[str, Any]:
+    """Write `world.log(n_rounds, seed)` as a log directory.
+
+    mapper: where files are drawn; they are the same with any.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DataError: the directory exists.
+        ConfigError: there is no row.
+    """
+    mapper, progress = mapper or Mapper(), progress or Progress()
+    source = _Chunks(world, n_rounds, seed)
+    if mapper.distributed:
+        return write_log_parts(
+            directory,
+            source,
+            world.log_schema,
+            mapper,
+            rows_per_file=ROWS_PER_FILE,
+            progress=progress,
+            task=task,
+        )
+
+    def drawn() -> Iterator[pa.Table]:
+        for table in world.log(n_rounds, seed):
+            yield table
+            progress.advance(table.num_rows)
+
+    progress.start(task, n_rounds)
+    manifest = write_log(directory, drawn(), world.log_schema, rows_per_file=ROWS_PER_FILE)
+    progress.finish()
+    return manifest
+
+
+class _Chunks(RowSource):
+    """The chunks of a simulated log, each drawn by itself."""
+
+    def __init__(self, world: SimulatedWorld, n_rounds: int, seed: int) -> None:
+        self._world, self._rounds, self._seed = world, n_rounds, seed
+        self.counts = np.full(num_chunks(n_rounds), CHUNK_ROWS, dtype=np.int64)
+        self.counts[-1] = n_rounds - CHUNK_ROWS * (len(self.counts) - 1)
+
+    def tables(self, unit: int) -> Iterator[pa.Table]:
+        yield self._world.log_chunk(unit, self._rounds, self._seed)

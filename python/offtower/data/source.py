@@ -1,0 +1,201 @@
+"""Files as they come: opened, cut into units that can be read apart, checked unit by unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from numpy.typing import NDArray
+
+from offtower.data.catalogue import Catalogue
+from offtower.data.check import RowChecker
+from offtower.data.parts import RowSource
+from offtower.data.schema import LogSchema
+from offtower.errors import DataError
+
+_FORMATS = {".csv": "csv", ".parquet": "parquet", ".arrow": "ipc", ".feather": "feather"}
+_UNIT_ROWS = 262_144
+
+
+def open_source(path: Path) -> ds.Dataset:
+    """A file, or a folder of files of one format.
+
+    Raises:
+        DataError: nothing is there, the format is unknown, or it cannot be read.
+    """
+    if not path.exists():
+        raise DataError(f"there is no file or folder at '{path}'")
+    sample = path
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in _FORMATS)
+        if not files:
+            raise DataError(f"'{path}' holds no {', '.join(_FORMATS)} file")
+        sample = files[0]
+    kind = _FORMATS.get(sample.suffix)
+    if kind is None:
+        raise DataError(
+            f"'{sample}' has an unknown ending '{sample.suffix}'; known: {', '.join(_FORMATS)}"
+        )
+    try:
+        return ds.dataset(path, format=kind)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"'{path}' cannot be read as {kind}: {error}") from error
+
+
+class Units:
+    """A source in units: some row groups of a Parquet file; a whole file of another format, which
+    cannot be cut. Batches are those of reading the source at once.
+
+    Args:
+        source: an opened source.
+        place: its path, for messages.
+        columns: those that are read.
+
+    Raises:
+        DataError: the source lacks one of the columns.
+    """
+
+    def __init__(self, source: ds.Dataset, place: Path, columns: Sequence[str]) -> None:
+        self.place, self.columns, self.schema = place, list(columns), source.schema
+        missing = [name for name in columns if name not in source.schema.names]
+        if missing:
+            raise DataError(
+                f"'{place}' has no column {', '.join(repr(m) for m in missing)}; "
+                f"it has {', '.join(source.schema.names)}"
+            )
+        self.fragments: list[Any] = []
+        self.known: list[int | None] = []
+        """Rows of each unit, where the file says so."""
+        for fragment in source.get_fragments():
+            self._add(fragment)
+
+    def _add(self, fragment: Any) -> None:
+        if not isinstance(fragment, ds.ParquetFileFragment):
+            self.fragments.append(fragment)
+            self.known.append(None)
+            return
+        try:
+            groups = [(group.id, group.num_rows) for group in fragment.row_groups]
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"'{fragment.path}' cannot be read: {error}") from error
+        waiting: list[int] = []
+        rows = 0
+        for number, (group, count) in enumerate(groups):
+            waiting.append(group)
+            rows += count
+            if rows >= _UNIT_ROWS or number == len(groups) - 1:
+                self.fragments.append(fragment.subset(row_group_ids=waiting))
+                self.known.append(rows)
+                waiting, rows = [], 0
+
+    def __len__(self) -> int:
+        return len(self.fragments)
+
+    def batches(self, unit: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The unit's rows, in order, without empty batches.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        fragment, done = self.fragments[unit], 0
+        wanted = self.columns if columns is None else list(columns)
+        try:
+            for batch in fragment.to_batches(schema=self.schema, columns=wanted):
+                if batch.num_rows:
+                    done += batch.num_rows
+                    yield batch
+        except pa.ArrowInvalid as error:
+            raise DataError(
+                f"'{fragment.path}' cannot be read after row {done} of its unit {unit}: {error}"
+            ) from error
+
+    def count(self, unit: int) -> int:
+        """Rows of a unit; a file that does not say so is read for it."""
+        known = self.known[unit]
+        if known is not None:
+            return known
+        return sum(batch.num_rows for batch in self.batches(unit, self.columns[:1]))
+
+    def distinct(self, unit: int) -> tuple[int, pa.Array | None]:
+        """Rows of a unit and the distinct values of its first column; None where all are null."""
+        seen: pa.Array | None = None
+        rows = 0
+        for batch in self.batches(unit, self.columns[:1]):
+            rows += batch.num_rows
+            seen = joined_values(seen, batch.column(0))
+        return rows, seen
+
+
+def joined_values(seen: pa.Array | None, more: pa.Array | None) -> pa.Array | None:
+    """Distinct values of both."""
+    if more is None:
+        return seen
+    values = pc.drop_null(pc.unique(more))
+    return values if seen is None else pc.unique(pa.concat_arrays([seen, values]))
+
+
+@dataclass
+class CheckedUnits(RowSource):
+    """The good rows of a source's units.
+
+    Attributes:
+        units: of the source.
+        schema: what rows must keep, as the user gave it.
+        learned: the same with the lengths that vectors were found to have, in unit `learned_in`;
+            later units keep to it.
+        catalogue: the items.
+        first_rows: (u,) number of each unit's first row in the source.
+        quarantine: folder for bad rows; None refuses them.
+    """
+
+    units: Units
+    schema: LogSchema
+    learned: LogSchema
+    learned_in: int
+    catalogue: Catalogue
+    first_rows: NDArray[np.int64]
+    quarantine: Path | None
+    counts: NDArray[np.int64]
+
+    def checked(self, unit: int) -> Iterator[tuple[pa.Table, RowChecker]]:
+        """Tables of good rows, each with the checker as it stands after it.
+
+        Raises:
+            BadRowsError: there is a bad row and no quarantine.
+        """
+        schema = self.learned if unit > self.learned_in else self.schema
+        checker = RowChecker(schema, self.catalogue, quarantine=self.quarantine)
+        first = int(self.first_rows[unit])
+        for batch in self.units.batches(unit):
+            table = pa.Table.from_batches([batch])
+            yield checker.check(table, (str(self.units.place), 0), first), checker
+            first += batch.num_rows
+
+    def tables(self, unit: int) -> Iterator[pa.Table]:
+        for table, _ in self.checked(unit):
+            yield table
+
+    def tally(self, unit: int) -> UnitTally:
+        """Good and bad rows of a unit; the bad ones are in quarantine afterwards."""
+        good, checker = 0, None
+        for table, checker in self.checked(unit):  # noqa: B007 - the last one counts
+            good += table.num_rows
+        return UnitTally(good, 0 if checker is None else checker.bad_rows)
+
+
+@dataclass(frozen=True)
+class UnitTally:
+    """Rows of a unit."""
+
+    good: int
+    bad: int
+
+    @property
+    def rows(self) -> int:
+        return self.good + self.bad

@@ -1,0 +1,261 @@
+"""Batches of a log as the judged policies see them: a pure function of the batches' numbers.
+
+`BatchScorer` holds all that a batch is judged with; it can be sent to another process. What a
+process made of its batches comes back as a `Judged`, and those merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from offtower.data.catalogue import Catalogue
+from offtower.data.encoding import FeatureEncoding
+from offtower.data.log import ParquetLog
+from offtower.data.reader import scan
+from offtower.data.rows import EncodedRows
+from offtower.evaluation.choosing import LoggingDraws, SelectionKeeper
+from offtower.evaluation.clusters import ClusterScorer
+from offtower.evaluation.coverage import LogWatch
+from offtower.evaluation.draws import RewardTerms
+from offtower.evaluation.estimated import LoggedProbability
+from offtower.evaluation.evaluate import EvaluationSums
+from offtower.evaluation.options import EvaluationOptions
+from offtower.evaluation.pair_models import EXACT_PAIRS, PairRewardModel
+from offtower.evaluation.rows import EvaluationRows
+from offtower.evaluation.scoring import JudgingModel, PolicyScorer, Scored
+from offtower.mapping import merge_all
+from offtower.seeds import derive_seed
+
+HISTOGRAM_EDGES = np.linspace(-4.0, 4.0, 49)
+"""Bins of log10 of the importance weight; weights beyond count in the first and last."""
+
+_PAIRS = 2e11
+"""Contexts times items that a worker scores in a part, about: a minute or so of one core."""
+_PART_ROWS = 1_048_576
+
+ByPolicy = dict[str, EvaluationRows]
+
+
+@dataclass
+class Gathered:
+    """What is gathered of rows beside the estimators' sums.
+
+    Attributes:
+        watch: items shown, propensities.
+        histograms: by policy, rows by bin of HISTOGRAM_EDGES.
+        kept: by policy, the rows of an estimator selection.
+        off: distances of the logging run's probabilities from the logged ones.
+    """
+
+    watch: LogWatch
+    histograms: dict[str, NDArray[np.int64]]
+    kept: dict[str, SelectionKeeper]
+    off: list[NDArray[np.float64]] = field(default_factory=list)
+
+    def absorb(self, other: Gathered) -> None:
+        """Add what was gathered of later rows."""
+        self.watch.absorb(other.watch)
+        for name, counts in other.histograms.items():
+            self.histograms[name] += counts
+            self.kept[name].absorb(other.kept[name])
+        self.off += other.off
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a part of the log says."""
+
+    rows: int
+    sums: EvaluationSums
+    gathered: Gathered
+
+
+@dataclass
+class BatchScorer:
+    """All that batches are judged with.
+
+    Attributes:
+        names, encodings, scorers: of the policies.
+        log, catalogue: the catalogue's index does.
+        batch_rows: rows of a batch; together with the log they say what a batch's number means.
+        models: reward models. main: name of that of the estimators, "" without one.
+        draws: items drawn from a policy for each row, where models need that.
+        at_draws: whether models over all items are judged at such draws too.
+        propensities, clusters, cluster_probability: estimates, where they are asked for.
+        logging, logging_encoding: the run that made the log, where a selection draws from it.
+        select: whether rows are kept for a selection.
+        seed: of all draws; those of a batch are a function of (seed, policy, number of the batch).
+    """
+
+    names: list[str]
+    encodings: list[FeatureEncoding]
+    scorers: list[PolicyScorer]
+    log: ParquetLog
+    catalogue: Catalogue
+    batch_rows: int
+    models: list[JudgingModel]
+    main: str
+    draws: int
+    at_draws: bool
+    propensities: LoggedProbability | None
+    clusters: list[ClusterScorer]
+    cluster_probability: LoggedProbability | None
+    logging: LoggingDraws | None
+    logging_encoding: FeatureEncoding | None
+    select: bool
+    seed: int
+
+    @property
+    def num_batches(self) -> int:
+        return -(-self.log.num_rows // self.batch_rows)
+
+    @property
+    def part_batches(self) -> int:
+        """Batches of a part that a worker judges: no row group is read for many parts, and no part
+        takes hours."""
+        groups = float(self.log.row_group_sizes.mean())
+        by_cost = _PAIRS / (self.catalogue.num_items * len(self.names))
+        rows = max(groups, min(by_cost, _PART_ROWS))
+        return max(1, round(rows / self.batch_rows))
+
+    def gathering(self) -> Gathered:
+        """Nothing gathered yet."""
+        bins = len(HISTOGRAM_EDGES) - 1
+        return Gathered(
+            LogWatch(self.catalogue.num_items, self.log.num_rows, self.seed),
+            {name: np.zeros(bins, dtype=np.int64) for name in self.names},
+            {name: SelectionKeeper() for name in self.names},
+        )
+
+    def judge(self, options: EvaluationOptions, numbers: range) -> Judged:
+        """The batches with these numbers, one after the other."""
+        gathered = self.gathering()
+        rows = 0
+
+        def sums() -> Iterator[EvaluationSums]:
+            nonlocal rows
+            for by_policy in self.scored(numbers, gathered):
+                rows += next(iter(by_policy.values())).n
+                yield EvaluationSums.of(by_policy, options)
+
+        merged = merge_all(sums())
+        return Judged(rows, merged, gathered)
+
+    def scored(self, numbers: range, gathered: Gathered) -> Iterator[ByPolicy]:
+        """The same logged rows, batch by batch, as seen by each policy."""
+        # Each run encodes the log by what it was trained with.
+        seen = [*self.encodings]
+        if self.logging_encoding is not None:
+            seen.append(self.logging_encoding)
+        last = min(numbers.stop * self.batch_rows, self.log.num_rows)
+        rows = range(numbers.start * self.batch_rows, last)
+        streams = [
+            scan(self.log, self.catalogue, encoding, self.batch_rows, rows=rows)
+            for encoding in seen
+        ]
+        batches: tuple[EncodedRows, ...]
+        for number, batches in zip(numbers, zip(*streams, strict=True), strict=True):
+            if self.propensities is not None:
+                batches = tuple(self.propensities.filled(rows) for rows in batches)
+            gathered.watch.add(batches[0])
+            scored = [self._score(i, number, batches) for i in range(len(self.names))]
+            for i, name in enumerate(self.names):
+                if number == 0:
+                    gathered.watch.probe(name, self.scorers[i], scored[i])
+                if self.select:
+                    gathered.kept[name].add(scored[i].rows)
+            if self.logging is not None:
+                self._draw(number, batches, scored, gathered)
+            by_policy = {name: scored[i].rows[self.main] for i, name in enumerate(self.names)}
+            if self.cluster_probability is not None:
+                by_policy = self._with_clusters(by_policy, scored, batches[0])
+            for name, policy_rows in by_policy.items():
+                gathered.histograms[name] += _histogram(policy_rows)
+            yield by_policy
+
+    def _score(self, policy: int, number: int, batches: Sequence[EncodedRows]) -> Scored:
+        exact, at_draws = {}, {}
+        pairs: dict[str, tuple[PairRewardModel, EncodedRows]] = {}
+        for model in self.models:
+            own = batches[model.owner]
+            if model.pairs is not None and self._drawn_pairs:
+                pairs[model.name] = (model.pairs, own)
+                continue
+            terms = model.over_all(own)
+            if model.exact is not None and self.at_draws:
+                at_draws[model.name] = terms
+            else:
+                exact[model.name] = terms
+        seed = derive_seed(self.seed, "target draws", policy, number)
+        return self.scorers[policy].score_models(
+            batches[policy],
+            exact,
+            at_draws=at_draws,
+            pairs=pairs,
+            draws=self.draws,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    @property
+    def _drawn_pairs(self) -> bool:
+        """Whether models over pairs are judged at draws in place of all items."""
+        cells = self.log.num_rows * self.catalogue.num_items
+        return self.at_draws or cells > EXACT_PAIRS
+
+    def _draw(
+        self,
+        number: int,
+        batches: Sequence[EncodedRows],
+        scored: Sequence[Scored],
+        gathered: Gathered,
+    ) -> None:
+        assert self.logging is not None
+        taken = self.logging.taken(batches[0])
+        if taken.size == 0:
+            return
+        seed = derive_seed(self.seed, "logging draws", number)
+        drawn, log_behavior, off = self.logging.draw(
+            batches[-1].take(taken), torch.Generator().manual_seed(seed)
+        )
+        gathered.off.append(off)
+        models: dict[str, RewardTerms | tuple[PairRewardModel, EncodedRows]] = {}
+        for model in self.models:
+            own = batches[model.owner].take(taken)
+            models[model.name] = (
+                (model.pairs, own) if model.pairs is not None else model.over_all(own)
+            )
+        for i, name in enumerate(self.names):
+            gathered.kept[name].add_draws(
+                self.scorers[i], scored[i], taken, drawn, log_behavior, models
+            )
+
+    def _with_clusters(
+        self, by_policy: ByPolicy, scored: Sequence[Scored], batch: EncodedRows
+    ) -> ByPolicy:
+        assert self.cluster_probability is not None
+        behavior = self.cluster_probability.of(batch)
+        return {
+            name: replace(
+                by_policy[name],
+                cluster_weight=np.exp(self.clusters[i].log_probability(scored[i], batch.action))
+                / behavior,
+            )
+            for i, name in enumerate(self.names)
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker needs: of the catalogue, only the way from ids to numbers."""
+        return {**self.__dict__, "catalogue": self.catalogue.bare()}
+
+
+def _histogram(rows: EvaluationRows) -> NDArray[np.int64]:
+    log_weight = rows.log_weight
+    assert log_weight is not None
+    inside = np.clip(log_weight / np.log(10.0), HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
+    return np.histogram(inside, HISTOGRAM_EDGES)[0]

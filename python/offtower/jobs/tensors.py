@@ -1,0 +1,44 @@
+"""Tensors as workers get them: large ones are read where the object store holds them.
+
+Ray keeps NumPy arrays in memory that all workers of a node share; torch tensors it copies into
+every worker. A catalogue's embeddings would then be there once for each worker.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offtower.jobs.resources import import_ray
+
+_SHARED_BYTES = 1 << 20
+
+
+def share_large_tensors() -> None:
+    """From now on this process sends tensors of 1 MiB and more as shared memory.
+
+    They are read-only there: writing to one ends the worker. Smaller tensors are copies.
+    """
+    import_ray()
+    from ray.util import register_serializer
+
+    register_serializer(Tensor, serializer=_pack, deserializer=_unpack)
+
+
+def _pack(tensor: Tensor) -> tuple[bool, Any, torch.dtype]:
+    plain = tensor.detach().contiguous()
+    # NumPy has no bfloat16; its bits travel as integers.
+    bits = plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain
+    array = bits.cpu().numpy()
+    return array.nbytes >= _SHARED_BYTES, array, plain.dtype
+
+
+def _unpack(packed: tuple[bool, Any, torch.dtype]) -> Tensor:
+    shared, array, dtype = packed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of read-only memory
+        tensor = torch.from_numpy(array if shared else array.copy())
+    return tensor.view(dtype) if dtype == torch.bfloat16 else tensor

@@ -1,0 +1,309 @@
+"""Training on Ray Train: its workers, their failures, and one clear end.
+
+Ray starts the workers, joins them in a process group and starts them again after a failure; all
+else is `train_run`, which goes on from the run's newest checkpoint. The run directory must be on
+storage that every node sees under the same path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from offtower.atomic import write_text
+from offtower.config import Config, parse_config, to_dict
+from offtower.errors import ClusterError, ConfigError, OfftowerError, RunError
+from offtower.jobs.connect import absolute, import_ray, require
+from offtower.metrics import read_metrics
+from offtower.progress import Progress
+from offtower.run_directory import RunDirectory
+from offtower.tracking import Tracker, numbers
+
+logger = logging.getLogger("offtower.jobs")
+
+_FAILURE = "failure.json"
+"""In the run directory: what a worker could not get over; workers that start again leave it at
+that, and the driver tells it and removes it."""
+_STARTS = 5
+"""How often a group of workers may fail to start, so that resources that went away are told."""
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """What training asks of the cluster.
+
+    Attributes:
+        workers: how many, or the least and the most: then a lost node is done without until
+            another comes.
+        cpus: of each worker, and its threads.
+        max_failures: how often workers may be lost before the run ends with an error.
+        timeout: seconds after which a worker that does not answer counts as lost.
+        wait: seconds that the cluster may take to grow at the start.
+        elastic_check: seconds between two looks for room for more workers.
+    """
+
+    workers: int | tuple[int, int] = 2
+    cpus: float = 1.0
+    max_failures: int = 3
+    timeout: float = 600.0
+    wait: float = 0.0
+    elastic_check: float = 60.0
+
+    def __post_init__(self) -> None:
+        least, most = self.range
+        if not 1 <= least <= most:
+            raise ConfigError(
+                f"the number of workers must be at least 1, and a range rise: got {self.workers}"
+            )
+
+    @property
+    def range(self) -> tuple[int, int]:
+        return self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
+
+
+def train_on_ray(
+    config: Config,
+    plan: WorkerPlan,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train as configured on the cluster that this process is connected to.
+
+    Args:
+        config: the run; relative paths are those of this process.
+        plan: workers and what each gets.
+        resume: as in `train_run`.
+        progress: drawn from the run's metrics.
+
+    Returns:
+        The run's manifest.
+
+    Raises:
+        ClusterError: the cluster has no room, or workers were lost too often. The last checkpoint
+            stays, and --resume goes on.
+        OfftowerError: what ended the training on the workers, as one process would have said it.
+    """
+    progress = progress or Progress()
+    run = RunDirectory(config.run_directory)
+    run.claim(config, resume=resume)
+    with contextlib.suppress(FileNotFoundError):
+        (run.path / _FAILURE).unlink()
+    least, _ = plan.range
+    require(least, plan.cpus, wait=plan.wait, progress=progress)
+    began = time.time()
+    with _drawn(run, config, progress):
+        _fit(config, plan, run)
+    failure = _failure(run)
+    if failure is not None:
+        raise failure
+    manifest = run.manifest()
+    run.update_manifest({"seconds_with_start": round(time.time() - began, 3)})
+    return manifest
+
+
+def _fit(config: Config, plan: WorkerPlan, run: RunDirectory) -> None:
+    import_ray()
+    from ray import train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    storage = absolute(run.path / "ray")
+    least, most = plan.range
+    # Mappings, since what these classes take is decided when Ray is imported.
+    scaling: dict[str, Any] = {
+        "num_workers": least if least == most else (least, most),
+        "resources_per_worker": {"CPU": plan.cpus},
+        "elastic_resize_monitor_interval_s": plan.elastic_check,
+    }
+    failures: dict[str, Any] = {
+        "max_failures": plan.max_failures,
+        "controller_failure_limit": _STARTS,
+    }
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={
+            "config": to_dict(config),
+            "folder": os.getcwd(),
+            "threads": max(1, math.floor(plan.cpus)),
+            "timeout": plan.timeout,
+        },
+        scaling_config=train.ScalingConfig(**scaling),
+        run_config=train.RunConfig(
+            # A name of its own: Ray would take an equal one for a run to be resumed by its rules.
+            name=f"train-{uuid.uuid4().hex[:12]}",
+            storage_path=storage,
+            failure_config=train.FailureConfig(**failures),
+        ),
+        torch_config=TorchConfig(backend="gloo", timeout_s=max(1, math.ceil(plan.timeout))),
+    )
+    with _quiet():
+        try:
+            trainer.fit()
+        except Exception as error:
+            failure = _failure(run)
+            if failure is not None:
+                raise failure from error
+            raise ClusterError(_lost(error, plan, run)) from error
+
+
+def _work(settings: Mapping[str, Any]) -> None:
+    """What each worker runs."""
+    import torch
+
+    from offtower.training.distributed import TorchWorkers
+    from offtower.training.distributed.workers import WorkerLostError
+    from offtower.training.run import train_run
+
+    # Ray gives each worker one thread, whatever its CPUs, and a working folder of its own.
+    torch.set_num_threads(settings["threads"])
+    with contextlib.suppress(OSError):
+        os.chdir(settings["folder"])
+    config = parse_config(settings["config"])
+    run = RunDirectory(config.run_directory)
+    if (run.path / _FAILURE).exists():
+        return
+    workers = TorchWorkers(timedelta(seconds=settings["timeout"]))
+    try:
+        train_run(config, resume=True, workers=workers, trackers=[_Reports(), _Gauges()])
+    except WorkerLostError:
+        raise
+    except (OfftowerError, OSError) as error:
+        _tell(run, error)
+        raise
+    except Exception as error:
+        # A fault of the code comes again after a restart: it is told once, with its place.
+        _tell(run, RunError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        raise
+
+
+class _Reports(Tracker):
+    """Tells Ray of every epoch; every worker calls it as often as the others."""
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        if line["kind"] == "epoch":
+            from ray import train
+
+            train.report({"step": line["step"], "epoch": line["epoch"], **dict(numbers(line))})
+
+
+class _Gauges(Tracker):
+    """The first worker's numbers as metrics of Ray, for its dashboard and Prometheus."""
+
+    def __init__(self) -> None:
+        self._gauges: dict[str, Any] = {}
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        from ray import train
+        from ray.util.metrics import Gauge
+
+        context = train.get_context()
+        if context.get_world_rank() != 0:
+            return
+        for name, value in numbers(line):
+            key = "offtower_" + name.replace("/", "_")
+            if key not in self._gauges:
+                self._gauges[key] = Gauge(key, description=f"{name} of a training run")
+            self._gauges[key].set(value)
+
+
+def _tell(run: RunDirectory, error: Exception) -> None:
+    """Leave a note of what ended the run; the first one stays."""
+    path = run.path / _FAILURE
+    if path.exists():
+        return
+    with contextlib.suppress(OSError):
+        write_text(path, json.dumps({"kind": type(error).__name__, "message": str(error)}))
+
+
+def _failure(run: RunDirectory) -> OfftowerError | None:
+    path = run.path / _FAILURE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+    except (OSError, json.JSONDecodeError):
+        return None
+    from offtower import errors
+
+    kind = getattr(errors, content["kind"], RunError)
+    known = isinstance(kind, type) and issubclass(kind, OfftowerError)
+    try:
+        return (kind if known else RunError)(content["message"])
+    except TypeError:
+        return RunError(content["message"])
+
+
+def _lost(error: Exception, plan: WorkerPlan, run: RunDirectory) -> str:
+    cause: BaseException = error
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        said = "; ".join(f"worker {rank}: {_first_line(e)}" for rank, e in failures.items())
+    else:
+        said = _first_line(getattr(error, "controller_failure", None) or cause)
+    checkpoints = sorted(run.checkpoints.glob("step_*")) if run.checkpoints.exists() else []
+    left = (
+        f"Its newest checkpoint is {checkpoints[-1].name}: --resume goes on from there"
+        if checkpoints
+        else "It had no checkpoint yet"
+    )
+    return (
+        f"training '{run.path}' ended: its workers were lost more than {plan.max_failures} times, "
+        f"or could not start ({said}). {left}. Most often a node's memory did not do (docs/"
+        "cluster.md has the sizes), or nodes went away; --max-failures allows more"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]
+
+
+@contextmanager
+def _drawn(run: RunDirectory, config: Config, progress: Progress) -> Iterator[None]:
+    """Draws the run's progress from its metrics while the workers train."""
+    done = threading.Event()
+
+    def follow() -> None:
+        shown = 0
+        while not done.wait(1.0):
+            with contextlib.suppress(OSError, ValueError):
+                lines = [m for m in read_metrics(run.metrics_path) if m["kind"] == "epoch"]
+                if len(lines) > shown:
+                    loss = lines[-1]["loss"]
+                    progress.advance(len(lines) - shown, f"loss {loss:.4f}")
+                    shown = len(lines)
+
+    progress.start("training on Ray: epochs", config.training.epochs)
+    thread = threading.Thread(target=follow, name="offtower-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        progress.finish()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray Train's notes at each start are no news."""
+    names = ("ray.train", "ray.train.v2")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

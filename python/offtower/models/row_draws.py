@@ -1,0 +1,75 @@
+"""Random numbers of a tower as a function of (seed, purpose, row), not of how rows are grouped.
+
+Hidden categories and dropout are drawn in training. A generator's stream would depend on which rows
+a call sees: on the number of workers, on the chunks of the catalogue, on which draws came before.
+Here a row's draws follow from its number in the batch (contexts) or in the catalogue (items), so R
+workers draw what one draws, and a second pass over a chunk repeats the first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_ONE = 1 << 24
+"""Draws are multiples of 2^-24, as float32 draws in [0, 1) are."""
+
+
+class RowDraws:
+    """The draws of one tower. Without a seed they come from torch's global generator.
+
+    Attributes:
+        seed: of the step; None draws from the global generator.
+        numbers: (n,) of the rows that the current forward pass sees.
+    """
+
+    def __init__(self) -> None:
+        self.seed: int | None = None
+        self.numbers: Tensor | None = None
+
+    def begin(self, numbers: Tensor | None) -> None:
+        """The rows of the forward pass that begins."""
+        self.numbers = numbers
+
+    def below(self, rate: float, purpose: int, rows: int, width: int = 1) -> Tensor:
+        """(rows, width) bool, each True with probability `rate`."""
+        if self.seed is None:
+            return torch.rand(rows, width) < rate
+        numbers = torch.arange(rows) if self.numbers is None else self.numbers
+        return self.of(numbers, rate, purpose, width)
+
+    def of(self, numbers: Tensor, rate: float, purpose: int, width: int = 1) -> Tensor:
+        """As `below`, for rows with other `numbers` (k,) than those of the forward pass."""
+        if self.seed is None:
+            return torch.rand(len(numbers), width) < rate
+        key = _mix(numbers + _mixed(self.seed + _GOLDEN * (purpose + 1)))[:, None]
+        if width > 1:
+            key = _mix(key + _wrapped(_GOLDEN) * torch.arange(width))
+        # The bits of a hash are alike; the upper ones need no shift of a negative number's sign.
+        return ((key >> 39) & (_ONE - 1)) < round(rate * _ONE)
+
+
+def _mix(value: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64, whose products wrap as unsigned ones do.
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    """
+    value = (value ^ _shifted(value, 30)) * _wrapped(0xBF58476D1CE4E5B9)
+    value = (value ^ _shifted(value, 27)) * _wrapped(0x94D049BB133111EB)
+    return value ^ _shifted(value, 31)
+
+
+def _shifted(value: Tensor, bits: int) -> Tensor:
+    """Shift right without the sign."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mixed(value: int) -> int:
+    return int(_mix(torch.tensor([_wrapped(value)]))[0])
+
+
+def _wrapped(value: int) -> int:
+    """The int64 with the same lower 64 bits."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,155 @@
+"""Learn all candidates, judge them where they did not learn, join the members of the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from offtower.atomic import replace_directory
+from offtower.config import Config
+from offtower.metrics import MetricsLog
+from offtower.models.policy import TwoTowerPolicy
+from offtower.models.store import load_weights, save_weights
+from offtower.prepare import PreparedData
+from offtower.progress import Progress
+from offtower.training.auto.candidates import Candidate, make_candidates, make_schedule
+from offtower.training.auto.choose import Choice, choose
+from offtower.training.auto.ensemble import join
+from offtower.training.auto.folds import Folds
+from offtower.training.auto.judge import Judge
+from offtower.training.auto.members import fit_members
+from offtower.training.trainer import EpochHook, TrainingResult
+
+
+@dataclass(frozen=True)
+class AutoTraining:
+    """The policy, and how it was chosen."""
+
+    policy: TwoTowerPolicy
+    choice: Choice
+    members: Mapping[str, list[TwoTowerPolicy]]
+    result: TrainingResult
+    report: dict[str, Any]
+    """JSON: the chosen candidate, every candidate's estimate at every sharpness, losses."""
+
+
+def train_auto(
+    config: Config,
+    data: PreparedData,
+    *,
+    progress: Progress | None = None,
+    metrics: MetricsLog | None = None,
+    directory: Path | None = None,
+    on_epoch_end: EpochHook | None = None,
+) -> AutoTraining:
+    """Learn a policy that needs no settings.
+
+    Args:
+        config: `auto`, `policy` sizes, `seed`.
+        data: its training log has propensities. A validation log is not needed, nor read.
+        progress, metrics: where both go.
+        on_epoch_end: called once, with the policy that was chosen.
+        directory: where each candidate's members are kept once they are learned, so that a run that
+            was killed goes on with the next candidate.
+
+    Raises:
+        ConfigError: no candidate is possible.
+    """
+    progress, metrics = progress or Progress(), metrics or MetricsLog(None)
+    settings = config.auto
+    number = settings.members or settings.folds
+    folds = Folds(settings.folds, tuple(range(number)), config.seed)
+    schedule = make_schedule(settings, data.train.num_rows)
+    candidates = make_candidates(config, data)
+    by_name = {candidate.name: candidate for candidate in candidates}
+
+    def learned(purpose: Literal["judged", "refit"], name: str) -> list[TwoTowerPolicy]:
+        candidate = by_name[name]
+        place = None if directory is None else directory / purpose / name
+        if place is not None and place.exists():
+            return _restore(place, candidate, data, number)
+        cut = folds if purpose == "judged" else folds.none_held_out()
+        found = fit_members(candidate, config, data, cut, schedule, progress)
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with replace_directory(place) as temporary:
+                for k, member in enumerate(found):
+                    save_weights(temporary / f"member_{k}.safetensors", member)
+        return found
+
+    members = {name: learned("judged", name) for name in by_name}
+    progress.start("judging candidates on held-out rows", None)
+    judge = Judge(data, folds, settings.judge_rows, config.training.item_chunk)
+    regressions = [one.name for one in candidates if one.predicts_rewards]
+    judged = judge(members, regressions, data.facts.binary_reward)
+    choice = choose(
+        judged,
+        # In the order of belief; of regressions the best is left.
+        [name for name in by_name if name in judged.scale],
+        least_reward=float(data.train.schema.reward_range[0]),
+        confidence=config.evaluation.confidence,
+    )
+    progress.finish()
+    report = describe(choice, judged.loss)
+    chosen, final = choice.chosen, members[choice.chosen.name]
+    factor = chosen.factor
+    if settings.refit:
+        final = learned("refit", chosen.name)
+        # As sharp as what was judged: members that saw more rows may have larger logits.
+        factor *= judged.scale[chosen.name] / judge.scale(final)
+    policy = join(final, factor)
+    steps = schedule.epochs * -(-data.train.num_rows // schedule.batch_size)
+    metrics.restart()
+    metrics.write({"kind": "auto", "step": steps, **report})
+    line: dict[str, Any] = {
+        "kind": "epoch",
+        "step": steps,
+        "epoch": schedule.epochs - 1,
+        "value_estimate": chosen.value,
+        "validation": {"value": chosen.value, "low": chosen.low, "estimator": "held-out dr"},
+    }
+    if on_epoch_end is not None:
+        line.update(on_epoch_end(policy, schedule.epochs - 1))
+    metrics.write(line)
+    result = TrainingResult(
+        epochs=schedule.epochs,
+        steps=steps,
+        selected_step=steps,
+        validation=chosen.low,
+        stopped_early=False,
+        history=metrics.epochs(),
+        chosen=chosen.name,
+    )
+    return AutoTraining(policy, choice, members, result, report)
+
+
+def describe(choice: Choice, loss: Mapping[str, float]) -> dict[str, Any]:
+    """What was chosen between, as JSON takes it."""
+    return {
+        "chosen": choice.chosen.name,
+        "factor": choice.chosen.factor,
+        "value": choice.chosen.value,
+        "low": choice.chosen.low,
+        "mean_weight": choice.chosen.mean_weight,
+        "held_out_loss": dict(loss),
+        "candidates": {
+            name: [
+                {"factor": s.factor, "value": s.value, "low": s.low, "mean_weight": s.mean_weight}
+                for s in options
+            ]
+            for name, options in choice.scored.items()
+        },
+    }
+
+
+def _restore(
+    place: Path, candidate: Candidate, data: PreparedData, number: int
+) -> list[TwoTowerPolicy]:
+    members = []
+    for k in range(number):
+        policy = TwoTowerPolicy(candidate.policy, data.context_encoding, data.item_encoding)
+        load_weights(place / f"member_{k}.safetensors", policy)
+        members.append(policy.eval().requires_grad_(False))
+    return members

@@ -1,0 +1,32 @@
+"""Where a run stands."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from offtower.data.order import Cursor
+
+
+@dataclass
+class Progression:
+    """Counters of a run; random numbers need none, being functions of (seed, place)."""
+
+    cursor: Cursor
+    step: int = 0
+    rows: int = 0
+    best_step: int | None = None
+    best_score: float | None = None
+    """Lower bound of the validation estimate at `best_step`."""
+    validations_without_gain: int = 0
+    finished: bool = False
+    epoch_sums: dict[str, float] | None = None
+    """Running sums of the epoch under way, so that its metrics line is whole after a resumption."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Progression:
+        known = dict(content)
+        return cls(cursor=Cursor(**known.pop("cursor")), **known)

@@ -1,0 +1,154 @@
+"""A run's tensors by name: as a worker has them, and as a checkpoint has them.
+
+policy/<name>   optimizer/<number of the parameter>/<key>   extra/<name>
+
+A tensor with rows of its own on each worker is, in a checkpoint, one tensor over the whole
+catalogue in its order, and beside it row 0 as <name>.unknown; so any number of workers reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+_SHARED = ".unknown"
+_ROW_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "fresh_at", "sum", "momentum_buffer")
+"""What optimisers keep by row of a weight."""
+
+
+@dataclass(frozen=True)
+class OwnedRows:
+    """Which weights have rows that belong to this worker.
+
+    weights: names in the policy's state; row 0 is the value "unknown", then one row for each of the
+        worker's items. items: of this worker. total: of the whole catalogue.
+    """
+
+    weights: frozenset[str] = frozenset()
+    items: int = 0
+    total: int = 0
+
+
+def policy_tensors(policy: nn.Module) -> dict[str, Tensor]:
+    return {f"policy/{name}": value for name, value in policy.state_dict().items()}
+
+
+def fill_policy(policy: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    policy.load_state_dict(_under("policy", tensors))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            if value is None:
+                continue
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+            tensors[f"optimizer/{index}/{key}"] = tensor.contiguous()
+    return tensors
+
+
+def fill_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    content = optimizer.state_dict()
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in _under("optimizer", tensors).items():
+        index, key = name.split("/", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    content["state"] = state
+    optimizer.load_state_dict(content)
+
+
+def extra_tensors(extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"extra/{name}": value for name, value in extra.items()}
+
+
+def extra_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _under("extra", tensors)
+
+
+def owned_names(
+    owned: OwnedRows, policy: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> set[str]:
+    """Names of all tensors with a row for each of this worker's items."""
+    names = {f"policy/{name}" for name in owned.weights}
+    # What is averaged over steps goes with the weights.
+    names.update(f"extra/average/{name}" for name in owned.weights)
+    if optimizer is None or not owned.weights:
+        return names
+    parameters = dict(policy.named_parameters())
+    mine = {id(parameters[name]) for name in owned.weights}
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, parameter in enumerate(order):
+        if id(parameter) in mine:
+            names.update(f"optimizer/{number}/{key}" for key in _ROW_STATE)
+    return names
+
+
+class Layout:
+    """Between a worker's tensors and those of a checkpoint.
+
+    Args:
+        owned: rows of this worker.
+        mesh: over all workers; None for one worker, which has whole tensors.
+    """
+
+    def __init__(self, owned: OwnedRows, mesh: DeviceMesh | None) -> None:
+        self._owned, self._mesh = owned, mesh
+
+    def to_checkpoint(
+        self, tensors: Mapping[str, Tensor], names: Iterable[str]
+    ) -> dict[str, Tensor]:
+        """`names`: of tensors with owned rows, as `owned_names` gives them."""
+        split = set(names)
+        state: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            value = value.detach().contiguous()
+            if name in split:
+                state[name + _SHARED] = value[:1].contiguous()
+                shape = (self._owned.total, *value.shape[1:])
+                state[name] = self._part(value[1:].contiguous(), shape)
+            else:
+                state[name] = value
+        return state
+
+    def empty(self, entries: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
+        """Room for what a checkpoint has; entries: its metadata by name."""
+        split = set(names)
+        state: dict[str, Tensor] = {}
+        for name, entry in entries.items():
+            shape, dtype = tuple(entry.size), entry.properties.dtype
+            if name in split:
+                rows = torch.empty((self._owned.items, *shape[1:]), dtype=dtype)
+                state[name] = self._part(rows, shape)
+            else:
+                state[name] = torch.empty(shape, dtype=dtype)
+        return state
+
+    def from_checkpoint(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, value in state.items():
+            if name.endswith(_SHARED):
+                continue
+            rows = value.to_local() if isinstance(value, DTensor) else value
+            shared = state.get(name + _SHARED)
+            tensors[name] = rows if shared is None else torch.cat([shared, rows])
+        return tensors
+
+    def _part(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if self._mesh is None:
+            return rows
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            rows, self._mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
+        )
+
+
+def _under(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{kind}/"
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,350 @@
+"""Checkpoints on disk: each worker writes what it has, any number of workers reads them.
+
+checkpoints/step_000000001234/   state.json (cursor, counters, checksums)   shard-*.safetensors
+checkpoints/best_000000001200/   the same, of the policy's weights at the best validation so far
+
+Written by torch.distributed.checkpoint as safetensors: no pickle. On several workers tensors are
+copied and a thread writes them beside the training; a folder takes its name when all is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh
+
+from offtower.atomic import remove_leftovers, sync_tree, write_text
+from offtower.errors import RunError
+from offtower.training.checkpoints.progression import Progression
+from offtower.training.checkpoints.state import (
+    Layout,
+    OwnedRows,
+    extra_of,
+    extra_tensors,
+    fill_optimizer,
+    fill_policy,
+    optimizer_tensors,
+    owned_names,
+    policy_tensors,
+)
+from offtower.training.distributed.workers import ALONE, Workers
+
+_STEP = re.compile(r"step_(\d{12})")
+
+
+class CheckpointStore:
+    """Writes, finds and reads the checkpoints of one run. Every method is collective.
+
+    Args:
+        directory: the run's `checkpoints` folder, the same storage for all workers.
+        fingerprint: of the configuration and data; a checkpoint of another one is refused.
+        kept: how many of the newest stay.
+        workers: those that write.
+        owned: tensors of which each worker has rows of its own.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        fingerprint: str,
+        kept: int,
+        workers: Workers = ALONE,
+        owned: OwnedRows | None = None,
+    ) -> None:
+        self._directory = directory
+        self._fingerprint = fingerprint
+        self._kept = kept
+        self._workers = workers
+        self._owned = owned or OwnedRows()
+        several = workers.size > 1
+        # The writing thread's messages must not meet those of the training.
+        self._group = dist.new_group(backend="gloo") if several else None
+        mesh = DeviceMesh("cpu", list(range(workers.size))) if several else None
+        self._layout = Layout(self._owned, mesh)
+        self._pending: tuple[Future[Any], Path, Path, dict[str, Any]] | None = None
+        self.extra: dict[str, Tensor] = {}
+        """What `load_newest` found beside policy and optimiser."""
+        self.skipped: list[str] = []
+        """What was wrong with checkpoints that could not be read."""
+        if workers.first:
+            directory.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(directory)
+        workers.barrier()
+
+    def save(
+        self,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        progression: Progression,
+        extra: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write a checkpoint; `extra` is what else the run must have to go on.
+
+        One worker has written it when this returns; several have begun to, and `finish` waits.
+
+        Raises:
+            RunError: this one, or one that was begun before, could not be written.
+        """
+        tensors = {
+            **policy_tensors(policy),
+            **optimizer_tensors(optimizer),
+            **extra_tensors(extra or {}),
+        }
+        names = owned_names(self._owned, policy, optimizer)
+        content = {"progression": progression.to_dict()}
+        self._begin(self._directory / f"step_{progression.step:012d}", tensors, names, content)
+        if self._workers.size == 1:
+            self.finish()
+
+    def save_best(self, policy: nn.Module, step: int) -> None:
+        """Keep the policy's weights.
+
+        Raises:
+            RunError: they could not be written.
+        """
+        names = owned_names(self._owned, policy, None)
+        self._begin(self._best_path(step), policy_tensors(policy), names, {})
+        self.finish()
+
+    def load_best(self, policy: nn.Module, step: int) -> None:
+        """Fill the policy with what `save_best` kept.
+
+        Raises:
+            RunError: it is missing or damaged.
+        """
+        path = self._best_path(step)
+        state, fault = self._checked(path)
+        if state is None:
+            raise RunError(f"the best policy at '{path}' cannot be read: {fault}")
+        fill_policy(policy, self._read(path, owned_names(self._owned, policy, None)))
+
+    def load_newest(
+        self, policy: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> Progression | None:
+        """Fill policy and optimiser from the newest readable checkpoint; None where there is none.
+
+        Damaged checkpoints are passed over, and named in `skipped`.
+
+        Raises:
+            RunError: a checkpoint belongs to another configuration or other data.
+        """
+        for path in reversed(self._paths()):
+            state, fault = self._checked(path)
+            if state is None:
+                self.skipped.append(f"{path.name}: {fault}")
+                continue
+            progression = Progression.from_dict(state["progression"])
+            best = progression.best_step
+            if best is not None and self._checked(self._best_path(best))[0] is None:
+                self.skipped.append(f"{path.name}: its best policy is missing or damaged")
+                continue
+            tensors = self._read(path, owned_names(self._owned, policy, optimizer))
+            fill_policy(policy, tensors)
+            fill_optimizer(optimizer, tensors)
+            self.extra = extra_of(tensors)
+            return progression
+        return None
+
+    @property
+    def written(self) -> bool:
+        """Whether this worker has written what `save` began; `finish` then takes no time here."""
+        return self._pending is not None and self._pending[0].done()
+
+    def finish(self) -> None:
+        """Wait until what was begun is written, and has its name.
+
+        Raises:
+            RunError: it could not be written, on this or another worker; older checkpoints stay.
+        """
+        if self._pending is None:
+            return
+        future, temporary, path, content = self._pending
+        self._pending = None
+        checksums: dict[str, str] = {}
+
+        def add_checksums() -> None:
+            checksums.update({f.name: _sha256(f) for f in self._share(temporary)})
+
+        faults = self._together(future.result) or self._together(add_checksums)
+        found = self._workers.gather_objects(checksums)
+        if not faults:
+            content = {**content, "sha256": {k: v for part in found for k, v in part.items()}}
+            faults = self._together(
+                lambda: self._commit(temporary, path, content) if self._workers.first else None
+            )
+        if not faults:
+            return
+        if self._workers.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        newest = self._paths()
+        left = f"the newest whole one is {newest[-1].name}" if newest else "there is none yet"
+        raise RunError(
+            f"checkpoint {path.name} could not be written ({'; '.join(faults)}); {left}. "
+            f"Make room at '{self._directory}' and go on with --resume"
+        )
+
+    def _begin(
+        self, path: Path, tensors: dict[str, Tensor], owned: set[str], content: dict[str, Any]
+    ) -> None:
+        self.finish()
+        temporary = path.with_name(f".{path.name}.partial")
+
+        def make_room() -> None:
+            if self._workers.first:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+
+        faults = self._together(make_room)
+        state = self._layout.to_checkpoint(tensors, owned)
+        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        future: Future[Any] = Future()
+        if faults:
+            future.set_exception(OSError("; ".join(faults)))
+        elif self._group is None:
+            try:
+                with _alone():
+                    future.set_result(dcp.save(state, storage_writer=writer, no_dist=True))
+            except (Exception, CheckpointException) as error:
+                if any(isinstance(one, KeyboardInterrupt) for one in _inner(error)):
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    raise KeyboardInterrupt from None
+                future.set_exception(error)
+        else:
+            # Copies, since the optimiser moves the originals while the thread writes.
+            copies: dict[str, Any] = {name: value.clone() for name, value in state.items()}
+            begun: Any = dcp.async_save(copies, storage_writer=writer, process_group=self._group)
+            future = begun
+        self._pending = (future, temporary, path, content)
+
+    def _commit(self, temporary: Path, path: Path, content: dict[str, Any]) -> None:
+        state = {"fingerprint": self._fingerprint, "workers": self._workers.size, **content}
+        write_text(temporary / "state.json", json.dumps(state, indent=2))
+        sync_tree(temporary)
+        if path.exists():
+            # A damaged one, or one of a start that a kill undid.
+            shutil.rmtree(path)
+        temporary.rename(path)
+        if _STEP.fullmatch(path.name):
+            self._prune()
+
+    def _together(self, work: Callable[[], object]) -> list[str]:
+        """Do it on every worker; what went wrong, on any, is known to all."""
+        fault: str | None = None
+        try:
+            work()
+        except (Exception, CheckpointException) as error:
+            fault = _cause(error)
+        faults = self._workers.gather_objects(fault)
+        if self._workers.size == 1:
+            return [one for one in faults if one is not None]
+        return [f"worker {rank}: {one}" for rank, one in enumerate(faults) if one is not None]
+
+    def _share(self, folder: Path) -> list[Path]:
+        """Files whose checksums this worker computes."""
+        files = sorted(folder.glob("*.safetensors"))
+        return files[self._workers.rank :: self._workers.size]
+
+    def _checked(self, path: Path) -> tuple[dict[str, Any] | None, str]:
+        """A checkpoint's state where all its files are whole, else why not; the same everywhere."""
+        fault = ""
+        state: dict[str, Any] = {}
+        try:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            names = sorted(state["sha256"])
+            for name in names[self._workers.rank :: self._workers.size]:
+                if _sha256(path / name) != state["sha256"][name]:
+                    fault = f"{name} is damaged"
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            fault = str(error)
+        faults = sorted({found for found in self._workers.gather_objects(fault) if found})
+        if faults:
+            return None, "; ".join(faults)
+        if state["fingerprint"] != self._fingerprint:
+            raise RunError(
+                f"checkpoint '{path}' was written with another configuration or other data; use "
+                "another run name, or restore the configuration"
+            )
+        return state, ""
+
+    def _read(self, path: Path, owned: set[str]) -> dict[str, Tensor]:
+        """Tensors as this worker has them, from the parts of however many wrote them."""
+        reader = dcp.HuggingFaceStorageReader(str(path))
+        state: dict[str, Any] = self._layout.empty(
+            reader.read_metadata().state_dict_metadata, owned
+        )
+        if self._group is None:
+            with _alone():
+                dcp.load(state, storage_reader=reader, no_dist=True)
+        else:
+            dcp.load(state, storage_reader=reader, process_group=self._group)
+        return self._layout.from_checkpoint(state)
+
+    def _paths(self) -> list[Path]:
+        return sorted(p for p in self._directory.iterdir() if _STEP.fullmatch(p.name))
+
+    def _best_path(self, step: int) -> Path:
+        return self._directory / f"best_{step:012d}"
+
+    def _prune(self) -> None:
+        paths = self._paths()
+        for path in paths[: -self._kept]:
+            shutil.rmtree(path, ignore_errors=True)
+        needed = set()
+        for path in paths[-self._kept :]:
+            try:
+                state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+                needed.add(state["progression"]["best_step"])
+            except (OSError, KeyError, TypeError, json.JSONDecodeError):
+                continue
+        names = {self._best_path(step).name for step in needed if step is not None}
+        for path in self._directory.glob("best_*"):
+            if path.name not in names:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """torch warns that there is no process group; on one process there should be none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _inner(error: BaseException) -> list[BaseException]:
+    """What happened on each worker, unwrapped."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        return [inner for one in failures.values() for inner in _inner(one[0])]
+    return [error] if error.__cause__ is None else _inner(error.__cause__)
+
+
+def _cause(error: BaseException) -> str:
+    said = {
+        str(one) if isinstance(one, OSError) else f"{type(one).__name__}: {one}"
+        for one in _inner(error)
+    }
+    return "; ".join(sorted(said))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# torch's notes on every save and load are not for a user's terminal.
+logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)

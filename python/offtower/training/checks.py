@@ -1,0 +1,35 @@
+"""What is refused before any time is spent."""
+
+from __future__ import annotations
+
+from offtower.errors import ConfigError
+from offtower.models.reward.base import RewardModel
+from offtower.objectives import Objective
+from offtower.prepare import PreparedData
+
+
+def check_fit_for(
+    objective: Objective, data: PreparedData, reward_model: RewardModel | None
+) -> None:
+    """Refuse an objective whose needs the log does not meet, before any time is spent.
+
+    Raises:
+        ConfigError: no propensities, no reward model, or rewards below zero, where the objective
+            cannot do so.
+    """
+    if objective.needs_reward_model and reward_model is None:
+        raise ConfigError(
+            f"objective '{objective.name}' needs a reward model: set reward_model.kind to dense "
+            "(small catalogues, any scikit-learn regressor) or factored (two towers, any size)"
+        )
+    if objective.needs_pscore and data.train.schema.pscore is None:
+        raise ConfigError(
+            f"objective '{objective.name}' needs the logged propensities: name their column as "
+            "'pscore' in the log's schema, or use objective.name=regression"
+        )
+    reward_range = data.train.schema.reward_range
+    if objective.needs_nonnegative_reward and reward_range[0] < 0:
+        raise ConfigError(
+            f"objective '{objective.name}' is defined for rewards of zero or more, but the log's "
+            f"reward_range begins at {reward_range[0]}; shift the rewards, or use another objective"
+        )

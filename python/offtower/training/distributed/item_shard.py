@@ -1,0 +1,196 @@
+"""One worker's part of the catalogue, and a policy whose id tables are as large as that part.
+
+A table in which every item has a row of its own (an item id) need not be on every worker: its rows,
+gradients and optimiser state live with the items' owner. Row 0, the value "unknown", is shared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from offtower.config import PolicyConfig
+from offtower.errors import ConfigError
+from offtower.models.features import UNKNOWN, FeatureEncoder, initial_rows
+from offtower.models.items import ItemFeatures
+from offtower.models.policy import TwoTowerPolicy
+from offtower.models.towers import MLPBody
+from offtower.prepare import PreparedData
+from offtower.training.distributed.workers import Workers
+
+
+@dataclass(frozen=True)
+class ItemShard:
+    """Items start..stop-1 of a catalogue of num_items.
+
+    items: their features, with rows of owned tables numbered inside the shard, from 1.
+    plain: their features as the catalogue's encoding has them.
+    codes: by owned feature, (n,) row of each item in a table of the whole catalogue.
+    """
+
+    start: int
+    stop: int
+    num_items: int
+    per_worker: int
+    items: ItemFeatures
+    plain: ItemFeatures
+    codes: dict[str, Tensor]
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def local(self, action: Tensor) -> Tensor:
+        """Numbers inside the shard; -1 for items of other workers."""
+        here = (action >= self.start) & (action < self.stop)
+        return torch.where(here, action - self.start, -1)
+
+
+def item_range(num_items: int, rank: int, size: int) -> tuple[int, int]:
+    """Items of a worker: as many for each but the last, as DTensor's Shard has it.
+
+    Raises:
+        ConfigError: so few items that a worker would have none.
+    """
+    each = -(-num_items // size)
+    if each * (size - 1) >= num_items:
+        raise ConfigError(
+            f"{num_items} items cannot be spread over {size} workers with {each} each: take fewer "
+            "workers, or strategy 'replicated' for so small a catalogue"
+        )
+    return rank * each, min((rank + 1) * each, num_items)
+
+
+def make_shard(config: PolicyConfig, data: PreparedData, workers: Workers) -> ItemShard:
+    """This worker's items; collective.
+
+    A tower module of the user's own knows the catalogue's item numbers only: its tables are whole
+    on every worker, and so are those of a tower of several members.
+
+    Raises:
+        ConfigError: fewer items than it takes to give every worker some.
+    """
+    total = data.catalogue.num_items
+    start, stop = item_range(total, workers.rank, workers.size)
+    plain = data.items.part(start, stop)
+    arrays = plain.arrays
+    codes: dict[str, Tensor] = {}
+    recoded = dict(arrays)
+    for spec in data.item_encoding.specs:
+        if config.item_tower.module is not None or config.item_tower.members > 1:
+            break
+        if spec.kind != "category" or spec.encoding == "hash":
+            continue
+        code = torch.from_numpy(arrays[spec.name])
+        known = code[code != UNKNOWN]
+        distinct = len(torch.unique(known))
+        # Every value of the vocabulary is in the catalogue: none counted twice, none shared.
+        counts = workers.sum(torch.tensor([distinct, len(known)], dtype=torch.float64)).tolist()
+        if counts != [data.item_encoding.cardinality(spec.name) - 1] * 2:
+            continue
+        codes[spec.name] = code
+        number = torch.arange(1, len(code) + 1)
+        recoded[spec.name] = number.masked_fill(code == UNKNOWN, UNKNOWN).numpy()
+    return ItemShard(
+        start,
+        stop,
+        total,
+        -(-total // workers.size),
+        ItemFeatures(recoded, stop - start, start),
+        plain,
+        codes,
+    )
+
+
+def sharded_policy(config: PolicyConfig, data: PreparedData, shard: ItemShard) -> TwoTowerPolicy:
+    """A policy that starts as `TwoTowerPolicy(...)` does, with the shard's rows of owned tables."""
+    rows = {name: len(code) + 1 for name, code in shard.codes.items()}
+    policy = TwoTowerPolicy(config, data.context_encoding, data.item_encoding, item_table_rows=rows)
+    for name, table in owned_tables(policy, shard).items():
+        encoder = _encoder(policy)
+        weight = table.weight
+        with torch.no_grad():
+            weight[UNKNOWN].zero_()
+            seed = encoder.initial_seeds[encoder.table_of(name)]
+            weight[1:] = initial_rows(seed, shard.codes[name], weight.shape[1])
+    return policy
+
+
+def owned_tables(policy: TwoTowerPolicy, shard: ItemShard) -> dict[str, nn.Embedding]:
+    """Tables of which this worker has its own items' rows, by feature."""
+    if not shard.codes:
+        return {}
+    encoder = _encoder(policy)
+    found: dict[str, nn.Embedding] = {}
+    for name in shard.codes:
+        table = encoder.tables[encoder.table_of(name)]
+        assert isinstance(table, nn.Embedding)
+        found[name] = table
+    return found
+
+
+def owned_weights(policy: TwoTowerPolicy, shard: ItemShard) -> dict[str, str]:
+    """Name of each owned weight in the policy's state, by feature."""
+    if not shard.codes:
+        return {}
+    encoder = _encoder(policy)
+    return {
+        name: f"item_tower.body.encoder.tables.{encoder.table_of(name)}.weight"
+        for name in shard.codes
+    }
+
+
+_BLOCK = 262_144
+"""Rows of a table that are sent to the first worker at a time."""
+
+
+def whole_policy(
+    policy: TwoTowerPolicy, shard: ItemShard, data: PreparedData, workers: Workers
+) -> TwoTowerPolicy | None:
+    """The policy with tables of the whole catalogue, on the first worker; None on others.
+
+    Collective. The first worker needs memory for the whole tables once; rows come in blocks.
+    """
+    full = (
+        TwoTowerPolicy(policy.config, data.context_encoding, data.item_encoding)
+        if workers.first
+        else None
+    )
+    names = owned_weights(policy, shard)
+    state = policy.state_dict()
+    owned = set(names.values())
+    if full is not None:
+        # Rows of values that no item has are left as they started.
+        target = full.state_dict()
+        for name, value in state.items():
+            if name not in owned:
+                target[name].copy_(value)
+    sizes = [
+        stop - start
+        for start, stop in (
+            item_range(shard.num_items, rank, workers.size) for rank in range(workers.size)
+        )
+    ]
+    for feature, name in names.items():
+        if full is not None:
+            target[name][UNKNOWN] = state[name][UNKNOWN]
+        for first in range(0, max(sizes), _BLOCK):
+            counts = [max(0, min(_BLOCK, size - first)) for size in sizes]
+            mine = slice(first, first + counts[workers.rank])
+            rows = workers.gather(state[name][1:][mine], counts)
+            codes = workers.gather(shard.codes[feature][mine], counts)
+            if full is not None:
+                known = codes != UNKNOWN
+                target[name][codes[known]] = rows[known]
+    if full is not None:
+        full.load_state_dict(target)
+        full.eval()
+    return full
+
+
+def _encoder(policy: TwoTowerPolicy) -> FeatureEncoder:
+    body = policy.item_tower.body
+    assert isinstance(body, MLPBody)
+    return body.encoder

@@ -1,0 +1,75 @@
+"""Scores logged rows with a policy whose items lie on several workers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from offtower.data.encoding import take, to_tensors
+from offtower.data.rows import EncodedRows
+from offtower.errors import DataError
+from offtower.evaluation.draws import RewardTerms
+from offtower.evaluation.rows import EvaluationRows
+from offtower.evaluation.scoring import weighted_rows
+from offtower.models.items import DEFAULT_CHUNK
+from offtower.models.policy import TwoTowerPolicy
+from offtower.ops import FactoredReward
+from offtower.training.distributed.item_shard import ItemShard
+from offtower.training.distributed.sharded_terms import gather_rows, merged_terms
+from offtower.training.distributed.workers import Workers
+
+
+class ShardedScorer:
+    """Every method is collective, with the same rows on every worker.
+
+    Args:
+        policy: with tables of the shard; put into evaluation mode while it scores.
+        shard: this worker's items, which are embedded once.
+        workers: those that have the other items.
+    """
+
+    def __init__(
+        self,
+        policy: TwoTowerPolicy,
+        shard: ItemShard,
+        workers: Workers,
+        item_chunk: int = DEFAULT_CHUNK,
+    ) -> None:
+        self._policy, self._shard, self._workers = policy, shard, workers
+        self._training = policy.training
+        policy.eval()
+        with torch.no_grad():
+            self._items = policy.embed_items(shard.items, chunk=item_chunk)
+        policy.train(self._training)
+
+    @torch.no_grad()
+    def score(self, rows: EncodedRows, reward: RewardTerms | None = None) -> EvaluationRows:
+        """As `PolicyScorer.score`; `reward` is over the shard's items and for all of the rows."""
+        if rows.pscore is None:
+            raise DataError("off-policy evaluation needs the logged propensities (pscore)")
+        assert reward is None or isinstance(reward, FactoredReward), "only those can be sharded"
+        self._policy.eval()
+        part = self._workers.rows(len(rows))
+        mine = to_tensors(take(rows.context, torch.arange(part.start, part.stop).numpy()))
+        context = gather_rows(
+            self._policy.embed_contexts(mine), self._workers.counts(len(rows)), self._workers
+        )
+        terms = merged_terms(
+            context,
+            self._items.embedding,
+            self._items.bias,
+            self._shard.local(torch.from_numpy(rows.action)),
+            self._workers,
+            temperature=self._policy.temperature,
+            reward_model=reward,
+        )
+        self._policy.train(self._training)
+        scored = weighted_rows(rows, terms.log_prob)
+        if terms.expected_reward is None or terms.action_reward is None:
+            return scored
+        return replace(
+            scored,
+            action_reward=terms.action_reward.double().numpy(),
+            expected_reward=terms.expected_reward.double().numpy(),
+        )

@@ -1,0 +1,193 @@
+"""The processes of one run, and the sums that span them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from offtower.data.order import rank_slice
+from offtower.errors import RunError
+
+Value = TypeVar("Value")
+
+# The name until torch 2.12.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class WorkerLostError(RunError):
+    """A sum over the workers did not come to its end."""
+
+
+class Workers:
+    """A run on one process: every sum is the number itself.
+
+    `TorchWorkers` is the same on several. All methods but the properties are collective: every
+    worker calls them, in the same order.
+    """
+
+    rank = 0
+    size = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this worker is the one that writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the workers, the same bits on each. Differentiable: no."""
+        return tensor
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """Largest over the workers, element by element."""
+        return tensor
+
+    def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """(n_k, ...) rows of each worker -> (sum of n_k, ...), in the order of ranks.
+
+        Args:
+            counts: n_k of each worker.
+        """
+        return rows
+
+    def scatter_sum(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """(sum of n_k, ...) from each worker -> this worker's n_k rows, summed over workers."""
+        return rows
+
+    def gather_objects(self, value: Value) -> list[Value]:
+        """Small things of each worker, in the order of ranks."""
+        return [value]
+
+    def broadcast(self, value: Value) -> Value:
+        """A small thing of the first worker."""
+        return value
+
+    def barrier(self) -> None:
+        """Wait for all."""
+
+    def first_then_all(self, work: Callable[[], Value]) -> Value:
+        """The first worker does it, and the others after it: for work that leaves files which a
+        second call finds. An error of the first is an error of all.
+        """
+        return work()
+
+    def rows(self, total: int) -> slice:
+        """This worker's part of `total` rows."""
+        return rank_slice(total, self.rank, self.size)
+
+    def counts(self, total: int) -> list[int]:
+        """Rows of each worker, of `total`."""
+        parts = [rank_slice(total, rank, self.size) for rank in range(self.size)]
+        return [part.stop - part.start for part in parts]
+
+
+ALONE = Workers()
+"""A run on this process only."""
+
+
+class TorchWorkers(Workers):
+    """The workers of a process group of torch.distributed.
+
+    Sums are the same bits on every worker and in every repetition with as many workers.
+
+    Args:
+        timeout: of the process group, for the message.
+        group: the default group where None; else one whose first member is process 0.
+
+    Raises:
+        WorkerLostError: from every method: another worker died, or did not answer in time.
+    """
+
+    def __init__(
+        self, timeout: timedelta | None = None, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self._timeout = timeout
+        self._group = group
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        return self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        # Parts differ by a row at most where they are parts of a batch; padding makes them equal.
+        most = max(counts)
+        padded = rows.new_zeros((most, *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        whole = rows.new_empty((self.size, *padded.shape))
+        self._call(
+            "gathering rows",
+            lambda: _all_gather(whole.view(-1, *rows.shape[1:]), padded, group=self._group),
+        )
+        if min(counts) == most:
+            return whole.view(-1, *rows.shape[1:])
+        return torch.cat([whole[rank, :count] for rank, count in enumerate(counts)])
+
+    def scatter_sum(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        mine = counts[self.rank]
+        parts = rows.new_empty((self.size * mine, *rows.shape[1:]))
+        self._call(
+            "summing rows",
+            lambda: dist.all_to_all_single(
+                parts, rows.contiguous(), [mine] * self.size, list(counts), group=self._group
+            ),
+        )
+        # Summed here in the order of ranks: the bits do not depend on which message came first.
+        total = parts[:mine].clone()
+        for rank in range(1, self.size):
+            total += parts[rank * mine : (rank + 1) * mine]
+        return total
+
+    def gather_objects(self, value: Value) -> list[Value]:
+        found: list[Any] = [None] * self.size
+        self._call(
+            "gathering results", lambda: dist.all_gather_object(found, value, group=self._group)
+        )
+        return found
+
+    def broadcast(self, value: Value) -> Value:
+        box = [value]
+        self._call(
+            "sharing a value", lambda: dist.broadcast_object_list(box, src=0, group=self._group)
+        )
+        return box[0]
+
+    def barrier(self) -> None:
+        self._call("waiting for all workers", lambda: dist.barrier(group=self._group))
+
+    def first_then_all(self, work: Callable[[], Value]) -> Value:
+        error: Exception | None = None
+        result: list[Value] = []
+        if self.first:
+            try:
+                result.append(work())
+            except Exception as caught:
+                error = caught
+        failure = self.broadcast(None if error is None else f"{error}")
+        if error is not None:
+            raise error
+        if failure is not None:
+            raise RunError(f"worker 0 could not go on: {failure}")
+        return result[0] if self.first else work()
+
+    def _reduce(self, tensor: Tensor, how: Any) -> Tensor:
+        total = tensor.detach().clone().contiguous()
+        self._call("summing over workers", lambda: dist.all_reduce(total, how, group=self._group))
+        return total
+
+    def _call(self, what: str, collective: Callable[[], Any]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:
+            within = "" if self._timeout is None else f" within {self._timeout.total_seconds():g} s"
+            raise WorkerLostError(
+                f"worker {self.rank} of {self.size}: {what} did not end{within}: another worker "
+                f"died or stalled. The last checkpoint is whole. ({error})"
+            ) from error

@@ -1,0 +1,113 @@
+"""What changes in the course of training: the learning rate, and the average of weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offtower.config import TrainingConfig
+from offtower.models.optimizer import JointOptimizer
+
+
+class LearningRate:
+    """Warm-up and decay as a function of how much of training is over.
+
+    Args:
+        settings: warm_up, decay.
+        optimizer: its groups' present rates are what the factor multiplies.
+    """
+
+    def __init__(self, settings: TrainingConfig, optimizer: torch.optim.Optimizer) -> None:
+        self._settings = settings
+        self._optimizer = optimizer
+        self._rates = [float(group["lr"]) for group in _groups(optimizer)]
+        self._constant = settings.warm_up == 0.0 and settings.decay == "none"
+
+    def at(self, progress: float) -> None:
+        """Set the rates for the share `progress` in [0, 1) of training that is over."""
+        if self._constant:
+            return
+        now = factor(progress, self._settings.warm_up, self._settings.decay)
+        # Looked up each time: loading a checkpoint makes new groups.
+        for group, rate in zip(_groups(self._optimizer), self._rates, strict=True):
+            group["lr"] = rate * now
+
+
+def factor(progress: float, warm_up: float, decay: str) -> float:
+    """Share of the full learning rate: rises linearly to 1, then falls to 0 (or stays)."""
+    if progress < warm_up:
+        return progress / warm_up
+    if decay == "none":
+        return 1.0
+    left = (1.0 - progress) / (1.0 - warm_up)
+    return left if decay == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
+
+
+class WeightAverage:
+    """Mean of a module's parameters over the last steps of training.
+
+    Source: Polyak and Juditsky 1992; Izmailov et al. 2018, "Averaging weights leads to wider optima
+    and better generalization". A step costs one pass over the parameters.
+
+    Args:
+        module: whose parameters are averaged.
+        share: of training, at its end.
+    """
+
+    def __init__(self, module: nn.Module, share: float) -> None:
+        self._module = module
+        self._begin = 1.0 - share
+        self._steps = 0
+        self._mean: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor] | None = None
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Take the weights in, where the share `progress` of training lies in the last part."""
+        if progress < self._begin:
+            return
+        self._steps += 1
+        for name, parameter in self._module.named_parameters():
+            if name not in self._mean:
+                self._mean[name] = parameter.detach().clone()
+            else:
+                self._mean[name].lerp_(parameter, 1.0 / self._steps)
+
+    def swap_in(self) -> None:
+        """Let the module have the average, until `swap_out`; nothing before there is one."""
+        if self._steps:
+            self._last = {k: p.detach().clone() for k, p in self._module.named_parameters()}
+            self._copy(self._mean)
+
+    def swap_out(self) -> None:
+        """Give the module back its own weights."""
+        if self._last is not None:
+            self._copy(self._last)
+            self._last = None
+
+    def state(self) -> dict[str, Tensor]:
+        content = {f"average/{name}": tensor for name, tensor in self._mean.items()}
+        return {**content, "average_steps": torch.tensor(self._steps)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self._steps = int(state["average_steps"])
+        self._mean = {
+            name.removeprefix("average/"): tensor.clone()
+            for name, tensor in state.items()
+            if name.startswith("average/")
+        }
+
+    @torch.no_grad()
+    def _copy(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._module.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    if isinstance(optimizer, JointOptimizer):
+        return [*optimizer.dense.param_groups, *optimizer.tables.param_groups]
+    return list(optimizer.param_groups)

@@ -1,0 +1,257 @@
+"""What a run trains, and how its parts are spread over workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from offtower.config import Config
+from offtower.errors import ConfigError
+from offtower.metrics import MetricsLog
+from offtower.models.policy import TwoTowerPolicy
+from offtower.models.reward.base import RewardModel
+from offtower.models.reward.factored import FactoredRewardModel
+from offtower.models.store import load_policy
+from offtower.objectives import Objective, Regression, Regularised, make_objective
+from offtower.prepare import PreparedData
+from offtower.progress import Progress
+from offtower.sampling import Proposal
+from offtower.seeds import seed_torch
+from offtower.training.checkpoints import CheckpointStore, OwnedRows
+from offtower.training.checks import check_fit_for
+from offtower.training.distributed import Workers
+from offtower.training.distributed.item_shard import (
+    ItemShard,
+    make_shard,
+    owned_weights,
+    sharded_policy,
+    whole_policy,
+)
+from offtower.training.distributed.sharded_scorer import ShardedScorer
+from offtower.training.distributed.sharded_step import ShardedStep
+from offtower.training.sampled import SampledTerms, build_proposal
+from offtower.training.step import StepLoss, TrainingStep
+from offtower.training.trainer import EpochHook, Trainer
+from offtower.training.validation import Validator
+
+
+@dataclass
+class TrainingSetup:
+    """A fresh, seeded policy and what trains it."""
+
+    config: Config
+    data: PreparedData
+    workers: Workers
+    objective: Objective
+    policy: TwoTowerPolicy
+    step: StepLoss
+    reward_model: RewardModel | None
+    proposal: Proposal | None = None
+    validate: Validator | None = None
+    shard: ItemShard | None = None
+    """This worker's items, where the strategy is item_sharded."""
+    owned_rows: OwnedRows = field(default_factory=OwnedRows)
+
+    def trainer(
+        self,
+        *,
+        store: CheckpointStore | None = None,
+        metrics: MetricsLog | None = None,
+        progress: Progress | None = None,
+        on_epoch_end: EpochHook | None = None,
+    ) -> Trainer:
+        """The loop over it all."""
+        return Trainer(
+            self.config,
+            self.data,
+            self.policy,
+            self.objective,
+            self.step,
+            self.reward_model,
+            store=store,
+            metrics=metrics,
+            validate=self.validate,
+            progress=progress,
+            on_epoch_end=on_epoch_end,
+            proposal=self.proposal,
+            workers=self.workers,
+            owned=self._owned(),
+        )
+
+    def whole_policy(self) -> TwoTowerPolicy | None:
+        """The policy over the whole catalogue, on the first worker; collective."""
+        if self.shard is not None:
+            return whole_policy(self.policy, self.shard, self.data, self.workers)
+        return self.policy if self.workers.first else None
+
+    def _owned(self) -> list[nn.Parameter]:
+        parameters = dict(self.policy.named_parameters())
+        return [parameters[name] for name in sorted(self.owned_rows.weights)]
+
+
+def build_setup(
+    config: Config,
+    data: PreparedData,
+    reward_model: RewardModel | None,
+    workers: Workers,
+    progress: Progress,
+) -> TrainingSetup:
+    """As the configured strategy says; collective.
+
+    Raises:
+        ConfigError: the log, the reward model or the catalogue does not fit what is configured.
+    """
+    objective = resolve_objective(config, data)
+    check_fit_for(objective, data, reward_model)
+    if config.training.strategy == "item_sharded":
+        return _item_sharded(config, data, objective, reward_model, workers)
+    return _replicated(config, data, objective, reward_model, workers, progress)
+
+
+def _replicated(
+    config: Config,
+    data: PreparedData,
+    objective: Objective,
+    reward_model: RewardModel | None,
+    workers: Workers,
+    progress: Progress,
+) -> TrainingSetup:
+    seed_torch(config.seed, "policy")
+    policy = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
+    if config.training.warm_start is not None:
+        warm_start(policy, Path(config.training.warm_start))
+    proposal = build_proposal(config, objective, data, policy, progress)
+    sampled = (
+        None
+        if proposal is None
+        else SampledTerms(policy, data.items, proposal, config.sampling.exact_every)
+    )
+    chunk = config.training.item_chunk
+    validate = (
+        Validator(data, config.training, config.evaluation.confidence, reward_model, workers)
+        if _validates(data)
+        else None
+    )
+    return TrainingSetup(
+        config,
+        data,
+        workers,
+        objective,
+        policy,
+        TrainingStep(policy, objective, data.items, reward_model, chunk, sampled, workers),
+        reward_model,
+        proposal,
+        validate,
+    )
+
+
+def _item_sharded(
+    config: Config,
+    data: PreparedData,
+    objective: Objective,
+    reward_model: RewardModel | None,
+    workers: Workers,
+) -> TrainingSetup:
+    if config.training.terms == "sampled" or objective.proposal is not None:
+        raise ConfigError(
+            "training.strategy=item_sharded computes exact terms over every worker's items; for "
+            "sampled terms take training.strategy=replicated"
+        )
+    if reward_model is not None and not isinstance(reward_model, FactoredRewardModel):
+        raise ConfigError(
+            "training.strategy=item_sharded needs a reward model whose items can be split: set "
+            "reward_model.kind=factored"
+        )
+    if config.training.warm_start is not None:
+        raise ConfigError(
+            "training.warm_start reads a policy over the whole catalogue: take "
+            "training.strategy=replicated"
+        )
+    shard = make_shard(config.policy, data, workers)
+    seed_torch(config.seed, "policy")
+    policy = sharded_policy(config.policy, data, shard)
+    model = None if reward_model is None else reward_model.over(shard.plain)
+    chunk = config.training.item_chunk
+    validate = (
+        Validator(
+            data,
+            config.training,
+            config.evaluation.confidence,
+            model,
+            workers,
+            lambda judged: ShardedScorer(judged, shard, workers, chunk),
+            together=True,
+        )
+        if _validates(data)
+        else None
+    )
+    owned = frozenset(owned_weights(policy, shard).values())
+    return TrainingSetup(
+        config,
+        data,
+        workers,
+        objective,
+        policy,
+        ShardedStep(policy, objective, shard, model, workers, chunk),
+        model,
+        None,
+        validate,
+        shard,
+        OwnedRows(owned, shard.size, shard.num_items),
+    )
+
+
+def _validates(data: PreparedData) -> bool:
+    return data.validation is not None and data.validation.schema.pscore is not None
+
+
+def uses_auto(config: Config, data: PreparedData) -> bool:
+    """Whether `objective.name=auto` chooses between learners: where propensities are known."""
+    return config.objective.name == "auto" and data.train.schema.pscore is not None
+
+
+def resolve_objective(config: Config, data: PreparedData) -> Objective:
+    """The configured objective; `auto` without propensities is regression (with them, it is no
+    objective: see `offtower.training.auto`)."""
+    name = config.objective.name
+    if name == "auto":
+        name = "regression"
+    settings = config.objective
+    objective = make_objective(name, settings.arguments)
+    if isinstance(objective, Regression):
+        objective = objective.resolve(data.facts.binary_reward)
+    if settings.kl == settings.imitation == settings.entropy == 0.0:
+        return objective
+    if not objective.uses_policy:
+        raise ConfigError(
+            f"objective '{name}' has no policy terms that objective.kl, imitation or entropy "
+            "could be added to"
+        )
+    return Regularised(
+        objective, kl=settings.kl, imitation=settings.imitation, entropy=settings.entropy
+    )
+
+
+def warm_start(policy: TwoTowerPolicy, folder: Path) -> None:
+    """Fill a policy with the weights of a stored one.
+
+    Raises:
+        RunError: there is none.
+        ConfigError: it has other sizes, or was learned with other encodings.
+    """
+    stored, _ = load_policy(folder)
+    for side in ("context_encoding", "item_encoding"):
+        if getattr(stored, side).to_dict() != getattr(policy, side).to_dict():
+            raise ConfigError(
+                f"training.warm_start: the policy at '{folder}' was learned with another "
+                f"{side.replace('_', ' ')}; begin from a run on the same log and catalogue"
+            )
+    try:
+        policy.load_state_dict(stored.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"training.warm_start: the policy at '{folder}' does not fit the configured one "
+            f"({error}); take over its 'policy' settings"
+        ) from None

@@ -1,0 +1,211 @@
+"""A small search for objective and settings, judged by held-out off-policy lower bounds.
+
+Random search (Bergstra and Bengio 2012) over a finite space is enough to pick an objective,
+and every trial is a run of its own that can be resumed, evaluated and exported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from offtower.atomic import write_text
+from offtower.config import Config, apply_overrides, parse_config, to_dict, to_yaml
+from offtower.errors import ConfigError, RunError
+from offtower.evaluation.intervals import simultaneous_confidence
+from offtower.jsonable import finite
+from offtower.progress import Progress
+from offtower.run_directory import RunDirectory
+from offtower.seeds import derive_seed
+from offtower.training.run import train_run
+
+Overrides = dict[str, Any]
+"""Dotted keys of the configuration, and their values."""
+
+DEFAULT_SPACE: Mapping[str, Sequence[Any]] = {
+    "objective": [
+        {"name": "regression"},
+        {"name": "weighted_likelihood"},
+        {"name": "weighted_likelihood", "arguments": {"smoothing": 0.5}},
+        {"name": "clipped_ips", "arguments": {"max_weight": 10.0}},
+        {"name": "log_smoothing", "arguments": {"lambda_": 0.5}},
+        {"name": "clipped_dr", "arguments": {"max_weight": 10.0}},
+        {"name": "pessimistic_dr", "arguments": {"penalty": 0.1}},
+    ],
+    "policy.temperature": [1.0, 0.25, 0.0625],
+    "training.learning_rate": [1e-3, 3e-3, 1e-2],
+    "training.weight_decay": [0.01, 0.1],
+    "training.decay": ["linear"],
+}
+"""`offtower tune` without --space. Objectives that need a reward model get a factored one."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of the search."""
+
+    number: int
+    overrides: Overrides
+    low: float | None
+    """Lower bound of its value on the validation log, at the confidence of all trials together;
+    None where the run failed."""
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """All trials, best first; what `offtower tune` prints."""
+
+    trials: list[Trial]
+    folder: Path
+
+    @property
+    def best(self) -> Trial:
+        """The trial with the highest lower bound."""
+        return self.trials[0]
+
+
+def load_space(path: Path) -> dict[str, list[Any]]:
+    """A YAML file of dotted keys and lists of values.
+
+    Raises:
+        ConfigError: the file is missing, or a key has no list.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"no space at '{path}': {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"'{path}' is not valid YAML: {error}") from error
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"'{path}' must hold dotted keys, each with a list of values")
+    for key, values in content.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"'{path}': '{key}' needs a list of values, but has {values!r}")
+    return content
+
+
+def draw_trials(space: Mapping[str, Sequence[Any]], count: int, seed: int) -> Iterator[Overrides]:
+    """`count` different points of the space, or all where it has no more, the same for one seed."""
+    points = list(product(*space.values()))
+    order = np.random.default_rng(derive_seed(seed, "tune")).permutation(len(points))
+    for place in order[:count]:
+        yield dict(zip(space, points[place], strict=True))
+
+
+def trial_config(config: Config, number: int, overrides: Overrides, confidence: float) -> Config:
+    """The run of one trial.
+
+    Raises:
+        ConfigError: the overrides do not fit the configuration.
+    """
+    content = to_dict(config)
+    text = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    content = apply_overrides(content, text)
+    content["name"] = f"{config.name}-tune-{number:03d}"
+    content["evaluation"]["confidence"] = confidence
+    if content["reward_model"]["kind"] == "none" and _needs_model(content["objective"]["name"]):
+        content["reward_model"]["kind"] = "factored"
+    return parse_config(content, source=f"trial {number}")
+
+
+def tune(
+    config: Config,
+    *,
+    space: Mapping[str, Sequence[Any]] = DEFAULT_SPACE,
+    count: int = 20,
+    resume: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> TuneResult:
+    """Train `count` runs, and name the one that is best for sure.
+
+    Each trial stops and selects its epoch by the lower bound of the configured estimator on the
+    validation log. Bounds hold for all trials together (Bonferroni): the best of twenty lucky
+    numbers is not believed for being the best.
+
+    Args:
+        config: the run that is varied; its data has a validation log with propensities.
+        space: dotted keys and the values to try.
+        count: trials.
+        resume: keep trials that have ended, and go on with one that was stopped.
+
+    Returns:
+        Trials, best first; runs/<name>-tune/ holds trials.json and best.yaml.
+
+    Raises:
+        ConfigError: no validation log, or a key of the space is unknown.
+        RunError: every trial failed.
+    """
+    if config.data.validation is None:
+        raise ConfigError(
+            "tune needs a held-out log to choose by: name one as data.validation "
+            "('offtower ingest' and 'offtower simulate' write one)"
+        )
+    if config.objective.name == "auto" and "objective" not in space:
+        raise ConfigError("tune varies one objective's settings: name it as objective.name")
+    points = list(draw_trials(space, count, config.seed))
+    confidence = simultaneous_confidence(config.evaluation.confidence, len(points))
+    found: list[Trial] = []
+    for number, overrides in enumerate(points):
+        one = trial_config(config, number, overrides, confidence)
+        try:
+            low = _finished(one) if resume else None
+            if low is None:
+                low = train_run(one, resume=resume, progress=progress).validation
+            trial = Trial(number, overrides, low)
+        except RunError as error:
+            if "exists" in str(error):
+                raise
+            # A diverged trial is a result: the others go on.
+            trial = Trial(number, overrides, None, str(error))
+        found.append(trial)
+        bound = "failed" if trial.low is None else f"at least {trial.low:.4f}"
+        say(f"trial {number + 1} of {len(points)}: {bound}  {_short(overrides)}")
+    ranked = sorted(found, key=lambda t: -np.inf if t.low is None else t.low, reverse=True)
+    if ranked[0].low is None:
+        raise RunError(f"every trial failed; the first said: {found[0].error}")
+    folder = Path(config.runs) / f"{config.name}-tune"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = TuneResult(ranked, folder)
+    write_text(folder / "trials.json", json.dumps(finite([asdict(t) for t in ranked]), indent=1))
+    best = trial_config(config, ranked[0].number, ranked[0].overrides, confidence)
+    best.name, best.evaluation.confidence = config.name, config.evaluation.confidence
+    write_text(folder / "best.yaml", to_yaml(best))
+    return result
+
+
+def _finished(config: Config) -> float | None:
+    """The bound of a trial that ended before."""
+    run = RunDirectory(config.run_directory)
+    if not run.manifest_path.exists() or not (run.policy / "policy.json").exists():
+        return None
+    content = json.loads(run.manifest_path.read_text(encoding="utf-8"))
+    low: float | None = content.get("validation_lower_bound")
+    return low
+
+
+def _needs_model(objective: str) -> bool:
+    from offtower.objectives import OBJECTIVES
+
+    kind = OBJECTIVES.get(objective)
+    return kind is not None and kind.needs_reward_model
+
+
+def _short(overrides: Overrides) -> str:
+    parts = []
+    for key, value in overrides.items():
+        if isinstance(value, dict):
+            inner = [str(value.get("name", ""))]
+            inner += [f"{k}={v}" for k, v in (value.get("arguments") or {}).items()]
+            parts.append(" ".join(inner).strip())
+        else:
+            parts.append(f"{key.rsplit('.', 1)[-1]}={value}")
+    return ", ".join(parts)

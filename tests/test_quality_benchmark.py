@@ -1,0 +1,164 @@
+"""The quality benchmark: exact values, honest landmarks, a table that goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+from offtower.benchmarks import Settings
+from offtower.benchmarks.quality import suite
+from offtower.benchmarks.quality.bilinear import BilinearWorld, bilinear
+from offtower.benchmarks.quality.labels import LabelSet, as_feedback, load_label_set
+from offtower.benchmarks.quality.methods import METHODS, Learned
+from offtower.benchmarks.quality.settings import load_settings
+from offtower.benchmarks.quality.summary import summarise
+from offtower.benchmarks.quality.world import Value, of_scores
+from offtower.errors import ConfigError, DataError
+
+
+def test_value_of_scores_by_enumeration() -> None:
+    logit = torch.tensor([[0.0, np.log(3.0)], [np.log(4.0), 0.0]], dtype=torch.float64)
+    expected = torch.tensor([[0.2, 0.6], [0.5, 1.0]], dtype=torch.float64)
+    found = of_scores(logit, expected)
+    assert found.softmax == pytest.approx((0.25 * 0.2 + 0.75 * 0.6 + 0.8 * 0.5 + 0.2 * 1.0) / 2)
+    assert found.greedy == pytest.approx((0.6 + 0.5) / 2)
+
+
+def test_logged_propensities_are_those_that_drew() -> None:
+    """Of 40,000 rounds each action's count is within 5 standard errors of its propensities' sum."""
+    world = BilinearWorld(6, 2.0, seed=1)
+    log = world.sample(40_000, seed=2)
+    pi = world.logging(world.expected(log["context"]))
+    np.testing.assert_allclose(log["pscore"], pi[np.arange(40_000), log["action"]])
+    spread = np.sqrt((pi * (1 - pi)).sum(0))
+    assert (np.abs(np.bincount(log["action"], minlength=6) - pi.sum(0)) < 5 * spread).all()
+
+
+def test_landmarks_are_ordered_and_nothing_of_the_truth_is_in_the_log() -> None:
+    world = bilinear(5, 1.0, 200, seed=0)
+    marks = world.landmarks
+    assert 0 < marks["logging"] < marks["optimum"] and marks["best_fixed"] < marks["optimum"]
+    assert set(world.log.table.column_names) == {"context", "action", "reward", "pscore"}
+
+
+def label_set() -> LabelSet:
+    rng = np.random.default_rng(0)
+    x = (rng.random((120, 30)) < 0.2).astype(np.float32)
+    y = (x[:, :4] > 0).astype(np.float32)
+    parts = [sparse.csr_matrix(part) for part in (x[:80], y[:80], x[80:], y[80:])]
+    return LabelSet("toy", *parts)
+
+
+def test_label_feedback_has_true_rewards_and_exact_landmarks() -> None:
+    labels = label_set()
+    world = as_feedback(labels, 500, seed=0, fraction=0.5)
+    reward = world.log.table["reward"].to_numpy()
+    tokens = world.log.table["tokens"].to_pylist()
+    for row in range(0, 500, 25):
+        # Label k is on exactly where token k is.
+        assert reward[row] == float(world.log.table["action"][row].as_py() in tokens[row])
+    test = labels.test_labels.toarray()
+    assert world.landmarks["best_fixed"] == pytest.approx(float(test.mean(0).max()))
+    assert world.landmarks["optimum"] == pytest.approx(float(test.max(1).mean()))
+    assert world.landmarks["supervised"] > 0.8 * world.landmarks["optimum"]
+    torch.testing.assert_close(world.truth.expected(3, 5).numpy(), test[3:5].astype(np.float64))
+
+
+def test_label_set_files(tmp_path: Path) -> None:
+    labels = label_set()
+    for part, x, y in (
+        ("train", labels.train_features, labels.train_labels),
+        ("test", labels.test_features, labels.test_labels),
+    ):
+        arrays = {}
+        for side, matrix in (("X", x), ("Y", y)):
+            for name in ("data", "indices", "indptr", "shape"):
+                arrays[f"{side}_{name}"] = np.asarray(getattr(matrix, name))
+        np.savez(tmp_path / f"toy-{part}.npz", **arrays)
+    found = load_label_set(str(tmp_path / "toy"))
+    assert (found.test_labels != labels.test_labels).nnz == 0
+    with pytest.raises(DataError, match="no label set at"):
+        load_label_set(str(tmp_path / "other"))
+
+
+CONFIG = """
+name: tiny
+seeds: 2
+worlds: [{kind: bilinear, actions: [3, 4], beta: 1, rounds: 60}]
+methods: [good, bad]
+"""
+
+
+def test_a_table_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def method(name: str, value: float):  # type: ignore[no-untyped-def]
+        def learn(world: object, seed: int) -> Learned:
+            calls.append(name)
+            return Learned(Value(value + 0.01 * seed, value), 0.1)
+
+        return learn
+
+    monkeypatch.setattr(suite, "METHODS", {"good": method("good", 0.8), "bad": method("bad", 0.5)})
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    settings = Settings((), 1, 2, 1, False, config=path, out=tmp_path / "out")
+    first = suite.run(settings)
+    assert len(calls) == 8
+    results = tmp_path / "out" / "results.jsonl"
+    lines = results.read_text().splitlines()
+    # The last two cells are lost, one of them half-written.
+    results.write_text("\n".join(lines[:6]) + '\n{"world": "bili')
+    assert suite.run(settings) == first and len(calls) == 10
+    assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 9
+    for name in ("settings.yaml", "command.txt", "summary.json", "values.svg"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    results.write_text('{"world": "bili\n' + "\n".join(lines))
+    with pytest.raises(ValueError, match="damaged in line 1"):
+        suite.run(settings)
+
+
+def test_summary_pairs_by_seed() -> None:
+    lines = [
+        {
+            "world": "w",
+            "seed": seed,
+            "start": start,
+            "method": method,
+            "value": value + 0.1 * seed + 0.02 * start,
+            "greedy": 0.9,
+            "seconds": 1.0,
+            "landmarks": {"logging": 0.1},
+        }
+        for seed in (0, 1, 2)
+        for start in (0, 1)
+        for method, value in (("auto", 0.6 + 0.01 * seed), ("ips", 0.5))
+    ]
+    world = summarise(lines)["worlds"]["w"]
+    assert world["paired"]["ips"]["mean"] == pytest.approx(0.11)
+    assert world["paired"]["ips"]["error"] == pytest.approx(0.01 / np.sqrt(3))
+    assert world["methods"]["ips"]["spread"] == pytest.approx(0.1)
+    assert world["methods"]["ips"]["start_spread"] == pytest.approx(np.sqrt(0.0002))
+
+
+def test_configurations_of_the_source_tree_are_whole() -> None:
+    folder = Path(__file__).parent.parent / "configs" / "quality"
+    for path in sorted(folder.glob("*.yaml")):
+        settings = load_settings(path)
+        assert settings.name == path.stem
+        assert set(settings.methods) <= set(METHODS)
+
+
+def test_mistakes_are_explained(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: x\nmethods: [auto]\nworlds: [{kind: bilinear, action: 3}]\n")
+    with pytest.raises(ConfigError, match=r"worlds\.0\.bilinear"):
+        load_settings(path)
+    path.write_text(json.dumps({"name": "x", "methods": ["nope"], "worlds": []}))
+    with pytest.raises(ConfigError, match="unknown method 'nope'"):
+        suite.run(Settings((), 1, 2, 1, False, config=path, out=tmp_path / "o"))

@@ -1,0 +1,193 @@
+"""R workers give the gradient of one worker on the joined batch, in both strategies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from offtower.config import Config
+from offtower.data.reader import Step
+from offtower.models.reward.fit import obtain_reward_model
+from offtower.prepare import PreparedData, open_data
+from offtower.progress import Progress
+from offtower.training.distributed import ALONE, Workers
+from offtower.training.distributed.item_shard import owned_weights, whole_policy
+from offtower.training.setup import TrainingSetup, build_setup
+from offtower.training.step import StepPlace
+from tests.training.conftest import make_config
+from tests.training.distributed.processes import of_each_size
+
+WORKERS = 4
+OBJECTIVES = ("ips", "snips", "dr", "clipped_dr", "regression", "weighted_likelihood")
+CASES = [(name, 31) for name in OBJECTIVES] + [("snips", 3), ("dr", 2), ("regression", 1)]
+"""Objective and batch size: 31 and 3 are uneven for some number of workers, 2 and 1 leave workers
+without rows."""
+SAMPLED = [("ips", name) for name in ("uniform", "mixed", "in_batch", "frequency", "top_k")]
+
+
+def config_of(
+    folder: Path, runs: Path, strategy: str, objective: str, batch: int, *more: str
+) -> Config:
+    return make_config(
+        folder,
+        runs,
+        f"{strategy}-{objective}-{batch}",
+        f"training.strategy={strategy}",
+        f"objective.name={objective}",
+        f"training.batch_size={batch}",
+        "training.item_chunk=3",
+        "policy.item_bias=true",
+        "policy.learn_temperature=true",
+        "policy.item_tower.dropout=0.1",
+        "reward_model.epochs=1",
+        *more,
+    )
+
+
+def gradients(setup: TrainingSetup, batch: Step) -> dict[str, Any]:
+    """Loss, value, measures, norm and the summed gradients of the whole policy, by name."""
+    policy, workers = setup.policy, setup.workers
+    policy.train()
+    policy.seed_draws(11)
+    trainer = setup.trainer()
+    if setup.proposal is not None:
+        setup.proposal.at_step(0)
+    value, measures = setup.step.loss(batch, measure=True, place=StepPlace(1, 5))
+    value.loss.backward()
+    trainer._gradients.combine()
+    norm = trainer._gradients.clip(1e9)
+    found: dict[str, Tensor] = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.to_dense().clone()
+        for name, p in policy.named_parameters()
+    }
+    if setup.shard is not None:
+        # Gradients in the places of the weights: the whole policy's assembly puts rows in order.
+        policy.load_state_dict({**policy.state_dict(), **found})
+        whole = whole_policy(policy, setup.shard, setup.data, workers)
+        names = set(owned_weights(policy, setup.shard).values())
+        found = {
+            name: whole.state_dict()[name] if whole is not None and name in names else value
+            for name, value in found.items()
+        }
+    if setup.proposal is not None:
+        setup.proposal.close()
+    return {
+        "loss": float(setup.step.whole(value.loss.detach())),
+        "value": float(value.value),
+        "norm": norm,
+        "measures": None if measures is None else measures.__dict__,
+        "gradients": found,
+    }
+
+
+def first_batch(setup: TrainingSetup) -> Step:
+    trainer = setup.trainer()
+    with trainer._reader() as reader:
+        for batch in reader.epoch(0, None, setup.workers.rank, setup.workers.size):
+            return batch
+    raise AssertionError
+
+
+def prepared(config: Config) -> tuple[PreparedData, Any]:
+    data = open_data(config, Progress())
+    return data, obtain_reward_model(config.reward_model, data, config.seed, Progress())
+
+
+def all_cases(workers: Workers, folder: Path, runs: Path) -> dict[str, Any]:
+    found = {}
+    data, model = prepared(config_of(folder, runs, "replicated", "dr", 31))
+    for objective, size in CASES:
+        for strategy in ("replicated", "item_sharded"):
+            config = config_of(folder, runs, strategy, objective, size)
+            setup = build_setup(config, data, model, workers, Progress())
+            found[f"{strategy} {objective} {size}"] = gradients(setup, first_batch(setup))
+    for objective, proposal in SAMPLED:
+        config = config_of(folder, runs, "replicated", objective, 31, *sampling(proposal))
+        setup = build_setup(config, data, model, workers, Progress())
+        found[f"{proposal} {objective} 31"] = gradients(setup, first_batch(setup))
+    return found
+
+
+def sampling(proposal: str) -> tuple[str, ...]:
+    return (
+        "training.terms=sampled",
+        f"sampling.proposal={proposal}",
+        "sampling.num_samples=6",
+        "sampling.top_k=3",
+    )
+
+
+@pytest.fixture(scope="module")
+def results(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """By number of workers, 0 for the plain one-process run; rank 0 has the whole policy's."""
+    folder = tmp_path_factory.mktemp("gradients")
+    of_each_size(WORKERS, all_cases, folder, simulated, folder)
+    found = {
+        size: [torch.load(folder / f"{size}-{rank}.pt", weights_only=False) for rank in range(size)]
+        for size in range(1, WORKERS + 1)
+    }
+    return {0: [all_cases(ALONE, simulated, folder)], **found}
+
+
+NAMES = [
+    *(f"{s} {o} {b}" for o, b in CASES for s in ("replicated", "item_sharded")),
+    *(f"{p} {o} 31" for o, p in SAMPLED),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_do_not_depend_on_the_workers(results: dict[int, Any], name: str) -> None:
+    """Against one process with the whole catalogue: loss, value, weights, norm, every parameter."""
+    expected = results[0][0][name.replace("item_sharded", "replicated")]
+    scale = max(float(g.abs().max()) for g in expected["gradients"].values())
+    assert scale > 1e-4
+    for size in range(1, WORKERS + 1):
+        for rank in range(size):
+            found = results[size][rank][name]
+            for key in ("loss", "value", "norm"):
+                assert found[key] == pytest.approx(expected[key], rel=2e-5, abs=1e-6), (size, key)
+            if expected["measures"] is None:
+                assert found["measures"] is None
+            else:
+                assert found["measures"] == pytest.approx(expected["measures"], rel=1e-4)
+            if rank == 0:
+                for parameter, gradient in expected["gradients"].items():
+                    torch.testing.assert_close(
+                        found["gradients"][parameter],
+                        gradient,
+                        rtol=2e-5,
+                        atol=2e-6 * scale,
+                        msg=lambda text, at=(size, parameter): f"{at}: {text}",
+                    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_workers_agree_to_the_bit(results: dict[int, Any], name: str) -> None:
+    """What all workers have gets the same gradient on each, so they never drift apart."""
+    for size in range(2, WORKERS + 1):
+        first = results[size][0][name]
+        for rank in range(1, size):
+            other = results[size][rank][name]
+            assert other["loss"] == first["loss"] and other["norm"] == first["norm"]
+            for parameter, gradient in other["gradients"].items():
+                if gradient.shape == first["gradients"][parameter].shape:
+                    torch.testing.assert_close(
+                        gradient, first["gradients"][parameter], rtol=0, atol=0
+                    )
+
+
+def test_the_id_table_is_split(results: dict[int, Any]) -> None:
+    """With an id in the catalogue a worker has its items' rows, and one for the unknown."""
+    whole = results[0][0]["replicated dr 31"]["gradients"]
+    split = [
+        [name for name, g in results[2][1]["item_sharded dr 31"]["gradients"].items()
+         if g.shape != whole[name].shape]
+    ][0]  # fmt: skip
+    assert split
+    for name in split:
+        assert whole[name].shape[0] == 15
+        assert results[2][1]["item_sharded dr 31"]["gradients"][name].shape[0] == 8

@@ -1,0 +1,77 @@
+"""The built-in search: what it draws, what it picks, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from offtower.config import load_config
+from offtower.errors import ConfigError
+from offtower.training import tune as module
+from offtower.training.run import train_run
+from offtower.training.tune import DEFAULT_SPACE, draw_trials, load_space, trial_config, tune
+from tests.training.conftest import make_config
+
+SPACE = {
+    "objective": [{"name": "regression"}, {"name": "weighted_likelihood"}, {"name": "dr"}],
+    "training.epochs": [1],
+    "training.learning_rate": [0.003, 0.01],
+}
+
+
+def test_trials_are_different_points_of_the_space() -> None:
+    points = list(draw_trials(SPACE, 100, seed=0))
+    assert len(points) == 6
+    assert len({json.dumps(point) for point in points}) == 6
+    assert list(draw_trials(SPACE, 2, seed=0)) == points[:2]
+    assert list(draw_trials(SPACE, 6, seed=1)) != points
+
+
+def test_every_objective_of_the_default_space_is_a_valid_run(
+    simulated: Path, tmp_path: Path
+) -> None:
+    config = make_config(simulated, tmp_path, "x", reward_model={"kind": "none"})
+    for number, overrides in enumerate(draw_trials(DEFAULT_SPACE, 10_000, seed=0)):
+        trial = trial_config(config, number, overrides, 0.95)
+        needs = trial.objective.name in ("clipped_dr", "pessimistic_dr")
+        assert trial.reward_model.kind == ("factored" if needs else "none")
+
+
+def test_the_best_bound_wins_and_its_configuration_trains(simulated: Path, tmp_path: Path) -> None:
+    config = make_config(simulated, tmp_path, "search")
+    said: list[str] = []
+    found = tune(config, space=SPACE, count=3, say=said.append)
+    lows = [trial.low for trial in found.trials]
+    assert lows == sorted(lows, reverse=True) and len(said) == 3
+    stored = json.loads((found.folder / "trials.json").read_text())
+    assert [trial["number"] for trial in stored] == [trial.number for trial in found.trials]
+    best = load_config(found.folder / "best.yaml")
+    assert best.name == "search" and best.evaluation.confidence == 0.95
+    assert best.objective.name == found.best.overrides["objective"]["name"]
+    # Each bound holds at the confidence of all three together, so alone it is higher.
+    alone = train_run(best).validation
+    assert alone is not None and found.best.low is not None and alone > found.best.low
+
+
+def test_resumed_search_keeps_what_ended(
+    simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(simulated, tmp_path, "again")
+    first = tune(config, space=SPACE, count=2)
+    monkeypatch.setattr(module, "train_run", lambda *a, **k: pytest.fail("trained again"))
+    assert tune(config, space=SPACE, count=2, resume=True) == first
+
+
+def test_mistakes_are_explained(simulated: Path, tmp_path: Path) -> None:
+    config = make_config(simulated, tmp_path, "bad")
+    with pytest.raises(ConfigError, match=r"did you mean 'learning_rate'"):
+        tune(config, space={"training.learning_rat": [1.0]}, count=1)
+    config.data.validation = None
+    with pytest.raises(ConfigError, match="needs a held-out log"):
+        tune(config)
+    path = tmp_path / "space.yaml"
+    path.write_text("training.epochs: 3\n")
+    with pytest.raises(ConfigError, match=r"'training\.epochs' needs a list"):
+        load_space(path)
