@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -79,30 +80,15 @@ class CatalogueStream:
                     elif at < stop:
                         groups.append(group)
                     at += count
-                together = _together(opened.metadata, groups, rows)
-                read = (
-                    batch for some in together for batch in opened.iter_batches(rows, some, columns)
+                # A group at a time: a reader of several holds on to what it has read.
+                read = chain.from_iterable(
+                    opened.iter_batches(batch_size=rows, columns=columns, row_groups=[group])
+                    for group in groups
                 )
                 for table in _cut(read, start - skipped, stop - skipped, rows):
                     yield Catalogue(table, self.schema, fingerprint="a part")
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"'{file}' is not a readable Parquet file: {error}") from error
-
-
-def _together(metadata: pq.FileMetaData, groups: Iterable[int], rows: int) -> Iterator[list[int]]:
-    """Row groups to read together, of about `rows` rows: a reader of the whole file holds on to
-    what it has read."""
-    together: list[int] = []
-    count = 0
-    for group in groups:
-        size = metadata.row_group(group).num_rows
-        if together and count + size > rows:
-            yield together
-            together, count = [], 0
-        together.append(group)
-        count += size
-    if together:
-        yield together
 
 
 def _cut(batches: Iterable[pa.RecordBatch], start: int, stop: int, rows: int) -> Iterator[pa.Table]:
