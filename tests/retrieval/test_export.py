@@ -325,6 +325,25 @@ def test_items_embedded_elsewhere_have_the_same_bits(
     assert ids.to_pylist() == table["item_id"].to_pylist()
 
 
+def test_a_row_group_is_read_once(
+    run: Path, world: SimulatedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks that end inside a row group do not read it anew."""
+    pq.write_table(world.catalogue_table(), tmp_path / "all.parquet", row_group_size=2000)
+    policy, _ = load_policy(run / "policy")
+    read: list[list[int]] = []
+    batches = pq.ParquetFile.iter_batches
+
+    def counted(self: pq.ParquetFile, *args: Any, row_groups: list[int], **kwargs: Any) -> Any:
+        read.append(row_groups)
+        return batches(self, *args, row_groups=row_groups, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    stream = CatalogueStream(tmp_path / "all.parquet", world.catalogue_schema)
+    assert write_vectors(policy, stream, tmp_path, chunk=700).count == 3000
+    assert read == [[0], [1]]
+
+
 def test_ids_are_checked(run: Path, exported: Path) -> None:
     with pytest.raises(RunError, match="expected 5"):
         load_ids(exported / "ids.arrow", 5)
