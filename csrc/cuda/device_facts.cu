@@ -6,24 +6,37 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <mutex>
 
 namespace offtower::cuda {
 
 #if defined(__CUDACC__)
 Device device_facts(int number) {
+  constexpr int kMost = 64;
+  static std::once_flag once[kMost];
+  static Device known[kMost];
+  if (number < 0 || number >= kMost) throw std::runtime_error("no such device");
   // The runtime that is linked in here has a notion of its own of the current device.
   check(cudaSetDevice(number), "cudaSetDevice");
-  const auto fact = [&](cudaDeviceAttr which) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, number), "cudaDeviceGetAttribute");
-    return value;
-  };
-  return {number,
-          fact(cudaDevAttrComputeCapabilityMajor),
-          fact(cudaDevAttrComputeCapabilityMinor),
-          fact(cudaDevAttrMultiProcessorCount),
-          fact(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          fact(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  std::call_once(once[number], [&] {
+    const auto fact = [&](cudaDeviceAttr which) {
+      int value = 0;
+      check(cudaDeviceGetAttribute(&value, which, number), "cudaDeviceGetAttribute");
+      return value;
+    };
+    // 1 KiB less, for what a block may have beside its dynamic shared memory.
+    known[number] = {number,
+                     fact(cudaDevAttrComputeCapabilityMajor),
+                     fact(cudaDevAttrComputeCapabilityMinor),
+                     fact(cudaDevAttrMultiProcessorCount),
+                     fact(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024,
+                     fact(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  });
+  Device device = known[number];
+  // The portable kernels can be had on Hopper too, to compare them.
+  const char* wish = std::getenv("OFFTOWER_CUDA_KERNELS");
+  if (wish != nullptr && std::string(wish) == "portable" && device.major == 9) device.major = 8;
+  return device;
 }
 #else
 // With few multiprocessors, so that small problems are split. OFFTOWER_EMULATED_DEVICE: "major minor

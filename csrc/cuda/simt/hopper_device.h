@@ -10,6 +10,9 @@ namespace offtower::cuda {
 
 using TensorMap = CUtensorMap;
 
+// Tells the compiler that all lanes have the same number, so that it keeps it once.
+OFFTOWER_DEVICE int same_in_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 OFFTOWER_DEVICE void init_barrier(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals)
