@@ -65,7 +65,7 @@ def retrieval_table(evaluation: LogEvaluation) -> Table:
         for one in found:
             index = one["index_recall"]
             table.add_row(
-                evaluation.objectives[name],
+                evaluation.labels[name],
                 f"{one['k']:,}",
                 f"{one['recall']:.4f} ±{one['recall_error']:.4f}",
                 f"{one['ndcg']:.4f} ±{one['ndcg_error']:.4f}",
