@@ -3,7 +3,7 @@
 With --workers the same training runs on Ray, and gives the same policy up to rounding.
 
 \b
-Examples:
+Example:
   offtower train configs/quickstart/ips.yaml --set training.epochs=5
   offtower train mine.yaml --workers 4 --set training.strategy=item_sharded
 """
