@@ -358,7 +358,7 @@ class TrackingConfig:
     tensorboard: bool = False
     """Event files in the run's folder `tensorboard`."""
     mlflow: str | None = None
-    """URI of an MLflow tracking server, or file:FOLDER."""
+    """URI of an MLflow tracking server."""
     mlflow_experiment: str = "offtower"
 
 
