@@ -9,26 +9,21 @@ says for what. Why it was not built is kept for `offtower doctor`.
 """
 
 import os
-import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "csrc/cuda"))
+import cuda_build  # noqa: E402
+
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))
-KERNELS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
 ARCHITECTURES = os.environ.get("OFFTOWER_CUDA_ARCHITECTURES", "80 90a").split()
+WISH = os.environ.get("OFFTOWER_CUDA", "")
 WHY_NOT = "_cuda_build.txt"
-
-
-def find_nvcc() -> str | None:
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    given = [Path(home, "bin", "nvcc") for home in homes if home]
-    return next((str(p) for p in given if p.exists()), None) or shutil.which("nvcc")
 
 
 def gpu_is_visible() -> bool:
@@ -37,52 +32,13 @@ def gpu_is_visible() -> bool:
 
 def why_no_cuda() -> str:
     """A reason not to build the CUDA core, or ""."""
-    wish = os.environ.get("OFFTOWER_CUDA", "")
-    if wish == "0":
+    if WISH == "0":
         return "OFFTOWER_CUDA=0 was set when offtower was installed"
-    if wish != "1" and not gpu_is_visible():
+    if WISH != "1" and not gpu_is_visible():
         return "no NVIDIA GPU was visible when offtower was installed, and OFFTOWER_CUDA=1 not set"
-    return "" if find_nvcc() else "CUDA's compiler nvcc was not found when offtower was installed"
-
-
-def machine_code(architecture: str) -> list[str]:
-    """Options of nvcc: sm_80 carries PTX too, which later devices compile when they load it."""
-    code = f"sm_{architecture}"
-    if architecture.isdigit():
-        code = f"[{code},compute_{architecture}]"
-    return ["-gencode", f"arch=compute_{architecture},code={code}"]
-
-
-def compile_kernels(folder: Path) -> list[str]:
-    """Objects of the CUDA sources, side by side."""
-    nvcc = find_nvcc()
-    assert nvcc is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    options = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
-    options += [option for a in ARCHITECTURES for option in machine_code(a)]
-
-    def build(source: str) -> str:
-        target = folder / f"{Path(source).stem}.o"
-        report = target.with_suffix(".txt")  # registers, spills and shared memory of each kernel
-        with report.open("w") as out:
-            subprocess.run(
-                [nvcc, *options, "-c", source, "-o", str(target)],
-                check=True,
-                cwd=ROOT,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-        return str(target)
-
-    def run(source: str) -> str:
-        try:
-            return build(source)
-        except subprocess.CalledProcessError as error:
-            said = (folder / f"{Path(source).stem}.txt").read_text()
-            raise RuntimeError(f"nvcc failed on {source}:\n{said[-4000:]}") from error
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(run, KERNELS))
+    if cuda_build.find_nvcc() is None:
+        return "CUDA's compiler nvcc was not found when offtower was installed"
+    return ""
 
 
 class BuildCores(build_ext):
@@ -94,16 +50,12 @@ class BuildCores(build_ext):
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         if ext.name.endswith("_cuda"):
-            home = Path(find_nvcc() or "").resolve().parents[1]
-            objects = compile_kernels(Path(self.build_temp, "cuda"))
-            ext.extra_objects = objects
-            candidates = [home, Path("/usr/local/cuda")]
-            ext.library_dirs += [
-                str(place)
-                for base in candidates
-                for place in (base / "lib64", base / "lib", base / "targets/x86_64-linux/lib")
-                if (place / "libcudart_static.a").exists()
-            ]
+            folder = Path(self.build_temp, "cuda").resolve()
+            try:
+                ext.extra_objects = cuda_build.compile_kernels(folder, ARCHITECTURES)
+            except RuntimeError as error:
+                raise CompileError(str(error)) from error  # which an optional core may have
+            ext.library_dirs += cuda_build.library_folders()
         super().build_extension(ext)
 
 
@@ -124,17 +76,14 @@ cpu.optional = True
 cuda = Pybind11Extension(
     "offtower.ops._cuda",
     ["csrc/bindings/cuda_module.cpp"],
-    depends=[*HEADERS, *KERNELS],
+    depends=[*HEADERS, *cuda_build.sources(ARCHITECTURES)],
     cxx_std=17,
-    define_macros=[
-        ("OFFTOWER_CUDA_MODULE", "_cuda"),
-        ("OFFTOWER_CUDA_ARCHITECTURES", '"' + ", ".join(f"sm_{a}" for a in ARCHITECTURES) + '"'),
-    ],
-    libraries=["cudart_static", "rt", "pthread", "dl"],
+    define_macros=list(cuda_build.macros(ARCHITECTURES).items()),
+    libraries=list(cuda_build.LIBRARIES),
 )
-cuda.optional = os.environ.get("OFFTOWER_CUDA", "") != "1"
+cuda.optional = WISH != "1"
 
-if os.environ.get("OFFTOWER_CUDA", "") == "1" and why_no_cuda():
+if WISH == "1" and why_no_cuda():
     raise SystemExit(f"OFFTOWER_CUDA=1: {why_no_cuda()}; put nvcc on the PATH or set CUDA_HOME")
 
 setup(

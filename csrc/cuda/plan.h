@@ -110,21 +110,22 @@ struct HopperPlan {
 inline HopperPlan plan_hopper(const Device& device, int columns, int panels, int reward_panels,
                               int vectors, int64_t stay_rows, int64_t stream_rows,
                               int64_t split_bytes) {
-  // (stages of the stay side, of the stream): prefetching the next rows matters where the stream is
-  // short, and a third tile in flight hides the copies.
-  constexpr int kChoices[][2] = {{2, 4}, {2, 3}, {1, 4}, {1, 3}, {2, 2}, {1, 2}};
+  if (device.major != 9) return {};
+  const int64_t groups = ceil_div(stay_rows, kHopperRows), tiles = ceil_div(stream_rows, columns);
+  const int splits = splits_for(groups, tiles, device.multiprocessors, split_bytes);
+  // (stages of the stay side, of the stream), best first. Where the stream is short the next rows must
+  // be on their way early; where it is long, its own tiles.
+  constexpr int kShort[][2] = {{2, 4}, {2, 3}, {2, 2}, {1, 4}, {1, 3}, {1, 2}};
+  constexpr int kLong[][2] = {{2, 4}, {2, 3}, {1, 4}, {1, 3}, {2, 2}, {1, 2}};
+  constexpr int64_t kShortTiles = 64;
   HopperPlan plan{};
-  if (device.major != 9) return plan;
-  for (const auto& choice : kChoices) {
+  for (const auto& choice : tiles / splits < kShortTiles ? kShort : kLong) {
     const HopperLayout l = hopper_layout(columns, panels, reward_panels, vectors, choice[0], choice[1]);
     if (l.bytes > device.block_shared) continue;
-    plan = {true, choice[0], choice[1], 1, l.bytes, 0, 0};
+    plan = {true, choice[0], choice[1], splits, l.bytes, 0, 0};
     break;
   }
   if (!plan.fits) return plan;
-  const int64_t groups = ceil_div(stay_rows, kHopperRows);
-  plan.splits =
-      splits_for(groups, ceil_div(stream_rows, columns), device.multiprocessors, split_bytes);
   plan.works = groups * plan.splits;
   plan.blocks = least(plan.works, device.multiprocessors);
   return plan;

@@ -14,10 +14,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass as frozen_dataclass
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from offtower.errors import ConfigError
@@ -274,6 +281,16 @@ class EstimatorConfig:
 SelectionModel = Literal["linear", "trees", "two_tower"]
 
 
+def _named(content: Any) -> Any:
+    """A mapping by text: YAML reads an unquoted name such as 1 as a number."""
+    if not isinstance(content, Mapping):
+        return content
+    return {str(name): value for name, value in content.items()}
+
+
+ByName = Annotated[dict[str, str], BeforeValidator(_named), Field(min_length=1)]
+
+
 @dataclass(config=_STRICT)
 class SelectionConfig:
     """Which estimator to believe (`offtower evaluate --select`)."""
@@ -288,12 +305,27 @@ class SelectionConfig:
     logging_run: str | None = None
     """Run directory whose policy logged the rows, where one did: PAS-IF then draws from it and can
     judge candidates with a reward model. Without it only logged propensities are known."""
+    logging_runs: ByName | None = None
+    """For a log of several behaviour policies: the run directory of each, by its value in the
+    column behavior_policy. The heuristic needs them; PAS-IF draws from each row's own policy. They
+    are checked against the logged propensities."""
+    logging_columns: ByName | None = None
+    """In place of logging_runs, for the heuristic: the column of the log with each behaviour
+    policy's propensity of the logged item. Candidates with a reward model are then not judged."""
+    logging_tolerance: float = Field(default=0.02, ge=0.0)
+    """Largest relative distance of logging_runs or logging_columns from the logged propensities."""
     draws: int = Field(default=100, ge=2)
-    """Draws from the logging policy for each row, with logging_run."""
+    """Draws from the logging policy for each row, with logging_run or logging_runs. A catalogue of
+    no more items is summed over instead."""
     draw_rows: int = Field(default=20_000, ge=100)
-    """Rows that PAS-IF works on, with logging_run: evenly spaced ones of a longer log."""
+    """Rows that PAS-IF works on at draws: evenly spaced ones of a longer log."""
     share: float = Field(default=0.2, gt=0.0, lt=1.0)
     """PAS-IF's k, the expected share of the pseudo-target part."""
+    importance_fit: Literal["exact", "network"] = "exact"
+    """How PAS-IF's split is fitted: a root-find, or the published network (slow: about a minute for
+    2,000 rows and 10 items), which needs logging_run or logging_runs and the whole catalogue."""
+    network_steps: int = Field(default=5_000, ge=1)
+    """The network's steps of Adam on all rows, for each lambda of its grid."""
     repetitions: int = Field(default=100, ge=2)
     """PAS-IF's splits."""
 
@@ -326,7 +358,7 @@ class TrackingConfig:
     tensorboard: bool = False
     """Event files in the run's folder `tensorboard`."""
     mlflow: str | None = None
-    """URI of an MLflow tracking server, or file:FOLDER."""
+    """URI of an MLflow tracking server."""
     mlflow_experiment: str = "offtower"
 
 

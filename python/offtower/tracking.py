@@ -91,7 +91,7 @@ class MLflow(Tracker):
     """One MLflow run for a run directory, gone on with after a resumption.
 
     Args:
-        uri: of the tracking server, or file:FOLDER.
+        uri: of the tracking server.
         experiment: name; made where it is not there.
     """
 
@@ -101,7 +101,6 @@ class MLflow(Tracker):
             from mlflow.exceptions import MlflowException
         except ImportError as error:
             raise MissingExtraError("mlflow-skinny", "tracking", "tracking.mlflow") from error
-        self._error = MlflowException
         known = run_path / _FILE
         try:
             self._client = MlflowClient(tracking_uri=uri)

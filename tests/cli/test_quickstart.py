@@ -31,5 +31,5 @@ def test_quickstart_from_the_install_to_the_report(tmp_path: Path) -> None:
             assert abs(found["value"] - truth) < 4 * found["std_error"]
     html = (out / "report.html").read_text()
     # Of each log: estimates, learning curves, weights, calibration of the reward model.
-    assert html.count("<svg") == 8
+    assert html.count("<svg") == 2 * 8  # each chart wide and narrow
     assert "best possible policy" in html

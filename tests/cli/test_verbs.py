@@ -235,7 +235,23 @@ def test_simulate_writes_logs_that_validate(tmp_path: Path) -> None:
     assert call("simulate", "--out", str(out)).exit_code == 2
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").rglob("*.yaml")))
+def test_simulate_logs_with_several_policies(tmp_path: Path) -> None:
+    out = str(tmp_path / "sim")
+    content = call_json(
+        *("simulate", "--out", out, "--items", "9", "--rows", "50", "--beta", "-1", "--beta", "2")
+    )
+    assert content["logging_columns"] == {
+        "logging-1": "pscore_logging-1",
+        "logging-2": "pscore_logging-2",
+    }
+    assert call_json("validate", f"{out}/train", "--catalogue", f"{out}/catalogue")["ok"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    # Those of the quality benchmark are no runs; its own tests read them.
+    sorted(p for p in (REPOSITORY / "configs").rglob("*.yaml") if p.parent.name != "quality"),
+)
 def test_ready_made_configs_are_valid(path: Path) -> None:
     assert load_config(path).name
 

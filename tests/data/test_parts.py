@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from offtower.data.check import BadRowsError
 from offtower.data.ingest import ingest_files
-from offtower.data.log import write_log
+from offtower.data.log import ParquetLog, write_log
 from offtower.data.parts import RowSource, write_log_parts
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
-from offtower.data.simulate import SimulatedWorld, write_simulated_log
+from offtower.data.simulate import LoggingPolicy, SimulatedWorld, write_simulated_log
 from offtower.data.split import split_log
 from offtower.errors import DataError
 from tests.data.conftest import make_schema, make_table
@@ -155,11 +155,20 @@ def test_splitting_by_many_workers(tmp_path: Path, by: str) -> None:
     assert content(tmp_path / "many") == content(tmp_path / "one")
 
 
-def test_simulating_by_many_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("several", [False, True])
+def test_simulating_by_many_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several: bool
+) -> None:
+    """Two policies log a full chunk each and, at the end, parts of one."""
     monkeypatch.setattr("offtower.data.simulate.drawing.ROWS_PER_FILE", 65_536)
     world = SimulatedWorld(20, 2, 2, 2, seed=3, feature_kinds="all")
-    write_simulated_log(world, tmp_path / "one", 70_000, 1)
-    write_simulated_log(world, tmp_path / "many", 70_000, 1, mapper=BackwardsMapper())
+    policies = {name: LoggingPolicy(beta=b) for name, b in (("low", -1.0), ("high", 1.0))}
+    made_by = policies if several else None
+    for name, mapper in (("one", None), ("many", BackwardsMapper())):
+        place = tmp_path / name
+        write_simulated_log(world, place, 70_001, 1, policies=made_by, mapper=mapper)
+    log = ParquetLog.open(tmp_path / "many")
+    assert log.num_rows == 70_001
     assert len(content(tmp_path / "one")) == 3
     assert content(tmp_path / "many") == content(tmp_path / "one")
 

@@ -8,7 +8,15 @@ import pyarrow as pa
 import pytest
 import torch
 
-from offtower.data.simulate import ObpWorld, SimulatedWorld, obp_synthetic, true_value
+from offtower.data.simulate import (
+    LoggingPolicy,
+    ObpWorld,
+    SimulatedWorld,
+    log_of_several,
+    obp_synthetic,
+    propensity_column,
+    true_value,
+)
 from offtower.data.simulate.features import CONTEXT_NAMES, Side, vector_array, vector_matrix
 from offtower.errors import ConfigError, DataError, MissingExtraError
 
@@ -41,6 +49,40 @@ def test_pscore_is_the_exact_probability(kinds: str) -> None:
     assert log["pscore"].type == pa.float64()
     expected = policy[np.arange(3000), action]
     np.testing.assert_allclose(log["pscore"].to_numpy(), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("logging", ["contextual", "popularity"])
+def test_a_log_of_several_policies_knows_each_ones_probabilities(logging: str) -> None:
+    """Against enumeration; rows in turn, also where the chunks of the policies differ in number."""
+    world = SimulatedWorld(11, 3, 3, 3, seed=4, logging=logging, string_ids=True)
+    policies = {
+        name: LoggingPolicy(logging, beta, 0.1)
+        for name, beta in (("low", -1.0), ("high", 2.0), ("flat", 0.0))
+    }
+    log = pa.concat_tables(log_of_several(world, 3 * 4096 + 2, 7, policies)).combine_chunks()
+    assert log.num_rows == 3 * 4096 + 2
+    assert log["behavior_policy"].to_pylist()[:4] == ["low", "high", "flat", "low"]
+    logits = all_logits(world, log)
+    if logging == "popularity":
+        logits = np.tile(world.item_logit.numpy(), (len(logits), 1))
+    ids = world.item_ids.to_pylist()
+    action = np.array([ids.index(one) for one in log["action"].to_pylist()])
+    rows = np.arange(len(action))
+    names = log["behavior_policy"].to_numpy(zero_copy_only=False)
+    for name, policy in policies.items():
+        expected = (0.9 * softmax(policy.beta * logits) + 0.1 / 11)[rows, action]
+        found = log[propensity_column(name)].to_numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-10)
+        own = names == name
+        np.testing.assert_allclose(log["pscore"].to_numpy()[own], found[own], rtol=1e-12)
+
+
+def test_a_log_of_several_policies_needs_several() -> None:
+    world = SimulatedWorld(5, 2, 2, 2)
+    one, two = LoggingPolicy(), LoggingPolicy("popularity")
+    for rows, policies in ((9, {"a": one}), (1, {"a": one, "b": one}), (9, {"a": one, "b": two})):
+        with pytest.raises(ConfigError, match=r"two or more|this world's kind"):
+            log_of_several(world, rows, 0, policies)
 
 
 def test_actions_and_rewards_follow_their_probabilities() -> None:

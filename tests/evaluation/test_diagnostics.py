@@ -151,6 +151,15 @@ def test_constant_predictions_have_no_slope() -> None:
     assert got.slope is None and got.error == 0.0 and len(got.bins) == 1
 
 
+def test_items_below_what_the_log_can_show_are_hidden() -> None:
+    """Two contexts, target certain of its item: the share whose weight exceeds the rows."""
+    got = support_probe([0.02, 0.0, 0.009, 0.01], [1.0, 1.0, 1.0, 1.0], num_rows=100)
+    assert got.missing == 0.25 and got.hidden == 0.5
+    assert support_probe([0.02]).hidden is None
+    # A near-uniform target over a large catalogue is not hidden by a near-uniform log.
+    assert support_probe([1e-6], [1.5e-6], num_rows=1000).hidden == 0.0
+
+
 def test_support_probe() -> None:
     got = support_probe(np.concatenate([np.zeros(5), np.full(95, 0.02)]))
     assert (got.draws, got.missing, got.least) == (100, 0.05, 0.02)
@@ -162,6 +171,8 @@ def test_support_probe() -> None:
     assert (none.missing, none.high, none.least) == (1.0, 1.0, None)
     with pytest.raises(DataError, match="at least one item"):
         support_probe([])
+    with pytest.raises(DataError, match="same 2 items"):
+        support_probe([0.1, 0.2], [0.1], num_rows=5)
     for bad in ([1.5], [-0.1], [np.nan]):
         with pytest.raises(DataError, match="numbers from 0 to 1"):
             support_probe(bad)

@@ -87,6 +87,7 @@ DOUBTS = {
     "balance": {"weights": replace(WEIGHTS, balance=0.02, balance_z=9.0)},
     "too_few_users": {"users": 20},
     "support": {"support": support_probe([0.0, 0.1, 0.1])},
+    "hidden_support": {"support": support_probe([1e-9, 0.1], [0.5, 0.2], num_rows=10_000)},
 }
 
 
@@ -100,7 +101,7 @@ def test_each_doubt_keeps_a_verdict_back(code: str, low: float, high: float) -> 
     assert ("interval_holds_margin" in codes(verdict, "doubt")) == straddles
 
 
-@pytest.mark.parametrize("code", ["effective_sample_size", "weight_tail", "support"])
+@pytest.mark.parametrize("code", ["weight_tail", "support", "hidden_support"])
 def test_the_guaranteed_interval_needs_no_light_tail(code: str) -> None:
     sure = Interval(0.01, 0.5, 0.95, "log_smoothing")
     verdict = decide(evidence(-0.1, 0.2, guaranteed=sure, **DOUBTS[code]))

@@ -116,6 +116,15 @@ def test_nothing_known_and_tiny_rewards(tmp_path: Path) -> None:
     assert "nan" not in html.lower().replace("pronan", "")
 
 
+def test_two_policies_of_one_objective_are_told_apart(tmp_path: Path) -> None:
+    one = evaluation(names=("first", "second", "third"))
+    one.objectives = {"first": "dr", "second": "dr", "third": "ips"}
+    assert list(one.labels.values()) == ["first (dr)", "second (dr)", "ips"]
+    html = render(tmp_path / "r.html", one)
+    for label in one.labels.values():
+        assert f"<h3>{label}</h3>" in html
+
+
 def test_numbers() -> None:
     assert number(None) == "–"
     assert number(float("nan")) == "–"

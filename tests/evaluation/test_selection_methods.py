@@ -22,6 +22,8 @@ from offtower.evaluation.selection import (
     select_estimator,
 )
 from offtower.evaluation.selection.pasif import _repetition_errors
+from offtower.evaluation.selection.result import make_result
+from offtower.evaluation.selection.select import _spread, _verdict
 
 from .selection_worlds import World, candidates
 
@@ -286,6 +288,35 @@ def test_comparison_names_disagreement_and_failures() -> None:
     report = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
     assert report["choices"]["paired"] == comparison.best.name
     assert "choose" in comparison.verdict
+
+
+def test_choices_are_compared_by_the_noise_of_their_difference() -> None:
+    """DM by the truth and SNIPS, 40 logs: |z| > 2 in more than 6 has probability .003.
+
+    In standard errors of DM alone, which is quiet, most would be beyond 2.
+    """
+    pool = [Candidate("SNIPS", e.SNIPS()), Candidate("DM[q]", e.DM(), "q")]
+    nothing = np.zeros(2)
+    beyond = far = 0
+    for seed in range(300, 340):
+        w = World(seed, n=600)
+        log = w.log({"q": w.q})
+        values = log.problem.values(pool)
+        results = {
+            name: make_result(name, pool, values, nothing, nothing, nothing, order=order)
+            for name, order in (("paired", [1, 0]), ("pasif", [0, 1]))
+        }
+        own, spread = _spread(log, pool, results, "paired")
+        _, influence = log.problem.influence(pool)
+        error = np.std(influence[0] - influence[1]) / np.sqrt(w.n)
+        assert spread == pytest.approx(abs(values[0] - values[1]) / error)
+        beyond += spread > 2.0
+        far += own > 2.0
+    assert beyond <= 6 < 20 < far
+    alike = {"paired": results["paired"], "ocv": results["paired"]}
+    assert _spread(log, pool, alike, "paired") == (0.0, 0.0)
+    words = [_verdict(results, "paired", own, z) for own, z in ((0.5, 9.0), (9.0, 1.0), (9.0, 9.0))]
+    assert ["hardly" in words[0], "noise explains" in words[1], "biased" in words[2]] == [True] * 3
 
 
 def test_default_candidates_are_tuned_and_rankable() -> None:

@@ -69,7 +69,7 @@ def test_a_lost_worker_is_replaced_and_its_part_runs_again(
 
 
 def test_a_worker_lost_again_and_again_is_one_clear_error(ray_cluster: str) -> None:
-    with pytest.raises(ClusterError, match=r"judging: the worker of part 0 was lost 2 times"):
+    with pytest.raises(ClusterError, match=r"judging: the worker of part [01] was lost 2 times"):
         list(RayMapper(2, retries=1).map(die, range(2), "judging"))
 
 
@@ -91,14 +91,14 @@ def test_a_bug_keeps_its_traceback(ray_cluster: str) -> None:
 
 
 def total(array: np.ndarray, tensor: torch.Tensor, number: int) -> float:
-    return float(array.sum() + tensor.sum()) + number
+    return float(array.sum() + tensor.double().sum()) + number
 
 
 def test_large_arrays_and_tensors_arrive_whole(ray_cluster: str) -> None:
     tensor = torch.arange(600_000, dtype=torch.float32)
     with ray_mapper("local", 2) as mapper:
         found = list(mapper.map(partial(total, np.ones(400_000), tensor), [0, 1]))
-    assert found == [float(tensor.sum()) + 400_000 + n for n in (0, 1)]
+    assert found == [float(tensor.double().sum()) + 400_000 + n for n in (0, 1)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])

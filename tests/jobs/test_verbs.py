@@ -1,4 +1,4 @@
-"""The verbs on two workers of a real cluster: files, numbers, errors are those of one process."""
+"""The verbs on two workers of a real cluster: the files, numbers and errors of one process."""
 
 from __future__ import annotations
 
@@ -106,6 +106,26 @@ def test_evaluate(ray_cluster: str, world: Path) -> None:
     two = run(*arguments, *ON_RAY)
     assert (two.exit_code, two.stdout) == (one.exit_code, one.stdout)
     assert "snips" in json.loads(one.stdout)["policies"]["run"]["estimates"]
+
+
+def test_a_log_of_several_policies(ray_cluster: str, world: Path, tmp_path: Path) -> None:
+    """Drawn, and judged by the heuristic from the columns with each policy's propensities."""
+    simulate = ("simulate", "--items", "60", "--rows", "30000", "--features", "all", "--json")
+    betas = ("--beta", "0", "--beta", "1")
+    text((*simulate, *betas, "--out", tmp_path / "one"), 0)
+    columns = json.loads(text((*simulate, *betas, "--out", tmp_path / "two", *ON_RAY), 0))
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+    option = f"evaluation.selection.logging_columns={json.dumps(columns['logging_columns'])}"
+    arguments = (
+        *("evaluate", world / "runs" / "run", "--log", tmp_path / "one" / "test", "--json"),
+        *("--set", option, "--set", "evaluation.batch_rows=512"),
+        *("--set", "evaluation.selection.models=[]", "--select", "heuristic"),
+    )
+    one = run(*arguments)
+    assert one.exit_code in (0, 1, 3), one.output
+    two = run(*arguments, *ON_RAY)
+    assert (two.exit_code, two.stdout) == (one.exit_code, one.stdout)
+    assert json.loads(one.stdout)["selection"]["run"]["recommended"] == "heuristic"
 
 
 def test_export(ray_cluster: str, world: Path) -> None:

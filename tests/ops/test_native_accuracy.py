@@ -6,111 +6,24 @@ The bar is what torch itself reaches in the same dtype: the same terms by stable
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from offtower.ops import (
-    DenseReward,
-    FactoredReward,
-    available_instruction_sets,
-    policy_terms,
-    top_k,
-)
+from offtower.ops import FactoredReward, available_instruction_sets, policy_terms, top_k
+from tests.ops.cases import KINDS, Case, check_errors
 
 pytestmark = pytest.mark.skipif(
     not available_instruction_sets(), reason="the native core is not built"
 )
 
 ISAS = available_instruction_sets()
-KINDS = ("none", "dense", "identity", "sigmoid")
-NAMES = ("log_prob", "log_normalizer", "expected_reward", "entropy", "du", "dv", "db")
 
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("OFFTOWER_CPU_ISA", request.param)
     return str(request.param)
-
-
-class Case:
-    """Operands rounded to `dtype` once, so that only the computation differs."""
-
-    def __init__(
-        self,
-        rows: int,
-        items: int,
-        dim: int,
-        kind: str,
-        dtype: torch.dtype,
-        scale: float = 1.0,
-        seed: int = 0,
-    ) -> None:
-        g = torch.Generator().manual_seed(rows * 7919 + items * 31 + dim + seed * 1_000_003)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, dtype=torch.float64, generator=g).to(dtype)
-
-        self.u = draw(rows, dim) * scale
-        self.v, self.b = draw(items, dim) * scale / math.sqrt(dim), draw(items)
-        self.action = torch.randint(0, items, (rows,), generator=g)
-        self.reward: Any = None
-        if kind == "dense":
-            self.reward = DenseReward(draw(rows, items))
-        elif kind != "none":
-            width = min(dim, 24)
-            self.reward = FactoredReward(
-                draw(rows, width) / math.sqrt(width),
-                draw(items, width),
-                draw(items),
-                kind,  # type: ignore[arg-type]
-            )
-        self.cotangents = torch.randn(4, rows, dtype=torch.float64, generator=g)
-
-    def _results(self, outputs: list[Tensor | None], leaves: list[Tensor]) -> dict[str, Tensor]:
-        there = [(o, c) for o, c in zip(outputs, self.cotangents, strict=True) if o is not None]
-        torch.stack([(o * c.to(o.dtype)).sum() for o, c in there]).sum().backward()
-        gradients = [leaf.grad for leaf in leaves]
-        return {
-            name: value.detach().double()
-            for name, value in zip(NAMES, [*outputs, *gradients], strict=True)
-            if value is not None
-        }
-
-    def native(self) -> dict[str, Tensor]:
-        leaves = [x.clone().requires_grad_() for x in (self.u, self.v, self.b)]
-        t = policy_terms(
-            leaves[0], leaves[1], self.action, temperature=0.7, item_bias=leaves[2],
-            reward_model=self.reward, entropy=True, backend="cpu",
-        )  # fmt: skip
-        return self._results([t.log_prob, t.log_normalizer, t.expected_reward, t.entropy], leaves)
-
-    def torch(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Eager torch in `dtype`, with the whole matrix of logits."""
-        leaves = [x.to(dtype).requires_grad_() for x in (self.u, self.v, self.b)]
-        u, v, b = leaves
-        s = u @ v.T / 0.7 + b
-        shifted = s - s.detach().amax(1, keepdim=True)
-        mass = shifted.exp()
-        total = mass.sum(1)
-        pi = mass / total[:, None]
-        lse = s.detach().amax(1) + total.log()
-        log_prob = shifted.gather(1, self.action[:, None])[:, 0] - total.log()
-        expected = None
-        if self.reward is not None:
-            expected = (pi * self._q(dtype)).sum(1)
-        entropy = total.log() - (pi * shifted).sum(1)
-        return self._results([log_prob, lse, expected, entropy], leaves)
-
-    def _q(self, dtype: torch.dtype) -> Tensor:
-        if isinstance(self.reward, DenseReward):
-            return self.reward.values.to(dtype)
-        r = self.reward
-        q = r.context.to(dtype) @ r.item.to(dtype).T + r.item_bias.to(dtype)
-        return torch.sigmoid(q) if r.link == "sigmoid" else q
 
 
 SHAPES = [(1, 1, 1), (1, 300, 16), (3, 5, 2), (17, 513, 33), (130, 1500, 64), (70, 97, 130)]
@@ -123,37 +36,9 @@ SEEDS = range(4)
 def test_errors_are_within_twice_those_of_torch(
     isa: str, dtype: torch.dtype, scale: float, kind: str
 ) -> None:
-    """Ragged shapes; near-uniform to so peaked that logits pass 1e4.
-
-    Root mean squares over rows and seeds: single errors are a few roundings, and the ratio of two
-    largest ones says little. On top of twice torch's there is one rounding of the result (of 1,
-    where it is smaller: log-probabilities are differences of such numbers), since torch is at
-    times exact.
-    """
+    """Ragged shapes; near-uniform to so peaked that logits pass 1e4."""
     for shape in SHAPES:
-        errors: dict[str, list[list[Tensor]]] = {}
-        size: dict[str, float] = {}
-        for seed in SEEDS:
-            case = Case(*shape, kind, dtype, scale, seed)
-            exact, native, plain = case.torch(torch.float64), case.native(), case.torch(dtype)
-            assert native.keys() == exact.keys()
-            for name, wanted in exact.items():
-                pair = errors.setdefault(name, [[], []])
-                pair[0].append((native[name] - wanted).flatten())
-                pair[1].append((plain[name] - wanted).flatten())
-                size[name] = max(size.get(name, 0.0), float(wanted.abs().max()))
-        for name, (ours, torchs) in errors.items():
-            gradient = name in ("du", "dv", "db")
-            rounded_to = dtype if gradient else torch.float32
-            floor = (
-                torch.finfo(rounded_to).eps / 2 * (size[name] if gradient else max(1, size[name]))
-            )
-            mine, bar = rms(ours), 2 * rms(torchs) + floor
-            assert mine <= bar, (name, shape, mine, bar)
-
-
-def rms(parts: list[Tensor]) -> float:
-    return float(torch.cat(parts).square().mean().sqrt())
+        check_errors(shape, kind, dtype, scale, Case.native, seeds=SEEDS)
 
 
 def test_a_million_items_in_float32(isa: str) -> None:

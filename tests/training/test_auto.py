@@ -48,7 +48,7 @@ def value(learner: TwoTowerPolicyLearner) -> float:
 
 @pytest.fixture(scope="module")
 def fitted() -> TwoTowerPolicyLearner:
-    return learned()
+    return learned(epochs=25)
 
 
 def test_default_is_near_the_optimum(fitted: TwoTowerPolicyLearner) -> None:
@@ -186,6 +186,11 @@ def test_rows_of_one_context_or_user_share_a_fold() -> None:
     assert len(np.unique(single)) == 50
     fold = Folds(3, (0, 1, 2), seed=0).of(rows(index))
     assert all(len(set(fold[index == i])) <= 1 for i in range(50))
+    # One context has most of the log: cut by context, two members would learn from the rest alone.
+    one = rows(np.where(rng.random(400) < 0.9, 7, index))
+    folds = Folds(3, (0, 1, 2), seed=0)
+    assert folds.balanced([one]).by_row and not folds.balanced([rows(index)]).by_row
+    assert np.bincount(folds.balanced([one]).of(one)).min() > 80
 
 
 def test_schedule_grows_slower_than_the_log() -> None:
@@ -269,14 +274,14 @@ def test_bags_keep_their_size() -> None:
 def test_indicators_are_tokens_and_ids() -> None:
     """One-hot actions and binary texts: 20 labels, each with a word of its own."""
     rng = np.random.default_rng(4)
-    context = (rng.random((3000, 40)) < 0.1).astype(float)
-    action = rng.integers(0, 20, 3000)
+    context = (rng.random((2000, 40)) < 0.1).astype(float)
+    action = rng.integers(0, 20, 2000)
     feedback = {
         "context": context,
         "action_context": np.eye(20),
         "action": action,
-        "reward": context[np.arange(3000), action],
-        "pscore": np.full(3000, 0.05),
+        "reward": context[np.arange(2000), action],
+        "pscore": np.full(2000, 0.05),
     }
     learner = TwoTowerPolicyLearner(
         40, 20, auto={"candidates": ["likelihood_linear"], "epochs": 20}

@@ -81,6 +81,7 @@ inline int lowest_bit(uint32_t x) { return __builtin_ctz(x); }
 
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline float larger(float a, float b) { return std::fmax(a, b); }
+inline float smaller(float a, float b) { return a != a || b != b ? a + b : a < b ? a : b; }
 inline double log_of(double x) { return std::log(x); }
 inline double exp2_of(double x) { return std::exp2(x); }
 inline float fast_exp2(float x) { return std::exp2(x); }

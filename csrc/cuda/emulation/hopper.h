@@ -33,6 +33,7 @@ inline Barrier& barrier_at(uint64_t* at) {
 }
 } // namespace emulation
 
+inline int same_in_warp(int x) { return x; }
 inline void init_barrier(uint64_t* at, int arrivals) {
   *reinterpret_cast<emulation::Barrier*>(at) = {0, static_cast<uint8_t>(arrivals),
                                                 static_cast<uint8_t>(arrivals), 0x5a, 0};

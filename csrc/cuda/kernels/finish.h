@@ -30,11 +30,13 @@ struct Finish {
     if (i >= p.contexts) return;
     RowSums s = p.sums[i];
     for (int k = 1; k < p.splits; ++k) merge(s, p.sums[k * p.contexts + i]);
-    // The anchor leaves in nats. What the backward pass makes of it differs by a rounding, which
-    // goes into the sums, so that exp(s - anchor) / total is what it was.
+    // The anchor leaves in nats. For the backward pass the sums are relative to what that makes of it,
+    // so that exp(s - anchor) / total is what it was; partial sums to the anchor itself, to be merged.
+    const ForwardResults& r = p.results;
+    const bool partial = r.action_logit != nullptr;
     const bool masked = s.total == 0.0;
     const float anchor = masked ? 0.0f : s.anchor * kLn2;
-    const float returned = anchor * kLog2E;
+    const double returned = partial ? anchor / kLn2d : static_cast<double>(anchor * kLog2E);
     const double own_anchor = masked ? 0.0 : s.anchor;
     if (!masked && s.anchor - s.anchor == 0.0f) {
       const double shift = own_anchor - returned, factor = exp2_of(shift);
@@ -46,13 +48,12 @@ struct Finish {
     const auto put = [&](float* array, double value) {
       if (array != nullptr) array[i] = static_cast<float>(value);
     };
-    const ForwardResults& r = p.results;
     const int64_t action = p.action == nullptr ? -1 : p.action[i];
     if (action >= 0) {
       // Beyond the items: nobody looked (that would wait for the device), so it must show.
       const bool there = action < p.items;
       const double score = there ? p.own_score[i] : float_of_bits(0x7fc00000u);
-      put(r.log_prob, (score - returned) * static_cast<double>(kLn2d) - log_total);
+      put(r.log_prob, (score - returned) * kLn2d - log_total);
       put(r.action_logit, score * kLn2d);
       put(r.action_reward, !p.reward ? 0.0 : there ? p.own_reward[i] : score);
     } else {

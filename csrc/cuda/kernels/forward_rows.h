@@ -92,10 +92,17 @@ public:
                              : 0.0f;
             } else {
               value += bias[kColumns + column];
-              if (o.sigmoid) value = sigmoid(value);
             }
           }
         }
+      }
+    }
+    if (kReward == Reward::factored && o.sigmoid) {
+      OFFTOWER_UNROLL
+      for (int n = 0; n < kRewardTiles; ++n) {
+        OFFTOWER_UNROLL
+        for (int r = 0; r < kHeld; ++r)
+          to_sigmoids(q[r / 2][n][r % 2 * 2], q[r / 2][n][r % 2 * 2 + 1]);
       }
     }
     keep_own(first, y, q);
@@ -137,21 +144,30 @@ private:
   }
 
   OFFTOWER_DEVICE void keep_own(int64_t first, const float (&y)[kFragments][kTiles][4],
-                                const float (&q)[kFragments][kRewardTiles][4]) {
+                                const float (&q)[kFragments][kRewardTiles][4]) const {
+    bool any = false;
+    OFFTOWER_UNROLL
+    for (int r = 0; r < kHeld; ++r) any |= own[r] >= first && own[r] < first + kColumns;
+    if (ballot(any) == 0) return; // as good as always
+    const int column = lane_index() % 4 * 2;
     OFFTOWER_UNROLL
     for (int r = 0; r < kHeld; ++r) {
-      const int64_t at = own[r] - first;
-      if (at < 0 || at >= kColumns) continue; // as good as always
+      const int64_t at = own[r] - first - column; // 8 n + c, where it is this thread's
+      float score = 0.0f, value = 0.0f;
+      bool mine = false;
       OFFTOWER_UNROLL
       for (int n = 0; n < kTiles; ++n) {
         OFFTOWER_UNROLL
         for (int c = 0; c < 2; ++c) {
-          if (at != n * 8 + lane_index() % 4 * 2 + c) continue;
-          p.own_score[row_of(r)] = y[r / 2][n][r % 2 * 2 + c];
-          if constexpr (kReward != Reward::none)
-            p.own_reward[row_of(r)] = q[r / 2][n][r % 2 * 2 + c];
+          const bool here = at == n * 8 + c;
+          mine |= here;
+          score = here ? y[r / 2][n][r % 2 * 2 + c] : score;
+          if constexpr (kReward != Reward::none) value = here ? q[r / 2][n][r % 2 * 2 + c] : value;
         }
       }
+      if (!mine) continue;
+      p.own_score[row_of(r)] = score;
+      if constexpr (kReward != Reward::none) p.own_reward[row_of(r)] = value;
     }
   }
 

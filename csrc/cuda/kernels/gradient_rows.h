@@ -56,32 +56,18 @@ public:
   }
 
   // From the products of a tile, whose first column is number `first` of the stream, to ds in `y`.
-  // `vectors`: of its columns, either kRowStats arrays or biases as for the forward pass.
+  // `vectors`: of its columns, either kRowStats arrays or biases as for the forward pass. `q` is used
+  // up.
   OFFTOWER_DEVICE void cotangents(int64_t first, const float* vectors, float (&y)[kTiles][4],
-                                  const float (&q)[kRewardTiles][4]) {
-    const Problem& o = p.policy;
-    const int t = lane_index() % 4;
-    OFFTOWER_UNROLL
-    for (int n = 0; n < kTiles; ++n) {
+                                  float (&q)[kRewardTiles][4]) {
+    if constexpr (kReward == Reward::factored) finish_rewards(vectors, q);
+    if (p.entropy) weigh_scores<true>(first, vectors, y, q);
+    else weigh_scores<false>(first, vectors, y, q);
+    if (kItemsStay && p.bias_partial != nullptr) {
       OFFTOWER_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        const int column = n * 8 + 2 * t + c;
+      for (int n = 0; n < kTiles; ++n) {
         OFFTOWER_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          const int e = h * 2 + c;
-          const Stats g = kItemsStay ? stats_of_column(vectors, column) : stats[h];
-          const float score =
-              fused(y[n][e], o.scale, kItemsStay ? bias[h] : vectors[column]);
-          float value = 0.0f;
-          if constexpr (kReward == Reward::dense) value = dense(first + column, h);
-          if constexpr (kReward == Reward::factored) {
-            value = q[n][e] + (kItemsStay ? reward_bias[h] : vectors[kColumns + column]);
-            if (o.sigmoid) value = sigmoid(value);
-          }
-          const float ds = cotangent(score, value, g);
-          y[n][e] = ds;
-          if constexpr (kItemsStay) bias_sum[h] += ds;
-        }
+        for (int e = 0; e < 4; ++e) bias_sum[e / 2] += y[n][e];
       }
     }
   }
@@ -167,13 +153,51 @@ private:
     return to_float(static_cast<const T*>(p.policy.dense)[context * p.policy.items + item]);
   }
 
-  OFFTOWER_DEVICE float cotangent(float score, float value, const Stats& g) const {
-    const float below = score - g.anchor;
-    float factor = g.base;
-    if constexpr (kReward != Reward::none) factor = fused(g.reward, value - g.expected, factor);
-    if (p.entropy)
-      factor = fused(-g.entropy, fused(larger(below, kNoMass), kLn2, -g.log_total), factor);
-    return fast_exp2(below) * factor;
+  OFFTOWER_DEVICE void finish_rewards(const float* vectors, float (&q)[kRewardTiles][4]) const {
+    const int t = lane_index() % 4;
+    OFFTOWER_UNROLL
+    for (int n = 0; n < kRewardTiles; ++n) {
+      OFFTOWER_UNROLL
+      for (int e = 0; e < 4; ++e)
+        q[n][e] += kItemsStay ? reward_bias[e / 2] : vectors[kColumns + n * 8 + 2 * t + e % 2];
+    }
+    if (!p.policy.sigmoid) return;
+    OFFTOWER_UNROLL
+    for (int n = 0; n < kRewardTiles; ++n) {
+      OFFTOWER_UNROLL
+      for (int i = 0; i < 2; ++i) { // pairs of one context: down a column, or along a row
+        if constexpr (kItemsStay) to_sigmoids(q[n][i], q[n][i + 2]);
+        else to_sigmoids(q[n][2 * i], q[n][2 * i + 1]);
+      }
+    }
+  }
+
+  template <bool kEntropy>
+  OFFTOWER_DEVICE void weigh_scores(int64_t first, const float* vectors, float (&y)[kTiles][4],
+                                    const float (&q)[kRewardTiles][4]) const {
+    const int t = lane_index() % 4;
+    OFFTOWER_UNROLL
+    for (int n = 0; n < kTiles; ++n) {
+      OFFTOWER_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        const int column = n * 8 + 2 * t + c;
+        OFFTOWER_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          float& score = y[n][h * 2 + c];
+          const Stats g = kItemsStay ? stats_of_column(vectors, column) : stats[h];
+          const float below =
+              fused(score, p.policy.scale, kItemsStay ? bias[h] : vectors[column]) - g.anchor;
+          float factor = g.base;
+          if constexpr (kReward == Reward::dense)
+            factor = fused(g.reward, dense(first + column, h) - g.expected, factor);
+          if constexpr (kReward == Reward::factored)
+            factor = fused(g.reward, q[n][h * 2 + c] - g.expected, factor);
+          if constexpr (kEntropy)
+            factor = fused(-g.entropy, fused(larger(below, kNoMass), kLn2, -g.log_total), factor);
+          score = fast_exp2(below) * factor;
+        }
+      }
+    }
   }
 
   // Calls `visit(address in `array` (rows that stay, width), sum)` for what this thread holds.

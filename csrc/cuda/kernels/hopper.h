@@ -163,12 +163,19 @@ private:
   template <int kTiles>
   static OFFTOWER_DEVICE void product(uint32_t x, uint32_t y, int first_row, int width,
                                       float (&sum)[kTiles][4]) {
-    const int steps = (width + 15) / 16;
-    start_group_scores(sum, rows_descriptor(x, first_row, 0), rows_descriptor(y, 0, 0));
-    for (int step = 1; step < steps; ++step) {
-      const auto panel = static_cast<uint32_t>(step / 4);
-      add_group_scores(sum, rows_descriptor(x + panel * kHopperRows * kPanelBytes, first_row, step % 4),
-                       rows_descriptor(y + panel * kColumns * kPanelBytes, 0, step % 4));
+    // Whole panels: beyond the width they are zeros.
+    x += static_cast<uint32_t>(first_row * kPanelBytes);
+    OFFTOWER_UNROLL
+    for (int step = 0; step < 4; ++step) {
+      if (step == 0) start_group_scores(sum, rows_descriptor(x, step), rows_descriptor(y, step));
+      else add_group_scores(sum, rows_descriptor(x, step), rows_descriptor(y, step));
+    }
+    for (int left = width - kPanelWidth; left > 0; left -= kPanelWidth) {
+      x += kHopperRows * kPanelBytes;
+      y += kColumns * kPanelBytes;
+      OFFTOWER_UNROLL
+      for (int step = 0; step < 4; ++step)
+        add_group_scores(sum, rows_descriptor(x, step), rows_descriptor(y, step));
     }
   }
 };

@@ -16,9 +16,10 @@ struct HopperForward {
   static OFFTOWER_DEVICE void run(const Params& p, char* shared) {
     Pipeline<ForwardProblem, kColumns, kVectors> pipeline(p, shared);
     pipeline.start();
-    if (warp_index() < 4) {
+    const int warp = same_in_warp(warp_index());
+    if (warp < 4) {
       give_registers<kProducerRegisters>();
-      if (warp_index() == 0)
+      if (warp == 0)
         pipeline.produce(0, [&](int64_t first, float* vectors, uint64_t*) {
           item_biases_by_warp<kColumns>(p.rows.policy, first, vectors);
         });
@@ -32,7 +33,8 @@ private:
   template <class P>
   static OFFTOWER_DEVICE void consume(const Params& p, P& pipeline) {
     using Rows = ForwardRows<Bfloat16, kTiles, 1, kReward, kEntropy>;
-    const int group_row = (warp_index() / 4 - 1) * 64, warp_row = group_row + warp_index() % 4 * 16;
+    const int warp = same_in_warp(warp_index());
+    const int group_row = (warp / 4 - 1) * 64, warp_row = group_row + warp % 4 * 16;
     for (int64_t number = block_index(); number < p.works; number += block_count()) {
       const Work work = pipeline.work(number);
       Rows rows(p.rows, work.first_row + warp_row);

@@ -22,9 +22,10 @@ struct HopperGradient {
   static OFFTOWER_DEVICE void run(const Params& p, char* shared) {
     Pipeline<GradientProblem, kColumns, kVectors> pipeline(p, shared);
     pipeline.start();
-    if (warp_index() < 4) {
+    const int warp = same_in_warp(warp_index());
+    if (warp < 4) {
       give_registers<kProducerRegisters>();
-      if (warp_index() == 0) produce(p, pipeline);
+      if (warp == 0) produce(p, pipeline);
     } else {
       take_registers<kConsumerRegisters>();
       consume(p, pipeline);
@@ -49,7 +50,8 @@ private:
 
   template <class P>
   static OFFTOWER_DEVICE void consume(const Params& p, P& pipeline) {
-    const int group_row = (warp_index() / 4 - 1) * 64, warp_row = group_row + warp_index() % 4 * 16;
+    const int warp = same_in_warp(warp_index());
+    const int group_row = (warp / 4 - 1) * 64, warp_row = group_row + warp % 4 * 16;
     for (int64_t number = block_index(); number < p.works; number += block_count()) {
       const Work work = pipeline.work(number);
       Rows rows(p.rows, work.first_row + warp_row, work.split);

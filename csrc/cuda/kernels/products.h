@@ -12,7 +12,15 @@ namespace offtower::cuda {
 OFFTOWER_DEVICE int lane_index() { return thread_index() % 32; }
 OFFTOWER_DEVICE int warp_index() { return thread_index() / 32; }
 
-OFFTOWER_DEVICE float sigmoid(float x) { return fast_reciprocal(1.0f + fast_exp2(-x * kLog2E)); }
+// Two sigmoids of one context with one reciprocal: the special function unit is what binds. Below
+// 2^-63 they stay there.
+OFFTOWER_DEVICE void to_sigmoids(float& x, float& y) {
+  const float a = 1.0f + fast_exp2(smaller(-x * kLog2E, 63.0f));
+  const float b = 1.0f + fast_exp2(smaller(-y * kLog2E, 63.0f));
+  const float r = fast_reciprocal(a * b);
+  x = r * b;
+  y = r * a;
+}
 
 template <int kFragments, int kTiles>
 OFFTOWER_DEVICE void clear(float (&s)[kFragments][kTiles][4]) {

@@ -30,6 +30,11 @@ OFFTOWER_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits
 OFFTOWER_DEVICE uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 OFFTOWER_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 OFFTOWER_DEVICE float larger(float a, float b) { return fmaxf(a, b); } // drops a NaN
+OFFTOWER_DEVICE float smaller(float a, float b) { // keeps a NaN
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
 OFFTOWER_DEVICE double log_of(double x) { return log(x); }
 OFFTOWER_DEVICE double exp2_of(double x) { return exp2(x); }
 

@@ -22,16 +22,16 @@ OFFTOWER_BOTH constexpr int swizzled(int byte_in_panel) {
 }
 
 // Descriptor of a matrix in shared memory (PTX ISA, "Matrix-descriptor format"): address, two strides,
-// all in 16 bytes, and the 128-byte swizzle.
+// all in 16 bytes, and the 128-byte swizzle. Only the low word differs between the steps of a product.
 OFFTOWER_BOTH constexpr uint64_t descriptor(uint32_t address, int leading, int stride) {
-  return static_cast<uint64_t>((address & 0x3ffff) >> 4) |
-         static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32 |
-         uint64_t{1} << 62;
+  const uint32_t low = (address >> 4) | static_cast<uint32_t>(leading >> 4) << 16;
+  const uint32_t high = static_cast<uint32_t>(stride >> 4) | 1u << 30;
+  return static_cast<uint64_t>(high) << 32 | low;
 }
 
 // Rows along the summed dimension: 8 rows are kEightRows apart; `step` of 16 numbers within a panel.
-OFFTOWER_DEVICE uint64_t rows_descriptor(uint32_t panel, int first_row, int step) {
-  return descriptor(panel + static_cast<uint32_t>(first_row * kPanelBytes + step * 32), 16, kEightRows);
+OFFTOWER_DEVICE uint64_t rows_descriptor(uint32_t first_row, int step) {
+  return descriptor(first_row + static_cast<uint32_t>(step * 32), 16, kEightRows);
 }
 // Rows along the columns of the product: its `step` of 16 rows; panels are `panel_stride` apart.
 OFFTOWER_DEVICE uint64_t columns_descriptor(uint32_t panel, int step, int panel_stride) {

@@ -10,6 +10,9 @@ namespace offtower::cuda {
 
 using TensorMap = CUtensorMap;
 
+// Tells the compiler that all lanes have the same number, so that it keeps it once.
+OFFTOWER_DEVICE int same_in_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 OFFTOWER_DEVICE void init_barrier(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals)
@@ -35,8 +38,8 @@ OFFTOWER_DEVICE void wait_barrier(uint64_t* barrier, int parity) {
                ".reg .pred done;\n"
                "again:\n"
                "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-               "@done bra.uni over;\n"
-               "bra.uni again;\n"
+               "@done bra over;\n"
+               "bra again;\n"
                "over:\n"
                "}" ::"r"(shared_address(barrier)),
                "r"(parity)

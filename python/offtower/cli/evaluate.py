@@ -1,7 +1,8 @@
 """Judge trained policies on a held-out log, off-policy, against the policy that logged it.
 
 Exit code 0: go. 1: no-go. 3: not enough evidence. 2: refused. With several runs the code is that of
-the best verdict. --set changes the section `evaluation`, e.g. evaluation.confidence=0.9.
+the best verdict; --exit-zero makes it 0 unless refused. --set changes the section `evaluation`:
+evaluation.confidence=0.9.
 
 \b
 Example:
@@ -63,6 +64,13 @@ def evaluate(
         ),
     ] = None,
     overrides: Overrides = None,
+    exit_zero: Annotated[
+        bool,
+        typer.Option(
+            "--exit-zero",
+            help="Exit with 0 whatever the verdict, for schedulers that take others for failures.",
+        ),
+    ] = False,
     ray: RayAddress = None,
     workers: Workers = None,
     worker_cpus: WorkerCpus = 1.0,
@@ -107,10 +115,12 @@ def evaluate(
             console.print(escape(found.verdict), soft_wrap=True)
             for method, text in found.disagreements.items():
                 console.print(f"  [bold]{method}[/] {escape(text)}", soft_wrap=True)
+            for method, text in found.remarks:
+                console.print(f"  [dim]{method}: {escape(text)}[/]", soft_wrap=True)
             for method, reason in found.failed.items():
                 console.print(f"  [dim]{method} could not run: {escape(reason)}[/]", soft_wrap=True)
         console.print(f"report: {path}")
-    raise typer.Exit(evaluation.exit_code)
+    raise typer.Exit(0 if exit_zero else evaluation.exit_code)
 
 
 def _exports(runs: list[Path], ks: list[int]) -> list[Retriever]:

@@ -6,12 +6,13 @@ array; the logged propensities are exact.
 \b
 Example:
   offtower simulate --items 10000 --rows 100000 --out logs/simulated
+  offtower simulate --items 1000 --beta -1 --beta 2 --out logs/two-policies
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -36,7 +37,13 @@ def simulate(
     items: Annotated[int, typer.Option(min=1, help="Items in the catalogue.")] = 10_000,
     rows: Annotated[int, typer.Option(min=5, help="Rows of the training log.")] = 100_000,
     dim: Annotated[int, typer.Option(min=1, help="Width of context and item vectors.")] = 8,
-    beta: Annotated[float, typer.Option(help="Sharpness of the logging policy.")] = 1.0,
+    beta: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Sharpness of the logging policy, 1 without it; several make a log of as many "
+            "behaviour policies, with each one's propensity of every row in a column."
+        ),
+    ] = None,
     epsilon: Annotated[
         float, typer.Option(help="Share of uniform draws in the logging policy.")
     ] = 0.1,
@@ -52,16 +59,27 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     from offtower.data import write_catalogue
-    from offtower.data.simulate import SimulatedWorld, write_simulated_log
+    from offtower.data.simulate import (
+        LoggingPolicy,
+        SimulatedWorld,
+        propensity_column,
+        write_simulated_log,
+    )
 
     if out.exists() and any(out.iterdir()):
         raise DataError(f"'{out}' is not empty; choose another --out")
     progress = DrawnProgress()
+    betas = beta or [1.0]
+    policies = {
+        f"logging-{number}": LoggingPolicy("contextual", one, epsilon)
+        for number, one in enumerate(betas, start=1)
+    }
     world = SimulatedWorld(
-        items, dim, dim, dim, seed=seed, beta=beta, epsilon=epsilon, feature_kinds=features
+        items, dim, dim, dim, seed=seed, beta=betas[0], epsilon=epsilon, feature_kinds=features
     )
     write_catalogue(out / "catalogue", world.catalogue_table(), world.catalogue_schema)
     counts = {name: max(1, round(rows * share)) for name, share in _PARTS.items()}
+    several = policies if len(policies) > 1 else None
     with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
         for number, (name, count) in enumerate(counts.items(), start=1):
             write_simulated_log(
@@ -69,11 +87,19 @@ def simulate(
                 out / name,
                 count,
                 seed=number,
+                policies=several,
                 mapper=mapper,
                 progress=progress,
                 task=f"drawing {name}",
             )
-    facts = {"catalogue": str(out / "catalogue"), "items": items, "rows": counts}
+    facts: dict[str, Any] = {
+        "catalogue": str(out / "catalogue"),
+        "items": items,
+        "rows": counts,
+    }
+    columns = {name: propensity_column(name) for name in several or ()}
+    if columns:
+        facts["logging_columns"] = columns
     if as_json:
         print_json(facts)
         return
@@ -81,3 +107,10 @@ def simulate(
     console.print(f"{items:,} items in {out / 'catalogue'}")
     for name, count in counts.items():
         console.print(f"{count:,} rows in {out / name}")
+    if columns:
+        named = ", ".join(f"{name}: {column}" for name, column in columns.items())
+        console.print(
+            "behaviour policies and the columns of their propensities, for --select heuristic: "
+            f"evaluation.selection.logging_columns={{{named}}}",
+            soft_wrap=True,
+        )

@@ -43,7 +43,7 @@ def evaluation_table(evaluation: LogEvaluation) -> Table:
         truth = evaluation.truth.get(name, {})
         decision = policy.verdict.decision
         table.add_row(
-            evaluation.objectives[name],
+            evaluation.labels[name],
             *[_value(e.estimate.value, e.interval) for e in policy.estimates.values()],
             *[f"{truth[column]:.4f}" for column in truth_columns],
             f"{policy.weights.effective_sample_size:,.0f}",

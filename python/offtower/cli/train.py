@@ -3,7 +3,7 @@
 With --workers the same training runs on Ray, and gives the same policy up to rounding.
 
 \b
-Examples:
+Example:
   offtower train configs/quickstart/ips.yaml --set training.epochs=5
   offtower train mine.yaml --workers 4 --set training.strategy=item_sharded
 """
@@ -44,6 +44,14 @@ def train(
         bool,
         typer.Option("--resume", help="Go on from the run's newest checkpoint, if it has one."),
     ] = False,
+    mirror: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI",
+            help="Keep a copy of the run there while it goes on (s3://bucket/runs, gs://..., "
+            "file:///...); --resume fetches it where the run is not here.",
+        ),
+    ] = None,
     ray: RayAddress = None,
     workers: TrainingWorkers = None,
     worker_cpus: WorkerCpus = 1.0,
@@ -73,7 +81,7 @@ def train(
     settings = load_config(config, overrides or [])
     progress = DrawnProgress()
     if ray is None and workers is None:
-        train_run(settings, resume=resume, progress=progress)
+        train_run(settings, resume=resume, progress=progress, mirror=mirror)
     else:
         from offtower.jobs.train import WorkerPlan, train_on_ray
 
@@ -81,7 +89,7 @@ def train(
             worker_range(workers or "2"), worker_cpus, max_failures, worker_timeout, ray_wait
         )
         with cluster(ray, plan.range[1], worker_cpus):
-            train_on_ray(settings, plan, resume=resume, progress=progress)
+            train_on_ray(settings, plan, resume=resume, progress=progress, mirror=mirror)
     result = RunDirectory(settings.run_directory).manifest()
     if as_json:
         names = (

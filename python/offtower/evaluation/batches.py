@@ -7,7 +7,7 @@ process made of its batches comes back as a `Judged`, and those merge.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,17 +19,19 @@ from offtower.data.encoding import FeatureEncoding
 from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows
-from offtower.evaluation.choosing import LoggingDraws, SelectionKeeper
+from offtower.evaluation.choosing import SelectionKeeper
 from offtower.evaluation.clusters import ClusterScorer
 from offtower.evaluation.coverage import LogWatch
 from offtower.evaluation.draws import RewardTerms
 from offtower.evaluation.estimated import LoggedProbability
 from offtower.evaluation.evaluate import EvaluationSums
+from offtower.evaluation.logging_side import LoggingGathered, LoggingSide
 from offtower.evaluation.options import EvaluationOptions
 from offtower.evaluation.pair_models import EXACT_PAIRS, PairRewardModel
 from offtower.evaluation.rows import EvaluationRows
-from offtower.evaluation.scoring import JudgingModel, PolicyScorer, Scored
+from offtower.evaluation.scoring import JudgingModel, ModelTerms, PolicyScorer, Scored
 from offtower.mapping import merge_all
+from offtower.models.reward.dense import flatten
 from offtower.seeds import derive_seed
 
 HISTOGRAM_EDGES = np.linspace(-4.0, 4.0, 49)
@@ -50,13 +52,13 @@ class Gathered:
         watch: items shown, propensities.
         histograms: by policy, rows by bin of HISTOGRAM_EDGES.
         kept: by policy, the rows of an estimator selection.
-        off: distances of the logging run's probabilities from the logged ones.
+        logging: what the policies that made the log say, where they are known.
     """
 
     watch: LogWatch
     histograms: dict[str, NDArray[np.int64]]
     kept: dict[str, SelectionKeeper]
-    off: list[NDArray[np.float64]] = field(default_factory=list)
+    logging: LoggingGathered
 
     def absorb(self, other: Gathered) -> None:
         """Add what was gathered of later rows."""
@@ -64,7 +66,7 @@ class Gathered:
         for name, counts in other.histograms.items():
             self.histograms[name] += counts
             self.kept[name].absorb(other.kept[name])
-        self.off += other.off
+        self.logging.absorb(other.logging)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class BatchScorer:
         draws: items drawn from a policy for each row, where models need that.
         at_draws: whether models over all items are judged at such draws too.
         propensities, clusters, cluster_probability: estimates, where they are asked for.
-        logging, logging_encoding: the run that made the log, where a selection draws from it.
+        logging: the policies that made the log, where they are known, and what is asked of them.
         select: whether rows are kept for a selection.
         seed: of all draws; those of a batch are a function of (seed, policy, number of the batch).
     """
@@ -106,8 +108,7 @@ class BatchScorer:
     propensities: LoggedProbability | None
     clusters: list[ClusterScorer]
     cluster_probability: LoggedProbability | None
-    logging: LoggingDraws | None
-    logging_encoding: FeatureEncoding | None
+    logging: LoggingSide
     select: bool
     seed: int
 
@@ -120,7 +121,10 @@ class BatchScorer:
         """Batches of a part that a worker judges: no row group is read for many parts, and no part
         takes hours."""
         groups = float(self.log.row_group_sizes.mean())
-        by_cost = _PAIRS / (self.catalogue.num_items * len(self.names))
+        policies = len(self.names)
+        if self.logging.heuristic is not None:
+            policies += len(self.logging.scorers)
+        by_cost = _PAIRS / (self.catalogue.num_items * policies)
         rows = max(groups, min(by_cost, _PART_ROWS))
         return max(1, round(rows / self.batch_rows))
 
@@ -131,6 +135,7 @@ class BatchScorer:
             LogWatch(self.catalogue.num_items, self.log.num_rows, self.seed),
             {name: np.zeros(bins, dtype=np.int64) for name in self.names},
             {name: SelectionKeeper() for name in self.names},
+            LoggingGathered(),
         )
 
     def judge(self, options: EvaluationOptions, numbers: range) -> Judged:
@@ -150,28 +155,26 @@ class BatchScorer:
     def scored(self, numbers: range, gathered: Gathered) -> Iterator[ByPolicy]:
         """The same logged rows, batch by batch, as seen by each policy."""
         # Each run encodes the log by what it was trained with.
-        seen = [*self.encodings]
-        if self.logging_encoding is not None:
-            seen.append(self.logging_encoding)
+        made_by = [one.policy.context_encoding for one in self.logging.scorers]
         last = min(numbers.stop * self.batch_rows, self.log.num_rows)
         rows = range(numbers.start * self.batch_rows, last)
         streams = [
             scan(self.log, self.catalogue, encoding, self.batch_rows, rows=rows)
-            for encoding in seen
+            for encoding in (*self.encodings, *made_by)
         ]
         batches: tuple[EncodedRows, ...]
         for number, batches in zip(numbers, zip(*streams, strict=True), strict=True):
             if self.propensities is not None:
                 batches = tuple(self.propensities.filled(rows) for rows in batches)
             gathered.watch.add(batches[0])
-            scored = [self._score(i, number, batches) for i in range(len(self.names))]
+            models = self._terms(batches)
+            scored = [self._score(i, number, batches, models) for i in range(len(self.names))]
             for i, name in enumerate(self.names):
                 if number == 0:
                     gathered.watch.probe(name, self.scorers[i], scored[i])
                 if self.select:
                     gathered.kept[name].add(scored[i].rows)
-            if self.logging is not None:
-                self._draw(number, batches, scored, gathered)
+            self._of_logging(number, batches, scored, models, gathered)
             by_policy = {name: scored[i].rows[self.main] for i, name in enumerate(self.names)}
             if self.cluster_probability is not None:
                 by_policy = self._with_clusters(by_policy, scored, batches[0])
@@ -179,25 +182,30 @@ class BatchScorer:
                 gathered.histograms[name] += _histogram(policy_rows)
             yield by_policy
 
-    def _score(self, policy: int, number: int, batches: Sequence[EncodedRows]) -> Scored:
-        exact, at_draws = {}, {}
-        pairs: dict[str, tuple[PairRewardModel, EncodedRows]] = {}
+    def _terms(self, batches: Sequence[EncodedRows]) -> ModelTerms:
+        """The reward models on these rows, each in the encoding of the run that owns it."""
+        found = ModelTerms({}, {}, {})
         for model in self.models:
             own = batches[model.owner]
             if model.pairs is not None and self._drawn_pairs:
-                pairs[model.name] = (model.pairs, own)
+                found.pairs[model.name] = (model.pairs, own)
                 continue
             terms = model.over_all(own)
             if model.exact is not None and self.at_draws:
-                at_draws[model.name] = terms
+                found.at_draws[model.name] = terms
             else:
-                exact[model.name] = terms
+                found.exact[model.name] = terms
+        return found
+
+    def _score(
+        self, policy: int, number: int, batches: Sequence[EncodedRows], models: ModelTerms
+    ) -> Scored:
         seed = derive_seed(self.seed, "target draws", policy, number)
         return self.scorers[policy].score_models(
             batches[policy],
-            exact,
-            at_draws=at_draws,
-            pairs=pairs,
+            models.exact,
+            at_draws=models.at_draws,
+            pairs=models.pairs,
             draws=self.draws,
             generator=torch.Generator().manual_seed(seed),
         )
@@ -208,6 +216,24 @@ class BatchScorer:
         cells = self.log.num_rows * self.catalogue.num_items
         return self.at_draws or cells > EXACT_PAIRS
 
+    def _of_logging(
+        self,
+        number: int,
+        batches: Sequence[EncodedRows],
+        scored: Sequence[Scored],
+        models: ModelTerms,
+        gathered: Gathered,
+    ) -> None:
+        """What is gathered of the policies that made the log; batches holds their rows last."""
+        side, made_by = self.logging, batches[len(self.names) :]
+        judged = dict(zip(self.names, zip(self.scorers, scored, strict=True), strict=True))
+        if side.support is not None:
+            side.support.add(number, judged, made_by, gathered.logging)
+        if side.heuristic is not None:
+            side.heuristic.add(number, batches[0], made_by, models, gathered.logging)
+        if side.draws is not None:
+            self._draw(number, batches, scored, gathered)
+
     def _draw(
         self,
         number: int,
@@ -215,15 +241,21 @@ class BatchScorer:
         scored: Sequence[Scored],
         gathered: Gathered,
     ) -> None:
-        assert self.logging is not None
-        taken = self.logging.taken(batches[0])
+        logging = self.logging.draws
+        assert logging is not None
+        taken = logging.taken(batches[0])
         if taken.size == 0:
             return
         seed = derive_seed(self.seed, "logging draws", number)
-        drawn, log_behavior, off = self.logging.draw(
-            batches[-1].take(taken), torch.Generator().manual_seed(seed)
+        drawn, log_behavior, off = logging.draw(
+            [batch.take(taken) for batch in batches[len(self.names) :]],
+            torch.Generator().manual_seed(seed),
         )
-        gathered.off.append(off)
+        gathered.logging.off.append(off)
+        context = None
+        if logging.network:
+            rows = batches[0].take(taken)
+            context = flatten(self.encodings[0], rows.context, len(rows), "log")
         models: dict[str, RewardTerms | tuple[PairRewardModel, EncodedRows]] = {}
         for model in self.models:
             own = batches[model.owner].take(taken)
@@ -231,9 +263,12 @@ class BatchScorer:
                 (model.pairs, own) if model.pairs is not None else model.over_all(own)
             )
         for i, name in enumerate(self.names):
-            gathered.kept[name].add_draws(
+            keeper = gathered.kept[name]
+            log_target = keeper.add_draws(
                 self.scorers[i], scored[i], taken, drawn, log_behavior, models
             )
+            if logging.every:
+                keeper.add_every(log_behavior, log_target, batches[0].action[taken], context)
 
     def _with_clusters(
         self, by_policy: ByPolicy, scored: Sequence[Scored], batch: EncodedRows

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,26 +14,32 @@ from offtower.config import SelectionConfig
 from offtower.data.log import ParquetLog
 from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError
-from offtower.evaluation.draws import RewardTerms, rewards_at, terms_and_draws
+from offtower.evaluation.draws import RewardTerms, logits_at, rewards_at, terms_and_draws
+from offtower.evaluation.logging_policies import LoggingPolicies
 from offtower.evaluation.pair_models import PairRewardModel
 from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.scoring import PolicyScorer, Scored, concatenate
 from offtower.evaluation.selection import (
     METHODS,
     BehaviorDraws,
+    BehaviorPolicies,
+    DensePolicies,
+    NetworkOptions,
     SelectionComparison,
     SelectionLog,
     compare_selectors,
     default_candidates,
 )
-from offtower.models.items import ItemEmbeddings
 
-_WRONG_PROPENSITY = 0.01
-"""Median distance of log-probabilities beyond which a run did not make the log."""
+_DENSE_CELLS = 4_000_000
+"""Rows x items whose probabilities PAS-IF keeps at most, where it takes all items."""
 
 
 def check_selection(select: str | None, log: ParquetLog, options: SelectionConfig) -> None:
-    """Refuse an unknown selector, or a log that is too long, before anything is computed."""
+    """Refuse what cannot be selected, before anything is computed.
+
+    Raises ConfigError for an unknown selector or a log that is too long.
+    """
     if select is None:
         return
     if select not in (*METHODS, "all"):
@@ -47,14 +54,37 @@ def check_selection(select: str | None, log: ParquetLog, options: SelectionConfi
 
 @dataclass
 class LoggingDraws:
-    """Items drawn from the run that made the log, on evenly spaced rows.
+    """Items drawn from the policies that made the log, on evenly spaced rows.
 
-    scorer: of that run. stride: every so many rows of the log are taken.
+    Each row's items are drawn from the policy that logged it, as its propensity says. every: all
+    items are taken in place of draws. network: the network is fitted, which reads contexts too.
+    stride: every so many rows of the log are taken.
     """
 
-    scorer: PolicyScorer
+    policies: LoggingPolicies
     draws: int
+    every: bool
+    network: bool
     stride: int
+
+    @classmethod
+    def of(cls, policies: LoggingPolicies, num_rows: int, options: SelectionConfig) -> LoggingDraws:
+        """As the configuration says.
+
+        Raises ConfigError where the network is asked for and the catalogue is too large for it.
+        """
+        items = policies.items(0).embedding.shape[0]
+        stride = max(1, -(-num_rows // options.draw_rows))
+        network = options.importance_fit == "network"
+        cells = -(-num_rows // stride) * items
+        if network and cells > _DENSE_CELLS:
+            raise ConfigError(
+                f"evaluation.selection.importance_fit=network keeps the probabilities of "
+                f"{cells // items:,} rows x {items:,} items, and {_DENSE_CELLS:,} at most; lower "
+                "evaluation.selection.draw_rows, or use importance_fit=exact"
+            )
+        every = network or (items <= options.draws and cells <= _DENSE_CELLS)
+        return cls(policies, items if every else options.draws, every, network, stride)
 
     def taken(self, rows: EncodedRows) -> NDArray[np.int64]:
         """Positions of a batch's rows that PAS-IF works on."""
@@ -62,39 +92,42 @@ class LoggingDraws:
 
     @torch.no_grad()
     def draw(
-        self, rows: EncodedRows, generator: torch.Generator
+        self, batches: Sequence[EncodedRows], generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.float64]]:
-        """(m, S) items and log pi_b of them, for the rows taken (in the run's own encoding); and
-        (m,) distances of the run's log-probabilities of the logged items from the logged ones."""
-        from offtower.data.encoding import to_tensors
+        """(m, S) items and log pi_b of them; and (m,) what `LoggingPolicies.check` found.
 
-        policy, items = self.scorer.policy, self.scorer.items
-        context = policy.embed_contexts(to_tensors(rows.context))
-        terms, drawn = terms_and_draws(
-            context,
-            items,
-            torch.from_numpy(rows.action),
-            draws=self.draws,
-            generator=generator,
-            temperature=policy.temperature,
-        )
-        assert rows.pscore is not None
-        off = np.abs(terms.log_prob.double().numpy() - np.log(rows.pscore))
-        logit = _logits(context, items, drawn, policy.temperature)
-        return drawn, logit - terms.log_normalizer[:, None].double(), off
-
-
-def logging_refusal(off: Sequence[NDArray[np.float64]]) -> str | None:
-    """Why draws are not from the policy that logged, by the distances that `LoggingDraws.draw`
-    found; None where they may be."""
-    distance = float(np.median(np.concatenate(off))) if off else 0.0
-    if distance <= _WRONG_PROPENSITY:
-        return None
-    return (
-        "evaluation.selection.logging_run did not make this log: its probabilities of the "
-        f"logged items differ from the logged ones by a factor of {np.exp(distance):.3g} "
-        "(median); PAS-IF uses logged propensities only"
-    )
+        batches: the m rows taken, once in the encoding of each logging policy. generator: of the
+        draws.
+        """
+        owner = self.policies.owner(batches[0])
+        drawn = torch.empty(len(owner), self.draws, dtype=torch.int64)
+        log_behavior = torch.empty(len(owner), self.draws, dtype=torch.float64)
+        off = np.empty(len(owner))
+        for number, batch in enumerate(batches):
+            own = np.flatnonzero(owner == number)
+            if own.size == 0:
+                continue
+            rows = batch.take(own)
+            policy, items = self.policies.policy(number), self.policies.items(number)
+            context = self.policies.embed(number, rows)
+            action = torch.from_numpy(rows.action)
+            if self.every:
+                terms = policy.terms(context, items, action)
+                found = torch.arange(self.draws).expand(len(rows), -1)
+            else:
+                terms, found = terms_and_draws(
+                    context,
+                    items,
+                    action,
+                    draws=self.draws,
+                    generator=generator,
+                    temperature=policy.temperature,
+                )
+            off[own] = self.policies.check(number, rows, terms.log_prob.double().numpy())
+            logit = logits_at(context, items, found, policy.temperature)
+            drawn[own] = found
+            log_behavior[own] = logit - terms.log_normalizer[:, None].double()
+        return drawn, log_behavior, off
 
 
 class SelectionKeeper:
@@ -104,6 +137,10 @@ class SelectionKeeper:
         self._rows: dict[str, list[EvaluationRows]] = {}
         self._subset: dict[str, list[EvaluationRows]] = {}
         self._weight: list[NDArray[np.float32]] = []
+        self._behavior: list[NDArray[np.float64]] = []
+        self._target: list[NDArray[np.float64]] = []
+        self._action: list[NDArray[np.int64]] = []
+        self._context: list[NDArray[np.float64]] = []
         self._drawn: dict[str, list[NDArray[np.float32]]] = {}
 
     def add(self, rows: Mapping[str, EvaluationRows]) -> None:
@@ -117,9 +154,27 @@ class SelectionKeeper:
         for mine, others in ((self._rows, other._rows), (self._subset, other._subset)):
             for name, parts in others.items():
                 mine.setdefault(name, []).extend(parts)
-        self._weight += other._weight
         for name, values in other._drawn.items():
             self._drawn.setdefault(name, []).extend(values)
+        self._weight += other._weight
+        self._behavior += other._behavior
+        self._target += other._target
+        self._action += other._action
+        self._context += other._context
+
+    def add_every(
+        self,
+        log_behavior: torch.Tensor,
+        log_target: torch.Tensor,
+        action: NDArray[np.int64],
+        context: NDArray[np.float64] | None,
+    ) -> None:
+        """Where the draws are all items: both policies, and what the network reads."""
+        self._behavior.append(torch.softmax(log_behavior, dim=1).numpy())
+        self._target.append(torch.softmax(log_target, dim=1).numpy())
+        self._action.append(action)
+        if context is not None:
+            self._context.append(context)
 
     @torch.no_grad()
     def add_draws(
@@ -130,13 +185,14 @@ class SelectionKeeper:
         drawn: torch.Tensor,
         log_behavior: torch.Tensor,
         models: Mapping[str, RewardTerms | tuple[PairRewardModel, EncodedRows]],
-    ) -> None:
+    ) -> torch.Tensor:
         """What the policy and the models make of items drawn from the logging policy.
 
         models: of the rows taken: q over the catalogue, or a model over pairs with its rows.
+        Returns the policy's log-probabilities (m, S) of the items.
         """
         context = scored.context_embedding[taken]
-        logit = _logits(context, scorer.items, drawn, scorer.policy.temperature)
+        logit = logits_at(context, scorer.items, drawn, scorer.policy.temperature)
         log_target = logit - scored.log_normalizer[taken][:, None].double()
         self._weight.append(torch.exp(log_target - log_behavior).float().numpy())
         for name, model in models.items():
@@ -148,22 +204,37 @@ class SelectionKeeper:
         for name, part in scored.rows.items():
             if name or len(scored.rows) == 1:
                 self._subset.setdefault(name, []).append(_slim(part.take(taken)))
+        return log_target
 
     def choose(
-        self, select: str, options: SelectionConfig, seed: int, refusal: str | None
+        self,
+        select: str,
+        options: SelectionConfig,
+        seed: int,
+        *,
+        refused: Mapping[str, str | None],
+        behavior: BehaviorPolicies | None,
+        item_features: NDArray[np.float64] | None = None,
     ) -> SelectionComparison:
-        """Which estimator to believe, among the default candidates tuned by SLOPE."""
-        log = self._log(self._rows)
+        """Which estimator to believe, among the default candidates tuned by SLOPE.
+
+        refused: by selector, why the draws of PAS-IF are not used, or why the heuristic cannot run.
+        behavior: the behaviour policies' numbers of every row, for the heuristic. item_features:
+        (N, e), for the network.
+        """
+        log = replace(self._log(self._rows), policies=behavior)
         drawn_log = None
-        if self._weight and refusal is None:
-            draws = BehaviorDraws(
-                np.concatenate(self._weight),
-                {name: np.concatenate(parts) for name, parts in self._drawn.items()},
-            )
-            drawn_log = self._log(self._subset, draws)
-        pasif = {"share": options.share, "repetitions": options.repetitions}
-        methods: Sequence[str] | None = None if select == "all" else [select]
-        return compare_selectors(
+        if self._weight and refused["pasif"] is None:
+            drawn_log = self._drawn_log(item_features)
+        pasif: dict[str, Any] = {"share": options.share, "repetitions": options.repetitions}
+        if drawn_log is not None and options.importance_fit == "network":
+            pasif["importance_fit"] = "network"
+            pasif["network"] = NetworkOptions(epochs=options.network_steps)
+        methods = list(METHODS) if select == "all" else [select]
+        heuristic = refused["heuristic"]
+        if heuristic is not None:
+            methods.remove("heuristic")
+        found = compare_selectors(
             log,
             default_candidates(log.problem),
             methods=methods,
@@ -171,6 +242,27 @@ class SelectionKeeper:
             options={"pasif": pasif},
             logs={} if drawn_log is None else {"pasif": drawn_log},
         )
+        if heuristic is None:
+            return found
+        return replace(found, failed={**found.failed, "heuristic": heuristic})
+
+    def _drawn_log(self, item_features: NDArray[np.float64] | None) -> SelectionLog:
+        """The rows for which the logging policy is known: over all items, or at draws."""
+        predictions: dict[str, Any] = {
+            name: np.concatenate(parts) for name, parts in self._drawn.items()
+        }
+        if not self._behavior:
+            weight: Any = np.concatenate(self._weight)
+            return self._log(self._subset, BehaviorDraws(weight, predictions))
+        source = DensePolicies(
+            np.concatenate(self._behavior),
+            np.concatenate(self._target),
+            np.concatenate(self._action),
+            predictions,
+            np.concatenate(self._context) if self._context else None,
+            item_features,
+        )
+        return replace(self._log(self._subset), source=source)
 
     @staticmethod
     def _log(
@@ -187,19 +279,3 @@ def _slim(rows: EvaluationRows) -> EvaluationRows:
     return EvaluationRows(
         rows.importance_weight, rows.reward, rows.action_reward, rows.expected_reward
     )
-
-
-def _logits(
-    context: torch.Tensor, items: ItemEmbeddings, item: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """(m, S) float64 logits of the items (m, S), a block of rows at a time."""
-    out = torch.empty(item.shape, dtype=torch.float64)
-    step = max(1, (1 << 22) // max(1, item.shape[1] * context.shape[1]))
-    for start in range(0, len(item), step):
-        part = slice(start, start + step)
-        logit = torch.einsum("bd,bsd->bs", context[part], items.embedding[item[part]])
-        logit = logit.double() / temperature
-        if items.bias is not None:
-            logit = logit + items.bias[item[part]].double()
-        out[part] = logit
-    return out

@@ -240,6 +240,15 @@ def _tail_doubts(evidence: Evidence, options: GateOptions) -> list[Reason]:
             f"{100 * support.missing if support else 0:.2g} % of what the new policy shows was "
             "never shown by the logging policy: nothing is known of it",
         ),
+        (
+            support is not None
+            and support.missing <= options.max_missing_support
+            and (support.hidden or 0.0) > options.max_missing_support,
+            "hidden_support",
+            f"{100 * ((support.hidden if support else None) or 0.0):.2g} % of what the new policy "
+            f"shows is so unlikely under the logging policy that {weights.n:,} rows are expected "
+            "to hold not one row of it: nothing is known of it",
+        ),
     ]
     return [Reason(code, text, "doubt") for failed, code, text in checks if failed]
 

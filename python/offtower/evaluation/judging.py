@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from offtower.config import Config
 from offtower.data.catalogue import Catalogue
 from offtower.data.log import ParquetLog
 from offtower.evaluation.batches import HISTOGRAM_EDGES, BatchScorer, ByPolicy
-from offtower.evaluation.choosing import LoggingDraws, logging_refusal
 from offtower.evaluation.clusters import ClusterScorer, item_clusters
 from offtower.evaluation.estimated import (
     LoggedProbability,
@@ -18,7 +19,8 @@ from offtower.evaluation.estimated import (
     propensity_note,
 )
 from offtower.evaluation.evaluate import EvaluationSums
-from offtower.evaluation.opening import ModelRoom, OpenRun, distinct_names, open_run
+from offtower.evaluation.logging_side import LoggingSide
+from offtower.evaluation.opening import ModelRoom, OpenRun, distinct_names
 from offtower.evaluation.options import EvaluationOptions
 from offtower.evaluation.result import EvaluationResult
 from offtower.evaluation.scoring import JudgingModel, PolicyScorer, concatenate
@@ -30,6 +32,7 @@ from offtower.evaluation.settings import (
     wanted_estimators,
 )
 from offtower.mapping import Mapper, merge_all, pieces
+from offtower.models.reward.dense import flatten
 from offtower.progress import Progress, watched
 
 __all__ = ["HISTOGRAM_EDGES", "Judge"]
@@ -54,12 +57,12 @@ class Judge:
         self.propensities: LoggedProbability | None = None
         self.clusters: list[ClusterScorer] = []
         self.cluster_probability: LoggedProbability | None = None
-        self.logging: LoggingDraws | None = None
-        self.logging_run: OpenRun | None = None
+        self.logging = LoggingSide()
 
     def prepare(self, select: str | None, progress: Progress) -> None:
         """Models, estimated propensities, clusters: all that must be there before the rows."""
         config, options = self.config, self.options
+        self.logging = LoggingSide.open(select, self.log, self.catalogue, config)
         room = ModelRoom(self.runs, config, progress)
         self.main = room.main()
         self.models = [] if self.main is None else [self.main]
@@ -83,20 +86,11 @@ class Judge:
                 f"mips: {label.max() + 1} clusters, whose probabilities under the logging policy "
                 "are estimates; no interval covers their error"
             )
-        chosen = options.selection
-        if select is not None and chosen.logging_run is not None:
-            self.logging_run = open_run(Path(chosen.logging_run), self.catalogue)
-            self.logging = LoggingDraws(
-                PolicyScorer(self.logging_run.policy, self.logging_run.items),
-                chosen.draws,
-                max(1, -(-self.log.num_rows // chosen.draw_rows)),
-            )
         self.scorer = self._scorer(select is not None)
         self.gathered = self.scorer.gathering()
 
     def _scorer(self, select: bool) -> BatchScorer:
         options = self.options
-        logging = None if self.logging_run is None else self.logging_run.policy.context_encoding
         return BatchScorer(
             names=self.names,
             encodings=[run.policy.context_encoding for run in self.runs],
@@ -112,7 +106,6 @@ class Judge:
             clusters=self.clusters,
             cluster_probability=self.cluster_probability,
             logging=self.logging,
-            logging_encoding=logging,
             select=select,
             seed=self.config.seed,
         )
@@ -125,7 +118,7 @@ class Judge:
             self._parts(mapper, progress) if mapper.distributed else self._batches(progress)
         )
         progress.finish()
-        return merged.finish()
+        return merged.finish(self.logging.found_support(self.gathered.logging))
 
     def _batches(self, progress: Progress) -> Iterator[EvaluationSums]:
         waiting: list[ByPolicy] = []
@@ -175,18 +168,33 @@ class Judge:
         """By policy, which estimator to believe."""
         if select is None:
             return {}
-        refusal = None if self.logging is None else logging_refusal(self.gathered.off)
-        if refusal is not None:
-            self.notes.append(refusal)
+        side, gathered = self.logging, self.gathered
+        behavior = None if side.heuristic is None else side.heuristic.finish(gathered.logging)
         progress.start("choosing an estimator", len(self.names))
         found = {}
         for name in self.names:
-            found[name] = self.gathered.kept.pop(name).choose(
-                select, self.options.selection, self.config.seed, refusal
+            found[name] = gathered.kept.pop(name).choose(
+                select,
+                self.options.selection,
+                self.config.seed,
+                refused={"pasif": self.refusal(), "heuristic": side.heuristic_refusal},
+                behavior=behavior,
+                item_features=self._item_features(),
             )
             progress.advance(1)
         progress.finish()
         return found
+
+    def refusal(self) -> str | None:
+        """Why the run that was named did not make the log, once its rows were judged."""
+        return self.logging.refusal(self.gathered.logging)
+
+    def _item_features(self) -> NDArray[np.float64] | None:
+        """(N, e) for the network, which tells items apart by their features."""
+        if self.options.selection.importance_fit != "network":
+            return None
+        n, encoding = self.catalogue.num_items, self.runs[0].policy.item_encoding
+        return flatten(encoding, encoding.encode(self.catalogue.table(0, n)), n, "catalogue")
 
     def same_log(self) -> bool:
         """Whether some policy learned from the log that it is judged on."""

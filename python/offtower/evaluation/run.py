@@ -57,6 +57,15 @@ class LogEvaluation:
     """By policy, what its export retrieves at each k (`retrieval.quality`), where asked for."""
 
     @property
+    def labels(self) -> dict[str, str]:
+        """By policy, what to call it: its objective, or its name where two share one."""
+        told = list(self.objectives.values())
+        return {
+            name: objective if told.count(objective) == 1 else f"{name} ({objective})"
+            for name, objective in self.objectives.items()
+        }
+
+    @property
     def exit_code(self) -> int:
         return self.result.exit_code
 
@@ -141,6 +150,9 @@ def evaluate_runs(
         )
     coverage, calibration = judge.gathered.watch.coverage(), judge.gathered.watch.calibration()
     judge.notes += coverage_notes(coverage, calibration)
+    refusal = judge.refusal()
+    if refusal is not None:
+        judge.notes.append(refusal)
     runs = list(zip(judge.names, judge.runs, strict=True))
     selection = judge.choose(select, progress)
     return LogEvaluation(

@@ -47,6 +47,19 @@ class JudgingModel:
 
 
 @dataclass(frozen=True)
+class ModelTerms:
+    """The reward models' terms on a batch, by model name: arguments of `PolicyScorer.score_models`.
+
+    exact: q over the catalogue. at_draws: the same, to be averaged over draws. pairs: models over
+    pairs, with the rows in their own encoding.
+    """
+
+    exact: dict[str, RewardTerms]
+    at_draws: dict[str, RewardTerms]
+    pairs: dict[str, tuple[PairRewardModel, EncodedRows]]
+
+
+@dataclass(frozen=True)
 class Scored:
     """A batch as one policy sees it.
 

@@ -31,9 +31,8 @@ __all__ = [
     "require",
 ]
 
-OBJECT_STORE_BYTES = 512 * 1024**2
-"""Object store of a cluster that is started here: jobs pass sums and file names, not rows."""
-_LEAST_OBJECT_STORE = 80 * 1024**2
+LEAST_OBJECT_STORE = 80 * 1024**2
+"""Ray refuses a smaller one."""
 _REACH_SECONDS = 10.0
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
@@ -101,7 +100,8 @@ def connect(
         num_cpus: logical CPUs of a cluster started here: how many tasks run at once. By default
             the cores that this process may use.
         num_gpus: GPUs of a cluster started here; those that Ray detects by default.
-        object_store_memory: bytes of its object store; 512 MiB by default.
+        object_store_memory: bytes of its object store, shared memory that is taken as it fills. By
+            default Ray's own choice, 30 % of the memory; what jobs put there is in docs/cluster.md.
         dashboard: start its dashboard, which takes nine processes and about 1 GB.
         worker_logs: print what workers print on this process's standard output.
         temp_dir: where a cluster started here keeps sockets and logs (/tmp/ray by default). Short:
@@ -127,11 +127,10 @@ def connect(
         options |= {
             "address": "local",
             "num_cpus": num_cpus if num_cpus is not None else len(os.sched_getaffinity(0)),
-            "object_store_memory": max(
-                _LEAST_OBJECT_STORE, object_store_memory or OBJECT_STORE_BYTES
-            ),
             "include_dashboard": dashboard,
         }
+        if object_store_memory is not None:
+            options["object_store_memory"] = max(LEAST_OBJECT_STORE, object_store_memory)
         if num_gpus is not None:
             options["num_gpus"] = num_gpus
         if temp_dir is not None:

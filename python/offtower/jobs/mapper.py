@@ -113,7 +113,7 @@ class RayMapper(Mapper):
         finally:
             for ref in running:
                 with contextlib.suppress(Exception):
-                    ray.cancel(ref, force=True)
+                    ray.cancel(ref)
 
     def _lost(self, task: str, part: Any, error: Exception) -> ClusterError:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -27,6 +27,7 @@ from offtower.config import Config, parse_config, to_dict
 from offtower.errors import ClusterError, ConfigError, OfftowerError, RunError
 from offtower.jobs.connect import absolute, import_ray, require
 from offtower.metrics import read_metrics
+from offtower.mirror import Mirror
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
 from offtower.tracking import Tracker, numbers
@@ -79,6 +80,7 @@ def train_on_ray(
     *,
     resume: bool = False,
     progress: Progress | None = None,
+    mirror: str | None = None,
 ) -> dict[str, Any]:
     """Train as configured on the cluster that this process is connected to.
 
@@ -87,6 +89,7 @@ def train_on_ray(
         plan: workers and what each gets.
         resume: as in `train_run`.
         progress: drawn from the run's metrics.
+        mirror: as in `train_run`.
 
     Returns:
         The run's manifest.
@@ -98,6 +101,8 @@ def train_on_ray(
     """
     progress = progress or Progress()
     run = RunDirectory(config.run_directory)
+    if mirror is not None and resume:
+        Mirror(mirror, run.path).pull()
     run.claim(config, resume=resume)
     with contextlib.suppress(FileNotFoundError):
         (run.path / _FAILURE).unlink()
@@ -105,7 +110,7 @@ def train_on_ray(
     require(least, plan.cpus, wait=plan.wait, progress=progress)
     began = time.time()
     with _drawn(run, config, progress):
-        _fit(config, plan, run)
+        _fit(config, plan, run, mirror)
     failure = _failure(run)
     if failure is not None:
         raise failure
@@ -114,7 +119,7 @@ def train_on_ray(
     return manifest
 
 
-def _fit(config: Config, plan: WorkerPlan, run: RunDirectory) -> None:
+def _fit(config: Config, plan: WorkerPlan, run: RunDirectory, mirror: str | None) -> None:
     import_ray()
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -138,6 +143,7 @@ def _fit(config: Config, plan: WorkerPlan, run: RunDirectory) -> None:
             "folder": os.getcwd(),
             "threads": max(1, math.floor(plan.cpus)),
             "timeout": plan.timeout,
+            "mirror": mirror,
         },
         scaling_config=train.ScalingConfig(**scaling),
         run_config=train.RunConfig(
@@ -176,7 +182,13 @@ def _work(settings: Mapping[str, Any]) -> None:
         return
     workers = TorchWorkers(timedelta(seconds=settings["timeout"]))
     try:
-        train_run(config, resume=True, workers=workers, trackers=[_Reports(), _Gauges()])
+        train_run(
+            config,
+            resume=True,
+            workers=workers,
+            trackers=[_Reports(), _Gauges()],
+            mirror=settings["mirror"],
+        )
     except WorkerLostError:
         raise
     except (OfftowerError, OSError) as error:

@@ -86,6 +86,28 @@ class MLPBody(nn.Module):
         return output
 
 
+class JoinedBody(nn.Module):
+    """Bodies side by side: embeddings one after the other, biases added up.
+
+    A single body whose bags are joined by the root is wrapped too: what writes the graph of an
+    `MLPBody` by itself takes bags for means.
+    """
+
+    def __init__(self, bodies: list[nn.Module], member_dim: int, normalize: bool) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(bodies)
+        self.member_dim = member_dim
+        self.normalize = normalize
+
+    def forward(self, features: FeatureTensors) -> Tensor:
+        outputs = [member(features) for member in self.members]
+        embeddings = [output[:, : self.member_dim] for output in outputs]
+        if self.normalize:
+            embeddings = [functional.normalize(one, dim=1) for one in embeddings]
+        biases = torch.stack([output[:, self.member_dim :] for output in outputs])
+        return torch.cat([*embeddings, biases.sum(dim=0)], dim=1)
+
+
 class Tower(nn.Module):
     """An MLP over encoded features, or a user's own module, with the embedding's finish.
 
@@ -120,21 +142,23 @@ class Tower(nn.Module):
                 f"a tower of {config.members} members cannot share an embedding of "
                 f"{embedding_dim} numbers evenly; choose a multiple"
             )
-        self.member_dim = embedding_dim // config.members
-        self.output_dim = self.member_dim + int(bias)
-
-        def make() -> nn.Module:
-            return _make_body(encoding, self.output_dim, config, self.draws, table_rows)
-
-        if config.members == 1:
-            self.body = make()
-        else:
-            self.members = nn.ModuleList(make() for _ in range(config.members))
+        self.output_dim = embedding_dim + int(bias)
+        member_dim = embedding_dim // config.members
+        bodies = [
+            _make_body(encoding, member_dim + int(bias), config, self.draws, table_rows)
+            for _ in range(config.members)
+        ]
+        self.body = bodies[0]
+        if config.members > 1 or (config.bag == "root" and config.module is None):
+            self.body = JoinedBody(bodies, member_dim, config.normalize)
 
     @property
     def random(self) -> bool:
         """Whether training mode may draw from torch's global generator."""
-        return any(self._is_random(body) for body in self._bodies())
+        bodies = self.body.members if isinstance(self.body, JoinedBody) else [self.body]
+        if not all(isinstance(body, MLPBody) for body in bodies):
+            return True
+        return self.draws.seed is None and any(_is_random(body) for body in bodies)
 
     def forward(
         self, features: FeatureTensors, numbers: Tensor | None = None
@@ -145,39 +169,25 @@ class Tower(nn.Module):
             numbers: (n,) int64 that the rows' random draws belong to; 0, 1, ... where None.
         """
         self.draws.begin(numbers)
-        parts = [self._embed(body, features) for body in self._bodies()]
-        if len(parts) == 1:
-            embedding, bias = parts[0]
-        else:
-            embedding = torch.cat([part for part, _ in parts], dim=1)
-            biases = [one for _, one in parts if one is not None]
-            bias = torch.stack(biases).sum(dim=0) if biases else None
-        if bias is not None and self.bias_scale != 1.0:
-            bias = bias * self.bias_scale
-        return embedding.contiguous(), None if bias is None else bias.contiguous()
-
-    def _bodies(self) -> list[nn.Module]:
-        return list(self.members) if hasattr(self, "members") else [self.body]
-
-    def _is_random(self, body: nn.Module) -> bool:
-        if not isinstance(body, MLPBody):
-            return True
-        if self.draws.seed is not None:
-            return False
-        return body.encoder.random or any(isinstance(m, RowDropout) for m in body.modules())
-
-    def _embed(self, body: nn.Module, features: FeatureTensors) -> tuple[Tensor, Tensor | None]:
-        output = body(features)
+        output = self.body(features)
         if output.dim() != 2 or output.shape[1] != self.output_dim:
             raise ConfigError(
                 f"the tower's module returned shape {tuple(output.shape)}, expected "
                 f"(rows, {self.output_dim})"
             )
-        bias = output[:, self.member_dim] if self.has_bias else None
-        embedding = output[:, : self.member_dim] if self.has_bias else output
-        if self.normalize:
+        bias = output[:, self.embedding_dim] if self.has_bias else None
+        embedding = output[:, : self.embedding_dim] if self.has_bias else output
+        if self.normalize and not isinstance(self.body, JoinedBody):
             embedding = functional.normalize(embedding, dim=1)
-        return embedding, bias
+        if bias is not None and self.bias_scale != 1.0:
+            bias = bias * self.bias_scale
+        return embedding.contiguous(), None if bias is None else bias.contiguous()
+
+
+def _is_random(body: nn.Module) -> bool:
+    if not isinstance(body, MLPBody):
+        return True
+    return body.encoder.random or any(isinstance(m, RowDropout) for m in body.modules())
 
 
 def _make_body(

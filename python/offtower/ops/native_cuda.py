@@ -35,10 +35,10 @@ from offtower.ops.reference import Cotangents, Inputs, RunningSums
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
-    """The library, or why there is none. First asked for by a CUDA tensor or by doctor."""
+    """The library, or why there is none. Asked for by the first CUDA tensor, or by doctor."""
     if importlib.util.find_spec("offtower.ops._cuda") is None:
         record = Path(__file__).with_name("_cuda_build.txt")
-        reason = record.read_text().strip() if record.exists() else ""
+        reason = record.read_text().strip() if record.exists() else "no record of a build"
         return None, (
             f"not built ({reason or 'compiling it failed'}); 'OFFTOWER_CUDA=1 pip install -e .' "
             "builds it where CUDA's compiler nvcc is on the PATH or under CUDA_HOME"

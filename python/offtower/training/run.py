@@ -15,6 +15,7 @@ from offtower.config import Config, config_fingerprint
 from offtower.errors import ConfigError
 from offtower.evaluation.estimators import make_estimator
 from offtower.metrics import MetricsLog
+from offtower.mirror import Mirror
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.fit import obtain_reward_model
@@ -38,6 +39,7 @@ def train_run(
     hook: Callable[[PreparedData], EpochHook] | None = None,
     workers: Workers = ALONE,
     trackers: Sequence[Tracker] = (),
+    mirror: str | None = None,
 ) -> TrainingResult:
     """Train as configured and write runs/<name>/policy.
 
@@ -49,6 +51,8 @@ def train_run(
         hook: builds a function that adds numbers to each epoch's metrics (a simulator's truth).
         workers: those that call this together, with the same arguments and the same storage.
         trackers: get the metrics' lines, on every worker, beside those of the configuration.
+        mirror: address where a copy of the run is kept (`offtower.mirror`); with `resume` a run
+            that is not here is fetched from there.
 
     Raises:
         RunError: the directory belongs to another configuration, or exists and `resume` is false.
@@ -59,7 +63,10 @@ def train_run(
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     run = RunDirectory(config.run_directory)
+    copy = Mirror(mirror, run.path) if mirror is not None and workers.first else None
     if workers.first:
+        if copy is not None and resume:
+            copy.pull()
         run.claim(config, resume=resume)
     workers.barrier()
     data = workers.first_then_all(lambda: open_data(config, progress, run.path))
@@ -83,6 +90,8 @@ def train_run(
         more = {"auto": automatic.report, "workers": 1}
         _finish(run, config, data, automatic.policy, automatic.result, began, more)
         metrics.close()
+        if copy is not None:
+            copy.close()
         return automatic.result
     reward_model = workers.first_then_all(lambda: _reward_model(config, data, run, progress))
     setup = build_setup(config, data, reward_model, workers, progress)
@@ -92,6 +101,7 @@ def train_run(
         config.training.checkpoints_kept,
         workers,
         setup.owned_rows,
+        None if copy is None else copy.push_later,
     )
     trainer = setup.trainer(
         store=store,
@@ -105,6 +115,8 @@ def train_run(
         more = {"checkpoints_skipped": store.skipped, "workers": workers.size}
         _finish(run, config, data, policy, result, began, more)
     metrics.close()
+    if copy is not None:
+        copy.close()
     workers.barrier()
     return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import pyarrow as pa
 
 from offtower.data.log import write_log
 from offtower.data.parts import RowSource, write_log_parts
+from offtower.data.simulate.logging_policy import LoggingPolicy
+from offtower.data.simulate.several import chunk_of_several, log_of_several, rows_of_chunks
 from offtower.data.simulate.world import CHUNK_ROWS, SimulatedWorld, num_chunks
 from offtower.mapping import Mapper
 from offtower.progress import Progress
@@ -25,12 +27,14 @@ def write_simulated_log(
     n_rounds: int,
     seed: int,
     *,
+    policies: Mapping[str, LoggingPolicy] | None = None,
     mapper: Mapper | None = None,
     progress: Progress | None = None,
     task: str = "drawing",
 ) -> dict[str, Any]:
     """Write `world.log(n_rounds, seed)` as a log directory.
 
+    policies: by name, several that make the log in place of the world's own (`log_of_several`).
     mapper: where files are drawn; they are the same with any.
 
     Returns:
@@ -38,10 +42,14 @@ def write_simulated_log(
 
     Raises:
         DataError: the directory exists.
-        ConfigError: there is no row.
+        ConfigError: there is no row; or as `log_of_several`.
     """
     mapper, progress = mapper or Mapper(), progress or Progress()
-    source = _Chunks(world, n_rounds, seed)
+    if policies is None:
+        tables = world.log(n_rounds, seed)
+    else:
+        tables = log_of_several(world, n_rounds, seed, policies)
+    source = _Chunks(world, n_rounds, seed, policies)
     if mapper.distributed:
         return write_log_parts(
             directory,
@@ -54,7 +62,7 @@ def write_simulated_log(
         )
 
     def drawn() -> Iterator[pa.Table]:
-        for table in world.log(n_rounds, seed):
+        for table in tables:
             yield table
             progress.advance(table.num_rows)
 
@@ -67,10 +75,22 @@ def write_simulated_log(
 class _Chunks(RowSource):
     """The chunks of a simulated log, each drawn by itself."""
 
-    def __init__(self, world: SimulatedWorld, n_rounds: int, seed: int) -> None:
-        self._world, self._rounds, self._seed = world, n_rounds, seed
+    def __init__(
+        self,
+        world: SimulatedWorld,
+        n_rounds: int,
+        seed: int,
+        policies: Mapping[str, LoggingPolicy] | None,
+    ) -> None:
+        self._world, self._rounds, self._seed, self._policies = world, n_rounds, seed, policies
+        if policies is not None:
+            self.counts = rows_of_chunks(n_rounds, len(policies))
+            return
         self.counts = np.full(num_chunks(n_rounds), CHUNK_ROWS, dtype=np.int64)
         self.counts[-1] = n_rounds - CHUNK_ROWS * (len(self.counts) - 1)
 
     def tables(self, unit: int) -> Iterator[pa.Table]:
-        yield self._world.log_chunk(unit, self._rounds, self._seed)
+        if self._policies is None:
+            yield self._world.log_chunk(unit, self._rounds, self._seed)
+        else:
+            yield chunk_of_several(self._world, unit, self._rounds, self._seed, self._policies)

@@ -95,3 +95,19 @@ class LoggingPolicy:
             action = torch.where(uniform, other, drawn)
             softmax = torch.exp(self.beta * logit(action) - log_normalizer)
         return action, (1.0 - self.epsilon) * softmax + self.epsilon / n_items
+
+    def probability(
+        self, context_latent: Tensor, item_latent: Tensor, item_logit: Tensor, action: Tensor
+    ) -> Tensor:
+        """(B,) float64 pi_0(a|x) of the items `action` (B,), as an exact sum over the catalogue.
+
+        Costs O(N) a row; the other arguments are those of `draw`.
+        """
+        if self.kind == "popularity":
+            softmax = torch.softmax(self.beta * item_logit, dim=0)[action]
+        else:
+            terms = ops.policy_terms(
+                self.beta * context_latent, item_latent, action, item_bias=self.beta * item_logit
+            )
+            softmax = terms.log_prob.exp()
+        return (1.0 - self.epsilon) * softmax + self.epsilon / len(item_logit)

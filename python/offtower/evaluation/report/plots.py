@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -24,6 +25,8 @@ from offtower.evaluation.selection import SelectionComparison
 INK, FAINT = "#222222", "#8a8a8a"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+WIDE, NARROW = 7.2, 4.4
+"""Inches of a chart on a desktop and on a phone."""
 DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
 
 _STYLE: Any = {
@@ -37,18 +40,17 @@ _STYLE: Any = {
     "ytick.color": INK,
     "text.color": INK,
     "svg.fonttype": "none",
-    "svg.hashsalt": "offtower",
 }
 
 
-def estimates(evaluation: LogEvaluation) -> str:
+def estimates(evaluation: LogEvaluation, width: float = WIDE) -> str:
     """Each policy's estimates with intervals, against the logging policy's value and the truth."""
     result = evaluation.result
     labels = list(next(iter(result.policies.values())).estimates)
     names = list(result.policies)
     height = 0.9 + len(names) * (0.25 + 0.2 * len(labels))
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(height)
+        figure, axes = _figure(height, width)
         band = result.logging.interval
         axes.axvspan(band.low, band.high, color="#e8e8e8", lw=0, zorder=0)
         axes.axvline(result.logging.estimate.value, color=FAINT, lw=1.2, zorder=1)
@@ -72,17 +74,17 @@ def estimates(evaluation: LogEvaluation) -> str:
                 line = axes.vlines(known, j - 0.42, j + 0.42, color=INK, lw=2)
                 if j == 0:
                     line.set_label("truth")
-        axes.set_yticks(range(len(names)), [_short(evaluation.objectives[n]) for n in names])
+        axes.set_yticks(range(len(names)), [_short(evaluation.labels[n], width) for n in names])
         axes.invert_yaxis()
-        axes.set_xlabel("value of the policy; grey: logging policy with its interval")
-        _legend(axes, len(labels) + 1)
+        axes.set_xlabel("value (grey: the logging policy's)")
+        _legend(axes, len(labels) + 1, width)
         return _svg(figure, f"Estimates with intervals, {evaluation.title}")
 
 
-def learning_curves(evaluation: LogEvaluation) -> str:
+def learning_curves(evaluation: LogEvaluation, width: float = WIDE) -> str:
     """Held-out estimate after each epoch with its interval, and the truth where it is known."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(2.9)
+        figure, axes = _figure(2.9, width)
         for i, (name, lines) in enumerate(evaluation.curves.items()):
             judged = [line for line in lines if line.get("validation")]
             if judged:
@@ -95,7 +97,7 @@ def learning_curves(evaluation: LogEvaluation) -> str:
                     marker=MARKERS[i % len(MARKERS)],
                     ms=3,
                     lw=1.4,
-                    label=_short(evaluation.objectives[name]),
+                    label=_short(evaluation.labels[name], width),
                 )
                 axes.fill_between(
                     epoch,
@@ -113,20 +115,20 @@ def learning_curves(evaluation: LogEvaluation) -> str:
                     color=_colour(i),
                     lw=0.9,
                     alpha=0.9,
-                    label=f"{_short(evaluation.objectives[name])}, truth",
+                    label=f"{_short(evaluation.labels[name], width)}, truth",
                 )
         axes.set_xlabel("epoch")
         axes.locator_params(axis="x", integer=True)
         axes.set_ylabel("value on the validation log")
         if axes.get_legend_handles_labels()[0]:
-            _legend(axes, 3)
+            _legend(axes, 3, width)
         return _svg(figure, f"Learning curves, {evaluation.title}")
 
 
-def weights(evaluation: LogEvaluation) -> str:
+def weights(evaluation: LogEvaluation, width: float = WIDE) -> str:
     """How the importance weights spread: share of rows by weight, on a logarithmic axis."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(2.5)
+        figure, axes = _figure(2.5, width)
         for i, (name, counts) in enumerate(evaluation.histograms.items()):
             share = np.asarray(counts) / max(sum(counts), 1)
             axes.stairs(
@@ -135,20 +137,20 @@ def weights(evaluation: LogEvaluation) -> str:
                 color=_colour(i),
                 ls=DASHES[i % len(DASHES)],
                 lw=1.5,
-                label=_short(evaluation.objectives[name]),
+                label=_short(evaluation.labels[name], width),
             )
         axes.axvline(1.0, color=FAINT, lw=0.8)
         axes.set_xscale("log")
-        axes.set_xlabel("importance weight, policy over logging policy")
+        axes.set_xlabel("importance weight")
         axes.set_ylabel("share of rows")
-        _legend(axes, 3)
+        _legend(axes, 3, width)
         return _svg(figure, f"Importance weights, {evaluation.title}")
 
 
-def calibration(evaluation: LogEvaluation) -> str:
+def calibration(evaluation: LogEvaluation, width: float = WIDE) -> str:
     """The reward model's predictions against what was observed, in bins; bars: two std. errors."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(3.2)
+        figure, axes = _figure(3.2, width)
         # The predictions of the logged items are the same for every policy.
         policies = evaluation.result.policies.values()
         found = next(p.calibration for p in policies if p.calibration is not None)
@@ -169,12 +171,14 @@ def calibration(evaluation: LogEvaluation) -> str:
         return _svg(figure, f"Calibration of the reward model, {evaluation.title}")
 
 
-def ranking(comparison: SelectionComparison, title: str, shown: int = 12) -> str:
+def ranking(
+    comparison: SelectionComparison, title: str, width: float = WIDE, shown: int = 12
+) -> str:
     """The recommended selector's ranking: root mean squared error of its best candidates."""
     result = comparison.results[comparison.recommended]
     best = result.ranking[:shown]
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(0.9 + 0.24 * len(best))
+        figure, axes = _figure(0.9 + 0.24 * len(best), width)
         for i, score in enumerate(best):
             ends = [max(0.0, score.mse + sign * 2.0 * score.noise) ** 0.5 for sign in (-1, 1)]
             same = i == 0 or score.name in result.tied
@@ -187,19 +191,25 @@ def ranking(comparison: SelectionComparison, title: str, shown: int = 12) -> str
                 markeredgecolor=COLOURS[0] if same else FAINT,
                 ms=5.5,
             )
-        axes.set_yticks(range(len(best)), [_short(score.name) for score in best])
+        axes.set_yticks(range(len(best)), [_short(score.name, width) for score in best])
         axes.invert_yaxis()
-        axes.set_xlabel("root of the estimated mean squared error; filled: cannot be told apart")
+        axes.set_xlabel("root mean squared error, estimated")
         return _svg(figure, f"Ranking of estimators by {comparison.recommended}, {title}")
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.2, height), layout="constrained")
+def both(chart: Callable[[float], str]) -> str:
+    """A chart for a page of any width: drawn wide, and narrow for a phone; the style shows one."""
+    return f'<div class="wide">{chart(WIDE)}</div><div class="narrow">{chart(NARROW)}</div>'
+
+
+def _figure(height: float, width: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _short(name: str, length: int = 28) -> str:
+def _short(name: str, width: float) -> str:
     """A label that leaves room for the chart; the tables have the whole name."""
+    length = round(2 * width + 14)
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
@@ -207,11 +217,14 @@ def _colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def _legend(axes: Axes, columns: int) -> None:
+def _legend(axes: Axes, columns: int, width: float) -> None:
+    """Above the chart, in as many columns as its longest text leaves room for."""
+    longest = max(len(text) for text in axes.get_legend_handles_labels()[1])
+    room = int(60 * width / (5 * longest + 40))
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        ncols=min(columns, 6),
+        ncols=max(1, min(columns, 6, room)),
         frameon=False,
         borderaxespad=0.2,
         handlelength=2.2,
@@ -224,7 +237,11 @@ def _svg(figure: Figure, description: str) -> str:
     from html import escape
 
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    # Ids inside a page must differ between the two widths: what is hidden defines nothing.
+    with matplotlib.rc_context({"svg.hashsalt": f"offtower {figure.get_figwidth():g}"}):
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
@@ -239,7 +256,7 @@ def all_charts(evaluation: LogEvaluation) -> Sequence[tuple[str, str, str]]:
             "Estimates",
             "A point is an estimate, its line the interval. A policy is better than the logging "
             "policy where the whole interval lies right of the grey band.",
-            estimates(evaluation),
+            both(partial(estimates, evaluation)),
         )
     ]
     if any(evaluation.curves.values()):
@@ -248,7 +265,7 @@ def all_charts(evaluation: LogEvaluation) -> Sequence[tuple[str, str, str]]:
                 "Learning",
                 "The off-policy estimate on the validation log after each epoch; the epoch with "
                 "the best lower end is kept.",
-                learning_curves(evaluation),
+                both(partial(learning_curves, evaluation)),
             )
         )
     charts.append(
@@ -256,7 +273,7 @@ def all_charts(evaluation: LogEvaluation) -> Sequence[tuple[str, str, str]]:
             "Weights",
             "Far to the right, few rows decide the estimate; far to the left, the log shows what "
             "the policy would not.",
-            weights(evaluation),
+            both(partial(weights, evaluation)),
         )
     )
     if any(p.calibration is not None for p in evaluation.result.policies.values()):
@@ -265,7 +282,7 @@ def all_charts(evaluation: LogEvaluation) -> Sequence[tuple[str, str, str]]:
                 "Reward model",
                 "On the dashed line, what was predicted is what was observed. DM is only as good "
                 "as this, and only where the log has been.",
-                calibration(evaluation),
+                both(partial(calibration, evaluation)),
             )
         )
     return charts

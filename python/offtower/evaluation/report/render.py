@@ -6,6 +6,7 @@ import json
 import math
 import platform
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 import offtower
 from offtower.atomic import write_text
-from offtower.evaluation.report.plots import all_charts, ranking
+from offtower.evaluation.report.plots import all_charts, both, ranking
 from offtower.evaluation.run import LogEvaluation
 from offtower.evaluation.selection import SelectionComparison
 from offtower.jsonable import finite
@@ -80,7 +81,7 @@ def _section(evaluation: LogEvaluation) -> dict[str, Any]:
         # Made by matplotlib from escaped text: the one place where markup is not escaped.
         "charts": [(head, text, Markup(svg)) for head, text, svg in all_charts(evaluation)],
         "rankings": {
-            name: Markup(ranking(found, evaluation.objectives[name]))
+            name: Markup(both(partial(ranking, found, evaluation.labels[name])))
             for name, found in evaluation.selection.items()
         },
         "places": {name: _places(found) for name, found in evaluation.selection.items()},

@@ -44,7 +44,7 @@ def select_heuristic(
         )
     judged = [c for c in candidates if c.model is None or c.model in policies.expected_reward]
     skipped = {
-        c.name: f"no expected reward of {c.model!r} under each behaviour policy"
+        c.name: "no expected rewards of the reward model under each behaviour policy"
         for c in candidates
         if c not in judged
     }

@@ -87,8 +87,9 @@ class SelectionComparison:
 
     results: by method, in the order they ran. failed: method -> why it could not run. recommended:
     the method whose choice to take. agreement: pairs of methods -> Spearman correlation of their
-    rankings over the candidates that both ranked. spread: largest difference between the values of
-    the methods' choices, in standard errors of the recommended choice. verdict: one plain sentence.
+    rankings over the candidates that both ranked. spread: largest difference between the value of
+    another method's choice and the recommended one's, in standard errors of their paired
+    difference. verdict: one plain sentence.
     disagreements: by method that chooses otherwise, what lies behind it.
     """
 
@@ -104,6 +105,19 @@ class SelectionComparison:
     def best(self) -> CandidateScore:
         """The recommended method's choice."""
         return self.results[self.recommended].best
+
+    @property
+    def remarks(self) -> list[tuple[str, str]]:
+        """(method, sentence): what a reader must know of each, and what it could not judge."""
+        told = []
+        for method, result in self.results.items():
+            told += [(method, note) for note in result.notes]
+            for reason in dict.fromkeys(result.skipped.values()):
+                names = [name for name, why in result.skipped.items() if why == reason]
+                told.append(
+                    (method, f"could not judge {len(names)} candidates ({names[0]}, ...): {reason}")
+                )
+        return told
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

@@ -14,7 +14,7 @@ from offtower.evaluation.selection.log import SelectionLog
 from offtower.evaluation.selection.ocv import select_ocv
 from offtower.evaluation.selection.paired import select_paired
 from offtower.evaluation.selection.pasif import select_pasif
-from offtower.evaluation.selection.problem import Candidate, check_candidates
+from offtower.evaluation.selection.problem import Array, Candidate, check_candidates
 from offtower.evaluation.selection.result import SelectionComparison, SelectionResult
 from offtower.evaluation.selection.slope import select_slope
 
@@ -94,14 +94,14 @@ def compare_selectors(
             "no selection method could run: " + "; ".join(f"{m}: {e}" for m, e in failed.items())
         )
     recommended = preferred[0]
-    spread = _spread(log, checked, results, recommended)
+    distance, spread = _spread(log, checked, results, recommended)
     return SelectionComparison(
         results,
         failed,
         recommended,
         _agreement(results),
         spread,
-        _verdict(results, recommended, spread),
+        _verdict(results, recommended, distance, spread),
         explain(results, recommended),
     )
 
@@ -128,37 +128,50 @@ def _spread(
     candidates: list[Candidate],
     results: dict[str, SelectionResult],
     recommended: str,
-) -> float:
-    """Largest distance of another method's choice, in standard errors of the recommended one."""
-    chosen = results[recommended].best
-    candidate = next(c for c in candidates if c.name == chosen.name)
-    _, influence = log.problem.influence([candidate])
-    error = float(np.sqrt(np.mean(influence**2) / log.problem.n))
-    widest = max(abs(r.best.value - chosen.value) for r in results.values())
-    if widest == 0.0:
+) -> tuple[float, float]:
+    """Largest distance of another method's choice from the recommended one, on the whole log.
+
+    In standard errors of the recommended choice, and in those of the paired difference of the two.
+    """
+    names = [results[recommended].best.name]
+    names += [result.best.name for result in results.values()]
+    by_name = {candidate.name: candidate for candidate in candidates}
+    values, influence = log.problem.influence([by_name[name] for name in dict.fromkeys(names)])
+    gap = np.abs(values - values[0])
+    own = np.sqrt(np.mean(influence[0] ** 2) / log.problem.n)
+    paired = np.sqrt(np.mean((influence - influence[0]) ** 2, axis=1) / log.problem.n)
+    return _largest_ratio(gap, np.full_like(gap, own)), _largest_ratio(gap, paired)
+
+
+def _largest_ratio(gap: Array, error: Array) -> float:
+    """Of gaps to errors, where the gap is not 0."""
+    some = gap > 0.0
+    if not some.any():
         return 0.0
-    return widest / error if error > 0.0 else float("inf")
+    if np.any(error[some] <= 0.0):
+        return float("inf")
+    return float((gap[some] / error[some]).max())
 
 
-def _verdict(results: dict[str, SelectionResult], recommended: str, spread: float) -> str:
+def _verdict(
+    results: dict[str, SelectionResult], recommended: str, distance: float, spread: float
+) -> str:
     choices = {name: result.best.name for name, result in results.items()}
     chosen = choices[recommended]
     others = {name: choice for name, choice in choices.items() if choice != chosen}
     if not others:
         return f"All selectors that ran choose {chosen}."
     listed = ", ".join(f"{name} chooses {choice}" for name, choice in others.items())
-    if spread <= 1.0:
+    listed = f"{listed}; {recommended} chooses {chosen}."
+    if distance <= 1.0:
         return (
-            f"{listed}; {recommended} chooses {chosen}. Their values lie within one standard error "
-            "of each other: the choice hardly matters."
+            f"{listed} Their values lie within one standard error of each other: the choice hardly "
+            "matters."
         )
+    told = f"{listed} Their values differ by {spread:.1f} standard errors of the difference"
     if spread <= 2.0:
-        return (
-            f"{listed}; {recommended} chooses {chosen}. Their values differ by {spread:.1f} "
-            "standard errors: compatible, but report both."
-        )
+        return f"{told}: noise explains that; report both."
     return (
-        f"{listed}; {recommended} chooses {chosen}. Their values differ by {spread:.1f} standard "
-        "errors, more than noise explains: at least one choice is biased for this policy. Look at "
+        f"{told}, more than noise explains: at least one choice is biased for this policy. Look at "
         "the weights and the reward model's calibration before trusting either."
     )

@@ -23,14 +23,17 @@ def join(members: Sequence[TwoTowerPolicy], factor: float) -> TwoTowerPolicy:
         joined_config(first.config, number, factor), first.context_encoding, first.item_encoding
     )
     state = policy.state_dict()
+    parts = [member.state_dict() for member in members]
     for name in state:
-        # "context_tower.members.1.layers.0.weight" is "context_tower.body.layers.0.weight" of 1.
-        side, dot, rest = name.partition(".members.")
+        side, dot, rest = name.partition(".body.members.")
         if dot:
-            member, _, inner = rest.partition(".")
-            state[name] = members[int(member)].state_dict()[f"{side}.body.{inner}"]
+            number_of_member, _, inner = rest.partition(".")
+            part = parts[int(number_of_member)]
+            # A member is a joined body of one, unless it is a user's module.
+            own = f"{side}.body.members.0.{inner}"
+            state[name] = part[own if own in part else f"{side}.body.{inner}"]
         elif name.startswith(("context_tower.", "item_tower.")):
-            state[name] = first.state_dict()[name]
+            state[name] = parts[0][name]
     policy.load_state_dict({name: torch.clone(tensor) for name, tensor in state.items()})
     return policy.eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,10 @@ NOTHING = MAX_FOLDS
 """Held-out folds from this number on have no rows: their members learn from all."""
 
 
+_COUNTED_ROWS = 100_000
+"""Rows that the balance of the folds is counted on."""
+
+
 @dataclass(frozen=True)
 class Folds:
     """A cut of the log.
@@ -24,11 +29,13 @@ class Folds:
         number: folds that the log is cut into.
         held_out: fold of each member: the rows that it does not learn from.
         seed: of the cut.
+        by_row: cut by row, whatever its user or context.
     """
 
     number: int
     held_out: tuple[int, ...]
     seed: int
+    by_row: bool = False
 
     def of(self, rows: EncodedRows) -> NDArray[np.int8]:
         """(n,) fold of each row, by its user, or by its context where the log knows no users.
@@ -36,8 +43,23 @@ class Folds:
         A member that met a context in training would be judged on what it remembers of it, and the
         one that remembers most would be chosen.
         """
-        key = context_key(rows) if rows.user_id is None else rows.user_id
+        if self.by_row:
+            key = rows.row.astype(np.uint64)
+        else:
+            key = context_key(rows) if rows.user_id is None else rows.user_id
         return fold_of(key, self.number, derive_seed(self.seed, "auto folds"))
+
+    def balanced(self, parts: Iterable[EncodedRows]) -> Folds:
+        """These folds, or folds by row where a few users or contexts have most of the log: else a
+        member would learn from next to nothing."""
+        counts = np.zeros(self.number, dtype=np.int64)
+        for rows in parts:
+            counts += np.bincount(self.of(rows), minlength=self.number)
+            if counts.sum() >= _COUNTED_ROWS:
+                break
+        share = counts / max(int(counts.sum()), 1)
+        even = 1.0 / self.number
+        return self if (np.abs(share - even) < 0.5 * even).all() else replace(self, by_row=True)
 
     def none_held_out(self) -> Folds:
         """As many members, each with a start of its own, that learn from all rows."""

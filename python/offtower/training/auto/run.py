@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from offtower.atomic import replace_directory
 from offtower.config import Config
+from offtower.data.reader import scan
 from offtower.metrics import MetricsLog
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import load_weights, save_weights
@@ -18,7 +19,7 @@ from offtower.training.auto.candidates import Candidate, make_candidates, make_s
 from offtower.training.auto.choose import Choice, choose
 from offtower.training.auto.ensemble import join
 from offtower.training.auto.folds import Folds
-from offtower.training.auto.judge import Judge
+from offtower.training.auto.judge import SCAN_ROWS, Judge
 from offtower.training.auto.members import fit_members
 from offtower.training.trainer import EpochHook, TrainingResult
 
@@ -60,7 +61,16 @@ def train_auto(
     progress, metrics = progress or Progress(), metrics or MetricsLog(None)
     settings = config.auto
     number = settings.members or settings.folds
-    folds = Folds(settings.folds, tuple(range(number)), config.seed)
+    folds = Folds(settings.folds, tuple(range(number)), config.seed).balanced(
+        scan(
+            data.train,
+            data.catalogue,
+            data.context_encoding,
+            SCAN_ROWS,
+            on_bad_rows=data.on_bad_rows,
+            quarantine=data.quarantine_of("train"),
+        )
+    )
     schedule = make_schedule(settings, data.train.num_rows)
     candidates = make_candidates(config, data)
     by_name = {candidate.name: candidate for candidate in candidates}
@@ -108,7 +118,12 @@ def train_auto(
         "step": steps,
         "epoch": schedule.epochs - 1,
         "value_estimate": chosen.value,
-        "validation": {"value": chosen.value, "low": chosen.low, "estimator": "held-out dr"},
+        "validation": {
+            "value": chosen.value,
+            "low": chosen.low,
+            "high": 2.0 * chosen.value - chosen.low,
+            "estimator": "dr of held-out training rows",
+        },
     }
     if on_epoch_end is not None:
         line.update(on_epoch_end(policy, schedule.epochs - 1))

@@ -56,6 +56,7 @@ class CheckpointStore:
         kept: how many of the newest stay.
         workers: those that write.
         owned: tensors of which each worker has rows of its own.
+        on_commit: called on the first worker when a checkpoint has got its name.
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class CheckpointStore:
         kept: int,
         workers: Workers = ALONE,
         owned: OwnedRows | None = None,
+        on_commit: Callable[[], None] | None = None,
     ) -> None:
         self._directory = directory
         self._fingerprint = fingerprint
         self._kept = kept
         self._workers = workers
+        self._on_commit = on_commit
         self._owned = owned or OwnedRows()
         several = workers.size > 1
         # The writing thread's messages must not meet those of the training.
@@ -241,6 +244,8 @@ class CheckpointStore:
         temporary.rename(path)
         if _STEP.fullmatch(path.name):
             self._prune()
+            if self._on_commit is not None:
+                self._on_commit()
 
     def _together(self, work: Callable[[], object]) -> list[str]:
         """Do it on every worker; what went wrong, on any, is known to all."""

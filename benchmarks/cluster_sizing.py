@@ -1,0 +1,129 @@
+"""Memory and traffic of a worker by formulas, from a million to a billion items.
+
+Nothing is measured here: docs/cluster.md explains the formulas and shows this table, and a test
+holds the two together.
+
+    python benchmarks/cluster_sizing.py --json cluster_sizing.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+GIB = 2.0**30
+ID = 8
+"""Bytes of an item's id: integers. Text takes its own length."""
+INDEX = 16
+"""Bytes an item by which an id is found; every process that reads a log holds them, and the ids."""
+PROCESS = 0.5 * GIB
+"""A process with torch and Arrow, and a window of the log."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A training.
+
+    Attributes:
+        items: N. workers: R. batch: B, rows of a step over all workers.
+        width: d, of the embeddings. features: bytes of an item's encoded features.
+        id_width: c, width of the item-id table; 0 without one.
+        reward_width: e, of a factored reward model; 0 without one.
+        parameters: P, of both towers without the item-id table.
+    """
+
+    items: int
+    workers: int = 1
+    batch: int = 4096
+    width: int = 64
+    features: int = 4 * 64
+    id_width: int = 16
+    reward_width: int = 32
+    parameters: int = 100_000
+
+    def memory(self, strategy: str) -> float:
+        """Bytes of a worker: with `item_sharded` all but the index is divided by R."""
+        item = (
+            self.features
+            + 4 * (2 * self.width + 2)  # embedding, bias and their gradients
+            + 4 * 4 * self.id_width  # weights, gradient, two moments of Adam
+            + 4 * (self.reward_width + 1)
+        )
+        own = self.items / self.workers if strategy == "item_sharded" else float(self.items)
+        rows = 4.0 * self.batch * (2 * self.width + self.reward_width + 16)
+        return own * item + self.items * (INDEX + ID) + rows + 16.0 * self.parameters + PROCESS
+
+    def traffic(self, strategy: str) -> float:
+        """Bytes that a worker receives in a step (and sends as many), by ring algorithms."""
+        share = (self.workers - 1) / self.workers
+        reduced = 2.0 * share * self.parameters
+        if strategy == "replicated":
+            return 4.0 * (reduced + 2.0 * share * self.items * self.id_width)
+        gathered = share * self.batch * (self.width + self.reward_width)
+        # The largest logit of each row, then four sums (two without a reward model).
+        sums = 2.0 * share * self.batch * (1 + (4 if self.reward_width else 2))
+        scattered = share * self.batch * self.width
+        return 4.0 * (gathered + sums + scattered + reduced)
+
+
+def evaluation_store(items: int, width: int) -> float:
+    """Bytes of a node's object store that judging fills, once for all workers of the node."""
+    return float(items) * (4 * (width + 1) + INDEX)
+
+
+def table(limit_gib: float = 32.0) -> list[dict[str, object]]:
+    """For each catalogue the least power of two of workers whose memory is below the limit."""
+    rows: list[dict[str, object]] = []
+    for items in (10**6, 10**7, 10**8, 10**9):
+        sizes = Sizes(items)
+        while sizes.memory("item_sharded") > limit_gib * GIB and sizes.workers < 1024:
+            sizes = replace(sizes, workers=2 * sizes.workers)
+        enough = sizes.memory("item_sharded") <= limit_gib * GIB
+        two = replace(sizes, workers=max(2, sizes.workers))
+        rows.append(
+            {
+                **asdict(sizes),
+                "fits": enough,
+                "replicated_gib": sizes.memory("replicated") / GIB,
+                "sharded_gib": sizes.memory("item_sharded") / GIB,
+                "index_gib": items * (INDEX + ID) / GIB,
+                "sharded_mib_a_step": two.traffic("item_sharded") / 2**20,
+                "replicated_mib_a_step": two.traffic("replicated") / 2**20,
+                "evaluation_store_gib": evaluation_store(items, sizes.width) / GIB,
+            }
+        )
+    return rows
+
+
+def markdown(rows: list[dict[str, object]]) -> str:
+    lines = [
+        "| items | replicated: GiB a worker | item_sharded: workers, GiB each | of it the index "
+        "| item_sharded: MiB a step | replicated: MiB a step "
+        "| evaluate: object store, GiB a node |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['items']:,} | {row['replicated_gib']:,.1f} "
+            f"| {row['workers']}, {row['sharded_gib']:.1f} | {row['index_gib']:.2f} "
+            f"| {row['sharded_mib_a_step']:.1f} | {row['replicated_mib_a_step']:,.0f} "
+            f"| {row['evaluation_store_gib']:,.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--memory-gib", type=float, default=32.0, help="of a worker")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = table(arguments.memory_gib)
+    print(markdown(rows))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What a softmax loses to the greedy policy of its own scores, on worlds with known truth.
+
+    python benchmarks/sharpness.py --json sharpness.json
+
+A linear two-tower regression of 1,000 rounds, cross-fitted and joined as objective=auto does it:
+the value of softmax(factor x logits) as a share of the optimum, for each of auto's sharpnesses (in
+units of the softest), for the logits as they are, and greedily.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from offtower.benchmarks.quality.bilinear import bilinear
+from offtower.benchmarks.quality.world import value
+from offtower.config import parse_config
+from offtower.prepare import prepare
+from offtower.progress import Progress
+from offtower.training.auto import train_auto
+from offtower.training.auto.ensemble import join
+
+NAME = "regression_linear"
+
+
+def shares(actions: int, beta: float, seed: int) -> dict[str, float]:
+    world = bilinear(actions, beta, 1000, seed)
+    data = prepare(world.log, None, world.catalogue, Progress())
+    config = parse_config(
+        {
+            "name": "sharpness",
+            "seed": seed,
+            "data": {"train": "memory", "catalogue": "memory"},
+            "auto": {"candidates": [NAME], "refit": False},
+        }
+    )
+    found = train_auto(config, data)
+    options = found.choice.scored[NAME]
+    first = options[0].factor
+    policies = {f"{o.factor / first:g}": join(found.members[NAME], o.factor) for o in options}
+    policies["as they are"] = join(found.members[NAME], 1.0)
+    best = world.landmarks["optimum"]
+    result = {k: value(world, p, data.items).softmax / best for k, p in policies.items()}
+    greedy = value(world, policies["as they are"], data.items).greedy / best
+    return {**result, "greedy": greedy}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    summary = {}
+    for actions, beta in ((10, 1.0), (10, -1.0), (100, 1.0)):
+        lines = [shares(actions, beta, seed) for seed in range(arguments.seeds)]
+        mean = {key: float(np.mean([line[key] for line in lines])) for key in lines[0]}
+        summary[f"{actions} actions, beta {beta:g}"] = mean
+        print(
+            f"{actions} actions, beta {beta:g}: "
+            + "  ".join(f"{key} {found:.3f}" for key, found in mean.items())
+        )
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(summary, indent=2))
+
+
+if __name__ == "__main__":
+    main()

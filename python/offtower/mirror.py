@@ -1,0 +1,159 @@
+"""A copy of a run directory in a bucket or on another file system, kept while the run goes on.
+
+What a machine that goes away leaves behind: another one pulls the copy and goes on with --resume.
+Any file system that pyarrow knows: s3://, gs://, abfs://, hdfs://, file://.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+from pyarrow import fs
+
+from offtower.atomic import replace_directory
+from offtower.errors import RunError
+
+logger = logging.getLogger("offtower.mirror")
+
+_MADE_AGAIN = ("items", "ray")
+"""Folders that a resumed run writes anew."""
+_LAST = ("state.json", "manifest.json", "CURRENT")
+"""Files that say that others are whole: they arrive after them."""
+_CONFIG = "config.yaml"
+
+
+class Mirror:
+    """Copies in one thread, so that training does not wait for a network.
+
+    Args:
+        uri: folder of all runs there; this one has the run's name in it.
+        run: the run directory here.
+
+    Raises:
+        RunError: the address has a form that pyarrow does not know, or cannot be reached.
+    """
+
+    def __init__(self, uri: str, run: Path) -> None:
+        self.uri, self._run = uri.rstrip("/"), run
+        try:
+            self._there, base = fs.FileSystem.from_uri(self.uri)
+        except (pa.ArrowInvalid, OSError, ValueError) as error:
+            raise RunError(
+                f"--mirror '{uri}' cannot be used ({error}); give a folder such as "
+                "s3://bucket/runs, gs://bucket/runs or file:///mnt/runs"
+            ) from error
+        self._base = f"{base.rstrip('/')}/{run.name}"
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="offtower-mirror")
+        self._pending: Future[None] | None = None
+
+    def pull(self) -> bool:
+        """Fetch the copy where there is no run here yet; whether there was one.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        if (self._run / _CONFIG).exists():
+            return False
+        try:
+            found = self._there.get_file_info(
+                fs.FileSelector(self._base, recursive=True, allow_not_found=True)
+            )
+            files = [info for info in found if info.type == fs.FileType.File]
+            if not any(self._name(info.path) == _CONFIG for info in files):
+                return False
+            with replace_directory(self._run) as temporary:
+                for info in files:
+                    target = temporary / self._name(info.path)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with (
+                        self._there.open_input_stream(info.path) as source,
+                        open(target, "wb") as sink,
+                    ):
+                        shutil.copyfileobj(source, sink, 1 << 20)
+        except OSError as error:
+            raise RunError(f"the copy at '{self.uri}' cannot be read: {error}") from error
+        return True
+
+    def push_later(self) -> None:
+        """Begin to send what has changed. One that failed is told, and this one sends its share."""
+        if self._pending is not None and not self._pending.done():
+            return
+        self._told(self._pending)
+        self._pending = self._thread.submit(self._push)
+
+    def close(self) -> None:
+        """Send the rest and wait for it.
+
+        Raises:
+            RunError: it could not be sent; the run here is whole.
+        """
+        if self._pending is not None:
+            self._pending.exception()
+            self._told(self._pending)
+        last = self._thread.submit(self._push)
+        self._thread.shutdown(wait=True)
+        error = last.exception()
+        if error is not None:
+            raise RunError(
+                f"the run is whole at '{self._run}', but its copy at '{self.uri}' is not: {error}. "
+                "The same command with --resume sends the rest"
+            ) from error
+
+    def _told(self, done: Future[None] | None) -> None:
+        error = None if done is None else done.exception()
+        if error is not None:
+            logger.warning("copying to '%s' failed and will be tried again: %s", self.uri, error)
+
+    def _push(self) -> None:
+        now = self._here()
+        # Files before those that vouch for them, and removals at the end: the copy can be resumed
+        # from at any moment.
+        order = sorted(now, key=lambda name: (PurePosixPath(name).name in _LAST, name))
+        for name in order:
+            if self._sent.get(name) == now[name]:
+                continue
+            try:
+                self._send(name)
+            except FileNotFoundError:
+                continue  # Removed meanwhile, as old checkpoints are.
+            self._sent[name] = now[name]
+        for name in set(self._sent) - set(now):
+            self._there.delete_file(f"{self._base}/{name}")
+            del self._sent[name]
+
+    def _here(self) -> dict[str, tuple[int, int]]:
+        """Size and time of every file that the copy should have."""
+        found: dict[str, tuple[int, int]] = {}
+        for folder, folders, files in os.walk(self._run):
+            place = Path(folder).relative_to(self._run)
+            # Half-written ones are no part of a run.
+            folders[:] = [
+                name
+                for name in folders
+                if not name.startswith(".") and (place.parts or name not in _MADE_AGAIN)
+            ]
+            for name in files:
+                if name.startswith("."):
+                    continue
+                try:
+                    facts = (Path(folder) / name).stat()
+                except FileNotFoundError:
+                    continue
+                found[(place / name).as_posix()] = (facts.st_size, facts.st_mtime_ns)
+        return found
+
+    def _send(self, name: str) -> None:
+        target = f"{self._base}/{name}"
+        with open(self._run / name, "rb") as source:
+            self._there.create_dir(str(PurePosixPath(target).parent), recursive=True)
+            with self._there.open_output_stream(target) as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+
+    def _name(self, path: str) -> str:
+        return path.removeprefix(self._base).lstrip("/")

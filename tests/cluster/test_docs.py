@@ -1,0 +1,55 @@
+"""docs/cluster.md: its table is computed, its commands and files are real."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.test_manifests import ROOT, parse
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from cluster_sizing import Sizes, markdown, table
+
+DOCS = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+
+
+def test_the_table_is_what_the_script_computes() -> None:
+    inside = DOCS.split("<!-- table of benchmarks/cluster_sizing.py -->\n")[1]
+    assert inside.split("\n<!-- end of table -->")[0] == markdown(table())
+
+
+def test_the_formulas_hold_what_they_are_said_to_hold() -> None:
+    """Traffic of item_sharded does not depend on N; its memory falls with R to the index."""
+    few, many = Sizes(10**6, workers=8), Sizes(10**8, workers=8)
+    assert few.traffic("item_sharded") == many.traffic("item_sharded")
+    assert few.traffic("replicated") < many.traffic("replicated")
+    assert Sizes(10**7, workers=1).traffic("item_sharded") == 0.0
+    one, two = Sizes(10**8, workers=1), Sizes(10**8, workers=2)
+    assert one.memory("item_sharded") == one.memory("replicated") == two.memory("replicated")
+    assert two.memory("item_sharded") > 0.5 * one.memory("item_sharded")
+
+
+def commands() -> list[list[str]]:
+    """Commands of the page that offtower itself, or cluster/submit.sh, is to understand."""
+    found = []
+    text = DOCS.replace("\\\n", " ")
+    for line in re.findall(r"(?m)^\s*(offtower .*|cluster/submit\.sh .*)$", text):
+        found.append(["offtower", *shlex.split(line, comments=True)[1:]])
+    return found
+
+
+def test_commands_of_the_page_are_understood() -> None:
+    assert len(commands()) >= 6
+    for command in commands():
+        parse(command)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"`((?:cluster|tests|benchmarks)/[\w./-]+)", DOCS)))
+)
+def test_files_of_the_page_are_there(name: str) -> None:
+    assert Path(ROOT / name).exists()

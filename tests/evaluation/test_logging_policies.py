@@ -1,0 +1,442 @@
+"""Logs of several behaviour policies: the heuristic, PAS-IF's draws and support, from runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from offtower.cli import app
+from offtower.config import parse_config
+from offtower.data import write_catalogue, write_log
+from offtower.data.catalogue import Catalogue
+from offtower.data.encoding import FeatureEncoding, to_tensors
+from offtower.data.log import ParquetLog
+from offtower.data.reader import scan
+from offtower.data.schema import LogSchema
+from offtower.data.simulate import LoggingPolicy, SimulatedWorld, log_of_several
+from offtower.errors import ConfigError, DataError, OfftowerError
+from offtower.evaluation.judging import Judge
+from offtower.evaluation.logging_policies import BehaviorNames, LoggingPolicies
+from offtower.evaluation.logging_side import LoggingGathered, LoggingSide, SupportWatch
+from offtower.evaluation.opening import ModelRoom, judged_by, open_run
+from offtower.evaluation.run import LogEvaluation, evaluate_runs
+from offtower.evaluation.scoring import ModelTerms, PolicyScorer
+from offtower.evaluation.selection import BehaviorPolicies
+from offtower.mapping import Mapper
+from offtower.progress import Progress
+from offtower.run_directory import RunDirectory
+from offtower.training.run import train_run
+from tests.mappers import BackwardsMapper
+
+from .test_runs import of_policy
+
+ITEMS = 12
+BETAS = {"cautious": -1.0, "keen": 2.0}
+
+
+def renamed(table: pa.Table, name: object) -> pa.Table:
+    place = table.schema.get_field_index("behavior_policy")
+    return table.set_column(place, "behavior_policy", pa.array([name] * table.num_rows))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs `a` and `b`; `served`, a log that both made; `drawn`, one of two simulated policies."""
+    folder = tmp_path_factory.mktemp("several")
+    world = SimulatedWorld(ITEMS, 4, 4, 4, seed=3, feature_kinds="all", intercept=0.0)
+    write_catalogue(folder / "catalogue", world.catalogue_table(), world.catalogue_schema)
+    write_log(folder / "train", world.log(1500, seed=0), world.log_schema)
+    several = {name: LoggingPolicy(beta=beta, epsilon=0.2) for name, beta in BETAS.items()}
+    write_log(folder / "drawn", log_of_several(world, 2001, 1, several), world.log_schema, 300)
+    for name, objective in (("a", "ips"), ("b", "regression")):
+        train_run(
+            parse_config(
+                {
+                    "name": name,
+                    "runs": str(folder),
+                    "data": {
+                        "train": str(folder / "train"),
+                        "test": str(folder / "served"),
+                        "catalogue": str(folder / "catalogue"),
+                    },
+                    "policy": {"embedding_dim": 4, "temperature": 0.5},
+                    "reward_model": {
+                        "kind": "factored",
+                        "embedding_dim": 4,
+                        "folds": 1,
+                        "epochs": 2,
+                    },
+                    "objective": {"name": objective},
+                    "training": {"epochs": 2, "batch_size": 64, "threads": 1},
+                    "evaluation": {"selection": {"models": ["linear"]}},
+                }
+            )
+        )
+    catalogue = Catalogue.open(folder / "catalogue")
+    parts = []
+    with torch.no_grad():
+        for rows, name in ((700, "a"), (600, "b")):
+            policy = open_run(folder / name, catalogue).policy
+            (folder / f"of_{name}").mkdir()
+            made = of_policy(world, policy, catalogue, rows, folder / f"of_{name}")
+            parts += [renamed(table, f"run-{name}") for table in made]
+    table = pa.concat_tables(parts)
+    mixed = table.take(pa.array(np.random.default_rng(0).permutation(table.num_rows)))
+    write_log(folder / "served", [mixed], world.log_schema, 256)
+    return folder
+
+
+def runs_option(place: Path, a: str = "a", b: str = "b") -> str:
+    return f"evaluation.selection.logging_runs={{run-a: {place / a}, run-b: {place / b}}}"
+
+
+def judge(
+    place: Path, *overrides: str, select: str | None = "heuristic", log: str = "served"
+) -> LogEvaluation:
+    return evaluate_runs([place / "b"], overrides=overrides, select=select, log=place / log)
+
+
+def behavior(
+    place: Path, *overrides: str, log: str = "served", backwards: bool = False
+) -> BehaviorPolicies:
+    """What is gathered on a log for the heuristic, in batches that cut its row groups.
+
+    backwards: the batches are asked for from the last to the first.
+    """
+    catalogue = Catalogue.open(place / "catalogue")
+    config = judged_by(RunDirectory(place / "a").load_config(), overrides)
+    opened = ParquetLog.open(place / log)
+    found = LoggingSide.open("heuristic", opened, catalogue, config)
+    encoding = open_run(place / "a", catalogue).policy.context_encoding
+    assert found.heuristic is not None
+    batches = list(enumerate(scan(opened, catalogue, encoding, 190)))
+    gathered = LoggingGathered()
+    for number, rows in reversed(batches) if backwards else batches:
+        made_by = [rows] * len(found.scorers)
+        part = LoggingGathered()
+        found.heuristic.add(number, rows, made_by, ModelTerms({}, {}, {}), part)
+        if backwards:
+            part.absorb(gathered)
+            gathered = part
+        else:
+            gathered.absorb(part)
+    return found.heuristic.finish(gathered)
+
+
+def streamed(place: Path, select: str, *overrides: str) -> Judge:
+    """Run `b` judged on the log that both runs made, with all that was gathered."""
+    catalogue = Catalogue.open(place / "catalogue")
+    config = judged_by(RunDirectory(place / "b").load_config(), overrides)
+    runs = [open_run(place / "b", catalogue)]
+    judge = Judge(runs, ParquetLog.open(place / "served"), catalogue, config)
+    judge.prepare(select, Progress())
+    judge.judge(Mapper(), Progress())
+    return judge
+
+
+def columns_option(cautious: str = "pscore_cautious", keen: str = "pscore_keen") -> str:
+    return f"evaluation.selection.logging_columns={{cautious: {cautious}, keen: {keen}}}"
+
+
+def test_the_heuristic_judges_every_candidate_from_the_runs_that_logged(place: Path) -> None:
+    found = judge(place, runs_option(place), "evaluation.batch_rows=500")
+    result = found.selection["b"].results["heuristic"]
+    names = {score.name for score in result.ranking}
+    assert {"IPS", "SNIPS", "DM[two_tower]", "DR[linear]", "SNDR[two_tower]"} <= names
+    assert not result.skipped
+    assert result.details["policies"] == 2
+
+
+def test_probabilities_and_expected_rewards_are_those_of_the_policies(place: Path) -> None:
+    """Against softmaxes and sums by enumeration over the whole catalogue."""
+    made = streamed(place, "heuristic", runs_option(place))
+    catalogue, log, runs = made.catalogue, made.log, made.runs
+    assert made.logging.heuristic is not None
+    behavior = made.logging.heuristic.finish(made.gathered.logging)
+    model = ModelRoom(runs, made.config, Progress()).main()
+    assert model is not None and model.exact is not None
+    rows = next(iter(scan(log, catalogue, runs[0].policy.context_encoding, 5000)))
+    q = model.over_all(rows)
+    value = torch.sigmoid(q.context @ q.item.T + q.item_bias).double().numpy()
+    for number, name in enumerate("ab"):
+        run = open_run(place / name, catalogue)
+        scorer = PolicyScorer(run.policy, run.items)
+        own = next(iter(scan(log, catalogue, run.policy.context_encoding, 5000)))
+        with torch.no_grad():
+            context = run.policy.embed_contexts(to_tensors(own.context))
+        logit = context @ scorer.items.embedding.T / run.policy.temperature
+        probability = torch.softmax(logit.double(), 1).numpy()
+        logged = probability[np.arange(len(rows)), rows.action]
+        np.testing.assert_allclose(behavior.probability[:, number], logged, rtol=1e-4)
+        expected = (probability * value).sum(axis=1)
+        np.testing.assert_allclose(
+            behavior.expected_reward["two_tower"][:, number], expected, rtol=1e-4
+        )
+    own = behavior.probability[np.arange(len(rows)), behavior.row_policy]
+    np.testing.assert_allclose(own, rows.pscore, rtol=1e-4)
+    assert np.bincount(behavior.row_policy).tolist() == [700, 600]
+
+
+def test_columns_of_propensities_serve_estimators_without_a_model(place: Path) -> None:
+    found = judge(place, columns_option(), log="drawn")
+    result = found.selection["b"].results["heuristic"]
+    assert {"IPS", "SNIPS"} <= {score.name for score in result.ranking}
+    assert all("[" in name for name in result.skipped) and result.skipped
+    told = [text for method, text in found.selection["b"].remarks if method == "heuristic"]
+    assert any("no expected rewards" in text for text in told)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_columns_are_read_in_step_with_the_rows(place: Path, backwards: bool) -> None:
+    found = behavior(place, columns_option(), log="drawn", backwards=backwards)
+    table = pq.read_table(place / "drawn" / "part-00000.parquet")
+    assert table.num_rows == 2001
+    np.testing.assert_array_equal(
+        found.probability, np.stack([table[f"pscore_{name}"].to_numpy() for name in BETAS], 1)
+    )
+    names = np.array(list(BETAS))[found.row_policy]
+    assert names.tolist() == table["behavior_policy"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("log", "select", "options", "cells"),
+    [
+        ("served", "all", ("RUNS",), None),
+        ("served", "all", ("RUNS", "evaluation.selection.draws=100"), 0),
+        ("served", "heuristic", ("RUNS", "evaluation.expected_reward=draws"), None),
+        ("drawn", "heuristic", ("COLUMNS",), None),
+        (
+            *("served", "pasif"),
+            (
+                "RUNS",
+                "evaluation.selection.importance_fit=network",
+                "evaluation.selection.network_steps=3",
+            ),
+            None,
+        ),
+    ],
+    ids=["every-item", "draws", "expected-by-draws", "columns", "network"],
+)
+def test_parts_judged_elsewhere_give_the_same_bits(
+    place: Path,
+    log: str,
+    select: str,
+    options: tuple[str, ...],
+    cells: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Selections, support and all else of two runs; parts are sent, run twice and backwards."""
+    if cells is not None:
+        monkeypatch.setattr("offtower.evaluation.choosing._DENSE_CELLS", cells)
+    known = {"RUNS": runs_option(place), "COLUMNS": columns_option()}
+    one, many = (
+        evaluate_runs(
+            [place / "a", place / "b"],
+            overrides=[known.get(each, each) for each in (*options, "evaluation.batch_rows=100")],
+            select=select,
+            log=place / log,
+            mapper=mapper,
+        )
+        for mapper in (None, BackwardsMapper())
+    )
+    found = one.to_dict()
+    assert many.to_dict() == found
+    for name in "ab":
+        wanted = {"all": {"heuristic", "pasif"}}.get(select, {select})
+        assert wanted <= set(one.selection[name].results)
+        assert (one.result.policies[name].support is None) == (log == "drawn")
+
+
+def test_a_run_that_did_not_make_the_log_is_refused_from_parts_too(place: Path) -> None:
+    option = f"evaluation.selection.logging_run={place / 'a'}"
+    one, many = (
+        evaluate_runs(
+            [place / "b"],
+            overrides=[option, "evaluation.batch_rows=100"],
+            select="pasif",
+            log=place / "drawn",
+            mapper=mapper,
+        )
+        for mapper in (None, BackwardsMapper())
+    )
+    assert any("did not make this log" in note for note in one.notes)
+    assert many.to_dict() == one.to_dict()
+
+
+def test_pasif_draws_from_the_policy_that_logged_each_row(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judged run's own rows have weights of 1, the other's average 1 (5 standard errors)."""
+    monkeypatch.setattr("offtower.evaluation.choosing._DENSE_CELLS", 0)
+    made = streamed(place, "pasif", runs_option(place), "evaluation.selection.draws=100")
+    weight = np.concatenate(made.gathered.kept["b"]._weight).astype(float)
+    column = ParquetLog.open(place / "served").tables()
+    name = np.concatenate([table["behavior_policy"].to_numpy() for table in column])
+    assert weight.shape == (1300, 100)
+    np.testing.assert_allclose(weight[name == "run-b"], 1.0, rtol=1e-4)
+    others = weight[name == "run-a"]
+    error = np.sqrt((others.var(axis=1) / 100).mean() / len(others))
+    assert others.std() > 0.1
+    assert abs(others.mean() - 1.0) < 5 * error
+    result = made.choose("pasif", Progress())["b"].results["pasif"]
+    assert not result.skipped
+    assert any("100 draws" in note for note in result.notes)
+
+
+def test_support_is_what_the_logging_run_leaves_of_the_target(place: Path) -> None:
+    """A logging policy 20 times as sharp hides items: share by enumeration, 5 standard errors."""
+    catalogue = Catalogue.open(place / "catalogue")
+    log = ParquetLog.open(place / "served")
+    target, other = (open_run(place / name, catalogue) for name in "ba")
+    scorer, sharp = (PolicyScorer(run.policy, run.items) for run in (target, other))
+    sharp.items = replace(sharp.items, embedding=20.0 * sharp.items.embedding)
+    watch = SupportWatch(LoggingPolicies(("a",), [sharp]), log.num_rows, 0)
+    gathered = LoggingGathered()
+    shares, counts = [], 0
+    for number, rows in enumerate(scan(log, catalogue, target.policy.context_encoding, 400)):
+        scored = scorer.score_models(rows, {})
+        watch.add(number, {"b": (scorer, scored)}, [rows], gathered)
+        with torch.no_grad():
+            context = other.policy.embed_contexts(to_tensors(rows.context))
+        of_target = scored.context_embedding @ scorer.items.embedding.T / target.policy.temperature
+        of_log = context @ sharp.items.embedding.T / other.policy.temperature
+        aim, shown = (torch.softmax(logit.double(), 1) for logit in (of_target, of_log))
+        shares.append((aim * (shown < aim / log.num_rows)).sum(1).numpy())
+        counts += len(rows)
+    exact = float(np.concatenate(shares).mean())
+    found = watch.finish(gathered)["b"]
+    assert counts == 1300 and found.draws == 13_000
+    assert 0.02 < exact < 0.98
+    assert found.hidden is not None
+    assert abs(found.hidden - exact) < 5 * np.sqrt(exact * (1 - exact) / found.draws)
+
+
+def test_the_gate_sees_support_where_the_logging_policies_are_named(place: Path) -> None:
+    found = judge(place, runs_option(place), select=None).result.policies["b"]
+    assert found.support is not None and found.support.hidden is not None
+    assert found.support.hidden < 0.01 and found.support.draws == 13_000
+    assert judge(place, select=None).result.policies["b"].support is None
+
+
+@pytest.mark.parametrize("select", ["heuristic", "all"])
+def test_what_to_add_is_said_where_no_runs_are_named(place: Path, select: str) -> None:
+    words = "logging_runs={run-a: RUN, run-b: RUN}"
+    if select == "heuristic":
+        with pytest.raises(ConfigError, match="logging_runs") as refused:
+            judge(place)
+        assert words in str(refused.value) and "logging_columns=" in str(refused.value)
+    else:
+        failed = judge(place, select="all").selection["b"].failed
+        assert words in failed["heuristic"]
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [("train", "every row of this log has the behaviour policy 'logging'"), ("blind", "no column")],
+)
+def test_logs_of_one_policy_are_refused(place: Path, log: str, words: str) -> None:
+    if log == "blind" and not (place / "blind").exists():
+        opened = ParquetLog.open(place / "served")
+        schema = LogSchema.from_dict({**opened.schema.to_dict(), "behavior_policy": None})
+        write_log(place / "blind", opened.tables(), schema)
+    with pytest.raises(ConfigError, match=words):
+        judge(place, log=log)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("logging_runs={run-a: A}", "lacks the behaviour policy 'run-b', which logged 600 rows"),
+        ("logging_runs={run-a: A, run-b: B, run-c: C}", "'run-c', which logged no row"),
+        ("logging_columns={run-a: pscore, run-b: psc}", "the column 'psc', which the log"),
+        ("logging_runs={}", "logging_runs"),
+    ],
+)
+def test_names_that_do_not_fit_the_log_are_refused(place: Path, option: str, words: str) -> None:
+    with pytest.raises(OfftowerError, match=words):
+        judge(place, f"evaluation.selection.{option}")
+
+
+def test_options_that_exclude_each_other(place: Path) -> None:
+    for other in (f"logging_run={place / 'a'}", "logging_columns={run-a: pscore, run-b: pscore}"):
+        with pytest.raises(ConfigError, match="name one of the two"):
+            judge(place, runs_option(place), f"evaluation.selection.{other}")
+    with pytest.raises(ConfigError, match="propensities=estimate"):
+        judge(place, runs_option(place), "evaluation.propensities=estimate")
+
+
+@pytest.mark.parametrize("select", [None, "pasif", "heuristic"])
+def test_runs_that_did_not_log_are_found_out_by_row_and_value(
+    place: Path, select: str | None
+) -> None:
+    """Swapped runs: whichever part looks first refuses them."""
+    with pytest.raises(DataError, match=r"behaviour policy 'run-a'.*row \d+: logged 0\.\d+, found"):
+        judge(place, runs_option(place, a="b", b="a"), select=select)
+
+
+def test_columns_that_are_not_the_logged_propensities_are_found_out(place: Path) -> None:
+    with pytest.raises(DataError, match=r"'pscore_keen'.*'cautious'.*row \d+: logged"):
+        behavior(place, columns_option("pscore_keen", "pscore_keen"), log="drawn")
+    table = pq.read_table(place / "drawn" / "part-00000.parquet")
+    wrong = table["pscore_keen"].to_numpy().copy()
+    wrong[777] = -0.5
+    column = table.schema.get_field_index("pscore_keen")
+    table = table.set_column(column, "pscore_keen", pa.array(wrong))
+    write_log(place / "negative", [table], ParquetLog.open(place / "drawn").schema, 300)
+    with pytest.raises(DataError, match=r"column 'pscore_keen' is -0\.5 in row 777 of the log"):
+        behavior(place, columns_option(), log="negative")
+
+
+def test_a_loose_tolerance_lets_rounded_propensities_pass(place: Path) -> None:
+    option = "evaluation.selection.logging_tolerance"
+    with pytest.raises(DataError, match="1e-11 %"):
+        behavior(place, runs_option(place), f"{option}=1e-13")
+    assert behavior(place, runs_option(place), f"{option}=1e-3").probability.shape == (1300, 2)
+
+
+def test_behavior_names_are_text_whatever_their_type(tmp_path: Path) -> None:
+    world = SimulatedWorld(5, 2, 2, 2, seed=0)
+    tables = [renamed(t, name) for name in (7, -3) for t in world.log(4, seed=0)]
+    write_log(tmp_path / "log", [tables[0], tables[1], tables[0]], world.log_schema, 5)
+    log = ParquetLog.open(tmp_path / "log")
+    names = BehaviorNames.of(log)
+    assert names is not None
+    assert names.name == ("-3", "7") and names.rows.tolist() == [4, 8]
+    catalogue = world.catalogue()
+
+    encoding = FeatureEncoding.fit(world.log_schema.context, log.tables())
+    rows = next(iter(scan(log, catalogue, encoding, 12)))
+    assert rows.behavior_policy is not None
+    assert names.index(rows.behavior_policy).tolist() == [1] * 4 + [0] * 4 + [1] * 4
+
+
+def test_the_command_line_runs_the_heuristic(place: Path) -> None:
+    run = CliRunner().invoke(
+        app,
+        [
+            "evaluate",
+            str(place / "b"),
+            "--select",
+            "heuristic",
+            "--json",
+            "--set",
+            runs_option(place),
+            "--report",
+            str(place / "report.html"),
+        ],
+    )
+    assert run.exit_code in (0, 1, 3), run.output
+    found = json.loads(run.stdout)["selection"]["b"]
+    assert found["recommended"] == "heuristic" and not found["failed"]
+    assert "heuristic" in (place / "report.html").read_text()
+    plain = CliRunner().invoke(app, ["evaluate", str(place / "b"), "--select", "heuristic"])
+    assert plain.exit_code == 2
+    assert "evaluation.selection.logging_runs={run-a: RUN, run-b: RUN}" in plain.output

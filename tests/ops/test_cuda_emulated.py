@@ -1,0 +1,238 @@
+"""The CUDA kernels against float64, run on an emulated thread block (see `cuda_emulation`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from offtower.ops import FactoredReward, merge_partials, partial_terms, policy_terms, top_k
+from tests.ops import cuda_emulation
+from tests.ops.cases import KINDS, Case, check_errors
+
+pytestmark = pytest.mark.skipif(
+    bool(cuda_emulation.why_not()), reason=cuda_emulation.why_not() or "runs"
+)
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return cuda_emulation.build(Path(tmp_path_factory.mktemp("emulation")))
+
+
+@pytest.fixture(params=["sm_80", "sm_90"])
+def device(
+    request: pytest.FixtureRequest, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Whose kernels run; Hopper's own take bfloat16 without dense rewards."""
+    cuda_emulation.put_in_place(module, request.param, monkeypatch)
+    return str(request.param)
+
+
+def emulated(case: Case) -> dict[str, Tensor]:
+    return case.native("auto")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kind", "scale"), [*((kind, 1.0) for kind in KINDS), ("none", 100.0), ("sigmoid", 100.0)]
+)
+def test_errors_are_within_twice_those_of_torch(
+    device: str, dtype: torch.dtype, scale: float, kind: str
+) -> None:
+    """Ragged shapes that are split, padded, and span several blocks of rows; logits up to 1e4.
+
+    Anchors go to nats and back between the passes, which costs a second rounding of a gradient.
+    """
+    if device == "sm_90" and (dtype is torch.float32 or kind == "dense"):
+        pytest.skip("runs on the portable kernels there")
+    for shape in ((1, 1, 1), (5, 9, 2), (140, 520, 40), (17, 900, 72)):
+        check_errors(shape, kind, dtype, scale, emulated, seeds=range(1), roundings=2)
+
+
+@pytest.mark.parametrize("width", [192, 256])
+def test_wide_embeddings(device: str, width: int) -> None:
+    for dtype in DTYPES:
+        check_errors((40, 260, width), "sigmoid", dtype, 1.0, emulated, seeds=range(1), roundings=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_shared_memory(
+    dtype: torch.dtype, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """99 KiB a block, as on sm_86: fewer rows a block and one tile in flight."""
+    cuda_emulation.put_in_place(module, "sm_86", monkeypatch)
+    for width in (64, 128):
+        check_errors(
+            (40, 260, width), "identity", dtype, 1.0, emulated, seeds=range(1), roundings=2
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_in_any_order_of_the_threads(
+    device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing barrier, or a buffer filled too early, shows as bits that depend on the order."""
+    case = Case(140, 900, 72, "sigmoid", dtype)
+    first: dict[str, Tensor] | None = None
+    for seed in range(4):
+        monkeypatch.setenv("OFFTOWER_EMULATION_SEED", str(seed))
+        again = emulated(case)
+        scores, index = top_k(case.u, case.v, 9, item_bias=case.b)
+        again |= {"scores": scores, "index": index}
+        first = first or again
+        for name, value in again.items():
+            assert torch.equal(value, first[name]), (name, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_the_gradients_asked_for(device: str, dtype: torch.dtype) -> None:
+    case = Case(40, 300, 24, "identity", dtype)
+    whole = emulated(case)
+    for wanted in (("du",), ("dv",), ("db",), ("du", "db")):
+        leaves = {"du": case.u.clone(), "dv": case.v.clone(), "db": case.b.clone()}
+        for name in wanted:
+            leaves[name].requires_grad_()
+        t = policy_terms(
+            leaves["du"], leaves["dv"], case.action, temperature=0.7, item_bias=leaves["db"],
+            reward_model=case.reward, entropy=True,
+        )  # fmt: skip
+        outputs = (t.log_prob, t.log_normalizer, t.expected_reward, t.entropy)
+        loss = torch.stack(
+            [(o * c.float()).sum() for o, c in zip(outputs, case.cotangents, strict=True)]  # type: ignore[operator]
+        ).sum()
+        loss.backward()
+        for name, leaf in leaves.items():
+            if name in wanted:
+                assert leaf.grad is not None and torch.equal(leaf.grad.double(), whole[name])
+            else:
+                assert leaf.grad is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slices_of_items_merge_to_the_whole(device: str, dtype: torch.dtype) -> None:
+    case = Case(9, 500, 16, "identity", dtype)
+    whole = policy_terms(
+        case.u, case.v, case.action, item_bias=case.b, reward_model=case.reward, entropy=True
+    )
+    r, parts = case.reward, []
+    for start, stop in ((0, 130), (130, 131), (131, 500)):
+        here = (case.action >= start) & (case.action < stop)
+        reward = FactoredReward(r.context, r.item[start:stop], r.item_bias[start:stop])
+        part = partial_terms(
+            case.u,
+            case.v[start:stop],
+            torch.where(here, case.action - start, -1),
+            item_bias=case.b[start:stop],
+            reward_model=reward,
+            entropy=True,
+        )
+        parts.append(part)
+        assert torch.isinf(parts[-1].action_logit).equal(~here)
+    merged = merge_partials(parts).finish()
+    for name, value in vars(whole).items():
+        torch.testing.assert_close(getattr(merged, name), value, rtol=2e-6, atol=2e-6)
+
+
+def test_top_k_is_the_stable_sort_of_the_logits(device: str) -> None:
+    """Small integers are exact in every dtype and make many ties; k up to all items."""
+    g = torch.Generator().manual_seed(8)
+    for dtype in DTYPES:
+        for rows, items in ((1, 1), (3, 7), (66, 700)):
+            u = torch.randint(-2, 3, (rows, 5), generator=g).to(dtype)
+            v = torch.randint(-2, 3, (items, 5), generator=g).to(dtype)
+            b = torch.randint(-1, 2, (items,), generator=g).to(dtype)
+            full = u.float() @ v.float().T / 0.5 + b.float()
+            order = torch.argsort(full, dim=1, descending=True, stable=True)
+            for k in {1, items // 2 + 1, items}:
+                scores, index = top_k(u, v, k, temperature=0.5, item_bias=b)
+                assert torch.equal(index, order[:, :k])
+                assert torch.equal(scores, full.gather(1, index))
+
+
+def test_top_k_takes_nan_first_and_masked_items_last(device: str) -> None:
+    u, v = torch.ones(2, 1), torch.arange(200.0)[:, None]
+    v[5] = v[150] = float("nan")
+    bias = torch.zeros(200)
+    bias[100:] = float("-inf")
+    bias[150] = 0.0
+    scores, index = top_k(u, v, 200, item_bias=bias)
+    assert index[0, :4].tolist() == [5, 150, 99, 98]
+    assert torch.isnan(scores[:, :2]).all()
+    assert (scores[:, -99:] == float("-inf")).all()
+    assert index[0].sort().values.tolist() == list(range(200))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_items_and_impossible_actions(device: str, dtype: torch.dtype) -> None:
+    """Masked items are as if absent; an action beyond the items is NaN and spoils no other row.
+
+    Item 299 is the last column before the padding of the last tile.
+    """
+    case = Case(6, 300, 8, "none", dtype)
+    bias = case.b.clone()
+    bias[:140] = float("-inf")
+    action = torch.tensor([299, 200, 300, 5_000_000_000, -1, 140])
+    terms = policy_terms(case.u, case.v, action.clamp(140, 299), item_bias=bias)
+    kept = policy_terms(case.u, case.v[140:], action.clamp(140, 299) - 140, item_bias=bias[140:])
+    torch.testing.assert_close(terms.log_normalizer, kept.log_normalizer)
+    torch.testing.assert_close(terms.log_prob, kept.log_prob)
+    from offtower.ops import native_cuda
+    from offtower.ops.reference import Inputs
+
+    x = Inputs(case.u, case.v, action, 1.0, bias, None, None, None, None, False)
+    odd = native_cuda.forward(x, False)
+    assert torch.equal(odd.log_prob[[0, 1, 5]], terms.log_prob[[0, 1, 5]])
+    assert torch.isnan(odd.log_prob[[2, 3]]).all() and odd.log_prob[4] == float("-inf")
+    assert torch.isfinite(odd.log_normalizer).all()
+
+
+def test_log_probabilities_are_not_above_zero(device: str) -> None:
+    """The row's own logit is bit for bit the one inside its normalizer, however large."""
+    for dtype in DTYPES:
+        case = Case(33, 50, 40, "none", dtype, scale=100.0)
+        best = (case.u.double() @ case.v.double().T).argmax(1)
+        terms = policy_terms(case.u, case.v, best, entropy=True)
+        assert (terms.log_prob <= 0).all()
+        assert terms.entropy is not None and (terms.entropy >= 0).all()
+
+
+H200 = "9 0 132 231424 233472"
+A100 = "8 0 108 165888 167936"
+SMALL = "8 6 84 100352 102400"
+
+
+@pytest.mark.parametrize("facts", [H200, A100, SMALL])
+@pytest.mark.parametrize("dtype", [0, 1])
+def test_plans_fit_and_fill_the_device(
+    facts: str, dtype: int, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles fit the shared memory, large problems keep the device busy, partial sums are bounded."""
+    monkeypatch.setenv("OFFTOWER_EMULATED_DEVICE", facts)
+    _, _, multiprocessors, block_shared, _ = map(int, facts.split())
+    for rows in (1, 100, 1024, 70_000):
+        for items in (1, 5000, 1_000_000, 1 << 31):
+            for dim, kind, reward_dim in ((64, 0, 0), (128, 3, 128), (256, 2, 64), (64, 1, 0)):
+                plans = module.plans(
+                    dtype=dtype, rows=rows, items=items, dim=dim, reward=kind,
+                    reward_dim=reward_dim, device=0,
+                )  # fmt: skip
+                for name, plan in plans.items():
+                    if not plan["fits"]:
+                        # Wide float32 on the small device: the reference serves.
+                        assert facts == SMALL and dtype == 0 and dim + reward_dim > 256
+                        continue
+                    assert plan["shared_bytes"] <= block_shared
+                    assert 1 <= plan["blocks"] < 1 << 31 and 1 <= plan["splits"] <= 512
+                    if rows >= 1024 and items >= 1_000_000:
+                        assert plan["blocks"] >= 0.9 * multiprocessors
+                    if plan["splits"] > 1 and name != "forward":
+                        stay = rows if name == "du" else items
+                        assert plan["splits"] * stay * dim * 4 <= 256 << 20
+                    if facts == H200 and dtype == 1 and kind != 1 and dim + reward_dim <= 320:
+                        assert plan["hopper"]

@@ -1,0 +1,89 @@
+"""A copy of the run elsewhere: what a lost machine's successor goes on from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offtower.errors import RunError
+from offtower.mirror import Mirror
+from offtower.training import run as runs
+from offtower.training.checkpoints import CheckpointStore
+from offtower.training.run import train_run
+from tests.training.conftest import make_config
+from tests.training.test_resume import assert_same_policy
+
+
+class _Lost(Exception):
+    pass
+
+
+def test_another_machine_goes_on(
+    simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine is lost in the third epoch, run directory and all; the policy is that of an
+    uninterrupted run, to the bit."""
+    whole = make_config(simulated, tmp_path / "whole", "a", "training.epochs=3")
+    train_run(whole)
+    config = make_config(simulated, tmp_path / "here", "a", "training.epochs=3")
+    uri = f"file://{tmp_path}/there"
+
+    class Lost(CheckpointStore):
+        def save(self, policy: Any, optimizer: Any, progression: Any, extra: Any = None) -> None:
+            super().save(policy, optimizer, progression, extra)
+            if progression.step == 50:
+                raise _Lost
+
+    monkeypatch.setattr(runs, "CheckpointStore", Lost)
+    with pytest.raises(_Lost):
+        train_run(config, mirror=uri)
+    monkeypatch.undo()
+    copy = tmp_path / "there" / "a"
+    assert sorted((copy / "checkpoints").glob("step_*/state.json"))
+    shutil.rmtree(tmp_path / "here")
+    train_run(config, resume=True, mirror=uri)
+    assert_same_policy(config.run_directory, whole.run_directory)
+    assert_same_policy(copy, whole.run_directory)
+    kept = [p.name for p in sorted((config.run_directory / "checkpoints").iterdir())]
+    sent = {p.parent.name for p in (copy / "checkpoints").glob("*/state.json")}
+    assert set(kept) <= sent
+
+
+def test_a_copy_that_was_cut_short_is_passed_over(simulated: Path, tmp_path: Path) -> None:
+    """Its newest checkpoint lacks the file that comes last."""
+    config = make_config(simulated, tmp_path / "here", "a", "training.epochs=2")
+    uri = f"file://{tmp_path}/there"
+    train_run(config, mirror=uri)
+    newest = sorted((tmp_path / "there" / "a" / "checkpoints").glob("step_*"))[-1]
+    (newest / "state.json").unlink()
+    shutil.rmtree(tmp_path / "here")
+    assert Mirror(uri, config.run_directory).pull()
+    policy = tmp_path / "there" / "a"
+    shutil.rmtree(config.run_directory / "policy")
+    train_run(config, resume=True)
+    assert_same_policy(config.run_directory, policy)
+
+
+def test_a_run_that_is_here_is_not_overwritten(simulated: Path, tmp_path: Path) -> None:
+    config = make_config(simulated, tmp_path / "here", "a", "training.epochs=1")
+    uri = f"file://{tmp_path}/there"
+    train_run(config, mirror=uri)
+    (tmp_path / "there" / "a" / "manifest.json").write_text("older")
+    assert not Mirror(uri, config.run_directory).pull()
+    assert (config.run_directory / "manifest.json").read_text() != "older"
+
+
+def test_what_cannot_be_sent_is_told_at_the_end(simulated: Path, tmp_path: Path) -> None:
+    config = make_config(simulated, tmp_path / "here", "a", "training.epochs=1")
+    (tmp_path / "there").write_text("a file where the folder should be")
+    with pytest.raises(RunError, match=r"the run is whole at .* but its copy at .* is not"):
+        train_run(config, mirror=f"file://{tmp_path}/there")
+    assert (config.run_directory / "policy" / "policy.json").exists()
+
+
+def test_an_address_of_no_known_kind(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"--mirror 'nonsense://x' cannot be used"):
+        Mirror("nonsense://x", tmp_path)
