@@ -17,7 +17,7 @@ from setuptools import setup
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT / "csrc/cuda"))
+sys.path.insert(0, str((ROOT / "csrc/cuda").resolve()))
 import cuda_build  # noqa: E402
 
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 HOPPER = "90a"  # has kernels of its own, which no other architecture compiles
 LIBRARIES = ("cudart_static", "rt", "pthread", "dl")
 

@@ -45,7 +45,8 @@ struct Gradient {
           weigh<kTiles, kWidth / 8>(T{}, y[0], stage, l.stay_pitch, scratch, work.sum);
           if (kItemsStay && p.own)
             work.add_own(vectors, [&](int column, int k) {
-              return reinterpret_cast<const T*>(stage + column * l.stay_pitch)[k];
+              const T* u = reinterpret_cast<const T*>(stage + column * l.stay_pitch) + k;
+              return Float2{{to_float(u[0]), to_float(u[1])}};
             });
           if (++count % kFlush == 0 && p.partial != nullptr) work.flush();
         });

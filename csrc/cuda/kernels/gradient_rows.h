@@ -72,8 +72,8 @@ public:
     }
   }
 
-  // 1[j = a_i] of contexts in the tile whose item is one of the warp's; `context(column, k)` is number
-  // k of the tile's context.
+  // 1[j = a_i] of contexts in the tile whose item is one of the warp's; `context(column, k)` are
+  // numbers k and k + 1 of the tile's context.
   template <class Context>
   OFFTOWER_DEVICE void add_own(const float* vectors, Context context) {
     const int g = lane_index() / 4, t = lane_index() % 4;
@@ -94,10 +94,9 @@ public:
           if (t == 0) bias_sum[h] += cotangent;
           OFFTOWER_UNROLL
           for (int n = 0; n < kWidthTiles; ++n) {
-            OFFTOWER_UNROLL
-            for (int c = 0; c < 2; ++c)
-              sum[n][h * 2 + c] =
-                  fused(cotangent, to_float(context(column, n * 8 + 2 * t + c)), sum[n][h * 2 + c]);
+            const Float2 u = context(column, n * 8 + 2 * t);
+            sum[n][h * 2] = fused(cotangent, u.x[0], sum[n][h * 2]);
+            sum[n][h * 2 + 1] = fused(cotangent, u.x[1], sum[n][h * 2 + 1]);
           }
         }
       }

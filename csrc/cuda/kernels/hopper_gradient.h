@@ -77,8 +77,9 @@ private:
         if (kItemsStay && p.rows.own)
           rows.add_own(vectors, [&](int column, int k) {
             const char* panel = stage + k / kPanelWidth * kColumns * kPanelBytes;
-            return *reinterpret_cast<const Bfloat16*>(
+            const uint32_t pair = *reinterpret_cast<const uint32_t*>(
                 panel + swizzled(column * kPanelBytes + k % kPanelWidth * 2));
+            return Float2{{float_of_bits(pair << 16), float_of_bits(pair & 0xffff0000u)}};
           });
         if (p.rows.partial != nullptr && ++count % kFlush == 0) rows.flush();
         OFFTOWER_UNROLL
