@@ -18,7 +18,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "csrc/cuda"))
-import build as cuda_build  # noqa: E402
+import cuda_build  # noqa: E402
 
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))
 ARCHITECTURES = os.environ.get("OFFTOWER_CUDA_ARCHITECTURES", "80 90a").split()

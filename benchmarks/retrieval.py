@@ -24,8 +24,8 @@ from offtower.data.encoding import to_tensors
 from offtower.data.simulate import SimulatedWorld
 from offtower.models import load_policy
 from offtower.retrieval import IndexOptions, PropensitySampler
-from offtower.retrieval.cells import build_cells
-from offtower.retrieval.index import build_index
+from offtower.retrieval.cutting import build_cells
+from offtower.retrieval.index_building import build_index
 from offtower.retrieval.tower import ContextTower
 from offtower.training.run import train_run
 
@@ -131,9 +131,41 @@ def measure_draws(vectors: np.ndarray, queries: np.ndarray) -> dict[str, Any]:
         "error_rms": float(np.sqrt(np.mean(np.square(errors)))),
         "error_max": float(np.abs(errors).max()),
         "share_within_1_percent": float(np.mean(np.abs(errors) <= 0.01)),
-        "stated_mean": float(np.mean(stated)),
+        "stated_rms": float(np.sqrt(np.mean(np.square(stated)))),
+        **_coverage(np.asarray(errors), np.asarray(stated)),
     }
     return result
+
+
+def _coverage(error: np.ndarray, stated: np.ndarray) -> dict[str, float]:
+    """Shares of the errors within one and two stated ones; an exact pscore is within rounding."""
+    size = np.abs(error) / np.maximum(stated, 1e-6)
+    return {f"within_{times}_stated": float(np.mean(size <= times)) for times in (1, 2)}
+
+
+def measure_errors(vectors: np.ndarray, queries: np.ndarray, scale: float) -> dict[str, float]:
+    """Errors of pscore where logits are `scale` times as large, near-uniform to very peaked."""
+    sampler = PropensitySampler(build_cells(vectors, queries[:500]))
+    rng = np.random.default_rng(1)
+    errors, stated, rows = [], [], []
+    for query in queries[500:700] * np.float32(scale):
+        logit = (vectors @ query).astype(np.float64)
+        top = logit.max()
+        log_normalizer = top + np.log(np.exp(logit - top).sum())
+        for _ in range(3):
+            drawn = sampler.draw(query, rng)
+            truth = np.exp(logit[drawn.item[0]] - log_normalizer)
+            errors.append(drawn.pscore[0] / truth - 1.0)
+            stated.append(drawn.relative_error[0])
+            rows.append(drawn.rows_scored)
+    return {
+        "scale": scale,
+        "rows_scored": float(np.median(rows)),
+        "error_rms": float(np.sqrt(np.mean(np.square(errors)))),
+        "error_max": float(np.abs(errors).max()),
+        "stated_rms": float(np.sqrt(np.mean(np.square(stated)))),
+        **_coverage(np.asarray(errors), np.asarray(stated)),
+    }
 
 
 def main() -> None:
@@ -141,6 +173,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--scales", type=float, nargs="*", help="only errors of pscore, at these")
     parser.add_argument("--kinds", nargs="*", default=["flat", "ivf_flat", "ivf_sq8", "ivf_pq"])
     parser.add_argument("--vectors", nargs="*", default=["weighted_likelihood", "clipped_dr"])
     parser.add_argument(
@@ -157,6 +190,11 @@ def main() -> None:
                 vectors, queries = gaussian(arguments.items, arguments.dim)
             else:
                 vectors, queries = trained(folder, name, arguments.items, arguments.dim)
+            if arguments.scales:
+                results[name] = [measure_errors(vectors, queries, f) for f in arguments.scales]
+                for line in results[name]:
+                    print(name, json.dumps(line), flush=True)
+                continue
             results[name] = {"draws": measure_draws(vectors, queries), "indices": []}
             print(name, json.dumps(results[name]["draws"]), flush=True)
             for kind in arguments.kinds:

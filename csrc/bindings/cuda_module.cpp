@@ -116,6 +116,34 @@ PYBIND11_MODULE(OFFTOWER_CUDA_MODULE, m) {
       py::kw_only(), py::arg("dtype"), py::arg("items"), py::arg("dim"), py::arg("reward"),
       py::arg("reward_dim"), py::arg("device"),
       "Why such operands are not computed on this device, or an empty string.");
+  m.def(
+      "plans",
+      [](int dtype, int64_t rows, int64_t items, int64_t dim, int reward, int64_t reward_dim,
+         int device) {
+        PolicyOperands o{};
+        o.dtype = static_cast<DType>(dtype);
+        o.rows = rows;
+        o.items = items;
+        o.dim = dim;
+        o.reward = static_cast<RewardKind>(reward);
+        o.reward_dim = reward_dim;
+        py::dict all;
+        for (const PassPlan& p : plans(o, device_facts(device))) {
+          py::dict one;
+          one["fits"] = p.fits;
+          one["hopper"] = p.hopper;
+          one["threads"] = p.threads;
+          one["blocks"] = p.blocks;
+          one["splits"] = p.splits;
+          one["stages"] = p.stages;
+          one["shared_bytes"] = p.shared_bytes;
+          all[p.name] = one;
+        }
+        return all;
+      },
+      py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("items"), py::arg("dim"),
+      py::arg("reward"), py::arg("reward_dim"), py::arg("device"),
+      "How the passes over such operands are cut into blocks on this device.");
   m.attr("most_k") = kMostK;
   m.attr("architectures") = OFFTOWER_CUDA_ARCHITECTURES;
 }

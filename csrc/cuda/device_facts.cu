@@ -1,5 +1,5 @@
 // What a device is, and which operands the kernels take on it.
-#include "kernels/top_k.h"
+#include "hopper.h"
 #include "kernels/forward.h"
 #include "kernels/gradient.h"
 #include "launch.h"
@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+#include <type_traits>
 
 namespace offtower::cuda {
 
@@ -69,6 +70,43 @@ std::string refusal(const PolicyOperands& o, const Device& device) {
   });
   return fits ? "" : "tiles of these widths do not fit the shared memory of device " +
                          std::to_string(device.number);
+}
+
+namespace {
+
+PassPlan described(const char* name, const HopperPlan& hopper, const Plan& plan) {
+  if (hopper.fits)
+    return {name, true, true, 384, hopper.splits, hopper.stages, hopper.shared_bytes, hopper.blocks};
+  return {name,        plan.fits,   false, plan.warps * 32, plan.splits, plan.stages,
+          plan.shared_bytes, plan.blocks};
+}
+
+} // namespace
+
+std::vector<PassPlan> plans(const PolicyOperands& o, const Device& device) {
+  const int width = o.dim <= 64 ? 64 : o.dim <= 128 ? 128 : 256;
+  return with_type(o.dtype, [&](auto t) {
+    return with_reward(o.reward, [&](auto reward) {
+      using T = decltype(t);
+      constexpr Reward kReward = decltype(reward)::value;
+      const int factored = factored_width(o, true);
+      const int64_t sums = o.rows * static_cast<int64_t>(sizeof(RowSums));
+      const auto gradient = [&](auto side) {
+        constexpr bool kItemsStay = decltype(side)::value;
+        const int64_t rows = kItemsStay ? o.items : o.rows, stream = kItemsStay ? o.rows : o.items;
+        return described(
+            kItemsStay ? "dv" : "du",
+            plan_hopper_gradient(o, kItemsStay, kReward, width, device, rows * o.dim * 4),
+            plan_pass(device, footprint<Gradient<T, kItemsStay, kReward, 256>, T>(), width, factored,
+                      rows, stream, rows * o.dim * 4));
+      };
+      return std::vector<PassPlan>{
+          described("forward", plan_hopper_forward(o, device, sums),
+                    plan_pass(device, footprint<Forward<T, kReward, false>, T>(),
+                              static_cast<int>(o.dim), factored, o.rows, o.items, sums)),
+          gradient(std::false_type{}), gradient(std::true_type{})};
+    });
+  });
 }
 
 } // namespace offtower::cuda

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "../operands.h"
 
@@ -32,6 +33,15 @@ Device device_facts(int number);
 
 // Why these operands are not computed here, or "".
 std::string refusal(const PolicyOperands& o, const Device& device);
+
+// How each pass over such operands is cut into blocks: for those who want to know.
+struct PassPlan {
+  const char* name; // "forward", "du", "dv"
+  bool fits, hopper;
+  int threads, splits, stages, shared_bytes;
+  int64_t blocks;
+};
+std::vector<PassPlan> plans(const PolicyOperands& o, const Device& device);
 
 int64_t forward(const PolicyOperands& o, const ForwardResults& results, const Call& call);
 int64_t backward(const BackwardOperands& in, const BackwardResults& results, const Call& call);

@@ -28,7 +28,7 @@ constexpr int64_t kMostPartialBytes = int64_t{256} << 20;
 constexpr int64_t kLeastTiles = 8; // of a split: less would be lost in its prologue
 constexpr int64_t kMostSplits = 512;
 
-// The least number of splits that leaves less than a tenth of the device idle, or else the best.
+// The least number of splits that leaves less than a twentieth of the device idle, or else the best.
 inline int splits_for(int64_t groups, int64_t tiles, int64_t resident, int64_t split_bytes) {
   int64_t most = least(kMostSplits, largest(1, tiles / kLeastTiles));
   if (split_bytes > 0) most = least(most, largest(1, kMostPartialBytes / split_bytes));
@@ -41,7 +41,7 @@ inline int splits_for(int64_t groups, int64_t tiles, int64_t resident, int64_t s
       best = busy;
       splits = s;
     }
-    if (busy >= 0.9) break;
+    if (busy >= 0.95) break;
   }
   return static_cast<int>(splits);
 }

@@ -301,6 +301,20 @@ def test_what_was_trained_is_exported_found_drawn_and_learned_from_again(
         assert message in " ".join(refused.output.split()), refused.output
 
 
+def test_the_operators_are_measured_beside_other_ways() -> None:
+    sizes = ("--items", "300", "--steps", "2", "--batch", "16", "--dim", "8")
+    results = call_json("benchmark", "ops", *sizes)["results"]
+    ways = {line["way"] for line in results}
+    assert {"offtower reference", "plain torch", "OBP NNPolicyLearner"} <= ways
+    assert all(line["ms"] > 0 for line in results)
+    fastest = [line["times"] for line in results if line.get("times") == 1.0]
+    assert len(fastest) >= 3
+    # Where plain torch does not reach, that is said, and the others still run.
+    large = ("--items", "2000000", "--steps", "1", "--batch", "300", "--dim", "1", "--no-peers")
+    shown = call("benchmark", "ops", *large)
+    assert "plain torch" in shown.output and "not run: arrays of 300 x 2,000,000" in shown.output
+
+
 def test_benchmark_measures_and_says_what_it_left_out() -> None:
     content = call_json(
         *("benchmark", "train", "--items", "300", "--steps", "2", "--batch", "64", "--no-peers")

@@ -134,6 +134,13 @@ def test_export(ray_cluster: str, world: Path) -> None:
     one, two = (Path(one["export"]) for one in found)
     for name in ("vectors.npy", "ids.arrow"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
+    assert content(two / "items") == content(one / "items")
+    # The exports are measured beside the policy value, which workers judge.
+    evaluate = ("evaluate", world / "runs" / "run", "--json", "--retrieval", "5")
+    results = [run(*evaluate, *more) for more in ((), ON_RAY)]
+    assert results[0].exit_code in (0, 1, 3), results[0].output
+    assert results[1].stdout == results[0].stdout
+    assert json.loads(results[0].stdout)["retrieval"]["run"][0]["k"] == 5
 
 
 def test_killed_workers_duplicate_and_lose_no_row(

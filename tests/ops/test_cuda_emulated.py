@@ -200,3 +200,39 @@ def test_log_probabilities_are_not_above_zero(device: str) -> None:
         terms = policy_terms(case.u, case.v, best, entropy=True)
         assert (terms.log_prob <= 0).all()
         assert terms.entropy is not None and (terms.entropy >= 0).all()
+
+
+H200 = "9 0 132 231424 233472"
+A100 = "8 0 108 165888 167936"
+SMALL = "8 6 84 100352 102400"
+
+
+@pytest.mark.parametrize("facts", [H200, A100, SMALL])
+@pytest.mark.parametrize("dtype", [0, 1])
+def test_plans_fit_and_fill_the_device(
+    facts: str, dtype: int, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles fit, large problems keep the device busy, partial sums are bounded."""
+    monkeypatch.setenv("OFFTOWER_EMULATED_DEVICE", facts)
+    multiprocessors, block_shared = (int(x) for x in facts.split()[2:4])
+    for rows in (1, 100, 1024, 70_000):
+        for items in (1, 5000, 1_000_000, 1 << 31):
+            for dim, kind, reward_dim in ((64, 0, 0), (128, 3, 128), (256, 2, 64), (64, 1, 0)):
+                plans = module.plans(
+                    dtype=dtype, rows=rows, items=items, dim=dim, reward=kind,
+                    reward_dim=reward_dim, device=0,
+                )  # fmt: skip
+                for name, plan in plans.items():
+                    if not plan["fits"]:
+                        # Wide float32 on the small device: the reference serves.
+                        assert facts == SMALL and dtype == 0 and dim + reward_dim > 256
+                        continue
+                    assert plan["shared_bytes"] <= block_shared
+                    assert 1 <= plan["blocks"] < 1 << 31 and 1 <= plan["splits"] <= 512
+                    if rows >= 1024 and items >= 1_000_000:
+                        assert plan["blocks"] >= 0.9 * multiprocessors
+                    if plan["splits"] > 1 and name != "forward":
+                        stay = rows if name == "du" else items
+                        assert plan["splits"] * stay * dim * 4 <= 256 << 20
+                    if facts == H200 and dtype == 1 and kind != 1 and dim + reward_dim <= 256:
+                        assert plan["hopper"]

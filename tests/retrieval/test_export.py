@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import json
 import os
 import shutil
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,18 +19,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import nn
 
-from offtower import ops
+from offtower.config import TowerConfig
 from offtower.data import Catalogue
-from offtower.data.encoding import to_tensors
+from offtower.data.encoding import FeatureEncoding, to_tensors
 from offtower.data.log import ParquetLog
 from offtower.data.simulate import SimulatedWorld
 from offtower.errors import DataError, OfftowerError, RunError
 from offtower.models import ItemFeatures, load_policy, save_policy
-from offtower.retrieval import ExportOptions, IndexOptions, Retriever, export_run
+from offtower.models.features import FeatureEncoder
+from offtower.retrieval import ExportOptions, Retriever, export_run
 from offtower.retrieval.catalogue_stream import CatalogueStream
+from offtower.retrieval.graphs import graph_inputs, write_graphs
 from offtower.retrieval.manifest import read_manifest, write_manifest
-from offtower.retrieval.tower import ContextTower, graph_inputs
+from offtower.retrieval.tower import ContextTower
 from offtower.retrieval.vectors import load_ids, write_vectors
 from tests.mappers import BackwardsMapper, content
 
@@ -97,8 +103,6 @@ def test_other_runtimes_give_the_same_queries(run: Path, tmp_path: Path, learned
     policy, _ = load_policy(run / "policy")
     if learned:
         policy.config.learn_temperature = True
-    from offtower.retrieval.tower import write_graphs
-
     tower = ContextTower.of(policy)
     facts = write_graphs(tower, tmp_path, "v", onnx=True)
     assert facts["reason"] is None
@@ -251,6 +255,24 @@ def test_nan_embeddings_and_duplicate_ids_are_named(
         assert (run / "export" / "CURRENT").read_text() == before
 
 
+@pytest.mark.parametrize("what", ["write_vectors", "write_parquet", "write_manifest"])
+def test_a_failed_write_leaves_the_earlier_export(
+    run: Path, exported: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    export = run / "export"
+    before = (export / "CURRENT").read_text(), sorted(p.name for p in export.iterdir())
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"offtower.retrieval.export.{what}", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_run(run, PLAIN)
+    after = (export / "CURRENT").read_text(), sorted(p.name for p in export.iterdir())
+    assert after == before
+
+
+@pytest.mark.slow
 def test_a_full_disk_or_a_kill_leaves_the_earlier_export(run: Path, exported: Path) -> None:
     export = run / "export"
     current = (export / "CURRENT").read_text()
@@ -281,59 +303,6 @@ def test_a_full_disk_or_a_kill_leaves_the_earlier_export(run: Path, exported: Pa
     assert not [p for p in export.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"])
-def test_every_index_finds_what_it_says(tmp_path: Path, kind: str) -> None:
-    pytest.importorskip("faiss")
-    from offtower.retrieval.index import build_index, open_index
-
-    rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((6000, 9)).astype(np.float32)
-    queries = rng.standard_normal((80, 9)).astype(np.float32)
-    options = IndexOptions(kind=kind, k=10, target_recall=0.9, lists=32)  # type: ignore[arg-type]
-    facts = build_index(vectors, queries, tmp_path, options, "v1")
-    index = open_index(tmp_path, "v1", vectors)
-    score, item = index.search(queries[40:], 10)
-    _, truth = ops.top_k(torch.from_numpy(queries[40:]), torch.from_numpy(vectors), 10)
-    hits = np.mean([np.isin(t, f).mean() for t, f in zip(truth.numpy(), item, strict=True)])
-    assert hits == pytest.approx(facts["recall"]["mean"], abs=1e-6)
-    assert hits >= 0.88
-    own = np.einsum("nkd,nd->nk", vectors[item], queries[40:])
-    np.testing.assert_allclose(score, own, rtol=1e-4)
-    assert (np.diff(score, axis=1) <= 0).all()
-    if kind.startswith("ivf"):
-        sharded = tmp_path / "sharded"
-        again = IndexOptions(kind=kind, k=10, target_recall=0.9, lists=32, shard_rows=2500)  # type: ignore[arg-type]
-        build_index(vectors, queries, sharded, again, "v1")
-        other = open_index(sharded, "v1", vectors)
-        assert np.array_equal(
-            other.search(queries, 10, nprobe=32)[1][:, 0],
-            index.search(queries, 10, nprobe=32)[1][:, 0],
-        )
-    with pytest.raises(RunError, match="export has 100"):
-        open_index(tmp_path, "v1", vectors[:100])
-
-
-def test_faiss_and_torch_share_a_process() -> None:
-    """Two OpenMP runtimes: both compute, and FAISS takes torch's number of threads."""
-    faiss = pytest.importorskip("faiss")
-    from offtower.retrieval.index import import_faiss
-
-    vectors = np.random.default_rng(0).standard_normal((20_000, 16)).astype(np.float32)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            import_faiss()
-            assert faiss.omp_get_max_threads() == threads
-            index = faiss.IndexFlatIP(16)
-            index.add(vectors)
-            _, found = index.search(vectors[:50], 5)
-            _, truth = ops.top_k(torch.from_numpy(vectors[:50]), torch.from_numpy(vectors), 5)
-            assert np.array_equal(found, truth.numpy())
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_items_embedded_elsewhere_have_the_same_bits(
     run: Path, world: SimulatedWorld, tmp_path: Path
 ) -> None:
@@ -356,6 +325,25 @@ def test_items_embedded_elsewhere_have_the_same_bits(
     assert ids.to_pylist() == table["item_id"].to_pylist()
 
 
+def test_a_row_group_is_read_once(
+    run: Path, world: SimulatedWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks that end inside a row group do not read it anew."""
+    pq.write_table(world.catalogue_table(), tmp_path / "all.parquet", row_group_size=2000)
+    policy, _ = load_policy(run / "policy")
+    read: list[list[int]] = []
+    batches = pq.ParquetFile.iter_batches
+
+    def counted(self: pq.ParquetFile, *args: Any, row_groups: list[int], **kwargs: Any) -> Any:
+        read.append(row_groups)
+        return batches(self, *args, row_groups=row_groups, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    stream = CatalogueStream(tmp_path / "all.parquet", world.catalogue_schema)
+    assert write_vectors(policy, stream, tmp_path, chunk=700).count == 3000
+    assert read == [[0], [1]]
+
+
 def test_ids_are_checked(run: Path, exported: Path) -> None:
     with pytest.raises(RunError, match="expected 5"):
         load_ids(exported / "ids.arrow", 5)
@@ -369,3 +357,63 @@ def test_ids_are_checked(run: Path, exported: Path) -> None:
     with pytest.raises(DataError, match="filters leave 0"):
         retriever.sample(contexts(run, 1), 1, exclude=everything)
     assert os.path.exists(exported / "manifest.json")
+
+
+class Gated(nn.Module):
+    """A user's own tower: numbers through a gate, bags and categories by tables of its own."""
+
+    def __init__(self, encoding: FeatureEncoding, output_dim: int, bags: bool = True) -> None:
+        super().__init__()
+        self.encoding, self.bags = encoding, bags
+        self.encoder = FeatureEncoder(encoding, 4)
+        self.plain = [s for s in encoding.specs if s.kind in ("numeric", "vector")]
+        width = self.encoder.width if bags else sum(s.dim or 1 for s in self.plain)
+        self.out, self.gate = nn.Linear(width, output_dim), nn.Linear(width, output_dim)
+
+    def forward(self, features: Any) -> torch.Tensor:
+        if self.bags:
+            x = self.encoder(features)
+        else:
+            parts = [features[s.name] for s in self.plain]
+            x = torch.cat([p if p.dim() == 2 else p.unsqueeze(1) for p in parts], 1)
+        return self.out(x) * torch.sigmoid(self.gate(x))
+
+
+class Untraceable(Gated):
+    """Looks at its numbers while it computes, which no tracer can follow."""
+
+    def forward(self, features: Any) -> torch.Tensor:
+        out = super().forward(features)
+        return out if float(out.sum()) > 1e9 else 2.0 * out
+
+
+def own_tower(run: Path, kind: str, **arguments: Any) -> ContextTower:
+    policy, _ = load_policy(run / "policy")
+    config = copy.deepcopy(policy.config)
+    config.context_tower = TowerConfig(module=f"{__name__}:{kind}", arguments=arguments)
+    return ContextTower(config, policy.context_encoding, 0.5).eval()
+
+
+@pytest.mark.parametrize("bags", [False, True])
+def test_a_users_own_module_is_traced(run: Path, tmp_path: Path, bags: bool) -> None:
+    tower = own_tower(run, "Gated", bags=bags)
+    facts = write_graphs(tower, tmp_path, "v", onnx=not bags)
+    assert facts["program"] == "context_tower.pt2", facts
+    program = torch.export.load(tmp_path / "context_tower.pt2").module()
+    for rows in (1, 9):
+        inputs = graph_inputs(tower.encoding, contexts(run, rows))
+        given = [torch.from_numpy(value) for value in inputs.values()]
+        truth = tower.embed(contexts(run, rows))
+        np.testing.assert_allclose(program(*given).detach().numpy(), truth, rtol=1e-4, atol=1e-5)
+    if not bags:
+        assert facts["onnx"] == "context_tower.onnx" and facts["reason"] is None
+
+
+def test_a_module_that_torch_cannot_export_is_named_with_the_reason(
+    run: Path, tmp_path: Path
+) -> None:
+    facts = write_graphs(own_tower(run, "Untraceable"), tmp_path, "v", onnx=False)
+    assert facts["program"] is None and facts["onnx"] is None
+    assert f"torch cannot export '{__name__}:Untraceable'" in facts["reason"]
+    assert "the Retriever serves it" in facts["reason"].replace("The R", "the R")
+    assert [p.name for p in tmp_path.iterdir()] == []

@@ -7,18 +7,22 @@ import pytest
 from scipy import stats
 
 from offtower.errors import ConfigError, DataError
-from offtower.retrieval.cells import Cells, build_cells
+from offtower.retrieval.cells import Cells
+from offtower.retrieval.cutting import build_cells
+from offtower.retrieval.drawing import independent
 from offtower.retrieval.sampling import PropensitySampler
 
 
-def world(n: int, dim: int, scale: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def world(
+    n: int, dim: int, scale: float, seed: int = 0, queries: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
     """Clustered items with a bias coordinate, and queries whose logits have deviation ~scale."""
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((40, dim))
     items = centres[rng.integers(40, size=n)] + 0.5 * rng.standard_normal((n, dim))
     vectors = np.c_[items, 0.3 * rng.standard_normal(n)].astype(np.float32)
-    queries = np.c_[scale * rng.standard_normal((64, dim)) / dim**0.5, np.ones(64)]
-    return vectors, queries.astype(np.float32)
+    u = np.c_[scale * rng.standard_normal((queries, dim)) / dim**0.5, np.ones(queries)]
+    return vectors, u.astype(np.float32)
 
 
 def softmax(cells: Cells, query: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
@@ -47,7 +51,7 @@ def test_cells_hold_every_item_once_with_its_moments() -> None:
 @pytest.mark.parametrize("scale", [0.5, 2.0, 8.0])
 def test_a_hundred_thousand_items_are_drawn_by_the_exact_softmax(scale: float) -> None:
     """1e6 draws, chi-square over the items (rare ones pooled); error rate 1e-4 each. Every pscore
-    is within 1 % of the exact one, over 400 choices of the items looked at."""
+    is within 1 % of the exact one, over 250 choices of the items looked at."""
     vectors, queries = world(100_000, 8, scale)
     cells = build_cells(vectors, queries[:32])
     sampler = PropensitySampler(cells, relative_error=0.002)
@@ -56,19 +60,19 @@ def test_a_hundred_thousand_items_are_drawn_by_the_exact_softmax(scale: float) -
     rng = np.random.default_rng(1)
     counts = np.zeros(len(truth))
     worst, share = 0.0, 0.0
-    for _ in range(400):
-        weights = sampler._weights(query, rng, "softmax", None, 1)
+    for _ in range(250):
+        weights = sampler.weights(query, rng)
         share = max(share, weights.rows_scored / len(truth))
-        # The law of one draw given what was looked at, enumerated: 2,500 draws from it are drawn
+        # The law of one draw given what was looked at, enumerated: 4,000 draws from it are drawn
         # by cell and item as `draw` does, in one go.
         cell_of = np.repeat(np.arange(cells.num_cells), cells.size)
         exact = (cells.vectors @ query).astype(np.float64)
         inside = np.exp(exact - weights.shift)
         mass = np.add.reduceat(inside, cells.start[:-1])
         law = weights.weight[cell_of] / weights.weight.sum() * inside / mass[cell_of]
-        drawn = cells.item[rng.choice(len(law), 2500, p=law / law.sum())]
+        drawn = cells.item[rng.choice(len(law), 4000, p=law / law.sum())]
         counts += np.bincount(drawn, minlength=len(truth))
-        pick = weights.result([weights.draw(rng) for _ in range(5)])
+        pick = independent(weights, rng, 5)
         worst = max(worst, float(np.abs(pick.pscore / truth[pick.item] - 1.0).max()))
         row = cells.place[pick.item]
         np.testing.assert_allclose(pick.conditional_pscore, law[row], rtol=1e-4)
@@ -88,14 +92,14 @@ def test_a_hundred_thousand_items_are_drawn_by_the_exact_softmax(scale: float) -
 @pytest.mark.parametrize("mode", ["softmax", "cells", "exact"])
 def test_inverse_propensities_are_unbiased_whatever_the_budget(mode: str) -> None:
     """E[sum over items of f(a) 1{A=a}/pscore] = sum f, at a budget so small that pscore is poor."""
-    vectors, queries = world(20_000, 6, 1.5)
+    vectors, queries = world(20_000, 40, 1.5)
     cells = build_cells(vectors, queries[:32], num_cells=1024)
     sampler = PropensitySampler(cells, relative_error=0.9)
     query = queries[50]
-    # Near the policy itself: with heavier weights a mean of 6,000 draws is not normal.
+    # Near the policy itself: with heavier weights a mean of 3,000 draws is not normal.
     f = softmax(cells, query) * np.random.default_rng(3).random(20_000)
     rng = np.random.default_rng(7)
-    draws = [sampler.draw(query, rng, mode=mode) for _ in range(6000)]  # type: ignore[arg-type]
+    draws = [sampler.draw(query, rng, mode=mode) for _ in range(3000)]  # type: ignore[arg-type]
     for name in ("pscore", "conditional_pscore"):
         value = np.asarray([f[d.item[0]] / getattr(d, name)[0] for d in draws])
         z = (value.mean() - f.sum()) / (value.std() / len(value) ** 0.5)
@@ -105,21 +109,37 @@ def test_inverse_propensities_are_unbiased_whatever_the_budget(mode: str) -> Non
         assert max(d.rows_scored for d in draws) < 8000
 
 
-def test_the_stated_error_is_that_of_the_estimate() -> None:
-    vectors, queries = world(60_000, 8, 1.5)
-    cells = build_cells(vectors, queries[:32])
-    sampler = PropensitySampler(cells, relative_error=0.01)
+@pytest.mark.parametrize("scale", [0.3, 1.5, 6.0, 20.0])
+def test_the_stated_error_covers_at_its_nominal_rate(scale: float) -> None:
+    """Near-uniform to very peaked, 1 item in 500 far from all others; 96 contexts, 4 times each.
+
+    One and two standard errors hold 68.3 % and 95.4 % of normal errors. Fewer by four standard
+    deviations of a proportion over 384 fail the test (3e-5 each, were the estimates independent);
+    where the sum over the catalogue is what errs, so does far more than 68.3 %.
+    """
+    vectors, queries = world(60_000, 8, scale, queries=128)
     rng = np.random.default_rng(2)
-    z = []
+    odd = rng.choice(60_000, 120, replace=False)
+    vectors[odd, :8] += 1.5 * rng.standard_normal((120, 8)).astype(np.float32)
+    cells = build_cells(vectors, queries[:32])
+    sampler = PropensitySampler(cells)
+    ratio, scanned = [], 0
     for query in queries[32:]:
         truth = softmax(cells, query)
-        for _ in range(5):
+        for _ in range(4):
             drawn = sampler.draw(query, rng)
-            if drawn.relative_error[0] > 0:
-                error = drawn.pscore[0] / truth[drawn.item[0]] - 1.0
-                z.append(error / drawn.relative_error[0])
-    assert len(z) > 100
-    assert 0.7 < np.sqrt(np.mean(np.square(z))) < 1.3
+            if drawn.relative_error[0] == 0.0:
+                scanned += 1
+                continue
+            error = drawn.pscore[0] / truth[drawn.item[0]] - 1.0
+            ratio.append(abs(error) / drawn.relative_error[0])
+    n = len(ratio)
+    assert n > 300, (n, scanned)
+    for errors, rate in ((1.0, 0.683), (2.0, 0.954)):
+        inside = np.mean(np.asarray(ratio) <= errors)
+        assert inside > rate - 4.0 * (rate * (1.0 - rate) / n) ** 0.5, (errors, inside)
+    if scale <= 1.5:
+        assert np.mean(np.asarray(ratio) <= 1.0) < 0.683 + 0.095
 
 
 def test_cell_draws_have_exactly_the_stated_law() -> None:
@@ -172,7 +192,7 @@ def test_products_of_a_slates_propensities_are_unbiased(mode: str) -> None:
     h = p * g
     truth = h.sum() ** 2 - np.square(h).sum()
     value = []
-    for _ in range(5000):
+    for _ in range(3000):
         slate = sampler.slate(query, rng, size=2, mode=mode)  # type: ignore[arg-type]
         a, b = slate.item
         value.append(h[a] * h[b] / np.prod(slate.pscore))

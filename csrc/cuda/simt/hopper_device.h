@@ -38,8 +38,8 @@ OFFTOWER_DEVICE void wait_barrier(uint64_t* barrier, int parity) {
                ".reg .pred done;\n"
                "again:\n"
                "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-               "@done bra.uni over;\n"
-               "bra.uni again;\n"
+               "@done bra over;\n"
+               "bra again;\n"
                "over:\n"
                "}" ::"r"(shared_address(barrier)),
                "r"(parity)

@@ -74,6 +74,11 @@ def rate(data: PreparedData, mode: str, settings: Settings) -> float:
 
 
 def tell(settings: Settings, line: dict[str, Any]) -> None:
-    found = f"{line['rows_per_second']:12,.0f}" if "rows_per_second" in line else "   not run: "
-    why = line.get("skipped", "")
-    settings.say(f"{line['items']:>12,}  {line['trainer']:<26}{found}{why}")
+    if "skipped" in line:
+        tell_skipped(settings, line["items"], line["trainer"], line["skipped"])
+        return
+    settings.say(f"{line['items']:>12,}  {line['trainer']:<26}{line['rows_per_second']:12,.0f}")
+
+
+def tell_skipped(settings: Settings, items: int, name: str, why: str) -> None:
+    settings.say(f"{items:>12,}  {name:<26}   not run: {why}")

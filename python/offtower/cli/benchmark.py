@@ -1,7 +1,8 @@
-"""Measure speed of training (train), its peak memory (memory), or what is learned (quality).
+"""Measure operators (ops), training's speed (train), its memory (memory), or learning (quality).
 
 \b
 Example:
+  offtower benchmark ops --items 200000 --dim 64 --batch 256
   offtower benchmark train --items 10000 --items 1000000 --dim 32
   offtower benchmark quality --config configs/quality/table.yaml --out results/table
 """
@@ -19,14 +20,16 @@ from offtower.jsonable import finite
 
 @verb
 def benchmark(
-    suite: Annotated[str, typer.Argument(help="train, memory or quality.", metavar="SUITE")],
+    suite: Annotated[str, typer.Argument(help="ops, train, memory or quality.", metavar="SUITE")],
     items: Annotated[
         list[int] | None,
         typer.Option("--items", help="Items of the catalogue; may be given several times.", min=2),
     ] = None,
     dim: Annotated[int, typer.Option("--dim", help="Width of the embeddings.", min=1)] = 32,
     batch: Annotated[int, typer.Option("--batch", help="Rows of a batch.", min=2)] = 1024,
-    steps: Annotated[int, typer.Option("--steps", help="Batches of an epoch.", min=1)] = 20,
+    steps: Annotated[
+        int, typer.Option("--steps", help="Batches of an epoch, or calls.", min=1)
+    ] = 20,
     peers: Annotated[
         bool, typer.Option("--peers/--no-peers", help="Also run other packages' trainers.")
     ] = True,

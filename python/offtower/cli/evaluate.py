@@ -12,7 +12,7 @@ Example:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -35,6 +35,11 @@ from offtower.cli.common import (
 )
 from offtower.jsonable import finite
 
+if TYPE_CHECKING:
+    from offtower.evaluation.run import LogEvaluation
+    from offtower.progress import Progress
+    from offtower.retrieval import Retriever
+
 
 @verb
 def evaluate(
@@ -49,6 +54,14 @@ def evaluate(
         str | None,
         typer.Option(
             help="Choose the estimator to believe: paired, pasif, heuristic, ocv, slope, or all."
+        ),
+    ] = None,
+    retrieval: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--retrieval",
+            metavar="K",
+            help="Also recall@K, NDCG@K and coverage of the runs' exports; may be given again.",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -66,10 +79,11 @@ def evaluate(
     ray_wait: RayWait = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    from offtower.cli.tables import evaluation_table, selection_table
+    from offtower.cli.tables import evaluation_table, retrieval_table, selection_table
     from offtower.evaluation.report import write_report
     from offtower.evaluation.run import evaluate_runs
 
+    exports = _exports(runs, retrieval) if retrieval else []
     progress = DrawnProgress()
     with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
         evaluation = evaluate_runs(
@@ -80,6 +94,9 @@ def evaluate(
             progress=progress,
             mapper=mapper,
         )
+    if retrieval:
+        # In this process: exports are mapped from disk, and the workers are free by now.
+        _measure_retrieval(evaluation, exports, runs, retrieval, progress)
     path = write_report(
         report or runs[0] / "report.html",
         [evaluation],
@@ -91,6 +108,8 @@ def evaluate(
     else:
         console = messages()
         console.print(evaluation_table(evaluation))
+        if evaluation.retrieval:
+            console.print(retrieval_table(evaluation))
         for note in evaluation.notes:
             console.print(f"[yellow]note[/]: {escape(note)}", soft_wrap=True)
         for name, found in evaluation.selection.items():
@@ -104,3 +123,41 @@ def evaluate(
                 console.print(f"  [dim]{method} could not run: {escape(reason)}[/]", soft_wrap=True)
         console.print(f"report: {path}")
     raise typer.Exit(0 if exit_zero else evaluation.exit_code)
+
+
+def _exports(runs: list[Path], ks: list[int]) -> list[Retriever]:
+    """The runs' exports, opened before anything takes time."""
+    from offtower.retrieval import Retriever
+    from offtower.retrieval.quality import check_sizes
+
+    exports = [Retriever.open(run) for run in runs]
+    for export in exports:
+        check_sizes(export, ks)
+    return exports
+
+
+def _measure_retrieval(
+    evaluation: LogEvaluation,
+    exports: list[Retriever],
+    runs: list[Path],
+    ks: list[int],
+    progress: Progress,
+) -> None:
+    """Fill in what the exports retrieve, and note an export that is not of its run's policy."""
+    from offtower.data.log import ParquetLog
+    from offtower.prepare import log_schema
+    from offtower.retrieval import retrieval_quality
+    from offtower.retrieval.manifest import sha256_file
+    from offtower.run_directory import RunDirectory
+
+    for name, export, run in zip(evaluation.objectives, exports, runs, strict=True):
+        directory = RunDirectory(run)
+        weights = sha256_file(directory.policy / "policy.safetensors")
+        if export.manifest["policy"]["weights_sha256"] != weights:
+            evaluation.notes.append(
+                f"the export of '{run}' is of an earlier policy than the run's: its retrieval is "
+                "not of what was judged; export again"
+            )
+        log = ParquetLog.open(evaluation.log["path"], log_schema(directory.load_config()))
+        found = retrieval_quality(export, log, ks, progress=progress)
+        evaluation.retrieval[name] = [one.to_dict() for one in found]

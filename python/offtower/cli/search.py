@@ -1,6 +1,7 @@
 """Search an export, or draw from the policy with known propensities.
 
---contexts is a file (CSV, Parquet, Arrow), a folder of them, or one context as JSON.
+--contexts is a file (CSV, Parquet, Arrow), a folder of them, or one context as JSON. Files are
+read, answered and printed a thousand contexts at a time.
 
 \b
 Example:
@@ -11,13 +12,31 @@ Example:
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from offtower.cli.common import AsJson, escape, messages, print_json, verb
+from offtower.cli.common import AsJson, DrawnProgress, escape, messages, verb
 from offtower.errors import DataError
+from offtower.progress import Progress
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from offtower.retrieval import Retriever
+
+Mode = Literal["softmax", "cells", "exact"]
+Row = dict[str, Any]
+Write = Callable[[list[Row] | None], None]
+"""Prints rows; None ends the output."""
+
+_BATCH = 1000
+"""Contexts answered at a time."""
 
 
 @verb
@@ -30,10 +49,7 @@ def search(
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw a slate from the policy, with propensities.")
     ] = False,
-    mode: Annotated[
-        Literal["softmax", "cells", "exact"],
-        typer.Option(help="How to draw; see docs/retrieval.md."),
-    ] = "softmax",
+    mode: Annotated[Mode, typer.Option(help="How to draw; see docs/retrieval.md.")] = "softmax",
     exclude: Annotated[
         str | None, typer.Option(help="Item ids that must not be shown, with commas.")
     ] = None,
@@ -44,64 +60,146 @@ def search(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import yaml
-
-    from offtower.atomic import write_bytes, write_text
-    from offtower.retrieval import Retriever, decisions_table, served_schema
+    from offtower.retrieval import Retriever
 
     if log is not None and not sample:
         raise DataError("--log writes decisions with propensities: it needs --sample")
     if log is not None and log.exists():
         raise DataError(f"'{log}' exists already; choose another --log")
     retriever = Retriever.open(run)
-    table = _contexts(contexts)
     if k is None:
         k = 1 if sample else min(100, retriever.num_items)
-    hidden: list[Any] | None = None
-    if exclude:
-        hidden = [part.strip() for part in exclude.split(",") if part.strip()]
-        if not retriever.manifest["vectors"]["text_ids"]:
-            try:
-                hidden = [int(part) for part in hidden]
-            except ValueError:
-                raise DataError(f"--exclude '{exclude}': this export's ids are integers") from None
-    rows: list[dict[str, Any]] = []
+    hidden = None if exclude is None else _ids(exclude, retriever)
     if sample:
-        served = retriever.sample(table, k, mode=mode, exclude=hidden, seed=seed)
-        for ids, pscore, error in zip(
-            served.item_id, served.pscore, served.relative_error, strict=True
-        ):
-            rows.append({"items": ids, "pscore": pscore.tolist(), "relative_error": error.tolist()})
+        answers = _drawn(retriever, contexts, k, mode, hidden, seed, log)
+    else:
+        answers = _found(retriever, contexts, k, hidden, exact)
+    # Bars and lines for people do not go to the same terminal.
+    progress = DrawnProgress() if as_json or not sys.stdout.isatty() else Progress()
+    progress.start("contexts", None)
+    write = _as_json(retriever.version) if as_json else _as_text()
+    try:
+        for rows in answers:
+            write(rows)
+            progress.advance(len(rows))
+    finally:
+        progress.finish()
+    write(None)
+    if log is not None:
+        schema = escape(str(_schema_path(log)))
+        messages().print(f"decisions in {log}; add rewards and ingest with {schema}")
+
+
+def _found(
+    retriever: Retriever, contexts: str, k: int, hidden: list[Any] | None, exact: bool
+) -> Iterator[list[Row]]:
+    for table in _batches(contexts):
+        found = retriever.search(table, k, exclude=hidden, exact=exact)
+        yield [
+            {"items": ids, "score": score.tolist()}
+            for ids, score in zip(found.item_id, found.score, strict=True)
+        ]
+
+
+def _drawn(
+    retriever: Retriever,
+    contexts: str,
+    k: int,
+    mode: Mode,
+    hidden: list[Any] | None,
+    seed: int | None,
+    log: Path | None,
+) -> Iterator[list[Row]]:
+    """Draws a batch at a time; the log appears when the last one is in it."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import yaml
+
+    from offtower.atomic import replace_file, write_text
+    from offtower.retrieval import decisions_table, served_schema
+
+    rng, now, first = np.random.default_rng(seed), datetime.now(UTC), 0
+    with ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
+        place = None if log is None else stack.enter_context(replace_file(log))
+        for table in _batches(contexts):
+            served = retriever.sample(table, k, mode=mode, exclude=hidden, seed=rng)
+            if place is not None:
+                numbers = range(first, first + table.num_rows)
+                rounds = pa.array([f"{now:%Y%m%dT%H%M%S%f}-{row}" for row in numbers])
+                decisions = decisions_table(
+                    retriever, table, served, round_id=rounds, served_at=now
+                )
+                if writer is None:
+                    writer = pq.ParquetWriter(place, decisions.schema)
+                    stack.callback(writer.close)
+                writer.write_table(decisions)
+            first += table.num_rows
+            yield [
+                {"items": ids, "pscore": pscore.tolist(), "relative_error": error.tolist()}
+                for ids, pscore, error in zip(
+                    served.item_id, served.pscore, served.relative_error, strict=True
+                )
+            ]
         if log is not None:
             # The schema first: where the decisions are, so is what ingests them.
-            schema = log.with_suffix(".schema.yaml")
             content = {"log": served_schema(retriever).to_dict()}
-            write_text(schema, yaml.safe_dump(content, sort_keys=False))
-            buffer = pa.BufferOutputStream()
-            pq.write_table(decisions_table(retriever, table, served), buffer)
-            write_bytes(log, buffer.getvalue().to_pybytes())
-    else:
-        found = retriever.search(table, k, exclude=hidden, exact=exact)
-        for ids, score in zip(found.item_id, found.score, strict=True):
-            rows.append({"items": ids, "score": score.tolist()})
-    if as_json:
-        print_json({"version": retriever.version, "contexts": rows})
-        return
-    for number, row in enumerate(rows):
-        typer.echo(f"context {number}")
-        for place, item in enumerate(row["items"]):
-            if sample:
-                shown = f"pscore {row['pscore'][place]:.6g} ± {row['relative_error'][place]:.2%}"
-            else:
-                shown = f"score {row['score'][place]:.4f}"
-            typer.echo(f"  {place + 1:>4}  {item}  {shown}")
-    if log is not None:
-        messages().print(f"decisions in {log}; add rewards and ingest with {escape(str(schema))}")
+            write_text(_schema_path(log), yaml.safe_dump(content, sort_keys=False))
 
 
-def _contexts(text: str) -> Any:
+def _schema_path(log: Path) -> Path:
+    return log.with_suffix(".schema.yaml")
+
+
+def _as_text() -> Write:
+    number = 0
+
+    def write(rows: list[Row] | None) -> None:
+        nonlocal number
+        for row in rows or []:
+            typer.echo(f"context {number}")
+            number += 1
+            for place, item in enumerate(row["items"]):
+                if "pscore" in row:
+                    error = row["relative_error"][place]
+                    known = "exact" if error == 0.0 else f"± {100 * error:.2g} %"
+                    shown = f"pscore {row['pscore'][place]:.6g} {known}"
+                else:
+                    shown = f"score {row['score'][place]:.4f}"
+                typer.echo(f"  {place + 1:>4}  {item}  {shown}")
+
+    return write
+
+
+def _as_json(version: str) -> Write:
+    """One JSON object, its rows written as they come."""
+    begun = False
+
+    def write(rows: list[Row] | None) -> None:
+        nonlocal begun
+        for row in rows or []:
+            head = "," if begun else f'{{"version": {json.dumps(version)}, "contexts": ['
+            typer.echo(f"{head}\n{json.dumps(row, allow_nan=False)}", nl=False)
+            begun = True
+        if rows is None:
+            typer.echo("\n]}")
+
+    return write
+
+
+def _ids(text: str, retriever: Retriever) -> list[Any]:
+    ids = [part.strip() for part in text.split(",") if part.strip()]
+    if retriever.manifest["vectors"]["text_ids"]:
+        return ids
+    try:
+        return [int(part) for part in ids]
+    except ValueError:
+        raise DataError(f"--exclude '{text}': this export's ids are integers") from None
+
+
+def _batches(text: str) -> Iterator[pa.Table]:
+    """Contexts, _BATCH at a time; a file is not read as a whole."""
     import pyarrow as pa
 
     from offtower.data.ingest import open_source
@@ -109,11 +207,19 @@ def _contexts(text: str) -> Any:
     if text.lstrip().startswith(("{", "[")):
         try:
             content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"--contexts is not valid JSON: {error}") from error
-        table = pa.Table.from_pylist(content if isinstance(content, list) else [content])
+            table = pa.Table.from_pylist(content if isinstance(content, list) else [content])
+        except (json.JSONDecodeError, pa.ArrowInvalid, AttributeError, TypeError) as error:
+            raise DataError(f"--contexts is not valid JSON of contexts: {error}") from error
+        source: Iterable[pa.RecordBatch] = table.to_batches(max_chunksize=_BATCH)
     else:
-        table = open_source(Path(text)).to_table()
-    if table.num_rows == 0:
+        source = open_source(Path(text)).to_batches(batch_size=_BATCH)
+    some = False
+    try:
+        for batch in source:
+            if batch.num_rows:
+                some = True
+                yield pa.Table.from_batches([batch])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"the contexts in '{text}' cannot be read: {error}") from error
+    if not some:
         raise DataError("--contexts has no rows")
-    return table

@@ -52,6 +52,30 @@ def evaluation_table(evaluation: LogEvaluation) -> Table:
     return table
 
 
+def retrieval_table(evaluation: LogEvaluation) -> Table:
+    """One row a policy and k: what its export finds of what was rewarded."""
+    table = _table(
+        "retrieval from the whole catalogue",
+        caption="rewarded rows weighted by reward / pscore; ± is one standard error",
+    )
+    table.add_column("policy", no_wrap=True)
+    for column in ("k", "recall", "NDCG", "coverage", "index finds", "value of the first"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, found in evaluation.retrieval.items():
+        for one in found:
+            index = one["index_recall"]
+            table.add_row(
+                evaluation.labels[name],
+                f"{one['k']:,}",
+                f"{one['recall']:.4f} ±{one['recall_error']:.4f}",
+                f"{one['ndcg']:.4f} ±{one['ndcg_error']:.4f}",
+                f"{one['coverage']:.2%}",
+                "exact" if index is None else f"{index:.4f}",
+                f"{one['value_first']:.4f} ±{one['value_first_error']:.4f}",
+            )
+    return table
+
+
 def selection_table(name: str, found: SelectionComparison) -> Table:
     """One row a selector: what it believes, and what it cannot tell from it."""
     table = _table(f"{name}: which estimator to believe")

@@ -53,6 +53,8 @@ class LogEvaluation:
     coverage: dict[str, ItemCoverage] = field(default_factory=dict)
     """By policy, what it would show that the log never shows."""
     pscore_calibration: PscoreCalibration | None = None
+    retrieval: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """By policy, what its export retrieves at each k (`retrieval.quality`), where asked for."""
 
     @property
     def labels(self) -> dict[str, str]:
@@ -80,6 +82,7 @@ class LogEvaluation:
             "pscore_calibration": (
                 None if self.pscore_calibration is None else self.pscore_calibration.to_dict()
             ),
+            "retrieval": self.retrieval,
             **self.result.to_dict(),
         }
 

@@ -126,7 +126,7 @@ def connect(
     if started:
         options |= {
             "address": "local",
-            "num_cpus": num_cpus if num_cpus is not None else len(os.sched_getaffinity(0)),
+            "num_cpus": _usable_cpus() if num_cpus is None else num_cpus,
             "include_dashboard": dashboard,
         }
         if object_store_memory is not None:
@@ -154,6 +154,12 @@ def connect(
         yield Cluster(_gcs_address(ray), started)
     finally:
         ray.shutdown()
+
+
+def _usable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _gcs_address(ray: Any) -> str:

@@ -67,6 +67,9 @@ def top_k(
 def refusal(
     *, dtype: int, items: int, dim: int, reward: int, reward_dim: int, device: int
 ) -> str: ...
+def plans(
+    *, dtype: int, rows: int, items: int, dim: int, reward: int, reward_dim: int, device: int
+) -> dict[str, dict[str, int]]: ...
 
 architectures: str
 most_k: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -79,7 +80,11 @@ class CatalogueStream:
                     elif at < stop:
                         groups.append(group)
                     at += count
-                read = opened.iter_batches(batch_size=rows, columns=columns, row_groups=groups)
+                # A group at a time: a reader of several holds on to what it has read.
+                read = chain.from_iterable(
+                    opened.iter_batches(batch_size=rows, columns=columns, row_groups=[group])
+                    for group in groups
+                )
                 for table in _cut(read, start - skipped, stop - skipped, rows):
                     yield Catalogue(table, self.schema, fingerprint="a part")
         except (pa.ArrowInvalid, OSError) as error:
@@ -101,5 +106,7 @@ def _cut(batches: Iterable[pa.RecordBatch], start: int, stop: int, rows: int) ->
             if held == rows:
                 yield pa.Table.from_batches(waiting).combine_chunks()
                 waiting, held = [], 0
+        if at >= stop:
+            break
     if waiting:
         yield pa.Table.from_batches(waiting).combine_chunks()

@@ -25,25 +25,25 @@ from offtower.prepare import catalogue_schema
 from offtower.progress import Progress
 from offtower.retrieval import cells as cell_files
 from offtower.retrieval.catalogue_stream import CatalogueStream
-from offtower.retrieval.cells import build_cells
 from offtower.retrieval.contexts import measuring_log, some_contexts
+from offtower.retrieval.cutting import build_cells
 from offtower.retrieval.exact import exact_top_k, recall
-from offtower.retrieval.index import IndexOptions, build_index, import_faiss
+from offtower.retrieval.graphs import write_graphs
+from offtower.retrieval.index import IndexOptions, import_faiss
+from offtower.retrieval.index_building import build_index
 from offtower.retrieval.manifest import (
     describe_files,
     set_current,
     sha256_file,
     write_manifest,
 )
-from offtower.retrieval.tower import ContextTower, write_graphs
+from offtower.retrieval.parquet_parts import Layout, metadata_texts, write_parquet
+from offtower.retrieval.tower import ContextTower
 from offtower.retrieval.vectors import (
     Dtype,
-    Layout,
     load_ids,
-    metadata_texts,
     quantise,
     query_dim,
-    write_parquet,
     write_vectors,
 )
 from offtower.run_directory import RunDirectory

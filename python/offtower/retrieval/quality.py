@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from offtower.data.columns import as_float_array
 from offtower.data.log import Log
-from offtower.errors import DataError
+from offtower.errors import ConfigError, DataError
+from offtower.progress import Progress
+from offtower.retrieval.exact import recall
 from offtower.retrieval.retriever import Retriever
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -20,11 +26,13 @@ class RetrievalQuality:
     """Means over rewarded rows, each weighted by reward / pscore (self-normalised), at one k.
 
     Attributes:
-        recall: share of rewarded items that are among the k first.
+        recall: share of rewarded items that are among the k first. It estimates
+            sum q(x, a) over the k first / sum q(x, a) over all items, for the log's contexts.
         ndcg: mean of 1 / log2(1 + rank) of the rewarded item, 0 beyond k.
         coverage: share of the catalogue that is among the k first of any of these contexts.
         recall_error, ndcg_error: standard errors (delta method).
-        value_first: IPS value of showing the first item, over all rows.
+        value_first, value_first_error: IPS value of always showing the first item, over all rows,
+            and its standard error.
         index_recall: share of the exact k first that the index finds; None without an index.
         rows, rewarded_rows: of the log.
     """
@@ -36,6 +44,7 @@ class RetrievalQuality:
     ndcg_error: float
     coverage: float
     value_first: float
+    value_first_error: float
     index_recall: float | None
     rows: int
     rewarded_rows: int
@@ -45,64 +54,79 @@ class RetrievalQuality:
 
 
 def retrieval_quality(
-    retriever: Retriever, log: Log, ks: Iterable[int] = (10, 100), *, batch_rows: int = 1024
+    retriever: Retriever,
+    log: Log,
+    ks: Iterable[int] = (10, 100),
+    *,
+    batch_rows: int = 1024,
+    progress: Progress | None = None,
 ) -> list[RetrievalQuality]:
     """Recall@k, NDCG@k and coverage on a held-out log, weighted by inverse propensity.
 
     A rewarded row says that its item was wanted; it is there because the logging policy showed it.
-    Weighting by 1 / pscore makes every wanted (context, item) pair count alike.
+    Weighting by 1 / pscore makes every wanted (context, item) pair count alike. Memory is 16 bytes
+    a rewarded row and a byte an item and k.
+
+    Returns:
+        one of each k, rising.
 
     Raises:
+        ConfigError: a k is not in [1, N].
         DataError: the log has no propensities, or no row with a reward.
     """
-    schema = log.schema
+    schema, progress = log.schema, progress or Progress()
     if schema.pscore is None:
         raise DataError(
             "retrieval quality weighs rows by inverse propensity: the log has no pscore"
         )
-    sizes = sorted(set(ks))
-    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    sizes = check_sizes(retriever, ks)
     seen = {k: np.zeros(retriever.num_items, dtype=bool) for k in sizes}
     found = dict.fromkeys(sizes, 0.0)
-    first_value, rows = 0.0, 0
+    weights: list[FloatArray] = []
+    ranks: list[IntArray] = []
+    first_sum, first_square, rows = 0.0, 0.0, 0
+    progress.start("retrieval", None)
     for table in _batches(log, batch_rows):
         reward = as_float_array(table.column(schema.reward))
         weight = reward / as_float_array(table.column(schema.pscore))
         action = retriever.numbers_of(table.column(schema.action).to_pylist())
-        deepest = min(max(sizes), retriever.num_items)
-        exact = retriever.search(table, deepest, exact=True)
-        shown = retriever.search(table, deepest) if retriever.index is not None else exact
-        rank = np.full(len(reward), np.inf)
-        for row, items in enumerate(shown.item):
-            place = np.flatnonzero(items == action[row])
-            if place.size:
-                rank[row] = place[0]
-            for k in sizes:
-                seen[k][items[:k]] = True
-                found[k] += np.isin(exact.item[row][:k], items[:k]).mean()
-        first_value += float(weight[rank == 0].sum())
+        exact = _matrix(retriever.search(table, sizes[-1], exact=True).item, sizes[-1])
+        shown = exact
+        if retriever.index is not None:
+            shown = _matrix(retriever.search(table, sizes[-1]).item, sizes[-1])
+        # An item that the export does not have is -1, which stands for nothing found as well.
+        hit = (shown == action[:, None]) & (action >= 0)[:, None]
+        rank = np.where(hit.any(axis=1), hit.argmax(axis=1), retriever.num_items)
+        for k in sizes:
+            seen[k][shown[:, :k][shown[:, :k] >= 0]] = True
+            if retriever.index is not None:
+                found[k] += float(recall(shown[:, :k], exact[:, :k]).sum())
+        first = np.where(rank == 0, weight, 0.0)
+        first_sum += float(first.sum())
+        first_square += float(first @ first)
         rows += len(reward)
         rewarded = weight > 0.0
-        parts.append((weight[rewarded], rank[rewarded]))
-    weight = np.concatenate([w for w, _ in parts])
-    rank = np.concatenate([r for _, r in parts])
+        weights.append(weight[rewarded])
+        ranks.append(rank[rewarded])
+        progress.advance(len(reward))
+    progress.finish()
+    weight, rank = np.concatenate(weights), np.concatenate(ranks)
     if not weight.size:
         raise DataError("the log has no row with a positive reward")
+    value = first_sum / rows
+    value_error = (max(first_square / rows - value**2, 0.0) / rows) ** 0.5
     out = []
     for k in sizes:
-        hit = rank < k
-        gain = np.where(hit, 1.0 / np.log2(2.0 + np.where(hit, rank, 0.0)), 0.0)
-        recall, recall_error = _weighted(weight, hit.astype(np.float64))
-        ndcg, ndcg_error = _weighted(weight, gain)
+        inside = rank < k
+        gain = np.where(inside, 1.0 / np.log2(2.0 + rank), 0.0)
         out.append(
             RetrievalQuality(
                 k,
-                recall,
-                recall_error,
-                ndcg,
-                ndcg_error,
+                *_weighted(weight, inside.astype(np.float64)),
+                *_weighted(weight, gain),
                 float(seen[k].mean()),
-                first_value / rows,
+                value,
+                value_error,
                 found[k] / rows if retriever.index is not None else None,
                 rows,
                 len(weight),
@@ -111,14 +135,33 @@ def retrieval_quality(
     return out
 
 
-def _weighted(weight: np.ndarray, value: np.ndarray) -> tuple[float, float]:
+def check_sizes(retriever: Retriever, ks: Iterable[int]) -> list[int]:
+    """The ks, rising, each once. Raises ConfigError for one that is not in [1, N], or for none."""
+    sizes = sorted(set(ks))
+    if not sizes or sizes[0] < 1 or sizes[-1] > retriever.num_items:
+        raise ConfigError(
+            f"k of recall@k must lie in [1, {retriever.num_items}], the number of items, got "
+            + (", ".join(str(k) for k in sizes) or "none")
+        )
+    return sizes
+
+
+def _matrix(items: Sequence[IntArray], k: int) -> IntArray:
+    """(n, k) item numbers, -1 where fewer were found."""
+    out = np.full((len(items), k), -1, dtype=np.int64)
+    for row, found in zip(out, items, strict=True):
+        row[: len(found)] = found
+    return out
+
+
+def _weighted(weight: FloatArray, value: FloatArray) -> tuple[float, float]:
     """Self-normalised mean and its standard error."""
     total = weight.sum()
     mean = float(weight @ value / total)
     return mean, float(np.sqrt(np.sum((weight * (value - mean)) ** 2)) / total)
 
 
-def _batches(log: Log, rows: int) -> Iterable[pa.Table]:
+def _batches(log: Log, rows: int) -> Iterator[pa.Table]:
     for table in log.tables():
         for first in range(0, table.num_rows, rows):
             yield table.slice(first, rows)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from offtower.data.columns import Column, hash_values
+from offtower.data.columns import Column
 from offtower.errors import ConfigError, DataError, RunError
 from offtower.retrieval.cells import Cells
 from offtower.retrieval.exact import exact_top_k
@@ -19,7 +19,7 @@ from offtower.retrieval.index import AnnIndex, open_index
 from offtower.retrieval.manifest import Verify, find_version, read_manifest, verify_files
 from offtower.retrieval.sampling import Draws, Mode, PropensitySampler
 from offtower.retrieval.tower import ContextTower
-from offtower.retrieval.vectors import load_ids, load_vectors
+from offtower.retrieval.vectors import id_keys, load_ids, load_vectors
 
 IntArray = NDArray[np.int64]
 Filter = Sequence[Any] | Sequence[Sequence[Any]] | NDArray[Any]
@@ -190,8 +190,8 @@ class Retriever:
         slate: bool = True,
         mode: Mode = "softmax",
         exclude: Filter | None = None,
-        relative_error: float = 0.0025,
-        seed: int | None = None,
+        relative_error: float = 0.002,
+        seed: int | np.random.Generator | None = None,
     ) -> Served:
         """Draw k items for each context, with their propensities.
 
@@ -202,7 +202,7 @@ class Retriever:
             mode: "softmax", "cells" or "exact"; see `retrieval.sampling`.
             exclude: ids that must not be shown; propensities are renormalised over the others.
             relative_error: standard error that "softmax" aims at, as a share of pscore.
-            seed: repeats draws; None takes fresh randomness.
+            seed: repeats draws; None takes fresh randomness, a generator goes on from where it is.
 
         Raises:
             ConfigError: k, mode or relative_error is out of range.
@@ -255,11 +255,11 @@ class Retriever:
             ) from error
         if self._keys is None:
             # Sorted 64-bit keys: 16 bytes an item, made when a filter first asks.
-            keys = _keys(self.item_ids.combine_chunks(), text)
+            keys = id_keys(self.item_ids.combine_chunks())
             order = np.argsort(keys)
             self._keys = keys[order], order
         ordered, order = self._keys
-        wanted = _keys(values, text)
+        wanted = id_keys(values)
         place = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
         return np.where(ordered[place] == wanted, order[place], -1)
 
@@ -279,12 +279,3 @@ class Retriever:
     def _check_k(self, k: int) -> None:
         if not 1 <= k <= self.num_items:
             raise ConfigError(f"k must lie in [1, {self.num_items}], the number of items, got {k}")
-
-
-def _keys(ids: Any, text: bool) -> NDArray[np.uint64]:
-    if isinstance(ids, pa.ChunkedArray):
-        ids = pa.concat_arrays(ids.chunks)
-    if text:
-        return hash_values(ids)
-    values: NDArray[np.int64] = ids.to_numpy(zero_copy_only=False).astype(np.int64)
-    return values.view(np.uint64)

@@ -1,4 +1,4 @@
-"""Logits of chosen rows of the catalogue, without copying them where FAISS can do it."""
+"""Rows of the catalogue: which, and their logits, without copying them where FAISS can do it."""
 
 from __future__ import annotations
 
@@ -47,3 +47,30 @@ def _faiss() -> Any:
     except ImportError:
         return None
     return faiss
+
+
+def ranges(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+    """first[0], first[0] + 1, ... for count[0] numbers, then those of the next, ..."""
+    ends = np.cumsum(count)
+    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(first - (ends - count), count)
+
+
+def runs(
+    start: NDArray[np.int64],
+    size: NDArray[np.int64],
+    first: NDArray[np.int64],
+    count: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Rows of a run in each cell, from place `first`, around the cell's end to its beginning."""
+    place = ranges(first, count)
+    limit = np.repeat(size, count)
+    place -= np.where(place >= limit, limit, 0)
+    return place + np.repeat(start, count)
+
+
+def contains(sorted_rows: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(n,) which rows are among the sorted ones."""
+    if len(sorted_rows) == 0:
+        return np.zeros(len(rows), dtype=bool)
+    found = np.minimum(np.searchsorted(sorted_rows, rows), len(sorted_rows) - 1)
+    return np.asarray(sorted_rows[found] == rows)

@@ -7,8 +7,7 @@ and changing the temperature changes no item vector.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
@@ -31,11 +29,11 @@ from offtower.progress import Progress, watched
 from offtower.retrieval.catalogue_stream import CHUNK, CatalogueStream
 
 Dtype = Literal["float32", "float16", "int8"]
-Layout = Literal["offtower", "vector_db"]
 
-ROWS_PER_PART = 4_194_304
 _PART_CHUNKS = 16
 """Chunks that a worker embeds in one go."""
+_TOWER_ROWS = 8_192
+"""Items that go through the tower at once; larger buffers come from and go to the system anew."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,14 @@ class Streamed:
 
 @dataclass(frozen=True)
 class _Embedded:
-    """What is handed back of a part of the catalogue; its vectors are in the file."""
+    """What is handed back of a chunk of the catalogue; its vectors are in the file."""
 
     first: int
-    ids: list[pa.Array]
+    ids: pa.Array
 
     @property
     def rows(self) -> int:
-        return sum(len(ids) for ids in self.ids)
+        return len(self.ids)
 
 
 def write_vectors(
@@ -72,7 +70,7 @@ def write_vectors(
 ) -> Streamed:
     """Embed every item and write vectors.npy (N, D) float32 and ids.arrow.
 
-    Memory is O(chunk) and 16 bytes an item, by which duplicate ids are found.
+    Memory is O(chunk) and 8 bytes an item, by which duplicate ids are found.
 
     Args:
         mapper: where items are embedded. Every worker writes its own rows of the one file, so the
@@ -97,66 +95,81 @@ def write_vectors(
     progress.start("embedding items", n)
     sink = pa.OSFile(str(directory / "ids.arrow"), "wb")
     try:
-        found = mapper.map(embed, _embedding_parts(catalogue, chunk, mapper), "embedding items")
-        for part in watched(found, progress):
-            first = part.first
-            for ids in part.ids:
-                text = is_text(ids.type)
-                keys[first : first + len(ids)] = _keys(ids)
-                first += len(ids)
-                if writer is None:
-                    kind = pa.large_string() if text else pa.int64()
-                    writer = pa.ipc.new_file(sink, pa.schema([("item_id", kind)]))
-                elif text != pa.types.is_large_string(kind):
-                    raise DataError(
-                        "item ids are text in one file of the catalogue, numbers in another"
-                    )
-                column = pc.cast(category_values(ids), kind)
-                writer.write_batch(pa.record_batch([column], names=["item_id"]))
+        for part in watched(_embedded(embed, catalogue, chunk, mapper), progress):
+            ids, text = part.ids, is_text(part.ids.type)
+            keys[part.first : part.first + part.rows] = id_keys(ids)
+            if writer is None:
+                kind = pa.large_string() if text else pa.int64()
+                writer = pa.ipc.new_file(sink, pa.schema([("item_id", kind)]))
+            elif text != pa.types.is_large_string(kind):
+                raise DataError(
+                    "item ids are text in one file of the catalogue, numbers in another"
+                )
+            column = pc.cast(category_values(ids), kind)
+            writer.write_batch(pa.record_batch([column], names=["item_id"]))
     finally:
         if writer is not None:
             writer.close()
         sink.close()
         progress.finish()
-    _check_unique(keys, directory)
     digest = _sha(keys)
+    _check_unique(keys, directory)
     return Streamed(n, text, catalogue.fingerprint, digest)
 
 
-def _embedding_parts(catalogue: CatalogueStream, chunk: int, mapper: Mapper) -> list[range]:
-    """Items of a part: a chunk here, some chunks where parts travel."""
+def _embedded(
+    embed: Callable[[range], Iterator[_Embedded]],
+    catalogue: CatalogueStream,
+    chunk: int,
+    mapper: Mapper,
+) -> Iterator[_Embedded]:
+    """Every chunk, embedded here or by the mapper's workers, in order.
+
+    Here the catalogue is read once from its beginning to its end: a part that begins inside a
+    row group reads that group again.
+    """
+    if not mapper.distributed:
+        yield from embed(range(catalogue.num_items))
+        return
     starts = [*catalogue.starts(chunk), catalogue.num_items]
-    chunks = pieces(len(starts) - 1, _PART_CHUNKS if mapper.distributed else 1, mapper.workers)
-    return [range(starts[part.start], starts[part.stop]) for part in chunks]
+    parts = pieces(len(starts) - 1, _PART_CHUNKS, mapper.workers)
+    items = [range(starts[part.start], starts[part.stop]) for part in parts]
+    for found in mapper.map(partial(_all, embed), items, "embedding items"):
+        yield from found
+
+
+def _all(embed: Callable[[range], Iterator[_Embedded]], items: range) -> list[_Embedded]:
+    return list(embed(items))
+
+
+def _embed_items(
+    policy: TwoTowerPolicy, catalogue: CatalogueStream, path: Path, chunk: int, items: range
+) -> Iterator[_Embedded]:
+    """Embed some items into their rows of the file; running it twice writes the same bytes."""
+    vectors: Any = np.load(path, mmap_mode="r+")
+    first = items.start
+    for part in catalogue.chunks(chunk, items):
+        vectors[first : first + part.num_items] = embed_part(policy, part)
+        yield _Embedded(first, as_array(part.item_ids))
+        first += part.num_items
+    vectors.flush()
 
 
 @torch.no_grad()
-def _embed_items(
-    policy: TwoTowerPolicy, catalogue: CatalogueStream, path: Path, chunk: int, items: range
-) -> _Embedded:
-    """Embed some items into their rows of the file; running it twice writes the same bytes."""
-    vectors: Any = np.load(path, mmap_mode="r+")
-    first, found = items.start, []
-    for part in catalogue.chunks(chunk, items):
-        vectors[first : first + part.num_items] = embed_part(policy, part)
-        first += part.num_items
-        found.append(as_array(part.item_ids))
-    vectors.flush()
-    return _Embedded(items.start, found)
-
-
 def embed_part(policy: TwoTowerPolicy, part: Catalogue) -> NDArray[np.float32]:
     """(n, D) vectors of some items.
 
     Raises:
         DataError: a vector is not finite; the item is named.
     """
-    features = to_tensors(policy.item_encoding.encode(part.table(0, part.num_items)))
-    embedding, bias = policy.item_tower(features)
     out = np.empty((part.num_items, query_dim(policy)), dtype=np.float32)
-    out[:, : embedding.shape[1]] = embedding.numpy()
-    if bias is not None:
-        out[:, -1] = bias.numpy()
+    for first in range(0, part.num_items, _TOWER_ROWS):
+        last = min(first + _TOWER_ROWS, part.num_items)
+        features = to_tensors(policy.item_encoding.encode(part.table(first, last)))
+        embedding, bias = policy.item_tower(features)
+        out[first:last, : embedding.shape[1]] = embedding.numpy()
+        if bias is not None:
+            out[first:last, -1] = bias.numpy()
     bad = np.flatnonzero(~np.isfinite(out).all(axis=1))
     if bad.size:
         raise DataError(
@@ -211,85 +224,6 @@ def quantise(
     return scale
 
 
-def write_parquet(
-    vectors: NDArray[Any],
-    ids: pa.ChunkedArray,
-    directory: Path,
-    *,
-    layout: Layout = "offtower",
-    fixed_size: bool = True,
-    metadata: Iterator[list[str]] | None = None,
-    rows_per_part: int = ROWS_PER_PART,
-    chunk: int = CHUNK,
-) -> list[str]:
-    """Parquet parts with one row an item, as databases and vector stores read them.
-
-    Args:
-        layout: "offtower" has the columns item_id and embedding; "vector_db" has id (text), values
-            and metadata (JSON text).
-        fixed_size: lists of fixed size; plain lists otherwise.
-        metadata: JSON texts of the items, chunk by chunk, for "vector_db".
-
-    Returns:
-        names of the parts.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    names: list[str] = []
-    dim = vectors.shape[1]
-    for start in range(0, len(vectors), rows_per_part):
-        name = f"part-{len(names):05d}.parquet"
-        names.append(name)
-        writer: pq.ParquetWriter | None = None
-        try:
-            for first in range(start, min(start + rows_per_part, len(vectors)), chunk):
-                last = min(first + chunk, start + rows_per_part, len(vectors))
-                part = np.ascontiguousarray(vectors[first:last])
-                flat = pa.array(part.reshape(-1))
-                column: pa.Array = pa.FixedSizeListArray.from_arrays(flat, dim)
-                if not fixed_size:
-                    column = column.cast(pa.list_(flat.type))
-                key = ids.slice(first, last - first).combine_chunks()
-                if layout == "offtower":
-                    table = pa.table({"item_id": key, "embedding": column})
-                else:
-                    texts = next(metadata) if metadata is not None else ["{}"] * (last - first)
-                    table = pa.table(
-                        {
-                            "id": pc.cast(key, pa.string()),
-                            "values": column,
-                            "metadata": pa.array(texts, pa.string()),
-                        }
-                    )
-                if writer is None:
-                    writer = pq.ParquetWriter(
-                        directory / name, table.schema, compression="zstd", use_dictionary=False
-                    )
-                writer.write_table(table)
-        finally:
-            if writer is not None:
-                writer.close()
-    return names
-
-
-def metadata_texts(catalogue: CatalogueStream, chunk: int = CHUNK) -> Iterator[list[str]]:
-    """JSON text of every item's plain features (vectors are left out), in chunks of exactly
-    `chunk` items (the last may be shorter)."""
-    specs = [spec for spec in catalogue.schema.features if spec.kind != "vector"]
-    waiting: list[str] = []
-    for part in catalogue.chunks(chunk):
-        table = part.table(0, part.num_items)
-        columns = {spec.name: table.column(spec.source).to_pylist() for spec in specs}
-        waiting += [
-            json.dumps({name: values[row] for name, values in columns.items()}, default=str)
-            for row in range(part.num_items)
-        ]
-        while len(waiting) >= chunk:
-            yield waiting[:chunk]
-            waiting = waiting[chunk:]
-    if waiting:
-        yield waiting
-
-
 def load_ids(path: Path, count: int) -> pa.ChunkedArray:
     """Item ids, memory-mapped.
 
@@ -325,7 +259,10 @@ def load_vectors(path: Path, count: int, dim: int, dtype: str) -> NDArray[Any]:
     return vectors
 
 
-def _keys(ids: pa.Array) -> NDArray[np.uint64]:
+def id_keys(ids: pa.Array | pa.ChunkedArray) -> NDArray[np.uint64]:
+    """64-bit keys of ids: numbers as they are, hashes of text."""
+    if isinstance(ids, pa.ChunkedArray):
+        ids = pa.concat_arrays(ids.chunks)
     if is_text(ids.type):
         return hash_values(ids)
     values: NDArray[Any] = category_values(ids).to_numpy(zero_copy_only=False)
@@ -333,17 +270,18 @@ def _keys(ids: pa.Array) -> NDArray[np.uint64]:
 
 
 def _check_unique(keys: NDArray[np.uint64], directory: Path) -> None:
-    ordered = np.sort(keys)
-    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
-    if not twice.size:
+    """Refuse an id that stands twice. Sorts `keys` in place."""
+    keys.sort()
+    found = np.flatnonzero(keys[1:] == keys[:-1])
+    if not found.size:
         return
-    rows = np.flatnonzero(keys == ordered[twice[0]])
     ids = load_ids(directory / "ids.arrow", len(keys))
+    rows = np.flatnonzero(id_keys(ids.combine_chunks()) == keys[found[0]])
     first, second = int(rows[0]), int(rows[1])
     raise DataError(
         f"item id {ids[first].as_py()!r} stands twice in the catalogue, as items {first} and "
         f"{second}"
-        + (f"; {twice.size} ids in all do" if twice.size > 1 else "")
+        + (f"; {found.size} ids in all do" if found.size > 1 else "")
         + ". Each item needs an id of its own"
     )
 

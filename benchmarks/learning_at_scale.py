@@ -1,0 +1,313 @@
+"""What a policy is worth after so many seconds of training over a million items.
+
+A simulated world whose truth is known logs 100,000 rows over 1,000,000 items. Exact terms, sampled
+terms with each proposal, regression and, where it is installed, the two towers of torch-rechub
+learn from that log with the same towers, batches and learning rate. While they learn the clock is
+stopped now and then for the true value of the policy: the sum over all items, exactly, for the
+same contexts.
+
+    python benchmarks/learning_at_scale.py --methods exact --seconds 240 --json learning.json
+    python benchmarks/learning_at_scale.py --methods uniform frequency in_batch mixed top_k \\
+        regression torch-rechub --seconds 30 --json learning.json --figure learning.png
+
+Results are added to what the JSON file holds already, so that methods can run one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from offtower import ops
+from offtower.config import Config, parse_config
+from offtower.data.catalogue import Catalogue
+from offtower.data.encoding import to_tensors
+from offtower.data.log import TableLog
+from offtower.data.simulate import SimulatedWorld
+from offtower.models import TwoTowerPolicy
+from offtower.prepare import PreparedData, prepare
+from offtower.progress import Progress
+from offtower.training.run import build_trainer
+
+SAMPLED = ("uniform", "frequency", "in_batch", "mixed", "top_k")
+METHODS = ("exact", *SAMPLED, "regression", "torch-rechub")
+WIDTH, HIDDEN = 16, 64
+
+
+class Over(Exception):
+    """The budget of seconds is spent."""
+
+
+class Task:
+    """The world, its log, and the true value of item and context embeddings."""
+
+    def __init__(self, items: int, rows: int, contexts: int) -> None:
+        self.world = SimulatedWorld(
+            items, WIDTH, WIDTH, WIDTH, seed=0, logging="popularity", reward="binary"
+        )
+        table = pa.concat_tables(self.world.log(rows, seed=1))
+        log = TableLog(table, self.world.log_schema)
+        catalogue = Catalogue(
+            self.world.catalogue_table(), self.world.catalogue_schema, "learning at scale"
+        )
+        self.data: PreparedData = prepare(log, None, catalogue, Progress())
+        self.contexts = self.world.contexts(contexts, seed=77)
+        wide = self.world.reward_model(self.contexts)
+        assert wide.item_bias is not None
+        self._q = ops.FactoredReward(
+            wide.context.float(), wide.item.float(), wide.item_bias.float(), link="sigmoid"
+        )
+
+    def landmarks(self) -> dict[str, float]:
+        return {
+            "logging": float(self.world.logging_rewards(self.contexts.slice(0, 64)).mean()),
+            "uniform": float(self.world.uniform_rewards(self.contexts.slice(0, 64)).mean()),
+            "best": float(self.world.best_rewards(self.contexts).mean()),
+        }
+
+    @torch.no_grad()
+    def value(self, u: Tensor, v: Tensor, bias: Tensor | None = None) -> dict[str, float]:
+        """Value of the softmax policy and of its most likely item, means over the contexts."""
+        first = torch.zeros(len(u), dtype=torch.int64)
+        terms = ops.policy_terms(u, v, first, item_bias=bias, reward_model=self._q)
+        best = ops.top_k(u, v, 1, item_bias=bias)[1][:, 0]
+        assert terms.expected_reward is not None
+        return {
+            "value": float(terms.expected_reward.mean()),
+            "greedy": float(self.world.expected_reward(self.contexts, best.numpy()).mean()),
+        }
+
+
+class Clock(Progress):
+    """Seconds of learning; stops for measurements, and ends when the budget is spent."""
+
+    def __init__(self, seconds: float, points: int, measure: Callable[[], dict[str, float]]):
+        self.budget = seconds
+        self._due = [seconds * (i / points) ** 2 for i in range(1, points + 1)]
+        self._measure = measure
+        self.curve: list[dict[str, float]] = []
+        self.rows, self._spent = 0, 0.0
+        self._since = time.perf_counter()
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self.rows += amount
+        now = time.perf_counter()
+        self._spent += now - self._since
+        if self._due and self._spent >= self._due[0]:
+            while self._due and self._spent >= self._due[0]:
+                self._due.pop(0)
+            point = {"seconds": self._spent, "rows": self.rows, **self._measure()}
+            self.curve.append(point)
+            print("   ", json.dumps(point), flush=True)
+        if not self._due:
+            raise Over
+        self._since = time.perf_counter()
+
+
+def settings(method: str, dim: int, batch: int, draws: int, rate: float) -> Config:
+    tower = {"hidden_layer_sizes": [HIDDEN]}
+    sampled = method in SAMPLED
+    return parse_config(
+        {
+            "name": method,
+            "data": {"train": "in-memory", "catalogue": "in-memory"},
+            "policy": {"embedding_dim": dim, "context_tower": tower, "item_tower": tower},
+            "objective": {
+                "name": "regression" if method == "regression" else "weighted_likelihood"
+            },
+            "training": {
+                "terms": "sampled" if sampled else "exact",
+                "epochs": 1_000_000,
+                "batch_size": batch,
+                "learning_rate": rate,
+                "measure_terms": False,
+                "log_every_steps": 1_000_000_000,
+            },
+            "sampling": {"proposal": method, "num_samples": draws} if sampled else {},
+        }
+    )
+
+
+def ours(task: Task, config: Config, seconds: float, points: int) -> Clock:
+    trainer = build_trainer(config, task.data, None)
+    policy: TwoTowerPolicy = trainer.policy
+
+    @torch.no_grad()
+    def measure() -> dict[str, float]:
+        policy.eval()
+        features = policy.context_encoding.encode(task.contexts)
+        items = policy.embed_items(task.data.items)
+        u = policy.embed_contexts(to_tensors(features)) / policy.temperature
+        found = task.value(u, items.embedding, items.bias)
+        policy.train()
+        return found
+
+    clock = Clock(seconds, points, measure)
+    trainer._progress = clock
+    with contextlib.suppress(Over):
+        trainer.fit()
+    if trainer._proposal is not None:
+        trainer._proposal.close()
+    return clock
+
+
+def torch_rechub(task: Task, config: Config, seconds: float, points: int) -> Clock:
+    """Its DSSM and trainer, in-batch sampled softmax over rewarded rows, without propensities.
+
+    Its embeddings have length 1; its training divides their products by a temperature, and so does
+    the softmax policy that is measured.
+    """
+    from torch_rechub.basic.features import DenseFeature
+    from torch_rechub.models.matching import DSSM
+    from torch_rechub.trainers import MatchTrainer
+
+    dim, batch = config.policy.embedding_dim, config.training.batch_size
+    tower = {"dims": [HIDDEN, dim], "activation": "relu"}
+    sides = {side: [DenseFeature(f"{side}{i}") for i in range(WIDTH)] for side in ("user", "item")}
+    temperature = 0.1
+    model = DSSM(sides["user"], sides["item"], tower, tower, temperature=temperature)
+    trainer = MatchTrainer(
+        model,
+        mode=0,
+        in_batch_neg=True,
+        n_epoch=1,
+        optimizer_params={"lr": config.training.learning_rate},
+    )
+    log = pa.concat_tables(task.data.train.tables())
+    rewarded = log.filter(pa.compute.equal(log["reward"], 1.0))
+    items = _vectors(task.data.catalogue.table(0, task.data.catalogue.num_items))
+    shown = items[torch.from_numpy(task.data.catalogue.index_of(rewarded["action"]))]
+    users = _vectors(rewarded)
+
+    def columns(side: str, values: Tensor) -> dict[str, Tensor]:
+        return {f"{side}{i}": values[:, i] for i in range(WIDTH)}
+
+    @torch.no_grad()
+    def measure() -> dict[str, float]:
+        model.eval()
+        model.mode = "item"
+        v = torch.cat([model.item_tower(columns("item", part)) for part in items.split(65_536)])
+        model.mode = "user"
+        u = model.user_tower(columns("user", _vectors(task.contexts)))
+        model.mode = None
+        model.train()
+        return task.value(u.reshape(len(u), -1) / temperature, v.reshape(len(v), -1))
+
+    clock = Clock(seconds, points, measure)
+    generator = torch.Generator().manual_seed(0)
+
+    class Rows:
+        """One epoch of shuffled batches; the clock sees each when the next one is asked for."""
+
+        def __len__(self) -> int:
+            return len(users) // batch
+
+        def __iter__(self) -> Any:
+            for rows in torch.randperm(len(users), generator=generator).split(batch):
+                if len(rows) < batch:
+                    return
+                x = columns("user", users[rows]) | columns("item", shown[rows])
+                yield x, torch.ones(batch)
+                clock.advance(batch)
+
+    with contextlib.suppress(Over), contextlib.redirect_stderr(io.StringIO()):
+        while True:
+            trainer.train_one_epoch(Rows(), log_interval=1_000_000_000)
+    return clock
+
+
+def _vectors(table: pa.Table) -> Tensor:
+    """The one vector column of a side, (n, WIDTH)."""
+    column = next(c for c in table.columns if pa.types.is_fixed_size_list(c.type))
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return torch.from_numpy(flat.reshape(-1, WIDTH).copy()).float()
+
+
+def draw_figure(results: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharex=True)
+    for axes, key, what in zip(
+        panels,
+        ("value", "greedy"),
+        ("the softmax policy", "its most likely item"),
+        strict=True,
+    ):
+        for name, found in results["methods"].items():
+            axes.plot(
+                [p["seconds"] for p in found["curve"]],
+                [p[key] for p in found["curve"]],
+                marker="o",
+                markersize=3,
+                label=name,
+                color="black" if name == "exact" else None,
+                linewidth=2.5 if name == "exact" else 1.5,
+            )
+        axes.axhline(results["landmarks"]["logging"], color="grey", linestyle=":", label="logging")
+        axes.set_xscale("log")
+        axes.set_xlabel("seconds of training")
+        axes.set_title(f"true value of {what}", loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(f"{results['items']:,} items, {results['rows']:,} logged rows", fontsize=11)
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seconds", type=float, default=240.0, help="of learning, each method")
+    parser.add_argument("--points", type=int, default=8, help="measurements a method")
+    parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--contexts", type=int, default=1000, help="that the value is a mean of")
+    parser.add_argument("--dim", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--draws", type=int, default=4096)
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate")
+    parser.add_argument("--json", type=Path, help="results are added to this file")
+    parser.add_argument("--figure", type=Path)
+    given = parser.parse_args(arguments)
+    results: dict[str, Any] = {"methods": {}}
+    if given.json is not None and given.json.exists():
+        results = json.loads(given.json.read_text())
+    task = Task(given.items, given.rows, given.contexts)
+    if "landmarks" not in results:
+        results |= {"items": given.items, "rows": given.rows, "landmarks": task.landmarks()}
+    print(json.dumps(results["landmarks"]), flush=True)
+    for method in given.methods:
+        print(method, flush=True)
+        config = settings(method, given.dim, given.batch, given.draws, given.rate)
+        learn = torch_rechub if method == "torch-rechub" else ours
+        try:
+            clock = learn(task, config, given.seconds, given.points)
+        except ImportError as error:
+            print(f"    not run: {error}")
+            continue
+        results["methods"][method] = {
+            "budget": given.seconds,
+            "rows_per_second": clock.rows / clock.curve[-1]["seconds"],
+            "threads": torch.get_num_threads(),
+            "curve": clock.curve,
+        }
+        if given.json is not None:
+            given.json.write_text(json.dumps(results, indent=2))
+    if given.figure is not None:
+        draw_figure(results, given.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Cutting a catalogue into cells.
+
+Cells minimise, split by split, the expected variance of a logit inside a cell,
+
+    E_u[ u' S_c u ] = tr(M S_c),      M = E[u u'] over the policy's own contexts,
+
+S_c being the covariance of the item vectors of cell c. That is clustering of M^(1/2) v by plain
+distance; a tree of median splits along principal directions does it in seconds for a million
+items, and its cells have equal sizes. Then the items of largest (v - m_c)' M (v - m_c) leave their
+cells: those whose logits lie farthest from what their cell's mean says.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offtower.retrieval.cells import Cells, FloatArray, IntArray
+
+_SPLIT_ROWS_PER_CELL = 100
+"""Items a cell that splits are chosen from; a catalogue that has more is sampled."""
+_DIRECTION_ROWS = 4_000
+"""Items that a split's direction is taken from."""
+_CHUNK = 262_144
+_CELLS_PER_OUTLIERS = 256
+"""One cell of outliers for so many others."""
+
+
+def default_num_cells(num_items: int) -> int:
+    """About 4 sqrt(N), a power of two, of at least 16 items each."""
+    wanted = min(4.0 * num_items**0.5, num_items / 16)
+    return max(1, 2 ** round(float(np.log2(max(wanted, 1.0)))))
+
+
+def build_cells(
+    vectors: FloatArray,
+    queries: FloatArray,
+    directory: Path | None = None,
+    *,
+    num_cells: int | None = None,
+    seed: int = 0,
+) -> Cells:
+    """Cut a catalogue into cells.
+
+    Args:
+        vectors: (N, D) item vectors, memory-mapped where they are many; read in chunks.
+        queries: (n, D) context embeddings that the policy will see.
+        directory: where vectors.npy in the cells' order is written; in memory without one.
+        num_cells: C, rounded to a power of two.
+        seed: of directions and of the order inside cells.
+    """
+    n = len(vectors)
+    depth = round(float(np.log2(num_cells or default_num_cells(n))))
+    rng = np.random.default_rng(seed)
+    second = (queries.astype(np.float64).T @ queries.astype(np.float64)) / max(1, len(queries))
+    root = _symmetric_root(second)
+    second = root @ root
+    rows = np.arange(n)
+    if n > _SPLIT_ROWS_PER_CELL << depth:
+        rows = np.sort(rng.choice(n, _SPLIT_ROWS_PER_CELL << depth, replace=False))
+    points = np.empty((len(rows), vectors.shape[1]), dtype=np.float32)
+    for first in range(0, len(rows), _CHUNK):
+        points[first : first + _CHUNK] = vectors[rows[first : first + _CHUNK]] @ root
+    direction, threshold = _split_tree(points, depth, rng)
+    del points, rows
+    # Directions are of M^(1/2) v; with the root folded in they take v itself.
+    direction = (direction @ root).astype(np.float32)
+    cell = np.empty(n, dtype=np.int32)
+    for first in range(0, n, _CHUNK):
+        cell[first : first + _CHUNK] = _route(
+            np.asarray(vectors[first : first + _CHUNK]), direction, threshold, depth
+        )
+    always = _set_outliers_apart(vectors, cell, root, 2**depth)
+    # A random key inside each cell: any run of rows is a random sample of its cell.
+    number: Any = np.int32 if n < 2**31 else np.int64
+    order = np.arange(n, dtype=number)
+    rng.shuffle(order)
+    order = order[np.argsort(cell[order], kind="stable")]
+    size = np.bincount(cell)
+    start = np.append(0, np.cumsum(size[size > 0]))
+    del cell
+    place = np.empty(n, dtype=number)
+    place[order] = np.arange(n, dtype=number)
+    arranged = _arranged(vectors, order, directory)
+    mean, spread, covariance = _moments(arranged, start, root, always)
+    return Cells(
+        arranged,
+        order,
+        place,
+        start,
+        mean,
+        spread,
+        covariance,
+        float(np.sum(second * covariance)),
+        always,
+    )
+
+
+def _split_tree(
+    points: FloatArray, depth: int, rng: np.random.Generator
+) -> tuple[FloatArray, FloatArray]:
+    """Directions (2^depth - 1, D) and thresholds of a binary tree of median splits, by level."""
+    nodes = 2**depth - 1
+    direction = np.zeros((nodes, points.shape[1]), dtype=np.float32)
+    threshold = np.zeros(nodes, dtype=np.float32)
+    order = np.arange(len(points))
+    parts = [(0, len(points))]
+    node = 0
+    for _ in range(depth):
+        halves = []
+        for first, last in parts:
+            half = (first + last) // 2
+            if last - first > 1:
+                inside = points[order[first:last]]
+                direction[node] = _principal_direction(inside, rng)
+                value = inside @ direction[node]
+                by_value = np.argpartition(value, half - first)
+                order[first:last] = order[first:last][by_value]
+                threshold[node] = value[by_value[half - first]]
+            halves += [(first, half), (half, last)]
+            node += 1
+        parts = halves
+    return direction, threshold
+
+
+def _principal_direction(points: FloatArray, rng: np.random.Generator) -> FloatArray:
+    """A few power iterations: a direction of large variance is all that a split needs."""
+    some = points[:_DIRECTION_ROWS]
+    centred = some - some.mean(axis=0)
+    scatter = centred.T @ centred
+    vector: FloatArray = rng.standard_normal((points.shape[1],), dtype=np.float32)
+    for _ in range(8):
+        vector = np.asarray(scatter @ vector)
+        length = float(np.linalg.norm(vector))
+        if not length > 0.0:
+            return np.zeros_like(vector)
+        vector /= length
+    return vector
+
+
+def _route(
+    points: FloatArray, direction: FloatArray, threshold: FloatArray, depth: int
+) -> IntArray:
+    """(n,) leaf of each point."""
+    leaf = np.zeros(len(points), dtype=np.int64)
+    for level in range(depth):
+        node = leaf + (2**level - 1)
+        if 2**level <= 64:
+            value = (points @ direction[2**level - 1 : 2 ** (level + 1) - 1].T)[
+                np.arange(len(points)), leaf
+            ]
+        else:
+            value = np.einsum("nd,nd->n", points, direction[node])
+        leaf = 2 * leaf + (value >= threshold[node])
+    return leaf
+
+
+def _set_outliers_apart(
+    vectors: FloatArray, cell: NDArray[np.int32], root: NDArray[np.float64], cells: int
+) -> int:
+    """Give the items farthest from their cells' means cells of their own, numbered from `cells`.
+
+    Changes `cell` (N,); returns how many cells it made.
+    """
+    n = len(cell)
+    made = max(1, cells // _CELLS_PER_OUTLIERS) if cells >= 16 else 0
+    count = made * n // (cells + made)
+    made = min(made, count)
+    if made == 0:
+        return 0
+    size = np.bincount(cell, minlength=cells)
+    total = np.zeros((cells, vectors.shape[1]))
+    for first in range(0, n, _CHUNK):
+        part = cell[first : first + _CHUNK]
+        order = np.argsort(part, kind="stable")
+        there, start = np.unique(part[order], return_index=True)
+        total[there] += np.add.reduceat(
+            np.asarray(vectors[first : first + _CHUNK], dtype=np.float64)[order], start
+        )
+    mean = total / np.maximum(size, 1)[:, None]
+    far = np.empty(n, dtype=np.float32)
+    for first in range(0, n, _CHUNK):
+        rows = slice(first, first + _CHUNK)
+        far[rows] = np.square((vectors[rows] - mean[cell[rows]]) @ root).sum(axis=1)
+    order = np.argpartition(-far, count - 1)[:count]
+    # Nearest first, so that a cell of outliers holds items about as far out.
+    cell[order[np.argsort(far[order], kind="stable")]] = cells + np.arange(count) * made // count
+    return made
+
+
+def _arranged(vectors: FloatArray, order: IntArray, directory: Path | None) -> FloatArray:
+    if directory is None:
+        return np.ascontiguousarray(vectors[order], dtype=np.float32)
+    target: Any = np.lib.format.open_memmap(
+        directory / "vectors.npy", mode="w+", dtype=np.float32, shape=vectors.shape
+    )
+    for first in range(0, len(order), _CHUNK):
+        target[first : first + _CHUNK] = vectors[order[first : first + _CHUNK]]
+    target.flush()
+    return np.asarray(target)
+
+
+def _moments(
+    vectors: FloatArray, start: IntArray, root: NDArray[np.float64], always: int
+) -> tuple[FloatArray, NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and tr(M S_c) of each cell, and the covariance pooled over those without outliers; a
+    group of cells at a time."""
+    cells, dim = len(start) - 1, vectors.shape[1]
+    mean = np.empty((cells, dim), dtype=np.float32)
+    spread = np.empty(cells)
+    pooled = np.zeros((dim, dim))
+    first = 0
+    while first < cells:
+        last = max(first + 1, int(np.searchsorted(start, start[first] + _CHUNK, "right")) - 1)
+        block = vectors[start[first] : start[last]].astype(np.float64)
+        bounds, size = start[first:last] - start[first], np.diff(start[first : last + 1])
+        centre = np.add.reduceat(block, bounds, axis=0) / size[:, None]
+        block -= np.repeat(centre, size, axis=0)
+        ordinary = block[: max(0, start[cells - always] - start[first])]
+        pooled += ordinary.T @ ordinary
+        spread[first:last] = np.add.reduceat(np.square(block @ root).sum(axis=1), bounds) / size
+        mean[first:last] = centre
+        first = last
+    return mean, spread, pooled / start[cells - always]
+
+
+def _symmetric_root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    values, basis = np.linalg.eigh(matrix)
+    # A little of the identity: directions that these contexts never used still count.
+    values = np.maximum(values, 1e-6 * max(float(values[-1]), 1e-30))
+    root: NDArray[np.float64] = (basis * np.sqrt(values)) @ basis.T
+    return root

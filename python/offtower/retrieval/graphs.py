@@ -1,0 +1,286 @@
+"""The context tower for others: ExportedProgram, ONNX and contract.json.
+
+The graph takes features as a log has them, so that no serving code must repeat how they are
+standardised; only categories arrive as numbers, by the vocabularies that contract.json names. A
+user's own module is traced as it is; where torch cannot, the reason is kept in the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from offtower.atomic import write_text
+from offtower.data.columns import as_float_array, as_float_matrix
+from offtower.data.encoding import BagTensor, FeatureEncoding
+from offtower.errors import MissingExtraError
+from offtower.models.features import FeatureTensors
+from offtower.models.towers import MLPBody
+from offtower.retrieval.tower import ContextTower
+
+PROGRAM, ONNX, CONTRACT = "context_tower.pt2", "context_tower.onnx", "contract.json"
+
+_AGREES = 1e-4
+"""Largest difference of a traced module's queries from its own, relative to their size."""
+
+
+class _Graph(nn.Module):
+    """The tower as other runtimes take it: plain tensors in, standardisation inside."""
+
+    def __init__(self, tower: ContextTower) -> None:
+        super().__init__()
+        self.tower = tower
+        numbers = tower.encoding.numbers()
+        for place, spec in enumerate(tower.encoding.specs):
+            if spec.kind in ("numeric", "vector"):
+                for what in ("mean", "scale"):
+                    value = torch.tensor(numbers[what][spec.name], dtype=torch.float64)
+                    self.register_buffer(f"{what}_{place}", value.reshape(-1))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        features: dict[str, Tensor | BagTensor] = {}
+        for place, (spec, value) in enumerate(zip(self.tower.encoding.specs, inputs, strict=True)):
+            features[spec.name] = value
+            if spec.kind in ("numeric", "vector"):
+                mean, scale = getattr(self, f"mean_{place}"), getattr(self, f"scale_{place}")
+                features[spec.name] = ((value.double() - mean) / scale).float()
+        body = self.tower.tower.body
+        if isinstance(body, MLPBody):
+            return self._built_in(body, features)
+        for spec in self.tower.encoding.specs:
+            padded = features[spec.name]
+            if spec.kind == "bag" and isinstance(padded, Tensor):
+                present = padded >= 0
+                ends = torch.cumsum(present.sum(1), 0)
+                features[spec.name] = BagTensor(
+                    padded[present], torch.cat([torch.zeros_like(ends[:1]), ends])
+                )
+        query: Tensor = self.tower(features)
+        return query
+
+    def _built_in(self, body: MLPBody, features: FeatureTensors) -> Tensor:
+        """With bags as they arrive, padded: runtimes have no bags of unlike lengths."""
+        encoder = body.encoder
+        parts: list[Tensor] = []
+        for name in encoder.plain:
+            value = features[name]
+            assert isinstance(value, Tensor)
+            parts.append(value if value.dim() == 2 else value.unsqueeze(1))
+        for name, key in encoder._table_of.items():
+            value, table = features[name], encoder.tables[key].weight
+            assert isinstance(table, Tensor) and isinstance(value, Tensor)
+            if value.dim() == 1:
+                parts.append(nn.functional.embedding(value, table))
+            else:
+                present = (value >= 0).unsqueeze(2).to(table.dtype)
+                total = (nn.functional.embedding(value.clamp_min(0), table) * present).sum(1)
+                parts.append(total / present.sum(1).clamp_min(1.0))
+        output = body.layers(torch.cat(parts, dim=1))
+        if self.tower.tower.normalize:
+            output = nn.functional.normalize(output, dim=1)
+        return self.tower.as_query(output)
+
+
+def graph_inputs(encoding: FeatureEncoding, contexts: pa.Table) -> dict[str, np.ndarray]:
+    """What the graph takes for these contexts, by input name; bags are padded with -1."""
+    encoded = encoding.encode(contexts)
+    inputs: dict[str, np.ndarray] = {}
+    for place, spec in enumerate(encoding.specs):
+        value = encoded[spec.name]
+        if spec.kind == "numeric":
+            inputs[_input_name(place)] = as_float_array(contexts.column(spec.source))
+        elif spec.kind == "vector":
+            inputs[_input_name(place)] = as_float_matrix(
+                contexts.column(spec.source), spec.dim, spec.name
+            )
+        elif spec.kind == "category":
+            assert isinstance(value, np.ndarray)
+            inputs[_input_name(place)] = value
+        else:
+            assert not isinstance(value, np.ndarray)
+            length = np.diff(value.offsets)
+            # One column at least: an array without columns has no item to be padded.
+            padded = np.full((len(length), max(1, int(length.max(initial=0)))), -1, dtype=np.int64)
+            row = np.repeat(np.arange(len(length)), length)
+            padded[row, np.arange(len(value.values)) - value.offsets[row]] = value.values
+            inputs[_input_name(place)] = padded
+    return inputs
+
+
+def write_graphs(
+    tower: ContextTower, directory: Path, version: str, *, onnx: bool
+) -> dict[str, Any]:
+    """Write the ExportedProgram, ONNX where asked for, and contract.json.
+
+    Returns:
+        facts for the manifest: which files were written, and why one was not. Only a user's own
+        module can be refused; each graph of one is run on a few rows beside the module itself.
+
+    Raises:
+        MissingExtraError: ONNX is asked for, and its packages are not installed.
+    """
+    if onnx:
+        _need_onnx()
+    graph = _Graph(tower).eval()
+    facts: dict[str, Any] = {"program": None, "onnx": None, "reason": None}
+    facts["reason"] = _attempt(tower, lambda: _write_program(graph, directory / PROGRAM))
+    if facts["reason"] is not None:
+        (directory / PROGRAM).unlink(missing_ok=True)
+        facts["reason"] = (
+            f"torch cannot export '{tower.config.context_tower.module}': {facts['reason']}. The "
+            "Retriever serves it with the code that defines it; other runtimes cannot"
+        )
+        return facts
+    facts["program"] = PROGRAM
+    if onnx:
+        facts["reason"] = _attempt(tower, lambda: _write_onnx(graph, directory / ONNX))
+        if facts["reason"] is None:
+            facts["onnx"] = ONNX
+        else:
+            (directory / ONNX).unlink(missing_ok=True)
+            facts["reason"] = f"no ONNX, only {PROGRAM}: {facts['reason']}"
+    write_text(directory / CONTRACT, json.dumps(contract(tower, version), indent=2) + "\n")
+    return facts
+
+
+def _attempt(tower: ContextTower, write: Callable[[], None]) -> str | None:
+    """Why a graph could not be written; a built-in tower's failure is ours and is raised."""
+    if isinstance(tower.tower.body, MLPBody):
+        write()
+        return None
+    try:
+        write()
+    except Exception as error:  # Whatever the tracer or the module under it raises.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return None
+
+
+def _write_program(graph: _Graph, path: Path) -> None:
+    examples, shapes = _examples(graph.tower.encoding, rows=3)
+    program = torch.export.export(graph, examples, dynamic_shapes={"inputs": shapes})
+    if not isinstance(graph.tower.tower.body, MLPBody):
+        for rows in (1, 5):
+            inputs, _ = _examples(graph.tower.encoding, rows)
+            own, traced = graph(*inputs), program.module()(*inputs)
+            if not torch.allclose(own, traced, rtol=_AGREES, atol=_AGREES):
+                raise ValueError(f"the traced graph gives other queries for {rows} rows")
+    # Sample inputs would be stored as a pickle, and nobody needs them.
+    program.example_inputs = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(program, path)
+
+
+def contract(tower: ContextTower, version: str) -> dict[str, Any]:
+    """Inputs and output of the graph, in words and types."""
+    inputs = []
+    for place, spec in enumerate(tower.encoding.specs):
+        entry: dict[str, Any] = {
+            "input": _input_name(place),
+            "feature": spec.name,
+            "column": spec.source,
+            "kind": spec.kind,
+        }
+        if spec.kind == "numeric":
+            entry |= {"dtype": "float64", "shape": ["rows"], "value": "the number as it is"}
+        elif spec.kind == "vector":
+            entry |= {"dtype": "float32", "shape": ["rows", spec.dim], "value": "as it is"}
+        else:
+            shape = ["rows"] if spec.kind == "category" else ["rows", "longest bag"]
+            entry |= {"dtype": "int64", "shape": shape, "unknown": 0, "encoding": spec.encoding}
+            if spec.kind == "bag":
+                entry["padding"] = -1
+            if spec.encoding == "vocabulary":
+                entry["value"] = "1 + the value's place in the vocabulary; 0 where it has none"
+                entry["vocabulary"] = "encoding/encoding.json names the Parquet file, column value"
+            else:
+                entry["value"] = (
+                    "1 + (splitmix64 chain of the value xor crc32(feature)) mod buckets"
+                )
+                entry["buckets"] = spec.buckets
+        inputs.append(entry)
+    return {
+        "version": version,
+        "inputs": inputs,
+        "output": {
+            "name": "query",
+            "dtype": "float32",
+            "shape": ["rows", tower.query_dim],
+            "meaning": "its inner product with an item vector is the policy's logit",
+        },
+    }
+
+
+def _need_onnx() -> None:
+    for package in ("onnx", "onnxscript"):
+        try:
+            __import__(package)
+        except ImportError:
+            raise MissingExtraError(
+                package, "onnx", "export of the context tower as ONNX"
+            ) from None
+
+
+def _write_onnx(graph: _Graph, path: Path) -> None:
+    examples, shapes = _examples(graph.tower.encoding, rows=3)
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                graph,
+                examples,
+                dynamo=True,
+                verbose=False,
+                dynamic_shapes={"inputs": shapes},
+                input_names=[_input_name(place) for place in range(len(examples))],
+                output_names=["query"],
+            )
+            assert program is not None
+            program.save(str(path), external_data=False)
+    finally:
+        logger.setLevel(before)
+
+
+def _examples(
+    encoding: FeatureEncoding, rows: int
+) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
+    """Inputs of `rows` contexts, seeded, and which of their dimensions vary."""
+    generator = torch.Generator().manual_seed(rows)
+    number_of_rows = torch.export.Dim("rows", min=1)
+    tensors: list[Tensor] = []
+    shapes: list[dict[int, Any]] = []
+    for place, spec in enumerate(encoding.specs):
+        shape: dict[int, Any] = {0: number_of_rows}
+        if spec.kind == "numeric":
+            tensors.append(torch.randn(rows, dtype=torch.float64, generator=generator))
+        elif spec.kind == "vector":
+            assert spec.dim is not None
+            tensors.append(torch.randn(rows, spec.dim, generator=generator))
+        else:
+            size = encoding.cardinality(spec.name)
+            wanted = (rows,) if spec.kind == "category" else (rows, 2)
+            index = torch.randint(0, size, wanted, generator=generator)
+            if spec.kind == "bag":
+                index[0, 1] = -1
+                shape[1] = torch.export.Dim(f"longest_{place}", min=1)
+            tensors.append(index)
+        shapes.append(shape)
+    return tuple(tensors), tuple(shapes)
+
+
+def _input_name(place: int) -> str:
+    """Feature names may hold what graph inputs may not; contract.json says which is which."""
+    return f"feature_{place}"

@@ -1,0 +1,99 @@
+"""Item vectors as Parquet, for databases and vector stores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from offtower.retrieval.catalogue_stream import CHUNK, CatalogueStream
+
+Layout = Literal["offtower", "vector_db"]
+
+ROWS_PER_PART = 4_194_304
+
+
+def write_parquet(
+    vectors: NDArray[Any],
+    ids: pa.ChunkedArray,
+    directory: Path,
+    *,
+    layout: Layout = "offtower",
+    fixed_size: bool = True,
+    metadata: Iterator[list[str]] | None = None,
+    rows_per_part: int = ROWS_PER_PART,
+    chunk: int = CHUNK,
+) -> list[str]:
+    """Parquet parts with one row an item, as databases and vector stores read them.
+
+    Args:
+        layout: "offtower" has the columns item_id and embedding; "vector_db" has id (text), values
+            and metadata (JSON text).
+        fixed_size: lists of fixed size; plain lists otherwise.
+        metadata: JSON texts of the items, chunk by chunk, for "vector_db".
+
+    Returns:
+        names of the parts.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    names: list[str] = []
+    dim = vectors.shape[1]
+    for start in range(0, len(vectors), rows_per_part):
+        name = f"part-{len(names):05d}.parquet"
+        names.append(name)
+        writer: pq.ParquetWriter | None = None
+        try:
+            for first in range(start, min(start + rows_per_part, len(vectors)), chunk):
+                last = min(first + chunk, start + rows_per_part, len(vectors))
+                part = np.ascontiguousarray(vectors[first:last])
+                flat = pa.array(part.reshape(-1))
+                column: pa.Array = pa.FixedSizeListArray.from_arrays(flat, dim)
+                if not fixed_size:
+                    column = column.cast(pa.list_(flat.type))
+                key = ids.slice(first, last - first).combine_chunks()
+                if layout == "offtower":
+                    table = pa.table({"item_id": key, "embedding": column})
+                else:
+                    texts = next(metadata) if metadata is not None else ["{}"] * (last - first)
+                    table = pa.table(
+                        {
+                            "id": pc.cast(key, pa.string()),
+                            "values": column,
+                            "metadata": pa.array(texts, pa.string()),
+                        }
+                    )
+                if writer is None:
+                    writer = pq.ParquetWriter(
+                        directory / name, table.schema, compression="zstd", use_dictionary=False
+                    )
+                writer.write_table(table)
+        finally:
+            if writer is not None:
+                writer.close()
+    return names
+
+
+def metadata_texts(catalogue: CatalogueStream, chunk: int = CHUNK) -> Iterator[list[str]]:
+    """JSON text of every item's plain features (vectors are left out), in chunks of exactly
+    `chunk` items (the last may be shorter)."""
+    specs = [spec for spec in catalogue.schema.features if spec.kind != "vector"]
+    waiting: list[str] = []
+    for part in catalogue.chunks(chunk):
+        table = part.table(0, part.num_items)
+        columns = {spec.name: table.column(spec.source).to_pylist() for spec in specs}
+        waiting += [
+            json.dumps({name: values[row] for name, values in columns.items()}, default=str)
+            for row in range(part.num_items)
+        ]
+        while len(waiting) >= chunk:
+            yield waiting[:chunk]
+            waiting = waiting[chunk:]
+    if waiting:
+        yield waiting

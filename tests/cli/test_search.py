@@ -1,0 +1,129 @@
+"""Search, draws and retrieval quality from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from offtower.cli import app
+
+ONE = '{"x": [0.5, -1.0, 0.25]}'
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def refused(*arguments: str) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 items with integer ids, trained for a moment and exported."""
+    folder = tmp_path_factory.mktemp("search")
+    logs = folder / "logs"
+    made = call("simulate", "--out", str(logs), "--items", "60", "--rows", "600")
+    assert made.exit_code == 0, made.output
+    config = {
+        "name": "mine",
+        "runs": str(folder / "runs"),
+        "data": {part: str(logs / part) for part in ("train", "validation", "test", "catalogue")},
+        "objective": {"name": "ips"},
+        "training": {"epochs": 1, "batch_size": 64, "threads": 1},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert call("train", str(folder / "config.yaml")).exit_code == 0
+    assert call("export", str(folder / "runs" / "mine")).exit_code == 0
+    return folder / "runs" / "mine"
+
+
+@pytest.fixture(scope="module")
+def contexts(run: Path) -> Path:
+    return run.parents[1] / "logs" / "test"
+
+
+def test_what_people_read(run: Path, contexts: Path) -> None:
+    found = call("search", str(run), "--contexts", str(contexts), "-k", "3", "--exact")
+    lines = found.stdout.splitlines()
+    assert found.exit_code == 0
+    rows = pq.read_table(contexts).num_rows
+    assert sum(line.startswith("context ") for line in lines) == rows
+    assert len(lines) == 4 * rows and "score" in lines[1]
+    drawn = call("search", str(run), "--contexts", str(contexts), "-k", "2", "--sample")
+    first = drawn.stdout.splitlines()[1]
+    # Sixty items are all scored: pscore is known exactly, and says so.
+    assert first.split()[0] == "1" and first.endswith("exact") and "pscore 0." in first
+
+
+@pytest.mark.parametrize("mode", ["softmax", "cells", "exact"])
+def test_modes_and_their_log(run: Path, contexts: Path, tmp_path: Path, mode: str) -> None:
+    log = tmp_path / "served" / "day.parquet"
+    arguments = ("search", str(run), "--contexts", str(contexts), "--sample", "-k", "3")
+    arguments += ("--mode", mode, "--seed", "1")
+    result = call(*arguments, "--log", str(log), "--json")
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    table = pq.read_table(log)
+    rows = pq.read_table(contexts).num_rows
+    assert len(content["contexts"]) == rows and table.num_rows == 3 * rows
+    assert len(set(table.column("round_id").to_pylist())) == rows
+    flat = [p for row in content["contexts"] for p in row["pscore"]]
+    np.testing.assert_allclose(table.column("pscore").to_numpy(), flat)
+    # A row's draws are not its neighbours': one generator goes through all batches.
+    assert len({tuple(row["items"]) for row in content["contexts"]}) > rows / 2
+    assert "exists already" in refused(*arguments, "--log", str(log))
+    assert [p.name for p in log.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_batches_do_not_show(run: Path, contexts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("search", str(run), "--contexts", str(contexts), "--sample", "--seed", "4")
+    whole = json.loads(call(*arguments, "--json").stdout)["contexts"]
+    monkeypatch.setattr("offtower.cli.search._BATCH", 7)
+    parts = json.loads(call(*arguments, "--json").stdout)["contexts"]
+    assert [row["items"] for row in parts] == [row["items"] for row in whole]
+    # A tower's rounding depends on how many rows it gets.
+    np.testing.assert_allclose(
+        [row["pscore"] for row in parts], [row["pscore"] for row in whole], rtol=1e-5
+    )
+
+
+def test_a_failure_leaves_no_log(run: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "contexts.parquet"
+    good = pq.read_table(run.parents[1] / "logs" / "test").slice(0, 3)
+    pq.write_table(good.drop_columns([good.column_names[0]]), bad)
+    log = tmp_path / "day.parquet"
+    message = refused("search", str(run), "--contexts", str(bad), "--sample", "--log", str(log))
+    assert "no column" in message
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["contexts.parquet"]
+
+
+def test_filters_and_refusals(run: Path, contexts: Path) -> None:
+    arguments = ("search", str(run), "--contexts", str(contexts))
+    result = json.loads(call(*arguments, "-k", "60", "--exclude", "3, 17", "--json").stdout)
+    assert all(set(row["items"]) == set(range(60)) - {3, 17} for row in result["contexts"])
+    assert "ids are integers" in refused(*arguments, "--exclude", "3,lamp")
+    assert "k must lie in [1, 60]" in refused(*arguments, "-k", "61")
+    assert "not valid JSON" in refused("search", str(run), "--contexts", "[1, 2]")
+
+
+def test_retrieval_quality_beside_the_policy_value(run: Path) -> None:
+    result = call("evaluate", str(run), "--retrieval", "5", "--retrieval", "60", "--json")
+    assert result.exit_code in (0, 1, 3), result.output
+    five, all_items = json.loads(result.stdout)["retrieval"]["mine"]
+    assert 0.0 <= five["recall"] <= 1.0 and five["index_recall"] is None
+    assert all_items["recall"] == 1.0 and all_items["coverage"] == 1.0
+    html = (run / "report.html").read_text()
+    assert "Retrieval from the whole catalogue" in html
+    shown = call("evaluate", str(run), "--retrieval", "5")
+    assert "NDCG" in shown.output and "coverage" in shown.output
+    assert "must lie in [1, 60]" in refused("evaluate", str(run), "--retrieval", "61")

@@ -1,0 +1,96 @@
+"""FAISS indices: what they find, how they are checked, and FAISS beside torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from offtower import ops
+from offtower.errors import RunError
+from offtower.retrieval import IndexOptions
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"])
+def test_every_index_finds_what_it_says(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("faiss")
+    from offtower.retrieval.index import open_index
+    from offtower.retrieval.index_building import build_index
+
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((6000, 9)).astype(np.float32)
+    queries = rng.standard_normal((80, 9)).astype(np.float32)
+    options = IndexOptions(kind=kind, k=10, target_recall=0.9, lists=32)  # type: ignore[arg-type]
+    facts = build_index(vectors, queries, tmp_path, options, "v1")
+    index = open_index(tmp_path, "v1", vectors)
+    score, item = index.search(queries[40:], 10)
+    _, truth = ops.top_k(torch.from_numpy(queries[40:]), torch.from_numpy(vectors), 10)
+    hits = np.mean([np.isin(t, f).mean() for t, f in zip(truth.numpy(), item, strict=True)])
+    assert hits == pytest.approx(facts["recall"]["mean"], abs=1e-6)
+    assert hits >= 0.88
+    own = np.einsum("nkd,nd->nk", vectors[item], queries[40:])
+    np.testing.assert_allclose(score, own, rtol=1e-4)
+    assert (np.diff(score, axis=1) <= 0).all()
+    if kind.startswith("ivf"):
+        sharded = tmp_path / "sharded"
+        again = IndexOptions(kind=kind, k=10, target_recall=0.9, lists=32, shard_rows=2500)  # type: ignore[arg-type]
+        build_index(vectors, queries, sharded, again, "v1")
+        other = open_index(sharded, "v1", vectors)
+        assert np.array_equal(
+            other.search(queries, 10, nprobe=32)[1][:, 0],
+            index.search(queries, 10, nprobe=32)[1][:, 0],
+        )
+    with pytest.raises(RunError, match="export has 100"):
+        open_index(tmp_path, "v1", vectors[:100])
+
+
+def test_faiss_and_torch_share_a_process() -> None:
+    """Two OpenMP runtimes: both compute, and FAISS takes torch's number of threads."""
+    faiss = pytest.importorskip("faiss")
+    from offtower.retrieval.index import import_faiss
+
+    vectors = np.random.default_rng(0).standard_normal((20_000, 16)).astype(np.float32)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            import_faiss()
+            assert faiss.omp_get_max_threads() == threads
+            index = faiss.IndexFlatIP(16)
+            index.add(vectors)
+            _, found = index.search(vectors[:50], 5)
+            _, truth = ops.top_k(torch.from_numpy(vectors[:50]), torch.from_numpy(vectors), 5)
+            assert np.array_equal(found, truth.numpy())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_graph_finds_the_largest_inner_products_of_vectors_of_unlike_length(
+    tmp_path: Path,
+) -> None:
+    """Lengths that differ fourfold, and a bias; exact vectors and int8 ones."""
+    pytest.importorskip("faiss")
+    from offtower.retrieval.index import open_index
+    from offtower.retrieval.index_building import build_index
+
+    rng = np.random.default_rng(3)
+    length = np.exp(0.35 * rng.standard_normal((4000, 1)))
+    vectors = np.c_[length * rng.standard_normal((4000, 12)), rng.standard_normal(4000)]
+    queries = np.c_[rng.standard_normal((120, 12)), np.ones(120)].astype(np.float32)
+    items = vectors.astype(np.float32)
+    for dtype in ("float32", "int8"):
+        scale = None
+        if dtype == "int8":
+            scale = (np.abs(items).max(axis=0) / 127).astype(np.float32)
+            items = np.rint(items / scale).astype(np.int8)
+        facts = build_index(
+            items, queries, tmp_path / dtype, IndexOptions(kind="hnsw", k=50), "v1", scale
+        )
+        assert facts["recall"]["mean"] >= 0.97
+        found = open_index(tmp_path / dtype, "v1", items, scale).search(queries, 50)[1]
+        wide = items.astype(np.float64) * (1.0 if scale is None else scale)
+        truth = np.argsort(-(queries @ wide.T), axis=1)[:, :50]
+        hits = [np.isin(t, f).mean() for t, f in zip(truth, found, strict=True)]
+        assert np.mean(hits) >= 0.97
