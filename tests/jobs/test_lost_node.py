@@ -18,7 +18,7 @@ from tests.training.distributed.test_runs import assert_near, config_of
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_training_goes_on_with_the_workers_that_are_left(simulated: Path, tmp_path: Path) -> None:
     """Two workers, then one: the policy of one process, to rounding; every line is there once."""
     alone = config_of(simulated, tmp_path / "alone", "a", "item_sharded")
@@ -31,7 +31,7 @@ def test_training_goes_on_with_the_workers_that_are_left(simulated: Path, tmp_pa
         env={**os.environ, **RAY_ENVIRONMENT},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "ended with 1 worker(s)" in result.stdout
