@@ -111,13 +111,16 @@ def train_run(
     )
     result = trainer.fit(resume=resume)
     policy = setup.whole_policy()
-    if policy is not None:
+
+    def finish() -> None:
+        assert policy is not None, "the first worker has the whole policy"
         more = {"checkpoints_skipped": store.skipped, "workers": workers.size}
         _finish(run, config, data, policy, result, began, more)
+        if copy is not None:
+            copy.close()
+
+    workers.on_first(finish)
     metrics.close()
-    if copy is not None:
-        copy.close()
-    workers.barrier()
     return result
 
 

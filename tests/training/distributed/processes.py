@@ -22,10 +22,12 @@ START = "forkserver"
 multiprocessing.set_forkserver_preload(["offtower.training.run", "tests.training.conftest"])
 
 
-def run_workers(size: int, work: Callable[..., None], *arguments: Any) -> None:
+def run_workers(
+    size: int, work: Callable[..., None], *arguments: Any, timeout: timedelta = TIMEOUT
+) -> None:
     """`work(workers, *arguments)` in each of `size` processes; an error of one is raised here."""
     mp.start_processes(
-        _enter, (size, _free_port(), work, arguments), nprocs=size, start_method=START
+        _enter, (size, _free_port(), work, arguments, timeout), nprocs=size, start_method=START
     )
 
 
@@ -44,13 +46,15 @@ def _sizes(workers: Workers, work: Callable[..., Any], folder: Path, arguments: 
         workers.barrier()
 
 
-def _enter(rank: int, size: int, port: int, work: Callable[..., None], arguments: Any) -> None:
+def _enter(
+    rank: int, size: int, port: int, work: Callable[..., None], arguments: Any, timeout: timedelta
+) -> None:
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group(
-        "gloo", init_method=address, rank=rank, world_size=size, timeout=TIMEOUT
+        "gloo", init_method=address, rank=rank, world_size=size, timeout=timeout
     )
-    work(TorchWorkers(TIMEOUT), *arguments)
+    work(TorchWorkers(timeout), *arguments)
     dist.destroy_process_group()
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +293,23 @@ def test_the_same_workers_give_the_same_bits(
     run_workers(2, train, config)
     assert_same_policy(config.run_directory, on_two["item_sharded"])
     shutil.rmtree(config.run_directory)
+
+
+def test_long_work_of_the_first_worker_is_waited_for() -> None:
+    """Longer than the group's timeout: signs of life keep the others waiting."""
+    run_workers(2, waits, timeout=timedelta(seconds=3))
+
+
+def waits(workers: Workers) -> None:
+    from offtower.training.distributed import workers as module
+
+    module._SIGN_OF_LIFE = 0.5
+    began = time.monotonic()
+    workers.on_first(lambda: time.sleep(6))
+    assert time.monotonic() - began > 5
+    with pytest.raises(RunError, match="too late"):
+        workers.on_first(_fail)
+
+
+def _fail() -> None:
+    raise RunError("too late")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,6 +19,10 @@ Value = TypeVar("Value")
 
 # The name until torch 2.12.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+_SIGN_OF_LIFE = 5.0
+"""Seconds between two, while the first worker does what the others wait for."""
 
 
 class WorkerLostError(RunError):
@@ -68,6 +74,11 @@ class Workers:
 
     def barrier(self) -> None:
         """Wait for all."""
+
+    def on_first(self, work: Callable[[], object]) -> None:
+        """The first worker does it, however long it takes, and the others wait. An error of the
+        first is an error of all."""
+        work()
 
     def first_then_all(self, work: Callable[[], Value]) -> Value:
         """The first worker does it, and the others after it: for work that leaves files which a
@@ -162,19 +173,24 @@ class TorchWorkers(Workers):
     def barrier(self) -> None:
         self._call("waiting for all workers", lambda: dist.barrier(group=self._group))
 
-    def first_then_all(self, work: Callable[[], Value]) -> Value:
-        error: Exception | None = None
-        result: list[Value] = []
-        if self.first:
-            try:
-                result.append(work())
-            except Exception as caught:
-                error = caught
-        failure = self.broadcast(None if error is None else f"{error}")
-        if error is not None:
-            raise error
+    def on_first(self, work: Callable[[], object]) -> None:
+        # Signs of life, so that a pass over a long log is not taken for a worker that stalls.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            running = thread.submit(work) if self.first else None
+            while True:
+                done = running is None or _ends(running, _SIGN_OF_LIFE)
+                failed = running.exception() if running is not None and done else None
+                over, failure = self.broadcast((done, None if failed is None else str(failed)))
+                if over:
+                    break
+        if failed is not None:
+            raise failed
         if failure is not None:
             raise RunError(f"worker 0 could not go on: {failure}")
+
+    def first_then_all(self, work: Callable[[], Value]) -> Value:
+        result: list[Value] = []
+        self.on_first(lambda: result.append(work()))
         return result[0] if self.first else work()
 
     def _reduce(self, tensor: Tensor, how: Any) -> Tensor:
@@ -191,3 +207,8 @@ class TorchWorkers(Workers):
                 f"worker {self.rank} of {self.size}: {what} did not end{within}: another worker "
                 f"died or stalled. The last checkpoint is whole. ({error})"
             ) from error
+
+
+def _ends(running: Future[object], seconds: float) -> bool:
+    """Whether it ends within so long."""
+    return bool(wait_for([running], timeout=seconds).done)
