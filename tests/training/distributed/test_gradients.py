@@ -43,6 +43,7 @@ def config_of(
         "policy.item_bias=true",
         "policy.learn_temperature=true",
         "policy.item_tower.dropout=0.1",
+        "policy.item_tower.bag=root",
         "reward_model.epochs=1",
         *more,
     )

@@ -16,7 +16,7 @@ from offtower.errors import ConfigError
 from offtower.models.features import UNKNOWN, FeatureEncoder, initial_rows
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
-from offtower.models.towers import MLPBody
+from offtower.models.towers import JoinedBody, MLPBody
 from offtower.prepare import PreparedData
 from offtower.training.distributed.workers import Workers
 
@@ -133,12 +133,9 @@ def owned_tables(policy: TwoTowerPolicy, shard: ItemShard) -> dict[str, nn.Embed
 
 def owned_weights(policy: TwoTowerPolicy, shard: ItemShard) -> dict[str, str]:
     """Name of each owned weight in the policy's state, by feature."""
-    if not shard.codes:
-        return {}
-    encoder = _encoder(policy)
+    names = {id(parameter): name for name, parameter in policy.named_parameters()}
     return {
-        name: f"item_tower.body.encoder.tables.{encoder.table_of(name)}.weight"
-        for name in shard.codes
+        feature: names[id(table.weight)] for feature, table in owned_tables(policy, shard).items()
     }
 
 
@@ -192,5 +189,7 @@ def whole_policy(
 
 def _encoder(policy: TwoTowerPolicy) -> FeatureEncoder:
     body = policy.item_tower.body
-    assert isinstance(body, MLPBody)
+    if isinstance(body, JoinedBody):
+        body = body.members[0]
+    assert isinstance(body, MLPBody), "a user's module owns no tables"
     return body.encoder
