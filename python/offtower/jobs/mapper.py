@@ -156,7 +156,8 @@ def ray_mapper(
         yield RayMapper(workers, cpus, memory)
 
 
-def _run(function: Callable[[Any], Any], part: Any, folder: str, threads: int) -> Any:
+def settle(folder: str, threads: int) -> None:
+    """Give this worker its threads and the driver's working folder."""
     import torch
 
     torch.set_num_threads(threads)  # Ray gives each worker one thread, whatever its CPUs.
@@ -164,6 +165,10 @@ def _run(function: Callable[[Any], Any], part: Any, folder: str, threads: int) -
     # place on each node, and there the worker stands in its copy already.
     with contextlib.suppress(OSError):
         os.chdir(folder)
+
+
+def _run(function: Callable[[Any], Any], part: Any, folder: str, threads: int) -> Any:
+    settle(folder, threads)
     try:
         return function(part)
     except (OfftowerError, OSError) as error:

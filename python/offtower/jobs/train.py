@@ -26,6 +26,7 @@ from offtower.atomic import write_text
 from offtower.config import Config, parse_config, to_dict
 from offtower.errors import ClusterError, ConfigError, OfftowerError, RunError
 from offtower.jobs.connect import absolute, import_ray, require
+from offtower.jobs.mapper import settle
 from offtower.metrics import read_metrics
 from offtower.mirror import Mirror
 from offtower.progress import Progress
@@ -166,16 +167,11 @@ def _fit(config: Config, plan: WorkerPlan, run: RunDirectory, mirror: str | None
 
 def _work(settings: Mapping[str, Any]) -> None:
     """What each worker runs."""
-    import torch
-
     from offtower.training.distributed import TorchWorkers
     from offtower.training.distributed.workers import WorkerLostError
     from offtower.training.run import train_run
 
-    # Ray gives each worker one thread, whatever its CPUs, and a working folder of its own.
-    torch.set_num_threads(settings["threads"])
-    with contextlib.suppress(OSError):
-        os.chdir(settings["folder"])
+    settle(settings["folder"], settings["threads"])
     config = parse_config(settings["config"])
     run = RunDirectory(config.run_directory)
     if (run.path / _FAILURE).exists():

@@ -97,7 +97,7 @@ class TrainingStep:
         rows = batch.rows
         over = Reduction(batch.batch_rows, all_reduce=self.workers.sum)
         context = to_tensors(rows.context)
-        numbers = _numbers(batch)
+        numbers = row_numbers(batch)
         action = torch.from_numpy(rows.action)
         reward = torch.from_numpy(rows.reward)
         pscore = None if rows.pscore is None else torch.from_numpy(rows.pscore)
@@ -112,7 +112,7 @@ class TrainingStep:
     @torch.no_grad()
     def measures(self, batch: Step, seed: int = 0) -> StepMeasures:
         rows = batch.rows
-        context_embedding = self.policy.embed_contexts(to_tensors(rows.context), _numbers(batch))
+        context_embedding = self.policy.embed_contexts(to_tensors(rows.context), row_numbers(batch))
         action = torch.from_numpy(rows.action)
         if self.sampled is not None:
             logged = torch.from_numpy(batch.joined.action)
@@ -157,7 +157,7 @@ class TrainingStep:
         )
 
 
-def _numbers(batch: Step) -> Tensor:
+def row_numbers(batch: Step) -> Tensor:
     """Places of this worker's rows in the batch."""
     return torch.arange(batch.first, batch.first + len(batch.rows))
 

@@ -15,7 +15,7 @@ from offtower.ops import FactoredReward, PolicyTerms
 from offtower.training.distributed.item_shard import ItemShard
 from offtower.training.distributed.sharded_terms import gather_rows, merged_terms, sum_rows
 from offtower.training.distributed.workers import Workers
-from offtower.training.step import FIRST_PLACE, StepMeasures, StepPlace, measured
+from offtower.training.step import FIRST_PLACE, StepMeasures, StepPlace, measured, row_numbers
 
 
 class ShardedStep:
@@ -87,7 +87,7 @@ class ShardedStep:
 
     def _contexts(self, batch: Step, *, scaled: bool = True) -> Tensor:
         """(B, d) of all rows; without the temperature where not `scaled`."""
-        features, numbers = to_tensors(batch.rows.context), self._numbers(batch)
+        features, numbers = to_tensors(batch.rows.context), row_numbers(batch)
         mine = (
             self.policy.embed_contexts(features, numbers)
             if scaled
@@ -114,9 +114,6 @@ class ShardedStep:
 
     def _counts(self, batch: Step) -> list[int]:
         return self.workers.counts(batch.batch_rows)
-
-    def _numbers(self, batch: Step) -> Tensor:
-        return torch.arange(batch.first, batch.first + len(batch.rows))
 
 
 def gather_reward(mine: FactoredReward, counts: list[int], workers: Workers) -> FactoredReward:
