@@ -6,11 +6,12 @@ learn from that log with the same towers, batches and learning rate. While they 
 stopped now and then for the true value of the policy: the sum over all items, exactly, for the
 same contexts.
 
-    python benchmarks/learning_at_scale.py --methods exact --seconds 240 --json learning.json
-    python benchmarks/learning_at_scale.py --methods uniform frequency in_batch mixed top_k \\
-        regression torch-rechub --seconds 30 --json learning.json --figure learning.png
+    python benchmarks/learning_at_scale.py --methods exact:180 torch-eager:180 uniform frequency \\
+        in_batch mixed top_k regression torch-rechub --seconds 20 --json learning.json \\
+        --figure learning.png
 
-Results are added to what the JSON file holds already, so that methods can run one at a time.
+`torch-eager` is the same model and objective in plain torch, the (rows, items) logits held. Results
+are added to what the JSON file holds already, so that methods can run one at a time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,13 @@ from offtower.data.encoding import to_tensors
 from offtower.data.log import TableLog
 from offtower.data.simulate import SimulatedWorld
 from offtower.models import TwoTowerPolicy
+from offtower.models.items import ItemEmbeddings
 from offtower.prepare import PreparedData, prepare
 from offtower.progress import Progress
 from offtower.training.run import build_trainer
 
 SAMPLED = ("uniform", "frequency", "in_batch", "mixed", "top_k")
-METHODS = ("exact", *SAMPLED, "regression", "torch-rechub")
+METHODS = ("exact", "torch-eager", *SAMPLED, "regression", "torch-rechub")
 WIDTH, HIDDEN = 16, 64
 
 
@@ -141,6 +144,8 @@ def settings(method: str, dim: int, batch: int, draws: int, rate: float) -> Conf
 def ours(task: Task, config: Config, seconds: float, points: int) -> Clock:
     trainer = build_trainer(config, task.data, None)
     policy: TwoTowerPolicy = trainer.policy
+    if config.name == "torch-eager":
+        policy.terms = partial(eager_terms, policy.temperature)  # type: ignore[method-assign]
 
     @torch.no_grad()
     def measure() -> dict[str, float]:
@@ -159,6 +164,16 @@ def ours(task: Task, config: Config, seconds: float, points: int) -> Clock:
     if trainer._proposal is not None:
         trainer._proposal.close()
     return clock
+
+
+def eager_terms(
+    temperature: float, u: Tensor, items: ItemEmbeddings, action: Tensor, **unused: Any
+) -> ops.PolicyTerms:
+    """What likelihood objectives need, as anybody would write it."""
+    logits = u @ items.embedding.T / temperature  # this model has no item bias
+    normalizer = logits.logsumexp(dim=1)
+    log_prob = logits.gather(1, action[:, None])[:, 0] - normalizer
+    return ops.PolicyTerms(log_prob, normalizer, None, None, None)
 
 
 def torch_rechub(task: Task, config: Config, seconds: float, points: int) -> Clock:
@@ -266,10 +281,24 @@ def draw_figure(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def method_and_seconds(text: str) -> tuple[str, float | None]:
+    name, _, seconds = text.partition(":")
+    if name not in METHODS:
+        raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(METHODS)}")
+    return name, float(seconds) if seconds else None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seconds", type=float, default=240.0, help="of learning, each method")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        type=method_and_seconds,
+        default=[(name, None) for name in METHODS],
+        metavar="NAME[:SECONDS]",
+        help=f"of {', '.join(METHODS)}",
+    )
+    parser.add_argument("--seconds", type=float, default=240.0, help="of learning, where not given")
     parser.add_argument("--points", type=int, default=8, help="measurements a method")
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--rows", type=int, default=100_000)
@@ -288,17 +317,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "landmarks" not in results:
         results |= {"items": given.items, "rows": given.rows, "landmarks": task.landmarks()}
     print(json.dumps(results["landmarks"]), flush=True)
-    for method in given.methods:
+    for method, own in given.methods:
         print(method, flush=True)
+        seconds = own or given.seconds
         config = settings(method, given.dim, given.batch, given.draws, given.rate)
         learn = torch_rechub if method == "torch-rechub" else ours
         try:
-            clock = learn(task, config, given.seconds, given.points)
+            clock = learn(task, config, seconds, given.points)
         except ImportError as error:
             print(f"    not run: {error}")
             continue
         results["methods"][method] = {
-            "budget": given.seconds,
+            "budget": seconds,
             "rows_per_second": clock.rows / clock.curve[-1]["seconds"],
             "threads": torch.get_num_threads(),
             "curve": clock.curve,
