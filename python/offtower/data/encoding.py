@@ -33,6 +33,7 @@ from offtower.data.features import (
     nbytes,
     num_rows,
     take,
+    tensor_of,
     to_tensors,
 )
 from offtower.data.schema import FeatureSpec, spec_from_dict, spec_to_dict
@@ -47,6 +48,7 @@ __all__ = [
     "nbytes",
     "num_rows",
     "take",
+    "tensor_of",
     "to_tensors",
 ]
 

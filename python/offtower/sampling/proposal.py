@@ -20,7 +20,8 @@ PROPOSALS = ("uniform", "frequency", "in_batch", "mixed", "top_k")
 
 @dataclass(frozen=True)
 class StepDraws:
-    """Draws of one step, shared by its rows, as `ops.sampled_policy_terms` takes them."""
+    """Draws of one step, shared by its rows, as `ops.sampled_policy_terms` takes them; on the
+    CPU."""
 
     item: Tensor
     """(m,) int64 item numbers."""
@@ -79,7 +80,7 @@ class Proposal:
 
         Args:
             seed: of this step.
-            batch_action: (rows of the step over all workers,) their logged items.
+            batch_action: (rows of the step over all workers,) their logged items, on the CPU.
             context_embedding: (B, d) of this worker's rows, for the exact items; no gradient is
                 taken through them.
         """
@@ -95,7 +96,7 @@ class Proposal:
         )
         exact = None
         if self.top_k is not None and context_embedding is not None:
-            exact = self.top_k.of(context_embedding.detach())
+            exact = self.top_k.of(context_embedding.detach()).cpu()
         log_proposal = torch.from_numpy(self.log_prob(item, len(action)))
         return StepDraws(torch.from_numpy(item), log_proposal, exact)
 
