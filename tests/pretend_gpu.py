@@ -14,8 +14,6 @@ make the host wait for the device is counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,9 +67,7 @@ class GPUTensor(Tensor):
         return f"GPUTensor({self.held!r})"
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
         if func is torch.Tensor.tolist:
@@ -80,9 +76,7 @@ class GPUTensor(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
     @property
@@ -105,7 +99,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
             "Expected all tensors to be on the same device, but found at least two devices, cuda:0 "
             f"and cpu, in {func} of {[(type(x).__name__, tuple(x.shape)) for x in tensors]}"
         )
-    _count(func, args)
+    _count(func, args, kwargs)
     own = {id(x.held): x for x in tensors if isinstance(x, GPUTensor)}
 
     def inner(x: Any) -> Any:
@@ -122,13 +116,13 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     return tree_map(outer, result)
 
 
-def _count(func: Any, args: Any) -> None:
+def _count(func: Any, args: Any, kwargs: Any) -> None:
     waits = func in _WAITS
     if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
         index = [x for x in args[1] if x is not None]
         waits = any(x.dtype in (torch.bool, torch.uint8) for x in index)
     if func is aten.repeat_interleave.Tensor:
-        waits = True
+        waits = kwargs.get("output_size") is None
     if func is aten.copy_.default and isinstance(args[0], GPUTensor) != isinstance(
         args[1], GPUTensor
     ):
@@ -159,10 +153,17 @@ class _Devices(TorchFunctionMode):
         if func is torch.Tensor.pin_memory:
             return args[0]
         if func is torch.Tensor.backward:
-            # Backward passes of Python functions make tensors too.
-            with self:
-                return torch.autograd.backward(args[0], kwargs.get("gradient"))
+            return self._backward(args[0])
         return func(*args, **kwargs)
+
+    def _backward(self, loss: Tensor) -> None:
+        """torch's own would leave this mode first, and backward passes of Python functions make
+        tensors too."""
+        first = torch.ones_like(loss)
+        with self:
+            torch.autograd.graph._engine_run_backward(
+                (loss,), (first,), False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
 
     def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensor, rest = args[0], list(args[1:])

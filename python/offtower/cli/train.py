@@ -81,6 +81,9 @@ def train(
     settings = load_config(config, overrides or [])
     progress = DrawnProgress()
     if ray is None and workers is None:
+        from offtower.training.device import describe, resolve_device
+
+        messages().print(f"learning on {describe(resolve_device(settings.training.device))}")
         train_run(settings, resume=resume, progress=progress, mirror=mirror)
     else:
         from offtower.jobs.train import WorkerPlan, train_on_ray

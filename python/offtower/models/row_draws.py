@@ -3,8 +3,8 @@
 Hidden categories and dropout are drawn in training. A generator's stream would depend on which rows
 a call sees: on the number of workers, on the chunks of the catalogue, on which draws came before.
 Here a row's draws follow from its number in the batch (contexts) or in the catalogue (items) by a
-hash of integers, so R workers draw what one draws, a second pass over a chunk repeats the first, and
-a GPU draws what a CPU draws.
+hash of integers, so R workers draw what one draws, a second pass over a chunk repeats the first,
+and a GPU draws what a CPU draws.
 """
 
 from __future__ import annotations

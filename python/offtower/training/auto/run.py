@@ -166,5 +166,5 @@ def _restore(
     for k in range(number):
         policy = TwoTowerPolicy(candidate.policy, data.context_encoding, data.item_encoding)
         load_weights(place / f"member_{k}.safetensors", policy)
-        members.append(policy.eval().requires_grad_(False))
+        members.append(policy.to(data.device).eval().requires_grad_(False))
     return members
