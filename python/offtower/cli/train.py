@@ -21,6 +21,7 @@ from offtower.cli.cluster import (
     RayWait,
     TrainingWorkers,
     WorkerCpus,
+    WorkerGpus,
     cluster,
     worker_range,
 )
@@ -55,6 +56,7 @@ def train(
     ray: RayAddress = None,
     workers: TrainingWorkers = None,
     worker_cpus: WorkerCpus = 1.0,
+    worker_gpus: WorkerGpus = None,
     worker_timeout: Annotated[
         float,
         typer.Option(
@@ -89,8 +91,15 @@ def train(
         from offtower.jobs.train import WorkerPlan, train_on_ray
 
         plan = WorkerPlan(
-            worker_range(workers or "2"), worker_cpus, max_failures, worker_timeout, ray_wait
+            worker_range(workers or "2"),
+            worker_cpus,
+            worker_gpus,
+            max_failures,
+            worker_timeout,
+            ray_wait,
         )
+        gpus = plan.gpus_for(settings.training.device)
+        messages().print(f"learning on Ray, {'a GPU' if gpus else 'no GPU'} for each worker")
         with cluster(ray, plan.range[1], worker_cpus):
             train_on_ray(settings, plan, resume=resume, progress=progress, mirror=mirror)
     result = RunDirectory(settings.run_directory).manifest()
