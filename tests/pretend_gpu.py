@@ -14,10 +14,13 @@ make the host wait for the device is counted.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -40,6 +43,8 @@ _WAITS = {
 }
 """Whose results' shape or value the host must know."""
 _READS = {torch.Tensor.numpy, torch.Tensor.data_ptr, torch.Tensor.__array__}
+
+_GROUP = "_group_tensors_by_device_and_dtype"
 
 _current: list[PretendGPU] = []
 
@@ -219,13 +224,25 @@ class PretendGPU:
         self._before = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         _current.append(self)
+        # torch's C++ sees what is held: it would group gradients under the CPU.
+        self._grouping = patch.object(clip_grad, _GROUP, _grouped(getattr(clip_grad, _GROUP)))
+        self._grouping.start()
         self._mode.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._mode.__exit__(*error)
+        self._grouping.stop()
         _current.pop()
         torch.__future__.set_overwrite_module_params_on_conversion(self._before)
+
+
+def _grouped(group: Callable[..., Any]) -> Callable[..., Any]:
+    def grouped(lists: list[list[Tensor]], *rest: Any) -> dict[Any, Any]:
+        found = group(lists, *rest).items()
+        return {(parts[0][0][0].device, dtype): parts for (_, dtype), parts in found}
+
+    return grouped
 
 
 def _is_cuda(device: Any) -> bool:
