@@ -12,6 +12,7 @@ import argparse
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 GIB = 2.0**30
 ID = 8
@@ -32,6 +33,7 @@ class Sizes:
         id_width: c, width of the item-id table; 0 without one.
         reward_width: e, of a factored reward model; 0 without one.
         parameters: P, of both towers without the item-id table.
+        draws: m, of a step with sampled terms, shared by its rows.
     """
 
     items: int
@@ -42,18 +44,30 @@ class Sizes:
     id_width: int = 16
     reward_width: int = 32
     parameters: int = 100_000
+    draws: int = 4096
 
-    def memory(self, strategy: str) -> float:
+    @property
+    def index(self) -> float:
+        """Bytes that every process has, whatever R is: ids, their index, and the id table's names
+        of its rows."""
+        return float(self.items) * (INDEX + ID + (ID if self.id_width else 0))
+
+    def memory(self, strategy: str, terms: str = "exact") -> float:
         """Bytes of a worker: with `item_sharded` all but the index is divided by R."""
-        item = (
-            self.features
-            + 4 * (2 * self.width + 2)  # embedding, bias and their gradients
-            + 4 * 4 * self.id_width  # weights, gradient, two moments of Adam
-            + 4 * (self.reward_width + 1)
-        )
+        item = self.features + 4 * (self.reward_width + 1)
+        touched = 0.0
+        if terms == "exact":
+            item += 4 * (2 * self.width + 2)  # embedding, bias and their gradients
+            item += 4 * 4 * self.id_width  # weights, gradient, two moments of Adam
+        else:
+            # Weights, two moments, and the step to which a row is up to date.
+            item += 4 * 3 * self.id_width + 8 if self.id_width else 0
+            touched = 4.0 * (self.draws + self.batch) * (2 * self.width + 4 * self.id_width)
+        if self.id_width:
+            item += 16  # an item's row of the id table, in the shard and in the catalogue
         own = self.items / self.workers if strategy == "item_sharded" else float(self.items)
         rows = 4.0 * self.batch * (2 * self.width + self.reward_width + 16)
-        return own * item + self.items * (INDEX + ID) + rows + 16.0 * self.parameters + PROCESS
+        return own * item + self.index + rows + touched + 16.0 * self.parameters + PROCESS
 
     def traffic(self, strategy: str) -> float:
         """Bytes that a worker receives in a step (and sends as many), by ring algorithms."""
@@ -73,43 +87,53 @@ def evaluation_store(items: int, width: int) -> float:
     return float(items) * (4 * (width + 1) + INDEX)
 
 
-def table(limit_gib: float = 32.0) -> list[dict[str, object]]:
+def table(limit_gib: float = 32.0) -> list[dict[str, Any]]:
     """For each catalogue the least power of two of workers whose memory is below the limit."""
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for items in (10**6, 10**7, 10**8, 10**9):
-        sizes = Sizes(items)
-        while sizes.memory("item_sharded") > limit_gib * GIB and sizes.workers < 1024:
-            sizes = replace(sizes, workers=2 * sizes.workers)
-        enough = sizes.memory("item_sharded") <= limit_gib * GIB
-        two = replace(sizes, workers=max(2, sizes.workers))
+        found: dict[str, Any] = {}
+        for terms in ("exact", "sampled"):
+            sizes = Sizes(items)
+            while sizes.memory("item_sharded", terms) > limit_gib * GIB and sizes.workers < 1024:
+                sizes = replace(sizes, workers=2 * sizes.workers)
+            memory = sizes.memory("item_sharded", terms)
+            several = replace(sizes, workers=max(2, sizes.workers))
+            found[terms] = {
+                "workers": sizes.workers,
+                "fits": memory <= limit_gib * GIB,
+                "gib": memory / GIB,
+                "mib_a_step": several.traffic("item_sharded") / 2**20,
+            }
+            if terms == "exact":
+                found["replicated_mib_a_step"] = several.traffic("replicated") / 2**20
         rows.append(
             {
-                **asdict(sizes),
-                "fits": enough,
-                "replicated_gib": sizes.memory("replicated") / GIB,
-                "sharded_gib": sizes.memory("item_sharded") / GIB,
-                "index_gib": items * (INDEX + ID) / GIB,
-                "sharded_mib_a_step": two.traffic("item_sharded") / 2**20,
-                "replicated_mib_a_step": two.traffic("replicated") / 2**20,
-                "evaluation_store_gib": evaluation_store(items, sizes.width) / GIB,
+                **asdict(Sizes(items)),
+                **found,
+                "replicated_gib": Sizes(items).memory("replicated") / GIB,
+                "index_gib": Sizes(items).index / GIB,
+                "evaluation_store_gib": evaluation_store(items, Sizes(items).width) / GIB,
             }
         )
     return rows
 
 
-def markdown(rows: list[dict[str, object]]) -> str:
+def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| items | replicated: GiB a worker | item_sharded: workers, GiB each | of it the index "
-        "| item_sharded: MiB a step | replicated: MiB a step "
+        "| items | replicated: GiB a worker | item_sharded: workers, GiB each "
+        "| sampled terms: workers, GiB each | of it the index | item_sharded: MiB a step "
+        "| sampled terms: MiB a step | replicated: MiB a step "
         "| evaluate: object store, GiB a node |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        exact, sampled = row["exact"], row["sampled"]
         lines.append(
             f"| {row['items']:,} | {row['replicated_gib']:,.1f} "
-            f"| {row['workers']}, {row['sharded_gib']:.1f} | {row['index_gib']:.2f} "
-            f"| {row['sharded_mib_a_step']:.1f} | {row['replicated_mib_a_step']:,.0f} "
-            f"| {row['evaluation_store_gib']:,.1f} |"
+            f"| {exact['workers']}, {exact['gib']:.1f} "
+            f"| {sampled['workers']}, {sampled['gib']:.1f} | {row['index_gib']:.2f} "
+            f"| {exact['mib_a_step']:.1f} | {sampled['mib_a_step']:.1f} "
+            f"| {row['replicated_mib_a_step']:,.0f} | {row['evaluation_store_gib']:,.1f} |"
         )
     return "\n".join(lines)
 

@@ -119,7 +119,7 @@ class PartialTerms:
         return self.terms()
 
     def terms(self) -> PolicyTerms:
-        """As `finish`, without a look at the numbers: where it is known that slices are all there."""
+        """As `finish`, without a look at the numbers: where all slices are known to be there."""
         log_normalizer = self.sums.log_normalizer
         return PolicyTerms(
             log_prob=self.action_logit - log_normalizer,
