@@ -59,36 +59,42 @@ class ShardedSampledTerms:
 
         Args:
             context_embedding: (B, d) of all rows.
-            action: (B,) item numbers in the catalogue.
+            action: (B,) item numbers in the catalogue, on the CPU, where draws are made too.
             seed: the step's, the same on every worker.
             reward_model: over the shard's items, for all rows.
         """
-        shard = self.shard
+        shard, device = self.shard, context_embedding.device
         draws = self.proposal.draw(seed, action, within=(shard.start, shard.stop))
-        local = shard.local(action)
-        drawn = draws.item - shard.start
+        local, drawn = shard.local(action), draws.item - shard.start
         exact = self._exact(context_embedding)
         parts = [local[local >= 0], drawn]
         if exact is not None:
             parts.append(exact[exact >= 0])
         touched = torch.unique(torch.cat(parts))
-        embedding, bias = self.policy.item_tower(shard.items.at(touched), touched + shard.start)
+
+        def place(item: Tensor) -> Tensor:
+            return torch.searchsorted(touched, item).to(device)
+
+        embedding, bias = self.policy.item_tower(
+            shard.items.at(touched), (touched + shard.start).to(device)
+        )
+        logged = local.to(device)
         part = sampled_partial_terms(
             context_embedding,
             embedding,
             bias,
-            local,
-            torch.searchsorted(touched, local),
-            drawn,
-            draws.log_count,
-            torch.searchsorted(touched, drawn),
+            logged,
+            place(local),
+            drawn.to(device),
+            draws.log_count.to(device),
+            place(drawn),
             temperature=self.policy.temperature,
             reward_model=reward_model,
             entropy=entropy,
-            exact_item=exact,
-            exact_index=None if exact is None else torch.searchsorted(touched, exact),
+            exact_item=None if exact is None else exact.to(device),
+            exact_index=None if exact is None else place(exact),
         )
-        return merge_over_workers(part, local >= 0, self.workers).terms()
+        return merge_over_workers(part, logged >= 0, self.workers).terms()
 
     def _exact(self, context_embedding: Tensor) -> Tensor | None:
         """(B, w) local numbers of the shard's items that each row counts exactly, -1 for none."""
@@ -97,10 +103,10 @@ class ShardedSampledTerms:
             return None
         score, item = top_k.search(context_embedding.detach())
         least = self._least_score(score, min(top_k.wanted, self.shard.num_items))
-        item = item.masked_fill(score < least[:, None], -1)
+        item = item.masked_fill(score < least[:, None], -1).cpu()
         # Scores fall along a row: what counts comes first.
         width = int((item >= 0).sum(dim=1).max()) if len(item) else 0
-        return item[:, :width]
+        return item[:, :width].contiguous()
 
     def _least_score(self, score: Tensor, k: int) -> Tensor:
         """(B,) k-th largest of a row's scores on all workers.
