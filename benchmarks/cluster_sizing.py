@@ -17,8 +17,9 @@ from typing import Any
 GIB = 2.0**30
 ID = 8
 """Bytes of an item's id: integers. Text takes its own length."""
-INDEX = 16
-"""Bytes an item by which an id is found; every process that reads a log holds them, and the ids."""
+INDEX = 0
+"""Bytes an item by which an id is found, beside the ids: none where they are rising integers, 12
+otherwise. Every process that reads a log holds them, and the ids."""
 PROCESS = 0.5 * GIB
 """A process with torch and Arrow, and a window of the log."""
 
@@ -84,7 +85,7 @@ class Sizes:
 
 def evaluation_store(items: int, width: int) -> float:
     """Bytes of a node's object store that judging fills, once for all workers of the node."""
-    return float(items) * (4 * (width + 1) + INDEX)
+    return float(items) * (4 * (width + 1) + max(INDEX, ID))
 
 
 def table(limit_gib: float = 32.0) -> list[dict[str, Any]]:
