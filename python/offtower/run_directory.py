@@ -64,6 +64,17 @@ class RunDirectory:
         """Take the folder for a run of `config`.
 
         Raises:
+            RunError: see `check`.
+        """
+        self.check(config, resume=resume)
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
+        write_text(self.config_path, to_yaml(config))
+
+    def check(self, config: Config, *, resume: bool) -> None:
+        """Whether the folder can be taken for a run of `config`; changes nothing.
+
+        Raises:
             RunError: the folder holds a run of another configuration, or of this one while
                 `resume` is false.
         """
@@ -86,9 +97,6 @@ class RunDirectory:
                 f"'{self.path}' is not empty and holds no run of offtower (no config.yaml); "
                 "choose another name"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.path)
-        write_text(self.config_path, to_yaml(config))
 
     def load_config(self) -> Config:
         """The configuration that the run was started with."""
