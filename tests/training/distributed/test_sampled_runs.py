@@ -25,7 +25,7 @@ PROPOSALS = {
 def sampled(folder: Path, runs: Path, name: str, strategy: str, proposal: str) -> Config:
     return config_of(
         *(folder, runs, name, strategy, "training.terms=sampled", "sampling.num_samples=5"),
-        f"sampling.proposal={proposal}",
+        *(f"sampling.proposal={proposal}", "training.epochs=1", "training.learning_rate=2e-3"),
         *PROPOSALS[proposal],
     )
 
@@ -38,8 +38,8 @@ def test_resumed_on_other_numbers_of_workers(
     one = sampled(simulated, tmp_path, "one", "replicated", proposal)
     train_run(one)
     many = sampled(simulated, tmp_path, "many", "item_sharded", proposal)
-    run_workers(2, train_until, many, 8)
-    train_until(ALONE, many, 25)
+    run_workers(2, train_until, many, 6)
+    train_until(ALONE, many, 14)
     run_workers(3, train_until, many, None)
     assert_near(many.run_directory, one.run_directory, simulated)
     mine, theirs = (read_metrics(c.run_directory / "metrics.jsonl") for c in (one, many))
@@ -55,7 +55,7 @@ def test_the_same_workers_give_the_same_bits(simulated: Path, tmp_path: Path) ->
     whole = sampled(simulated, tmp_path, "whole", "item_sharded", "top_k")
     run_workers(2, train, whole)
     broken = sampled(simulated, tmp_path, "broken", "item_sharded", "top_k")
-    run_workers(2, train_until, broken, 11)
+    run_workers(2, train_until, broken, 9)
     run_workers(2, train, broken, True)
     assert_same_policy(broken.run_directory, whole.run_directory)
 
