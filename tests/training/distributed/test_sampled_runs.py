@@ -30,7 +30,7 @@ def sampled(folder: Path, runs: Path, name: str, strategy: str, proposal: str) -
     )
 
 
-@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("proposal", ["top_k", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_resumed_on_other_numbers_of_workers(
     simulated: Path, tmp_path: Path, proposal: str
 ) -> None:
