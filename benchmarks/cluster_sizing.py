@@ -20,6 +20,9 @@ ID = 8
 INDEX = 0
 """Bytes an item by which an id is found, beside the ids: none where they are rising integers, 12
 otherwise. Every process that reads a log holds them, and the ids."""
+CHECKPOINT = 2.6
+"""Copies of an id table, its moments included, while a checkpoint of it is written beside the
+training and as one file a worker: the most resident memory of 2 workers with 10^6 items, c = 64."""
 PROCESS = 0.5 * GIB
 """A process with torch and Arrow, and a window of the log."""
 
@@ -56,16 +59,18 @@ class Sizes:
     def memory(self, strategy: str, terms: str = "exact") -> float:
         """Bytes of a worker: with `item_sharded` all but the index is divided by R."""
         item = self.features + 4 * (self.reward_width + 1)
+        table = 4 * 3 * self.id_width  # weights and two moments
         touched = 0.0
         if terms == "exact":
-            item += 4 * (2 * self.width + 2)  # embedding, bias and their gradients
-            item += 4 * 4 * self.id_width  # weights, gradient, two moments of Adam
+            # Embedding, bias and their gradients; the id table's gradient.
+            item += 4 * (2 * self.width + 2) + 4 * self.id_width
         else:
-            # Weights, two moments, and the step to which a row is up to date.
-            item += 4 * 3 * self.id_width + 8 if self.id_width else 0
+            item += 4 * (self.width + 1)  # embedding and bias, of validation
             touched = 4.0 * (self.draws + self.batch) * (2 * self.width + 4 * self.id_width)
-        if self.id_width:
-            item += 16  # an item's row of the id table, in the shard and in the catalogue
+            # The step to which a row is up to date.
+            table += 8 if self.id_width else 0
+        # An item's row of the id table, in the shard and in the catalogue.
+        item += (1 + CHECKPOINT) * table + (16 if self.id_width else 0)
         own = self.items / self.workers if strategy == "item_sharded" else float(self.items)
         rows = 4.0 * self.batch * (2 * self.width + self.reward_width + 16)
         return own * item + self.index + rows + touched + 16.0 * self.parameters + PROCESS

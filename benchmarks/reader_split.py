@@ -3,10 +3,11 @@
     python benchmarks/reader_split.py --rows 2000000
 
 First the share of row groups in which a worker has a row of its own, in the training's order: a row
-group without one need not be read. Then what rows cost on one thread: read, checked and encoded
-whole, and those columns alone that a worker needs of the other workers' rows (item, reward,
-propensity), were rows given to workers by row group. From both, rows a second that R workers could
-be fed with at most.
+group without one need not be read. Then what it would be to give the rows of a step to workers by
+row group, in place of even parts: rows of the largest part in even ones (a step waits for it), and
+what rows cost on one thread, read, checked and encoded whole, and in those columns alone that a
+worker needs of the other workers' rows (item, reward, propensity). From these, rows a second that R
+workers could be fed with at most.
 """
 
 from __future__ import annotations
@@ -46,6 +47,17 @@ def share_of_groups(workers: int, batch: int, shuffle: bool) -> float:
     return len(touched) / len(sizes)
 
 
+def largest_part(workers: int, batch: int) -> float:
+    """Rows of a step's largest part, were a window cut into one stretch of rows for each worker,
+    over those of an even part; mean of the window's steps."""
+    order = EpochOrder([GROUP] * (WINDOW // GROUP), batch, seed=1, window_rows=WINDOW)
+    found = [
+        np.bincount(part.index * workers // WINDOW).max() * workers / part.index.size
+        for part in order.batches(0, 0, WINDOW)
+    ]
+    return float(np.mean(found))
+
+
 def seconds_of(log: ParquetLog, catalogue: Catalogue, encoding: FeatureEncoding) -> dict[str, Any]:
     """Seconds a million rows, whole and of the columns that all workers need; median of groups."""
     order = EpochOrder(log.row_group_sizes, 1024, seed=0)
@@ -78,6 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "workers": workers,
             "shuffled": share_of_groups(workers, args.batch, True),
             "in_file_order": share_of_groups(workers, args.batch, False),
+            "largest_part": largest_part(workers, args.batch),
         }
         for workers in WORKERS
     ]
@@ -117,6 +130,7 @@ def main() -> None:
         print(
             f"{line['workers']:>6} workers  shuffled {line['shuffled']:.3f}"
             f"  in the file's order {line['in_file_order']:.3f}"
+            f"  largest part by row group {line['largest_part']:.2f} of an even one"
         )
     seconds = report["seconds_a_million_rows"]
     print(
