@@ -35,7 +35,7 @@ class Sizes:
         items: N. workers: R. batch: B, rows of a step over all workers.
         width: d, of the embeddings. features: bytes of an item's encoded features.
         id_width: c, width of the item-id table; 0 without one.
-        reward_width: e, of a factored reward model; 0 without one.
+        reward_width: e, of a factored reward model; 0 without one. folds: K, of it.
         parameters: P, of both towers without the item-id table.
         draws: m, of a step with sampled terms, shared by its rows.
     """
@@ -46,7 +46,8 @@ class Sizes:
     width: int = 64
     features: int = 4 * 64
     id_width: int = 16
-    reward_width: int = 32
+    reward_width: int = 0
+    folds: int = 3
     parameters: int = 100_000
     draws: int = 4096
 
@@ -58,7 +59,12 @@ class Sizes:
 
     def memory(self, strategy: str, terms: str = "exact") -> float:
         """Bytes of a worker: with `item_sharded` all but the index is divided by R."""
-        item = self.features + 4 * (self.reward_width + 1)
+        item = self.features
+        models = 0.0
+        if self.reward_width:
+            # Embeddings of each fold's items; its towers have an id table of their own, whole.
+            item += 4 * self.folds * (self.reward_width + 1)
+            models = 4.0 * self.folds * self.items * self.id_width
         table = 4 * 3 * self.id_width  # weights and two moments
         touched = 0.0
         if terms == "exact":
@@ -73,7 +79,8 @@ class Sizes:
         item += (1 + CHECKPOINT) * table + (16 if self.id_width else 0)
         own = self.items / self.workers if strategy == "item_sharded" else float(self.items)
         rows = 4.0 * self.batch * (2 * self.width + self.reward_width + 16)
-        return own * item + self.index + rows + touched + 16.0 * self.parameters + PROCESS
+        beside = rows + touched + 16.0 * self.parameters + PROCESS
+        return own * item + self.index + models + beside
 
     def traffic(self, strategy: str) -> float:
         """Bytes that a worker receives in a step (and sends as many), by ring algorithms."""
