@@ -136,11 +136,11 @@ class GradientSum:
         if max(counts) == 0:
             parameter.grad = None
             return
-        parameter.grad = _sparse(
-            self._workers.gather(index, counts),
+        parameter.grad = torch.sparse_coo_tensor(
+            self._workers.gather(index, counts)[None],
             self._workers.gather(values.detach(), counts),
-            parameter,
-        )
+            parameter.shape,
+        ).coalesce()
 
 
 def _parts(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,22 +171,17 @@ def _set_unknown_row(parameter: nn.Parameter, summed: tuple[Tensor, bool]) -> No
         return
     if parameter.grad is None:
         # Other workers touched it: dense where this one has no say, one row either way.
-        parameter.grad = _sparse(torch.tensor([UNKNOWN]), row[None], parameter)
+        parameter.grad = torch.sparse_coo_tensor(
+            torch.tensor([[UNKNOWN]]), row[None], parameter.shape
+        ).coalesce()
         return
     if not parameter.grad.is_sparse:
         parameter.grad[UNKNOWN] = row
         return
     index, values = _parts(parameter.grad)
     kept = index != UNKNOWN
-    parameter.grad = _sparse(
-        torch.cat([torch.tensor([UNKNOWN]), index[kept]]),
+    parameter.grad = torch.sparse_coo_tensor(
+        torch.cat([torch.tensor([UNKNOWN]), index[kept]])[None],
         torch.cat([row[None], values[kept]]),
-        parameter,
-    )
-
-
-def _sparse(index: Tensor, values: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A gradient of some rows; those that stand twice are added up."""
-    # torch warns where nothing is said about its checks.
-    gradient = torch.sparse_coo_tensor(index[None], values, parameter.shape, check_invariants=False)
-    return gradient.coalesce()
+        parameter.shape,
+    ).coalesce()
