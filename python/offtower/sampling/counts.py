@@ -73,9 +73,10 @@ def count_items(
     progress = progress or Progress()
     progress.start("counting the logged items", log.num_rows)
     start, stop = within or (0, catalogue.num_items)
+    elsewhere = 0
     total = ItemCounts.of(np.zeros(0, dtype=np.int64))
     waiting: list[NDArray[np.int64]] = []
-    size = elsewhere = 0
+    size = 0
     for group, rows in enumerate(log.row_group_sizes.tolist()):
         table = log.read_row_group(group, [log.schema.action])
         action = catalogue.index_of(table.column(log.schema.action))

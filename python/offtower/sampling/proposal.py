@@ -111,7 +111,7 @@ class Proposal:
             item = item[(item >= within[0]) & (item < within[1])]
         exact = None
         if self.top_k is not None and context_embedding is not None:
-            exact = self.top_k.search(context_embedding.detach())[1]
+            exact = self.top_k.search(context_embedding.detach())[1].cpu()
         log_proposal = torch.from_numpy(self.log_prob(item, len(action)))
         return StepDraws(torch.from_numpy(item), log_proposal, total, exact)
 
