@@ -3,6 +3,7 @@
     check FAMILY DTYPE KIND          a kernel family against float64
     ceilings                         the device's own rates
     time d=D B=B CASE                our kernels of this device and the portable ones, in turn
+    portable d=D B=B CASE            the portable ones alone
     peer d=D B=B CASE: PEER          another way to the same terms, ours in turn with it
     memory d=D B=B                   what the cases hold at most beyond their operands
     test NAME [DTYPE] [BxNxD]        a test of tests/ops/test_cuda.py
@@ -65,6 +66,9 @@ class Bench:
             return {"mib": {c: self._peak_memory(self._ours(x)[c]) for c in CASES}}
         if kind == "time":
             return self._time(x, case, keep)
+        if kind == "portable":
+            call = self._ours(x, "portable")[case]
+            return {"ms": self._median_ms({"portable": call}, self.rounds)}
         return self._peer(x, case, keep)
 
     def _check(self, family: str, dtype: str, kind: str) -> dict[str, Any]:

@@ -68,27 +68,38 @@ def run_units(
     *,
     start_limit: float = 60.0,
     say: Callable[[str], None] = print,
+    why_not: Callable[[str, dict[str, dict[str, Any]]], str | None] = lambda name, outcomes: "",
 ) -> dict[str, dict[str, Any]]:
     """What came of each unit, by name: "status", "seconds", and what the unit gave.
 
-    Statuses: "ok"; "error", the unit raised; "crash", the child died in it; "hang", it took longer
-    than its limit and was killed; "skipped", no time was left.
+    Statuses: "ok"; "error", the unit raised ("spoiled": and its process was lost); "crash", the child died in it; "hang", it took longer
+    than its limit and was killed; "skipped", there was no time left or a reason.
 
     Args:
         command: starts a child that calls `serve`; names of units are appended.
         seconds: for all of them. A unit under way then is killed as if by its limit.
         save: called with what there is after each unit.
         start_limit: seconds from a child's start to its first unit.
+        why_not: asked before a child starts: "" to run a unit, a reason to skip it, None to leave
+            it for later, and out if that never changes.
     """
     deadline = time.monotonic() + seconds
     outcomes: dict[str, dict[str, Any]] = {}
-    left = list(units)
-    while left and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        chosen = []
+        for unit in units:
+            reason = None if unit.name in outcomes else why_not(unit.name, outcomes)
+            if reason == "":
+                chosen.append(unit)
+            elif reason is not None:
+                outcomes[unit.name] = {"status": "skipped", "error": reason}
+        if not chosen:
+            break
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            _run_child(command, left, deadline, start_limit, outcomes, save, Path(folder), say)
-        left = [u for u in left if u.name not in outcomes]
-    for unit in left:
-        outcomes[unit.name] = {"status": "skipped", "error": "no time left"}
+            _run_child(command, chosen, deadline, start_limit, outcomes, save, Path(folder), say)
+    for unit in units:
+        if unit.name not in outcomes and why_not(unit.name, outcomes) == "":
+            outcomes[unit.name] = {"status": "skipped", "error": "no time left"}
     save(outcomes)
     return outcomes
 
@@ -189,7 +200,7 @@ def serve(
             what = run(name, lambda part, name=name: tell({"part": name, "what": part}))  # type: ignore[misc]
             tell({"end": name, "status": "ok", "what": what})
         except Exception as error:
-            text = f"{type(error).__name__}: {error}"[:OUTPUT]
-            tell({"end": name, "status": "error", "what": {"error": text}})
-            if spoils(error):
+            what = {"error": f"{type(error).__name__}: {error}"[:OUTPUT], "spoiled": spoils(error)}
+            tell({"end": name, "status": "error", "what": what})
+            if what["spoiled"]:
                 os._exit(0)

@@ -67,6 +67,7 @@ def test_what_fails_costs_only_itself(tmp_path: Path) -> None:
     assert found["hang"]["half"] == 1 and "killed" in found["hang"]["error"]
     assert "a last word" in found["crash"]["error"]
     assert found["raise"]["error"] == "ValueError: no"
+    assert found["spoil"]["spoiled"] and not found["raise"]["spoiled"]
     # The same process goes on after an exception, and another after what spoils it.
     assert found["c"]["process"] == found["d"]["process"] != found["e"]["process"]
     assert len(saved) >= len(names)
@@ -89,6 +90,37 @@ def test_a_child_that_never_begins(tmp_path: Path) -> None:
         say=lambda _: None,
     )  # fmt: skip
     assert found["a"]["status"] == "crash" and "no torch" in found["a"]["error"]
+
+
+def test_what_hangs_in_its_check_is_not_waited_for_again() -> None:
+    """One kind's kernels hang: the others are timed, and the portable ones of that kind."""
+    units = [u.name for u in bench.units(peers=True, rehearsal=False, only="")]
+    outcomes = {"check own bfloat16 sigmoid": {"status": "hang"}}
+    runs = {name for name in units if bench.why_not(name, outcomes) == ""}
+    assert "time d=64 B=1024 log_prob forward" in runs
+    assert "time d=64 B=1024 DR sigmoid forward+backward" not in runs
+    assert "portable d=64 B=1024 DR sigmoid forward+backward" in runs
+    assert "portable d=64 B=1024 log_prob forward" not in runs
+    assert "test test_graph_capture bfloat16" not in runs
+    assert "test test_a_million_items float32" in runs
+    everything = {name for name in units if bench.why_not(name, {}) == ""}
+    assert everything == {name for name in units if not name.startswith("portable")}
+
+
+def test_reasons_not_to_run(tmp_path: Path) -> None:
+    """A fallback runs once what it stands in for has failed, else it leaves no trace."""
+
+    def why_not(name: str, outcomes: dict[str, dict[str, Any]]) -> str | None:
+        if name.startswith("fallback"):
+            return "" if outcomes.get(name[9:], {}).get("status") == "crash" else None
+        return "not today" if name == "never" else ""
+
+    found, _ = run(
+        ["fallback crash", "fallback a", "a", "crash", "never"], tmp_path, why_not=why_not
+    )
+    assert {name: what["status"] for name, what in found.items()} == {
+        "a": "ok", "crash": "crash", "fallback crash": "ok", "never": "skipped",
+    }  # fmt: skip
 
 
 def test_the_table_holds_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
