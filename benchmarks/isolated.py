@@ -72,8 +72,9 @@ def run_units(
 ) -> dict[str, dict[str, Any]]:
     """What came of each unit, by name: "status", "seconds", and what the unit gave.
 
-    Statuses: "ok"; "error", the unit raised ("spoiled": and its process was lost); "crash", the child died in it; "hang", it took longer
-    than its limit and was killed; "skipped", there was no time left or a reason.
+    Statuses: "ok"; "error", the unit raised ("spoiled": and its process was lost); "crash", the
+    child died in it; "hang", it took longer than its limit and was killed; "skipped", there was no
+    time left or a reason.
 
     Args:
         command: starts a child that calls `serve`; names of units are appended.
