@@ -35,7 +35,8 @@ def policy_terms(
     asked for are computed. bfloat16 operands are summed in float32, and their gradients are rounded
     once. The native cores (CPU and CUDA) give the same bits on every run, on the CPU for any number
     of threads too (torch.set_num_threads). On a GPU nothing waits for the device, so actions are
-    not looked at beforehand: one at or beyond N gives NaN, a negative one a log_prob of -inf.
+    not looked at beforehand: one at or beyond N gives NaN, a negative one a log_prob of -inf. There
+    float32 products are tf32 where torch's own are (`torch.set_float32_matmul_precision("high")`).
 
     Args:
         context_embedding: u, (B, d), float32, bfloat16 or float64.
