@@ -1,6 +1,6 @@
 """runs/<name>/: all that passes from one command to the next.
 
-config.yaml  manifest.json  metrics.jsonl  encodings/  reward_model/  checkpoints/  policy/
+config.yaml  manifest.json  metrics.jsonl  encodings/  reward_model/  auto/  checkpoints/  policy/
 report.json  report.html
 """
 
@@ -47,6 +47,10 @@ class RunDirectory:
     @property
     def reward_model(self) -> Path:
         return self.path / "reward_model"
+
+    @property
+    def auto(self) -> Path:
+        return self.path / "auto"
 
     @property
     def policy(self) -> Path:

@@ -138,14 +138,12 @@ def test_a_run_on_a_gpu_is_that_of_a_cpu(world: Path, kind: str) -> None:
         assert torch.equal(value, weights(plain.policy)[name]), name
 
 
-@pytest.mark.parametrize("objective", ["dr", "regression"])
-def test_a_shard_of_items_on_a_gpu(
-    world: Path, objective: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", ["dr, factored", "regression", "mixed", "top_k"])
+def test_a_shard_of_items_on_a_gpu(world: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The pretended GPU has no core of its own for partial results.
     plain_torch = functools.partial(sharded_terms.partial_terms, backend="reference")
     monkeypatch.setattr(sharded_terms, "partial_terms", plain_torch)
-    config = config_of(world, *SHARDED, f"objective.name={objective}")
+    config = config_of(world, *KINDS[kind], *SHARDED)
     wanted, plain = train(config, CPU)
     with PretendGPU():
         found, setup = train(config, DEVICE)

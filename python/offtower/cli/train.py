@@ -1,6 +1,7 @@
 """Train a two-tower policy from a log, as a configuration file says.
 
-With --workers the same training runs on Ray, and gives the same policy up to rounding.
+With --workers the same training runs on Ray, and gives the same policy up to rounding; the learners
+that objective=auto chooses between then run side by side, and give the same policy exactly.
 
 \b
 Example:
@@ -23,6 +24,7 @@ from offtower.cli.cluster import (
     WorkerCpus,
     WorkerGpus,
     cluster,
+    mapper_of,
     worker_range,
 )
 from offtower.cli.common import (
@@ -33,6 +35,7 @@ from offtower.cli.common import (
     print_json,
     verb,
 )
+from offtower.errors import ConfigError
 from offtower.jsonable import finite
 from offtower.run_directory import RunDirectory
 
@@ -78,18 +81,25 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     from offtower.config import load_config
+    from offtower.jobs.train import WorkerPlan, train_on_ray
+    from offtower.training.device import describe, resolve_device
     from offtower.training.run import train_run
 
     settings = load_config(config, overrides or [])
     progress = DrawnProgress()
     if ray is None and workers is None:
-        from offtower.training.device import describe, resolve_device
-
         messages().print(f"learning on {describe(resolve_device(settings.training.device))}")
         train_run(settings, resume=resume, progress=progress, mirror=mirror)
+    elif settings.objective.name == "auto":
+        if worker_gpus:
+            raise ConfigError(
+                "--worker-gpus: objective.name=auto learns its members on CPUs where it has "
+                "workers; leave the option away, or name an objective"
+            )
+        most = None if workers is None else WorkerPlan(worker_range(workers)).range[1]
+        with mapper_of(ray, most, worker_cpus, 0.0, ray_wait, progress) as mapper:
+            train_run(settings, resume=resume, progress=progress, mirror=mirror, mapper=mapper)
     else:
-        from offtower.jobs.train import WorkerPlan, train_on_ray
-
         plan = WorkerPlan(
             worker_range(workers or "2"),
             worker_cpus,
