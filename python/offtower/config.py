@@ -220,6 +220,10 @@ class TrainingConfig:
     built, else the CPU (`offtower doctor` says which and why). cuda, cuda:1: that GPU, with the
     plain-torch operators where the fused ones are not built. With `--worker-gpus` each worker has a
     GPU of its own."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: training passes of the towers multiply in bfloat16 and hand their embeddings to the
+    operators so, which sum in float32; weights, their gradients and the optimiser's state stay
+    float32, and so do validation and the saved policy. Not with item_sharded."""
     device_features_gib: float | None = Field(default=None, ge=0.0)
     """Encoded features of items that a GPU keeps in its memory; larger ones are sent chunk by chunk
     in every step. null is a quarter of what is free."""
@@ -513,6 +517,9 @@ def config_fingerprint(config: Config) -> str:
         *("checkpoint_every_seconds", "checkpoints_kept"),
     ):
         content["training"].pop(machine_only)
+    if content["training"]["precision"] == "float32":
+        # Runs of before there was a choice go on.
+        content["training"].pop("precision")
     # How a policy is judged and who is told does not change the policy.
     content.pop("evaluation")
     content.pop("tracking")

@@ -134,6 +134,8 @@ class Tower(nn.Module):
     ) -> None:
         super().__init__()
         self.draws = RowDraws()
+        self.training_dtype = torch.float32
+        """Of training passes: float32, or bfloat16 (products and embeddings; weights stay)."""
         self.embedding_dim = embedding_dim
         self.normalize = config.normalize
         self.has_bias = bias
@@ -170,7 +172,8 @@ class Tower(nn.Module):
             numbers: (n,) int64 that the rows' random draws belong to; 0, 1, ... where None.
         """
         self.draws.begin(numbers)
-        output = self.body(features)
+        low = self.training and self.training_dtype != torch.float32
+        output = self._in_low_precision(features) if low else self.body(features)
         if output.dim() != 2 or output.shape[1] != self.output_dim:
             raise ConfigError(
                 f"the tower's module returned shape {tuple(output.shape)}, expected "
@@ -182,7 +185,18 @@ class Tower(nn.Module):
             embedding = functional.normalize(embedding, dim=1)
         if bias is not None and self.bias_scale != 1.0:
             bias = bias * self.bias_scale
+        if low:
+            embedding = embedding.to(self.training_dtype)
+            bias = None if bias is None else bias.to(self.training_dtype)
         return embedding.contiguous(), None if bias is None else bias.contiguous()
+
+    def _in_low_precision(self, features: FeatureTensors) -> Tensor:
+        """The body's output, rounded by its last layer, as float32 for what follows."""
+        device = next(self.parameters()).device.type
+        # No cache: what a pass without a graph casts is of no use to one with a graph.
+        with torch.autocast(device, self.training_dtype, cache_enabled=False):
+            output: Tensor = self.body(features)
+        return output.float()
 
 
 def _is_random(body: nn.Module) -> bool:
