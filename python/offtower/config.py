@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass as frozen_dataclass
 from dataclasses import field, fields, is_dataclass
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -169,6 +171,12 @@ class AutoConfig:
         return self
 
 
+def _device(name: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name) is None:
+        raise ValueError("a device is auto, cpu, cuda, or cuda and a number, such as cuda:1")
+    return name
+
+
 @dataclass(config=_STRICT)
 class TrainingConfig:
     """The loop."""
@@ -215,7 +223,7 @@ class TrainingConfig:
     item_chunk: int = Field(default=65_536, ge=1)
     """Items that the item tower embeds at a time; bounds the memory of its activations."""
     threads: int | None = Field(default=None, ge=1)
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda|cuda:[0-9]+)$")
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     """Where the policy learns. auto: a GPU where torch sees one and the fused CUDA operators are
     built, else the CPU (`offtower doctor` says which and why). cuda, cuda:1: that GPU, with the
     plain-torch operators where the fused ones are not built. With `--worker-gpus` each worker has a
