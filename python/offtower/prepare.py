@@ -131,6 +131,7 @@ def prepare(
             _save(store, fingerprints, facts, context_encoding, item_encoding)
     else:
         facts, context_encoding, item_encoding = restored
+    item_encoding.share(catalogue.item_ids)
     return PreparedData(
         train=train,
         validation=validation,
