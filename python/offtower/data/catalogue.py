@@ -142,9 +142,7 @@ def write_catalogue(directory: Place, table: pa.Table, schema: CatalogueSchema) 
     catalogue = Catalogue(table, schema)
     with new_directory(directory) as temporary:
         with new_file(temporary / "part-00000.parquet") as file:
-            pq.write_table(
-                catalogue.table(0, catalogue.num_items), file, row_group_size=SLICE_ROWS
-            )
+            pq.write_table(catalogue.table(0, catalogue.num_items), file, row_group_size=SLICE_ROWS)
             # Read again, for the fingerprint that whoever opens it will compute.
             fingerprint = Catalogue.open(file, schema).fingerprint
         write_manifest(temporary, schema.to_dict(), catalogue.num_items, fingerprint)

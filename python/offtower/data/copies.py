@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from offtower.atomic import remove_leftovers, replace_directory, write_text
 from offtower.data.location import Found
-from offtower.data.read_ahead import in_order
+from offtower.data.read_ahead import InOrder
 from offtower.data.stores import limit, tried
 from offtower.errors import DataError
 
@@ -105,7 +105,7 @@ def _hold(files: Sequence[Found], held: list[IO[bytes]]) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             entries = [folder / _key(one) for one in files]
-            missing = []
+            missing: list[tuple[Found, Path]] = []
             for one, entry in zip(files, entries, strict=True):
                 if (entry / _DATA).exists():
                     held.append(_share(entry))
@@ -201,7 +201,7 @@ def _copy(missing: Sequence[tuple[Found, Path]], folder: Path) -> None:
         for one, _ in missing
         for start in range(0, one.size, _RANGE)
     ]
-    blocks = in_order(
+    blocks = InOrder(
         lambda part: _range(*part),
         parts,
         _THREADS,

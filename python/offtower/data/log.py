@@ -52,8 +52,9 @@ class Log(ABC):
     def read_row_groups(
         self, indexes: Iterable[int], columns: Sequence[str] | None = None
     ) -> Iterator[pa.Table]:
-        """Some row groups in the order given; where they are far away they are read ahead."""
-        return (self.read_row_group(index, columns) for index in indexes)
+        """Some row groups in the order given; where they are far away they are read ahead. Where
+        the iterator has a `close`, any thread may call it."""
+        return map(self.read_row_group, indexes, itertools.repeat(columns))
 
     def tables(self) -> Iterator[pa.Table]:
         """All row groups, in order."""
@@ -77,13 +78,11 @@ class ParquetLog(Log):
     ) -> None:
         self.schema = schema
         self._files = [Location.of(file) for file in files]
-        sizes: list[tuple[int, int]] = []
-        file_sizes: list[int] = []
-        places: list[tuple[int, int]] = []
         digest = hashlib.sha256(repr(schema).encode())
         first: pa.Schema | None = None
         footers = read_footers(self._files) if footers is None else footers
-        for number, (file, footer) in enumerate(zip(self._files, footers, strict=True)):
+        known: list[Footer] = []
+        for file, footer in zip(self._files, footers, strict=True):
             selected = _selected(file, footer.columns, schema)
             if first is None:
                 first = selected
@@ -93,17 +92,16 @@ class ParquetLog(Log):
                     f"column '{name}' is {selected.field(name).type} in '{file}' but "
                     f"{first.field(name).type} in '{self._files[0]}'; write all files alike"
                 )
-            for group, (rows, nbytes) in enumerate(footer.row_groups):
-                sizes.append((rows, nbytes))
-                places.append((number, group))
+            for rows, nbytes in footer.row_groups:
                 digest.update(f"{rows},{nbytes};".encode())
             digest.update(f"{file.name},{footer.size};".encode())
-            file_sizes.append(footer.size)
-        self.row_group_sizes = np.asarray([rows for rows, _ in sizes], dtype=np.int64)
+            known.append(footer)
+        rows_of = [rows for footer in known for rows, _ in footer.row_groups]
+        self.row_group_sizes = np.asarray(rows_of, dtype=np.int64)
         if self.num_rows == 0:
             raise DataError(f"the log at '{self._files[0].parent}' has no rows")
         self.fingerprint = digest.hexdigest()
-        self._groups = RowGroups(self._files, places, [nbytes for _, nbytes in sizes], file_sizes)
+        self._groups = RowGroups.of(self._files, known)
 
     @classmethod
     def open(cls, path: Place, schema: LogSchema | None = None) -> ParquetLog:

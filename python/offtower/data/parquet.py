@@ -6,13 +6,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from offtower.data.location import Found, Location
-from offtower.data.read_ahead import in_order
+from offtower.data.read_ahead import InOrder
 from offtower.data.stores import ATTEMPTS, advice, first_line, limit, tried
 from offtower.errors import DataError
 
@@ -52,7 +53,7 @@ def read_footers(files: Sequence[Location]) -> Iterator[Footer]:
     """
     if not files or files[0].local is not None:
         return map(_local_footer, files)
-    return in_order(_far_footer, files, FOOTER_THREADS, lambda file: f"'{file}'", limit())
+    return InOrder(_far_footer, files, FOOTER_THREADS, lambda file: f"'{file}'", limit())
 
 
 def listed_footers(
@@ -144,6 +145,14 @@ class RowGroups:
         self._known: dict[int, tuple[int, str]] = {}
         self._keep()
 
+    @classmethod
+    def of(cls, files: Sequence[Location], footers: Sequence[Footer]) -> RowGroups:
+        """All row groups of files, in order."""
+        groups = [(number, *group) for number, f in enumerate(footers) for group in _places(f)]
+        places = [(number, group) for number, group, _ in groups]
+        nbytes = [size for _, _, size in groups]
+        return cls(files, places, nbytes, [footer.size for footer in footers])
+
     def __getstate__(self) -> dict[str, Any]:
         hidden = ("_footers", "_lock")
         return {name: value for name, value in self.__dict__.items() if name not in hidden}
@@ -174,8 +183,8 @@ class RowGroups:
         """Row groups in the order of `indexes`. Those of a store are read ahead, by several
         threads, up to `READ_AHEAD_BYTES`."""
         if not indexes or self.files[self.places[indexes[0]][0]].local is not None:
-            return (self._read_here(index, columns) for index in indexes)
-        return in_order(
+            return map(self._read_here, indexes, repeat(columns))
+        return InOrder(
             lambda index: self._read_there(index, columns),
             indexes,
             READ_THREADS,
@@ -247,6 +256,11 @@ class RowGroups:
             held = sum(one.serialized_size for one in self._footers.values())
             while held > _FOOTER_BYTES and len(self._footers) > 1:
                 held -= self._footers.popitem(last=False)[1].serialized_size
+
+
+def _places(footer: Footer) -> list[tuple[int, int]]:
+    """(number, bytes) of each row group."""
+    return [(number, nbytes) for number, (_, nbytes) in enumerate(footer.row_groups)]
 
 
 def _gone(file: Location) -> str:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from offtower.errors import DataError
 
@@ -85,21 +85,12 @@ SAID_AFTER = 15.0
 _AGAIN_AFTER = 60.0
 
 
-def in_order(
-    load: Callable[[T], Loaded],
-    parts: Sequence[T],
-    threads: int,
-    name: Callable[[T], str],
-    seconds: float,
-    *,
-    size: Callable[[T], float] | None = None,
-    room: float = 0.0,
-) -> Iterator[Loaded]:
+class InOrder(Iterator[Loaded]):
     """load(part) of each part, in order, by several threads that run ahead.
 
     Asking for the next result gives the last one back. The threads are daemons: one that hangs
     keeps neither the caller nor the interpreter. They start with the first result asked for, and
-    end after their current part when the iterator is closed.
+    end after their current part when the iterator is closed or dropped.
 
     Args:
         load: called in any order, by several threads at once.
@@ -112,40 +103,78 @@ def in_order(
     Raises:
         DataError: a part took too long. Else what `load` raises, of the first part in order.
     """
-    run = _InOrder(load, parts, threads, size, room)
-    try:
-        for number, part in enumerate(parts):
-            yield run.result(number, name(part), seconds)
-            run.give_back(number)
-    finally:
-        run.stop()
 
-
-class _InOrder(Generic[T, Loaded]):
     def __init__(
         self,
         load: Callable[[T], Loaded],
         parts: Sequence[T],
         threads: int,
+        name: Callable[[T], str],
+        seconds: float,
+        *,
+        size: Callable[[T], float] | None = None,
+        room: float = 0.0,
+    ) -> None:
+        # The threads know the run and not this object, so that dropping it ends them.
+        self._run: _Run[Any, Loaded] = _Run(load, parts, size, room, 4 * threads)
+        self._parts, self._threads = parts, threads
+        self._name, self._seconds = name, seconds
+        self._number = 0
+
+    def __next__(self) -> Loaded:
+        number = self._number
+        if number == 0:
+            self._run.start(self._threads)
+        else:
+            self._run.give_back(number - 1)
+        if number == len(self._parts):
+            self.close()
+            raise StopIteration
+        self._number += 1
+        try:
+            return self._run.result(number, self._name(self._parts[number]), self._seconds)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End; any thread may call it, also while another waits for a result."""
+        self._run.stop()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Run(Generic[T, Loaded]):
+    """What the threads share."""
+
+    def __init__(
+        self,
+        load: Callable[[T], Loaded],
+        parts: Sequence[T],
         size: Callable[[T], float] | None,
         room: float,
+        most: int,
     ) -> None:
-        self._load, self._parts, self._room = load, parts, room
-        self._size = size
-        self._most = len(parts) if size is not None else 4 * threads
+        self._load, self._parts, self._size, self._room = load, parts, size, room
+        self._most = len(parts) if size is not None else most
         self._started = self._returned = 0
         self._held = 0.0
         self._done: dict[int, tuple[Loaded | None, BaseException | None]] = {}
         self._stopped = False
         self._changed = threading.Condition()
-        for _ in range(min(threads, len(parts))):
-            threading.Thread(target=self._run, name="offtower-store", daemon=True).start()
+
+    def start(self, threads: int) -> None:
+        for _ in range(min(threads, len(self._parts))):
+            threading.Thread(target=self._work, name="offtower-store", daemon=True).start()
 
     def result(self, number: int, name: str, seconds: float) -> Loaded:
         began = time.monotonic()
         say_at = SAID_AFTER
         with self._changed:
             while number not in self._done:
+                if self._stopped:
+                    raise StopIteration
                 waited = time.monotonic() - began
                 if waited >= seconds:
                     raise DataError(
@@ -181,13 +210,11 @@ class _InOrder(Generic[T, Loaded]):
         fits = self._held + self._size_of(self._started) <= self._room
         return ahead == 0 or (fits and ahead < self._most)
 
-    def _run(self) -> None:
+    def _work(self) -> None:
         while True:
             with self._changed:
                 while (
-                    not self._stopped
-                    and self._started < len(self._parts)
-                    and not self._may_start()
+                    not self._stopped and self._started < len(self._parts) and not self._may_start()
                 ):
                     self._changed.wait()
                 if self._stopped or self._started == len(self._parts):

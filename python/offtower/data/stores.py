@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from offtower.data.read_ahead import in_order
+from offtower.data.read_ahead import InOrder
 from offtower.errors import DataError
 
 logger = logging.getLogger("offtower.stores")
@@ -162,7 +162,7 @@ def asked(function: Callable[[], R], what: str, attempts: int | None = None) -> 
         DataError: no answer within the limit.
         OSError, ArrowInvalid: the last attempt's.
     """
-    answers = in_order(lambda f: tried(f, what, attempts), [function], 1, lambda _: what, limit())
+    answers = InOrder(lambda f: tried(f, what, attempts), [function], 1, lambda _: what, limit())
     return next(answers)
 
 

@@ -59,8 +59,8 @@ def count_items(log: Log, catalogue: Catalogue, progress: Progress | None = None
     total = ItemCounts.of(np.zeros(0, dtype=np.int64))
     waiting: list[NDArray[np.int64]] = []
     size = 0
-    for group, rows in enumerate(log.row_group_sizes.tolist()):
-        table = log.read_row_group(group, [log.schema.action])
+    tables = log.read_row_groups(range(len(log.row_group_sizes)), [log.schema.action])
+    for rows, table in zip(log.row_group_sizes.tolist(), tables, strict=True):
         action = catalogue.index_of(table.column(log.schema.action))
         waiting.append(action[action >= 0])
         size += len(waiting[-1])
