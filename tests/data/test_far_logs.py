@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
 import threading
 from collections import Counter
@@ -311,7 +310,9 @@ def test_bad_rows_in_a_store_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     number = table.schema.get_field_index("pscore")
     values = table["pscore"].to_numpy().copy()
     values[71] = 2.0
-    write_log(f"{root}/log", [table.set_column(number, "pscore", pa.array(values))], make_schema(), 50)
+    write_log(
+        f"{root}/log", [table.set_column(number, "pscore", pa.array(values))], make_schema(), 50
+    )
     log = ParquetLog.open(f"{root}/log")
     encoding = FeatureEncoding.fit(log.schema.context, [table])
     with pytest.raises(DataError) as error:
@@ -319,8 +320,6 @@ def test_bad_rows_in_a_store_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     named = f"{root}/log/part-00000.parquet, row 71 of the file, row group 1, row 71 of the log"
     assert named in str(error.value)
     folder = Location.of(f"{root}/aside")
-    rows = scan(
-        log, make_catalogue(), encoding, 50, on_bad_rows="quarantine", quarantine=folder
-    )
+    rows = scan(log, make_catalogue(), encoding, 50, on_bad_rows="quarantine", quarantine=folder)
     assert sum(len(one) for one in rows) == 99
     assert len(folder.files()) == 1

@@ -17,7 +17,14 @@ import pyarrow as pa
 from pyarrow import fs
 
 from offtower.atomic import write_bytes
-from offtower.data.stores import advice, asked, connect, first_line, is_address
+from offtower.data.stores import (
+    advice,
+    asked,
+    connect,
+    first_line,
+    has_folders,
+    is_address,
+)
 from offtower.errors import DataError
 
 R = TypeVar("R")
@@ -234,7 +241,8 @@ class Location:
 
     def _send(self, write: Callable[[pa.NativeFile], Any]) -> None:
         def send(store: fs.FileSystem) -> None:
-            store.create_dir(self.parent.path, recursive=True)
+            if has_folders(store):
+                store.create_dir(self.parent.path, recursive=True)
             with store.open_output_stream(self.path) as sink:
                 write(sink)
 

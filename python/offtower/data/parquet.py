@@ -234,11 +234,10 @@ class RowGroups:
             ) from error
 
     def _compare(self, number: int, source: pa.NativeFile) -> None:
-        """Refuse a file that is no longer what it was."""
-        try:
-            tag = source.metadata().get(b"ETag", b"").decode()
-        except (NotImplementedError, pa.ArrowException, OSError, AttributeError):
-            tag = ""
+        """Refuse a file that is no longer what it was: by its size, and by the tag of its content
+        where the store gives one."""
+        facts = {str(name).lower(): str(value) for name, value in source.metadata().items()}
+        tag = facts.get("etag", "")
         now = (source.size(), tag)
         with self._lock:
             before = self._known.setdefault(number, (self._sizes[number], tag))

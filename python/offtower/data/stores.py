@@ -32,7 +32,7 @@ ATTEMPTS = 4
 PAUSE_SECONDS = 0.5
 """Before the second attempt; it doubles from one to the next."""
 CONNECT_SECONDS = 10.0
-SILENT_SECONDS = 60.0
+SILENT_SECONDS = 20.0
 """After so long without an answer a request is given up, where the store's client can."""
 TIMEOUT = "OFFTOWER_STORE_TIMEOUT"
 """Environment variable: seconds that one answer may take, with all its attempts; 600 without it."""
@@ -42,6 +42,7 @@ _FLAGS = ("anonymous", "allow_bucket_creation", "force_virtual_addressing")
 _S3 = ("region", "endpoint_override", "scheme", "tls_ca_file_path", *_FLAGS)
 _FINAL = (
     *("ACCESS_DENIED", "NO_SUCH_BUCKET", "NO_SUCH_KEY", "INVALID_ACCESS_KEY_ID"),
+    "allow_bucket_creation",
     *("SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "INVALID_CLIENT_TOKEN_ID", "HTTP status 301"),
     *("HTTP status 400", "HTTP status 401", "HTTP status 403", "Unauthenticated"),
 )
@@ -146,7 +147,7 @@ def _s3(bucket: str, query: str) -> fs.FileSystem:
     return fs.S3FileSystem(
         connect_timeout=CONNECT_SECONDS,
         request_timeout=SILENT_SECONDS,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=3),
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=2),
         **options,
     )
 
@@ -191,6 +192,11 @@ def limit() -> float:
     if not seconds > 0:
         raise DataError(f"{TIMEOUT}='{text}' must be a number of seconds above 0")
     return seconds
+
+
+def has_folders(filesystem: fs.FileSystem) -> bool:
+    """Whether folders must be made before files in them."""
+    return filesystem.type_name not in ("s3", "gcs", "abfs")
 
 
 def may_pass(error: BaseException) -> bool:

@@ -36,15 +36,13 @@ class CatalogueStream:
         self.schema = schema
         footers = list(read_footers(self.files))
         self._sizes = [[rows for rows, _ in footer.row_groups] for footer in footers]
+        columns = self.schema.columns
+        self._lacking = [[c for c in columns if c not in f.columns.names] for f in footers]
         self._groups = RowGroups.of(self.files, footers)
         self.counts = [sum(sizes) for sizes in self._sizes]
         self.num_items = sum(self.counts)
         if self.num_items == 0:
             raise DataError(f"the catalogue at '{self.path}' has no items")
-        for file, footer in zip(self.files, footers, strict=True):
-            missing = [name for name in self.schema.columns if name not in footer.columns.names]
-            if missing:
-                raise DataError(f"'{file}' has no column '{missing[0]}'")
 
     def chunks(self, rows: int = CHUNK, items: range | None = None) -> Iterator[Catalogue]:
         """Items in chunks of `rows`, in order; the last chunk of a file may be shorter.
@@ -69,6 +67,8 @@ class CatalogueStream:
         return found
 
     def _file_chunks(self, number: int, rows: int, start: int, stop: int) -> Iterator[Catalogue]:
+        if self._lacking[number]:
+            raise DataError(f"'{self.files[number]}' has no column '{self._lacking[number][0]}'")
         # Only row groups that hold the items are read; then the cut is by item number.
         at, groups = 0, []
         skipped = 0
