@@ -1,37 +1,39 @@
 """The operators on an NVIDIA GPU: build, check, and time them beside other ways to the same terms.
 
-    python3 benchmarks/gpu_policy_terms.py --json gpu.json           # all, in under 8 minutes
-    python3 benchmarks/gpu_policy_terms.py --only d64              # d = 64 alone
+    python3 benchmarks/gpu_policy_terms.py --json gpu.json        # all, in under 8 minutes
+    python3 benchmarks/gpu_policy_terms.py --only "d=64 "         # units whose names hold this
     python3 benchmarks/gpu_policy_terms.py --no-peers
+    python3 benchmarks/gpu_policy_terms.py --build-only --python P --architectures 90a
+    python3 benchmarks/gpu_policy_terms.py --rehearse             # on a CPU: the script alone
 
-Builds the CUDA core in place with nvcc, against the Python and torch that run it, offline, unless
---no-build. Then every kernel is compared with float64. Then bfloat16 with N = 1e6 random items:
-variants take turns, CUDA events, medians. A peer that is not installed, has no memory or no time
-left says so. A short table comes last.
+Builds the CUDA core in place with nvcc, against the Python and torch that run it, offline; a core
+or objects that are there from the same sources are kept, so that a build made elsewhere
+(--build-only, for the interpreter P) saves those minutes. Then every kernel is compared with
+float64, and timed at bfloat16 and N = 1e6 random items: variants take turns, CUDA events, medians.
+
+Each check and each timing is a unit that runs in a child process with a time limit: one that hangs
+or crashes is killed and reported, and the others go on. --json is written after each. A short table
+comes last.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import math
 import os
-import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "python"), str(ROOT), str(ROOT / "csrc/cuda"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / p) for p in ("python", "", "csrc/cuda", "benchmarks")]
 
-ITEMS = 1_000_000
-SLEEP_CYCLES = 4_000_000  # some 2 ms
-SHAPES = [(64, 1024), (128, 1024), (64, 4096), (128, 4096)]
+from isolated import Unit, run_units, serve  # noqa: E402
+
+SHAPES = ((64, 1024), (128, 1024), (64, 4096), (128, 4096))
 # Milliseconds on one H200: what FlashAttention-3's efficiency predicts, and a tenth to a fifth.
 GOALS = {
     "log_prob forward": (0.43, 0.58, 1.7, 2.3),
@@ -40,223 +42,219 @@ GOALS = {
     "DR identity forward+backward": (1.7, 2.7, 6.6, 10.5),
     "DR sigmoid forward+backward": (2.2, 3.2, 8.6, 12.5),
 }
+KIND_OF_CASE = dict(zip(GOALS, ("none", "identity", "none", "identity", "sigmoid"), strict=True))
+TESTS = (
+    "test_a_million_items bfloat16",
+    "test_top_k_is_the_stable_sort_of_the_logits bfloat16",
+    "test_graph_capture bfloat16",
+    "test_several_streams",
+    "test_nothing_waits_for_the_device",
+    "test_impossible_actions_spoil_only_their_rows",
+    "test_tf32_on_request",
+    "test_more_rows_than_a_grid_dimension",
+    "test_offsets_beyond_32_bits",
+    "test_slices_merge_to_the_whole bfloat16",
+    "test_same_bits_a_thousand_times bfloat16 300x30000x64",
+    "test_same_bits_a_thousand_times bfloat16 64x3000x128",
+    "test_a_million_items float32",
+)
+KINDS = ("none", "identity", "sigmoid", "dense")
+SECONDS = 440.0
 
 
-def build() -> float:
-    """Seconds it took to compile the core for this device."""
+def units(peers: bool, rehearsal: bool, only: str) -> list[Unit]:
+    """In the order of what is wanted first, should the time not last."""
+    shapes = [f"d={d} B={b}" for d, b in SHAPES]
+    first = [Unit(f"check own bfloat16 {kind}", 40) for kind in KINDS]
+    timed = [
+        Unit(f"{word} {shape} {case}", 25)
+        for word in ("time", "portable")
+        for shape in shapes
+        for case in GOALS
+    ]
+    checks = [
+        Unit(f"check portable {dtype} {kind}", 40)
+        for dtype in ("bfloat16", "float32")
+        for kind in KINDS
+    ]
+    tests = [Unit(f"test {name}", 40) for name in TESTS]
+    memory = [Unit(f"memory {shape}", 25) for shape in shapes]
+    rivals: list[Unit] = []
+    compiled: list[Unit] = []
+    if peers:
+        from gpu_policy_terms_peers import NAMES
+
+        slow = "torch.compile"
+        rivals = [Unit(f"peer {s} {n}", 25) for n in NAMES if not n.endswith(slow) for s in shapes]
+        if not rehearsal:
+            compiled = [
+                Unit(f"peer {s} {n}", 90) for n in NAMES if n.endswith(slow) for s in shapes
+            ]
+    every = [*first, Unit("ceilings", 25), *timed, *checks, *tests, *rivals, *memory, *compiled]
+    return [u for u in every if only in u.name]
+
+
+def why_not(name: str, outcomes: dict[str, dict[str, Any]]) -> str | None:
+    """Kernels that hang in their check are not waited for again; the portable ones stand in."""
+
+    def is_lost(what: dict[str, Any]) -> bool:
+        return what.get("status") in ("hang", "crash") or bool(what.get("spoiled"))
+
+    lost = {kind for kind in KINDS if is_lost(outcomes.get(f"check own bfloat16 {kind}", {}))}
+    word, _, rest = name.partition(" ")
+    if word == "test" and "float32" not in name and "tf32" not in name:
+        return "kernels hang or crash in their check" if lost else ""
+    if word == "memory":
+        return "kernels hang or crash in their check" if lost else ""
+    if word not in ("time", "portable", "peer"):
+        return ""
+    case = rest.split(" ", 2)[2].partition(":")[0]
+    if word == "portable":
+        return "" if KIND_OF_CASE[case] in lost else None
+    return "its kernels hang or crash in their check" if KIND_OF_CASE[case] in lost else ""
+
+
+def device() -> tuple[str, str]:
+    """Its name and architecture, by a child: this process never touches it."""
+    ask = (
+        "import torch; print(*torch.cuda.get_device_capability(), "
+        "torch.cuda.get_device_name(), 'torch', torch.__version__)"
+    )
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120)
+    if done.returncode != 0:
+        raise SystemExit(f"torch sees no NVIDIA GPU: nothing to measure\n{done.stderr[-500:]}")
+    major, minor, name = done.stdout.strip().split(" ", 2)
+    return name, "90a" if major == "9" else f"{major}{minor}"
+
+
+def core_is_there(architectures: list[str]) -> bool:
+    """Whether a core of these very sources loads in this Python."""
+    import cuda_build
+
+    ask = "from offtower.ops import _cuda; print(_cuda.sources, _cuda.architectures, sep='|')"
+    path = os.pathsep.join([str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", ask],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    sources, _, built = done.stdout.strip().partition("|")
+    wanted = {f"sm_{a}" for a in architectures}
+    return (
+        done.returncode == 0
+        and sources == cuda_build.fingerprint()
+        and wanted <= set(built.split(", "))
+    )
+
+
+def build(architectures: list[str], python: str, folder: Path) -> float:
+    """Seconds it took."""
     import cuda_build
 
     begin = time.perf_counter()
-    major, minor = torch.cuda.get_device_capability()
-    architecture = "90a" if major == 9 else f"{major}{minor}"
-    include = str(Path(torch.__file__).parent / "include")  # torch carries pybind11's headers
-    cuda_build.build_in_place([architecture], include, ROOT / "build/gpu")
+    # torch carries pybind11's headers; it is looked up, not imported.
+    torch_at = importlib.util.find_spec("torch")
+    assert torch_at is not None and torch_at.origin is not None
+    cuda_build.build_in_place(
+        architectures, str(Path(torch_at.origin).parent / "include"), folder, python
+    )
     return time.perf_counter() - begin
 
 
-def check() -> list[str]:
-    """Every kernel against float64; what failed."""
-    from tests.ops.cases import KINDS, check_errors
-
-    torch.backends.cuda.matmul.allow_tf32 = False
-    failed = []
-    for family in ("", "portable"):
-        os.environ["OFFTOWER_CUDA_KERNELS"] = family
-        for dtype in (torch.float32, torch.bfloat16):
-            for kind in KINDS:
-                for shape in (
-                    (1, 1, 1),
-                    (17, 513, 33),
-                    (300, 5000, 64),
-                    (130, 3000, 128),
-                    (70, 900, 250),
-                ):
-                    try:
-                        check_errors(
-                            shape, kind, dtype, 1.0, lambda case: case.native("cuda"),
-                            seeds=range(2), device="cuda", roundings=2,
-                        )  # fmt: skip
-                    except Exception as error:
-                        failed.append(f"{family or 'own'} {dtype} {kind} {shape}: {error!r:.300}")
-    os.environ["OFFTOWER_CUDA_KERNELS"] = ""
-    torch.cuda.empty_cache()
-    return failed
-
-
-def ceilings() -> dict[str, float]:
-    """The device's own rates: a square bfloat16 product and a copy, random contents."""
-    n = 8192
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = median_time({"x": lambda: a @ b}, 12)["x"]
-    big = torch.randn(1 << 29, device="cuda")
-    out = torch.empty_like(big)
-    copy = median_time({"x": lambda: out.copy_(big)}, 12)["x"]
-    return {"product_tflops": 2 * n**3 / product / 1e9, "copy_tbps": 2 * big.nbytes / copy / 1e9}
-
-
-def median_time(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Milliseconds; the calls take turns, and two first rounds are not counted.
-
-    The device sleeps a moment before each call, so that the host has queued it all by the time the
-    first event is reached: what is timed is the device's work.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 2):
-        for name, call in calls.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(SLEEP_CYCLES)
-            start.record()
-            call()
-            stop.record()
-            stop.synchronize()
-            if turn > 1:
-                times[name].append(start.elapsed_time(stop))
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-class Operands:
-    def __init__(self, rows: int, dim: int) -> None:
-        torch.manual_seed(0)
-
-        def make(n: int) -> Tensor:
-            return (torch.randn(n, dim, device="cuda") * dim**-0.25).bfloat16()
-
-        self.u, self.v = make(rows).requires_grad_(), make(ITEMS).requires_grad_()
-        self.e, self.t = make(rows), make(ITEMS)
-        self.action = torch.randint(0, ITEMS, (rows,), device="cuda")
-
-
-def ours(x: Operands, family: str = "") -> dict[str, Callable[[], Any]]:
-    from offtower.ops import FactoredReward, policy_terms
-
-    def on(family: str, call: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            os.environ["OFFTOWER_CUDA_KERNELS"] = family
-            return call()
-
-        return run
-
-    def terms(link: str | None = None) -> Any:
-        reward = None if link is None else FactoredReward(x.e, x.t, link=link)  # type: ignore[arg-type]
-        return policy_terms(x.u, x.v, x.action, reward_model=reward, backend="cuda")
-
-    @torch.no_grad()
-    def forward(link: str | None = None) -> None:
-        terms(link)
-
-    def backward(link: str | None = None) -> None:
-        t = terms(link)
-        loss = t.log_prob.mean() if link is None else (t.log_prob + t.expected_reward).mean()
-        torch.autograd.grad(loss, (x.u, x.v))
-
-    calls = (
-        forward,
-        lambda: forward("identity"),
-        backward,
-        lambda: backward("identity"),
-        lambda: backward("sigmoid"),
-    )
-    return {name: on(family, call) for name, call in zip(GOALS, calls, strict=True)}
-
-
-def peak_memory(call: Callable[[], Any]) -> float:
-    """MiB that a call holds at most beyond what is there before it."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def measure(dim: int, rows: int, peers: bool, deadline: float) -> dict[str, Any]:
-    from gpu_policy_terms_peers import peers_of
-
-    x = Operands(rows, dim)
-    hopper = torch.cuda.get_device_capability()[0] == 9
-    times = {"offtower": median_time(ours(x), 15)}
-    if hopper:
-        times["offtower, portable kernels"] = median_time(ours(x, "portable"), 5)
-    notes: dict[str, str] = {}
-    if peers:
-        usable: dict[str, Callable[[], Any]] = {}
-        for name, make in peers_of(x).items():
-            if time.monotonic() > deadline:
-                notes[name] = "no time left"
-                continue
-            try:
-                call = make()
-                call()
-                torch.cuda.synchronize()
-                usable[name] = call
-            except Exception as error:  # not installed, no memory, not for this device
-                notes[name] = f"{type(error).__name__}: {error}"[:160].replace("\n", " ")
-            torch.cuda.empty_cache()
-        # Interleaved with ours, one peer at a time: some fill the memory.
-        for name, call in usable.items():
-            try:
-                case = name.split(":")[0]
-                pair = median_time({"ours": ours(x)[case], name: call}, 4)
-                times[name] = {case: pair[name], "offtower in turn": pair["ours"]}
-            except torch.OutOfMemoryError as error:
-                notes[name] = f"OutOfMemoryError: {error}"[:160]
-            torch.cuda.empty_cache()
-    peak = {name: peak_memory(call) for name, call in ours(x).items()}
-    return {"dim": dim, "rows": rows, "ms": times, "notes": notes, "peak_mib": peak}
-
-
 def show(result: dict[str, Any]) -> None:
+    outcomes: dict[str, dict[str, Any]] = result["units"]
+    heads = [f"d={d} B={b}" for d, b in SHAPES]
+    for name, what in outcomes.items():
+        if name.startswith("peer") and what["status"] == "ok":
+            ms = what["ms"]
+            print(f"{name[5:]}: {ms['peer']:.2f} ms, offtower in turn {ms['own']:.2f}")
+    alike: dict[str, list[str]] = {}  # a peer that is missing says so once
+    for name, what in outcomes.items():
+        if what["status"] != "ok":
+            why = f"{what['status'].upper()}: {what.get('error', '')[:200]}".replace("\n", " ")
+            alike.setdefault(why, []).append(name)
+    for why, names in alike.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"{names[0]}{more}: {why}")
+    for word in ("check", "test"):
+        kept = [w["status"] for name, w in outcomes.items() if name.startswith(word)]
+        print(f"{word}s: {kept.count('ok')} of {len(kept)} passed")
+    rates = outcomes.get("ceilings", {})
     print(
-        f"\n{result['device']}; ceilings {result['ceilings']}; built in {result['build_s']:.0f} s"
+        f"\n{result['device']}; product {rates.get('product_tflops', 0):.0f} TFLOP/s, copy "
+        f"{rates.get('copy_tbps', 0):.2f} TB/s; built in {result['build_s']:.0f} s, all in "
+        f"{result['seconds']:.0f} s"
     )
-    for entry in result["shapes"]:
-        for name, times in entry["ms"].items():
-            if not name.startswith("offtower"):
-                print(f"  d={entry['dim']} B={entry['rows']} {name}: {times}")
-        for name, why in entry["notes"].items():
-            print(f"  d={entry['dim']} B={entry['rows']} {name}: skipped, {why}")
-    for failure in result["failed"]:
-        print("FAILED", failure)
-    print(f"checks: {len(result['failed'])} failed\n")
-    heads = [f"d={e['dim']} B={e['rows']}" for e in result["shapes"]]
-    print(f"{'ms, N = 1e6, bfloat16':<32}" + "".join(f"{h:>24}" for h in heads))
-    for name, goals in GOALS.items():
-        cells = []
-        for entry in result["shapes"]:
-            goal = goals[SHAPES.index((entry["dim"], entry["rows"]))]
-            time_ms = entry["ms"]["offtower"][name]
-            cells.append(f"{time_ms:.2f} / goal {goal} = {time_ms / goal:.2f}")
-        print(f"{name:<32}" + "".join(f"{c:>24}" for c in cells))
+    for family in ("own", "portable"):
+        head = "ms / goal" if family == "own" else "portable kernels, ms"
+        print(f"{head:<30}" + "".join(f"{h:>20}" for h in heads))
+        for case, goals in GOALS.items():
+            cells = []
+            for shape, goal in zip(heads, goals, strict=True):
+                what = outcomes.get(f"time {shape} {case}", {})
+                if family == "portable":
+                    what = outcomes.get(f"portable {shape} {case}", what)
+                ms = what.get("ms", {}).get(family)
+                shown = what.get("status", "-") if ms is None else f"{ms:.2f}"
+                if ms is not None and family == "own":
+                    shown += f" / {goal} = {ms / goal:.2f}"
+                cells.append(shown)
+            print(f"{case:<30}" + "".join(f"{c:>20}" for c in cells))
+
+
+def write(path: Path | None, result: dict[str, Any]) -> None:
+    if path is None:
+        return
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(result, indent=1))
+    os.replace(beside, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", choices=["d64", "d128"])
+    parser.add_argument("--only", default="", help="units whose names hold this")
     parser.add_argument("--no-build", action="store_true")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--seconds", type=float, default=430, help="after which peers are left out")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="for all, the build included"
+    )
+    parser.add_argument("--build-only", action="store_true")
+    parser.add_argument("--python", default=sys.executable, help="build for this interpreter")
+    parser.add_argument("--architectures", nargs="+", help="as in 80 90a; default: the device's")
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("torch sees no NVIDIA GPU: nothing to measure")
-    deadline = time.monotonic() + options.seconds
-    built = math.nan if options.no_build else build()
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "build_s": built,
-        "failed": check(),
-        "ceilings": ceilings(),
-        "shapes": [],
-    }
-    for dim, rows in SHAPES:
-        if options.only in (None, f"d{dim}"):
-            result["shapes"].append(measure(dim, rows, not options.no_peers, deadline))
-            if options.json:
-                options.json.write_text(json.dumps(result, indent=1))
+    if options.build_only and not options.architectures:
+        parser.error("--build-only needs --architectures")
+    if options.child is not None:
+        from gpu_policy_terms_units import Bench, spoils
+
+        return serve(options.child, Bench(options.rehearse).run, spoils)
+    begin = time.monotonic()
+    built, name, here = 0.0, "a rehearsal on a CPU", ""
+    if not (options.rehearse or options.build_only):
+        name, here = device()
+    if not options.rehearse:
+        wanted = options.architectures or [here]
+        if options.build_only or not (options.no_build or core_is_there(wanted)):
+            built = build(wanted, options.python, ROOT / "build/gpu")
+            print(f"built for {', '.join(wanted)} in {built:.0f} s", flush=True)
+        if options.build_only:
+            return None
+    result: dict[str, Any] = {"device": name, "build_s": built, "seconds": 0.0, "units": {}}
+
+    def save(outcomes: dict[str, dict[str, Any]]) -> None:
+        result.update(units=outcomes, seconds=time.monotonic() - begin)
+        write(options.json, result)
+
+    command = [sys.executable, __file__, *(["--rehearse"] if options.rehearse else []), "--child"]
+    chosen = units(not options.no_peers, options.rehearse, options.only)
+    run_units(command, chosen, options.seconds - (time.monotonic() - begin), save, why_not=why_not)
     show(result)
-    if result["failed"]:
+    failed = [n for n, w in result["units"].items() if n[:4] in ("chec", "test", "time")]
+    if any(result["units"][n]["status"] not in ("ok", "skipped") for n in failed):
         raise SystemExit(1)
+    return None
 
 
 if __name__ == "__main__":

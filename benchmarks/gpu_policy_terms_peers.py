@@ -15,6 +15,20 @@ from torch.nn import functional as F
 FORWARD, BACKWARD = "log_prob forward", "log_prob forward+backward"
 EXPECTED, DR = "+ expected_reward forward", "DR identity forward+backward"
 CHUNK = 65_536
+NAMES = (
+    f"{EXPECTED}: SDPA flash",
+    f"{EXPECTED}: SDPA cuDNN",
+    f"{BACKWARD}: chunked torch",
+    f"{BACKWARD}: eager torch",
+    f"{BACKWARD}: cce_exact",
+    f"{BACKWARD}: cce (default, drops small tiles)",
+    f"{BACKWARD}: Liger",
+    f"{FORWARD}: chunked torch",
+    f"{DR}: eager torch",
+    f"{BACKWARD}: F.linear_cross_entropy",
+    f"{BACKWARD}: torch.compile",
+)
+"""Of the peers, those that matter most first."""
 
 
 def eager(u: Tensor, v: Tensor, action: Tensor) -> Tensor:
@@ -55,6 +69,8 @@ def peers_of(x: Any) -> dict[str, Callable[[], Callable[[], Any]]]:
     u, v = x.u, x.v
 
     def room(arrays: int) -> None:
+        if not u.is_cuda:
+            return
         need = arrays * len(u) * len(v) * 4
         free = torch.cuda.mem_get_info()[0]
         if need > free:
@@ -114,16 +130,17 @@ def peers_of(x: Any) -> dict[str, Callable[[], Callable[[], Any]]]:
         call = F.linear_cross_entropy  # type: ignore[attr-defined]
         return gradients(lambda: call(u, v, x.action))
 
-    return {
-        f"{FORWARD}: chunked torch": make_chunked_forward,
-        f"{EXPECTED}: SDPA flash": attention("flash"),
-        f"{EXPECTED}: SDPA cuDNN": attention("cudnn"),
-        f"{BACKWARD}: chunked torch": make_chunked,
-        f"{BACKWARD}: eager torch": make_eager,
-        f"{BACKWARD}: cce_exact": cut_cross_entropy("cce_exact"),
-        f"{BACKWARD}: cce (default, drops small tiles)": cut_cross_entropy("cce"),
-        f"{BACKWARD}: Liger": make_liger,
-        f"{BACKWARD}: F.linear_cross_entropy": make_linear_cross_entropy,
-        f"{DR}: eager torch": make_eager_dr,
-        f"{BACKWARD}: torch.compile": make_compiled,
-    }
+    makers = (
+        attention("flash"),
+        attention("cudnn"),
+        make_chunked,
+        make_eager,
+        cut_cross_entropy("cce_exact"),
+        cut_cross_entropy("cce"),
+        make_liger,
+        make_chunked_forward,
+        make_eager_dr,
+        make_linear_cross_entropy,
+        make_compiled,
+    )
+    return dict(zip(NAMES, makers, strict=True))

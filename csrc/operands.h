@@ -7,7 +7,8 @@
 
 namespace offtower {
 
-enum class DType : int32_t { float32 = 0, bfloat16 = 1 };
+// tfloat32: float32 numbers whose products may round them to 10 bits behind the point (CUDA alone).
+enum class DType : int32_t { float32 = 0, bfloat16 = 1, tfloat32 = 2 };
 enum class RewardKind : int32_t { none = 0, dense = 1, identity = 2, sigmoid = 3 };
 
 // Logits s_ij = <context_i, item_j> / temperature + item_bias_j, and a frozen reward model q_ij.

@@ -44,7 +44,7 @@ int64_t forward(const PolicyOperands& o, const ForwardResults& results, const Ca
 }
 
 int64_t top_k(const PolicyOperands& o, const TopKResults& results, const Call& call) {
-  return with_type(o.dtype, [&](auto t) {
+  return with_exact_type(o.dtype, [&](auto t) {
     using T = decltype(t);
     using Kernel = TopK<T>;
     const int64_t capacity = list_capacity(results.k);

@@ -5,7 +5,7 @@
 namespace offtower::cuda {
 
 HopperPlan plan_hopper_forward(const PolicyOperands& o, const Device& device, int64_t split_bytes) {
-  if (o.dtype != DType::bfloat16 || o.reward == RewardKind::dense) return {};
+  if (!taken(o, true)) return {};
   using Kernel = HopperForward<Reward::none, false>;
   return plan_hopper(device, Kernel::kColumns, panels_of(static_cast<int>(o.dim)),
                      panels_of(factored_width(o, true)), Kernel::kVectors, o.rows, o.items, split_bytes);

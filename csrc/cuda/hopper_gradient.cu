@@ -27,7 +27,7 @@ void with_kernel(bool items_stay, Reward reward, int width, Use use) {
 
 HopperPlan plan_hopper_gradient(const PolicyOperands& o, bool items_stay, Reward reward, int width,
                                 const Device& device, int64_t split_bytes) {
-  if (o.dtype != DType::bfloat16 || reward == Reward::dense) return {};
+  if (!taken(o, reward != Reward::none)) return {};
   HopperPlan plan{};
   with_kernel(items_stay, reward, width, [&](auto kernel) {
     using Kernel = decltype(kernel);

@@ -1,6 +1,7 @@
 // Starts a kernel: on the device, or block by block on the emulation.
 #pragma once
 
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -30,6 +31,8 @@ template <class Kernel>
 void launch(const typename Kernel::Params& params, int64_t blocks, int threads, int shared_bytes,
             const Call& call) {
   if (blocks == 0) return;
+  if (blocks > std::numeric_limits<int>::max())
+    throw std::runtime_error("a launch of " + std::to_string(blocks) + " blocks: a grid has up to 2^31 - 1");
 #if defined(__CUDACC__)
   constexpr auto kernel = run_kernel<Kernel>;
   if (shared_bytes > 48 << 10)
@@ -51,11 +54,16 @@ void launch_small(const typename Kernel::Params& params, int64_t count, const Ca
   launch<Kernel>(params, ceil_div(count, Kernel::kMostThreads), Kernel::kMostThreads, 0, call);
 }
 
-// Calls `use(T{})` for the operands' type.
+// Calls `use(T{})` for the operands' type; a search takes no rounded products.
 template <class Use>
-auto with_type(DType dtype, Use use) {
+auto with_exact_type(DType dtype, Use use) {
   if (dtype == DType::bfloat16) return use(Bfloat16{});
   return use(0.0f);
+}
+template <class Use>
+auto with_type(DType dtype, Use use) {
+  if (dtype == DType::tfloat32) return use(Tfloat32{});
+  return with_exact_type(dtype, use);
 }
 
 template <Reward kReward>
@@ -69,13 +77,20 @@ auto with_reward(RewardKind kind, Use use) {
   return use(RewardTag<Reward::factored>{});
 }
 
+inline bool is_factored(RewardKind kind) {
+  return kind == RewardKind::identity || kind == RewardKind::sigmoid;
+}
+inline int factored_width(const PolicyOperands& o, bool reward) {
+  return reward && is_factored(o.reward) ? static_cast<int>(o.reward_dim) : 0;
+}
+
 // Operands as kernels see them: contexts stay, or items do.
 inline Problem problem_of(const PolicyOperands& o, bool items_stay, bool reward, int splits,
                           int stages) {
   const Matrix context{o.context, o.rows, static_cast<int>(o.dim)};
   const Matrix item{o.item, o.items, static_cast<int>(o.dim)};
-  const bool factored = reward && o.reward_dim > 0 && o.reward != RewardKind::dense;
-  const int width = factored ? static_cast<int>(o.reward_dim) : 0;
+  const bool factored = reward && is_factored(o.reward); // of no width: the biases alone
+  const int width = factored_width(o, reward);
   const Matrix reward_context{o.reward_context, o.rows, width};
   const Matrix reward_item{o.reward_item, o.items, width};
   Problem p{};
@@ -92,12 +107,6 @@ inline Problem problem_of(const PolicyOperands& o, bool items_stay, bool reward,
   p.splits = splits;
   p.stages = stages;
   return p;
-}
-
-inline int factored_width(const PolicyOperands& o, bool reward) {
-  return reward && (o.reward == RewardKind::identity || o.reward == RewardKind::sigmoid)
-             ? static_cast<int>(o.reward_dim)
-             : 0;
 }
 
 } // namespace offtower::cuda

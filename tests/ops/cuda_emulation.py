@@ -44,7 +44,8 @@ def build(folder: Path) -> ModuleType:
     """Compile and load the module. Some 20 s of processor time."""
     include = [sysconfig.get_paths()["include"], str(Path(torch.__file__).parent / "include")]
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DOFFTOWER_CUDA_EMULATED"]
-    flags += ["-DOFFTOWER_CUDA_MODULE=_cuda_emulated", '-DOFFTOWER_CUDA_ARCHITECTURES="emulation"']
+    flags += ["-DOFFTOWER_CUDA_MODULE=_cuda_emulated", '-DOFFTOWER_CUDA_SOURCES="emulation"']
+    flags += ['-DOFFTOWER_CUDA_ARCHITECTURES="emulation"']
     kernels = [p for p in sorted(SOURCES.glob("cuda/*.cu")) if p.stem != "no_hopper"]
     others = [SOURCES / "cuda/emulation/block.cpp", SOURCES / "bindings/cuda_module.cpp"]
 

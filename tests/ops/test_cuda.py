@@ -40,10 +40,10 @@ def on_gpu(case: Case) -> dict[str, Tensor]:
 @pytest.fixture(autouse=True)
 def full_float32() -> Any:
     """The bar in float32 is full float32, not tf32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 def operands(rows: int, items: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
@@ -272,6 +272,28 @@ def test_top_k_is_the_stable_sort_of_the_logits(dtype: torch.dtype) -> None:
             scores, index = top_k(u, v, k, temperature=0.5, item_bias=b, backend="cuda")
             assert torch.equal(index, order[:, :k])
             assert torch.equal(scores, full.gather(1, index))
+
+
+def test_tf32_on_request() -> None:
+    """Products alone are rounded, and only where torch is told so."""
+    u, v, action, e, t = operands(130, 3000, 64, torch.float32)
+    u.requires_grad_(), v.requires_grad_()
+
+    def terms(backend: Any) -> list[Tensor]:
+        found = policy_terms(u, v, action, reward_model=FactoredReward(e, t), backend=backend)
+        assert found.expected_reward is not None
+        loss = (found.log_prob + found.expected_reward).sum()
+        values = [found.log_prob.detach(), found.expected_reward.detach()]
+        return [*values, *torch.autograd.grad(loss, (u, v))]
+
+    exact, full = terms("reference"), terms("cuda")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    rounded = terms("cuda")
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert all(torch.equal(a, b) for a, b in zip(terms("cuda"), full, strict=True))
+    for wanted, ours, loose in zip(exact, full, rounded, strict=True):
+        assert (ours - wanted).norm() < 1e-5 * wanted.norm()
+        assert 1e-6 * wanted.norm() < (loose - wanted).norm() < 2e-3 * wanted.norm()
 
 
 def test_impossible_actions_spoil_only_their_rows() -> None:

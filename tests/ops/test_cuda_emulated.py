@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -18,11 +18,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return cuda_emulation.build(Path(tmp_path_factory.mktemp("emulation")))
 
 
 @pytest.fixture(params=["sm_80", "sm_90"])
@@ -88,6 +83,76 @@ def test_same_bits_in_any_order_of_the_threads(
         first = first or again
         for name, value in again.items():
             assert torch.equal(value, first[name]), (name, seed)
+
+
+@pytest.mark.parametrize("link", ["identity", "sigmoid"])
+def test_rewards_that_are_biases_alone(device: str, link: str) -> None:
+    """A factored reward model of width 0."""
+    case = Case(40, 300, 24, "identity", torch.bfloat16)
+    case.reward = FactoredReward(
+        torch.empty(40, 0).bfloat16(), torch.empty(300, 0).bfloat16(), case.b, link,  # type: ignore[arg-type]
+    )  # fmt: skip
+    ours, exact = emulated(case), case.torch(torch.float64)
+    for name in ("expected_reward", "log_prob"):
+        torch.testing.assert_close(ours[name], exact[name], rtol=2e-6, atol=2e-6)
+    for name in ("du", "dv", "db"):
+        assert (ours[name] - exact[name]).norm() < 6e-3 * exact[name].norm()
+
+
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    """To 10 bits behind the point, nearest, ties away from zero."""
+    return ((x.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """What users do who want their products in tf32."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("on", ["sm_80", "sm_86", "sm_90"])
+def test_tf32_on_request(
+    on: str, tf32: None, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Terms are those of rounded embeddings to float32's precision: products alone are rounded.
+
+    Weights of the gradients' products are rounded too, to 2^-11 of each.
+    """
+    cuda_emulation.put_in_place(module, on, monkeypatch)
+    for shape, kind in (
+        ((5, 9, 2), "none"),
+        ((70, 520, 40), "identity"),
+        ((40, 300, 130), "sigmoid"),
+    ):
+        case = Case(*shape, kind, torch.float32)
+        ours = emulated(case)
+        rounded = Case(*shape, kind, torch.float32)
+        rounded.u, rounded.v = rounded_to_tf32(case.u), rounded_to_tf32(case.v)
+        if kind != "none":
+            r = case.reward
+            rounded.reward = FactoredReward(
+                rounded_to_tf32(r.context), rounded_to_tf32(r.item), r.item_bias, r.link
+            )
+        exact = rounded.torch(torch.float64)
+        for name in exact:
+            error = (ours[name] - exact[name]).norm() / exact[name].norm()
+            assert error < (1e-3 if name in ("du", "dv") else 1e-6), (name, shape)
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert not torch.equal(ours["log_prob"], emulated(case)["log_prob"])
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def test_search_is_exact_under_tf32(
+    tf32: None, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda_emulation.put_in_place(module, "sm_80", monkeypatch)
+    case = Case(20, 300, 24, "none", torch.float32)
+    scores, _ = top_k(case.u, case.v, 5)
+    wanted = (case.u.double() @ case.v.double().T).topk(5).values
+    torch.testing.assert_close(scores.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

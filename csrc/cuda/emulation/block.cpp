@@ -44,6 +44,7 @@ struct Fiber {
   void* stack_pointer = nullptr;
   std::unique_ptr<char[]> stack;
   bool done = false, blocked = false;
+  uint32_t asleep = 0; // passes over the fibers that it sits out
   const char* waits_for = "";
   Copies copies;
 };
@@ -52,6 +53,11 @@ struct Meeting {
   std::vector<void*> brought;
   std::vector<int> waiting;
   const char* what = nullptr;
+};
+
+struct Later {
+  std::function<void()> run;
+  uint32_t passes; // until it lands
 };
 
 struct Block {
@@ -65,12 +71,15 @@ struct Block {
   const std::function<void(char*)>* body = nullptr;
   char* shared = nullptr;
   std::size_t shared_bytes = 0;
-  std::vector<std::function<void()>> later;                   // under way
-  std::map<int, std::vector<std::function<void()>>> products; // by warpgroup
+  std::vector<Later> later;                                   // under way
+  std::map<int, Products> products;                           // by warpgroup
+  std::vector<char> engine_wrote, engine_bytes;               // which bytes of shared memory, and what
+  bool published = true;
 };
 
 Block* block = nullptr;
 uint64_t random_state = 1;
+std::string fault;
 
 void to_scheduler() { offtower_switch_fiber(&block->fibers[block->current].stack_pointer, block->scheduler); }
 
@@ -119,6 +128,9 @@ void run_one(int64_t index) {
   block->index = index;
   for (Fiber& f : block->fibers) prepare(f);
   block->meetings.clear();
+  block->products.clear();
+  block->engine_wrote.assign(block->shared_bytes, 0);
+  block->engine_bytes.assign(block->shared_bytes, 0);
   std::vector<int> ready;
   uint64_t seen = block->changes;
   int idle = 0;
@@ -131,9 +143,9 @@ void run_one(int64_t index) {
     }
     if (all_done) break;
     // What is under way lands in its own time, and at the latest when nobody can go on.
-    for (auto& one : std::exchange(block->later, {})) {
-      if (draw(3) == 0 || ready.empty() || idle > 2) one();
-      else block->later.push_back(std::move(one));
+    for (Later& one : std::exchange(block->later, {})) {
+      if (one.passes == 0 || ready.empty() || idle > 24) one.run();
+      else block->later.push_back({std::move(one.run), one.passes - 1});
     }
     if (ready.empty() && block->changes != seen) continue;
     if (ready.empty()) throw std::runtime_error("a block is stuck:" + state());
@@ -142,6 +154,16 @@ void run_one(int64_t index) {
     for (int f : ready) {
       Fiber& fiber = block->fibers[f];
       if (fiber.done || fiber.blocked) continue;
+      // Nothing says how far apart the lanes of a warp may be: at times a few passes, rarely many.
+      if (fiber.asleep == 0) {
+        const uint32_t lot = draw(1 << 14);
+        if (lot < 256) fiber.asleep = draw(6);
+        if (lot == 256) fiber.asleep = draw(400);
+      }
+      if (fiber.asleep > 0) {
+        --fiber.asleep;
+        continue;
+      }
       block->current = f;
       offtower_switch_fiber(&block->scheduler, fiber.stack_pointer);
       if (!block->error.empty()) throw std::runtime_error(block->error);
@@ -151,8 +173,8 @@ void run_one(int64_t index) {
     if (idle > 1000) throw std::runtime_error("a block waits for ever:" + state());
   }
   if (!block->later.empty()) throw std::runtime_error("a block ended before its copies did");
-  for (const auto& [group, waiting] : block->products)
-    if (!waiting.empty()) throw std::runtime_error("a warpgroup ended before its products did");
+  for (const auto& [group, products] : block->products)
+    if (!products.waiting.empty()) throw std::runtime_error("a warpgroup ended before its products did");
 }
 
 } // namespace
@@ -197,13 +219,13 @@ void collective(const char* what, int first, int members, void* brought, Togethe
 }
 
 void later(std::function<void()> what) {
-  if (draw(3) == 0) what();
-  else block->later.push_back(std::move(what));
+  if (draw(2) == 0) what();
+  else block->later.push_back({std::move(what), draw(32)});
 }
 
-std::vector<std::function<void()>>& products_of_this_group() {
-  return block->products[block->current / 128];
-}
+Products& products_of_this_group() { return block->products[block->current / 128]; }
+bool& barriers_published() { return block->published; }
+bool forgotten(const char* operation) { return fault == operation; }
 
 uint32_t address_in_shared(const void* p) {
   const auto offset = static_cast<const char*>(p) - block->shared;
@@ -212,9 +234,22 @@ uint32_t address_in_shared(const void* p) {
   return static_cast<uint32_t>(offset);
 }
 
-const char* shared_memory(uint32_t address, int bytes) {
+std::size_t shared_bytes() { return block->shared_bytes; }
+
+void written_by_engine(const void* at, std::size_t bytes) {
+  const auto from = static_cast<std::size_t>(static_cast<const char*>(at) - block->shared);
+  std::memcpy(block->engine_bytes.data() + from, at, bytes);
+  std::memset(block->engine_wrote.data() + from, 1, bytes);
+}
+
+const char* read_by_cores(uint32_t address, int bytes) {
   if (address + static_cast<std::size_t>(bytes) > block->shared_bytes) fail("read beyond shared memory");
-  return block->shared + address;
+  const char* at = block->shared + address;
+  for (int i = 0; i < bytes; ++i)
+    if (block->engine_wrote[address + static_cast<uint32_t>(i)] == 0 ||
+        block->engine_bytes[address + static_cast<uint32_t>(i)] != at[i])
+      fail("the tensor cores read what no copy has brought, or what a thread wrote without a fence");
+  return at;
 }
 
 void barrier(int name, int members) {
@@ -234,6 +269,8 @@ void run(int64_t blocks, int threads, std::size_t shared_bytes,
          const std::function<void(char* shared)>& body) {
   if (const char* seed = std::getenv("OFFTOWER_EMULATION_SEED"))
     random_state = 0x9e3779b97f4a7c15ull * (std::strtoull(seed, nullptr, 10) + 1);
+  const char* without = std::getenv("OFFTOWER_EMULATION_WITHOUT");
+  fault = without == nullptr ? "" : without;
   Block mine;
   mine.fibers.resize(static_cast<std::size_t>(threads));
   mine.count = blocks;

@@ -47,15 +47,32 @@ Copies& copies_of_this_thread();
 
 // Something asynchronous: at once, or at some later time.
 void later(std::function<void()> what);
-// Products that this thread's warpgroup has started and not waited for, in their order.
-std::vector<std::function<void()>>& products_of_this_group();
-inline void run_all(std::vector<std::function<void()>>& waiting) {
-  for (const auto& one : waiting) one();
-  waiting.clear();
-}
-// Addresses within the block's shared memory, and back; fails beyond its end.
+// What this thread's warpgroup has started and not waited for, in order. A wait is for the committed
+// ones; the first after a wait needs a fence, since threads may have touched its registers.
+struct Products {
+  std::vector<std::function<void()>> waiting;
+  std::size_t committed = 0;
+  bool fenced = false;
+
+  void run(std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) waiting[i]();
+    waiting.erase(waiting.begin(), waiting.begin() + static_cast<std::ptrdiff_t>(count));
+    committed -= committed < count ? committed : count;
+  }
+};
+Products& products_of_this_group();
+// Addresses within the block's shared memory, and its size.
 uint32_t address_in_shared(const void* p);
-const char* shared_memory(uint32_t address, int bytes);
+std::size_t shared_bytes();
+// The copy engine and the tensor cores see shared memory through a proxy of their own: what the engine
+// has written, from `at` on, and what the cores read there, which must still be just that.
+void written_by_engine(const void* at, std::size_t bytes);
+const char* read_by_cores(uint32_t address, int bytes);
+// Barriers are unknown to the copy engine until they are published.
+bool& barriers_published();
+// Whether OFFTOWER_EMULATION_WITHOUT names this operation: then it does nothing, as if a kernel had
+// forgotten it. The tests see to it that each such fault shows.
+bool forgotten(const char* operation);
 
 // Runs `body(shared)` in `threads` fibers for each of `blocks` blocks. Throws std::runtime_error.
 void run(int64_t blocks, int threads, std::size_t shared_bytes,

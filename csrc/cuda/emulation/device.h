@@ -45,8 +45,12 @@ inline uint32_t bits_of_float(float x) {
   return bits;
 }
 
-inline void sync_block() { emulation::collective("sync_block", 0, thread_count(), nullptr, nullptr); }
+inline void sync_block() {
+  if (emulation::forgotten("sync_block")) return;
+  emulation::collective("sync_block", 0, thread_count(), nullptr, nullptr);
+}
 inline void sync_warp() {
+  if (emulation::forgotten("sync_warp")) return;
   int nothing = 0;
   emulation::in_warp<int>("sync_warp", nothing, [](int* const*) {});
 }
@@ -79,6 +83,7 @@ inline int add_to_counter(int* shared, int amount) {
 }
 inline int lowest_bit(uint32_t x) { return __builtin_ctz(x); }
 
+inline int only_here(int x) { return x; }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline float larger(float a, float b) { return std::fmax(a, b); }
 inline float smaller(float a, float b) { return a != a || b != b ? a + b : a < b ? a : b; }
@@ -101,9 +106,20 @@ struct Matrices {
   uint32_t* r;
   const uint16_t* row;
 };
+// Eight rows of 16 bytes are read at once: in different banks, that is, in different eighths of 128
+// bytes.
+inline void check_banks(Matrices* const* lanes) {
+  for (int first = 0; first < 32; first += 8) {
+    int seen = 0;
+    for (int lane = first; lane < first + 8; ++lane)
+      seen |= 1 << reinterpret_cast<uintptr_t>(lanes[lane]->row) / 16 % 8;
+    if (seen != 0xff) fail("rows of a matrix lie in the same banks");
+  }
+}
 // Lane l holds elements (l / 4, 2 (l % 4)) and the next of each matrix; of its transpose, if asked.
 template <bool kTransposed>
 void spread_matrices(Matrices* const* lanes) {
+  check_banks(lanes);
   for (int lane = 0; lane < 32; ++lane)
     for (int m = 0; m < 4; ++m) {
       const int i = lane / 4, j = lane % 4 * 2;
@@ -157,6 +173,38 @@ inline void tensor_multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t 
   });
 }
 
+// cvt.rna.tf32: 13 bits go, to nearest, ties away from zero.
+inline uint32_t to_tf32(uint32_t bits) {
+  const float x = float_of_bits(bits);
+  if (x - x != 0.0f) return bits;
+  return (bits + 0x1000u) & 0xffffe000u;
+}
+
+// PTX ISA, "Matrix fragments for mma.m16n8k8", tf32: a0..a3 are rows (g, g+8, g, g+8), columns t (+4 for
+// a2, a3); b0, b1 are rows t (+4), column g. The 13 low bits of operands are not looked at.
+inline void tensor_multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Args {
+    float* d;
+    const uint32_t* a;
+    uint32_t b[2];
+  } args{d, a, {b0, b1}};
+  emulation::in_warp<Args>("mma tf32", args, [](Args* const* lanes) {
+    const auto cut = [](uint32_t bits) { return static_cast<double>(float_of_bits(bits & 0xffffe000u)); };
+    double x[16][8], y[8][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int e = 0; e < 4; ++e) x[g + e % 2 * 8][t + e / 2 * 4] = cut(lanes[lane]->a[e]);
+      for (int e = 0; e < 2; ++e) y[t + e * 4][g] = cut(lanes[lane]->b[e]);
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int e = 0; e < 4; ++e) {
+        double sum = lanes[lane]->d[e];
+        for (int k = 0; k < 8; ++k) sum += x[lane / 4 + e / 2 * 8][k] * y[k][lane % 4 * 2 + e % 2];
+        lanes[lane]->d[e] = static_cast<float>(sum);
+      }
+  });
+}
+
 inline void copy_async(void* shared, const void* global, bool inside) {
   auto run = [=] {
     if (inside) std::memcpy(shared, global, 16);
@@ -165,6 +213,8 @@ inline void copy_async(void* shared, const void* global, bool inside) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) emulation::fail("a copy's target is not on 16 bytes");
   if (inside && reinterpret_cast<uintptr_t>(global) % 16 != 0)
     emulation::fail("a copy's source is not on 16 bytes");
+  if (emulation::address_in_shared(shared) + 16 > emulation::shared_bytes())
+    emulation::fail("a copy ends beyond shared memory");
   emulation::Copies& mine = emulation::copies_of_this_thread();
   if (emulation::draw(2) == 0) run();
   else mine.waiting.push_back({run, mine.group});
@@ -173,8 +223,9 @@ inline void commit_copies() { ++emulation::copies_of_this_thread().group; }
 template <int kLeft>
 void wait_copies() {
   emulation::Copies& mine = emulation::copies_of_this_thread();
+  const int left = kLeft + (emulation::forgotten("wait_copies") ? 1 : 0);
   auto at = mine.waiting.begin();
-  for (; at != mine.waiting.end() && at->group < mine.group - kLeft; ++at) at->run();
+  for (; at != mine.waiting.end() && at->group < mine.group - left; ++at) at->run();
   mine.waiting.erase(mine.waiting.begin(), at);
 }
 

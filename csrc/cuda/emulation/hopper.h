@@ -31,14 +31,26 @@ inline Barrier& barrier_at(uint64_t* at) {
   if (b.ready != 0x5a) fail("a barrier that was not initialised");
   return b;
 }
+// Where a copy of the engine lands.
+inline void check_copy(const void* shared, uint32_t unit, std::size_t bytes) {
+  if (!barriers_published()) fail("the copy engine is given a barrier that was not published");
+  const uint32_t at = address_in_shared(shared);
+  if (at % unit != 0) fail("a copy's target is not on " + std::to_string(unit) + " bytes");
+  if (at + bytes > shared_bytes()) fail("a copy ends beyond shared memory");
+}
 } // namespace emulation
 
 inline int same_in_warp(int x) { return x; }
 inline void init_barrier(uint64_t* at, int arrivals) {
+  if (reinterpret_cast<uintptr_t>(at) % 8 != 0 || arrivals < 1 || arrivals > 255)
+    emulation::fail("a barrier is not on 8 bytes, or expects too many");
+  emulation::barriers_published() = false;
   *reinterpret_cast<emulation::Barrier*>(at) = {0, static_cast<uint8_t>(arrivals),
                                                 static_cast<uint8_t>(arrivals), 0x5a, 0};
 }
-inline void publish_barriers() {}
+inline void publish_barriers() {
+  if (!emulation::forgotten("publish_barriers")) emulation::barriers_published() = true;
+}
 inline void arrive(uint64_t* at) {
   emulation::Barrier& b = emulation::barrier_at(at);
   if (b.pending == 0) emulation::fail("more arrivals than a barrier expects");
@@ -46,16 +58,20 @@ inline void arrive(uint64_t* at) {
   emulation::settle(b);
 }
 inline void arrive_expecting(uint64_t* at, int bytes) {
-  emulation::barrier_at(at).bytes += bytes;
+  emulation::Barrier& b = emulation::barrier_at(at);
+  b.bytes += emulation::forgotten("expect") ? bytes / 2 : bytes;
+  if (b.bytes >= 1 << 20) emulation::fail("a barrier counts less than 2^20 bytes");
   arrive(at);
 }
 inline void wait_barrier(uint64_t* at, int parity) {
+  // By warps 0 to 3: of the producer, for a free stage.
+  if (emulation::forgotten(thread_index() < 128 ? "wait_free" : "wait_full")) return;
   while (emulation::barrier_at(at).phase == parity) emulation::wait_a_while("a barrier in shared memory");
 }
 
 inline void copy_box(void* shared, const TensorMap* map, int column, int row, uint64_t* at) {
-  if (reinterpret_cast<uintptr_t>(shared) % 1024 != 0) emulation::fail("a panel is not on 1,024 bytes");
   const TensorMap m = *map;
+  emulation::check_copy(shared, 1024, static_cast<std::size_t>(m.box_rows) * 128);
   emulation::later([=] {
     for (int r = 0; r < m.box_rows; ++r)
       for (int c = 0; c < 64; ++c) {
@@ -66,14 +82,15 @@ inline void copy_box(void* shared, const TensorMap* map, int column, int row, ui
         char* to = static_cast<char*>(shared) + r * 128 + ((c / 8) ^ (r % 8)) * 16 + c % 8 * 2;
         std::memcpy(to, &value, 2);
       }
+    emulation::written_by_engine(shared, static_cast<std::size_t>(m.box_rows) * 128);
     auto& b = *reinterpret_cast<emulation::Barrier*>(at);
     b.bytes -= m.box_rows * 128;
     emulation::settle(b);
   });
 }
 inline void copy_bytes(void* shared, const void* global, int bytes, uint64_t* at) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0 ||
-      bytes % 16 != 0)
+  emulation::check_copy(shared, 16, static_cast<std::size_t>(bytes));
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0)
     emulation::fail("a bulk copy is not on 16 bytes");
   emulation::later([=] {
     std::memcpy(shared, global, static_cast<std::size_t>(bytes));
@@ -92,13 +109,22 @@ struct Product {
   int columns;
 };
 
-// The number at 16-byte units of a descriptor, and a byte offset of its own, through the swizzle.
-inline float number_at(uint64_t d, uint32_t offset) {
+// PTX ISA, "Matrix descriptor": bits 0-13 address, 16-29 leading and 32-45 stride offset, each in 16
+// bytes, 49-51 where in its pattern of 1,024 bytes the matrix starts, 62-63 the swizzle; others are 0.
+inline void check_descriptor(uint64_t d) {
+  constexpr uint64_t kUnused = 0x3ull << 14 | 0x3ull << 30 | 0x7ull << 46 | 0x3ffull << 52;
   if (d >> 62 != 1) fail("a descriptor without the 128-byte swizzle");
+  if ((d & kUnused) != 0 || (d >> 49 & 7) != 0) fail("a descriptor with bits that must be 0");
+  if ((d & 0x38) != 0) fail("a descriptor of a matrix that starts inside its pattern");
+}
+
+// The number at a byte offset from a descriptor's address, through the swizzle: address bits 7-9 are
+// added to bits 4-6 without carry.
+inline float number_at(uint64_t d, uint32_t offset) {
   uint32_t address = static_cast<uint32_t>(d & 0x3fff) * 16 + offset;
   address ^= (address >> 7 & 7) << 4;
   uint16_t value;
-  std::memcpy(&value, shared_memory(address, 2), 2);
+  std::memcpy(&value, read_by_cores(address, 2), 2);
   return float_of_bits(static_cast<uint32_t>(value) << 16);
 }
 inline uint32_t leading(uint64_t d) { return static_cast<uint32_t>(d >> 16 & 0x3fff) * 16; }
@@ -106,6 +132,8 @@ inline uint32_t stride(uint64_t d) { return static_cast<uint32_t>(d >> 32 & 0x3f
 
 inline void multiply(const std::vector<Product>& p) { // of the 128 threads of a warpgroup
   const int columns = p[0].columns;
+  if (p[0].a_registers == nullptr) check_descriptor(p[0].a);
+  check_descriptor(p[0].b);
   static thread_local float x[64][16], y[16][128];
   for (int k = 0; k < 16; ++k) {
     for (int i = 0; i < 64; ++i) {
@@ -142,9 +170,10 @@ inline void product_of_group(Product mine) {
       if (products[0].a != products.back().a || products[0].b != products.back().b)
         return fail("a warpgroup disagrees about a descriptor");
     }
-    std::vector<std::function<void()>>& waiting = products_of_this_group();
-    waiting.push_back([products] { multiply(products); });
-    if (draw(2) == 0) run_all(waiting);
+    Products& ours = products_of_this_group();
+    if (!ours.fenced) fail("a product after its registers were touched, without wgmma.fence");
+    ours.waiting.push_back([products] { multiply(products); });
+    if (draw(2) == 0) ours.run(ours.waiting.size());
   });
 }
 } // namespace emulation
@@ -161,11 +190,26 @@ template <int kTiles>
 void group_weigh(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
   emulation::product_of_group({&d[0][0], a, 0, b, true, kTiles * 8});
 }
-inline void before_products() {}
-inline void commit_products() {}
+namespace emulation {
+inline void in_group(const char* what, Together together) {
+  if (forgotten(what)) return;
+  collective(what, thread_index() / 128 * 128, 128, nullptr, together);
+}
+} // namespace emulation
+inline void before_products() {
+  emulation::in_group("wgmma fence", [](void* const*, int) { emulation::products_of_this_group().fenced = true; });
+}
+inline void commit_products() {
+  emulation::in_group("wgmma commit", [](void* const*, int) {
+    emulation::Products& p = emulation::products_of_this_group();
+    p.committed = p.waiting.size();
+  });
+}
 inline void wait_products() {
-  emulation::collective("wgmma wait", thread_index() / 128 * 128, 128, nullptr, [](void* const*, int) {
-    emulation::run_all(emulation::products_of_this_group());
+  emulation::in_group("wgmma wait", [](void* const*, int) {
+    emulation::Products& p = emulation::products_of_this_group();
+    p.run(p.committed);
+    p.fenced = false;
   });
 }
 template <class T, int kCount>

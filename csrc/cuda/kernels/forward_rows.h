@@ -99,10 +99,12 @@ public:
     }
     if (kReward == Reward::factored && o.sigmoid) {
       OFFTOWER_UNROLL
-      for (int n = 0; n < kRewardTiles; ++n) {
+      for (int n = 0; n < kRewardTiles - 1; n += 2) {
         OFFTOWER_UNROLL
-        for (int r = 0; r < kHeld; ++r)
-          to_sigmoids(q[r / 2][n][r % 2 * 2], q[r / 2][n][r % 2 * 2 + 1]);
+        for (int r = 0; r < kHeld; ++r) { // four of one context
+          const int m = r / 2, e = r % 2 * 2;
+          to_sigmoids(q[m][n][e], q[m][n][e + 1], q[m][n + 1][e], q[m][n + 1][e + 1]);
+        }
       }
     }
     keep_own(first, y, q);

@@ -2,6 +2,8 @@
 // contexts stream. Blocks are (split of the stream) x (group of rows that stay).
 #pragma once
 
+#include <type_traits>
+
 #include "gradient_rows.h"
 #include "stream.h"
 
@@ -14,8 +16,9 @@ struct Gradient {
   using Rows = GradientRows<T, kItemsStay, kReward, kTiles, kWidth / 8>;
   static constexpr int kRows = Rows::kRows, kMostThreads = 256, kBlocks = 1;
   static constexpr int kVectors = Rows::kVectors;
-  static constexpr int kScratch = sizeof(T) == 4 ? kRows * kScratchPitch<kTiles> * 4 : 0;
-  static constexpr int kFlush = sizeof(T) == 4 ? 64 : 512; // tiles whose sums stay in registers
+  static constexpr bool kPlain = std::is_same<T, float>::value; // no tensor cores
+  static constexpr int kScratch = kPlain ? kRows * kScratchPitch<kTiles> * 4 : 0;
+  static constexpr int kFlush = kPlain ? 64 : (1 << 15) / kColumns; // tiles whose sums stay in registers
 
   static OFFTOWER_DEVICE void run(const Params& p, char* shared) {
     const Problem& o = p.policy;

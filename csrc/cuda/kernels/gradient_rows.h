@@ -76,7 +76,6 @@ public:
   // numbers k and k + 1 of the tile's context.
   template <class Context>
   OFFTOWER_DEVICE void add_own(const float* vectors, Context context) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
     OFFTOWER_UNROLL
     for (int part = 0; part < kColumns; part += 32) {
       const int action = static_cast<int>(bits_of_float(vectors[kActionStat * kColumns + part + lane_index()]));
@@ -85,6 +84,7 @@ public:
       while (shown != 0) { // as good as never at a million items
         const int column = part + lowest_bit(shown);
         shown &= shown - 1;
+        const int lane = only_here(lane_index()), g = lane / 4, t = lane % 4;
         const int64_t at =
             static_cast<int64_t>(static_cast<int>(bits_of_float(vectors[kActionStat * kColumns + column]))) - row;
         const float cotangent = vectors[kOwnStat * kColumns + column];
@@ -161,12 +161,13 @@ private:
         q[n][e] += kItemsStay ? reward_bias[e / 2] : vectors[kColumns + n * 8 + 2 * t + e % 2];
     }
     if (!p.policy.sigmoid) return;
+    // Contexts that stay keep their NaNs to themselves; items that stay sum over all contexts anyway.
     OFFTOWER_UNROLL
-    for (int n = 0; n < kRewardTiles; ++n) {
+    for (int n = 0; n < kRewardTiles - 1; n += 2) {
       OFFTOWER_UNROLL
-      for (int i = 0; i < 2; ++i) { // pairs of one context: down a column, or along a row
-        if constexpr (kItemsStay) to_sigmoids(q[n][i], q[n][i + 2]);
-        else to_sigmoids(q[n][2 * i], q[n][2 * i + 1]);
+      for (int h = 0; h < 2; ++h) {
+        if constexpr (kItemsStay) to_sigmoids(q[n + h][0], q[n + h][1], q[n + h][2], q[n + h][3]);
+        else to_sigmoids(q[n][2 * h], q[n][2 * h + 1], q[n + 1][2 * h], q[n + 1][2 * h + 1]);
       }
     }
   }

@@ -23,6 +23,10 @@ struct HopperProblem {
 
 constexpr int kHopperThreads = 384;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+// A block starts with 168 a thread, the most that 384 threads can have; warpgroups may only pass on what
+// the others have given, in eights.
+static_assert(kProducerRegisters * 128 + kConsumerRegisters * 256 <= 168 * kHopperThreads);
+static_assert(kProducerRegisters % 8 == 0 && kConsumerRegisters % 8 == 0 && kConsumerRegisters < 256);
 
 // A place in a ring of stages, and the parity of its turn.
 struct Ring {

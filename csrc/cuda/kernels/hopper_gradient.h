@@ -11,8 +11,10 @@ namespace offtower::cuda {
 template <bool kItemsStay, Reward kReward, int kWidth>
 struct HopperGradient {
   using Params = HopperProblem<GradientProblem>;
-  // 64 columns where registers would not last for 128: scores, rewards, ds and the sums are in them.
-  static constexpr int kTiles = kReward == Reward::none && kWidth <= 128 ? 16 : 8;
+  // Fewer columns where registers would not last for 128: scores, rewards, ds and the sums are in them.
+  // ptxas makes products wait for one another where they do not.
+  static constexpr int kTiles =
+      kReward == Reward::none ? (kWidth <= 128 ? 16 : 8) : (kWidth <= 128 ? 8 : 4);
   static constexpr int kColumns = kTiles * 8, kWidthTiles = kWidth / 8;
   using Rows = GradientRows<Bfloat16, kItemsStay, kReward, kTiles, kWidthTiles>;
   static constexpr int kVectors = Rows::kVectors;

@@ -41,6 +41,10 @@ template <>
 struct Tiling<float> {
   static constexpr int kColumns = 32;
 };
+template <>
+struct Tiling<Tfloat32> {
+  static constexpr int kColumns = 32;
+};
 
 constexpr int kStep = 32;      // bytes of a row that one step of a product takes
 constexpr int kRowStats = 8;   // 32-bit words of a context, see RowStat

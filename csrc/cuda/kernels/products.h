@@ -12,14 +12,17 @@ namespace offtower::cuda {
 OFFTOWER_DEVICE int lane_index() { return thread_index() % 32; }
 OFFTOWER_DEVICE int warp_index() { return thread_index() / 32; }
 
-// Two sigmoids of one context with one reciprocal: the special function unit is what binds. Below
-// 2^-63 they stay there.
-OFFTOWER_DEVICE void to_sigmoids(float& x, float& y) {
-  const float a = 1.0f + fast_exp2(smaller(-x * kLog2E, 63.0f));
-  const float b = 1.0f + fast_exp2(smaller(-y * kLog2E, 63.0f));
-  const float r = fast_reciprocal(a * b);
-  x = r * b;
-  y = r * a;
+// Four sigmoids with one reciprocal: the special function unit is what binds. Below 2^-31 they stay
+// there, so that the product of four denominators is a number. A NaN spoils all four.
+OFFTOWER_DEVICE void to_sigmoids(float& x0, float& x1, float& x2, float& x3) {
+  const auto denominator = [](float x) { return 1.0f + fast_exp2(smaller(-x * kLog2E, 31.0f)); };
+  const float d0 = denominator(x0), d1 = denominator(x1), d2 = denominator(x2), d3 = denominator(x3);
+  const float low = d0 * d1, high = d2 * d3, r = fast_reciprocal(low * high);
+  const float r_low = r * high, r_high = r * low;
+  x0 = r_low * d1;
+  x1 = r_low * d0;
+  x2 = r_high * d3;
+  x3 = r_high * d2;
 }
 
 template <int kFragments, int kTiles>
@@ -34,9 +37,24 @@ OFFTOWER_DEVICE void clear(float (&s)[kFragments][kTiles][4]) {
   }
 }
 
+// A step of the tensor cores: 32 bytes of a row, whichever numbers are in them. Matrices of 16-bit numbers
+// and of half as many 32-bit ones are loaded alike, and lie as the product wants them.
+OFFTOWER_DEVICE void multiply_step(Bfloat16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  tensor_multiply_add(d, a, b0, b1);
+}
+OFFTOWER_DEVICE void multiply_step(Tfloat32, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  tensor_multiply_add_tf32(d, a, b0, b1);
+}
+OFFTOWER_DEVICE void load_step(Bfloat16, uint32_t (&r)[4], const char* row) { load_matrices(r, row); }
+OFFTOWER_DEVICE void load_step(Tfloat32, uint32_t (&r)[4], const char* row) {
+  load_matrices(r, row);
+  OFFTOWER_UNROLL
+  for (int i = 0; i < 4; ++i) r[i] = to_tf32(r[i]);
+}
+
 // s = X Y^T over `steps` steps: X is the warp's first row, Y the tile, both row-major.
-template <int kFragments, int kTiles>
-OFFTOWER_DEVICE void scores(Bfloat16, const char* x, const char* y, int row_pitch, int steps,
+template <class T, int kFragments, int kTiles>
+OFFTOWER_DEVICE void tensor_scores(T type, const char* x, const char* y, int row_pitch, int steps,
                             float (&s)[kFragments][kTiles][4]) {
   static_assert(kTiles % 2 == 0, "two tiles are loaded at once");
   const int lane = lane_index();
@@ -47,18 +65,28 @@ OFFTOWER_DEVICE void scores(Bfloat16, const char* x, const char* y, int row_pitc
     uint32_t a[kFragments][4];
     OFFTOWER_UNROLL
     for (int m = 0; m < kFragments; ++m)
-      load_matrices(a[m], a_row + m * kWarpRows * row_pitch + step * kStep);
+      load_step(type, a[m], a_row + m * kWarpRows * row_pitch + step * kStep);
     OFFTOWER_UNROLL
     for (int n = 0; n < kTiles; n += 2) {
       uint32_t b[4];
-      load_matrices(b, b_row + n * 8 * row_pitch + step * kStep);
+      load_step(type, b, b_row + n * 8 * row_pitch + step * kStep);
       OFFTOWER_UNROLL
       for (int m = 0; m < kFragments; ++m) {
-        tensor_multiply_add(s[m][n], a[m], b[0], b[1]);
-        tensor_multiply_add(s[m][n + 1], a[m], b[2], b[3]);
+        multiply_step(type, s[m][n], a[m], b[0], b[1]);
+        multiply_step(type, s[m][n + 1], a[m], b[2], b[3]);
       }
     }
   }
+}
+template <int kFragments, int kTiles>
+OFFTOWER_DEVICE void scores(Bfloat16 type, const char* x, const char* y, int row_pitch, int steps,
+                            float (&s)[kFragments][kTiles][4]) {
+  tensor_scores(type, x, y, row_pitch, steps, s);
+}
+template <int kFragments, int kTiles>
+OFFTOWER_DEVICE void scores(Tfloat32 type, const char* x, const char* y, int row_pitch, int steps,
+                            float (&s)[kFragments][kTiles][4]) {
+  tensor_scores(type, x, y, row_pitch, steps, s);
 }
 
 struct alignas(16) Float4 {
@@ -118,6 +146,27 @@ OFFTOWER_DEVICE void weigh(Bfloat16, const float (&w)[kTiles][4], const char* y,
       load_matrices_transposed(b, row + k * 8 * row_pitch + n * 16);
       tensor_multiply_add(sum[n], a, b[0], b[1]);
       tensor_multiply_add(sum[n + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// tf32: a step sums over eight rows of Y, in the order 0, 2, 4, 6, 1, 3, 5, 7, in which the weights lie in
+// their fragments already.
+template <int kTiles, int kWidthTiles>
+OFFTOWER_DEVICE void weigh(Tfloat32, const float (&w)[kTiles][4], const char* y, int row_pitch,
+                           char*, float (&sum)[kWidthTiles][4]) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  OFFTOWER_UNROLL
+  for (int k = 0; k < kTiles; ++k) {
+    const uint32_t a[4] = {to_tf32(bits_of_float(w[k][0])), to_tf32(bits_of_float(w[k][2])),
+                           to_tf32(bits_of_float(w[k][1])), to_tf32(bits_of_float(w[k][3]))};
+    const char* const row = y + (k * 8 + 2 * t) * row_pitch + g * 4;
+    OFFTOWER_UNROLL
+    for (int n = 0; n < kWidthTiles; ++n) {
+      const auto b = [&](int which) {
+        return to_tf32(*reinterpret_cast<const uint32_t*>(row + which * row_pitch + n * 32));
+      };
+      tensor_multiply_add_tf32(sum[n], a, b(0), b(1));
     }
   }
 }

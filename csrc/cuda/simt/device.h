@@ -26,6 +26,11 @@ OFFTOWER_DEVICE double shuffle_xor(double x, int mask) {
 OFFTOWER_DEVICE int add_to_counter(int* shared, int amount) { return atomicAdd(shared, amount); }
 OFFTOWER_DEVICE int lowest_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }
 
+// Keeps the compiler from computing what follows from x ahead of time, in registers that others need.
+OFFTOWER_DEVICE int only_here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 OFFTOWER_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 OFFTOWER_DEVICE uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 OFFTOWER_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
@@ -79,6 +84,20 @@ OFFTOWER_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row)
 OFFTOWER_DEVICE void tensor_multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                          uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+               "{%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d (16 x 8) += a (16 x 8) b (8 x 8), float32 rounded to tf32: to nearest, ties away from zero.
+OFFTOWER_DEVICE uint32_t to_tf32(uint32_t bits) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "r"(bits));
+  return rounded;
+}
+OFFTOWER_DEVICE void tensor_multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                              uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
                "{%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

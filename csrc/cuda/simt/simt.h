@@ -10,6 +10,10 @@ namespace offtower::cuda {
 struct Bfloat16 {
   uint16_t bits;
 };
+// A float32 that the tensor cores round when they multiply it.
+struct Tfloat32 {
+  float value;
+};
 } // namespace offtower::cuda
 
 #if defined(__CUDACC__)
@@ -41,8 +45,17 @@ OFFTOWER_DEVICE float to_float<Bfloat16>(Bfloat16 x) {
   return float_of_bits(static_cast<uint32_t>(x.bits) << 16);
 }
 
+template <>
+OFFTOWER_DEVICE float to_float<Tfloat32>(Tfloat32 x) {
+  return x.value;
+}
+
 template <class T>
 OFFTOWER_DEVICE T from_float(float x);
+template <>
+OFFTOWER_DEVICE Tfloat32 from_float<Tfloat32>(float x) {
+  return Tfloat32{x};
+}
 template <>
 OFFTOWER_DEVICE float from_float<float>(float x) {
   return x;

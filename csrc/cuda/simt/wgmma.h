@@ -1,4 +1,4 @@
-// The products of a warpgroup: wgmma on 64 rows, with 64 or 128 columns and 16 of the summed dimension.
+// The products of a warpgroup: wgmma on 64 rows, with 32 to 128 columns and 16 of the summed dimension.
 // Results lie as in every fragment (see kernels/products.h), 16 rows a warp. They are there after
 // wait_products, and until then nothing of the operands may change.
 #pragma once
@@ -12,6 +12,32 @@ namespace offtower::cuda {
 // The first of a sum declares its results as outputs alone: were they inputs too, what the registers
 // held before would have to be moved there while other products are under way, and ptxas would
 // make all of them wait for one another.
+OFFTOWER_DEVICE void start_group_scores(float (&d)[4][4], uint64_t a, uint64_t b) {
+  asm volatile("{\n.reg .pred p;\n"
+               "setp.ne.b32 p, %18, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+               "}, %16, %17, p, 1, 1, 0, 0;\n}"
+               : "=f"(d[0][0]), "=f"(d[0][1]), "=f"(d[0][2]), "=f"(d[0][3]),
+                 "=f"(d[1][0]), "=f"(d[1][1]), "=f"(d[1][2]), "=f"(d[1][3]),
+                 "=f"(d[2][0]), "=f"(d[2][1]), "=f"(d[2][2]), "=f"(d[2][3]),
+                 "=f"(d[3][0]), "=f"(d[3][1]), "=f"(d[3][2]), "=f"(d[3][3])
+               : "l"(a), "l"(b), "n"(0));
+}
+
+OFFTOWER_DEVICE void add_group_scores(float (&d)[4][4], uint64_t a, uint64_t b) {
+  asm volatile("{\n.reg .pred p;\n"
+               "setp.ne.b32 p, %18, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+               "}, %16, %17, p, 1, 1, 0, 0;\n}"
+               : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
+                 "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
+                 "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+                 "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
+               : "l"(a), "l"(b), "n"(1));
+}
+
 OFFTOWER_DEVICE void start_group_scores(float (&d)[8][4], uint64_t a, uint64_t b) {
   asm volatile("{\n.reg .pred p;\n"
                "setp.ne.b32 p, %34, 0;\n"

@@ -1,3 +1,7 @@
+from typing import Unpack
+
+from offtower.ops.addresses import BackwardAddresses, ForwardAddresses, OperandAddresses
+
 class Operands:
     def __init__(
         self,
@@ -8,49 +12,23 @@ class Operands:
         dim: int,
         context: int,
         item: int,
-        item_bias: int = 0,
-        action: int = 0,
         temperature: float = 1.0,
         reward: int = 0,
-        dense: int = 0,
         reward_dim: int = 0,
-        reward_context: int = 0,
-        reward_item: int = 0,
-        reward_bias: int = 0,
+        **optional: Unpack[OperandAddresses],
     ) -> None: ...
 
 def forward(
-    operands: Operands,
-    *,
-    log_prob: int = 0,
-    log_normalizer: int = 0,
-    expected_reward: int = 0,
-    action_reward: int = 0,
-    entropy: int = 0,
-    anchor: int = 0,
-    total: int = 0,
-    reward_sum: int = 0,
-    centred_sum: int = 0,
-    action_logit: int = 0,
-    threads: int,
-    isa: str,
+    operands: Operands, *, threads: int, isa: str, **results: Unpack[ForwardAddresses]
 ) -> None: ...
 def backward(
     operands: Operands,
     *,
     anchor: int,
     total: int,
-    expected_reward: int = 0,
-    entropy: int = 0,
-    g_log_prob: int = 0,
-    g_log_normalizer: int = 0,
-    g_expected_reward: int = 0,
-    g_entropy: int = 0,
-    context: int = 0,
-    item: int = 0,
-    item_bias: int = 0,
     threads: int,
     isa: str,
+    **arrays: Unpack[BackwardAddresses],
 ) -> None: ...
 def top_k(
     operands: Operands, *, k: int, score: int, index: int, threads: int, isa: str

@@ -50,13 +50,21 @@ class Operands:
     Args:
         make: the struct's constructor in the core's module.
         aligned: copy a tensor that does not start on 16 bytes.
+        dtype: the core's number of how it computes; as a rule that of the tensors' dtype.
     """
 
-    def __init__(self, x: Inputs, make: Callable[..., Any], *, aligned: bool = False) -> None:
+    def __init__(
+        self,
+        x: Inputs,
+        make: Callable[..., Any],
+        *,
+        aligned: bool = False,
+        dtype: int | None = None,
+    ) -> None:
         self.kept: list[Tensor] = []
         self._aligned = aligned
         self.native = make(
-            dtype=DTYPES[x.u.dtype],
+            dtype=DTYPES[x.u.dtype] if dtype is None else dtype,
             rows=x.u.shape[0],
             items=x.v.shape[0],
             dim=x.u.shape[1],

@@ -4,6 +4,11 @@ Everything here assumes operands that `checks` has passed and that `backends.cor
 float32 or bfloat16, all on one NVIDIA GPU. Nothing waits for the device; workspaces come from
 torch's allocator, so that calls can be captured into graphs.
 
+float32 is computed in float32, unless torch is told that its own products may be tf32, by
+`torch.set_float32_matmul_precision("high")` or
+`torch.backends.cuda.matmul.fp32_precision = "tf32"`: then the products of policy terms are tf32
+too, with sums and exponentials in float32. `top_k` never is.
+
 Numbers of a row must fill whole 16 bytes for the copies into shared memory: embeddings whose width
 does not are padded with zeros first (a copy), and their gradients cut.
 """
@@ -31,6 +36,16 @@ from offtower.ops.native import (
     reward_kind,
 )
 from offtower.ops.reference import Cotangents, Inputs, RunningSums
+
+_TFLOAT32 = 2
+"""The core's number of float32 operands whose products may be rounded to tf32."""
+
+
+def _dtype(x: Inputs) -> int:
+    """How the core computes policy terms of these operands."""
+    if x.u.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return _TFLOAT32
+    return DTYPES[x.u.dtype]
 
 
 @functools.cache
@@ -85,7 +100,7 @@ def refusal(x: Inputs, k: int) -> str:
         return f"finds the {most} best items at most, and k is {k}"
     width, reward_width = _widths(x)
     reason = loaded.refusal(
-        dtype=DTYPES[x.u.dtype],
+        dtype=_dtype(x),
         items=x.v.shape[0],
         dim=width,
         reward=reward_kind(x),
@@ -173,7 +188,7 @@ def backward(
 
 def top_k(x: Inputs, k: int) -> tuple[Tensor, Tensor]:
     """Scores (B, k) float32, falling, and item numbers (B, k); of equal scores the lowest first."""
-    operands = _operands(x)
+    operands = _operands(x, DTYPES[x.u.dtype])
     score = torch.empty(x.u.shape[0], k, device=x.u.device)
     index = torch.empty(x.u.shape[0], k, dtype=torch.int64, device=x.u.device)
     call = functools.partial(
@@ -199,7 +214,7 @@ def _device(x: Inputs) -> int:
     return x.u.get_device() if x.u.is_cuda else 0
 
 
-def _operands(x: Inputs) -> Operands:
+def _operands(x: Inputs, dtype: int | None = None) -> Operands:
     wide, reward_wide = _widths(x)
     fitted = replace(
         x,
@@ -208,7 +223,8 @@ def _operands(x: Inputs) -> Operands:
         e=None if x.e is None else _padded(x.e, reward_wide),
         t=None if x.t is None else _padded(x.t, reward_wide),
     )
-    return Operands(fitted, library().Operands, aligned=True)
+    kind = _dtype(x) if dtype is None else dtype
+    return Operands(fitted, library().Operands, aligned=True, dtype=kind)
 
 
 def _widths(x: Inputs) -> tuple[int, int]:

@@ -35,7 +35,8 @@ def policy_terms(
     asked for are computed. bfloat16 operands are summed in float32, and their gradients are rounded
     once. The native cores (CPU and CUDA) give the same bits on every run, on the CPU for any number
     of threads too (torch.set_num_threads). On a GPU nothing waits for the device, so actions are
-    not looked at beforehand: one at or beyond N gives NaN, a negative one a log_prob of -inf.
+    not looked at beforehand: one at or beyond N gives NaN, a negative one a log_prob of -inf. There
+    float32 products are tf32 where torch's own are (`torch.set_float32_matmul_precision("high")`).
 
     Args:
         context_embedding: u, (B, d), float32, bfloat16 or float64.
@@ -116,6 +117,10 @@ class PartialTerms:
         if bool(torch.isinf(self.action_logit).any()):
             row = int(torch.isinf(self.action_logit).nonzero()[0])
             raise OperatorError(f"the action of row {row} is in none of the merged slices")
+        return self.terms()
+
+    def terms(self) -> PolicyTerms:
+        """As `finish`, without a look at the numbers: where all slices are known to be there."""
         log_normalizer = self.sums.log_normalizer
         return PolicyTerms(
             log_prob=self.action_logit - log_normalizer,
