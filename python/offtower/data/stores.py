@@ -140,20 +140,22 @@ def _s3(bucket: str, query: str) -> fs.FileSystem:
     for flag in _FLAGS:
         if flag in options:
             options[flag] = options[flag].lower() in ("1", "true", "yes")
-    if "region" not in options and not any(
-        (options.get("endpoint_override"), *map(os.environ.get, _ELSEWHERE))
-    ):
-        options["region"] = fs.resolve_s3_region(bucket)
+    given = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if given and "endpoint_override" not in options:
+        # As Amazon's own tools do; pyarrow does so for some of its ways to a file system only.
+        scheme, mark, rest = given.partition("://")
+        options["endpoint_override"] = (rest if mark else given).rstrip("/")
+        if mark:
+            options.setdefault("scheme", scheme)
+    if "region" not in options and "endpoint_override" not in options:
+        known = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        options["region"] = known or fs.resolve_s3_region(bucket)
     return fs.S3FileSystem(
         connect_timeout=CONNECT_SECONDS,
         request_timeout=SILENT_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=2),
         **options,
     )
-
-
-_ELSEWHERE = ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
-"""Where one of these is set, the bucket's region is not asked for."""
 
 
 def asked(function: Callable[[], R], what: str, attempts: int | None = None) -> R:
