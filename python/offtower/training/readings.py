@@ -96,7 +96,7 @@ def _numbers(readings: list[_Reading]) -> list[StepNumbers]:
             for r in readings
         ]
         rows = torch.stack(columns).cpu().tolist()
-        return [StepNumbers(*row[:2], row[2] if len(row) > 2 else None) for row in rows]
+        return [StepNumbers(row[0], row[1], row[2] if len(row) > 2 else None) for row in rows]
     return [
         StepNumbers(float(r.loss), float(r.value), None if r.norm is None else float(r.norm))
         for r in readings
