@@ -131,6 +131,7 @@ def prepare(
             _save(store, fingerprints, facts, context_encoding, item_encoding)
     else:
         facts, context_encoding, item_encoding = restored
+    item_encoding.share(catalogue.item_ids)
     return PreparedData(
         train=train,
         validation=validation,
@@ -161,8 +162,9 @@ def catalogue_schema(config: Config) -> CatalogueSchema | None:
 
 def _checked_tables(log: Log, checker: RowChecker, progress: Progress) -> Iterator[pa.Table]:
     first_row = 0
-    for group in range(len(log.row_group_sizes)):
-        table = checker.check(log.read_row_group(group), log.location(group), first_row)
+    for group, read in enumerate(log.tables()):
+        table = checker.check(read, log.location(group), first_row)
+        del read
         first_row += int(log.row_group_sizes[group])
         yield table
         progress.advance(int(log.row_group_sizes[group]))

@@ -217,6 +217,14 @@ class FeatureEncoding:
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
             raise RunError(f"the encoding at '{directory}' cannot be read: {error}") from error
 
+    def share(self, values: pa.Array) -> None:
+        """Hold `values`, such as the ids of a catalogue, in place of a vocabulary that equals them:
+        once in memory, not twice."""
+        for name, vocabulary in self._vocabulary.items():
+            if vocabulary.equals(values):
+                self._vocabulary[name] = values
+                self._numbers[name] = Vocabulary(values)
+
     def numbers(self) -> dict[str, Any]:
         """Specs, means and scales, as JSON takes them; `to_dict` without the vocabularies."""
         return {
