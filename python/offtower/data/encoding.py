@@ -34,6 +34,7 @@ from offtower.data.features import (
     nbytes,
     num_rows,
     take,
+    tensor_of,
     to_tensors,
 )
 from offtower.data.lookup import Vocabulary
@@ -49,6 +50,7 @@ __all__ = [
     "nbytes",
     "num_rows",
     "take",
+    "tensor_of",
     "to_tensors",
 ]
 
