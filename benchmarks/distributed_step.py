@@ -7,6 +7,7 @@ docs/cluster.md. The projection takes the fixed part of the measured steps, the 
 sent, and a network and a device as assumed by its arguments.
 
     python benchmarks/distributed_step.py --items 10000 100000 1000000
+    python benchmarks/distributed_step.py --terms sampled --items 100000 1000000 10000000
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import ctypes
 import fcntl
 import json
 import math
-import os
+import shutil
 import socket
 import statistics
 import struct
 import sys
 import tempfile
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from offtower.benchmarks import world
-from offtower.prepare import prepare
+from offtower.config import SamplingConfig
+from offtower.models.features import embedding_tables
+from offtower.prepare import open_data, prepare
 from offtower.progress import Progress
 from offtower.training.distributed import ALONE, TorchWorkers, Workers
 from offtower.training.setup import build_setup
@@ -42,17 +46,22 @@ FLOAT = 4
 STRATEGIES = ("replicated", "item_sharded")
 
 
-def bytes_per_step(strategy: str, workers: int, batch: int, dim: int, parameters: int) -> float:
+def bytes_per_step(
+    strategy: str, workers: int, batch: int, dim: int, parameters: int, candidates: int = 0
+) -> float:
     """Sent by one worker in a step of log-probabilities, forward and backward; docs/cluster.md.
 
     item_sharded: contexts are gathered and their gradients summed to their owners (each (R-1)/R B d
     numbers), the largest logit, the normaliser's sum and the shown item's logit are summed over
-    workers (3 B), and so are the towers' gradients.
+    workers (3 B), and so are the towers' gradients. Sampled terms send the same, whatever the
+    number of draws; a top-k proposal also each row's `candidates` scores to the row's owner, and
+    one back.
     """
     share = (workers - 1) / workers
     total = 2.0 * share * parameters
     if strategy == "item_sharded":
         total += share * 2.0 * batch * dim + 2.0 * share * 3.0 * batch
+        total += share * batch * (candidates + 1) if candidates else 0.0
     return FLOAT * total
 
 
@@ -76,79 +85,148 @@ def sent() -> int:
     return 0
 
 
-def measure(workers: Workers, items: int, strategy: str, args: argparse.Namespace) -> Any:
-    """Seconds of a step, bytes of a step over all workers, and the towers' parameters."""
-    log, catalogue = world.in_memory(args.batch * args.steps, items)
-    config = world.config("exact", batch=args.batch, dim=args.dim, epochs=EPOCHS, strategy=strategy)
-    data = prepare(log, None, catalogue, Progress())
+def prepared(workers: Workers, items: int, mode: str, args: argparse.Namespace) -> Any:
+    """A catalogue of vectors in memory for exact terms; in files, with an id table, for sampled."""
+    if mode == "exact":
+        log, catalogue = world.in_memory(args.batch * args.steps, items)
+        return prepare(log, None, catalogue, Progress())
+    folder = Path(args.folder) / str(items)
+    config = world.config(mode, batch=args.batch, dim=args.dim, epochs=1, folder=folder)
+    return workers.first_then_all(lambda: open_data(config, Progress(), folder / "run"))
+
+
+def measure(
+    workers: Workers, items: int, strategy: str, mode: str, args: argparse.Namespace
+) -> dict[str, float]:
+    """Seconds of a step, bytes of a step over all workers, parameters that all workers have, and
+    MiB of this worker: of tables and their optimiser state, anonymous memory, the most resident."""
+    config = world.config(mode, batch=args.batch, dim=args.dim, epochs=EPOCHS, strategy=strategy)
+    began = time.monotonic()
+    data = prepared(workers, items, mode, args)
     setup = build_setup(config, data, None, workers, Progress())
     trainer = setup.trainer()
     workers.barrier()
+    ready = time.monotonic()
     before = sent()
     result = trainer.fit()
     workers.barrier()
+    after = sent()
     rates = [line["rows_per_second"] for line in result.history[1:]]
+    optimizer = getattr(trainer._optimizer, "tables", trainer._optimizer)
+    state = {id(p): s for p, s in optimizer.state.items()}
+    tables = [table.weight for table in embedding_tables(setup.policy.item_tower)]
+    kept = [t for w in tables for t in (w, *state.get(id(w), {}).values()) if t.numel() > 1]
+    shared = sum(p.numel() for p in setup.policy.parameters())
+    shared -= sum(w.numel() - w.shape[1] for w in tables)
     return {
         "seconds": args.batch / statistics.median(rates),
-        "bytes": (sent() - before) / result.steps,
-        "parameters": sum(p.numel() for p in setup.policy.parameters()),
+        "bytes": (after - before) / result.steps,
+        "parameters": shared,
+        "tables_mib": sum(t.numel() * t.element_size() for t in kept) / 2**20,
+        "anonymous_mib": memory("RssAnon"),
+        "peak_mib": memory("VmHWM"),
+        "seconds_to_start": ready - began,
     }
 
 
-def enter(rank: int, size: int, port: int, place: str, args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=300),
-    )
-    workers = TorchWorkers()
-    found = {}
-    for items in args.items:
-        for strategy in STRATEGIES:
-            found[f"{strategy} {items}"] = measure(workers, items, strategy, args)
+def memory(name: str) -> float:
+    """MiB of this process by a name in /proc/self/status (Linux; 0 elsewhere)."""
+    place = Path("/proc/self/status")
+    for line in place.read_text(encoding="utf-8").splitlines() if place.exists() else []:
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) / 2**10
+    return 0.0
+
+
+def enter(rank: int, size: int, port: int, case: Any, args: argparse.Namespace) -> None:
+    """One process of `size`; with one, it has as many threads as there are workers otherwise."""
+    torch.set_num_threads(1 if size > 1 else args.workers)
+    workers = ALONE
+    if size > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"tcp://127.0.0.1:{port}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=600),
+        )
+        workers = TorchWorkers()
+    found = workers.gather_objects(measure(workers, *case, args))
     if rank == 0:
-        Path(place).write_text(json.dumps(found), encoding="utf-8")
-    dist.destroy_process_group()
+        largest = {key: max(part[key] for part in found) for key in found[0]}
+        (Path(args.folder) / "found.json").write_text(json.dumps(largest), encoding="utf-8")
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def in_processes(size: int, case: Any, args: argparse.Namespace) -> dict[str, float]:
+    """What `measure` finds in `size` new processes: the most of any of them."""
+    args.port += 1
+    mp.spawn(enter, (size, args.port, case, args), nprocs=size)
+    found: dict[str, float] = json.loads((Path(args.folder) / "found.json").read_text())
+    return found
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     counted = own_network()
     lines: list[dict[str, Any]] = []
-    torch.set_num_threads(args.workers)
-    one = {n: measure(ALONE, n, "replicated", args) for n in args.items}
-    with tempfile.TemporaryDirectory() as folder:
-        place = os.path.join(folder, "found.json")
-        mp.spawn(enter, (args.workers, 29_641, place, args), nprocs=args.workers)
-        many = json.loads(Path(place).read_text(encoding="utf-8"))
+    exact = args.terms == "exact"
+    modes = ["exact"] if exact else args.proposals
+    strategies = STRATEGIES if exact else ("item_sharded",)
     for items in args.items:
-        for strategy in STRATEGIES:
-            found = many[f"{strategy} {items}"]
-            formula = bytes_per_step(
-                strategy, args.workers, args.batch, args.dim, found["parameters"]
-            )
-            lines.append(
-                {
-                    "items": items,
-                    "strategy": strategy,
-                    "one_process_ms": 1e3 * one[items]["seconds"],
-                    "workers_ms": 1e3 * found["seconds"],
-                    "overhead_ms": 1e3 * (found["seconds"] - one[items]["seconds"]),
-                    "sent_bytes": found["bytes"] / args.workers if counted else None,
-                    "formula_bytes": formula,
-                }
-            )
-    fixed, slope = line_through([(n, one[n]["seconds"]) for n in args.items])
-    return {
+        if not exact:
+            place = Path(args.folder) / str(items)
+            world.write(place, args.batch * args.steps, items, args.id_dim)
+        for mode in modes:
+            one = in_processes(1, (items, "replicated", mode), args)
+            for strategy in strategies:
+                found = in_processes(args.workers, (items, strategy, mode), args)
+                lines.append(line_of(items, strategy, mode, one, found, args))
+                if not counted:
+                    lines[-1]["sent_bytes"] = None
+        if not exact:
+            shutil.rmtree(Path(args.folder) / str(items))
+    report = {
         "workers": args.workers,
         "batch": args.batch,
         "dim": args.dim,
+        "terms": args.terms,
+        "id_dim": 0 if exact else args.id_dim,
         "steps": lines,
-        "projection": project(args, fixed, one[args.items[0]]["parameters"]),
-        "seconds_fixed": fixed,
-        "seconds_per_item": slope,
+    }
+    if exact:
+        one = {line["items"]: line["one_process_ms"] / 1e3 for line in lines}
+        fixed, slope = line_through(sorted(one.items()))
+        report["projection"] = project(args, fixed, int(lines[0]["parameters"]))
+        report["seconds_fixed"], report["seconds_per_item"] = fixed, slope
+    return report
+
+
+def line_of(
+    items: int,
+    strategy: str,
+    mode: str,
+    one: dict[str, float],
+    found: dict[str, float],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """A line of the report: several workers beside one process."""
+    candidates = SamplingConfig().top_k if mode == "top_k" else 0
+    parameters = int(found["parameters"])
+    return {
+        "items": items,
+        "strategy": strategy,
+        "terms": mode,
+        "one_process_ms": 1e3 * one["seconds"],
+        "workers_ms": 1e3 * found["seconds"],
+        "overhead_ms": 1e3 * (found["seconds"] - one["seconds"]),
+        "sent_bytes": found["bytes"] / args.workers,
+        "formula_bytes": bytes_per_step(
+            strategy, args.workers, args.batch, args.dim, parameters, candidates
+        ),
+        "parameters": parameters,
+        "one_process": one,
+        "worker": found,
     }
 
 
@@ -190,10 +268,19 @@ def show(report: dict[str, Any]) -> None:
     for line in report["steps"]:
         real = "-" if line["sent_bytes"] is None else f"{line['sent_bytes']:,.0f}"
         print(
-            f"{line['items']:>10,} {line['strategy']:<13} one process {line['one_process_ms']:9.2f}"
-            f"  workers {line['workers_ms']:9.2f}  overhead {line['overhead_ms']:7.2f}"
-            f"  sent {real:>12}  formula {line['formula_bytes']:>12,.0f}"
+            f"{line['items']:>10,} {line['strategy']:<13}{line['terms']:<10} one process "
+            f"{line['one_process_ms']:9.2f}  workers {line['workers_ms']:9.2f}  overhead "
+            f"{line['overhead_ms']:7.2f}  sent {real:>12}  formula {line['formula_bytes']:>12,.0f}"
         )
+        for name in ("one_process", "worker"):
+            of = line[name]
+            print(
+                f"{name:>40}: MiB of id table and optimiser state {of['tables_mib']:.0f}, "
+                f"anonymous {of['anonymous_mib']:.0f}, most resident {of['peak_mib']:.0f}; "
+                f"{of['seconds_to_start']:.1f} s to the first step"
+            )
+    if "projection" not in report:
+        return
     print("projection, item_sharded:")
     for line in report["projection"]:
         print(
@@ -207,9 +294,12 @@ def show(report: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--terms", choices=["exact", "sampled"], default="exact")
+    parser.add_argument("--proposals", nargs="+", default=["mixed"], help="of sampled terms")
+    parser.add_argument("--id-dim", type=int, default=16, help="of the id table, sampled terms")
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=4, help="steps of an epoch")
+    parser.add_argument("--steps", type=int, help="of an epoch; 4, or 16 of sampled terms")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--gpu-items", type=float, default=1e8)
     parser.add_argument("--gpu-batch", type=int, default=8192)
@@ -224,7 +314,10 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=15e-6, help="seconds of a message")
     parser.add_argument("--json", help="file for the figures, - for standard output")
     args = parser.parse_args()
-    report = run(args)
+    args.steps = args.steps or (4 if args.terms == "exact" else 16)
+    args.port = 29_641
+    with tempfile.TemporaryDirectory(prefix="offtower-step-") as args.folder:
+        report = run(args)
     if args.json == "-":
         print(json.dumps(report))
         return

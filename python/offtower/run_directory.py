@@ -1,6 +1,6 @@
 """runs/<name>/: all that passes from one command to the next.
 
-config.yaml  manifest.json  metrics.jsonl  encodings/  reward_model/  checkpoints/  policy/
+config.yaml  manifest.json  metrics.jsonl  encodings/  reward_model/  auto/  checkpoints/  policy/
 report.json  report.html
 """
 
@@ -49,6 +49,10 @@ class RunDirectory:
         return self.path / "reward_model"
 
     @property
+    def auto(self) -> Path:
+        return self.path / "auto"
+
+    @property
     def policy(self) -> Path:
         return self.path / "policy"
 
@@ -62,6 +66,17 @@ class RunDirectory:
 
     def claim(self, config: Config, *, resume: bool) -> None:
         """Take the folder for a run of `config`.
+
+        Raises:
+            RunError: see `check`.
+        """
+        self.check(config, resume=resume)
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
+        write_text(self.config_path, to_yaml(config))
+
+    def check(self, config: Config, *, resume: bool) -> None:
+        """Whether the folder can be taken for a run of `config`; changes nothing.
 
         Raises:
             RunError: the folder holds a run of another configuration, or of this one while
@@ -86,9 +101,6 @@ class RunDirectory:
                 f"'{self.path}' is not empty and holds no run of offtower (no config.yaml); "
                 "choose another name"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.path)
-        write_text(self.config_path, to_yaml(config))
 
     def load_config(self) -> Config:
         """The configuration that the run was started with."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -75,12 +76,15 @@ def test_round_trips(tmp_path: Path) -> None:
             np.testing.assert_array_equal(value, again)
 
 
-def test_a_vocabulary_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind, most", [(str, 10), (int, 12)])
+def test_a_vocabulary_has_a_limit(monkeypatch: pytest.MonkeyPatch, kind: Any, most: int) -> None:
     monkeypatch.setattr(encoding, "MAX_VOCABULARY", 10)
-    with pytest.raises(DataError, match="more than 10 distinct values; set its encoding to 'hash'"):
-        FeatureEncoding.fit(
-            [FeatureSpec(name="c", kind="category")], [pa.table({"c": list(range(11))})]
-        )
+    monkeypatch.setattr(encoding, "MAX_INTEGERS", 12)
+    spec = FeatureSpec(name="c", kind="category")
+    values = [kind(i) for i in range(most + 1)]
+    assert FeatureEncoding.fit([spec], [pa.table({"c": values[1:]})]).cardinality("c") == most + 1
+    with pytest.raises(DataError, match=f"more than {most} distinct values; set its encoding to"):
+        FeatureEncoding.fit([spec], [pa.table({"c": values})])
 
 
 def test_hash_is_stable_and_does_not_look_at_neighbours() -> None:

@@ -295,13 +295,12 @@ def test_regression_gradient(loss: str) -> None:
 
 @pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.parametrize("cuts", [(3,), (1, 2)])
-def test_workers_on_uneven_batches_average_to_one_worker(name: str, cuts: tuple[int, ...]) -> None:
-    """Mean over R workers of local gradients, as DDP takes it, is the joined batch's gradient."""
+def test_workers_on_uneven_batches_add_up_to_one_worker(name: str, cuts: tuple[int, ...]) -> None:
+    """The sum over workers of local gradients is the joined batch's gradient."""
     objective = made(name)
     p = Problem.draw(5)
     whole, _ = gradients(p, objective)
     parts = np.split(np.arange(ROWS), cuts)
-    workers = len(parts)
 
     def run(part: np.ndarray, reduce: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
         u, v, b = (torch.from_numpy(x).requires_grad_() for x in (p.u, p.v, p.b))
@@ -316,7 +315,7 @@ def test_workers_on_uneven_batches_average_to_one_worker(name: str, cuts: tuple[
             else None,
         )
         rows = LoggedRows(torch.from_numpy(p.reward[part]), terms, torch.from_numpy(p.pscore[part]))
-        objective(rows, Reduction(ROWS, workers, reduce)).loss.backward()
+        objective(rows, Reduction(ROWS, reduce)).loss.backward()
         return [x.grad for x in (u, v, b) if x.grad is not None]
 
     # Passes stand in for the all-reduce: each knows the sums that the passes before recorded. A
@@ -340,12 +339,12 @@ def test_workers_on_uneven_batches_average_to_one_worker(name: str, cuts: tuple[
             recorded.append(calls)
         totals = [sum(c) for c in zip(*recorded, strict=True)]
 
-    averaged = [torch.zeros_like(g) for g in whole]
+    added = [torch.zeros_like(g) for g in whole]
     for part in parts:
         position = iter(totals)
-        for total, grad in zip(averaged, run(part, lambda _: next(position)), strict=True):  # noqa: B023
-            total += grad / workers
-    for total, grad in zip(averaged, whole, strict=True):
+        for total, grad in zip(added, run(part, lambda _: next(position)), strict=True):  # noqa: B023
+            total += grad
+    for total, grad in zip(added, whole, strict=True):
         torch.testing.assert_close(total, grad, rtol=0, atol=1e-12)
 
 

@@ -212,6 +212,39 @@ def test_counts_of_a_log() -> None:
     assert merged.count.tolist() == counts.count.tolist()
 
 
+def test_counts_of_a_part_of_the_catalogue() -> None:
+    """Items of other workers are counted together, so shares are those of the whole log."""
+    actions = logged()
+    ids = pa.array([f"item {number}" for number in range(N)])
+    table = pa.table({"action": ids.take(pa.array(actions)), "reward": np.zeros(len(actions))})
+    schema = LogSchema.from_dict({"context": [], "pscore": None})
+    log, catalogue = TableLog(table, schema, 13), Catalogue.from_arrays(np.array(ids), {})
+    whole = count_items(log, catalogue)
+    for start, stop in ((0, 2), (2, N), (0, N), (3, 3)):
+        part = count_items(log, catalogue, within=(start, stop))
+        inside = (whole.item >= start) & (whole.item < stop)
+        assert part.item.tolist() == whole.item[inside].tolist()
+        assert part.rows == whole.rows == len(actions)
+        every = np.arange(start, stop)
+        assert part.share(every).tolist() == whole.share(every).tolist()
+
+
+@pytest.mark.parametrize("name", ["uniform", "frequency", "in_batch", "mixed"])
+def test_draws_of_parts_are_those_of_the_whole(name: str) -> None:
+    """Workers that keep the draws of their items have all of them, with the same log counts."""
+    counts = ItemCounts.of(logged())
+    proposal = make_proposal(name, N, num_samples=20, counts=counts)
+    action = torch.from_numpy(logged()[:8])
+    whole = proposal.draw(3, action)
+    found = []
+    for start, stop in ((0, 1), (1, 1), (1, 4), (4, N)):
+        part = proposal.draw(3, action, within=(start, stop))
+        assert part.total == whole.total == len(whole.item)
+        assert bool(((part.item >= start) & (part.item < stop)).all())
+        found += list(zip(part.item.tolist(), part.log_count.tolist(), strict=True))
+    assert sorted(found) == sorted(zip(whole.item.tolist(), whole.log_count.tolist(), strict=True))
+
+
 def test_refusals() -> None:
     with pytest.raises(ConfigError, match="unknown proposal 'mixd'; known: uniform"):
         make_proposal("mixd", N, num_samples=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 
 from offtower import TwoTowerPolicyLearner
 from offtower.benchmarks.quality.bilinear import BilinearWorld
-from offtower.config import parse_config
+from offtower.config import Config, parse_config
 from offtower.data.convert import from_bandit_feedback
 from offtower.data.encoding import BagArray, to_tensors
+from offtower.data.log import ParquetLog
 from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError
 from offtower.evaluation.scoring import PolicyScorer
@@ -30,6 +32,8 @@ from offtower.training.auto.ensemble import join
 from offtower.training.auto.folds import Folds, context_key
 from offtower.training.auto.judge import SHARPNESS, Judged
 from offtower.training.run import train_run
+from offtower.training.trainer import TrainingResult
+from tests.mappers import BackwardsMapper
 from tests.training.conftest import make_config
 
 WORLD = BilinearWorld(10, 1.0, seed=3)
@@ -203,19 +207,48 @@ def test_schedule_grows_slower_than_the_log() -> None:
     assert make_schedule(config.auto, 5_000_000).epochs == 1
 
 
-def test_a_run_goes_on_with_the_next_candidate(simulated: Path, tmp_path: Path) -> None:
-    def config(name: str) -> object:
-        return make_config(
-            simulated,
-            tmp_path,
-            name,
-            objective={"name": "auto"},
-            auto={"epochs": 2, "batch_size": 64},
-        )
+def auto_config(simulated: Path, runs: Path, name: str) -> Config:
+    names = ["regression", "likelihood_linear", "likelihood"]
+    settings = {"epochs": 2, "batch_size": 64, "folds": 2, "candidates": names}
+    return make_config(simulated, runs, name, objective={"name": "auto"}, auto=settings)
 
-    whole = config("whole")
-    result = train_run(whole)
-    again = config("again")
+
+def assert_same_policies(one: Path, two: Path) -> None:
+    first, second = (load_policy(run / "policy")[0].state_dict() for run in (one, two))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingResult]:
+    """A run with nothing in its way."""
+    config = auto_config(simulated, tmp_path_factory.mktemp("whole"), "whole")
+    return config.run_directory, train_run(config)
+
+
+def test_members_learned_elsewhere_one_by_one_have_the_same_bits(
+    simulated: Path, tmp_path: Path, whole: tuple[Path, TrainingResult]
+) -> None:
+    config = auto_config(simulated, tmp_path, "away")
+    found = train_run(config, mapper=BackwardsMapper())
+    assert found.chosen == whole[1].chosen and found.validation == whole[1].validation
+    assert_same_policies(config.run_directory, whole[0])
+
+
+def test_without_propensities_there_is_no_choice_to_share(simulated: Path, tmp_path: Path) -> None:
+    config = auto_config(simulated, tmp_path, "none")
+    schema = ParquetLog.open(config.data.train).schema
+    config.data.log_schema = replace(schema, pscore=None).to_dict()
+    with pytest.raises(ConfigError, match=r"name it \(--set objective\.name=regression\)"):
+        train_run(config, mapper=BackwardsMapper())
+
+
+def test_a_run_goes_on_with_the_next_candidate(
+    simulated: Path, tmp_path: Path, whole: tuple[Path, TrainingResult]
+) -> None:
+    path, result = whole
+    again = auto_config(simulated, tmp_path, "again")
     train_run(again)
     # As if it had been killed after two candidates: what they learned is read, not learned anew.
     run = again.run_directory
@@ -230,15 +263,10 @@ def test_a_run_goes_on_with_the_next_candidate(simulated: Path, tmp_path: Path) 
         run / "auto" / "judged" / "regression" / "member_0.safetensors"
     ).stat().st_mtime_ns == learned_at
     assert resumed.validation == result.validation
-    one, facts = load_policy(whole.run_directory / "policy")
-    two, _ = load_policy(run / "policy")
-    for (name, first), second in zip(
-        one.state_dict().items(), two.state_dict().values(), strict=True
-    ):
-        assert torch.equal(first, second), name
+    assert_same_policies(path, run)
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["kind"] for line in lines] == ["auto", "epoch"]
-    assert facts["num_items"] == 12
+    assert load_policy(path / "policy")[1]["num_items"] == 12
 
 
 def test_mistakes_are_explained() -> None:

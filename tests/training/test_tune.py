@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from offtower.config import load_config
-from offtower.errors import ConfigError
+from offtower.config import Config, load_config
+from offtower.errors import ConfigError, RunError
 from offtower.training import tune as module
 from offtower.training.run import train_run
+from offtower.training.trainer import TrainingResult
 from offtower.training.tune import DEFAULT_SPACE, draw_trials, load_space, trial_config, tune
+from tests.mappers import BackwardsMapper
 from tests.training.conftest import make_config
 
 SPACE = {
@@ -62,6 +65,45 @@ def test_resumed_search_keeps_what_ended(
     first = tune(config, space=SPACE, count=2)
     monkeypatch.setattr(module, "train_run", lambda *a, **k: pytest.fail("trained again"))
     assert tune(config, space=SPACE, count=2, resume=True) == first
+
+
+def test_trials_on_workers_give_what_one_process_gives(simulated: Path, tmp_path: Path) -> None:
+    here = tune(make_config(simulated, tmp_path / "here", "search"), space=SPACE, count=3)
+    away = tune(
+        make_config(simulated, tmp_path / "away", "search"),
+        space=SPACE,
+        count=3,
+        mapper=BackwardsMapper(),
+    )
+    assert away.trials == here.trials
+
+
+def test_a_search_that_ran_is_not_run_over(
+    simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(simulated, tmp_path, "twice")
+    tune(config, space=SPACE, count=1)
+    monkeypatch.setattr(module, "train_run", lambda *a, **k: pytest.fail("trained again"))
+    with pytest.raises(RunError, match="already holds a run of this configuration"):
+        tune(config, space=SPACE, count=1)
+
+
+def test_a_trial_that_fails_is_told_and_the_others_go_on(
+    simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(config: Config, **more: Any) -> TrainingResult:
+        if config.objective.name == "dr":
+            raise RunError("a loss of nan")
+        return train_run(config, **more)
+
+    monkeypatch.setattr(module, "train_run", diverging)
+    found = tune(make_config(simulated, tmp_path, "some"), space=SPACE, count=6)
+    assert len(found.trials) == 6
+    for trial in found.trials:
+        failed = trial.overrides["objective"]["name"] == "dr"
+        assert (trial.low is None) == failed and trial.error == (
+            "a loss of nan" if failed else None
+        )
 
 
 def test_mistakes_are_explained(simulated: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Train a two-tower policy from a log, as a configuration file says.
 
-With --workers the same training runs on Ray, and gives the same policy up to rounding.
+With --workers the same training runs on Ray, and gives the same policy up to rounding; the learners
+that objective=auto chooses between then run side by side, and give the same policy exactly.
 
 \b
 Example:
@@ -22,6 +23,7 @@ from offtower.cli.cluster import (
     TrainingWorkers,
     WorkerCpus,
     cluster,
+    mapper_of,
     worker_range,
 )
 from offtower.cli.common import (
@@ -76,15 +78,18 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     from offtower.config import load_config
+    from offtower.jobs.train import WorkerPlan, train_on_ray
     from offtower.training.run import train_run
 
     settings = load_config(config, overrides or [])
     progress = DrawnProgress()
     if ray is None and workers is None:
         train_run(settings, resume=resume, progress=progress, mirror=mirror)
+    elif settings.objective.name == "auto":
+        most = None if workers is None else WorkerPlan(worker_range(workers)).range[1]
+        with mapper_of(ray, most, worker_cpus, 0.0, ray_wait, progress) as mapper:
+            train_run(settings, resume=resume, progress=progress, mirror=mirror, mapper=mapper)
     else:
-        from offtower.jobs.train import WorkerPlan, train_on_ray
-
         plan = WorkerPlan(
             worker_range(workers or "2"), worker_cpus, max_failures, worker_timeout, ray_wait
         )

@@ -1,9 +1,12 @@
 """Search objective and settings by the lower bound of the value on the validation log.
 
+With --workers trials run side by side, on Ray.
+
 \b
 Example:
   offtower tune configs/simulated.yaml --trials 12
   offtower train runs/simulated-tune/best.yaml
+  offtower tune mine.yaml --trials 60 --ray auto --workers 16 --worker-cpus 4
 """
 
 from __future__ import annotations
@@ -14,6 +17,14 @@ from typing import Annotated
 
 import typer
 
+from offtower.cli.cluster import (
+    RayAddress,
+    RayWait,
+    WorkerCpus,
+    WorkerMemory,
+    Workers,
+    mapper_of,
+)
 from offtower.cli.common import (
     AsJson,
     DrawnProgress,
@@ -38,6 +49,11 @@ def tune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep trials that have ended, and go on.")
     ] = False,
+    ray: RayAddress = None,
+    workers: Workers = None,
+    worker_cpus: WorkerCpus = 1.0,
+    worker_memory: WorkerMemory = 0.0,
+    ray_wait: RayWait = 0.0,
     as_json: AsJson = False,
 ) -> None:
     from offtower.config import load_config
@@ -45,14 +61,18 @@ def tune(
     from offtower.training.tune import tune as search
 
     console = messages()
-    found = search(
-        load_config(config, overrides or []),
-        space=DEFAULT_SPACE if space is None else load_space(space),
-        count=trials,
-        resume=resume,
-        progress=DrawnProgress(),
-        say=lambda text: console.print(escape(text), soft_wrap=True),
-    )
+    settings = load_config(config, overrides or [])
+    progress = DrawnProgress()
+    with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
+        found = search(
+            settings,
+            space=DEFAULT_SPACE if space is None else load_space(space),
+            count=trials,
+            resume=resume,
+            mapper=mapper,
+            progress=progress,
+            say=lambda text: console.print(escape(text), soft_wrap=True),
+        )
     if as_json:
         trials_best_first = [asdict(trial) for trial in found.trials]
         print_json(finite({"folder": str(found.folder), "trials": trials_best_first}))

@@ -22,12 +22,12 @@ from offtower.data.columns import (
     as_float_array,
     category_values,
     distinct_values,
-    hash_values,
     is_category,
     is_list,
     is_number,
     is_text,
 )
+from offtower.data.lookup import Lookup
 from offtower.data.manifest import parquet_files, read_manifest, write_manifest
 from offtower.data.schema import CatalogueSchema, FeatureKind, FeatureSpec
 from offtower.errors import DataError
@@ -114,8 +114,8 @@ class Catalogue:
         return self._index.text
 
     def bare(self) -> Catalogue:
-        """Without ids and features: what checks and numbers a log's items, 16 bytes an item, and
-        no more to send to another process."""
+        """Without ids and features: what checks and numbers a log's items, 16 bytes an item at
+        most, and no more to send to another process."""
         found = copy.copy(self)
         found._rows = TableRows(self._rows.schema.empty_table())
         found.item_ids = pa.nulls(0, self.item_ids.type)
@@ -153,52 +153,33 @@ def write_catalogue(directory: str | Path, table: pa.Table, schema: CatalogueSch
 
 
 class _IdIndex:
-    """Sorted 64-bit keys of all ids: 16 bytes an item, whatever the ids are."""
+    """From ids to item numbers, by 64-bit keys (see `Lookup`)."""
 
     def __init__(self, ids: pa.Array) -> None:
         if ids.null_count:
             row = int(np.flatnonzero(pc.is_null(ids).to_numpy(zero_copy_only=False))[0])
             raise DataError(f"item {row} of the catalogue has a null id")
-        self.text = is_text(ids.type)
-        keys = self._keys(ids)
-        self._order = np.argsort(keys, kind="stable")
-        self._keys_sorted = keys[self._order]
-        equal = np.flatnonzero(self._keys_sorted[1:] == self._keys_sorted[:-1])
-        if equal.size:
-            first, second = self._order[equal[0]], self._order[equal[0] + 1]
-            if ids[int(first)] == ids[int(second)]:
-                raise DataError(
-                    f"item id {ids[int(first)].as_py()!r} stands twice in the catalogue, "
-                    f"as items {first} and {second}"
-                )
+        self._lookup = Lookup(ids)
+        self.text = self._lookup.text
+        if self._lookup.twice is None:
+            return
+        first, second = self._lookup.twice
+        if ids[first] == ids[second]:
             raise DataError(
-                f"the ids {ids[int(first)].as_py()!r} and {ids[int(second)].as_py()!r} share a "
-                "64-bit key, which happens once in billions of catalogues; rename one"
+                f"item id {ids[first].as_py()!r} stands twice in the catalogue, "
+                f"as items {first} and {second}"
             )
+        raise DataError(
+            f"the ids {ids[first].as_py()!r} and {ids[second].as_py()!r} share a "
+            "64-bit key, which happens once in billions of catalogues; rename one"
+        )
 
     def find(self, ids: Column) -> NDArray[np.int64]:
         if not is_category(ids.type) or is_text(ids.type) != self.text:
             return np.full(len(ids), -1, dtype=np.int64)
         distinct, place = distinct_values(ids)
-        keys = self._keys(distinct)
-        if not self.text and self._is_range:
-            nearest = np.clip(keys - self._keys_sorted[0], 0, len(self._order) - 1)
-        else:
-            nearest = np.minimum(np.searchsorted(self._keys_sorted, keys), len(self._order) - 1)
-        of_distinct = np.where(self._keys_sorted[nearest] == keys, self._order[nearest], -1)
+        of_distinct = self._lookup.find(self._lookup.keys(distinct))
         return np.append(of_distinct, -1)[place]
-
-    @property
-    def _is_range(self) -> bool:
-        """Integer ids without gaps need no search."""
-        span = int(self._keys_sorted[-1]) - int(self._keys_sorted[0])
-        return span == len(self._order) - 1
-
-    def _keys(self, ids: pa.Array) -> NDArray[Any]:
-        if self.text:
-            return hash_values(ids)
-        keys: NDArray[np.int64] = category_values(ids).to_numpy(zero_copy_only=False)
-        return keys
 
 
 def _ids(column: pa.ChunkedArray) -> pa.Array:

@@ -23,6 +23,7 @@ from offtower.data.columns import (
     category_values,
     distinct_values,
     hash_values,
+    is_text,
     list_parts,
 )
 from offtower.data.features import (
@@ -35,6 +36,7 @@ from offtower.data.features import (
     take,
     to_tensors,
 )
+from offtower.data.lookup import Vocabulary
 from offtower.data.schema import FeatureSpec, spec_from_dict, spec_to_dict
 from offtower.errors import DataError, RunError
 
@@ -51,7 +53,9 @@ __all__ = [
 ]
 
 MAX_VOCABULARY = 50_000_000
-"""Distinct values of one feature; beyond, hashing is the way."""
+"""Distinct texts of one feature; beyond, hashing is the way."""
+MAX_INTEGERS = 500_000_000
+"""The same of integers, which take 8 bytes each."""
 
 _FILE = "encoding.json"
 
@@ -111,6 +115,7 @@ class FeatureEncoding:
         self._mean = dict(mean)
         self._scale = dict(scale)
         self._vocabulary = dict(vocabulary)
+        self._numbers = {name: Vocabulary(values) for name, values in vocabulary.items()}
 
     @classmethod
     def fit(cls, specs: Iterable[FeatureSpec], tables: Iterable[pa.Table]) -> FeatureEncoding:
@@ -254,11 +259,8 @@ class FeatureEncoding:
             bucket = (hash_values(distinct) ^ seed) % np.uint64(spec.buckets)
             of_distinct = 1 + bucket.astype(np.int64)
         else:
-            vocabulary = self._vocabulary[spec.name]
-            known = pc.index_in(_like(distinct, vocabulary, spec.name), value_set=vocabulary)
-            of_distinct = 1 + pc.fill_null(known, -1).to_numpy(zero_copy_only=False).astype(
-                np.int64
-            )
+            vocabulary = self._numbers[spec.name]
+            of_distinct = 1 + vocabulary.find(_like(distinct, vocabulary.values, spec.name))
         return np.append(of_distinct, 0)[place]
 
 
@@ -294,7 +296,7 @@ class _Counter:
         """Columns value and count, each value once.
 
         Raises:
-            DataError: more than MAX_VOCABULARY distinct values.
+            DataError: more distinct values than a vocabulary may have.
         """
         parts = ([] if self._joined is None else [self._joined]) + self._waiting
         if len(parts) == 1:
@@ -303,9 +305,10 @@ class _Counter:
             summed = pa.concat_tables(parts).group_by("value").aggregate([("count", "sum")])
             self._joined = summed.rename_columns({"count_sum": "count"}).select(["value", "count"])
         self._waiting, self._rows_waiting = [], 0
-        if self._joined.num_rows > MAX_VOCABULARY:
+        most = MAX_VOCABULARY if is_text(self._joined.schema.field("value").type) else MAX_INTEGERS
+        if self._joined.num_rows > most:
             raise DataError(
-                f"feature '{self._spec.name}' has more than {MAX_VOCABULARY:,} distinct values; "
+                f"feature '{self._spec.name}' has more than {most:,} distinct values; "
                 "set its encoding to 'hash', with buckets of your choice"
             )
         return self._joined

@@ -66,23 +66,23 @@ def _local(total: Tensor) -> Tensor:
 class Reduction:
     """Sums over the rows of one step, wherever they are.
 
-    R workers must give the gradient of one worker on the joined batch. Distributed data parallel
-    averages gradients over workers, so a differentiable local sum is scaled by R here; ratio
-    objectives get the sums in their denominators from all workers through `all_reduce`.
+    Gradients of workers are added up, never averaged: a differentiable sum is of this worker's
+    rows, a mean divides it by the rows of all, and ratio objectives get the sums in their
+    denominators from all workers through `all_reduce`. So R workers give the gradient of one on
+    the joined batch.
     """
 
     rows: int
     """Rows of the step over all workers."""
-    workers: int = 1
     all_reduce: Callable[[Tensor], Tensor] = _local
     """Sums a detached tensor over the workers."""
 
     def sum(self, per_row: Tensor) -> Tensor:
-        """Differentiable: after gradient averaging, the gradient of the sum over all rows."""
-        return per_row.sum() * self.workers
+        """Differentiable: this worker's part of the sum over all rows."""
+        return per_row.sum()
 
     def mean(self, per_row: Tensor) -> Tensor:
-        """Differentiable: after gradient averaging, the gradient of the mean over all rows."""
+        """Differentiable: this worker's part of the mean over all rows."""
         return self.sum(per_row) / self.rows
 
     def total(self, per_row: Tensor) -> Tensor:

@@ -117,6 +117,10 @@ class PartialTerms:
         if bool(torch.isinf(self.action_logit).any()):
             row = int(torch.isinf(self.action_logit).nonzero()[0])
             raise OperatorError(f"the action of row {row} is in none of the merged slices")
+        return self.terms()
+
+    def terms(self) -> PolicyTerms:
+        """As `finish`, without a look at the numbers: where all slices are known to be there."""
         log_normalizer = self.sums.log_normalizer
         return PolicyTerms(
             log_prob=self.action_logit - log_normalizer,

@@ -100,19 +100,29 @@ class RunningSums:
     reward: Tensor | None
     centred: Tensor | None
 
+    def relative_to(self, anchor: Tensor) -> RunningSums:
+        """The same sums of exp(s - anchor) and (s - anchor); differentiable, in `top` too."""
+        scale = torch.exp(self.top - anchor)
+        # An empty sum has nothing to move: -inf times 0 would be NaN.
+        moved = (self.top - anchor).clamp_min(NO_MASS)
+        return RunningSums(
+            anchor,
+            self.total * scale,
+            None if self.reward is None else self.reward * scale,
+            None if self.centred is None else scale * (self.centred + self.total * moved),
+        )
+
     def merge(self, other: RunningSums) -> RunningSums:
-        top = torch.maximum(self.top, other.top)
-        # -inf on both sides, where every item so far is masked: nothing to rescale.
-        base = _finite_top(top)
-        mine, others = torch.exp(self.top - base), torch.exp(other.top - base)
+        # Sums do not depend on what they are relative to, so no gradient goes through it.
+        top = torch.maximum(self.top, other.top).detach()
+        base = finite_top(top)
+        mine, others = self.relative_to(base), other.relative_to(base)
         reward = centred = None
-        if self.reward is not None and other.reward is not None:
-            reward = self.reward * mine + other.reward * others
-        if self.centred is not None and other.centred is not None:
-            centred = mine * (
-                self.centred + self.total * (self.top - base).clamp_min(NO_MASS)
-            ) + others * (other.centred + other.total * (other.top - base).clamp_min(NO_MASS))
-        return RunningSums(top, self.total * mine + other.total * others, reward, centred)
+        if mine.reward is not None and others.reward is not None:
+            reward = mine.reward + others.reward
+        if mine.centred is not None and others.centred is not None:
+            centred = mine.centred + others.centred
+        return RunningSums(top, mine.total + others.total, reward, centred)
 
     @property
     def log_normalizer(self) -> Tensor:
@@ -140,7 +150,7 @@ def running_sums(x: Inputs, entropy: bool) -> RunningSums:
 def _chunk_sums(x: Inputs, start: int, stop: int, entropy: bool) -> RunningSums:
     s = x.logits(start, stop)
     top = s.amax(1)
-    shifted = s.sub_(_finite_top(top)[:, None])
+    shifted = s.sub_(finite_top(top)[:, None])
     p = shifted.exp()
     return RunningSums(
         top,
@@ -150,7 +160,8 @@ def _chunk_sums(x: Inputs, start: int, stop: int, entropy: bool) -> RunningSums:
     )
 
 
-def _finite_top(top: Tensor) -> Tensor:
+def finite_top(top: Tensor) -> Tensor:
+    """0 where every item so far is masked: then there is nothing to rescale by."""
     return top.masked_fill(top == float("-inf"), 0.0)
 
 
@@ -186,7 +197,7 @@ def backward(
     du = torch.zeros_like(scaled) if need_u else None
     dv = torch.zeros(x.v.shape, dtype=x.dtype, device=x.v.device) if need_v else None
     db = torch.zeros(x.v.shape[0], dtype=x.dtype, device=x.v.device) if need_b else None
-    anchor, total = _finite_top(sums[0])[:, None], sums[1]
+    anchor, total = finite_top(sums[0])[:, None], sums[1]
     log_total = total.log()[:, None]
     base = torch.zeros_like(total)
     if g.log_prob is not None:

@@ -135,7 +135,7 @@ def sampled_policy_terms(
         for part in (draws, exact)
         if part is not None
     ]
-    action_reward = None if reward_model is None else _action_reward(reward_model, action, dtype)
+    action_reward = None if reward_model is None else action_reward_of(reward_model, action, dtype)
     logs = torch.stack([logit, *(part.log_sum for part in parts)])
     log_normalizer = torch.logsumexp(logs, dim=0)
     # (sets, B) log share of the logged item and of each set of draws.
@@ -163,7 +163,7 @@ def sampled_policy_terms(
     )
 
 
-def _action_reward(reward_model: RewardTerms, action: Tensor, dtype: torch.dtype) -> Tensor:
+def action_reward_of(reward_model: RewardTerms, action: Tensor, dtype: torch.dtype) -> Tensor:
     """(B,) q(x_i, a_i)."""
     if isinstance(reward_model, DenseReward):
         return reward_model.values.detach().gather(1, action[:, None])[:, 0].to(dtype)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import offtower
-from offtower.atomic import remove_leftovers, replace_directory
+from offtower.atomic import remove_leftovers, replace_directory, sha256_file
 from offtower.config import Config
 from offtower.errors import ConfigError, DataError, MissingExtraError
 from offtower.mapping import Mapper
@@ -34,7 +34,6 @@ from offtower.retrieval.index_building import build_index
 from offtower.retrieval.manifest import (
     describe_files,
     set_current,
-    sha256_file,
     write_manifest,
 )
 from offtower.retrieval.parquet_parts import Layout, metadata_texts, write_parquet

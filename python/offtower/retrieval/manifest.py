@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from offtower.atomic import write_text
+from offtower.atomic import sha256_file, write_text
 from offtower.errors import RunError
 
 FORMAT = 1
@@ -34,11 +34,6 @@ def describe_files(directory: Path, names: Iterable[str]) -> dict[str, dict[str,
         name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
         for name in sorted(names)
     }
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(directory: Path, content: dict[str, Any]) -> None:

@@ -52,8 +52,8 @@ class ClusterIndex:
         self._biased = bias is not None
         self.probes = min(probes, clusters)
 
-    def search(self, context_embedding: Tensor, k: int) -> Tensor:
-        """(B, k) item numbers by falling score, -1 where fewer were found."""
+    def search(self, context_embedding: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """(B, k) falling scores and item numbers; -inf and -1 where fewer were found."""
         u = context_embedding.float()
         if self._biased:
             u = torch.cat([u, u.new_ones(len(u), 1)], dim=1)
@@ -76,9 +76,9 @@ class ClusterIndex:
             width = best.values.shape[1]
             score[slots, :width] = best.values
             place[slots, :width] = best.indices + begin
-        best = torch.topk(score.view(len(u), -1), min(k, score.numel() // len(u)), dim=1)
-        found = place.view(len(u), -1).gather(1, best.indices)
-        return torch.where(found < 0, -1, self._item[found.clamp_min(0)])
+        best = torch.topk(score.view(len(u), self.probes * k), k, dim=1)
+        found = place.view(len(u), self.probes * k).gather(1, best.indices)
+        return best.values, torch.where(found < 0, -1, self._item[found.clamp_min(0)])
 
 
 def _k_means(sample: Tensor, clusters: int) -> Tensor:

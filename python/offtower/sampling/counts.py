@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,20 +19,24 @@ class ItemCounts:
     """Rows of each item that was logged at all: memory follows the log, not the catalogue.
 
     item: (k,) distinct item numbers, rising.  count: (k,) their rows, all positive.
+    elsewhere: rows of items that are not among them, where these are the counts of a part of the
+        catalogue.
     """
 
     item: NDArray[np.int64]
     count: NDArray[np.int64]
+    elsewhere: int = 0
 
-    @property
+    @cached_property
     def rows(self) -> int:
-        return int(self.count.sum())
+        """Of the whole log."""
+        return int(self.count.sum()) + self.elsewhere
 
     def share(self, item: NDArray[np.int64]) -> NDArray[np.float64]:
         """f(a), the share of the rows that show each of the items; 0 where none does."""
-        return self.found(item, self.count / self.rows)
+        return self.found(item, self.count) / self.rows
 
-    def found(self, item: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def found(self, item: NDArray[np.int64], values: NDArray[Any]) -> NDArray[np.float64]:
         """Of `values` (k,), one a logged item, those of the items asked for; 0 for others."""
         if self.item.size == 0:
             return np.zeros(item.shape)
@@ -48,25 +54,40 @@ class ItemCounts:
         item, place = np.unique(np.concatenate([self.item, other.item]), return_inverse=True)
         count = np.zeros(item.size, dtype=np.int64)
         np.add.at(count, place, np.concatenate([self.count, other.count]))
-        return ItemCounts(item, count)
+        return ItemCounts(item, count, self.elsewhere + other.elsewhere)
 
 
-def count_items(log: Log, catalogue: Catalogue, progress: Progress | None = None) -> ItemCounts:
+def count_items(
+    log: Log,
+    catalogue: Catalogue,
+    progress: Progress | None = None,
+    within: tuple[int, int] | None = None,
+) -> ItemCounts:
     """One pass over the log's action column; rows of items that the catalogue lacks do not count
-    (the row check has refused or set them aside)."""
+    (the row check has refused or set them aside).
+
+    Args:
+        within: (start, stop) of the items that are counted one by one; all where None. Rows of
+            others are counted together.
+    """
     progress = progress or Progress()
     progress.start("counting the logged items", log.num_rows)
+    start, stop = within or (0, catalogue.num_items)
+    elsewhere = 0
     total = ItemCounts.of(np.zeros(0, dtype=np.int64))
     waiting: list[NDArray[np.int64]] = []
     size = 0
     for group, rows in enumerate(log.row_group_sizes.tolist()):
         table = log.read_row_group(group, [log.schema.action])
         action = catalogue.index_of(table.column(log.schema.action))
-        waiting.append(action[action >= 0])
+        known = action[action >= 0]
+        waiting.append(known[(known >= start) & (known < stop)])
         size += len(waiting[-1])
+        elsewhere += len(known) - len(waiting[-1])
         # Joined when there is as much to join as there is already, so the work a row stays bounded.
         if size > max(1 << 20, total.item.size):
             total, waiting, size = total.merge(ItemCounts.of(np.concatenate(waiting))), [], 0
         progress.advance(rows)
     progress.finish()
-    return total.merge(ItemCounts.of(np.concatenate([np.zeros(0, np.int64), *waiting])))
+    rest = ItemCounts.of(np.concatenate([np.zeros(0, np.int64), *waiting]))
+    return replace(total.merge(rest), elsewhere=elsewhere)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,8 +27,15 @@ class StepDraws:
     """(m,) int64 item numbers."""
     log_proposal: Tensor
     """(m,) float64; m exp(log_proposal) is the number of times that a draw's item is expected."""
+    total: int
+    """m, the draws of the step, of which these may be those of a part of the catalogue."""
     exact_item: Tensor | None = None
     """(B, k) items that each row counts exactly, -1 for none; of the rows passed to `draw`."""
+
+    @property
+    def log_count(self) -> Tensor:
+        """(m,) log of how often each draw's item is expected."""
+        return self.log_proposal + math.log(self.total)
 
 
 class Proposal:
@@ -73,7 +81,11 @@ class Proposal:
         return sum(source.size(batch_rows) for source in self.sources)
 
     def draw(
-        self, seed: int, batch_action: Tensor, context_embedding: Tensor | None = None
+        self,
+        seed: int,
+        batch_action: Tensor,
+        context_embedding: Tensor | None = None,
+        within: tuple[int, int] | None = None,
     ) -> StepDraws:
         """Draw for one step.
 
@@ -82,6 +94,7 @@ class Proposal:
             batch_action: (rows of the step over all workers,) their logged items.
             context_embedding: (B, d) of this worker's rows, for the exact items; no gradient is
                 taken through them.
+            within: keep the draws of the items start..stop-1 only, of all m that are made.
         """
         action = batch_action.numpy()
         sequence = np.random.SeedSequence(seed)
@@ -93,11 +106,14 @@ class Proposal:
                 )
             ]
         )
+        total = len(item)
+        if within is not None:
+            item = item[(item >= within[0]) & (item < within[1])]
         exact = None
         if self.top_k is not None and context_embedding is not None:
-            exact = self.top_k.of(context_embedding.detach())
+            exact = self.top_k.search(context_embedding.detach())[1].cpu()
         log_proposal = torch.from_numpy(self.log_prob(item, len(action)))
-        return StepDraws(torch.from_numpy(item), log_proposal, exact)
+        return StepDraws(torch.from_numpy(item), log_proposal, total, exact)
 
     def log_prob(self, item: NDArray[np.int64], batch_rows: int) -> NDArray[np.float64]:
         """log Q(a) = log(expected count of a / draws); -inf for an item that is never drawn."""

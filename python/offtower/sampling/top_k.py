@@ -45,7 +45,7 @@ class PolicyTopK:
     Args:
         policy: the policy that learns.
         items: features of the catalogue.
-        k: items a row.
+        k: items a row; `wanted` keeps it where the catalogue, or this part of it, has fewer.
         refresh_steps: steps between two embeddings of the catalogue.
         seed: of the index.
         chunk: items embedded at a time.
@@ -62,6 +62,7 @@ class PolicyTopK:
         chunk: int = DEFAULT_CHUNK,
     ) -> None:
         self._policy, self._items = policy, items
+        self.wanted = k
         self.k = min(k, items.num_items)
         self.refresh_steps = refresh_steps
         self._seed, self._chunk = seed, chunk
@@ -84,13 +85,13 @@ class PolicyTopK:
             self._current = self._pending.result()
             self._pending = None
 
-    def of(self, context_embedding: Tensor) -> Tensor:
-        """(B, k) item numbers, -1 where the search found fewer."""
+    def search(self, context_embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, k) scores, falling, and item numbers; -inf and -1 where the search found fewer."""
         snapshot = self._current
         assert snapshot is not None, "at_step comes before the first draw"
         if snapshot.index is not None:
             return snapshot.index.search(context_embedding, self.k)
-        return top_k(context_embedding, snapshot.embedding, self.k, item_bias=snapshot.bias)[1]
+        return top_k(context_embedding, snapshot.embedding, self.k, item_bias=snapshot.bias)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, so that a resumed run finds the same items."""

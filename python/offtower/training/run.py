@@ -14,6 +14,7 @@ import offtower
 from offtower.config import Config, config_fingerprint
 from offtower.errors import ConfigError
 from offtower.evaluation.estimators import make_estimator
+from offtower.mapping import Mapper
 from offtower.metrics import MetricsLog
 from offtower.mirror import Mirror
 from offtower.models.policy import TwoTowerPolicy
@@ -40,6 +41,7 @@ def train_run(
     workers: Workers = ALONE,
     trackers: Sequence[Tracker] = (),
     mirror: str | None = None,
+    mapper: Mapper | None = None,
 ) -> TrainingResult:
     """Train as configured and write runs/<name>/policy.
 
@@ -53,6 +55,7 @@ def train_run(
         trackers: get the metrics' lines, on every worker, beside those of the configuration.
         mirror: address where a copy of the run is kept (`offtower.mirror`); with `resume` a run
             that is not here is fetched from there.
+        mapper: runs the parts of objective=auto; others have none.
 
     Raises:
         RunError: the directory belongs to another configuration, or exists and `resume` is false.
@@ -76,15 +79,16 @@ def train_run(
     if uses_auto(config, data):
         if workers.size > 1:
             raise ConfigError(
-                "objective.name=auto chooses between learners on one process; for several workers "
-                "name an objective, such as the one that auto chose on a part of the log"
+                "objective.name=auto is a choice between learners, and workers that share batches "
+                "cannot make it: give train_run a mapper, as 'offtower train --workers' does"
             )
         automatic = train_auto(
             config,
             data,
             progress=progress,
             metrics=metrics,
-            directory=run.path / "auto",
+            run=run,
+            mapper=mapper,
             on_epoch_end=each_epoch,
         )
         more = {"auto": automatic.report, "workers": 1}
@@ -93,6 +97,11 @@ def train_run(
         if copy is not None:
             copy.close()
         return automatic.result
+    if mapper is not None and mapper.distributed:
+        raise ConfigError(
+            "the log has no propensities, and without them objective.name=auto is regression: to "
+            "train it on workers, name it (--set objective.name=regression)"
+        )
     reward_model = workers.first_then_all(lambda: _reward_model(config, data, run, progress))
     setup = build_setup(config, data, reward_model, workers, progress)
     store = CheckpointStore(

@@ -89,23 +89,35 @@ def build_proposal(
     data: PreparedData,
     policy: TwoTowerPolicy,
     progress: Progress,
+    shard: ItemFeatures | None = None,
 ) -> Proposal | None:
-    """The configured proposal; None where the terms are exact, or no terms are needed."""
+    """The configured proposal; None where the terms are exact, or no terms are needed.
+
+    Args:
+        shard: features of a part of the catalogue, where only draws of its items are wanted: then
+            only those are counted (but `frequency` draws from all) and searched.
+    """
     settings = config.sampling
     if objective.proposal is None and config.training.terms == "exact":
         return None
     if not objective.uses_policy:
         return None
     name = objective.proposal or settings.proposal
+    # Which items are drawn by frequency takes the counts of all.
+    within = (
+        None
+        if shard is None or name == "frequency"
+        else (shard.first, shard.first + shard.num_items)
+    )
     counts = (
-        count_items(data.train, data.catalogue, progress)
+        count_items(data.train, data.catalogue, progress, within)
         if name in ("frequency", "in_batch", "mixed")
         else None
     )
     top_k = (
         PolicyTopK(
             policy,
-            data.items,
+            data.items if shard is None else shard,
             k=settings.top_k,
             refresh_steps=settings.refresh_steps,
             seed=config.seed,

@@ -29,6 +29,7 @@ from offtower.training.distributed.item_shard import (
     sharded_policy,
     whole_policy,
 )
+from offtower.training.distributed.sharded_sampled import ShardedSampledTerms
 from offtower.training.distributed.sharded_scorer import ShardedScorer
 from offtower.training.distributed.sharded_step import ShardedStep
 from offtower.training.sampled import SampledTerms, build_proposal
@@ -106,7 +107,7 @@ def build_setup(
     objective = resolve_objective(config, data)
     check_fit_for(objective, data, reward_model)
     if config.training.strategy == "item_sharded":
-        return _item_sharded(config, data, objective, reward_model, workers)
+        return _item_sharded(config, data, objective, reward_model, workers, progress)
     return _replicated(config, data, objective, reward_model, workers, progress)
 
 
@@ -153,12 +154,8 @@ def _item_sharded(
     objective: Objective,
     reward_model: RewardModel | None,
     workers: Workers,
+    progress: Progress,
 ) -> TrainingSetup:
-    if config.training.terms == "sampled" or objective.proposal is not None:
-        raise ConfigError(
-            "training.strategy=item_sharded computes exact terms over every worker's items; for "
-            "sampled terms take training.strategy=replicated"
-        )
     if reward_model is not None and not isinstance(reward_model, FactoredRewardModel):
         raise ConfigError(
             "training.strategy=item_sharded needs a reward model whose items can be split: set "
@@ -173,6 +170,12 @@ def _item_sharded(
     seed_torch(config.seed, "policy")
     policy = sharded_policy(config.policy, data, shard)
     model = None if reward_model is None else reward_model.over(shard.plain)
+    proposal = build_proposal(config, objective, data, policy, progress, shard.items)
+    sampled = (
+        None
+        if proposal is None
+        else ShardedSampledTerms(policy, shard, proposal, workers, config.sampling.exact_every)
+    )
     chunk = config.training.item_chunk
     validate = (
         Validator(
@@ -194,9 +197,9 @@ def _item_sharded(
         workers,
         objective,
         policy,
-        ShardedStep(policy, objective, shard, model, workers, chunk),
+        ShardedStep(policy, objective, shard, model, workers, chunk, sampled),
         model,
-        None,
+        proposal,
         validate,
         shard,
         OwnedRows(owned, shard.size, shard.num_items),

@@ -1,7 +1,8 @@
 """A small search for objective and settings, judged by held-out off-policy lower bounds.
 
 Random search (Bergstra and Bengio 2012) over a finite space is enough to pick an objective,
-and every trial is a run of its own that can be resumed, evaluated and exported.
+and every trial is a run of its own that can be resumed, evaluated and exported. Trials know nothing
+of each other, so that they may run side by side.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from offtower.config import Config, apply_overrides, parse_config, to_dict, to_y
 from offtower.errors import ConfigError, RunError
 from offtower.evaluation.intervals import simultaneous_confidence
 from offtower.jsonable import finite
+from offtower.mapping import Mapper
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
 from offtower.seeds import derive_seed
@@ -122,6 +124,7 @@ def tune(
     space: Mapping[str, Sequence[Any]] = DEFAULT_SPACE,
     count: int = 20,
     resume: bool = False,
+    mapper: Mapper | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> TuneResult:
@@ -135,14 +138,15 @@ def tune(
         config: the run that is varied; its data has a validation log with propensities.
         space: dotted keys and the values to try.
         count: trials.
-        resume: keep trials that have ended, and go on with one that was stopped.
+        resume: keep trials that have ended, and go on with those that were stopped.
+        mapper: runs the trials; one that its workers share the storage of.
 
     Returns:
         Trials, best first; runs/<name>-tune/ holds trials.json and best.yaml.
 
     Raises:
         ConfigError: no validation log, or a key of the space is unknown.
-        RunError: every trial failed.
+        RunError: every trial failed, or one has run before and `resume` is false.
     """
     if config.data.validation is None:
         raise ConfigError(
@@ -153,22 +157,16 @@ def tune(
         raise ConfigError("tune varies one objective's settings: name it as objective.name")
     points = list(draw_trials(space, count, config.seed))
     confidence = simultaneous_confidence(config.evaluation.confidence, len(points))
-    found: list[Trial] = []
     for number, overrides in enumerate(points):
         one = trial_config(config, number, overrides, confidence)
-        try:
-            low = _finished(one) if resume else None
-            if low is None:
-                low = train_run(one, resume=resume, progress=progress).validation
-            trial = Trial(number, overrides, low)
-        except RunError as error:
-            if "exists" in str(error):
-                raise
-            # A diverged trial is a result: the others go on.
-            trial = Trial(number, overrides, None, str(error))
+        RunDirectory(one.run_directory).check(one, resume=resume)
+    mapper = mapper or Mapper()
+    run = _TrialRun(config, confidence, None if mapper.distributed else progress)
+    found: list[Trial] = []
+    for trial in mapper.map(run, list(enumerate(points)), "tune"):
         found.append(trial)
         bound = "failed" if trial.low is None else f"at least {trial.low:.4f}"
-        say(f"trial {number + 1} of {len(points)}: {bound}  {_short(overrides)}")
+        say(f"trial {len(found)} of {len(points)}: {bound}  {_short(trial.overrides)}")
     ranked = sorted(found, key=lambda t: -np.inf if t.low is None else t.low, reverse=True)
     if ranked[0].low is None:
         raise RunError(f"every trial failed; the first said: {found[0].error}")
@@ -180,6 +178,27 @@ def tune(
     best.name, best.evaluation.confidence = config.name, config.evaluation.confidence
     write_text(folder / "best.yaml", to_yaml(best))
     return result
+
+
+@dataclass(frozen=True)
+class _TrialRun:
+    """Trains a trial from where it stands, so that a trial whose worker was lost goes on."""
+
+    config: Config
+    confidence: float
+    progress: Progress | None
+
+    def __call__(self, point: tuple[int, Overrides]) -> Trial:
+        number, overrides = point
+        one = trial_config(self.config, number, overrides, self.confidence)
+        try:
+            low = _finished(one)
+            if low is None:
+                low = train_run(one, resume=True, progress=self.progress).validation
+        except RunError as error:
+            # A diverged trial is a result: the others go on.
+            return Trial(number, overrides, None, str(error))
+        return Trial(number, overrides, low)
 
 
 def _finished(config: Config) -> float | None:

@@ -22,11 +22,21 @@ from tests.training.conftest import make_config
 from tests.training.distributed.processes import of_each_size
 
 WORKERS = 4
+STRATEGIES = ("replicated", "item_sharded")
 OBJECTIVES = ("ips", "snips", "dr", "clipped_dr", "regression", "weighted_likelihood")
 CASES = [(name, 31) for name in OBJECTIVES] + [("snips", 3), ("dr", 2), ("regression", 1)]
 """Objective and batch size: 31 and 3 are uneven for some number of workers, 2 and 1 leave workers
 without rows."""
-SAMPLED = [("ips", name) for name in ("uniform", "mixed", "in_batch", "frequency", "top_k")]
+PROPOSALS = ("uniform", "mixed", "in_batch", "frequency", "top_k")
+SAMPLED = [
+    *((proposal, "ips", 31, 6) for proposal in PROPOSALS),
+    *((proposal, "dr", 31, 6) for proposal in ("uniform", "mixed", "top_k")),
+    ("in_batch", "in_batch_softmax", 3, 6),
+    ("mixed", "mixed_negatives", 2, 6),
+    ("top_k", "dr", 2, 1),
+    ("uniform", "dr", 1, 1),
+]
+"""Proposal, objective, batch size and draws. Few of each leave workers without any item."""
 
 
 def config_of(
@@ -102,22 +112,25 @@ def all_cases(workers: Workers, folder: Path, runs: Path) -> dict[str, Any]:
     found = {}
     data, model = prepared(config_of(folder, runs, "replicated", "dr", 31))
     for objective, size in CASES:
-        for strategy in ("replicated", "item_sharded"):
+        for strategy in STRATEGIES:
             config = config_of(folder, runs, strategy, objective, size)
             setup = build_setup(config, data, model, workers, Progress())
             found[f"{strategy} {objective} {size}"] = gradients(setup, first_batch(setup))
-    for objective, proposal in SAMPLED:
-        config = config_of(folder, runs, "replicated", objective, 31, *sampling(proposal))
-        setup = build_setup(config, data, model, workers, Progress())
-        found[f"{proposal} {objective} 31"] = gradients(setup, first_batch(setup))
+    for proposal, objective, size, draws in SAMPLED:
+        for strategy in STRATEGIES:
+            more = sampling(proposal, draws)
+            config = config_of(folder, runs, strategy, objective, size, *more)
+            setup = build_setup(config, data, model, workers, Progress())
+            name = f"{strategy} {proposal} {objective} {size}"
+            found[name] = gradients(setup, first_batch(setup))
     return found
 
 
-def sampling(proposal: str) -> tuple[str, ...]:
+def sampling(proposal: str, draws: int) -> tuple[str, ...]:
     return (
         "training.terms=sampled",
         f"sampling.proposal={proposal}",
-        "sampling.num_samples=6",
+        f"sampling.num_samples={draws}",
         "sampling.top_k=3",
     )
 
@@ -135,8 +148,8 @@ def results(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
 
 
 NAMES = [
-    *(f"{s} {o} {b}" for o, b in CASES for s in ("replicated", "item_sharded")),
-    *(f"{p} {o} 31" for o, p in SAMPLED),
+    *(f"{s} {o} {b}" for o, b in CASES for s in STRATEGIES),
+    *(f"{s} {p} {o} {b}" for p, o, b, _ in SAMPLED for s in STRATEGIES),
 ]
 
 

@@ -270,12 +270,6 @@ def test_too_few_items_are_refused() -> None:
         item_range(14, 0, 6)
 
 
-def test_sampled_terms_are_not_sharded(simulated: Path, tmp_path: Path) -> None:
-    config = config_of(simulated, tmp_path, "sampled", "item_sharded", "training.terms=sampled")
-    with pytest.raises(ConfigError, match="strategy=replicated"):
-        train_run(config)
-
-
 def test_an_error_of_the_first_worker_reaches_all(simulated: Path, tmp_path: Path) -> None:
     config = config_of(simulated, tmp_path, "bad", "replicated", "data.train=nowhere")
     run_workers(2, fails, config)

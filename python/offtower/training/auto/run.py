@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from offtower.atomic import replace_directory
 from offtower.config import Config
 from offtower.data.reader import scan
+from offtower.mapping import Mapper
 from offtower.metrics import MetricsLog
 from offtower.models.policy import TwoTowerPolicy
-from offtower.models.store import load_weights, save_weights
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
-from offtower.training.auto.candidates import Candidate, make_candidates, make_schedule
+from offtower.run_directory import RunDirectory
+from offtower.training.auto.candidates import make_candidates, make_schedule
 from offtower.training.auto.choose import Choice, choose
 from offtower.training.auto.ensemble import join
 from offtower.training.auto.folds import Folds
 from offtower.training.auto.judge import SCAN_ROWS, Judge
-from offtower.training.auto.members import fit_members
+from offtower.training.auto.learning import CandidateLearner
 from offtower.training.trainer import EpochHook, TrainingResult
 
 
@@ -42,7 +41,8 @@ def train_auto(
     *,
     progress: Progress | None = None,
     metrics: MetricsLog | None = None,
-    directory: Path | None = None,
+    run: RunDirectory | None = None,
+    mapper: Mapper | None = None,
     on_epoch_end: EpochHook | None = None,
 ) -> AutoTraining:
     """Learn a policy that needs no settings.
@@ -52,8 +52,9 @@ def train_auto(
         data: its training log has propensities. A validation log is not needed, nor read.
         progress, metrics: where both go.
         on_epoch_end: called once, with the policy that was chosen.
-        directory: where each candidate's members are kept once they are learned, so that a run that
-            was killed goes on with the next candidate.
+        run: where members are kept once they are learned, so that a run that was killed goes on.
+        mapper: learns members; one that works elsewhere takes them one by one, and needs `run`, in
+            a place that its workers see.
 
     Raises:
         ConfigError: no candidate is possible.
@@ -73,23 +74,11 @@ def train_auto(
     )
     schedule = make_schedule(settings, data.train.num_rows)
     candidates = make_candidates(config, data)
-    by_name = {candidate.name: candidate for candidate in candidates}
-
-    def learned(purpose: Literal["judged", "refit"], name: str) -> list[TwoTowerPolicy]:
-        candidate = by_name[name]
-        place = None if directory is None else directory / purpose / name
-        if place is not None and place.exists():
-            return _restore(place, candidate, data, number)
-        cut = folds if purpose == "judged" else folds.none_held_out()
-        found = fit_members(candidate, config, data, cut, schedule, progress)
-        if place is not None:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with replace_directory(place) as temporary:
-                for k, member in enumerate(found):
-                    save_weights(temporary / f"member_{k}.safetensors", member)
-        return found
-
-    members = {name: learned("judged", name) for name in by_name}
+    names = [candidate.name for candidate in candidates]
+    learned = CandidateLearner(
+        config, data, candidates, folds, schedule, mapper or Mapper(), run, progress
+    )
+    members = learned("judged", names)
     progress.start("judging candidates on held-out rows", None)
     judge = Judge(data, folds, settings.judge_rows, config.training.item_chunk)
     regressions = [one.name for one in candidates if one.predicts_rewards]
@@ -97,7 +86,7 @@ def train_auto(
     choice = choose(
         judged,
         # In the order of belief; of regressions the best is left.
-        [name for name in by_name if name in judged.scale],
+        [name for name in names if name in judged.scale],
         least_reward=float(data.train.schema.reward_range[0]),
         confidence=config.evaluation.confidence,
     )
@@ -106,7 +95,7 @@ def train_auto(
     chosen, final = choice.chosen, members[choice.chosen.name]
     factor = chosen.factor
     if settings.refit:
-        final = learned("refit", chosen.name)
+        final = learned("refit", [chosen.name])[chosen.name]
         # As sharp as what was judged: members that saw more rows may have larger logits.
         factor *= judged.scale[chosen.name] / judge.scale(final)
     policy = join(final, factor)
@@ -157,14 +146,3 @@ def describe(choice: Choice, loss: Mapping[str, float]) -> dict[str, Any]:
             for name, options in choice.scored.items()
         },
     }
-
-
-def _restore(
-    place: Path, candidate: Candidate, data: PreparedData, number: int
-) -> list[TwoTowerPolicy]:
-    members = []
-    for k in range(number):
-        policy = TwoTowerPolicy(candidate.policy, data.context_encoding, data.item_encoding)
-        load_weights(place / f"member_{k}.safetensors", policy)
-        members.append(policy.eval().requires_grad_(False))
-    return members

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 _SHARED = ".unknown"
 _ROW_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "fresh_at", "sum", "momentum_buffer")
 """What optimisers keep by row of a weight."""
+_ITEM_TOWER = "item_tower."
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ def owned_names(
     names = {f"policy/{name}" for name in owned.weights}
     # What is averaged over steps goes with the weights.
     names.update(f"extra/average/{name}" for name in owned.weights)
+    # So do the towers that a top-k proposal searches with.
+    towers = [name.removeprefix(_ITEM_TOWER) for name in owned.weights if _ITEM_TOWER in name]
+    names.update(f"extra/{when}/tower/{name}" for when in ("current", "pending") for name in towers)
     if optimizer is None or not owned.weights:
         return names
     parameters = dict(policy.named_parameters())

@@ -9,7 +9,6 @@ copied and a thread writes them beside the training; a folder takes its name whe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 
-from offtower.atomic import remove_leftovers, sync_tree, write_text
+from offtower.atomic import remove_leftovers, sha256_file, sync_tree, write_text
 from offtower.errors import RunError
 from offtower.training.checkpoints.progression import Progression
 from offtower.training.checkpoints.state import (
@@ -181,7 +180,7 @@ class CheckpointStore:
         checksums: dict[str, str] = {}
 
         def add_checksums() -> None:
-            checksums.update({f.name: _sha256(f) for f in self._share(temporary)})
+            checksums.update({f.name: sha256_file(f) for f in self._share(temporary)})
 
         faults = self._together(future.result) or self._together(add_checksums)
         found = self._workers.gather_objects(checksums)
@@ -272,7 +271,7 @@ class CheckpointStore:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             names = sorted(state["sha256"])
             for name in names[self._workers.rank :: self._workers.size]:
-                if _sha256(path / name) != state["sha256"][name]:
+                if sha256_file(path / name) != state["sha256"][name]:
                     fault = f"{name} is damaged"
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             fault = str(error)
@@ -344,11 +343,6 @@ def _cause(error: BaseException) -> str:
         for one in _inner(error)
     }
     return "; ".join(sorted(said))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # torch's notes on every save and load are not for a user's terminal.

@@ -13,13 +13,15 @@ from offtower.models.reward.factored import FactoredRewardModel
 from offtower.objectives import LoggedRows, Objective, ObjectiveValue, Reduction
 from offtower.ops import FactoredReward, PolicyTerms
 from offtower.training.distributed.item_shard import ItemShard
+from offtower.training.distributed.sharded_sampled import ShardedSampledTerms
 from offtower.training.distributed.sharded_terms import gather_rows, merged_terms, sum_rows
 from offtower.training.distributed.workers import Workers
 from offtower.training.step import FIRST_PLACE, StepMeasures, StepPlace, measured, row_numbers
 
 
 class ShardedStep:
-    """Each worker embeds its rows of the batch and its items of the catalogue.
+    """Each worker embeds its rows of the batch and its items of the catalogue; with sampled terms,
+    those of its items that the step touches.
 
     After the terms are merged every worker has them for all rows of the batch, and computes the
     same loss: ratio objectives need no sums of their own.
@@ -31,6 +33,7 @@ class ShardedStep:
         reward_model: over the shard's items (`FactoredRewardModel.over`).
         item_chunk: items embedded at a time.
         workers: those that share the step.
+        sampled: terms from draws; None takes exact ones.
     """
 
     def __init__(
@@ -41,7 +44,9 @@ class ShardedStep:
         reward_model: FactoredRewardModel | None,
         workers: Workers,
         item_chunk: int = DEFAULT_CHUNK,
+        sampled: ShardedSampledTerms | None = None,
     ) -> None:
+        self.sampled = sampled
         self.policy = policy
         self.objective = objective
         self.shard = shard
@@ -59,7 +64,11 @@ class ShardedStep:
         if not self.objective.uses_policy:
             logit = self._action_logit(batch)
             return self.objective(LoggedRows(reward, action_logit=logit), over), None
-        terms = self._terms(batch, entropy=measure or self.objective.needs_entropy)
+        entropy = measure or self.objective.needs_entropy
+        if self.sampled is None or self.sampled.wants_exact(place.step):
+            terms = self._exact_terms(batch, entropy=entropy)
+        else:
+            terms = self._sampled_terms(batch, place.seed, entropy=entropy)
         value = self.objective(LoggedRows(reward, terms=terms, pscore=pscore), over)
         return value, measured(terms, pscore) if measure else None
 
@@ -67,12 +76,16 @@ class ShardedStep:
     def measures(self, batch: Step, seed: int = 0) -> StepMeasures:
         joined = batch.joined
         pscore = None if joined.pscore is None else torch.from_numpy(joined.pscore)
-        return measured(self._terms(batch, entropy=True, reward=False), pscore)
+        if self.sampled is None:
+            terms = self._exact_terms(batch, entropy=True, reward=False)
+        else:
+            terms = self._sampled_terms(batch, seed, entropy=True, reward=False)
+        return measured(terms, pscore)
 
     def whole(self, loss: Tensor) -> Tensor:
         return loss
 
-    def _terms(self, batch: Step, *, entropy: bool, reward: bool = True) -> PolicyTerms:
+    def _exact_terms(self, batch: Step, *, entropy: bool, reward: bool = True) -> PolicyTerms:
         items = self.policy.embed_items(self.shard.items, chunk=self.item_chunk)
         return merged_terms(
             self._contexts(batch),
@@ -81,6 +94,18 @@ class ShardedStep:
             self.shard.local(torch.from_numpy(batch.joined.action)),
             self.workers,
             temperature=self.policy.temperature,
+            reward_model=self._reward(batch) if reward else None,
+            entropy=entropy,
+        )
+
+    def _sampled_terms(
+        self, batch: Step, seed: int, *, entropy: bool, reward: bool = True
+    ) -> PolicyTerms:
+        assert self.sampled is not None
+        return self.sampled(
+            self._contexts(batch),
+            torch.from_numpy(batch.joined.action),
+            seed,
             reward_model=self._reward(batch) if reward else None,
             entropy=entropy,
         )

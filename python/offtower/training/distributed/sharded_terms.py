@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offtower.ops import FactoredReward, PolicyTerms, partial_terms
+from offtower.ops import FactoredReward, PartialTerms, PolicyTerms, partial_terms
+from offtower.ops.reference import RunningSums, finite_top
 from offtower.ops.shards import shard_gradients
 from offtower.training.distributed.workers import Workers
 
@@ -52,9 +53,35 @@ class _SummedRows(torch.autograd.Function):
 
 
 def sum_rows(rows: Tensor, workers: Workers) -> Tensor:
-    """(B,) parts of numbers that each worker needs whole."""
+    """(..., B) parts of numbers that each worker needs whole."""
     total: Tensor = _SummedRows.apply(rows, workers)
     return total
+
+
+def merge_over_workers(part: PartialTerms, here: Tensor, workers: Workers) -> PartialTerms:
+    """What all workers' slices have together, the same on each; differentiable.
+
+    The largest logit of all goes first; then sums relative to it, in one message.
+
+    Args:
+        here: (B,) whether a row's action is in this worker's slice.
+    """
+    sums = part.sums
+    top = finite_top(workers.maximum(sums.top.detach()))
+    mine = sums.relative_to(top)
+    columns = [mine.total, part.action_logit.masked_fill(~here, 0.0)]
+    if mine.reward is not None and part.action_reward is not None:
+        columns += [mine.reward, part.action_reward]
+    if mine.centred is not None:
+        columns.append(mine.centred)
+    total, action_logit, *rest = sum_rows(torch.stack(columns), workers)
+    reward, action_reward = rest[:2] if sums.reward is not None else (None, None)
+    centred = rest[-1] if sums.centred is not None else None
+    return PartialTerms(
+        RunningSums(top, total, reward, centred),
+        action_logit,
+        None if action_reward is None else action_reward.detach(),
+    )
 
 
 _NAMES = tuple(field.name for field in fields(PolicyTerms))
@@ -82,29 +109,9 @@ class _MergedTerms(torch.autograd.Function):
             reward_model=reward,
             entropy=entropy,
         )
-        sums = part.sums
-        top = workers.maximum(sums.top)
-        # Where all of a row's logits are -inf there is nothing to rescale by.
-        base = top.masked_fill(top == float("-inf"), 0.0)
-        scale = torch.exp(sums.top - base)
-        here = action >= 0
-        columns = [sums.total * scale, part.action_logit.masked_fill(~here, 0.0)]
-        if sums.reward is not None and part.action_reward is not None:
-            columns += [sums.reward * scale, part.action_reward]
-        if sums.centred is not None:
-            # sum exp(s - top) (s - top), moved to the common top; an empty sum has nothing to move.
-            moved = (sums.top - base).clamp_min(-1e4)
-            columns.append(scale * (sums.centred + sums.total * moved))
-        merged = list(workers.sum(torch.stack(columns)))
-        total, action_logit = merged[:2]
-        log_normalizer = base + total.log()
-        terms = PolicyTerms(
-            log_prob=action_logit - log_normalizer,
-            log_normalizer=log_normalizer,
-            expected_reward=merged[2] / total if reward is not None else None,
-            action_reward=merged[3] if reward is not None else None,
-            entropy=total.log() - merged[-1] / total if entropy else None,
-        )
+        merged = merge_over_workers(part, action >= 0, workers)
+        base, total = merged.sums.top, merged.sums.total
+        terms = merged.terms()
         ctx.save_for_backward(u, v, bias, action, base, total, *_tensors(terms))
         ctx.temperature, ctx.reward = temperature, reward
         ctx.present = [getattr(terms, name) is not None for name in _NAMES]

@@ -60,9 +60,21 @@ class Workers:
         """
         return rows
 
+    def exchange(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """(sum of n_k, ...) from each worker -> (workers, n_k, ...), all workers' versions of this
+        worker's n_k rows."""
+        return rows[None]
+
     def scatter_sum(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """(sum of n_k, ...) from each worker -> this worker's n_k rows, summed over workers."""
-        return rows
+        parts = self.exchange(rows, counts)
+        if len(parts) == 1:
+            return parts[0]
+        # Summed here in the order of ranks: the bits do not depend on which message came first.
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return total
 
     def gather_objects(self, value: Value) -> list[Value]:
         """Small things of each worker, in the order of ranks."""
@@ -141,20 +153,20 @@ class TorchWorkers(Workers):
             return whole.view(-1, *rows.shape[1:])
         return torch.cat([whole[rank, :count] for rank, count in enumerate(counts)])
 
-    def scatter_sum(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    def exchange(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         mine = counts[self.rank]
-        parts = rows.new_empty((self.size * mine, *rows.shape[1:]))
+        parts = rows.new_empty((self.size, mine, *rows.shape[1:]))
         self._call(
-            "summing rows",
+            "exchanging rows",
             lambda: dist.all_to_all_single(
-                parts, rows.contiguous(), [mine] * self.size, list(counts), group=self._group
+                parts.view(self.size * mine, *rows.shape[1:]),
+                rows.contiguous(),
+                [mine] * self.size,
+                list(counts),
+                group=self._group,
             ),
         )
-        # Summed here in the order of ranks: the bits do not depend on which message came first.
-        total = parts[:mine].clone()
-        for rank in range(1, self.size):
-            total += parts[rank * mine : (rank + 1) * mine]
-        return total
+        return parts
 
     def gather_objects(self, value: Value) -> list[Value]:
         found: list[Any] = [None] * self.size

@@ -1,0 +1,113 @@
+"""What one slice of the items adds to `sampled_policy_terms`, where draws lie on several workers.
+
+A draw, the logged item that it may hit and the items that a row counts exactly are of one slice or
+of none, so masks need no message; what the slices have merges as that of `partial_terms` does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offtower.ops.policy import PartialTerms
+from offtower.ops.reference import RunningSums
+from offtower.ops.sampled import action_reward_of
+from offtower.ops.sampled_sums import Draws, SampleSums, hits_of, sample_sums
+from offtower.ops.types import FactoredReward
+
+
+def sampled_partial_terms(
+    context_embedding: Tensor,
+    item_embedding: Tensor,
+    item_bias: Tensor | None,
+    action: Tensor,
+    action_index: Tensor,
+    sampled_item: Tensor,
+    log_count: Tensor,
+    sample_index: Tensor,
+    *,
+    temperature: float = 1.0,
+    reward_model: FactoredReward | None = None,
+    entropy: bool = False,
+    exact_item: Tensor | None = None,
+    exact_index: Tensor | None = None,
+) -> PartialTerms:
+    """Sums of the logged items, the draws and the exactly counted items that lie in the slice.
+
+    Merged over slices whose draws together are m draws of a proposal Q, `finish` gives the terms of
+    `sampled_policy_terms` with these draws, gradients included.
+
+    Args:
+        context_embedding: u, (B, d), of all rows, float32, bfloat16 or float64.
+        item_embedding: (n, d) of distinct items of the slice; n may be 0.
+        item_bias: (n,) or None.
+        action: (B,) number of each row's logged item in the slice, -1 where it lies elsewhere.
+        action_index: (B,) rows of `item_embedding`; read where `action` is not -1.
+        sampled_item: (p,) numbers of the slice's draws, of all m.
+        log_count: (p,) log(m Q(a)) of each.
+        sample_index: (p,) rows of `item_embedding`.
+        temperature: positive.
+        reward_model: q(x, a) of all rows over the slice's items; frozen.
+        entropy: add what the entropy needs.
+        exact_item, exact_index: (B, k) items of the slice that each row counts exactly, distinct in
+            a row, -1 for none; and rows of `item_embedding` that hold them.
+
+    Returns:
+        Differentiable in u, the item embeddings and biases. The logit and the reward of a row whose
+        item lies elsewhere are -inf and 0. A row for which nothing is in the slice has a top of
+        -inf.
+    """
+    dtype = torch.float64 if context_embedding.dtype == torch.float64 else torch.float32
+    u, v = context_embedding.to(dtype), item_embedding.to(dtype)
+    u = u if temperature == 1.0 else u / temperature
+    bias = None if item_bias is None else item_bias.to(dtype)
+    log_count = log_count.to(dtype)
+    here = (action >= 0).nonzero()[:, 0]
+    place = action_index[here]
+    logit = (u[here] * v[place]).sum(dim=1)
+    if bias is not None:
+        logit = logit + bias[place]
+    action_logit = u.new_full((len(u),), float("-inf")).index_put((here,), logit)
+    action_reward: Tensor | None = None
+    if reward_model is not None:
+        found = action_reward_of(
+            FactoredReward(
+                reward_model.context[here],
+                reward_model.item,
+                reward_model.item_bias,
+                reward_model.link,
+            ),
+            action[here],
+            dtype,
+        )
+        action_reward = u.new_zeros(len(u)).index_put((here,), found)
+
+    sums = RunningSums(
+        action_logit,
+        torch.ones_like(action_logit),
+        action_reward,
+        torch.zeros_like(action_logit) if entropy else None,
+    )
+    counted_exactly = action[:, None]
+    sets: list[Draws] = []
+    if exact_item is not None and exact_index is not None and exact_item.numel():
+        absent = (exact_item < 0) | (exact_item == action[:, None])
+        zeros = torch.zeros(exact_item.shape, dtype=dtype, device=u.device)
+        # A slice without items of its own has nothing that an index could point to.
+        if len(v):
+            index = exact_index.masked_fill(absent, 0)
+            sets.append(Draws(exact_item.clamp_min(0), zeros, index, absent))
+        counted_exactly = torch.cat([counted_exactly, exact_item], dim=1)
+    if len(sampled_item):
+        hits = hits_of(sampled_item, counted_exactly)
+        sets.append(Draws(sampled_item, log_count, sample_index, hits))
+    for draws in sets:
+        part = sample_sums(u, v, bias, draws, reward_model, entropy)
+        sums = sums.merge(_running(part))
+    return PartialTerms(sums, action_logit, action_reward)
+
+
+def _running(part: SampleSums) -> RunningSums:
+    """A set of draws whose mass is all at the log of its sum."""
+    ones = torch.ones_like(part.log_sum)
+    return RunningSums(part.log_sum, ones, part.mean_reward, part.mean_log)

@@ -1,0 +1,125 @@
+"""Sampled terms where items lie on several workers: draws are known to all, and embedded by their
+owners.
+
+What a step draws is a function of its seed, so every worker makes all m draws of one process and
+keeps those of its items, without a message. Contexts travel as in `sharded_terms`: 2 B d numbers a
+worker, whatever m is; the other way, with touched items sent to the rows, it would be 2 (m + B) d.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offtower.models.policy import TwoTowerPolicy
+from offtower.ops import FactoredReward, PolicyTerms
+from offtower.ops.sampled_partial import sampled_partial_terms
+from offtower.sampling import Proposal
+from offtower.training.distributed.item_shard import ItemShard
+from offtower.training.distributed.sharded_terms import merge_over_workers
+from offtower.training.distributed.workers import Workers
+
+
+class ShardedSampledTerms:
+    """As `training.sampled.SampledTerms`, of all rows of a step and this worker's items.
+
+    Args:
+        policy: with tables of the shard.
+        shard: this worker's items; only features of touched ones are read.
+        proposal: what is drawn, of the whole catalogue; a top-k part searches the shard.
+        workers: those that have the other items.
+        exact_every: take the exact terms in every so-manieth step.
+    """
+
+    def __init__(
+        self,
+        policy: TwoTowerPolicy,
+        shard: ItemShard,
+        proposal: Proposal,
+        workers: Workers,
+        exact_every: int | None = None,
+    ) -> None:
+        self.policy, self.shard, self.proposal, self.workers = policy, shard, proposal, workers
+        self._exact_every = exact_every
+
+    def wants_exact(self, step: int) -> bool:
+        """Whether this step takes the exact terms instead."""
+        return self._exact_every is not None and step % self._exact_every == 0
+
+    def __call__(
+        self,
+        context_embedding: Tensor,
+        action: Tensor,
+        seed: int,
+        *,
+        reward_model: FactoredReward | None = None,
+        entropy: bool = False,
+    ) -> PolicyTerms:
+        """Terms of all rows of the step, the same on every worker; collective.
+
+        Args:
+            context_embedding: (B, d) of all rows.
+            action: (B,) item numbers in the catalogue, on the CPU, where draws are made too.
+            seed: the step's, the same on every worker.
+            reward_model: over the shard's items, for all rows.
+        """
+        shard, device = self.shard, context_embedding.device
+        draws = self.proposal.draw(seed, action, within=(shard.start, shard.stop))
+        local, drawn = shard.local(action), draws.item - shard.start
+        exact = self._exact(context_embedding)
+        parts = [local[local >= 0], drawn]
+        if exact is not None:
+            parts.append(exact[exact >= 0])
+        touched = torch.unique(torch.cat(parts))
+
+        def place(item: Tensor) -> Tensor:
+            return torch.searchsorted(touched, item).to(device)
+
+        embedding, bias = self.policy.item_tower(
+            shard.items.at(touched), (touched + shard.start).to(device)
+        )
+        logged = local.to(device)
+        part = sampled_partial_terms(
+            context_embedding,
+            embedding,
+            bias,
+            logged,
+            place(local),
+            drawn.to(device),
+            draws.log_count.to(device),
+            place(drawn),
+            temperature=self.policy.temperature,
+            reward_model=reward_model,
+            entropy=entropy,
+            exact_item=None if exact is None else exact.to(device),
+            exact_index=None if exact is None else place(exact),
+        )
+        return merge_over_workers(part, logged >= 0, self.workers).terms()
+
+    def _exact(self, context_embedding: Tensor) -> Tensor | None:
+        """(B, w) local numbers of the shard's items that each row counts exactly, -1 for none."""
+        top_k = self.proposal.top_k
+        if top_k is None:
+            return None
+        score, item = top_k.search(context_embedding.detach())
+        least = self._least_score(score, min(top_k.wanted, self.shard.num_items))
+        item = item.masked_fill(score < least[:, None], -1).cpu()
+        # Scores fall along a row: what counts comes first.
+        width = int((item >= 0).sum(dim=1).max()) if len(item) else 0
+        return item[:, :width].contiguous()
+
+    def _least_score(self, score: Tensor, k: int) -> Tensor:
+        """(B,) k-th largest of a row's scores on all workers.
+
+        Each worker compares those of its rows: it receives (R - 1) / R B k numbers, and B more come
+        back.
+        """
+        counts = self.workers.counts(len(score))
+        wide = min(k, self.shard.per_worker)
+        if score.shape[1] < wide:
+            # The last worker has fewer items than others, and fewer than asked for.
+            missing = score.new_full((len(score), wide - score.shape[1]), float("-inf"))
+            score = torch.cat([score, missing], dim=1)
+        mine = self.workers.exchange(score, counts).transpose(0, 1).flatten(1)
+        least = torch.topk(mine, k, dim=1).values[:, -1]
+        return self.workers.gather(least, counts)

@@ -1,0 +1,13 @@
+"""One thread for every test and what it starts: the suite itself runs on as many processes as there
+are cores, and small tensors gain nothing from more. Tests of threads set their own number."""
+
+from __future__ import annotations
+
+import os
+
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+import torch  # noqa: E402  (after the environment that it reads)
+
+torch.set_num_threads(1)

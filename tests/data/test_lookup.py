@@ -1,0 +1,65 @@
+"""Places of values among distinct ones, against a dictionary."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offtower.data import lookup
+from offtower.data.lookup import Lookup, Vocabulary
+
+INTEGERS = st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 8)
+TEXT = st.text(max_size=3)
+
+
+def expected(values: list[Any], asked: list[Any]) -> list[int]:
+    place = {value: i for i, value in enumerate(values)}
+    return [-1 if value is None else place.get(value, -1) for value in asked]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+@pytest.mark.parametrize("kind, type_", [(INTEGERS, pa.int64()), (TEXT, pa.string())])
+def test_a_vocabulary_finds_what_a_dictionary_finds(kind: Any, type_: Any, data: Any) -> None:
+    values = sorted(data.draw(st.lists(kind, unique=True, max_size=12)))
+    asked = data.draw(st.lists(st.none() | kind | st.sampled_from(values or [None]), max_size=12))
+    vocabulary = Vocabulary(pa.array(values, type_))
+    for one in (vocabulary, pickle.loads(pickle.dumps(vocabulary))):
+        for _ in range(2):
+            assert one.find(pa.array(asked, type_)).tolist() == expected(values, asked)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(INTEGERS, unique=True, min_size=1, max_size=12), st.lists(INTEGERS, max_size=12))
+def test_integers_in_any_order(values: list[int], asked: list[int]) -> None:
+    found = Lookup(pa.array(values, pa.int64()))
+    keys = np.array(asked + values, dtype=np.int64)
+    assert found.find(keys).tolist() == expected(values, asked + values)
+    assert found.twice is None
+
+
+def test_rising_integers_take_no_memory() -> None:
+    values = pa.array(np.arange(5, 1000))
+    found = Lookup(values)
+    assert found._order is None and not found._sorted.flags.owndata
+    assert Lookup(pa.array([3, 1, 2]))._order is not None
+
+
+def test_equal_keys_are_told() -> None:
+    assert Lookup(pa.array([4, 2, 9, 2])).twice == (1, 3)
+
+
+def test_texts_with_one_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two values of the vocabulary share a key, or one shares its key with a value not in it."""
+    monkeypatch.setattr(
+        lookup, "hash_values", lambda v: np.array([len(x) for x in v.to_pylist()], dtype=np.uint64)
+    )
+    asked = pa.array(["b", "cc", "a", None, "dd", "x"])
+    assert Vocabulary(pa.array(["a", "b", "cc"])).find(asked).tolist() == [1, 2, 0, -1, -1, -1]
+    assert Vocabulary(pa.array(["a", "cc"])).find(asked).tolist() == [-1, 1, 0, -1, -1, -1]
