@@ -67,7 +67,7 @@ def seconds_of(log: ParquetLog, catalogue: Catalogue, encoding: FeatureEncoding)
     whole, needed = [], []
     for group, rows in enumerate(log.row_group_sizes.tolist()):
         began = time.perf_counter()
-        reader._loader.load([group], threading.Event())
+        reader._loader.load([group], reader._loader.tables([[group]]), threading.Event())
         whole.append((time.perf_counter() - began) / rows)
         began = time.perf_counter()
         table = log.read_row_group(group, light)

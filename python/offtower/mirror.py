@@ -12,11 +12,11 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-import pyarrow as pa
 from pyarrow import fs
 
 from offtower.atomic import replace_directory
-from offtower.errors import RunError
+from offtower.data.location import Location
+from offtower.errors import DataError, RunError
 
 logger = logging.getLogger("offtower.mirror")
 
@@ -41,13 +41,11 @@ class Mirror:
     def __init__(self, uri: str, run: Path) -> None:
         self.uri, self._run = uri.rstrip("/"), run
         try:
-            self._there, base = fs.FileSystem.from_uri(self.uri)
-        except (pa.ArrowInvalid, OSError, ValueError) as error:
-            raise RunError(
-                f"--mirror '{uri}' cannot be used ({error}); give a folder such as "
-                "s3://bucket/runs, gs://bucket/runs or file:///mnt/runs"
-            ) from error
-        self._base = f"{base.rstrip('/')}/{run.name}"
+            there = Location.of(uri)
+        except DataError as error:
+            raise RunError(f"--mirror '{uri}' cannot be used: {error}") from error
+        self._there = there.filesystem or fs.LocalFileSystem()
+        self._base = (there / run.name).path
         self._sent: dict[str, tuple[int, int]] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="offtower-mirror")
         self._pending: Future[None] | None = None

@@ -277,9 +277,9 @@ def test_no_more_than_two_windows_are_in_memory(monkeypatch: pytest.MonkeyPatch)
             with lock:
                 alive -= 1
 
-    def counting(groups, stop):
+    def counting(groups, tables, stop):
         counter = Counted()
-        rows = original(groups, stop)
+        rows = original(groups, tables, stop)
         object.__setattr__(rows, "counter", counter)
         return rows
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.", metavar="RUN...")],
     log: Annotated[
-        Path | None, typer.Option(help="Log to judge on; the runs' data.test without it.")
+        str | None, typer.Option(help="Log to judge on; the runs' data.test without it.")
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="HTML file; report.html of the first run without it.")

@@ -50,10 +50,10 @@ def export(
     ] = False,
     sampling: Annotated[bool, typer.Option(help="Write what draws with propensities need.")] = True,
     catalogue: Annotated[
-        Path | None, typer.Option(help="Items to export; those trained on without it.")
+        str | None, typer.Option(help="Items to export; those trained on without it.")
     ] = None,
     contexts: Annotated[
-        Path | None, typer.Option(help="Log to measure recall on; the run's held-out log else.")
+        str | None, typer.Option(help="Log to measure recall on; the run's held-out log else.")
     ] = None,
     ray: RayAddress = None,
     workers: Workers = None,

@@ -1,8 +1,8 @@
 """Turn files as they come into a checked log and catalogue.
 
-SOURCE is a file or a folder (CSV, Parquet, Arrow), or open-bandit:CAMPAIGN for the sample of the
-Open Bandit Dataset that the obp package carries (extra 'obp'; campaigns men, women, all). The
-schema file names the columns; see README, "Your own log".
+SOURCE is a file or a folder (CSV, Parquet, Arrow), here or in a store (s3://bucket/clicks), or
+open-bandit:CAMPAIGN for the sample of the Open Bandit Dataset that the obp package carries (extra
+'obp'; campaigns men, women, all). The schema file names the columns; see README, "Your own log".
 
 \b
 Example:
@@ -32,12 +32,12 @@ from offtower.errors import ConfigError, DataError
 @verb
 def ingest(
     source: Annotated[str, typer.Argument(help="File, folder, or open-bandit:CAMPAIGN.")],
-    out: Annotated[Path, typer.Option(help="New folder; gets log/ and catalogue/.")],
+    out: Annotated[str, typer.Option(help="New folder, or its address; gets log/ and catalogue/.")],
     schema: Annotated[
         Path | None, typer.Option(help="YAML with the sections log and catalogue.")
     ] = None,
     catalogue: Annotated[
-        Path | None, typer.Option(help="File or folder of items; without it, those shown.")
+        str | None, typer.Option(help="File or folder of items; without it, those shown.")
     ] = None,
     split: Annotated[
         Literal["time", "user", "row"] | None,
@@ -66,7 +66,7 @@ def ingest(
             summary = ingest_open_bandit(source.partition(":")[2], out)
         else:
             summary = ingest_files(
-                Path(source),
+                source,
                 out,
                 schemas[0],
                 catalogue_source=catalogue,
@@ -84,9 +84,11 @@ def ingest(
     console.print(f"{summary.rows:,} rows in {summary.log}")
     console.print(f"{summary.items:,} items in {summary.catalogue}")
     if summary.quarantined:
-        console.print(f"[yellow]{summary.quarantined:,} bad rows in {out / 'quarantine'}[/]")
+        console.print(
+            f"[yellow]{summary.quarantined:,} bad rows in {summary.log.parent / 'quarantine'}[/]"
+        )
     for name, rows in summary.splits.items():
-        console.print(f"{rows:,} rows in {out / name}")
+        console.print(f"{rows:,} rows in {summary.log.parent / name}")
 
 
 def read_schemas(path: Path | None) -> tuple[Any, Any]:

@@ -212,7 +212,7 @@ def _batches(text: str) -> Iterator[pa.Table]:
             raise DataError(f"--contexts is not valid JSON of contexts: {error}") from error
         source: Iterable[pa.RecordBatch] = table.to_batches(max_chunksize=_BATCH)
     else:
-        source = open_source(Path(text)).to_batches(batch_size=_BATCH)
+        source = open_source(text).to_batches(batch_size=_BATCH)
     some = False
     try:
         for batch in source:

@@ -11,7 +11,6 @@ Example:
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -33,7 +32,7 @@ _PARTS = {"train": 1.0, "validation": 0.2, "test": 0.2}
 
 @verb
 def simulate(
-    out: Annotated[Path, typer.Option(help="New folder.")],
+    out: Annotated[str, typer.Option(help="New folder, or its address (s3://...).")],
     items: Annotated[int, typer.Option(min=1, help="Items in the catalogue.")] = 10_000,
     rows: Annotated[int, typer.Option(min=5, help="Rows of the training log.")] = 100_000,
     dim: Annotated[int, typer.Option(min=1, help="Width of context and item vectors.")] = 8,
@@ -59,6 +58,8 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     from offtower.data import write_catalogue
+    from offtower.data.location import Location
+    from offtower.data.output import check_new
     from offtower.data.simulate import (
         LoggingPolicy,
         SimulatedWorld,
@@ -66,7 +67,11 @@ def simulate(
         write_simulated_log,
     )
 
-    if out.exists() and any(out.iterdir()):
+    folder = Location.of(out)
+    if folder.local is None:
+        for name in ("catalogue", *_PARTS):
+            check_new(folder / name)
+    elif folder.exists() and any(folder.local.iterdir()):
         raise DataError(f"'{out}' is not empty; choose another --out")
     progress = DrawnProgress()
     betas = beta or [1.0]
@@ -77,14 +82,14 @@ def simulate(
     world = SimulatedWorld(
         items, dim, dim, dim, seed=seed, beta=betas[0], epsilon=epsilon, feature_kinds=features
     )
-    write_catalogue(out / "catalogue", world.catalogue_table(), world.catalogue_schema)
+    write_catalogue(folder / "catalogue", world.catalogue_table(), world.catalogue_schema)
     counts = {name: max(1, round(rows * share)) for name, share in _PARTS.items()}
     several = policies if len(policies) > 1 else None
     with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
         for number, (name, count) in enumerate(counts.items(), start=1):
             write_simulated_log(
                 world,
-                out / name,
+                folder / name,
                 count,
                 seed=number,
                 policies=several,
@@ -93,7 +98,7 @@ def simulate(
                 task=f"drawing {name}",
             )
     facts: dict[str, Any] = {
-        "catalogue": str(out / "catalogue"),
+        "catalogue": str(folder / "catalogue"),
         "items": items,
         "rows": counts,
     }
@@ -104,9 +109,9 @@ def simulate(
         print_json(facts)
         return
     console = messages()
-    console.print(f"{items:,} items in {out / 'catalogue'}")
+    console.print(f"{items:,} items in {folder / 'catalogue'}")
     for name, count in counts.items():
-        console.print(f"{count:,} rows in {out / name}")
+        console.print(f"{count:,} rows in {folder / name}")
     if columns:
         named = ", ".join(f"{name}: {column}" for name, column in columns.items())
         console.print(

@@ -9,7 +9,6 @@ Example:
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,8 +29,8 @@ _COLOURS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 @verb
 def validate(
-    log: Annotated[Path, typer.Argument(help="Directory of the log.")],
-    catalogue: Annotated[Path, typer.Option(help="Directory of the catalogue.")],
+    log: Annotated[str, typer.Argument(help="Directory of the log, or its address (s3://...).")],
+    catalogue: Annotated[str, typer.Option(help="Directory of the catalogue, or its address.")],
     ray: RayAddress = None,
     workers: Workers = None,
     worker_cpus: WorkerCpus = 1.0,

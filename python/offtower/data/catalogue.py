@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from offtower.atomic import replace_directory
 from offtower.data.catalogue_rows import SLICE_ROWS, CatalogueRows, ParquetRows, TableRows
 from offtower.data.columns import (
     Column,
@@ -27,8 +25,10 @@ from offtower.data.columns import (
     is_number,
     is_text,
 )
+from offtower.data.location import Location, Place
 from offtower.data.lookup import Lookup
-from offtower.data.manifest import parquet_files, read_manifest, write_manifest
+from offtower.data.manifest import find_parquet_files, read_manifest, write_manifest
+from offtower.data.output import check_new, new_directory, new_file
 from offtower.data.schema import CatalogueSchema, FeatureKind, FeatureSpec
 from offtower.errors import DataError
 
@@ -69,14 +69,15 @@ class Catalogue:
         self.fingerprint = _check_values(rows, schema) if fingerprint is None else fingerprint
 
     @classmethod
-    def open(cls, path: str | Path, schema: CatalogueSchema | None = None) -> Catalogue:
-        """A directory of Parquet files, in the order of their names.
+    def open(cls, path: Place, schema: CatalogueSchema | None = None) -> Catalogue:
+        """A directory of Parquet files, in the order of their names. Those of a store are copied
+        once to this machine (`data.copies`), where they are memory-mapped.
 
         Raises:
             DataError: as for the class, and where the files cannot be read.
         """
-        path = Path(path)
-        files = parquet_files(path, "catalogue")
+        path = Location.of(path)
+        files = find_parquet_files(path, "catalogue")
         if schema is None:
             manifest = read_manifest(path)
             if manifest is None:
@@ -130,24 +131,20 @@ class Catalogue:
         return self._index.find(ids)
 
 
-def write_catalogue(directory: str | Path, table: pa.Table, schema: CatalogueSchema) -> Catalogue:
+def write_catalogue(directory: Place, table: pa.Table, schema: CatalogueSchema) -> Catalogue:
     """Check a catalogue and write it as a directory that `Catalogue.open` reads.
 
     Raises:
         DataError: as for `Catalogue`, or the directory exists.
     """
-    directory = Path(directory)
-    if directory.exists():
-        raise DataError(f"'{directory}' exists already")
+    directory = Location.of(directory)
+    check_new(directory)
     catalogue = Catalogue(table, schema)
-    with replace_directory(directory) as temporary:
-        pq.write_table(
-            catalogue.table(0, catalogue.num_items),
-            temporary / "part-00000.parquet",
-            row_group_size=SLICE_ROWS,
-        )
-        # Read again, for the fingerprint that whoever opens it will compute.
-        fingerprint = Catalogue.open(temporary, schema).fingerprint
+    with new_directory(directory) as temporary:
+        with new_file(temporary / "part-00000.parquet") as file:
+            pq.write_table(catalogue.table(0, catalogue.num_items), file, row_group_size=SLICE_ROWS)
+            # Read again, for the fingerprint that whoever opens it will compute.
+            fingerprint = Catalogue.open(file, schema).fingerprint
         write_manifest(temporary, schema.to_dict(), catalogue.num_items, fingerprint)
     return Catalogue(table, schema, fingerprint)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from offtower.data.copies import LocalCopies
+from offtower.data.location import Found, Location
 from offtower.errors import DataError
 
 SLICE_ROWS = 65_536
@@ -55,7 +56,7 @@ class ParquetRows(CatalogueRows):
     """Files of one schema. The row group that was read last stays in memory.
 
     Args:
-        files: in the order of the items.
+        files: in the order of the items; those of a store are copied to this machine.
         columns: those that are read.
         place: the directory, for messages.
 
@@ -63,14 +64,15 @@ class ParquetRows(CatalogueRows):
         DataError: a file is not Parquet, lacks a column, or differs from the first in its columns.
     """
 
-    def __init__(self, files: Sequence[Path], columns: Sequence[str], place: Path) -> None:
-        self._files = list(files)
+    def __init__(self, files: Sequence[Found], columns: Sequence[str], place: Location) -> None:
+        self._files = LocalCopies(files)
         self._columns = list(columns)
         self._groups: list[tuple[int, int]] = []
         sizes: list[int] = []
-        for number, file in enumerate(self._files):
+        for number in range(len(self._files)):
+            file = self._files.name(number)
             try:
-                with pq.ParquetFile(file, memory_map=True) as opened:
+                with pq.ParquetFile(self._files.path(number), memory_map=True) as opened:
                     arrow, metadata = opened.schema_arrow, opened.metadata
             except (pa.ArrowInvalid, OSError) as error:
                 raise DataError(f"'{file}' is not a readable Parquet file: {error}") from error
@@ -87,8 +89,8 @@ class ParquetRows(CatalogueRows):
                 name = next(n for n in self._columns if chosen.field(n) != self.schema.field(n))
                 raise DataError(
                     f"the files of '{place}' differ in their columns: '{name}' is "
-                    f"{chosen.field(name).type} in '{file.name}' and "
-                    f"{self.schema.field(name).type} in '{self._files[0].name}'"
+                    f"{chosen.field(name).type} in '{files[number].location.name}' and "
+                    f"{self.schema.field(name).type} in '{files[0].location.name}'"
                 )
             for group in range(metadata.num_row_groups):
                 self._groups.append((number, group))
@@ -121,9 +123,9 @@ class ParquetRows(CatalogueRows):
         return self._last[1]
 
     def _read(self, number: int, group: int, columns: list[str]) -> pa.Table:
-        file = self._files[number]
+        file = self._files.name(number)
         try:
-            with pq.ParquetFile(file, memory_map=True) as opened:
+            with pq.ParquetFile(self._files.path(number), memory_map=True) as opened:
                 table = opened.read_row_group(group, columns=columns)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(

@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
+from offtower.data.location import Location, Place
+from offtower.data.parquet import read_footer
 from offtower.data.quarantine import REASON, write_aside
 from offtower.data.rules import Fault, bad_vectors, find_faults
 from offtower.data.schema import LogSchema
@@ -36,7 +36,7 @@ __all__ = [
     "first_bad_rows",
 ]
 
-Location = tuple[str, int]
+GroupLocation = tuple[str, int]
 """(file, row group)."""
 
 _DETAILS = 10
@@ -99,7 +99,11 @@ class BadRowsError(DataError):
 
 
 def check_table(
-    table: pa.Table, schema: LogSchema, catalogue: Catalogue, location: Location, first_row: int
+    table: pa.Table,
+    schema: LogSchema,
+    catalogue: Catalogue,
+    location: GroupLocation,
+    first_row: int,
 ) -> list[BadRow]:
     """Every bad value of a table, by row.
 
@@ -126,7 +130,7 @@ def count_faults(faults: Iterable[Fault]) -> Counter[tuple[str, str]]:
 def first_bad_rows(
     table: pa.Table,
     faults: list[Fault],
-    location: Location,
+    location: GroupLocation,
     first_row: int,
     limit: int | None = _DETAILS,
 ) -> list[BadRow]:
@@ -149,12 +153,12 @@ class RowChecker:
     """
 
     def __init__(
-        self, schema: LogSchema, catalogue: Catalogue, quarantine: Path | None = None
+        self, schema: LogSchema, catalogue: Catalogue, quarantine: Place | None = None
     ) -> None:
         self._schema = schema
         self._catalogue = catalogue
         self._quarantine = quarantine
-        self._seen: dict[tuple[Location, int], int] = {}
+        self._seen: dict[tuple[GroupLocation, int], int] = {}
         self._counts: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
 
@@ -173,7 +177,7 @@ class RowChecker:
         """Values set aside so far by (column, problem); a row may have several."""
         return Counter(self._counts)
 
-    def check(self, table: pa.Table, location: Location, first_row: int) -> pa.Table:
+    def check(self, table: pa.Table, location: GroupLocation, first_row: int) -> pa.Table:
         """The good rows of a table.
 
         Raises:
@@ -183,7 +187,9 @@ class RowChecker:
         good = self.good_rows(table, location, first_row)
         return table if good.all() else table.filter(pa.array(good))
 
-    def good_rows(self, table: pa.Table, location: Location, first_row: int) -> NDArray[np.bool_]:
+    def good_rows(
+        self, table: pa.Table, location: GroupLocation, first_row: int
+    ) -> NDArray[np.bool_]:
         """(n,) mask of the good rows; the others are in quarantine when this returns."""
         faults = find_faults(table, self._schema, self._catalogue, location[0])
         bad = np.zeros(table.num_rows, dtype=bool)
@@ -221,7 +227,7 @@ class RowChecker:
         table: pa.Table,
         faults: list[Fault],
         bad: NDArray[np.bool_],
-        location: Location,
+        location: GroupLocation,
         first_row: int,
     ) -> None:
         assert self._quarantine is not None
@@ -239,7 +245,9 @@ class RowChecker:
         )
 
 
-def _detail(table: pa.Table, fault: Fault, row: int, location: Location, first_row: int) -> BadRow:
+def _detail(
+    table: pa.Table, fault: Fault, row: int, location: GroupLocation, first_row: int
+) -> BadRow:
     value = table.column(fault.column)[row].as_py()
     text = repr(value)
     before = _rows_before(*location)
@@ -258,11 +266,11 @@ def _detail(table: pa.Table, fault: Fault, row: int, location: Location, first_r
 @lru_cache(maxsize=64)
 def _rows_before(file: str, row_group: int) -> int | None:
     """Rows of a Parquet file before a row group; asked only where a row is bad."""
-    if not file.endswith(".parquet"):
-        return None
     try:
-        with pq.ParquetFile(file) as opened:
-            sizes = [opened.metadata.row_group(i).num_rows for i in range(row_group)]
-    except (pa.ArrowInvalid, OSError):
+        place = Location.of(file)
+        if place.suffix != ".parquet":
+            return None
+        groups = read_footer(place).row_groups
+    except DataError:
         return None
-    return sum(sizes)
+    return sum(rows for rows, _ in groups[:row_group])

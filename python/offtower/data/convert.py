@@ -119,7 +119,7 @@ def to_bandit_feedback(log: Log, catalogue: Catalogue) -> BanditFeedback:
     if isinstance(log, TableLog):
         columns += [key for key in _TRUTH if key in log.table.column_names]
     groups = range(len(log.row_group_sizes))
-    table = pa.concat_tables([log.read_row_group(group, columns) for group in groups])
+    table = pa.concat_tables(log.read_row_groups(groups, columns))
     items = catalogue.table(0, catalogue.num_items)
     action = catalogue.index_of(table.column(schema.action))
     if (action < 0).any():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,10 @@ import pyarrow.dataset as ds
 
 from offtower.data.catalogue import Catalogue, write_catalogue
 from offtower.data.check import RowChecker
+from offtower.data.location import Location, Place
 from offtower.data.log import write_log
 from offtower.data.obd import import_open_bandit
+from offtower.data.output import check_new
 from offtower.data.parts import write_log_parts
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
 from offtower.data.source import CheckedUnits, Units, joined_values, open_source
@@ -29,8 +30,8 @@ from offtower.progress import Progress, watched
 class IngestSummary:
     """What an ingestion wrote."""
 
-    log: Path
-    catalogue: Path
+    log: Location
+    catalogue: Location
     rows: int
     items: int
     quarantined: int
@@ -48,11 +49,11 @@ class IngestSummary:
 
 
 def ingest_files(
-    log_source: Path,
-    out: Path,
+    log_source: Place,
+    out: Place,
     schema: LogSchema,
     *,
-    catalogue_source: Path | None = None,
+    catalogue_source: Place | None = None,
     catalogue_schema: CatalogueSchema | None = None,
     on_bad_rows: str = "error",
     mapper: Mapper | None = None,
@@ -71,8 +72,8 @@ def ingest_files(
         DataError: no such source, an unknown format, or a bad row (unless quarantined).
     """
     mapper, progress = mapper or Mapper(), progress or Progress()
-    if (out / "log").exists() or (out / "catalogue").exists():
-        raise DataError(f"'{out}' already holds a log or a catalogue; choose another --out")
+    out = _new(out)
+    log_source = Location.of(log_source)
     source = open_source(log_source)
     units = Units(source, log_source, schema.columns)
     if catalogue_source is None:
@@ -81,7 +82,7 @@ def ingest_files(
         catalogue_table = open_source(catalogue_source).to_table()
         catalogue_schema = catalogue_schema or CatalogueSchema()
     catalogue = Catalogue.from_table(catalogue_table, catalogue_schema)
-    quarantine = (out / "quarantine").resolve() if on_bad_rows == "quarantine" else None
+    quarantine = (out / "quarantine").absolute() if on_bad_rows == "quarantine" else None
     rows, bad = _write(out / "log", units, schema, catalogue, quarantine, mapper, progress)
     write_catalogue(out / "catalogue", catalogue_table, catalogue_schema)
     return IngestSummary(
@@ -93,7 +94,18 @@ def ingest_files(
     )
 
 
-def ingest_open_bandit(campaign: str, out: Path) -> IngestSummary:
+def _new(out: Place) -> Location:
+    """The folder for a log and a catalogue, which it must not have yet."""
+    out = Location.of(out)
+    for name in ("log", "catalogue"):
+        if out.local is None:
+            check_new(out / name)
+        elif (out / name).exists():
+            raise DataError(f"'{out}' already holds a log or a catalogue; choose another --out")
+    return out
+
+
+def ingest_open_bandit(campaign: str, out: Place) -> IngestSummary:
     """The Open Bandit Dataset sample inside the obp package, both logging policies.
 
     Raises:
@@ -101,8 +113,7 @@ def ingest_open_bandit(campaign: str, out: Path) -> IngestSummary:
         DataError: an unknown campaign, or `out` already holds a log.
     """
     tables, schema, catalogue = import_open_bandit(campaign)
-    if (out / "log").exists() or (out / "catalogue").exists():
-        raise DataError(f"'{out}' already holds a log or a catalogue; choose another --out")
+    out = _new(out)
     manifest = write_log(out / "log", tables, schema, rows_per_group=4096)
     write_catalogue(out / "catalogue", catalogue.table(0, catalogue.num_items), catalogue.schema)
     return IngestSummary(
@@ -140,7 +151,7 @@ def split_ingested(
 
 
 def _shown_items(
-    source: ds.Dataset, place: Path, schema: LogSchema, mapper: Mapper
+    source: ds.Dataset, place: Location, schema: LogSchema, mapper: Mapper
 ) -> tuple[pa.Table, CatalogueSchema]:
     units = Units(source, place, [schema.action])
     seen: pa.Array | None = None
@@ -156,11 +167,11 @@ def _shown_items(
 
 
 def _write(
-    out: Path,
+    out: Location,
     units: Units,
     schema: LogSchema,
     catalogue: Catalogue,
-    quarantine: Path | None,
+    quarantine: Location | None,
     mapper: Mapper,
     progress: Progress,
 ) -> tuple[int, int]:
@@ -192,7 +203,7 @@ def _write(
     return int(manifest["num_rows"]), bad
 
 
-def _stream(out: Path, rows: CheckedUnits, progress: Progress) -> tuple[int, int]:
+def _stream(out: Location, rows: CheckedUnits, progress: Progress) -> tuple[int, int]:
     """The same in one pass."""
     progress.start("reading the log", None)
     checker = RowChecker(rows.schema, rows.catalogue, quarantine=rows.quarantine)

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from offtower.atomic import replace_directory, replace_file
-from offtower.data.manifest import parquet_files, read_manifest, write_manifest
+from offtower.data.location import Location, Place
+from offtower.data.manifest import find_parquet_files, read_manifest, write_manifest
+from offtower.data.output import new_directory, new_file
+from offtower.data.parquet import Footer, RowGroups, listed_footers, read_footers
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
 
@@ -48,32 +49,41 @@ class Log(ABC):
         """(g,) global number of each row group's first row."""
         return np.concatenate([[0], np.cumsum(self.row_group_sizes)[:-1]]).astype(np.int64)
 
+    def read_row_groups(
+        self, indexes: Iterable[int], columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """Some row groups in the order given; where they are far away they are read ahead. Where
+        the iterator has a `close`, any thread may call it."""
+        return map(self.read_row_group, indexes, itertools.repeat(columns))
+
     def tables(self) -> Iterator[pa.Table]:
         """All row groups, in order."""
-        for index in range(len(self.row_group_sizes)):
-            yield self.read_row_group(index)
+        return self.read_row_groups(range(len(self.row_group_sizes)))
 
 
 class ParquetLog(Log):
-    """A directory of Parquet files, in the order of their names."""
+    """A directory of Parquet files, in the order of their names; on this machine or in a store.
 
-    def __init__(self, files: Sequence[Path], schema: LogSchema) -> None:
+    Args:
+        files: in the order of the rows.
+        schema: the columns that count.
+        footers: what the files say of themselves, where that is known already.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Place],
+        schema: LogSchema,
+        footers: Iterable[Footer] | None = None,
+    ) -> None:
         self.schema = schema
-        self._files = list(files)
-        sizes: list[int] = []
-        self._places: list[tuple[int, int]] = []
+        self._files = [Location.of(file) for file in files]
         digest = hashlib.sha256(repr(schema).encode())
         first: pa.Schema | None = None
-        for number, file in enumerate(self._files):
-            metadata, arrow = _footer(file)
-            missing = [name for name in schema.columns if name not in arrow.names]
-            if missing:
-                raise DataError(
-                    f"'{file}' has no column '{missing[0]}', which the schema names; "
-                    f"it has {', '.join(arrow.names)}"
-                )
-            # Types only: whether a column may hold nulls is no difference in content.
-            selected = pa.schema([(name, arrow.field(name).type) for name in schema.columns])
+        footers = read_footers(self._files) if footers is None else footers
+        known: list[Footer] = []
+        for file, footer in zip(self._files, footers, strict=True):
+            selected = _selected(file, footer.columns, schema)
             if first is None:
                 first = selected
             elif not selected.equals(first):
@@ -82,53 +92,67 @@ class ParquetLog(Log):
                     f"column '{name}' is {selected.field(name).type} in '{file}' but "
                     f"{first.field(name).type} in '{self._files[0]}'; write all files alike"
                 )
-            for group in range(metadata.num_row_groups):
-                rows = metadata.row_group(group).num_rows
-                sizes.append(rows)
-                self._places.append((number, group))
-                digest.update(f"{rows},{metadata.row_group(group).total_byte_size};".encode())
-            digest.update(f"{file.name},{file.stat().st_size};".encode())
-        self.row_group_sizes = np.asarray(sizes, dtype=np.int64)
+            for rows, nbytes in footer.row_groups:
+                digest.update(f"{rows},{nbytes};".encode())
+            digest.update(f"{file.name},{footer.size};".encode())
+            known.append(footer)
+        rows_of = [rows for footer in known for rows, _ in footer.row_groups]
+        self.row_group_sizes = np.asarray(rows_of, dtype=np.int64)
         if self.num_rows == 0:
             raise DataError(f"the log at '{self._files[0].parent}' has no rows")
         self.fingerprint = digest.hexdigest()
+        self._groups = RowGroups.of(self._files, known)
 
     @classmethod
-    def open(cls, path: str | Path, schema: LogSchema | None = None) -> ParquetLog:
-        """Open a directory; only the files' footers are read.
+    def open(cls, path: Place, schema: LogSchema | None = None) -> ParquetLog:
+        """Open a directory: its manifest is read, or the files' footers where it does not list
+        them.
 
         Raises:
             DataError: nothing is there, a file is not Parquet or truncated, files differ in their
-                columns, a column of the schema is missing, or there are no rows.
+                columns, a column of the schema is missing, there are no rows, or a file that the
+                manifest lists is missing.
         """
-        path = Path(path)
-        files = parquet_files(path, "log")
+        path = Location.of(path)
+        found = find_parquet_files(path, "log")
+        folder = found[0].location != path
+        manifest = read_manifest(path) if folder else None
         if schema is None:
-            manifest = read_manifest(path)
             if manifest is None:
                 raise DataError(
                     f"'{path}' was not written by offtower, so the config must state "
                     "data.log_schema (action, reward, pscore and the context features)"
                 )
             schema = LogSchema.from_dict(manifest["schema"])
-        return cls(files, schema)
+        files = [one.location for one in found]
+        return cls(files, schema, listed_footers(path, found, manifest))
 
     def read_row_group(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
-        number, group = self._places[index]
-        file = self._files[number]
-        try:
-            # Opened for each row group: a log of thousands of files must not hold them all open.
-            with pq.ParquetFile(file) as opened:
-                return opened.read_row_group(group, columns=list(columns or self.schema.columns))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"row group {group} of '{file}' cannot be read ({error}); "
-                "the file is damaged or changed while it was read"
-            ) from error
+        return self._groups.read(index, list(columns or self.schema.columns))
+
+    def read_row_groups(
+        self, indexes: Iterable[int], columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        return self._groups.read_many(list(indexes), list(columns or self.schema.columns))
 
     def location(self, index: int) -> tuple[str, int]:
-        number, group = self._places[index]
-        return str(self._files[number]), group
+        file, group = self._groups.location(index)
+        return str(file), group
+
+    def footers(self) -> Iterator[Footer]:
+        """What each file says of itself."""
+        return read_footers(self._files)
+
+
+def _selected(file: Location, arrow: pa.Schema, schema: LogSchema) -> pa.Schema:
+    """Types of the schema's columns: whether one may hold nulls is no difference in content."""
+    missing = [name for name in schema.columns if name not in arrow.names]
+    if missing:
+        raise DataError(
+            f"'{file}' has no column '{missing[0]}', which the schema names; "
+            f"it has {', '.join(arrow.names)}"
+        )
+    return pa.schema([(name, arrow.field(name).type) for name in schema.columns])
 
 
 class TableLog(Log):
@@ -162,13 +186,14 @@ class TableLog(Log):
 
 
 def write_log(
-    directory: str | Path,
+    directory: Place,
     batches: Iterable[pa.Table | pa.RecordBatch],
     schema: LogSchema,
     rows_per_group: int = ROWS_PER_GROUP,
     rows_per_file: int = ROWS_PER_FILE,
 ) -> dict[str, Any]:
-    """Write rows as a directory that `ParquetLog.open` reads; it appears whole or not at all.
+    """Write rows as a directory that `ParquetLog.open` reads; it appears whole or not at all. (In a
+    store files appear one by one: see `data.output`.)
 
     Rows are regrouped, so the sizes of the incoming batches do not matter. Columns beyond the
     schema's are kept. `data.parts.write_log_parts` writes the same files with many workers.
@@ -179,10 +204,8 @@ def write_log(
     Raises:
         DataError: the directory exists, a column is missing, or there are no rows.
     """
-    directory = Path(directory)
-    if directory.exists():
-        raise DataError(f"'{directory}' exists already; choose another folder or remove it")
-    with replace_directory(directory) as temporary:
+    directory = Location.of(directory)
+    with new_directory(directory) as temporary:
         groups = regroup(batches, rows_per_group)
         group = next(groups, None)
         if group is None:
@@ -195,11 +218,10 @@ def write_log(
         return finish_log(temporary, schema)
 
 
-def write_log_file(directory: Path, number: int, groups: Iterable[pa.Table]) -> None:
-    """One file of a log, beside and renamed; each table becomes a row group."""
-    path = directory / f"part-{number:05d}.parquet"
+def write_log_file(directory: Location, number: int, groups: Iterable[pa.Table]) -> None:
+    """One file of a log, whole or not at all; each table becomes a row group."""
     writer: pq.ParquetWriter | None = None
-    with replace_file(path) as temporary:
+    with new_file(directory / f"part-{number:05d}.parquet") as temporary:
         try:
             for group in groups:
                 if writer is None:
@@ -210,10 +232,16 @@ def write_log_file(directory: Path, number: int, groups: Iterable[pa.Table]) -> 
                 writer.close()
 
 
-def finish_log(directory: Path, schema: LogSchema) -> dict[str, Any]:
+def finish_log(directory: Location, schema: LogSchema) -> dict[str, Any]:
     """Read the footers of the files of a log, and write its manifest."""
-    log = ParquetLog.open(directory, schema)
-    return write_manifest(directory, schema.to_dict(), log.num_rows, log.fingerprint)
+    files = [one.location for one in directory.files() if one.location.suffix == ".parquet"]
+    footers = list(read_footers(files))
+    log = ParquetLog(files, schema, footers)
+    listed = [
+        {"name": file.relative_to(directory), "bytes": footer.size, "groups": footer.row_groups}
+        for file, footer in zip(files, footers, strict=True)
+    ]
+    return write_manifest(directory, schema.to_dict(), log.num_rows, log.fingerprint, listed)
 
 
 def regroup(
@@ -248,13 +276,3 @@ def _difference(first: pa.Schema, other: pa.Schema) -> str:
         return f"columns {', '.join(first.names)} and then {', '.join(other.names)}"
     name = next((n for n in first.names if first.field(n) != other.field(n)), "?")
     return f"column '{name}' is {first.field(name).type} and then {other.field(name).type}"
-
-
-def _footer(file: Path) -> tuple[pq.FileMetaData, pa.Schema]:
-    try:
-        with pq.ParquetFile(file) as opened:
-            return opened.metadata, opened.schema_arrow
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"'{file}' is not a readable Parquet file (truncated, or another format): {error}"
-        ) from error

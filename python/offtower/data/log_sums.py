@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
-from offtower.data.check import BadRow, Location, count_faults, first_bad_rows
+from offtower.data.check import BadRow, GroupLocation, count_faults, first_bad_rows
 from offtower.data.columns import as_float_array, category_values, splitmix64
 from offtower.data.rows import hashed
 from offtower.data.rules import find_faults
@@ -199,7 +199,7 @@ class LogSums:
         table: pa.Table,
         schema: LogSchema,
         catalogue: Catalogue,
-        location: Location,
+        location: GroupLocation,
         first_row: int,
         target: Target | None = None,
     ) -> LogSums:

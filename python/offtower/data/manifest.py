@@ -3,61 +3,94 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import offtower
-from offtower.atomic import write_text
+from offtower.data.location import Found, Location, Place
 from offtower.errors import DataError
 
 FILE = "_offtower.json"
+WRITING = "_writing.json"
+"""In a store: the folder is being written, or its writer died. It goes when the manifest is there,
+so a folder with this file and no manifest is incomplete."""
 
 
 def write_manifest(
-    directory: Path, schema: dict[str, Any], num_rows: int, fingerprint: str
+    directory: Location,
+    schema: dict[str, Any],
+    num_rows: int,
+    fingerprint: str,
+    files: Sequence[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
+    """Write what the directory is; returns it without the files.
+
+    files: name, bytes and (rows, bytes) of the row groups of each, so that whoever opens the
+        directory need not read their footers.
+    """
     content = {
         "created_by": f"offtower {offtower.__version__}",
         "schema": schema,
         "num_rows": num_rows,
         "fingerprint": fingerprint,
     }
-    write_text(directory / FILE, json.dumps(content, indent=2) + "\n")
+    text = json.dumps(content, indent=2)
+    if files is not None:
+        # A line a file: a log may have thousands.
+        lines = ",\n".join(f"    {json.dumps(file)}" for file in files)
+        text = f'{text[:-2]},\n  "files": [\n{lines}\n  ]\n}}'
+    (directory / FILE).write_bytes((text + "\n").encode())
     return content
 
 
-def read_manifest(directory: Path) -> dict[str, Any] | None:
+def read_manifest(directory: Place) -> dict[str, Any] | None:
     """The manifest, or None where the directory has none.
 
     Raises:
         DataError: the file is damaged.
     """
-    path = directory / FILE
-    if not path.exists():
-        return None
+    path = Location.of(directory) / FILE
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_bytes().decode("utf-8"))
         content["schema"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise DataError(f"'{path}' is damaged: {error}") from error
     return content
 
 
-def parquet_files(path: Path, what: str) -> list[Path]:
+def parquet_files(path: Place, what: str) -> list[Location]:
     """Parquet files below a folder, sorted by name; or the file itself.
 
     Raises:
-        DataError: nothing is there, or no Parquet file is.
+        DataError: nothing is there, or no Parquet file is; or its writer has not finished.
     """
-    if path.is_file():
-        return [path]
-    if not path.exists():
-        raise DataError(f"there is no {what} at '{path}'")
-    files = sorted(
-        file
-        for file in path.rglob("*.parquet")
-        if not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
-    )
+    return [found.location for found in find_parquet_files(path, what)]
+
+
+def find_parquet_files(path: Place, what: str) -> list[Found]:
+    """As `parquet_files`, with what the listing says of each."""
+    place = Location.of(path)
+    listed = place.files()
+    if len(listed) == 1 and listed[0].location == place:
+        return listed
+    if not listed and not place.exists():
+        hint = "" if place.local is not None else "; check the bucket's name and the prefix"
+        raise DataError(f"there is no {what} at '{place}'{hint}")
+    below = [(found.location.relative_to(place).split("/"), found) for found in listed]
+    names = {"/".join(parts) for parts, _ in below}
+    if WRITING in names and FILE not in names:
+        raise DataError(
+            f"the {what} at '{place}' is incomplete: it is being written, or its writer died "
+            f"('{WRITING}' is there and '{FILE}' is not). Wait for it, or remove the folder and "
+            "write it again"
+        )
+    files = [
+        found
+        for parts, found in below
+        if parts[-1].endswith(".parquet") and not any(p.startswith((".", "_")) for p in parts)
+    ]
     if not files:
-        raise DataError(f"the {what} at '{path}' holds no .parquet file")
+        raise DataError(f"the {what} at '{place}' holds no .parquet file")
     return files

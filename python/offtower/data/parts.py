@@ -11,15 +11,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from offtower.atomic import remove_leftovers, replace_directory
+from offtower.atomic import remove_leftovers
+from offtower.data.location import Location, Place
 from offtower.data.log import ROWS_PER_FILE, ROWS_PER_GROUP, finish_log, regroup, write_log_file
+from offtower.data.output import check_new, new_directory
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
 from offtower.mapping import Mapper
@@ -59,7 +60,7 @@ class _Written:
 
 
 def write_log_parts(
-    directory: str | Path,
+    directory: Place,
     source: RowSource,
     schema: LogSchema,
     mapper: Mapper,
@@ -77,26 +78,26 @@ def write_log_parts(
     Raises:
         DataError: the directory exists, a column is missing, or there are no rows.
     """
-    directory, progress = Path(directory), progress or Progress()
-    if directory.exists():
-        raise DataError(f"'{directory}' exists already; choose another folder or remove it")
+    directory, progress = Location.of(directory), progress or Progress()
+    check_new(directory)
     total = int(source.counts.sum())
     if total == 0:
         raise DataError(f"no rows to write to '{directory}'")
     rows_per_file = max(1, rows_per_file // rows_per_group) * rows_per_group
-    with replace_directory(directory) as temporary:
+    with new_directory(directory) as temporary:
         # Absolute: workers have a working folder of their own.
-        write = partial(_write, source, temporary.resolve(), rows_per_group, rows_per_file)
+        write = partial(_write, source, temporary.absolute(), rows_per_group, rows_per_file)
         progress.start(task, total)
         for _ in watched(mapper.map(write, range(-(-total // rows_per_file)), task), progress):
             pass
         progress.finish()
-        remove_leftovers(temporary)
+        if temporary.local is not None:
+            remove_leftovers(temporary.local)
         return finish_log(temporary, schema)
 
 
 def _write(
-    source: RowSource, directory: Path, rows_per_group: int, rows_per_file: int, number: int
+    source: RowSource, directory: Location, rows_per_group: int, rows_per_file: int, number: int
 ) -> _Written:
     first = number * rows_per_file
     last = min(first + rows_per_file, int(source.counts.sum()))

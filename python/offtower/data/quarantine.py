@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from offtower.atomic import replace_file
+from offtower.data.location import Location, Place
+from offtower.data.output import new_file
 
 REASON = "_reason"
 """Column that says what was wrong; `_row` has the row's number in the whole log."""
@@ -17,8 +17,13 @@ ROW = "_row"
 
 
 def write_aside(
-    directory: Path, rows: pa.Table, numbers: list[int], reasons: list[str], source: str, first: int
-) -> Path:
+    directory: Place,
+    rows: pa.Table,
+    numbers: list[int],
+    reasons: list[str],
+    source: str,
+    first: int,
+) -> Location:
     """Write the bad rows of one table; writing the same table again gives the same file.
 
     Args:
@@ -27,10 +32,11 @@ def write_aside(
         source: the file they came from, part of the name: logs may share a folder.
         first: number of the table's first row in the whole log.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     aside = rows.append_column(ROW, pa.array(numbers, pa.int64()))
     aside = aside.append_column(REASON, pa.array(reasons, pa.string()))
-    path = directory / f"rows-from-{first:012d}-{zlib.crc32(source.encode()):08x}.parquet"
-    with replace_file(path) as temporary:
+    path = (
+        Location.of(directory) / f"rows-from-{first:012d}-{zlib.crc32(source.encode()):08x}.parquet"
+    )
+    with new_file(path) as temporary:
         pq.write_table(aside, temporary)
     return path

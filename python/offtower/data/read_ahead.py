@@ -1,13 +1,20 @@
-"""One thread that loads what is wanted next while the current piece is in use."""
+"""Threads that load what is wanted next while the current piece is in use."""
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from offtower.errors import DataError
+
+logger = logging.getLogger("offtower.stores")
 
 Loaded = TypeVar("Loaded")
+T = TypeVar("T")
 
 IN_FLIGHT = 2
 """The piece that is in use, and the next one."""
@@ -71,3 +78,158 @@ class ReadAhead(Generic[Loaded]):
                 del piece
         except BaseException as error:
             self._loaded.put(error)
+
+
+SAID_AFTER = 15.0
+"""Seconds of waiting for one piece after which that is said; again each minute."""
+_AGAIN_AFTER = 60.0
+
+
+class InOrder(Iterator[Loaded]):
+    """load(part) of each part, in order, by several threads that run ahead.
+
+    Asking for the next result gives the last one back. The threads are daemons: one that hangs
+    keeps neither the caller nor the interpreter. They start with the first result asked for, and
+    end after their current part when the iterator is closed or dropped.
+
+    Args:
+        load: called in any order, by several threads at once.
+        threads: parts that are loaded at the same time.
+        name: of a part, for messages.
+        seconds: that one part may be waited for.
+        size: of a part's result; those that are loaded and not given back have at most `room`
+            together, but for one that is larger by itself.
+
+    Raises:
+        DataError: a part took too long. Else what `load` raises, of the first part in order.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[T], Loaded],
+        parts: Sequence[T],
+        threads: int,
+        name: Callable[[T], str],
+        seconds: float,
+        *,
+        size: Callable[[T], float] | None = None,
+        room: float = 0.0,
+    ) -> None:
+        # The threads know the run and not this object, so that dropping it ends them.
+        self._run: _Run[Any, Loaded] = _Run(load, parts, size, room, 4 * threads)
+        self._parts, self._threads = parts, threads
+        self._name, self._seconds = name, seconds
+        self._number = 0
+
+    def __next__(self) -> Loaded:
+        number = self._number
+        if number == 0:
+            self._run.start(self._threads)
+        else:
+            self._run.give_back(number - 1)
+        if number == len(self._parts):
+            self.close()
+            raise StopIteration
+        self._number += 1
+        try:
+            return self._run.result(number, self._name(self._parts[number]), self._seconds)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End; any thread may call it, also while another waits for a result."""
+        self._run.stop()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Run(Generic[T, Loaded]):
+    """What the threads share."""
+
+    def __init__(
+        self,
+        load: Callable[[T], Loaded],
+        parts: Sequence[T],
+        size: Callable[[T], float] | None,
+        room: float,
+        most: int,
+    ) -> None:
+        self._load, self._parts, self._size, self._room = load, parts, size, room
+        self._most = len(parts) if size is not None else most
+        self._started = self._returned = 0
+        self._held = 0.0
+        self._done: dict[int, tuple[Loaded | None, BaseException | None]] = {}
+        self._stopped = False
+        self._changed = threading.Condition()
+
+    def start(self, threads: int) -> None:
+        for _ in range(min(threads, len(self._parts))):
+            threading.Thread(target=self._work, name="offtower-store", daemon=True).start()
+
+    def result(self, number: int, name: str, seconds: float) -> Loaded:
+        began = time.monotonic()
+        say_at = SAID_AFTER
+        with self._changed:
+            while number not in self._done:
+                if self._stopped:
+                    raise StopIteration
+                waited = time.monotonic() - began
+                if waited >= seconds:
+                    raise DataError(
+                        f"no answer for {waited:.0f} s: {name}. The store or the network hangs; "
+                        "OFFTOWER_STORE_TIMEOUT=SECONDS in the environment allows more"
+                    )
+                if waited >= say_at:
+                    logger.warning("waiting for %s, for %.0f s now", name, waited)
+                    say_at += _AGAIN_AFTER
+                self._changed.wait(min(say_at, seconds) - waited)
+            loaded, error = self._done.pop(number)
+        if error is not None:
+            raise error
+        return loaded  # type: ignore[return-value]
+
+    def give_back(self, number: int) -> None:
+        with self._changed:
+            self._returned += 1
+            self._held -= self._size_of(number)
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._done.clear()
+            self._changed.notify_all()
+
+    def _size_of(self, number: int) -> float:
+        return 0.0 if self._size is None else self._size(self._parts[number])
+
+    def _may_start(self) -> bool:
+        ahead = self._started - self._returned
+        fits = self._held + self._size_of(self._started) <= self._room
+        return ahead == 0 or (fits and ahead < self._most)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while (
+                    not self._stopped and self._started < len(self._parts) and not self._may_start()
+                ):
+                    self._changed.wait()
+                if self._stopped or self._started == len(self._parts):
+                    return
+                number = self._started
+                self._started += 1
+                self._held += self._size_of(number)
+            loaded, error = None, None
+            try:
+                loaded = self._load(self._parts[number])
+            except BaseException as raised:
+                error = raised
+            with self._changed:
+                if not self._stopped:
+                    self._done[number] = (loaded, error)
+                self._changed.notify_all()
+            # Nothing here may hold what was given back.
+            del loaded, error

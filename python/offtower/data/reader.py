@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -213,9 +213,10 @@ class BatchReader:
             for number in numbers:
                 yield self._window(epoch, number, self._kept)
             return
+        tables = self._loader.tables(windows[first:])
 
         def load(number: int, stop: threading.Event) -> _Window | None:
-            rows = self._loader.load(windows[number], stop)
+            rows = self._loader.load(windows[number], tables, stop)
             if rows is None:
                 return None
             if len(windows) == 1 and rows.nbytes <= self._cache_bytes:
@@ -223,13 +224,15 @@ class BatchReader:
             return self._window(epoch, number, rows)
 
         if not self.prefetch or len(numbers) < 2:
-            for number in numbers:
-                window = load(number, threading.Event())
-                assert window is not None
-                yield window
-                del window
+            with _ended(tables):
+                for number in numbers:
+                    window = load(number, threading.Event())
+                    assert window is not None
+                    yield window
+                    del window
             return
-        with ReadAhead(numbers, load) as ahead:
+        # First the tables end, and with them what the thread may be waiting for.
+        with ReadAhead(numbers, load) as ahead, _ended(tables):
             yield from ahead
 
     def _window(self, epoch: int, number: int, rows: EncodedRows) -> _Window:
@@ -303,11 +306,15 @@ def _scan(
     rest: EncodedRows | None = None
     with ExitStack() as stack:
         loaded: Iterator[EncodedRows | None]
+        tables = loader.tables(windows)
         if prefetch and len(windows) > 1:
-            ahead = ReadAhead(numbers, lambda number, stop: loader.load(windows[number], stop))
+            ahead = ReadAhead(
+                numbers, lambda number, stop: loader.load(windows[number], tables, stop)
+            )
             loaded = iter(stack.enter_context(ahead))
         else:
-            loaded = (loader.load(groups, threading.Event()) for groups in windows)
+            loaded = (loader.load(groups, tables, threading.Event()) for groups in windows)
+        stack.enter_context(_ended(tables))
         for rows in loaded:
             assert rows is not None
             if skip or (limit is not None and len(rows) > limit):
@@ -325,6 +332,17 @@ def _scan(
             del rows
     if rest is not None:
         yield rest
+
+
+@contextmanager
+def _ended(tables: Iterator[pa.Table]) -> Iterator[None]:
+    """Close an iterator that has threads of its own, also while another thread waits for it."""
+    try:
+        yield
+    finally:
+        close = getattr(tables, "close", None)
+        if close is not None:
+            close()
 
 
 class _Loader:
@@ -354,22 +372,29 @@ class _Loader:
     def bad_rows(self) -> int:
         return self._checker.bad_rows
 
-    def load(self, groups: Sequence[int], stop: threading.Event) -> EncodedRows | None:
+    def tables(self, windows: Sequence[Sequence[int]]) -> Iterator[pa.Table]:
+        """The row groups of some windows, which `load` takes in this order: where they are far
+        away they are read ahead over the windows' ends."""
+        groups = [group for window in windows for group in window]
+        return self._log.read_row_groups(groups, self._log.schema.columns)
+
+    def load(
+        self, groups: Sequence[int], tables: Iterator[pa.Table], stop: threading.Event
+    ) -> EncodedRows | None:
         """The rows of some row groups; None where `stop` was set meanwhile."""
         parts = []
         for group in groups:
             if stop.is_set():
                 return None
-            parts.append(self._encoded(group))
+            parts.append(self._encoded(group, next(tables)))
         rows = _joined(parts)
         # Arrow keeps what its tables held for the next ones; a window's worth is too much to keep.
         pa.default_memory_pool().release_unused()
         return rows
 
-    def _encoded(self, group: int) -> EncodedRows:
+    def _encoded(self, group: int, table: pa.Table) -> EncodedRows:
         schema = self._log.schema
         first_row = int(self._first_rows[group])
-        table = self._log.read_row_group(group, schema.columns)
         good = self._checker.good_rows(table, self._log.location(group), first_row)
         row = None
         if not good.all():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,25 +16,31 @@ from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
+from offtower.data.location import Location, Place
 from offtower.data.parts import RowSource
 from offtower.data.schema import LogSchema
+from offtower.data.stores import ATTEMPTS, PAUSE_SECONDS, advice, asked, first_line, may_pass
 from offtower.errors import DataError
+
+logger = logging.getLogger("offtower.stores")
 
 _FORMATS = {".csv": "csv", ".parquet": "parquet", ".arrow": "ipc", ".feather": "feather"}
 _UNIT_ROWS = 262_144
 
 
-def open_source(path: Path) -> ds.Dataset:
+def open_source(path: Place) -> ds.Dataset:
     """A file, or a folder of files of one format.
 
     Raises:
         DataError: nothing is there, the format is unknown, or it cannot be read.
     """
-    if not path.exists():
+    path = Location.of(path)
+    kind_of_place = path.kind()
+    if kind_of_place is None:
         raise DataError(f"there is no file or folder at '{path}'")
     sample = path
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in _FORMATS)
+    if kind_of_place == "folder":
+        files = [one.location for one in path.files() if one.location.suffix in _FORMATS]
         if not files:
             raise DataError(f"'{path}' holds no {', '.join(_FORMATS)} file")
         sample = files[0]
@@ -43,9 +50,16 @@ def open_source(path: Path) -> ds.Dataset:
             f"'{sample}' has an unknown ending '{sample.suffix}'; known: {', '.join(_FORMATS)}"
         )
     try:
-        return ds.dataset(path, format=kind)
+        if path.local is not None:
+            return ds.dataset(path.local, format=kind)
+        return asked(
+            lambda: ds.dataset(path.path, format=kind, filesystem=path.filesystem), f"'{path}'"
+        )
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"'{path}' cannot be read as {kind}: {error}") from error
+        more = advice(error)
+        raise DataError(
+            f"'{path}' cannot be read as {kind}: {error}" + (f"; {more}" if more else "")
+        ) from error
 
 
 class Units:
@@ -61,7 +75,8 @@ class Units:
         DataError: the source lacks one of the columns.
     """
 
-    def __init__(self, source: ds.Dataset, place: Path, columns: Sequence[str]) -> None:
+    def __init__(self, source: ds.Dataset, place: Place, columns: Sequence[str]) -> None:
+        place = Location.of(place)
         self.place, self.columns, self.schema = place, list(columns), source.schema
         missing = [name for name in columns if name not in source.schema.names]
         if missing:
@@ -105,15 +120,34 @@ class Units:
         """
         fragment, done = self.fragments[unit], 0
         wanted = self.columns if columns is None else list(columns)
-        try:
-            for batch in fragment.to_batches(schema=self.schema, columns=wanted):
-                if batch.num_rows:
-                    done += batch.num_rows
-                    yield batch
-        except pa.ArrowInvalid as error:
-            raise DataError(
-                f"'{fragment.path}' cannot be read after row {done} of its unit {unit}: {error}"
-            ) from error
+        pause = PAUSE_SECONDS
+        for attempt in range(1, ATTEMPTS + 1):
+            at = 0
+            try:
+                for batch in fragment.to_batches(schema=self.schema, columns=wanted):
+                    new = batch.slice(min(max(done - at, 0), batch.num_rows))
+                    at += batch.num_rows
+                    if new.num_rows:
+                        done = at
+                        yield new
+                return
+            except (pa.ArrowInvalid, OSError) as error:
+                here = self.place.local is not None
+                if here and isinstance(error, OSError):
+                    raise
+                if here or attempt == ATTEMPTS or not may_pass(error):
+                    more = "" if here else advice(error)
+                    raise DataError(
+                        f"'{fragment.path}' cannot be read after row {done} of its unit {unit}: "
+                        f"{error}" + (f"; {more}" if more else "")
+                    ) from error
+                logger.warning(
+                    "'%s' after row %d of its unit %d: %s; trying again in %.1f s",
+                    *(fragment.path, done, unit, first_line(error), pause),
+                )
+            # Rows that were given already are read again, and passed over.
+            time.sleep(pause)
+            pause *= 2
 
     def count(self, unit: int) -> int:
         """Rows of a unit; a file that does not say so is read for it."""
@@ -160,7 +194,7 @@ class CheckedUnits(RowSource):
     learned_in: int
     catalogue: Catalogue
     first_rows: NDArray[np.int64]
-    quarantine: Path | None
+    quarantine: Place | None
     counts: NDArray[np.int64]
 
     def checked(self, unit: int) -> Iterator[tuple[pa.Table, RowChecker]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,11 +16,12 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from offtower.data.location import Location, Place
 from offtower.data.log import Log, ParquetLog
 from offtower.data.order import keyed_hash
+from offtower.data.output import check_new
 from offtower.data.parts import RowSource, write_log_parts
 from offtower.data.rows import hashed
 from offtower.errors import DataError
@@ -34,8 +37,8 @@ Assign = Callable[[pa.Table, int], NDArray[np.int64]]
 
 
 def split_log(
-    log: Log | str | Path,
-    out: str | Path,
+    log: Log | Place,
+    out: Place,
     by: SplitBy = "time",
     fractions: Sequence[float] = (0.6, 0.2, 0.2),
     names: Sequence[str] = ("train", "validation", "test"),
@@ -70,10 +73,9 @@ def split_log(
     if not isinstance(log, Log):
         log = ParquetLog.open(log)
     _check_parts(fractions, names)
-    out = Path(out)
-    taken = [name for name in names if (out / name).exists()]
-    if taken:
-        raise DataError(f"'{out / taken[0]}' exists already; choose another folder or remove it")
+    out = Location.of(out)
+    for name in names:
+        check_new(out / name)
     mapper, progress = mapper or Mapper(), progress or Progress()
     assign = _assignment(log, by, np.cumsum(fractions)[:-1], seed, mapper)
     counts = _count(log, assign, len(names), mapper)
@@ -84,26 +86,42 @@ def split_log(
             f"part '{empty}' would be empty: {log.num_rows} rows split by {by} "
             f"into {', '.join(f'{c} {n}' for n, c in zip(names, totals, strict=True))}"
         )
-    created = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".split-", dir=out))
     columns = _all_columns(log)
-    try:
+    with _together(out, names) as folder:
         for number, name in enumerate(names):
             source = _Part(log, columns, assign, number, counts[:, number])
             task = f"writing {name}"
-            write_log_parts(
-                temporary / name, source, log.schema, mapper, progress=progress, task=task
-            )
+            write_log_parts(folder / name, source, log.schema, mapper, progress=progress, task=task)
+    return {name: int(count) for name, count in zip(names, totals, strict=True)}
+
+
+@contextmanager
+def _together(out: Location, names: Sequence[str]) -> Iterator[Location]:
+    """Yield where to write the parts; they appear in `out` at the end. In a store one by one, and
+    if the block fails those that are there go again."""
+    if out.local is None:
+        try:
+            yield out
+        except BaseException:
+            with contextlib.suppress(Exception):
+                for name in names:
+                    (out / name).remove()
+            raise
+        return
+    place = out.local
+    created = not place.exists()
+    place.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".split-", dir=place))
+    try:
+        yield Location.of(temporary)
         for name in names:
-            os.rename(temporary / name, out / name)
+            os.rename(temporary / name, place / name)
         temporary.rmdir()
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if created and not any(out.iterdir()):
-            out.rmdir()
+        if created and not any(place.iterdir()):
+            place.rmdir()
         raise
-    return {name: int(count) for name, count in zip(names, totals, strict=True)}
 
 
 def _check_parts(fractions: Sequence[float], names: Sequence[str]) -> None:
@@ -129,17 +147,16 @@ def _pieces(log: Log, mapper: Mapper) -> list[range]:
 def _tables(
     log: Log, columns: Sequence[str], groups: Iterable[int]
 ) -> Iterator[tuple[pa.Table, int]]:
-    first_rows = log.first_rows
-    for group in groups:
-        yield log.read_row_group(group, columns), int(first_rows[group])
+    first_rows, groups = log.first_rows, list(groups)
+    for group, table in zip(groups, log.read_row_groups(groups, columns), strict=True):
+        yield table, int(first_rows[group])
 
 
 def _all_columns(log: Log) -> list[str]:
     """The schema's columns, and those beside them that every file has with one type."""
     if not isinstance(log, ParquetLog):
         return log.read_row_group(0).column_names
-    groups = range(len(log.row_group_sizes))
-    schemas = [pq.read_schema(file) for file in sorted({log.location(i)[0] for i in groups})]
+    schemas = [footer.columns for footer in log.footers()]
     return [
         field.name
         for field in schemas[0]

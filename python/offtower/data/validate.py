@@ -102,14 +102,14 @@ def _sums_of(log: Log, catalogue: Catalogue, target: Target | None, groups: rang
     first_rows = log.first_rows
     return merge_all(
         LogSums.of(
-            log.read_row_group(group),
+            table,
             log.schema,
             catalogue,
             log.location(group),
             int(first_rows[group]),
             target,
         )
-        for group in groups
+        for group, table in zip(groups, log.read_row_groups(groups), strict=True)
     )
 
 

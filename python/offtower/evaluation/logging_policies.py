@@ -58,8 +58,10 @@ class BehaviorNames:
             return None
         counts: dict[object, int] = {}
         keys: dict[object, np.uint64] = {}
-        for group, first in enumerate(log.first_rows.tolist()):
-            values = category_values(log.read_row_group(group, [column]).column(column))
+        groups = range(len(log.row_group_sizes))
+        tables = log.read_row_groups(groups, [column])
+        for first, table in zip(log.first_rows.tolist(), tables, strict=True):
+            values = category_values(table.column(column))
             if values.null_count:
                 row = first + int(pc.index(pc.is_null(values), pa.scalar(True)).as_py())
                 raise DataError(f"column '{column}' is null in row {row} of the log")

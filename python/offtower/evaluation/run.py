@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offtower.data.catalogue import Catalogue
+from offtower.data.location import Location, Place
 from offtower.data.log import ParquetLog
 from offtower.errors import ConfigError, DataError
 from offtower.evaluation.choosing import check_selection
@@ -90,7 +91,7 @@ class LogEvaluation:
 def evaluate_runs(
     paths: Sequence[Path],
     *,
-    log: Path | None = None,
+    log: Place | None = None,
     overrides: Sequence[str] = (),
     select: str | None = None,
     title: str | None = None,
@@ -107,7 +108,7 @@ def evaluate_runs(
 
     Args:
         paths: run directories.
-        log: directory of the log; data.test of the first run without it.
+        log: directory of the log, or its address; data.test of the first run without it.
         overrides: changes such as "evaluation.confidence=0.9"; only of the section `evaluation`,
             since the rest says what the run is.
         select: also choose the estimator to believe for each policy, by one selector ("paired",
@@ -126,12 +127,13 @@ def evaluate_runs(
     """
     progress = progress or Progress()
     config = judged_by(RunDirectory(paths[0]).load_config(), overrides)
-    place = log or (None if config.data.test is None else Path(config.data.test))
+    place = log or config.data.test
     if place is None:
         raise ConfigError(
             f"the configuration of '{paths[0]}' names no data.test; pass --log with the log to "
             "judge on"
         )
+    place = Location.of(place)
     opened = ParquetLog.open(place, log_schema(config))
     if opened.schema.pscore is None and config.evaluation.propensities == "logged":
         raise DataError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from offtower.data.stores import is_address
 from offtower.errors import ClusterError
 from offtower.jobs.resources import Node, Placement, Request, Room, import_ray, nodes, require
 
@@ -34,7 +34,6 @@ __all__ = [
 LEAST_OBJECT_STORE = 80 * 1024**2
 """Ray refuses a smaller one."""
 _REACH_SECONDS = 10.0
-_SCHEME = re.compile(r"^[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def absolute(path: str | Path) -> str:
     """A path as workers must get it: absolute (their working folder is another), links followed.
     An address such as s3://bucket/log stays as it is."""
     text = str(path)
-    return text if _SCHEME.match(text) else str(Path(text).expanduser().resolve())
+    return text if is_address(text) else str(Path(text).expanduser().resolve())
 
 
 def check_address(address: str) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from offtower.data.catalogue import Catalogue
+from offtower.data.location import Location, Place
 from offtower.data.manifest import parquet_files, read_manifest
+from offtower.data.parquet import RowGroups, read_footers
 from offtower.data.schema import CatalogueSchema
 from offtower.errors import DataError
 
@@ -20,10 +21,10 @@ CHUNK = 65_536
 class CatalogueStream:
     """A catalogue directory read a chunk at a time, each chunk checked as a catalogue is."""
 
-    def __init__(self, path: str | Path, schema: CatalogueSchema | None = None) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Place, schema: CatalogueSchema | None = None) -> None:
+        self.path = Location.of(path)
         self.files = parquet_files(self.path, "catalogue")
-        manifest = read_manifest(self.path) if self.path.is_dir() else None
+        manifest = None if self.files == [self.path] else read_manifest(self.path)
         self.fingerprint = None if manifest is None else str(manifest.get("fingerprint"))
         if schema is None:
             if manifest is None:
@@ -33,10 +34,12 @@ class CatalogueStream:
                 )
             schema = CatalogueSchema.from_dict(manifest["schema"])
         self.schema = schema
-        try:
-            self.counts = [pq.read_metadata(file).num_rows for file in self.files]
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"the catalogue at '{self.path}' cannot be read: {error}") from error
+        footers = list(read_footers(self.files))
+        self._sizes = [[rows for rows, _ in footer.row_groups] for footer in footers]
+        columns = self.schema.columns
+        self._lacking = [[c for c in columns if c not in f.columns.names] for f in footers]
+        self._groups = RowGroups.of(self.files, footers)
+        self.counts = [sum(sizes) for sizes in self._sizes]
         self.num_items = sum(self.counts)
         if self.num_items == 0:
             raise DataError(f"the catalogue at '{self.path}' has no items")
@@ -48,10 +51,10 @@ class CatalogueStream:
         """
         items = range(self.num_items) if items is None else items
         first = 0
-        for file, count in zip(self.files, self.counts, strict=True):
+        for number, count in enumerate(self.counts):
             start, stop = max(items.start - first, 0), min(items.stop - first, count)
             if start < stop:
-                yield from self._file_chunks(file, rows, start, stop)
+                yield from self._file_chunks(number, rows, start, stop)
             first += count
 
     def starts(self, rows: int = CHUNK) -> list[int]:
@@ -63,30 +66,37 @@ class CatalogueStream:
             first += count
         return found
 
-    def _file_chunks(self, file: Path, rows: int, start: int, stop: int) -> Iterator[Catalogue]:
-        columns = list(self.schema.columns)
+    def _file_chunks(self, number: int, rows: int, start: int, stop: int) -> Iterator[Catalogue]:
+        if self._lacking[number]:
+            raise DataError(f"'{self.files[number]}' has no column '{self._lacking[number][0]}'")
+        # Only row groups that hold the items are read; then the cut is by item number.
+        at, groups = 0, []
+        skipped = 0
+        for group, count in enumerate(self._sizes[number]):
+            if at + count <= start:
+                skipped += count
+            elif at < stop:
+                groups.append(group)
+            at += count
+        for table in _cut(
+            self._batches(number, groups, rows), start - skipped, stop - skipped, rows
+        ):
+            yield Catalogue(table, self.schema, fingerprint="a part")
+
+    def _batches(self, number: int, groups: list[int], rows: int) -> Iterator[pa.RecordBatch]:
+        file, columns = self.files[number], list(self.schema.columns)
+        if file.local is None:
+            first = sum(len(sizes) for sizes in self._sizes[:number])
+            for table in self._groups.read_many([first + group for group in groups], columns):
+                yield from table.to_batches(max_chunksize=rows)
+            return
         try:
-            with pq.ParquetFile(file) as opened:
-                missing = [name for name in columns if name not in opened.schema_arrow.names]
-                if missing:
-                    raise DataError(f"'{file}' has no column '{missing[0]}'")
-                # Only row groups that hold the items are read; then the cut is by item number.
-                at, groups = 0, []
-                skipped = 0
-                for group in range(opened.metadata.num_row_groups):
-                    count = opened.metadata.row_group(group).num_rows
-                    if at + count <= start:
-                        skipped += count
-                    elif at < stop:
-                        groups.append(group)
-                    at += count
+            with pq.ParquetFile(file.local) as opened:
                 # A group at a time: a reader of several holds on to what it has read.
-                read = chain.from_iterable(
+                yield from chain.from_iterable(
                     opened.iter_batches(batch_size=rows, columns=columns, row_groups=[group])
                     for group in groups
                 )
-                for table in _cut(read, start - skipped, stop - skipped, rows):
-                    yield Catalogue(table, self.schema, fingerprint="a part")
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"'{file}' is not a readable Parquet file: {error}") from error
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 
 from offtower.config import Config
 from offtower.data.encoding import FeatureEncoding
+from offtower.data.location import Location, Place
 from offtower.data.log import ParquetLog
 from offtower.errors import DataError
 from offtower.prepare import log_schema
 
 
-def measuring_log(config: Config, given: Path | None = None) -> tuple[ParquetLog, str]:
+def measuring_log(config: Config, given: Place | None = None) -> tuple[ParquetLog, str]:
     """The log whose contexts an export is measured on, and which part of the data it is."""
     if given is not None:
         return ParquetLog.open(given, log_schema(config)), "given"
     for part in ("test", "validation", "train"):
         place = getattr(config.data, part)
-        if place is not None and Path(place).exists():
+        if place is not None and Location.of(place).exists():
             return ParquetLog.open(place, log_schema(config)), part
     raise DataError(
         "none of the run's logs is there to take contexts from; pass --contexts with a log"

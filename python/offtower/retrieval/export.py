@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 import offtower
 from offtower.atomic import remove_leftovers, replace_directory, sha256_file
 from offtower.config import Config
+from offtower.data.location import Place
 from offtower.errors import ConfigError, DataError, MissingExtraError
 from offtower.mapping import Mapper
 from offtower.models.policy import TwoTowerPolicy
@@ -99,8 +100,8 @@ def export_run(
     run: str | Path,
     options: ExportOptions | None = None,
     *,
-    catalogue: Path | None = None,
-    contexts: Path | None = None,
+    catalogue: Place | None = None,
+    contexts: Place | None = None,
     mapper: Mapper | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -173,7 +174,7 @@ class _Writer:
         self.catalogue, self.config, self.options = catalogue, config, options
         self.mapper, self.progress = mapper, progress
 
-    def write(self, contexts: Path | None) -> dict[str, Any]:
+    def write(self, contexts: Place | None) -> dict[str, Any]:
         """All files but the manifest; returns its content."""
         options, folder = self.options, self.folder
         seconds: dict[str, float] = {}

@@ -77,8 +77,8 @@ def count_items(
     total = ItemCounts.of(np.zeros(0, dtype=np.int64))
     waiting: list[NDArray[np.int64]] = []
     size = 0
-    for group, rows in enumerate(log.row_group_sizes.tolist()):
-        table = log.read_row_group(group, [log.schema.action])
+    tables = log.read_row_groups(range(len(log.row_group_sizes)), [log.schema.action])
+    for rows, table in zip(log.row_group_sizes.tolist(), tables, strict=True):
         action = catalogue.index_of(table.column(log.schema.action))
         known = action[action >= 0]
         waiting.append(known[(known >= start) & (known < stop)])

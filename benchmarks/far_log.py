@@ -1,0 +1,148 @@
+"""Opening and reading a log whose files are far away.
+
+    python benchmarks/far_log.py --files 10000 --delay 0.06
+
+The store is a folder of this machine where every opening of a file waits `--delay` seconds, for
+the two round trips (its size, its bytes) that a row group costs of a store; how many bytes a second
+a network carries is not in it. Opened: with the list of files in the manifest, and without it,
+where every footer is read. Read: all row groups in order, and the windows of a training (read,
+checked, encoded), by one thread and by those that run ahead. Medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from offtower.data import (
+    BatchReader,
+    Catalogue,
+    EpochOrder,
+    FeatureEncoding,
+    ParquetLog,
+    SimulatedWorld,
+    parquet,
+    stores,
+    write_log,
+)
+
+
+class Delayed(fs.FileSystemHandler):
+    """A folder whose files open late."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self._inner = fs.SubTreeFileSystem(str(folder), fs.LocalFileSystem())
+        self._seconds = seconds
+
+    def open_input_file(self, path: str) -> Any:
+        time.sleep(self._seconds)
+        return self._inner.open_input_file(path)
+
+    def open_input_stream(self, path: str) -> Any:
+        time.sleep(self._seconds)
+        return self._inner.open_input_stream(path)
+
+    def get_file_info(self, paths: Any) -> Any:
+        return self._inner.get_file_info(list(paths))
+
+    def get_file_info_selector(self, selector: fs.FileSelector) -> Any:
+        return self._inner.get_file_info(selector)
+
+    def get_type_name(self) -> str:
+        return "delayed"
+
+    def normalize_path(self, path: str) -> str:
+        return path
+
+    def _refused(self, *_: Any) -> Any:
+        raise NotImplementedError("for reading only")
+
+    create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = _refused
+    delete_file = move = copy_file = open_output_stream = open_append_stream = _refused
+
+
+def median(function: Callable[[], Any], repeats: int) -> float:
+    """Seconds."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def opening(folder: Path, files: int, repeats: int) -> dict[str, float]:
+    """Seconds to open a log of many small files."""
+    world = SimulatedWorld(100, 4, 4, 4, seed=0)
+    log = folder / "many"
+    write_log(log, world.log(4 * files, seed=1), world.log_schema, 4, 4)
+    shutil.copytree(log, folder / "unlisted", ignore=shutil.ignore_patterns("_offtower.json"))
+    return {
+        f"{where}, {name}": median(lambda p=place: ParquetLog.open(p, world.log_schema), repeats)
+        for where, root in (("here", str(folder)), ("far", "delayed://store"))
+        for name, place in (("listed", f"{root}/many"), ("footers", f"{root}/unlisted"))
+    }
+
+
+def reading(folder: Path, rows: int, repeats: int) -> dict[str, float]:
+    """Rows a second."""
+    world = SimulatedWorld(10_000, 16, 16, 16, seed=0)
+    write_log(folder / "log", world.log(rows, seed=1), world.log_schema, 16_384, 16 * 16_384)
+    catalogue = Catalogue.from_table(world.catalogue_table(), world.catalogue_schema)
+    here = ParquetLog.open(folder / "log")
+    encoding = FeatureEncoding.fit(here.schema.context, here.tables())
+    order = EpochOrder(here.row_group_sizes, 1024, seed=0, window_rows=131_072)
+
+    def epoch(log: ParquetLog) -> None:
+        with BatchReader(log, catalogue, encoding, order) as reader:
+            assert sum(len(step.rows) for step in reader.epoch(0)) == rows
+
+    found: dict[str, float] = {}
+    threads = parquet.READ_THREADS
+    for name, place, ahead in (
+        ("here", str(folder / "log"), threads),
+        ("far, one thread", "delayed://store/log", 1),
+        (f"far, {threads} threads", "delayed://store/log", threads),
+    ):
+        parquet.READ_THREADS = ahead
+        log = ParquetLog.open(place)
+        found[f"{name}: read"] = rows / median(lambda f=log: list(map(len, f.tables())), repeats)
+        found[f"{name}: epoch"] = rows / median(lambda f=log: epoch(f), repeats)
+    parquet.READ_THREADS = threads
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--delay", type=float, default=0.06)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        handler = Delayed(folder, arguments.delay)
+        stores.mount("delayed://store", fs.PyFileSystem(handler))
+        opened = opening(folder, arguments.files, arguments.repeats)
+        read = reading(folder, arguments.rows, arguments.repeats)
+    if arguments.json:
+        print(json.dumps({"seconds_to_open": opened, "rows_a_second": read}, indent=2))
+        return
+    for name, seconds in opened.items():
+        print(f"open {arguments.files:,} files, {name:<16} {seconds:8.2f} s")
+    for name, rate in read.items():
+        print(f"{name:<24} {rate:12,.0f} rows/s")
+
+
+if __name__ == "__main__":
+    main()

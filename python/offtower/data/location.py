@@ -1,0 +1,270 @@
+"""Where a log, a catalogue or a file of one is: a path of this machine, or an address of a store.
+
+One class for both, so that what reads and writes is written once. Paths stay what they were: files
+of this machine are opened, mapped and renamed as such. `str` of a location opens it again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
+from urllib.parse import quote, unquote
+
+import pyarrow as pa
+from pyarrow import fs
+
+from offtower.atomic import write_bytes
+from offtower.data.stores import (
+    advice,
+    asked,
+    connect,
+    first_line,
+    has_folders,
+    is_address,
+)
+from offtower.errors import DataError
+
+R = TypeVar("R")
+
+_CUT_SHORT = re.compile(r"^(s3|gs|gcs|abfss?|hdfs|viewfs|file):/[^/]", re.IGNORECASE)
+_COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file of a listing."""
+
+    location: Location
+    size: int
+    mtime_ns: int | None
+
+
+class Location:
+    """A file or folder. Compared and hashed by its text; small to send to another process, where
+    it connects by that process's credentials.
+
+    Attributes:
+        local: the path, on this machine; None in a store.
+        path: in its file system.
+    """
+
+    __slots__ = ("_address", "_options", "filesystem", "local", "path")
+
+    def __init__(
+        self,
+        path: str,
+        local: Path | None = None,
+        filesystem: fs.FileSystem | None = None,
+        address: str = "",
+        options: str = "",
+    ) -> None:
+        self.path, self.local, self.filesystem = path, local, filesystem
+        self._address, self._options = address, options
+
+    @classmethod
+    def of(cls, place: str | Path | Location) -> Location:
+        """A path, or an address such as s3://bucket/logs?region=eu-west-1.
+
+        Raises:
+            DataError: the address has a form that is not known, or its store cannot be reached.
+        """
+        if isinstance(place, Location):
+            return place
+        if not is_address(place):
+            if _CUT_SHORT.match(str(place)):
+                raise DataError(
+                    f"'{place}' was an address that Path() has cut short; pass it as text"
+                )
+            return cls(str(place), local=Path(place))
+        text = str(place)
+        address, mark, query = text.partition("?")
+        if address.lower().startswith("file://"):
+            return cls._file(address[7:])
+        address = quote(address.rstrip("/"), safe=":/@%=+,;!$&'()*~[]")
+        options = mark + query
+        connection, path = connect(address + options)
+        return cls(path, None, connection.filesystem, address, options)
+
+    @classmethod
+    def _file(cls, rest: str) -> Location:
+        host, slash, path = rest.partition("/")
+        if host not in ("", "localhost") or not slash:
+            raise DataError(f"'file://{rest}' names no file of this machine; write file:///folder")
+        return cls.of(Path("/" + unquote(path)))
+
+    def __str__(self) -> str:
+        return str(self.local) if self.local is not None else self._address + self._options
+
+    def __repr__(self) -> str:
+        return f"Location({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Location) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return Location.of, (str(self),)
+
+    def __truediv__(self, name: str) -> Location:
+        """A file or folder below; `name` may have slashes."""
+        if self.local is not None:
+            return Location.of(self.local / name)
+        path = f"{self.path.rstrip('/')}/{name}" if self.path else name
+        address = f"{self._address}/{quote(name, safe='/=+,')}"
+        return Location(path, None, self.filesystem, address, self._options)
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.path).suffix
+
+    @property
+    def parent(self) -> Location:
+        if self.local is not None:
+            return Location.of(self.local.parent)
+        path, address = (text.rpartition("/")[0] for text in (self.path, self._address))
+        return Location(path, None, self.filesystem, address, self._options)
+
+    def absolute(self) -> Location:
+        """The same place for a process whose working folder is another."""
+        return self if self.local is None else Location.of(self.local.resolve())
+
+    def kind(self) -> Literal["file", "folder"] | None:
+        """What is there; None where nothing is.
+
+        Raises:
+            DataError: the store does not say.
+        """
+        if self.local is not None:
+            return "file" if self.local.is_file() else "folder" if self.local.exists() else None
+        info = self._ask(lambda store: store.get_file_info(self.path))
+        kinds: dict[Any, Literal["file", "folder"]] = {
+            fs.FileType.File: "file",
+            fs.FileType.Directory: "folder",
+        }
+        return kinds.get(info.type)
+
+    def exists(self) -> bool:
+        return self.kind() is not None
+
+    def files(self) -> list[Found]:
+        """All files below a folder, or the file itself, by the parts of their paths, sorted.
+
+        Raises:
+            DataError: the store does not say.
+        """
+        if self.local is not None:
+            paths = [self.local] if self.local.is_file() else sorted(self.local.rglob("*"))
+            stats = [(path, path.stat()) for path in paths if path.is_file()]
+            return [Found(Location.of(p), s.st_size, s.st_mtime_ns) for p, s in stats]
+        if self.kind() == "file":
+            infos = [self._ask(lambda store: store.get_file_info(self.path))]
+        else:
+            chosen = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
+            infos = self._ask(lambda store: store.get_file_info(chosen))
+        infos = [info for info in infos if info.type == fs.FileType.File]
+        infos.sort(key=lambda info: PurePosixPath(info.path).parts)
+        return [Found(self._at(info.path), info.size, info.mtime_ns) for info in infos]
+
+    def relative_to(self, folder: Location) -> str:
+        """Path below a folder, with slashes."""
+        if self.local is not None:
+            assert folder.local is not None
+            return self.local.relative_to(folder.local).as_posix()
+        return self.path[len(folder.path.rstrip("/")) :].lstrip("/")
+
+    def open(self) -> pa.NativeFile:
+        """Open a file of a store for reading at any place. Errors are the store's own: whoever
+        reads knows better what they mean."""
+        assert self.filesystem is not None
+        return self.filesystem.open_input_file(self.path)
+
+    def read_bytes(self) -> bytes:
+        """The whole of a small file.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            DataError: the store does not give it.
+        """
+        if self.local is not None:
+            return self.local.read_bytes()
+
+        def read(store: fs.FileSystem) -> bytes:
+            with store.open_input_stream(self.path) as stream:
+                return bytes(stream.read())
+
+        return self._ask(read)
+
+    def write_bytes(self, content: bytes) -> None:
+        """A small file, whole or not at all."""
+        if self.local is not None:
+            write_bytes(self.local, content)
+        else:
+            self._send(lambda sink: sink.write(content))
+
+    def send(self, file: Path) -> None:
+        """Copy a file of this machine here; an object takes its name when all of it is there.
+
+        Raises:
+            DataError: the store does not take it.
+        """
+
+        def copy(sink: pa.NativeFile) -> None:
+            with open(file, "rb") as source:
+                while block := source.read(_COPY_BYTES):
+                    sink.write(block)
+
+        self._send(copy)
+
+    def remove(self) -> None:
+        """Remove a file or a folder of a store, if it is there."""
+        kind = self.kind()
+        if kind == "file":
+            self._ask(lambda store: store.delete_file(self.path))
+        elif kind == "folder":
+            self._ask(lambda store: store.delete_dir(self.path))
+
+    def refuse(self, error: BaseException, doing: str) -> NoReturn:
+        """Raise what an error of the store means, with what to do."""
+        more = advice(error)
+        raise DataError(
+            f"'{self}' cannot be {doing} ({first_line(error)})" + (f"; {more}" if more else "")
+        ) from error
+
+    def _send(self, write: Callable[[pa.NativeFile], Any]) -> None:
+        def send(store: fs.FileSystem) -> None:
+            if has_folders(store):
+                store.create_dir(self.parent.path, recursive=True)
+            with store.open_output_stream(self.path) as sink:
+                write(sink)
+
+        self._ask(send, "written")
+
+    def _ask(self, function: Callable[[fs.FileSystem], R], doing: str = "read") -> R:
+        store = self.filesystem
+        assert store is not None
+        try:
+            return asked(lambda: function(store), f"'{self}'")
+        except FileNotFoundError as error:
+            if doing == "read":
+                raise
+            self.refuse(error, doing)
+        except (pa.ArrowException, OSError) as error:
+            self.refuse(error, doing)
+
+    def _at(self, path: str) -> Location:
+        if path == self.path:
+            return self
+        return self / path[len(self.path) :].lstrip("/")
+
+
+Place: TypeAlias = str | Path | Location
+"""What is taken wherever a file or folder is named."""

@@ -1,0 +1,70 @@
+"""A run whose logs and catalogue are in a store: the policy, verdict and vectors of a local one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from offtower.data import copies, stores
+from offtower.data.location import Location
+from offtower.evaluation.run import evaluate_runs
+from offtower.retrieval.export import ExportOptions, export_run
+from offtower.training.run import train_run
+from tests.stores import Unruly, unruly
+from tests.training.conftest import make_config
+from tests.training.test_resume import assert_same_policy
+
+OPTIONS = ("training.epochs=2", "reward_model.epochs=1")
+PARTS = ("train", "validation", "test", "catalogue")
+
+
+@pytest.fixture
+def store(
+    simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Unruly, tuple[str, ...]]:
+    """A store with the files of `simulated`, and the settings that name them."""
+    handler, root = unruly(monkeypatch, tmp_path / "store")
+    monkeypatch.setenv(copies.FOLDER, str(tmp_path / "cache"))
+    for name in PARTS:
+        for found in Location.of(simulated / name).files():
+            below = found.location.relative_to(Location.of(simulated))
+            assert found.location.local is not None
+            (Location.of(root) / "logs" / below).send(found.location.local)
+    return handler, tuple(f"data.{name}={root}/logs/{name}" for name in PARTS)
+
+
+def test_train_evaluate_export(
+    simulated: Path,
+    store: tuple[Unruly, tuple[str, ...]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The store fails at every fourth read."""
+    handler, places = store
+    monkeypatch.setattr(stores, "ATTEMPTS", 30)
+    count = 0
+
+    def fail(path: str) -> None:
+        nonlocal count
+        count += 1
+        if count % 4 == 0:
+            raise OSError("AWS Error SLOW_DOWN during GetObject operation")
+
+    handler.before = fail
+    near = make_config(simulated, tmp_path / "near", "a", *OPTIONS)
+    far = make_config(simulated, tmp_path / "far", "a", *OPTIONS, *places)
+    train_run(near)
+    train_run(far)
+    assert_same_policy(far.run_directory, near.run_directory)
+    one, two = (evaluate_runs([c.run_directory]).to_dict() for c in (near, far))
+    assert two["log"].pop("path") == far.data.test and one["log"].pop("path") == near.data.test
+    assert two.pop("title") == far.data.test and one.pop("title") == near.data.test
+    assert json.dumps(two, default=str) == json.dumps(one, default=str)
+    options = ExportOptions(index=None, contexts=50)
+    vectors = [np.load(export_run(c.run_directory, options) / "vectors.npy") for c in (near, far)]
+    np.testing.assert_array_equal(*vectors)
+    # A log is read in place; of the catalogue there is one copy.
+    assert len(list((tmp_path / "cache").glob("*/data"))) == 1
