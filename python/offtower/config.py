@@ -67,6 +67,10 @@ class TowerConfig:
     bag: Literal["mean", "root"] = "mean"
     """How the embeddings of a bag's values are joined: their mean, or their sum over the root of
     their number, which keeps its size whatever the number; better for long bags, such as texts."""
+    tables: Literal["input", "output"] = "input"
+    """Where embeddings of categories and bags go. input: the layers read them; output: they are as
+    wide as the output and added to it, and the layers read numbers and vectors alone. A linear
+    tower (no hidden layers) of ids and tokens learns far better so."""
     unknown_rate: float = Field(default=0.02, ge=0.0, lt=1.0)
     """Share of category values replaced by "unknown" in training, so that the row which new items
     and new users share is itself trained."""

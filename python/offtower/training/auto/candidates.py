@@ -105,6 +105,7 @@ def _linear(name: str, objective: Objective, config: Config, data: PreparedData)
         return TowerConfig(
             category_embedding_dim=max(given.category_embedding_dim, dim),
             hidden_layer_sizes=(),
+            tables="output",
             unknown_rate=given.unknown_rate,
         )
 

@@ -1,0 +1,104 @@
+"""How much of a label set a log of bandit feedback holds, apart from how it is learned from.
+
+    python benchmarks/label_information.py --data PREFIX --json label_information.json
+
+Values of greedy ridge regressions on test examples, penalties chosen by the truth: of all labels; of
+as many positive labels as the log reveals, drawn at random; of all labels of as many examples as
+have that many; of what the log reveals (the reference `revealed_labels`). And what the labels that
+the log rewards at least once, in at least 2, 5 and 10 contexts, could be worth: to the regression
+that sees all labels, and to one that knows all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import linalg
+
+from offtower.benchmarks.quality.labels import LabelSet, as_feedback, load_label_set, long_tail
+from offtower.benchmarks.quality.revealed import (
+    PENALTIES,
+    best_of_revealed,
+    revealed,
+    ridge_design,
+)
+
+Array = NDArray[np.float64]
+
+
+def information(labels: LabelSet, rounds: int, seed: int) -> dict[str, float]:
+    world = as_feedback(labels, rounds, seed)
+    log = revealed(world)
+    truth = labels.test_labels.toarray()
+    positives = int(log.label.sum())
+    everything = labels.train_labels.toarray().astype(np.float64)
+    example, label = np.nonzero(everything)
+    rng = np.random.default_rng([seed, 12])
+    drawn = rng.permutation(len(example))[:positives]
+    some = np.zeros_like(everything)
+    some[example[drawn], label[drawn]] = 1.0
+    share = positives / len(example)
+    whole = rng.permutation(len(everything))[: max(2, round(share * len(everything)))]
+    x, test = ridge_design(labels.train_features), ridge_design(labels.test_features)
+
+    def ridge(rows: Array, *targets: Array) -> list[dict[float, Array]]:
+        gram, found = rows.T @ rows, [{} for _ in targets]
+        for penalty in PENALTIES:
+            factor = linalg.cho_factor(gram + penalty * np.eye(len(gram)))
+            for scores, target in zip(found, targets, strict=True):
+                scores[penalty] = test @ linalg.cho_solve(factor, rows.T @ target)
+        return found
+
+    def greedy(scores: Array) -> float:
+        return float(truth[np.arange(len(truth)), scores.argmax(axis=1)].mean())
+
+    full, random = ridge(x, everything, some)
+    (documents,) = ridge(x[whole], everything[whole])
+    result = {
+        "logging": world.landmarks["logging"],
+        "positive labels": float(len(example)),
+        "positive labels revealed": float(positives),
+        "all labels": max(map(greedy, full.values())),
+        "as many random positives": max(map(greedy, random.values())),
+        "all labels of as many examples": max(map(greedy, documents.values())),
+        "revealed labels": best_of_revealed(world)[0].greedy,
+    }
+    contexts = log.label.sum(axis=0)
+    best = max(full.values(), key=greedy)
+    for least in (1, 2, 5, 10):
+        there = contexts >= least
+        name = f"labels rewarded in {least} contexts or more"
+        result[name] = float(there.sum())
+        result[f"{name}, all known"] = float((truth * there).max(axis=1).mean())
+        result[f"{name}, regression of all labels"] = greedy(np.where(there, best, -np.inf))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="a label set's files, PREFIX-train.npz and PREFIX-test.npz")
+    parser.add_argument("--rounds", type=int, default=50_000)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    summary = {}
+    for seed in range(arguments.seeds):
+        sets = [] if arguments.data is None else [load_label_set(arguments.data)]
+        for labels in [*sets, long_tail(seed)]:
+            found = information(labels, arguments.rounds, seed)
+            summary[f"{labels.name}, seed {seed}"] = found
+            print(f"{labels.name}, seed {seed}")
+            for name, value in found.items():
+                print(f"  {name:<64}{value:10.4g}", flush=True)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(summary, indent=2))
+
+
+if __name__ == "__main__":
+    main()
