@@ -2,11 +2,11 @@
 
     python benchmarks/label_information.py --data PREFIX --json label_information.json
 
-Values of greedy ridge regressions on test examples, penalties chosen by the truth: of all labels; of
-as many positive labels as the log reveals, drawn at random; of all labels of as many examples as
-have that many; of what the log reveals (the reference `revealed_labels`). And what the labels that
-the log rewards at least once, in at least 2, 5 and 10 contexts, could be worth: to the regression
-that sees all labels, and to one that knows all.
+Values of greedy ridge regressions on test examples, penalties chosen by the truth: of all labels;
+of as many positive labels as the log reveals, drawn at random; of all labels of as many examples
+as have that many; of what the log reveals (the reference `revealed_labels`). And what the labels
+that the log rewards in at least 1, 2, 5 and 10 contexts could be worth: to one that knows them
+all, and to the regression that sees all labels.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ class AutoConfig:
     """Learn the chosen candidate's members again from all rows; else those that were judged, each
     of which misses a fold, are the ensemble."""
     epochs: int | None = Field(default=None, ge=1)
-    """Passes over the log; null takes 400 to 1500 steps."""
+    """Passes over the log; null takes 400 to 600 steps."""
     batch_size: int | None = Field(default=None, ge=1)
     """null is a power of two between 64 and 1024, by the rows of the log."""
     judge_rows: int = Field(default=100_000, ge=100)

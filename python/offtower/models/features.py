@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from offtower.data.encoding import BagTensor, FeatureEncoding
+from offtower.models.bag_sums import bag_sums
 from offtower.models.row_draws import RowDraws
 
 FeatureTensors = Mapping[str, Tensor | BagTensor]
@@ -122,14 +123,20 @@ class FeatureEncoder(nn.Module):
             value = features[name]
             table = self.tables[key]
             if isinstance(value, BagTensor):
-                mean = table(self._hide_in_bags(value, number), value.offsets[:-1])
-                if self.bag == "root":
-                    count = value.offsets[1:] - value.offsets[:-1]
-                    mean = mean * count.to(mean.dtype).sqrt().unsqueeze(1)
-                parts.append(mean)
+                parts.append(self._joined(table, self._hide_in_bags(value, number), value.offsets))
             else:
                 parts.append(table(self._hide_some(value, number)))
         return parts
+
+    def _joined(self, table: nn.Module, values: Tensor, offsets: Tensor) -> Tensor:
+        assert isinstance(table, nn.EmbeddingBag)
+        count = (offsets[1:] - offsets[:-1]).to(table.weight.dtype).unsqueeze(1)
+        if self.training and table.weight.device.type == "cpu" and not table.sparse:
+            total = bag_sums(table.weight, values, offsets)
+            some = count.clamp_min(1.0)
+            return total / (some.sqrt() if self.bag == "root" else some)
+        mean: Tensor = table(values, offsets[:-1])
+        return mean * count.sqrt() if self.bag == "root" else mean
 
     @property
     def _hides(self) -> bool:

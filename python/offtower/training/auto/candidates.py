@@ -82,7 +82,7 @@ def make_schedule(settings: AutoConfig, rows: int) -> Schedule:
         batch = min(1024, max(64, 1 << max(0, (rows // 16).bit_length() - 1)))
     epochs = settings.epochs
     if epochs is None:
-        steps = max(400, min(1500, 30 * rows // batch))
+        steps = max(400, min(600, 30 * rows // batch))
         epochs = math.ceil(steps * batch / rows)
     return Schedule(epochs, min(batch, rows))
 
