@@ -1,6 +1,6 @@
 """How much of a label set a log of bandit feedback holds, apart from how it is learned from.
 
-    python benchmarks/label_information.py --data PREFIX --json label_information.json
+    python benchmarks/label_information.py --data PREFIX --long-tail --json label_information.json
 
 Values of greedy ridge regressions on test examples, penalties chosen by the truth: of all labels;
 of as many positive labels as the log reveals, drawn at random; of all labels of as many examples
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import linalg
+from scipy import linalg, sparse
 
 from offtower.benchmarks.quality.labels import LabelSet, as_feedback, load_label_set, long_tail
 from offtower.benchmarks.quality.revealed import (
@@ -36,40 +36,44 @@ def information(labels: LabelSet, rounds: int, seed: int) -> dict[str, float]:
     log = revealed(world)
     truth = labels.test_labels.toarray()
     positives = int(log.label.sum())
-    everything = labels.train_labels.toarray().astype(np.float64)
-    example, label = np.nonzero(everything)
+    everything = labels.train_labels.tocoo()
     rng = np.random.default_rng([seed, 12])
-    drawn = rng.permutation(len(example))[:positives]
-    some = np.zeros_like(everything)
-    some[example[drawn], label[drawn]] = 1.0
-    share = positives / len(example)
-    whole = rng.permutation(len(everything))[: max(2, round(share * len(everything)))]
+    drawn = rng.permutation(everything.nnz)[:positives]
+    some = sparse.csr_matrix(
+        (everything.data[drawn], (everything.row[drawn], everything.col[drawn])), everything.shape
+    )
+    examples = everything.shape[0]
+    share = positives / everything.nnz
+    whole = rng.permutation(examples)[: max(2, round(share * examples))]
     x, test = ridge_design(labels.train_features), ridge_design(labels.test_features)
 
-    def ridge(rows: Array, *targets: Array) -> list[dict[float, Array]]:
-        gram, found = rows.T @ rows, [{} for _ in targets]
+    def ridge(rows: sparse.csr_matrix, *targets: sparse.csr_matrix) -> list[list[Array]]:
+        """Scores of the test examples, by target and penalty."""
+        gram = (rows.T @ rows).toarray()
+        found: list[list[Array]] = [[] for _ in targets]
         for penalty in PENALTIES:
             factor = linalg.cho_factor(gram + penalty * np.eye(len(gram)))
+            of_features = linalg.cho_solve(factor, test.T.toarray()).T
             for scores, target in zip(found, targets, strict=True):
-                scores[penalty] = test @ linalg.cho_solve(factor, rows.T @ target)
+                scores.append(of_features @ (rows.T @ target).toarray())
         return found
 
     def greedy(scores: Array) -> float:
         return float(truth[np.arange(len(truth)), scores.argmax(axis=1)].mean())
 
-    full, random = ridge(x, everything, some)
-    (documents,) = ridge(x[whole], everything[whole])
+    full, random = ridge(x, labels.train_labels, some)
+    (documents,) = ridge(x[whole], labels.train_labels[whole])
     result = {
         "logging": world.landmarks["logging"],
-        "positive labels": float(len(example)),
+        "positive labels": float(everything.nnz),
         "positive labels revealed": float(positives),
-        "all labels": max(map(greedy, full.values())),
-        "as many random positives": max(map(greedy, random.values())),
-        "all labels of as many examples": max(map(greedy, documents.values())),
+        "all labels": max(map(greedy, full)),
+        "as many random positives": max(map(greedy, random)),
+        "all labels of as many examples": max(map(greedy, documents)),
         "revealed labels": best_of_revealed(world)[0].greedy,
     }
     contexts = log.label.sum(axis=0)
-    best = max(full.values(), key=greedy)
+    best = max(full, key=greedy)
     for least in (1, 2, 5, 10):
         there = contexts >= least
         name = f"labels rewarded in {least} contexts or more"
@@ -82,6 +86,7 @@ def information(labels: LabelSet, rounds: int, seed: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="a label set's files, PREFIX-train.npz and PREFIX-test.npz")
+    parser.add_argument("--long-tail", action="store_true", help="the made-up set of 3,000 labels")
     parser.add_argument("--rounds", type=int, default=50_000)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -90,7 +95,8 @@ def main() -> None:
     summary = {}
     for seed in range(arguments.seeds):
         sets = [] if arguments.data is None else [load_label_set(arguments.data)]
-        for labels in [*sets, long_tail(seed)]:
+        sets += [long_tail(seed)] if arguments.long_tail else []
+        for labels in sets:
             found = information(labels, arguments.rounds, seed)
             summary[f"{labels.name}, seed {seed}"] = found
             print(f"{labels.name}, seed {seed}")

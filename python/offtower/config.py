@@ -144,13 +144,10 @@ class AutoConfig:
     policy.embedding_dim numbers for each member.
     """
 
-    candidates: tuple[str, ...] = (
-        "regression_linear",
-        "regression",
-        "likelihood_linear",
-        "likelihood",
-    )
-    """In the order of belief; docs/objectives.md says what they are."""
+    candidates: tuple[str, ...] | None = None
+    """In the order of belief; docs/objectives.md says what they are. null is regression_linear,
+    regression, likelihood_linear, likelihood; the likelihoods before the regressions where the
+    catalogue knows its items by ids alone."""
     folds: int = Field(default=3, ge=2, le=64)
     """Parts of the log; a member learns from all but one, which judges it."""
     members: int | None = Field(default=None, ge=1)

@@ -22,9 +22,9 @@ from offtower.data.simulate.features import vector_matrix
 
 Array = NDArray[np.float64]
 
-PENALTIES = (3.0, 10.0, 30.0, 100.0, 300.0)
+PENALTIES = (10.0, 30.0, 100.0, 300.0)
 MOST_WEIGHTS = (1.0, 2.0, 3.0, 5.0)
-IMPUTATIONS = 5
+IMPUTATIONS = 3
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,15 @@ def best_of_revealed(world: QualityWorld) -> tuple[Value, dict[str, float], floa
     known, label = log.known[:, found], log.label[:, found]
     x = ridge_design(log.features)
     test = ridge_design(_features(world, world.truth.contexts, log.features.shape[1]))
-    expected = world.truth.expected(0, len(test))
+    expected = world.truth.expected(0, test.shape[0])
     values: dict[str, Value] = {}
 
     def tried(name: str, weight: Array) -> None:
-        scores = np.full((len(test), world.catalogue.num_items), -np.inf)
+        scores = np.full((test.shape[0], world.catalogue.num_items), -np.inf)
         scores[:, found] = test @ weight
         values[name] = of_scores(torch.from_numpy(scores * 1e6), expected)
 
-    gram = x.T @ x
+    gram = (x.T @ x).toarray()
     for penalty in PENALTIES:
         factor = linalg.cho_factor(gram + penalty * np.eye(len(gram)), overwrite_a=True)
         for most in MOST_WEIGHTS:
@@ -89,22 +89,21 @@ def best_of_revealed(world: QualityWorld) -> tuple[Value, dict[str, float], floa
             tried(
                 f"weights to {most:g}, penalty {penalty:g}", linalg.cho_solve(factor, x.T @ target)
             )
-        target = label
+        weight = linalg.cho_solve(factor, x.T @ label)
         for turn in range(1, IMPUTATIONS + 1):
-            weight = linalg.cho_solve(factor, x.T @ target)
             target = np.where(known, label, (x @ weight).clip(0.0, 1.0))
-            if turn > 1:
-                tried(f"imputed {turn - 1} times, penalty {penalty:g}", weight)
+            weight = linalg.cho_solve(factor, x.T @ target)
+            tried(f"imputed {turn} times, penalty {penalty:g}", weight)
     best = max(values, key=lambda name: values[name].greedy)
     facts = {name: value.greedy for name, value in values.items()}
     return values[best], facts, time.perf_counter() - began
 
 
-def ridge_design(features: sparse.csr_matrix) -> Array:
+def ridge_design(features: sparse.csr_matrix) -> sparse.csr_matrix:
     """(n, f + 1) rows of length 8 and a one, as the supervised landmark has them."""
-    dense = np.asarray(features.todense(), dtype=np.float64)
-    dense *= 8.0 / np.maximum(np.linalg.norm(dense, axis=1, keepdims=True), 1e-9)
-    return np.concatenate([dense, np.ones((len(dense), 1))], axis=1)
+    length = np.sqrt(np.asarray(features.multiply(features).sum(axis=1), dtype=np.float64))
+    scaled = sparse.diags_array(8.0 / np.maximum(length[:, 0], 1e-9)) @ features
+    return sparse.csr_matrix(sparse.hstack([scaled, np.ones((features.shape[0], 1))]))
 
 
 def _features(world: QualityWorld, table: pa.Table, width: int | None = None) -> sparse.csr_matrix:
