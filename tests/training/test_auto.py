@@ -246,7 +246,7 @@ def test_linear_members_reach_the_convex_optimum_of_tokens_and_ids() -> None:
     rewarded = np.flatnonzero(world.log.table["reward"].to_numpy())
     table = world.log.table.take(rewarded)
     weight = torch.from_numpy(np.minimum(1 / table["pscore"].to_numpy(), 100.0)).float()
-    action = torch.from_numpy(table["action"].to_numpy())
+    action = torch.tensor(table["action"].to_numpy())
     x, test = (
         _root_scaled(part["tokens"].to_pylist(), 200) for part in (table, world.truth.contexts)
     )
