@@ -107,9 +107,9 @@ def learn(world: QualityWorld, width: int, way: Way, seed: int) -> Tensor:
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 13])
     table = world.log.table
-    rows, action = Rows(table), torch.from_numpy(table["action"].to_numpy())
-    reward = torch.from_numpy(table["reward"].to_numpy()).float()
-    pscore = torch.from_numpy(table["pscore"].to_numpy()).float()
+    rows, action = Rows(table), torch.tensor(table["action"].to_numpy())
+    reward = torch.tensor(table["reward"].to_numpy()).float()
+    pscore = torch.tensor(table["pscore"].to_numpy()).float()
     rewarded = way.loss == "likelihood" and way.unrewarded == 0.0
     used = np.flatnonzero(reward.numpy()) if rewarded else np.arange(len(reward))
     size = 256 if rewarded else 512
