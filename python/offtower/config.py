@@ -69,6 +69,10 @@ class TowerConfig:
     bag: Literal["mean", "root"] = "mean"
     """How the embeddings of a bag's values are joined: their mean, or their sum over the root of
     their number, which keeps its size whatever the number; better for long bags, such as texts."""
+    tables: Literal["input", "output"] = "input"
+    """Where embeddings of categories and bags go. input: the layers read them; output: they are as
+    wide as the output and added to it, and the layers read numbers and vectors alone. A linear
+    tower (no hidden layers) of ids and tokens learns far better so."""
     unknown_rate: float = Field(default=0.02, ge=0.0, lt=1.0)
     """Share of category values replaced by "unknown" in training, so that the row which new items
     and new users share is itself trained."""
@@ -142,13 +146,10 @@ class AutoConfig:
     policy.embedding_dim numbers for each member.
     """
 
-    candidates: tuple[str, ...] = (
-        "regression_linear",
-        "regression",
-        "likelihood_linear",
-        "likelihood",
-    )
-    """In the order of belief; docs/objectives.md says what they are."""
+    candidates: tuple[str, ...] | None = None
+    """In the order of belief; docs/objectives.md says what they are. null is regression_linear,
+    regression, likelihood_linear, likelihood; the likelihoods before the regressions where the
+    catalogue knows its items by ids alone."""
     folds: int = Field(default=3, ge=2, le=64)
     """Parts of the log; a member learns from all but one, which judges it."""
     members: int | None = Field(default=None, ge=1)
@@ -158,7 +159,7 @@ class AutoConfig:
     """Learn the chosen candidate's members again from all rows; else those that were judged, each
     of which misses a fold, are the ensemble."""
     epochs: int | None = Field(default=None, ge=1)
-    """Passes over the log; null takes 400 to 1500 steps."""
+    """Passes over the log; null takes 400 to 600 steps."""
     batch_size: int | None = Field(default=None, ge=1)
     """null is a power of two between 64 and 1024, by the rows of the log."""
     judge_rows: int = Field(default=100_000, ge=100)
