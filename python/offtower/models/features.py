@@ -131,7 +131,7 @@ class FeatureEncoder(nn.Module):
     def _joined(self, table: nn.Module, values: Tensor, offsets: Tensor) -> Tensor:
         assert isinstance(table, nn.EmbeddingBag)
         count = (offsets[1:] - offsets[:-1]).to(table.weight.dtype).unsqueeze(1)
-        if self.training and table.weight.device.type == "cpu" and not table.sparse:
+        if self.training and by_products(table):
             total = bag_sums(table.weight, values, offsets)
             some = count.clamp_min(1.0)
             return total / (some.sqrt() if self.bag == "root" else some)
@@ -203,3 +203,8 @@ def _fill(table: nn.Module, values: Tensor) -> None:
     with torch.no_grad():
         weight.copy_(values)
         weight[UNKNOWN].zero_()
+
+
+def by_products(table: nn.EmbeddingBag) -> bool:
+    """Whether training sums the bags of a table by `bag_sums`."""
+    return table.weight.device.type == "cpu" and not table.sparse
