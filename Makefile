@@ -26,7 +26,7 @@ test-slow: $(VENV)/.installed-test
 # On a machine with an NVIDIA GPU and nvcc. PYTEST="python3 -m pytest" runs in an environment of yours.
 PYTEST ?= $(BIN)/python -m pytest
 test-gpu: $(if $(filter $(BIN)/python,$(firstword $(PYTEST))),$(VENV)/.installed-test)
-	$(PYTEST) -m gpu tests/ops
+	$(PYTEST) -m gpu tests/ops tests/training/test_device_gpu.py
 
 # The same kernels under each tool of compute-sanitizer, on shapes that it gets through in minutes.
 test-gpu-sanitized: $(if $(filter $(BIN)/python,$(firstword $(PYTEST))),$(VENV)/.installed-test)

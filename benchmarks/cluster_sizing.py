@@ -18,8 +18,9 @@ GIB = 2.0**30
 ID = 8
 """Bytes of an item's id: integers. Text takes its own length."""
 INDEX = 0
-"""Bytes an item by which an id is found, beside the ids: none where they are rising integers, 12
-otherwise. Every process that reads a log holds them, and the ids."""
+"""Bytes an item by which an id is found, beside the ids, and the vocabulary of an id table: none
+where ids are rising integers; otherwise 12, or 20 with such a table. Every process that reads a log
+holds them, and the ids."""
 CHECKPOINT = 2.6
 """Copies of an id table, its moments included, while a checkpoint of it is written beside the
 training and as one file a worker: the most resident memory of 2 workers with 10^6 items, c = 64."""
@@ -53,9 +54,8 @@ class Sizes:
 
     @property
     def index(self) -> float:
-        """Bytes that every process has, whatever R is: ids, their index, and the id table's names
-        of its rows."""
-        return float(self.items) * (INDEX + ID + (ID if self.id_width else 0))
+        """Bytes that every process has, whatever R is: ids and their index."""
+        return float(self.items) * (INDEX + ID)
 
     def memory(self, strategy: str, terms: str = "exact") -> float:
         """Bytes of a worker: with `item_sharded` all but the index is divided by R."""

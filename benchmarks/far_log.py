@@ -4,9 +4,9 @@
 
 The store is a folder of this machine where every opening of a file waits `--delay` seconds, for
 the two round trips (its size, its bytes) that a row group costs of a store; how many bytes a second
-a network carries is not in it. Opened: with the list of files in the manifest, and without one,
-where every footer is read. Read: all row groups in order, and the windows of a training (read, checked,
-encoded), by one thread and by those that run ahead. Medians.
+a network carries is not in it. Opened: with the list of files in the manifest, and without it,
+where every footer is read. Read: all row groups in order, and the windows of a training (read,
+checked, encoded), by one thread and by those that run ahead. Medians.
 """
 
 from __future__ import annotations

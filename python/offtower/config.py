@@ -215,6 +215,14 @@ class TrainingConfig:
     item_chunk: int = Field(default=65_536, ge=1)
     """Items that the item tower embeds at a time; bounds the memory of its activations."""
     threads: int | None = Field(default=None, ge=1)
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda|cuda:[0-9]+)$")
+    """Where the policy learns. auto: a GPU where torch sees one and the fused CUDA operators are
+    built, else the CPU (`offtower doctor` says which and why). cuda, cuda:1: that GPU, with the
+    plain-torch operators where the fused ones are not built. With `--worker-gpus` each worker has a
+    GPU of its own."""
+    device_features_gib: float | None = Field(default=None, ge=0.0)
+    """Encoded features of items that a GPU keeps in its memory; larger ones are sent chunk by chunk
+    in every step. null is a quarter of what is free."""
     measure_terms: bool = True
     """Report entropy and weights for objectives that do not need the softmax (costs O(items))."""
 
@@ -500,7 +508,10 @@ def config_fingerprint(config: Config) -> str:
     """Hash of all that changes what is learned (the place of the run directory does not)."""
     content = to_dict(config)
     content.pop("runs")
-    for machine_only in ("threads", "checkpoint_every_seconds", "checkpoints_kept"):
+    for machine_only in (
+        *("threads", "device", "device_features_gib"),
+        *("checkpoint_every_seconds", "checkpoints_kept"),
+    ):
         content["training"].pop(machine_only)
     # How a policy is judged and who is told does not change the policy.
     content.pop("evaluation")

@@ -28,6 +28,7 @@ from offtower.ops import policy_terms
 from offtower.prepare import prepare
 from offtower.progress import Progress
 from offtower.training.auto import AutoTraining, train_auto
+from offtower.training.device import place
 from offtower.training.run import build_trainer, uses_auto
 from offtower.training.trainer import EpochHook
 
@@ -61,6 +62,7 @@ class TwoTowerPolicyLearner:
         optimizer, learning_rate, weight_decay, gradient_clip, batch_size, epochs, shuffle,
         patience, validation_estimator: see `offtower.config.TrainingConfig`.
         random_state: seed of everything.
+        device: where the policy learns, as `training.device`; afterwards it is on the CPU.
 
     Example:
         >>> learner = TwoTowerPolicyLearner(5, 5, objective="ips").fit(bandit_feedback)
@@ -94,6 +96,7 @@ class TwoTowerPolicyLearner:
         validation_estimator: str = "snips",
         auto: Mapping[str, Any] | None = None,
         random_state: int = 0,
+        device: str = "cpu",
         progress: Progress | None = None,
     ) -> None:
         self.dim_context_features = dim_context_features
@@ -135,6 +138,7 @@ class TwoTowerPolicyLearner:
                     "patience": patience,
                     "validation_estimator": validation_estimator,
                     "log_every_steps": 1_000_000_000,
+                    "device": device,
                 },
             },
             source="TwoTowerPolicyLearner",
@@ -163,14 +167,14 @@ class TwoTowerPolicyLearner:
         self._read_indicators(bandit_feedback)
         log, catalogue = self._open(bandit_feedback)
         held_out = None if validation is None else self._open(validation)[0]
-        data = prepare(log, held_out, catalogue, self._progress)
+        self.data_ = prepare(log, held_out, catalogue, self._progress)
+        data = place(self.data_, self.config.training)
         if uses_auto(self.config, data):
             found = train_auto(
                 self.config, data, progress=self._progress, on_epoch_end=on_epoch_end
             )
             self.policy_ = found.policy
             self.reward_model_ = None
-            self.data_ = data
             self.auto_ = found
             self.history_ = found.result.history
             return self
@@ -181,9 +185,8 @@ class TwoTowerPolicyLearner:
             self.config, data, reward_model, progress=self._progress, on_epoch_end=on_epoch_end
         )
         result = trainer.fit()
-        self.policy_ = trainer.policy
+        self.policy_ = trainer.policy.cpu()
         self.reward_model_ = reward_model
-        self.data_ = data
         self.history_ = result.history
         return self
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from offtower.atomic import replace_directory, write_text
 from offtower.config import Config
@@ -19,6 +20,7 @@ from offtower.data.encoding import FeatureEncoding
 from offtower.data.log import Log, ParquetLog
 from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.errors import ConfigError, RunError
+from offtower.models.device_items import items_on
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.progress import Progress
 
@@ -46,6 +48,16 @@ class PreparedData:
     facts: LogFacts
     quarantine: Path | None = None
     """Folder for bad rows, where the config says to set them aside."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the catalogue's features are given out, and so where all that learns from them
+        is."""
+        return self.items.device
+
+    def on(self, device: torch.device, most_bytes: int | None = None) -> PreparedData:
+        """The same for policies on `device`; `most_bytes` as for `items_on`."""
+        return replace(self, items=items_on(self.items, device, most_bytes))
 
     @property
     def on_bad_rows(self) -> Literal["error", "quarantine"]:
@@ -119,6 +131,7 @@ def prepare(
             _save(store, fingerprints, facts, context_encoding, item_encoding)
     else:
         facts, context_encoding, item_encoding = restored
+    item_encoding.share(catalogue.item_ids)
     return PreparedData(
         train=train,
         validation=validation,

@@ -116,3 +116,17 @@ def test_hash_buckets() -> None:
     index = fitted.encode(pa.table({"c": [*map(str, range(200)), None]}))["c"]
     assert index[-1] == 0 and set(index[:-1].tolist()) == set(range(1, 11))
     assert fitted.cardinality("c") == 11
+
+
+def test_ids_are_held_once() -> None:
+    """A vocabulary of the catalogue's rising ids is the ids themselves."""
+    ids = pa.array([3, 5, 9])
+    specs = [FeatureSpec(name=name, kind="category") for name in ("id", "other")]
+    table = pa.table({"id": ids, "other": [1, 1, 2]})
+    encoding = FeatureEncoding.fit(specs, [table])
+    before = encoding.encode(table)
+    encoding.share(ids)
+    assert encoding._vocabulary["id"] is ids and encoding._numbers["id"].values is ids
+    assert encoding.cardinality("other") == 3
+    for name, value in encoding.encode(table).items():
+        np.testing.assert_array_equal(value, before[name])

@@ -42,6 +42,15 @@ TrainingWorkers = Annotated[
     ),
 ]
 WorkerCpus = Annotated[float, typer.Option(min=0.1, help="CPUs of each worker, and threads.")]
+WorkerGpus = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="GPUs of each worker, 0 or 1; 1 where training.device is cuda.",
+        show_default=False,
+        rich_help_panel=PANEL,
+    ),
+]
 WorkerMemory = Annotated[
     float, typer.Option(min=0.0, metavar="GIB", help="Memory promised to each worker; 0: none.")
 ]

@@ -56,6 +56,7 @@ def doctor(as_json: AsJson = False) -> None:
         table.add_row(package, extra["version"] or hint)
     for backend, status in facts["backends"].items():
         table.add_row(f"operators: {backend}", status)
+    table.add_row("training.device", facts["training_device"])
     table.add_row("objectives", ", ".join(facts["objectives"]))
     table.add_row("estimators", ", ".join(facts["estimators"]))
     console.print(table)
@@ -67,6 +68,7 @@ def examine() -> dict[str, Any]:
     from offtower.evaluation.estimators import ESTIMATORS
     from offtower.objectives import OBJECTIVES
     from offtower.ops import available_backends, backend_status
+    from offtower.training.device import status
 
     return {
         "offtower": offtower.__version__,
@@ -79,6 +81,7 @@ def examine() -> dict[str, Any]:
         },
         "available_backends": list(available_backends()),
         "backends": backend_status(),
+        "training_device": status(),
         "objectives": sorted(OBJECTIVES),
         "estimators": sorted(ESTIMATORS),
     }

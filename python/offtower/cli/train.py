@@ -22,6 +22,7 @@ from offtower.cli.cluster import (
     RayWait,
     TrainingWorkers,
     WorkerCpus,
+    WorkerGpus,
     cluster,
     mapper_of,
     worker_range,
@@ -34,6 +35,7 @@ from offtower.cli.common import (
     print_json,
     verb,
 )
+from offtower.errors import ConfigError
 from offtower.jsonable import finite
 from offtower.run_directory import RunDirectory
 
@@ -57,6 +59,7 @@ def train(
     ray: RayAddress = None,
     workers: TrainingWorkers = None,
     worker_cpus: WorkerCpus = 1.0,
+    worker_gpus: WorkerGpus = None,
     worker_timeout: Annotated[
         float,
         typer.Option(
@@ -79,20 +82,34 @@ def train(
 ) -> None:
     from offtower.config import load_config
     from offtower.jobs.train import WorkerPlan, train_on_ray
+    from offtower.training.device import describe, resolve_device
     from offtower.training.run import train_run
 
     settings = load_config(config, overrides or [])
     progress = DrawnProgress()
     if ray is None and workers is None:
+        messages().print(f"learning on {describe(resolve_device(settings.training.device))}")
         train_run(settings, resume=resume, progress=progress, mirror=mirror)
     elif settings.objective.name == "auto":
+        if worker_gpus:
+            raise ConfigError(
+                "--worker-gpus: objective.name=auto learns its members on CPUs where it has "
+                "workers; leave the option away, or name an objective"
+            )
         most = None if workers is None else WorkerPlan(worker_range(workers)).range[1]
         with mapper_of(ray, most, worker_cpus, 0.0, ray_wait, progress) as mapper:
             train_run(settings, resume=resume, progress=progress, mirror=mirror, mapper=mapper)
     else:
         plan = WorkerPlan(
-            worker_range(workers or "2"), worker_cpus, max_failures, worker_timeout, ray_wait
+            worker_range(workers or "2"),
+            worker_cpus,
+            worker_gpus,
+            max_failures,
+            worker_timeout,
+            ray_wait,
         )
+        gpus = plan.gpus_for(settings.training.device)
+        messages().print(f"learning on Ray, {'a GPU' if gpus else 'no GPU'} for each worker")
         with cluster(ray, plan.range[1], worker_cpus):
             train_on_ray(settings, plan, resume=resume, progress=progress, mirror=mirror)
     result = RunDirectory(settings.run_directory).manifest()

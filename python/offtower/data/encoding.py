@@ -34,6 +34,7 @@ from offtower.data.features import (
     nbytes,
     num_rows,
     take,
+    tensor_of,
     to_tensors,
 )
 from offtower.data.lookup import Vocabulary
@@ -49,6 +50,7 @@ __all__ = [
     "nbytes",
     "num_rows",
     "take",
+    "tensor_of",
     "to_tensors",
 ]
 
@@ -214,6 +216,14 @@ class FeatureEncoding:
             return cls._from_parts(content, values)
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
             raise RunError(f"the encoding at '{directory}' cannot be read: {error}") from error
+
+    def share(self, values: pa.Array) -> None:
+        """Hold `values`, such as the ids of a catalogue, in place of a vocabulary that equals them:
+        once in memory, not twice."""
+        for name, vocabulary in self._vocabulary.items():
+            if vocabulary.equals(values):
+                self._vocabulary[name] = values
+                self._numbers[name] = Vocabulary(values)
 
     def numbers(self) -> dict[str, Any]:
         """Specs, means and scales, as JSON takes them; `to_dict` without the vocabularies."""

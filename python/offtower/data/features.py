@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class BagArray:
@@ -87,12 +89,28 @@ def _concat_one(values: Sequence[np.ndarray | BagArray]) -> np.ndarray | BagArra
 
 
 def to_tensors(
-    arrays: Mapping[str, np.ndarray | BagArray],
+    arrays: Mapping[str, np.ndarray | BagArray], device: torch.device = CPU
 ) -> dict[str, Tensor | BagTensor]:
-    """The same as tensors; dense arrays share their memory."""
+    """The same as tensors; on the CPU dense arrays share their memory."""
     return {
-        name: BagTensor(torch.from_numpy(value.values), torch.from_numpy(value.offsets))
+        name: BagTensor(tensor_of(value.values, device), tensor_of(value.offsets, device))
         if isinstance(value, BagArray)
-        else torch.from_numpy(value)
+        else tensor_of(value, device)
         for name, value in arrays.items()
     }
+
+
+def tensor_of(array: np.ndarray, device: torch.device = CPU) -> Tensor:
+    """An array as a tensor; on the CPU it shares its memory."""
+    return sent(torch.from_numpy(array), device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`.
+
+    To a GPU it goes through pinned memory, which torch keeps until the copy is done, so that the
+    host does not wait for it.
+    """
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

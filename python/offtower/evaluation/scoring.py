@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from offtower.data.encoding import to_tensors
+from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.rows import EncodedRows
 from offtower.errors import DataError
 from offtower.evaluation.draws import RewardTerms, rewards_at, terms_and_draws
@@ -137,8 +137,9 @@ class PolicyScorer:
                 "name their column as 'pscore' in the log's schema"
             )
         self.policy.eval()
-        context = self.policy.embed_contexts(to_tensors(rows.context))
-        action = torch.from_numpy(rows.action)
+        device = self.policy.device
+        context = self.policy.embed_contexts(to_tensors(rows.context, device))
+        action = tensor_of(rows.action, device)
         waiting = list(exact.items())
         first = waiting.pop(0) if waiting else None
         reward = None if first is None else first[1]
@@ -161,10 +162,10 @@ class PolicyScorer:
         for name, one in waiting:
             found[name] = _both(self.policy.terms(context, self.items, action, reward_model=one))
         for name, one in (at_draws or {}).items():
-            logged = rewards_at(one, action[:, None])[:, 0].double().numpy()
-            found[name] = logged, rewards_at(one, drawn).double().mean(dim=1).numpy()
+            logged = rewards_at(one, action[:, None])[:, 0].double().cpu().numpy()
+            found[name] = logged, rewards_at(one, drawn).double().mean(dim=1).cpu().numpy()
         for name, (model, seen) in (pairs or {}).items():
-            found[name] = model.logged(seen), model.at(seen, drawn.numpy()).mean(axis=1)
+            found[name] = model.logged(seen), model.at(seen, drawn.cpu().numpy()).mean(axis=1)
         self.policy.train(self._training)
         plain = weighted_rows(rows, terms.log_prob)
         made = {
@@ -177,7 +178,7 @@ class PolicyScorer:
 def weighted_rows(rows: EncodedRows, log_prob: Tensor) -> EvaluationRows:
     """Logged rows with their importance weights under a policy that gives them `log_prob` (n,)."""
     assert rows.pscore is not None, "callers check that the log has propensities"
-    log_weight = log_prob.double().numpy() - np.log(rows.pscore)
+    log_weight = log_prob.double().cpu().numpy() - np.log(rows.pscore)
     return EvaluationRows(
         importance_weight=np.exp(log_weight),
         reward=rows.reward.astype(np.float64),
@@ -211,4 +212,5 @@ def concatenate(parts: Iterable[EvaluationRows]) -> EvaluationRows:
 
 def _both(terms: PolicyTerms) -> tuple[np.ndarray, np.ndarray]:
     assert terms.action_reward is not None and terms.expected_reward is not None
-    return terms.action_reward.double().numpy(), terms.expected_reward.double().numpy()
+    logged, expected = terms.action_reward.double(), terms.expected_reward.double()
+    return logged.cpu().numpy(), expected.cpu().numpy()

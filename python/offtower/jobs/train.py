@@ -50,6 +50,7 @@ class WorkerPlan:
         workers: how many, or the least and the most: then a lost node is done without until
             another comes.
         cpus: of each worker, and its threads.
+        gpus: of each worker, 0 or 1; None is 1 where training.device is cuda, else 0.
         max_failures: how often workers may be lost before the run ends with an error.
         timeout: seconds after which a worker that does not answer counts as lost.
         wait: seconds that the cluster may take to grow at the start.
@@ -58,6 +59,7 @@ class WorkerPlan:
 
     workers: int | tuple[int, int] = 2
     cpus: float = 1.0
+    gpus: int | None = None
     max_failures: int = 3
     timeout: float = 600.0
     wait: float = 0.0
@@ -69,6 +71,29 @@ class WorkerPlan:
             raise ConfigError(
                 f"the number of workers must be at least 1, and a range rise: got {self.workers}"
             )
+
+    def gpus_for(self, device: str) -> int:
+        """GPUs of each worker, where the configuration has this `training.device`.
+
+        Raises:
+            ConfigError: the two contradict each other.
+        """
+        gpus = int(device.startswith("cuda")) if self.gpus is None else self.gpus
+        if gpus not in (0, 1):
+            raise ConfigError(
+                f"--worker-gpus {gpus}: a worker learns on one GPU; take more workers with 1 each"
+            )
+        if ":" in device:
+            raise ConfigError(
+                f"training.device={device}: Ray gives each worker its GPU, so name none: "
+                "training.device=cuda"
+            )
+        if device != "auto" and gpus != int(device == "cuda"):
+            raise ConfigError(
+                f"training.device={device} and --worker-gpus {gpus} do not fit; leave one of them "
+                "away"
+            )
+        return gpus
 
     @property
     def range(self) -> tuple[int, int]:
@@ -101,6 +126,7 @@ def train_on_ray(
         OfftowerError: what ended the training on the workers, as one process would have said it.
     """
     progress = progress or Progress()
+    gpus = plan.gpus_for(config.training.device)
     run = RunDirectory(config.run_directory)
     if mirror is not None and resume:
         Mirror(mirror, run.path).pull()
@@ -108,10 +134,10 @@ def train_on_ray(
     with contextlib.suppress(FileNotFoundError):
         (run.path / _FAILURE).unlink()
     least, _ = plan.range
-    require(least, plan.cpus, wait=plan.wait, progress=progress)
+    require(least, plan.cpus, gpus, wait=plan.wait, progress=progress)
     began = time.time()
     with _drawn(run, config, progress):
-        _fit(config, plan, run, mirror)
+        _fit(config, plan, gpus, run, mirror)
     failure = _failure(run)
     if failure is not None:
         raise failure
@@ -120,17 +146,22 @@ def train_on_ray(
     return manifest
 
 
-def _fit(config: Config, plan: WorkerPlan, run: RunDirectory, mirror: str | None) -> None:
+def _fit(
+    config: Config, plan: WorkerPlan, gpus: int, run: RunDirectory, mirror: str | None
+) -> None:
     import_ray()
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     storage = absolute(run.path / "ray")
+    # Ray makes a worker's own GPU its current one.
+    content, device = to_dict(config), "cuda" if gpus else "cpu"
     least, most = plan.range
     # Mappings, since what these classes take is decided when Ray is imported.
     scaling: dict[str, Any] = {
         "num_workers": least if least == most else (least, most),
-        "resources_per_worker": {"CPU": plan.cpus},
+        "resources_per_worker": {"CPU": plan.cpus, **({"GPU": gpus} if gpus else {})},
+        "use_gpu": gpus > 0,
         "elastic_resize_monitor_interval_s": plan.elastic_check,
     }
     failures: dict[str, Any] = {
@@ -140,7 +171,7 @@ def _fit(config: Config, plan: WorkerPlan, run: RunDirectory, mirror: str | None
     trainer = TorchTrainer(
         _work,
         train_loop_config={
-            "config": to_dict(config),
+            "config": {**content, "training": {**content["training"], "device": device}},
             "folder": os.getcwd(),
             "threads": max(1, math.floor(plan.cpus)),
             "timeout": plan.timeout,
@@ -153,7 +184,9 @@ def _fit(config: Config, plan: WorkerPlan, run: RunDirectory, mirror: str | None
             storage_path=storage,
             failure_config=train.FailureConfig(**failures),
         ),
-        torch_config=TorchConfig(backend="gloo", timeout_s=max(1, math.ceil(plan.timeout))),
+        torch_config=TorchConfig(
+            backend=backend_of(gpus), timeout_s=max(1, math.ceil(plan.timeout))
+        ),
     )
     with _quiet():
         try:
@@ -163,6 +196,11 @@ def _fit(config: Config, plan: WorkerPlan, run: RunDirectory, mirror: str | None
             if failure is not None:
                 raise failure from error
             raise ClusterError(_lost(error, plan, run)) from error
+
+
+def backend_of(gpus: int) -> str:
+    """The process group's backends: tensors of GPUs by NCCL, the host's few numbers by gloo."""
+    return "cpu:gloo,cuda:nccl" if gpus else "gloo"
 
 
 def _work(settings: Mapping[str, Any]) -> None:

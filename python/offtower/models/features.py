@@ -123,18 +123,21 @@ class FeatureEncoder(nn.Module):
     def _hide_some(self, index: Tensor, number: int) -> Tensor:
         if not self._hides:
             return index
-        hidden = self._draws.below(self.unknown_rate, number, len(index))[:, 0]
+        hidden = self._draws.below(self.unknown_rate, number, len(index), index.device)[:, 0]
         return index.masked_fill(hidden, UNKNOWN)
 
     def _hide_in_bags(self, bag: BagTensor, number: int) -> Tensor:
         if not self._hides:
             return bag.values
-        lengths = bag.offsets[1:] - bag.offsets[:-1]
-        rows = len(lengths)
-        numbers = torch.arange(rows) if self._draws.numbers is None else self._draws.numbers
+        lengths, total = bag.offsets[1:] - bag.offsets[:-1], len(bag.values)
+        device = bag.values.device
+        numbers = self._draws.numbers
+        if numbers is None:
+            numbers = torch.arange(len(lengths), device=device)
+        first = torch.repeat_interleave(bag.offsets[:-1], lengths, output_size=total)
         # A value is known by its row and its place in the bag; bags beyond 2^20 values share draws.
-        place = torch.arange(len(bag.values)) - torch.repeat_interleave(bag.offsets[:-1], lengths)
-        value = (torch.repeat_interleave(numbers, lengths) << 20) + place
+        place = torch.arange(total, device=device) - first
+        value = (torch.repeat_interleave(numbers, lengths, output_size=total) << 20) + place
         hidden = self._draws.of(value, self.unknown_rate, number)[:, 0]
         return bag.values.masked_fill(hidden, UNKNOWN)
 

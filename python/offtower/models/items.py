@@ -23,6 +23,7 @@ from offtower.data.encoding import (
     take,
     to_tensors,
 )
+from offtower.data.features import CPU
 from offtower.data.mapped import is_mapped, open_mapped, slice_arrays, write_mapped
 from offtower.models.features import FeatureTensors
 from offtower.models.towers import Tower
@@ -44,7 +45,8 @@ class ItemEmbeddings:
 
 
 class ItemFeatures:
-    """Encoded features of all N items, read by slice or by index.
+    """Encoded features of all N items, read by slice or by index, on the CPU; `items_on` of
+    `models.device_items` gives those of a GPU.
 
     Args:
         arrays: encoded features of all items, in the catalogue's order; memory-mapped arrays are
@@ -56,6 +58,7 @@ class ItemFeatures:
     def __init__(self, arrays: FeatureArrays, num_items: int, first: int = 0) -> None:
         self.num_items = num_items
         self.first = first
+        self.device = CPU
         self._arrays = arrays
         self._mapped = is_mapped(arrays)
         self._tensors: FeatureTensors = {} if self._mapped else to_tensors(arrays)
@@ -123,17 +126,22 @@ class ItemFeatures:
         return self._arrays
 
     def part(self, start: int, stop: int) -> ItemFeatures:
-        """Items start..stop-1 by themselves, in memory."""
+        """Items start..stop-1 by themselves, in the CPU's memory."""
         return ItemFeatures(
             slice_arrays(self._arrays, start, stop), stop - start, self.first + start
         )
 
+    def beside(self, items: ItemFeatures) -> ItemFeatures:
+        """Others, given out on the device of these."""
+        return items
+
     def numbered(self, start: int, stop: int) -> tuple[FeatureTensors, Tensor]:
         """Features of items start..stop-1 and the items' numbers, as a tower takes them."""
-        return self.slice(start, stop), torch.arange(self.first + start, self.first + stop)
+        numbers = torch.arange(self.first + start, self.first + stop, device=self.device)
+        return self.slice(start, stop), numbers
 
     def at(self, index: Tensor) -> FeatureTensors:
-        """Features of the items at `index` (n,) int64."""
+        """Features of the items at `index` (n,) int64, a tensor of the CPU."""
         if self._mapped:
             return to_tensors(take(self._arrays, index.numpy()))
         return {
@@ -186,7 +194,7 @@ class _ChunkedTower(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.tower, ctx.features, ctx.chunk, ctx.parameters = tower, features, chunk, parameters
         ctx.random = tower.training and tower.random
-        ctx.random_state = torch.get_rng_state() if ctx.random else None
+        ctx.random_state = _RandomState(features.device) if ctx.random else None
         with torch.no_grad():
             items = _embed_at_once(tower, features, chunk)
         return items.embedding, items.bias
@@ -215,17 +223,31 @@ class _ChunkedTower(torch.autograd.Function):
         return (None, None, None, *totals)
 
 
+class _RandomState:
+    """Where torch's generators stand: the CPU's, and that of a GPU, which a user's module uses."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._cpu = torch.get_rng_state()
+        self._gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._gpu is not None:
+            torch.cuda.set_rng_state(self._gpu, self.device)
+
+
 @contextmanager
-def _repeated_draws(state: Tensor | None) -> Iterator[None]:
+def _repeated_draws(state: _RandomState | None) -> Iterator[None]:
     if state is None:
         yield
         return
-    now = torch.get_rng_state()
-    torch.set_rng_state(state)
+    now = _RandomState(state.device)
+    state.restore()
     try:
         yield
     finally:
-        torch.set_rng_state(now)
+        now.restore()
 
 
 def _chunks(total: int, chunk: int) -> Iterator[tuple[int, int]]:

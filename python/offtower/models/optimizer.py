@@ -59,11 +59,11 @@ def finish_updates(optimizer: torch.optim.Optimizer) -> None:
         optimizer.finish_updates()
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients so that the norm of all of them together is at most `max_norm`.
 
     Returns:
-        The norm before.
+        The norm before, a scalar; on a GPU nothing waits for it.
     """
     parameters = [p for p in parameters if p.grad is not None]
     sparse = False
@@ -74,13 +74,22 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
             # A row that several draws touched must count once, with its sum.
             parameter.grad = parameter.grad.coalesce()
     if not sparse:
-        return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     values = [_values(p.grad) for p in parameters if p.grad is not None]
-    norm = float(torch.linalg.vector_norm(torch.stack([v.norm() for v in values])))
-    if norm > max_norm:
-        for value in values:
-            value.mul_(max_norm / (norm + 1e-6))
+    norm = torch.linalg.vector_norm(torch.stack([v.norm() for v in values]))
+    scale_down(values, norm, max_norm)
     return norm
+
+
+def scale_down(values: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale tensors, in place, whose norm all together is `norm`, to `max_norm` at most."""
+    if norm.is_cuda:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for value in values:
+            value.mul_(factor)
+    elif float(norm) > max_norm:
+        for value in values:
+            value.mul_(max_norm / (float(norm) + 1e-6))
 
 
 class JointOptimizer(torch.optim.Optimizer):

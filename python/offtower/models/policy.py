@@ -54,6 +54,11 @@ class TwoTowerPolicy(nn.Module):
             self.register_buffer("log_temperature", log_temperature)
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are, and features must be."""
+        return self.log_temperature.device
+
+    @property
     def temperature(self) -> float:
         """The temperature that the operators take; a learned one is folded into u instead."""
         return 1.0 if self.config.learn_temperature else self.config.temperature

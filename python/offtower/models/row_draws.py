@@ -2,8 +2,9 @@
 
 Hidden categories and dropout are drawn in training. A generator's stream would depend on which rows
 a call sees: on the number of workers, on the chunks of the catalogue, on which draws came before.
-Here a row's draws follow from its number in the batch (contexts) or in the catalogue (items), so R
-workers draw what one draws, and a second pass over a chunk repeats the first.
+Here a row's draws follow from its number in the batch (contexts) or in the catalogue (items) by a
+hash of integers, so R workers draw what one draws, a second pass over a chunk repeats the first,
+and a GPU draws what a CPU draws.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from offtower.data.features import sent
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _ONE = 1 << 24
 """Draws are multiples of 2^-24, as float32 draws in [0, 1) are."""
 
 
 class RowDraws:
-    """The draws of one tower. Without a seed they come from torch's global generator.
+    """The draws of one tower. Without a seed they come from torch's global generator of the CPU.
 
     Attributes:
         seed: of the step; None draws from the global generator.
-        numbers: (n,) of the rows that the current forward pass sees.
+        numbers: (n,) of the rows that the current forward pass sees, on its device.
     """
 
     def __init__(self) -> None:
@@ -32,20 +35,22 @@ class RowDraws:
         """The rows of the forward pass that begins."""
         self.numbers = numbers
 
-    def below(self, rate: float, purpose: int, rows: int, width: int = 1) -> Tensor:
-        """(rows, width) bool, each True with probability `rate`."""
+    def below(
+        self, rate: float, purpose: int, rows: int, device: torch.device, width: int = 1
+    ) -> Tensor:
+        """(rows, width) bool on `device`, each True with probability `rate`."""
         if self.seed is None:
-            return torch.rand(rows, width) < rate
-        numbers = torch.arange(rows) if self.numbers is None else self.numbers
+            return sent(torch.rand(rows, width) < rate, device)
+        numbers = torch.arange(rows, device=device) if self.numbers is None else self.numbers
         return self.of(numbers, rate, purpose, width)
 
     def of(self, numbers: Tensor, rate: float, purpose: int, width: int = 1) -> Tensor:
         """As `below`, for rows with other `numbers` (k,) than those of the forward pass."""
         if self.seed is None:
-            return torch.rand(len(numbers), width) < rate
+            return sent(torch.rand(len(numbers), width) < rate, numbers.device)
         key = _mix(numbers + _mixed(self.seed + _GOLDEN * (purpose + 1)))[:, None]
         if width > 1:
-            key = _mix(key + _wrapped(_GOLDEN) * torch.arange(width))
+            key = _mix(key + _wrapped(_GOLDEN) * torch.arange(width, device=key.device))
         # The bits of a hash are alike; the upper ones need no shift of a negative number's sign.
         return ((key >> 39) & (_ONE - 1)) < round(rate * _ONE)
 

@@ -70,7 +70,9 @@ def load_policy(directory: Path) -> tuple[TwoTowerPolicy, dict[str, Any]]:
 
 
 def save_weights(path: Path, module: nn.Module) -> None:
-    state = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
+    }
     safetensors.torch.save_file(state, path)
 
 

@@ -37,7 +37,9 @@ class TableOptimizer(torch.optim.Optimizer):
             table.sparse = True
             weight = table.weight
             self.state[weight] = self._new_state(weight)
-            self.state[weight]["fresh_at"] = torch.zeros(len(weight), dtype=torch.int64)
+            self.state[weight]["fresh_at"] = torch.zeros(
+                len(weight), dtype=torch.int64, device=weight.device
+            )
             table.register_forward_pre_hook(_CatchUp(self))
 
     @torch.no_grad()
@@ -51,7 +53,7 @@ class TableOptimizer(torch.optim.Optimizer):
                 gradient = weight.grad.coalesce()
                 index, values = gradient._indices()[0], gradient._values()
             else:
-                index, values = torch.arange(len(weight)), weight.grad
+                index, values = torch.arange(len(weight), device=weight.device), weight.grad
             self.catch_up(weight, index)
             self._move(weight, self.state[weight], index, values, group)
             self.state[weight]["fresh_at"][index] = self.steps + 1
@@ -61,10 +63,13 @@ class TableOptimizer(torch.optim.Optimizer):
     def catch_up(self, weight: Tensor, index: Tensor) -> None:
         """Do to the rows at `index` what the steps since they were touched would have done."""
         state, group = self.state[weight], self.param_groups[0]
-        late = state["fresh_at"][index] < self.steps
-        if not bool(late.any()):
-            return
-        index = torch.unique(index[late])
+        if not weight.is_cuda:
+            late = state["fresh_at"][index] < self.steps
+            if not bool(late.any()):
+                return
+            index = torch.unique(index[late])
+        # A GPU is not asked which rows are late, which would be waited for: it takes all of them,
+        # the others by no step, and a row that stands twice gets one value twice.
         missed = (self.steps - state["fresh_at"][index]).to(torch.float64)
         kept = (1.0 - group["lr"] * group["weight_decay"]) ** missed
         weight[index] = weight[index] * kept.to(weight.dtype)[:, None]
@@ -74,7 +79,7 @@ class TableOptimizer(torch.optim.Optimizer):
     def finish_updates(self) -> None:
         """Bring every row up to date, in blocks."""
         for weight in self.param_groups[0]["params"]:
-            for index in torch.arange(len(weight)).split(262_144):
+            for index in torch.arange(len(weight), device=weight.device).split(262_144):
                 self.catch_up(weight, index)
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,7 +93,9 @@ class TableOptimizer(torch.optim.Optimizer):
         for number, weight in enumerate(self.param_groups[0]["params"]):
             state = dict(state_dict["state"][number])
             self.steps = int(state.pop("steps"))
-            self.state[weight] = {key: value.clone() for key, value in state.items()}
+            self.state[weight] = {
+                key: value.to(weight.device, copy=True) for key, value in state.items()
+            }
 
     @abstractmethod
     def _new_state(self, weight: Tensor) -> dict[str, Tensor]:
@@ -161,7 +168,7 @@ class RowwiseAdagrad(TableOptimizer):
     epsilon = 1e-8
 
     def _new_state(self, weight: Tensor) -> dict[str, Tensor]:
-        return {"sum": torch.zeros(len(weight), dtype=weight.dtype)}
+        return {"sum": weight.new_zeros(len(weight))}
 
     def _fade(self, state: dict[str, Tensor], index: Tensor, missed: Tensor) -> None:
         """Sums do not fade."""

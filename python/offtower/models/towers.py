@@ -41,7 +41,8 @@ class RowDropout(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         if not self.training:
             return hidden
-        dropped = self._draws.below(self.rate, self._purpose, *hidden.shape)
+        rows, width = hidden.shape
+        dropped = self._draws.below(self.rate, self._purpose, rows, hidden.device, width)
         return hidden.masked_fill(dropped, 0.0) / (1.0 - self.rate)
 
 

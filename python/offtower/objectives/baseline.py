@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from offtower.errors import ConfigError
@@ -54,6 +55,6 @@ class BaselineIPS(Objective):
         # b = Cov(w r, w - 1) / Var(w) with the known mean 1 of w: no difference is divided by.
         beyond = weight - 1.0
         below = over.total(beyond.square())
-        if float(below) <= 0.0:
-            return over.average(reward)
-        return over.total(weight * beyond * reward) / below
+        best = over.total(weight * beyond * reward) / below
+        # A branch would wait for a GPU.
+        return torch.where(below <= 0.0, over.average(reward), best)

@@ -16,6 +16,8 @@ from offtower.ops.types import DenseReward, RewardTerms
 CELLS_AT_ONCE = 1 << 19
 """Logits (or, with draws of each row's own, numbers of their embeddings) held at a time: few enough
 to stay in a core's cache, so that the passes over them do not wait for memory."""
+CELLS_ON_GPU = 1 << 25
+"""The same on a GPU, which wants few and large operations: 128 MiB."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Draws:
     log_count: log of the expected number of times that each draw's item is drawn; +inf for padding.
     index: rows of the embedding matrix; None where draw j is row j.
     masked: draws that do not count: (k, 2) pairs (row, draw), sorted, for shared draws; a (B, m)
-        mask for draws of each row's own.
+        mask for draws of each row's own. Shared draws on a GPU have the row's items (B, k) that do
+        not count: how many pairs there are could not be known without waiting for it.
     """
 
     item: Tensor
@@ -36,6 +39,10 @@ class Draws:
     @property
     def shared(self) -> bool:
         return self.item.dim() == 1
+
+    @property
+    def masked_by_item(self) -> bool:
+        return self.shared and self.item.is_cuda
 
 
 class SampleSums(NamedTuple):
@@ -68,13 +75,16 @@ def sample_sums(
 def hits_of(sampled_item: Tensor, counted_exactly: Tensor) -> Tensor:
     """Draws that hit one of their row's items (B, k): what `Draws.masked` holds.
 
-    For shared draws by binary search, O((B k + m) log m): no (B, m) comparison.
+    For shared draws by binary search, O((B k + m) log m): no (B, m) comparison. On a GPU the logits
+    are compared with the items, chunk by chunk.
     """
     if sampled_item.dim() == 2:
         mask = torch.zeros(sampled_item.shape, dtype=torch.bool, device=sampled_item.device)
         for column in counted_exactly.unbind(dim=1):
             mask |= sampled_item == column[:, None]
         return mask
+    if sampled_item.is_cuda:
+        return counted_exactly
     ordered, place = torch.sort(sampled_item, stable=True)
     wanted = counted_exactly.reshape(-1)
     first = torch.searchsorted(ordered, wanted)
@@ -175,8 +185,9 @@ class _Work:
             drawn_bias = bias if bias is None or draws.index is None else bias[draws.index]
             # (m,) added to every row's logits.
             self.shift = -draws.log_count if drawn_bias is None else drawn_bias - draws.log_count
-            # Row numbers of the masked pairs, to find those of a chunk.
-            self.hit_rows = draws.masked[:, 0].contiguous()
+            if not draws.masked_by_item:
+                # Row numbers of the masked pairs, to find those of a chunk.
+                self.hit_rows = draws.masked[:, 0].contiguous()
         self.bias = bias
         # Padding is -inf by `shift`; here it must not turn into inf - inf.
         self.offset = draws.log_count.masked_fill(self.padding, 0.0)
@@ -184,7 +195,8 @@ class _Work:
     def chunks(self) -> Iterator[slice]:
         rows, draws = self.u.shape[0], self.draws.item.shape[-1]
         cells = draws if self.draws.shared else draws * max(1, self.u.shape[1])
-        step = max(1, CELLS_AT_ONCE // max(1, cells))
+        most = CELLS_ON_GPU if self.u.is_cuda else CELLS_AT_ONCE
+        step = max(1, most // max(1, cells))
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))
 
@@ -193,6 +205,10 @@ class _Work:
         draws = self.draws
         if draws.shared:
             s = torch.addmm(self.shift, self.u[rows], self.drawn.T)
+            if draws.masked_by_item:
+                for item in draws.masked[rows].unbind(dim=1):
+                    s.masked_fill_(draws.item == item[:, None], float("-inf"))
+                return s
             first, last = torch.searchsorted(
                 self.hit_rows, torch.tensor([rows.start, rows.stop], device=s.device)
             ).tolist()

@@ -43,7 +43,7 @@ class ClusterIndex:
         clusters = min(clusters or max(1, round(n**0.5 / 2)), n)
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randint(n, (min(n, clusters * _SAMPLE_PER_CLUSTER),), generator=generator)
-        self._centres = _k_means(vectors[chosen], clusters)
+        self._centres = _k_means(vectors[chosen.to(vectors.device)], clusters)
         cluster = _nearest(vectors, self._centres)
         self._item = torch.argsort(cluster, stable=True)
         self._vectors = vectors[self._item]
@@ -61,9 +61,10 @@ class ClusterIndex:
         # Contexts of one cluster are scored together: one matrix product a cluster.
         flat = probed.reshape(-1)
         order = torch.argsort(flat, stable=True)
-        bounds = torch.searchsorted(flat[order], torch.arange(len(self._centres) + 1)).tolist()
+        ends = torch.arange(len(self._centres) + 1, device=u.device)
+        bounds = torch.searchsorted(flat[order], ends).tolist()
         score = u.new_full((len(flat), k), float("-inf"))
-        place = torch.full((len(flat), k), -1, dtype=torch.int64)
+        place = flat.new_full((len(flat), k), -1)
         for cluster, (first, last) in enumerate(pairwise(bounds)):
             begin = self._ends[cluster - 1] if cluster else 0
             end = self._ends[cluster]

@@ -21,7 +21,8 @@ PROPOSALS = ("uniform", "frequency", "in_batch", "mixed", "top_k")
 
 @dataclass(frozen=True)
 class StepDraws:
-    """Draws of one step, shared by its rows, as `ops.sampled_policy_terms` takes them."""
+    """Draws of one step, shared by its rows, as `ops.sampled_policy_terms` takes them; on the
+    CPU."""
 
     item: Tensor
     """(m,) int64 item numbers."""
@@ -91,7 +92,7 @@ class Proposal:
 
         Args:
             seed: of this step.
-            batch_action: (rows of the step over all workers,) their logged items.
+            batch_action: (rows of the step over all workers,) their logged items, on the CPU.
             context_embedding: (B, d) of this worker's rows, for the exact items; no gradient is
                 taken through them.
             within: keep the draws of the items start..stop-1 only, of all m that are made.

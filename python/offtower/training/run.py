@@ -27,6 +27,7 @@ from offtower.run_directory import RunDirectory
 from offtower.tracking import Tracker, make_trackers
 from offtower.training.auto import train_auto
 from offtower.training.checkpoints import CheckpointStore
+from offtower.training.device import describe, place
 from offtower.training.distributed import ALONE, Workers
 from offtower.training.setup import build_setup, resolve_objective, uses_auto
 from offtower.training.trainer import EpochHook, Trainer, TrainingResult
@@ -76,6 +77,7 @@ def train_run(
     configured = make_trackers(config, run.path) if workers.first else []
     metrics = MetricsLog(run.metrics_path if workers.first else None, [*configured, *trackers])
     each_epoch = None if hook is None or not workers.first else hook(data)
+    data = place(data, config.training)
     if uses_auto(config, data):
         if workers.size > 1:
             raise ConfigError(
@@ -91,7 +93,7 @@ def train_run(
             mapper=mapper,
             on_epoch_end=each_epoch,
         )
-        more = {"auto": automatic.report, "workers": 1}
+        more = {"auto": automatic.report, "workers": 1, "device": describe(data.device)}
         _finish(run, config, data, automatic.policy, automatic.result, began, more)
         metrics.close()
         if copy is not None:
@@ -123,7 +125,11 @@ def train_run(
 
     def finish() -> None:
         assert policy is not None, "the first worker has the whole policy"
-        more = {"checkpoints_skipped": store.skipped, "workers": workers.size}
+        more = {
+            "checkpoints_skipped": store.skipped,
+            "workers": workers.size,
+            "device": describe(data.device),
+        }
         _finish(run, config, data, policy, result, began, more)
         if copy is not None:
             copy.close()
@@ -141,7 +147,7 @@ def build_trainer(
     progress: Progress | None = None,
     on_epoch_end: EpochHook | None = None,
 ) -> Trainer:
-    """A fresh, seeded policy and its trainer, in memory on this process."""
+    """A fresh, seeded policy and its trainer, in memory on this process and the data's device."""
     setup = build_setup(config, data, reward_model, ALONE, progress or Progress())
     return setup.trainer(progress=progress, on_epoch_end=on_epoch_end)
 

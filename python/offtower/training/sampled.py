@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from offtower.config import Config
+from offtower.data.features import sent
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.objectives import Objective
@@ -51,7 +52,11 @@ class SampledTerms:
     ) -> PolicyTerms:
         """Terms of (B,) rows; `seed` is the step's, the same on every worker.
 
+        Draws are made on the CPU, whatever the policy's device: all numbers of items are known
+        there, and a GPU draws the same items.
+
         Args:
+            action: (B,) logged items, on the CPU.
             batch_action: logged items of the step over all workers, where that is more than
                 `action`.
         """
@@ -62,16 +67,18 @@ class SampledTerms:
             parts.append(draws.exact_item.clamp_min(0).reshape(-1))
         touched, place = torch.unique(torch.cat(parts), return_inverse=True)
         rows, drawn = len(action), len(draws.item)
-        embedding, bias = self.policy.item_tower(self.items.at(touched), touched)
+        device = self.policy.device
+        embedding, bias = self.policy.item_tower(self.items.at(touched), sent(touched, device))
+        place = sent(place, device)
         logged = place[:rows]
-        exact = draws.exact_item
+        exact = None if draws.exact_item is None else sent(draws.exact_item, device)
         return sampled_policy_terms(
             context_embedding,
             embedding[logged],
-            action,
+            sent(action, device),
             embedding,
-            draws.item,
-            draws.log_proposal,
+            sent(draws.item, device),
+            sent(draws.log_proposal, device),
             temperature=self.policy.temperature,
             action_bias=None if bias is None else bias[logged],
             sampled_bias=bias,

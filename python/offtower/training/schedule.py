@@ -96,9 +96,9 @@ class WeightAverage:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self._steps = int(state["average_steps"])
         self._mean = {
-            name.removeprefix("average/"): tensor.clone()
-            for name, tensor in state.items()
-            if name.startswith("average/")
+            name: state[f"average/{name}"].to(parameter.device, copy=True)
+            for name, parameter in self._module.named_parameters()
+            if f"average/{name}" in state
         }
 
     @torch.no_grad()

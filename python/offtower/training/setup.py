@@ -99,7 +99,7 @@ def build_setup(
     workers: Workers,
     progress: Progress,
 ) -> TrainingSetup:
-    """As the configured strategy says; collective.
+    """As the configured strategy says, on the device of `data`; collective.
 
     Raises:
         ConfigError: the log, the reward model or the catalogue does not fit what is configured.
@@ -120,7 +120,9 @@ def _replicated(
     progress: Progress,
 ) -> TrainingSetup:
     seed_torch(config.seed, "policy")
+    # Weights are drawn on the CPU: on every device a run starts from the same ones.
     policy = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
+    policy.to(data.device)
     if config.training.warm_start is not None:
         warm_start(policy, Path(config.training.warm_start))
     proposal = build_proposal(config, objective, data, policy, progress)
@@ -169,7 +171,7 @@ def _item_sharded(
     shard = make_shard(config.policy, data, workers)
     seed_torch(config.seed, "policy")
     policy = sharded_policy(config.policy, data, shard)
-    model = None if reward_model is None else reward_model.over(shard.plain)
+    model = None if reward_model is None else reward_model.over(data.items.beside(shard.plain))
     proposal = build_proposal(config, objective, data, policy, progress, shard.items)
     sampled = (
         None

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from offtower.data.encoding import to_tensors
+from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.reader import Step
 from offtower.models.features import FeatureTensors
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
@@ -64,9 +64,9 @@ class TrainingStep:
     """Each worker has its rows of the batch and the whole catalogue; owns no optimiser, no loop.
 
     Args:
-        policy: the policy that learns, its towers in training mode.
+        policy: the policy that learns, its towers in training mode, on the device of the step.
         objective: what is maximised.
-        items: features of the whole catalogue.
+        items: features of the whole catalogue, on that device; a reward model's terms too.
         reward_model: for objectives that need one.
         item_chunk: items embedded at a time.
         sampled: terms from draws; None takes exact ones.
@@ -96,13 +96,14 @@ class TrainingStep:
     ) -> tuple[ObjectiveValue, StepMeasures | None]:
         rows = batch.rows
         over = Reduction(batch.batch_rows, all_reduce=self.workers.sum)
-        context = to_tensors(rows.context)
-        numbers = row_numbers(batch)
-        action = torch.from_numpy(rows.action)
-        reward = torch.from_numpy(rows.reward)
-        pscore = None if rows.pscore is None else torch.from_numpy(rows.pscore)
+        device = self.policy.device
+        context = to_tensors(rows.context, device)
+        numbers = row_numbers(batch, device)
+        reward = tensor_of(rows.reward, device)
+        pscore = None if rows.pscore is None else tensor_of(rows.pscore, device)
         if not self.objective.uses_policy:
-            logit = self.policy.action_logit(context, self.items.at(action), numbers)
+            item = self.items.at(tensor_of(rows.action))
+            logit = self.policy.action_logit(context, item, numbers)
             return self.objective(LoggedRows(reward, action_logit=logit), over), None
         entropy = measure or self.objective.needs_entropy
         terms = self._terms(batch, context, numbers, place, entropy=entropy)
@@ -111,16 +112,18 @@ class TrainingStep:
 
     @torch.no_grad()
     def measures(self, batch: Step, seed: int = 0) -> StepMeasures:
-        rows = batch.rows
-        context_embedding = self.policy.embed_contexts(to_tensors(rows.context), row_numbers(batch))
-        action = torch.from_numpy(rows.action)
+        rows, device = batch.rows, self.policy.device
+        context_embedding = self.policy.embed_contexts(
+            to_tensors(rows.context, device), row_numbers(batch, device)
+        )
         if self.sampled is not None:
-            logged = torch.from_numpy(batch.joined.action)
+            action, logged = tensor_of(rows.action), tensor_of(batch.joined.action)
             terms = self.sampled(context_embedding, action, seed, batch_action=logged, entropy=True)
         else:
             items = self.policy.embed_items(self.items, chunk=self.item_chunk)
+            action = tensor_of(rows.action, device)
             terms = self.policy.terms(context_embedding, items, action, entropy=True)
-        pscore = None if rows.pscore is None else torch.from_numpy(rows.pscore)
+        pscore = None if rows.pscore is None else tensor_of(rows.pscore, device)
         return measured(terms, pscore, self.workers)
 
     def whole(self, loss: Tensor) -> Tensor:
@@ -136,7 +139,6 @@ class TrainingStep:
         entropy: bool,
     ) -> PolicyTerms:
         context_embedding = self.policy.embed_contexts(context, numbers)
-        action = torch.from_numpy(batch.rows.action)
         reward_model = (
             None
             if self.reward_model is None
@@ -145,27 +147,28 @@ class TrainingStep:
         if self.sampled is not None and not self.sampled.wants_exact(place.step):
             return self.sampled(
                 context_embedding,
-                action,
+                tensor_of(batch.rows.action),
                 place.seed,
-                batch_action=torch.from_numpy(batch.joined.action),
+                batch_action=tensor_of(batch.joined.action),
                 reward_model=reward_model,
                 entropy=entropy,
             )
         items = self.policy.embed_items(self.items, chunk=self.item_chunk)
+        action = tensor_of(batch.rows.action, self.policy.device)
         return self.policy.terms(
             context_embedding, items, action, reward_model=reward_model, entropy=entropy
         )
 
 
-def row_numbers(batch: Step) -> Tensor:
+def row_numbers(batch: Step, device: torch.device) -> Tensor:
     """Places of this worker's rows in the batch."""
-    return torch.arange(batch.first, batch.first + len(batch.rows))
+    return torch.arange(batch.first, batch.first + len(batch.rows), device=device)
 
 
 def measured(terms: PolicyTerms, pscore: Tensor | None, workers: Workers = ALONE) -> StepMeasures:
     """Measures over the rows of all workers."""
     log_prob = terms.log_prob.detach().double()
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = log_prob.new_zeros(4)
     sums[0] = len(log_prob)
     if terms.entropy is not None:
         sums[1] = terms.entropy.detach().double().sum()
@@ -173,7 +176,7 @@ def measured(terms: PolicyTerms, pscore: Tensor | None, workers: Workers = ALONE
         sums = workers.sum(sums)
         return StepMeasures(None, None, _mean(terms, sums))
     log_weight = log_prob - pscore.double().log()
-    largest = torch.full((1,), float("-inf"), dtype=torch.float64)
+    largest = log_prob.new_full((1,), float("-inf"))
     if len(log_weight):
         largest[0] = log_weight.max()
     largest = workers.maximum(largest)

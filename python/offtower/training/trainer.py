@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from offtower.config import Config, TrainingConfig
 from offtower.data.order import Cursor, EpochOrder
 from offtower.data.reader import BatchReader, Step
-from offtower.errors import RunError
 from offtower.metrics import MetricsLog
 from offtower.models.optimizer import TableUpdates, finish_updates, make_optimizer
 from offtower.models.policy import TwoTowerPolicy
@@ -29,12 +28,14 @@ from offtower.training.checkpoints import CheckpointStore, Progression
 from offtower.training.distributed import ALONE, Workers
 from offtower.training.distributed.gradients import GradientSum
 from offtower.training.epoch import EpochSums, measures_line
+from offtower.training.readings import Readings
 from offtower.training.schedule import LearningRate, WeightAverage
 from offtower.training.step import StepLoss, StepMeasures, StepPlace
 from offtower.training.validation import ValidationScore, Validator
 
 EpochHook = Callable[[TwoTowerPolicy, int], dict[str, float]]
-"""Called after each epoch; what it returns goes into the metrics, and nowhere else."""
+"""Called after each epoch with the policy on the CPU; what it returns goes into the metrics, and
+nowhere else."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,8 @@ class Trainer:
         sums = EpochSums.restore(progression.epoch_sums)
         self._progress.start(f"epoch {epoch + 1} of {settings.epochs}", self._data.train.num_rows)
         self._progress.advance(int(sums.rows))
+        seen = sums.rows
+        readings = Readings(sums)
         last_checkpoint = time.monotonic()
         self.policy.train()
         batches = reader.epoch(epoch, progression.cursor, self._workers.rank, self._workers.size)
@@ -203,24 +206,26 @@ class Trainer:
             measure = progression.step % settings.log_every_steps == 0
             draw_seed = derive_seed(self.config.seed, "draws", epoch, cursor.window, cursor.batch)
             place = StepPlace(progression.step, draw_seed)
-            over = (epoch + sums.rows / self._data.train.num_rows) / settings.epochs
+            over = (epoch + seen / self._data.train.num_rows) / settings.epochs
             self._rate.at(over)
-            loss, value, gradient_norm, measures = self._update(batch, measure, progression, place)
+            measures = self._update(batch, measure, readings, place)
             if self._average is not None:
                 self._average.after_step(over)
             progression.cursor = cursor
             progression.step += 1
             progression.rows += batch.batch_rows
-            sums.add(batch.batch_rows, loss, value)
+            seen += batch.batch_rows
             if measure:
+                readings.read()
+                assert readings.last is not None, "a step was read just now"
                 self._metrics.write(
                     {
                         "kind": "step",
                         "step": progression.step,
                         "epoch": epoch,
-                        "loss": loss,
-                        "value_estimate": value,
-                        "gradient_norm": gradient_norm,
+                        "loss": readings.last.loss,
+                        "value_estimate": readings.last.value,
+                        "gradient_norm": readings.last.gradient_norm,
                         **measures_line(measures),
                     }
                 )
@@ -228,9 +233,11 @@ class Trainer:
             due = time.monotonic() - last_checkpoint > settings.checkpoint_every_seconds
             # The end of the epoch writes its own, after the epoch was measured and judged.
             if self._checkpoint_due(due) and cursor.window < num_windows:
+                readings.read()
                 progression.epoch_sums = asdict(sums)
                 self._save(progression)
                 last_checkpoint = time.monotonic()
+        readings.read()
         sums.seconds += time.monotonic() - began
         sums.seconds_waiting += reader.seconds_waiting - waited
         finish_updates(self._optimizer)
@@ -256,29 +263,24 @@ class Trainer:
         return begin > 0
 
     def _update(
-        self, batch: Step, measure: bool, progression: Progression, place: StepPlace
-    ) -> tuple[float, float, float | None, StepMeasures | None]:
+        self, batch: Step, measure: bool, readings: Readings, place: StepPlace
+    ) -> StepMeasures | None:
         if self._proposal is not None:
             if self._proposal.due(place.step):
                 finish_updates(self._optimizer)
             self._proposal.at_step(place.step)
         result, measures = self._step.loss(batch, measure=measure, place=place)
-        loss = float(self._step.whole(result.loss.detach()))
+        loss = self._step.whole(result.loss.detach())
         self._optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
         self._gradients.combine()
-        norm: float | None = None
+        norm: Tensor | None = None
         if self._settings.gradient_clip is not None:
             norm = self._gradients.clip(self._settings.gradient_clip)
-        if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
-            raise RunError(
-                f"step {progression.step + 1} (epoch {progression.cursor.epoch + 1}) gave a loss "
-                f"of {loss} and a gradient norm of {norm}. The last checkpoint is whole. Lower "
-                "training.learning_rate, clip weights (objective.name=clipped_ips or clipped_dr), "
-                "or look for extreme features with 'offtower validate'"
-            )
+        epoch = batch.cursor.epoch + 1
+        readings.add(place.step + 1, epoch, batch.batch_rows, loss, result.value, norm)
         self._optimizer.step()
-        return loss, float(result.value), norm, measures
+        return measures
 
     def _close_epoch(self, progression: Progression) -> bool:
         """Validate, keep the best, write the epoch's line; True when patience ran out."""
@@ -304,7 +306,7 @@ class Trainer:
         if self._on_epoch_end is not None:
             self.policy.eval()
             with torch.no_grad():
-                line.update(self._on_epoch_end(self.policy, epoch))
+                line.update(self._on_epoch_end(on_cpu(self.policy), epoch))
         self._metrics.write(line)
         patience = self._settings.patience
         return (
@@ -346,6 +348,11 @@ class Trainer:
             elif self._best_in_memory is not None:
                 self.policy.load_state_dict(self._best_in_memory)
         self.policy.eval()
+
+
+def on_cpu(policy: TwoTowerPolicy) -> TwoTowerPolicy:
+    """The policy for those who know nothing of devices; a copy where it is on a GPU."""
+    return policy if policy.device.type == "cpu" else copy.deepcopy(policy).cpu()
 
 
 def _table_updates(settings: TrainingConfig, *, sampled: bool) -> TableUpdates:

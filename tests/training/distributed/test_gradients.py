@@ -70,7 +70,7 @@ def gradients(setup: TrainingSetup, batch: Step) -> dict[str, Any]:
     value, measures = setup.step.loss(batch, measure=True, place=StepPlace(1, 5))
     value.loss.backward()
     trainer._gradients.combine()
-    norm = trainer._gradients.clip(1e9)
+    norm = float(trainer._gradients.clip(1e9))
     found: dict[str, Tensor] = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.to_dense().clone()
         for name, p in policy.named_parameters()

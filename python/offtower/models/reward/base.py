@@ -10,7 +10,8 @@ from offtower.ops import DenseReward, FactoredReward
 
 
 class RewardModel(ABC):
-    """A frozen q(x, a), cross-fitted in folds of the log that it was fitted on."""
+    """A frozen q(x, a), cross-fitted in folds of the log that it was fitted on. What it gives is on
+    the device of the data that it was made with."""
 
     num_folds: int
 

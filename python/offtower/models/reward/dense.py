@@ -14,6 +14,7 @@ import torch
 
 from offtower.config import RewardModelConfig
 from offtower.data.encoding import BagArray, FeatureArrays, FeatureEncoding
+from offtower.data.features import CPU, tensor_of
 from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError, RunError
 from offtower.imports import load_by_path
@@ -34,16 +35,24 @@ class DenseRewardModel(RewardModel):
         estimators: fitted, one a fold; `predict` or `predict_proba` on (pairs, features).
         design: turns encoded rows and items into the regressors' matrices.
         values: (n, N) float32 out-of-fold predictions for the training log, by row number.
+        device: where predictions are given out.
     """
 
-    def __init__(self, estimators: list[Any], design: PairDesign, values: np.ndarray) -> None:
+    def __init__(
+        self,
+        estimators: list[Any],
+        design: PairDesign,
+        values: np.ndarray,
+        device: torch.device = CPU,
+    ) -> None:
         self._estimators = estimators
         self._design = design
         self._values = values
+        self._device = device
         self.num_folds = max(1, len(estimators))
 
     def for_training_rows(self, rows: EncodedRows, fold: int) -> DenseReward:
-        return DenseReward(torch.from_numpy(self._values[rows.row]))
+        return DenseReward(tensor_of(self._values[rows.row], self._device))
 
     def for_new_rows(self, rows: EncodedRows) -> DenseReward:
         if not self._estimators:
@@ -52,19 +61,21 @@ class DenseRewardModel(RewardModel):
             )
         total = sum(self._design.predict(e, rows.context) for e in self._estimators)
         mean = np.asarray(total / len(self._estimators), dtype=np.float32)
-        return DenseReward(torch.from_numpy(mean))
+        return DenseReward(tensor_of(mean, self._device))
 
     def save(self, directory: Path) -> None:
         np.save(directory / "values.npy", self._values, allow_pickle=False)
 
     @classmethod
-    def restore(cls, directory: Path, design: PairDesign, folds: int) -> DenseRewardModel:
+    def restore(
+        cls, directory: Path, design: PairDesign, folds: int, device: torch.device = CPU
+    ) -> DenseRewardModel:
         """The stored predictions, without the regressors (which only a pickle could hold)."""
         try:
             values = np.load(directory / "values.npy", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise RunError(f"reward model at '{directory}' cannot be read: {error}") from error
-        model = cls([], design, values)
+        model = cls([], design, values, device)
         model.num_folds = folds
         return model
 

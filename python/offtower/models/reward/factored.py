@@ -29,7 +29,8 @@ class FactoredRewardModel(RewardModel):
 
     Args:
         towers: one `TwoTowerPolicy` a fold, used for its towers and item bias alone.
-        items: the catalogue's features; each fold's item matrix is embedded once, at first use.
+        items: the catalogue's features, on the towers' device; each fold's item matrix is embedded
+            once, at first use.
         link: sigmoid for binary rewards, else identity.
     """
 
@@ -51,7 +52,7 @@ class FactoredRewardModel(RewardModel):
         return FactoredRewardModel(self.towers, items, self.link, self._chunk)
 
     def for_training_rows(self, rows: EncodedRows, fold: int) -> FactoredReward:
-        return self.for_features(to_tensors(rows.context), fold)
+        return self.for_features(to_tensors(rows.context, self._items.device), fold)
 
     def for_features(self, context: FeatureTensors, fold: int) -> FactoredReward:
         """As `for_training_rows`, of context features that are tensors already."""
@@ -62,7 +63,7 @@ class FactoredRewardModel(RewardModel):
 
     def for_new_rows(self, rows: EncodedRows) -> FactoredReward:
         # The mean of K logits <e_k, t_k> + c_k is itself factored, of width K e.
-        context = to_tensors(rows.context)
+        context = to_tensors(rows.context, self._items.device)
         with torch.no_grad():
             embedding = torch.cat([t.embed_contexts(context) for t in self.towers], dim=1)
             items, bias = self._ensemble()
@@ -93,7 +94,7 @@ class FactoredRewardModel(RewardModel):
         for fold in range(folds):
             model = make_towers(config, context_encoding, item_encoding)
             load_weights(directory / f"fold_{fold}.safetensors", model)
-            towers.append(model)
+            towers.append(model.to(items.device))
         return cls(towers, items, link, chunk)
 
     def _catalogue(self, fold: int) -> ItemEmbeddings:

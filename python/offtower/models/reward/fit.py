@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 from offtower.atomic import replace_directory
 from offtower.config import RewardModelConfig
-from offtower.data.encoding import FeatureEncoding, take, to_tensors
+from offtower.data.encoding import FeatureEncoding, take, tensor_of, to_tensors
 from offtower.data.order import EpochOrder, fold_of
 from offtower.data.reader import BatchReader, scan
 from offtower.data.rows import EncodedRows
@@ -62,7 +61,7 @@ def obtain_reward_model(
         return fit_reward_model(config, data, seed, progress)
     if directory is not None and stored:
         if config.kind == "dense":
-            return DenseRewardModel.restore(directory, _design(data), config.folds)
+            return DenseRewardModel.restore(directory, _design(data), config.folds, data.device)
         return restore_reward_model(
             config, directory, data.context_encoding, data.item_encoding, data.items
         )
@@ -141,7 +140,7 @@ def _fit_dense(
             values[part.row[index]] = design.predict(estimators[k], take(part.context, index))
         progress.advance(len(folds))
     progress.finish()
-    return DenseRewardModel(estimators, design, values)
+    return DenseRewardModel(estimators, design, values, data.device)
 
 
 def _with_folds(parts: list[EncodedRows], fold: np.ndarray) -> list[tuple[EncodedRows, np.ndarray]]:
@@ -157,7 +156,8 @@ def _fit_factored(
     towers: list[TwoTowerPolicy] = []
     for k in range(config.folds):
         seed_torch(seed, "reward towers", k)
-        towers.append(make_towers(config, data.context_encoding, data.item_encoding))
+        model = make_towers(config, data.context_encoding, data.item_encoding)
+        towers.append(model.to(data.device))
     optimizers = [
         make_optimizer("adamw", model, config.learning_rate, config.weight_decay)
         for model in towers
@@ -181,9 +181,9 @@ def _fit_factored(
     with reader:
         for epoch in range(config.epochs):
             for cursor, rows, fold in reader.epoch(epoch):
-                context = to_tensors(rows.context)
-                item = data.items.at(torch.from_numpy(rows.action))
-                logged_reward = torch.from_numpy(rows.reward)
+                context = to_tensors(rows.context, data.device)
+                item = data.items.at(tensor_of(rows.action))
+                logged_reward = tensor_of(rows.reward, data.device)
                 for k, (model, optimizer) in enumerate(zip(towers, optimizers, strict=True)):
                     if config.folds > 1 and k == fold:
                         continue

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from offtower.data.encoding import to_tensors
+from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows
 from offtower.models.items import ItemEmbeddings
@@ -122,14 +122,14 @@ class Judge:
         predicted: list[Array] = []
         users: list[NDArray[np.int64]] = []
         for member, rows in self._rows():
-            action = torch.from_numpy(rows.action)
-            context = to_tensors(rows.context)
+            action = tensor_of(rows.action, self._data.device)
+            context = to_tensors(rows.context, self._data.device)
             embedded = {
                 n: side.members[member].embed_contexts(context) for n, side in sides.items()
             }
             q = None if best is None else _reward(embedded[best], sides[best].items[member], binary)
-            log_pscore = torch.from_numpy(rows.pscore).log() if rows.pscore is not None else None
-            assert log_pscore is not None, "auto is for logs with propensities"
+            assert rows.pscore is not None, "auto is for logs with propensities"
+            log_pscore = tensor_of(rows.pscore, self._data.device).log()
             reward.append(rows.reward.astype(np.float64))
             logged = np.zeros(len(rows))
             for name, factor in keys:
@@ -143,10 +143,10 @@ class Judge:
                     reward_model=q,
                 )
                 log_weight = terms.log_prob.double() - log_pscore
-                weight[name, factor].append(log_weight.exp().numpy())
+                weight[name, factor].append(log_weight.exp().cpu().numpy())
                 if terms.expected_reward is not None and terms.action_reward is not None:
-                    expected[name, factor].append(terms.expected_reward.double().numpy())
-                    logged = terms.action_reward.double().numpy()
+                    expected[name, factor].append(_array(terms.expected_reward))
+                    logged = _array(terms.action_reward)
                 else:
                     expected[name, factor].append(np.zeros(len(rows)))
             predicted.append(logged)
@@ -168,7 +168,8 @@ class Judge:
         for member, rows in self._rows(_SCALE_ROWS):
             items = side.items[member]
             step = max(1, len(items.embedding) // _SCALE_ITEMS)
-            logit = side.members[member].embed_contexts(to_tensors(rows.context))
+            context = to_tensors(rows.context, self._data.device)
+            logit = side.members[member].embed_contexts(context)
             logit = logit @ items.embedding[::step].T
             if items.bias is not None:
                 logit = logit + items.bias[::step]
@@ -181,11 +182,12 @@ class Judge:
             logit = (
                 side.members[member]
                 .action_logit(
-                    to_tensors(rows.context), self._data.items.at(torch.from_numpy(rows.action))
+                    to_tensors(rows.context, self._data.device),
+                    self._data.items.at(tensor_of(rows.action)),
                 )
                 .double()
             )
-            reward = torch.from_numpy(rows.reward).double()
+            reward = tensor_of(rows.reward, self._data.device).double()
             total += float(
                 functional.binary_cross_entropy_with_logits(logit, reward, reduction="sum")
                 if binary
@@ -223,6 +225,10 @@ class Judge:
 
     def _held_share(self) -> float:
         return len(self._folds.held_out) / self._folds.number
+
+
+def _array(terms: Tensor) -> Array:
+    return terms.double().cpu().numpy()
 
 
 def _reward(context: Tensor, items: ItemEmbeddings, binary: bool) -> FactoredReward:

@@ -44,7 +44,7 @@ class LearnPart:
     folds: Folds
     schedule: Schedule
     data: PreparedData | None
-    """None where the parts run elsewhere: each opens the log for itself."""
+    """None where the parts run elsewhere: each opens the log for itself, and learns on CPUs."""
     run_path: Path | None
     """Of the run, whose encodings are read then."""
     progress: Progress | None
@@ -122,7 +122,7 @@ class CandidateLearner:
     def _empty(self, name: str) -> TwoTowerPolicy:
         data, settings = self._data, self._candidates[name].policy
         policy = TwoTowerPolicy(settings, data.context_encoding, data.item_encoding)
-        return policy.eval().requires_grad_(False)
+        return policy.to(data.device).eval().requires_grad_(False)
 
     def _restored(
         self, purpose: Purpose, part: Part, found: dict[str, list[TwoTowerPolicy]]

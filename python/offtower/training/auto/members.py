@@ -106,7 +106,7 @@ class _Member:
         progress: Progress,
     ) -> None:
         self.fold = fold
-        self.policy = policy.train()
+        self.policy = policy.to(data.device).train()
         self._proposal = build_proposal(config, candidate.objective, data, policy, progress)
         sampled = (
             None

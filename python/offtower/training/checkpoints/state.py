@@ -112,7 +112,8 @@ class Layout:
         split = set(names)
         state: dict[str, Tensor] = {}
         for name, value in tensors.items():
-            value = value.detach().contiguous()
+            # A checkpoint knows no device: what a GPU wrote, a CPU goes on from.
+            value = value.detach().cpu().contiguous()
             if name in split:
                 state[name + _SHARED] = value[:1].contiguous()
                 shape = (self._owned.total, *value.shape[1:])

@@ -227,8 +227,12 @@ class CheckpointStore:
                     raise KeyboardInterrupt from None
                 future.set_exception(error)
         else:
-            # Copies, since the optimiser moves the originals while the thread writes.
-            copies: dict[str, Any] = {name: value.clone() for name, value in state.items()}
+            # Copies, since the optimiser moves the originals while the thread writes. What came
+            # from a GPU is one.
+            copied = any(tensor.is_cuda for tensor in tensors.values())
+            copies: dict[str, Any] = (
+                state if copied else {name: value.clone() for name, value in state.items()}
+            )
             begun: Any = dcp.async_save(copies, storage_writer=writer, process_group=self._group)
             future = begun
         self._pending = (future, temporary, path, content)

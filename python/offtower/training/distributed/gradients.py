@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from offtower.models.features import UNKNOWN, embedding_tables
-from offtower.models.optimizer import clip_gradients
+from offtower.models.optimizer import clip_gradients, scale_down
 from offtower.training.distributed.workers import Workers
 
 _BUCKET = 1 << 22
@@ -53,11 +53,11 @@ class GradientSum:
             if id(parameter) in sparse:
                 self._sum_sparse(parameter)
 
-    def clip(self, max_norm: float) -> float:
+    def clip(self, max_norm: float) -> Tensor:
         """Scale the summed gradients so that the norm over all workers is at most `max_norm`.
 
         Returns:
-            The norm before, the same on every worker.
+            The norm before, a scalar, the same on every worker; on a GPU nothing waits for it.
         """
         if not self._owned or self._workers.size == 1:
             return clip_gradients(self._parameters, max_norm)
@@ -71,7 +71,7 @@ class GradientSum:
             index, values = _parts(parameter.grad)
             mine.append(values[index != UNKNOWN])
             rows.append(values[index == UNKNOWN])
-        square = torch.zeros((), dtype=torch.float64)
+        square = torch.zeros((), dtype=torch.float64, device=self._owned[0].device)
         for part in mine:
             square = square + part.double().square().sum()
         square = self._workers.sum(square)
@@ -82,11 +82,9 @@ class GradientSum:
                 square = square + _parts(parameter.grad)[1].double().square().sum()
         for row in rows:
             square = square + row.double().square().sum()
-        norm = float(square.sqrt())
-        if norm > max_norm:
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    _parts(parameter.grad)[1].mul_(max_norm / (norm + 1e-6))
+        norm = square.sqrt()
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        scale_down((_parts(gradient)[1] for gradient in gradients), norm, max_norm)
         return norm
 
     def _sum_dense(self, parameters: list[nn.Parameter], extra: list[tuple[Tensor, bool]]) -> None:
@@ -129,7 +127,8 @@ class GradientSum:
     def _sum_sparse(self, parameter: nn.Parameter) -> None:
         width = parameter.shape[1]
         if parameter.grad is None:
-            index, values = torch.empty(0, dtype=torch.int64), parameter.new_empty(0, width)
+            index = torch.empty(0, dtype=torch.int64, device=parameter.device)
+            values = parameter.new_empty(0, width)
         else:
             index, values = _parts(parameter.grad.coalesce())
         counts = self._workers.gather(torch.tensor([len(index)]), [1] * self._workers.size).tolist()
@@ -148,13 +147,13 @@ def _parts(gradient: Tensor) -> tuple[Tensor, Tensor]:
     if gradient.is_sparse:
         return gradient._indices()[0], gradient._values()
     if gradient.dim() < 2:
-        return torch.zeros(1, dtype=torch.int64), gradient.reshape(1, -1)
-    return torch.arange(len(gradient)), gradient
+        gradient = gradient.reshape(1, -1)
+    return torch.arange(len(gradient), device=gradient.device), gradient
 
 
 def _unknown_row(parameter: nn.Parameter) -> tuple[Tensor, bool]:
     """The gradient of row 0 and whether there is one."""
-    row = torch.zeros(parameter.shape[1], dtype=parameter.dtype)
+    row = parameter.new_zeros(parameter.shape[1])
     if parameter.grad is None:
         return row, False
     if not parameter.grad.is_sparse:
@@ -171,9 +170,8 @@ def _set_unknown_row(parameter: nn.Parameter, summed: tuple[Tensor, bool]) -> No
         return
     if parameter.grad is None:
         # Other workers touched it: dense where this one has no say, one row either way.
-        parameter.grad = torch.sparse_coo_tensor(
-            torch.tensor([[UNKNOWN]]), row[None], parameter.shape
-        ).coalesce()
+        place = torch.full((1, 1), UNKNOWN, device=row.device)
+        parameter.grad = torch.sparse_coo_tensor(place, row[None], parameter.shape).coalesce()
         return
     if not parameter.grad.is_sparse:
         parameter.grad[UNKNOWN] = row
@@ -181,7 +179,7 @@ def _set_unknown_row(parameter: nn.Parameter, summed: tuple[Tensor, bool]) -> No
     index, values = _parts(parameter.grad)
     kept = index != UNKNOWN
     parameter.grad = torch.sparse_coo_tensor(
-        torch.cat([torch.tensor([UNKNOWN]), index[kept]])[None],
+        torch.cat([index.new_full((1,), UNKNOWN), index[kept]])[None],
         torch.cat([row[None], values[kept]]),
         parameter.shape,
     ).coalesce()

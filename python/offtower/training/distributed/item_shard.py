@@ -26,7 +26,7 @@ class ItemShard:
     """Items start..stop-1 of a catalogue of num_items.
 
     items: their features, with rows of owned tables numbered inside the shard, from 1.
-    plain: their features as the catalogue's encoding has them.
+    plain: their features as the catalogue's encoding has them, on the CPU.
     codes: by owned feature, (n,) row of each item in a table of the whole catalogue.
     """
 
@@ -98,7 +98,7 @@ def make_shard(config: PolicyConfig, data: PreparedData, workers: Workers) -> It
         stop,
         total,
         -(-total // workers.size),
-        ItemFeatures(recoded, stop - start, start),
+        data.items.beside(ItemFeatures(recoded, stop - start, start)),
         plain,
         codes,
     )
@@ -115,7 +115,7 @@ def sharded_policy(config: PolicyConfig, data: PreparedData, shard: ItemShard) -
             weight[UNKNOWN].zero_()
             seed = encoder.initial_seeds[encoder.table_of(name)]
             weight[1:] = initial_rows(seed, shard.codes[name], weight.shape[1])
-    return policy
+    return policy.to(data.device)
 
 
 def owned_tables(policy: TwoTowerPolicy, shard: ItemShard) -> dict[str, nn.Embedding]:
@@ -180,7 +180,7 @@ def whole_policy(
             codes = workers.gather(shard.codes[feature][mine], counts)
             if full is not None:
                 known = codes != UNKNOWN
-                target[name][codes[known]] = rows[known]
+                target[name][codes[known]] = rows.cpu()[known]
     if full is not None:
         full.load_state_dict(target)
         full.eval()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
-from offtower.data.encoding import take, to_tensors
+from offtower.data.encoding import take, tensor_of, to_tensors
 from offtower.data.rows import EncodedRows
 from offtower.errors import DataError
 from offtower.evaluation.draws import RewardTerms
@@ -51,7 +52,8 @@ class ShardedScorer:
         assert reward is None or isinstance(reward, FactoredReward), "only those can be sharded"
         self._policy.eval()
         part = self._workers.rows(len(rows))
-        mine = to_tensors(take(rows.context, torch.arange(part.start, part.stop).numpy()))
+        device = self._policy.device
+        mine = to_tensors(take(rows.context, np.arange(part.start, part.stop)), device)
         context = gather_rows(
             self._policy.embed_contexts(mine), self._workers.counts(len(rows)), self._workers
         )
@@ -59,7 +61,7 @@ class ShardedScorer:
             context,
             self._items.embedding,
             self._items.bias,
-            self._shard.local(torch.from_numpy(rows.action)),
+            self._shard.local(tensor_of(rows.action, device)),
             self._workers,
             temperature=self._policy.temperature,
             reward_model=reward,
@@ -70,6 +72,6 @@ class ShardedScorer:
             return scored
         return replace(
             scored,
-            action_reward=terms.action_reward.double().numpy(),
-            expected_reward=terms.expected_reward.double().numpy(),
+            action_reward=terms.action_reward.double().cpu().numpy(),
+            expected_reward=terms.expected_reward.double().cpu().numpy(),
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offtower.data.encoding import to_tensors
+from offtower.data.encoding import tensor_of, to_tensors
+from offtower.data.features import sent
 from offtower.data.reader import Step
 from offtower.models.items import DEFAULT_CHUNK
 from offtower.models.policy import TwoTowerPolicy
@@ -59,8 +60,8 @@ class ShardedStep:
     ) -> tuple[ObjectiveValue, StepMeasures | None]:
         joined = batch.joined
         over = Reduction(batch.batch_rows)
-        reward = torch.from_numpy(joined.reward)
-        pscore = None if joined.pscore is None else torch.from_numpy(joined.pscore)
+        reward = tensor_of(joined.reward, self.policy.device)
+        pscore = self._pscore(batch)
         if not self.objective.uses_policy:
             logit = self._action_logit(batch)
             return self.objective(LoggedRows(reward, action_logit=logit), over), None
@@ -74,13 +75,11 @@ class ShardedStep:
 
     @torch.no_grad()
     def measures(self, batch: Step, seed: int = 0) -> StepMeasures:
-        joined = batch.joined
-        pscore = None if joined.pscore is None else torch.from_numpy(joined.pscore)
         if self.sampled is None:
             terms = self._exact_terms(batch, entropy=True, reward=False)
         else:
             terms = self._sampled_terms(batch, seed, entropy=True, reward=False)
-        return measured(terms, pscore)
+        return measured(terms, self._pscore(batch))
 
     def whole(self, loss: Tensor) -> Tensor:
         return loss
@@ -91,7 +90,7 @@ class ShardedStep:
             self._contexts(batch),
             items.embedding,
             items.bias,
-            self.shard.local(torch.from_numpy(batch.joined.action)),
+            self.shard.local(tensor_of(batch.joined.action, self.policy.device)),
             self.workers,
             temperature=self.policy.temperature,
             reward_model=self._reward(batch) if reward else None,
@@ -104,7 +103,7 @@ class ShardedStep:
         assert self.sampled is not None
         return self.sampled(
             self._contexts(batch),
-            torch.from_numpy(batch.joined.action),
+            tensor_of(batch.joined.action),
             seed,
             reward_model=self._reward(batch) if reward else None,
             entropy=entropy,
@@ -112,7 +111,8 @@ class ShardedStep:
 
     def _contexts(self, batch: Step, *, scaled: bool = True) -> Tensor:
         """(B, d) of all rows; without the temperature where not `scaled`."""
-        features, numbers = to_tensors(batch.rows.context), row_numbers(batch)
+        device = self.policy.device
+        features, numbers = to_tensors(batch.rows.context, device), row_numbers(batch, device)
         mine = (
             self.policy.embed_contexts(features, numbers)
             if scaled
@@ -129,13 +129,19 @@ class ShardedStep:
     def _action_logit(self, batch: Step) -> Tensor:
         """(B,) <u_i, v_i> + b_i: the items' owners compute their rows, and the sum has all."""
         contexts = self._contexts(batch, scaled=False)
-        local = self.shard.local(torch.from_numpy(batch.joined.action))
-        mine = (local >= 0).nonzero()[:, 0]
-        embedding, bias = self.policy.item_tower(self.shard.items.at(local[mine]), mine)
+        # On the CPU, which need not wait for what it knows.
+        local = self.shard.local(tensor_of(batch.joined.action))
+        rows = (local >= 0).nonzero()[:, 0]
+        items, mine = self.shard.items.at(local[rows]), sent(rows, self.policy.device)
+        embedding, bias = self.policy.item_tower(items, mine)
         own = (contexts[mine] * embedding).sum(dim=1)
         if bias is not None:
             own = own + bias
         return sum_rows(contexts.new_zeros(len(local)).index_put((mine,), own), self.workers)
+
+    def _pscore(self, batch: Step) -> Tensor | None:
+        pscore = batch.joined.pscore
+        return None if pscore is None else tensor_of(pscore, self.policy.device)
 
     def _counts(self, batch: Step) -> list[int]:
         return self.workers.counts(batch.batch_rows)

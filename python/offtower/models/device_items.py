@@ -1,0 +1,115 @@
+"""A catalogue's encoded features on a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offtower.data.features import (
+    BagArray,
+    BagTensor,
+    FeatureArrays,
+    nbytes,
+    sent,
+    take,
+    to_tensors,
+)
+from offtower.models.features import FeatureTensors
+from offtower.models.items import ItemFeatures
+
+_BLOCK_BYTES = 1 << 26
+_FREE_SHARE = 0.25
+
+
+def items_on(
+    items: ItemFeatures, device: torch.device, most_bytes: int | None = None
+) -> ItemFeatures:
+    """The same features for towers on `device`.
+
+    Args:
+        most_bytes: features of more bytes stay in the CPU's memory (or where they are mapped), and
+            each chunk of them travels when it is embedded; None takes a quarter of what is free.
+    """
+    if device.type == "cpu":
+        return items
+    if most_bytes is None:
+        most_bytes = int(torch.cuda.mem_get_info(device)[0] * _FREE_SHARE)
+    return DeviceItemFeatures(items, device, most_bytes)
+
+
+class DeviceItemFeatures(ItemFeatures):
+    """Features that a GPU's towers take.
+
+    Args:
+        host: the same on the CPU.
+        most_bytes: as for `items_on`.
+    """
+
+    def __init__(self, host: ItemFeatures, device: torch.device, most_bytes: int) -> None:
+        super().__init__(host.arrays, host.num_items, host.first)
+        self.device = device
+        self.resident = nbytes(host.arrays) <= most_bytes
+        """Whether all of them are on the GPU; else they are sent when they are asked for."""
+        self._host, self._most_bytes = host, most_bytes
+        self._here: dict[str, Tensor | BagTensor] = {}
+        if self.resident:
+            self._here = {name: _all(value, device) for name, value in host.arrays.items()}
+
+    def slice(self, start: int, stop: int) -> FeatureTensors:
+        if not self.resident:
+            return _sent(self._host.slice(start, stop), self.device)
+        return {name: self._part(name, start, stop) for name in self._here}
+
+    def part(self, start: int, stop: int) -> ItemFeatures:
+        return self._host.part(start, stop)
+
+    def beside(self, items: ItemFeatures) -> ItemFeatures:
+        return DeviceItemFeatures(items, self.device, self._most_bytes)
+
+    def at(self, index: Tensor) -> FeatureTensors:
+        if not self.resident:
+            return _sent(self._host.at(index), self.device)
+        # The CPU knows the lengths of bags; asked for them, the GPU would be waited for.
+        bags: FeatureArrays = {k: v for k, v in self.arrays.items() if isinstance(v, BagArray)}
+        found = to_tensors(take(bags, index.numpy()), self.device) if bags else {}
+        place = sent(index, self.device)
+        return {
+            name: found[name] if isinstance(value, BagTensor) else value[place]
+            for name, value in self._here.items()
+        }
+
+    def _part(self, name: str, start: int, stop: int) -> Tensor | BagTensor:
+        value, array = self._here[name], self.arrays[name]
+        if isinstance(value, BagTensor):
+            assert isinstance(array, BagArray)
+            first, last = int(array.offsets[start]), int(array.offsets[stop])
+            return BagTensor(value.values[first:last], value.offsets[start : stop + 1] - first)
+        return value[start:stop]
+
+
+def _sent(features: FeatureTensors, device: torch.device) -> FeatureTensors:
+    return {
+        name: BagTensor(sent(value.values, device), sent(value.offsets, device))
+        if isinstance(value, BagTensor)
+        else sent(value, device)
+        for name, value in features.items()
+    }
+
+
+def _all(value: np.ndarray | BagArray, device: torch.device) -> Tensor | BagTensor:
+    if isinstance(value, BagArray):
+        return BagTensor(_filled(value.values, device), _filled(value.offsets, device))
+    return _filled(value, device)
+
+
+def _filled(array: np.ndarray, device: torch.device) -> Tensor:
+    """All of an array, which may be a memory map, with little memory of the CPU's beside it."""
+    dtype = torch.from_numpy(np.empty(0, dtype=array.dtype)).dtype
+    tensor = torch.empty(array.shape, dtype=dtype, device=device)
+    step = max(1, _BLOCK_BYTES * len(array) // max(1, array.nbytes))
+    for start in range(0, len(array), step):
+        tensor[start : start + step] = sent(
+            torch.from_numpy(np.array(array[start : start + step])), device
+        )
+    return tensor
