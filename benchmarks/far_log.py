@@ -101,7 +101,7 @@ def opening(folder: Path, files: int, repeats: int) -> dict[str, float]:
 
 def reading(folder: Path, rows: int, repeats: int) -> dict[str, float]:
     """Rows a second."""
-    world = SimulatedWorld(10_000, 16, 16, 16, seed=0)
+    world = SimulatedWorld(1000, 16, 16, 16, seed=0)
     write_log(folder / "log", world.log(rows, seed=1), world.log_schema, 16_384, 16 * 16_384)
     catalogue = Catalogue.from_table(world.catalogue_table(), world.catalogue_schema)
     here = ParquetLog.open(folder / "log")

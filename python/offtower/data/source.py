@@ -76,6 +76,20 @@ def open_source(path: Place) -> ds.Dataset:
         ) from error
 
 
+def read_source(path: Place) -> pa.Table:
+    """All of a file or folder, as `open_source` opens it.
+
+    Raises:
+        DataError: as there, or a file is damaged.
+    """
+    path, source = Location.of(path), open_source(path)
+    if path.local is not None:
+        return source.to_table()
+    units = Units(source, path, source.schema.names)
+    batches = [batch for unit in range(len(units)) for batch in units.batches(unit)]
+    return pa.Table.from_batches(batches, source.schema)
+
+
 class Units:
     """A source in units: some row groups of a Parquet file; a whole file of another format, which
     cannot be cut. Batches are those of reading the source at once.
@@ -143,9 +157,12 @@ class Units:
         for attempt in range(1, ATTEMPTS + 1):
             at = 0
             try:
-                for batch in fragment.to_batches(
+                batches = fragment.to_batches(
                     schema=self.schema, columns=wanted, batch_size=most_rows
-                ):
+                )
+                if self.place.local is None:
+                    batches = _waited_for(batches, f"'{fragment.path}'")
+                for batch in batches:
                     new = batch.slice(min(max(done - at, 0), batch.num_rows))
                     at += batch.num_rows
                     if new.num_rows:
@@ -185,6 +202,15 @@ class Units:
             rows += batch.num_rows
             seen = joined_values(seen, batch.column(0))
         return rows, seen
+
+
+def _waited_for(batches: Iterator[pa.RecordBatch], name: str) -> Iterator[pa.RecordBatch]:
+    """The same batches; one that takes long is told, and ends at the limit."""
+    while True:
+        batch = asked(lambda: next(batches, None), name, attempts=1)
+        if batch is None:
+            return
+        yield batch
 
 
 def _row_groups(fragment: Any) -> list[tuple[int, int]] | None:
