@@ -39,9 +39,10 @@ class DataConfig:
     """Where the logs and the catalogue are, and how they are read."""
 
     train: str
-    """Directory of Parquet files: the log to learn from."""
+    """Directory of Parquet files, or its address (s3://..., docs/stores.md): the log to learn
+    from."""
     catalogue: str
-    """Directory of Parquet files: one row per item."""
+    """Directory of Parquet files, or its address: one row per item."""
     validation: str | None = None
     """Log for model selection and early stopping. Without one the last epoch is kept."""
     test: str | None = None
@@ -424,6 +425,14 @@ class EvaluationConfig:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
 
 
+def _folder(runs: str) -> str:
+    if "://" in runs:
+        raise ValueError(
+            "a run is written to a folder; 'offtower train --mirror' keeps a copy of it in a store"
+        )
+    return runs
+
+
 @dataclass(config=_STRICT)
 class Config:
     """One run."""
@@ -431,7 +440,7 @@ class Config:
     name: str
     data: DataConfig
     seed: int = Field(default=0, ge=0, lt=2**63)
-    runs: str = "runs"
+    runs: Annotated[str, AfterValidator(_folder)] = "runs"
     """Folder of the run directories."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)

@@ -116,6 +116,7 @@ def test_small_files_in_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
             "AWS Error NETWORK_CONNECTION: curlCode: 6, Could not resolve hostname",
             "cannot be reached",
         ),
+        ("AWS Error SLOW_DOWN during GetObject operation", "overloaded"),
         ("Unable to load libjvm", "JAVA_HOME"),
     ],
 )

@@ -98,6 +98,12 @@ class Location:
     def __str__(self) -> str:
         return str(self.local) if self.local is not None else self._address + self._options
 
+    def __fspath__(self) -> str:
+        """So that a location of this machine is a path wherever one is taken."""
+        if self.local is None:
+            raise TypeError(f"'{self}' is in a store, and no path of this machine")
+        return str(self.local)
+
     def __repr__(self) -> str:
         return f"Location({str(self)!r})"
 
