@@ -17,6 +17,8 @@ from offtower.prepare import open_data
 from offtower.progress import Progress
 from offtower.sampling import Proposal
 from offtower.sampling.sources import UniformSource
+from offtower.training.epoch import EpochSums
+from offtower.training.readings import Readings
 from offtower.training.run import build_trainer, train_run
 from offtower.training.sampled import SampledTerms
 from offtower.training.step import StepPlace, TrainingStep
@@ -133,15 +135,8 @@ def test_steps_touch_the_drawn_items_only(simulated: Path, tmp_path: Path) -> No
     batch = _first_batch(trainer)
     trainer.policy.train()
     for step in range(5):
-        trainer._update(batch, False, _progression(), StepPlace(step, step))
+        trainer._update(batch, False, Readings(EpochSums()), StepPlace(step, step))
     assert seen and max(seen) <= 6 < data.items.num_items
-
-
-def _progression() -> Any:
-    from offtower.data.order import Cursor
-    from offtower.training.checkpoints import Progression
-
-    return Progression(cursor=Cursor())
 
 
 def test_lazy_adamw_with_another_optimiser_is_refused(simulated: Path, tmp_path: Path) -> None:

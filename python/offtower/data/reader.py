@@ -129,6 +129,7 @@ class BatchReader:
         self._fold = fold
         self._cache_bytes = cache_bytes
         self._kept: EncodedRows | None = None
+        self._kept_folds: NDArray[np.int8] | None = None
         self._running: weakref.WeakSet[Generator[Step, None, None]] = weakref.WeakSet()
 
     @property
@@ -236,9 +237,15 @@ class BatchReader:
     def _window(self, epoch: int, number: int, rows: EncodedRows) -> _Window:
         folds = None
         if self.order.num_folds > 1:
-            of = self._fold or (lambda r: row_folds(r, self.order.num_folds, self.order.seed))
-            folds = of(rows)
+            folds = self._folds(rows) if self._kept_folds is None else self._kept_folds
+            if rows is self._kept:
+                self._kept_folds = folds
         return _Window(rows, self.order.batches(epoch, number, len(rows), folds))
+
+    def _folds(self, rows: EncodedRows) -> NDArray[np.int8]:
+        if self._fold is not None:
+            return self._fold(rows)
+        return row_folds(rows, self.order.num_folds, self.order.seed)
 
 
 def row_folds(rows: EncodedRows, num_folds: int, seed: int) -> NDArray[np.int8]:

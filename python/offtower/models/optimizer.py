@@ -84,7 +84,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 def scale_down(values: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scale tensors, in place, whose norm all together is `norm`, to `max_norm` at most."""
     if norm.is_cuda:
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        factor = (max_norm / (norm.double() + 1e-6)).clamp(max=1.0)
         for value in values:
             value.mul_(factor)
     elif float(norm) > max_norm:

@@ -63,6 +63,11 @@ class TwoTowerPolicy(nn.Module):
         """The temperature that the operators take; a learned one is folded into u instead."""
         return 1.0 if self.config.learn_temperature else self.config.temperature
 
+    def train_in(self, dtype: torch.dtype) -> None:
+        """Let training passes of both towers compute and give embeddings in `dtype`, float32 or
+        bfloat16. Weights, and passes in evaluation mode, stay float32."""
+        self.context_tower.training_dtype = self.item_tower.training_dtype = dtype
+
     def seed_draws(self, seed: int) -> None:
         """Make the towers' random draws of the next training passes functions of `seed` and of
         each row's number (see `models.row_draws`)."""
@@ -112,7 +117,12 @@ class TwoTowerPolicy(nn.Module):
         Args:
             numbers: (n,) of the rows in their batch, for the random draws of both towers.
         """
-        context_embedding = self.context_tower(context, numbers)[0]
+        context_embedding = _summable(self.context_tower(context, numbers)[0])
         item_embedding, item_bias = self.item_tower(item, numbers)
-        logit = (context_embedding * item_embedding).sum(dim=1)
-        return logit if item_bias is None else logit + item_bias
+        logit = (context_embedding * _summable(item_embedding)).sum(dim=1)
+        return logit if item_bias is None else logit + _summable(item_bias)
+
+
+def _summable(embedding: Tensor) -> Tensor:
+    """bfloat16 as float32, in which sums are taken; else as it is."""
+    return embedding.float() if embedding.dtype == torch.bfloat16 else embedding

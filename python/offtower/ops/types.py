@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Link = Literal["identity", "sigmoid"]
@@ -49,3 +50,16 @@ class FactoredReward:
 
 
 RewardTerms = DenseReward | FactoredReward
+
+
+def reward_in(reward: RewardTerms, dtype: torch.dtype) -> RewardTerms:
+    """A reward model's parts in the dtype that operators need, that of the embeddings."""
+    if isinstance(reward, DenseReward):
+        return DenseReward(reward.values.to(dtype))
+    bias = reward.item_bias
+    return FactoredReward(
+        reward.context.to(dtype),
+        reward.item.to(dtype),
+        None if bias is None else bias.to(dtype),
+        reward.link,
+    )

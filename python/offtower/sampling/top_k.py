@@ -91,7 +91,8 @@ class PolicyTopK:
         assert snapshot is not None, "at_step comes before the first draw"
         if snapshot.index is not None:
             return snapshot.index.search(context_embedding, self.k)
-        return top_k(context_embedding, snapshot.embedding, self.k, item_bias=snapshot.bias)
+        u = context_embedding.to(snapshot.embedding.dtype)
+        return top_k(u, snapshot.embedding, self.k, item_bias=snapshot.bias)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, so that a resumed run finds the same items."""

@@ -20,7 +20,7 @@ def resolve_device(setting: str) -> torch.device:
         return torch.device("cpu")
     missing = _no_gpu()
     if missing:
-        raise ConfigError(f"training.device={setting}, but {missing}; training.device=cpu goes on")
+        raise ConfigError(f"training.device={setting}, but {missing}; or set training.device=cpu")
     device = torch.device("cuda" if setting == "auto" else setting)
     if device.index is None:
         return torch.device("cuda", torch.cuda.current_device())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from offtower.config import Config
@@ -123,6 +124,7 @@ def _replicated(
     # Weights are drawn on the CPU: on every device a run starts from the same ones.
     policy = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
     policy.to(data.device)
+    policy.train_in(getattr(torch, config.training.precision))
     if config.training.warm_start is not None:
         warm_start(policy, Path(config.training.warm_start))
     proposal = build_proposal(config, objective, data, policy, progress)
@@ -162,6 +164,11 @@ def _item_sharded(
         raise ConfigError(
             "training.strategy=item_sharded needs a reward model whose items can be split: set "
             "reward_model.kind=factored"
+        )
+    if config.training.precision != "float32":
+        raise ConfigError(
+            "training.strategy=item_sharded sums gradients of embeddings over workers, in float32: "
+            "take training.precision=float32, or training.strategy=replicated"
         )
     if config.training.warm_start is not None:
         raise ConfigError(

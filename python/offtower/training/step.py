@@ -16,6 +16,7 @@ from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.objectives import LoggedRows, Objective, ObjectiveValue, Reduction
 from offtower.ops import PolicyTerms
+from offtower.ops.types import reward_in
 from offtower.training.distributed import ALONE, Workers
 from offtower.training.sampled import SampledTerms
 
@@ -144,6 +145,8 @@ class TrainingStep:
             if self.reward_model is None
             else self.reward_model.for_training_rows(batch.rows, batch.fold)
         )
+        if reward_model is not None and context_embedding.dtype != torch.float32:
+            reward_model = reward_in(reward_model, context_embedding.dtype)
         if self.sampled is not None and not self.sampled.wants_exact(place.step):
             return self.sampled(
                 context_embedding,
