@@ -33,9 +33,8 @@ def store(
     monkeypatch.setenv(copies.FOLDER, str(tmp_path / "cache"))
     for name in PARTS:
         for found in Location.of(simulated / name).files():
-            below = found.location.relative_to(Location.of(simulated))
             assert found.location.local is not None
-            (Location.of(root) / "logs" / below).send(found.location.local)
+            (Location.of(root) / "logs" / name / found.name).send(found.location.local)
     return handler, tuple(f"data.{name}={root}/logs/{name}" for name in PARTS)
 
 
