@@ -21,7 +21,6 @@ from offtower.training.auto.ensemble import join
 from offtower.training.auto.folds import Folds
 from offtower.training.auto.judge import SCAN_ROWS, Judge
 from offtower.training.auto.members import fit_members
-from offtower.training.auto.weights import WeightSample
 from offtower.training.trainer import EpochHook, TrainingResult
 
 
@@ -34,8 +33,7 @@ class AutoTraining:
     members: Mapping[str, list[TwoTowerPolicy]]
     result: TrainingResult
     report: dict[str, Any]
-    """JSON: the chosen candidate, every candidate's estimate at every sharpness, losses, and the
-    likelihoods' largest weight."""
+    """JSON: the chosen candidate, every candidate's estimate at every sharpness, losses."""
 
 
 def train_auto(
@@ -63,18 +61,18 @@ def train_auto(
     progress, metrics = progress or Progress(), metrics or MetricsLog(None)
     settings = config.auto
     number = settings.members or settings.folds
-    weights = WeightSample()
-    parts = scan(
-        data.train,
-        data.catalogue,
-        data.context_encoding,
-        SCAN_ROWS,
-        on_bad_rows=data.on_bad_rows,
-        quarantine=data.quarantine_of("train"),
+    folds = Folds(settings.folds, tuple(range(number)), config.seed).balanced(
+        scan(
+            data.train,
+            data.catalogue,
+            data.context_encoding,
+            SCAN_ROWS,
+            on_bad_rows=data.on_bad_rows,
+            quarantine=data.quarantine_of("train"),
+        )
     )
-    folds = Folds(settings.folds, tuple(range(number)), config.seed).balanced(weights.watch(parts))
     schedule = make_schedule(settings, data.train.num_rows)
-    candidates = make_candidates(config, data, weights.limit())
+    candidates = make_candidates(config, data)
     by_name = {candidate.name: candidate for candidate in candidates}
 
     def learned(purpose: Literal["judged", "refit"], name: str) -> list[TwoTowerPolicy]:
@@ -104,7 +102,7 @@ def train_auto(
         confidence=config.evaluation.confidence,
     )
     progress.finish()
-    report = {**describe(choice, judged.loss), "max_weight": weights.limit()}
+    report = describe(choice, judged.loss)
     chosen, final = choice.chosen, members[choice.chosen.name]
     factor = chosen.factor
     if settings.refit:
