@@ -43,7 +43,6 @@ from offtower.training.auto.ensemble import join
 from offtower.training.auto.folds import NOTHING, Folds, context_key
 from offtower.training.auto.judge import SHARPNESS, Judged
 from offtower.training.auto.members import fit_members
-from offtower.training.auto.weights import MOST, WeightSample, weight_limit
 from offtower.training.run import train_run
 from offtower.training.trainer import TrainingResult
 from tests.mappers import BackwardsMapper
@@ -208,26 +207,6 @@ def test_rows_of_one_context_or_user_share_a_fold() -> None:
     folds = Folds(3, (0, 1, 2), seed=0)
     assert folds.balanced([one]).by_row and not folds.balanced([rows(index)]).by_row
     assert np.bincount(folds.balanced([one]).of(one)).min() > 80
-
-
-def test_largest_weight_leaves_half_of_the_rewarded_rows() -> None:
-    """Two kinds of rows: (n + c m)^2 / ((n + m) (n + c^2 m)) = 1/2 has a root in closed form."""
-    n, m = 900, 100
-    inverse = np.repeat([1.0, 1000.0], [n, m])
-    # (n + c m)^2 - (n + m) (n + c^2 m) / 2 = 0, as a polynomial in c.
-    roots = np.roots([m * m - (n + m) * m / 2, 2 * n * m, n * n - (n + m) * n / 2])
-    assert weight_limit(inverse, np.ones(n + m)) == pytest.approx(roots.max(), rel=1e-6)
-    # Propensities that are alike, however small, and rewards that are not: nothing is cut.
-    assert weight_limit(np.full(50, 1e6), np.ones(50)) == MOST
-    assert weight_limit(np.zeros(0), np.zeros(0)) == MOST
-    feedback = WORLD.sample(300, seed=1)
-    every = _all_rows(prepare(*_log_and_catalogue(feedback), Progress()))
-    parts = [every.take(np.arange(100)), every.take(np.arange(100, 300))]
-    sample = WeightSample()
-    assert [len(rows) for rows in sample.watch(parts)] == [100, 200]
-    rewarded = feedback["reward"] > 0
-    wanted = weight_limit(1.0 / feedback["pscore"][rewarded], feedback["reward"][rewarded])
-    assert sample.limit() == pytest.approx(wanted)
 
 
 def test_belief_depends_on_what_is_known_of_items() -> None:

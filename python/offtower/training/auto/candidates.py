@@ -11,7 +11,6 @@ from offtower.data.encoding import FeatureEncoding
 from offtower.errors import ConfigError
 from offtower.objectives import Objective, Regression, make_objective
 from offtower.prepare import PreparedData
-from offtower.training.auto.weights import MOST
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,8 @@ def default_order(data: PreparedData) -> tuple[str, ...]:
 _LINEAR_DIM = 64
 
 
-def make_candidates(
-    config: Config, data: PreparedData, max_weight: float = MOST
-) -> list[Candidate]:
+def make_candidates(config: Config, data: PreparedData) -> list[Candidate]:
     """The candidates that the log allows.
-
-    Args:
-        max_weight: of the likelihoods.
 
     Raises:
         ConfigError: a name is unknown, or no candidate is left.
@@ -79,8 +73,8 @@ def make_candidates(
     known: dict[str, Callable[[str], Candidate]] = {
         "regression_linear": lambda name: _linear(name, _regression(data), config, data),
         "regression": lambda name: _deep(name, _regression(data), config),
-        "likelihood_linear": lambda name: _linear(name, _likelihood(max_weight), config, data),
-        "likelihood": lambda name: _deep(name, _likelihood(max_weight), config),
+        "likelihood_linear": lambda name: _linear(name, _likelihood(), config, data),
+        "likelihood": lambda name: _deep(name, _likelihood(), config),
     }
     names = config.auto.candidates or default_order(data)
     for name in names:
@@ -113,8 +107,8 @@ def _regression(data: PreparedData) -> Objective:
     return Regression().resolve(data.facts.binary_reward)
 
 
-def _likelihood(max_weight: float) -> Objective:
-    return make_objective("weighted_likelihood", {"max_weight": max_weight})
+def _likelihood() -> Objective:
+    return make_objective("weighted_likelihood", {"max_weight": 100.0})
 
 
 def _linear(name: str, objective: Objective, config: Config, data: PreparedData) -> Candidate:

@@ -20,7 +20,6 @@ from offtower.training.auto.ensemble import join
 from offtower.training.auto.folds import Folds
 from offtower.training.auto.judge import SCAN_ROWS, Judge
 from offtower.training.auto.learning import CandidateLearner
-from offtower.training.auto.weights import WeightSample
 from offtower.training.trainer import EpochHook, TrainingResult
 
 
@@ -33,8 +32,7 @@ class AutoTraining:
     members: Mapping[str, list[TwoTowerPolicy]]
     result: TrainingResult
     report: dict[str, Any]
-    """JSON: the chosen candidate, every candidate's estimate at every sharpness, losses, and the
-    likelihoods' largest weight."""
+    """JSON: the chosen candidate, every candidate's estimate at every sharpness, losses."""
 
 
 def train_auto(
@@ -64,19 +62,18 @@ def train_auto(
     progress, metrics = progress or Progress(), metrics or MetricsLog(None)
     settings = config.auto
     number = settings.members or settings.folds
-    weights = WeightSample()
-    parts = scan(
-        data.train,
-        data.catalogue,
-        data.context_encoding,
-        SCAN_ROWS,
-        on_bad_rows=data.on_bad_rows,
-        quarantine=data.quarantine_of("train"),
+    folds = Folds(settings.folds, tuple(range(number)), config.seed).balanced(
+        scan(
+            data.train,
+            data.catalogue,
+            data.context_encoding,
+            SCAN_ROWS,
+            on_bad_rows=data.on_bad_rows,
+            quarantine=data.quarantine_of("train"),
+        )
     )
-    folds = Folds(settings.folds, tuple(range(number)), config.seed).balanced(weights.watch(parts))
     schedule = make_schedule(settings, data.train.num_rows)
-    limit = weights.limit()
-    candidates = make_candidates(config, data, limit)
+    candidates = make_candidates(config, data)
     names = [candidate.name for candidate in candidates]
     learned = CandidateLearner(
         config, data, candidates, folds, schedule, mapper or Mapper(), run, progress
@@ -94,7 +91,7 @@ def train_auto(
         confidence=config.evaluation.confidence,
     )
     progress.finish()
-    report = {**describe(choice, judged.loss), "max_weight": limit}
+    report = describe(choice, judged.loss)
     chosen, final = choice.chosen, members[choice.chosen.name]
     factor = chosen.factor
     if settings.refit:
