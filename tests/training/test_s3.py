@@ -1,7 +1,7 @@
 """The whole way over the S3 protocol: a server on this machine in place of a store.
 
-Needs moto's server (5.2.5 was taken; a 5.2.1 failed at uploads in parts), which is no dependency of the
-tests: pip install "moto[server]" into any environment, and OFFTOWER_TEST_MOTO=/path/to/moto_server.
+Needs moto's server (5.2.5 was taken; a 5.2.1 failed at uploads in parts), no dependency of
+the tests: pip install "moto[server]" anywhere, and OFFTOWER_TEST_MOTO=/path/to/moto_server.
 """
 
 from __future__ import annotations
