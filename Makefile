@@ -17,8 +17,10 @@ quickstart: $(VENV)/.installed-obp
 
 installed-test: $(VENV)/.installed-test
 
+# On as many processes as there are cores, up to eight; the tests of a file stay together, as they
+# share what they set up.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow

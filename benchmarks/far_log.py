@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import os
 import statistics
 import tempfile
 import time
@@ -34,6 +34,8 @@ from offtower.data import (
     stores,
     write_log,
 )
+from offtower.data.location import Location
+from offtower.data.log import finish_log
 
 
 class Delayed(fs.FileSystemHandler):
@@ -83,9 +85,13 @@ def median(function: Callable[[], Any], repeats: int) -> float:
 def opening(folder: Path, files: int, repeats: int) -> dict[str, float]:
     """Seconds to open a log of many small files."""
     world = SimulatedWorld(100, 4, 4, 4, seed=0)
-    log = folder / "many"
-    write_log(log, world.log(4 * files, seed=1), world.log_schema, 4, 4)
-    shutil.copytree(log, folder / "unlisted", ignore=shutil.ignore_patterns("_offtower.json"))
+    write_log(folder / "one", world.log(1000, seed=1), world.log_schema)
+    for name in ("many", "unlisted"):
+        (folder / name).mkdir()
+        for number in range(files):
+            copy = folder / name / f"part-{number:05d}.parquet"
+            os.link(folder / "one" / "part-00000.parquet", copy)
+    finish_log(Location.of(folder / "many"), world.log_schema)
     return {
         f"{where}, {name}": median(lambda p=place: ParquetLog.open(p, world.log_schema), repeats)
         for where, root in (("here", str(folder)), ("far", "delayed://store"))
@@ -95,7 +101,7 @@ def opening(folder: Path, files: int, repeats: int) -> dict[str, float]:
 
 def reading(folder: Path, rows: int, repeats: int) -> dict[str, float]:
     """Rows a second."""
-    world = SimulatedWorld(10_000, 16, 16, 16, seed=0)
+    world = SimulatedWorld(1000, 16, 16, 16, seed=0)
     write_log(folder / "log", world.log(rows, seed=1), world.log_schema, 16_384, 16 * 16_384)
     catalogue = Catalogue.from_table(world.catalogue_table(), world.catalogue_schema)
     here = ParquetLog.open(folder / "log")

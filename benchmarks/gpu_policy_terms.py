@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -230,6 +231,8 @@ def main() -> None:
         from gpu_policy_terms_units import Bench, spoils
 
         return serve(options.child, Bench(options.rehearse).run, spoils)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what was said is there, should this be killed
     begin = time.monotonic()
     built, name, here = 0.0, "a rehearsal on a CPU", ""
     if not (options.rehearse or options.build_only):
@@ -238,7 +241,7 @@ def main() -> None:
         wanted = options.architectures or [here]
         if options.build_only or not (options.no_build or core_is_there(wanted)):
             built = build(wanted, options.python, ROOT / "build/gpu")
-            print(f"built for {', '.join(wanted)} in {built:.0f} s", flush=True)
+            print(f"built for {', '.join(wanted)} in {built:.0f} s")
         if options.build_only:
             return None
     result: dict[str, Any] = {"device": name, "build_s": built, "seconds": 0.0, "units": {}}

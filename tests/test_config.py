@@ -109,6 +109,11 @@ def test_fingerprint_ignores_where_and_how_judged_but_not_what_is_learned() -> N
     assert config_fingerprint(other) != base
 
 
+def test_a_run_is_no_address() -> None:
+    with pytest.raises(ConfigError, match=r"'runs' = .*written to a folder; .*--mirror"):
+        parse_config(apply_overrides(MINIMAL, ["runs=s3://bucket/runs"]))
+
+
 def test_dataclass_and_dump_agree() -> None:
     config = parse_config(MINIMAL)
     assert to_dict(config)["training"]["epochs"] == asdict(config)["training"]["epochs"]

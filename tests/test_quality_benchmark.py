@@ -14,7 +14,8 @@ from offtower.benchmarks import Settings
 from offtower.benchmarks.quality import suite
 from offtower.benchmarks.quality.bilinear import BilinearWorld, bilinear
 from offtower.benchmarks.quality.labels import LabelSet, as_feedback, load_label_set
-from offtower.benchmarks.quality.methods import METHODS, Learned
+from offtower.benchmarks.quality.methods import METHODS, Learned, NotForThisWorld
+from offtower.benchmarks.quality.revealed import revealed
 from offtower.benchmarks.quality.settings import load_settings
 from offtower.benchmarks.quality.summary import summarise
 from offtower.benchmarks.quality.world import Value, of_scores
@@ -67,6 +68,44 @@ def test_label_feedback_has_true_rewards_and_exact_landmarks() -> None:
     assert world.landmarks["optimum"] == pytest.approx(float(test.max(1).mean()))
     assert world.landmarks["supervised"] > 0.8 * world.landmarks["optimum"]
     torch.testing.assert_close(world.truth.expected(3, 5).numpy(), test[3:5].astype(np.float64))
+
+
+def test_revealed_pairs_are_those_that_the_log_shows() -> None:
+    labels = label_set()
+    world = as_feedback(labels, 2000, seed=0, fraction=0.5)
+    found = revealed(world)
+    # By hand: rounds of each (tokens, label).
+    table = world.log.table
+    tokens = [tuple(sorted(row)) for row in table["tokens"].to_pylist()]
+    shown: dict[tuple[tuple[int, ...], int], list[tuple[float, float]]] = {}
+    for row, action, reward, pscore in zip(
+        tokens, *(table[name].to_pylist() for name in ("action", "reward", "pscore")), strict=True
+    ):
+        shown.setdefault((row, action), []).append((reward, pscore))
+    assert len(shown) == found.known.sum() and len(set(tokens)) == len(found.label)
+    for context in range(len(found.label)):
+        row = tuple(found.features[context].indices.tolist())
+        for action in range(4):
+            seen = shown.get((row, action))
+            assert found.known[context, action] == (seen is not None)
+            if seen is None:
+                assert found.label[context, action] == 0.0 and found.chance[context, action] == 1.0
+                continue
+            assert found.label[context, action] == seen[0][0]
+            chance = 1.0 - (1.0 - seen[0][1]) ** tokens.count(row)
+            assert found.chance[context, action] == pytest.approx(chance)
+
+
+def test_all_labels_revealed_are_as_good_as_supervision() -> None:
+    """A log of thousands of uniform rounds shows every pair: the line is the supervised one, or
+    above it, since its penalty is the best."""
+    world = as_feedback(label_set(), 5000, seed=0, fraction=0.5, epsilon=1.0)
+    assert revealed(world).known.mean() > 0.99
+    best = METHODS["revealed_labels"](world, 0)
+    assert best.value.greedy >= world.landmarks["supervised"]
+    assert best.value.softmax == pytest.approx(best.value.greedy, abs=1e-6)
+    with pytest.raises(NotForThisWorld, match="no labels"):
+        METHODS["revealed_labels"](bilinear(3, 1.0, 60, seed=0), 0)
 
 
 def test_label_set_files(tmp_path: Path) -> None:

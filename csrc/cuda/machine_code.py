@@ -125,10 +125,10 @@ def readable(names: list[str]) -> dict[str, str]:
         ["c++filt"], input="\n".join(names), capture_output=True, text=True
     ).stdout
     short = [
-        re.sub(r"offtower::cuda::|\(.*?Reward\)", "", line).partition("run_kernel<")[2]
+        re.sub(r"\(offtower::cuda::Reward\)|offtower::cuda::", "", line).partition("run_kernel<")[2]
         for line in said.splitlines()
     ]
-    return {n: s.partition(" >")[0] or n for n, s in zip(names, short, strict=True)}
+    return {n: s.partition(">(")[0].rstrip() or n for n, s in zip(names, short, strict=True)}
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ SCHEMA = {
         "reward": "click",
         "pscore": "p",
         "timestamp": "time",
-    }
+    },
+    "catalogue": {"item_id": "item_id", "features": [{"name": "price", "kind": "numeric"}]},
 }
 
 
@@ -57,6 +58,9 @@ def test_ingest_from_and_to_a_store(folder: Path, monkeypatch: pytest.MonkeyPatc
         place.mkdir(parents=True)
         (place / "a.csv").write_text(clicks(900, bad=(5,)))
         (place / "b.csv").write_text(clicks(300))
+        (place.parent / "items.csv").write_text(
+            "item_id,price\n" + "".join(f"item-{i},{i}.5\n" for i in range(6))
+        )
     tried: set[str] = set()
 
     def fail(path: str) -> None:
@@ -68,8 +72,9 @@ def test_ingest_from_and_to_a_store(folder: Path, monkeypatch: pytest.MonkeyPatc
     options = ("--schema", folder / "schema.yaml", "--split", "time", "--json")
     options = (*options, "--on-bad-rows", "quarantine")
     monkeypatch.chdir(folder)
-    here = call("ingest", "source", "--out", "out", *options)
-    there = call("ingest", f"{root}/source", "--out", f"{root}/out", *options)
+    here = call("ingest", "source", "--catalogue", "items.csv", "--out", "out", *options)
+    items = ("--catalogue", f"{root}/items.csv")
+    there = call("ingest", f"{root}/source", *items, "--out", f"{root}/out", *options)
     assert (here.exit_code, there.exit_code) == (0, 0), here.output + there.output
     told = json.loads(there.stdout[there.stdout.index("{") :])
     assert told["log"] == f"{root}/out/log" and told["quarantined"] == 1

@@ -17,7 +17,7 @@ def test_quickstart_from_the_install_to_the_report(tmp_path: Path) -> None:
     content = json.loads(result.stdout)
     real, synthetic = content["logs"]
     assert real["n"] == 4000 and real["log"]["items"] == 34
-    assert set(real["objectives"].values()) == {"regression", "ips", "dr"}
+    assert set(real["objectives"].values()) == {"auto", "regression", "ips", "dr"}
     # A hundred clicks cannot say more, and the gate must know it.
     for policy in real["policies"].values():
         assert policy["verdict"]["decision"] == "not enough evidence"

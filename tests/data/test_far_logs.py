@@ -78,7 +78,7 @@ def test_the_same_batches_from_a_store(
         place = f"{in_memory(patch)}/logs/train"
         assert write_log(place, [make_table(rows)], make_schema(), **sizes) == manifest
         for found in Location.of(place).files():
-            name = found.location.relative_to(Location.of(place))
+            name = found.name
             assert found.location.read_bytes() == (folder / "log" / name).read_bytes()
         if not listed:
             (Location.of(place) / FILE).remove()
@@ -120,7 +120,10 @@ def test_a_list_that_no_longer_fits(tmp_path: Path) -> None:
 def test_flaky_reads_are_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every file fails twice in a row, then answers: nothing is lost, and it is told."""
+    """Two of three openings of each file fail: nothing is lost, and it is told. (Threads share a
+    file's openings: so that chance lets none fail too often, there are more attempts.)"""
+    monkeypatch.setattr(stores, "ATTEMPTS", 60)
+    monkeypatch.setattr(stores, "PAUSE_SECONDS", 0.0)
     handler, root = unruly(monkeypatch, tmp_path)
     table = make_table(300)
     write_log(f"{root}/log", [table], make_schema(), 50, 100)
@@ -260,7 +263,7 @@ def test_a_split_and_a_check_in_a_store(tmp_path: Path, monkeypatch: pytest.Monk
     here = split_log(tmp_path / "log", tmp_path / "parts", by="time")
     assert split_log(f"{root}/log", f"{root}/parts", by="time") == here
     parts = Location.of(f"{root}/parts")
-    names = [found.location.relative_to(parts) for found in parts.files()]
+    names = [found.name for found in parts.files()]
     assert len(names) == 6
     for name in names:
         assert (parts / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()

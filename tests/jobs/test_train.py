@@ -99,6 +99,24 @@ def test_two_kills_and_a_stall_change_nothing(
     assert steps == wanted
 
 
+@pytest.mark.timeout(600)
+def test_sampled_terms_over_divided_items(
+    ray_cluster: str, simulated: Path, tmp_path: Path
+) -> None:
+    """A worker is killed while catalogue embeddings for a top-k proposal are pending: the same bits
+    as of plain workers that nobody killed."""
+    more = ("training.terms=sampled", "sampling.proposal=top_k", "sampling.top_k=3")
+    more += ("sampling.num_samples=5", "sampling.refresh_steps=3")
+    whole = config_of(simulated, tmp_path / "whole", "a", "item_sharded", *more)
+    run_workers(2, train, whole)
+    config = config_of(simulated, tmp_path / "killed", "a", "item_sharded", *more)
+    meanwhile = Meanwhile(config.run_directory, [10], kill_one)
+    meanwhile.start()
+    train_on_ray(config, PLAN)
+    assert meanwhile.done == 1
+    assert_same_policy(config.run_directory, whole.run_directory)
+
+
 def test_the_command_line(ray_cluster: str, simulated: Path, tmp_path: Path, plain: Path) -> None:
     config = config_of(simulated, tmp_path, "a", "item_sharded", "tracking.tensorboard=true")
     path = tmp_path / "config.yaml"

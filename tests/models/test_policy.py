@@ -17,6 +17,7 @@ from offtower.data.encoding import BagTensor, to_tensors
 from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.errors import ConfigError, RunError
 from offtower.models import ItemFeatures, TwoTowerPolicy, load_policy, save_policy
+from offtower.models.bag_sums import bag_sums
 
 RNG = np.random.default_rng(0)
 CATALOGUE = Catalogue.from_arrays(np.arange(6), {"v": RNG.normal(size=(6, 3))})
@@ -83,6 +84,51 @@ def test_a_users_own_module_by_import_path() -> None:
 def test_mistakes_in_a_tower_are_explained(tower: TowerConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(context_tower=tower)
+
+
+@pytest.mark.parametrize("bags", [[[3, 1, 3], [], [0]], [[], []], [[2] * 40]])
+def test_sums_of_bags_and_their_gradient_are_those_of_counts(bags: list[list[int]]) -> None:
+    weight = torch.randn(5, 3, requires_grad=True)
+    counts = torch.zeros(len(bags), 5)
+    for row, bag in enumerate(bags):
+        for value in bag:
+            counts[row, value] += 1.0
+    values = torch.tensor([value for bag in bags for value in bag], dtype=torch.int64)
+    offsets = torch.tensor(np.cumsum([0, *map(len, bags)]))
+    total = bag_sums(weight, values, offsets)
+    torch.testing.assert_close(total, counts @ weight)
+    upstream = torch.randn(len(bags), 3)
+    total.backward(upstream)
+    torch.testing.assert_close(weight.grad, counts.T @ upstream)
+
+
+@pytest.mark.parametrize("bag", ["mean", "root"])
+def test_bags_are_joined_alike_in_training_and_out_of_it(bag: str) -> None:
+    policy, _ = build(context_tower=TowerConfig(bag=bag, unknown_rate=0.0))
+    features = to_tensors(policy.context_encoding.encode(CONTEXTS))
+    out_of_it = policy.embed_contexts(features)
+    policy.train()
+    torch.testing.assert_close(policy.embed_contexts(features), out_of_it)
+
+
+def test_tables_in_the_output_are_added_to_what_layers_make_of_numbers() -> None:
+    tower = TowerConfig(hidden_layer_sizes=(), tables="output", bag="root", unknown_rate=0.0)
+    policy, _ = build(context_tower=tower)
+    body = policy.context_tower.body.members[0]
+    features = to_tensors(policy.context_encoding.encode(CONTEXTS))
+    table, linear = body.encoder.tables["feature_0"].weight, body.layers[0]
+    assert table.shape[1] == 4 and linear.weight.shape == (4, 1)
+    words = {"a": table[1], "b": table[2], "c": table[3]}
+    for row, (bag, x) in enumerate(zip(CONTEXTS["words"].to_pylist(), features["x"], strict=True)):
+        wanted = x * linear.weight[:, 0] + linear.bias
+        if bag:
+            wanted = wanted + sum(words[word] for word in bag) / len(bag) ** 0.5
+        torch.testing.assert_close(policy.embed_contexts(features)[row], wanted)
+    # Layers that would have nothing to read.
+    deep = TowerConfig(hidden_layer_sizes=(5,), tables="output")
+    words_only = FeatureEncoding.fit(CONTEXT_SPECS[1:], [CONTEXTS])
+    with pytest.raises(ConfigError, match="leaves the hidden layers nothing to read"):
+        TwoTowerPolicy(PolicyConfig(context_tower=deep), words_only, policy.item_encoding)
 
 
 @pytest.mark.parametrize("item_bias", [False, True])

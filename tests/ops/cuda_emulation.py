@@ -6,6 +6,7 @@ instruction means, runs threads in a drawn order and has copies land late. It ca
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import platform
@@ -41,7 +42,21 @@ def why_not() -> str:
 
 
 def build(folder: Path) -> ModuleType:
-    """Compile and load the module. Some 20 s of processor time."""
+    """Compile and load the module. Some 20 s of processor time, for the first that comes: processes
+    of one test run share the folder."""
+    path = folder / "_cuda_emulated.so"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _compile(folder, path)
+    spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _compile(folder: Path, path: Path) -> None:
     include = [sysconfig.get_paths()["include"], str(Path(torch.__file__).parent / "include")]
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DOFFTOWER_CUDA_EMULATED"]
     flags += ["-DOFFTOWER_CUDA_MODULE=_cuda_emulated", '-DOFFTOWER_CUDA_SOURCES="emulation"']
@@ -59,13 +74,9 @@ def build(folder: Path) -> ModuleType:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, kernels + others))
-    path = folder / "_cuda_emulated.so"
-    subprocess.run(["g++", "-shared", *objects, "-o", str(path)], check=True)
-    spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    unfinished = path.with_suffix(".unfinished")
+    subprocess.run(["g++", "-shared", *objects, "-o", str(unfinished)], check=True)
+    unfinished.rename(path)
 
 
 def put_in_place(module: ModuleType, device: str, patch: pytest.MonkeyPatch) -> None:

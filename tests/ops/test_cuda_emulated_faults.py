@@ -22,7 +22,7 @@ FAULTS = [
         torch.bfloat16,
         ("publish_barriers", "expect", "wait_free", "wait_full", "sync_warp"),
     ),
-    ("sm_90", torch.bfloat16, ("wgmma fence", "wgmma commit", "wgmma wait")),
+    ("sm_90", torch.bfloat16, ("wgmma fence", "wgmma commit", "wgmma wait", "swizzle")),
 ]
 
 

@@ -77,6 +77,12 @@ def search_in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def bags_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU they are summed in another order."""
+    monkeypatch.setattr("offtower.models.features.by_products", lambda table: False)
+
+
+@pytest.fixture(autouse=True)
 def generators(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The GPU's generator of random numbers, which the pretence lacks: what it was set to."""
     told: list[Any] = []

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from offtower.cli import app
 from offtower.data import copies, stores
 from offtower.data.location import Location
+from offtower.data.parquet import read_footer
 from offtower.evaluation.run import evaluate_runs
 from offtower.retrieval.export import ExportOptions, export_run
 from offtower.training.run import train_run
@@ -30,9 +33,8 @@ def store(
     monkeypatch.setenv(copies.FOLDER, str(tmp_path / "cache"))
     for name in PARTS:
         for found in Location.of(simulated / name).files():
-            below = found.location.relative_to(Location.of(simulated))
             assert found.location.local is not None
-            (Location.of(root) / "logs" / below).send(found.location.local)
+            (Location.of(root) / "logs" / name / found.name).send(found.location.local)
     return handler, tuple(f"data.{name}={root}/logs/{name}" for name in PARTS)
 
 
@@ -58,6 +60,7 @@ def test_train_evaluate_export(
     far = make_config(simulated, tmp_path / "far", "a", *OPTIONS, *places)
     train_run(near)
     train_run(far)
+    assert far.data.test is not None
     assert_same_policy(far.run_directory, near.run_directory)
     one, two = (evaluate_runs([c.run_directory]).to_dict() for c in (near, far))
     assert two["log"].pop("path") == far.data.test and one["log"].pop("path") == near.data.test
@@ -66,5 +69,12 @@ def test_train_evaluate_export(
     options = ExportOptions(index=None, contexts=50)
     vectors = [np.load(export_run(c.run_directory, options) / "vectors.npy") for c in (near, far)]
     np.testing.assert_array_equal(*vectors)
+    served = far.data.test.replace("logs/test", "served/today.parquet")
+    arguments = ("search", str(far.run_directory), "--contexts", far.data.test, "-k", "2")
+    done = CliRunner().invoke(app, [*arguments, "--sample", "--log", served])
+    assert done.exit_code == 0, done.output
+    groups = read_footer(Location.of(served)).row_groups
+    assert sum(rows for rows, _ in groups) == 2 * 300
+    assert b"pscore" in Location.of(served.replace(".parquet", ".schema.yaml")).read_bytes()
     # A log is read in place; of the catalogue there is one copy.
     assert len(list((tmp_path / "cache").glob("*/data"))) == 1

@@ -79,7 +79,8 @@ inline void copy_box(void* shared, const TensorMap* map, int column, int row, ui
         const uint16_t value =
             inside ? static_cast<const uint16_t*>(m.data)[(row + int64_t{r}) * m.width + column + c] : 0;
         // Piece c / 8 of row r lies at piece (c / 8) ^ (r % 8).
-        char* to = static_cast<char*>(shared) + r * 128 + ((c / 8) ^ (r % 8)) * 16 + c % 8 * 2;
+        const int piece = (c / 8) ^ (emulation::forgotten("swizzle") ? 0 : r % 8);
+        char* to = static_cast<char*>(shared) + r * 128 + piece * 16 + c % 8 * 2;
         std::memcpy(to, &value, 2);
       }
     emulation::written_by_engine(shared, static_cast<std::size_t>(m.box_rows) * 128);

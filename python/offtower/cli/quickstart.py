@@ -1,8 +1,8 @@
 """Run the main job from end to end on data that comes with the install.
 
 Reads the Open Bandit Dataset sample inside the obp package, validates it, trains two-tower policies
-by regression, ips and dr, judges each on the held-out part, does the same on a synthetic log whose
-truth is known, and writes a report. Needs the extra 'obp'.
+by auto, regression, ips and dr, judges each on the held-out part, does the same on a synthetic log
+whose truth is known, and writes a report. Needs the extra 'obp'.
 
 \b
 Example:

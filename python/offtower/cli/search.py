@@ -16,7 +16,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from pathlib import Path
+from itertools import chain
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -28,6 +29,7 @@ from offtower.progress import Progress
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from offtower.data.location import Location
     from offtower.retrieval import Retriever
 
 Mode = Literal["softmax", "cells", "exact"]
@@ -56,22 +58,24 @@ def search(
     exact: Annotated[bool, typer.Option("--exact", help="Score every item.")] = False,
     seed: Annotated[int | None, typer.Option(help="Repeats draws.")] = None,
     log: Annotated[
-        Path | None, typer.Option(help="Parquet file for the decisions of --sample.")
+        str | None, typer.Option(help="Parquet file for the decisions of --sample.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
+    from offtower.data.location import Location
     from offtower.retrieval import Retriever
 
     if log is not None and not sample:
         raise DataError("--log writes decisions with propensities: it needs --sample")
-    if log is not None and log.exists():
+    place = None if log is None else Location.of(log)
+    if place is not None and place.exists():
         raise DataError(f"'{log}' exists already; choose another --log")
     retriever = Retriever.open(run)
     if k is None:
         k = 1 if sample else min(100, retriever.num_items)
     hidden = None if exclude is None else _ids(exclude, retriever)
     if sample:
-        answers = _drawn(retriever, contexts, k, mode, hidden, seed, log)
+        answers = _drawn(retriever, contexts, k, mode, hidden, seed, place)
     else:
         answers = _found(retriever, contexts, k, hidden, exact)
     # Bars and lines for people do not go to the same terminal.
@@ -85,8 +89,8 @@ def search(
     finally:
         progress.finish()
     write(None)
-    if log is not None:
-        schema = escape(str(_schema_path(log)))
+    if place is not None:
+        schema = escape(str(_schema_path(place)))
         messages().print(f"decisions in {log}; add rewards and ingest with {schema}")
 
 
@@ -108,7 +112,7 @@ def _drawn(
     mode: Mode,
     hidden: list[Any] | None,
     seed: int | None,
-    log: Path | None,
+    log: Location | None,
 ) -> Iterator[list[Row]]:
     """Draws a batch at a time; the log appears when the last one is in it."""
     import numpy as np
@@ -116,13 +120,13 @@ def _drawn(
     import pyarrow.parquet as pq
     import yaml
 
-    from offtower.atomic import replace_file, write_text
+    from offtower.data.output import new_file
     from offtower.retrieval import decisions_table, served_schema
 
     rng, now, first = np.random.default_rng(seed), datetime.now(UTC), 0
     with ExitStack() as stack:
         writer: pq.ParquetWriter | None = None
-        place = None if log is None else stack.enter_context(replace_file(log))
+        place = None if log is None else stack.enter_context(new_file(log))
         for table in _batches(contexts):
             served = retriever.sample(table, k, mode=mode, exclude=hidden, seed=rng)
             if place is not None:
@@ -145,11 +149,12 @@ def _drawn(
         if log is not None:
             # The schema first: where the decisions are, so is what ingests them.
             content = {"log": served_schema(retriever).to_dict()}
-            write_text(_schema_path(log), yaml.safe_dump(content, sort_keys=False))
+            text = yaml.safe_dump(content, sort_keys=False)
+            _schema_path(log).write_bytes(text.encode())
 
 
-def _schema_path(log: Path) -> Path:
-    return log.with_suffix(".schema.yaml")
+def _schema_path(log: Location) -> Location:
+    return log.parent / f"{PurePosixPath(log.name).stem}.schema.yaml"
 
 
 def _as_text() -> Write:
@@ -202,7 +207,7 @@ def _batches(text: str) -> Iterator[pa.Table]:
     """Contexts, _BATCH at a time; a file is not read as a whole."""
     import pyarrow as pa
 
-    from offtower.data.ingest import open_source
+    from offtower.data.source import Units, open_source
 
     if text.lstrip().startswith(("{", "[")):
         try:
@@ -212,7 +217,11 @@ def _batches(text: str) -> Iterator[pa.Table]:
             raise DataError(f"--contexts is not valid JSON of contexts: {error}") from error
         source: Iterable[pa.RecordBatch] = table.to_batches(max_chunksize=_BATCH)
     else:
-        source = open_source(text).to_batches(batch_size=_BATCH)
+        opened = open_source(text)
+        units = Units(opened, text, opened.schema.names)
+        source = chain.from_iterable(
+            units.batches(unit, most_rows=_BATCH) for unit in range(len(units))
+        )
     some = False
     try:
         for batch in source:

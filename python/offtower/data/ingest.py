@@ -19,7 +19,7 @@ from offtower.data.obd import import_open_bandit
 from offtower.data.output import check_new
 from offtower.data.parts import write_log_parts
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
-from offtower.data.source import CheckedUnits, Units, joined_values, open_source
+from offtower.data.source import CheckedUnits, Units, joined_values, open_source, read_source
 from offtower.data.split import SplitBy, split_log
 from offtower.errors import DataError
 from offtower.mapping import Mapper
@@ -79,7 +79,7 @@ def ingest_files(
     if catalogue_source is None:
         catalogue_table, catalogue_schema = _shown_items(source, log_source, schema, mapper)
     else:
-        catalogue_table = open_source(catalogue_source).to_table()
+        catalogue_table = read_source(catalogue_source)
         catalogue_schema = catalogue_schema or CatalogueSchema()
     catalogue = Catalogue.from_table(catalogue_table, catalogue_schema)
     quarantine = (out / "quarantine").absolute() if on_bad_rows == "quarantine" else None

@@ -6,6 +6,8 @@ of this machine are opened, mapped and renamed as such. `str` of a location open
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +42,8 @@ class Found:
     location: Location
     size: int
     mtime_ns: int | None
+    name: str
+    """Its path below what was listed, with slashes; empty for a file that was listed itself."""
 
 
 class Location:
@@ -97,6 +101,12 @@ class Location:
 
     def __str__(self) -> str:
         return str(self.local) if self.local is not None else self._address + self._options
+
+    def __fspath__(self) -> str:
+        """So that a location of this machine is a path wherever one is taken."""
+        if self.local is None:
+            raise TypeError(f"'{self}' is in a store, and no path of this machine")
+        return str(self.local)
 
     def __repr__(self) -> str:
         return f"Location({str(self)!r})"
@@ -162,9 +172,9 @@ class Location:
             DataError: the store does not say.
         """
         if self.local is not None:
-            paths = [self.local] if self.local.is_file() else sorted(self.local.rglob("*"))
-            stats = [(path, path.stat()) for path in paths if path.is_file()]
-            return [Found(Location.of(p), s.st_size, s.st_mtime_ns) for p, s in stats]
+            alone = self.local.is_file()
+            found = [("", self.path, self.local.stat())] if alone else _files_below(self.local)
+            return [Found(Location(p, Path(p)), s.st_size, s.st_mtime_ns, n) for n, p, s in found]
         if self.kind() == "file":
             infos = [self._ask(lambda store: store.get_file_info(self.path))]
         else:
@@ -172,14 +182,12 @@ class Location:
             infos = self._ask(lambda store: store.get_file_info(chosen))
         infos = [info for info in infos if info.type == fs.FileType.File]
         infos.sort(key=lambda info: PurePosixPath(info.path).parts)
-        return [Found(self._at(info.path), info.size, info.mtime_ns) for info in infos]
-
-    def relative_to(self, folder: Location) -> str:
-        """Path below a folder, with slashes."""
-        if self.local is not None:
-            assert folder.local is not None
-            return self.local.relative_to(folder.local).as_posix()
-        return self.path[len(folder.path.rstrip("/")) :].lstrip("/")
+        cut = len(self.path)
+        named = [(info.path[cut:].lstrip("/"), info) for info in infos]
+        return [
+            Found(self / name if name else self, info.size, info.mtime_ns, name)
+            for name, info in named
+        ]
 
     def open(self) -> pa.NativeFile:
         """Open a file of a store for reading at any place. Errors are the store's own: whoever
@@ -260,10 +268,22 @@ class Location:
         except (pa.ArrowException, OSError) as error:
             self.refuse(error, doing)
 
-    def _at(self, path: str) -> Location:
-        if path == self.path:
-            return self
-        return self / path[len(self.path) :].lstrip("/")
+
+def _files_below(folder: Path) -> list[tuple[str, str, os.stat_result]]:
+    """(name below, path, facts) of files, in the order of their paths' parts, as Path has it;
+    pathlib itself takes its time."""
+    found: list[tuple[tuple[str, ...], str, os.stat_result]] = []
+    waiting: list[tuple[tuple[str, ...], str]] = [((), str(folder))]
+    while waiting:
+        parts, place = waiting.pop()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(place) as below:
+            for entry in below:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(((*parts, entry.name), entry.path))
+                elif entry.is_file():
+                    found.append(((*parts, entry.name), entry.path, entry.stat()))
+    found.sort(key=lambda one: one[0])
+    return [("/".join(parts), place, stat) for parts, place, stat in found]
 
 
 Place: TypeAlias = str | Path | Location

@@ -82,8 +82,10 @@ class ParquetLog(Log):
         first: pa.Schema | None = None
         footers = read_footers(self._files) if footers is None else footers
         known: list[Footer] = []
+        seen: pa.Schema | None = None
         for file, footer in zip(self._files, footers, strict=True):
-            selected = _selected(file, footer.columns, schema)
+            if footer.columns is not seen:  # Those of a list are one object.
+                seen, selected = footer.columns, _selected(file, footer.columns, schema)
             if first is None:
                 first = selected
             elif not selected.equals(first):
@@ -234,12 +236,13 @@ def write_log_file(directory: Location, number: int, groups: Iterable[pa.Table])
 
 def finish_log(directory: Location, schema: LogSchema) -> dict[str, Any]:
     """Read the footers of the files of a log, and write its manifest."""
-    files = [one.location for one in directory.files() if one.location.suffix == ".parquet"]
+    found = [one for one in directory.files() if one.name.endswith(".parquet")]
+    files = [one.location for one in found]
     footers = list(read_footers(files))
     log = ParquetLog(files, schema, footers)
     listed = [
-        {"name": file.relative_to(directory), "bytes": footer.size, "groups": footer.row_groups}
-        for file, footer in zip(files, footers, strict=True)
+        {"name": one.name, "bytes": footer.size, "groups": footer.row_groups}
+        for one, footer in zip(found, footers, strict=True)
     ]
     return write_manifest(directory, schema.to_dict(), log.num_rows, log.fingerprint, listed)
 

@@ -78,7 +78,7 @@ def find_parquet_files(path: Place, what: str) -> list[Found]:
     if not listed and not place.exists():
         hint = "" if place.local is not None else "; check the bucket's name and the prefix"
         raise DataError(f"there is no {what} at '{place}'{hint}")
-    below = [(found.location.relative_to(place).split("/"), found) for found in listed]
+    below = [(found.name.split("/"), found) for found in listed]
     names = {"/".join(parts) for parts, _ in below}
     if WRITING in names and FILE not in names:
         raise DataError(

@@ -32,7 +32,7 @@ def check_new(directory: Location) -> None:
     if directory.local is not None:
         if not directory.exists():
             return
-    elif not (names := [one.location.relative_to(directory) for one in directory.files()]):
+    elif not (names := [one.name for one in directory.files()]):
         return
     elif WRITING in names and FILE not in names:
         raise DataError(

@@ -67,7 +67,7 @@ def listed_footers(
     """
     if manifest is None or not manifest.get("files"):
         return None
-    there = {one.location.relative_to(path): one for one in found}
+    there = {one.name: one for one in found}
     listed = {file["name"]: file for file in manifest["files"]}
     missing = [name for name in listed if name not in there]
     if missing:

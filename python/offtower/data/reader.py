@@ -5,29 +5,27 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
-from offtower.data.check import RowChecker
-from offtower.data.encoding import FeatureEncoding, concat
+from offtower.data.encoding import FeatureEncoding
+from offtower.data.loading import Loader, OnBadRows, ended, joined_rows
+from offtower.data.location import Place
 from offtower.data.log import Log
 from offtower.data.order import Batch, Cursor, EpochOrder, fold_of, rank_slice
 from offtower.data.read_ahead import ReadAhead
-from offtower.data.rows import EncodedRows, encode_rows
+from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError
 
 __all__ = ["BatchReader", "Cursor", "Step", "row_folds", "scan"]
 
-OnBadRows = Literal["error", "quarantine"]
 FoldOf = Callable[[EncodedRows], NDArray[np.int8]]
 
 _SCAN_WINDOW_ROWS = 131_072
@@ -117,7 +115,7 @@ class BatchReader:
         prefetch: bool = True,
         on_bad_rows: OnBadRows = "error",
         *,
-        quarantine: Path | None = None,
+        quarantine: Place | None = None,
         fold: FoldOf | None = None,
         cache_bytes: int = 2**29,
     ) -> None:
@@ -127,10 +125,11 @@ class BatchReader:
         self.prefetch = prefetch
         self.seconds_waiting = 0.0
         """Seconds that the consumer has waited for windows, over all epochs."""
-        self._loader = _Loader(log, catalogue, context_encoding, on_bad_rows, quarantine)
+        self._loader = Loader(log, catalogue, context_encoding, on_bad_rows, quarantine)
         self._fold = fold
         self._cache_bytes = cache_bytes
         self._kept: EncodedRows | None = None
+        self._kept_folds: NDArray[np.int8] | None = None
         self._running: weakref.WeakSet[Generator[Step, None, None]] = weakref.WeakSet()
 
     @property
@@ -224,7 +223,7 @@ class BatchReader:
             return self._window(epoch, number, rows)
 
         if not self.prefetch or len(numbers) < 2:
-            with _ended(tables):
+            with ended(tables):
                 for number in numbers:
                     window = load(number, threading.Event())
                     assert window is not None
@@ -232,15 +231,21 @@ class BatchReader:
                     del window
             return
         # First the tables end, and with them what the thread may be waiting for.
-        with ReadAhead(numbers, load) as ahead, _ended(tables):
+        with ReadAhead(numbers, load) as ahead, ended(tables):
             yield from ahead
 
     def _window(self, epoch: int, number: int, rows: EncodedRows) -> _Window:
         folds = None
         if self.order.num_folds > 1:
-            of = self._fold or (lambda r: row_folds(r, self.order.num_folds, self.order.seed))
-            folds = of(rows)
+            folds = self._folds(rows) if self._kept_folds is None else self._kept_folds
+            if rows is self._kept:
+                self._kept_folds = folds
         return _Window(rows, self.order.batches(epoch, number, len(rows), folds))
+
+    def _folds(self, rows: EncodedRows) -> NDArray[np.int8]:
+        if self._fold is not None:
+            return self._fold(rows)
+        return row_folds(rows, self.order.num_folds, self.order.seed)
 
 
 def row_folds(rows: EncodedRows, num_folds: int, seed: int) -> NDArray[np.int8]:
@@ -256,7 +261,7 @@ def scan(
     *,
     rows: range | None = None,
     on_bad_rows: OnBadRows = "error",
-    quarantine: Path | None = None,
+    quarantine: Place | None = None,
     prefetch: bool = True,
 ) -> Iterator[EncodedRows]:
     """All rows of a log in the order of the file, `batch_rows` at a time; the rest comes last.
@@ -272,7 +277,7 @@ def scan(
     """
     if rows is not None and on_bad_rows != "error":
         raise ConfigError("a range of rows is read of a log without bad rows only")
-    loader = _Loader(log, catalogue, context_encoding, on_bad_rows, quarantine)
+    loader = Loader(log, catalogue, context_encoding, on_bad_rows, quarantine)
     rows = range(log.num_rows) if rows is None else rows
     first = log.first_rows
     groups = range(
@@ -294,7 +299,7 @@ def scan(
 
 
 def _scan(
-    loader: _Loader,
+    loader: Loader,
     windows: list[list[int]],
     batch_rows: int,
     prefetch: bool,
@@ -314,7 +319,7 @@ def _scan(
             loaded = iter(stack.enter_context(ahead))
         else:
             loaded = (loader.load(groups, tables, threading.Event()) for groups in windows)
-        stack.enter_context(_ended(tables))
+        stack.enter_context(ended(tables))
         for rows in loaded:
             assert rows is not None
             if skip or (limit is not None and len(rows) > limit):
@@ -324,7 +329,7 @@ def _scan(
             if limit is not None:
                 limit -= len(rows)
             if rest is not None:
-                rows = _joined([rest, rows])
+                rows = joined_rows([rest, rows])
             whole = len(rows) - len(rows) % batch_rows
             for start in range(0, whole, batch_rows):
                 yield rows.take(np.arange(start, start + batch_rows))
@@ -332,90 +337,3 @@ def _scan(
             del rows
     if rest is not None:
         yield rest
-
-
-@contextmanager
-def _ended(tables: Iterator[pa.Table]) -> Iterator[None]:
-    """Close an iterator that has threads of its own, also while another thread waits for it."""
-    try:
-        yield
-    finally:
-        close = getattr(tables, "close", None)
-        if close is not None:
-            close()
-
-
-class _Loader:
-    """Reads, checks and encodes row groups."""
-
-    def __init__(
-        self,
-        log: Log,
-        catalogue: Catalogue,
-        context_encoding: FeatureEncoding,
-        on_bad_rows: OnBadRows,
-        quarantine: Path | None,
-    ) -> None:
-        if on_bad_rows not in ("error", "quarantine"):
-            raise ConfigError(f"on_bad_rows must be error or quarantine, but is '{on_bad_rows}'")
-        if on_bad_rows == "quarantine" and quarantine is None:
-            raise ConfigError("on_bad_rows='quarantine' needs a folder `quarantine` for the rows")
-        self._log = log
-        self._catalogue = catalogue
-        self._encoding = context_encoding
-        self._first_rows = log.first_rows
-        self._checker = RowChecker(
-            log.schema, catalogue, quarantine=quarantine if on_bad_rows == "quarantine" else None
-        )
-
-    @property
-    def bad_rows(self) -> int:
-        return self._checker.bad_rows
-
-    def tables(self, windows: Sequence[Sequence[int]]) -> Iterator[pa.Table]:
-        """The row groups of some windows, which `load` takes in this order: where they are far
-        away they are read ahead over the windows' ends."""
-        groups = [group for window in windows for group in window]
-        return self._log.read_row_groups(groups, self._log.schema.columns)
-
-    def load(
-        self, groups: Sequence[int], tables: Iterator[pa.Table], stop: threading.Event
-    ) -> EncodedRows | None:
-        """The rows of some row groups; None where `stop` was set meanwhile."""
-        parts = []
-        for group in groups:
-            if stop.is_set():
-                return None
-            parts.append(self._encoded(group, next(tables)))
-        rows = _joined(parts)
-        # Arrow keeps what its tables held for the next ones; a window's worth is too much to keep.
-        pa.default_memory_pool().release_unused()
-        return rows
-
-    def _encoded(self, group: int, table: pa.Table) -> EncodedRows:
-        schema = self._log.schema
-        first_row = int(self._first_rows[group])
-        good = self._checker.good_rows(table, self._log.location(group), first_row)
-        row = None
-        if not good.all():
-            row = first_row + np.flatnonzero(good)
-            table = table.filter(pa.array(good))
-        return encode_rows(table, schema, self._catalogue, self._encoding, first_row, row)
-
-
-def _joined(parts: list[EncodedRows]) -> EncodedRows:
-    """`EncodedRows.concat`, freeing the parts column by column: `parts` is empty afterwards."""
-    if len(parts) == 1:
-        return parts.pop()
-    columns: list[dict[str, Any]] = [{f.name: getattr(p, f.name) for f in fields(p)} for p in parts]
-    parts.clear()
-    joined: dict[str, Any] = {}
-    contexts = [column.pop("context") for column in columns]
-    joined["context"] = {
-        name: concat([{name: context.pop(name)} for context in contexts])[name]
-        for name in list(contexts[0])
-    }
-    for name in list(columns[0]):
-        values = [column.pop(name) for column in columns]
-        joined[name] = None if values[0] is None else np.concatenate(values)
-    return EncodedRows(**joined)

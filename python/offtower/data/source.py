@@ -13,19 +13,33 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from numpy.typing import NDArray
+from pyarrow import fs
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
 from offtower.data.location import Location, Place
+from offtower.data.parquet import FOOTER_THREADS
 from offtower.data.parts import RowSource
+from offtower.data.read_ahead import InOrder
 from offtower.data.schema import LogSchema
-from offtower.data.stores import ATTEMPTS, PAUSE_SECONDS, advice, asked, first_line, may_pass
+from offtower.data.stores import (
+    ATTEMPTS,
+    PAUSE_SECONDS,
+    advice,
+    asked,
+    first_line,
+    limit,
+    may_pass,
+    tried,
+)
 from offtower.errors import DataError
 
 logger = logging.getLogger("offtower.stores")
 
 _FORMATS = {".csv": "csv", ".parquet": "parquet", ".arrow": "ipc", ".feather": "feather"}
 _UNIT_ROWS = 262_144
+_BATCH_ROWS = 131_072
+"""pyarrow's own."""
 
 
 def open_source(path: Place) -> ds.Dataset:
@@ -62,6 +76,20 @@ def open_source(path: Place) -> ds.Dataset:
         ) from error
 
 
+def read_source(path: Place) -> pa.Table:
+    """All of a file or folder, as `open_source` opens it.
+
+    Raises:
+        DataError: as there, or a file is damaged.
+    """
+    path, source = Location.of(path), open_source(path)
+    if path.local is not None:
+        return source.to_table()
+    units = Units(source, path, source.schema.names)
+    batches = [batch for unit in range(len(units)) for batch in units.batches(unit)]
+    return pa.Table.from_batches(batches, source.schema)
+
+
 class Units:
     """A source in units: some row groups of a Parquet file; a whole file of another format, which
     cannot be cut. Batches are those of reading the source at once.
@@ -87,18 +115,21 @@ class Units:
         self.fragments: list[Any] = []
         self.known: list[int | None] = []
         """Rows of each unit, where the file says so."""
-        for fragment in source.get_fragments():
-            self._add(fragment)
+        fragments = list(source.get_fragments())
+        here = place.local is not None
+        found = (
+            map(_row_groups, fragments)
+            if here
+            else InOrder(_row_groups, fragments, FOOTER_THREADS, lambda f: f"'{f.path}'", limit())
+        )
+        for fragment, groups in zip(fragments, found, strict=True):
+            self._add(fragment, groups)
 
-    def _add(self, fragment: Any) -> None:
-        if not isinstance(fragment, ds.ParquetFileFragment):
+    def _add(self, fragment: Any, groups: list[tuple[int, int]] | None) -> None:
+        if groups is None:
             self.fragments.append(fragment)
             self.known.append(None)
             return
-        try:
-            groups = [(group.id, group.num_rows) for group in fragment.row_groups]
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"'{fragment.path}' cannot be read: {error}") from error
         waiting: list[int] = []
         rows = 0
         for number, (group, count) in enumerate(groups):
@@ -112,8 +143,10 @@ class Units:
     def __len__(self) -> int:
         return len(self.fragments)
 
-    def batches(self, unit: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """The unit's rows, in order, without empty batches.
+    def batches(
+        self, unit: int, columns: Sequence[str] | None = None, most_rows: int = _BATCH_ROWS
+    ) -> Iterator[pa.RecordBatch]:
+        """The unit's rows, in order, without empty batches, `most_rows` at a time.
 
         Raises:
             DataError: the file is damaged.
@@ -124,7 +157,12 @@ class Units:
         for attempt in range(1, ATTEMPTS + 1):
             at = 0
             try:
-                for batch in fragment.to_batches(schema=self.schema, columns=wanted):
+                batches = fragment.to_batches(
+                    schema=self.schema, columns=wanted, batch_size=most_rows
+                )
+                if self.place.local is None:
+                    batches = _waited_for(batches, f"'{fragment.path}'")
+                for batch in batches:
                     new = batch.slice(min(max(done - at, 0), batch.num_rows))
                     at += batch.num_rows
                     if new.num_rows:
@@ -164,6 +202,29 @@ class Units:
             rows += batch.num_rows
             seen = joined_values(seen, batch.column(0))
         return rows, seen
+
+
+def _waited_for(batches: Iterator[pa.RecordBatch], name: str) -> Iterator[pa.RecordBatch]:
+    """The same batches; one that takes long is told, and ends at the limit."""
+    while True:
+        batch = asked(lambda: next(batches, None), name, attempts=1)
+        if batch is None:
+            return
+        yield batch
+
+
+def _row_groups(fragment: Any) -> list[tuple[int, int]] | None:
+    """(number, rows) of each row group; None where the file has none, being no Parquet."""
+    if not isinstance(fragment, ds.ParquetFileFragment):
+        return None
+    try:
+        return tried(
+            lambda: [(group.id, group.num_rows) for group in fragment.row_groups],
+            f"'{fragment.path}'",
+            attempts=1 if isinstance(fragment.filesystem, fs.LocalFileSystem) else None,
+        )
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"'{fragment.path}' cannot be read: {error}") from error
 
 
 def joined_values(seen: pa.Array | None, more: pa.Array | None) -> pa.Array | None:

@@ -234,6 +234,8 @@ def advice(error: BaseException) -> str:
             "the store cannot be reached from this machine: check region, endpoint_override and "
             "scheme behind the address, the proxy, and whether this network may reach it"
         )
+    if has("HTTP status 5", "SLOW_DOWN", "INTERNAL_FAILURE", "SERVICE_UNAVAILABLE", "Throttl"):
+        return "the store fails or is overloaded: look at its own state, and try again later"
     if has("libjvm", "libhdfs"):
         return "hdfs:// needs Hadoop's client: set JAVA_HOME, HADOOP_HOME and CLASSPATH"
     return ""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from offtower.data.encoding import BagTensor, FeatureEncoding
+from offtower.models.bag_sums import bag_sums
 from offtower.models.row_draws import RowDraws
 
 FeatureTensors = Mapping[str, Tensor | BagTensor]
@@ -38,6 +39,7 @@ class FeatureEncoder(nn.Module):
             for a part of the catalogue that has a table of its own.
         bag: a bag's embedding is the mean of its values' embeddings, or their sum over the root of
             their number.
+        table_dim: width of every table, whatever the features state.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class FeatureEncoder(nn.Module):
         draws: RowDraws | None = None,
         table_rows: Mapping[str, int] | None = None,
         bag: Literal["mean", "root"] = "mean",
+        table_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.unknown_rate = unknown_rate
@@ -59,16 +62,19 @@ class FeatureEncoder(nn.Module):
         """By table, for `initial_rows`."""
         self._table_of: dict[str, str] = {}
         width = 0
+        self.plain_width = 0
         for spec in encoding.specs:
             if spec.kind == "numeric":
                 self.plain.append(spec.name)
                 width += 1
+                self.plain_width += 1
             elif spec.kind == "vector":
                 self.plain.append(spec.name)
                 assert spec.dim is not None, "a fitted vector feature has its dimension"
                 width += spec.dim
+                self.plain_width += spec.dim
             else:
-                dim = spec.embedding_dim or category_embedding_dim
+                dim = table_dim or spec.embedding_dim or category_embedding_dim
                 rows = (table_rows or {}).get(spec.name, encoding.cardinality(spec.name))
                 table: nn.Module = (
                     skip_init(nn.Embedding, rows, dim)
@@ -98,23 +104,39 @@ class FeatureEncoder(nn.Module):
 
     def forward(self, features: FeatureTensors) -> Tensor:
         """Encoded features of n rows -> (n, width) float32."""
+        parts = [*self.numbers(features), *self.embeddings(features)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def numbers(self, features: FeatureTensors) -> list[Tensor]:
+        """Standardised numbers and vectors of n rows, (n, their width) each."""
         parts: list[Tensor] = []
         for name in self.plain:
             value = features[name]
             assert isinstance(value, Tensor)
             parts.append(value if value.dim() == 2 else value.unsqueeze(1))
+        return parts
+
+    def embeddings(self, features: FeatureTensors) -> list[Tensor]:
+        """Embeddings of the categories and bags of n rows, (n, width of the table) each."""
+        parts: list[Tensor] = []
         for number, (name, key) in enumerate(self._table_of.items()):
             value = features[name]
             table = self.tables[key]
             if isinstance(value, BagTensor):
-                mean = table(self._hide_in_bags(value, number), value.offsets[:-1])
-                if self.bag == "root":
-                    count = value.offsets[1:] - value.offsets[:-1]
-                    mean = mean * count.to(mean.dtype).sqrt().unsqueeze(1)
-                parts.append(mean)
+                parts.append(self._joined(table, self._hide_in_bags(value, number), value.offsets))
             else:
                 parts.append(table(self._hide_some(value, number)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return parts
+
+    def _joined(self, table: nn.Module, values: Tensor, offsets: Tensor) -> Tensor:
+        assert isinstance(table, nn.EmbeddingBag)
+        count = (offsets[1:] - offsets[:-1]).to(table.weight.dtype).unsqueeze(1)
+        if self.training and by_products(table):
+            total = bag_sums(table.weight, values, offsets)
+            some = count.clamp_min(1.0)
+            return total / (some.sqrt() if self.bag == "root" else some)
+        mean: Tensor = table(values, offsets[:-1])
+        return mean * count.sqrt() if self.bag == "root" else mean
 
     @property
     def _hides(self) -> bool:
@@ -181,3 +203,8 @@ def _fill(table: nn.Module, values: Tensor) -> None:
     with torch.no_grad():
         weight.copy_(values)
         weight[UNKNOWN].zero_()
+
+
+def by_products(table: nn.EmbeddingBag) -> bool:
+    """Whether training sums the bags of a table by `bag_sums`."""
+    return table.weight.device.type == "cpu" and not table.sparse

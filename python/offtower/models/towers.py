@@ -47,7 +47,13 @@ class RowDropout(nn.Module):
 
 
 class MLPBody(nn.Module):
-    """Feature encoder, hidden layers, linear map to the output."""
+    """Feature encoder, hidden layers, linear map to the output.
+
+    With `tables: output` the embeddings of categories and bags are as wide as the output and added
+    to it, and the layers read numbers and vectors alone: in a linear tower each value then has
+    weights of its own. Behind a linear layer the same functions are products of two matrices, with
+    the other tower's of four, and rare values of long bags are overfitted.
+    """
 
     def __init__(
         self,
@@ -59,6 +65,7 @@ class MLPBody(nn.Module):
     ) -> None:
         super().__init__()
         draws = draws or RowDraws()
+        self.adds_tables = config.tables == "output"
         self.encoder = FeatureEncoder(
             encoding,
             config.category_embedding_dim,
@@ -66,6 +73,7 @@ class MLPBody(nn.Module):
             draws,
             table_rows,
             config.bag,
+            output_dim if self.adds_tables else None,
         )
         if self.encoder.width == 0:
             raise ConfigError(
@@ -73,25 +81,39 @@ class MLPBody(nn.Module):
                 "(context) and of the catalogue (features), for example the item id as a category"
             )
         layers: list[nn.Module] = []
-        width = self.encoder.width
+        width = self.encoder.plain_width if self.adds_tables else self.encoder.width
+        if width == 0 and config.hidden_layer_sizes:
+            raise ConfigError(
+                "tower 'tables: output' leaves the hidden layers nothing to read, since no feature "
+                "is a number or a vector; set hidden_layer_sizes: [] or tables: input"
+            )
         for size in config.hidden_layer_sizes:
             layers += [nn.Linear(width, size), _ACTIVATIONS[config.activation]()]
             if config.dropout > 0.0:
                 layers.append(RowDropout(config.dropout, draws, purpose=_DROPOUT + len(layers)))
             width = size
-        layers.append(nn.Linear(width, output_dim))
+        if width > 0:
+            layers.append(nn.Linear(width, output_dim))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: FeatureTensors) -> Tensor:
-        output: Tensor = self.layers(self.encoder(features))
+        output: Tensor
+        if not self.adds_tables:
+            output = self.layers(self.encoder(features))
+            return output
+        parts = self.encoder.embeddings(features)
+        numbers = self.encoder.numbers(features)
+        if numbers:
+            parts.append(self.layers(torch.cat(numbers, dim=1)))
+        output = parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
         return output
 
 
 class JoinedBody(nn.Module):
     """Bodies side by side: embeddings one after the other, biases added up.
 
-    A single body whose bags are joined by the root is wrapped too: what writes the graph of an
-    `MLPBody` by itself takes bags for means.
+    A single body whose bags are joined by the root, or whose tables are added, is wrapped too: what
+    writes the graph of an `MLPBody` by itself takes bags for means, and tables for inputs.
     """
 
     def __init__(self, bodies: list[nn.Module], member_dim: int, normalize: bool) -> None:
@@ -152,7 +174,8 @@ class Tower(nn.Module):
             for _ in range(config.members)
         ]
         self.body = bodies[0]
-        if config.members > 1 or (config.bag == "root" and config.module is None):
+        unusual = config.bag == "root" or config.tables == "output"
+        if config.members > 1 or (unusual and config.module is None):
             self.body = JoinedBody(bodies, member_dim, config.normalize)
 
     @property

@@ -1,8 +1,8 @@
 """The main job from end to end, on data that comes with the install: `offtower quickstart`.
 
 Real data: the Open Bandit Dataset sample inside the obp package (men campaign, both logging
-policies). Synthetic data: a log whose true value is known. Each is learned from by regression, IPS
-and DR, and judged on its held-out part.
+policies). Synthetic data: a log whose true value is known. Each is learned from by auto (the
+default), regression, IPS and DR, and judged on its held-out part.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from offtower.progress import Progress
 from offtower.training.run import train_run
 from offtower.training.trainer import EpochHook
 
-OBJECTIVES = ("regression", "ips", "dr")
+OBJECTIVES = ("auto", "regression", "ips", "dr")
 _MARK = "quickstart.json"
 _TRUTH_CONTEXTS = 5000
 _WORLD = 142

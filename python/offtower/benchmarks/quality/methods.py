@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from offtower.benchmarks.quality.misspecified import half_blind_policy, half_blind_settings
+from offtower.benchmarks.quality.revealed import best_of_revealed
 from offtower.benchmarks.quality.world import QualityWorld, Value, of_scores, value
 from offtower.config import parse_config
 from offtower.data.convert import to_bandit_feedback
@@ -232,6 +233,15 @@ def half_blind_dr(world: QualityWorld, seed: int) -> Learned:
     )
 
 
+def revealed_labels(world: QualityWorld, seed: int) -> Learned:
+    """What regression can do with the labels that the log reveals, its settings chosen by the
+    truth: a line to measure others by, not a method that anyone could use."""
+    if world.landmarks.get("supervised") is None:
+        raise NotForThisWorld("has no labels")
+    found, settings, seconds = best_of_revealed(world)
+    return Learned(found, seconds, settings)
+
+
 METHODS: Mapping[str, Method] = {
     "auto": auto,
     "tune": tuned,
@@ -252,6 +262,7 @@ METHODS: Mapping[str, Method] = {
     "logistic_cv": logistic_cv,
     "half_blind_regression": half_blind_regression,
     "half_blind_dr": half_blind_dr,
+    "revealed_labels": revealed_labels,
 }
 
 

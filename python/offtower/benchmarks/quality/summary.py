@@ -97,11 +97,17 @@ def _paired(by_seed: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
 
 
 def _picks(lines: Sequence[Line]) -> dict[str, dict[str, int]]:
-    choosing = dict.fromkeys(line["method"] for line in lines if "facts" in line)
+    choosing = dict.fromkeys(
+        line["method"] for line in lines if any(map(_of_candidate, line.get("facts", {})))
+    )
     return {name: _within([x for x in lines if x["method"] == name]) for name in choosing}
 
 
 def _within(own: Sequence[Line]) -> dict[str, int]:
-    best = [max(v for k, v in x["facts"].items() if k.startswith("value of ")) for x in own]
+    best = [max(v for k, v in x["facts"].items() if _of_candidate(k)) for x in own]
     within = sum(x["value"] >= (1 - WITHIN) * one for x, one in zip(own, best, strict=True))
     return {"within": int(within), "of": len(own)}
+
+
+def _of_candidate(fact: str) -> bool:
+    return fact.startswith("value of ")

@@ -36,14 +36,29 @@ class Schedule:
     batch_size: int
 
 
-CANDIDATES = ("regression_linear", "regression", "likelihood_linear", "likelihood")
-"""In the order of belief: a later one must show on held-out rows that it is better.
-
-Regression reads every row, shown and not rewarded too, and is best where its model can be right;
+REGRESSIONS = ("regression_linear", "regression")
+LIKELIHOODS = ("likelihood_linear", "likelihood")
+"""Regression reads every row, shown and not rewarded too, and is best where its model can be right;
 a linear one has the fewest ways to overfit. The likelihood of rewarded items, weighted by
 1 / pscore, needs no model of rewards and pushes items down that the log never shows; it is best
 where items are many, rewards rare, and features say little about an item.
 """
+
+
+def default_order(data: PreparedData) -> tuple[str, ...]:
+    """Names in the order of belief: a later one must show on held-out rows that it is better.
+
+    What a regression says about an item that the log hardly shows comes from the item's features.
+    An id has none, and what is believed of it there is what its embedding started from; held-out
+    values of policies off the log are so noisy that they seldom refute it.
+    """
+    specs = data.item_encoding.specs
+    ids_alone = all(
+        spec.kind == "category"
+        and data.item_encoding.cardinality(spec.name) > data.items.num_items / 2
+        for spec in specs
+    )
+    return (*LIKELIHOODS, *REGRESSIONS) if ids_alone else (*REGRESSIONS, *LIKELIHOODS)
 
 
 _LINEAR_DIM = 64
@@ -61,11 +76,12 @@ def make_candidates(config: Config, data: PreparedData) -> list[Candidate]:
         "likelihood_linear": lambda name: _linear(name, _likelihood(), config, data),
         "likelihood": lambda name: _deep(name, _likelihood(), config),
     }
-    for name in config.auto.candidates:
+    names = config.auto.candidates or default_order(data)
+    for name in names:
         if name not in known:
             raise ConfigError(f"auto.candidates: unknown '{name}'; known: {', '.join(known)}")
     negative = data.train.schema.reward_range[0] < 0.0
-    made = [known[name](name) for name in config.auto.candidates]
+    made = [known[name](name) for name in names]
     made = [one for one in made if not (negative and one.objective.needs_nonnegative_reward)]
     if not made:
         raise ConfigError(
@@ -82,7 +98,7 @@ def make_schedule(settings: AutoConfig, rows: int) -> Schedule:
         batch = min(1024, max(64, 1 << max(0, (rows // 16).bit_length() - 1)))
     epochs = settings.epochs
     if epochs is None:
-        steps = max(400, min(1500, 30 * rows // batch))
+        steps = max(400, min(600, 30 * rows // batch))
         epochs = math.ceil(steps * batch / rows)
     return Schedule(epochs, min(batch, rows))
 
@@ -105,6 +121,7 @@ def _linear(name: str, objective: Objective, config: Config, data: PreparedData)
         return TowerConfig(
             category_embedding_dim=max(given.category_embedding_dim, dim),
             hidden_layer_sizes=(),
+            tables="output",
             unknown_rate=given.unknown_rate,
         )
 

@@ -6,7 +6,7 @@ learned in one pass over the log, or each for itself where there are workers, wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,9 +21,10 @@ from offtower.models.store import load_weights, save_weights
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
-from offtower.training.auto.candidates import Candidate, Schedule, make_candidates
+from offtower.training.auto.candidates import Candidate, Schedule
 from offtower.training.auto.folds import Folds
 from offtower.training.auto.members import fit_members
+from offtower.training.device import place
 
 Purpose = Literal["judged", "refit"]
 
@@ -41,6 +42,7 @@ class LearnPart:
     """Part -> weights of its members; may run anywhere, and again."""
 
     config: Config
+    candidates: Mapping[str, Candidate]
     folds: Folds
     schedule: Schedule
     data: PreparedData | None
@@ -51,13 +53,14 @@ class LearnPart:
 
     def __call__(self, part: Part) -> list[dict[str, Tensor]]:
         progress = self.progress or Progress()
-        data = self.data or open_data(self.config, progress, self.run_path)
-        candidates = {one.name: one for one in make_candidates(self.config, data)}
+        data = self.data
+        if data is None:
+            opened = open_data(self.config, progress, self.run_path)
+            data = place(opened, self.config.training)
         folds = replace(self.folds, held_out=tuple(self.folds.held_out[k] for k in part.members))
-        members = fit_members(
-            candidates[part.candidate], self.config, data, folds, self.schedule, progress
-        )
-        return [dict(member.state_dict()) for member in members]
+        candidate = self.candidates[part.candidate]
+        members = fit_members(candidate, self.config, data, folds, self.schedule, progress)
+        return [{k: v.cpu() for k, v in one.state_dict().items()} for one in members]
 
 
 class CandidateLearner:
@@ -97,6 +100,7 @@ class CandidateLearner:
         missing = [part for part in parts if not self._restored(purpose, part, found)]
         learn = LearnPart(
             self._config,
+            self._candidates,
             self._folds[purpose],
             self._schedule,
             None if away else self._data,

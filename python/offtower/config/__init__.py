@@ -1,0 +1,57 @@
+"""The configuration of a run: typed dataclasses, read from YAML, changed by dotted overrides.
+
+An unknown key is an error that suggests the nearest known one; a value of the wrong type names its
+place in the file. The same file drives training, evaluation and cluster jobs.
+"""
+
+from offtower.config.files import (
+    apply_overrides,
+    config_fingerprint,
+    load_config,
+    parse_config,
+    to_dict,
+    to_yaml,
+)
+from offtower.config.judging import (
+    EstimatorConfig,
+    EvaluationConfig,
+    GateOptions,
+    SelectionConfig,
+    SelectionModel,
+)
+from offtower.config.learning import (
+    AutoConfig,
+    DataConfig,
+    ObjectiveConfig,
+    PolicyConfig,
+    RewardModelConfig,
+    SamplingConfig,
+    TowerConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
+from offtower.config.run import Config
+
+__all__ = [
+    "AutoConfig",
+    "Config",
+    "DataConfig",
+    "EstimatorConfig",
+    "EvaluationConfig",
+    "GateOptions",
+    "ObjectiveConfig",
+    "PolicyConfig",
+    "RewardModelConfig",
+    "SamplingConfig",
+    "SelectionConfig",
+    "SelectionModel",
+    "TowerConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+    "apply_overrides",
+    "config_fingerprint",
+    "load_config",
+    "parse_config",
+    "to_dict",
+    "to_yaml",
+]

@@ -1,0 +1,168 @@
+"""Sections about judging: estimators, which of them to believe, and what a verdict asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass as frozen_dataclass
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from offtower.config.learning import RewardModelConfig
+from offtower.config.strict import STRICT
+from offtower.errors import ConfigError
+
+
+@frozen_dataclass(frozen=True)
+class GateOptions:
+    """What a verdict asks for.
+
+    Attributes:
+        margin: V(new) - V(logging) must exceed it, in units of reward.
+        min_rows, min_users, min_effective_sample_size: below these an asymptotic interval is not
+            believed.
+        max_pareto_k: heavier tails of the weights are not believed (`diagnostics.pareto_shape`).
+        max_mean_weight_z, max_mean_weight_error: propensities are doubted where the mean weight is
+            off 1 by more than both, in standard errors and absolutely, or where the weighted
+            predictions are off by more standard errors than that, and by enough to explain
+            `max_balance_share` of the difference.
+        max_missing_support: tolerated share of target draws that the log cannot show.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    margin: float = 0.0
+    min_rows: int = 100
+    min_users: int = 30
+    min_effective_sample_size: float = 100.0
+    max_pareto_k: float = 0.7
+    max_mean_weight_z: float = 4.0
+    max_mean_weight_error: float = 0.02
+    max_balance_share: float = 0.25
+    max_missing_support: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.margin):
+            raise ConfigError(f"the gate's margin must be a number, but is {self.margin}")
+        for name in ("max_pareto_k", "max_mean_weight_z", "max_mean_weight_error"):
+            if not getattr(self, name) >= 0.0:
+                raise ConfigError(
+                    f"the gate's {name} must not be negative, but is {getattr(self, name)}"
+                )
+
+
+@dataclass(config=STRICT)
+class EstimatorConfig:
+    """An estimator with its parameter. `snips` alone is short for {name: snips}."""
+
+    name: str
+    """`offtower doctor` lists them."""
+    max_weight: float | Literal["slope"] | None = None
+    """clipped_ips, clipped_dr. "slope" lets SLOPE choose any of these from the log's first rows."""
+    threshold: float | Literal["slope"] | None = None
+    """switch_dr."""
+    shrinkage: float | Literal["slope"] | None = None
+    """dros."""
+    lambda_: float | Literal["slope"] | None = None
+    """sub_gaussian_ips, sub_gaussian_dr, log_smoothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, content: Any) -> Any:
+        return {"name": content} if isinstance(content, str) else content
+
+
+SelectionModel = Literal["linear", "trees", "two_tower"]
+
+
+def _named(content: Any) -> Any:
+    """A mapping by text: YAML reads an unquoted name such as 1 as a number."""
+    if not isinstance(content, Mapping):
+        return content
+    return {str(name): value for name, value in content.items()}
+
+
+ByName = Annotated[dict[str, str], BeforeValidator(_named), Field(min_length=1)]
+
+
+@dataclass(config=STRICT)
+class SelectionConfig:
+    """Which estimator to believe (`offtower evaluate --select`)."""
+
+    models: tuple[SelectionModel, ...] = ("linear", "trees", "two_tower")
+    """Reward models of the candidates, fitted on the run's training log where the run has none of
+    the kind."""
+    fit_rows: int = Field(default=200_000, ge=100)
+    """Rows of the training log that `linear` and `trees` learn from, at most."""
+    max_rows: int = Field(default=2_000_000, ge=100)
+    """Longest log that is taken: a few numbers a row are kept in memory."""
+    logging_run: str | None = None
+    """Run directory whose policy logged the rows, where one did: PAS-IF then draws from it and can
+    judge candidates with a reward model. Without it only logged propensities are known."""
+    logging_runs: ByName | None = None
+    """For a log of several behaviour policies: the run directory of each, by its value in the
+    column behavior_policy. The heuristic needs them; PAS-IF draws from each row's own policy. They
+    are checked against the logged propensities."""
+    logging_columns: ByName | None = None
+    """In place of logging_runs, for the heuristic: the column of the log with each behaviour
+    policy's propensity of the logged item. Candidates with a reward model are then not judged."""
+    logging_tolerance: float = Field(default=0.02, ge=0.0)
+    """Largest relative distance of logging_runs or logging_columns from the logged propensities."""
+    draws: int = Field(default=100, ge=2)
+    """Draws from the logging policy for each row, with logging_run or logging_runs. A catalogue of
+    no more items is summed over instead."""
+    draw_rows: int = Field(default=20_000, ge=100)
+    """Rows that PAS-IF works on at draws: evenly spaced ones of a longer log."""
+    share: float = Field(default=0.2, gt=0.0, lt=1.0)
+    """PAS-IF's k, the expected share of the pseudo-target part."""
+    importance_fit: Literal["exact", "network"] = "exact"
+    """How PAS-IF's split is fitted: a root-find, or the published network (slow: about a minute for
+    2,000 rows and 10 items), which needs logging_run or logging_runs and the whole catalogue."""
+    network_steps: int = Field(default=5_000, ge=1)
+    """The network's steps of Adam on all rows, for each lambda of its grid."""
+    repetitions: int = Field(default=100, ge=2)
+    """PAS-IF's splits."""
+
+
+@dataclass(config=STRICT)
+class EvaluationConfig:
+    """How `offtower evaluate` judges."""
+
+    estimators: tuple[EstimatorConfig, ...] = (
+        EstimatorConfig("ips"),
+        EstimatorConfig("snips"),
+        EstimatorConfig("dm"),
+        EstimatorConfig("dr"),
+    )
+    """Names, or {name: clipped_ips, max_weight: 10}."""
+    decide_by: str = "auto"
+    """The estimator of the verdict; auto is dr where there is a reward model, else snips."""
+    confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
+    interval: Literal["normal", "bootstrap", "bernstein"] = "normal"
+    """Of the table and the verdict; normal and bootstrap are always in the report's JSON."""
+    max_weight: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """Largest weight that can occur, for bernstein: at most 1 / (least logging probability)."""
+    replicates: int | None = Field(default=None, ge=20)
+    """Of the bootstrap; null takes what the confidence needs, 500 at least."""
+    by_user: bool | None = None
+    """Treat the rows of one user as hanging together; null does so where the log has users."""
+    gate: GateOptions = field(default_factory=GateOptions)
+    propensities: Literal["logged", "estimate"] = "logged"
+    """estimate: of a log without propensities, by a calibrated model (catalogues of up to 5,000
+    items). No interval covers its error, and every output says so."""
+    clusters: int | str | None = None
+    """Clusters of items for mips: a category of the catalogue, or a number of clusters, found by
+    k-means over the item embeddings of the first policy."""
+    expected_reward: Literal["exact", "draws"] = "exact"
+    """Of a reward model under a policy: a sum over all items, or a mean over `draws` items drawn
+    from the policy, unbiased; its noise is part of every interval. Reward models that do not factor
+    are judged by draws anyway where rows x items is large."""
+    draws: int = Field(default=8, ge=1)
+    """Items drawn from the judged policy for each row."""
+    batch_rows: int = Field(default=4096, ge=1)
+    reward_model: RewardModelConfig | None = None
+    """The reward model of DM and DR; the training's own where this is null."""
+    selection: SelectionConfig = field(default_factory=SelectionConfig)

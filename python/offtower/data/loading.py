@@ -1,0 +1,109 @@
+"""Row groups of a log -> encoded rows: read, checked, encoded, in the order that was asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from offtower.data.catalogue import Catalogue
+from offtower.data.check import RowChecker
+from offtower.data.encoding import FeatureEncoding, concat
+from offtower.data.location import Place
+from offtower.data.log import Log
+from offtower.data.rows import EncodedRows, encode_rows
+from offtower.errors import ConfigError
+
+OnBadRows = Literal["error", "quarantine"]
+
+
+@contextmanager
+def ended(tables: Iterator[pa.Table]) -> Iterator[None]:
+    """Close an iterator that has threads of its own, also while another thread waits for it."""
+    try:
+        yield
+    finally:
+        close = getattr(tables, "close", None)
+        if close is not None:
+            close()
+
+
+class Loader:
+    """Reads, checks and encodes row groups."""
+
+    def __init__(
+        self,
+        log: Log,
+        catalogue: Catalogue,
+        context_encoding: FeatureEncoding,
+        on_bad_rows: OnBadRows,
+        quarantine: Place | None,
+    ) -> None:
+        if on_bad_rows not in ("error", "quarantine"):
+            raise ConfigError(f"on_bad_rows must be error or quarantine, but is '{on_bad_rows}'")
+        if on_bad_rows == "quarantine" and quarantine is None:
+            raise ConfigError("on_bad_rows='quarantine' needs a folder `quarantine` for the rows")
+        self._log = log
+        self._catalogue = catalogue
+        self._encoding = context_encoding
+        self._first_rows = log.first_rows
+        self._checker = RowChecker(
+            log.schema, catalogue, quarantine=quarantine if on_bad_rows == "quarantine" else None
+        )
+
+    @property
+    def bad_rows(self) -> int:
+        return self._checker.bad_rows
+
+    def tables(self, windows: Sequence[Sequence[int]]) -> Iterator[pa.Table]:
+        """The row groups of some windows, which `load` takes in this order: where they are far
+        away they are read ahead over the windows' ends."""
+        groups = [group for window in windows for group in window]
+        return self._log.read_row_groups(groups, self._log.schema.columns)
+
+    def load(
+        self, groups: Sequence[int], tables: Iterator[pa.Table], stop: threading.Event
+    ) -> EncodedRows | None:
+        """The rows of some row groups; None where `stop` was set meanwhile."""
+        parts = []
+        for group in groups:
+            if stop.is_set():
+                return None
+            parts.append(self._encoded(group, next(tables)))
+        rows = joined_rows(parts)
+        # Arrow keeps what its tables held for the next ones; a window's worth is too much to keep.
+        pa.default_memory_pool().release_unused()
+        return rows
+
+    def _encoded(self, group: int, table: pa.Table) -> EncodedRows:
+        schema = self._log.schema
+        first_row = int(self._first_rows[group])
+        good = self._checker.good_rows(table, self._log.location(group), first_row)
+        row = None
+        if not good.all():
+            row = first_row + np.flatnonzero(good)
+            table = table.filter(pa.array(good))
+        return encode_rows(table, schema, self._catalogue, self._encoding, first_row, row)
+
+
+def joined_rows(parts: list[EncodedRows]) -> EncodedRows:
+    """`EncodedRows.concat`, freeing the parts column by column: `parts` is empty afterwards."""
+    if len(parts) == 1:
+        return parts.pop()
+    columns: list[dict[str, Any]] = [{f.name: getattr(p, f.name) for f in fields(p)} for p in parts]
+    parts.clear()
+    joined: dict[str, Any] = {}
+    contexts = [column.pop("context") for column in columns]
+    joined["context"] = {
+        name: concat([{name: context.pop(name)} for context in contexts])[name]
+        for name in list(contexts[0])
+    }
+    for name in list(columns[0]):
+        values = [column.pop(name) for column in columns]
+        joined[name] = None if values[0] is None else np.concatenate(values)
+    return EncodedRows(**joined)

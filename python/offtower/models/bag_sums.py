@@ -1,0 +1,43 @@
+"""Sums of embeddings over the values of bags, for training on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+
+def bag_sums(weight: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
+    """Row i is the sum of weight's rows values[offsets[i]:offsets[i + 1]]; a dense gradient.
+
+    The product of a sparse matrix of counts with the table, and in the backward pass of its
+    transpose with the rows' gradients: torch's `embedding_bag` sorts the values there, which for
+    bags of tens of values is most of a training step.
+
+    Args:
+        weight: (V, d) float32 table on the CPU.
+        values: (k,) int64 in [0, V).
+        offsets: (n + 1,) int64, from 0 to k.
+
+    Returns:
+        (n, d) float32.
+    """
+    total: Tensor = _BagSums.apply(weight, values, offsets)
+    return total
+
+
+class _BagSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
+        ones = np.ones(len(values), dtype=np.float32)
+        shape = len(offsets) - 1, weight.shape[0]
+        counts = sparse.csr_matrix((ones, values.numpy(), offsets.numpy()), shape=shape)
+        ctx.counts = counts
+        return torch.from_numpy(counts @ weight.detach().numpy())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return torch.from_numpy(ctx.counts.T @ gradients[0].contiguous().numpy()), None, None
