@@ -93,7 +93,13 @@ def test_an_interrupt_ends_with_code_130_and_can_be_resumed(
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     command: list[Any] = [sys.executable, "-m", "offtower.cli", "train", str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that started the tests in the background has them ignore interrupts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     metrics = config.run_directory / "metrics.jsonl"
     began = time.monotonic()
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() - began < 60:

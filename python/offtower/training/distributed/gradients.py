@@ -139,6 +139,7 @@ class GradientSum:
             self._workers.gather(index, counts)[None],
             self._workers.gather(values.detach(), counts),
             parameter.shape,
+            check_invariants=False,
         ).coalesce()
 
 
@@ -171,7 +172,8 @@ def _set_unknown_row(parameter: nn.Parameter, summed: tuple[Tensor, bool]) -> No
     if parameter.grad is None:
         # Other workers touched it: dense where this one has no say, one row either way.
         place = torch.full((1, 1), UNKNOWN, device=row.device)
-        parameter.grad = torch.sparse_coo_tensor(place, row[None], parameter.shape).coalesce()
+        lone = torch.sparse_coo_tensor(place, row[None], parameter.shape, check_invariants=False)
+        parameter.grad = lone.coalesce()
         return
     if not parameter.grad.is_sparse:
         parameter.grad[UNKNOWN] = row
@@ -182,4 +184,5 @@ def _set_unknown_row(parameter: nn.Parameter, summed: tuple[Tensor, bool]) -> No
         torch.cat([index.new_full((1,), UNKNOWN), index[kept]])[None],
         torch.cat([row[None], values[kept]]),
         parameter.shape,
+        check_invariants=False,
     ).coalesce()
