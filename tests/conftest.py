@@ -9,5 +9,10 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
 import torch  # noqa: E402  (after the environment that it reads)
+from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
+
+# No test asserts a time, also not by hypothesis' deadline.
+settings.register_profile("offtower", deadline=None)
+settings.load_profile("offtower")

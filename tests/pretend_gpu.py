@@ -24,6 +24,8 @@ from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from offtower.ops import native_cuda
+
 DEVICE = torch.device("cuda", 0)
 
 aten = torch.ops.aten
@@ -229,14 +231,20 @@ class PretendGPU:
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         _current.append(self)
         # torch's C++ sees what is held: it would group gradients under the CPU.
-        self._grouping = patch.object(clip_grad, _GROUP, _grouped(getattr(clip_grad, _GROUP)))
-        self._grouping.start()
+        self._patches = (
+            patch.object(clip_grad, _GROUP, _grouped(getattr(clip_grad, _GROUP))),
+            # Where the CUDA operators are built, they would look for a GPU.
+            patch.object(native_cuda, "refusal", lambda x, k: "is for GPUs that are there"),
+        )
+        for one in self._patches:
+            one.start()
         self._mode.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._mode.__exit__(*error)
-        self._grouping.stop()
+        for one in self._patches:
+            one.stop()
         _current.pop()
         torch.__future__.set_overwrite_module_params_on_conversion(self._before)
 
