@@ -79,10 +79,10 @@ def test_killed_at_any_moment_and_resumed(
     def started() -> bool:
         return run.exists()
 
-    # Twice in the preparation and the reward model's fit, then six times in the loop itself, where
+    # Twice in the preparation and the reward model's fit, then four times in the loop itself, where
     # every step writes a checkpoint: kills fall on steps, writes, renames and validations.
     places: list[str] = []
-    for kill in range(8):
+    for kill in range(6):
         before = newest()
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         began = time.monotonic()
@@ -94,8 +94,8 @@ def test_killed_at_any_moment_and_resumed(
             os.kill(process.pid, signal.SIGKILL)
         process.wait(timeout=60)
         places.append(newest())
-    # The kills fell on at least five different steps of the loop.
-    assert len(set(places) - {""}) >= 5
+    # The kills fell on at least three different steps of the loop.
+    assert len(set(places) - {""}) >= 3
     assert subprocess.run(command, stderr=subprocess.DEVNULL, timeout=120).returncode == 0
     assert_same_policy(run, uninterrupted)
     # No line is lost or written twice.

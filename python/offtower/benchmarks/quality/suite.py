@@ -46,8 +46,7 @@ def run(settings: Settings) -> dict[str, Any]:
         world_settings = quality.worlds[number]
         if world_settings.kind == "label_set" and settings.data is None:
             continue
-        key = (_world_key(to_dict(quality)["worlds"][number]), seed, start, method)
-        if key in done:
+        if _cell_key(quality, number, seed, start, method) in done:
             continue
         if settings.minutes is not None and time.monotonic() - began > 60 * settings.minutes:
             settings.say("time is up; the same command goes on from here")
@@ -60,6 +59,10 @@ def run(settings: Settings) -> dict[str, Any]:
             file.write(json.dumps(line) + "\n")
         results.append(line)
         settings.say(_told(line))
+    # In the order of the settings, whatever was measured first.
+    keys = [_cell_key(quality, *cell) for cell in quality.cells()]
+    place = {key: number for number, key in enumerate(keys)}
+    results.sort(key=lambda line: place.get(_key(line), len(place)))
     summary = summarise(results)
     write_text(folder / "results.csv", _csv(results))
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
@@ -108,6 +111,12 @@ def _measure(world: QualityWorld, method: str, seed: int, start: int) -> Line:
         "seconds": round(learned.seconds, 2),
         **({"facts": learned.facts} if learned.facts else {}),
     }
+
+
+def _cell_key(
+    quality: QualitySettings, world: int, seed: int, start: int, method: str
+) -> tuple[str, int, int, str]:
+    return _world_key(to_dict(quality)["worlds"][world]), seed, start, method
 
 
 def _key(line: Line) -> tuple[str, int, int, str]:
