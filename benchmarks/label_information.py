@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import linalg, sparse
 
-from offtower.benchmarks.quality.labels import LabelSet, as_feedback, load_label_set, long_tail
+from offtower.benchmarks.quality.labels import LabelSet, as_feedback, label_sets
 from offtower.benchmarks.quality.revealed import (
     PENALTIES,
     best_of_revealed,
@@ -94,9 +94,7 @@ def main() -> None:
     torch.set_num_threads(1)
     summary = {}
     for seed in range(arguments.seeds):
-        sets = [] if arguments.data is None else [load_label_set(arguments.data)]
-        sets += [long_tail(seed)] if arguments.long_tail else []
-        for labels in sets:
+        for labels in label_sets(arguments.data, arguments.long_tail, seed):
             found = information(labels, arguments.rounds, seed)
             summary[f"{labels.name}, seed {seed}"] = found
             print(f"{labels.name}, seed {seed}")

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from offtower.benchmarks.quality.labels import LabelSet, as_feedback, load_label_set, long_tail
+from offtower.benchmarks.quality.labels import LabelSet, as_feedback, label_sets
 from offtower.benchmarks.quality.world import QualityWorld
 from offtower.models.bag_sums import bag_sums
 
@@ -176,8 +176,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    sets = [] if arguments.data is None else [load_label_set(arguments.data)]
-    sets += [long_tail(arguments.seed)] if arguments.long_tail else []
+    sets = label_sets(arguments.data, arguments.long_tail, arguments.seed)
     only = arguments.only
     ways = {k: w for k, w in WAYS.items() if only is None or any(text in k for text in only)}
     summary = {one.name: measured(one, arguments.rounds, arguments.seed, ways) for one in sets}

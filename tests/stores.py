@@ -15,6 +15,21 @@ from pyarrow import fs
 from offtower.data import stores
 
 
+def failing_reads(monkeypatch: pytest.MonkeyPatch, every: int, text: str) -> Callable[[str], None]:
+    """For `Unruly.before`: every so-manieth read fails, whosever it is; so that none may happen to
+    fail too often, more attempts are made."""
+    monkeypatch.setattr(stores, "ATTEMPTS", 30)
+    count = 0
+
+    def before(path: str) -> None:
+        nonlocal count
+        count += 1
+        if count % every == 0:
+            raise OSError(text)
+
+    return before
+
+
 def mounted(monkeypatch: pytest.MonkeyPatch, filesystem: fs.FileSystem, name: str = "b") -> str:
     """Mount a file system for one test; returns its address."""
     root = f"test://{name}"

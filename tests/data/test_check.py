@@ -72,7 +72,7 @@ def test_each_bad_value_has_its_exact_error(
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 30),
     seed=st.integers(0, 1000),

@@ -7,18 +7,17 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from offtower.data import Catalogue, CatalogueSchema, FeatureSpec, copies, stores, write_catalogue
+from offtower.data import Catalogue, CatalogueSchema, FeatureSpec, copies, write_catalogue
 from offtower.data.location import Location
 from offtower.errors import DataError
 from offtower.retrieval.catalogue_stream import CatalogueStream
-from tests.stores import Unruly, in_memory, unruly
+from tests.stores import Unruly, failing_reads, in_memory, unruly
 
 SCHEMA = CatalogueSchema(features=(FeatureSpec(name="price", kind="numeric"),))
 
@@ -49,7 +48,7 @@ def test_the_same_catalogue_and_one_copy(
     whole = (tmp_path / "here" / name).read_bytes()
     assert (tmp_path / "store" / "items" / name).read_bytes() == whole
     handler.opened.clear()
-    handler.before = fails_at_times(monkeypatch)
+    handler.before = failing_reads(monkeypatch, 3, "reset by peer")
     far = Catalogue.open(f"{root}/items")
     assert far.fingerprint == here.fingerprint
     assert far.table(0, 500).equals(Catalogue.open(tmp_path / "here").table(0, 500))
@@ -60,21 +59,6 @@ def test_the_same_catalogue_and_one_copy(
     sent = pickle.loads(pickle.dumps(again))
     assert sent.table(3, 5).equals(far.table(3, 5))
     assert handler.opened == {"items/_offtower.json": 1}
-
-
-def fails_at_times(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Every third read fails, whosever it is: so that none may happen to fail too often, more
-    attempts are made."""
-    monkeypatch.setattr(stores, "ATTEMPTS", 30)
-    count = 0
-
-    def before(path: str) -> None:
-        nonlocal count
-        count += 1
-        if count % 3 == 0:
-            raise OSError("reset by peer")
-
-    return before
 
 
 def test_another_content_is_another_copy(
@@ -181,7 +165,7 @@ def test_a_stream_is_not_copied(
     for number, rows in enumerate((250, 90)):
         file = tmp_path / "store" / "items" / f"{number}.parquet"
         pq.write_table(table(rows), file, row_group_size=100)
-    handler.before = fails_at_times(monkeypatch)
+    handler.before = failing_reads(monkeypatch, 3, "reset by peer")
     near = CatalogueStream(tmp_path / "store" / "items", SCHEMA)
     far = pickle.loads(pickle.dumps(CatalogueStream(f"{root}/items", SCHEMA)))
     for rows, items in ((64, None), (1000, None), (64, range(64, 300))):

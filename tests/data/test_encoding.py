@@ -101,7 +101,7 @@ def test_hash_is_stable_and_does_not_look_at_neighbours() -> None:
     assert hash_values(pa.array([0]))[0] == 0xE220A8397B1DCDAF  # splitmix64's published first draw
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=20), st.integers(0, 19))
 def test_equal_texts_and_only_they_hash_alike(words: list[str], start: int) -> None:
     keys = hash_values(pa.array(words))

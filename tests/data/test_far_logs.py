@@ -50,7 +50,7 @@ def batches(log: ParquetLog, window: int, batch: int, workers: int) -> list[Enco
     return found + list(scan(log, make_catalogue(), encoding, batch))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     rows=st.integers(1, 400),
     group=st.integers(20, 130),

@@ -23,7 +23,7 @@ def expected(values: list[Any], asked: list[Any]) -> list[int]:
     return [-1 if value is None else place.get(value, -1) for value in asked]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 @pytest.mark.parametrize("kind, type_", [(INTEGERS, pa.int64()), (TEXT, pa.string())])
 def test_a_vocabulary_finds_what_a_dictionary_finds(kind: Any, type_: Any, data: Any) -> None:
@@ -35,7 +35,7 @@ def test_a_vocabulary_finds_what_a_dictionary_finds(kind: Any, type_: Any, data:
             assert one.find(pa.array(asked, type_)).tolist() == expected(values, asked)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(INTEGERS, unique=True, min_size=1, max_size=12), st.lists(INTEGERS, max_size=12))
 def test_integers_in_any_order(values: list[int], asked: list[int]) -> None:
     found = Lookup(pa.array(values, pa.int64()))

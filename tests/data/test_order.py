@@ -30,7 +30,7 @@ def visited(order: EpochOrder, epoch: int, seed: int = 0) -> list[tuple[np.ndarr
     return result
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     sizes=sizes_strategy,
     batch_size=st.integers(1, 50),
@@ -64,7 +64,7 @@ def test_every_row_once_per_epoch(
         assert max(lengths) - min(lengths) <= 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sizes=sizes_strategy, window_rows=st.integers(1, 120), shuffle=st.booleans())
 def test_windows_are_bounded(sizes: list[int], window_rows: int, shuffle: bool) -> None:
     order = EpochOrder(sizes, 4, 1, shuffle, window_rows)
@@ -77,7 +77,7 @@ def test_windows_are_bounded(sizes: list[int], window_rows: int, shuffle: bool) 
         assert [g for window in windows for g in window] == [g for g, n in enumerate(sizes) if n]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(0, 300), batch_size=st.integers(1, 64), num_folds=st.integers(1, 3))
 def test_batches_of_a_fold_have_even_sizes(n: int, batch_size: int, num_folds: int) -> None:
     order = EpochOrder([n], batch_size, 0, num_folds=num_folds)

@@ -26,7 +26,7 @@ def ended() -> bool:
     return False
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(0, 12), max_size=40),
     threads=st.integers(1, 6),

@@ -83,7 +83,7 @@ def test_kinds_of_times(tmp_path: Path, times: pa.Array) -> None:
     assert counts == {"a": 60, "b": 40}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 5), min_size=1, max_size=40),
     shares=st.lists(st.floats(0.01, 0.99), min_size=1, max_size=3).map(sorted),

@@ -76,7 +76,7 @@ BOUNDED = [
 
 @pytest.mark.parametrize("estimator", BOUNDED, ids=lambda x: x.label)
 @given(st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_no_term_leaves_the_bounds(estimator: e.Estimator, seed: int) -> None:
     """Random weights up to the largest, rewards and predictions anywhere in their range."""
     rng = np.random.default_rng(seed)

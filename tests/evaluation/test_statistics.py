@@ -27,7 +27,7 @@ def shards(n: int, seed: int, pieces: int) -> list[np.ndarray]:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 60), st.integers(1, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_cut_gives_the_same_value(seed: int, n: int, pieces: int) -> None:
     rows = some_rows(n, seed)
     for estimator in ALL:

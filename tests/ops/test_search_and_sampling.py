@@ -29,7 +29,7 @@ from offtower.ops import (
     seed=st.integers(0, 10_000),
     cells=st.sampled_from([1, 64, 10_000]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_top_k_is_a_stable_sort(
     rows: int, items: int, data: st.DataObject, seed: int, cells: int
 ) -> None:

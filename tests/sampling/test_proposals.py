@@ -139,7 +139,7 @@ def test_rows_without_replacement_keep_the_expectation() -> None:
         max_size=60,
     ).filter(lambda x: sum(x) > 0)
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_alias_tables_hold_their_distribution(weights: list[float]) -> None:
     weight = np.array(weights)
     table = AliasTable(weight)
@@ -160,7 +160,7 @@ def test_a_large_alias_table_and_its_draws() -> None:
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_uniform_draws_spread_over_the_catalogue(items: int, samples: int, seed: int) -> None:
     """Each m-th of the catalogue gives one: an item is drawn at most once more than its share."""
     source = UniformSource(items, samples)

@@ -10,13 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from offtower.cli import app
-from offtower.data import copies, stores
+from offtower.data import copies
 from offtower.data.location import Location
 from offtower.data.parquet import read_footer
 from offtower.evaluation.run import evaluate_runs
 from offtower.retrieval.export import ExportOptions, export_run
 from offtower.training.run import train_run
-from tests.stores import Unruly, unruly
+from tests.stores import Unruly, failing_reads, unruly
 from tests.training.conftest import make_config
 from tests.training.test_resume import assert_same_policy
 
@@ -46,16 +46,8 @@ def test_train_evaluate_export(
 ) -> None:
     """The store fails at every fourth read."""
     handler, places = store
-    monkeypatch.setattr(stores, "ATTEMPTS", 30)
-    count = 0
-
-    def fail(path: str) -> None:
-        nonlocal count
-        count += 1
-        if count % 4 == 0:
-            raise OSError("AWS Error SLOW_DOWN during GetObject operation")
-
-    handler.before = fail
+    text = "AWS Error SLOW_DOWN during GetObject operation"
+    handler.before = failing_reads(monkeypatch, 4, text)
     near = make_config(simulated, tmp_path / "near", "a", *OPTIONS)
     far = make_config(simulated, tmp_path / "far", "a", *OPTIONS, *places)
     train_run(near)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import offtower
@@ -60,6 +60,11 @@ def read_manifest(directory: Place) -> dict[str, Any] | None:
     return content
 
 
+def is_unfinished(names: Collection[str]) -> bool:
+    """Whether a folder with these files is being written, or its writer died."""
+    return WRITING in names and FILE not in names
+
+
 def parquet_files(path: Place, what: str) -> list[Location]:
     """Parquet files below a folder, sorted by name; or the file itself.
 
@@ -79,8 +84,7 @@ def find_parquet_files(path: Place, what: str) -> list[Found]:
         hint = "" if place.local is not None else "; check the bucket's name and the prefix"
         raise DataError(f"there is no {what} at '{place}'{hint}")
     below = [(found.name.split("/"), found) for found in listed]
-    names = {"/".join(parts) for parts, _ in below}
-    if WRITING in names and FILE not in names:
+    if is_unfinished([found.name for found in listed]):
         raise DataError(
             f"the {what} at '{place}' is incomplete: it is being written, or its writer died "
             f"('{WRITING}' is there and '{FILE}' is not). Wait for it, or remove the folder and "

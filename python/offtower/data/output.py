@@ -19,7 +19,7 @@ from pathlib import Path
 
 from offtower.atomic import replace_directory, replace_file
 from offtower.data.location import Location
-from offtower.data.manifest import FILE, WRITING
+from offtower.data.manifest import WRITING, is_unfinished
 from offtower.errors import DataError
 
 
@@ -34,7 +34,7 @@ def check_new(directory: Location) -> None:
             return
     elif not (names := [one.name for one in directory.files()]):
         return
-    elif WRITING in names and FILE not in names:
+    elif is_unfinished(names):
         raise DataError(
             f"'{directory}' holds an output that was not finished ('{WRITING}' says who began it "
             "and when); if nobody is writing it now, remove the folder, or choose another"

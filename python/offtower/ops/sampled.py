@@ -10,7 +10,7 @@ from torch import Tensor
 from offtower.errors import OperatorError
 from offtower.ops.checks import FLOATS, check_embeddings, check_reward
 from offtower.ops.reference import NO_MASS
-from offtower.ops.sampled_sums import Draws, hits_of, sample_sums
+from offtower.ops.sampled_sums import Draws, exactly_counted, hits_of, sample_sums
 from offtower.ops.types import DenseReward, PolicyTerms, RewardTerms
 
 
@@ -117,13 +117,7 @@ def sampled_policy_terms(
     if exact_item is not None:
         exact_item, exact_index = _check_exact(exact_item, exact_index, rows, v.shape[0])
         counted_exactly = torch.cat([counted_exactly, exact_item], dim=1)
-        absent = (exact_item < 0) | (exact_item == action[:, None])
-        exact = Draws(
-            exact_item.clamp_min(0),
-            torch.zeros(exact_item.shape, dtype=dtype, device=u.device),
-            exact_index.masked_fill(absent, 0),
-            absent,
-        )
+        exact = exactly_counted(exact_item, exact_index, action, dtype)
     log_count = log_proposal.detach().to(dtype) + math.log(sampled_item.shape[-1])
     draws = Draws(sampled_item, log_count, sample_index, hits_of(sampled_item, counted_exactly))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from offtower.ops.policy import PartialTerms
 from offtower.ops.reference import RunningSums
 from offtower.ops.sampled import action_reward_of
-from offtower.ops.sampled_sums import Draws, SampleSums, hits_of, sample_sums
+from offtower.ops.sampled_sums import Draws, SampleSums, exactly_counted, hits_of, sample_sums
 from offtower.ops.types import FactoredReward
 
 
@@ -91,12 +91,9 @@ def sampled_partial_terms(
     counted_exactly = action[:, None]
     sets: list[Draws] = []
     if exact_item is not None and exact_index is not None and exact_item.numel():
-        absent = (exact_item < 0) | (exact_item == action[:, None])
-        zeros = torch.zeros(exact_item.shape, dtype=dtype, device=u.device)
         # A slice without items of its own has nothing that an index could point to.
         if len(v):
-            index = exact_index.masked_fill(absent, 0)
-            sets.append(Draws(exact_item.clamp_min(0), zeros, index, absent))
+            sets.append(exactly_counted(exact_item, exact_index, action, dtype))
         counted_exactly = torch.cat([counted_exactly, exact_item], dim=1)
     if len(sampled_item):
         hits = hits_of(sampled_item, counted_exactly)

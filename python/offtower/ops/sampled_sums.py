@@ -72,6 +72,20 @@ def sample_sums(
     )
 
 
+def exactly_counted(
+    exact_item: Tensor, exact_index: Tensor, action: Tensor, dtype: torch.dtype
+) -> Draws:
+    """Items (B, k) that each row counts once, -1 for none, as draws that are expected once; the
+    row's logged item, which is counted by itself, is left out."""
+    absent = (exact_item < 0) | (exact_item == action[:, None])
+    return Draws(
+        exact_item.clamp_min(0),
+        torch.zeros(exact_item.shape, dtype=dtype, device=exact_item.device),
+        exact_index.masked_fill(absent, 0),
+        absent,
+    )
+
+
 def hits_of(sampled_item: Tensor, counted_exactly: Tensor) -> Tensor:
     """Draws that hit one of their row's items (B, k): what `Draws.masked` holds.
 

@@ -16,7 +16,22 @@ from offtower.progress import Progress
 from offtower.sampling import PolicyTopK, Proposal, count_items, make_proposal
 
 
-class SampledTerms:
+class ExactAtTimes:
+    """Terms from draws that make way for exact ones in every so-manieth step.
+
+    Args:
+        exact_every: steps from one exact one to the next; None takes none.
+    """
+
+    def __init__(self, exact_every: int | None) -> None:
+        self._exact_every = exact_every
+
+    def wants_exact(self, step: int) -> bool:
+        """Whether this step takes the exact terms instead."""
+        return self._exact_every is not None and step % self._exact_every == 0
+
+
+class SampledTerms(ExactAtTimes):
     """Draws, embeds what was drawn, and estimates the policy's terms.
 
     Args:
@@ -33,12 +48,8 @@ class SampledTerms:
         proposal: Proposal,
         exact_every: int | None = None,
     ) -> None:
+        super().__init__(exact_every)
         self.policy, self.items, self.proposal = policy, items, proposal
-        self._exact_every = exact_every
-
-    def wants_exact(self, step: int) -> bool:
-        """Whether this step takes the exact terms instead."""
-        return self._exact_every is not None and step % self._exact_every == 0
 
     def __call__(
         self,

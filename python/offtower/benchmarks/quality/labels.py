@@ -230,3 +230,9 @@ def _columns(labels: LabelSet, rows: sparse.csr_matrix) -> dict[str, pa.Array]:
         return {"features": vector_array(rows.toarray())}
     offsets, tokens = pa.array(rows.indptr.astype(np.int32)), pa.array(rows.indices)
     return {"tokens": pa.ListArray.from_arrays(offsets, tokens)}
+
+
+def label_sets(prefix: str | None, made_up: bool, seed: int) -> list[LabelSet]:
+    """The stored set that `prefix` names and the made-up one, where they are wanted."""
+    stored = [] if prefix is None else [load_label_set(prefix)]
+    return [*stored, *([long_tail(seed)] if made_up else [])]

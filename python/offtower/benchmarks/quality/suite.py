@@ -39,6 +39,8 @@ def run(settings: Settings) -> dict[str, Any]:
         raise ConfigError(f"{path}: unknown method '{unknown[0]}'; known: {', '.join(METHODS)}")
     folder = settings.out or Path("results") / "quality" / quality.name
     results = _open(folder, quality, settings)
+    worlds = to_dict(quality)["worlds"]
+    keys = [_world_key(world) for world in worlds]
     done = {_key(line) for line in results}
     began = time.monotonic()
     kept: tuple[tuple[int, int], QualityWorld] | None = None
@@ -46,7 +48,7 @@ def run(settings: Settings) -> dict[str, Any]:
         world_settings = quality.worlds[number]
         if world_settings.kind == "label_set" and settings.data is None:
             continue
-        if _cell_key(quality, number, seed, start, method) in done:
+        if (keys[number], seed, start, method) in done:
             continue
         if settings.minutes is not None and time.monotonic() - began > 60 * settings.minutes:
             settings.say("time is up; the same command goes on from here")
@@ -54,14 +56,14 @@ def run(settings: Settings) -> dict[str, Any]:
         if kept is None or kept[0] != (number, seed):
             kept = (number, seed), world_settings.make(seed, settings.data)
         line = _measure(kept[1], method, seed, start)
-        line["world_settings"] = to_dict(quality)["worlds"][number]
+        line["world_settings"] = worlds[number]
         with open(folder / "results.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         results.append(line)
         settings.say(_told(line))
     # In the order of the settings, whatever was measured first.
-    keys = [_cell_key(quality, *cell) for cell in quality.cells()]
-    place = {key: number for number, key in enumerate(keys)}
+    cells = [(keys[world], *rest) for world, *rest in quality.cells()]
+    place = {cell: number for number, cell in enumerate(cells)}
     results.sort(key=lambda line: place.get(_key(line), len(place)))
     summary = summarise(results)
     write_text(folder / "results.csv", _csv(results))
@@ -111,12 +113,6 @@ def _measure(world: QualityWorld, method: str, seed: int, start: int) -> Line:
         "seconds": round(learned.seconds, 2),
         **({"facts": learned.facts} if learned.facts else {}),
     }
-
-
-def _cell_key(
-    quality: QualitySettings, world: int, seed: int, start: int, method: str
-) -> tuple[str, int, int, str]:
-    return _world_key(to_dict(quality)["worlds"][world]), seed, start, method
 
 
 def _key(line: Line) -> tuple[str, int, int, str]:

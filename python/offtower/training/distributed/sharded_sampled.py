@@ -18,9 +18,10 @@ from offtower.sampling import Proposal
 from offtower.training.distributed.item_shard import ItemShard
 from offtower.training.distributed.sharded_terms import merge_over_workers
 from offtower.training.distributed.workers import Workers
+from offtower.training.sampled import ExactAtTimes
 
 
-class ShardedSampledTerms:
+class ShardedSampledTerms(ExactAtTimes):
     """As `training.sampled.SampledTerms`, of all rows of a step and this worker's items.
 
     Args:
@@ -39,12 +40,8 @@ class ShardedSampledTerms:
         workers: Workers,
         exact_every: int | None = None,
     ) -> None:
+        super().__init__(exact_every)
         self.policy, self.shard, self.proposal, self.workers = policy, shard, proposal, workers
-        self._exact_every = exact_every
-
-    def wants_exact(self, step: int) -> bool:
-        """Whether this step takes the exact terms instead."""
-        return self._exact_every is not None and step % self._exact_every == 0
 
     def __call__(
         self,
