@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from offtower.data.order import rank_slice
-from offtower.errors import RunError
+from offtower.errors import OfftowerError, RunError
 
 Value = TypeVar("Value")
 
@@ -192,13 +192,13 @@ class TorchWorkers(Workers):
             while True:
                 done = running is None or _ends(running, _SIGN_OF_LIFE)
                 failed = running.exception() if running is not None and done else None
-                over, failure = self.broadcast((done, None if failed is None else str(failed)))
+                over, told = self.broadcast((done, _as_told(failed)))
                 if over:
                     break
         if failed is not None:
             raise failed
-        if failure is not None:
-            raise RunError(f"worker 0 could not go on: {failure}")
+        if told is not None:
+            raise told
 
     def first_then_all(self, work: Callable[[], Value]) -> Value:
         result: list[Value] = []
@@ -219,6 +219,13 @@ class TorchWorkers(Workers):
                 f"worker {self.rank} of {self.size}: {what} did not end{within}: another worker "
                 f"died or stalled. The last checkpoint is whole. ({error})"
             ) from error
+
+
+def _as_told(failure: BaseException | None) -> OfftowerError | None:
+    """What the other workers raise: what is meant for users as it is, whoever reports it."""
+    if failure is None or isinstance(failure, OfftowerError):
+        return failure
+    return RunError(f"worker 0 could not go on: {failure}")
 
 
 def _ends(running: Future[object], seconds: float) -> bool:
