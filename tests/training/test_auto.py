@@ -31,10 +31,8 @@ from offtower.models.store import load_policy
 from offtower.prepare import PreparedData, prepare
 from offtower.progress import Progress
 from offtower.training.auto import train_auto
+from offtower.training.auto.belief import LIKELIHOODS, REGRESSIONS, default_order
 from offtower.training.auto.candidates import (
-    LIKELIHOODS,
-    REGRESSIONS,
-    default_order,
     make_candidates,
     make_schedule,
 )
@@ -144,7 +142,7 @@ def judged(weight: dict[str, np.ndarray], reward: np.ndarray, promise: dict[str,
         action_reward=np.full(n, 0.3),
         scale=dict.fromkeys(weight, 1.0),
         loss={"model": 0.5},
-        user=None,
+        unit=None,
     )
 
 
@@ -175,6 +173,39 @@ def test_a_later_candidate_must_be_better_by_more_than_noise() -> None:
     assert wins.chosen.name == "better"
     # Nothing in favour of sharpness or against it: the sharpest is taken.
     assert wins.chosen.factor == SHARPNESS[-1]
+
+
+def test_a_certain_look_is_enough_against_a_policy_off_the_log_alone() -> None:
+    """A few heavy rows make the first's value noisy, whether or not the log plays what it plays."""
+
+    def first(rows: int, weight: float, rewarded: int) -> str:
+        heavy, reward = np.zeros(1000), np.ones(1000)
+        heavy[:rows] = weight
+        reward[rewarded:rows] = 0.0
+        weights = {"noisy": heavy, "steady": np.ones(1000)}
+        found = judged(weights, reward, {"noisy": 0.95, "steady": 0.3})
+        choice = choose(found, list(weights))
+        noisy, steady = (choice.sharpest[name] for name in weights)
+        difference = steady.contribution - noisy.contribution
+        assert steady.low > noisy.value
+        assert difference.mean() < 2 * difference.std() / 1000**0.5
+        assert (noisy.vouched < 1.0) == (rows * weight < 600)
+        return choice.chosen.name
+
+    assert first(25, 40.0, 7) == "noisy"
+    assert first(6, 83.0, 2) == "steady"
+
+
+def test_rows_of_one_context_count_once() -> None:
+    rng = np.random.default_rng(5)
+    weight, reward = rng.exponential(size=300), (rng.random(300) < 0.4).astype(float)
+    alone = choose(judged({"a": weight}, reward, {"a": 0.4}), ["a"]).chosen
+    repeated = judged({"a": np.tile(weight, 7)}, np.tile(reward, 7), {"a": 0.4})
+    apart = choose(repeated, ["a"]).chosen
+    together = choose(replace(repeated, unit=np.tile(np.arange(300), 7)), ["a"]).chosen
+    # Of kappa too, which is 1 here either way.
+    assert together.low == pytest.approx(alone.low, abs=1e-12)
+    assert apart.value - apart.low == pytest.approx((alone.value - alone.low) / 7**0.5, rel=0.01)
 
 
 def test_rows_of_one_context_or_user_share_a_fold() -> None:
@@ -210,12 +241,15 @@ def test_rows_of_one_context_or_user_share_a_fold() -> None:
 
 
 def test_belief_depends_on_what_is_known_of_items() -> None:
-    """Ids alone: the likelihoods come first. Vectors, or groups that items share: regressions."""
+    """Ids alone, seldom rewarded: the likelihoods come first. Else regressions."""
     described = prepare(*_log_and_catalogue(WORLD.sample(50, seed=1)), Progress())
     assert default_order(described) == (*REGRESSIONS, *LIKELIHOODS)
     world = as_feedback(long_tail(0, labels=30, examples=60, tokens=40), 200, seed=0)
     ids = prepare(world.log, None, world.catalogue, Progress())
     assert default_order(ids) == (*LIKELIHOODS, *REGRESSIONS)
+    # A few ids that the log rewards again and again are known as well as any features.
+    few = as_feedback(long_tail(0, labels=4, examples=60, tokens=40), 2000, seed=0)
+    assert default_order(prepare(few.log, None, few.catalogue, Progress()))[0] == REGRESSIONS[0]
     table = pa.table({"item_id": np.arange(30), "group": [str(k % 3) for k in range(30)]})
     features = tuple(FeatureSpec(name=k, kind="category") for k in ("item_id", "group"))
     grouped = Catalogue.from_table(table, CatalogueSchema(item_id="item_id", features=features))

@@ -11,6 +11,7 @@ from offtower.data.encoding import FeatureEncoding
 from offtower.errors import ConfigError
 from offtower.objectives import Objective, Regression, make_objective
 from offtower.prepare import PreparedData
+from offtower.training.auto.belief import default_order
 
 
 @dataclass(frozen=True)
@@ -34,31 +35,6 @@ class Schedule:
 
     epochs: int
     batch_size: int
-
-
-REGRESSIONS = ("regression_linear", "regression")
-LIKELIHOODS = ("likelihood_linear", "likelihood")
-"""Regression reads every row, shown and not rewarded too, and is best where its model can be right;
-a linear one has the fewest ways to overfit. The likelihood of rewarded items, weighted by
-1 / pscore, needs no model of rewards and pushes items down that the log never shows; it is best
-where items are many, rewards rare, and features say little about an item.
-"""
-
-
-def default_order(data: PreparedData) -> tuple[str, ...]:
-    """Names in the order of belief: a later one must show on held-out rows that it is better.
-
-    What a regression says about an item that the log hardly shows comes from the item's features.
-    An id has none, and what is believed of it there is what its embedding started from; held-out
-    values of policies off the log are so noisy that they seldom refute it.
-    """
-    specs = data.item_encoding.specs
-    ids_alone = all(
-        spec.kind == "category"
-        and data.item_encoding.cardinality(spec.name) > data.items.num_items / 2
-        for spec in specs
-    )
-    return (*LIKELIHOODS, *REGRESSIONS) if ids_alone else (*REGRESSIONS, *LIKELIHOODS)
 
 
 _LINEAR_DIM = 64

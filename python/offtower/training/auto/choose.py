@@ -37,6 +37,8 @@ class Scored:
     low: float
     """One-sided lower bound of the value."""
     mean_weight: float
+    vouched: float
+    """kappa: the share of the policy's mass that the log can vouch for."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,9 @@ def choose(
     Within a candidate the sharpest policy is taken that no softer one beats by more than `doubt`
     standard errors of the paired difference: if a score ranks items by what the log says of them,
     the value rises with sharpness. Between candidates the first of `order` stands until another
-    beats it by more than `proof` standard errors, or has a lower bound above the first's estimate:
-    the value of a policy off the log is so noisy that no difference to it is significant.
+    beats it by more than `proof` standard errors. Where the first is off the log, with kappa below
+    1, its value is so noisy that no difference to it is significant: there another's lower bound
+    above its estimate is enough.
 
     Args:
         judged: held-out rows.
@@ -85,14 +88,14 @@ def choose(
     chosen = sharpest[order[0]]
     for name in order[1:]:
         other = sharpest[name]
-        if _beats(other, chosen, judged, proof) or other.low > chosen.value:
-            chosen = sharpest[name]
+        off_the_log = chosen.vouched < 1.0 and other.low > chosen.value
+        if off_the_log or _beats(other, chosen, judged, proof):
+            chosen = other
     return Choice(chosen, sharpest, scored)
 
 
 def _score(judged: Judged, name: str, factor: float, least: float, confidence: float) -> Scored:
     weight = judged.weight[name, factor]
-    n = len(weight)
     mean_weight = float(weight.mean())
     vouched = min(1.0, mean_weight + 2.0 * _standard_error(weight, judged))
     model = vouched * (judged.expected[name, factor] - least)
@@ -101,9 +104,10 @@ def _score(judged: Judged, name: str, factor: float, least: float, confidence: f
         # Without a model of rewards: IPS of rewards counted from the least.
         contribution = weight * (judged.reward - least) + least
     value = float(contribution.mean())
-    error = _standard_error(contribution, judged) if n > 1 else np.inf
-    low = value - float(stdtrit(n - 1, confidence)) * error
-    return Scored(name, factor, contribution, value, low, mean_weight)
+    units = len(weight) if judged.unit is None else int(judged.unit.max()) + 1
+    quantile = float(stdtrit(max(1, units - 1), confidence))
+    low = value - quantile * _standard_error(contribution, judged)
+    return Scored(name, factor, contribution, value, low, mean_weight, vouched)
 
 
 def _sharpest(options: Sequence[Scored], judged: Judged, doubt: float) -> Scored:
@@ -119,12 +123,12 @@ def _beats(one: Scored, other: Scored, judged: Judged, doubt: float) -> bool:
 
 
 def _standard_error(values: Array, judged: Judged) -> float:
-    """Of the mean; rows of one user hang together."""
-    n = len(values)
-    if n < 2:
+    """Of the mean; rows of one user, or of one context, hang together."""
+    sums = values - values.mean()
+    if judged.unit is not None:
+        # A policy that is wrong about a context is wrong in all rows that repeat it.
+        sums = np.bincount(judged.unit, weights=sums)
+    units = len(sums)
+    if units < 2:
         return float("inf")
-    centred = values - values.mean()
-    if judged.user is not None:
-        _, place = np.unique(judged.user, return_inverse=True)
-        centred = np.bincount(place, weights=centred)
-    return float(np.sqrt(np.square(centred).sum()) / n)
+    return float(np.sqrt(np.square(sums).sum() * units / (units - 1)) / len(values))

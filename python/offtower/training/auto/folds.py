@@ -43,11 +43,13 @@ class Folds:
         A member that met a context in training would be judged on what it remembers of it, and the
         one that remembers most would be chosen.
         """
+        return fold_of(self.key(rows), self.number, derive_seed(self.seed, "auto folds"))
+
+    def key(self, rows: EncodedRows) -> NDArray[np.uint64]:
+        """(n,) what stays on one side of the cut."""
         if self.by_row:
-            key = rows.row.astype(np.uint64)
-        else:
-            key = context_key(rows) if rows.user_id is None else rows.user_id
-        return fold_of(key, self.number, derive_seed(self.seed, "auto folds"))
+            return rows.row.astype(np.uint64)
+        return context_key(rows) if rows.user_id is None else rows.user_id
 
     def balanced(self, parts: Iterable[EncodedRows]) -> Folds:
         """These folds, or folds by row where a few users or contexts have most of the log: else a

@@ -48,7 +48,9 @@ class Judged:
     """Deviation of a candidate's logits between items: factor = sharpness / scale."""
     loss: Mapping[str, float]
     """Held-out loss of each regression candidate."""
-    user: NDArray[np.int64] | None
+    unit: NDArray[np.int64] | None
+    """(n,) number, from 0 and without gaps, of the user or the context that rows hang together by;
+    None where each row is by itself."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Judge:
         expected: dict[tuple[str, float], list[Array]] = {key: [] for key in keys}
         reward: list[Array] = []
         predicted: list[Array] = []
-        users: list[NDArray[np.int64]] = []
+        units: list[NDArray[np.uint64]] = []
         for member, rows in self._rows():
             action = tensor_of(rows.action, self._data.device)
             context = to_tensors(rows.context, self._data.device)
@@ -150,8 +152,8 @@ class Judge:
                 else:
                     expected[name, factor].append(np.zeros(len(rows)))
             predicted.append(logged)
-            if rows.user_id is not None:
-                users.append(rows.user_id.astype(np.int64))
+            if not self._folds.by_row:
+                units.append(self._folds.key(rows))
         return Judged(
             reward=np.concatenate(reward),
             weight={key: np.concatenate(parts) for key, parts in weight.items()},
@@ -159,7 +161,7 @@ class Judge:
             action_reward=np.concatenate(predicted),
             scale=dict(scale),
             loss=dict(loss),
-            user=np.concatenate(users) if users else None,
+            unit=_numbered(np.concatenate(units)) if units else None,
         )
 
     def _scale(self, side: _Side) -> float:
@@ -225,6 +227,11 @@ class Judge:
 
     def _held_share(self) -> float:
         return len(self._folds.held_out) / self._folds.number
+
+
+def _numbered(keys: NDArray[np.uint64]) -> NDArray[np.int64] | None:
+    distinct, number = np.unique(keys, return_inverse=True)
+    return None if len(distinct) == len(keys) else number.astype(np.int64)
 
 
 def _array(terms: Tensor) -> Array:
