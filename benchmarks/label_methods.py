@@ -33,12 +33,14 @@ from offtower.models.bag_sums import bag_sums
 class Way:
     """A variant."""
 
-    loss: Literal["likelihood", "regression", "squared"] = "likelihood"
+    loss: Literal["likelihood", "regression", "squared", "implicit"] = "likelihood"
     power: float = 1.0
     """Weights of rewarded rows are min(1 / pscore^power, most)."""
     most: float = 100.0
     unrewarded: float = 0.0
     """Weight of -log(1 - pi(a|x)) of rows without reward, times min(1 / pscore, 3)."""
+    alpha: float = 0.1
+    """implicit: weight of all labels' squared scores, in rewarded rows."""
     layers: bool = False
     """A linear layer behind each table, as towers have it that read embeddings."""
     dim: int = 64
@@ -49,6 +51,7 @@ class Way:
 
 
 PLAIN = Way()
+IMPLICIT = Way(loss="implicit", most=10.0, decay=1.0, dim=128)
 WAYS = {
     "likelihood": PLAIN,
     "likelihood, a linear layer behind each table": replace(PLAIN, layers=True),
@@ -64,6 +67,13 @@ WAYS = {
     "regression": replace(PLAIN, loss="regression"),
     "regression, weights to 100": replace(PLAIN, loss="regression", power=1.0, unrewarded=1.0),
     "squares: all labels 0 but for min(1 / pscore, 10) r": replace(PLAIN, loss="squared", most=10),
+    "implicit squares": replace(PLAIN, loss="implicit", most=10, decay=1.0),
+    "implicit squares, rank 128": IMPLICIT,
+    "implicit squares, rank 256": replace(IMPLICIT, dim=256),
+    "implicit squares, rank 128, alpha .3": replace(IMPLICIT, alpha=0.3),
+    "implicit squares, rank 128, 16 passes": replace(IMPLICIT, passes=16),
+    "implicit squares, rank 128, weight decay .1": replace(IMPLICIT, decay=0.1),
+    "implicit squares, rank 128, weights to 100": replace(IMPLICIT, most=100.0),
 }
 
 
@@ -110,7 +120,7 @@ def learn(world: QualityWorld, width: int, way: Way, seed: int) -> Tensor:
     rows, action = Rows(table), torch.tensor(table["action"].to_numpy())
     reward = torch.tensor(table["reward"].to_numpy()).float()
     pscore = torch.tensor(table["pscore"].to_numpy()).float()
-    rewarded = way.loss == "likelihood" and way.unrewarded == 0.0
+    rewarded = way.loss == "implicit" or (way.loss == "likelihood" and way.unrewarded == 0.0)
     used = np.flatnonzero(reward.numpy()) if rewarded else np.arange(len(reward))
     size = 256 if rewarded else 512
     weight = pscore.pow(-way.power).clamp(max=way.most)
@@ -133,6 +143,9 @@ def learn(world: QualityWorld, width: int, way: Way, seed: int) -> Tensor:
             elif way.loss == "regression":
                 each = functional.binary_cross_entropy_with_logits(own, r, reduction="none")
                 loss = ((w if way.unrewarded else torch.ones_like(w)) * each).mean()
+            elif way.loss == "implicit":
+                every = way.alpha * score.square().sum(dim=1)
+                loss = (every + w * r * (1.0 - own).square()).mean()
             else:
                 loss = (score.square().sum(dim=1) - 2.0 * w * r * own).mean()
             optimizer.zero_grad()

@@ -31,7 +31,7 @@ from offtower.models.store import load_policy
 from offtower.prepare import PreparedData, prepare
 from offtower.progress import Progress
 from offtower.training.auto import train_auto
-from offtower.training.auto.belief import LIKELIHOODS, REGRESSIONS, default_order
+from offtower.training.auto.belief import IMPLICIT, LIKELIHOODS, REGRESSIONS, default_order
 from offtower.training.auto.candidates import (
     make_candidates,
     make_schedule,
@@ -246,7 +246,7 @@ def test_belief_depends_on_what_is_known_of_items() -> None:
     assert default_order(described) == (*REGRESSIONS, *LIKELIHOODS)
     world = as_feedback(long_tail(0, labels=30, examples=60, tokens=40), 200, seed=0)
     ids = prepare(world.log, None, world.catalogue, Progress())
-    assert default_order(ids) == (*LIKELIHOODS, *REGRESSIONS)
+    assert default_order(ids) == (IMPLICIT, *LIKELIHOODS, *REGRESSIONS)
     # A few ids that the log rewards again and again are known as well as any features.
     few = as_feedback(long_tail(0, labels=4, examples=60, tokens=40), 2000, seed=0)
     assert default_order(prepare(few.log, None, few.catalogue, Progress()))[0] == REGRESSIONS[0]

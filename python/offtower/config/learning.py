@@ -127,8 +127,8 @@ class AutoConfig:
 
     candidates: tuple[str, ...] | None = None
     """In the order of belief; docs/objectives.md says what they are. null is regression_linear,
-    regression, likelihood_linear, likelihood; the likelihoods before the regressions where the
-    catalogue knows its items by ids alone."""
+    regression, likelihood_linear, likelihood; where the catalogue knows its items by ids alone,
+    most of which the log seldom rewards, implicit_linear, the likelihoods, then the regressions."""
     folds: int = Field(default=3, ge=2, le=64)
     """Parts of the log; a member learns from all but one, which judges it."""
     members: int | None = Field(default=None, ge=1)

@@ -7,6 +7,7 @@ from offtower.objectives.doubly_robust import (
     DoublyRobust,
     OptimisticShrinkageDR,
 )
+from offtower.objectives.implicit_squares import ImplicitSquares
 from offtower.objectives.ips import IPS, SNIPS, ClippedIPS
 from offtower.objectives.log_smoothing import LogSmoothing
 from offtower.objectives.pessimistic import PessimisticDR, PessimisticIPS
@@ -28,6 +29,7 @@ __all__ = [
     "DoublyRobust",
     "ExponentialLikelihood",
     "ExponentialSmoothing",
+    "ImplicitSquares",
     "InBatchSoftmax",
     "LogSmoothing",
     "LoggedRows",

@@ -23,7 +23,9 @@ class LoggedRows:
     pscore: Tensor | None = None
     """(B,) pi_0(a|x), in (0, 1]; float64 where the log has it."""
     action_logit: Tensor | None = None
-    """(B,) <u, v_a> + b_a of the logged item, without temperature; for regression only."""
+    """(B,) <u, v_a> + b_a of the logged item, without temperature; where `uses_policy` is False."""
+    square_sum: Tensor | None = None
+    """(B,) sum_a (<u, v_a> + b_a)^2 over all items; for objectives that need it."""
 
     def policy_terms(self) -> PolicyTerms:
         assert self.terms is not None, "the trainer computes terms for objectives that use them"
@@ -116,6 +118,8 @@ class Objective(ABC):
     needs_nonnegative_reward: bool = False
     needs_entropy: bool = False
     """Needs `terms.entropy`."""
+    needs_square_sum: bool = False
+    """Needs the sum of all items' squared scores (with `uses_policy = False`)."""
     needs_rewarded_rows_only: bool = False
     """Rows without reward contribute nothing, and may be left out of a step."""
     proposal: str | None = None

@@ -15,6 +15,7 @@ from offtower.objectives.doubly_robust import (
     DoublyRobust,
     OptimisticShrinkageDR,
 )
+from offtower.objectives.implicit_squares import ImplicitSquares
 from offtower.objectives.ips import IPS, SNIPS, ClippedIPS
 from offtower.objectives.log_smoothing import LogSmoothing
 from offtower.objectives.pessimistic import PessimisticDR, PessimisticIPS
@@ -42,6 +43,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
         Regression,
         WeightedLikelihood,
         ExponentialLikelihood,
+        ImplicitSquares,
         Softmax,
         InBatchSoftmax,
         MixedNegatives,

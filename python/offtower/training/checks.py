@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from offtower.config import TrainingConfig
 from offtower.errors import ConfigError
 from offtower.models.reward.base import RewardModel
 from offtower.objectives import Objective
@@ -32,4 +33,25 @@ def check_fit_for(
         raise ConfigError(
             f"objective '{objective.name}' is defined for rewards of zero or more, but the log's "
             f"reward_range begins at {reward_range[0]}; shift the rewards, or use another objective"
+        )
+
+
+def check_terms_for(objective: Objective, training: TrainingConfig) -> None:
+    """Refuse an objective that sums over the whole catalogue where it is not at hand.
+
+    Raises:
+        ConfigError: sampled terms, or items that are spread over workers.
+    """
+    if not objective.needs_square_sum:
+        return
+    if training.terms == "sampled":
+        raise ConfigError(
+            f"objective '{objective.name}' sums squares over all items, which costs O(items) in "
+            "each step and no draws can stand for: take training.terms=exact, or weighted_"
+            "likelihood with sampled terms"
+        )
+    if training.strategy == "item_sharded":
+        raise ConfigError(
+            f"objective '{objective.name}' needs the whole catalogue on each worker: take "
+            "training.strategy=replicated"
         )

@@ -21,7 +21,7 @@ from offtower.progress import Progress
 from offtower.sampling import Proposal
 from offtower.seeds import seed_torch
 from offtower.training.checkpoints import CheckpointStore, OwnedRows
-from offtower.training.checks import check_fit_for
+from offtower.training.checks import check_fit_for, check_terms_for
 from offtower.training.distributed import Workers
 from offtower.training.distributed.item_shard import (
     ItemShard,
@@ -107,6 +107,7 @@ def build_setup(
     """
     objective = resolve_objective(config, data)
     check_fit_for(objective, data, reward_model)
+    check_terms_for(objective, config.training)
     if config.training.strategy == "item_sharded":
         return _item_sharded(config, data, objective, reward_model, workers, progress)
     return _replicated(config, data, objective, reward_model, workers, progress)

@@ -16,6 +16,7 @@ from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.objectives import LoggedRows, Objective, ObjectiveValue, Reduction
 from offtower.ops import PolicyTerms
+from offtower.ops.square_sum import square_sum
 from offtower.ops.types import reward_in
 from offtower.training.distributed import ALONE, Workers
 from offtower.training.sampled import SampledTerms
@@ -103,9 +104,15 @@ class TrainingStep:
         reward = tensor_of(rows.reward, device)
         pscore = None if rows.pscore is None else tensor_of(rows.pscore, device)
         if not self.objective.uses_policy:
-            item = self.items.at(tensor_of(rows.action))
-            logit = self.policy.action_logit(context, item, numbers)
-            return self.objective(LoggedRows(reward, action_logit=logit), over), None
+            squares: Tensor | None = None
+            if self.objective.needs_square_sum:
+                action = tensor_of(rows.action, device)
+                logit, squares = self._squares(context, action, numbers)
+            else:
+                item = self.items.at(tensor_of(rows.action))
+                logit = self.policy.action_logit(context, item, numbers)
+            logged = LoggedRows(reward, pscore=pscore, action_logit=logit, square_sum=squares)
+            return self.objective(logged, over), None
         entropy = measure or self.objective.needs_entropy
         terms = self._terms(batch, context, numbers, place, entropy=entropy)
         value = self.objective(LoggedRows(reward, terms=terms, pscore=pscore), over)
@@ -129,6 +136,17 @@ class TrainingStep:
 
     def whole(self, loss: Tensor) -> Tensor:
         return self.workers.sum(loss)
+
+    def _squares(
+        self, context: FeatureTensors, action: Tensor, numbers: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scores of the logged items, and sums of all items' squared scores; no temperature."""
+        context_embedding = self.policy.context_tower(context, numbers)[0]
+        items = self.policy.embed_items(self.items, chunk=self.item_chunk)
+        logit = (context_embedding.float() * items.embedding[action].float()).sum(dim=1)
+        if items.bias is not None:
+            logit = logit + items.bias[action].float()
+        return logit, square_sum(context_embedding, items.embedding, items.bias)
 
     def _terms(
         self,

@@ -27,6 +27,9 @@ OBJECTIVES = ("ips", "snips", "dr", "clipped_dr", "regression", "weighted_likeli
 CASES = [(name, 31) for name in OBJECTIVES] + [("snips", 3), ("dr", 2), ("regression", 1)]
 """Objective and batch size: 31 and 3 are uneven for some number of workers, 2 and 1 leave workers
 without rows."""
+PAIRS = [(*case, strategy) for case in CASES for strategy in STRATEGIES]
+PAIRS += [("implicit_squares", size, "replicated") for size in (31, 2)]
+"""Some need the whole catalogue on each worker."""
 PROPOSALS = ("uniform", "mixed", "in_batch", "frequency", "top_k")
 SAMPLED = [
     *((proposal, "ips", 31, 6) for proposal in PROPOSALS),
@@ -111,11 +114,10 @@ def prepared(config: Config) -> tuple[PreparedData, Any]:
 def all_cases(workers: Workers, folder: Path, runs: Path) -> dict[str, Any]:
     found = {}
     data, model = prepared(config_of(folder, runs, "replicated", "dr", 31))
-    for objective, size in CASES:
-        for strategy in STRATEGIES:
-            config = config_of(folder, runs, strategy, objective, size)
-            setup = build_setup(config, data, model, workers, Progress())
-            found[f"{strategy} {objective} {size}"] = gradients(setup, first_batch(setup))
+    for objective, size, strategy in PAIRS:
+        config = config_of(folder, runs, strategy, objective, size)
+        setup = build_setup(config, data, model, workers, Progress())
+        found[f"{strategy} {objective} {size}"] = gradients(setup, first_batch(setup))
     for proposal, objective, size, draws in SAMPLED:
         for strategy in STRATEGIES:
             more = sampling(proposal, draws)
@@ -148,7 +150,7 @@ def results(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
 
 
 NAMES = [
-    *(f"{s} {o} {b}" for o, b in CASES for s in STRATEGIES),
+    *(f"{s} {o} {b}" for o, b, s in PAIRS),
     *(f"{s} {p} {o} {b}" for p, o, b, _ in SAMPLED for s in STRATEGIES),
 ]
 

@@ -10,10 +10,13 @@ from offtower.prepare import PreparedData
 
 REGRESSIONS = ("regression_linear", "regression")
 LIKELIHOODS = ("likelihood_linear", "likelihood")
+IMPLICIT = "implicit_linear"
 """Regression reads every row, shown and not rewarded too, and is best where its model can be right;
 a linear one has the fewest ways to overfit. The likelihood of rewarded items, weighted by
 1 / pscore, needs no model of rewards and pushes items down that the log never shows; it is best
-where items are many, rewards rare, and features say little about an item.
+where items are many, rewards rare, and features say little about an item. Implicit squares do the
+same and give each id a least-squares problem of its own: where ids are all that is known, better,
+if the rank is left to them.
 """
 
 ENOUGH = 50
@@ -33,8 +36,9 @@ def default_order(data: PreparedData) -> tuple[str, ...]:
     values of policies off the log are so noisy that they seldom refute it. Where the log rewards
     all ids often, as it does a few classes, a regression knows them.
     """
-    first_likelihoods = _ids_alone(data) and not _ids_known(_rewarded_rows(data))
-    return (*LIKELIHOODS, *REGRESSIONS) if first_likelihoods else (*REGRESSIONS, *LIKELIHOODS)
+    if not _ids_alone(data) or _ids_known(_rewarded_rows(data)):
+        return (*REGRESSIONS, *LIKELIHOODS)
+    return (IMPLICIT, *LIKELIHOODS, *REGRESSIONS)
 
 
 def _ids_alone(data: PreparedData) -> bool:

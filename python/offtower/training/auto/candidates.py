@@ -12,6 +12,7 @@ from offtower.errors import ConfigError
 from offtower.objectives import Objective, Regression, make_objective
 from offtower.prepare import PreparedData
 from offtower.training.auto.belief import default_order
+from offtower.training.checks import check_terms_for
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ def make_candidates(config: Config, data: PreparedData) -> list[Candidate]:
         "regression": lambda name: _deep(name, _regression(data), config),
         "likelihood_linear": lambda name: _linear(name, _likelihood(), config, data),
         "likelihood": lambda name: _deep(name, _likelihood(), config),
+        "implicit_linear": lambda name: _linear(
+            name, _implicit(), config, data, widest=128, weight_decay=1.0
+        ),
     }
     names = config.auto.candidates or default_order(data)
     for name in names:
@@ -59,6 +63,11 @@ def make_candidates(config: Config, data: PreparedData) -> list[Candidate]:
     negative = data.train.schema.reward_range[0] < 0.0
     made = [known[name](name) for name in names]
     made = [one for one in made if not (negative and one.objective.needs_nonnegative_reward)]
+    if config.auto.candidates is None and config.training.terms == "sampled":
+        made = [one for one in made if not one.objective.needs_square_sum]
+    for one in made:
+        # Members learn from the whole catalogue each, whatever the strategy.
+        check_terms_for(one.objective, replace(config.training, strategy="replicated"))
     if not made:
         raise ConfigError(
             "auto.candidates: none is left that takes rewards below zero; add 'regression'"
@@ -87,11 +96,23 @@ def _likelihood() -> Objective:
     return make_objective("weighted_likelihood", {"max_weight": 100.0})
 
 
-def _linear(name: str, objective: Objective, config: Config, data: PreparedData) -> Candidate:
+def _implicit() -> Objective:
+    return make_objective("implicit_squares", {"alpha": 0.1, "max_weight": 10.0})
+
+
+def _linear(
+    name: str,
+    objective: Objective,
+    config: Config,
+    data: PreparedData,
+    *,
+    widest: int = _LINEAR_DIM,
+    weight_decay: float = 0.1,
+) -> Candidate:
     """Embeddings that are linear in the features: <u, v> has all interactions of context and item
     features, up to rank d. Ids and tokens need a wide one, few numbers do not."""
     given = config.policy.embedding_dim
-    dim = max(given, min(_LINEAR_DIM, _width(data.context_encoding), _width(data.item_encoding)))
+    dim = max(given, min(widest, _width(data.context_encoding), _width(data.item_encoding)))
 
     def tower(given: TowerConfig) -> TowerConfig:
         return TowerConfig(
@@ -102,7 +123,7 @@ def _linear(name: str, objective: Objective, config: Config, data: PreparedData)
         )
 
     policy = replace(_plain(config.policy, tower), embedding_dim=dim)
-    return Candidate(name, objective, policy, learning_rate=1e-2, weight_decay=0.1)
+    return Candidate(name, objective, policy, learning_rate=1e-2, weight_decay=weight_decay)
 
 
 def _width(encoding: FeatureEncoding) -> int:
