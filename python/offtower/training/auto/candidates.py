@@ -39,6 +39,7 @@ class Schedule:
 
 
 _LINEAR_DIM = 64
+_FEW_ITEMS = 1 << 15
 
 
 def make_candidates(config: Config, data: PreparedData) -> list[Candidate]:
@@ -53,7 +54,7 @@ def make_candidates(config: Config, data: PreparedData) -> list[Candidate]:
         "likelihood_linear": lambda name: _linear(name, _likelihood(), config, data),
         "likelihood": lambda name: _deep(name, _likelihood(), config),
         "implicit_linear": lambda name: _linear(
-            name, _implicit(), config, data, widest=128, weight_decay=1.0
+            name, _implicit(), config, data, widest=_implicit_width(data), weight_decay=1.0
         ),
     }
     names = config.auto.candidates or default_order(data)
@@ -98,6 +99,11 @@ def _likelihood() -> Objective:
 
 def _implicit() -> Objective:
     return make_objective("implicit_squares", {"alpha": 0.1, "max_weight": 10.0})
+
+
+def _implicit_width(data: PreparedData) -> int:
+    """Rank costs an ensemble's embeddings memory, and some value is gained up to a full one."""
+    return 256 if data.items.num_items <= _FEW_ITEMS else 128
 
 
 def _linear(
