@@ -191,6 +191,15 @@ class TrainingConfig:
     warm_start: str | None = None
     """Folder of a policy (runs/<name>/policy) of the same architecture that training starts from,
     such as that of a regression or of weighted likelihood before dr."""
+    start: Literal["random", "uniform"] = "random"
+    """uniform: before the first step every item is equally likely in every context (the context
+    tower's last weights and the item bias are zero; the item tower is as random as ever)."""
+    temperature_from: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """Temperature of the first step, from which it goes to policy.temperature geometrically; null
+    is policy.temperature throughout. Only steps take it: validations and the saved policy have
+    policy.temperature, with which the policy is served."""
+    temperature_until: float = Field(default=0.5, gt=0.0, le=1.0)
+    """Share of training after which steps take policy.temperature; for temperature_from."""
     shuffle: bool = True
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many validations without a better lower bound."""

@@ -29,7 +29,7 @@ from offtower.training.auto import train_auto
 from offtower.training.checkpoints import CheckpointStore
 from offtower.training.device import describe, place
 from offtower.training.distributed import ALONE, Workers
-from offtower.training.setup import build_setup, resolve_objective, uses_auto
+from offtower.training.setup import build_setup, checked_objective, uses_auto
 from offtower.training.trainer import EpochHook, Trainer, TrainingResult
 
 
@@ -156,7 +156,9 @@ def _reward_model(
     config: Config, data: PreparedData, run: RunDirectory, progress: Progress
 ) -> RewardModel | None:
     judges = make_estimator(config.training.validation_estimator).needs_reward_model
-    if not (judges or resolve_objective(config, data).needs_reward_model):
+    # Before a reward model is fitted.
+    objective = checked_objective(config, data)
+    if not (judges or objective.needs_reward_model):
         return None
     return obtain_reward_model(
         config.reward_model, data, config.seed, progress, run.reward_model, for_new_rows=judges
