@@ -98,6 +98,8 @@ def config_fingerprint(config: Config) -> str:
     # Runs of before there was a choice go on.
     if content["training"]["precision"] == "float32":
         content["training"].pop("precision")
+    if content["objective"]["kl_policy"] is None:
+        content["objective"].pop("kl_policy")
     if content["training"]["start"] == "random":
         content["training"].pop("start")
     if content["training"]["temperature_from"] is None:

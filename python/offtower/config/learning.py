@@ -110,10 +110,24 @@ class ObjectiveConfig:
     arguments: dict[str, Any] = field(default_factory=dict)
     kl: float = Field(default=0.0, ge=0.0)
     """Price of KL(pi || pi_0), estimated from logged propensities: stay near the log."""
+    kl_policy: str | None = None
+    """Folder of the policy that logged, or of a clone of it (runs/<name>/policy), learned with this
+    run's encodings: the price `kl` is then on the exact KL to it, and needs no propensities."""
     imitation: float = Field(default=0.0, ge=0.0)
     """Weight of the likelihood of all logged items, whatever they earned: the other KL."""
     entropy: float = Field(default=0.0, ge=0.0)
     """Weight of the policy's entropy: stay away from determinism."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveConfig:
+        if self.kl_policy is not None and self.kl == 0.0:
+            raise ValueError("kl_policy is there for the price objective.kl, which is 0: set both")
+        if self.kl_policy is not None and self.name == "auto":
+            raise ValueError(
+                "objective.name=auto has no price on the KL to a policy: name an objective, or "
+                "leave kl_policy out"
+            )
+        return self
 
 
 @dataclass(config=STRICT)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from offtower.config import Config, TrainingConfig
 from offtower.errors import ConfigError
 from offtower.models.reward.base import RewardModel
@@ -58,14 +60,16 @@ def check_terms_for(objective: Objective, training: TrainingConfig) -> None:
 
 
 def check_course_of(config: Config, objective: Objective) -> None:
-    """Refuse a start, or a course of the temperature, that another setting contradicts.
+    """Refuse a start, a policy to stay near to, or a course of the temperature that another setting
+    contradicts.
 
     Raises:
-        ConfigError: two starts, a uniform one of towers that cannot have it, two who say what the
-            temperature is, or an objective without one.
+        ConfigError: two starts, a uniform one of towers that cannot have it, no policy where one is
+            named, two who say what the temperature is, or an objective without one.
     """
     if config.training.start == "uniform":
         _check_uniform_start(config)
+    _check_stored_policies(config)
     if config.training.temperature_from is None:
         return
     if config.policy.learn_temperature:
@@ -101,3 +105,21 @@ def _check_uniform_start(config: Config) -> None:
                 f"'{tower.module}' of policy.{side}_tower: begin with zeros there in the module "
                 "itself, and take training.start=random"
             )
+
+
+def _check_stored_policies(config: Config) -> None:
+    for setting, folder in (
+        ("training.warm_start", config.training.warm_start),
+        ("objective.kl_policy", config.objective.kl_policy),
+    ):
+        if folder is not None and not (Path(folder) / "policy.json").is_file():
+            raise ConfigError(
+                f"{setting}: there is no policy at '{folder}' (a folder with policy.json, such as "
+                "runs/<name>/policy of a run that has finished)"
+            )
+    if config.objective.kl_policy is not None and config.training.strategy == "item_sharded":
+        raise ConfigError(
+            "objective.kl_policy reads a policy over the whole catalogue: take "
+            "training.strategy=replicated, or objective.kl without it, which is estimated from "
+            "logged propensities"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ from offtower.mirror import Mirror
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.fit import obtain_reward_model
-from offtower.models.store import save_policy
+from offtower.models.store import policy_digest, save_policy
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
@@ -108,7 +109,7 @@ def train_run(
     setup = build_setup(config, data, reward_model, workers, progress)
     store = CheckpointStore(
         run.checkpoints,
-        f"{config_fingerprint(config)}-{'-'.join(sorted(data.fingerprint.values()))}",
+        _fingerprint(config, data),
         config.training.checkpoints_kept,
         workers,
         setup.owned_rows,
@@ -137,6 +138,14 @@ def train_run(
     workers.on_first(finish)
     metrics.close()
     return result
+
+
+def _fingerprint(config: Config, data: PreparedData) -> str:
+    """Of all that a checkpoint's steps depended on."""
+    parts = [config_fingerprint(config), *sorted(data.fingerprint.values())]
+    if config.objective.kl_policy is not None:
+        parts.append(policy_digest(Path(config.objective.kl_policy)))
+    return "-".join(parts)
 
 
 def build_trainer(

@@ -32,8 +32,9 @@ from offtower.training.distributed.item_shard import (
 from offtower.training.distributed.sharded_sampled import ShardedSampledTerms
 from offtower.training.distributed.sharded_scorer import ShardedScorer
 from offtower.training.distributed.sharded_step import ShardedStep
+from offtower.training.known_policy import KnownPolicy
 from offtower.training.sampled import SampledTerms, build_proposal
-from offtower.training.start import start_uniform, warm_start
+from offtower.training.start import load_alike, start_uniform, warm_start
 from offtower.training.step import StepLoss, TrainingStep
 from offtower.training.trainer import EpochHook, Trainer
 from offtower.training.validation import Validator
@@ -136,6 +137,10 @@ def _replicated(
         else SampledTerms(policy, data.items, proposal, config.sampling.exact_every)
     )
     chunk = config.training.item_chunk
+    known: KnownPolicy | None = None
+    if config.objective.kl_policy is not None:
+        logged = load_alike(Path(config.objective.kl_policy), policy, "objective.kl_policy")
+        known = KnownPolicy(logged.to(data.device), data.items, chunk)
     validate = (
         Validator(data, config.training, config.evaluation.confidence, reward_model, workers)
         if _validates(data)
@@ -147,7 +152,7 @@ def _replicated(
         workers,
         objective,
         policy,
-        TrainingStep(policy, objective, data.items, reward_model, chunk, sampled, workers),
+        TrainingStep(policy, objective, data.items, reward_model, chunk, sampled, workers, known),
         reward_model,
         proposal,
         validate,
@@ -258,5 +263,9 @@ def resolve_objective(config: Config, data: PreparedData) -> Objective:
             "could be added to"
         )
     return Regularised(
-        objective, kl=settings.kl, imitation=settings.imitation, entropy=settings.entropy
+        objective,
+        kl=settings.kl,
+        imitation=settings.imitation,
+        entropy=settings.entropy,
+        known=settings.kl_policy is not None,
     )
