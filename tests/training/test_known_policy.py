@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from offtower.progress import Progress
 from offtower.sampling import Proposal
 from offtower.sampling.sources import UniformSource
 from offtower.training.distributed import ALONE
-from offtower.training.known_policy import divergence_of
+from offtower.training.known_policy import divergence_of, log_normalizer
 from offtower.training.run import train_run
 from offtower.training.sampled import SampledTerms
 from offtower.training.setup import TrainingSetup, build_setup
@@ -82,8 +83,7 @@ def test_value_and_gradient_by_enumeration(
     against = policy_terms(
         u, v, action, temperature=tau, item_bias=item_bias, reward_model=scores, entropy=True
     )
-    normalizer = policy_terms(scores.context, v0, action, item_bias=scores.item_bias)
-    found = divergence_of(against, normalizer.log_normalizer)
+    found = divergence_of(against, log_normalizer(scores, action))
     torch.testing.assert_close(found, kl, rtol=0, atol=1e-12)
     model = DenseReward(q) if name == "dr" else None
     terms = policy_terms(u, v, action, temperature=tau, item_bias=item_bias, reward_model=model)
@@ -316,6 +316,30 @@ def test_another_policy_in_its_place_is_noticed(
     save_policy(folder, policy, facts)
     with pytest.raises(RunError, match="another configuration or other data"):
         train_run(config, resume=True)
+
+
+def test_a_log_without_propensities_is_enough(
+    simulated: Path, tmp_path: Path, cloned: Path
+) -> None:
+    """A clone of who logged, and what stays near it: neither step reads a propensity."""
+    more = ("training.epochs=2", "data.validation=null", "objective.name=softmax")
+    config = config_of(simulated, tmp_path, "a", *more, "objective.kl=0.2")
+    schema = replace(open_data(config, Progress()).train.schema, pscore=None)
+    config.data.log_schema = schema.to_dict()
+    with pytest.raises(ConfigError, match="needs the logged propensities"):
+        train_run(config)
+    clone = config_of(simulated, tmp_path, "c", *more[:2], "objective.name=behavior_cloning")
+    clone.data.log_schema = schema.to_dict()
+    train_run(clone)
+    lines = read_metrics(clone.run_directory / "metrics.jsonl")
+    assert [line["value_estimate"] for line in lines if line["kind"] == "epoch"] == [None, None]
+    config = config_of(
+        *(simulated, tmp_path, "b", *more, "objective.kl=0.2"),
+        f"objective.kl_policy={clone.run_directory / 'policy'}",
+    )
+    config.data.log_schema = schema.to_dict()
+    train_run(config)
+    assert last_divergence(config) > 0.0
 
 
 def test_without_a_known_policy_nothing_is_said_of_it(simulated: Path, tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from offtower.data.features import sent
 from offtower.models.features import FeatureTensors
-from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
+from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
-from offtower.ops import FactoredReward, PolicyTerms
+from offtower.ops import FactoredReward, PolicyTerms, policy_terms
+from offtower.training.sampled import TouchedItems
 
 
 class KnownPolicy:
@@ -45,12 +47,30 @@ class KnownPolicy:
         )
 
 
-def divergence_of(terms: PolicyTerms, log_normalizer: Tensor) -> Tensor:
+def divergence_of(terms: PolicyTerms, known: Tensor) -> Tensor:
     """(B,) KL(pi(.|x) || pi_0(.|x)) in nats, differentiable in pi.
 
     Args:
         terms: of pi, with entropy, and with the scores of pi_0 for a reward model.
-        log_normalizer: (B,) log sum_a exp s0.
+        known: (B,) log sum_a exp s0, see `log_normalizer`.
     """
     assert terms.expected_reward is not None and terms.entropy is not None
-    return log_normalizer.detach() - terms.expected_reward - terms.entropy
+    return known - terms.expected_reward - terms.entropy
+
+
+@torch.no_grad()
+def log_normalizer(
+    scores: FactoredReward, action: Tensor, drawn: TouchedItems | None = None
+) -> Tensor:
+    """(B,) log sum_a exp s0; with draws, from the same ones that pi's terms are from: what comes
+    out is then the KL between two policies on the draws, and never negative.
+
+    Args:
+        action: (B,) logged items.
+    """
+    item, bias = scores.item, scores.item_bias
+    if drawn is None:
+        return policy_terms(scores.context, item, action, item_bias=bias).log_normalizer
+    touched = sent(drawn.item, item.device)
+    items = ItemEmbeddings(item[touched], None if bias is None else bias[touched])
+    return drawn.terms(scores.context, items, temperature=1.0).log_normalizer

@@ -56,8 +56,8 @@ class TouchedItems:
         self,
         context_embedding: Tensor,
         items: ItemEmbeddings,
-        temperature: float,
         *,
+        temperature: float,
         reward_model: DenseReward | FactoredReward | None = None,
         entropy: bool = False,
     ) -> PolicyTerms:

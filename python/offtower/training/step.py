@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from offtower.data.encoding import tensor_of, to_tensors
-from offtower.data.features import sent
 from offtower.data.reader import Step
 from offtower.models.features import FeatureTensors
-from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures
+from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.objectives import LoggedRows, Objective, ObjectiveValue, Reduction
-from offtower.ops import FactoredReward, PolicyTerms, policy_terms
+from offtower.ops import PolicyTerms
 from offtower.ops.square_sum import square_sum
 from offtower.ops.types import RewardTerms, reward_in
 from offtower.training.distributed import ALONE, Workers
-from offtower.training.known_policy import KnownPolicy, divergence_of
-from offtower.training.sampled import SampledTerms
+from offtower.training.known_policy import KnownPolicy, divergence_of, log_normalizer
+from offtower.training.sampled import SampledTerms, TouchedItems
 
 
 @dataclass(frozen=True)
@@ -174,49 +173,29 @@ class TrainingStep:
     ) -> tuple[PolicyTerms, Tensor | None]:
         """Of this worker's rows; and the divergence from the known policy, where there is one."""
         u = self.policy.embed_contexts(context, numbers)
-        temperature = self.policy.temperature
+        action = tensor_of(batch.rows.action, self.policy.device)
         terms_of: Callable[..., PolicyTerms]
-        touched: Tensor | None = None
+        drawn: TouchedItems | None = None
         if sampled:
             assert self.sampled is not None
             everyone = tensor_of(batch.joined.action)
             drawn = self.sampled.touched(u, tensor_of(batch.rows.action), seed, everyone)
-            items, terms_of, touched = self.sampled.embed(drawn), drawn.terms, drawn.item
+            items = self.sampled.embed(drawn)
+            terms_of = partial(drawn.terms, temperature=self.policy.temperature)
         else:
             items = self.policy.embed_items(self.items, chunk=self.item_chunk)
-            terms_of = partial(_exact_terms, tensor_of(batch.rows.action, self.policy.device))
+            terms_of = partial(self.policy.terms, action=action)
         if reward_model is not None and u.dtype != torch.float32:
             reward_model = reward_in(reward_model, u.dtype)
         if self.known is None:
-            found = terms_of(u, items, temperature, reward_model=reward_model, entropy=entropy)
-            return found, None
+            return terms_of(u, items, reward_model=reward_model, entropy=entropy), None
         scores = self.known.scores(context, u.dtype)
-        against = terms_of(u, items, temperature, reward_model=scores, entropy=True)
-        with torch.no_grad():
-            # From the same draws: the sampled divergence is one, of the draws, and never negative.
-            known = terms_of(scores.context, _items_of(scores, touched), 1.0).log_normalizer
+        against = terms_of(u, items, reward_model=scores, entropy=True)
         if reward_model is None:
             found = replace(against, expected_reward=None, action_reward=None)
         else:
-            found = terms_of(u, items, temperature, reward_model=reward_model, entropy=entropy)
-        return found, divergence_of(against, known)
-
-
-def _exact_terms(
-    action: Tensor, u: Tensor, items: ItemEmbeddings, temperature: float, **more: Any
-) -> PolicyTerms:
-    return policy_terms(
-        u, items.embedding, action, temperature=temperature, item_bias=items.bias, **more
-    )
-
-
-def _items_of(scores: FactoredReward, touched: Tensor | None) -> ItemEmbeddings:
-    """Of the known policy: all, or those touched (n,), a tensor of the CPU."""
-    embedding, bias = scores.item, scores.item_bias
-    if touched is None:
-        return ItemEmbeddings(embedding, bias)
-    place = sent(touched, embedding.device)
-    return ItemEmbeddings(embedding[place], None if bias is None else bias[place])
+            found = terms_of(u, items, reward_model=reward_model, entropy=entropy)
+        return found, divergence_of(against, log_normalizer(scores, action, drawn))
 
 
 def row_numbers(batch: Step, device: torch.device) -> Tensor:

@@ -28,6 +28,7 @@ WORKERS = 4
 STRATEGIES = ("replicated", "item_sharded")
 OBJECTIVES = ("ips", "snips", "dr", "clipped_dr", "regression", "weighted_likelihood")
 CASES = [(name, 31) for name in OBJECTIVES] + [("snips", 3), ("dr", 2), ("regression", 1)]
+CASES += [("behavior_cloning", 31)]
 """Objective and batch size: 31 and 3 are uneven for some number of workers, 2 and 1 leave workers
 without rows."""
 PAIRS = [(*case, strategy) for case in CASES for strategy in STRATEGIES]
@@ -41,6 +42,7 @@ SAMPLED = [
     ("mixed", "mixed_negatives", 2, 6),
     ("top_k", "dr", 2, 1),
     ("uniform", "dr", 1, 1),
+    ("mixed", "behavior_cloning", 31, 6),
 ]
 """Proposal, objective, batch size and draws. Few of each leave workers without any item."""
 KNOWN = [("ips", 31, "exact"), ("dr", 2, "exact"), ("ips", 31, "sampled")]
