@@ -166,6 +166,7 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Problem], np.ndarray]]] = {
         {"beta": BETA, "max_weight": 4.0},
         lambda p: coefficients(p, np.minimum(np.exp(p.reward / BETA), 4.0)),
     ),
+    "behavior_cloning": ({}, lambda p: coefficients(p, np.ones(ROWS))),
     "pessimistic_ips": (
         {"penalty": PENALTY},
         lambda p: pessimistic(
@@ -212,6 +213,7 @@ VALUES: dict[str, Callable[[Problem], float]] = {
         (p.weight * (p.reward - optimal_baseline(p))).mean() + optimal_baseline(p)
     ),
     "exponential_likelihood": lambda p: (p.weight * p.reward).mean(),
+    "behavior_cloning": lambda p: (p.weight * p.reward).mean(),
     "pessimistic_ips": lambda p: (p.weight * p.reward).mean(),
     "pessimistic_dr": lambda p: dr(p).mean(),
     "shrinkage_dr": lambda p: (

@@ -95,9 +95,16 @@ def config_fingerprint(config: Config) -> str:
         *("checkpoint_every_seconds", "checkpoints_kept"),
     ):
         content["training"].pop(machine_only)
+    # Runs of before there was a choice go on.
     if content["training"]["precision"] == "float32":
-        # Runs of before there was a choice go on.
         content["training"].pop("precision")
+    if content["objective"]["kl_policy"] is None:
+        content["objective"].pop("kl_policy")
+    if content["training"]["start"] == "random":
+        content["training"].pop("start")
+    if content["training"]["temperature_from"] is None:
+        content["training"].pop("temperature_from")
+        content["training"].pop("temperature_until")
     # How a policy is judged and who is told does not change the policy.
     content.pop("evaluation")
     content.pop("tracking")

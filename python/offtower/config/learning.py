@@ -110,10 +110,24 @@ class ObjectiveConfig:
     arguments: dict[str, Any] = field(default_factory=dict)
     kl: float = Field(default=0.0, ge=0.0)
     """Price of KL(pi || pi_0), estimated from logged propensities: stay near the log."""
+    kl_policy: str | None = None
+    """Folder of the policy that logged, or of a clone of it (runs/<name>/policy), learned with this
+    run's encodings: the price `kl` is then on the exact KL to it, and needs no propensities."""
     imitation: float = Field(default=0.0, ge=0.0)
     """Weight of the likelihood of all logged items, whatever they earned: the other KL."""
     entropy: float = Field(default=0.0, ge=0.0)
     """Weight of the policy's entropy: stay away from determinism."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveConfig:
+        if self.kl_policy is not None and self.kl == 0.0:
+            raise ValueError("kl_policy is there for the price objective.kl, which is 0: set both")
+        if self.kl_policy is not None and self.name == "auto":
+            raise ValueError(
+                "objective.name=auto has no price on the KL to a policy: name an objective, or "
+                "leave kl_policy out"
+            )
+        return self
 
 
 @dataclass(config=STRICT)
@@ -191,6 +205,15 @@ class TrainingConfig:
     warm_start: str | None = None
     """Folder of a policy (runs/<name>/policy) of the same architecture that training starts from,
     such as that of a regression or of weighted likelihood before dr."""
+    start: Literal["random", "uniform"] = "random"
+    """uniform: before the first step every item is equally likely in every context (the context
+    tower's last weights and the item bias are zero; the item tower is as random as ever)."""
+    temperature_from: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """Temperature of the first step, from which it goes to policy.temperature geometrically; null
+    is policy.temperature throughout. Only steps take it: validations and the saved policy have
+    policy.temperature, with which the policy is served."""
+    temperature_until: float = Field(default=0.5, gt=0.0, le=1.0)
+    """Share of training after which steps take policy.temperature; for temperature_from."""
     shuffle: bool = True
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many validations without a better lower bound."""

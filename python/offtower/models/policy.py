@@ -52,6 +52,8 @@ class TwoTowerPolicy(nn.Module):
             self.log_temperature: Tensor = nn.Parameter(log_temperature)
         else:
             self.register_buffer("log_temperature", log_temperature)
+        self.training_temperature: float | None = None
+        """In training mode, in place of the configured temperature; None takes that one."""
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +63,11 @@ class TwoTowerPolicy(nn.Module):
     @property
     def temperature(self) -> float:
         """The temperature that the operators take; a learned one is folded into u instead."""
-        return 1.0 if self.config.learn_temperature else self.config.temperature
+        if self.config.learn_temperature:
+            return 1.0
+        if self.training and self.training_temperature is not None:
+            return self.training_temperature
+        return self.config.temperature
 
     def train_in(self, dtype: torch.dtype) -> None:
         """Let training passes of both towers compute and give embeddings in `dtype`, float32 or

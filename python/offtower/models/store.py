@@ -10,7 +10,7 @@ import safetensors.torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from offtower.atomic import replace_directory, write_text
+from offtower.atomic import replace_directory, sha256_file, write_text
 from offtower.config import PolicyConfig
 from offtower.data.encoding import FeatureEncoding
 from offtower.errors import RunError
@@ -67,6 +67,11 @@ def load_policy(directory: Path) -> tuple[TwoTowerPolicy, dict[str, Any]]:
     load_weights(directory / "policy.safetensors", policy)
     policy.eval()
     return policy, content["facts"]
+
+
+def policy_digest(directory: Path) -> str:
+    """Of a stored policy's weights, sizes and facts: another one in the same place has another."""
+    return "-".join(sha256_file(directory / name) for name in ("policy.json", "policy.safetensors"))
 
 
 def save_weights(path: Path, module: nn.Module) -> None:

@@ -17,13 +17,18 @@ from offtower.objectives.regularised import Regularised
 from offtower.objectives.smoothing import ExponentialSmoothing
 from offtower.objectives.softmax import InBatchSoftmax, MixedNegatives, Softmax
 from offtower.objectives.top_k import TopKCorrectedIPS
-from offtower.objectives.weighted_likelihood import ExponentialLikelihood, WeightedLikelihood
+from offtower.objectives.weighted_likelihood import (
+    BehaviorCloning,
+    ExponentialLikelihood,
+    WeightedLikelihood,
+)
 
 __all__ = [
     "IPS",
     "OBJECTIVES",
     "SNIPS",
     "BaselineIPS",
+    "BehaviorCloning",
     "ClippedDoublyRobust",
     "ClippedIPS",
     "DoublyRobust",

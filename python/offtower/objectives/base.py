@@ -26,6 +26,8 @@ class LoggedRows:
     """(B,) <u, v_a> + b_a of the logged item, without temperature; where `uses_policy` is False."""
     square_sum: Tensor | None = None
     """(B,) sum_a (<u, v_a> + b_a)^2 over all items; for objectives that need it."""
+    divergence: Tensor | None = None
+    """(B,) KL(pi(.|x) || pi_0(.|x)) to a known logging policy; for objectives that need it."""
 
     def policy_terms(self) -> PolicyTerms:
         assert self.terms is not None, "the trainer computes terms for objectives that use them"
@@ -52,6 +54,11 @@ class LoggedRows:
         expected = self.policy_terms().expected_reward
         assert expected is not None, "the trainer checks that there is a reward model"
         return expected
+
+    def known_divergence(self) -> Tensor:
+        """(B,) KL(pi(.|x) || pi_0(.|x)) in nats, differentiable."""
+        assert self.divergence is not None, "the trainer computes it where an objective needs it"
+        return self.divergence
 
     def entropy(self) -> Tensor:
         """(B,) entropy of pi(.|x) in nats, differentiable."""
@@ -118,6 +125,8 @@ class Objective(ABC):
     needs_nonnegative_reward: bool = False
     needs_entropy: bool = False
     """Needs `terms.entropy`."""
+    needs_divergence: bool = False
+    """Needs `divergence`, so a stored logging policy."""
     needs_square_sum: bool = False
     """Needs the sum of all items' squared scores (with `uses_policy = False`)."""
     needs_rewarded_rows_only: bool = False

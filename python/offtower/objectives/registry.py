@@ -23,7 +23,11 @@ from offtower.objectives.regression import Regression
 from offtower.objectives.smoothing import ExponentialSmoothing
 from offtower.objectives.softmax import InBatchSoftmax, MixedNegatives, Softmax
 from offtower.objectives.top_k import TopKCorrectedIPS
-from offtower.objectives.weighted_likelihood import ExponentialLikelihood, WeightedLikelihood
+from offtower.objectives.weighted_likelihood import (
+    BehaviorCloning,
+    ExponentialLikelihood,
+    WeightedLikelihood,
+)
 
 OBJECTIVES: dict[str, type[Objective]] = {
     kind.name: kind
@@ -43,6 +47,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
         Regression,
         WeightedLikelihood,
         ExponentialLikelihood,
+        BehaviorCloning,
         ImplicitSquares,
         Softmax,
         InBatchSoftmax,

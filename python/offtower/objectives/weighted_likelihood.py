@@ -1,4 +1,4 @@
-"""Likelihood of the logged items, weighted by reward and logged propensity."""
+"""Likelihood of the logged items: of all alike, or weighted by reward and logged propensity."""
 
 from __future__ import annotations
 
@@ -66,6 +66,26 @@ class ExponentialLikelihood(Objective):
     def __call__(self, rows: LoggedRows, over: Reduction) -> ObjectiveValue:
         weight = torch.exp(rows.reward / self.beta).clamp(max=self.max_weight)
         log_likelihood = weight * rows.policy_terms().log_prob
+        # The likelihood is no value of a policy; where there are propensities, the IPS estimate is.
+        value = log_likelihood if rows.pscore is None else rows.weight() * rows.reward
+        return ObjectiveValue(-over.mean(log_likelihood), over.average(value))
+
+
+class BehaviorCloning(Objective):
+    r"""Maximise mean_i log pi(a_i|x_i) over all logged rows, whatever they earned.
+
+    Gradient: mean_i grad log pi(a_i|x_i). Its optimum is the logging policy, as far as the towers
+    can say it: a start for `training.warm_start`, and an estimate of a logging policy that nobody
+    kept, for `objective.kl_policy`. Needs neither propensities nor rewards.
+    Source: Pomerleau 1991, "Efficient training of artificial neural networks for autonomous
+    navigation"; as the imitation term of Ma, Wang and Chen 2019.
+    """
+
+    name = "behavior_cloning"
+    needs_pscore = False
+
+    def __call__(self, rows: LoggedRows, over: Reduction) -> ObjectiveValue:
+        log_likelihood = rows.policy_terms().log_prob
         # The likelihood is no value of a policy; where there are propensities, the IPS estimate is.
         value = log_likelihood if rows.pscore is None else rows.weight() * rows.reward
         return ObjectiveValue(-over.mean(log_likelihood), over.average(value))

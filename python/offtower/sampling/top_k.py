@@ -28,6 +28,8 @@ class _Snapshot:
 
     step: int
     tower: Tower
+    temperature: float
+    """Of the policy at that step, for the bias."""
     embedding: Tensor
     bias: Tensor | None
     index: ClusterIndex | None
@@ -80,7 +82,8 @@ class PolicyTopK:
             return
         if self._pending is not None:
             self._current = self._pending.result()
-        self._pending = self._start(step, copy.deepcopy(self._policy.item_tower))
+        tower = copy.deepcopy(self._policy.item_tower)
+        self._pending = self._start(step, tower, self._policy.temperature)
         if self._current is None:
             self._current = self._pending.result()
             self._pending = None
@@ -101,6 +104,9 @@ class PolicyTopK:
         for name, snapshot in (("current", self._current), ("pending", pending)):
             if snapshot is not None:
                 tensors[f"{name}/step"] = torch.tensor(snapshot.step)
+                tensors[f"{name}/temperature"] = torch.tensor(
+                    snapshot.temperature, dtype=torch.float64
+                )
                 for key, value in snapshot.tower.state_dict().items():
                     tensors[f"{name}/tower/{key}"] = value
         return tensors
@@ -116,7 +122,10 @@ class PolicyTopK:
             tower.load_state_dict(
                 {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             )
-            built = self._start(int(tensors[f"{name}/step"]), tower)
+            # Checkpoints of before there was a course of it have none.
+            known = tensors.get(f"{name}/temperature")
+            temperature = self._policy.temperature if known is None else float(known)
+            built = self._start(int(tensors[f"{name}/step"]), tower, temperature)
             if name == "current":
                 self._current = built.result()
             else:
@@ -125,22 +134,22 @@ class PolicyTopK:
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _start(self, step: int, tower: Tower) -> Future[_Snapshot]:
+    def _start(self, step: int, tower: Tower, temperature: float) -> Future[_Snapshot]:
         tower.eval()
         tower.requires_grad_(False)
-        return self._thread.submit(self._build, step, tower)
+        return self._thread.submit(self._build, step, tower, temperature)
 
-    def _build(self, step: int, tower: Tower) -> _Snapshot:
+    def _build(self, step: int, tower: Tower, temperature: float) -> _Snapshot:
         with torch.no_grad():
             items = embed_items(tower, self._items, chunk=self._chunk)
             # <u, v> + temperature b ranks items as <u, v> / temperature + b does.
             bias = items.bias
-            if bias is not None and self._policy.temperature != 1.0:
-                bias = bias * self._policy.temperature
+            if bias is not None and temperature != 1.0:
+                bias = bias * temperature
             if self._items.num_items <= EXACT_SEARCH_ITEMS:
-                return _Snapshot(step, tower, items.embedding, bias, None)
+                return _Snapshot(step, tower, temperature, items.embedding, bias, None)
             index = ClusterIndex(
                 items.embedding, bias, seed=derive_seed(self._seed, "top-k index", step)
             )
         # The index holds the vectors in an order of its own.
-        return _Snapshot(step, tower, items.embedding[:0], None, index)
+        return _Snapshot(step, tower, temperature, items.embedding[:0], None, index)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from offtower.config import TrainingConfig
+from pathlib import Path
+
+from offtower.config import Config, TrainingConfig
 from offtower.errors import ConfigError
 from offtower.models.reward.base import RewardModel
 from offtower.objectives import Objective
@@ -54,4 +56,70 @@ def check_terms_for(objective: Objective, training: TrainingConfig) -> None:
         raise ConfigError(
             f"objective '{objective.name}' needs the whole catalogue on each worker: take "
             "training.strategy=replicated"
+        )
+
+
+def check_course_of(config: Config, objective: Objective) -> None:
+    """Refuse a start, a policy to stay near to, or a course of the temperature that another setting
+    contradicts.
+
+    Raises:
+        ConfigError: two starts, a uniform one of towers that cannot have it, no policy where one is
+            named, two who say what the temperature is, or an objective without one.
+    """
+    if config.training.start == "uniform":
+        _check_uniform_start(config)
+    _check_stored_policies(config)
+    if config.training.temperature_from is None:
+        return
+    if config.policy.learn_temperature:
+        raise ConfigError(
+            "training.temperature_from sets the temperature that policy.learn_temperature would "
+            "learn: leave one of them out"
+        )
+    if not objective.uses_policy:
+        raise ConfigError(
+            f"objective '{objective.name}' learns scores without a temperature, so that "
+            "training.temperature_from would change nothing: leave it out"
+        )
+
+
+def _check_uniform_start(config: Config) -> None:
+    if config.training.warm_start is not None:
+        raise ConfigError(
+            "training.start=uniform and training.warm_start are two starts: leave one of them out"
+        )
+    if config.policy.context_tower.normalize:
+        raise ConfigError(
+            "training.start=uniform begins with a context embedding of zero, which "
+            "policy.context_tower.normalize cannot bring to unit length: raise policy.temperature, "
+            "or begin hot with training.temperature_from, for an almost uniform start"
+        )
+    sides = [("context", config.policy.context_tower)]
+    if config.policy.item_bias:
+        sides.append(("item", config.policy.item_tower))
+    for side, tower in sides:
+        if tower.module is not None:
+            raise ConfigError(
+                "training.start=uniform does not know the last weights of the module "
+                f"'{tower.module}' of policy.{side}_tower: begin with zeros there in the module "
+                "itself, and take training.start=random"
+            )
+
+
+def _check_stored_policies(config: Config) -> None:
+    for setting, folder in (
+        ("training.warm_start", config.training.warm_start),
+        ("objective.kl_policy", config.objective.kl_policy),
+    ):
+        if folder is not None and not (Path(folder) / "policy.json").is_file():
+            raise ConfigError(
+                f"{setting}: there is no policy at '{folder}' (a folder with policy.json, such as "
+                "runs/<name>/policy of a run that has finished)"
+            )
+    if config.objective.kl_policy is not None and config.training.strategy == "item_sharded":
+        raise ConfigError(
+            "objective.kl_policy reads a policy over the whole catalogue: take "
+            "training.strategy=replicated, or objective.kl without it, which is estimated from "
+            "logged propensities"
         )

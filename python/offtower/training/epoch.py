@@ -34,7 +34,11 @@ class EpochSums:
 
 
 def measures_line(measures: StepMeasures | None) -> dict[str, float | None]:
-    """The measures' names and numbers; null where nothing was measured."""
+    """The measures' names and numbers; null where nothing was measured. `divergence` is there where
+    a logging policy is known."""
     if measures is None:
         return {"effective_sample_size": None, "largest_weight": None, "entropy": None}
-    return asdict(measures)
+    line = asdict(measures)
+    if measures.divergence is None:
+        line.pop("divergence")
+    return line

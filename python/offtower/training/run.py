@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ from offtower.mirror import Mirror
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.fit import obtain_reward_model
-from offtower.models.store import save_policy
+from offtower.models.store import policy_digest, save_policy
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
@@ -29,7 +30,7 @@ from offtower.training.auto import train_auto
 from offtower.training.checkpoints import CheckpointStore
 from offtower.training.device import describe, place
 from offtower.training.distributed import ALONE, Workers
-from offtower.training.setup import build_setup, resolve_objective, uses_auto
+from offtower.training.setup import build_setup, checked_objective, uses_auto
 from offtower.training.trainer import EpochHook, Trainer, TrainingResult
 
 
@@ -108,7 +109,7 @@ def train_run(
     setup = build_setup(config, data, reward_model, workers, progress)
     store = CheckpointStore(
         run.checkpoints,
-        f"{config_fingerprint(config)}-{'-'.join(sorted(data.fingerprint.values()))}",
+        _fingerprint(config, data),
         config.training.checkpoints_kept,
         workers,
         setup.owned_rows,
@@ -139,6 +140,14 @@ def train_run(
     return result
 
 
+def _fingerprint(config: Config, data: PreparedData) -> str:
+    """Of all that a checkpoint's steps depended on."""
+    parts = [config_fingerprint(config), *sorted(data.fingerprint.values())]
+    if config.objective.kl_policy is not None:
+        parts.append(policy_digest(Path(config.objective.kl_policy)))
+    return "-".join(parts)
+
+
 def build_trainer(
     config: Config,
     data: PreparedData,
@@ -156,7 +165,9 @@ def _reward_model(
     config: Config, data: PreparedData, run: RunDirectory, progress: Progress
 ) -> RewardModel | None:
     judges = make_estimator(config.training.validation_estimator).needs_reward_model
-    if not (judges or resolve_objective(config, data).needs_reward_model):
+    # Before a reward model is fitted.
+    objective = checked_objective(config, data)
+    if not (judges or objective.needs_reward_model):
         return None
     return obtain_reward_model(
         config.reward_model, data, config.seed, progress, run.reward_model, for_new_rows=judges

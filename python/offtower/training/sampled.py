@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from offtower.config import Config
 from offtower.data.features import sent
-from offtower.models.items import ItemFeatures
+from offtower.models.items import ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.objectives import Objective
 from offtower.ops import DenseReward, FactoredReward, PolicyTerms, sampled_policy_terms
@@ -31,6 +33,59 @@ class ExactAtTimes:
         return self._exact_every is not None and step % self._exact_every == 0
 
 
+@dataclass(frozen=True)
+class TouchedItems:
+    """What a step draws, and where each draw stands among the distinct items that it touches."""
+
+    item: Tensor
+    """(n,) the distinct items, on the CPU; the following are on the policy's device."""
+    action: Tensor
+    """(B,) logged items."""
+    logged: Tensor
+    """(B,) their places in `item`."""
+    drawn: Tensor
+    """(m,) items that were drawn, for all rows."""
+    log_proposal: Tensor
+    sample_index: Tensor
+    """(m,) places of the draws in `item`."""
+    exact_item: Tensor | None
+    """(B, k) items that each row counts exactly, -1 for none."""
+    exact_index: Tensor | None
+
+    def terms(
+        self,
+        context_embedding: Tensor,
+        items: ItemEmbeddings,
+        *,
+        temperature: float,
+        reward_model: DenseReward | FactoredReward | None = None,
+        entropy: bool = False,
+    ) -> PolicyTerms:
+        """Estimated terms of a policy, not necessarily the one that learns.
+
+        Args:
+            items: the n distinct ones, embedded.
+            reward_model: over the whole catalogue.
+        """
+        embedding, bias = items.embedding, items.bias
+        return sampled_policy_terms(
+            context_embedding,
+            embedding[self.logged],
+            self.action,
+            embedding,
+            self.drawn,
+            self.log_proposal,
+            temperature=temperature,
+            action_bias=None if bias is None else bias[self.logged],
+            sampled_bias=bias,
+            reward_model=reward_model,
+            entropy=entropy,
+            sample_index=self.sample_index,
+            exact_item=self.exact_item,
+            exact_index=self.exact_index,
+        )
+
+
 class SampledTerms(ExactAtTimes):
     """Draws, embeds what was drawn, and estimates the policy's terms.
 
@@ -51,17 +106,14 @@ class SampledTerms(ExactAtTimes):
         super().__init__(exact_every)
         self.policy, self.items, self.proposal = policy, items, proposal
 
-    def __call__(
+    def touched(
         self,
         context_embedding: Tensor,
         action: Tensor,
         seed: int,
-        *,
         batch_action: Tensor | None = None,
-        reward_model: DenseReward | FactoredReward | None = None,
-        entropy: bool = False,
-    ) -> PolicyTerms:
-        """Terms of (B,) rows; `seed` is the step's, the same on every worker.
+    ) -> TouchedItems:
+        """What (B,) rows draw; `seed` is the step's, the same on every worker.
 
         Draws are made on the CPU, whatever the policy's device: all numbers of items are known
         there, and a GPU draws the same items.
@@ -76,29 +128,26 @@ class SampledTerms(ExactAtTimes):
         parts = [action, draws.item]
         if draws.exact_item is not None:
             parts.append(draws.exact_item.clamp_min(0).reshape(-1))
-        touched, place = torch.unique(torch.cat(parts), return_inverse=True)
+        item, place = torch.unique(torch.cat(parts), return_inverse=True)
         rows, drawn = len(action), len(draws.item)
         device = self.policy.device
-        embedding, bias = self.policy.item_tower(self.items.at(touched), sent(touched, device))
         place = sent(place, device)
-        logged = place[:rows]
         exact = None if draws.exact_item is None else sent(draws.exact_item, device)
-        return sampled_policy_terms(
-            context_embedding,
-            embedding[logged],
+        return TouchedItems(
+            item,
             sent(action, device),
-            embedding,
+            place[:rows],
             sent(draws.item, device),
             sent(draws.log_proposal, device),
-            temperature=self.policy.temperature,
-            action_bias=None if bias is None else bias[logged],
-            sampled_bias=bias,
-            reward_model=reward_model,
-            entropy=entropy,
-            sample_index=place[rows : rows + drawn],
-            exact_item=exact,
-            exact_index=None if exact is None else place[rows + drawn :].view(exact.shape),
+            place[rows : rows + drawn],
+            exact,
+            None if exact is None else place[rows + drawn :].view(exact.shape),
         )
+
+    def embed(self, touched: TouchedItems) -> ItemEmbeddings:
+        """The distinct items, by the policy's item tower; differentiable."""
+        numbers = sent(touched.item, self.policy.device)
+        return ItemEmbeddings(*self.policy.item_tower(self.items.at(touched.item), numbers))
 
 
 def build_proposal(

@@ -1,4 +1,4 @@
-"""What changes in the course of training: the learning rate, and the average of weights."""
+"""What changes in the course of training: learning rate, temperature, average of the weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from offtower.config import TrainingConfig
 from offtower.models.optimizer import JointOptimizer
+from offtower.models.policy import TwoTowerPolicy
 
 
 class LearningRate:
@@ -45,6 +46,41 @@ def factor(progress: float, warm_up: float, decay: str) -> float:
         return 1.0
     left = (1.0 - progress) / (1.0 - warm_up)
     return left if decay == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
+
+
+class Temperature:
+    """The temperature of training steps as a function of how much of training is over.
+
+    It is the policy's in training mode alone: validations, measures at the end of an epoch and the
+    saved policy have the configured one.
+
+    Args:
+        settings: temperature_from, temperature_until.
+        policy: that learns; its configured temperature is where the course ends.
+    """
+
+    def __init__(self, settings: TrainingConfig, policy: TwoTowerPolicy) -> None:
+        self._settings = settings
+        self._policy = policy
+
+    def at(self, progress: float) -> None:
+        """Set the temperature for the share `progress` in [0, 1) of training that is over."""
+        begin = self._settings.temperature_from
+        if begin is not None:
+            self._policy.training_temperature = temperature(
+                progress, begin, self._policy.config.temperature, self._settings.temperature_until
+            )
+
+    def end(self) -> None:
+        """Leave the policy with its own."""
+        self._policy.training_temperature = None
+
+
+def temperature(progress: float, begin: float, end: float, until: float) -> float:
+    """begin^(1 - p) end^p with p = progress / until, then end: the same factor in equal times."""
+    if progress >= until:
+        return end
+    return begin * (end / begin) ** (progress / until)
 
 
 class WeightAverage:

@@ -14,14 +14,13 @@ from offtower.metrics import MetricsLog
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.factored import FactoredRewardModel
-from offtower.models.store import load_policy
 from offtower.objectives import Objective, Regression, Regularised, make_objective
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.sampling import Proposal
 from offtower.seeds import seed_torch
 from offtower.training.checkpoints import CheckpointStore, OwnedRows
-from offtower.training.checks import check_fit_for, check_terms_for
+from offtower.training.checks import check_course_of, check_fit_for, check_terms_for
 from offtower.training.distributed import Workers
 from offtower.training.distributed.item_shard import (
     ItemShard,
@@ -33,7 +32,9 @@ from offtower.training.distributed.item_shard import (
 from offtower.training.distributed.sharded_sampled import ShardedSampledTerms
 from offtower.training.distributed.sharded_scorer import ShardedScorer
 from offtower.training.distributed.sharded_step import ShardedStep
+from offtower.training.known_policy import KnownPolicy
 from offtower.training.sampled import SampledTerms, build_proposal
+from offtower.training.start import load_alike, start_uniform, warm_start
 from offtower.training.step import StepLoss, TrainingStep
 from offtower.training.trainer import EpochHook, Trainer
 from offtower.training.validation import Validator
@@ -105,9 +106,8 @@ def build_setup(
     Raises:
         ConfigError: the log, the reward model or the catalogue does not fit what is configured.
     """
-    objective = resolve_objective(config, data)
+    objective = checked_objective(config, data)
     check_fit_for(objective, data, reward_model)
-    check_terms_for(objective, config.training)
     if config.training.strategy == "item_sharded":
         return _item_sharded(config, data, objective, reward_model, workers, progress)
     return _replicated(config, data, objective, reward_model, workers, progress)
@@ -128,6 +128,8 @@ def _replicated(
     policy.train_in(getattr(torch, config.training.precision))
     if config.training.warm_start is not None:
         warm_start(policy, Path(config.training.warm_start))
+    if config.training.start == "uniform":
+        start_uniform(policy)
     proposal = build_proposal(config, objective, data, policy, progress)
     sampled = (
         None
@@ -135,6 +137,10 @@ def _replicated(
         else SampledTerms(policy, data.items, proposal, config.sampling.exact_every)
     )
     chunk = config.training.item_chunk
+    known: KnownPolicy | None = None
+    if config.objective.kl_policy is not None:
+        logged = load_alike(Path(config.objective.kl_policy), policy, "objective.kl_policy")
+        known = KnownPolicy(logged.to(data.device), data.items, chunk)
     validate = (
         Validator(data, config.training, config.evaluation.confidence, reward_model, workers)
         if _validates(data)
@@ -146,7 +152,7 @@ def _replicated(
         workers,
         objective,
         policy,
-        TrainingStep(policy, objective, data.items, reward_model, chunk, sampled, workers),
+        TrainingStep(policy, objective, data.items, reward_model, chunk, sampled, workers, known),
         reward_model,
         proposal,
         validate,
@@ -179,6 +185,8 @@ def _item_sharded(
     shard = make_shard(config.policy, data, workers)
     seed_torch(config.seed, "policy")
     policy = sharded_policy(config.policy, data, shard)
+    if config.training.start == "uniform":
+        start_uniform(policy)
     model = None if reward_model is None else reward_model.over(data.items.beside(shard.plain))
     proposal = build_proposal(config, objective, data, policy, progress, shard.items)
     sampled = (
@@ -225,6 +233,18 @@ def uses_auto(config: Config, data: PreparedData) -> bool:
     return config.objective.name == "auto" and data.train.schema.pscore is not None
 
 
+def checked_objective(config: Config, data: PreparedData) -> Objective:
+    """The configured objective, where nothing else that is configured contradicts it.
+
+    Raises:
+        ConfigError: something does.
+    """
+    objective = resolve_objective(config, data)
+    check_terms_for(objective, config.training)
+    check_course_of(config, objective)
+    return objective
+
+
 def resolve_objective(config: Config, data: PreparedData) -> Objective:
     """The configured objective; `auto` without propensities is regression (with them, it is no
     objective: see `offtower.training.auto`)."""
@@ -243,28 +263,9 @@ def resolve_objective(config: Config, data: PreparedData) -> Objective:
             "could be added to"
         )
     return Regularised(
-        objective, kl=settings.kl, imitation=settings.imitation, entropy=settings.entropy
+        objective,
+        kl=settings.kl,
+        imitation=settings.imitation,
+        entropy=settings.entropy,
+        known=settings.kl_policy is not None,
     )
-
-
-def warm_start(policy: TwoTowerPolicy, folder: Path) -> None:
-    """Fill a policy with the weights of a stored one.
-
-    Raises:
-        RunError: there is none.
-        ConfigError: it has other sizes, or was learned with other encodings.
-    """
-    stored, _ = load_policy(folder)
-    for side in ("context_encoding", "item_encoding"):
-        if getattr(stored, side).to_dict() != getattr(policy, side).to_dict():
-            raise ConfigError(
-                f"training.warm_start: the policy at '{folder}' was learned with another "
-                f"{side.replace('_', ' ')}; begin from a run on the same log and catalogue"
-            )
-    try:
-        policy.load_state_dict(stored.state_dict())
-    except RuntimeError as error:
-        raise ConfigError(
-            f"training.warm_start: the policy at '{folder}' does not fit the configured one "
-            f"({error}); take over its 'policy' settings"
-        ) from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,9 +19,10 @@ from offtower.models.reward.base import RewardModel
 from offtower.objectives import LoggedRows, Objective, ObjectiveValue, Reduction
 from offtower.ops import PolicyTerms
 from offtower.ops.square_sum import square_sum
-from offtower.ops.types import reward_in
+from offtower.ops.types import RewardTerms, reward_in
 from offtower.training.distributed import ALONE, Workers
-from offtower.training.sampled import SampledTerms
+from offtower.training.known_policy import KnownPolicy, divergence_of, log_normalizer
+from offtower.training.sampled import SampledTerms, TouchedItems
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class StepMeasures:
     largest_weight: float | None
     entropy: float | None
     """Mean entropy of pi(.|x), in nats."""
+    divergence: float | None = None
+    """Mean KL(pi(.|x) || pi_0(.|x)), in nats; None where no logging policy is known."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class TrainingStep:
         item_chunk: items embedded at a time.
         sampled: terms from draws; None takes exact ones.
         workers: those that share the batch.
+        known: the logging policy, for objectives that need the divergence from it.
     """
 
     def __init__(
@@ -84,8 +90,10 @@ class TrainingStep:
         item_chunk: int = DEFAULT_CHUNK,
         sampled: SampledTerms | None = None,
         workers: Workers = ALONE,
+        known: KnownPolicy | None = None,
     ) -> None:
         self.sampled = sampled
+        self.known = known if objective.needs_divergence else None
         self.policy = policy
         self.objective = objective
         self.items = items
@@ -113,26 +121,30 @@ class TrainingStep:
                 logit = self.policy.action_logit(context, item, numbers)
             logged = LoggedRows(reward, pscore=pscore, action_logit=logit, square_sum=squares)
             return self.objective(logged, over), None
-        entropy = measure or self.objective.needs_entropy
-        terms = self._terms(batch, context, numbers, place, entropy=entropy)
-        value = self.objective(LoggedRows(reward, terms=terms, pscore=pscore), over)
-        return value, measured(terms, pscore, self.workers) if measure else None
+        reward_model = (
+            None
+            if self.reward_model is None
+            else self.reward_model.for_training_rows(rows, batch.fold)
+        )
+        sampled = self.sampled is not None and not self.sampled.wants_exact(place.step)
+        terms, divergence = self._terms(
+            *(batch, context, numbers, place.seed, reward_model),
+            sampled=sampled,
+            entropy=measure or self.objective.needs_entropy,
+        )
+        logged = LoggedRows(reward, terms=terms, pscore=pscore, divergence=divergence)
+        value = self.objective(logged, over)
+        return value, measured(terms, pscore, self.workers, divergence) if measure else None
 
     @torch.no_grad()
     def measures(self, batch: Step, seed: int = 0) -> StepMeasures:
         rows, device = batch.rows, self.policy.device
-        context_embedding = self.policy.embed_contexts(
-            to_tensors(rows.context, device), row_numbers(batch, device)
+        context, numbers = to_tensors(rows.context, device), row_numbers(batch, device)
+        terms, divergence = self._terms(
+            *(batch, context, numbers, seed, None), sampled=self.sampled is not None, entropy=True
         )
-        if self.sampled is not None:
-            action, logged = tensor_of(rows.action), tensor_of(batch.joined.action)
-            terms = self.sampled(context_embedding, action, seed, batch_action=logged, entropy=True)
-        else:
-            items = self.policy.embed_items(self.items, chunk=self.item_chunk)
-            action = tensor_of(rows.action, device)
-            terms = self.policy.terms(context_embedding, items, action, entropy=True)
         pscore = None if rows.pscore is None else tensor_of(rows.pscore, device)
-        return measured(terms, pscore, self.workers)
+        return measured(terms, pscore, self.workers, divergence)
 
     def whole(self, loss: Tensor) -> Tensor:
         return self.workers.sum(loss)
@@ -153,32 +165,37 @@ class TrainingStep:
         batch: Step,
         context: FeatureTensors,
         numbers: Tensor,
-        place: StepPlace,
+        seed: int,
+        reward_model: RewardTerms | None,
         *,
+        sampled: bool,
         entropy: bool,
-    ) -> PolicyTerms:
-        context_embedding = self.policy.embed_contexts(context, numbers)
-        reward_model = (
-            None
-            if self.reward_model is None
-            else self.reward_model.for_training_rows(batch.rows, batch.fold)
-        )
-        if reward_model is not None and context_embedding.dtype != torch.float32:
-            reward_model = reward_in(reward_model, context_embedding.dtype)
-        if self.sampled is not None and not self.sampled.wants_exact(place.step):
-            return self.sampled(
-                context_embedding,
-                tensor_of(batch.rows.action),
-                place.seed,
-                batch_action=tensor_of(batch.joined.action),
-                reward_model=reward_model,
-                entropy=entropy,
-            )
-        items = self.policy.embed_items(self.items, chunk=self.item_chunk)
+    ) -> tuple[PolicyTerms, Tensor | None]:
+        """Of this worker's rows; and the divergence from the known policy, where there is one."""
+        u = self.policy.embed_contexts(context, numbers)
         action = tensor_of(batch.rows.action, self.policy.device)
-        return self.policy.terms(
-            context_embedding, items, action, reward_model=reward_model, entropy=entropy
-        )
+        terms_of: Callable[..., PolicyTerms]
+        drawn: TouchedItems | None = None
+        if sampled:
+            assert self.sampled is not None
+            everyone = tensor_of(batch.joined.action)
+            drawn = self.sampled.touched(u, tensor_of(batch.rows.action), seed, everyone)
+            items = self.sampled.embed(drawn)
+            terms_of = partial(drawn.terms, temperature=self.policy.temperature)
+        else:
+            items = self.policy.embed_items(self.items, chunk=self.item_chunk)
+            terms_of = partial(self.policy.terms, action=action)
+        if reward_model is not None and u.dtype != torch.float32:
+            reward_model = reward_in(reward_model, u.dtype)
+        if self.known is None:
+            return terms_of(u, items, reward_model=reward_model, entropy=entropy), None
+        scores = self.known.scores(context, u.dtype)
+        against = terms_of(u, items, reward_model=scores, entropy=True)
+        if reward_model is None:
+            found = replace(against, expected_reward=None, action_reward=None)
+        else:
+            found = terms_of(u, items, reward_model=reward_model, entropy=entropy)
+        return found, divergence_of(against, log_normalizer(scores, action, drawn))
 
 
 def row_numbers(batch: Step, device: torch.device) -> Tensor:
@@ -186,16 +203,24 @@ def row_numbers(batch: Step, device: torch.device) -> Tensor:
     return torch.arange(batch.first, batch.first + len(batch.rows), device=device)
 
 
-def measured(terms: PolicyTerms, pscore: Tensor | None, workers: Workers = ALONE) -> StepMeasures:
+def measured(
+    terms: PolicyTerms,
+    pscore: Tensor | None,
+    workers: Workers = ALONE,
+    divergence: Tensor | None = None,
+) -> StepMeasures:
     """Measures over the rows of all workers."""
     log_prob = terms.log_prob.detach().double()
-    sums = log_prob.new_zeros(4)
+    sums = log_prob.new_zeros(5)
     sums[0] = len(log_prob)
     if terms.entropy is not None:
         sums[1] = terms.entropy.detach().double().sum()
+    if divergence is not None:
+        sums[4] = divergence.detach().double().sum()
     if pscore is None:
         sums = workers.sum(sums)
-        return StepMeasures(None, None, _mean(terms, sums))
+        entropy, far = _mean(terms.entropy, sums, 1), _mean(divergence, sums, 4)
+        return StepMeasures(None, None, entropy, far)
     log_weight = log_prob - pscore.double().log()
     largest = log_prob.new_full((1,), float("-inf"))
     if len(log_weight):
@@ -206,8 +231,9 @@ def measured(terms: PolicyTerms, pscore: Tensor | None, workers: Workers = ALONE
     sums[2], sums[3] = scaled.sum(), scaled.square().sum()
     sums = workers.sum(sums)
     share = float(sums[2].square() / sums[3] / sums[0])
-    return StepMeasures(share, float(largest.exp()), _mean(terms, sums))
+    entropy, far = _mean(terms.entropy, sums, 1), _mean(divergence, sums, 4)
+    return StepMeasures(share, float(largest.exp()), entropy, far)
 
 
-def _mean(terms: PolicyTerms, sums: Tensor) -> float | None:
-    return None if terms.entropy is None else float(sums[1] / sums[0])
+def _mean(per_row: Tensor | None, sums: Tensor, place: int) -> float | None:
+    return None if per_row is None else float(sums[place] / sums[0])

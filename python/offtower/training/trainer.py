@@ -29,7 +29,7 @@ from offtower.training.distributed import ALONE, Workers
 from offtower.training.distributed.gradients import GradientSum
 from offtower.training.epoch import EpochSums, measures_line
 from offtower.training.readings import Readings
-from offtower.training.schedule import LearningRate, WeightAverage
+from offtower.training.schedule import LearningRate, Temperature, WeightAverage
 from offtower.training.step import StepLoss, StepMeasures, StepPlace
 from offtower.training.validation import ValidationScore, Validator
 
@@ -115,6 +115,7 @@ class Trainer:
             self._settings.table_learning_rate,
         )
         self._rate = LearningRate(self._settings, self._optimizer)
+        self._temperature = Temperature(self._settings, policy)
         self._average = (
             None
             if self._settings.weight_average is None
@@ -208,6 +209,7 @@ class Trainer:
             place = StepPlace(progression.step, draw_seed)
             over = (epoch + seen / self._data.train.num_rows) / settings.epochs
             self._rate.at(over)
+            self._temperature.at(over)
             measures = self._update(batch, measure, readings, place)
             if self._average is not None:
                 self._average.after_step(over)
@@ -347,6 +349,7 @@ class Trainer:
                 self._store.load_best(self.policy, progression.best_step)
             elif self._best_in_memory is not None:
                 self.policy.load_state_dict(self._best_in_memory)
+        self._temperature.end()
         self.policy.eval()
 
 

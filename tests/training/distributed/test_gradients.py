@@ -11,11 +11,14 @@ from torch import Tensor
 
 from offtower.config import Config
 from offtower.data.reader import Step
+from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.fit import obtain_reward_model
+from offtower.models.store import save_policy
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.training.distributed import ALONE, Workers
 from offtower.training.distributed.item_shard import owned_weights, whole_policy
+from offtower.training.epoch import measures_line
 from offtower.training.setup import TrainingSetup, build_setup
 from offtower.training.step import StepPlace
 from tests.training.conftest import make_config
@@ -25,6 +28,7 @@ WORKERS = 4
 STRATEGIES = ("replicated", "item_sharded")
 OBJECTIVES = ("ips", "snips", "dr", "clipped_dr", "regression", "weighted_likelihood")
 CASES = [(name, 31) for name in OBJECTIVES] + [("snips", 3), ("dr", 2), ("regression", 1)]
+CASES += [("behavior_cloning", 31)]
 """Objective and batch size: 31 and 3 are uneven for some number of workers, 2 and 1 leave workers
 without rows."""
 PAIRS = [(*case, strategy) for case in CASES for strategy in STRATEGIES]
@@ -38,8 +42,11 @@ SAMPLED = [
     ("mixed", "mixed_negatives", 2, 6),
     ("top_k", "dr", 2, 1),
     ("uniform", "dr", 1, 1),
+    ("mixed", "behavior_cloning", 31, 6),
 ]
 """Proposal, objective, batch size and draws. Few of each leave workers without any item."""
+KNOWN = [("ips", 31, "exact"), ("dr", 2, "exact"), ("ips", 31, "sampled")]
+"""Objective, batch size and terms, with a price on the exact KL to a stored policy."""
 
 
 def config_of(
@@ -93,7 +100,7 @@ def gradients(setup: TrainingSetup, batch: Step) -> dict[str, Any]:
         "loss": float(setup.step.whole(value.loss.detach())),
         "value": float(value.value),
         "norm": norm,
-        "measures": None if measures is None else measures.__dict__,
+        "measures": None if measures is None else measures_line(measures),
         "gradients": found,
     }
 
@@ -125,6 +132,12 @@ def all_cases(workers: Workers, folder: Path, runs: Path) -> dict[str, Any]:
             setup = build_setup(config, data, model, workers, Progress())
             name = f"{strategy} {proposal} {objective} {size}"
             found[name] = gradients(setup, first_batch(setup))
+    for objective, size, terms in KNOWN:
+        more = sampling("mixed", 6) if terms == "sampled" else ()
+        price = ("objective.kl=0.7", f"objective.kl_policy={runs / 'known'}")
+        config = config_of(folder, runs, "replicated", objective, size, *more, *price)
+        setup = build_setup(config, data, model, workers, Progress())
+        found[f"replicated known {terms} {objective} {size}"] = gradients(setup, first_batch(setup))
     return found
 
 
@@ -141,6 +154,10 @@ def sampling(proposal: str, draws: int) -> tuple[str, ...]:
 def results(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     """By number of workers, 0 for the plain one-process run; rank 0 has the whole policy's."""
     folder = tmp_path_factory.mktemp("gradients")
+    config = config_of(simulated, folder, "replicated", "ips", 31, "policy.temperature=0.3")
+    data = open_data(config, Progress())
+    known = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
+    save_policy(folder / "known", known, {})
     of_each_size(WORKERS, all_cases, folder, simulated, folder)
     found = {
         size: [torch.load(folder / f"{size}-{rank}.pt", weights_only=False) for rank in range(size)]
@@ -152,6 +169,7 @@ def results(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
 NAMES = [
     *(f"{s} {o} {b}" for o, b, s in PAIRS),
     *(f"{s} {p} {o} {b}" for p, o, b, _ in SAMPLED for s in STRATEGIES),
+    *(f"replicated known {t} {o} {b}" for o, b, t in KNOWN),
 ]
 
 
@@ -194,6 +212,14 @@ def test_workers_agree_to_the_bit(results: dict[int, Any], name: str) -> None:
                     torch.testing.assert_close(
                         gradient, first["gradients"][parameter], rtol=0, atol=0
                     )
+
+
+def test_the_divergence_is_of_all_rows(results: dict[int, Any]) -> None:
+    for objective, size, terms in KNOWN:
+        assert (
+            results[0][0][f"replicated known {terms} {objective} {size}"]["measures"]["divergence"]
+            > 1e-3
+        )
 
 
 def test_the_id_table_is_split(results: dict[int, Any]) -> None:

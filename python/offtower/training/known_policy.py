@@ -1,0 +1,76 @@
+"""A stored policy that logged, or a clone of it: what an exact KL to it is made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offtower.data.features import sent
+from offtower.models.features import FeatureTensors
+from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures
+from offtower.models.policy import TwoTowerPolicy
+from offtower.ops import FactoredReward, PolicyTerms, policy_terms
+from offtower.training.sampled import TouchedItems
+
+
+class KnownPolicy:
+    r"""The scores s0(x, a) = <u0, v0_a> / tau0 + b0_a of a frozen policy pi_0.
+
+    KL(pi(.|x) || pi_0(.|x)) = sum_a pi (log pi - log pi_0) = -H(pi) - E_pi[s0] + log sum_a exp s0.
+    Scores are what a factored reward model of identity link predicts, so E_pi[s0] is the
+    `expected_reward` of fused terms, with its gradient in pi, and no (rows, items) array is held.
+    Source: Jaques et al. 2017, "Sequence tutor"; Ziegler et al. 2019, "Fine-tuning language models
+    from human preferences"; Ouyang et al. 2022.
+
+    Args:
+        policy: pi_0; put into evaluation mode and frozen.
+        items: features of the catalogue on its device, embedded here once: (N, d0) stay in memory.
+        chunk: items embedded at a time.
+    """
+
+    def __init__(
+        self, policy: TwoTowerPolicy, items: ItemFeatures, chunk: int = DEFAULT_CHUNK
+    ) -> None:
+        self._policy = policy.eval().requires_grad_(False)
+        with torch.no_grad():
+            self._items = policy.embed_items(items, chunk=chunk)
+
+    @torch.no_grad()
+    def scores(self, context: FeatureTensors, dtype: torch.dtype) -> FactoredReward:
+        """s0 of the rows' contexts, over the whole catalogue, with vectors in `dtype`."""
+        embedding = self._policy.embed_contexts(context) / self._policy.temperature
+        bias = self._items.bias
+        return FactoredReward(
+            embedding.to(dtype),
+            self._items.embedding.to(dtype),
+            None if bias is None else bias.to(dtype),
+        )
+
+
+def divergence_of(terms: PolicyTerms, known: Tensor) -> Tensor:
+    """(B,) KL(pi(.|x) || pi_0(.|x)) in nats, differentiable in pi.
+
+    Args:
+        terms: of pi, with entropy, and with the scores of pi_0 for a reward model.
+        known: (B,) log sum_a exp s0, see `log_normalizer`.
+    """
+    assert terms.expected_reward is not None and terms.entropy is not None
+    return known - terms.expected_reward - terms.entropy
+
+
+@torch.no_grad()
+def log_normalizer(
+    scores: FactoredReward, action: Tensor, drawn: TouchedItems | None = None
+) -> Tensor:
+    """(B,) log sum_a exp s0; with draws, from the same ones that pi's terms are from: what comes
+    out is then the KL between two policies on the draws, and never negative.
+
+    Args:
+        action: (B,) logged items.
+    """
+    item, bias = scores.item, scores.item_bias
+    if drawn is None:
+        return policy_terms(scores.context, item, action, item_bias=bias).log_normalizer
+    touched = sent(drawn.item, item.device)
+    items = ItemEmbeddings(item[touched], None if bias is None else bias[touched])
+    return drawn.terms(scores.context, items, temperature=1.0).log_normalizer

@@ -1,0 +1,82 @@
+"""Where learning starts: at random, at the uniform policy, or at a stored one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from offtower.errors import ConfigError
+from offtower.models.policy import TwoTowerPolicy
+from offtower.models.store import load_policy
+from offtower.models.towers import JoinedBody, MLPBody, Tower
+
+
+def warm_start(policy: TwoTowerPolicy, folder: Path) -> None:
+    """Fill a policy with the weights of a stored one.
+
+    Raises:
+        RunError: there is none.
+        ConfigError: it has other sizes, or was learned with other encodings.
+    """
+    stored = load_alike(folder, policy, "training.warm_start")
+    try:
+        policy.load_state_dict(stored.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"training.warm_start: the policy at '{folder}' does not fit the configured one "
+            f"({error}); take over its 'policy' settings"
+        ) from None
+
+
+def load_alike(folder: Path, policy: TwoTowerPolicy, setting: str) -> TwoTowerPolicy:
+    """A stored policy, in evaluation mode on the CPU, that reads features as `policy` does.
+
+    Args:
+        setting: that names the folder, for messages.
+
+    Raises:
+        RunError: there is none.
+        ConfigError: it was learned with other encodings.
+    """
+    stored, _ = load_policy(folder)
+    for side in ("context_encoding", "item_encoding"):
+        if getattr(stored, side).to_dict() != getattr(policy, side).to_dict():
+            raise ConfigError(
+                f"{setting}: the policy at '{folder}' was learned with another "
+                f"{side.replace('_', ' ')}; take that of a run on the same log and catalogue"
+            )
+    return stored
+
+
+@torch.no_grad()
+def start_uniform(policy: TwoTowerPolicy) -> None:
+    """Let every item be equally likely in every context: u = 0 and b = 0.
+
+    The item tower's embeddings stay as random as they are, so that the context tower has a gradient
+    from the first step on, and the item tower from the second. `training.checks` says for which
+    towers it is not possible.
+    """
+    for weight in _output_weights(policy.context_tower):
+        weight.zero_()
+    if policy.item_tower.has_bias:
+        for weight in _output_weights(policy.item_tower):
+            weight[-1].zero_()
+
+
+def _output_weights(tower: Tower) -> Iterator[torch.Tensor]:
+    """Weights whose rows make the outputs of a body one by one, of all bodies: views."""
+    bodies = list(tower.body.members) if isinstance(tower.body, JoinedBody) else [tower.body]
+    for body in bodies:
+        assert isinstance(body, MLPBody), "others were refused"
+        if len(body.layers):
+            last = body.layers[-1]
+            assert isinstance(last, nn.Linear)
+            yield last.weight
+            yield last.bias
+        if body.adds_tables:
+            for table in body.encoder.tables.values():
+                assert isinstance(table, (nn.Embedding, nn.EmbeddingBag))
+                yield table.weight.T
