@@ -46,6 +46,13 @@ class StepPlace:
 FIRST_PLACE = StepPlace(0, 0)
 
 
+class ClusterWeights(Protocol):
+    """log of pi(c|x) / pi_0(c|x) for the clusters of a batch's logged items."""
+
+    def __call__(self, batch: Step, context: FeatureTensors, terms: PolicyTerms) -> Tensor:
+        """(B,) without gradient; terms: of the policy."""
+
+
 class StepLoss(Protocol):
     """A batch in, the objective out; the batch's rows may be spread over workers."""
 
@@ -73,6 +80,7 @@ class TrainingStep:
         item_chunk: items embedded at a time.
         sampled: terms from draws; None takes exact ones.
         workers: those that share the batch.
+        cluster_weights: for a policy in two stages.
     """
 
     def __init__(
@@ -84,7 +92,9 @@ class TrainingStep:
         item_chunk: int = DEFAULT_CHUNK,
         sampled: SampledTerms | None = None,
         workers: Workers = ALONE,
+        cluster_weights: ClusterWeights | None = None,
     ) -> None:
+        self.cluster_weights = cluster_weights
         self.sampled = sampled
         self.policy = policy
         self.objective = objective
@@ -115,7 +125,11 @@ class TrainingStep:
             return self.objective(logged, over), None
         entropy = measure or self.objective.needs_entropy
         terms = self._terms(batch, context, numbers, place, entropy=entropy)
-        value = self.objective(LoggedRows(reward, terms=terms, pscore=pscore), over)
+        of_clusters: Tensor | None = None
+        if self.cluster_weights is not None:
+            of_clusters = self.cluster_weights(batch, context, terms)
+        logged = LoggedRows(reward, terms=terms, pscore=pscore, log_cluster_weight=of_clusters)
+        value = self.objective(logged, over)
         return value, measured(terms, pscore, self.workers) if measure else None
 
     @torch.no_grad()
