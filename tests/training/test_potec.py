@@ -29,11 +29,11 @@ from offtower.models.two_stage import bodies
 from offtower.prepare import PreparedData, open_data, prepare
 from offtower.progress import Progress
 from offtower.training.checkpoints import CheckpointStore
+from offtower.training.distributed import ALONE
 from offtower.training.run import train_run
 from offtower.training.setup import TrainingSetup, build_setup
 from offtower.training.step import TrainingStep
 from offtower.training.two_stage import LoggedClusterWeights
-from offtower.training.distributed import ALONE
 from tests.training.conftest import make_config
 
 KAPPA = 4.0

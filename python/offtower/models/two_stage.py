@@ -204,6 +204,8 @@ def two_stage_policy(
     for place, model in enumerate(towers):
         contexts.base[place].load_state_dict(model.context_tower.state_dict())
         items.base[place].load_state_dict(model.item_tower.state_dict())
+    # Draws belong to rows, which the policy's own tower knows.
+    contexts.head.draw_with(policy.context_tower.draws)
     return policy
 
 

@@ -39,7 +39,7 @@ class Potec(Objective):
     needs_reward_model = True
 
     def __init__(
-        self, clusters: int | str = 10, sharpness: float = 5.0, max_weight: float = 100.0
+        self, clusters: int | str = 10, sharpness: float = 10.0, max_weight: float = 100.0
     ) -> None:
         if not isinstance(clusters, (int, str)) or (isinstance(clusters, int) and clusters < 2):
             raise ConfigError(
