@@ -275,9 +275,9 @@ GROUPS, PER_GROUP, LOG = 4, 6, 3000
 
 
 def grouped_world(rows: int, seed: int) -> tuple[PreparedData, np.ndarray, np.ndarray]:
-    """Which two of four groups are liked depends on the sign of x_1 x_2, which a linear reward model
-    cannot see; which item of a group, on its quality, which it can. The log takes group g with
-    probability (g + 1) / 10, whatever the context, and an item of it evenly.
+    """Which two of four groups are liked depends on the sign of x_1 x_2, which a linear reward
+    model cannot see; which item of a group, on its quality, which it can. The log takes group g
+    with probability (g + 1) / 10, whatever the context, and an item of it evenly.
 
     Returns:
         data; (rows, 2) contexts; (items, 2) quality and group.
@@ -349,7 +349,7 @@ def grouped_setup(data: PreparedData) -> TrainingSetup:
             },
             "objective": {"name": "potec", "arguments": {"clusters": "group", "sharpness": 5.0}},
             "training": {
-                "epochs": 20,
+                "epochs": 12,
                 "batch_size": 100,
                 "learning_rate": 0.02,
                 "log_every_steps": 1_000_000,
@@ -362,23 +362,22 @@ def grouped_setup(data: PreparedData) -> TrainingSetup:
 
 
 def test_learns_what_the_reward_model_misses() -> None:
-    """The best policy is worth .8, a greedy one over the reward model .3 to .6."""
+    """The best policy is worth .8, a greedy one over this reward model .55, as much as any policy
+    that cannot see which groups are liked."""
     data, _, _ = grouped_world(LOG, 0)
     fresh, x, items = grouped_world(2000, 1)
+    assert isinstance(fresh.train, TableLog)
     setup = grouped_setup(data)
     truth = expected(x, items[:, 0], items[:, 1])
-    context = data.context_encoding.encode(
-        fresh.train.table if isinstance(fresh.train, TableLog) else None
-    )
-    body, _ = bodies(setup.policy)
-    start = logits(setup.policy.eval(), context, data.items)
-    greedy = truth[np.arange(len(x)), start.argmax(1)].mean()
-    setup.policy.train()
+    context = data.context_encoding.encode(fresh.train.table)
+    model = setup.reward_model
+    assert isinstance(model, FactoredRewardModel)
+    best = reward_logits(model.towers, context, data.items).argmax(1)
+    greedy = truth[np.arange(len(x)), best].mean()
+    assert 0.5 < greedy < 0.6
     setup.trainer().fit()
     learned = (softmax(logits(setup.policy, context, data.items)) * truth).sum(1).mean()
-    print(greedy, learned)
-    assert greedy < 0.6
-    assert learned > greedy + 0.1
+    assert learned > greedy + 0.12
 
 
 def test_the_logging_model_finds_the_clusters_shares() -> None:
