@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from offtower.config import Config, parse_config
 from offtower.data.catalogue import Catalogue
 from offtower.data.encoding import to_tensors
-from offtower.data.log import TableLog
+from offtower.data.log import ParquetLog, TableLog
 from offtower.data.reader import Step, scan
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
 from offtower.errors import ConfigError
@@ -28,6 +28,8 @@ from offtower.models.store import load_policy, save_policy
 from offtower.models.two_stage import bodies
 from offtower.prepare import PreparedData, open_data, prepare
 from offtower.progress import Progress
+from offtower.retrieval import ExportOptions, Retriever, export_run
+from offtower.retrieval.manifest import read_manifest
 from offtower.training.checkpoints import CheckpointStore
 from offtower.training.distributed import ALONE
 from offtower.training.run import train_run
@@ -213,6 +215,25 @@ def test_a_new_item_has_its_cluster_from_its_features(trained: SimpleNamespace) 
     else:
         _, cluster = body.frozen(items.slice(0, 3))
         np.testing.assert_allclose(head, rows[:, cluster.numpy()], atol=1e-5)
+
+
+def test_its_export_finds_its_best_items(simulated: Path, tmp_path: Path) -> None:
+    """By the Retriever and by the traced context tower, which know nothing of stages."""
+    run = config_of(simulated, tmp_path, "genre", "training.epochs=2")
+    train_run(run)
+    options = ExportOptions(index=None, onnx=False, contexts=20, kept=12)
+    folder = export_run(run.run_directory, options)
+    manifest = read_manifest(folder)
+    assert manifest["context_tower"]["reason"] is None
+    assert manifest["vectors"]["dim"] == 2 * 4 + 4 + 1
+    policy, _ = load_policy(run.run_directory / "policy")
+    contexts = ParquetLog.open(simulated / "test").read_row_group(0).slice(0, 30)
+    data = open_data(run, Progress())
+    score = logits(policy, policy.context_encoding.encode(contexts), data.items)
+    found = Retriever.open(folder).search(contexts, 5)
+    np.testing.assert_allclose(
+        np.stack(found.score), np.sort(score)[:, ::-1][:, :5], rtol=1e-4, atol=1e-4
+    )
 
 
 def weights_of(run: Path) -> dict[str, np.ndarray]:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from offtower.config import PolicyConfig, TowerConfig
 from offtower.data.encoding import FeatureEncoding
-from offtower.models.device_items import items_on
 from offtower.models.features import FeatureTensors
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
@@ -229,7 +228,7 @@ def known_items(body: TwoStageItems, items: ItemFeatures, chunk: int) -> ItemFea
         part = slice(start, min(start + chunk, n))
         found = body.frozen(items.slice(part.start, part.stop))
         frozen[part], cluster[part] = (tensor.cpu().numpy() for tensor in found)
-    return items_on(ItemFeatures({_FROZEN: frozen, _CLUSTER: cluster}, n), items.device)
+    return items.beside(ItemFeatures({_FROZEN: frozen, _CLUSTER: cluster}, n))
 
 
 def frozen_items(body: TwoStageItems, known: ItemFeatures) -> tuple[Tensor, Tensor]:
