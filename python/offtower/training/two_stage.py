@@ -61,6 +61,8 @@ def build_two_stage(
     The second stage is what will be served, the mean of all folds' logits: all but one of them saw
     the row, as every policy that learns has seen its rows. So the correction is that of DR; only
     the choice of which items a cluster stands for may follow the noise of the log.
+
+    Each of several workers does all of it, on the whole log, to the same bits.
     """
     clusters = objective.clusters
     if isinstance(clusters, int):
