@@ -40,7 +40,7 @@ def make_optimizer(
             f"training.table_updates=lazy_adamw goes with training.optimizer=adamw, not '{name}'; "
             "use rowwise_adagrad or dense"
         )
-    layers = embedding_tables(module)
+    layers = [layer for layer in embedding_tables(module) if layer.weight.requires_grad]
     if not layers:
         return _dense(name, list(module.parameters()), learning_rate, weight_decay)
     kind = LazyAdamW if tables == "lazy_adamw" else RowwiseAdagrad

@@ -186,6 +186,12 @@ class Tower(nn.Module):
             return True
         return self.draws.seed is None and any(_is_random(body) for body in bodies)
 
+    def draw_with(self, draws: RowDraws) -> None:
+        """Take random draws of training passes from those of a tower around this one."""
+        for module in self.modules():
+            if isinstance(module, (RowDropout, FeatureEncoder)):
+                module._draws = draws
+
     def forward(
         self, features: FeatureTensors, numbers: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ from offtower.objectives.implicit_squares import ImplicitSquares
 from offtower.objectives.ips import IPS, SNIPS, ClippedIPS
 from offtower.objectives.log_smoothing import LogSmoothing
 from offtower.objectives.pessimistic import PessimisticDR, PessimisticIPS
+from offtower.objectives.potec import Potec
 from offtower.objectives.registry import OBJECTIVES, make_objective
 from offtower.objectives.regression import Regression
 from offtower.objectives.regularised import Regularised
@@ -44,6 +45,7 @@ __all__ = [
     "OptimisticShrinkageDR",
     "PessimisticDR",
     "PessimisticIPS",
+    "Potec",
     "Reduction",
     "Regression",
     "Regularised",

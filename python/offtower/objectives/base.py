@@ -28,6 +28,8 @@ class LoggedRows:
     """(B,) sum_a (<u, v_a> + b_a)^2 over all items; for objectives that need it."""
     divergence: Tensor | None = None
     """(B,) KL(pi(.|x) || pi_0(.|x)) to a known logging policy; for objectives that need it."""
+    log_cluster_weight: Tensor | None = None
+    """(B,) log of pi(c|x) / pi_0(c|x) of the logged item's cluster, no gradient; for `potec`."""
 
     def policy_terms(self) -> PolicyTerms:
         assert self.terms is not None, "the trainer computes terms for objectives that use them"

@@ -19,6 +19,7 @@ from offtower.objectives.implicit_squares import ImplicitSquares
 from offtower.objectives.ips import IPS, SNIPS, ClippedIPS
 from offtower.objectives.log_smoothing import LogSmoothing
 from offtower.objectives.pessimistic import PessimisticDR, PessimisticIPS
+from offtower.objectives.potec import Potec
 from offtower.objectives.regression import Regression
 from offtower.objectives.smoothing import ExponentialSmoothing
 from offtower.objectives.softmax import InBatchSoftmax, MixedNegatives, Softmax
@@ -44,6 +45,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
         ClippedDoublyRobust,
         OptimisticShrinkageDR,
         PessimisticDR,
+        Potec,
         Regression,
         WeightedLikelihood,
         ExponentialLikelihood,

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from offtower.config import Config, TrainingConfig
 from offtower.errors import ConfigError
+from offtower.evaluation.clusters import MAX_CLUSTERS
 from offtower.models.reward.base import RewardModel
-from offtower.objectives import Objective
+from offtower.objectives import Objective, Potec
 from offtower.prepare import PreparedData
 
 
@@ -122,4 +123,56 @@ def _check_stored_policies(config: Config) -> None:
             "objective.kl_policy reads a policy over the whole catalogue: take "
             "training.strategy=replicated, or objective.kl without it, which is estimated from "
             "logged propensities"
+        )
+
+
+def check_two_stage(objective: Potec, config: Config, data: PreparedData) -> None:
+    """Refuse what a policy in two stages cannot do.
+
+    Raises:
+        ConfigError: naming the setting, and what to set in its place.
+    """
+    settings, policy, training = config.objective, config.policy, config.training
+    regularised = settings.kl > 0.0 or settings.imitation > 0.0 or settings.entropy > 0.0
+    refused = {
+        "ranks the items of a cluster by two towers: set reward_model.kind=factored": (
+            config.reward_model.kind != "factored"
+        ),
+        "needs the whole catalogue in each step: take training.terms=exact": (
+            training.terms != "exact"
+        ),
+        "needs the whole catalogue on each worker: take training.strategy=replicated": (
+            training.strategy != "replicated"
+        ),
+        "reads frozen logits in float32: take training.precision=float32": (
+            training.precision != "float32"
+        ),
+        "starts from the reward model: leave training.warm_start and training.start out": (
+            training.warm_start is not None or training.start != "random"
+        ),
+        "has its sharpness in objective.arguments: leave policy.temperature at 1, and "
+        "policy.learn_temperature and training.temperature_from out": (
+            policy.learn_temperature
+            or policy.temperature != 1.0
+            or training.temperature_from is not None
+        ),
+        "has a frozen second stage, which prices on items cannot move: leave objective.kl, "
+        "imitation and entropy at 0": regularised,
+    }
+    for reason, applies in refused.items():
+        if applies:
+            raise ConfigError(f"objective 'potec' {reason}")
+    clusters = objective.clusters
+    if isinstance(clusters, str):
+        known = [spec.name for spec in data.item_encoding.specs if spec.kind == "category"]
+        if clusters not in known:
+            raise ConfigError(
+                f"objective setting clusters='{clusters}' is no category of the catalogue; it has "
+                f"{', '.join(known) or 'none'} (or give a number of clusters)"
+            )
+        clusters = data.item_encoding.cardinality(clusters)
+    if clusters > MAX_CLUSTERS:
+        raise ConfigError(
+            f"objective setting clusters='{objective.clusters}' gives {clusters:,} clusters, at "
+            f"most {MAX_CLUSTERS:,}: take a coarser category, or a smaller number"
         )

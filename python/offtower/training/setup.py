@@ -14,13 +14,18 @@ from offtower.metrics import MetricsLog
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.factored import FactoredRewardModel
-from offtower.objectives import Objective, Regression, Regularised, make_objective
+from offtower.objectives import Objective, Potec, Regression, Regularised, make_objective
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.sampling import Proposal
 from offtower.seeds import seed_torch
 from offtower.training.checkpoints import CheckpointStore, OwnedRows
-from offtower.training.checks import check_course_of, check_fit_for, check_terms_for
+from offtower.training.checks import (
+    check_course_of,
+    check_fit_for,
+    check_terms_for,
+    check_two_stage,
+)
 from offtower.training.distributed import Workers
 from offtower.training.distributed.item_shard import (
     ItemShard,
@@ -37,6 +42,7 @@ from offtower.training.sampled import SampledTerms, build_proposal
 from offtower.training.start import load_alike, start_uniform, warm_start
 from offtower.training.step import StepLoss, TrainingStep
 from offtower.training.trainer import EpochHook, Trainer
+from offtower.training.two_stage import TwoStage, build_two_stage
 from offtower.training.validation import Validator
 
 
@@ -121,9 +127,17 @@ def _replicated(
     workers: Workers,
     progress: Progress,
 ) -> TrainingSetup:
+    two_stage: TwoStage | None = None
+    if isinstance(objective, Potec):
+        assert isinstance(reward_model, FactoredRewardModel), "checked with the configuration"
+        two_stage = build_two_stage(config, objective, data, reward_model, progress)
     seed_torch(config.seed, "policy")
     # Weights are drawn on the CPU: on every device a run starts from the same ones.
-    policy = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
+    policy = (
+        TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
+        if two_stage is None
+        else two_stage.policy
+    )
     policy.to(data.device)
     policy.train_in(getattr(torch, config.training.precision))
     if config.training.warm_start is not None:
@@ -152,7 +166,17 @@ def _replicated(
         workers,
         objective,
         policy,
-        TrainingStep(policy, objective, data.items, reward_model, chunk, sampled, workers, known),
+        TrainingStep(
+            policy,
+            objective,
+            data.items if two_stage is None else two_stage.items,
+            reward_model,
+            chunk,
+            sampled,
+            workers,
+            known,
+            None if two_stage is None else two_stage.weights,
+        ),
         reward_model,
         proposal,
         validate,
@@ -253,6 +277,8 @@ def resolve_objective(config: Config, data: PreparedData) -> Objective:
         name = "regression"
     settings = config.objective
     objective = make_objective(name, settings.arguments)
+    if isinstance(objective, Potec):
+        check_two_stage(objective, config, data)
     if isinstance(objective, Regression):
         objective = objective.resolve(data.facts.binary_reward)
     if settings.kl == settings.imitation == settings.entropy == 0.0:

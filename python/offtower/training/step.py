@@ -51,6 +51,13 @@ class StepPlace:
 FIRST_PLACE = StepPlace(0, 0)
 
 
+class ClusterWeights(Protocol):
+    """log of pi(c|x) / pi_0(c|x) for the clusters of a batch's logged items."""
+
+    def __call__(self, batch: Step, context: FeatureTensors, terms: PolicyTerms) -> Tensor:
+        """(B,) without gradient; terms: of the policy."""
+
+
 class StepLoss(Protocol):
     """A batch in, the objective out; the batch's rows may be spread over workers."""
 
@@ -79,6 +86,7 @@ class TrainingStep:
         sampled: terms from draws; None takes exact ones.
         workers: those that share the batch.
         known: the logging policy, for objectives that need the divergence from it.
+        cluster_weights: for a policy in two stages.
     """
 
     def __init__(
@@ -91,7 +99,9 @@ class TrainingStep:
         sampled: SampledTerms | None = None,
         workers: Workers = ALONE,
         known: KnownPolicy | None = None,
+        cluster_weights: ClusterWeights | None = None,
     ) -> None:
+        self.cluster_weights = cluster_weights
         self.sampled = sampled
         self.known = known if objective.needs_divergence else None
         self.policy = policy
@@ -132,7 +142,16 @@ class TrainingStep:
             sampled=sampled,
             entropy=measure or self.objective.needs_entropy,
         )
-        logged = LoggedRows(reward, terms=terms, pscore=pscore, divergence=divergence)
+        of_clusters: Tensor | None = None
+        if self.cluster_weights is not None:
+            of_clusters = self.cluster_weights(batch, context, terms)
+        logged = LoggedRows(
+            reward,
+            terms=terms,
+            pscore=pscore,
+            log_cluster_weight=of_clusters,
+            divergence=divergence,
+        )
         value = self.objective(logged, over)
         return value, measured(terms, pscore, self.workers, divergence) if measure else None
 

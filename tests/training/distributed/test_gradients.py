@@ -32,7 +32,7 @@ CASES += [("behavior_cloning", 31)]
 """Objective and batch size: 31 and 3 are uneven for some number of workers, 2 and 1 leave workers
 without rows."""
 PAIRS = [(*case, strategy) for case in CASES for strategy in STRATEGIES]
-PAIRS += [("implicit_squares", size, "replicated") for size in (31, 2)]
+PAIRS += [(name, size, "replicated") for name in ("implicit_squares", "potec") for size in (31, 2)]
 """Some need the whole catalogue on each worker."""
 PROPOSALS = ("uniform", "mixed", "in_batch", "frequency", "top_k")
 SAMPLED = [
@@ -61,7 +61,8 @@ def config_of(
         f"training.batch_size={batch}",
         "training.item_chunk=3",
         "policy.item_bias=true",
-        "policy.learn_temperature=true",
+        # The second stage of potec has a sharpness in its place.
+        f"policy.learn_temperature={str(objective != 'potec').lower()}",
         "policy.item_tower.dropout=0.1",
         "policy.item_tower.bag=root",
         "reward_model.epochs=1",

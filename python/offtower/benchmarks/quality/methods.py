@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from offtower.benchmarks.quality.misspecified import half_blind_policy, half_blind_settings
+from offtower.benchmarks.quality.misspecified import (
+    half_blind_policy,
+    half_blind_settings,
+    half_blind_towers,
+)
 from offtower.benchmarks.quality.revealed import best_of_revealed
 from offtower.benchmarks.quality.world import QualityWorld, Value, of_scores, value
 from offtower.config import parse_config
@@ -20,6 +24,7 @@ from offtower.data.log import TableLog
 from offtower.data.simulate.features import vector_matrix
 from offtower.evaluation.intervals import simultaneous_confidence
 from offtower.models.reward.fit import obtain_reward_model
+from offtower.objectives import OBJECTIVES
 from offtower.prepare import PreparedData, prepare
 from offtower.progress import Progress
 from offtower.training.auto import train_auto
@@ -86,7 +91,7 @@ def product(objective: str, **arguments: Any) -> Method:
 
     def learn(world: QualityWorld, seed: int) -> Learned:
         rows = world.log.num_rows
-        needs_model = "dr" in objective.split("_")
+        needs_model = OBJECTIVES[objective].needs_reward_model
         return _trained(
             world,
             seed,
@@ -215,14 +220,32 @@ def half_blind_regression(world: QualityWorld, seed: int) -> Learned:
 
 def half_blind_dr(world: QualityWorld, seed: int) -> Learned:
     """DR whose reward model is that regression, for linear towers that see all features."""
+    return _half_blind(
+        world,
+        seed,
+        half_blind_settings(),
+        {"name": "clipped_dr", "arguments": {"max_weight": 10.0}},
+    )
+
+
+def half_blind_potec(world: QualityWorld, seed: int) -> Learned:
+    """POTEC whose second stage and clusters are from such a regression by two towers, and whose
+    first has a linear tower that sees all features of contexts."""
+    arguments = {"clusters": 10, "max_weight": 10.0}
+    return _half_blind(world, seed, half_blind_towers(), {"name": "potec", "arguments": arguments})
+
+
+def _half_blind(
+    world: QualityWorld, seed: int, reward_model: dict[str, Any], objective: dict[str, Any]
+) -> Learned:
     _needs_vectors(world)
     linear: dict[str, list[int]] = {"hidden_layer_sizes": []}
     return _trained(
         world,
         seed,
         policy={"embedding_dim": 8, "context_tower": linear, "item_tower": linear},
-        reward_model=half_blind_settings(),
-        objective={"name": "clipped_dr", "arguments": {"max_weight": 10.0}},
+        reward_model=reward_model,
+        objective=objective,
         training={
             "epochs": max(5, min(60, 400_000 // world.log.num_rows)),
             "batch_size": 256,
@@ -259,9 +282,11 @@ METHODS: Mapping[str, Method] = {
     "dr": product("dr"),
     "clipped_dr": product("clipped_dr", max_weight=10.0),
     "shrinkage_dr": product("shrinkage_dr", shrinkage=10.0),
+    "potec": product("potec", clusters=10, max_weight=10.0),
     "logistic_cv": logistic_cv,
     "half_blind_regression": half_blind_regression,
     "half_blind_dr": half_blind_dr,
+    "half_blind_potec": half_blind_potec,
     "revealed_labels": revealed_labels,
 }
 

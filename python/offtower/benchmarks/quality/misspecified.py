@@ -10,10 +10,13 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
 
 from offtower.benchmarks.quality.world import QualityWorld, Value, of_scores
 from offtower.data.convert import to_bandit_feedback
+from offtower.data.encoding import FeatureEncoding
 from offtower.data.simulate.features import vector_matrix
+from offtower.models.features import FeatureTensors
 
 Array = NDArray[np.float64]
 
@@ -60,6 +63,35 @@ def half_blind_settings() -> dict[str, Any]:
         "kind": "dense",
         "estimator": f"{__name__}:HalfBlindRegression",
         "folds": 3,
+    }
+
+
+class HalfBlindTower(nn.Module):
+    """A linear tower over every other number of the one vector that a side has."""
+
+    def __init__(self, encoding: FeatureEncoding, output_dim: int) -> None:
+        super().__init__()
+        (self._spec,) = encoding.specs
+        assert self._spec.dim is not None, "a fitted vector feature has its dimension"
+        self.layer = nn.Linear((self._spec.dim + 1) // 2, output_dim)
+
+    def forward(self, features: FeatureTensors) -> Tensor:
+        vector = features[self._spec.name]
+        assert isinstance(vector, Tensor)
+        output: Tensor = self.layer(vector[:, ::2])
+        return output
+
+
+def half_blind_towers() -> dict[str, Any]:
+    """`reward_model` settings of the same functions as two towers, cross-fitted."""
+    return {
+        "kind": "factored",
+        "embedding_dim": 8,
+        "tower": {"module": f"{__name__}:HalfBlindTower"},
+        "folds": 3,
+        "epochs": 60,
+        "batch_size": 256,
+        "learning_rate": 1e-2,
     }
 
 

@@ -1,0 +1,206 @@
+"""What `potec` learns and learns from: the policy in two stages, and the weights of clusters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from offtower.config import Config
+from offtower.data.encoding import tensor_of, to_tensors
+from offtower.data.order import EpochOrder
+from offtower.data.reader import BatchReader, Step
+from offtower.models.features import FeatureTensors
+from offtower.models.items import ItemFeatures
+from offtower.models.optimizer import make_optimizer
+from offtower.models.policy import TwoTowerPolicy
+from offtower.models.reward.factored import FactoredRewardModel
+from offtower.models.reward.fit import reward_folds
+from offtower.models.towers import Tower
+from offtower.models.two_stage import (
+    TwoStageContexts,
+    TwoStageItems,
+    bodies,
+    frozen_items,
+    known_items,
+    two_stage_policy,
+)
+from offtower.objectives import Potec
+from offtower.ops import PolicyTerms, partial_terms
+from offtower.prepare import PreparedData
+from offtower.progress import Progress
+from offtower.seeds import derive_seed, seed_torch
+
+_KMEANS_ITEMS = 1 << 18
+"""Centroids are fitted on so many items at most, drawn at random."""
+
+
+@dataclass(frozen=True)
+class TwoStage:
+    """A fresh policy in two stages and what a step reads beside it."""
+
+    policy: TwoTowerPolicy
+    items: ItemFeatures
+    """What is frozen of the catalogue, for training in place of its features."""
+    weights: LoggedClusterWeights
+
+
+def build_two_stage(
+    config: Config,
+    objective: Potec,
+    data: PreparedData,
+    reward_model: FactoredRewardModel,
+    progress: Progress,
+) -> TwoStage:
+    """Clusters, policy and the logging policy's model, all of them functions of the seed.
+
+    Cross-fitting: q of a row, and pi_0 of its cluster, are from models that did not see its fold.
+    The second stage is what will be served, the mean of all folds' logits: all but one of them saw
+    the row, as every policy that learns has seen its rows. So the correction is that of DR; only
+    the choice of which items a cluster stands for may follow the noise of the log.
+
+    Each of several workers does all of it, on the whole log, to the same bits.
+    """
+    clusters = objective.clusters
+    if isinstance(clusters, int):
+        clusters = min(clusters, data.catalogue.num_items)
+    seed_torch(config.seed, "policy")
+    policy = two_stage_policy(config.policy, reward_model.towers, clusters, objective.sharpness)
+    policy.to(data.device)
+    contexts, items = bodies(policy)
+    if isinstance(clusters, int):
+        _place_centroids(items, data.items, config.seed)
+    known = known_items(items, data.items, config.training.item_chunk)
+    frozen, cluster = frozen_items(items, known)
+    logging = fit_logging_clusters(config, data, cluster.cpu(), items.num_clusters, progress)
+    return TwoStage(policy, known, LoggedClusterWeights(contexts, frozen, cluster, logging))
+
+
+class LoggedClusterWeights:
+    """log of pi(c|x) / pi_0(c|x) for logged clusters, in O(items of the cluster) a row.
+
+    log pi(c|x) is log pi(a|x) - log pi(a|x, c) of the logged item; the latter is frozen.
+
+    Args:
+        contexts: context side of the policy.
+        frozen: (N, K base_dim + 1) embeddings and biases of the second stage's logits.
+        cluster: (N,) of each item.
+        logging: a tower a fold, whose outputs are logits of pi_0(c|x).
+    """
+
+    def __init__(
+        self, contexts: TwoStageContexts, frozen: Tensor, cluster: Tensor, logging: list[Tower]
+    ) -> None:
+        self._contexts, self._frozen, self._logging = contexts, frozen, logging
+        self._cluster = cluster
+        self._order = torch.argsort(cluster, stable=True)
+        self._place = torch.empty_like(self._order)
+        self._place[self._order] = torch.arange(len(cluster), device=cluster.device)
+        count = torch.bincount(cluster)
+        self._first = (torch.cumsum(count, 0) - count).tolist()
+        self._count = count.tolist()
+
+    @torch.no_grad()
+    def __call__(self, batch: Step, context: FeatureTensors, terms: PolicyTerms) -> Tensor:
+        action = tensor_of(batch.rows.action, self._cluster.device)
+        log_second = self.log_within(context, action)
+        logit = self._logging[batch.fold](context)[0]
+        log_logging = functional.log_softmax(logit, dim=1)
+        logged = log_logging.gather(1, self._cluster[action].unsqueeze(1)).squeeze(1)
+        return terms.log_prob.detach() - log_second - logged
+
+    @torch.no_grad()
+    def log_within(self, context: FeatureTensors, action: Tensor) -> Tensor:
+        """(B,) log pi(a|x, c) of the logged items."""
+        u = self._contexts.frozen(context)
+        logged, found = self._cluster[action], u.new_empty(len(u))
+        for cluster in torch.unique(logged).tolist():
+            rows = torch.nonzero(logged == cluster).squeeze(1)
+            first = self._first[cluster]
+            of_cluster = self._frozen[self._order[first : first + self._count[cluster]]]
+            part = partial_terms(
+                u[rows],
+                of_cluster[:, :-1].contiguous(),
+                self._place[action[rows]] - first,
+                item_bias=of_cluster[:, -1].contiguous(),
+            )
+            found[rows] = part.action_logit - part.sums.log_normalizer
+        return found
+
+
+def fit_logging_clusters(
+    config: Config, data: PreparedData, cluster: Tensor, number: int, progress: Progress
+) -> list[Tower]:
+    """pi_0(c|x), learned from the log: a softmax over clusters, one tower for each fold's rows.
+
+    Towers, passes, batches and learning rate are those of the reward model, and so are the folds.
+
+    Args:
+        cluster: (N,) of each item, on the CPU.
+    """
+    settings, seed = config.reward_model, config.seed
+    kind = replace(settings.tower, normalize=False, members=1)
+    towers: list[Tower] = []
+    for k in range(settings.folds):
+        seed_torch(seed, "logging clusters", k)
+        towers.append(Tower(data.context_encoding, number, kind).to(data.device))
+    optimizers = [
+        make_optimizer("adamw", tower, settings.learning_rate, settings.weight_decay)
+        for tower in towers
+    ]
+    order = EpochOrder(
+        data.train.row_group_sizes,
+        settings.batch_size,
+        seed=derive_seed(seed, "logging clusters order"),
+        num_folds=settings.folds,
+    )
+    reader = BatchReader(
+        data.train,
+        data.catalogue,
+        data.context_encoding,
+        order,
+        fold=None if settings.folds == 1 else lambda rows: reward_folds(rows, settings.folds, seed),
+        on_bad_rows=data.on_bad_rows,
+        quarantine=data.quarantine_of("train"),
+    )
+    progress.start("learning which clusters were logged", settings.epochs * data.train.num_rows)
+    with reader:
+        for epoch in range(settings.epochs):
+            for cursor, rows, fold in reader.epoch(epoch):
+                context = to_tensors(rows.context, data.device)
+                logged = cluster[tensor_of(rows.action)].to(data.device)
+                for k, (tower, optimizer) in enumerate(zip(towers, optimizers, strict=True)):
+                    if settings.folds > 1 and k == fold:
+                        continue
+                    place = (epoch, cursor.window, cursor.batch)
+                    seed_torch(seed, "logging clusters step", k, *place)
+                    loss = functional.cross_entropy(tower(context)[0], logged)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimizer.step()
+                progress.advance(len(rows.reward))
+    progress.finish()
+    return [tower.eval().requires_grad_(False) for tower in towers]
+
+
+@torch.no_grad()
+def _place_centroids(body: TwoStageItems, items: ItemFeatures, seed: int) -> None:
+    from sklearn.cluster import MiniBatchKMeans
+
+    rng = np.random.default_rng(derive_seed(seed, "clusters"))
+    some = np.arange(items.num_items)
+    if items.num_items > _KMEANS_ITEMS:
+        some = np.sort(rng.choice(items.num_items, _KMEANS_ITEMS, replace=False))
+    frozen, _ = body.frozen(items.at(torch.from_numpy(some)))
+    model = MiniBatchKMeans(
+        body.num_clusters,
+        random_state=int(rng.integers(2**31)),
+        n_init=1,
+        batch_size=8192,
+    )
+    model.fit(frozen[:, :-1].cpu().double().numpy())
+    assert isinstance(body.centroids, Tensor)
+    body.centroids.copy_(torch.from_numpy(model.cluster_centers_))
