@@ -66,11 +66,11 @@ def test_sums_of_low_precision_embeddings_are_float32() -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
 
 
-def id_log(rows: int = 400) -> TableLog:
+def id_log(rows: int = 400, users: int = 6) -> TableLog:
     rng = np.random.default_rng(0)
     table = pa.table(
         {
-            "user": [f"u{k}" for k in rng.integers(0, 6, rows)],
+            "user": [f"u{k}" for k in rng.integers(0, users, rows)],
             "action": rng.integers(0, 5, rows),
             "reward": rng.integers(0, 2, rows).astype(np.float64),
             "pscore": rng.choice([0.05, 0.2, 0.5], rows),
@@ -85,10 +85,11 @@ def id_log(rows: int = 400) -> TableLog:
     return TableLog(table, schema)
 
 
-def id_data(log: TableLog) -> PreparedData:
+def id_data(log: TableLog, items: int = 5) -> PreparedData:
     features = (FeatureSpec(name="item_id", kind="category"),)
     catalogue = Catalogue.from_table(
-        pa.table({"item_id": np.arange(5)}), CatalogueSchema(item_id="item_id", features=features)
+        pa.table({"item_id": np.arange(items)}),
+        CatalogueSchema(item_id="item_id", features=features),
     )
     return prepare(log, None, catalogue, Progress())
 
@@ -157,3 +158,17 @@ def test_auto_leaves_it_out_where_terms_are_sampled(tmp_path: Path) -> None:
     named = {**sampled, "auto": {"candidates": ["implicit_linear"]}}
     with pytest.raises(ConfigError, match="no draws can stand for"):
         make_candidates(parse_config(named), data)
+
+
+@pytest.mark.parametrize(
+    ("users", "items", "rank"), [(900, 1_000, 256), (900, 32_769, 128), (90, 1_000, 91)]
+)
+def test_autos_rank_is_as_high_as_catalogue_and_contexts_allow(
+    users: int, items: int, rank: int
+) -> None:
+    """And no higher than either has values, the unknown one included."""
+    log = id_log(20 * users, users)
+    config = parse_config({"name": "x", "data": {"train": "memory", "catalogue": "memory"}})
+    candidate = make_candidates(config, id_data(log, items))[0]
+    assert candidate.name == "implicit_linear"
+    assert candidate.policy.embedding_dim == rank
