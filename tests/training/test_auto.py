@@ -146,6 +146,20 @@ def judged(weight: dict[str, np.ndarray], reward: np.ndarray, promise: dict[str,
     )
 
 
+@pytest.mark.parametrize(
+    ("items", "vouched"), [(2000.0, 1.0), (500.0, 0.5), (10.0, 0.01), (0.0, 0.0)]
+)
+def test_a_log_that_is_too_short_refutes_nothing(items: float, vouched: float) -> None:
+    """No row shows what a sharp policy plays: of 2,000 rows of 10 items that is proof, of 2,000
+    items chance."""
+    rng = np.random.default_rng(0)
+    reward = (rng.random(2000) < 0.3).astype(float)
+    nothing = {"model": np.zeros(2000)}
+    found = replace(judged(nothing, reward, {"model": 0.9}), inverse_pscore=items)
+    choice = choose(found, ["model"])
+    assert choice.chosen.vouched == pytest.approx(vouched, abs=1e-12)
+
+
 def test_promises_about_items_that_the_log_never_shows_are_not_believed() -> None:
     rng = np.random.default_rng(0)
     reward = (rng.random(2000) < 0.3).astype(float)

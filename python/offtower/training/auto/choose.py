@@ -8,6 +8,10 @@ can vouch for:
 Weights have mean 1 where the log shows what the policy plays. A policy that lives on items which
 the log never shows has weights near 0: DR then repeats what the model promises, and kappa takes
 that promise away (rewards are counted from the least that is possible).
+
+Where rows are few for so many items, a sharp policy that the log does support has weights of 0 in
+all rows by chance: with n rows of N items shown alike, no row shows what it plays with probability
+exp(-n / N). The rows seen know nothing of that, so SE counts a row more, of weight mean 1 / pscore.
 """
 
 from __future__ import annotations
@@ -97,7 +101,8 @@ def choose(
 def _score(judged: Judged, name: str, factor: float, least: float, confidence: float) -> Scored:
     weight = judged.weight[name, factor]
     mean_weight = float(weight.mean())
-    vouched = min(1.0, mean_weight + 2.0 * _standard_error(weight, judged))
+    unseen = judged.inverse_pscore / len(weight)
+    vouched = min(1.0, mean_weight + 2.0 * float(np.hypot(_standard_error(weight, judged), unseen)))
     model = vouched * (judged.expected[name, factor] - least)
     contribution = weight * (judged.reward - judged.action_reward) + model + least
     if not judged.loss:

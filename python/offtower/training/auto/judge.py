@@ -51,6 +51,9 @@ class Judged:
     unit: NDArray[np.int64] | None
     """(n,) number, from 0 and without gaps, of the user or the context that rows hang together by;
     None where each row is by itself."""
+    inverse_pscore: float = 0.0
+    """Mean of 1 / pscore: N where the log may show every item. So heavy is a row, about, that
+    shows what a sharp policy plays."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ class Judge:
         reward: list[Array] = []
         predicted: list[Array] = []
         units: list[NDArray[np.uint64]] = []
+        inverse = 0.0
         for member, rows in self._rows():
             action = tensor_of(rows.action, self._data.device)
             context = to_tensors(rows.context, self._data.device)
@@ -132,6 +136,7 @@ class Judge:
             q = None if best is None else _reward(embedded[best], sides[best].items[member], binary)
             assert rows.pscore is not None, "auto is for logs with propensities"
             log_pscore = tensor_of(rows.pscore, self._data.device).log()
+            inverse += float(np.reciprocal(rows.pscore.astype(np.float64)).sum())
             reward.append(rows.reward.astype(np.float64))
             logged = np.zeros(len(rows))
             for name, factor in keys:
@@ -154,14 +159,16 @@ class Judge:
             predicted.append(logged)
             if not self._folds.by_row:
                 units.append(self._folds.key(rows))
+        rewards = np.concatenate(reward)
         return Judged(
-            reward=np.concatenate(reward),
+            reward=rewards,
             weight={key: np.concatenate(parts) for key, parts in weight.items()},
             expected={key: np.concatenate(parts) for key, parts in expected.items()},
             action_reward=np.concatenate(predicted),
             scale=dict(scale),
             loss=dict(loss),
             unit=_numbered(np.concatenate(units)) if units else None,
+            inverse_pscore=inverse / len(rewards),
         )
 
     def _scale(self, side: _Side) -> float:
