@@ -179,9 +179,14 @@ class Tower(nn.Module):
             self.body = JoinedBody(bodies, member_dim, config.normalize)
 
     @property
+    def bodies(self) -> list[nn.Module]:
+        """The networks, one a member."""
+        return list(self.body.members) if isinstance(self.body, JoinedBody) else [self.body]
+
+    @property
     def random(self) -> bool:
         """Whether training mode may draw from torch's global generator."""
-        bodies = self.body.members if isinstance(self.body, JoinedBody) else [self.body]
+        bodies = self.bodies
         if not all(isinstance(body, MLPBody) for body in bodies):
             return True
         return self.draws.seed is None and any(_is_random(body) for body in bodies)

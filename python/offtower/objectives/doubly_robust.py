@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from offtower.objectives.base import (
     LoggedRows,
     Objective,
@@ -53,13 +55,17 @@ class ClippedDoublyRobust(Objective):
         self.max_weight = positive("max_weight", max_weight)
 
     def __call__(self, rows: LoggedRows, over: Reduction) -> ObjectiveValue:
-        weight = clipped(rows.weight(), self.max_weight)
-        residual, expected = rows.residual(), rows.expected_reward()
-        log_prob = rows.policy_terms().log_prob
-        return ObjectiveValue(
-            -over.mean(weight * residual * log_prob + expected),
-            over.average(weight * residual + expected),
-        )
+        return with_constant_weight(clipped(rows.weight(), self.max_weight), rows, over)
+
+
+def with_constant_weight(weight: Tensor, rows: LoggedRows, over: Reduction) -> ObjectiveValue:
+    """DR whose weights (B,) are held constant: mean_i [ w_i (r_i - q_i) l_i + m_i ]."""
+    residual, expected = rows.residual(), rows.expected_reward()
+    log_prob = rows.policy_terms().log_prob
+    return ObjectiveValue(
+        -over.mean(weight * residual * log_prob + expected),
+        over.average(weight * residual + expected),
+    )
 
 
 class OptimisticShrinkageDR(Objective):

@@ -11,6 +11,7 @@ from offtower.objectives.base import (
     clipped,
     positive,
 )
+from offtower.objectives.doubly_robust import with_constant_weight
 
 
 class Potec(Objective):
@@ -53,9 +54,4 @@ class Potec(Objective):
     def __call__(self, rows: LoggedRows, over: Reduction) -> ObjectiveValue:
         assert rows.log_cluster_weight is not None, "training weighs clusters for this objective"
         weight = clipped(rows.log_cluster_weight.exp(), self.max_weight)
-        residual, expected = rows.residual(), rows.expected_reward()
-        log_prob = rows.policy_terms().log_prob
-        return ObjectiveValue(
-            -over.mean(weight * residual * log_prob + expected),
-            over.average(weight * residual + expected),
-        )
+        return with_constant_weight(weight, rows, over)

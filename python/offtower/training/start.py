@@ -11,7 +11,7 @@ from torch import nn
 from offtower.errors import ConfigError
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import load_policy
-from offtower.models.towers import JoinedBody, MLPBody, Tower
+from offtower.models.towers import MLPBody, Tower
 
 
 def warm_start(policy: TwoTowerPolicy, folder: Path) -> None:
@@ -68,8 +68,7 @@ def start_uniform(policy: TwoTowerPolicy) -> None:
 
 def _output_weights(tower: Tower) -> Iterator[torch.Tensor]:
     """Weights whose rows make the outputs of a body one by one, of all bodies: views."""
-    bodies = list(tower.body.members) if isinstance(tower.body, JoinedBody) else [tower.body]
-    for body in bodies:
+    for body in tower.bodies:
         assert isinstance(body, MLPBody), "others were refused"
         if len(body.layers):
             last = body.layers[-1]

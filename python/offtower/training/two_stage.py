@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,14 +12,13 @@ from torch.nn import functional
 
 from offtower.config import Config
 from offtower.data.encoding import tensor_of, to_tensors
-from offtower.data.order import EpochOrder
-from offtower.data.reader import BatchReader, Step
+from offtower.data.reader import Step
+from offtower.data.rows import EncodedRows
 from offtower.models.features import FeatureTensors
 from offtower.models.items import ItemFeatures
-from offtower.models.optimizer import make_optimizer
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.factored import FactoredRewardModel
-from offtower.models.reward.fit import reward_folds
+from offtower.models.reward.fit import fit_out_of_fold
 from offtower.models.towers import Tower
 from offtower.models.two_stage import (
     TwoStageContexts,
@@ -147,42 +147,14 @@ def fit_logging_clusters(
     for k in range(settings.folds):
         seed_torch(seed, "logging clusters", k)
         towers.append(Tower(data.context_encoding, number, kind).to(data.device))
-    optimizers = [
-        make_optimizer("adamw", tower, settings.learning_rate, settings.weight_decay)
-        for tower in towers
-    ]
-    order = EpochOrder(
-        data.train.row_group_sizes,
-        settings.batch_size,
-        seed=derive_seed(seed, "logging clusters order"),
-        num_folds=settings.folds,
-    )
-    reader = BatchReader(
-        data.train,
-        data.catalogue,
-        data.context_encoding,
-        order,
-        fold=None if settings.folds == 1 else lambda rows: reward_folds(rows, settings.folds, seed),
-        on_bad_rows=data.on_bad_rows,
-        quarantine=data.quarantine_of("train"),
-    )
+
+    def of_batch(rows: EncodedRows) -> Callable[[Tower], Tensor]:
+        context = to_tensors(rows.context, data.device)
+        logged = cluster[tensor_of(rows.action)].to(data.device)
+        return lambda tower: functional.cross_entropy(tower(context)[0], logged)
+
     progress.start("learning which clusters were logged", settings.epochs * data.train.num_rows)
-    with reader:
-        for epoch in range(settings.epochs):
-            for cursor, rows, fold in reader.epoch(epoch):
-                context = to_tensors(rows.context, data.device)
-                logged = cluster[tensor_of(rows.action)].to(data.device)
-                for k, (tower, optimizer) in enumerate(zip(towers, optimizers, strict=True)):
-                    if settings.folds > 1 and k == fold:
-                        continue
-                    place = (epoch, cursor.window, cursor.batch)
-                    seed_torch(seed, "logging clusters step", k, *place)
-                    loss = functional.cross_entropy(tower(context)[0], logged)
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    optimizer.step()
-                progress.advance(len(rows.reward))
-    progress.finish()
+    fit_out_of_fold(towers, of_batch, settings, data, seed, "logging clusters", progress)
     return [tower.eval().requires_grad_(False) for tower in towers]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
+from torch import Tensor, nn
 
 from offtower.atomic import replace_directory
 from offtower.config import RewardModelConfig
@@ -31,6 +33,8 @@ from offtower.progress import Progress
 from offtower.seeds import derive_seed, seed_torch
 
 SCAN_ROWS = 8192
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def reward_folds(rows: EncodedRows, folds: int, seed: int) -> np.ndarray:
@@ -158,45 +162,75 @@ def _fit_factored(
         seed_torch(seed, "reward towers", k)
         model = make_towers(config, data.context_encoding, data.item_encoding)
         towers.append(model.to(data.device))
+
+    def of_batch(rows: EncodedRows) -> Callable[[TwoTowerPolicy], Tensor]:
+        context = to_tensors(rows.context, data.device)
+        item = data.items.at(tensor_of(rows.action))
+        reward, over = tensor_of(rows.reward, data.device), Reduction(rows=len(rows.reward))
+
+        def of_model(model: TwoTowerPolicy) -> Tensor:
+            logit = model.action_logit(context, item)
+            return loss(LoggedRows(reward, action_logit=logit), over).loss
+
+        return of_model
+
+    progress.start("fitting the reward model", config.epochs * data.train.num_rows)
+    fit_out_of_fold(towers, of_batch, config, data, seed, "reward", progress)
+    return FactoredRewardModel(towers, data.items, link, DEFAULT_CHUNK)
+
+
+def fit_out_of_fold(
+    models: Sequence[M],
+    loss: Callable[[EncodedRows], Callable[[M], Tensor]],
+    config: RewardModelConfig,
+    data: PreparedData,
+    seed: int,
+    purpose: str,
+    progress: Progress,
+) -> None:
+    """Train a model a fold on the rows of all other folds, in one pass over the log an epoch.
+
+    Args:
+        models: in training mode, one for each of config.folds; a single one learns from all rows.
+        loss: of a batch, for each model; what models share is computed once.
+        config: passes, batches, learning rate and decay.
+        purpose: names the random streams of order and steps.
+        progress: started by the caller; it advances by rows and is finished here.
+    """
+    folds = config.folds
     optimizers = [
         make_optimizer("adamw", model, config.learning_rate, config.weight_decay)
-        for model in towers
+        for model in models
     ]
     order = EpochOrder(
         data.train.row_group_sizes,
         config.batch_size,
-        seed=derive_seed(seed, "reward order"),
-        num_folds=config.folds,
+        seed=derive_seed(seed, f"{purpose} order"),
+        num_folds=folds,
     )
     reader = BatchReader(
         data.train,
         data.catalogue,
         data.context_encoding,
         order,
-        fold=None if config.folds == 1 else lambda rows: reward_folds(rows, config.folds, seed),
+        fold=None if folds == 1 else lambda rows: reward_folds(rows, folds, seed),
         on_bad_rows=data.on_bad_rows,
         quarantine=data.quarantine_of("train"),
     )
-    progress.start("fitting the reward model", config.epochs * data.train.num_rows)
     with reader:
         for epoch in range(config.epochs):
             for cursor, rows, fold in reader.epoch(epoch):
-                context = to_tensors(rows.context, data.device)
-                item = data.items.at(tensor_of(rows.action))
-                logged_reward = tensor_of(rows.reward, data.device)
-                for k, (model, optimizer) in enumerate(zip(towers, optimizers, strict=True)):
-                    if config.folds > 1 and k == fold:
+                of_batch = loss(rows)
+                for k, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+                    if folds > 1 and k == fold:
                         continue
-                    seed_torch(seed, "reward step", k, epoch, cursor.window, cursor.batch)
-                    logit = model.action_logit(context, item)
-                    over = Reduction(rows=len(rows.reward))
-                    value = loss(LoggedRows(logged_reward, action_logit=logit), over)
+                    seed_torch(seed, f"{purpose} step", k, epoch, cursor.window, cursor.batch)
+                    value = of_batch(model)
                     optimizer.zero_grad(set_to_none=True)
-                    value.loss.backward()
+                    value.backward()
                     optimizer.step()
                 progress.advance(len(rows.reward))
     progress.finish()
-    return FactoredRewardModel(towers, data.items, link, DEFAULT_CHUNK)
 
 
 def _link(configured: Literal["auto", "identity", "sigmoid"], binary: bool) -> Link:

@@ -16,7 +16,7 @@ from offtower.errors import ConfigError
 from offtower.models.features import UNKNOWN, FeatureEncoder, initial_rows
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
-from offtower.models.towers import JoinedBody, MLPBody
+from offtower.models.towers import MLPBody
 from offtower.prepare import PreparedData
 from offtower.training.distributed.workers import Workers
 
@@ -188,8 +188,6 @@ def whole_policy(
 
 
 def _encoder(policy: TwoTowerPolicy) -> FeatureEncoder:
-    body = policy.item_tower.body
-    if isinstance(body, JoinedBody):
-        body = body.members[0]
+    body = policy.item_tower.bodies[0]
     assert isinstance(body, MLPBody), "a user's module owns no tables"
     return body.encoder
