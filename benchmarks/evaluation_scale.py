@@ -120,7 +120,7 @@ def truth(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """The policy's true value over fresh contexts."""
     from offtower.data.catalogue import Catalogue
     from offtower.data.encoding import to_tensors
-    from offtower.evaluation.opening import open_run
+    from offtower.evaluation.run_loading import open_run
 
     simulated = world(args)
     run = open_run(folder / "run", Catalogue.open(folder / "catalogue"))

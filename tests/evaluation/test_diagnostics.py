@@ -9,7 +9,7 @@ import pytest
 
 from offtower.errors import DataError, OfftowerError
 from offtower.evaluation import EvaluationRows, support_probe
-from offtower.evaluation.diagnostics import (
+from offtower.evaluation.decision.diagnostics import (
     CalibrationSums,
     WeightSums,
     pareto_shape,
@@ -56,7 +56,7 @@ def _merge(a: CalibrationSums, b: CalibrationSums) -> CalibrationSums:
 
 
 def test_only_the_largest_weights_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offtower.evaluation.diagnostics.KEPT_WEIGHTS", 400)
+    monkeypatch.setattr("offtower.evaluation.decision.diagnostics.KEPT_WEIGHTS", 400)
     rows = some_rows(3000)
     parts = [WeightSums.of(rows.take(slice(i, i + 1000))) for i in (0, 1000, 2000)]
     merged = reduce(WeightSums.merge, parts)

@@ -18,7 +18,7 @@ from offtower.evaluation import (
 )
 from offtower.evaluation import estimators as e
 from offtower.evaluation.evaluate import merge_all
-from offtower.evaluation.statistics import finish
+from offtower.evaluation.intervals.statistics import finish
 
 from .one_context import OneContext
 from .test_estimators import ALL

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from offtower.errors import OfftowerError
-from offtower.evaluation.diagnostics import WeightDiagnostics, support_probe
-from offtower.evaluation.gate import (
+from offtower.evaluation.decision.diagnostics import WeightDiagnostics, support_probe
+from offtower.evaluation.decision.gate import (
     EXIT_CODES,
     GO,
     NO_GO,
@@ -20,7 +20,7 @@ from offtower.evaluation.gate import (
     decide,
 )
 from offtower.evaluation.intervals import Interval
-from offtower.evaluation.statistics import Estimate
+from offtower.evaluation.intervals.statistics import Estimate
 
 WEIGHTS = WeightDiagnostics(
     n=10_000,

@@ -18,7 +18,7 @@ from offtower.evaluation.intervals import (
     normal_interval,
     simultaneous_confidence,
 )
-from offtower.evaluation.smoothing_bound import GRID, SmoothingSums
+from offtower.evaluation.intervals.smoothing_bound import GRID, SmoothingSums
 
 from .one_context import OneContext
 from .test_estimators import some_rows

@@ -23,12 +23,12 @@ from offtower.data.reader import scan
 from offtower.data.schema import LogSchema
 from offtower.data.simulate import LoggingPolicy, SimulatedWorld, log_of_several
 from offtower.errors import ConfigError, DataError, OfftowerError
-from offtower.evaluation.judging import Judge
-from offtower.evaluation.logging_policies import BehaviorNames, LoggingPolicies
-from offtower.evaluation.logging_side import LoggingGathered, LoggingSide, SupportWatch
-from offtower.evaluation.opening import ModelRoom, judged_by, open_run
+from offtower.evaluation.behavior.policies import BehaviorNames, LoggingPolicies
+from offtower.evaluation.behavior.probes import LoggingGathered, LoggingSide, SupportWatch
+from offtower.evaluation.evaluator import Judge
 from offtower.evaluation.run import LogEvaluation, evaluate_runs
-from offtower.evaluation.scoring import ModelTerms, PolicyScorer
+from offtower.evaluation.run_loading import ModelRoom, judged_by, open_run
+from offtower.evaluation.scoring.policy import ModelTerms, PolicyScorer
 from offtower.evaluation.selection import BehaviorPolicies
 from offtower.mapping import Mapper
 from offtower.progress import Progress
@@ -235,7 +235,7 @@ def test_parts_judged_elsewhere_give_the_same_bits(
 ) -> None:
     """Selections, support and all else of two runs; parts are sent, run twice and backwards."""
     if cells is not None:
-        monkeypatch.setattr("offtower.evaluation.choosing._DENSE_CELLS", cells)
+        monkeypatch.setattr("offtower.evaluation.selection_buffer._DENSE_CELLS", cells)
     known = {"RUNS": runs_option(place), "COLUMNS": columns_option()}
     one, many = (
         evaluate_runs(
@@ -275,7 +275,7 @@ def test_pasif_draws_from_the_policy_that_logged_each_row(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The judged run's own rows have weights of 1, the other's average 1 (5 standard errors)."""
-    monkeypatch.setattr("offtower.evaluation.choosing._DENSE_CELLS", 0)
+    monkeypatch.setattr("offtower.evaluation.selection_buffer._DENSE_CELLS", 0)
     made = streamed(place, "pasif", runs_option(place), "evaluation.selection.draws=100")
     weight = np.concatenate(made.gathered.kept["b"]._weight).astype(float)
     column = ParquetLog.open(place / "served").tables()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from offtower.errors import DataError, OfftowerError
-from offtower.evaluation.propensity import estimate_propensities, pscore_calibration
+from offtower.evaluation.decision.propensity import estimate_propensities, pscore_calibration
 
 
 def softmax(z: np.ndarray) -> np.ndarray:

@@ -19,11 +19,11 @@ from offtower.data.reader import scan
 from offtower.data.schema import LogSchema
 from offtower.data.simulate import SimulatedWorld
 from offtower.errors import ConfigError, DataError, OfftowerError
-from offtower.evaluation.clusters import ClusterScorer, item_clusters
-from offtower.evaluation.gate import GO, NO_GO
-from offtower.evaluation.opening import open_run
+from offtower.evaluation.decision.gate import GO, NO_GO
 from offtower.evaluation.run import LogEvaluation, evaluate_runs
-from offtower.evaluation.scoring import PolicyScorer
+from offtower.evaluation.run_loading import open_run
+from offtower.evaluation.scoring.clusters import ClusterScorer, item_clusters
+from offtower.evaluation.scoring.policy import PolicyScorer
 from offtower.models.policy import TwoTowerPolicy
 from offtower.training.run import train_run
 from tests.mappers import BackwardsMapper
@@ -236,7 +236,7 @@ def test_a_run_that_made_the_log_lets_pasif_judge_every_candidate(
 ) -> None:
     """By draws from it, and by sums over a catalogue of no more items."""
     if cells is not None:
-        monkeypatch.setattr("offtower.evaluation.choosing._DENSE_CELLS", cells)
+        monkeypatch.setattr("offtower.evaluation.selection_buffer._DENSE_CELLS", cells)
     run = place / "runs" / "a"
     options = (f"selection.logging_run={run}", "selection.models=[linear]", "selection.draws=120")
     found = judge(place, *options, runs="b", select="pasif", log=place / "served")
@@ -256,7 +256,7 @@ def test_many_draws_rank_as_the_sum_over_the_catalogue(
     options = (f"selection.logging_run={run}", "selection.models=[]", "selection.draws=1500")
     errors = []
     for cells in (4_000_000, 0):
-        monkeypatch.setattr("offtower.evaluation.choosing._DENSE_CELLS", cells)
+        monkeypatch.setattr("offtower.evaluation.selection_buffer._DENSE_CELLS", cells)
         found = judge(place, *options, runs="b", select="pasif", log=place / "served")
         ranking = found.selection["b"].results["pasif"].ranking
         errors.append({score.name: score.mse for score in ranking})
@@ -280,7 +280,7 @@ def test_the_published_network_from_the_configuration(place: Path) -> None:
 def test_a_catalogue_too_large_for_the_network_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offtower.evaluation.choosing._DENSE_CELLS", 1000)
+    monkeypatch.setattr("offtower.evaluation.selection_buffer._DENSE_CELLS", 1000)
     run = f"selection.logging_run={place / 'runs' / 'a'}"
     with pytest.raises(ConfigError, match=r"1,000 rows x 15 items.*draw_rows"):
         judge(place, run, "selection.importance_fit=network", select="pasif", log=place / "served")
@@ -312,7 +312,7 @@ def test_models_over_pairs_at_draws_agree_with_the_sum_over_the_catalogue(
     """Boosted trees over a catalogue that is too large to sum: DM at draws, within its noise."""
     option = "selection.models=[trees]"
     exact = judge(place, option, select="paired").selection["a"].results["paired"].ranking
-    monkeypatch.setattr("offtower.evaluation.batches.EXACT_PAIRS", 0)
+    monkeypatch.setattr("offtower.evaluation.plan.EXACT_PAIRS", 0)
     drawn = judge(place, option, "draws=16", select="paired").selection["a"]
     at_draws = {score.name: score.value for score in drawn.results["paired"].ranking}
     for score in exact:
@@ -337,7 +337,7 @@ def test_parts_judged_elsewhere_give_the_same_bits(
     place: Path, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every number of the evaluation, by user and by row, with estimates and selections."""
-    monkeypatch.setattr("offtower.evaluation.judging.PILOT_ROWS", 300)
+    monkeypatch.setattr("offtower.evaluation.evaluator.PILOT_ROWS", 300)
     select = "all" if options[0] == "select" else None
     given = [one.replace("RUN", str(place / "runs" / "a")) for one in options if one != "select"]
     found = [
@@ -356,7 +356,7 @@ def test_parts_judged_elsewhere_give_the_same_bits(
 
 
 def test_a_pair_model_reads_any_items_alike(place: Path) -> None:
-    from offtower.evaluation.pair_models import fit_pair_model, trees_config
+    from offtower.evaluation.scoring.pair_models import fit_pair_model, trees_config
     from offtower.prepare import open_data
     from offtower.progress import Progress
     from offtower.run_directory import RunDirectory

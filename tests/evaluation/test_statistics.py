@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from offtower.errors import OfftowerError
 from offtower.evaluation import estimators as e
 from offtower.evaluation.intervals import bootstrap_interval, normal_interval
-from offtower.evaluation.poisson import poisson_weights
-from offtower.evaluation.statistics import Statistics, collect, finish, standard_error
+from offtower.evaluation.intervals.poisson import poisson_weights
+from offtower.evaluation.intervals.statistics import Statistics, collect, finish, standard_error
 
 from .test_estimators import ALL, by_label, some_rows
 

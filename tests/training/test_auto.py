@@ -24,7 +24,7 @@ from offtower.data.log import ParquetLog, TableLog
 from offtower.data.rows import EncodedRows
 from offtower.data.schema import CatalogueSchema, FeatureSpec
 from offtower.errors import ConfigError
-from offtower.evaluation.scoring import PolicyScorer
+from offtower.evaluation.scoring.policy import PolicyScorer
 from offtower.metrics import read_metrics
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import load_policy

@@ -4,6 +4,13 @@ An unknown key is an error that suggests the nearest known one; a value of the w
 place in the file. The same file drives training, evaluation and cluster jobs.
 """
 
+from offtower.config.evaluation import (
+    EstimatorConfig,
+    EvaluationConfig,
+    GateOptions,
+    SelectionConfig,
+    SelectionModel,
+)
 from offtower.config.files import (
     apply_overrides,
     config_fingerprint,
@@ -11,13 +18,6 @@ from offtower.config.files import (
     parse_config,
     to_dict,
     to_yaml,
-)
-from offtower.config.judging import (
-    EstimatorConfig,
-    EvaluationConfig,
-    GateOptions,
-    SelectionConfig,
-    SelectionModel,
 )
 from offtower.config.learning import (
     AutoConfig,

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from offtower.config.judging import EvaluationConfig
+from offtower.config.evaluation import EvaluationConfig
 from offtower.config.learning import (
     AutoConfig,
     DataConfig,

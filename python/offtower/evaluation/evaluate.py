@@ -10,22 +10,24 @@ from typing import Any
 import numpy as np
 
 from offtower.errors import OfftowerError
-from offtower.evaluation.diagnostics import (
+from offtower.evaluation.decision.diagnostics import (
     CalibrationSums,
     SupportDiagnostics,
     WeightSums,
     support_probe,
 )
+from offtower.evaluation.decision.gate import Evidence, decide
 from offtower.evaluation.estimators import Difference, Estimator, MeanReward, make_estimator
 from offtower.evaluation.estimators.paired import check_aligned
-from offtower.evaluation.gate import Evidence, decide
-from offtower.evaluation.intervals import (
+from offtower.evaluation.intervals.methods import (
     Interval,
     bernstein_interval,
     bootstrap_interval,
     normal_interval,
     simultaneous_confidence,
 )
+from offtower.evaluation.intervals.smoothing_bound import SmoothingSums, check_range
+from offtower.evaluation.intervals.statistics import Functional, Statistics, collect, finish
 from offtower.evaluation.options import EvaluationOptions
 from offtower.evaluation.result import (
     Comparison,
@@ -35,8 +37,6 @@ from offtower.evaluation.result import (
     PolicyEvaluation,
 )
 from offtower.evaluation.rows import Array, EvaluationRows
-from offtower.evaluation.smoothing_bound import SmoothingSums, check_range
-from offtower.evaluation.statistics import Functional, Statistics, collect, finish
 from offtower.mapping import merge_all
 
 CHUNK_ROWS = 1 << 16

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from offtower.errors import OfftowerError
+from offtower.evaluation.decision.gate import GateOptions
 from offtower.evaluation.estimators import Estimator
-from offtower.evaluation.gate import GateOptions
-from offtower.evaluation.intervals import check_confidence, simultaneous_confidence
-from offtower.evaluation.smoothing_bound import check_range
+from offtower.evaluation.intervals.methods import check_confidence, simultaneous_confidence
+from offtower.evaluation.intervals.smoothing_bound import check_range
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from offtower.evaluation.diagnostics import Calibration, SupportDiagnostics, WeightDiagnostics
-from offtower.evaluation.gate import Verdict, best_exit_code
-from offtower.evaluation.intervals import Interval
-from offtower.evaluation.statistics import Estimate
+from offtower.evaluation.decision.diagnostics import (
+    Calibration,
+    SupportDiagnostics,
+    WeightDiagnostics,
+)
+from offtower.evaluation.decision.gate import Verdict, best_exit_code
+from offtower.evaluation.intervals.methods import Interval
+from offtower.evaluation.intervals.statistics import Estimate
 
 
 @dataclass(frozen=True)

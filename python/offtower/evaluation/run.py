@@ -11,13 +11,13 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.location import Location, Place
 from offtower.data.log import ParquetLog
 from offtower.errors import ConfigError, DataError
-from offtower.evaluation.choosing import check_selection
-from offtower.evaluation.coverage import ItemCoverage, coverage_notes
-from offtower.evaluation.judging import HISTOGRAM_EDGES, Judge
-from offtower.evaluation.opening import OpenRun, judged_by, open_run
-from offtower.evaluation.propensity import PscoreCalibration
+from offtower.evaluation.decision.coverage import ItemCoverage, coverage_notes
+from offtower.evaluation.decision.propensity import PscoreCalibration
+from offtower.evaluation.evaluator import HISTOGRAM_EDGES, Judge
 from offtower.evaluation.result import EvaluationResult
+from offtower.evaluation.run_loading import OpenRun, judged_by, open_run
 from offtower.evaluation.selection import SelectionComparison
+from offtower.evaluation.selection_buffer import check_selection
 from offtower.mapping import Mapper
 from offtower.metrics import read_metrics
 from offtower.models.items import ItemFeatures

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from offtower.config import Config, TrainingConfig
 from offtower.errors import ConfigError
-from offtower.evaluation.clusters import MAX_CLUSTERS
+from offtower.evaluation.scoring.clusters import MAX_CLUSTERS
 from offtower.models.reward.base import RewardModel
 from offtower.objectives import Objective, Potec
 from offtower.prepare import PreparedData

@@ -9,12 +9,12 @@ from typing import Protocol
 from offtower.config import TrainingConfig
 from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows
-from offtower.evaluation.draws import RewardTerms
 from offtower.evaluation.estimators import make_estimator
 from offtower.evaluation.rows import EvaluationRows
-from offtower.evaluation.scoring import PolicyScorer, concatenate
+from offtower.evaluation.scoring.policy import PolicyScorer, concatenate
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
+from offtower.ops.types import RewardTerms
 from offtower.prepare import PreparedData
 from offtower.training.distributed import ALONE, Workers
 

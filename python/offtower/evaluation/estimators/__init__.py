@@ -27,7 +27,7 @@ from offtower.evaluation.estimators.weighted import (
     SubGaussianIPS,
     cluster_weight,
 )
-from offtower.evaluation.statistics import Estimate, Statistics
+from offtower.evaluation.intervals.statistics import Estimate, Statistics
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     cls.label: cls

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from offtower.errors import OfftowerError
-from offtower.evaluation.intervals import (
+from offtower.evaluation.intervals.methods import (
     DEFAULT_REPLICATES,
     Interval,
     bernstein_interval,
@@ -17,9 +17,9 @@ from offtower.evaluation.intervals import (
     check_method,
     normal_interval,
 )
+from offtower.evaluation.intervals.smoothing_bound import SmoothingSums, check_range
+from offtower.evaluation.intervals.statistics import Estimate, Statistics, collect, finish
 from offtower.evaluation.rows import Array, EvaluationRows
-from offtower.evaluation.smoothing_bound import SmoothingSums, check_range
-from offtower.evaluation.statistics import Estimate, Statistics, collect, finish
 
 
 @dataclass(frozen=True)

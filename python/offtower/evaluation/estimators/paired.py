@@ -9,8 +9,8 @@ import numpy as np
 
 from offtower.errors import DataError
 from offtower.evaluation.estimators.base import Estimator
+from offtower.evaluation.intervals.statistics import Statistics, collect
 from offtower.evaluation.rows import Array, EvaluationRows
-from offtower.evaluation.statistics import Statistics, collect
 
 
 @dataclass(frozen=True)

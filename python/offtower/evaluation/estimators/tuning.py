@@ -10,8 +10,8 @@ import numpy as np
 
 from offtower.errors import OfftowerError
 from offtower.evaluation.estimators.base import Estimator
+from offtower.evaluation.intervals.statistics import Estimate
 from offtower.evaluation.rows import Array, EvaluationRows
-from offtower.evaluation.statistics import Estimate
 
 
 @dataclass(frozen=True)

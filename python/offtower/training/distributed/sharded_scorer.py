@@ -10,12 +10,12 @@ import torch
 from offtower.data.encoding import take, tensor_of, to_tensors
 from offtower.data.rows import EncodedRows
 from offtower.errors import DataError
-from offtower.evaluation.draws import RewardTerms
 from offtower.evaluation.rows import EvaluationRows
-from offtower.evaluation.scoring import weighted_rows
+from offtower.evaluation.scoring.policy import weighted_rows
 from offtower.models.items import DEFAULT_CHUNK
 from offtower.models.policy import TwoTowerPolicy
 from offtower.ops import FactoredReward
+from offtower.ops.types import RewardTerms
 from offtower.training.distributed.item_shard import ItemShard
 from offtower.training.distributed.sharded_terms import gather_rows, merged_terms
 from offtower.training.distributed.workers import Workers

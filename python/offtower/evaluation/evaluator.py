@@ -11,26 +11,26 @@ from numpy.typing import NDArray
 from offtower.config import Config
 from offtower.data.catalogue import Catalogue
 from offtower.data.log import ParquetLog
-from offtower.evaluation.batches import HISTOGRAM_EDGES, BatchScorer, ByPolicy
-from offtower.evaluation.clusters import ClusterScorer, item_clusters
-from offtower.evaluation.estimated import (
-    LoggedProbability,
-    estimate_logged,
-    propensity_note,
-)
-from offtower.evaluation.evaluate import EvaluationSums
-from offtower.evaluation.logging_side import LoggingSide
-from offtower.evaluation.opening import ModelRoom, OpenRun, distinct_names
-from offtower.evaluation.options import EvaluationOptions
-from offtower.evaluation.result import EvaluationResult
-from offtower.evaluation.scoring import JudgingModel, PolicyScorer, concatenate
-from offtower.evaluation.selection import SelectionComparison
-from offtower.evaluation.settings import (
+from offtower.evaluation.behavior.probes import LoggingSide
+from offtower.evaluation.estimator_settings import (
     evaluation_options,
     make_estimators,
     tuned,
     wanted_estimators,
 )
+from offtower.evaluation.evaluate import EvaluationSums
+from offtower.evaluation.options import EvaluationOptions
+from offtower.evaluation.plan import HISTOGRAM_EDGES, BatchScorer, ByPolicy
+from offtower.evaluation.result import EvaluationResult
+from offtower.evaluation.run_loading import ModelRoom, OpenRun, distinct_names
+from offtower.evaluation.scoring.clusters import ClusterScorer, item_clusters
+from offtower.evaluation.scoring.policy import JudgingModel, PolicyScorer, concatenate
+from offtower.evaluation.scoring.propensities import (
+    LoggedProbability,
+    estimate_logged,
+    propensity_note,
+)
+from offtower.evaluation.selection import SelectionComparison
 from offtower.mapping import Mapper, merge_all, pieces
 from offtower.models.reward.dense import flatten
 from offtower.progress import Progress, watched

@@ -22,8 +22,8 @@ from offtower.data.log import Log
 from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows, hashed
 from offtower.errors import ConfigError, DataError
-from offtower.evaluation.opening import open_run
-from offtower.evaluation.scoring import PolicyScorer
+from offtower.evaluation.run_loading import open_run
+from offtower.evaluation.scoring.policy import PolicyScorer
 from offtower.models.items import ItemEmbeddings
 from offtower.models.policy import TwoTowerPolicy
 

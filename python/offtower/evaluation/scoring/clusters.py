@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from offtower.data.catalogue import Catalogue
 from offtower.data.columns import distinct_values
 from offtower.errors import ConfigError
-from offtower.evaluation.scoring import PolicyScorer, Scored
+from offtower.evaluation.scoring.policy import PolicyScorer, Scored
 from offtower.ops import partial_terms
 
 MAX_CLUSTERS = 5000

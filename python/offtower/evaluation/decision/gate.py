@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from offtower.config import GateOptions
-from offtower.evaluation.diagnostics import SupportDiagnostics, WeightDiagnostics
-from offtower.evaluation.intervals import Interval
-from offtower.evaluation.statistics import Estimate
+from offtower.evaluation.decision.diagnostics import SupportDiagnostics, WeightDiagnostics
+from offtower.evaluation.intervals.methods import Interval
+from offtower.evaluation.intervals.statistics import Estimate
 
 GO: Literal["go"] = "go"
 NO_GO: Literal["no-go"] = "no-go"

@@ -34,7 +34,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from offtower.errors import OfftowerError
-from offtower.evaluation.intervals import Interval, check_confidence
+from offtower.evaluation.intervals.methods import Interval, check_confidence
 from offtower.evaluation.rows import Array, EvaluationRows
 
 GRID = 0.9 * 0.5 ** np.arange(16)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from offtower import ops
 from offtower.data.rows import EncodedRows
-from offtower.evaluation.propensity import PscoreCalibration, pscore_calibration
-from offtower.evaluation.scoring import PolicyScorer, Scored
+from offtower.evaluation.decision.propensity import PscoreCalibration, pscore_calibration
+from offtower.evaluation.scoring.policy import PolicyScorer, Scored
 
 PROBED_ROWS = 500
 PROBED_DRAWS = 20

@@ -15,17 +15,17 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.log import ParquetLog
 from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError
-from offtower.evaluation.choosing import LoggingDraws
-from offtower.evaluation.diagnostics import SupportDiagnostics, support_probe
-from offtower.evaluation.draws import logits_at
-from offtower.evaluation.logging_policies import (
+from offtower.evaluation.behavior.policies import (
     BehaviorNames,
     LoggingColumns,
     LoggingPolicies,
     heuristic_refusal,
 )
-from offtower.evaluation.scoring import ModelTerms, PolicyScorer, Scored
+from offtower.evaluation.decision.diagnostics import SupportDiagnostics, support_probe
+from offtower.evaluation.scoring.policy import ModelTerms, PolicyScorer, Scored
+from offtower.evaluation.scoring.sampling import logits_at
 from offtower.evaluation.selection import BehaviorPolicies
+from offtower.evaluation.selection_buffer import LoggingDraws
 from offtower.seeds import derive_seed
 
 Floats = NDArray[np.float64]

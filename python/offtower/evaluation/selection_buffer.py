@@ -14,11 +14,11 @@ from offtower.config import SelectionConfig
 from offtower.data.log import ParquetLog
 from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError
-from offtower.evaluation.draws import RewardTerms, logits_at, rewards_at, terms_and_draws
-from offtower.evaluation.logging_policies import LoggingPolicies
-from offtower.evaluation.pair_models import PairRewardModel
+from offtower.evaluation.behavior.policies import LoggingPolicies
 from offtower.evaluation.rows import EvaluationRows
-from offtower.evaluation.scoring import PolicyScorer, Scored, concatenate
+from offtower.evaluation.scoring.pair_models import PairRewardModel
+from offtower.evaluation.scoring.policy import PolicyScorer, Scored, concatenate
+from offtower.evaluation.scoring.sampling import logits_at, rewards_at, terms_and_draws
 from offtower.evaluation.selection import (
     METHODS,
     BehaviorDraws,
@@ -30,6 +30,7 @@ from offtower.evaluation.selection import (
     compare_selectors,
     default_candidates,
 )
+from offtower.ops.types import RewardTerms
 
 _DENSE_CELLS = 4_000_000
 """Rows x items whose probabilities PAS-IF keeps at most, where it takes all items."""

@@ -22,8 +22,7 @@ from offtower.ops import (
     partial_terms,
 )
 from offtower.ops.categorical import draw_categorical
-
-RewardTerms = DenseReward | FactoredReward
+from offtower.ops.types import RewardTerms
 
 
 @torch.no_grad()

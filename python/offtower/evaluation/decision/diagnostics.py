@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike
 from scipy.special import betaincinv, logsumexp
 
 from offtower.errors import DataError
+from offtower.evaluation.intervals.statistics import Statistics, collect, standard_error
 from offtower.evaluation.rows import Array, EvaluationRows
-from offtower.evaluation.statistics import Statistics, collect, standard_error
 
 KEPT_WEIGHTS = 200_000
 """Largest weights kept of a log: the top 0.1 % of up to 2e8 rows."""

@@ -12,9 +12,9 @@ from scipy.special import logsumexp
 
 from offtower.errors import DataError, OfftowerError
 from offtower.evaluation.estimators import IPS
-from offtower.evaluation.intervals import bernstein_interval, check_confidence
+from offtower.evaluation.intervals.methods import bernstein_interval, check_confidence
+from offtower.evaluation.intervals.smoothing_bound import SmoothingSums
 from offtower.evaluation.rows import Array, EvaluationRows, IntArray
-from offtower.evaluation.smoothing_bound import SmoothingSums
 
 MAX_ITEMS = 5000
 """Largest catalogue for which a dense model of the logging policy is fitted."""

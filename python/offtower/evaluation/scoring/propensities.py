@@ -13,7 +13,7 @@ from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError
-from offtower.evaluation.propensity import EstimatedPropensities, estimate_propensities
+from offtower.evaluation.decision.propensity import EstimatedPropensities, estimate_propensities
 from offtower.models.reward.dense import flatten
 from offtower.progress import Progress
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.rows import EncodedRows
 from offtower.errors import DataError
-from offtower.evaluation.draws import RewardTerms, rewards_at, terms_and_draws
-from offtower.evaluation.pair_models import PairRewardModel
 from offtower.evaluation.rows import EvaluationRows
+from offtower.evaluation.scoring.pair_models import PairRewardModel
+from offtower.evaluation.scoring.sampling import rewards_at, terms_and_draws
 from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.ops import PolicyTerms
+from offtower.ops.types import RewardTerms
 
 
 @dataclass(frozen=True)

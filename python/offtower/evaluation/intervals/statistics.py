@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from offtower.errors import OfftowerError
-from offtower.evaluation.poisson import poisson_weights
+from offtower.evaluation.intervals.poisson import poisson_weights
 from offtower.evaluation.rows import Array, EvaluationRows, IntArray
 
 _BLOCK_CELLS = 1 << 20

@@ -19,19 +19,19 @@ from offtower.data.encoding import FeatureEncoding
 from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows
-from offtower.evaluation.choosing import SelectionKeeper
-from offtower.evaluation.clusters import ClusterScorer
-from offtower.evaluation.coverage import LogWatch
-from offtower.evaluation.draws import RewardTerms
-from offtower.evaluation.estimated import LoggedProbability
+from offtower.evaluation.behavior.probes import LoggingGathered, LoggingSide
+from offtower.evaluation.decision.coverage import LogWatch
 from offtower.evaluation.evaluate import EvaluationSums
-from offtower.evaluation.logging_side import LoggingGathered, LoggingSide
 from offtower.evaluation.options import EvaluationOptions
-from offtower.evaluation.pair_models import EXACT_PAIRS, PairRewardModel
 from offtower.evaluation.rows import EvaluationRows
-from offtower.evaluation.scoring import JudgingModel, ModelTerms, PolicyScorer, Scored
+from offtower.evaluation.scoring.clusters import ClusterScorer
+from offtower.evaluation.scoring.pair_models import EXACT_PAIRS, PairRewardModel
+from offtower.evaluation.scoring.policy import JudgingModel, ModelTerms, PolicyScorer, Scored
+from offtower.evaluation.scoring.propensities import LoggedProbability
+from offtower.evaluation.selection_buffer import SelectionKeeper
 from offtower.mapping import merge_all
 from offtower.models.reward.dense import flatten
+from offtower.ops.types import RewardTerms
 from offtower.seeds import derive_seed
 
 HISTOGRAM_EDGES = np.linspace(-4.0, 4.0, 49)

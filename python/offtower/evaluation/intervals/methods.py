@@ -20,7 +20,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from offtower.errors import OfftowerError
-from offtower.evaluation.statistics import Functional, Statistics, finish
+from offtower.evaluation.intervals.statistics import Functional, Statistics, finish
 
 METHODS = ("normal", "bootstrap", "bernstein", "log_smoothing")
 DEFAULT_REPLICATES = 1000

@@ -16,8 +16,8 @@ from offtower.config import (
 )
 from offtower.data.catalogue import Catalogue
 from offtower.errors import ConfigError, OfftowerError
-from offtower.evaluation.pair_models import fit_pair_model, linear_config, trees_config
-from offtower.evaluation.scoring import JudgingModel
+from offtower.evaluation.scoring.pair_models import fit_pair_model, linear_config, trees_config
+from offtower.evaluation.scoring.policy import JudgingModel
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.fit import fit_reward_model, restore_reward_model

@@ -1,0 +1,1 @@
+"""The policies that made a log, where they are known."""

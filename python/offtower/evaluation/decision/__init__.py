@@ -1,0 +1,1 @@
+"""From diagnostics and intervals to a verdict on a policy."""

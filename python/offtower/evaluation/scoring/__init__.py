@@ -1,0 +1,1 @@
+"""From logged rows and a policy to the numbers that estimators read."""
