@@ -23,6 +23,10 @@ class RunError(OfftowerError):
     """A run directory that is missing, incomplete or belongs to another configuration."""
 
 
+class UntrustedCodeError(RunError):
+    """A stored run, policy or export that names code which may not run."""
+
+
 class ClusterError(RunError):
     """A Ray cluster that cannot be reached, or has no room for a job."""
 

@@ -7,15 +7,14 @@ report.json  report.html
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from offtower.atomic import remove_leftovers, write_text
-from offtower.config import Config, config_fingerprint, parse_config, to_dict, to_yaml
-from offtower.errors import RunError
+from offtower.config import Config, config_fingerprint, load_config, to_dict, to_yaml
+from offtower.errors import ConfigError, RunError
+from offtower.imports import check_code
 
 
 class RunDirectory:
@@ -83,7 +82,7 @@ class RunDirectory:
                 `resume` is false.
         """
         if self.config_path.exists():
-            stored = self.load_config()
+            stored = self._stored_config()
             if config_fingerprint(stored) != config_fingerprint(config):
                 raise RunError(
                     f"'{self.path}' holds a run whose configuration differs in: "
@@ -102,15 +101,28 @@ class RunDirectory:
                 "choose another name"
             )
 
-    def load_config(self) -> Config:
-        """The configuration that the run was started with."""
+    def load_config(self, *, trust_code: Collection[str] = ()) -> Config:
+        """The configuration that the run was started with.
+
+        Args:
+            trust_code: import paths of code that the run may name, as in `load_policy`.
+
+        Raises:
+            RunError: it is missing or damaged.
+            UntrustedCodeError: it names other code.
+        """
+        config = self._stored_config()
+        check_code(to_dict(config), self.config_path, trust_code)
+        return config
+
+    def _stored_config(self) -> Config:
+        """The stored configuration, to compare it: the code that it names was not checked."""
+        if not self.config_path.exists():
+            raise RunError(f"'{self.path}' is not a run: it has no config.yaml")
         try:
-            content = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RunError(f"'{self.path}' is not a run: it has no config.yaml") from None
-        except yaml.YAMLError as error:
-            raise RunError(f"'{self.config_path}' is damaged: {error}") from error
-        return parse_config(content, source=str(self.config_path))
+            return load_config(self.config_path)
+        except ConfigError as error:
+            raise RunError(f"the stored configuration cannot be read: {error}") from error
 
     def update_manifest(self, facts: Mapping[str, Any]) -> None:
         """Merge `facts` into manifest.json."""
@@ -122,7 +134,7 @@ class RunDirectory:
             return {}
         try:
             content: dict[str, Any] = json.loads(self.manifest_path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise RunError(f"'{self.manifest_path}' is damaged: {error}") from error
         return content
 

@@ -76,7 +76,7 @@ def test_a_users_own_module_by_import_path() -> None:
     [
         (TowerConfig(module="nothing"), "must look like 'package.module:Name'"),
         (TowerConfig(module="no_such_module:X"), "does not import"),
-        (TowerConfig(module="offtower.errors:DataError"), "not a torch.nn.Module class"),
+        (TowerConfig(module="offtower.errors:DataError"), "not a subclass of torch.nn.Module"),
         (TowerConfig(module="torch.nn:Linear"), "could not be built as"),
         (TowerConfig(arguments={"a": 1}), "none is named"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from offtower.atomic import replace_directory, sha256_file, write_text
 from offtower.config import PolicyConfig
 from offtower.data.encoding import FeatureEncoding
 from offtower.errors import RunError
+from offtower.imports import check_code
 from offtower.models.policy import TwoTowerPolicy
 
 _FORMAT = 1
@@ -39,11 +41,18 @@ def save_policy(directory: Path, policy: TwoTowerPolicy, facts: dict[str, Any]) 
         write_text(temporary / "policy.json", json.dumps(content, indent=2, sort_keys=True))
 
 
-def load_policy(directory: Path) -> tuple[TwoTowerPolicy, dict[str, Any]]:
+def load_policy(
+    directory: Path, *, trust_code: Collection[str] = ()
+) -> tuple[TwoTowerPolicy, dict[str, Any]]:
     """The policy and the facts stored with it, in evaluation mode.
+
+    Args:
+        trust_code: import paths "package.module:Class" of towers that may run, besides those of
+            offtower and of the environment variable OFFTOWER_TRUST_CODE.
 
     Raises:
         RunError: a file is missing, damaged, or of another format.
+        UntrustedCodeError: the policy names another tower.
     """
     path = directory / "policy.json"
     try:
@@ -52,12 +61,15 @@ def load_policy(directory: Path) -> tuple[TwoTowerPolicy, dict[str, Any]]:
             raise RunError(
                 f"'{path}' has format {content['format']}, this offtower reads {_FORMAT}"
             )
+        check_code(content["policy"], path, trust_code)
         config = _CONFIG.validate_python(content["policy"])
     except FileNotFoundError:
         raise RunError(
             f"no policy at '{directory}': policy.json is missing. Did training finish?"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, ValidationError) as error:
+    except RunError:
+        raise
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise RunError(f"'{path}' is damaged: {error}") from error
     policy = TwoTowerPolicy(
         config,

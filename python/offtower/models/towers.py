@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from torch.nn import functional
 from offtower.config import TowerConfig
 from offtower.data.encoding import FeatureEncoding
 from offtower.errors import ConfigError
-from offtower.imports import load_by_path
+from offtower.imports import load_class
 from offtower.models.features import FeatureEncoder, FeatureTensors
 from offtower.models.row_draws import RowDraws
 
@@ -250,9 +248,7 @@ def _make_body(
         if config.arguments:
             raise ConfigError("tower 'arguments' are for a tower 'module', and none is named")
         return MLPBody(encoding, output_dim, config, draws, table_rows)
-    kind: Any = load_by_path(config.module, "tower module")
-    if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
-        raise ConfigError(f"tower module '{config.module}' is not a torch.nn.Module class")
+    kind = load_class(config.module, "tower module", nn.Module, "torch.nn.Module")
     try:
         module: nn.Module = kind(encoding=encoding, output_dim=output_dim, **config.arguments)
     except TypeError as error:

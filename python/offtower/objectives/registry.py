@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from offtower.errors import ConfigError
-from offtower.imports import load_by_path
+from offtower.imports import load_class
 from offtower.objectives.base import Objective
 from offtower.objectives.baseline import BaselineIPS
 from offtower.objectives.doubly_robust import (
@@ -64,9 +64,8 @@ def make_objective(name: str, arguments: Mapping[str, Any] | None = None) -> Obj
     Raises:
         ConfigError: unknown name (with the nearest known one) or settings it does not take.
     """
-    kind: Any
     if ":" in name:
-        kind = load_by_path(name, "objective.name")
+        kind = load_class(name, "objective.name", Objective, "offtower.objectives.Objective")
     elif name in OBJECTIVES:
         kind = OBJECTIVES[name]
     else:
@@ -74,9 +73,6 @@ def make_objective(name: str, arguments: Mapping[str, Any] | None = None) -> Obj
         hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
         raise ConfigError(f"unknown objective '{name}'.{hint} Known: {', '.join(OBJECTIVES)}")
     try:
-        objective = kind(**(arguments or {}))
+        return kind(**(arguments or {}))
     except TypeError as error:
         raise ConfigError(f"objective '{name}' does not take these settings: {error}") from error
-    if not isinstance(objective, Objective):
-        raise ConfigError(f"'{name}' is not a subclass of offtower.objectives.Objective")
-    return objective

@@ -17,7 +17,7 @@ from offtower.data.encoding import BagArray, FeatureArrays, FeatureEncoding
 from offtower.data.features import CPU, tensor_of
 from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError, RunError
-from offtower.imports import load_by_path
+from offtower.imports import load_class
 from offtower.models.reward.base import RewardModel
 from offtower.ops import DenseReward
 
@@ -121,7 +121,7 @@ class PairDesign:
 
 def make_estimator(config: RewardModelConfig, seed: int) -> Any:
     """A fresh scikit-learn estimator as configured; `random_state` is seeded where it exists."""
-    kind = load_by_path(config.estimator, "reward_model.estimator")
+    kind = _estimator_class(config.estimator)
     try:
         estimator = kind(**config.arguments)
     except TypeError as error:
@@ -132,6 +132,18 @@ def make_estimator(config: RewardModelConfig, seed: int) -> Any:
     if parameters.get("random_state", 0) is None:
         estimator.set_params(random_state=seed % (2**32))
     return estimator
+
+
+def _estimator_class(path: str) -> type[Any]:
+    """A regressor or classifier class: others of scikit-learn may read pickles (`memory`)."""
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+
+    if not path.startswith("sklearn."):
+        return load_class(path, "reward_model.estimator", object, "object")
+    kind = load_class(path, "reward_model.estimator", BaseEstimator, "sklearn.base.BaseEstimator")
+    if not issubclass(kind, (RegressorMixin, ClassifierMixin)):
+        raise ConfigError(f"reward_model.estimator: '{path}' is no regressor and no classifier")
+    return kind
 
 
 def predict(estimator: Any, pairs: np.ndarray) -> np.ndarray:
