@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,10 @@ from typing import Any
 from offtower.atomic import write_text
 from offtower.jsonable import finite
 from offtower.tracking import Tracker
+
+logger = logging.getLogger("offtower.metrics")
+
+_CRC = "crc32"
 
 
 class MetricsLog:
@@ -62,14 +68,28 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file; a half-written last line (a killed run) is left out."""
+    """All whole lines of a metrics file, without their checksums.
+
+    A half-written last line (a killed run) is left out; a damaged line is left out with a warning.
+    """
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    texts = path.read_bytes().split(b"\n")
+    for number, text in enumerate(texts, start=1):
+        line = _parsed(text)
+        if line is not None:
+            lines.append(line)
+        elif text and number < len(texts):
+            logger.warning("'%s': line %d is damaged and left out", path, number)
     return lines
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        line: dict[str, Any] = json.loads(text.decode("utf-8"))
+        crc = line.pop(_CRC, None)
+    except (ValueError, AttributeError):
+        return None
+    return line if crc in (None, _crc(line)) else None
 
 
 def _kept(line: dict[str, Any], step: int, epoch: int) -> bool:
@@ -79,4 +99,9 @@ def _kept(line: dict[str, Any], step: int, epoch: int) -> bool:
 
 
 def _to_text(line: dict[str, Any]) -> str:
-    return json.dumps(finite(line)) + "\n"
+    line = json.loads(json.dumps(finite(line)))
+    return json.dumps({**line, _CRC: _crc(line)}) + "\n"
+
+
+def _crc(line: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(line, sort_keys=True).encode()):08x}"

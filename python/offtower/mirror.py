@@ -22,7 +22,7 @@ logger = logging.getLogger("offtower.mirror")
 
 _MADE_AGAIN = ("items", "ray")
 """Folders that a resumed run writes anew."""
-_LAST = ("state.json", "manifest.json", "CURRENT")
+_LAST = ("state.json", "checksums.json", "manifest.json", "CURRENT")
 """Files that say that others are whole: they arrive after them."""
 _CONFIG = "config.yaml"
 

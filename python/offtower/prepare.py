@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from offtower.atomic import replace_directory, write_text
+from offtower.checksums import checked_directory, read_json, verify_directory, write_checked_json
 from offtower.config import Config
 from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
@@ -205,20 +204,20 @@ def _save(
     context_encoding: FeatureEncoding,
     item_encoding: FeatureEncoding,
 ) -> None:
-    with replace_directory(store) as temporary:
+    with checked_directory(store) as temporary:
         context_encoding.save(temporary / "context")
         item_encoding.save(temporary / "item")
         content = {"fingerprints": fingerprints, "facts": asdict(facts)}
-        write_text(temporary / "facts.json", json.dumps(content, indent=2))
+        write_checked_json(temporary / "facts.json", content)
 
 
 def _restore(
     store: Path, fingerprints: dict[str, str]
 ) -> tuple[LogFacts, FeatureEncoding, FeatureEncoding] | None:
-    path = store / "facts.json"
-    if not path.exists():
+    if not store.exists():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    verify_directory(store, "restore the folder from a copy, or start a run under another name")
+    content = read_json(store / "facts.json")
     if content["fingerprints"] != fingerprints:
         raise RunError(
             f"the log or the catalogue changed since '{store.parent}' began; "

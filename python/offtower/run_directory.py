@@ -6,12 +6,12 @@ report.json  report.html
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from offtower.atomic import remove_leftovers, write_text
+from offtower.checksums import check_text, checked_text, read_checked_json, write_checked_json
 from offtower.config import Config, config_fingerprint, load_config, to_dict, to_yaml
 from offtower.errors import ConfigError, RunError
 from offtower.imports import check_code
@@ -72,7 +72,7 @@ class RunDirectory:
         self.check(config, resume=resume)
         self.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.path)
-        write_text(self.config_path, to_yaml(config))
+        write_text(self.config_path, checked_text(to_yaml(config)))
 
     def check(self, config: Config, *, resume: bool) -> None:
         """Whether the folder can be taken for a run of `config`; changes nothing.
@@ -120,23 +120,23 @@ class RunDirectory:
         if not self.config_path.exists():
             raise RunError(f"'{self.path}' is not a run: it has no config.yaml")
         try:
+            check_text(self.config_path.read_text(encoding="utf-8"), self.config_path)
             return load_config(self.config_path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"'{self.config_path}' cannot be read: {error}") from error
         except ConfigError as error:
             raise RunError(f"the stored configuration cannot be read: {error}") from error
 
     def update_manifest(self, facts: Mapping[str, Any]) -> None:
         """Merge `facts` into manifest.json."""
-        content = {**self.manifest(), **facts}
-        write_text(self.manifest_path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+        write_checked_json(self.manifest_path, {**self.manifest(), **facts})
 
     def manifest(self) -> dict[str, Any]:
-        if not self.manifest_path.exists():
-            return {}
+        """What `update_manifest` wrote; empty where it was never called."""
         try:
-            content: dict[str, Any] = json.loads(self.manifest_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunError(f"'{self.manifest_path}' is damaged: {error}") from error
-        return content
+            return read_checked_json(self.manifest_path)
+        except FileNotFoundError:
+            return {}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

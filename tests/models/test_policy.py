@@ -157,7 +157,7 @@ def test_damaged_policies_are_refused(tmp_path: Path) -> None:
     save_policy(tmp_path / "policy", policy, {})
     weights = tmp_path / "policy" / "policy.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(RunError, match="cannot be loaded"):
+    with pytest.raises(RunError, match="is truncated"):
         load_policy(tmp_path / "policy")
     (tmp_path / "policy" / "policy.json").write_text("{}")
     with pytest.raises(RunError, match="damaged"):

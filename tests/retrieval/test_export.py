@@ -204,7 +204,7 @@ def test_truncated_and_corrupted_files(exported: Path, tmp_path: Path, name: str
     with pytest.raises(RunError, match="is corrupted"):
         Retriever.open(copy)
     (copy / name).unlink()
-    with pytest.raises(RunError, match="lacks"):
+    with pytest.raises(RunError, match="is missing"):
         Retriever.open(copy)
 
 

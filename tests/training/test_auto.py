@@ -383,16 +383,13 @@ def test_a_run_goes_on_with_the_next_candidate(
     train_run(again)
     # As if it had been killed after two candidates: what they learned is read, not learned anew.
     run = again.run_directory
-    learned_at = (
-        (run / "auto" / "judged" / "regression" / "member_0.safetensors").stat().st_mtime_ns
-    )
+    member = run / "auto" / "judged" / "regression" / "member_0" / "member.safetensors"
+    learned_at = member.stat().st_mtime_ns
     for name in ("likelihood_linear", "likelihood"):
         shutil.rmtree(run / "auto" / "judged" / name)
     shutil.rmtree(run / "auto" / "refit")
     resumed = train_run(again, resume=True)
-    assert (
-        run / "auto" / "judged" / "regression" / "member_0.safetensors"
-    ).stat().st_mtime_ns == learned_at
+    assert member.stat().st_mtime_ns == learned_at
     assert resumed.validation == result.validation
     assert_same_policies(path, run)
     lines = read_metrics(run / "metrics.jsonl")

@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 import torch.distributed.checkpoint as dcp
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from offtower.config import to_yaml
+from offtower.atomic import sha256_file
+from offtower.checksums import read_checked_json, write_checked_json
+from offtower.config import Config, to_yaml
 from offtower.errors import RunError
 from offtower.metrics import read_metrics
 from offtower.run_directory import RunDirectory
@@ -121,6 +125,73 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
     train_run(config, resume=True)
     assert_same_policy(config.run_directory, uninterrupted)
     assert run.manifest()["checkpoints_skipped"] == [f"{newest.name}: {tensors.name} is damaged"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: content[: len(content) // 2], id="truncated"),
+        pytest.param(lambda content: b"\xff" + content[1:], id="not UTF-8"),
+        pytest.param(lambda content: content.replace(b'"step": ', b'"stop": ', 1), id="key"),
+        pytest.param(lambda content: content.replace(b'"step": 1', b'"step": 2', 1), id="number"),
+        pytest.param(lambda content: content.replace(b'"step": 1', b'"step": "', 1), id="quote"),
+        pytest.param(lambda content: b"[]", id="list"),
+        pytest.param(lambda content: b"", id="empty"),
+    ],
+)
+def test_any_damage_to_the_newest_state_falls_back(
+    simulated: Path,
+    tmp_path: Path,
+    uninterrupted: Path,
+    damage: Callable[[bytes], bytes],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = copied(uninterrupted, simulated, tmp_path)
+    run = RunDirectory(config.run_directory)
+    newest = sorted(run.checkpoints.glob("step_*"))[-1]
+    state = newest / "state.json"
+    before = state.read_bytes()
+    state.write_bytes(damage(before))
+    assert state.read_bytes() != before
+    train_run(config, resume=True)
+    assert_same_policy(config.run_directory, uninterrupted)
+    assert run.manifest()["checkpoints_skipped"][0].startswith(f"{newest.name}: ")
+    assert f"'{newest}' is skipped" in caplog.text
+
+
+def test_a_checkpoint_that_does_not_fit_the_policy_falls_back(
+    simulated: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    """Its checksums are right, but tensors are missing or have other shapes."""
+    for change in ("missing", "shape"):
+        config = copied(uninterrupted, simulated, tmp_path / change)
+        run = RunDirectory(config.run_directory)
+        newest = sorted(run.checkpoints.glob("step_*"))[-1]
+        file = next(newest.glob("*.safetensors"))
+        with safetensors.safe_open(file, "np") as opened:
+            metadata = opened.metadata()
+        tensors = load_file(file)
+        name = next(name for name in tensors if name.startswith("policy/"))
+        value = tensors.pop(name)
+        if change == "shape":
+            tensors[name] = np.zeros((*value.shape, 2), value.dtype)
+        save_file(tensors, file, metadata)
+        state = read_checked_json(newest / "state.json")
+        state["files"][file.name] = sha256_file(file)
+        write_checked_json(newest / "state.json", state)
+        train_run(config, resume=True)
+        assert_same_policy(config.run_directory, uninterrupted)
+        (skipped,) = run.manifest()["checkpoints_skipped"]
+        assert newest.name in skipped
+
+
+def copied(run: Path, simulated: Path, folder: Path) -> Config:
+    """The configuration of a finished run in another folder, and a copy of that run there."""
+    config = make_config(simulated, folder, run.name)
+    shutil.copytree(run, config.run_directory)
+    (config.run_directory / "config.yaml").write_text(to_yaml(config))
+    shutil.rmtree(config.run_directory / "policy")
+    return config
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:

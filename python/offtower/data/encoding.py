@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from offtower.atomic import write_text
+from offtower.checksums import read_checked_json, write_checked_json
 from offtower.data.columns import (
     Column,
     as_float_array,
@@ -40,6 +39,7 @@ from offtower.data.features import (
 from offtower.data.lookup import Vocabulary
 from offtower.data.schema import FeatureSpec, spec_from_dict, spec_to_dict
 from offtower.errors import DataError, RunError
+from offtower.paths import safe_relative
 
 __all__ = [
     "BagArray",
@@ -198,7 +198,7 @@ class FeatureEncoding:
         for name, file in files.items():
             pq.write_table(pa.table({"value": self._vocabulary[name]}), directory / file)
         content = {**self.numbers(), "vocabulary": files}
-        write_text(directory / _FILE, json.dumps(content, indent=1))
+        write_checked_json(directory / _FILE, content)
 
     @classmethod
     def load(cls, directory: Path) -> FeatureEncoding:
@@ -208,12 +208,14 @@ class FeatureEncoding:
             RunError: a file is missing or damaged.
         """
         try:
-            content = json.loads((directory / _FILE).read_text(encoding="utf-8"))
+            content = read_checked_json(directory / _FILE)
             values = {
-                name: pq.read_table(directory / file).column("value").combine_chunks()
+                name: _read_vocabulary(directory / safe_relative(file, directory / _FILE, RunError))
                 for name, file in content["vocabulary"].items()
             }
             return cls._from_parts(content, values)
+        except RunError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
             raise RunError(f"the encoding at '{directory}' cannot be read: {error}") from error
 
@@ -331,6 +333,10 @@ def _vocabulary(spec: FeatureSpec, counts: Mapping[str, _Counter]) -> pa.Array:
     kept = table.filter(pc.greater_equal(table.column("count"), spec.min_count)).column("value")
     kept = kept.combine_chunks()
     return kept.take(pc.sort_indices(kept))
+
+
+def _read_vocabulary(file: Path) -> pa.Array:
+    return pq.read_table(file).column("value").combine_chunks()
 
 
 def _like(values: pa.Array, vocabulary: pa.Array, name: str) -> pa.Array:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offtower.atomic import replace_directory, write_text
+from offtower.checksums import checked_directory, read_json, verify_directory, write_checked_json
 from offtower.data.features import BagArray, FeatureArrays
 from offtower.errors import RunError
 
@@ -31,7 +30,7 @@ def write_mapped(
         num_rows: rows of all parts.
         fingerprint: of what was encoded.
     """
-    with replace_directory(directory) as temporary:
+    with checked_directory(directory) as temporary:
         writers: dict[str, _Dense | _Bag] = {}
         for part in parts:
             for number, (name, value) in enumerate(part.items()):
@@ -51,7 +50,7 @@ def write_mapped(
                 for number, (name, writer) in enumerate(writers.items())
             },
         }
-        write_text(temporary / _FILE, json.dumps(content, indent=1))
+        write_checked_json(temporary / _FILE, content)
 
 
 def open_mapped(directory: Path, fingerprint: str) -> FeatureArrays | None:
@@ -63,8 +62,9 @@ def open_mapped(directory: Path, fingerprint: str) -> FeatureArrays | None:
     path = directory / _FILE
     if not path.exists():
         return None
+    verify_directory(directory, "remove that folder, and it is written again")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["fingerprint"] != fingerprint:
             return None
         arrays: FeatureArrays = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,13 @@ import safetensors.torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from offtower.atomic import replace_directory, sha256_file, write_text
+from offtower.atomic import sha256_file
+from offtower.checksums import (
+    checked_directory,
+    read_checked_json,
+    verify_directory,
+    write_checked_json,
+)
 from offtower.config import PolicyConfig
 from offtower.data.encoding import FeatureEncoding
 from offtower.errors import RunError
@@ -29,7 +34,7 @@ def save_policy(directory: Path, policy: TwoTowerPolicy, facts: dict[str, Any]) 
         directory: replaced as a whole once all is written.
         facts: what else readers should know (fingerprints, version of the writer); JSON.
     """
-    with replace_directory(directory) as temporary:
+    with checked_directory(directory) as temporary:
         policy.context_encoding.save(temporary / "context_encoding")
         policy.item_encoding.save(temporary / "item_encoding")
         save_weights(temporary / "policy.safetensors", policy)
@@ -38,7 +43,7 @@ def save_policy(directory: Path, policy: TwoTowerPolicy, facts: dict[str, Any]) 
             "policy": _CONFIG.dump_python(policy.config, mode="json"),
             "facts": facts,
         }
-        write_text(temporary / "policy.json", json.dumps(content, indent=2, sort_keys=True))
+        write_checked_json(temporary / "policy.json", content)
 
 
 def load_policy(
@@ -56,7 +61,8 @@ def load_policy(
     """
     path = directory / "policy.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_checked_json(path)
+        verify_directory(directory, "restore the folder from a copy, or train again")
         if content["format"] != _FORMAT:
             raise RunError(
                 f"'{path}' has format {content['format']}, this offtower reads {_FORMAT}"

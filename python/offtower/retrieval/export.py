@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 import offtower
 from offtower.atomic import remove_leftovers, replace_directory, sha256_file
+from offtower.checksums import describe_files
 from offtower.config import Config
 from offtower.data.location import Place
 from offtower.errors import ConfigError, DataError, MissingExtraError
@@ -33,7 +34,6 @@ from offtower.retrieval.graphs import write_graphs
 from offtower.retrieval.index import IndexOptions, import_faiss
 from offtower.retrieval.index_building import build_index
 from offtower.retrieval.manifest import (
-    describe_files,
     set_current,
     write_manifest,
 )

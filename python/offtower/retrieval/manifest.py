@@ -9,14 +9,13 @@ export leaves the earlier one as it was, and going back is writing one line.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from offtower.atomic import sha256_file, write_text
+from offtower.atomic import write_text
+from offtower.checksums import read_checked_json, verify_file, write_checked_json
 from offtower.errors import RunError
+from offtower.paths import safe_relative
 
 FORMAT = 1
 FILE = "manifest.json"
@@ -28,19 +27,9 @@ FULL_CHECK_BYTES = 4 << 30
 """`auto` reads every byte of exports up to this size, and compares sizes alone beyond."""
 
 
-def describe_files(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of files below `directory`, by their relative names."""
-    return {
-        name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_file(directory / name)}
-        for name in sorted(names)
-    }
-
-
 def write_manifest(directory: Path, content: dict[str, Any]) -> None:
     """Write manifest.json, with the checksum of its own content."""
-    body = {"format": FORMAT, **content}
-    body["manifest_sha256"] = _digest(body)
-    write_text(directory / FILE, json.dumps(body, indent=2, sort_keys=True) + "\n")
+    write_checked_json(directory / FILE, {"format": FORMAT, **content})
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -51,20 +40,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        stored = content.pop("manifest_sha256")
-        found = content["format"]
+        content = read_checked_json(path)
     except FileNotFoundError:
         raise RunError(
             f"no export at '{directory}': {FILE} is missing. Make one with: offtower export RUN"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"'{path}' is damaged ({error}); export again") from error
+    found = content.get("format")
     if found != FORMAT:
         raise RunError(f"'{path}' has format {found}, this offtower reads {FORMAT}; export again")
-    if _digest(content) != stored:
-        raise RunError(f"'{path}' was changed after it was written; export again")
-    return dict(content)
+    return content
 
 
 def verify_files(directory: Path, manifest: dict[str, Any], verify: Verify = "auto") -> None:
@@ -81,21 +65,10 @@ def verify_files(directory: Path, manifest: dict[str, Any], verify: Verify = "au
     total = sum(facts["bytes"] for facts in files.values())
     full = verify == "full" or (verify == "auto" and total <= FULL_CHECK_BYTES)
     for name, facts in files.items():
-        path = directory / name
-        if not path.is_file():
-            raise RunError(f"the export at '{directory}' lacks '{name}'; export again")
-        size = path.stat().st_size
-        if size != facts["bytes"]:
-            what = "truncated" if size < facts["bytes"] else "changed"
-            raise RunError(
-                f"'{path}' is {what}: it has {size:,} bytes, the manifest says "
-                f"{facts['bytes']:,}; export again"
-            )
-        if full and sha256_file(path) != facts["sha256"]:
-            raise RunError(
-                f"'{path}' is corrupted: its sha256 is not the manifest's; export again, or copy "
-                "the file again"
-            )
+        path = directory / safe_relative(name, directory / FILE, RunError)
+        fault = verify_file(path, facts, size_only=not full)
+        if fault:
+            raise RunError(f"{fault}; export again, or copy the file again")
 
 
 def set_current(export: Path, version: str) -> None:
@@ -129,8 +102,3 @@ def find_version(path: str | Path) -> Path:
     if (path / CURRENT).exists():
         return current_version(path)
     return current_version(path / "export")
-
-
-def _digest(content: dict[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -206,8 +206,7 @@ def _finished(config: Config) -> float | None:
     run = RunDirectory(config.run_directory)
     if not run.manifest_path.exists() or not (run.policy / "policy.json").exists():
         return None
-    content = json.loads(run.manifest_path.read_text(encoding="utf-8"))
-    low: float | None = content.get("validation_lower_bound")
+    low: float | None = run.manifest().get("validation_lower_bound")
     return low
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from offtower.atomic import write_text
+from offtower.checksums import read_json, write_checked_json
 from offtower.config import PolicyConfig, RewardModelConfig
 from offtower.data.encoding import FeatureEncoding, to_tensors
 from offtower.data.rows import EncodedRows
@@ -71,7 +70,7 @@ class FactoredRewardModel(RewardModel):
 
     def save(self, directory: Path) -> None:
         content = {"folds": self.num_folds, "link": self.link}
-        write_text(directory / "factored.json", json.dumps(content))
+        write_checked_json(directory / "factored.json", content)
         for fold, model in enumerate(self.towers):
             save_weights(directory / f"fold_{fold}.safetensors", model)
 
@@ -86,7 +85,7 @@ class FactoredRewardModel(RewardModel):
         chunk: int,
     ) -> FactoredRewardModel:
         try:
-            content = json.loads((directory / "factored.json").read_text(encoding="utf-8"))
+            content = read_json(directory / "factored.json")
             folds, link = int(content["folds"]), content["link"]
         except (OSError, ValueError, KeyError) as error:
             raise RunError(f"reward model at '{directory}' cannot be read: {error}") from error

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from offtower.atomic import replace_directory
+from offtower.checksums import checked_directory, verify_directory
 from offtower.config import RewardModelConfig
 from offtower.data.encoding import FeatureEncoding, take, tensor_of, to_tensors
 from offtower.data.order import EpochOrder, fold_of
@@ -33,6 +33,7 @@ from offtower.progress import Progress
 from offtower.seeds import derive_seed, seed_torch
 
 SCAN_ROWS = 8192
+_REMEDY = "restore the folder from a copy, or remove it: the reward model is then fitted again"
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -65,13 +66,14 @@ def obtain_reward_model(
         return fit_reward_model(config, data, seed, progress)
     if directory is not None and stored:
         if config.kind == "dense":
+            verify_directory(directory, _REMEDY)
             return DenseRewardModel.restore(directory, _design(data), config.folds, data.device)
         return restore_reward_model(
             config, directory, data.context_encoding, data.item_encoding, data.items
         )
     model = fit_reward_model(config, data, seed, progress)
     if directory is not None:
-        with replace_directory(directory) as temporary:
+        with checked_directory(directory) as temporary:
             model.save(temporary)
     return model
 
@@ -93,6 +95,7 @@ def restore_reward_model(
     items: ItemFeatures,
 ) -> FactoredRewardModel:
     """A factored reward model that a run stored, over the catalogue `items`."""
+    verify_directory(directory, _REMEDY)
     return FactoredRewardModel.restore(
         directory, config, context_encoding, item_encoding, items, DEFAULT_CHUNK
     )

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from offtower.atomic import replace_file
+from offtower.checksums import checked_directory, verify_directory
 from offtower.config import Config
 from offtower.mapping import Mapper
 from offtower.models.policy import TwoTowerPolicy
@@ -27,6 +27,7 @@ from offtower.training.auto.members import fit_members
 from offtower.training.device import place
 
 Purpose = Literal["judged", "refit"]
+_WEIGHTS = "member.safetensors"
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ class CandidateLearner:
                 member = found[part.candidate][k]
                 member.load_state_dict(state)
                 if self._run is not None:
-                    with replace_file(self._file(self._run, purpose, part, k)) as temporary:
-                        save_weights(temporary, member)
+                    folder = self._folder(self._run, purpose, part, k)
+                    with checked_directory(folder) as temporary:
+                        save_weights(temporary / _WEIGHTS, member)
             if away:
                 self._progress.advance(1)
         if away and missing:
@@ -133,13 +135,14 @@ class CandidateLearner:
     ) -> bool:
         if self._run is None:
             return False
-        files = [self._file(self._run, purpose, part, k) for k in part.members]
-        if not all(file.exists() for file in files):
+        folders = [self._folder(self._run, purpose, part, k) for k in part.members]
+        if not all(folder.exists() for folder in folders):
             return False
-        for k, file in zip(part.members, files, strict=True):
-            load_weights(file, found[part.candidate][k])
+        for k, folder in zip(part.members, folders, strict=True):
+            verify_directory(folder, "remove that folder, and its member is learned again")
+            load_weights(folder / _WEIGHTS, found[part.candidate][k])
         return True
 
     @staticmethod
-    def _file(run: RunDirectory, purpose: Purpose, part: Part, member: int) -> Path:
-        return run.auto / purpose / part.candidate / f"member_{member}.safetensors"
+    def _folder(run: RunDirectory, purpose: Purpose, part: Part, member: int) -> Path:
+        return run.auto / purpose / part.candidate / f"member_{member}"

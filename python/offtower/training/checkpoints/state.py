@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from offtower.errors import RunError
+
 _SHARED = ".unknown"
 _ROW_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "fresh_at", "sum", "momentum_buffer")
 """What optimisers keep by row of a weight."""
@@ -34,6 +36,33 @@ class OwnedRows:
     weights: frozenset[str] = frozenset()
     items: int = 0
     total: int = 0
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], policy: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Compare names and shapes with those of the policy and of the optimizer's parameters.
+
+    Raises:
+        RunError: one is missing, unknown, or of another shape.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in _under("policy", tensors).items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
+    for name in sorted({*found, *wanted}):
+        if found.get(name) != wanted.get(name):
+            raise RunError(
+                f"its tensor '{name}' is {found.get(name, 'missing')}, "
+                f"but the policy's is {wanted.get(name, 'missing')}"
+            )
+    if optimizer is None:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, tensor in _under("optimizer", tensors).items():
+        index, _, key = name.partition("/")
+        if not index.isdecimal() or int(index) >= len(parameters):
+            raise RunError(f"its optimizer state '{name}' belongs to no parameter")
+        if key in _ROW_STATE and tensor.shape[:1] != parameters[int(index)].shape[:1]:
+            raise RunError(f"its optimizer state '{name}' has {tensor.shape[:1]} rows")
 
 
 def policy_tensors(policy: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ copied and a thread writes them beside the training; a folder takes its name whe
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -27,12 +26,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 
-from offtower.atomic import remove_leftovers, sha256_file, sync_tree, write_text
+from offtower.atomic import remove_leftovers, sha256_file, sync_tree
+from offtower.checksums import read_checked_json, write_checked_json
 from offtower.errors import RunError
 from offtower.training.checkpoints.progression import Progression
 from offtower.training.checkpoints.state import (
     Layout,
     OwnedRows,
+    check_tensors,
     extra_of,
     extra_tensors,
     fill_optimizer,
@@ -42,6 +43,8 @@ from offtower.training.checkpoints.state import (
     policy_tensors,
 )
 from offtower.training.distributed.workers import ALONE, Workers
+
+logger = logging.getLogger("offtower.checkpoints")
 
 _STEP = re.compile(r"step_(\d{12})")
 
@@ -133,7 +136,10 @@ class CheckpointStore:
         state, fault = self._checked(path)
         if state is None:
             raise RunError(f"the best policy at '{path}' cannot be read: {fault}")
-        fill_policy(policy, self._read(path, owned_names(self._owned, policy, None)))
+        tensors, fault = self._read(path, policy, None)
+        if fault:
+            raise RunError(f"the best policy at '{path}' cannot be read: {fault}")
+        fill_policy(policy, tensors)
 
     def load_newest(
         self, policy: nn.Module, optimizer: torch.optim.Optimizer
@@ -148,19 +154,31 @@ class CheckpointStore:
         for path in reversed(self._paths()):
             state, fault = self._checked(path)
             if state is None:
-                self.skipped.append(f"{path.name}: {fault}")
+                self._skip(path, fault)
                 continue
-            progression = Progression.from_dict(state["progression"])
+            try:
+                progression = Progression.from_dict(state["progression"])
+            except (KeyError, TypeError) as error:
+                self._skip(path, f"its progression cannot be read: {error!r}")
+                continue
             best = progression.best_step
             if best is not None and self._checked(self._best_path(best))[0] is None:
-                self.skipped.append(f"{path.name}: its best policy is missing or damaged")
+                self._skip(path, "its best policy is missing or damaged")
                 continue
-            tensors = self._read(path, owned_names(self._owned, policy, optimizer))
+            tensors, fault = self._read(path, policy, optimizer)
+            if fault:
+                self._skip(path, fault)
+                continue
             fill_policy(policy, tensors)
             fill_optimizer(optimizer, tensors)
             self.extra = extra_of(tensors)
             return progression
         return None
+
+    def _skip(self, path: Path, fault: str) -> None:
+        self.skipped.append(f"{path.name}: {fault}")
+        if self._workers.first:
+            logger.warning("checkpoint '%s' is skipped: %s", path, fault)
 
     @property
     def written(self) -> bool:
@@ -185,7 +203,7 @@ class CheckpointStore:
         faults = self._together(future.result) or self._together(add_checksums)
         found = self._workers.gather_objects(checksums)
         if not faults:
-            content = {**content, "sha256": {k: v for part in found for k, v in part.items()}}
+            content = {**content, "files": {k: v for part in found for k, v in part.items()}}
             faults = self._together(
                 lambda: self._commit(temporary, path, content) if self._workers.first else None
             )
@@ -239,7 +257,7 @@ class CheckpointStore:
 
     def _commit(self, temporary: Path, path: Path, content: dict[str, Any]) -> None:
         state = {"fingerprint": self._fingerprint, "workers": self._workers.size, **content}
-        write_text(temporary / "state.json", json.dumps(state, indent=2))
+        write_checked_json(temporary / "state.json", state)
         sync_tree(temporary)
         if path.exists():
             # A damaged one, or one of a start that a kill undid.
@@ -272,12 +290,14 @@ class CheckpointStore:
         fault = ""
         state: dict[str, Any] = {}
         try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            names = sorted(state["sha256"])
-            for name in names[self._workers.rank :: self._workers.size]:
-                if sha256_file(path / name) != state["sha256"][name]:
+            state = read_checked_json(path / "state.json")
+            names = sorted(file.name for file in path.glob("*.safetensors"))
+            if names != sorted(state["files"]):
+                fault = f"its files are {names}, not {sorted(state['files'])}"
+            for name in names[self._workers.rank :: self._workers.size] if not fault else []:
+                if sha256_file(path / name) != state["files"][name]:
                     fault = f"{name} is damaged"
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (OSError, RunError, KeyError, TypeError) as error:
             fault = str(error)
         faults = sorted({found for found in self._workers.gather_objects(fault) if found})
         if faults:
@@ -289,18 +309,30 @@ class CheckpointStore:
             )
         return state, ""
 
-    def _read(self, path: Path, owned: set[str]) -> dict[str, Tensor]:
-        """Tensors as this worker has them, from the parts of however many wrote them."""
-        reader = dcp.HuggingFaceStorageReader(str(path))
-        state: dict[str, Any] = self._layout.empty(
-            reader.read_metadata().state_dict_metadata, owned
-        )
-        if self._group is None:
-            with _alone():
-                dcp.load(state, storage_reader=reader, no_dist=True)
-        else:
-            dcp.load(state, storage_reader=reader, process_group=self._group)
-        return self._layout.from_checkpoint(state)
+    def _read(
+        self, path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> tuple[dict[str, Tensor], str]:
+        """This worker's tensors, from the parts of however many wrote them, and what is wrong.
+
+        Nothing is filled: a checkpoint that does not fit must leave policy and optimizer alone.
+        """
+        tensors: dict[str, Tensor] = {}
+
+        def read() -> None:
+            reader = dcp.HuggingFaceStorageReader(str(path))
+            state: dict[str, Any] = self._layout.empty(
+                reader.read_metadata().state_dict_metadata,
+                owned_names(self._owned, policy, optimizer),
+            )
+            if self._group is None:
+                with _alone():
+                    dcp.load(state, storage_reader=reader, no_dist=True)
+            else:
+                dcp.load(state, storage_reader=reader, process_group=self._group)
+            tensors.update(self._layout.from_checkpoint(state))
+            check_tensors(tensors, policy, optimizer)
+
+        return tensors, "; ".join(self._together(read))
 
     def _paths(self) -> list[Path]:
         return sorted(p for p in self._directory.iterdir() if _STEP.fullmatch(p.name))
@@ -315,9 +347,9 @@ class CheckpointStore:
         needed = set()
         for path in paths[-self._kept :]:
             try:
-                state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+                state = read_checked_json(path / "state.json")
                 needed.add(state["progression"]["best_step"])
-            except (OSError, KeyError, TypeError, json.JSONDecodeError):
+            except (OSError, RunError, KeyError, TypeError):
                 continue
         names = {self._best_path(step).name for step in needed if step is not None}
         for path in self._directory.glob("best_*"):
