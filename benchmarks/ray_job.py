@@ -74,7 +74,7 @@ class Memory:
 
 
 def offtower(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "offtower.cli", *(str(one) for one in arguments)]
+    return [sys.executable, "-P", "-m", "offtower.cli", *(str(one) for one in arguments)]
 
 
 def run(command: list[str], codes: tuple[int, ...] = (0,)) -> tuple[str, float, float]:

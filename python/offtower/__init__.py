@@ -1,6 +1,16 @@
 """offtower: learn, judge and serve two-tower retrieval policies from logged feedback."""
 
-from __future__ import annotations
+import sys
+
+# While Python looks for the module of `python -m offtower.cli`, the working folder is the first
+# entry. It may hold a stranger's files (torch.py beside a run's config.yaml), so nothing is
+# imported from it. `python -P -m offtower.cli` does not add it in the first place.
+if (
+    sys.argv[:1] == ["-m"]
+    and not sys.flags.safe_path
+    and any(part.startswith(("offtower.", "-mofftower.")) for part in sys.orig_argv)
+):
+    del sys.path[0]
 
 from typing import TYPE_CHECKING, Any
 

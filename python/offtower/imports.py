@@ -72,6 +72,11 @@ def trusted_names(trust_code: Collection[str] = ()) -> frozenset[str]:
     return names
 
 
+def code_paths(content: Mapping[str, Any]) -> list[str]:
+    """The import paths that a configuration names, as nested mappings."""
+    return [name for _, name in named_code(content) if _PATH.fullmatch(name)]
+
+
 def named_code(content: Any, place: str = "") -> Iterator[tuple[str, str]]:
     """(dotted setting, import path) of the code that nested mappings and lists name."""
     if isinstance(content, Mapping):

@@ -42,7 +42,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def _in_own_process(folder: Path, variant: str, settings: Settings) -> dict[str, Any]:
-    command = [sys.executable, "-m", __name__, str(folder), variant]
+    command = [sys.executable, "-P", "-m", __name__, str(folder), variant]
     command += [str(settings.batch), str(settings.dim)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:

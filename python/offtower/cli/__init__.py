@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from typing import Annotated
+
 import typer
 
+import offtower
 from offtower.cli import (
     benchmark,
     doctor,
@@ -22,10 +26,29 @@ app = typer.Typer(
     name="offtower",
     help="Learn two-tower retrieval policies from logged feedback, and evaluate them offline.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"offtower {offtower.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 for verb in (
     doctor,
     simulate,
@@ -45,4 +68,6 @@ for verb in (
 
 def main() -> None:
     """Entry point of the `offtower` command."""
+    # Python processes that libraries start do not import from the working folder either.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     app()

@@ -6,7 +6,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
@@ -21,6 +22,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 
 from offtower.errors import OfftowerError
+from offtower.imports import TRUST_CODE, trusted_names
 from offtower.progress import Progress
 
 EXIT_OK = 0
@@ -34,6 +36,15 @@ AsJson = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. training.epochs=5."),
+]
+TrustCode = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-code",
+        metavar="MODULE:CLASS",
+        help="Code that stored runs may name and that may run; may be given several times. "
+        "OFFTOWER_TRUST_CODE in the environment sets the same.",
+    ),
 ]
 
 P = ParamSpec("P")
@@ -52,12 +63,16 @@ def print_json(content: dict[str, Any]) -> None:
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn errors for users into one message and exit code 2, interrupts into 130."""
+    """Turn errors for users into one message and exit code 2, interrupts into 130.
+
+    An argument `trust_code` holds while the function runs, for workers too.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return function(*args, **kwargs)
+            with _trusting(kwargs.get("trust_code")):
+                return function(*args, **kwargs)
         except OfftowerError as error:
             if kwargs.get("as_json"):
                 print_json({"error": type(error).__name__, "message": str(error)})
@@ -76,6 +91,21 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
     return wrapped
+
+
+@contextmanager
+def _trusting(names: Any) -> Iterator[None]:
+    """Add `names` to OFFTOWER_TRUST_CODE, which workers get too, until the block ends."""
+    before = os.environ.get(TRUST_CODE)
+    if names:
+        os.environ[TRUST_CODE] = ",".join(sorted(trusted_names(names)))
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(TRUST_CODE, None)
+        else:
+            os.environ[TRUST_CODE] = before
 
 
 def escape(text: str) -> str:

@@ -12,7 +12,7 @@ Example:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -28,17 +28,13 @@ from offtower.cli.common import (
     AsJson,
     DrawnProgress,
     Overrides,
+    TrustCode,
     escape,
     messages,
     print_json,
     verb,
 )
 from offtower.jsonable import finite
-
-if TYPE_CHECKING:
-    from offtower.evaluation.run import LogEvaluation
-    from offtower.progress import Progress
-    from offtower.retrieval import Retriever
 
 
 @verb
@@ -65,6 +61,7 @@ def evaluate(
         ),
     ] = None,
     overrides: Overrides = None,
+    trust_code: TrustCode = None,
     exit_zero: Annotated[
         bool,
         typer.Option(
@@ -80,10 +77,11 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     from offtower.cli.tables import evaluation_table, retrieval_table, selection_table
+    from offtower.evaluation.exports import add_retrieval_quality, open_exports
     from offtower.evaluation.report import write_report
     from offtower.evaluation.run import evaluate_runs
 
-    exports = _exports(runs, retrieval) if retrieval else []
+    exports = open_exports(runs, retrieval) if retrieval else []
     progress = DrawnProgress()
     with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
         evaluation = evaluate_runs(
@@ -96,7 +94,7 @@ def evaluate(
         )
     if retrieval:
         # In this process: exports are mapped from disk, and the workers are free by now.
-        _measure_retrieval(evaluation, exports, runs, retrieval, progress)
+        add_retrieval_quality(evaluation, runs, exports, retrieval, progress)
     path = write_report(
         report or runs[0] / "report.html",
         [evaluation],
@@ -123,41 +121,3 @@ def evaluate(
                 console.print(f"  [dim]{method} could not run: {escape(reason)}[/]", soft_wrap=True)
         console.print(f"report: {path}")
     raise typer.Exit(0 if exit_zero else evaluation.exit_code)
-
-
-def _exports(runs: list[Path], ks: list[int]) -> list[Retriever]:
-    """The runs' exports, opened before anything takes time."""
-    from offtower.retrieval import Retriever
-    from offtower.retrieval.quality import check_sizes
-
-    exports = [Retriever.open(run) for run in runs]
-    for export in exports:
-        check_sizes(export, ks)
-    return exports
-
-
-def _measure_retrieval(
-    evaluation: LogEvaluation,
-    exports: list[Retriever],
-    runs: list[Path],
-    ks: list[int],
-    progress: Progress,
-) -> None:
-    """Fill in what the exports retrieve, and note an export that is not of its run's policy."""
-    from offtower.data.log import ParquetLog
-    from offtower.prepare import log_schema
-    from offtower.retrieval import retrieval_quality
-    from offtower.retrieval.manifest import sha256_file
-    from offtower.run_directory import RunDirectory
-
-    for name, export, run in zip(evaluation.objectives, exports, runs, strict=True):
-        directory = RunDirectory(run)
-        weights = sha256_file(directory.policy / "policy.safetensors")
-        if export.manifest["policy"]["weights_sha256"] != weights:
-            evaluation.notes.append(
-                f"the export of '{run}' is of an earlier policy than the run's: its retrieval is "
-                "not of what was judged; export again"
-            )
-        log = ParquetLog.open(evaluation.log["path"], log_schema(directory.load_config()))
-        found = retrieval_quality(export, log, ks, progress=progress)
-        evaluation.retrieval[name] = [one.to_dict() for one in found]

@@ -22,7 +22,7 @@ from offtower.cli.cluster import (
     Workers,
     mapper_of,
 )
-from offtower.cli.common import AsJson, DrawnProgress, messages, print_json, verb
+from offtower.cli.common import AsJson, DrawnProgress, TrustCode, messages, print_json, verb
 from offtower.jsonable import finite
 
 
@@ -55,6 +55,7 @@ def export(
     contexts: Annotated[
         str | None, typer.Option(help="Log to measure recall on; the run's held-out log else.")
     ] = None,
+    trust_code: TrustCode = None,
     ray: RayAddress = None,
     workers: Workers = None,
     worker_cpus: WorkerCpus = 1.0,

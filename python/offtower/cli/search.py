@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from offtower.cli.common import AsJson, DrawnProgress, escape, messages, verb
+from offtower.cli.common import AsJson, DrawnProgress, TrustCode, escape, messages, verb
 from offtower.errors import DataError
 from offtower.progress import Progress
 
@@ -60,6 +60,7 @@ def search(
     log: Annotated[
         str | None, typer.Option(help="Parquet file for the decisions of --sample.")
     ] = None,
+    trust_code: TrustCode = None,
     as_json: AsJson = False,
 ) -> None:
     from offtower.data.location import Location

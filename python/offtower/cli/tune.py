@@ -29,6 +29,7 @@ from offtower.cli.common import (
     AsJson,
     DrawnProgress,
     Overrides,
+    TrustCode,
     escape,
     messages,
     print_json,
@@ -49,6 +50,7 @@ def tune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep trials that have ended, and go on.")
     ] = False,
+    trust_code: TrustCode = None,
     ray: RayAddress = None,
     workers: Workers = None,
     worker_cpus: WorkerCpus = 1.0,

@@ -62,7 +62,9 @@ class Judge:
     def prepare(self, select: str | None, progress: Progress) -> None:
         """Models, estimated propensities, clusters: all that must be there before the rows."""
         config, options = self.config, self.options
-        self.logging = LoggingSide.open(select, self.log, self.catalogue, config)
+        self.logging = LoggingSide.open(
+            select, self.log, self.catalogue, config, self.runs[0].trust_code
+        )
         room = ModelRoom(self.runs, config, progress)
         self.main = room.main()
         self.models = [] if self.main is None else [self.main]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,7 @@ def evaluate_runs(
     *,
     log: Place | None = None,
     overrides: Sequence[str] = (),
+    trust_code: Collection[str] = (),
     select: str | None = None,
     title: str | None = None,
     progress: Progress | None = None,
@@ -111,6 +112,8 @@ def evaluate_runs(
         log: directory of the log, or its address; data.test of the first run without it.
         overrides: changes such as "evaluation.confidence=0.9"; only of the section `evaluation`,
             since the rest says what the run is.
+        trust_code: import paths "package.module:Class" of code that the runs may name, besides
+            offtower's towers and scikit-learn's estimators. What `overrides` name may run.
         select: also choose the estimator to believe for each policy, by one selector ("paired",
             "pasif", "heuristic", "ocv", "slope") or by "all" of them, compared. Keeps a few numbers
             a row in memory, so it takes logs of up to MAX_SELECTION_ROWS rows.
@@ -122,11 +125,12 @@ def evaluate_runs(
 
     Raises:
         RunError: a run is not there or not finished.
+        UntrustedCodeError: a run names other code.
         ConfigError: no log to judge on, or the runs have different catalogues.
         DataError: the log has no propensities, or cannot be read.
     """
     progress = progress or Progress()
-    config = judged_by(RunDirectory(paths[0]).load_config(), overrides)
+    config = judged_by(RunDirectory(paths[0]).load_config(trust_code=trust_code), overrides)
     place = log or config.data.test
     if place is None:
         raise ConfigError(
@@ -143,7 +147,8 @@ def evaluate_runs(
         )
     check_selection(select, opened, config.evaluation.selection)
     catalogue = Catalogue.open(config.data.catalogue, catalogue_schema(config))
-    judge = Judge([open_run(path, catalogue) for path in paths], opened, catalogue, config)
+    runs = [open_run(path, catalogue, trust_code) for path in paths]
+    judge = Judge(runs, opened, catalogue, config)
     judge.prepare(select, progress)
     result = judge.judge(mapper or Mapper(), progress)
     if judge.same_log():
@@ -155,7 +160,7 @@ def evaluate_runs(
     refusal = judge.refusal()
     if refusal is not None:
         judge.notes.append(refusal)
-    runs = list(zip(judge.names, judge.runs, strict=True))
+    named = list(zip(judge.names, runs, strict=True))
     selection = judge.choose(select, progress)
     return LogEvaluation(
         title=title or f"{place}",
@@ -166,10 +171,10 @@ def evaluate_runs(
             "items": catalogue.num_items,
             "fingerprint": opened.fingerprint,
         },
-        objectives={name: run.config.objective.name for name, run in runs},
+        objectives={name: run.config.objective.name for name, run in named},
         histograms={name: counts.tolist() for name, counts in judge.gathered.histograms.items()},
-        curves={name: _curve(run) for name, run in runs},
-        truth={name: truth(run.policy, run.items) for name, run in runs if truth is not None},
+        curves={name: _curve(run) for name, run in named},
+        truth={name: truth(run.policy, run.items) for name, run in named if truth is not None},
         landmarks=dict(landmarks or {}),
         notes=judge.notes,
         selection=selection,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,19 +40,25 @@ class OpenRun:
     config: Config
     policy: TwoTowerPolicy
     items: ItemFeatures
+    trust_code: Collection[str] = ()
+    """Import paths of code that stored files may name."""
 
     @property
     def name(self) -> str:
         return self.directory.path.name
 
 
-def open_run(path: Path, catalogue: Catalogue) -> OpenRun:
-    """Load a run. Raises RunError where it is not there or not finished."""
+def open_run(path: Path, catalogue: Catalogue, trust_code: Collection[str] = ()) -> OpenRun:
+    """Load a run.
+
+    Raises:
+        RunError: it is not there or not finished, or names code that may not run.
+    """
     directory = RunDirectory(path)
-    config = directory.load_config()
-    policy, _ = load_policy(directory.policy)
+    config = directory.load_config(trust_code=trust_code)
+    policy, _ = load_policy(directory.policy, trust_code=trust_code)
     items = ItemFeatures.from_catalogue(catalogue, policy.item_encoding)
-    return OpenRun(directory, config, policy, items)
+    return OpenRun(directory, config, policy, items, trust_code)
 
 
 def judged_by(config: Config, overrides: Sequence[str]) -> Config:

@@ -6,8 +6,9 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,8 @@ def connect(
     before = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
-        ray.init(**options)
+        with _without_working_folder(runtime_env):
+            ray.init(**options)
     except Exception as error:
         with contextlib.suppress(Exception):
             ray.shutdown()
@@ -153,6 +155,23 @@ def connect(
         yield Cluster(_gcs_address(ray), started)
     finally:
         ray.shutdown()
+
+
+def _without_working_folder(
+    runtime_env: Mapping[str, Any] | None,
+) -> AbstractContextManager[None]:
+    """Keep Ray from letting workers import from a working folder that this process does not use.
+
+    Ray puts the folder where `ray.init` is called first on the workers' sys.path.
+    """
+    here = Path.cwd()
+    own = any(Path(entry).resolve() == here for entry in sys.path)
+    relative = any(
+        not os.path.isabs(entry) for entry in os.environ.get("PYTHONPATH", "/").split(os.pathsep)
+    )
+    if own or relative or runtime_env is not None:
+        return contextlib.nullcontext()
+    return contextlib.chdir("/")
 
 
 def _usable_cpus() -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from offtower.errors import ClusterError, OfftowerError
+from offtower.imports import TRUST_CODE
 from offtower.jobs.connect import connect, import_ray, require
 from offtower.jobs.tensors import share_large_tensors
 from offtower.mapping import Mapper
@@ -72,7 +73,7 @@ class RayMapper(Mapper):
         if self.memory:
             options["memory"] = int(self.memory)
         remote = ray.remote(_run).options(**options)
-        folder = os.getcwd()
+        settings = (os.getcwd(), max(1, int(self.cpus)), os.environ.get(TRUST_CODE, ""))
         shared = ray.put(function)  # Once for all parts, and one copy on a node.
         running: dict[Any, int] = {}
         done: dict[int, Any] = {}
@@ -86,7 +87,7 @@ class RayMapper(Mapper):
                     and len(running) < self.workers
                     and started - following < _AHEAD * self.workers
                 ):
-                    ref = remote.remote(shared, parts[started], folder, max(1, int(self.cpus)))
+                    ref = remote.remote(shared, parts[started], *settings)
                     running[ref] = started
                     started += 1
                 ready, _ = ray.wait(list(running), num_returns=1, timeout=_QUIET_SECONDS)
@@ -156,10 +157,11 @@ def ray_mapper(
         yield RayMapper(workers, cpus, memory)
 
 
-def settle(folder: str, threads: int) -> None:
-    """Give this worker its threads and the driver's working folder."""
+def settle(folder: str, threads: int, trust_code: str) -> None:
+    """Give this worker its threads, and the driver's working folder and trusted code."""
     import torch
 
+    os.environ[TRUST_CODE] = trust_code
     torch.set_num_threads(threads)  # Ray gives each worker one thread, whatever its CPUs.
     # Relative paths mean what they mean to the driver. A job's own folder of files has another
     # place on each node, and there the worker stands in its copy already.
@@ -167,8 +169,10 @@ def settle(folder: str, threads: int) -> None:
         os.chdir(folder)
 
 
-def _run(function: Callable[[Any], Any], part: Any, folder: str, threads: int) -> Any:
-    settle(folder, threads)
+def _run(
+    function: Callable[[Any], Any], part: Any, folder: str, threads: int, trust_code: str
+) -> Any:
+    settle(folder, threads, trust_code)
     try:
         return function(part)
     except (OfftowerError, OSError) as error:

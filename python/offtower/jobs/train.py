@@ -25,6 +25,7 @@ from typing import Any
 from offtower.atomic import write_text
 from offtower.config import Config, parse_config, to_dict
 from offtower.errors import ClusterError, ConfigError, OfftowerError, RunError
+from offtower.imports import TRUST_CODE
 from offtower.jobs.connect import absolute, import_ray, require
 from offtower.jobs.mapper import settle
 from offtower.metrics import read_metrics
@@ -173,6 +174,7 @@ def _fit(
         train_loop_config={
             "config": {**content, "training": {**content["training"], "device": device}},
             "folder": os.getcwd(),
+            "trust_code": os.environ.get(TRUST_CODE, ""),
             "threads": max(1, math.floor(plan.cpus)),
             "timeout": plan.timeout,
             "mirror": mirror,
@@ -209,7 +211,7 @@ def _work(settings: Mapping[str, Any]) -> None:
     from offtower.training.distributed.workers import WorkerLostError
     from offtower.training.run import train_run
 
-    settle(settings["folder"], settings["threads"])
+    settle(settings["folder"], settings["threads"], settings["trust_code"])
     config = parse_config(settings["config"])
     run = RunDirectory(config.run_directory)
     if (run.path / _FAILURE).exists():

@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import time
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -104,6 +105,7 @@ def export_run(
     contexts: Place | None = None,
     mapper: Mapper | None = None,
     progress: Progress | None = None,
+    trust_code: Collection[str] = (),
 ) -> Path:
     """Export a run's policy to RUN/export/<version> and make it the current version.
 
@@ -117,6 +119,7 @@ def export_run(
         contexts: log to measure recall on; the run's test, validation or training log without it.
         mapper: where items are embedded; the vectors are the same bits with any. Cells, index and
             Parquet parts are made in this process.
+        trust_code: import paths of code that the run may name, as in `load_policy`.
 
     Returns:
         the version's folder.
@@ -128,8 +131,8 @@ def export_run(
     """
     options, progress = options or ExportOptions(), progress or Progress()
     directory = RunDirectory(run)
-    config = directory.load_config()
-    policy, facts = load_policy(directory.policy)
+    config = directory.load_config(trust_code=trust_code)
+    policy, facts = load_policy(directory.policy, trust_code=trust_code)
     stream = CatalogueStream(catalogue or config.data.catalogue, catalogue_schema(config))
     export = directory.path / "export"
     export.mkdir(parents=True, exist_ok=True)

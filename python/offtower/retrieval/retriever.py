@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,14 @@ class Retriever:
     Args: see `open`, which makes one.
     """
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+    def __init__(
+        self, directory: Path, manifest: dict[str, Any], trust_code: Collection[str] = ()
+    ) -> None:
         self.directory, self.manifest = directory, manifest
         self.version = str(manifest["version"])
         facts = manifest["vectors"]
         self.num_items = int(facts["count"])
-        self.tower = ContextTower.load(directory / "context_tower", self.version)
+        self.tower = ContextTower.load(directory / "context_tower", self.version, trust_code)
         if self.tower.query_dim != facts["dim"]:
             raise RunError(
                 f"the context tower of '{directory}' gives {self.tower.query_dim} numbers, the "
@@ -87,7 +89,14 @@ class Retriever:
         self._keys: tuple[NDArray[np.uint64], IntArray] | None = None
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: Verify = "auto", index: bool = True) -> Retriever:
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        verify: Verify = "auto",
+        index: bool = True,
+        trust_code: Collection[str] = (),
+    ) -> Retriever:
         """Open the current export of a run, or the version at `path`.
 
         Args:
@@ -95,6 +104,7 @@ class Retriever:
             verify: "full" reads every byte and compares checksums, "size" compares sizes; "auto"
                 is full for exports of up to 4 GiB.
             index: False searches exactly though there is an index.
+            trust_code: import paths of code that the export may name, as in `load_policy`.
 
         Raises:
             RunError: nothing is there, files are missing or damaged, or tower, items and index are
@@ -104,7 +114,7 @@ class Retriever:
         directory = find_version(path)
         manifest = read_manifest(directory)
         verify_files(directory, manifest, verify)
-        return cls(directory, manifest if index else {**manifest, "index": None})
+        return cls(directory, manifest if index else {**manifest, "index": None}, trust_code)
 
     @property
     def cells(self) -> Cells:

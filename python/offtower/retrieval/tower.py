@@ -7,6 +7,7 @@ u / temperature, and a last coordinate of 1 where items have a bias.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from offtower.atomic import write_text
 from offtower.config import PolicyConfig
 from offtower.data.encoding import FeatureEncoding, to_tensors
 from offtower.errors import RunError
+from offtower.imports import check_code
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import load_weights, save_weights
 from offtower.models.towers import Tower
@@ -78,16 +80,23 @@ class ContextTower(nn.Module):
         write_text(directory / "tower.json", json.dumps(content, indent=1, sort_keys=True))
 
     @classmethod
-    def load(cls, directory: Path, version: str) -> ContextTower:
+    def load(cls, directory: Path, version: str, trust_code: Collection[str] = ()) -> ContextTower:
         """What `save` wrote.
 
+        Args:
+            trust_code: import paths of code that the tower may name, as in `load_policy`.
+
         Raises:
+            UntrustedCodeError: it names other code.
             RunError: a file is missing or damaged, or the tower is of another version.
         """
         path = directory / "tower.json"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+            check_code(content["policy"], path, trust_code)
             found, config = content["version"], _CONFIG.validate_python(content["policy"])
+        except RunError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             raise RunError(f"the context tower at '{directory}' cannot be read: {error}") from error
         if found != version:

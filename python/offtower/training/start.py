@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from offtower.errors import ConfigError
+from offtower.imports import code_paths
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import load_policy
 from offtower.models.towers import MLPBody, Tower
@@ -41,7 +43,9 @@ def load_alike(folder: Path, policy: TwoTowerPolicy, setting: str) -> TwoTowerPo
         RunError: there is none.
         ConfigError: it was learned with other encodings.
     """
-    stored, _ = load_policy(folder)
+    # A stored policy may run the code that `policy` runs already.
+    own = code_paths(asdict(policy.config))
+    stored, _ = load_policy(folder, trust_code=own)
     for side in ("context_encoding", "item_encoding"):
         if getattr(stored, side).to_dict() != getattr(policy, side).to_dict():
             raise ConfigError(

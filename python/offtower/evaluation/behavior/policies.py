@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,11 @@ class LoggingPolicies:
 
     @classmethod
     def open(
-        cls, options: EvaluationConfig, names: BehaviorNames | None, catalogue: Catalogue
+        cls,
+        options: EvaluationConfig,
+        names: BehaviorNames | None,
+        catalogue: Catalogue,
+        trust_code: Collection[str] = (),
     ) -> LoggingPolicies | None:
         """Those that the configuration names; None where it names none.
 
@@ -172,7 +176,7 @@ class LoggingPolicies:
             place, names = (chosen.logging_run,), None
         else:
             return None
-        runs = [open_run(Path(one), catalogue) for one in place]
+        runs = [open_run(Path(one), catalogue, trust_code) for one in place]
         scorers = [PolicyScorer(run.policy, run.items) for run in runs]
         return cls(place, scorers, names, chosen.logging_tolerance)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -210,7 +210,12 @@ class LoggingSide:
 
     @classmethod
     def open(
-        cls, select: str | None, log: ParquetLog, catalogue: Catalogue, config: Config
+        cls,
+        select: str | None,
+        log: ParquetLog,
+        catalogue: Catalogue,
+        config: Config,
+        trust_code: Collection[str] = (),
     ) -> LoggingSide:
         """What the configuration names and the selector needs.
 
@@ -233,7 +238,7 @@ class LoggingSide:
         names = None
         if select in ("heuristic", "all") or named:
             names = BehaviorNames.of(log)
-        side = cls(LoggingPolicies.open(config.evaluation, names, catalogue))
+        side = cls(LoggingPolicies.open(config.evaluation, names, catalogue, trust_code))
         if side.policies is not None:
             side.policies.check_start(log, catalogue, config.evaluation.batch_rows)
             side.support = SupportWatch(side.policies, log.num_rows, config.seed)
