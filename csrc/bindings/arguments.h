@@ -1,108 +1,181 @@
-// What the modules of both cores take: addresses and sizes in, nothing of torch. An address of 0 stands
-// for an absent array. Each core adds its own last arguments (threads, or a stream) to the lists here.
-// Their types for Python are in ops/addresses.py.
+// What the modules of both cores take: arrays as DLPack capsules, None for an absent one. Each core adds
+// its own last arguments (threads, or a stream) to the lists here. Their types for Python are in
+// ops/arrays.py.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
-#include <cstdint>
+#include <type_traits>
 
 #include "../operands.h"
+#include "arrays.h"
 
 namespace offtower {
 
-namespace py = pybind11;
-using Address = uintptr_t;
+// A policy's arrays, kept alive, and the pointers that a kernel takes.
+class __attribute__((visibility("hidden"))) Operands {
+public:
+  Operands(const py::capsule& context, const py::capsule& item, const Capsule& item_bias,
+           const Capsule& action, double temperature, const Capsule& dense,
+           const Capsule& reward_context, const Capsule& reward_item, const Capsule& reward_bias,
+           bool sigmoid, bool tfloat32) {
+    const Array u(context, "context"), v(item, "item");
+    device_ = u.device();
+    element_ = u.holds(Element::bfloat16) ? Element::bfloat16 : Element::float32;
+    if (u.shape().size() != 2) u.refuse("must have two dimensions");
+    if (v.shape().size() != 2) v.refuse("must have two dimensions");
+    if (tfloat32 && element_ != Element::float32) u.refuse("must be float32 for tf32 products");
+    const int64_t rows = u.shape()[0], dim = u.shape()[1], items = v.shape()[0];
+    policy_.dtype = element_ == Element::bfloat16 ? DType::bfloat16
+                    : tfloat32                    ? DType::tfloat32
+                                                  : DType::float32;
+    policy_.rows = rows;
+    policy_.items = items;
+    policy_.dim = dim;
+    policy_.context = keep(context, "context", element_, {rows, dim});
+    policy_.item = keep(item, "item", element_, {items, dim});
+    policy_.item_bias = keep(item_bias, "item_bias", element_, {items});
+    policy_.action = static_cast<const int64_t*>(keep(action, "action", Element::int64, {rows}));
+    policy_.temperature = static_cast<float>(temperature);
+    if (dense) {
+      policy_.reward = RewardKind::dense;
+      policy_.dense = keep(dense, "dense", element_, {rows, items});
+    } else if (reward_context && reward_item) {
+      const Array e(*reward_context, "reward_context");
+      if (e.shape().size() != 2) e.refuse("must have two dimensions");
+      const int64_t width = e.shape()[1];
+      policy_.reward = sigmoid ? RewardKind::sigmoid : RewardKind::identity;
+      policy_.reward_dim = width;
+      policy_.reward_context = keep(reward_context, "reward_context", element_, {rows, width});
+      policy_.reward_item = keep(reward_item, "reward_item", element_, {items, width});
+      policy_.reward_bias = keep(reward_bias, "reward_bias", element_, {items});
+    } else if (reward_context || reward_item || reward_bias) {
+      throw std::invalid_argument("reward_context and reward_item must be given together");
+    }
+  }
 
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+  const PolicyOperands& policy() const { return policy_; }
+  // Throws std::invalid_argument unless the arrays are on this device.
+  void require_device(dlpack::Device device) const {
+    if (device_.type != device.type || device_.number != device.number)
+      throw std::invalid_argument("the operands must be on DLPack device " + text(device) +
+                                  ", but are on " + text(device_));
+  }
 
-inline PolicyOperands operands(int dtype, int64_t rows, int64_t items, int64_t dim, Address context,
-                               Address item, Address item_bias, Address action, double temperature,
-                               int reward, Address dense, int64_t reward_dim,
-                               Address reward_context, Address reward_item, Address reward_bias) {
-  return {static_cast<DType>(dtype),
-          rows,
-          items,
-          dim,
-          at<void>(context),
-          at<void>(item),
-          at<void>(item_bias),
-          at<int64_t>(action),
-          static_cast<float>(temperature),
-          static_cast<RewardKind>(reward),
-          at<void>(dense),
-          reward_dim,
-          at<void>(reward_context),
-          at<void>(reward_item),
-          at<void>(reward_bias)};
-}
+  // The address of a result or of another operand of a call on these; null if it is absent.
+  template <class T>
+  T* at(const Capsule& array, const char* name, const Shape& shape) const {
+    constexpr bool kIndex = std::is_same_v<T, int64_t>, kFloat = std::is_same_v<T, float>;
+    const Element element = kIndex ? Element::int64 : kFloat ? Element::float32 : element_;
+    return array ? static_cast<T*>(Array(*array, name).data(element, shape, device_)) : nullptr;
+  }
+  float* of_rows(const Capsule& array, const char* name) const {
+    return at<float>(array, name, {policy_.rows});
+  }
+
+private:
+  const void* keep(const Capsule& array, const char* name, Element element, const Shape& shape) {
+    if (!array) return nullptr;
+    kept_.push_back(*array);
+    return Array(*array, name).data(element, shape, device_);
+  }
+
+  PolicyOperands policy_{};
+  Element element_ = Element::float32;
+  dlpack::Device device_{};
+  std::vector<py::object> kept_;
+};
 
 inline void define_operands(py::module_& m) {
-  py::class_<PolicyOperands>(m, "Operands", py::module_local())
-      .def(py::init(&operands), py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("items"),
-           py::arg("dim"), py::arg("context"), py::arg("item"), py::arg("item_bias") = 0,
-           py::arg("action") = 0, py::arg("temperature") = 1.0, py::arg("reward") = 0,
-           py::arg("dense") = 0, py::arg("reward_dim") = 0, py::arg("reward_context") = 0,
-           py::arg("reward_item") = 0, py::arg("reward_bias") = 0);
+  const auto none = py::none();
+  py::class_<Operands>(m, "Operands", py::module_local())
+      .def(py::init<const py::capsule&, const py::capsule&, const Capsule&, const Capsule&, double,
+                    const Capsule&, const Capsule&, const Capsule&, const Capsule&, bool, bool>(),
+           py::kw_only(), py::arg("context"), py::arg("item"), py::arg("item_bias") = none,
+           py::arg("action") = none, py::arg("temperature") = 1.0, py::arg("dense") = none,
+           py::arg("reward_context") = none, py::arg("reward_item") = none,
+           py::arg("reward_bias") = none, py::arg("sigmoid") = false, py::arg("tfloat32") = false);
 }
 
-// `run(operands, ForwardResults, rest...)`; `names`: of the rest.
+// `run(Operands, ForwardResults, rest...)`; `names`: of the rest.
 template <class... Rest, class Run, class... Names>
 void define_forward(py::module_& m, Run run, Names... names) {
+  const auto none = py::none();
   m.def(
       "forward",
-      [run](const PolicyOperands& o, Address log_prob, Address log_normalizer,
-            Address expected_reward, Address action_reward, Address entropy, Address anchor,
-            Address total, Address reward_sum, Address centred_sum, Address action_logit,
-            Rest... rest) {
-        const ForwardResults results{at<float>(log_prob),        at<float>(log_normalizer),
-                                     at<float>(expected_reward), at<float>(action_reward),
-                                     at<float>(entropy),         at<float>(anchor),
-                                     at<float>(total),           at<float>(reward_sum),
-                                     at<float>(centred_sum),     at<float>(action_logit)};
+      [run](const Operands& o, const Capsule& log_prob, const Capsule& log_normalizer,
+            const Capsule& expected_reward, const Capsule& action_reward, const Capsule& entropy,
+            const Capsule& anchor, const Capsule& total, const Capsule& reward_sum,
+            const Capsule& centred_sum, const Capsule& action_logit, Rest... rest) {
+        const ForwardResults results{o.of_rows(log_prob, "log_prob"),
+                                     o.of_rows(log_normalizer, "log_normalizer"),
+                                     o.of_rows(expected_reward, "expected_reward"),
+                                     o.of_rows(action_reward, "action_reward"),
+                                     o.of_rows(entropy, "entropy"),
+                                     o.of_rows(anchor, "anchor"),
+                                     o.of_rows(total, "total"),
+                                     o.of_rows(reward_sum, "reward_sum"),
+                                     o.of_rows(centred_sum, "centred_sum"),
+                                     o.of_rows(action_logit, "action_logit")};
         return run(o, results, rest...);
       },
-      py::arg("operands"), py::kw_only(), py::arg("log_prob") = 0, py::arg("log_normalizer") = 0,
-      py::arg("expected_reward") = 0, py::arg("action_reward") = 0, py::arg("entropy") = 0,
-      py::arg("anchor") = 0, py::arg("total") = 0, py::arg("reward_sum") = 0,
-      py::arg("centred_sum") = 0, py::arg("action_logit") = 0, names...);
+      py::arg("operands"), py::kw_only(), py::arg("log_prob") = none,
+      py::arg("log_normalizer") = none, py::arg("expected_reward") = none,
+      py::arg("action_reward") = none, py::arg("entropy") = none, py::arg("anchor") = none,
+      py::arg("total") = none, py::arg("reward_sum") = none, py::arg("centred_sum") = none,
+      py::arg("action_logit") = none, names...);
 }
 
-// `run(BackwardOperands, BackwardResults, rest...)`.
+// `run(Operands, BackwardOperands, BackwardResults, rest...)`.
 template <class... Rest, class Run, class... Names>
 void define_backward(py::module_& m, Run run, Names... names) {
+  const auto none = py::none();
   m.def(
       "backward",
-      [run](const PolicyOperands& o, Address anchor, Address total, Address expected_reward,
-            Address entropy, Address g_log_prob, Address g_log_normalizer,
-            Address g_expected_reward, Address g_entropy, Address context, Address item,
-            Address item_bias, Rest... rest) {
-        const BackwardOperands in{o,
-                                  at<float>(anchor),
-                                  at<float>(total),
-                                  at<float>(expected_reward),
-                                  at<float>(entropy),
-                                  {at<float>(g_log_prob), at<float>(g_log_normalizer),
-                                   at<float>(g_expected_reward), at<float>(g_entropy)}};
-        const BackwardResults results{at<void>(context), at<void>(item), at<void>(item_bias)};
-        return run(in, results, rest...);
+      [run](const Operands& o, const py::capsule& anchor, const py::capsule& total,
+            const Capsule& expected_reward, const Capsule& entropy, const Capsule& g_log_prob,
+            const Capsule& g_log_normalizer, const Capsule& g_expected_reward,
+            const Capsule& g_entropy, const Capsule& context, const Capsule& item,
+            const Capsule& item_bias, Rest... rest) {
+        const PolicyOperands& p = o.policy();
+        if (g_log_prob && p.action == nullptr)
+          throw std::invalid_argument("g_log_prob needs the operands' action");
+        if (g_expected_reward && (!expected_reward || p.reward == RewardKind::none))
+          throw std::invalid_argument("g_expected_reward needs expected_reward and a reward model");
+        if (g_entropy && !entropy) throw std::invalid_argument("g_entropy needs entropy");
+        const BackwardOperands in{p,
+                                  o.of_rows(anchor, "anchor"),
+                                  o.of_rows(total, "total"),
+                                  o.of_rows(expected_reward, "expected_reward"),
+                                  o.of_rows(entropy, "entropy"),
+                                  {o.of_rows(g_log_prob, "g_log_prob"),
+                                   o.of_rows(g_log_normalizer, "g_log_normalizer"),
+                                   o.of_rows(g_expected_reward, "g_expected_reward"),
+                                   o.of_rows(g_entropy, "g_entropy")}};
+        const BackwardResults results{o.at<void>(context, "context", {p.rows, p.dim}),
+                                      o.at<void>(item, "item", {p.items, p.dim}),
+                                      o.at<void>(item_bias, "item_bias", {p.items})};
+        return run(o, in, results, rest...);
       },
       py::arg("operands"), py::kw_only(), py::arg("anchor"), py::arg("total"),
-      py::arg("expected_reward") = 0, py::arg("entropy") = 0, py::arg("g_log_prob") = 0,
-      py::arg("g_log_normalizer") = 0, py::arg("g_expected_reward") = 0, py::arg("g_entropy") = 0,
-      py::arg("context") = 0, py::arg("item") = 0, py::arg("item_bias") = 0, names...);
+      py::arg("expected_reward") = none, py::arg("entropy") = none, py::arg("g_log_prob") = none,
+      py::arg("g_log_normalizer") = none, py::arg("g_expected_reward") = none,
+      py::arg("g_entropy") = none, py::arg("context") = none, py::arg("item") = none,
+      py::arg("item_bias") = none, names...);
 }
 
-// `run(operands, TopKResults, rest...)`.
+// `run(Operands, TopKResults, rest...)`.
 template <class... Rest, class Run, class... Names>
 void define_top_k(py::module_& m, Run run, Names... names) {
   m.def(
       "top_k",
-      [run](const PolicyOperands& o, int64_t k, Address score, Address index, Rest... rest) {
-        return run(o, TopKResults{k, at<float>(score), at<int64_t>(index)}, rest...);
+      [run](const Operands& o, int64_t k, const py::capsule& score, const py::capsule& index,
+            Rest... rest) {
+        const PolicyOperands& p = o.policy();
+        if (k < 1 || k > p.items)
+          throw std::invalid_argument("k must lie in [1, " + std::to_string(p.items) + "], got " +
+                                      std::to_string(k));
+        const TopKResults results{k, o.at<float>(score, "score", {p.rows, k}),
+                                  o.at<int64_t>(index, "index", {p.rows, k})};
+        return run(o, results, rest...);
       },
       py::arg("operands"), py::kw_only(), py::arg("k"), py::arg("score"), py::arg("index"), names...);
 }

@@ -1,10 +1,8 @@
-// offtower.ops._cpu. Shapes, types, strides and devices were checked in Python before any address got
-// here.
-#include <pybind11/stl.h>
-
+// offtower.ops._cpu.
 #include <algorithm>
 #include <cstdint>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -31,6 +29,20 @@ void run(int threads, Call call) {
     finished = call(workers);
   }
   if (!finished) throw py::error_already_set();
+}
+
+// Throws std::invalid_argument if the operands are not on the CPU, an action is beyond the items, or
+// the instruction set is not there.
+const Kernels& kernels_for(const Operands& operands, const std::string& isa) {
+  operands.require_device({dlpack::kCPU, 0});
+  const PolicyOperands& o = operands.policy();
+  if (o.dtype == DType::tfloat32) throw std::invalid_argument("the CPU has no tf32 products");
+  for (int64_t row = 0; o.action != nullptr && row < o.rows; ++row)
+    if (o.action[row] >= o.items)
+      throw std::invalid_argument("action " + std::to_string(o.action[row]) + " in row " +
+                                  std::to_string(row) + " is out of range: there are " +
+                                  std::to_string(o.items) + " items");
+  return choose_set(isa.c_str()).of(o.dtype);
 }
 
 double multiply_add_rate(int dtype, int threads, const std::string& isa) {
@@ -70,24 +82,24 @@ PYBIND11_MODULE(_cpu, m) {
   const auto threads = py::arg("threads"), isa = py::arg("isa");
   define_forward<int, const std::string&>(
       m,
-      [](const PolicyOperands& o, const ForwardResults& results, int count, const std::string& set) {
-        const Kernels& kernels = choose_set(set.c_str()).of(o.dtype);
-        run(count, [&](Workers& workers) { return kernels.forward(o, results, workers); });
+      [](const Operands& o, const ForwardResults& results, int count, const std::string& set) {
+        const Kernels& kernels = kernels_for(o, set);
+        run(count, [&](Workers& workers) { return kernels.forward(o.policy(), results, workers); });
       },
       threads, isa);
   define_backward<int, const std::string&>(
       m,
-      [](const BackwardOperands& in, const BackwardResults& results, int count,
+      [](const Operands& o, const BackwardOperands& in, const BackwardResults& results, int count,
          const std::string& set) {
-        const Kernels& kernels = choose_set(set.c_str()).of(in.policy.dtype);
+        const Kernels& kernels = kernels_for(o, set);
         run(count, [&](Workers& workers) { return kernels.backward(in, results, workers); });
       },
       threads, isa);
   define_top_k<int, const std::string&>(
       m,
-      [](const PolicyOperands& o, const TopKResults& results, int count, const std::string& set) {
-        const Kernels& kernels = choose_set(set.c_str()).of(o.dtype);
-        run(count, [&](Workers& workers) { return kernels.top_k(o, results, workers); });
+      [](const Operands& o, const TopKResults& results, int count, const std::string& set) {
+        const Kernels& kernels = kernels_for(o, set);
+        run(count, [&](Workers& workers) { return kernels.top_k(o.policy(), results, workers); });
       },
       threads, isa);
   m.def("multiply_add_rate", &multiply_add_rate, py::arg("dtype"), py::arg("threads"),

@@ -1,5 +1,4 @@
-// offtower.ops._cuda. Shapes, types, strides, alignment and devices were checked in Python before any
-// address got here.
+// offtower.ops._cuda.
 #include <cstdint>
 #include <string>
 
@@ -11,8 +10,28 @@ using namespace offtower::cuda;
 
 namespace {
 
-Call call(int device, Address stream, Address workspace) {
-  return {device_facts(device), at<void>(stream), at<void>(workspace)};
+#if defined(OFFTOWER_CUDA_EMULATED)
+constexpr int32_t kMemory = dlpack::kCPU;
+#else
+constexpr int32_t kMemory = dlpack::kCUDA;
+#endif
+
+// `launch(Call)` with the workspace, or without one if none is given: then it only counts bytes.
+// Throws std::invalid_argument if the operands are elsewhere or the workspace is too small.
+template <class Launch>
+int64_t run(const Operands& operands, int device, uintptr_t stream, const Capsule& workspace,
+            Launch launch) {
+  operands.require_device({kMemory, device});
+  const Device facts = device_facts(device);
+  const int64_t bytes = launch(Call{facts, nullptr, nullptr});
+  if (!workspace) return bytes;
+  const Array room(*workspace, "workspace");
+  const Shape shape = room.shape();
+  if (shape.size() != 1 || shape[0] < bytes)
+    room.refuse("must have one dimension of at least " + std::to_string(bytes) + " bytes, but has shape " +
+                text(shape));
+  void* const memory = room.data(Element::uint8, shape, {kMemory, device});
+  return launch(Call{facts, reinterpret_cast<void*>(stream), memory});
 }
 
 } // namespace
@@ -21,21 +40,31 @@ PYBIND11_MODULE(OFFTOWER_CUDA_MODULE, m) {
   m.doc() = "CUDA operators of offtower. Without a workspace a call only counts the bytes it needs.";
   define_operands(m);
   const auto device = py::arg("device");
-  const auto stream = py::arg("stream") = 0, workspace = py::arg("workspace") = 0;
-  define_forward<int, Address, Address>(
+  const auto stream = py::arg("stream") = 0;
+  const auto workspace = py::arg("workspace") = py::none();
+  define_forward<int, uintptr_t, const Capsule&>(
       m,
-      [](const PolicyOperands& o, const ForwardResults& results, int number, Address queue,
-         Address room) { return forward(o, results, call(number, queue, room)); },
+      [](const Operands& o, const ForwardResults& results, int number, uintptr_t queue,
+         const Capsule& room) {
+        return run(o, number, queue, room,
+                   [&](const Call& call) { return forward(o.policy(), results, call); });
+      },
       device, stream, workspace);
-  define_backward<int, Address, Address>(
+  define_backward<int, uintptr_t, const Capsule&>(
       m,
-      [](const BackwardOperands& in, const BackwardResults& results, int number, Address queue,
-         Address room) { return backward(in, results, call(number, queue, room)); },
+      [](const Operands& o, const BackwardOperands& in, const BackwardResults& results, int number,
+         uintptr_t queue, const Capsule& room) {
+        return run(o, number, queue, room,
+                   [&](const Call& call) { return backward(in, results, call); });
+      },
       device, stream, workspace);
-  define_top_k<int, Address, Address>(
+  define_top_k<int, uintptr_t, const Capsule&>(
       m,
-      [](const PolicyOperands& o, const TopKResults& results, int number, Address queue,
-         Address room) { return top_k(o, results, call(number, queue, room)); },
+      [](const Operands& o, const TopKResults& results, int number, uintptr_t queue,
+         const Capsule& room) {
+        return run(o, number, queue, room,
+                   [&](const Call& call) { return top_k(o.policy(), results, call); });
+      },
       device, stream, workspace);
   m.def(
       "refusal",

@@ -209,7 +209,7 @@ class TwoTowerPolicyLearner:
         terms = policy_terms(
             u,
             v,
-            torch.as_tensor(np.asarray(action), dtype=torch.int64),
+            torch.as_tensor(np.asarray(action), dtype=torch.int64, device="cpu"),
             temperature=self._fitted().temperature,
             item_bias=bias,
         )

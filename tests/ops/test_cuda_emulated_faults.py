@@ -6,6 +6,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 from tests.ops import cuda_emulation
 from tests.ops.cases import Case
@@ -62,16 +64,14 @@ def test_the_copy_engine_is_not_given_what_it_cannot_take(
     u, v = torch.randn(4, 64).bfloat16(), torch.randn(300, 64).bfloat16()
     out, workspace = torch.empty(4), torch.empty(1 << 20, dtype=torch.uint8)
 
-    def run(context: int, dim: int) -> None:
-        operands = module.Operands(
-            dtype=1, rows=4, items=300, dim=dim, context=context, item=v.data_ptr()
-        )
+    def run(context: Tensor, item: Tensor) -> None:
+        operands = module.Operands(context=to_dlpack(context), item=to_dlpack(item))
         module.forward(
-            operands, log_normalizer=out.data_ptr(), device=0, workspace=workspace.data_ptr()
+            operands, log_normalizer=to_dlpack(out), device=0, workspace=to_dlpack(workspace)
         )
 
-    run(u.data_ptr(), 64)
+    run(u, v)
     with pytest.raises(RuntimeError, match="starts on 16 bytes"):
-        run(u.data_ptr() + 2, 64)
+        run(torch.cat([u.flatten(), u[0]])[1:257].view(4, 64), v)
     with pytest.raises(RuntimeError, match="whole 16 bytes"):
-        run(u.data_ptr(), 60)
+        run(u[:, :60].contiguous(), v[:, :60].contiguous())

@@ -132,11 +132,9 @@ if {own}:
     child = os.fork()
     if child:
         sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-import array
-u, v = array.array("f", bytes(4 * 512 * 64)), array.array("f", bytes(4 * 200_000 * 64))
-operands = _cpu.Operands(
-    dtype=0, rows=512, items=200_000, dim=64, context=u.buffer_info()[0], item=v.buffer_info()[0]
-)
+import numpy as np
+u, v = np.zeros((512, 64), np.float32), np.zeros((200_000, 64), np.float32)
+operands = _cpu.Operands(context=u.__dlpack__(), item=v.__dlpack__())
 def threads():
     return len(os.listdir("/proc/self/task"))
 idle, seen, done = threads(), [], False

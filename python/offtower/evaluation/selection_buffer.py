@@ -101,8 +101,8 @@ class LoggingDraws:
         draws.
         """
         owner = self.policies.owner(batches[0])
-        drawn = torch.empty(len(owner), self.draws, dtype=torch.int64)
-        log_behavior = torch.empty(len(owner), self.draws, dtype=torch.float64)
+        drawn = torch.empty(len(owner), self.draws, dtype=torch.int64, device="cpu")
+        log_behavior = torch.empty_like(drawn, dtype=torch.float64)
         off = np.empty(len(owner))
         for number, batch in enumerate(batches):
             own = np.flatnonzero(owner == number)
@@ -114,7 +114,7 @@ class LoggingDraws:
             action = torch.from_numpy(rows.action)
             if self.every:
                 terms = policy.terms(context, items, action)
-                found = torch.arange(self.draws).expand(len(rows), -1)
+                found = torch.arange(self.draws, device="cpu").expand(len(rows), -1)
             else:
                 terms, found = terms_and_draws(
                     context,

@@ -77,18 +77,18 @@ class FeatureEncoder(nn.Module):
                 dim = table_dim or spec.embedding_dim or category_embedding_dim
                 rows = (table_rows or {}).get(spec.name, encoding.cardinality(spec.name))
                 table: nn.Module = (
-                    skip_init(nn.Embedding, rows, dim)
+                    skip_init(nn.Embedding, rows, dim, dtype=torch.float32)
                     if spec.kind == "category"
-                    else skip_init(nn.EmbeddingBag, rows, dim, mode="mean")
+                    else skip_init(nn.EmbeddingBag, rows, dim, mode="mean", dtype=torch.float32)
                 )
                 # One draw of the global generator, however large the table is.
-                seed = int(torch.randint(2**62, ()))
+                seed = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
                 # Module names must not hold dots; feature names may.
                 key = f"feature_{len(self._table_of)}"
                 self.tables[key] = table
                 self.initial_seeds[key] = seed
                 if spec.name not in (table_rows or {}):
-                    _fill(table, initial_rows(seed, torch.arange(rows), dim))
+                    _fill(table, initial_rows(seed, torch.arange(rows, device="cpu"), dim))
                 self._table_of[spec.name] = key
                 width += dim
         self.width = width
@@ -181,7 +181,7 @@ def initial_rows(seed: int, rows: Tensor, dim: int) -> Tensor:
     A row's values depend on the seed and its number alone, so that a part of a table can be had
     without the rest.
     """
-    values = torch.empty(len(rows), dim)
+    values = torch.empty(len(rows), dim, dtype=torch.float32, device="cpu")
     if len(rows) == 0:
         return values
     block = torch.div(rows, _INITIAL_BLOCK, rounding_mode="floor")
@@ -190,7 +190,9 @@ def initial_rows(seed: int, rows: Tensor, dim: int) -> Tensor:
     start = 0
     for number, count in zip(found.tolist(), counts.tolist(), strict=True):
         generator = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * number) % 2**63)
-        drawn = torch.randn(_INITIAL_BLOCK, dim, generator=generator)
+        drawn = torch.randn(
+            _INITIAL_BLOCK, dim, generator=generator, dtype=torch.float32, device="cpu"
+        )
         wanted = order[start : start + count]
         values[wanted] = drawn[rows[wanted] - number * _INITIAL_BLOCK]
         start += count

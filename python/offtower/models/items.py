@@ -262,10 +262,10 @@ def _slice_bag(bag: BagTensor, start: int, stop: int) -> BagTensor:
 
 def _take_bag(bag: BagTensor, index: Tensor) -> BagTensor:
     lengths = (bag.offsets[1:] - bag.offsets[:-1])[index]
-    offsets = torch.zeros(len(index) + 1, dtype=torch.int64)
+    offsets = lengths.new_zeros(len(index) + 1)
     torch.cumsum(lengths, 0, out=offsets[1:])
     starts = bag.offsets[:-1][index]
-    positions = torch.arange(int(offsets[-1])) + torch.repeat_interleave(
+    positions = torch.arange(int(offsets[-1]), device=offsets.device) + torch.repeat_interleave(
         starts - offsets[:-1], lengths
     )
     return BagTensor(bag.values[positions], offsets)

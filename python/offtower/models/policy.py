@@ -47,7 +47,9 @@ class TwoTowerPolicy(nn.Module):
             bias=config.item_bias,
             table_rows=item_table_rows,
         )
-        log_temperature = torch.tensor(math.log(config.temperature))
+        log_temperature = torch.tensor(
+            math.log(config.temperature), dtype=torch.float32, device="cpu"
+        )
         if config.learn_temperature:
             self.log_temperature: Tensor = nn.Parameter(log_temperature)
         else:

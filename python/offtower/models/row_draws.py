@@ -40,14 +40,17 @@ class RowDraws:
     ) -> Tensor:
         """(rows, width) bool on `device`, each True with probability `rate`."""
         if self.seed is None:
-            return sent(torch.rand(rows, width) < rate, device)
+            return sent(torch.rand(rows, width, dtype=torch.float32, device="cpu") < rate, device)
         numbers = torch.arange(rows, device=device) if self.numbers is None else self.numbers
         return self.of(numbers, rate, purpose, width)
 
     def of(self, numbers: Tensor, rate: float, purpose: int, width: int = 1) -> Tensor:
         """As `below`, for rows with other `numbers` (k,) than those of the forward pass."""
         if self.seed is None:
-            return sent(torch.rand(len(numbers), width) < rate, numbers.device)
+            return sent(
+                torch.rand(len(numbers), width, dtype=torch.float32, device="cpu") < rate,
+                numbers.device,
+            )
         key = _mix(numbers + _mixed(self.seed + _GOLDEN * (purpose + 1)))[:, None]
         if width > 1:
             key = _mix(key + _wrapped(_GOLDEN) * torch.arange(width, device=key.device))
@@ -71,7 +74,7 @@ def _shifted(value: Tensor, bits: int) -> Tensor:
 
 
 def _mixed(value: int) -> int:
-    return int(_mix(torch.tensor([_wrapped(value)]))[0])
+    return int(_mix(torch.tensor([_wrapped(value)], dtype=torch.int64, device="cpu"))[0])
 
 
 def _wrapped(value: int) -> int:

@@ -85,7 +85,7 @@ class TableOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         content = super().state_dict()
         for number, state in content["state"].items():
-            content["state"][number] = {**state, "steps": torch.tensor(self.steps)}
+            content["state"][number] = {**state, "steps": torch.tensor(self.steps, device="cpu")}
         return content
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

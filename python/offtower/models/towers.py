@@ -86,12 +86,15 @@ class MLPBody(nn.Module):
                 "is a number or a vector; set hidden_layer_sizes: [] or tables: input"
             )
         for size in config.hidden_layer_sizes:
-            layers += [nn.Linear(width, size), _ACTIVATIONS[config.activation]()]
+            layers += [
+                nn.Linear(width, size, dtype=torch.float32, device="cpu"),
+                _ACTIVATIONS[config.activation](),
+            ]
             if config.dropout > 0.0:
                 layers.append(RowDropout(config.dropout, draws, purpose=_DROPOUT + len(layers)))
             width = size
         if width > 0:
-            layers.append(nn.Linear(width, output_dim))
+            layers.append(nn.Linear(width, output_dim, dtype=torch.float32, device="cpu"))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: FeatureTensors) -> Tensor:

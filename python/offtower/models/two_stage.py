@@ -102,13 +102,14 @@ class TwoStageItems(nn.Module):
         self.share = share
         self.feature = clusters if isinstance(clusters, str) else None
         rows = encoding.cardinality(clusters) if isinstance(clusters, str) else clusters
-        self.table = nn.Embedding(rows, output_dim - 1 - folds * base_dim)
+        options: Any = {"dtype": torch.float32, "device": "cpu"}
+        self.table = nn.Embedding(rows, output_dim - 1 - folds * base_dim, **options)
         nn.init.zeros_(self.table.weight)
-        self.bias = nn.Embedding(rows, 1) if cluster_bias else None
+        self.bias = nn.Embedding(rows, 1, **options) if cluster_bias else None
         if self.bias is not None:
             nn.init.zeros_(self.bias.weight)
         if self.feature is None:
-            self.register_buffer("centroids", torch.zeros(rows, folds * base_dim))
+            self.register_buffer("centroids", torch.zeros(rows, folds * base_dim, **options))
 
     @property
     def num_clusters(self) -> int:

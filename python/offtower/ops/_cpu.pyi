@@ -1,37 +1,33 @@
 from typing import Unpack
 
-from offtower.ops.addresses import BackwardAddresses, ForwardAddresses, OperandAddresses
+from offtower.ops.arrays import BackwardArrays, Capsule, ForwardArrays, PolicyArrays
 
 class Operands:
     def __init__(
         self,
         *,
-        dtype: int,
-        rows: int,
-        items: int,
-        dim: int,
-        context: int,
-        item: int,
+        context: Capsule,
+        item: Capsule,
         temperature: float = 1.0,
-        reward: int = 0,
-        reward_dim: int = 0,
-        **optional: Unpack[OperandAddresses],
+        sigmoid: bool = False,
+        tfloat32: bool = False,
+        **optional: Unpack[PolicyArrays],
     ) -> None: ...
 
 def forward(
-    operands: Operands, *, threads: int, isa: str, **results: Unpack[ForwardAddresses]
+    operands: Operands, *, threads: int, isa: str, **results: Unpack[ForwardArrays]
 ) -> None: ...
 def backward(
     operands: Operands,
     *,
-    anchor: int,
-    total: int,
+    anchor: Capsule,
+    total: Capsule,
     threads: int,
     isa: str,
-    **arrays: Unpack[BackwardAddresses],
+    **arrays: Unpack[BackwardArrays],
 ) -> None: ...
 def top_k(
-    operands: Operands, *, k: int, score: int, index: int, threads: int, isa: str
+    operands: Operands, *, k: int, score: Capsule, index: Capsule, threads: int, isa: str
 ) -> None: ...
 def multiply_add_rate(dtype: int, threads: int, isa: str = "") -> float: ...
 def isas() -> list[str]: ...

@@ -1,35 +1,35 @@
 from typing import Unpack
 
 from offtower.ops._cpu import Operands as Operands
-from offtower.ops.addresses import BackwardAddresses, ForwardAddresses
+from offtower.ops.arrays import BackwardArrays, Capsule, ForwardArrays
 
 def forward(
     operands: Operands,
     *,
     device: int,
     stream: int = 0,
-    workspace: int = 0,
-    **results: Unpack[ForwardAddresses],
+    workspace: Capsule | None = None,
+    **results: Unpack[ForwardArrays],
 ) -> int: ...
 def backward(
     operands: Operands,
     *,
-    anchor: int,
-    total: int,
+    anchor: Capsule,
+    total: Capsule,
     device: int,
     stream: int = 0,
-    workspace: int = 0,
-    **arrays: Unpack[BackwardAddresses],
+    workspace: Capsule | None = None,
+    **arrays: Unpack[BackwardArrays],
 ) -> int: ...
 def top_k(
     operands: Operands,
     *,
     k: int,
-    score: int,
-    index: int,
+    score: Capsule,
+    index: Capsule,
     device: int,
     stream: int = 0,
-    workspace: int = 0,
+    workspace: Capsule | None = None,
 ) -> int: ...
 def refusal(
     *, dtype: int, items: int, dim: int, reward: int, reward_dim: int, device: int

@@ -1,4 +1,4 @@
-"""The CPU core's calls: tensors in, addresses out, results as tensors.
+"""The CPU core's calls: tensors in, DLPack capsules out, results as tensors.
 
 Everything here assumes operands that `checks` has passed and that `backends.core_of` has accepted:
 float32 or bfloat16, on the CPU.
@@ -6,17 +6,19 @@ float32 or bfloat16, on the CPU.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
+from offtower.ops.arrays import Capsule, capsule
 from offtower.ops.reference import Cotangents, Inputs, RunningSums
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-NONE, DENSE, IDENTITY, SIGMOID = range(4)
 _WORTH_A_THREAD = 1 << 22
 """Multiply-adds, some 50 microseconds of one thread."""
 _EXPONENTIAL = 16
@@ -35,22 +37,13 @@ class Terms(NamedTuple):
     total: Tensor
 
 
-def reward_kind(x: Inputs) -> int:
-    """The core's number of the reward model's kind."""
-    if x.dense is not None:
-        return DENSE
-    if x.e is None:
-        return NONE
-    return SIGMOID if x.sigmoid else IDENTITY
-
-
 class Operands:
-    """Contiguous tensors, kept alive, and a core's own struct of their addresses.
+    """A core's own operands, from contiguous tensors.
 
     Args:
-        make: the struct's constructor in the core's module.
+        make: their constructor in the core's module.
         aligned: copy a tensor that does not start on 16 bytes.
-        dtype: the core's number of how it computes; as a rule that of the tensors' dtype.
+        tfloat32: round the products of float32 operands to tf32.
     """
 
     def __init__(
@@ -59,36 +52,31 @@ class Operands:
         make: Callable[..., Any],
         *,
         aligned: bool = False,
-        dtype: int | None = None,
+        tfloat32: bool = False,
     ) -> None:
-        self.kept: list[Tensor] = []
         self._aligned = aligned
         self.native = make(
-            dtype=DTYPES[x.u.dtype] if dtype is None else dtype,
-            rows=x.u.shape[0],
-            items=x.v.shape[0],
-            dim=x.u.shape[1],
-            context=self.address(x.u),
-            item=self.address(x.v),
-            item_bias=self.address(x.bias),
-            action=self.address(x.action),
+            context=self.capsule(x.u),
+            item=self.capsule(x.v),
+            item_bias=self.capsule(x.bias),
+            action=self.capsule(x.action),
             temperature=x.temperature,
-            reward=reward_kind(x),
-            dense=self.address(x.dense),
-            reward_dim=0 if x.e is None else x.e.shape[1],
-            reward_context=self.address(x.e),
-            reward_item=self.address(x.t),
-            reward_bias=self.address(x.c),
+            dense=self.capsule(x.dense),
+            reward_context=self.capsule(x.e),
+            reward_item=self.capsule(x.t),
+            reward_bias=self.capsule(x.c),
+            sigmoid=x.sigmoid,
+            tfloat32=tfloat32,
         )
 
-    def address(self, tensor: Tensor | None) -> int:
+    def capsule(self, tensor: Tensor | None) -> Capsule | None:
+        """Export a tensor, or a contiguous and aligned copy."""
         if tensor is None:
-            return 0
+            return None
         plain = tensor.detach().contiguous()
         if self._aligned and plain.data_ptr() % 16 != 0:
             plain = plain.clone()
-        self.kept.append(plain)
-        return plain.data_ptr()
+        return to_dlpack(plain)
 
 
 def _setting(x: Inputs) -> dict[str, Any]:
@@ -108,13 +96,13 @@ def forward(x: Inputs, entropy: bool) -> Terms:
 
     operands = Operands(x, _cpu.Operands)
     rows, reward = x.u.shape[0], x.u.shape[0] if x.has_reward else 0
-    make = torch.empty
+    make = functools.partial(torch.empty, dtype=torch.float32, device=x.u.device)
     terms = Terms(
         make(rows), make(rows), make(reward), make(reward), make(rows if entropy else 0),
         make(rows), make(rows),
     )  # fmt: skip
-    addresses: dict[str, Any] = {name: address(tensor) for name, tensor in terms._asdict().items()}
-    _cpu.forward(operands.native, **addresses, **_setting(x))
+    arrays: dict[str, Any] = {name: capsule(tensor) for name, tensor in terms._asdict().items()}
+    _cpu.forward(operands.native, **arrays, **_setting(x))
     return terms
 
 
@@ -123,19 +111,19 @@ def running_sums(x: Inputs, entropy: bool) -> tuple[RunningSums, Tensor, Tensor 
     from offtower.ops import _cpu
 
     operands = Operands(x, _cpu.Operands)
-    rows = x.u.shape[0]
-    top, total, logit = (torch.empty(rows) for _ in range(3))
-    reward = torch.empty(rows) if x.has_reward else None
-    action_reward = torch.empty(rows) if x.has_reward else None
-    centred = torch.empty(rows) if entropy else None
+    make = functools.partial(torch.empty, x.u.shape[0], dtype=torch.float32, device=x.u.device)
+    top, total, logit = make(), make(), make()
+    reward = make() if x.has_reward else None
+    action_reward = make() if x.has_reward else None
+    centred = make() if entropy else None
     _cpu.forward(
         operands.native,
-        anchor=address(top),
-        total=address(total),
-        reward_sum=address(reward),
-        centred_sum=address(centred),
-        action_logit=address(logit),
-        action_reward=address(action_reward),
+        anchor=capsule(top),
+        total=capsule(total),
+        reward_sum=capsule(reward),
+        centred_sum=capsule(centred),
+        action_logit=capsule(logit),
+        action_reward=capsule(action_reward),
         **_setting(x),
     )
     return RunningSums(top, total, reward, centred), logit, action_reward
@@ -156,7 +144,7 @@ def backward(
     need_u, need_v, need_b = needs
     du = torch.empty_like(x.u, memory_format=torch.contiguous_format) if need_u else None
     dv = torch.empty_like(x.v, memory_format=torch.contiguous_format) if need_v else None
-    db = torch.empty(x.v.shape[0], dtype=x.u.dtype) if need_b and x.bias is not None else None
+    db = x.u.new_empty(x.v.shape[0]) if need_b and x.bias is not None else None
     anchor, total = sums
     given: dict[str, Tensor | None] = {
         "g_log_prob": g.log_prob,
@@ -168,15 +156,15 @@ def backward(
         "expected_reward": expected_reward,
         "entropy": entropy,
     }
-    addresses: dict[str, Any] = {
-        name: operands.address(as_float32(tensor)) for name, tensor in given.items()
+    arrays: dict[str, Any] = {
+        name: operands.capsule(as_float32(tensor)) for name, tensor in given.items()
     }
     _cpu.backward(
         operands.native,
-        **addresses,
-        context=address(du),
-        item=address(dv),
-        item_bias=address(db),
+        **arrays,
+        context=capsule(du),
+        item=capsule(dv),
+        item_bias=capsule(db),
         **_setting(x),
     )
     return du, dv, db
@@ -187,15 +175,12 @@ def top_k(x: Inputs, k: int) -> tuple[Tensor, Tensor]:
     from offtower.ops import _cpu
 
     operands = Operands(x, _cpu.Operands)
-    score = torch.empty(x.u.shape[0], k)
-    index = torch.empty(x.u.shape[0], k, dtype=torch.int64)
-    _cpu.top_k(operands.native, k=k, score=score.data_ptr(), index=index.data_ptr(), **_setting(x))
+    score = torch.empty(x.u.shape[0], k, dtype=torch.float32, device=x.u.device)
+    index = torch.empty(x.u.shape[0], k, dtype=torch.int64, device=x.u.device)
+    _cpu.top_k(operands.native, k=k, score=to_dlpack(score), index=to_dlpack(index), **_setting(x))
     return score, index
 
 
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
-
-
 def as_float32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()
+    """In float32; None for an absent or empty tensor."""
+    return None if tensor is None or tensor.numel() == 0 else tensor.float()

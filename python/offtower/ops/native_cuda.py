@@ -1,4 +1,4 @@
-"""The CUDA library's calls: tensors in, addresses out, results as tensors.
+"""The CUDA library's calls: tensors in, DLPack capsules out, results as tensors.
 
 Everything here assumes operands that `checks` has passed and that `backends.core_of` has accepted:
 float32 or bfloat16, all on one NVIDIA GPU. Nothing waits for the device; workspaces come from
@@ -27,25 +27,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offtower.ops.arrays import capsule
 from offtower.ops.native import (
     DTYPES,
     Operands,
     Terms,
-    address,
     as_float32,
-    reward_kind,
 )
 from offtower.ops.reference import Cotangents, Inputs, RunningSums
 
 _TFLOAT32 = 2
 """The core's number of float32 operands whose products may be rounded to tf32."""
+_NONE, _DENSE, _IDENTITY, _SIGMOID = range(4)
 
 
-def _dtype(x: Inputs) -> int:
-    """How the core computes policy terms of these operands."""
-    if x.u.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return _TFLOAT32
-    return DTYPES[x.u.dtype]
+def _tfloat32(x: Inputs) -> bool:
+    """Whether products of policy terms of these operands may be rounded to tf32."""
+    return x.u.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _reward_kind(x: Inputs) -> int:
+    """The core's number of the reward model's kind."""
+    if x.dense is not None:
+        return _DENSE
+    if x.e is None:
+        return _NONE
+    return _SIGMOID if x.sigmoid else _IDENTITY
 
 
 @functools.cache
@@ -100,10 +107,10 @@ def refusal(x: Inputs, k: int) -> str:
         return f"finds the {most} best items at most, and k is {k}"
     width, reward_width = _widths(x)
     reason = loaded.refusal(
-        dtype=_dtype(x),
+        dtype=_TFLOAT32 if _tfloat32(x) else DTYPES[x.u.dtype],
         items=x.v.shape[0],
         dim=width,
-        reward=reward_kind(x),
+        reward=_reward_kind(x),
         reward_dim=reward_width,
         device=_device(x),
     )
@@ -118,9 +125,9 @@ def forward(x: Inputs, entropy: bool) -> Terms:
         make(rows), make(rows), make(reward), make(reward), make(rows if entropy else 0),
         make(rows), make(rows),
     )  # fmt: skip
-    addresses = {name: address(tensor) for name, tensor in terms._asdict().items()}
+    arrays = {name: capsule(tensor) for name, tensor in terms._asdict().items()}
     operands = _operands(x)
-    _run(x, functools.partial(library().forward, operands.native, **addresses))
+    _run(x, functools.partial(library().forward, operands.native, **arrays))
     return terms
 
 
@@ -135,12 +142,12 @@ def running_sums(x: Inputs, entropy: bool) -> tuple[RunningSums, Tensor, Tensor 
     call = functools.partial(
         library().forward,
         operands.native,
-        anchor=address(top),
-        total=address(total),
-        reward_sum=address(reward),
-        centred_sum=address(centred),
-        action_logit=address(logit),
-        action_reward=address(action_reward),
+        anchor=capsule(top),
+        total=capsule(total),
+        reward_sum=capsule(reward),
+        centred_sum=capsule(centred),
+        action_logit=capsule(logit),
+        action_reward=capsule(action_reward),
     )
     _run(x, call)
     return RunningSums(top, total, reward, centred), logit, action_reward
@@ -173,14 +180,14 @@ def backward(
         "expected_reward": expected_reward,
         "entropy": entropy,
     }
-    addresses = {name: operands.address(as_float32(tensor)) for name, tensor in given.items()}
+    arrays = {name: operands.capsule(as_float32(tensor)) for name, tensor in given.items()}
     call = functools.partial(
         library().backward,
         operands.native,
-        **addresses,
-        context=address(du),
-        item=address(dv),
-        item_bias=address(db),
+        **arrays,
+        context=capsule(du),
+        item=capsule(dv),
+        item_bias=capsule(db),
     )
     _run(x, call)
     return _cut(du, x.u.shape[1]), _cut(dv, x.v.shape[1]), db
@@ -188,11 +195,11 @@ def backward(
 
 def top_k(x: Inputs, k: int) -> tuple[Tensor, Tensor]:
     """Scores (B, k) float32, falling, and item numbers (B, k); of equal scores the lowest first."""
-    operands = _operands(x, DTYPES[x.u.dtype])
-    score = torch.empty(x.u.shape[0], k, device=x.u.device)
+    operands = _operands(x, exact=True)
+    score = torch.empty(x.u.shape[0], k, dtype=torch.float32, device=x.u.device)
     index = torch.empty(x.u.shape[0], k, dtype=torch.int64, device=x.u.device)
     call = functools.partial(
-        library().top_k, operands.native, k=k, score=address(score), index=address(index)
+        library().top_k, operands.native, k=k, score=capsule(score), index=capsule(index)
     )
     _run(x, call)
     return score, index
@@ -207,14 +214,14 @@ def _run(x: Inputs, call: Callable[..., int]) -> None:
         stream = torch.cuda.current_stream(x.u.device).cuda_stream if x.u.is_cuda else 0
         size = call(device=_device(x), stream=stream)
         workspace = torch.empty(size, dtype=torch.uint8, device=x.u.device)
-        call(device=_device(x), stream=stream, workspace=workspace.data_ptr())
+        call(device=_device(x), stream=stream, workspace=capsule(workspace))
 
 
 def _device(x: Inputs) -> int:
     return x.u.get_device() if x.u.is_cuda else 0
 
 
-def _operands(x: Inputs, dtype: int | None = None) -> Operands:
+def _operands(x: Inputs, exact: bool = False) -> Operands:
     wide, reward_wide = _widths(x)
     fitted = replace(
         x,
@@ -223,8 +230,7 @@ def _operands(x: Inputs, dtype: int | None = None) -> Operands:
         e=None if x.e is None else _padded(x.e, reward_wide),
         t=None if x.t is None else _padded(x.t, reward_wide),
     )
-    kind = _dtype(x) if dtype is None else dtype
-    return Operands(fitted, library().Operands, aligned=True, dtype=kind)
+    return Operands(fitted, library().Operands, aligned=True, tfloat32=not exact and _tfloat32(x))
 
 
 def _widths(x: Inputs) -> tuple[int, int]:

@@ -221,7 +221,7 @@ def top_k(
     index: Tensor | None = None
     for start, stop in x.chunks():
         scores = x.logits(start, stop)
-        place = torch.arange(start, stop, device=scores.device).expand(rows, -1)
+        place = torch.arange(start, stop, dtype=torch.int64, device=scores.device).expand(rows, -1)
         if best is not None and index is not None:
             scores, place = torch.cat([best, scores], 1), torch.cat([index, place], 1)
         best, index = _first_k(scores, place, min(k, scores.shape[1]))
@@ -304,7 +304,7 @@ def _sample_block(
     log_normalizer = torch.logsumexp(of_tile, 1, keepdim=True)
     chosen = draw_categorical(of_tile - log_normalizer, num_samples, generator)
     # (B, s, tile): the items of each drawn tile; those beyond N are masked.
-    place = chosen[:, :, None] * tile + torch.arange(tile, device=chosen.device)
+    place = chosen[:, :, None] * tile + torch.arange(tile, dtype=torch.int64, device=chosen.device)
     outside = place >= items
     place = place.clamp_max(items - 1)
     v = x.v[place.view(x.u.shape[0], -1)].to(x.dtype)

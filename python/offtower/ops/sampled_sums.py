@@ -105,7 +105,9 @@ def hits_of(sampled_item: Tensor, counted_exactly: Tensor) -> Tensor:
     times = torch.searchsorted(ordered, wanted, right=True) - first
     total = torch.cumsum(times, 0)
     which = torch.repeat_interleave(times)
-    inside = torch.arange(len(which), device=which.device) - (total - times)[which]
+    inside = (
+        torch.arange(len(which), dtype=torch.int64, device=which.device) - (total - times)[which]
+    )
     row = which // counted_exactly.shape[1]
     return torch.stack([row, place[first[which] + inside]], dim=1)
 
@@ -224,7 +226,8 @@ class _Work:
                     s.masked_fill_(draws.item == item[:, None], float("-inf"))
                 return s
             first, last = torch.searchsorted(
-                self.hit_rows, torch.tensor([rows.start, rows.stop], device=s.device)
+                self.hit_rows,
+                torch.tensor([rows.start, rows.stop], dtype=torch.int64, device=s.device),
             ).tolist()
             hits = draws.masked[first:last]
             s[hits[:, 0] - rows.start, hits[:, 1]] = float("-inf")

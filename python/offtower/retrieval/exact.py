@@ -37,8 +37,8 @@ def exact_top_k(
     if vectors.dtype == np.float32:
         score, index = ops.top_k(wanted, _tensor(vectors), k)
         return score.numpy(), index.numpy()
-    best = torch.empty(len(queries), 0)
-    items = torch.empty(len(queries), 0, dtype=torch.int64)
+    best = wanted.new_empty(len(queries), 0)
+    items = wanted.new_empty(len(queries), 0, dtype=torch.int64)
     for first in range(0, len(vectors), CHUNK):
         part = torch.from_numpy(vectors[first : first + CHUNK].astype(np.float32))
         score, index = ops.top_k(wanted, part, min(k, len(part)))

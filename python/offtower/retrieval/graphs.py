@@ -43,7 +43,9 @@ class _Graph(nn.Module):
         for place, spec in enumerate(tower.encoding.specs):
             if spec.kind in ("numeric", "vector"):
                 for what in ("mean", "scale"):
-                    value = torch.tensor(numbers[what][spec.name], dtype=torch.float64)
+                    value = torch.tensor(
+                        numbers[what][spec.name], dtype=torch.float64, device="cpu"
+                    )
                     self.register_buffer(f"{what}_{place}", value.reshape(-1))
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -265,14 +267,18 @@ def _examples(
     for place, spec in enumerate(encoding.specs):
         shape: dict[int, Any] = {0: number_of_rows}
         if spec.kind == "numeric":
-            tensors.append(torch.randn(rows, dtype=torch.float64, generator=generator))
+            tensors.append(
+                torch.randn(rows, generator=generator, dtype=torch.float64, device="cpu")
+            )
         elif spec.kind == "vector":
             assert spec.dim is not None
-            tensors.append(torch.randn(rows, spec.dim, generator=generator))
+            tensors.append(
+                torch.randn(rows, spec.dim, generator=generator, dtype=torch.float32, device="cpu")
+            )
         else:
             size = encoding.cardinality(spec.name)
             wanted = (rows,) if spec.kind == "category" else (rows, 2)
-            index = torch.randint(0, size, wanted, generator=generator)
+            index = torch.randint(0, size, wanted, generator=generator, device="cpu")
             if spec.kind == "bag":
                 index[0, 1] = -1
                 shape[1] = torch.export.Dim(f"longest_{place}", min=1)

@@ -36,7 +36,9 @@ class ContextTower(nn.Module):
         super().__init__()
         self.config, self.encoding = config, encoding
         self.tower = Tower(encoding, config.embedding_dim, config.context_tower)
-        self.register_buffer("scale", torch.tensor(1.0 / temperature))
+        self.register_buffer(
+            "scale", torch.tensor(1.0 / temperature, dtype=torch.float32, device="cpu")
+        )
 
     @classmethod
     def of(cls, policy: TwoTowerPolicy) -> ContextTower:

@@ -42,7 +42,9 @@ class ClusterIndex:
         n = len(vectors)
         clusters = min(clusters or max(1, round(n**0.5 / 2)), n)
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randint(n, (min(n, clusters * _SAMPLE_PER_CLUSTER),), generator=generator)
+        chosen = torch.randint(
+            n, (min(n, clusters * _SAMPLE_PER_CLUSTER),), generator=generator, device="cpu"
+        )
         self._centres = _k_means(vectors[chosen.to(vectors.device)], clusters)
         cluster = _nearest(vectors, self._centres)
         self._item = torch.argsort(cluster, stable=True)

@@ -103,9 +103,9 @@ class PolicyTopK:
         tensors: dict[str, Tensor] = {}
         for name, snapshot in (("current", self._current), ("pending", pending)):
             if snapshot is not None:
-                tensors[f"{name}/step"] = torch.tensor(snapshot.step)
+                tensors[f"{name}/step"] = torch.tensor(snapshot.step, device="cpu")
                 tensors[f"{name}/temperature"] = torch.tensor(
-                    snapshot.temperature, dtype=torch.float64
+                    snapshot.temperature, dtype=torch.float64, device="cpu"
                 )
                 for key, value in snapshot.tower.state_dict().items():
                     tensors[f"{name}/tower/{key}"] = value

@@ -127,7 +127,7 @@ class WeightAverage:
 
     def state(self) -> dict[str, Tensor]:
         content = {f"average/{name}": tensor for name, tensor in self._mean.items()}
-        return {**content, "average_steps": torch.tensor(self._steps)}
+        return {**content, "average_steps": torch.tensor(self._steps, device="cpu")}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self._steps = int(state["average_steps"])

@@ -258,7 +258,9 @@ class Trainer:
             return False
         if self._workers.size == 1:
             return due
-        told = torch.tensor([float(due and self._workers.first), float(self._store.written)])
+        told = torch.tensor(
+            [due and self._workers.first, self._store.written], dtype=torch.float32, device="cpu"
+        )
         begin, written = self._workers.sum(told).tolist()
         if written == self._workers.size:
             self._store.finish()

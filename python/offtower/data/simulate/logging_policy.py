@@ -41,13 +41,13 @@ class LoggingPolicy:
 
     def context_factor(self, latent: Tensor) -> Tensor:
         """(B, d) factor of the softmax's logit for contexts with z-factor `latent` (B, l)."""
-        return self.beta * latent if self.kind == "contextual" else torch.zeros(len(latent), 1)
+        return self.beta * latent if self.kind == "contextual" else latent.new_zeros(len(latent), 1)
 
     def item_factor(self, latent: Tensor) -> Tensor:
         """(N, d) factor of the softmax's logit for items with z-factor `latent` (N, l)."""
         if self.kind == "contextual":
             return latent
-        return torch.zeros(len(latent), 1, dtype=latent.dtype)
+        return latent.new_zeros(len(latent), 1)
 
     def draw(
         self,

@@ -290,7 +290,7 @@ class SimulatedWorld:
                 terms = ops.policy_terms(
                     embed_contexts(chunk).detach().double(),
                     items,
-                    torch.zeros(chunk.num_rows, dtype=torch.int64),
+                    torch.zeros(chunk.num_rows, dtype=torch.int64, device="cpu"),
                     temperature=temperature,
                     item_bias=bias,
                     reward_model=self.reward_model(chunk),
@@ -337,8 +337,8 @@ class SimulatedWorld:
 
     def uniform_rewards(self, contexts: pa.Table) -> NDArray[np.float64]:
         """(n,) mean of q over all items in each context."""
-        nothing = torch.zeros(self.n_items, 1, dtype=torch.float64)
-        return self.policy_rewards(contexts, lambda chunk: torch.zeros(len(chunk), 1), nothing)
+        item = torch.zeros(self.n_items, 1, dtype=torch.float64, device="cpu")
+        return self.policy_rewards(contexts, lambda chunk: item.new_zeros(len(chunk), 1), item)
 
     def best_rewards(self, contexts: pa.Table, chunk_rows: int = 1024) -> NDArray[np.float64]:
         """(n,) expected reward of the best item in each context."""
@@ -365,7 +365,7 @@ class SimulatedWorld:
         """The item with the highest mean reward, chosen and valued on separate contexts."""
         latent = self.context_latent(self.contexts(n_contexts, seed)).float()
         items, logit = self.item_latent.float(), self.item_logit.float()
-        total = torch.zeros(self.n_items, dtype=torch.float64)
+        total = torch.zeros(self.n_items, dtype=torch.float64, device="cpu")
         for first in range(0, n_contexts, 256):
             for start in range(0, self.n_items, 16_384):
                 tile = slice(start, start + 16_384)

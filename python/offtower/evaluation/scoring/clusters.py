@@ -75,7 +75,7 @@ class ClusterScorer:
             part = partial_terms(
                 scored.context_embedding[rows],
                 items.embedding[member],
-                torch.full((rows.size,), -1, dtype=torch.int64),
+                torch.full((rows.size,), -1, dtype=torch.int64, device="cpu"),
                 temperature=self._scorer.policy.temperature,
                 item_bias=None if items.bias is None else items.bias[member],
             )

@@ -55,7 +55,7 @@ def terms_and_draws(
     size = slice_items or max(64, round(math.sqrt(n_items)))
     starts = range(0, n_items, size)
     merged: PartialTerms | None = None
-    mass = torch.empty(context_embedding.shape[0], len(starts), dtype=torch.float64)
+    mass = context_embedding.new_empty(context_embedding.shape[0], len(starts), dtype=torch.float64)
     for k, start in enumerate(starts):
         stop = min(start + size, n_items)
         here = (action >= start) & (action < stop)
@@ -87,7 +87,7 @@ def rewards_at(reward: FactoredReward | DenseReward, item: Tensor) -> Tensor:
 
 def logits_at(context: Tensor, items: ItemEmbeddings, item: Tensor, temperature: float) -> Tensor:
     """(m, S) float64 logits of the items (m, S), a block of rows at a time."""
-    out = torch.empty(item.shape, dtype=torch.float64)
+    out = torch.empty_like(item, dtype=torch.float64)
     step = max(1, (1 << 22) // max(1, item.shape[1] * context.shape[1]))
     for start in range(0, len(item), step):
         part = slice(start, start + step)
@@ -125,7 +125,7 @@ def _inside(
     flat = chosen.reshape(-1)
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=mass.shape[1]).tolist()
-    drawn = torch.empty(rows * draws, dtype=torch.int64)
+    drawn = torch.empty_like(flat)
     at = 0
     for k, count in enumerate(counts):
         if count == 0:

@@ -9,6 +9,7 @@ precision of the products.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,11 @@ class SplitNet(nn.Module):
 
     def __init__(self, dim_context: int, dim_item: int, hidden: int) -> None:
         super().__init__()
-        self.first_context = nn.Linear(dim_context, hidden)
-        self.first_item = nn.Linear(dim_item, hidden, bias=False)
-        self.second = nn.Linear(hidden, hidden)
-        self.last = nn.Linear(hidden, 1)
+        options: Any = {"dtype": torch.float32, "device": "cpu"}
+        self.first_context = nn.Linear(dim_context, hidden, **options)
+        self.first_item = nn.Linear(dim_item, hidden, bias=False, **options)
+        self.second = nn.Linear(hidden, hidden, **options)
+        self.last = nn.Linear(hidden, 1, **options)
 
     def forward(self, context: Tensor, item: Tensor) -> Tensor:
         """(n, A) logits of rho."""
@@ -58,7 +60,7 @@ def importance_loss(
     logit = logit.double()
     rho = torch.sigmoid(logit)
     p = (problem.behavior * rho).sum(dim=1)
-    rows = torch.arange(n)
+    rows = torch.arange(n, device=logit.device)
     pseudo = torch.exp(logit[rows, problem.logged]) * (1.0 - p) / p
     off, drift = pseudo - problem.weight, p - share
     loss = float((off @ off + penalty * (drift @ drift)) / n)
@@ -83,7 +85,9 @@ class Trainer:
         n, n_items = problem.behavior.shape
         hidden = net.second.weight.shape[0]
         shape = (n * n_items, hidden)
-        self.first, self.second, self.back = (torch.empty(shape, dtype=dtype) for _ in range(3))
+        self.first, self.second, self.back = (
+            torch.empty(shape, dtype=dtype, device="cpu") for _ in range(3)
+        )
         self.shape = (n, n_items, hidden)
         self.context = problem.context.to(dtype)
         self.item = problem.item.to(dtype)

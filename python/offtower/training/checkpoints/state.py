@@ -79,7 +79,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         for key, value in state.items():
             if value is None:
                 continue
-            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+            tensor = (
+                value
+                if isinstance(value, Tensor)
+                else torch.tensor(
+                    value,
+                    dtype=torch.int64 if isinstance(value, int) else torch.float32,
+                    device="cpu",
+                )
+            )
             tensors[f"optimizer/{index}/{key}"] = tensor.contiguous()
     return tensors
 
@@ -158,10 +166,10 @@ class Layout:
         for name, entry in entries.items():
             shape, dtype = tuple(entry.size), entry.properties.dtype
             if name in split:
-                rows = torch.empty((self._owned.items, *shape[1:]), dtype=dtype)
+                rows = torch.empty((self._owned.items, *shape[1:]), dtype=dtype, device="cpu")
                 state[name] = self._part(rows, shape)
             else:
-                state[name] = torch.empty(shape, dtype=dtype)
+                state[name] = torch.empty(shape, dtype=dtype, device="cpu")
         return state
 
     def from_checkpoint(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -96,7 +96,7 @@ class GradientSum:
         flags = [float(p.grad is not None) for p in parameters] + [float(has) for _, has in extra]
         if not flags:
             return
-        present = self._workers.sum(torch.tensor(flags)) > 0
+        present = self._workers.sum(torch.tensor(flags, dtype=torch.float32, device="cpu")) > 0
         parts: list[Tensor] = []
         for parameter, some in zip(parameters, present.tolist(), strict=False):
             if not some:
@@ -131,7 +131,8 @@ class GradientSum:
             values = parameter.new_empty(0, width)
         else:
             index, values = _parts(parameter.grad.coalesce())
-        counts = self._workers.gather(torch.tensor([len(index)]), [1] * self._workers.size).tolist()
+        own = torch.tensor([len(index)], dtype=torch.int64, device="cpu")
+        counts = self._workers.gather(own, [1] * self._workers.size).tolist()
         if max(counts) == 0:
             parameter.grad = None
             return
@@ -171,7 +172,7 @@ def _set_unknown_row(parameter: nn.Parameter, summed: tuple[Tensor, bool]) -> No
         return
     if parameter.grad is None:
         # Other workers touched it: dense where this one has no say, one row either way.
-        place = torch.full((1, 1), UNKNOWN, device=row.device)
+        place = torch.full((1, 1), UNKNOWN, dtype=torch.int64, device=row.device)
         lone = torch.sparse_coo_tensor(place, row[None], parameter.shape, check_invariants=False)
         parameter.grad = lone.coalesce()
         return

@@ -87,11 +87,12 @@ def make_shard(config: PolicyConfig, data: PreparedData, workers: Workers) -> It
         known = code[code != UNKNOWN]
         distinct = len(torch.unique(known))
         # Every value of the vocabulary is in the catalogue: none counted twice, none shared.
-        counts = workers.sum(torch.tensor([distinct, len(known)], dtype=torch.float64)).tolist()
+        own = torch.tensor([distinct, len(known)], dtype=torch.float64, device="cpu")
+        counts = workers.sum(own).tolist()
         if counts != [data.item_encoding.cardinality(spec.name) - 1] * 2:
             continue
         codes[spec.name] = code
-        number = torch.arange(1, len(code) + 1)
+        number = torch.arange(1, len(code) + 1, device=code.device)
         recoded[spec.name] = number.masked_fill(code == UNKNOWN, UNKNOWN).numpy()
     return ItemShard(
         start,

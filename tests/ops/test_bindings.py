@@ -1,0 +1,150 @@
+"""The native module refuses arrays that its kernels would read or write out of bounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+from offtower.ops import available_instruction_sets
+
+if not available_instruction_sets():
+    pytest.skip("the native core is not built", allow_module_level=True)
+
+from offtower.ops import _cpu
+
+ROWS, ITEMS, DIM, WIDTH = 5, 9, 4, 3
+
+
+def policy(**change: Tensor | None) -> Any:
+    arrays: dict[str, Tensor | None] = {
+        "context": torch.zeros(ROWS, DIM),
+        "item": torch.zeros(ITEMS, DIM),
+        "item_bias": torch.zeros(ITEMS),
+        "action": torch.zeros(ROWS, dtype=torch.int64),
+        "reward_context": torch.zeros(ROWS, WIDTH),
+        "reward_item": torch.zeros(ITEMS, WIDTH),
+        "reward_bias": torch.zeros(ITEMS),
+        **change,
+    }
+    given: Any = {name: to_dlpack(array) for name, array in arrays.items() if array is not None}
+    return _cpu.Operands(**given)
+
+
+def call(name: str, operands: Any, arrays: dict[str, Tensor], **rest: Any) -> None:
+    given: Any = {key: to_dlpack(array) for key, array in arrays.items()}
+    getattr(_cpu, name)(operands, **given, **rest, threads=1, isa="")
+
+
+OPERANDS: list[tuple[dict[str, Tensor | None], str]] = [
+    ({"item": torch.zeros(ITEMS, DIM + 1)}, r"item must have shape \(9, 4\), but has \(9, 5\)"),
+    ({"item": torch.zeros(ITEMS, DIM).bfloat16()}, r"item must be float32.*\(4, 16 bits\)"),
+    ({"context": torch.zeros(ROWS, DIM).double()}, r"context must be float32.*\(2, 64 bits\)"),
+    ({"context": torch.zeros(ROWS)}, "context must have two dimensions"),
+    ({"context": torch.zeros(ROWS, 2 * DIM)[:, ::2]}, "context must be contiguous"),
+    ({"item_bias": torch.zeros(ITEMS - 1)}, r"item_bias must have shape \(9,\)"),
+    ({"action": torch.zeros(ROWS, dtype=torch.int32)}, "action must be int64"),
+    ({"action": torch.zeros(ROWS - 1, dtype=torch.int64)}, r"action must have shape \(5,\)"),
+    ({"reward_item": torch.zeros(ITEMS, WIDTH - 1)}, r"reward_item must have shape \(9, 3\)"),
+    ({"reward_bias": torch.zeros(1)}, r"reward_bias must have shape \(9,\)"),
+    ({"reward_item": None}, "must be given together"),
+    ({"dense": torch.zeros(ROWS, ITEMS - 1)}, r"dense must have shape \(5, 9\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OPERANDS)
+def test_operands_of_another_shape_or_type_are_refused(
+    change: dict[str, Tensor | None], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        policy(**change)
+
+
+RESULTS = ("log_prob", "log_normalizer", "expected_reward", "action_reward", "entropy", "anchor")
+RESULTS += ("total", "reward_sum", "centred_sum", "action_logit")
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_forward_results_of_another_shape_or_type_are_refused(name: str) -> None:
+    operands = policy()
+    for wrong, message in (
+        (torch.empty(ROWS, dtype=torch.bfloat16), f"{name} must be float32"),
+        (torch.empty(ROWS, dtype=torch.float64), f"{name} must be float32"),
+        (torch.empty(ROWS - 1), rf"{name} must have shape \(5,\), but has \(4,\)"),
+        (torch.empty(2 * ROWS)[::2], f"{name} must be contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call("forward", operands, {name: wrong})
+    call("forward", operands, {name: torch.empty(ROWS)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"anchor": torch.zeros(ROWS - 1)}, r"anchor must have shape \(5,\)"),
+        ({"total": torch.zeros(ROWS).double()}, "total must be float32"),
+        ({"g_log_prob": torch.zeros(1)}, r"g_log_prob must have shape \(5,\)"),
+        ({"g_entropy": torch.zeros(ROWS)}, "g_entropy needs entropy"),
+        ({"g_expected_reward": torch.zeros(ROWS)}, "g_expected_reward needs expected_reward"),
+        ({"context": torch.zeros(ROWS, DIM).bfloat16()}, "context must be float32"),
+        ({"item": torch.zeros(ITEMS, DIM - 1)}, r"item must have shape \(9, 4\)"),
+        ({"item_bias": torch.zeros(ITEMS).half()}, "item_bias must be float32"),
+    ],
+)
+def test_backward_arrays_of_another_shape_or_type_are_refused(
+    change: dict[str, Tensor], message: str
+) -> None:
+    arrays = {"anchor": torch.zeros(ROWS), "total": torch.ones(ROWS), **change}
+    with pytest.raises(ValueError, match=message):
+        call("backward", policy(), arrays)
+
+
+@pytest.mark.parametrize(
+    ("change", "k", "message"),
+    [
+        ({}, ITEMS + 1, r"k must lie in \[1, 9\]"),
+        ({}, 0, r"k must lie in \[1, 9\]"),
+        ({"score": torch.zeros(ROWS, 2)}, 3, r"score must have shape \(5, 3\)"),
+        ({"score": torch.zeros(ROWS, 3).bfloat16()}, 3, "score must be float32"),
+        ({"index": torch.zeros(ROWS, 3)}, 3, "index must be int64"),
+    ],
+)
+def test_top_k_arrays_of_another_shape_or_type_are_refused(
+    change: dict[str, Tensor], k: int, message: str
+) -> None:
+    arrays = {
+        "score": torch.zeros(ROWS, k),
+        "index": torch.zeros(ROWS, k, dtype=torch.int64),
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        call("top_k", policy(), arrays, k=k)
+
+
+def test_actions_beyond_the_items_are_refused() -> None:
+    """Whoever calls the module directly has passed no check of the values."""
+    operands = policy(action=torch.tensor([0, 1, ITEMS, 0, -1]))
+    with pytest.raises(ValueError, match="action 9 in row 2 is out of range: there are 9 items"):
+        call("forward", operands, {"log_prob": torch.empty(ROWS)})
+
+
+def test_a_capsule_is_used_once() -> None:
+    capsule = to_dlpack(torch.zeros(ROWS, DIM))
+    torch.from_dlpack(capsule)
+    with pytest.raises(ValueError, match="context must be an unused DLPack capsule"):
+        _cpu.Operands(context=capsule, item=to_dlpack(torch.zeros(ITEMS, DIM)))
+
+
+def test_operands_keep_their_arrays_alive() -> None:
+    """The tensors behind the capsules have no other owner."""
+    operands = _cpu.Operands(
+        context=to_dlpack(torch.ones(ROWS, DIM)), item=to_dlpack(torch.ones(ITEMS, DIM))
+    )
+    others = [torch.full((ROWS, DIM), float(i)) for i in range(20)]
+    found = torch.empty(ROWS)
+    call("forward", operands, {"log_normalizer": found})
+    torch.testing.assert_close(found, torch.full((ROWS,), DIM + torch.tensor(9.0).log().item()))
+    assert len(others) == 20
