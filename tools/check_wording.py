@@ -1,7 +1,10 @@
-"""Check tracked text files against the project's vocabulary: `python tools/check_wording.py [FILE ...]`.
+"""Check tracked text files against the project's vocabulary.
 
-Three lists are checked: words that the prose rules replace (below), British spellings (below), and the
-synonyms in the last column of the table in docs/glossary.md. Exit code 1 and one line per finding.
+    python tools/check_wording.py [FILE ...]
+
+Three lists are checked: words that the prose rules replace (below), British spellings (below), and
+the synonyms in the last column of the tables in docs/glossary.md. Exit code 1 and one line per
+finding.
 """
 
 from __future__ import annotations
@@ -13,7 +16,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SUFFIXES = {".py", ".pyi", ".md", ".yaml", ".yml", ".toml", ".j2", ".css", ".h", ".cpp", ".cu", ".cuh", ".sh"}
+SUFFIXES = {
+    ".py",
+    ".pyi",
+    ".md",
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".j2",
+    ".css",
+    ".h",
+    ".cpp",
+    ".cu",
+    ".cuh",
+    ".sh",
+}
 EXEMPT = {"tools/check_wording.py", "docs/glossary.md", "LICENSE"}
 
 REPLACED = {
@@ -29,8 +46,8 @@ REPLACED = {
     r"sharpness": "inverse temperature",
     r"price (of|on) (the )?(exact )?(kl|entropy)": "coefficient of",
     r"known_policy": "reference_policy",
-    r"Judge\w*|ModelRoom|StepPlace|ExactAtTimes|LogWatch|SupportWatch|HeuristicWatch": "see docs/glossary.md",
-    r"SelectionKeeper|LoggingGathered|NO_MASS": "see docs/glossary.md",
+    r"ModelRoom|StepPlace|ExactAtTimes|LogWatch|SupportWatch": "see docs/glossary.md",
+    r"HeuristicWatch|SelectionKeeper|LoggingGathered|NO_MASS": "see docs/glossary.md",
     r"before_products": "warpgroup_arrive",
     r"give_registers|take_registers": "warpgroup_reg_dealloc, warpgroup_reg_alloc",
     r"copy_box": "tma_load",
