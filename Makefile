@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart installed-test test test-slow test-gpu test-gpu-sanitized test-ray lint format clean
+.PHONY: quickstart installed-test test test-slow test-gpu test-gpu-sanitized test-ray lint format docs clean
 
 quickstart: $(VENV)/.installed-obp
 	$(BIN)/offtower quickstart
@@ -45,6 +45,11 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/check_wording.py
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python tools/generate_reference.py --check
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs build/docs
 
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
