@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart installed-test test test-slow test-gpu test-gpu-sanitized test-ray lint format docs clean
+.PHONY: quickstart installed-test test test-slow test-gpu test-gpu-sanitized test-ray lint format docs fuzz clean
 
 quickstart: $(VENV)/.installed-obp
 	$(BIN)/offtower quickstart
@@ -40,6 +40,10 @@ test-gpu-sanitized: $(if $(filter $(BIN)/python,$(firstword $(PYTEST))),$(VENV)/
 
 test-ray: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m ray
+
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/.installed-test
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

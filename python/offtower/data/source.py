@@ -65,11 +65,14 @@ def open_source(path: Place) -> ds.Dataset:
         )
     try:
         if path.local is not None:
-            return ds.dataset(path.local, format=kind)
-        return asked(
-            lambda: ds.dataset(path.path, format=kind, filesystem=path.filesystem), f"'{path}'"
-        )
-    except (pa.ArrowInvalid, OSError) as error:
+            opened = ds.dataset(path.local, format=kind)
+        else:
+            opened = asked(
+                lambda: ds.dataset(path.path, format=kind, filesystem=path.filesystem), f"'{path}'"
+            )
+        _ = opened.schema.names  # Column names that are not UTF-8 fail here.
+        return opened
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         more = advice(error)
         raise DataError(
             f"'{path}' cannot be read as {kind}: {error}" + (f"; {more}" if more else "")
@@ -171,7 +174,8 @@ class Units:
                 return
             except (pa.ArrowInvalid, OSError) as error:
                 here = self.place.local is not None
-                if here and isinstance(error, OSError):
+                # A damaged file raises OSError without a number; the operating system gives one.
+                if here and isinstance(error, OSError) and error.errno is not None:
                     raise
                 if here or attempt == ATTEMPTS or not may_pass(error):
                     more = "" if here else advice(error)
