@@ -27,6 +27,10 @@ class UntrustedCodeError(RunError):
     """A stored run, policy or export that names code which may not run."""
 
 
+class LeaseError(OfftowerError):
+    """Another process writes to the folder, or has taken it over."""
+
+
 class ClusterError(RunError):
     """A Ray cluster that cannot be reached, or has no room for a job."""
 

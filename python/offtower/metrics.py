@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,18 @@ class MetricsLog:
     Args:
         path: the file, or None to keep lines in memory only.
         trackers: get every line too.
+        before_write: called before the file is changed; raises where it must not be.
     """
 
-    def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        trackers: Sequence[Tracker] = (),
+        before_write: Callable[[], None] = lambda: None,
+    ) -> None:
         self._path = path
         self._trackers = tuple(trackers)
+        self._before_write = before_write
         self.lines: list[dict[str, Any]] = []
 
     def resume_at(self, step: int, epoch: int) -> None:
@@ -37,6 +44,7 @@ class MetricsLog:
         The line that closes an epoch has the step of its last batch. It is kept only for epochs
         before `epoch`, the one under way: a run may have died between that line and its checkpoint.
         """
+        self._before_write()
         if self._path is None or not self._path.exists():
             return
         kept = [line for line in read_metrics(self._path) if _kept(line, step, epoch)]
@@ -45,11 +53,13 @@ class MetricsLog:
 
     def restart(self) -> None:
         """Forget everything; a run begins."""
+        self._before_write()
         self.lines = []
         if self._path is not None:
             write_text(self._path, "")
 
     def write(self, line: dict[str, Any]) -> None:
+        self._before_write()
         self.lines.append(line)
         if self._path is not None:
             with open(self._path, "a", encoding="utf-8") as file:

@@ -11,12 +11,15 @@ import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 from pyarrow import fs
 
-from offtower.atomic import replace_directory
+from offtower.atomic import sync_directory, sync_tree
+from offtower.data.lease import Lease
 from offtower.data.location import Location
-from offtower.errors import DataError, RunError
+from offtower.errors import DataError, LeaseError, RunError
+from offtower.run_directory import FETCHED
 
 logger = logging.getLogger("offtower.mirror")
 
@@ -29,6 +32,9 @@ _CONFIG = "config.yaml"
 
 class Mirror:
     """Copies in one thread, so that training does not wait for a network.
+
+    Nothing is sent without a lease on the copy. Where the store did not answer when the run began,
+    the first transfer that reaches it acquires the lease.
 
     Args:
         uri: folder of all runs there; this one has the run's name in it.
@@ -45,10 +51,49 @@ class Mirror:
         except DataError as error:
             raise RunError(f"--mirror '{uri}' cannot be used: {error}") from error
         self._there = there.filesystem or fs.LocalFileSystem()
-        self._base = (there / run.name).path
+        self._place = there / run.name
+        self._base = self._place.path
+        self.lease: Lease | None = None
+        self._take_over, self._remedy = False, ""
+        self._refused: LeaseError | None = None
         self._sent: dict[str, tuple[int, int]] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="offtower-mirror")
         self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        if self.lease is not None:
+            self.lease.release()
+
+    def acquire(self, *, take_over: bool, remedy: str) -> None:
+        """Claim the copy, see `Lease.acquire`; a store that does not answer is asked again later.
+
+        Raises:
+            LeaseError: another process owns the copy.
+        """
+        self._take_over, self._remedy = take_over, remedy
+        try:
+            self._claim()
+        except (OSError, DataError) as error:
+            logger.warning("the copy at '%s' cannot be claimed yet: %s", self.uri, error)
+
+    def check_owner(self) -> None:
+        """Raise where another process has taken over the copy, as the last transfer found it.
+
+        Raises:
+            LeaseError: it has.
+        """
+        if self._refused is not None:
+            raise self._refused
+        if self.lease is not None:
+            self.lease.check()
+
+    def _claim(self) -> None:
+        if self.lease is None:
+            self.lease = Lease.acquire(self._place, take_over=self._take_over, remedy=self._remedy)
 
     def pull(self) -> bool:
         """Fetch the copy where there is no run here yet; whether there was one.
@@ -62,24 +107,43 @@ class Mirror:
             found = self._there.get_file_info(
                 fs.FileSelector(self._base, recursive=True, allow_not_found=True)
             )
-            files = [info for info in found if info.type == fs.FileType.File]
+            files = [
+                info
+                for info in found
+                if info.type == fs.FileType.File and not self._name(info.path).startswith(".")
+            ]
             if not any(self._name(info.path) == _CONFIG for info in files):
                 return False
-            with replace_directory(self._run) as temporary:
-                for info in files:
-                    target = temporary / self._name(info.path)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with (
-                        self._there.open_input_stream(info.path) as source,
-                        open(target, "wb") as sink,
-                    ):
-                        shutil.copyfileobj(source, sink, 1 << 20)
+            fetched = self._run / FETCHED
+            for info in files:
+                target = fetched / self._name(info.path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with (
+                    self._there.open_input_stream(info.path) as source,
+                    open(target, "wb") as sink,
+                ):
+                    shutil.copyfileobj(source, sink, 1 << 20)
+            self._move_in(fetched)
         except OSError as error:
             raise RunError(f"the copy at '{self.uri}' cannot be read: {error}") from error
         return True
 
+    def _move_in(self, fetched: Path) -> None:
+        """Move what was fetched to its place. A kill leaves `fetched`, and the next start removes
+        what was moved and fetches again."""
+        sync_tree(fetched)
+        for path in sorted(fetched.iterdir(), key=lambda path: path.name == _CONFIG):
+            os.replace(path, self._run / path.name)
+        sync_directory(self._run)
+        fetched.rmdir()
+
     def push_later(self) -> None:
-        """Begin to send what has changed. One that failed is told, and this one sends its share."""
+        """Begin to send what has changed; what an earlier transfer failed to send goes with it.
+
+        Raises:
+            LeaseError: another process owns the copy.
+        """
+        self.check_owner()
         if self._pending is not None and not self._pending.done():
             return
         self._told(self._pending)
@@ -97,6 +161,7 @@ class Mirror:
         last = self._thread.submit(self._push)
         self._thread.shutdown(wait=True)
         error = last.exception()
+        self.check_owner()
         if error is not None:
             raise RunError(
                 f"the run is whole at '{self._run}', but its copy at '{self.uri}' is not: {error}. "
@@ -109,6 +174,16 @@ class Mirror:
             logger.warning("copying to '%s' failed and will be tried again: %s", self.uri, error)
 
     def _push(self) -> None:
+        try:
+            self._claim()
+            self._send_changes()
+        except LeaseError as error:
+            self._refused = error
+            raise
+
+    def _send_changes(self) -> None:
+        assert self.lease is not None
+        self.lease.verify()
         now = self._here()
         # Files before those that vouch for them, and removals at the end: the copy can be resumed
         # from at any moment.
@@ -116,6 +191,8 @@ class Mirror:
         for name in order:
             if self._sent.get(name) == now[name]:
                 continue
+            if PurePosixPath(name).name in _LAST:
+                self.lease.verify()
             try:
                 self._send(name)
             except FileNotFoundError:

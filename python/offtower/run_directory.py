@@ -6,6 +6,7 @@ report.json  report.html
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from typing import Any
 from offtower.atomic import remove_leftovers, write_text
 from offtower.checksums import check_text, checked_text, read_checked_json, write_checked_json
 from offtower.config import Config, config_fingerprint, load_config, to_dict, to_yaml
+from offtower.data import lease
 from offtower.errors import ConfigError, RunError
 from offtower.imports import check_code
+
+FETCHED = ".fetched"
+"""Folder of a run that is being fetched from its copy; it is there until all of it has arrived."""
 
 
 class RunDirectory:
@@ -63,16 +68,35 @@ class RunDirectory:
     def report_path(self) -> Path:
         return self.path / "report.html"
 
-    def claim(self, config: Config, *, resume: bool) -> None:
-        """Take the folder for a run of `config`.
+    def check_owner(self) -> None:
+        """Called before each write; raises where another process has taken over (`ClaimedRun`)."""
+
+    def start(self, config: Config, *, resume: bool) -> None:
+        """Write the configuration of a run that begins or is resumed.
 
         Raises:
             RunError: see `check`.
         """
         self.check(config, resume=resume)
+        self.remove_half_fetched()
         self.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.path)
         write_text(self.config_path, checked_text(to_yaml(config)))
+
+    def remove_half_fetched(self) -> None:
+        """Remove what a killed process had fetched of the run's copy."""
+        fetched = self.path / FETCHED
+        if not fetched.exists():
+            return
+        if not self.config_path.exists():  # It comes last.
+            for path in self.path.iterdir():
+                if path.name in (lease.FOLDER, FETCHED):
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        shutil.rmtree(fetched)
 
     def check(self, config: Config, *, resume: bool) -> None:
         """Whether the folder can be taken for a run of `config`; changes nothing.
@@ -95,11 +119,19 @@ class RunDirectory:
                     "Pass --resume to go on from its newest checkpoint, or choose another name "
                     "(--set name=...)"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and not self._is_unused():
             raise RunError(
                 f"'{self.path}' is not empty and holds no run of offtower (no config.yaml); "
                 "choose another name"
             )
+
+    def _is_unused(self) -> bool:
+        """Whether only a process that was killed before it wrote config.yaml can have been here."""
+        names = [path.name for path in self.path.iterdir()]
+        return FETCHED in names or all(
+            name == lease.FOLDER or (name.startswith(".") and name.endswith(".partial"))
+            for name in names
+        )
 
     def load_config(self, *, trust_code: Collection[str] = ()) -> Config:
         """The configuration that the run was started with.
@@ -129,6 +161,7 @@ class RunDirectory:
 
     def update_manifest(self, facts: Mapping[str, Any]) -> None:
         """Merge `facts` into manifest.json."""
+        self.check_owner()
         write_checked_json(self.manifest_path, {**self.manifest(), **facts})
 
     def manifest(self) -> dict[str, Any]:

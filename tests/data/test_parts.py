@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offtower.data.check import BadRowsError
-from offtower.data.ingest import ingest_files
+from offtower.data.ingest import IngestSource, ingest_files
 from offtower.data.log import ParquetLog, write_log
 from offtower.data.parts import RowSource, write_log_parts
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
@@ -119,9 +119,8 @@ def test_ingestion_by_many_workers(
     found = []
     for name, mapper in (("one", None), ("many", BackwardsMapper())):
         summary = ingest_files(
-            tmp_path / "source",
+            IngestSource(tmp_path / "source", schema_of(kind)),
             tmp_path / name,
-            schema_of(kind),
             on_bad_rows="quarantine" if bad else "error",
             mapper=mapper,
         )
@@ -139,7 +138,8 @@ def test_the_first_bad_row_is_named_alike(
     texts = []
     for mapper in (None, BackwardsMapper()):
         with pytest.raises(BadRowsError) as caught:
-            ingest_files(tmp_path / "source", tmp_path / "out", schema_of(kind), mapper=mapper)
+            source = IngestSource(tmp_path / "source", schema_of(kind))
+            ingest_files(source, tmp_path / "out", mapper=mapper)
         texts.append(str(caught.value))
         assert not list((tmp_path / "out").iterdir())
     assert texts[0] == texts[1]

@@ -102,3 +102,4 @@ def test_too_few_gpus_are_told_with_the_numbers(
     assert "no room for 3 workers of 1 CPU and 1 GPU" in said
     assert "asked  3 CPUs, 3 GPUs" in said and "there  24 CPUs, 2 GPUs" in said
     assert "gpus: 16 CPUs, 2 GPUs, 64.0 GiB, room for 2" in said
+    assert not config.run_directory.exists()

@@ -13,7 +13,7 @@ import torch
 from offtower.config import parse_config
 from offtower.data import write_catalogue, write_log
 from offtower.data.columns import as_float_array
-from offtower.data.ingest import ingest_files
+from offtower.data.ingest import IngestSource, ingest_files
 from offtower.data.log import ParquetLog
 from offtower.data.simulate import SimulatedWorld
 from offtower.retrieval import (
@@ -78,11 +78,13 @@ def test_three_rounds_of_serving_and_learning(tmp_path: Path) -> None:
         source = tmp_path / f"served-{number}.parquet"
         pq.write_table(with_rewards(decisions, outcomes, schema), source)
         done = ingest_files(
-            source,
+            IngestSource(
+                source,
+                schema,
+                tmp_path / "catalogue" / "part-00000.parquet",
+                world.catalogue_schema,
+            ),
             tmp_path / f"taken-{number}",
-            schema,
-            catalogue_source=tmp_path / "catalogue" / "part-00000.parquet",
-            catalogue_schema=world.catalogue_schema,
         )
         assert done.rows == ROWS
         log = done.log

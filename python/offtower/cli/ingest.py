@@ -55,28 +55,28 @@ def ingest(
     ray_wait: RayWait = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    from offtower.data.ingest import ingest_files, ingest_open_bandit, split_ingested
+    from offtower.data.ingest import IngestSource, Split, ingest_files, ingest_open_bandit
 
     progress = DrawnProgress()
     shares = _fractions(fractions)
+    parts = None if split is None else Split(split, shares, seed)
     open_bandit = source.startswith("open-bandit:")
     schemas = None if open_bandit else read_schemas(schema)
     with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
         if schemas is None:
-            summary = ingest_open_bandit(source.partition(":")[2], out)
+            campaign = source.partition(":")[2]
+            summary = ingest_open_bandit(
+                campaign, out, split=parts, mapper=mapper, progress=progress
+            )
         else:
             summary = ingest_files(
-                source,
+                IngestSource(source, schemas[0], catalogue, schemas[1]),
                 out,
-                schemas[0],
-                catalogue_source=catalogue,
-                catalogue_schema=schemas[1],
                 on_bad_rows=on_bad_rows,
+                split=parts,
                 mapper=mapper,
                 progress=progress,
             )
-        if split is not None:
-            summary = split_ingested(summary, split, shares, seed, mapper=mapper, progress=progress)
     if as_json:
         print_json(summary.to_dict())
         return

@@ -12,7 +12,7 @@ Example:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,6 +48,13 @@ def train(
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on from the run's newest checkpoint, if it has one."),
+    ] = False,
+    take_over: Annotated[
+        bool,
+        typer.Option(
+            "--take-over",
+            help="Like --resume, also where another process writes to the run; that one stops.",
+        ),
     ] = False,
     mirror: Annotated[
         str | None,
@@ -89,9 +96,10 @@ def train(
 
     settings = load_config(config, overrides or [])
     progress = DrawnProgress()
+    claim: dict[str, Any] = {"resume": resume, "take_over": take_over, "mirror": mirror}
     if ray is None and workers is None:
         messages().print(f"learning on {describe(resolve_device(settings.training.device))}")
-        train_run(settings, resume=resume, progress=progress, mirror=mirror)
+        train_run(settings, **claim, progress=progress)
     elif settings.objective.name == "auto":
         if worker_gpus:
             raise ConfigError(
@@ -100,7 +108,7 @@ def train(
             )
         most = None if workers is None else WorkerPlan(worker_range(workers)).range[1]
         with mapper_of(ray, most, worker_cpus, 0.0, ray_wait, progress) as mapper:
-            train_run(settings, resume=resume, progress=progress, mirror=mirror, mapper=mapper)
+            train_run(settings, **claim, progress=progress, mapper=mapper)
     else:
         plan = WorkerPlan(
             worker_range(workers or "2"),
@@ -113,7 +121,7 @@ def train(
         gpus = plan.gpus_for(settings.training.device)
         messages().print(f"learning on Ray, {'a GPU' if gpus else 'no GPU'} for each worker")
         with cluster(ray, plan.range[1], worker_cpus):
-            train_on_ray(settings, plan, resume=resume, progress=progress, mirror=mirror)
+            train_on_ray(settings, plan, **claim, progress=progress)
     result = RunDirectory(settings.run_directory).manifest()
     if as_json:
         names = (

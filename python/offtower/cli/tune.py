@@ -51,6 +51,13 @@ def tune(
         bool, typer.Option("--resume", help="Keep trials that have ended, and go on.")
     ] = False,
     trust_code: TrustCode = None,
+    take_over: Annotated[
+        bool,
+        typer.Option(
+            "--take-over",
+            help="Like --resume, also where another process runs this search; that one stops.",
+        ),
+    ] = False,
     ray: RayAddress = None,
     workers: Workers = None,
     worker_cpus: WorkerCpus = 1.0,
@@ -71,6 +78,7 @@ def tune(
             space=DEFAULT_SPACE if space is None else load_space(space),
             count=trials,
             resume=resume,
+            take_over=take_over,
             mapper=mapper,
             progress=progress,
             say=lambda text: console.print(escape(text), soft_wrap=True),

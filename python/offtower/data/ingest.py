@@ -1,9 +1,13 @@
-"""From files as they come (CSV, Parquet, Arrow) to a checked log and catalogue directory."""
+"""Ingest CSV, Parquet and Arrow files as a checked log and catalogue."""
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,8 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
+from offtower.atomic import remove_leftovers
 from offtower.data.catalogue import Catalogue, write_catalogue
 from offtower.data.check import RowChecker
+from offtower.data.lease import Lease
 from offtower.data.location import Location, Place
 from offtower.data.log import write_log
 from offtower.data.obd import import_open_bandit
@@ -25,10 +31,15 @@ from offtower.errors import DataError
 from offtower.mapping import Mapper
 from offtower.progress import Progress, watched
 
+logger = logging.getLogger("offtower.data")
+
+_MARKER = ".ingest.json"
+_FOLDERS = ("log", "catalogue", "train", "validation", "test", "quarantine")
+
 
 @dataclass
 class IngestSummary:
-    """What an ingestion wrote."""
+    """What an ingest wrote."""
 
     log: Location
     catalogue: Location
@@ -48,106 +59,173 @@ class IngestSummary:
         }
 
 
+@dataclass(frozen=True)
+class IngestSource:
+    """Where rows and items come from: files, or folders of files.
+
+    Attributes:
+        catalogue: the items; without it those that the log shows, known by their ids alone.
+    """
+
+    log: Place
+    schema: LogSchema
+    catalogue: Place | None = None
+    catalogue_schema: CatalogueSchema | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """How to split the ingested log into train, validation (given three fractions) and test."""
+
+    by: SplitBy
+    fractions: tuple[float, ...] = (0.6, 0.2, 0.2)
+    seed: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("train", "validation", "test")[: len(self.fractions)]
+
+
 def ingest_files(
-    log_source: Place,
+    source: IngestSource,
     out: Place,
-    schema: LogSchema,
     *,
-    catalogue_source: Place | None = None,
-    catalogue_schema: CatalogueSchema | None = None,
     on_bad_rows: str = "error",
+    split: Split | None = None,
     mapper: Mapper | None = None,
     progress: Progress | None = None,
 ) -> IngestSummary:
-    """Read a file or a folder of files, check every row, write `out`/log and `out`/catalogue.
+    """Check every row of the source; write `out`/log, `out`/catalogue and the parts of the split.
 
-    Without a catalogue source the catalogue is the set of items that the log shows, and the item
-    id is its only feature.
+    What a killed ingest left in `out` is removed first, with a warning.
 
-    mapper: where the source is read and files are written; the files are the same with any. One
-        that is distributed reads the source once more, to count its rows, and needs a path that
-        every worker sees.
+    Args:
+        on_bad_rows: "error", or "quarantine" to set them aside in `out`/quarantine.
+        mapper: where the source is read and files are written; the files are the same with any. One
+            that is distributed reads the source once more, to count its rows, and needs a path that
+            every worker sees.
 
     Raises:
-        DataError: no such source, an unknown format, or a bad row (unless quarantined).
+        DataError: no such source, an unknown format, a bad row (unless quarantined), or `out` holds
+            a log already.
+        LeaseError: another process writes to `out`.
     """
     mapper, progress = mapper or Mapper(), progress or Progress()
-    out = _new(out)
-    log_source = Location.of(log_source)
-    source = open_source(log_source)
-    units = Units(source, log_source, schema.columns)
-    if catalogue_source is None:
-        catalogue_table, catalogue_schema = _shown_items(source, log_source, schema, mapper)
-    else:
-        catalogue_table = read_source(catalogue_source)
-        catalogue_schema = catalogue_schema or CatalogueSchema()
-    catalogue = Catalogue.from_table(catalogue_table, catalogue_schema)
-    quarantine = (out / "quarantine").absolute() if on_bad_rows == "quarantine" else None
-    rows, bad = _write(out / "log", units, schema, catalogue, quarantine, mapper, progress)
-    write_catalogue(out / "catalogue", catalogue_table, catalogue_schema)
-    return IngestSummary(
-        log=out / "log",
-        catalogue=out / "catalogue",
-        rows=rows,
-        items=catalogue.num_items,
-        quarantined=bad,
-    )
+    log = Location.of(source.log)
+    dataset = open_source(log)
+    units = Units(dataset, log, source.schema.columns)
+    with _claimed(out, split) as out:
+        if source.catalogue is None:
+            table, catalogue_schema = _shown_items(dataset, log, source.schema, mapper)
+        else:
+            table = read_source(source.catalogue)
+            catalogue_schema = source.catalogue_schema or CatalogueSchema()
+        catalogue = Catalogue.from_table(table, catalogue_schema)
+        quarantine = (out / "quarantine").absolute() if on_bad_rows == "quarantine" else None
+        rows, bad = _write(
+            out / "log", units, source.schema, catalogue, quarantine, mapper, progress
+        )
+        write_catalogue(out / "catalogue", table, catalogue_schema)
+        splits = _split(out, split, mapper, progress)
+    return IngestSummary(out / "log", out / "catalogue", rows, catalogue.num_items, bad, splits)
 
 
-def _new(out: Place) -> Location:
-    """The folder for a log and a catalogue, which it must not have yet."""
-    out = Location.of(out)
-    for name in ("log", "catalogue"):
-        if out.local is None:
-            check_new(out / name)
-        elif (out / name).exists():
-            raise DataError(f"'{out}' already holds a log or a catalogue; choose another --out")
-    return out
-
-
-def ingest_open_bandit(campaign: str, out: Place) -> IngestSummary:
-    """The Open Bandit Dataset sample inside the obp package, both logging policies.
+def ingest_open_bandit(
+    campaign: str,
+    out: Place,
+    *,
+    split: Split | None = None,
+    mapper: Mapper | None = None,
+    progress: Progress | None = None,
+) -> IngestSummary:
+    """Write the Open Bandit Dataset sample inside the obp package, both logging policies.
 
     Raises:
         MissingExtraError: obp is not installed.
-        DataError: an unknown campaign, or `out` already holds a log.
+        DataError: an unknown campaign, or `out` holds a log already.
+        LeaseError: another process writes to `out`.
     """
     tables, schema, catalogue = import_open_bandit(campaign)
-    out = _new(out)
-    manifest = write_log(out / "log", tables, schema, rows_per_group=4096)
-    write_catalogue(out / "catalogue", catalogue.table(0, catalogue.num_items), catalogue.schema)
-    return IngestSummary(
-        log=out / "log",
-        catalogue=out / "catalogue",
-        rows=int(manifest["num_rows"]),
-        items=catalogue.num_items,
-        quarantined=0,
-    )
+    items = catalogue.num_items
+    with _claimed(out, split) as out:
+        manifest = write_log(out / "log", tables, schema, rows_per_group=4096)
+        write_catalogue(out / "catalogue", catalogue.table(0, items), catalogue.schema)
+        splits = _split(out, split, mapper, progress)
+    rows = int(manifest["num_rows"])
+    return IngestSummary(out / "log", out / "catalogue", rows, items, 0, splits)
 
 
-def split_ingested(
-    summary: IngestSummary,
-    by: SplitBy,
-    fractions: tuple[float, ...],
-    seed: int,
-    *,
-    mapper: Mapper | None = None,
-    progress: Progress | None = None,
-) -> IngestSummary:
-    """Cut `log` into train, validation and test beside it."""
-    out = summary.log.parent
-    names = ("train", "validation", "test")[: len(fractions)]
-    counts = split_log(
-        summary.log,
+def _split(
+    out: Location, split: Split | None, mapper: Mapper | None, progress: Progress | None
+) -> dict[str, int]:
+    """Write the parts beside the log; rows of each."""
+    if split is None:
+        return {}
+    return split_log(
+        out / "log",
         out,
-        by=by,
-        fractions=fractions,
-        names=names,
-        seed=seed,
+        by=split.by,
+        fractions=split.fractions,
+        names=split.names,
+        seed=split.seed,
         mapper=mapper,
         progress=progress,
     )
-    return replace(summary, splits=counts)
+
+
+@contextmanager
+def _claimed(out: Place, split: Split | None) -> Iterator[Location]:
+    """Hold `out` for one ingest, without what a killed one left there.
+
+    A marker names the folders that this ingest will write and that did not exist before. It is
+    removed at the end, so that a marker without a living owner means that they are incomplete.
+    """
+    out = Location.of(out)
+    names = ["log", "catalogue", *(() if split is None else split.names)]
+    lease = Lease.acquire(out, remedy=", or choose another --out")
+    try:
+        marker = out / _MARKER
+        _remove_interrupted(out, marker)
+        for name in names:
+            check_new(out / name)
+        if not (out / "quarantine").exists():
+            names.append("quarantine")
+        marker.write_bytes(json.dumps({"folders": names}).encode())
+        try:
+            yield out
+        except BaseException:
+            if not (out / "catalogue").exists():
+                (out / "log").remove()
+            raise
+        finally:
+            marker.remove()
+    finally:
+        lease.release(remove=True)
+
+
+def _remove_interrupted(out: Location, marker: Location) -> None:
+    try:
+        names = json.loads(marker.read_bytes())["folders"]
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"'{marker}' of an interrupted ingest is damaged ({error}); remove '{out}', or choose "
+            "another --out"
+        ) from error
+    found = [name for name in _FOLDERS if name in names and (out / name).exists()]
+    for name in found:
+        (out / name).remove()
+    if out.local is not None:
+        remove_leftovers(out.local)
+        for path in out.local.glob(".split-*"):
+            shutil.rmtree(path, ignore_errors=True)
+    logger.warning(
+        "an earlier ingest into '%s' was interrupted; removed what it had written (%s) to start "
+        "again",
+        out,
+        ", ".join(found) or "no whole folder",
+    )
 
 
 def _shown_items(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -233,8 +234,14 @@ class Location:
         self._send(copy)
 
     def remove(self) -> None:
-        """Remove a file or a folder of a store, if it is there."""
+        """Remove a file or a folder, if it is there."""
         kind = self.kind()
+        if self.local is not None:
+            if kind == "file":
+                self.local.unlink()
+            elif kind == "folder":
+                shutil.rmtree(self.local)
+            return
         if kind == "file":
             self._ask(lambda store: store.delete_file(self.path))
         elif kind == "folder":

@@ -17,9 +17,10 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from offtower.atomic import write_text
@@ -29,16 +30,16 @@ from offtower.imports import TRUST_CODE
 from offtower.jobs.connect import absolute, import_ray, require
 from offtower.jobs.mapper import settle
 from offtower.metrics import read_metrics
-from offtower.mirror import Mirror
 from offtower.progress import Progress
+from offtower.run_claim import ClaimedRun, claim_run, join_run
 from offtower.run_directory import RunDirectory
 from offtower.tracking import Tracker, numbers
 
 logger = logging.getLogger("offtower.jobs")
 
 _FAILURE = "failure.json"
-"""In the run directory: what a worker could not get over; workers that start again leave it at
-that, and the driver tells it and removes it."""
+"""In the job's own folder below the run: the error that ended the run on a worker. Restarted
+workers return when they find it, and the driver raises it."""
 _STARTS = 5
 """How often a group of workers may fail to start, so that resources that went away are told."""
 
@@ -106,17 +107,19 @@ def train_on_ray(
     plan: WorkerPlan,
     *,
     resume: bool = False,
+    take_over: bool = False,
     progress: Progress | None = None,
     mirror: str | None = None,
 ) -> dict[str, Any]:
     """Train as configured on the cluster that this process is connected to.
 
+    This process holds the run's lease; workers check it before they write.
+
     Args:
         config: the run; relative paths are those of this process.
         plan: workers and what each gets.
-        resume: as in `train_run`.
+        resume, take_over, mirror: as in `train_run`.
         progress: drawn from the run's metrics.
-        mirror: as in `train_run`.
 
     Returns:
         The run's manifest.
@@ -124,37 +127,32 @@ def train_on_ray(
     Raises:
         ClusterError: the cluster has no room, or workers were lost too often. The last checkpoint
             stays, and --resume goes on.
+        LeaseError: another process writes to the run, or took it over.
         OfftowerError: what ended the training on the workers, as one process would have said it.
     """
     progress = progress or Progress()
     gpus = plan.gpus_for(config.training.device)
-    run = RunDirectory(config.run_directory)
-    if mirror is not None and resume:
-        Mirror(mirror, run.path).pull()
-    run.claim(config, resume=resume)
-    with contextlib.suppress(FileNotFoundError):
-        (run.path / _FAILURE).unlink()
+    RunDirectory(config.run_directory).check(config, resume=resume or take_over)
     least, _ = plan.range
     require(least, plan.cpus, gpus, wait=plan.wait, progress=progress)
     began = time.time()
-    with _drawn(run, config, progress):
-        _fit(config, plan, gpus, run, mirror)
-    failure = _failure(run)
-    if failure is not None:
-        raise failure
-    manifest = run.manifest()
-    run.update_manifest({"seconds_with_start": round(time.time() - began, 3)})
+    with claim_run(config, resume=resume, take_over=take_over, mirror=mirror) as run:
+        with _drawn(run, config, progress):
+            _fit(config, plan, gpus, run)
+        manifest = run.manifest()
+        run.update_manifest({"seconds_with_start": round(time.time() - began, 3)})
     return manifest
 
 
-def _fit(
-    config: Config, plan: WorkerPlan, gpus: int, run: RunDirectory, mirror: str | None
-) -> None:
+def _fit(config: Config, plan: WorkerPlan, gpus: int, run: ClaimedRun) -> None:
     import_ray()
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     storage = absolute(run.path / "ray")
+    # A name of its own: Ray would take an equal one for a run to be resumed by its rules.
+    name = f"train-{uuid.uuid4().hex[:12]}"
+    failure_path = Path(storage) / name / _FAILURE
     # Ray makes a worker's own GPU its current one.
     content, device = to_dict(config), "cuda" if gpus else "cpu"
     least, most = plan.range
@@ -177,12 +175,12 @@ def _fit(
             "trust_code": os.environ.get(TRUST_CODE, ""),
             "threads": max(1, math.floor(plan.cpus)),
             "timeout": plan.timeout,
-            "mirror": mirror,
+            "claim": run.key,
+            "failure": str(failure_path),
         },
         scaling_config=train.ScalingConfig(**scaling),
         run_config=train.RunConfig(
-            # A name of its own: Ray would take an equal one for a run to be resumed by its rules.
-            name=f"train-{uuid.uuid4().hex[:12]}",
+            name=name,
             storage_path=storage,
             failure_config=train.FailureConfig(**failures),
         ),
@@ -194,10 +192,13 @@ def _fit(
         try:
             trainer.fit()
         except Exception as error:
-            failure = _failure(run)
+            failure = _failure(failure_path)
             if failure is not None:
                 raise failure from error
             raise ClusterError(_lost(error, plan, run)) from error
+    failure = _failure(failure_path)
+    if failure is not None:
+        raise failure
 
 
 def backend_of(gpus: int) -> str:
@@ -209,30 +210,29 @@ def _work(settings: Mapping[str, Any]) -> None:
     """What each worker runs."""
     from offtower.training.distributed import TorchWorkers
     from offtower.training.distributed.workers import WorkerLostError
-    from offtower.training.run import train_run
+    from offtower.training.run import train_claimed
 
     settle(settings["folder"], settings["threads"], settings["trust_code"])
-    config = parse_config(settings["config"])
-    run = RunDirectory(config.run_directory)
-    if (run.path / _FAILURE).exists():
+    config, failure = parse_config(settings["config"]), Path(settings["failure"])
+    if failure.exists():
         return
     workers = TorchWorkers(timedelta(seconds=settings["timeout"]))
+    claimed = join_run(settings["claim"]) if workers.first else None
     try:
-        train_run(
-            config,
-            resume=True,
-            workers=workers,
-            trackers=[_Reports(), _Gauges()],
-            mirror=settings["mirror"],
-        )
+        with claimed or nullcontext(ClaimedRun(config.run_directory)) as run:
+            train_claimed(
+                run, config, resume=True, workers=workers, trackers=[_Reports(), _Gauges()]
+            )
     except WorkerLostError:
         raise
     except (OfftowerError, OSError) as error:
-        _tell(run, error)
+        _report_failure(failure, error)
         raise
     except Exception as error:
-        # A fault of the code comes again after a restart: it is told once, with its place.
-        _tell(run, RunError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        # A bug comes back after a restart: report it once, with its traceback.
+        _report_failure(
+            failure, RunError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        )
         raise
 
 
@@ -266,20 +266,17 @@ class _Gauges(Tracker):
             self._gauges[key].set(value)
 
 
-def _tell(run: RunDirectory, error: Exception) -> None:
-    """Leave a note of what ended the run; the first one stays."""
-    path = run.path / _FAILURE
+def _report_failure(path: Path, error: Exception) -> None:
+    """Store what ended the run; the first error stays."""
     if path.exists():
         return
     with contextlib.suppress(OSError):
         write_text(path, json.dumps({"kind": type(error).__name__, "message": str(error)}))
 
 
-def _failure(run: RunDirectory) -> OfftowerError | None:
-    path = run.path / _FAILURE
+def _failure(path: Path) -> OfftowerError | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        path.unlink()
     except (OSError, json.JSONDecodeError):
         return None
     from offtower import errors

@@ -24,7 +24,7 @@ from offtower.config import Config, parse_config
 from offtower.data import ParquetLog, validate_log, write_catalogue, write_log
 from offtower.data.convert import from_bandit_feedback
 from offtower.data.encoding import to_tensors
-from offtower.data.ingest import ingest_open_bandit, split_ingested
+from offtower.data.ingest import Split, ingest_open_bandit
 from offtower.data.simulate import ObpWorld
 from offtower.errors import DataError, RunError
 from offtower.evaluation.report import write_report
@@ -84,9 +84,8 @@ def _begin(out: Path) -> None:
 
 
 def _open_bandit(folder: Path, say: Callable[[str], None]) -> Path:
-    summary = ingest_open_bandit("men", folder)
+    summary = ingest_open_bandit("men", folder, split=Split("time"))
     say(f"  {summary.rows:,} impressions of {summary.items} items")
-    split_ingested(summary, "time", (0.6, 0.2, 0.2), seed=0)
     _validate(folder, say)
     return folder
 

@@ -19,6 +19,7 @@ import offtower
 from offtower.atomic import remove_leftovers, replace_directory, sha256_file
 from offtower.checksums import describe_files
 from offtower.config import Config
+from offtower.data.lease import Lease
 from offtower.data.location import Place
 from offtower.errors import ConfigError, DataError, MissingExtraError
 from offtower.mapping import Mapper
@@ -126,6 +127,7 @@ def export_run(
 
     Raises:
         RunError: the run has no policy, or files cannot be written or read.
+        LeaseError: another process exports this run.
         DataError: the catalogue is bad, or a vector is not finite.
         ConfigError: an option is out of range, or no parameters reach the target recall.
     """
@@ -136,26 +138,28 @@ def export_run(
     stream = CatalogueStream(catalogue or config.data.catalogue, catalogue_schema(config))
     export = directory.path / "export"
     export.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(export)
-    now = datetime.now(UTC)
-    version = f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
-    with replace_directory(export / version) as folder:
-        writer = _Writer(
-            folder, version, policy, stream, config, options, mapper or Mapper(), progress
-        )
-        content = writer.write(contexts)
-        content |= {
-            "created": now.isoformat(timespec="seconds"),
-            "offtower": offtower.__version__,
-            "run": directory.path.name,
-            "policy": {
-                **facts,
-                "weights_sha256": sha256_file(directory.policy / "policy.safetensors"),
-            },
-        }
-        write_manifest(folder, content)
-    set_current(export, version)
-    _remove_old(export, version, options.kept)
+    with Lease.acquire(export) as lease:
+        remove_leftovers(export)
+        now = datetime.now(UTC)
+        version = f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+        with replace_directory(export / version) as folder:
+            writer = _Writer(
+                folder, version, policy, stream, config, options, mapper or Mapper(), progress
+            )
+            content = writer.write(contexts)
+            content |= {
+                "created": now.isoformat(timespec="seconds"),
+                "offtower": offtower.__version__,
+                "run": directory.path.name,
+                "policy": {
+                    **facts,
+                    "weights_sha256": sha256_file(directory.policy / "policy.safetensors"),
+                },
+            }
+            write_manifest(folder, content)
+        lease.check()
+        set_current(export, version)
+        _remove_old(export, version, options.kept)
     return export / version
 
 

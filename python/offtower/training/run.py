@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,13 @@ from offtower.errors import ConfigError
 from offtower.evaluation.estimators import make_estimator
 from offtower.mapping import Mapper
 from offtower.metrics import MetricsLog
-from offtower.mirror import Mirror
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.fit import obtain_reward_model
 from offtower.models.store import policy_digest, save_policy
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
-from offtower.run_directory import RunDirectory
+from offtower.run_claim import ClaimedRun, claim_run
 from offtower.tracking import Tracker, make_trackers
 from offtower.training.auto import train_auto
 from offtower.training.checkpoints import CheckpointStore
@@ -38,45 +38,83 @@ def train_run(
     config: Config,
     *,
     resume: bool = False,
+    take_over: bool = False,
+    mirror: str | None = None,
+    progress: Progress | None = None,
+    hook: Callable[[PreparedData], EpochHook] | None = None,
+    workers: Workers = ALONE,
+    mapper: Mapper | None = None,
+) -> TrainingResult:
+    """Claim the run, train as configured and write runs/<name>/policy.
+
+    Args:
+        resume: go on from the newest checkpoint of the same configuration; a run that has not
+            begun yet begins.
+        take_over: as `resume`, even where another process is writing to the run; that one stops.
+        mirror: address where a copy of the run is kept (`offtower.mirror`); with `resume` a run
+            that is not here is fetched from there.
+        progress, hook, workers, mapper: as `train_claimed` takes them.
+
+    Raises:
+        RunError: the directory belongs to another configuration, or exists and `resume` is false.
+        LeaseError: another process writes to the run, or took it over.
+        ConfigError, DataError: see there.
+    """
+    with ExitStack() as held:
+        run = ClaimedRun(config.run_directory)
+
+        def claim() -> None:
+            nonlocal run
+            run = held.enter_context(
+                claim_run(config, resume=resume, take_over=take_over, mirror=mirror)
+            )
+
+        workers.on_first(claim)
+        return train_claimed(
+            run,
+            config,
+            resume=resume or take_over,
+            progress=progress,
+            hook=hook,
+            workers=workers,
+            mapper=mapper,
+        )
+
+
+def train_claimed(
+    run: ClaimedRun,
+    config: Config,
+    *,
+    resume: bool = False,
     progress: Progress | None = None,
     hook: Callable[[PreparedData], EpochHook] | None = None,
     workers: Workers = ALONE,
     trackers: Sequence[Tracker] = (),
-    mirror: str | None = None,
     mapper: Mapper | None = None,
 ) -> TrainingResult:
-    """Train as configured and write runs/<name>/policy.
+    """Train a run that is claimed already.
 
     Args:
-        config: the run.
-        resume: go on from the newest checkpoint of the same configuration; a run that has not
-            begun yet begins.
+        run: only the first worker's has a lease.
         progress: where progress is drawn.
         hook: builds a function that adds numbers to each epoch's metrics (a simulator's truth).
         workers: those that call this together, with the same arguments and the same storage.
         trackers: get the metrics' lines, on every worker, beside those of the configuration.
-        mirror: address where a copy of the run is kept (`offtower.mirror`); with `resume` a run
-            that is not here is fetched from there.
         mapper: runs the parts of objective=auto; others have none.
 
     Raises:
-        RunError: the directory belongs to another configuration, or exists and `resume` is false.
-        ConfigError, DataError: see there.
+        LeaseError: another process took the run over.
+        RunError, ConfigError, DataError: see there.
     """
     progress = (progress if workers.first else None) or Progress()
     began = time.time()
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
-    run = RunDirectory(config.run_directory)
-    copy = Mirror(mirror, run.path) if mirror is not None and workers.first else None
-    if workers.first:
-        if copy is not None and resume:
-            copy.pull()
-        run.claim(config, resume=resume)
-    workers.barrier()
     data = workers.first_then_all(lambda: open_data(config, progress, run.path))
     configured = make_trackers(config, run.path) if workers.first else []
-    metrics = MetricsLog(run.metrics_path if workers.first else None, [*configured, *trackers])
+    metrics = MetricsLog(
+        run.metrics_path if workers.first else None, [*configured, *trackers], run.check_owner
+    )
     each_epoch = None if hook is None or not workers.first else hook(data)
     data = place(data, config.training)
     if uses_auto(config, data):
@@ -97,8 +135,8 @@ def train_run(
         more = {"auto": automatic.report, "workers": 1, "device": describe(data.device)}
         _finish(run, config, data, automatic.policy, automatic.result, began, more)
         metrics.close()
-        if copy is not None:
-            copy.close()
+        if run.mirror is not None:
+            run.mirror.close()
         return automatic.result
     if mapper is not None and mapper.distributed:
         raise ConfigError(
@@ -113,7 +151,7 @@ def train_run(
         config.training.checkpoints_kept,
         workers,
         setup.owned_rows,
-        None if copy is None else copy.push_later,
+        run,
     )
     trainer = setup.trainer(
         store=store,
@@ -132,8 +170,8 @@ def train_run(
             "device": describe(data.device),
         }
         _finish(run, config, data, policy, result, began, more)
-        if copy is not None:
-            copy.close()
+        if run.mirror is not None:
+            run.mirror.close()
 
     workers.on_first(finish)
     metrics.close()
@@ -162,7 +200,7 @@ def build_trainer(
 
 
 def _reward_model(
-    config: Config, data: PreparedData, run: RunDirectory, progress: Progress
+    config: Config, data: PreparedData, run: ClaimedRun, progress: Progress
 ) -> RewardModel | None:
     judges = make_estimator(config.training.validation_estimator).needs_reward_model
     # Before a reward model is fitted.
@@ -175,7 +213,7 @@ def _reward_model(
 
 
 def _finish(
-    run: RunDirectory,
+    run: ClaimedRun,
     config: Config,
     data: PreparedData,
     policy: TwoTowerPolicy,
@@ -191,6 +229,7 @@ def _finish(
         "selected_step": result.selected_step,
         "num_items": data.catalogue.num_items,
     }
+    run.check_owner()
     save_policy(run.policy, policy, facts)
     run.update_manifest(
         {

@@ -19,6 +19,7 @@ import yaml
 
 from offtower.atomic import write_text
 from offtower.config import Config, apply_overrides, parse_config, to_dict, to_yaml
+from offtower.data.lease import Lease
 from offtower.errors import ConfigError, RunError
 from offtower.evaluation.intervals import simultaneous_confidence
 from offtower.jsonable import finite
@@ -47,6 +48,9 @@ DEFAULT_SPACE: Mapping[str, Sequence[Any]] = {
     "training.decay": ["linear"],
 }
 """`offtower tune` without --space. Objectives that need a reward model get a factored one."""
+
+
+_REMEDY = ". --take-over runs the search in its place; the other process then stops"
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ def tune(
     space: Mapping[str, Sequence[Any]] = DEFAULT_SPACE,
     count: int = 20,
     resume: bool = False,
+    take_over: bool = False,
     mapper: Mapper | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -139,6 +144,7 @@ def tune(
         space: dotted keys and the values to try.
         count: trials.
         resume: keep trials that have ended, and go on with those that were stopped.
+        take_over: as `resume`, even where another process runs the same search; that one stops.
         mapper: runs the trials; one that its workers share the storage of.
 
     Returns:
@@ -147,6 +153,7 @@ def tune(
     Raises:
         ConfigError: no validation log, or a key of the space is unknown.
         RunError: every trial failed, or one has run before and `resume` is false.
+        LeaseError: another process runs the same search, or took it over.
     """
     if config.data.validation is None:
         raise ConfigError(
@@ -159,25 +166,26 @@ def tune(
     confidence = simultaneous_confidence(config.evaluation.confidence, len(points))
     for number, overrides in enumerate(points):
         one = trial_config(config, number, overrides, confidence)
-        RunDirectory(one.run_directory).check(one, resume=resume)
+        RunDirectory(one.run_directory).check(one, resume=resume or take_over)
     mapper = mapper or Mapper()
-    run = _TrialRun(config, confidence, None if mapper.distributed else progress)
-    found: list[Trial] = []
-    for trial in mapper.map(run, list(enumerate(points)), "tune"):
-        found.append(trial)
-        bound = "failed" if trial.low is None else f"at least {trial.low:.4f}"
-        say(f"trial {len(found)} of {len(points)}: {bound}  {_short(trial.overrides)}")
-    ranked = sorted(found, key=lambda t: -np.inf if t.low is None else t.low, reverse=True)
-    if ranked[0].low is None:
-        raise RunError(f"every trial failed; the first said: {found[0].error}")
+    run = _TrialRun(config, confidence, take_over, None if mapper.distributed else progress)
     folder = Path(config.runs) / f"{config.name}-tune"
-    folder.mkdir(parents=True, exist_ok=True)
-    result = TuneResult(ranked, folder)
-    write_text(folder / "trials.json", json.dumps(finite([asdict(t) for t in ranked]), indent=1))
-    best = trial_config(config, ranked[0].number, ranked[0].overrides, confidence)
-    best.name, best.evaluation.confidence = config.name, config.evaluation.confidence
-    write_text(folder / "best.yaml", to_yaml(best))
-    return result
+    found: list[Trial] = []
+    with Lease.acquire(folder, take_over=take_over, remedy=_REMEDY) as lease:
+        for trial in mapper.map(run, list(enumerate(points)), "tune"):
+            found.append(trial)
+            bound = "failed" if trial.low is None else f"at least {trial.low:.4f}"
+            say(f"trial {len(found)} of {len(points)}: {bound}  {_short(trial.overrides)}")
+        ranked = sorted(found, key=lambda t: -np.inf if t.low is None else t.low, reverse=True)
+        if ranked[0].low is None:
+            raise RunError(f"every trial failed; the first said: {found[0].error}")
+        lease.check()
+        trials = json.dumps(finite([asdict(trial) for trial in ranked]), indent=1)
+        write_text(folder / "trials.json", trials)
+        best = trial_config(config, ranked[0].number, ranked[0].overrides, confidence)
+        best.name, best.evaluation.confidence = config.name, config.evaluation.confidence
+        write_text(folder / "best.yaml", to_yaml(best))
+    return TuneResult(ranked, folder)
 
 
 @dataclass(frozen=True)
@@ -186,6 +194,7 @@ class _TrialRun:
 
     config: Config
     confidence: float
+    take_over: bool
     progress: Progress | None
 
     def __call__(self, point: tuple[int, Overrides]) -> Trial:
@@ -194,7 +203,9 @@ class _TrialRun:
         try:
             low = _finished(one)
             if low is None:
-                low = train_run(one, resume=True, progress=self.progress).validation
+                low = train_run(
+                    one, resume=True, take_over=self.take_over, progress=self.progress
+                ).validation
         except RunError as error:
             # A diverged trial is a result: the others go on.
             return Trial(number, overrides, None, str(error))

@@ -116,6 +116,7 @@ class CandidateLearner:
                 member = found[part.candidate][k]
                 member.load_state_dict(state)
                 if self._run is not None:
+                    self._run.check_owner()
                     folder = self._folder(self._run, purpose, part, k)
                     with checked_directory(folder) as temporary:
                         save_weights(temporary / _WEIGHTS, member)

@@ -28,7 +28,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from offtower.atomic import remove_leftovers, sha256_file, sync_tree
 from offtower.checksums import read_checked_json, write_checked_json
-from offtower.errors import RunError
+from offtower.errors import LeaseError, RunError
+from offtower.run_claim import ClaimedRun
 from offtower.training.checkpoints.progression import Progression
 from offtower.training.checkpoints.state import (
     Layout,
@@ -58,7 +59,7 @@ class CheckpointStore:
         kept: how many of the newest stay.
         workers: those that write.
         owned: tensors of which each worker has rows of its own.
-        on_commit: called on the first worker when a checkpoint has got its name.
+        run: claimed by the first worker; its copy is sent when a checkpoint has got its name.
     """
 
     def __init__(
@@ -68,13 +69,14 @@ class CheckpointStore:
         kept: int,
         workers: Workers = ALONE,
         owned: OwnedRows | None = None,
-        on_commit: Callable[[], None] | None = None,
+        run: ClaimedRun | None = None,
     ) -> None:
         self._directory = directory
         self._fingerprint = fingerprint
         self._kept = kept
         self._workers = workers
-        self._on_commit = on_commit
+        self._run = run or ClaimedRun(directory.parent)
+        self._token = workers.broadcast(self._run.token)
         self._owned = owned or OwnedRows()
         several = workers.size > 1
         # The writing thread's messages must not meet those of the training.
@@ -190,11 +192,22 @@ class CheckpointStore:
 
         Raises:
             RunError: it could not be written, on this or another worker; older checkpoints stay.
+            LeaseError: another process took the run over.
         """
         if self._pending is None:
             return
         future, temporary, path, content = self._pending
         self._pending = None
+        try:
+            self._finish(future, temporary, path, content)
+        except (LeaseError, RunError):
+            if self._workers.first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _finish(
+        self, future: Future[Any], temporary: Path, path: Path, content: dict[str, Any]
+    ) -> None:
         checksums: dict[str, str] = {}
 
         def add_checksums() -> None:
@@ -209,8 +222,8 @@ class CheckpointStore:
             )
         if not faults:
             return
-        if self._workers.first:
-            shutil.rmtree(temporary, ignore_errors=True)
+        # What another process removed is no full disk.
+        self._together(self._run.check_owner)
         newest = self._paths()
         left = f"the newest whole one is {newest[-1].name}" if newest else "there is none yet"
         raise RunError(
@@ -222,9 +235,10 @@ class CheckpointStore:
         self, path: Path, tensors: dict[str, Tensor], owned: set[str], content: dict[str, Any]
     ) -> None:
         self.finish()
-        temporary = path.with_name(f".{path.name}.partial")
+        temporary = path.with_name(f".{path.name}.{self._token}.partial")
 
         def make_room() -> None:
+            self._run.check_owner()
             if self._workers.first:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
@@ -256,26 +270,42 @@ class CheckpointStore:
         self._pending = (future, temporary, path, content)
 
     def _commit(self, temporary: Path, path: Path, content: dict[str, Any]) -> None:
-        state = {"fingerprint": self._fingerprint, "workers": self._workers.size, **content}
+        state = {
+            "fingerprint": self._fingerprint,
+            "fencing_token": self._token,
+            "workers": self._workers.size,
+            **content,
+        }
         write_checked_json(temporary / "state.json", state)
         sync_tree(temporary)
+        self._run.check_owner()
         if path.exists():
             # A damaged one, or one of a start that a kill undid.
             shutil.rmtree(path)
         temporary.rename(path)
         if _STEP.fullmatch(path.name):
-            self._prune()
-            if self._on_commit is not None:
-                self._on_commit()
+            self._prune(path)
+            if self._run.mirror is not None:
+                self._run.mirror.push_later()
 
     def _together(self, work: Callable[[], object]) -> list[str]:
-        """Do it on every worker; what went wrong, on any, is known to all."""
+        """Do it on every worker; what went wrong, on any, is known to all.
+
+        Raises:
+            LeaseError: one of the workers found that another process has the run.
+        """
         fault: str | None = None
+        lost: LeaseError | None = None
         try:
             work()
+        except LeaseError as error:
+            lost = error
         except (Exception, CheckpointException) as error:
             fault = _cause(error)
-        faults = self._workers.gather_objects(fault)
+        faults, found = zip(*self._workers.gather_objects((fault, lost)), strict=True)
+        for one in found:
+            if one is not None:
+                raise one
         if self._workers.size == 1:
             return [one for one in faults if one is not None]
         return [f"worker {rank}: {one}" for rank, one in enumerate(faults) if one is not None]
@@ -340,8 +370,12 @@ class CheckpointStore:
     def _best_path(self, step: int) -> Path:
         return self._directory / f"best_{step:012d}"
 
-    def _prune(self) -> None:
+    def _prune(self, written: Path) -> None:
         paths = self._paths()
+        # Later steps are damaged, or were written by a process that no longer owns the run.
+        for path in paths[paths.index(written) + 1 :]:
+            shutil.rmtree(path, ignore_errors=True)
+        paths = paths[: paths.index(written) + 1]
         for path in paths[: -self._kept]:
             shutil.rmtree(path, ignore_errors=True)
         needed = set()
