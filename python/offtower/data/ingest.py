@@ -75,7 +75,7 @@ class IngestSource:
 
 @dataclass(frozen=True)
 class Split:
-    """How to split the ingested log into train, validation (given three fractions) and test."""
+    """How to split the ingested log into train, validation and, given three fractions, test."""
 
     by: SplitBy
     fractions: tuple[float, ...] = (0.6, 0.2, 0.2)
