@@ -10,7 +10,7 @@ however many parts and workers there were.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 from offtower.errors import OfftowerError
 
@@ -55,28 +55,40 @@ class Merging(Protocol):
 M = TypeVar("M", bound=Merging)
 
 
-def merge_all(sums: Iterable[M], empty: str = "there are no rows to evaluate") -> M:
-    """Merge in a balanced tree of a shape that only the number of sums decides.
+class MergeTree(Generic[M]):
+    """Merges sums one by one, in a balanced tree of a shape that only their number decides.
 
-    Cutting the sequence into pieces of a power of two, merging each piece and then the results
-    gives the same tree, and so the same bits. Nothing is copied more than log2(n) times.
-
-    Raises:
-        OfftowerError: there is nothing to merge; `empty` is the message.
+    Cutting a sequence into pieces of a power of two, merging each piece and then the results gives
+    the same tree, and so the same bits. Nothing is copied more than log2(n) times.
     """
-    waiting: list[tuple[int, M]] = []
-    for one in sums:
-        level, merged = 0, one
-        while waiting and waiting[-1][0] == level:
-            merged = waiting.pop()[1].merge(merged)
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[int, M]] = []
+
+    def add(self, sums: M) -> None:
+        """Add the next sums in order."""
+        level, merged = 0, sums
+        while self._waiting and self._waiting[-1][0] == level:
+            merged = self._waiting.pop()[1].merge(merged)
             level += 1
-        waiting.append((level, merged))
-    if not waiting:
-        raise OfftowerError(empty)
-    merged = waiting.pop()[1]
-    while waiting:
-        merged = waiting.pop()[1].merge(merged)
-    return merged
+        self._waiting.append((level, merged))
+
+    def merged(self, empty: str = "there are no rows to evaluate") -> M:
+        """The sums of all that was added. Raises OfftowerError(empty) where nothing was."""
+        if not self._waiting:
+            raise OfftowerError(empty)
+        *earlier, (_, merged) = self._waiting
+        for _, sums in reversed(earlier):
+            merged = sums.merge(merged)
+        return merged
+
+
+def merge_all(sums: Iterable[M], empty: str = "there are no rows to evaluate") -> M:
+    """Merge as `MergeTree` does. Raises OfftowerError(empty) where there is nothing to merge."""
+    tree: MergeTree[M] = MergeTree()
+    for one in sums:
+        tree.add(one)
+    return tree.merged(empty)
 
 
 def pieces(total: int, wanted: int, workers: int = 1, each: int = 4) -> list[range]:

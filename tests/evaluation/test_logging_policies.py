@@ -1,4 +1,4 @@
-"""Logs of several behaviour policies: the heuristic, PAS-IF's draws and support, from runs."""
+"""Logs of several behavior policies: the heuristic, PAS-IF's draws and support, from runs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,22 @@ from offtower.data.reader import scan
 from offtower.data.schema import LogSchema
 from offtower.data.simulate import LoggingPolicy, SimulatedWorld, log_of_several
 from offtower.errors import ConfigError, DataError, OfftowerError
-from offtower.evaluation.behavior.policies import BehaviorNames, LoggingPolicies
-from offtower.evaluation.behavior.probes import LoggingGathered, LoggingSide, SupportWatch
-from offtower.evaluation.evaluator import Judge
+from offtower.evaluation import support_probe
+from offtower.evaluation.accumulators import EvaluationAccumulators
+from offtower.evaluation.behavior.names import BehaviorNames
+from offtower.evaluation.behavior.plan import BehaviorPlan
+from offtower.evaluation.behavior.policies import LoggingPolicies
+from offtower.evaluation.behavior.probes import (
+    SupportProbe,
+    SupportSample,
+)
+from offtower.evaluation.evaluator import EvaluationPlan, Evaluator
 from offtower.evaluation.run import LogEvaluation, evaluate_runs
-from offtower.evaluation.run_loading import ModelRoom, judged_by, open_run
-from offtower.evaluation.scoring.policy import ModelTerms, PolicyScorer
+from offtower.evaluation.run_loading import open_run, with_overrides
+from offtower.evaluation.samples import joined
+from offtower.evaluation.scoring.batches import LogSource
+from offtower.evaluation.scoring.policy import PolicyScorer
+from offtower.evaluation.scoring.reward_models import RewardModelProvider
 from offtower.evaluation.selection import BehaviorPolicies
 from offtower.mapping import Mapper
 from offtower.progress import Progress
@@ -98,7 +108,7 @@ def runs_option(place: Path, a: str = "a", b: str = "b") -> str:
     return f"evaluation.selection.logging_runs={{run-a: {place / a}, run-b: {place / b}}}"
 
 
-def judge(
+def evaluate(
     place: Path, *overrides: str, select: str | None = "heuristic", log: str = "served"
 ) -> LogEvaluation:
     return evaluate_runs([place / "b"], overrides=overrides, select=select, log=place / log)
@@ -107,47 +117,44 @@ def judge(
 def behavior(
     place: Path, *overrides: str, log: str = "served", backwards: bool = False
 ) -> BehaviorPolicies:
-    """What is gathered on a log for the heuristic, in batches that cut its row groups.
+    """What is measured on a log for the heuristic, in batches that cut its row groups.
 
     backwards: the batches are asked for from the last to the first.
     """
     catalogue = Catalogue.open(place / "catalogue")
-    config = judged_by(RunDirectory(place / "a").load_config(), overrides)
+    config = with_overrides(RunDirectory(place / "a").load_config(), overrides)
     opened = ParquetLog.open(place / log)
-    found = LoggingSide.open("heuristic", opened, catalogue, config)
-    encoding = open_run(place / "a", catalogue).policy.context_encoding
-    assert found.heuristic is not None
+    run = open_run(place / "a", catalogue)
+    encoding = run.policy.context_encoding
+    source = LogSource(opened, catalogue, config.evaluation.batch_rows)
+    plan = BehaviorPlan.of("heuristic", source, config, run)
+    assert plan.heuristic is not None
     batches = list(enumerate(scan(opened, catalogue, encoding, 190)))
-    gathered = LoggingGathered()
-    for number, rows in reversed(batches) if backwards else batches:
-        made_by = [rows] * len(found.scorers)
-        part = LoggingGathered()
-        found.heuristic.add(number, rows, made_by, ModelTerms({}, {}, {}), part)
-        if backwards:
-            part.absorb(gathered)
-            gathered = part
-        else:
-            gathered.absorb(part)
-    return found.heuristic.finish(gathered)
+    found = [
+        plan.heuristic.measure(number, rows, [rows] * len(plan.encodings), {})
+        for number, rows in (reversed(batches) if backwards else batches)
+    ]
+    return joined(found[::-1] if backwards else found)
 
 
-def streamed(place: Path, select: str, *overrides: str) -> Judge:
-    """Run `b` judged on the log that both runs made, with all that was gathered."""
+def streamed(
+    place: Path, select: str, *overrides: str
+) -> tuple[Evaluator, EvaluationPlan, EvaluationAccumulators]:
+    """Run `b` evaluated on the log that both runs made, with all that was accumulated."""
     catalogue = Catalogue.open(place / "catalogue")
-    config = judged_by(RunDirectory(place / "b").load_config(), overrides)
-    runs = [open_run(place / "b", catalogue)]
-    judge = Judge(runs, ParquetLog.open(place / "served"), catalogue, config)
-    judge.prepare(select, Progress())
-    judge.judge(Mapper(), Progress())
-    return judge
+    config = with_overrides(RunDirectory(place / "b").load_config(), overrides)
+    runs = (open_run(place / "b", catalogue),)
+    evaluator = Evaluator(runs, ParquetLog.open(place / "served"), catalogue, config)
+    plan = evaluator.plan(select, Progress())
+    return evaluator, plan, evaluator.run(plan, Mapper(), Progress())[1]
 
 
 def columns_option(cautious: str = "pscore_cautious", keen: str = "pscore_keen") -> str:
     return f"evaluation.selection.logging_columns={{cautious: {cautious}, keen: {keen}}}"
 
 
-def test_the_heuristic_judges_every_candidate_from_the_runs_that_logged(place: Path) -> None:
-    found = judge(place, runs_option(place), "evaluation.batch_rows=500")
+def test_the_heuristic_ranks_every_candidate_from_the_runs_that_logged(place: Path) -> None:
+    found = evaluate(place, runs_option(place), "evaluation.batch_rows=500")
     result = found.selection["b"].results["heuristic"]
     names = {score.name for score in result.ranking}
     assert {"IPS", "SNIPS", "DM[two_tower]", "DR[linear]", "SNDR[two_tower]"} <= names
@@ -157,14 +164,15 @@ def test_the_heuristic_judges_every_candidate_from_the_runs_that_logged(place: P
 
 def test_probabilities_and_expected_rewards_are_those_of_the_policies(place: Path) -> None:
     """Against softmaxes and sums by enumeration over the whole catalogue."""
-    made = streamed(place, "heuristic", runs_option(place))
-    catalogue, log, runs = made.catalogue, made.log, made.runs
-    assert made.logging.heuristic is not None
-    behavior = made.logging.heuristic.finish(made.gathered.logging)
-    model = ModelRoom(runs, made.config, Progress()).main()
-    assert model is not None and model.exact is not None
+    evaluator, _, accumulated = streamed(place, "heuristic", runs_option(place))
+    catalogue, log, runs = evaluator.catalogue, evaluator.log, evaluator.runs
+    samples = [one.heuristic for one in accumulated.behavior if one.heuristic is not None]
+    assert len(samples) == len(accumulated.behavior)
+    behavior = joined(samples)
+    model = RewardModelProvider(runs, evaluator.config, Progress()).main()
+    assert model is not None and not model.of_pairs
     rows = next(iter(scan(log, catalogue, runs[0].policy.context_encoding, 5000)))
-    q = model.over_all(rows)
+    q = model.over_catalogue(rows).terms
     value = torch.sigmoid(q.context @ q.item.T + q.item_bias).double().numpy()
     for number, name in enumerate("ab"):
         run = open_run(place / name, catalogue)
@@ -186,7 +194,7 @@ def test_probabilities_and_expected_rewards_are_those_of_the_policies(place: Pat
 
 
 def test_columns_of_propensities_serve_estimators_without_a_model(place: Path) -> None:
-    found = judge(place, columns_option(), log="drawn")
+    found = evaluate(place, columns_option(), log="drawn")
     result = found.selection["b"].results["heuristic"]
     assert {"IPS", "SNIPS"} <= {score.name for score in result.ranking}
     assert all("[" in name for name in result.skipped) and result.skipped
@@ -225,7 +233,7 @@ def test_columns_are_read_in_step_with_the_rows(place: Path, backwards: bool) ->
     ],
     ids=["every-item", "draws", "expected-by-draws", "columns", "network"],
 )
-def test_parts_judged_elsewhere_give_the_same_bits(
+def test_parts_evaluated_elsewhere_give_the_same_bits(
     place: Path,
     log: str,
     select: str,
@@ -235,7 +243,7 @@ def test_parts_judged_elsewhere_give_the_same_bits(
 ) -> None:
     """Selections, support and all else of two runs; parts are sent, run twice and backwards."""
     if cells is not None:
-        monkeypatch.setattr("offtower.evaluation.selection_buffer._DENSE_CELLS", cells)
+        monkeypatch.setattr("offtower.evaluation.behavior.probes.MAX_DENSE_CELLS", cells)
     known = {"RUNS": runs_option(place), "COLUMNS": columns_option()}
     one, many = (
         evaluate_runs(
@@ -274,10 +282,13 @@ def test_a_run_that_did_not_make_the_log_is_refused_from_parts_too(place: Path) 
 def test_pasif_draws_from_the_policy_that_logged_each_row(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The judged run's own rows have weights of 1, the other's average 1 (5 standard errors)."""
-    monkeypatch.setattr("offtower.evaluation.selection_buffer._DENSE_CELLS", 0)
-    made = streamed(place, "pasif", runs_option(place), "evaluation.selection.draws=100")
-    weight = np.concatenate(made.gathered.kept["b"]._weight).astype(float)
+    """The evaluated run's own rows have weights of 1, the other's average 1 (5 standard errors)."""
+    monkeypatch.setattr("offtower.evaluation.behavior.probes.MAX_DENSE_CELLS", 0)
+    evaluator, plan, accumulated = streamed(
+        place, "pasif", runs_option(place), "evaluation.selection.draws=100"
+    )
+    samples = [one.pasif for one in accumulated.behavior if one.pasif is not None]
+    weight = joined(samples).weight["b"].astype(float)
     column = ParquetLog.open(place / "served").tables()
     name = np.concatenate([table["behavior_policy"].to_numpy() for table in column])
     assert weight.shape == (1300, 100)
@@ -286,7 +297,7 @@ def test_pasif_draws_from_the_policy_that_logged_each_row(
     error = np.sqrt((others.var(axis=1) / 100).mean() / len(others))
     assert others.std() > 0.1
     assert abs(others.mean() - 1.0) < 5 * error
-    result = made.choose("pasif", Progress())["b"].results["pasif"]
+    result = evaluator.select(plan, accumulated, Progress())["b"].results["pasif"]
     assert not result.skipped
     assert any("100 draws" in note for note in result.notes)
 
@@ -298,12 +309,14 @@ def test_support_is_what_the_logging_run_leaves_of_the_target(place: Path) -> No
     target, other = (open_run(place / name, catalogue) for name in "ba")
     scorer, sharp = (PolicyScorer(run.policy, run.items) for run in (target, other))
     sharp.items = replace(sharp.items, embedding=20.0 * sharp.items.embedding)
-    watch = SupportWatch(LoggingPolicies(("a",), [sharp]), log.num_rows, 0)
-    gathered = LoggingGathered()
-    shares, counts = [], 0
+    policies = LoggingPolicies(("a",), (sharp,))
+    probe = SupportProbe(policies, log.num_rows, 0)
+    shares, counts, samples = [], 0, list[SupportSample]()
     for number, rows in enumerate(scan(log, catalogue, target.policy.context_encoding, 400)):
         scored = scorer.score_models(rows, {})
-        watch.add(number, {"b": (scorer, scored)}, [rows], gathered)
+        sample = probe.measure(number, {"b": scored}, [rows])
+        assert sample is not None
+        samples.append(sample)
         with torch.no_grad():
             context = other.policy.embed_contexts(to_tensors(rows.context))
         of_target = scored.context_embedding @ scorer.items.embedding.T / target.policy.temperature
@@ -312,7 +325,12 @@ def test_support_is_what_the_logging_run_leaves_of_the_target(place: Path) -> No
         shares.append((aim * (shown < aim / log.num_rows)).sum(1).numpy())
         counts += len(rows)
     exact = float(np.concatenate(shares).mean())
-    found = watch.finish(gathered)["b"]
+    measured = joined(samples)
+    found = support_probe(
+        np.exp(np.minimum(measured.log_behavior["b"], 0.0)),
+        np.exp(np.minimum(measured.log_target["b"], 0.0)),
+        num_rows=log.num_rows,
+    )
     assert counts == 1300 and found.draws == 13_000
     assert 0.02 < exact < 0.98
     assert found.hidden is not None
@@ -320,10 +338,10 @@ def test_support_is_what_the_logging_run_leaves_of_the_target(place: Path) -> No
 
 
 def test_the_gate_sees_support_where_the_logging_policies_are_named(place: Path) -> None:
-    found = judge(place, runs_option(place), select=None).result.policies["b"]
+    found = evaluate(place, runs_option(place), select=None).result.policies["b"]
     assert found.support is not None and found.support.hidden is not None
     assert found.support.hidden < 0.01 and found.support.draws == 13_000
-    assert judge(place, select=None).result.policies["b"].support is None
+    assert evaluate(place, select=None).result.policies["b"].support is None
 
 
 @pytest.mark.parametrize("select", ["heuristic", "all"])
@@ -331,16 +349,16 @@ def test_what_to_add_is_said_where_no_runs_are_named(place: Path, select: str) -
     words = "logging_runs={run-a: RUN, run-b: RUN}"
     if select == "heuristic":
         with pytest.raises(ConfigError, match="logging_runs") as refused:
-            judge(place)
+            evaluate(place)
         assert words in str(refused.value) and "logging_columns=" in str(refused.value)
     else:
-        failed = judge(place, select="all").selection["b"].failed
+        failed = evaluate(place, select="all").selection["b"].failed
         assert words in failed["heuristic"]
 
 
 @pytest.mark.parametrize(
     ("log", "words"),
-    [("train", "every row of this log has the behaviour policy 'logging'"), ("blind", "no column")],
+    [("train", "every row of this log has the behavior policy 'logging'"), ("blind", "no column")],
 )
 def test_logs_of_one_policy_are_refused(place: Path, log: str, words: str) -> None:
     if log == "blind" and not (place / "blind").exists():
@@ -348,13 +366,13 @@ def test_logs_of_one_policy_are_refused(place: Path, log: str, words: str) -> No
         schema = LogSchema.from_dict({**opened.schema.to_dict(), "behavior_policy": None})
         write_log(place / "blind", opened.tables(), schema)
     with pytest.raises(ConfigError, match=words):
-        judge(place, log=log)
+        evaluate(place, log=log)
 
 
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("logging_runs={run-a: A}", "lacks the behaviour policy 'run-b', which logged 600 rows"),
+        ("logging_runs={run-a: A}", "lacks the behavior policy 'run-b', which logged 600 rows"),
         ("logging_runs={run-a: A, run-b: B, run-c: C}", "'run-c', which logged no row"),
         ("logging_columns={run-a: pscore, run-b: psc}", "the column 'psc', which the log"),
         ("logging_runs={}", "logging_runs"),
@@ -362,15 +380,15 @@ def test_logs_of_one_policy_are_refused(place: Path, log: str, words: str) -> No
 )
 def test_names_that_do_not_fit_the_log_are_refused(place: Path, option: str, words: str) -> None:
     with pytest.raises(OfftowerError, match=words):
-        judge(place, f"evaluation.selection.{option}")
+        evaluate(place, f"evaluation.selection.{option}")
 
 
 def test_options_that_exclude_each_other(place: Path) -> None:
     for other in (f"logging_run={place / 'a'}", "logging_columns={run-a: pscore, run-b: pscore}"):
         with pytest.raises(ConfigError, match="name one of the two"):
-            judge(place, runs_option(place), f"evaluation.selection.{other}")
+            evaluate(place, runs_option(place), f"evaluation.selection.{other}")
     with pytest.raises(ConfigError, match="propensities=estimate"):
-        judge(place, runs_option(place), "evaluation.propensities=estimate")
+        evaluate(place, runs_option(place), "evaluation.propensities=estimate")
 
 
 @pytest.mark.parametrize("select", [None, "pasif", "heuristic"])
@@ -378,8 +396,8 @@ def test_runs_that_did_not_log_are_found_out_by_row_and_value(
     place: Path, select: str | None
 ) -> None:
     """Swapped runs: whichever part looks first refuses them."""
-    with pytest.raises(DataError, match=r"behaviour policy 'run-a'.*row \d+: logged 0\.\d+, found"):
-        judge(place, runs_option(place, a="b", b="a"), select=select)
+    with pytest.raises(DataError, match=r"behavior policy 'run-a'.*row \d+: logged 0\.\d+, found"):
+        evaluate(place, runs_option(place, a="b", b="a"), select=select)
 
 
 def test_columns_that_are_not_the_logged_propensities_are_found_out(place: Path) -> None:

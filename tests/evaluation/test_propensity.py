@@ -1,4 +1,4 @@
-"""Logged propensities that hold together or not, and estimated ones."""
+"""Consistent and inconsistent logged propensities, and estimated ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from offtower.errors import DataError, OfftowerError
-from offtower.evaluation.decision.propensity import estimate_propensities, pscore_calibration
+from offtower.evaluation import estimate_propensities, pscore_calibration
 
 
 def softmax(z: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from offtower.errors import ConfigError, DataError, OfftowerError
 from offtower.evaluation.decision.gate import GO, NO_GO
 from offtower.evaluation.run import LogEvaluation, evaluate_runs
 from offtower.evaluation.run_loading import open_run
-from offtower.evaluation.scoring.clusters import ClusterScorer, item_clusters
+from offtower.evaluation.scoring.clusters import ItemClusters, item_clusters
 from offtower.evaluation.scoring.policy import PolicyScorer
 from offtower.models.policy import TwoTowerPolicy
 from offtower.training.run import train_run
@@ -113,7 +113,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def judge(place: Path, *overrides: str, runs: str = "a", **more: object) -> LogEvaluation:
+def evaluate(place: Path, *overrides: str, runs: str = "a", **more: object) -> LogEvaluation:
     return evaluate_runs(
         [place / "runs" / name for name in runs],
         overrides=[f"evaluation.{one}" for one in overrides],
@@ -126,7 +126,7 @@ def estimate(found: LogEvaluation, name: str, policy: str = "a") -> object:
 
 
 def test_estimators_with_parameters_and_slope(place: Path) -> None:
-    found = judge(
+    found = evaluate(
         place,
         "estimators=[snips, {name: clipped_ips, max_weight: 2}, {name: dros, shrinkage: slope}]",
         "interval=bootstrap",
@@ -152,20 +152,20 @@ def test_estimators_with_parameters_and_slope(place: Path) -> None:
 )
 def test_wrong_options_are_refused_in_words(place: Path, override: str, words: str) -> None:
     with pytest.raises(OfftowerError, match=words):
-        judge(place, override)
+        evaluate(place, override)
 
 
 def test_the_gate_is_configured(place: Path) -> None:
     easy = ("gate.min_effective_sample_size=1", "gate.max_pareto_k=9", "gate.max_mean_weight_z=99")
     decisions = [
-        judge(place, *easy, f"gate.margin={margin}").result.policies["a"].verdict.decision
+        evaluate(place, *easy, f"gate.margin={margin}").result.policies["a"].verdict.decision
         for margin in (-0.9, 0.9)
     ]
     assert decisions == [GO, NO_GO]
 
 
 def test_expected_rewards_by_draws_agree_and_their_noise_is_in_the_interval(place: Path) -> None:
-    exact, drawn = judge(place), judge(place, "expected_reward=draws", "draws=1")
+    exact, drawn = evaluate(place), evaluate(place, "expected_reward=draws", "draws=1")
     a, b = estimate(exact, "dm"), estimate(drawn, "dm")
     assert b.std_error > a.std_error
     # The same rows: what differs is the draws' noise alone.
@@ -175,21 +175,21 @@ def test_expected_rewards_by_draws_agree_and_their_noise_is_in_the_interval(plac
 
 def test_without_propensities_it_refuses_or_estimates_loudly(place: Path) -> None:
     with pytest.raises(DataError, match=r"evaluation\.propensities=estimate"):
-        judge(place, log=place / "bare")
-    found = judge(place, "propensities=estimate", log=place / "bare")
+        evaluate(place, log=place / "bare")
+    found = evaluate(place, "propensities=estimate", log=place / "bare")
     assert any("ESTIMATES, NOT LOGGED" in note for note in found.notes)
     assert found.result.propensities_estimated
     codes = [reason.code for reason in found.result.policies["a"].verdict.reasons]
     assert "propensities_estimated" in codes
     # The logging policy is a softmax with a little exploration: estimates land near the truth.
-    logged = judge(place)
+    logged = evaluate(place)
     error = np.hypot(estimate(logged, "snips").std_error, estimate(found, "snips").std_error)
     assert abs(estimate(found, "snips").value - estimate(logged, "snips").value) < 4 * error
 
 
 @pytest.mark.parametrize("clusters", ["genre", "4"])
 def test_marginalised_ips_over_clusters(place: Path, clusters: str) -> None:
-    found = judge(place, "estimators=[ips, mips]", f"clusters={clusters}")
+    found = evaluate(place, "estimators=[ips, mips]", f"clusters={clusters}")
     assert any(note.startswith("mips:") for note in found.notes)
     # Its weights are less spread, as theory says: the error counts relative to the value, since the
     # weights' own mean, 1 in theory, differs between the two on a finite log.
@@ -206,7 +206,7 @@ def test_cluster_probabilities_are_sums_over_members(place: Path) -> None:
     log = ParquetLog.open(place / "test")
     rows = next(iter(scan(log, catalogue, run.policy.context_encoding, 50)))
     scored = scorer.score_models(rows, {})
-    found = ClusterScorer(scorer, label).log_probability(scored, rows.action)
+    found = ItemClusters(label).log_probability(scored, rows.action)
     logit = scored.context_embedding @ scorer.items.embedding.T / run.policy.temperature
     probability = torch.softmax(logit.double(), dim=1).numpy()
     same = label[None, :] == label[rows.action][:, None]
@@ -215,13 +215,13 @@ def test_cluster_probabilities_are_sums_over_members(place: Path) -> None:
 
 def test_unknown_clusters_name_the_categories(place: Path) -> None:
     with pytest.raises(ConfigError, match="genre"):
-        judge(place, "estimators=[mips]", "clusters=gener")
+        evaluate(place, "estimators=[mips]", "clusters=gener")
     with pytest.raises(ConfigError, match=r"2\.\.15"):
-        judge(place, "estimators=[mips]", "clusters=99")
+        evaluate(place, "estimators=[mips]", "clusters=99")
 
 
 def test_selection_reads_three_reward_models(place: Path) -> None:
-    found = judge(place, select="all").selection["a"]
+    found = evaluate(place, select="all").selection["a"]
     names = {score.name for score in found.results["paired"].ranking}
     for model in ("linear", "trees", "two_tower"):
         assert {f"DM[{model}]", f"DR[{model}]", f"SNDR[{model}]"} <= names
@@ -231,20 +231,20 @@ def test_selection_reads_three_reward_models(place: Path) -> None:
 
 
 @pytest.mark.parametrize("cells", [0, None])
-def test_a_run_that_made_the_log_lets_pasif_judge_every_candidate(
+def test_a_run_that_made_the_log_lets_pasif_rank_every_candidate(
     place: Path, monkeypatch: pytest.MonkeyPatch, cells: int | None
 ) -> None:
     """By draws from it, and by sums over a catalogue of no more items."""
     if cells is not None:
-        monkeypatch.setattr("offtower.evaluation.selection_buffer._DENSE_CELLS", cells)
+        monkeypatch.setattr("offtower.evaluation.behavior.probes.MAX_DENSE_CELLS", cells)
     run = place / "runs" / "a"
     options = (f"selection.logging_run={run}", "selection.models=[linear]", "selection.draws=120")
-    found = judge(place, *options, runs="b", select="pasif", log=place / "served")
+    found = evaluate(place, *options, runs="b", select="pasif", log=place / "served")
     result = found.selection["b"].results["pasif"]
     assert not result.skipped
     assert any("120 draws" in note for note in result.notes) == (cells == 0)
-    # Judged on its own log a run has weights of one.
-    own = judge(place, log=place / "served").result.policies["a"].weights
+    # Evaluated on its own log a run has weights of one.
+    own = evaluate(place, log=place / "served").result.policies["a"].weights
     assert own.max == pytest.approx(1.0, abs=1e-3)
 
 
@@ -256,8 +256,8 @@ def test_many_draws_rank_as_the_sum_over_the_catalogue(
     options = (f"selection.logging_run={run}", "selection.models=[]", "selection.draws=1500")
     errors = []
     for cells in (4_000_000, 0):
-        monkeypatch.setattr("offtower.evaluation.selection_buffer._DENSE_CELLS", cells)
-        found = judge(place, *options, runs="b", select="pasif", log=place / "served")
+        monkeypatch.setattr("offtower.evaluation.behavior.probes.MAX_DENSE_CELLS", cells)
+        found = evaluate(place, *options, runs="b", select="pasif", log=place / "served")
         ranking = found.selection["b"].results["pasif"].ranking
         errors.append({score.name: score.mse for score in ranking})
     exact, drawn = errors
@@ -270,37 +270,39 @@ def test_many_draws_rank_as_the_sum_over_the_catalogue(
 def test_the_published_network_from_the_configuration(place: Path) -> None:
     network = ("selection.importance_fit=network", "selection.network_steps=5")
     options = (f"selection.logging_run={place / 'runs' / 'a'}", "selection.models=[]", *network)
-    found = judge(place, *options, runs="b", select="pasif", log=place / "served")
+    found = evaluate(place, *options, runs="b", select="pasif", log=place / "served")
     result = found.selection["b"].results["pasif"]
     assert any("network fit" in note for note in result.notes) and not result.skipped
     with pytest.raises(ConfigError, match="needs the policy that logged"):
-        judge(place, *network, select="pasif")
+        evaluate(place, *network, select="pasif")
 
 
 def test_a_catalogue_too_large_for_the_network_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offtower.evaluation.selection_buffer._DENSE_CELLS", 1000)
+    monkeypatch.setattr("offtower.evaluation.behavior.probes.MAX_DENSE_CELLS", 1000)
     run = f"selection.logging_run={place / 'runs' / 'a'}"
     with pytest.raises(ConfigError, match=r"1,000 rows x 15 items.*draw_rows"):
-        judge(place, run, "selection.importance_fit=network", select="pasif", log=place / "served")
+        evaluate(
+            place, run, "selection.importance_fit=network", select="pasif", log=place / "served"
+        )
 
 
 def test_a_run_that_did_not_make_the_log_is_found_out(place: Path) -> None:
     run = place / "runs" / "b"
     options = (f"selection.logging_run={run}", "selection.models=[]")
-    found = judge(place, *options, select="pasif", log=place / "served")
+    found = evaluate(place, *options, select="pasif", log=place / "served")
     assert any("did not make this log" in note for note in found.notes)
     assert found.selection["a"].results["pasif"].skipped
 
 
-def test_judging_on_the_training_log_is_said(place: Path) -> None:
-    assert any("optimistic" in note for note in judge(place, log=place / "train").notes)
-    assert not any("optimistic" in note for note in judge(place).notes)
+def test_evaluation_on_the_training_log_is_noted(place: Path) -> None:
+    assert any("optimistic" in note for note in evaluate(place, log=place / "train").notes)
+    assert not any("optimistic" in note for note in evaluate(place).notes)
 
 
 def test_coverage_and_calibration_are_reported(place: Path) -> None:
-    found = judge(place)
+    found = evaluate(place)
     assert found.coverage["a"].unlogged == 0.0
     assert found.pscore_calibration is not None and found.pscore_calibration.ok
     assert found.to_dict()["coverage"]["a"]["draws"] == 500 * 20
@@ -311,9 +313,9 @@ def test_models_over_pairs_at_draws_agree_with_the_sum_over_the_catalogue(
 ) -> None:
     """Boosted trees over a catalogue that is too large to sum: DM at draws, within its noise."""
     option = "selection.models=[trees]"
-    exact = judge(place, option, select="paired").selection["a"].results["paired"].ranking
-    monkeypatch.setattr("offtower.evaluation.plan.EXACT_PAIRS", 0)
-    drawn = judge(place, option, "draws=16", select="paired").selection["a"]
+    exact = evaluate(place, option, select="paired").selection["a"].results["paired"].ranking
+    monkeypatch.setattr("offtower.evaluation.evaluator.EXACT_PAIRS", 0)
+    drawn = evaluate(place, option, "draws=16", select="paired").selection["a"]
     at_draws = {score.name: score.value for score in drawn.results["paired"].ranking}
     for score in exact:
         if score.name == "DM[trees]":
@@ -333,7 +335,7 @@ def test_models_over_pairs_at_draws_agree_with_the_sum_over_the_catalogue(
         ("select", "selection.models=[linear]", "selection.logging_run=RUN", "selection.draws=110"),
     ],
 )
-def test_parts_judged_elsewhere_give_the_same_bits(
+def test_parts_evaluated_elsewhere_give_the_same_bits(
     place: Path, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every number of the evaluation, by user and by row, with estimates and selections."""
@@ -341,7 +343,7 @@ def test_parts_judged_elsewhere_give_the_same_bits(
     select = "all" if options[0] == "select" else None
     given = [one.replace("RUN", str(place / "runs" / "a")) for one in options if one != "select"]
     found = [
-        judge(
+        evaluate(
             place,
             *given,
             "batch_rows=64",
@@ -365,9 +367,10 @@ def test_a_pair_model_reads_any_items_alike(place: Path) -> None:
     data = open_data(directory.load_config(), Progress(), directory.path)
     model = fit_pair_model(trees_config(True), data, seed=0, max_rows=500)
     rows = next(iter(scan(data.train, data.catalogue, data.context_encoding, 40)))
-    every = model.everywhere(rows).values.numpy()
+    every = model.over_catalogue(rows).values.numpy()
     assert every.shape == (40, ITEMS) and every.min() >= 0 and every.max() <= 1
-    np.testing.assert_allclose(model.logged(rows), every[np.arange(40), rows.action], rtol=1e-6)
+    logged = model.at(rows, rows.action[:, None])[:, 0]
+    np.testing.assert_allclose(logged, every[np.arange(40), rows.action], rtol=1e-6)
     item = np.random.default_rng(0).integers(0, ITEMS, (40, 3))
     np.testing.assert_allclose(
         model.at(rows, item), np.take_along_axis(every, item, axis=1), rtol=1e-6

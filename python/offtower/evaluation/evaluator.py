@@ -1,206 +1,256 @@
-"""One evaluation as it runs: what it prepares, how its rows are judged, and what it gathers."""
+"""Evaluate policies on a log: plan what is needed, then stream the rows through the plan."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-
-import numpy as np
-from numpy.typing import NDArray
 
 from offtower.config import Config
 from offtower.data.catalogue import Catalogue
 from offtower.data.log import ParquetLog
-from offtower.evaluation.behavior.probes import LoggingSide
-from offtower.evaluation.estimator_settings import (
+from offtower.evaluation.accumulators import EvaluationAccumulators
+from offtower.evaluation.behavior.plan import BehaviorPlan
+from offtower.evaluation.evaluate import EvaluationSums
+from offtower.evaluation.options import (
+    EvaluationOptions,
     evaluation_options,
     make_estimators,
-    tuned,
-    wanted_estimators,
+    needs_pilot,
+    usable_estimators,
 )
-from offtower.evaluation.evaluate import EvaluationSums
-from offtower.evaluation.options import EvaluationOptions
-from offtower.evaluation.plan import HISTOGRAM_EDGES, BatchScorer, ByPolicy
 from offtower.evaluation.result import EvaluationResult
-from offtower.evaluation.run_loading import ModelRoom, OpenRun, distinct_names
-from offtower.evaluation.scoring.clusters import ClusterScorer, item_clusters
-from offtower.evaluation.scoring.policy import JudgingModel, PolicyScorer, concatenate
-from offtower.evaluation.scoring.propensities import (
-    LoggedProbability,
-    estimate_logged,
-    propensity_note,
-)
+from offtower.evaluation.rows import Array, EvaluationRows
+from offtower.evaluation.run_loading import OpenRun, distinct_names
+from offtower.evaluation.samples import joined
+from offtower.evaluation.scoring.batches import BatchScorer, LogSource
+from offtower.evaluation.scoring.clusters import ClusterWeights, ItemClusters, item_clusters
+from offtower.evaluation.scoring.pair_models import EXACT_PAIRS
+from offtower.evaluation.scoring.policy import PolicyScorer
+from offtower.evaluation.scoring.propensities import estimate_logged
+from offtower.evaluation.scoring.reward_models import RewardModelProvider
+from offtower.evaluation.scoring.rewards import RewardModels
 from offtower.evaluation.selection import SelectionComparison
-from offtower.mapping import Mapper, merge_all, pieces
+from offtower.evaluation.selection_data import SelectionData, SelectionRows
+from offtower.mapping import Mapper, MergeTree, pieces
 from offtower.models.reward.dense import flatten
 from offtower.progress import Progress, watched
 
-__all__ = ["HISTOGRAM_EDGES", "Judge"]
-
 PILOT_ROWS = 65_536
 """Rows on which SLOPE chooses parameters."""
+_PAIRS = 2e11
+"""Contexts times items that a worker scores in a part: about a minute of one core."""
+_PART_ROWS = 1_048_576
 
 
-class Judge:
-    """One evaluation: what it reads, and what it gathers."""
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """All that the rows are evaluated with; it can be sent to another process.
 
-    def __init__(
-        self, runs: list[OpenRun], log: ParquetLog, catalogue: Catalogue, config: Config
-    ) -> None:
-        self.runs, self.log, self.catalogue, self.config = runs, log, catalogue, config
-        self.options = config.evaluation
-        self.names = distinct_names(runs)
-        self.scorers = [PolicyScorer(run.policy, run.items) for run in runs]
-        self.notes: list[str] = []
-        self.models: list[JudgingModel] = []
-        self.main: JudgingModel | None = None
-        self.propensities: LoggedProbability | None = None
-        self.clusters: list[ClusterScorer] = []
-        self.cluster_probability: LoggedProbability | None = None
-        self.logging = LoggingSide()
+    Attributes:
+        scorer: scores batches with the evaluated policies.
+        behavior: what is measured on the policies that made the log.
+        options: estimators, intervals, gate.
+        select: estimator selector to run; None for none.
+        notes: for the reader of the report.
+    """
 
-    def prepare(self, select: str | None, progress: Progress) -> None:
-        """Models, estimated propensities, clusters: all that must be there before the rows."""
-        config, options = self.config, self.options
-        self.logging = LoggingSide.open(
-            select, self.log, self.catalogue, config, self.runs[0].trust_code
+    scorer: BatchScorer
+    behavior: BehaviorPlan
+    options: EvaluationOptions
+    select: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def part_batches(self) -> int:
+        """Batches of a part for one worker: whole row groups, and no part takes hours."""
+        source = self.scorer.source
+        policies = len(self.scorer.policies)
+        if self.behavior.heuristic is not None:
+            policies += len(self.behavior.encodings)
+        by_cost = _PAIRS / (source.catalogue.num_items * policies)
+        group_rows = float(source.log.row_group_sizes.mean())
+        rows = max(group_rows, min(by_cost, _PART_ROWS))
+        return max(1, round(rows / source.batch_rows))
+
+    def accumulators(self) -> EvaluationAccumulators:
+        """Nothing accumulated yet."""
+        scorer = self.scorer
+        return EvaluationAccumulators(list(scorer.policies), scorer.source, scorer.seed)
+
+
+@dataclass(frozen=True)
+class PartialEvaluation:
+    """Sums over a part of the log."""
+
+    rows: int
+    sums: EvaluationSums
+    accumulated: EvaluationAccumulators
+
+
+def evaluate_part(
+    plan: EvaluationPlan, numbers: range, advance: Callable[[int], None] = lambda rows: None
+) -> PartialEvaluation:
+    """Evaluate the batches with these numbers. advance: called with the rows of each."""
+    accumulated, sums, count = plan.accumulators(), MergeTree[EvaluationSums](), 0
+    for batch in plan.scorer.batches(numbers, plan.behavior.encodings):
+        accumulated.add(
+            batch,
+            plan.behavior.measure(batch, plan.scorer.rewards.models),
+            None if plan.select is None else SelectionRows.of(batch),
         )
-        room = ModelRoom(self.runs, config, progress)
-        self.main = room.main()
-        self.models = [] if self.main is None else [self.main]
-        if select is not None:
-            self.models = room.for_selection(self.main, self.notes)
-        self.wanted = wanted_estimators(options, self.main is not None, self.notes)
+        sums.add(EvaluationSums.of(batch.rows, plan.options))
+        count += len(batch)
+        advance(len(batch))
+    return PartialEvaluation(count, sums.merged(), accumulated)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates the policies of `runs` on a log.
+
+    config: its section `evaluation` says how; its seed is that of all draws.
+    """
+
+    runs: tuple[OpenRun, ...]
+    log: ParquetLog
+    catalogue: Catalogue
+    config: Config
+
+    def plan(self, select: str | None, progress: Progress) -> EvaluationPlan:
+        """Fit reward models, estimate propensities, choose parameters by SLOPE on the first rows.
+
+        Raises ConfigError for what the configuration or the log rules out.
+        """
+        config, options = self.config, self.config.evaluation
         encoding = self.runs[0].policy.context_encoding
-        if options.propensities == "estimate":
-            self.propensities = estimate_logged(
-                self.log, self.catalogue, encoding, None, config.seed, progress
-            )
-            self.notes.append(propensity_note(self.propensities.found))
-        if any(one.name == "mips" for one in self.wanted):
+        source = LogSource(self.log, self.catalogue, options.batch_rows)
+        policies = {
+            name: PolicyScorer(run.policy, run.items)
+            for name, run in zip(distinct_names(self.runs), self.runs, strict=True)
+        }
+        behavior = BehaviorPlan.of(select, source, config, self.runs[0])
+        rewards, notes = self._reward_models(select, progress)
+        estimators, left_out = usable_estimators(options, has_reward_model=rewards.main is not None)
+        notes += left_out
+        estimate = partial(
+            estimate_logged, self.log, self.catalogue, encoding, seed=config.seed, progress=progress
+        )
+        propensities = estimate(label=None) if options.propensities == "estimate" else None
+        if propensities is not None:
+            notes.append(propensities.estimated.warning)
+        clusters = None
+        if any(one.name == "mips" for one in estimators):
             assert options.clusters is not None
-            label = item_clusters(options.clusters, self.catalogue, self.scorers[0], config.seed)
-            self.clusters = [ClusterScorer(scorer, label) for scorer in self.scorers]
-            self.cluster_probability = estimate_logged(
-                self.log, self.catalogue, encoding, label, config.seed, progress
-            )
-            self.notes.append(
+            first = next(iter(policies.values()))
+            label = item_clusters(options.clusters, self.catalogue, first, config.seed)
+            clusters = ClusterWeights(ItemClusters(label), estimate(label=label))
+            notes.append(
                 f"mips: {label.max() + 1} clusters, whose probabilities under the logging policy "
                 "are estimates; no interval covers their error"
             )
-        self.scorer = self._scorer(select is not None)
-        self.gathered = self.scorer.gathering()
-
-    def _scorer(self, select: bool) -> BatchScorer:
-        options = self.options
-        return BatchScorer(
-            names=self.names,
-            encodings=[run.policy.context_encoding for run in self.runs],
-            scorers=self.scorers,
-            log=self.log,
-            catalogue=self.catalogue,
-            batch_rows=options.batch_rows,
-            models=self.models,
-            main="" if self.main is None else self.main.name,
-            draws=options.draws,
-            at_draws=options.expected_reward == "draws",
-            propensities=self.propensities,
-            clusters=self.clusters,
-            cluster_probability=self.cluster_probability,
-            logging=self.logging,
-            select=select,
-            seed=self.config.seed,
-        )
-
-    def judge(self, mapper: Mapper, progress: Progress) -> EvaluationResult:
-        """Judge all rows: here a batch at a time, or in parts wherever the mapper runs. Both merge
-        the batches' sums in the same tree, and give the same bits."""
-        progress.start("judging", self.log.num_rows)
-        merged = merge_all(
-            self._parts(mapper, progress) if mapper.distributed else self._batches(progress)
-        )
-        progress.finish()
-        return merged.finish(self.logging.found_support(self.gathered.logging))
-
-    def _batches(self, progress: Progress) -> Iterator[EvaluationSums]:
-        waiting: list[ByPolicy] = []
-        options: EvaluationOptions | None = None
-        pilot = self._pilot_rows
-        for by_policy in self.scorer.scored(range(self.scorer.num_batches), self.gathered):
-            waiting.append(by_policy)
-            progress.advance(next(iter(by_policy.values())).n)
-            if options is None:
-                if sum(next(iter(batch.values())).n for batch in waiting) < pilot:
-                    continue
-                options = self._options(waiting)
-            while waiting:
-                yield EvaluationSums.of(waiting.pop(0), options)
-        if waiting:
-            options = self._options(waiting)
-            while waiting:
-                yield EvaluationSums.of(waiting.pop(0), options)
-
-    def _parts(self, mapper: Mapper, progress: Progress) -> Iterator[EvaluationSums]:
-        scorer = self.scorer
-        # Parameters are chosen here, on the rows that the first part judges once more.
-        pilot = min(max(1, -(-self._pilot_rows // scorer.batch_rows)), scorer.num_batches)
-        options = self._options(list(scorer.scored(range(pilot), scorer.gathering())))
-        parts = pieces(scorer.num_batches, scorer.part_batches, mapper.workers)
-        found = mapper.map(partial(scorer.judge, options), parts, "judging")
-        for part in watched(found, progress):
-            self.gathered.absorb(part.gathered)
-            yield part.sums
-
-    @property
-    def _pilot_rows(self) -> int:
-        return PILOT_ROWS if tuned(self.wanted) else 0
-
-    def _options(self, pilot: Sequence[ByPolicy]) -> EvaluationOptions:
-        rows = {name: concatenate([batch[name] for batch in pilot]) for name in self.names}
-        estimators = make_estimators(self.wanted, rows, self.notes)
-        return evaluation_options(
-            self.options,
-            estimators,
+        scorer = BatchScorer(source, policies, rewards, propensities, clusters, config.seed)
+        pilot = _pilot_rows(scorer) if needs_pilot(estimators) else {}
+        made, tuning_notes = make_estimators(estimators, pilot)
+        evaluation = evaluation_options(
+            options,
+            made,
             self.log.schema.reward_range,
-            self.config.seed,
-            self.propensities is not None,
+            config.seed,
+            propensities_estimated=propensities is not None,
         )
+        return EvaluationPlan(scorer, behavior, evaluation, select, tuple(notes + tuning_notes))
 
-    def choose(self, select: str | None, progress: Progress) -> dict[str, SelectionComparison]:
-        """By policy, which estimator to believe."""
-        if select is None:
+    def run(
+        self, plan: EvaluationPlan, mapper: Mapper, progress: Progress
+    ) -> tuple[EvaluationResult, EvaluationAccumulators]:
+        """Stream all rows through a plan, here or in parts wherever the mapper runs.
+
+        Both merge the batches' sums in the same tree, so the result has the same bits.
+        """
+        batches = plan.scorer.source.num_batches
+        progress.start("evaluating", self.log.num_rows)
+        if mapper.distributed:
+            accumulated, sums = plan.accumulators(), MergeTree[EvaluationSums]()
+            ranges = pieces(batches, plan.part_batches, mapper.workers)
+            parts = mapper.map(partial(evaluate_part, plan), ranges, "evaluating")
+            for part in watched(parts, progress):
+                accumulated.merge(part.accumulated)
+                sums.add(part.sums)
+            merged = sums.merged()
+        else:
+            whole = evaluate_part(plan, range(batches), progress.advance)
+            accumulated, merged = whole.accumulated, whole.sums
+        progress.finish()
+        return merged.finish(plan.behavior.found_support(accumulated.behavior)), accumulated
+
+    def select(
+        self, plan: EvaluationPlan, accumulated: EvaluationAccumulators, progress: Progress
+    ) -> dict[str, SelectionComparison]:
+        """Choose an estimator for each policy; empty where the plan has no selector."""
+        if plan.select is None:
             return {}
-        side, gathered = self.logging, self.gathered
-        behavior = None if side.heuristic is None else side.heuristic.finish(gathered.logging)
-        progress.start("choosing an estimator", len(self.names))
+        behavior = accumulated.behavior
+        pasif = [one.pasif for one in behavior if one.pasif is not None]
+        heuristic = [one.heuristic for one in behavior if one.heuristic is not None]
+        data = SelectionData(
+            joined(accumulated.selection),
+            joined(pasif) if pasif and plan.behavior.refusal(behavior) is None else None,
+            joined(heuristic) if heuristic else None,
+            plan.behavior.heuristic_refusal,
+            self._item_features(),
+        )
+        progress.start("choosing an estimator", len(plan.scorer.policies))
         found = {}
-        for name in self.names:
-            found[name] = gathered.kept.pop(name).choose(
-                select,
-                self.options.selection,
-                self.config.seed,
-                refused={"pasif": self.refusal(), "heuristic": side.heuristic_refusal},
-                behavior=behavior,
-                item_features=self._item_features(),
-            )
+        for name in plan.scorer.policies:
+            options = self.config.evaluation.selection
+            found[name] = data.select(name, plan.select, options, self.config.seed)
             progress.advance(1)
         progress.finish()
         return found
 
-    def refusal(self) -> str | None:
-        """Why the run that was named did not make the log, once its rows were judged."""
-        return self.logging.refusal(self.gathered.logging)
+    def learned_from_log(self) -> bool:
+        """Whether some policy was trained on the evaluated log."""
+        return any(
+            run.directory.manifest().get("data_fingerprint", {}).get("train")
+            == self.log.fingerprint
+            for run in self.runs
+        )
 
-    def _item_features(self) -> NDArray[np.float64] | None:
+    def _reward_models(
+        self, select: str | None, progress: Progress
+    ) -> tuple[RewardModels, list[str]]:
+        options = self.config.evaluation
+        provider = RewardModelProvider(self.runs, self.config, progress)
+        main = provider.main()
+        models, notes = [] if main is None else [main], []
+        if select is not None:
+            models, notes = provider.for_selection(main)
+        at_draws = options.expected_reward == "draws"
+        pairs = self.log.num_rows * self.catalogue.num_items
+        rewards = RewardModels(
+            tuple(models),
+            None if main is None else main.name,
+            at_draws,
+            at_draws or pairs > EXACT_PAIRS,
+            options.draws,
+        )
+        return rewards, notes
+
+    def _item_features(self) -> Array | None:
         """(N, e) for the network, which tells items apart by their features."""
-        if self.options.selection.importance_fit != "network":
+        if self.config.evaluation.selection.importance_fit != "network":
             return None
         n, encoding = self.catalogue.num_items, self.runs[0].policy.item_encoding
         return flatten(encoding, encoding.encode(self.catalogue.table(0, n)), n, "catalogue")
 
-    def same_log(self) -> bool:
-        """Whether some policy learned from the log that it is judged on."""
-        learned = set()
-        for run in self.runs:
-            learned.add(run.directory.manifest().get("data_fingerprint", {}).get("train"))
-        return self.log.fingerprint in learned
+
+def _pilot_rows(scorer: BatchScorer) -> dict[str, EvaluationRows]:
+    """By policy, the log's first rows, up to the batch that completes PILOT_ROWS."""
+    source = scorer.source
+    count = min(-(-PILOT_ROWS // source.batch_rows), source.num_batches)
+    batches = [batch.rows for batch in scorer.batches(range(count))]
+    return {
+        name: EvaluationRows.concatenate([rows[name] for rows in batches])
+        for name in scorer.policies
+    }

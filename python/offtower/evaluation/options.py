@@ -1,21 +1,27 @@
-"""How policies are to be judged."""
+"""How to evaluate: estimators, intervals and gate, given directly or by a configuration."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from offtower.errors import OfftowerError
-from offtower.evaluation.decision.gate import GateOptions
-from offtower.evaluation.estimators import Estimator
+from offtower.config import EstimatorConfig, EvaluationConfig, GateOptions
+from offtower.errors import ConfigError, OfftowerError
+from offtower.evaluation.estimators import ESTIMATORS, Estimator, make_estimator
+from offtower.evaluation.estimators.tuning import tune_together
 from offtower.evaluation.intervals.methods import check_confidence, simultaneous_confidence
 from offtower.evaluation.intervals.smoothing_bound import check_range
+from offtower.evaluation.rows import EvaluationRows
+
+PARAMETERS = ("max_weight", "threshold", "shrinkage", "lambda_")
+SLOPE = "slope"
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How to judge.
+    """How to evaluate.
 
     Attributes:
         estimators: by which to estimate each policy's value.
@@ -26,8 +32,9 @@ class EvaluationOptions:
             the first.
         by_user: clusters rows by their user; None does so where rows have users.
         replicates: of the bootstrap; None takes 500, or as many as the confidence needs.
+        seed: of the bootstrap.
         max_weight: largest possible weight, for "bernstein".
-        gate: what a verdict asks for.
+        gate: what a verdict requires.
         propensities_estimated: the log had no propensities; verdicts say so.
     """
 
@@ -78,3 +85,98 @@ class EvaluationOptions:
         if self.intervals[0] == "bootstrap":
             level = simultaneous_confidence(level, policies)
         return max(500, int(np.ceil(10.0 / (1.0 - level) - 1e-9)))
+
+
+def evaluation_options(
+    config: EvaluationConfig,
+    estimators: tuple[Estimator, ...],
+    reward_range: tuple[float, float],
+    seed: int,
+    *,
+    propensities_estimated: bool,
+) -> EvaluationOptions:
+    """Options as the configuration says."""
+    return EvaluationOptions(
+        estimators=estimators,
+        reward_range=reward_range,
+        confidence=config.confidence,
+        intervals=tuple(dict.fromkeys((config.interval, "normal", "bootstrap"))),
+        decide_by=config.decide_by,
+        by_user=config.by_user,
+        replicates=config.replicates,
+        seed=seed,
+        max_weight=config.max_weight,
+        gate=config.gate,
+        propensities_estimated=propensities_estimated,
+    )
+
+
+def usable_estimators(
+    config: EvaluationConfig, *, has_reward_model: bool
+) -> tuple[list[EstimatorConfig], list[str]]:
+    """The configured estimators that can run, and a note on those without their reward model.
+
+    Raises ConfigError for an unknown name, a missing or unknown parameter, or if none is left.
+    """
+    kept, left_out = [], []
+    for one in config.estimators:
+        given = _parameters(one)
+        if SLOPE in given.values():
+            _check_slope(one)
+        else:
+            make_estimator(one.name, **given)
+        if one.name == "mips" and config.clusters is None:
+            raise ConfigError(
+                "the estimator mips needs evaluation.clusters: a category of the catalogue, or a "
+                "number of clusters"
+            )
+        if ESTIMATORS[one.name].needs_reward_model and not has_reward_model:
+            left_out.append(one.name)
+        else:
+            kept.append(one)
+    if not kept:
+        raise ConfigError(
+            "every estimator of evaluation.estimators needs a reward model, and the configuration "
+            "names none"
+        )
+    if not left_out:
+        return kept, []
+    return kept, [
+        f"{', '.join(left_out)} left out: the configuration names no reward model "
+        "(reward_model.kind or evaluation.reward_model.kind)"
+    ]
+
+
+def needs_pilot(estimators: Sequence[EstimatorConfig]) -> bool:
+    """Whether SLOPE chooses some parameter."""
+    return any(SLOPE in _parameters(one).values() for one in estimators)
+
+
+def make_estimators(
+    estimators: Sequence[EstimatorConfig], pilot: Mapping[str, EvaluationRows]
+) -> tuple[tuple[Estimator, ...], list[str]]:
+    """The estimators, a parameter "slope" chosen on the pilot rows of all policies; and notes."""
+    made, notes = [], []
+    for one in estimators:
+        given = _parameters(one)
+        if SLOPE not in given.values():
+            made.append(make_estimator(one.name, **given))
+            continue
+        rows = list(pilot.values())
+        made.append(tune_together(ESTIMATORS[one.name], rows))
+        notes.append(f"{made[-1].name}: parameter chosen by SLOPE on {rows[0].n:,} rows")
+    return tuple(made), notes
+
+
+def _parameters(one: EstimatorConfig) -> dict[str, float | str]:
+    values = {name: getattr(one, name) for name in PARAMETERS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_slope(one: EstimatorConfig) -> None:
+    if one.name not in ESTIMATORS:
+        make_estimator(one.name)
+    kind = ESTIMATORS[one.name]
+    if list(_parameters(one)) != list(kind.parameters()):
+        expected = ", ".join(kind.parameters()) or "no parameters"
+        raise ConfigError(f"{one.name} takes {expected}; given: {', '.join(_parameters(one))}")

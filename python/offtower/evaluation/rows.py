@@ -1,8 +1,8 @@
-"""What estimators read: a few numbers for each logged row."""
+"""Input of the estimators: weight, reward and model predictions of each logged row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -87,14 +87,35 @@ class EvaluationRows:
 
     def take(self, index: Any) -> EvaluationRows:
         """Rows at `index`: positions, a mask or a slice."""
-        return self._map(lambda column: column[index])
-
-    def _map(self, change: Callable[[Any], Any]) -> EvaluationRows:
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed: dict[str, Any] = {
-            name: None if column is None else change(column) for name, column in columns.items()
-        }
-        return EvaluationRows(**changed)
+        taken = {name: None if c is None else c[index] for name, c in columns.items()}
+        return EvaluationRows(**taken)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[EvaluationRows]) -> EvaluationRows:
+        """All rows of all parts; columns that some part lacks are left out."""
+        if not parts:
+            raise DataError("the log has no rows to evaluate on")
+        columns: dict[str, Any] = {}
+        for field in fields(cls):
+            values = [getattr(part, field.name) for part in parts]
+            lacking = any(value is None for value in values)
+            columns[field.name] = None if lacking else np.concatenate(values)
+        return cls(**columns)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelPredictions:
+    """A reward model on n logged rows: q(x_i, a_i) and sum_a pi_e(a|x_i) q(x_i, a), both (n,).
+
+    parameters: effective number of those that the model learned from these very rows, cross-fitted
+    (the length of its coefficient vector for a linear model); 0 where it learned from another log,
+    or where nothing is known.
+    """
+
+    action_reward: Array
+    expected_reward: Array
+    parameters: float = 0.0
 
 
 def _numbers(values: Any, name: str, infinite: bool = False) -> Array:

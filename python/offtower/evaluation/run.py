@@ -1,4 +1,4 @@
-"""Judge trained runs on a held-out log: run directories in, an evaluation out."""
+"""Evaluate trained runs on a held-out log."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from offtower.config import Config
 from offtower.data.catalogue import Catalogue
 from offtower.data.location import Location, Place
 from offtower.data.log import ParquetLog
 from offtower.errors import ConfigError, DataError
+from offtower.evaluation.accumulators import HISTOGRAM_EDGES
 from offtower.evaluation.decision.coverage import ItemCoverage, coverage_notes
-from offtower.evaluation.decision.propensity import PscoreCalibration
-from offtower.evaluation.evaluator import HISTOGRAM_EDGES, Judge
+from offtower.evaluation.decision.pscore_calibration import PscoreCalibration
+from offtower.evaluation.evaluator import Evaluator
 from offtower.evaluation.result import EvaluationResult
-from offtower.evaluation.run_loading import OpenRun, judged_by, open_run
+from offtower.evaluation.run_loading import OpenRun, open_run, with_overrides
 from offtower.evaluation.selection import SelectionComparison
-from offtower.evaluation.selection_buffer import check_selection
+from offtower.evaluation.selection_data import check_selection
 from offtower.mapping import Mapper
 from offtower.metrics import read_metrics
 from offtower.models.items import ItemFeatures
@@ -29,12 +31,12 @@ from offtower.run_directory import RunDirectory
 __all__ = ["HISTOGRAM_EDGES", "LogEvaluation", "Truth", "evaluate_runs"]
 
 Truth = Callable[[TwoTowerPolicy, ItemFeatures], dict[str, float]]
-"""A simulator's true values of a policy, for reports; never used to choose anything."""
+"""A simulator's true values of a policy, for reports only."""
 
 
 @dataclass
 class LogEvaluation:
-    """Policies judged on one log, and what a report shows beside."""
+    """An evaluation of policies on one log, with what a report shows beside it."""
 
     title: str
     result: EvaluationResult
@@ -50,19 +52,19 @@ class LogEvaluation:
     """Other known values, such as the optimum."""
     notes: list[str] = field(default_factory=list)
     selection: dict[str, SelectionComparison] = field(default_factory=dict)
-    """By policy, which estimator to believe, where that was asked for."""
+    """By policy, the choice of an estimator, where requested."""
     coverage: dict[str, ItemCoverage] = field(default_factory=dict)
-    """By policy, what it would show that the log never shows."""
+    """By policy, the share of items that the log never shows."""
     pscore_calibration: PscoreCalibration | None = None
     retrieval: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """By policy, what its export retrieves at each k (`retrieval.quality`), where asked for."""
+    """By policy, retrieval quality of its export at each k, where requested."""
 
     @property
     def labels(self) -> dict[str, str]:
-        """By policy, what to call it: its objective, or its name where two share one."""
-        told = list(self.objectives.values())
+        """By policy, its objective, or its name and objective where two share one."""
+        objectives = list(self.objectives.values())
         return {
-            name: objective if told.count(objective) == 1 else f"{name} ({objective})"
+            name: objective if objectives.count(objective) == 1 else f"{name} ({objective})"
             for name, objective in self.objectives.items()
         }
 
@@ -101,67 +103,52 @@ def evaluate_runs(
     truth: Truth | None = None,
     landmarks: dict[str, float] | None = None,
 ) -> LogEvaluation:
-    """Judge one or more runs on the same held-out log, paired with each other.
+    """Evaluate one or more runs on the same held-out log, paired with each other.
 
-    The log is streamed; what is kept are sums. Estimators that need a reward model use one that
-    the runs' configuration names, fitted on their training log; they are left out, with a note,
-    where there is none.
+    The log is streamed; only sums are kept. Estimators that need a reward model use one that the
+    runs' configuration names, fitted on their training log; they are left out, with a note, where
+    there is none.
 
     Args:
         paths: run directories.
         log: directory of the log, or its address; data.test of the first run without it.
-        overrides: changes such as "evaluation.confidence=0.9"; only of the section `evaluation`,
-            since the rest says what the run is.
+        overrides: changes of the section `evaluation`, such as "evaluation.confidence=0.9".
         trust_code: import paths "package.module:Class" of code that the runs may name, besides
             offtower's towers and scikit-learn's estimators. What `overrides` name may run.
-        select: also choose the estimator to believe for each policy, by one selector ("paired",
-            "pasif", "heuristic", "ocv", "slope") or by "all" of them, compared. Keeps a few numbers
-            a row in memory, so it takes logs of up to MAX_SELECTION_ROWS rows.
+        select: also choose an estimator for each policy, by one selector ("paired", "pasif",
+            "heuristic", "ocv", "slope") or by "all" of them, compared. Keeps a few numbers a row in
+            memory, for logs of up to evaluation.selection.max_rows rows.
         title: of the report's section.
-        mapper: where the log is judged; every number has the same bits with any. Reward models are
-            fitted, and estimators selected, in this process.
+        mapper: where the log is evaluated; every number has the same bits with any. Reward models
+            are fitted, and estimators selected, in this process.
         truth: a simulator's truth, shown beside the estimates.
         landmarks: other known values to show.
 
     Raises:
-        RunError: a run is not there or not finished.
+        RunError: a run is missing or not finished.
         UntrustedCodeError: a run names other code.
-        ConfigError: no log to judge on, or the runs have different catalogues.
+        ConfigError: no log to evaluate on, or the runs have different catalogues.
         DataError: the log has no propensities, or cannot be read.
     """
     progress = progress or Progress()
-    config = judged_by(RunDirectory(paths[0]).load_config(trust_code=trust_code), overrides)
-    place = log or config.data.test
-    if place is None:
-        raise ConfigError(
-            f"the configuration of '{paths[0]}' names no data.test; pass --log with the log to "
-            "judge on"
-        )
-    place = Location.of(place)
-    opened = ParquetLog.open(place, log_schema(config))
-    if opened.schema.pscore is None and config.evaluation.propensities == "logged":
-        raise DataError(
-            f"the log at '{place}' has no propensities: off-policy evaluation needs the column "
-            "'pscore' in its schema. Without them, evaluation.propensities=estimate makes do with "
-            "estimates (catalogues of up to 5,000 items), and says so everywhere"
-        )
+    config = with_overrides(RunDirectory(paths[0]).load_config(trust_code=trust_code), overrides)
+    opened, place = _open_log(paths[0], log, config)
     check_selection(select, opened, config.evaluation.selection)
     catalogue = Catalogue.open(config.data.catalogue, catalogue_schema(config))
-    runs = [open_run(path, catalogue, trust_code) for path in paths]
-    judge = Judge(runs, opened, catalogue, config)
-    judge.prepare(select, progress)
-    result = judge.judge(mapper or Mapper(), progress)
-    if judge.same_log():
-        judge.notes.append(
-            "this is the log that the policies learned from: every value is optimistic"
-        )
-    coverage, calibration = judge.gathered.watch.coverage(), judge.gathered.watch.calibration()
-    judge.notes += coverage_notes(coverage, calibration)
-    refusal = judge.refusal()
+    runs = tuple(open_run(path, catalogue, trust_code) for path in paths)
+    evaluator = Evaluator(runs, opened, catalogue, config)
+    plan = evaluator.plan(select, progress)
+    result, accumulated = evaluator.run(plan, mapper or Mapper(), progress)
+    coverage = accumulated.coverage.coverage()
+    calibration = accumulated.coverage.calibration()
+    notes = [*plan.notes]
+    if evaluator.learned_from_log():
+        notes.append("the policies were trained on this log: every value is optimistic")
+    notes += coverage_notes(coverage, calibration)
+    refusal = plan.behavior.refusal(accumulated.behavior)
     if refusal is not None:
-        judge.notes.append(refusal)
-    named = list(zip(judge.names, runs, strict=True))
-    selection = judge.choose(select, progress)
+        notes.append(refusal)
+    by_name = dict(zip(plan.scorer.policies, runs, strict=True))
     return LogEvaluation(
         title=title or f"{place}",
         result=result,
@@ -171,16 +158,36 @@ def evaluate_runs(
             "items": catalogue.num_items,
             "fingerprint": opened.fingerprint,
         },
-        objectives={name: run.config.objective.name for name, run in named},
-        histograms={name: counts.tolist() for name, counts in judge.gathered.histograms.items()},
-        curves={name: _curve(run) for name, run in named},
-        truth={name: truth(run.policy, run.items) for name, run in named if truth is not None},
+        objectives={name: run.config.objective.name for name, run in by_name.items()},
+        histograms={name: counts.tolist() for name, counts in accumulated.histograms.items()},
+        curves={name: _curve(run) for name, run in by_name.items()},
+        truth={
+            name: truth(run.policy, run.items) for name, run in by_name.items() if truth is not None
+        },
         landmarks=dict(landmarks or {}),
-        notes=judge.notes,
-        selection=selection,
+        notes=notes,
+        selection=evaluator.select(plan, accumulated, progress),
         coverage=coverage,
         pscore_calibration=calibration,
     )
+
+
+def _open_log(run: Path, log: Place | None, config: Config) -> tuple[ParquetLog, Location]:
+    place = log or config.data.test
+    if place is None:
+        raise ConfigError(
+            f"the configuration of '{run}' names no data.test; pass the log to evaluate on with "
+            "--log"
+        )
+    place = Location.of(place)
+    opened = ParquetLog.open(place, log_schema(config))
+    if opened.schema.pscore is None and config.evaluation.propensities == "logged":
+        raise DataError(
+            f"the log at '{place}' has no propensities: off-policy evaluation needs the column "
+            "'pscore' in its schema. Without it, set evaluation.propensities=estimate to estimate "
+            "them (catalogues of up to 5,000 items); every output then says so"
+        )
+    return opened, place
 
 
 def _curve(run: OpenRun) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows
 from offtower.evaluation.estimators import make_estimator
 from offtower.evaluation.rows import EvaluationRows
-from offtower.evaluation.scoring.policy import PolicyScorer, concatenate
+from offtower.evaluation.scoring.policy import PolicyScorer
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.ops.types import RewardTerms
@@ -91,7 +91,7 @@ class Validator:
             turns = self._workers.gather_objects(parts)
             most = max(len(turn) for turn in turns)
             parts = [turn[i] for i in range(most) for turn in turns if i < len(turn)]
-        rows = concatenate(parts)
+        rows = EvaluationRows.concatenate(parts)
         estimate = self._estimator.estimate(rows)
         interval = self._estimator.interval(rows, confidence=self._confidence)
         weight = rows.importance_weight

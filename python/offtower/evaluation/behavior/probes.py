@@ -1,276 +1,273 @@
-"""What an evaluation gathers of the policies that made the log, where it knows them."""
+"""Measurements on logging policies, batch by batch: support, PAS-IF's draws, the heuristic."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from offtower import ops
-from offtower.config import Config
-from offtower.data.catalogue import Catalogue
-from offtower.data.log import ParquetLog
+from offtower.config import SelectionConfig
+from offtower.data.encoding import FeatureEncoding
 from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError
-from offtower.evaluation.behavior.policies import (
-    BehaviorNames,
-    LoggingColumns,
-    LoggingPolicies,
-    heuristic_refusal,
-)
-from offtower.evaluation.decision.diagnostics import SupportDiagnostics, support_probe
-from offtower.evaluation.scoring.policy import ModelTerms, PolicyScorer, Scored
-from offtower.evaluation.scoring.sampling import logits_at
+from offtower.evaluation.behavior.columns import LoggingColumns
+from offtower.evaluation.behavior.policies import LoggingPolicies
+from offtower.evaluation.rows import Array, IntArray
+from offtower.evaluation.scoring.batches import ScoredBatch
+from offtower.evaluation.scoring.policy import ScoredRows
+from offtower.evaluation.scoring.rewards import BatchReward, EvaluationModel
+from offtower.evaluation.scoring.sampling import logits_at, terms_and_draws
 from offtower.evaluation.selection import BehaviorPolicies
-from offtower.evaluation.selection_buffer import LoggingDraws
+from offtower.models.reward.dense import flatten
 from offtower.seeds import derive_seed
-
-Floats = NDArray[np.float64]
 
 SUPPORT_ROWS = 2_000
 """Rows whose support is probed: evenly spaced ones of a longer log."""
 SUPPORT_DRAWS = 10
-"""Items drawn from each judged policy for each of them."""
-
-
-@dataclass
-class LoggingGathered:
-    """What is gathered of rows with the policies that made the log; a part of the log's, or all.
-
-    Attributes:
-        off: distances of the logging policies' probabilities from the logged ones.
-        log_target, log_behavior: by judged policy, of items drawn from it on some rows, its own
-            log-probabilities and those of the policy that logged the row.
-        owner: which behaviour policy logged each row.
-        probability: (n, P) each behaviour policy's probability of the logged item.
-        expected: by reward model, (n, P) expected rewards of the behaviour policies.
-    """
-
-    off: list[Floats] = field(default_factory=list)
-    log_target: dict[str, list[Floats]] = field(default_factory=dict)
-    log_behavior: dict[str, list[Floats]] = field(default_factory=dict)
-    owner: list[NDArray[np.int64]] = field(default_factory=list)
-    probability: list[Floats] = field(default_factory=list)
-    expected: dict[str, list[Floats]] = field(default_factory=dict)
-
-    def absorb(self, other: LoggingGathered) -> None:
-        """Add what was gathered of later rows."""
-        for mine, others in (
-            (self.log_target, other.log_target),
-            (self.log_behavior, other.log_behavior),
-            (self.expected, other.expected),
-        ):
-            for name, parts in others.items():
-                mine.setdefault(name, []).extend(parts)
-        self.off += other.off
-        self.owner += other.owner
-        self.probability += other.probability
-
-
-class SupportWatch:
-    """Draws items from the judged policies, and asks the logging policies how likely they are."""
-
-    def __init__(self, policies: LoggingPolicies, num_rows: int, seed: int) -> None:
-        self._policies, self._num_rows, self._seed = policies, num_rows, seed
-        self._stride = max(1, -(-num_rows // SUPPORT_ROWS))
-
-    @torch.no_grad()
-    def add(
-        self,
-        number: int,
-        judged: Mapping[str, tuple[PolicyScorer, Scored]],
-        made_by: Sequence[EncodedRows],
-        gathered: LoggingGathered,
-    ) -> None:
-        """A batch, the rows also in the encoding of each logging policy. number: of the batch."""
-        taken = np.flatnonzero(made_by[0].row % self._stride == 0)
-        if taken.size == 0:
-            return
-        drawn = {}
-        for place, (name, (scorer, scored)) in enumerate(judged.items()):
-            seed = derive_seed(self._seed, "support draws", place, number)
-            drawn[name], log_target = ops.sample_softmax(
-                scored.context_embedding[taken],
-                scorer.items.embedding,
-                temperature=scorer.policy.temperature,
-                item_bias=scorer.items.bias,
-                generator=torch.Generator().manual_seed(seed),
-                num_samples=SUPPORT_DRAWS,
-            )
-            gathered.log_target.setdefault(name, []).append(log_target.double().numpy())
-        log_behavior = {name: np.empty(items.shape) for name, items in drawn.items()}
-        owner = self._policies.owner(made_by[0].take(taken))
-        off = np.empty(len(owner))
-        for place, batch in enumerate(made_by):
-            own = np.flatnonzero(owner == place)
-            if own.size == 0:
-                continue
-            rows = batch.take(taken[own])
-            policy, items = self._policies.policy(place), self._policies.items(place)
-            context = self._policies.embed(place, rows)
-            terms = policy.terms(context, items, torch.from_numpy(rows.action))
-            off[own] = self._policies.check(place, rows, terms.log_prob.double().numpy())
-            for name, chosen in drawn.items():
-                logit = logits_at(context, items, chosen[own], policy.temperature)
-                log_behavior[name][own] = logit - terms.log_normalizer[:, None].double()
-        gathered.off.append(off)
-        for name, values in log_behavior.items():
-            gathered.log_behavior.setdefault(name, []).append(values)
-
-    def finish(self, gathered: LoggingGathered) -> dict[str, SupportDiagnostics]:
-        """By judged policy."""
-        # Rounding in float32 puts a probability of almost 1 above it.
-        return {
-            name: support_probe(
-                np.exp(np.minimum(np.concatenate(gathered.log_behavior[name]), 0.0)),
-                np.exp(np.minimum(np.concatenate(targets), 0.0)),
-                num_rows=self._num_rows,
-            )
-            for name, targets in gathered.log_target.items()
-        }
+"""Items drawn from each evaluated policy for each of them."""
+MAX_DENSE_CELLS = 4_000_000
+"""Rows x items whose probabilities PAS-IF keeps at most, where it takes all items."""
 
 
 @dataclass(frozen=True)
-class HeuristicWatch:
-    """What the heuristic needs of each row, from runs or from columns of the log."""
+class SupportSample:
+    """S items for each of m rows, drawn from each evaluated policy.
+
+    difference: (m,) of the logging policy's log-probabilities from the logged ones.
+    log_target, log_behavior: by evaluated policy, (m, S) log-probabilities of the items under it
+    and under the policy that logged the row.
+    """
+
+    difference: Array
+    log_target: dict[str, Array]
+    log_behavior: dict[str, Array]
+
+
+@dataclass(frozen=True)
+class SupportProbe:
+    """Draws items from the evaluated policies and takes their probabilities in the logging ones."""
+
+    policies: LoggingPolicies
+    num_rows: int
+    seed: int
+
+    @torch.no_grad()
+    def measure(
+        self, number: int, scored: Mapping[str, ScoredRows], behavior: Sequence[EncodedRows]
+    ) -> SupportSample | None:
+        """Sample a batch; None where none of its rows is probed.
+
+        number: of the batch. scored: by evaluated policy. behavior: in each logging policy's
+        encoding.
+        """
+        stride = max(1, -(-self.num_rows // SUPPORT_ROWS))
+        taken = np.flatnonzero(behavior[0].row % stride == 0)
+        if taken.size == 0:
+            return None
+        drawn, log_target = {}, {}
+        for index, (name, one) in enumerate(scored.items()):
+            seed = derive_seed(self.seed, "support draws", index, number)
+            drawn[name], log_prob = ops.sample_softmax(
+                one.context_embedding[taken],
+                one.scorer.items.embedding,
+                temperature=one.scorer.policy.temperature,
+                item_bias=one.scorer.items.bias,
+                generator=torch.Generator().manual_seed(seed),
+                num_samples=SUPPORT_DRAWS,
+            )
+            log_target[name] = log_prob.double().numpy()
+        log_behavior = {name: np.empty(items.shape) for name, items in drawn.items()}
+        owner = self.policies.owner(behavior[0].take(taken))
+        difference = np.empty(len(owner))
+        for index, (batch, scorer) in enumerate(zip(behavior, self.policies.scorers, strict=True)):
+            own = np.flatnonzero(owner == index)
+            if own.size == 0:
+                continue
+            rows = batch.take(taken[own])
+            context = self.policies.embed(index, rows)
+            terms = self.policies.terms(index, context, rows)
+            difference[own] = self.policies.check(index, rows, terms.log_prob.double().numpy())
+            for name, items in drawn.items():
+                logit = logits_at(context, scorer.items, items[own], scorer.policy.temperature)
+                log_behavior[name][own] = logit - terms.log_normalizer[:, None].double()
+        return SupportSample(difference, log_target, log_behavior)
+
+
+@dataclass(frozen=True)
+class PasifSampling:
+    """S items a row, drawn or all of the catalogue, on every stride-th row."""
+
+    draws: int
+    all_items: bool
+    stride: int
+
+    @classmethod
+    def of(cls, num_items: int, num_rows: int, options: SelectionConfig) -> PasifSampling:
+        """As the configuration says.
+
+        Raises ConfigError where the network is asked for and the catalogue is too large for it.
+        """
+        stride = max(1, -(-num_rows // options.draw_rows))
+        network = options.importance_fit == "network"
+        cells = -(-num_rows // stride) * num_items
+        if network and cells > MAX_DENSE_CELLS:
+            raise ConfigError(
+                f"evaluation.selection.importance_fit=network keeps the probabilities of "
+                f"{cells // num_items:,} rows x {num_items:,} items, and {MAX_DENSE_CELLS:,} at "
+                "most; lower evaluation.selection.draw_rows, or use importance_fit=exact"
+            )
+        all_items = network or (num_items <= options.draws and cells <= MAX_DENSE_CELLS)
+        return cls(num_items if all_items else options.draws, all_items, stride)
+
+
+@dataclass(frozen=True)
+class PasifSample:
+    """S items for each of m rows, drawn from the policy that logged the row, or all N items.
+
+    Attributes:
+        row: (m,) number in the log.
+        difference: (m,) of the logging policy's log-probabilities from the logged ones.
+        weight: by evaluated policy, (m, S) its probability over the logging policy's, float32.
+        predictions: by reward model, (m, S) float32.
+        behavior: (m, N) probabilities, where all items are taken. target: likewise, by policy.
+        action: (m,) logged items. context: (m, p) features for the network, where it is fitted.
+    """
+
+    row: IntArray
+    difference: Array
+    weight: dict[str, NDArray[np.float32]]
+    predictions: dict[str, NDArray[np.float32]]
+    behavior: Array | None
+    target: dict[str, Array]
+    action: IntArray
+    context: Array | None
+
+
+@dataclass(frozen=True)
+class PasifSampler:
+    """Draws items from the policies that made the log, on evenly spaced rows.
+
+    context_encoding: for the network, which reads contexts; None without it.
+    """
+
+    policies: LoggingPolicies
+    sampling: PasifSampling
+    context_encoding: FeatureEncoding | None
+    seed: int
+
+    @torch.no_grad()
+    def measure(self, batch: ScoredBatch, models: Sequence[EvaluationModel]) -> PasifSample | None:
+        """Sample a batch, with the models' predictions; None where none of its rows is taken."""
+        rows = batch.encoded[0]
+        taken = np.flatnonzero(rows.row % self.sampling.stride == 0)
+        if taken.size == 0:
+            return None
+        seed = derive_seed(self.seed, "logging draws", batch.number)
+        item, log_behavior, difference = self._draw(
+            [one.take(taken) for one in batch.behavior], torch.Generator().manual_seed(seed)
+        )
+        rows = rows.take(taken)
+        context = None
+        if self.context_encoding is not None:
+            context = flatten(self.context_encoding, rows.context, len(rows), "log")
+        predictions = {
+            model.name: model.on(batch.encoded[model.owner].take(taken)).at(item).astype(np.float32)
+            for model in models
+        }
+        weight, target = {}, {}
+        for name, one in batch.scored.items():
+            scorer, embedding = one.scorer, one.context_embedding[taken]
+            logit = logits_at(embedding, scorer.items, item, scorer.policy.temperature)
+            log_target = logit - one.log_normalizer[taken][:, None].double()
+            weight[name] = torch.exp(log_target - log_behavior).float().numpy()
+            if self.sampling.all_items:
+                target[name] = torch.softmax(log_target, dim=1).numpy()
+        behavior = torch.softmax(log_behavior, dim=1).numpy() if self.sampling.all_items else None
+        return PasifSample(
+            rows.row, difference, weight, predictions, behavior, target, rows.action, context
+        )
+
+    def _draw(
+        self, behavior: Sequence[EncodedRows], generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, Array]:
+        """(m, S) items and log pi_b of them, and (m,) differences from the logged propensities.
+
+        behavior: the m rows in the encoding of each logging policy.
+        """
+        sampling, owner = self.sampling, self.policies.owner(behavior[0])
+        item = torch.empty(len(owner), sampling.draws, dtype=torch.int64, device="cpu")
+        log_behavior = torch.empty_like(item, dtype=torch.float64)
+        difference = np.empty(len(owner))
+        for index, (batch, scorer) in enumerate(zip(behavior, self.policies.scorers, strict=True)):
+            own = np.flatnonzero(owner == index)
+            if own.size == 0:
+                continue
+            rows, policy = batch.take(own), scorer.policy
+            context = self.policies.embed(index, rows)
+            if sampling.all_items:
+                terms = self.policies.terms(index, context, rows)
+                found = torch.arange(sampling.draws, device="cpu").expand(len(rows), -1)
+            else:
+                terms, found = terms_and_draws(
+                    context,
+                    scorer.items,
+                    torch.from_numpy(rows.action),
+                    draws=sampling.draws,
+                    generator=generator,
+                    temperature=policy.temperature,
+                )
+            difference[own] = self.policies.check(index, rows, terms.log_prob.double().numpy())
+            logit = logits_at(context, scorer.items, found, policy.temperature)
+            item[own] = found
+            log_behavior[own] = logit - terms.log_normalizer[:, None].double()
+        return item, log_behavior, difference
+
+
+@dataclass(frozen=True)
+class HeuristicProbe:
+    """Each behavior policy's probabilities and expected rewards, from runs or from columns."""
 
     source: LoggingPolicies | LoggingColumns
     draws: int
     seed: int
 
-    def add(
+    def measure(
         self,
         number: int,
         rows: EncodedRows,
-        made_by: Sequence[EncodedRows],
-        models: ModelTerms,
-        gathered: LoggingGathered,
-    ) -> None:
-        """A batch, with the reward models' terms. made_by: it in the encoding of each run."""
+        behavior: Sequence[EncodedRows],
+        rewards: Mapping[str, BatchReward],
+    ) -> BehaviorPolicies:
+        """Numbers of a batch's rows.
+
+        number: of the batch. behavior: its rows in the encoding of each run. rewards: the reward
+        models on them.
+        """
         if isinstance(self.source, LoggingColumns):
-            gathered.probability.append(self.source.of(rows))
             assert rows.behavior_policy is not None
-            gathered.owner.append(self.source.names.index(rows.behavior_policy))
-            return
+            owner = self.source.names.index(rows.behavior_policy)
+            return BehaviorPolicies(owner, self.source.of(rows))
         owner = self.source.owner(rows)
-        probability = np.empty((len(rows), len(made_by)))
-        expected: dict[str, Floats] = {}
-        for place, batch in enumerate(made_by):
-            seed = derive_seed(self.seed, "behavior draws", place, number)
-            scored = self.source.scorers[place].score_models(
+        probability = np.empty((len(rows), len(behavior)))
+        expected = {name: np.empty(probability.shape) for name in rewards}
+        for index, batch in enumerate(behavior):
+            seed = derive_seed(self.seed, "behavior draws", index, number)
+            scored = self.source.scorers[index].score_models(
                 batch,
-                models.exact,
-                at_draws=models.at_draws,
-                pairs=models.pairs,
+                rewards,
                 draws=self.draws,
                 generator=torch.Generator().manual_seed(seed),
             )
-            log_weight = scored.rows[""].log_weight
+            log_weight = scored.weighted.log_weight
             assert log_weight is not None and batch.pscore is not None
             log_prob = log_weight + np.log(batch.pscore)
-            own = np.flatnonzero(owner == place)
-            self.source.check(place, batch.take(own), log_prob[own])
-            probability[:, place] = np.exp(log_prob)
-            for name, part in scored.rows.items():
-                if part.expected_reward is not None:
-                    columns = expected.setdefault(name, np.empty(probability.shape))
-                    columns[:, place] = part.expected_reward
-        gathered.owner.append(owner)
-        gathered.probability.append(probability)
-        for name, columns in expected.items():
-            gathered.expected.setdefault(name, []).append(columns)
-
-    @staticmethod
-    def finish(gathered: LoggingGathered) -> BehaviorPolicies:
-        """All rows' numbers: (P + 1) float64 a row, and P for each reward model."""
-        return BehaviorPolicies(
-            np.concatenate(gathered.owner),
-            np.concatenate(gathered.probability),
-            {name: np.concatenate(parts) for name, parts in gathered.expected.items()},
-        )
-
-
-@dataclass
-class LoggingSide:
-    """The policies that made the log, and what is asked of them batch by batch.
-
-    It can be sent to another process; what it finds goes into a `LoggingGathered`.
-
-    policies: their runs, where these are known. heuristic_refusal: why the heuristic cannot run.
-    """
-
-    policies: LoggingPolicies | None = None
-    support: SupportWatch | None = None
-    draws: LoggingDraws | None = None
-    heuristic: HeuristicWatch | None = None
-    heuristic_refusal: str | None = None
-
-    @classmethod
-    def open(
-        cls,
-        select: str | None,
-        log: ParquetLog,
-        catalogue: Catalogue,
-        config: Config,
-        trust_code: Collection[str] = (),
-    ) -> LoggingSide:
-        """What the configuration names and the selector needs.
-
-        Raises ConfigError, saying what to add, where the selector is the heuristic and cannot run;
-        and as `LoggingPolicies.open` and `LoggingColumns`.
-        """
-        options = config.evaluation.selection
-        columns = options.logging_columns is not None
-        if columns and options.logging_runs is not None:
-            raise ConfigError(
-                "evaluation.selection has logging_runs and logging_columns, which say the same in "
-                "two ways; name one of the two"
-            )
-        named = columns or options.logging_runs is not None
-        if named and config.evaluation.propensities == "estimate":
-            raise ConfigError(
-                "evaluation.selection.logging_runs and logging_columns are checked against the "
-                "logged propensities, and evaluation.propensities=estimate says that there are none"
-            )
-        names = None
-        if select in ("heuristic", "all") or named:
-            names = BehaviorNames.of(log)
-        side = cls(LoggingPolicies.open(config.evaluation, names, catalogue, trust_code))
-        if side.policies is not None:
-            side.policies.check_start(log, catalogue, config.evaluation.batch_rows)
-            side.support = SupportWatch(side.policies, log.num_rows, config.seed)
-            if select in ("pasif", "all"):
-                side.draws = LoggingDraws.of(side.policies, log.num_rows, options)
-        elif options.importance_fit == "network" and select in ("pasif", "all"):
-            raise ConfigError(
-                "evaluation.selection.importance_fit=network needs the policy that logged over all "
-                "items: name its run in evaluation.selection.logging_run or logging_runs"
-            )
-        source = LoggingColumns(log, names, options) if columns else side.policies
-        if select not in ("heuristic", "all"):
-            return side
-        side.heuristic_refusal = heuristic_refusal(names, options)
-        if side.heuristic_refusal is None:
-            assert source is not None
-            side.heuristic = HeuristicWatch(source, config.evaluation.draws, config.seed)
-        elif select == "heuristic":
-            raise ConfigError(f"--select heuristic: {side.heuristic_refusal}")
-        return side
-
-    @property
-    def scorers(self) -> list[PolicyScorer]:
-        """Of the policies that logged; the rows are read in the encoding of each."""
-        return [] if self.policies is None else self.policies.scorers
-
-    def refusal(self, gathered: LoggingGathered) -> str | None:
-        """Why the run that was named did not make the log."""
-        return None if self.policies is None else self.policies.refusal(gathered.off)
-
-    def found_support(self, gathered: LoggingGathered) -> dict[str, SupportDiagnostics]:
-        """By judged policy; nothing where the policies that logged are not known."""
-        if self.support is None or self.refusal(gathered) is not None:
-            return {}
-        return self.support.finish(gathered)
+            own = np.flatnonzero(owner == index)
+            self.source.check(index, batch.take(own), log_prob[own])
+            probability[:, index] = np.exp(log_prob)
+            for name, found in scored.predictions.items():
+                expected[name][:, index] = found.expected_reward
+        return BehaviorPolicies(owner, probability, expected)

@@ -1,4 +1,4 @@
-"""What the log alone says of its support and its propensities, gathered while it streams by."""
+"""Coverage of items and calibration of propensities, accumulated over the batches of a log."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from offtower import ops
 from offtower.data.rows import EncodedRows
-from offtower.evaluation.decision.propensity import PscoreCalibration, pscore_calibration
-from offtower.evaluation.scoring.policy import PolicyScorer, Scored
+from offtower.evaluation.decision.pscore_calibration import PscoreCalibration, pscore_calibration
+from offtower.evaluation.scoring.policy import ScoredRows
 
 PROBED_ROWS = 500
 PROBED_DRAWS = 20
@@ -40,14 +40,14 @@ class ItemCoverage:
         return asdict(self)
 
 
-class LogWatch:
-    """Gathers item counts and propensities; draws items from each policy on the first batch.
+class CoverageAccumulator:
+    """Item counts, propensities, and items drawn from each policy on the log's first batch.
 
     num_items: of the catalogue. num_rows: of the log.
     """
 
     def __init__(self, num_items: int, num_rows: int, seed: int) -> None:
-        # How often each item was shown, where 2 stands for more: one byte an item does.
+        # How often each item was shown; 2 stands for more, so that one byte an item is enough.
         self._seen = np.zeros(num_items, dtype=np.uint8)
         self._rows = 0
         self._stride = max(1, -(-num_rows // CALIBRATION_ROWS))
@@ -57,7 +57,7 @@ class LogWatch:
         self._seed = seed
 
     def add(self, rows: EncodedRows) -> None:
-        """A batch."""
+        """Add a batch."""
         item, times = np.unique(rows.action, return_counts=True)
         self._add_seen(item, np.minimum(times, 2).astype(np.uint8))
         self._rows += len(rows)
@@ -66,31 +66,9 @@ class LogWatch:
         self._pscore.append(rows.pscore[taken])
         self._action.append(rows.action[taken])
 
-    def absorb(self, other: LogWatch) -> None:
-        """Add what was gathered of later rows."""
-        item = np.flatnonzero(other._seen)
-        self._add_seen(item, other._seen[item])
-        self._rows += other._rows
-        self._pscore += other._pscore
-        self._action += other._action
-        self._drawn = {**other._drawn, **self._drawn}
-
-    def _add_seen(self, item: NDArray[np.int64], times: NDArray[np.uint8]) -> None:
-        self._seen[item] = np.minimum(self._seen[item] + times, 2)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Only the items that were seen travel."""
-        item = np.flatnonzero(self._seen)
-        return {**self.__dict__, "_seen": (self._seen.size, item, self._seen[item])}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        size, item, times = state.pop("_seen")
-        self.__dict__.update(state)
-        self._seen = np.zeros(size, dtype=np.uint8)
-        self._seen[item] = times
-
-    def probe(self, name: str, scorer: PolicyScorer, scored: Scored) -> None:
-        """Draw from a policy on a batch, the log's first."""
+    def probe(self, policy: str, scored: ScoredRows) -> None:
+        """Draw items from a policy on a batch, the log's first."""
+        scorer = scored.scorer
         drawn, _ = ops.sample_softmax(
             scored.context_embedding[:PROBED_ROWS],
             scorer.items.embedding,
@@ -99,7 +77,30 @@ class LogWatch:
             generator=torch.Generator().manual_seed(self._seed),
             num_samples=PROBED_DRAWS,
         )
-        self._drawn[name] = drawn.numpy().reshape(-1)
+        self._drawn[policy] = drawn.numpy().reshape(-1)
+
+    def merge(self, later: CoverageAccumulator) -> None:
+        """Add what was accumulated on later rows."""
+        item = np.flatnonzero(later._seen)
+        self._add_seen(item, later._seen[item])
+        self._rows += later._rows
+        self._pscore += later._pscore
+        self._action += later._action
+        self._drawn = {**later._drawn, **self._drawn}
+
+    def _add_seen(self, item: NDArray[np.int64], times: NDArray[np.uint8]) -> None:
+        self._seen[item] = np.minimum(self._seen[item] + times, 2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Send only the items that were seen."""
+        item = np.flatnonzero(self._seen)
+        return {**self.__dict__, "_seen": (self._seen.size, item, self._seen[item])}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        size, item, times = state.pop("_seen")
+        self.__dict__.update(state)
+        self._seen = np.zeros(size, dtype=np.uint8)
+        self._seen[item] = times
 
     def coverage(self) -> dict[str, ItemCoverage]:
         """By policy."""
@@ -120,20 +121,20 @@ class LogWatch:
 def coverage_notes(
     coverage: Mapping[str, ItemCoverage], calibration: PscoreCalibration | None
 ) -> list[str]:
-    """What of it a reader of the report must know."""
+    """Warnings for the reader of the report."""
     notes = []
     for name, one in coverage.items():
         if one.unlogged > 0.01 + 2.0 * one.logging_unlogged:
             notes.append(
-                f"{100 * one.unlogged:.2g} % of what {name} would show is shown nowhere in this "
-                f"log ({100 * one.logging_unlogged:.2g} % for the policy that logged): there the "
-                "estimates rest on the reward model or on luck"
+                f"{100 * one.unlogged:.2g} % of the items that {name} would show never appear in "
+                f"this log ({100 * one.logging_unlogged:.2g} % for the logging policy): for them "
+                "the estimates rely on the reward model alone"
             )
     if calibration is not None and not calibration.ok:
-        bad: list[Any] = [group for group in calibration.groups if not group.ok]
+        bad = [group for group in calibration.groups if not group.ok]
         notes.append(
-            f"the logged propensities do not hold together: the inverse propensities of "
-            f"{len(bad)} of {len(calibration.groups)} groups of items have a mass of "
-            f"{bad[0].mass:.3g} where 1 is expected"
+            f"the logged propensities are inconsistent: the inverse propensities of {len(bad)} of "
+            f"{len(calibration.groups)} groups of items have a mass of {bad[0].mass:.3g} where 1 "
+            "is expected"
         )
     return notes

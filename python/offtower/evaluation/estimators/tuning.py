@@ -1,8 +1,8 @@
-"""Parameters by SLOPE: the most biased setting that the less biased ones do not contradict."""
+"""SLOPE: choose the most biased setting that no less biased one contradicts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,13 +68,22 @@ def tune(
     values: settings in any order; `default_values` by default.
     Raises OfftowerError for a class without a parameter.
     """
-    name = parameter(estimator)
-    settings = default_values(estimator, rows) if values is None else values
-    # Larger thresholds mean less bias, larger smoothing means more.
-    ordered = sorted({float(v) for v in settings}, reverse=name != "lambda_")
-    ladder = tuple(estimator(**{name: value}) for value in ordered)
+    ladder = _ladder(estimator, default_values(estimator, rows) if values is None else values)
     estimates = tuple(step.estimate(rows) for step in ladder)
     return Tuning(slope_choice(estimates, width), ladder, estimates)
+
+
+def tune_together(estimator: type[Estimator], rows: Sequence[EvaluationRows]) -> Estimator:
+    """One setting for several policies that are compared: the least biased of their choices."""
+    ladder = _ladder(estimator, np.concatenate([default_values(estimator, one) for one in rows]))
+    return ladder[min(slope_choice([step.estimate(one) for step in ladder]) for one in rows)]
+
+
+def _ladder(estimator: type[Estimator], values: Iterable[float]) -> tuple[Estimator, ...]:
+    """Settings from least to most bias: a falling threshold or shrinkage, rising smoothing."""
+    name = parameter(estimator)
+    ordered = sorted({float(v) for v in values}, reverse=name != "lambda_")
+    return tuple(estimator(**{name: value}) for value in ordered)
 
 
 def parameter(estimator: type[Estimator]) -> str:

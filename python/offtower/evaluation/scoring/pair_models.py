@@ -1,7 +1,7 @@
-"""Reward models over pairs (context, item) for judging: any scikit-learn estimator, any catalogue.
+"""Reward models over (context, item) pairs: any scikit-learn estimator, any catalogue.
 
-They learn from the run's training log, which is not the log that is judged, so no folds are needed.
-They do not factor: over a large catalogue their expected reward is a mean over drawn items.
+They learn from the run's training log and are read on another one, so no folds are needed. They do
+not factor: over a large catalogue their expected reward is a mean over drawn items.
 """
 
 from __future__ import annotations
@@ -59,18 +59,6 @@ class PairRewardModel:
         self._items = items
         self.num_items = num_items
 
-    def pairs(
-        self, context: FeatureArrays, row: NDArray[np.int64], item: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        """(m, features) of the pairs (context row[j], item[j])."""
-        return pair_matrix(
-            self._context_encoding, context, row, self._item_encoding, self._items, item
-        )
-
-    def logged(self, rows: EncodedRows) -> NDArray[np.float64]:
-        """(n,) q of the logged pairs."""
-        return self.at(rows, rows.action[:, None])[:, 0]
-
     def at(self, rows: EncodedRows, item: NDArray[np.int64]) -> NDArray[np.float64]:
         """(n, S) q of each row's context and its S items."""
         n, draws = item.shape
@@ -79,11 +67,14 @@ class PairRewardModel:
         out = np.empty(flat.size)
         for start in range(0, flat.size, _PAIRS_AT_ONCE):
             part = slice(start, start + _PAIRS_AT_ONCE)
-            matrix = self.pairs(rows.context, row[part], flat[part])
+            matrix = _pair_features(
+                (self._context_encoding, rows.context, row[part]),
+                (self._item_encoding, self._items, flat[part]),
+            )
             out[part] = predict(self._estimator, matrix)
         return out.reshape(n, draws)
 
-    def everywhere(self, rows: EncodedRows) -> DenseReward:
+    def over_catalogue(self, rows: EncodedRows) -> DenseReward:
         """q of all items; for rows x items up to EXACT_PAIRS."""
         every = np.arange(self.num_items, dtype=np.int64)
         values = np.empty((len(rows), self.num_items), dtype=np.float32)
@@ -94,28 +85,26 @@ class PairRewardModel:
         return DenseReward(torch.from_numpy(values))
 
 
-def pair_matrix(
-    context_encoding: FeatureEncoding,
-    context: FeatureArrays,
-    row: NDArray[np.int64],
-    item_encoding: FeatureEncoding,
-    items: FeatureArrays,
-    item: NDArray[np.int64],
-) -> NDArray[np.float64]:
-    """Features of contexts and of items side by side; only what the pairs need is flattened."""
-    some_rows, at_row = np.unique(row, return_inverse=True)
-    some_items, at_item = np.unique(item, return_inverse=True)
-    left = flatten(context_encoding, take(context, some_rows), some_rows.size, "log")
-    right = flatten(item_encoding, take(items, some_items), some_items.size, "catalogue")
-    return np.concatenate([left[at_row], right[at_item]], axis=1)
+_Side = tuple[FeatureEncoding, FeatureArrays, NDArray[np.int64]]
+"""Encoding, features and the row of each pair, of contexts or of items."""
+
+
+def _pair_features(context: _Side, item: _Side) -> NDArray[np.float64]:
+    """(m, features) of contexts and items side by side; flattens only rows that the pairs need."""
+    sides = []
+    for (encoding, features, index), source in ((context, "log"), (item, "catalogue")):
+        needed, place = np.unique(index, return_inverse=True)
+        sides.append(flatten(encoding, take(features, needed), needed.size, source)[place])
+    return np.concatenate(sides, axis=1)
 
 
 def fit_pair_model(
     config: RewardModelConfig, data: PreparedData, seed: int, max_rows: int
 ) -> PairRewardModel:
-    """Fit on the training log: on random row groups of it where it has more than `max_rows` rows.
+    """Fit on the training log, or on random row groups of it above `max_rows` rows.
 
-    config: of kind "dense"; its estimator and arguments count, its folds do not.
+    config: of kind "dense"; its folds are ignored.
+    Raises RunError where all rewards are equal.
     """
     items = data.item_encoding.encode(data.catalogue.table(0, data.catalogue.num_items))
     order = EpochOrder(
@@ -134,13 +123,9 @@ def fit_pair_model(
         for _, rows, _ in reader.epoch(0):
             every = np.arange(len(rows), dtype=np.int64)
             matrices.append(
-                pair_matrix(
-                    data.context_encoding,
-                    rows.context,
-                    every,
-                    data.item_encoding,
-                    items,
-                    rows.action,
+                _pair_features(
+                    (data.context_encoding, rows.context, every),
+                    (data.item_encoding, items, rows.action),
                 )
             )
             rewards.append(rows.reward.astype(np.float64))
@@ -158,7 +143,7 @@ def fit_pair_model(
 
 
 def linear_config(binary: bool) -> RewardModelConfig:
-    """Logistic regression for rewards in {0, 1}, else ridge, on the features side by side."""
+    """Logistic regression for rewards in {0, 1}, else ridge."""
     arguments = {"max_iter": 300} if binary else {}
     return RewardModelConfig(kind="dense", estimator=_LINEAR[binary], arguments=arguments)
 

@@ -1,9 +1,9 @@
-"""A policy and a log -> the rows that estimators take, streamed through the fused operators."""
+"""Importance weights and reward-model predictions of logged rows under a two-tower policy."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,78 +14,56 @@ from torch import Tensor, nn
 from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.rows import EncodedRows
 from offtower.errors import DataError
-from offtower.evaluation.rows import EvaluationRows
-from offtower.evaluation.scoring.pair_models import PairRewardModel
-from offtower.evaluation.scoring.sampling import rewards_at, terms_and_draws
+from offtower.evaluation.rows import EvaluationRows, ModelPredictions
+from offtower.evaluation.scoring.rewards import BatchReward, CatalogueReward
+from offtower.evaluation.scoring.sampling import terms_and_draws
 from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
-from offtower.models.reward.base import RewardModel
 from offtower.ops import PolicyTerms
 from offtower.ops.types import RewardTerms
 
 
 @dataclass(frozen=True)
-class JudgingModel:
-    """A reward model as a scorer uses it.
+class ScoredRows:
+    """A batch of n logged rows under one policy.
 
     Attributes:
-        name: of its rows: linear, trees, two_tower or dense.
-        owner: position of the run whose encoding it reads.
-        exact: gives q over the whole catalogue. pairs: predicts pairs. One of the two is there.
+        scorer: of the policy.
+        weighted: weights and rewards, without a reward model.
+        predictions: by reward model.
+        log_normalizer: (n,).
+        context_embedding: (n, d).
     """
 
-    name: str
-    owner: int
-    exact: RewardModel | None = None
-    pairs: PairRewardModel | None = None
-
-    def over_all(self, rows: EncodedRows) -> RewardTerms:
-        """q of these rows and all items; of a model over pairs only where those are not many."""
-        if self.exact is not None:
-            return self.exact.for_new_rows(rows)
-        assert self.pairs is not None, "a model is one or the other"
-        return self.pairs.everywhere(rows)
-
-
-@dataclass(frozen=True)
-class ModelTerms:
-    """The reward models' terms on a batch, by model name: arguments of `PolicyScorer.score_models`.
-
-    exact: q over the catalogue. at_draws: the same, to be averaged over draws. pairs: models over
-    pairs, with the rows in their own encoding.
-    """
-
-    exact: dict[str, RewardTerms]
-    at_draws: dict[str, RewardTerms]
-    pairs: dict[str, tuple[PairRewardModel, EncodedRows]]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A batch as one policy sees it.
-
-    rows: by model name; "" is always there. log_normalizer: (n,). context_embedding: (n, d).
-    """
-
-    rows: dict[str, EvaluationRows]
+    scorer: PolicyScorer
+    weighted: EvaluationRows
+    predictions: dict[str, ModelPredictions]
     log_normalizer: Tensor
     context_embedding: Tensor
+
+    def rows(self, model: str | None) -> EvaluationRows:
+        """Rows for estimators, with the predictions of `model`, or without any for None."""
+        if model is None:
+            return self.weighted
+        found = self.predictions[model]
+        return replace(
+            self.weighted,
+            action_reward=found.action_reward,
+            expected_reward=found.expected_reward,
+        )
 
 
 class PolicyScorer:
     """Scores rows with a frozen policy; the catalogue is embedded once.
 
     Args:
-        policy: put into evaluation mode.
+        policy: in evaluation mode while it scores.
         items: features of the catalogue that the rows' actions index.
         item_chunk: items embedded at a time.
     """
 
     def __init__(
-        self,
-        policy: TwoTowerPolicy,
-        items: ItemFeatures,
-        item_chunk: int = DEFAULT_CHUNK,
+        self, policy: TwoTowerPolicy, items: ItemFeatures, item_chunk: int = DEFAULT_CHUNK
     ) -> None:
         self.policy = policy
         self._training = policy.training
@@ -95,39 +73,37 @@ class PolicyScorer:
         policy.train(self._training)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process scores with: the items are embedded, so their tower stays here."""
+        """Leave out the item tower: the items are embedded already."""
         policy = copy.copy(self.policy)
         policy._modules = {**policy._modules, "item_tower": nn.Identity()}
         return {**self.__dict__, "policy": policy}
 
     def score(self, rows: EncodedRows, reward: RewardTerms | None = None) -> EvaluationRows:
-        """Weights, rewards and reward-model terms of a batch of logged rows.
+        """Weights, rewards and reward-model predictions of a batch of logged rows.
 
-        Args:
-            rows: n rows.
-            reward: q of these rows and all items, for DM and DR; None leaves those columns out.
+        reward: q of these rows and all items, for DM and DR; None leaves those columns out.
+        Raises DataError for rows without propensities.
         """
-        return self.score_models(rows, {} if reward is None else {"": reward}).rows[""]
+        if reward is None:
+            return self.score_models(rows, {}).weighted
+        return self.score_models(rows, {"model": CatalogueReward(reward)}).rows("model")
 
     @torch.no_grad()
     def score_models(
         self,
         rows: EncodedRows,
-        exact: Mapping[str, RewardTerms],
+        rewards: Mapping[str, BatchReward],
         *,
-        at_draws: Mapping[str, RewardTerms] | None = None,
-        pairs: Mapping[str, tuple[PairRewardModel, EncodedRows]] | None = None,
         draws: int = 0,
         generator: torch.Generator | None = None,
-    ) -> Scored:
-        """The same for several reward models at once.
+    ) -> ScoredRows:
+        """Score with several reward models at once.
 
         Args:
             rows: n rows.
-            exact: q by model name, summed over the catalogue. Each but the first costs a pass more.
-            at_draws: q by model name, averaged over items drawn from the policy.
-            pairs: models over pairs with these rows in their own encoding, at the same draws.
-            draws: items drawn for each row, for the latter two. generator: of the draws.
+            rewards: reward models on these rows, by name. Each that is summed over the catalogue
+                costs one pass over it, the first none; the others are averaged over draws.
+            draws: items drawn from the policy for each row. generator: of the draws.
 
         Raises:
             DataError: the rows have no propensities.
@@ -141,10 +117,14 @@ class PolicyScorer:
         device = self.policy.device
         context = self.policy.embed_contexts(to_tensors(rows.context, device))
         action = tensor_of(rows.action, device)
-        waiting = list(exact.items())
-        first = waiting.pop(0) if waiting else None
-        reward = None if first is None else first[1]
-        if at_draws or pairs:
+        summed = {
+            name: reward.terms
+            for name, reward in rewards.items()
+            if isinstance(reward, CatalogueReward) and not reward.at_draws
+        }
+        first = next(iter(summed.values()), None)
+        drawn = None
+        if len(summed) < len(rewards):
             assert draws > 0 and generator is not None, "draws need a number and a generator"
             terms, drawn = terms_and_draws(
                 context,
@@ -153,27 +133,26 @@ class PolicyScorer:
                 draws=draws,
                 generator=generator,
                 temperature=self.policy.temperature,
-                reward_model=reward,
+                reward_model=first,
             )
         else:
-            terms = self.policy.terms(context, self.items, action, reward_model=reward)
-        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        if first is not None:
-            found[first[0]] = _both(terms)
-        for name, one in waiting:
-            found[name] = _both(self.policy.terms(context, self.items, action, reward_model=one))
-        for name, one in (at_draws or {}).items():
-            logged = rewards_at(one, action[:, None])[:, 0].double().cpu().numpy()
-            found[name] = logged, rewards_at(one, drawn).double().mean(dim=1).cpu().numpy()
-        for name, (model, seen) in (pairs or {}).items():
-            found[name] = model.logged(seen), model.at(seen, drawn.cpu().numpy()).mean(axis=1)
+            terms = self.policy.terms(context, self.items, action, reward_model=first)
+        found: dict[str, ModelPredictions] = {}
+        for name, reward in rewards.items():
+            if name not in summed:
+                assert drawn is not None
+                found[name] = ModelPredictions(
+                    reward.at(action[:, None])[:, 0], reward.mean_at(drawn)
+                )
+            elif summed[name] is first:
+                found[name] = _predictions(terms)
+            else:
+                found[name] = _predictions(
+                    self.policy.terms(context, self.items, action, reward_model=summed[name])
+                )
         self.policy.train(self._training)
-        plain = weighted_rows(rows, terms.log_prob)
-        made = {
-            name: replace(plain, action_reward=logged, expected_reward=expected)
-            for name, (logged, expected) in found.items()
-        }
-        return Scored({"": plain, **made}, terms.log_normalizer, context)
+        weighted = weighted_rows(rows, terms.log_prob)
+        return ScoredRows(self, weighted, found, terms.log_normalizer, context)
 
 
 def weighted_rows(rows: EncodedRows, log_prob: Tensor) -> EvaluationRows:
@@ -189,29 +168,8 @@ def weighted_rows(rows: EncodedRows, log_prob: Tensor) -> EvaluationRows:
     )
 
 
-def concatenate(parts: Iterable[EvaluationRows]) -> EvaluationRows:
-    """All parts in one; columns that a part lacks are left out."""
-    collected = list(parts)
-
-    def column(name: str) -> np.ndarray | None:
-        values = [getattr(part, name) for part in collected]
-        return None if any(v is None for v in values) else np.concatenate(values)
-
-    weight, reward = column("importance_weight"), column("reward")
-    if weight is None or reward is None:
-        raise DataError("the log has no rows to evaluate on")
-    return EvaluationRows(
-        importance_weight=weight,
-        reward=reward,
-        action_reward=column("action_reward"),
-        expected_reward=column("expected_reward"),
-        user=column("user"),
-        row=column("row"),
-        log_weight=column("log_weight"),
-    )
-
-
-def _both(terms: PolicyTerms) -> tuple[np.ndarray, np.ndarray]:
+def _predictions(terms: PolicyTerms) -> ModelPredictions:
     assert terms.action_reward is not None and terms.expected_reward is not None
-    logged, expected = terms.action_reward.double(), terms.expected_reward.double()
-    return logged.cpu().numpy(), expected.cpu().numpy()
+    return ModelPredictions(
+        terms.action_reward.double().cpu().numpy(), terms.expected_reward.double().cpu().numpy()
+    )

@@ -1,36 +1,168 @@
-"""Estimates from the judged log itself: of missing propensities, and of its clusters'."""
+"""Estimated logging probabilities: of items in a log without propensities, and of clusters."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.encoding import FeatureEncoding
 from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows
-from offtower.errors import ConfigError
-from offtower.evaluation.decision.propensity import EstimatedPropensities, estimate_propensities
+from offtower.errors import ConfigError, DataError, OfftowerError
+from offtower.evaluation.rows import Array, IntArray
 from offtower.models.reward.dense import flatten
 from offtower.progress import Progress
 
+MAX_ITEMS = 5000
+"""Largest catalogue for which a dense model of the logging policy is fitted."""
 MAX_ROWS = 2_000_000
+"""Longest log from which propensities are estimated: its contexts are held in memory."""
 _SCAN_ROWS = 8192
+_FLOOR = 1e-12
+
+
+@dataclass(frozen=True)
+class EstimatedPropensities:
+    """Estimates in place of logged propensities: no interval covers their error.
+
+    Attributes:
+        pscore: (n,) estimated probability of the logged action, from a model that did not see the
+            row (nor its user).
+        temperature: by which the model's logits were divided; far from 1 the model was over- or
+            underconfident.
+        log_loss, marginal_log_loss: of the logged actions, held out; of the actions' frequencies.
+        mean_inverse: mean of 1 / pscore over the number of items: 1 in expectation if true.
+    """
+
+    pscore: Array
+    temperature: float
+    log_loss: float
+    marginal_log_loss: float
+    mean_inverse: float
+
+    @property
+    def warning(self) -> str:
+        """For every report of a value that rests on these."""
+        return (
+            "THE PROPENSITIES ARE ESTIMATES, NOT LOGGED: every off-policy value here rests on them "
+            f"and no interval covers their error (held-out log loss {self.log_loss:.3g} against "
+            f"{self.marginal_log_loss:.3g} for the items' frequencies; mean of 1 / propensity over "
+            f"the number of items {self.mean_inverse:.3g}, 1 if true)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the array, with the warning."""
+        return {
+            "estimated": True,
+            "warning": self.warning,
+            "temperature": self.temperature,
+            "log_loss": self.log_loss,
+            "marginal_log_loss": self.marginal_log_loss,
+            "mean_inverse": self.mean_inverse,
+        }
+
+
+def estimate_propensities(
+    context: ArrayLike,
+    action: ArrayLike,
+    num_items: int,
+    *,
+    user: ArrayLike | None = None,
+    folds: int = 5,
+    seed: int = 0,
+) -> EstimatedPropensities:
+    """Estimate pi_0(a|x) of a log that has no pscore.
+
+    Multinomial logistic regression, cross-fitted in folds (of users where given), its logits
+    divided by a temperature fitted on the held-out rows (Guo, Pleiss, Sun, Weinberger, ICML 2017).
+    An action that a fold's training part lacks gets a smoothed frequency.
+
+    context: (n, p) numbers. action: (n,) in [0, num_items). At most 5,000 items.
+    Raises OfftowerError for a larger catalogue, DataError for malformed arrays.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    x, a = np.asarray(context, dtype=np.float64), np.asarray(action)
+    if num_items > MAX_ITEMS:
+        raise OfftowerError(
+            f"propensities of {num_items:,} items cannot be estimated by a dense model (at most "
+            f"{MAX_ITEMS:,}); log them, or train a policy on the log by weighted_likelihood "
+            "without weights and use its probabilities"
+        )
+    if x.ndim != 2 or x.shape[0] != a.size or not np.isfinite(x).all():
+        raise DataError(f"context must be ({a.size}, p) finite numbers, but has shape {x.shape}")
+    if a.dtype.kind not in "iu" or a.size < 2 * folds or a.min() < 0 or a.max() >= num_items:
+        raise DataError(
+            f"actions must be at least {2 * folds} integers in [0, {num_items}) for {folds} folds"
+        )
+    fold = _folds(np.arange(a.size) if user is None else np.asarray(user), folds, seed)
+    logits = np.empty((a.size, num_items))
+    marginal = np.empty(a.size)
+    for k in range(folds):
+        held, kept = fold == k, fold != k
+        if not held.any():
+            continue
+        seen = np.unique(a[kept])
+        frequency = (np.bincount(a[kept], minlength=num_items) + 1.0) / (kept.sum() + num_items)
+        marginal[held] = frequency[a[held]]
+        if seen.size < 2:
+            logits[held] = np.log(frequency)
+            continue
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+        model.fit(x[kept], a[kept])
+        # Unseen actions share their smoothed frequency, the seen ones the rest.
+        part = np.tile(np.log(frequency), (int(held.sum()), 1))
+        rest = np.log(frequency[seen].sum())
+        part[:, seen] = np.log(np.maximum(model.predict_proba(x[held]), _FLOOR)) + rest
+        logits[held] = part
+
+    def loss(log_temperature: float) -> float:
+        return -float(_log_prob(logits, a, np.exp(log_temperature)).mean())
+
+    temperature = float(np.exp(minimize_scalar(loss, bounds=(-2.0, 3.0), method="bounded").x))
+    log_prob = _log_prob(logits, a, temperature)
+    pscore = np.exp(log_prob)
+    return EstimatedPropensities(
+        pscore,
+        temperature,
+        -float(log_prob.mean()),
+        -float(np.log(marginal).mean()),
+        float(np.mean(1.0 / pscore)) / num_items,
+    )
+
+
+def _log_prob(logits: Array, action: IntArray, temperature: float) -> Array:
+    scaled = logits / temperature
+    picked = scaled[np.arange(action.size), action]
+    return np.asarray(picked - logsumexp(scaled, axis=1), dtype=np.float64)
+
+
+def _folds(key: NDArray[Any], folds: int, seed: int) -> IntArray:
+    """A fold for each row, the same for rows of the same key; sizes (in keys) differ by one."""
+    unique, where = np.unique(key, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(unique.size)
+    return np.asarray((order % folds)[where], dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class LoggedProbability:
-    """pi_0 of what was logged, estimated: `of` looks rows up by their number in the log."""
+    """Estimated pi_0 of what was logged, by row number in the log."""
 
-    row: NDArray[np.int64]
-    found: EstimatedPropensities
+    row: IntArray
+    estimated: EstimatedPropensities
 
-    def of(self, rows: EncodedRows) -> NDArray[np.float64]:
+    def of(self, rows: EncodedRows) -> Array:
         """(n,) of a batch."""
-        return self.found.pscore[np.searchsorted(self.row, rows.row)]
+        return self.estimated.pscore[np.searchsorted(self.row, rows.row)]
 
     def filled(self, rows: EncodedRows) -> EncodedRows:
         """The batch with these as its propensities."""
@@ -41,23 +173,23 @@ def estimate_logged(
     log: ParquetLog,
     catalogue: Catalogue,
     encoding: FeatureEncoding,
-    label: NDArray[np.int64] | None,
+    label: IntArray | None,
     seed: int,
     progress: Progress,
 ) -> LoggedProbability:
-    """A calibrated model of the logging policy, cross-fitted on the log that is judged.
+    """A calibrated model of the logging policy, cross-fitted on the evaluated log.
 
     label: (N,) cluster of each item, to estimate the clusters' probabilities; None for the items'.
-    Raises ConfigError for a log of more than 2,000,000 rows (its contexts are held in memory), and
-    OfftowerError for more than 5,000 items (`propensity.estimate_propensities`).
+    Raises ConfigError for a log of more than MAX_ROWS rows, OfftowerError for more than MAX_ITEMS
+    items.
     """
     if log.num_rows > MAX_ROWS:
         raise ConfigError(
             f"propensities are estimated from up to {MAX_ROWS:,} rows, and this log has "
             f"{log.num_rows:,}; log them, or pass a part of the log with --log"
         )
-    contexts, actions, users, rows = [], [], [], []
     progress.start("estimating propensities", None)
+    contexts, actions, users, rows = [], [], [], []
     for batch in scan(log, catalogue, encoding, _SCAN_ROWS):
         contexts.append(flatten(encoding, batch.context, len(batch), "log").astype(np.float32))
         actions.append(batch.action)
@@ -65,7 +197,7 @@ def estimate_logged(
         if batch.user_id is not None:
             users.append(batch.user_id)
     action = np.concatenate(actions)
-    found = estimate_propensities(
+    estimated = estimate_propensities(
         np.concatenate(contexts),
         action if label is None else label[action],
         catalogue.num_items if label is None else int(label.max()) + 1,
@@ -73,14 +205,4 @@ def estimate_logged(
         seed=seed,
     )
     progress.finish()
-    return LoggedProbability(np.concatenate(rows), found)
-
-
-def propensity_note(found: EstimatedPropensities) -> str:
-    """The loud words."""
-    return (
-        "THE PROPENSITIES ARE ESTIMATES, NOT LOGGED: every off-policy value here rests on them and "
-        "no interval covers their error (held-out log loss "
-        f"{found.log_loss:.3g} against {found.marginal_log_loss:.3g} for the items' frequencies; "
-        f"mean of 1 / propensity over the number of items {found.mean_inverse:.3g}, 1 if true)"
-    )
+    return LoggedProbability(np.concatenate(rows), estimated)

@@ -8,7 +8,7 @@ from offtower.evaluation.selection.log import (
     SelectionLog,
 )
 from offtower.evaluation.selection.network import NetworkFit, NetworkOptions, fit_network
-from offtower.evaluation.selection.problem import Candidate, Problem, RewardTerms
+from offtower.evaluation.selection.problem import Candidate, ModelPredictions, Problem
 from offtower.evaluation.selection.pseudo import PseudoProblem, pseudo_problem
 from offtower.evaluation.selection.result import (
     CandidateScore,
@@ -30,11 +30,11 @@ __all__ = [
     "Candidate",
     "CandidateScore",
     "DensePolicies",
+    "ModelPredictions",
     "NetworkFit",
     "NetworkOptions",
     "Problem",
     "PseudoProblem",
-    "RewardTerms",
     "SelectionComparison",
     "SelectionLog",
     "SelectionResult",

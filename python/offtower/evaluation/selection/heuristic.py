@@ -12,7 +12,7 @@ import numpy as np
 
 from offtower.errors import OfftowerError
 from offtower.evaluation.selection.log import SelectionLog
-from offtower.evaluation.selection.problem import Candidate, Problem, RewardTerms
+from offtower.evaluation.selection.problem import Candidate, ModelPredictions, Problem
 from offtower.evaluation.selection.result import SelectionResult, make_result
 
 
@@ -58,7 +58,9 @@ def select_heuristic(
         own = log.problem.reward[policies.row_policy == target]
         weight = policies.probability[rows, target] / behavior[rows]
         models = {
-            name: RewardTerms(log.problem.models[name].action_reward[rows], expected[rows, target])
+            name: ModelPredictions(
+                log.problem.models[name].action_reward[rows], expected[rows, target]
+            )
             for name, expected in policies.expected_reward.items()
         }
         problem = Problem(weight, log.problem.reward[rows], models)

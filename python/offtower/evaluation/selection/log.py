@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from offtower.errors import OfftowerError
 from offtower.evaluation.rows import EvaluationRows
-from offtower.evaluation.selection.problem import Array, Problem, RewardTerms
+from offtower.evaluation.selection.problem import Array, ModelPredictions, Problem
 from offtower.evaluation.selection.splits import check_policies, importance_weights
 
 
@@ -87,7 +87,7 @@ class SelectionLog:
         name, cross-fitted where they learned from this log. context (n, d) and item_features (A, e)
         are for the network fit only. row_policy (n,) and policies (P, n, A): which policy logged a
         row and what each would have done, for the heuristic. model_parameters: by name, how many
-        parameters a model learned from this log (`RewardTerms.parameters`).
+        parameters a model learned from this log (`ModelPredictions.parameters`).
         Raises OfftowerError where shapes differ or a logged action has behavior 0.
         """
         pi_b, pi_e = check_policies(behavior, target)
@@ -106,7 +106,7 @@ class SelectionLog:
         }
         learned = model_parameters or {}
         terms = {
-            name: RewardTerms(
+            name: ModelPredictions(
                 q[rows, logged], np.einsum("ij,ij->i", pi_e, q), float(learned.get(name, 0.0))
             )
             for name, q in predictions.items()
@@ -159,10 +159,10 @@ class SelectionLog:
         draws = np.asarray(draw_weight)
         if draws.ndim != 2 or draws.shape[0] != n:
             raise OfftowerError(f"draw_weight has shape {draws.shape}, expected ({n}, S).")
-        terms: dict[str, RewardTerms] = {}
+        terms: dict[str, ModelPredictions] = {}
         at_draws: dict[str, Array] = {}
         for name, (logged, expected, drawn) in (reward_models or {}).items():
-            terms[name] = RewardTerms(
+            terms[name] = ModelPredictions(
                 _vector(logged, f"reward model {name!r}, logged items", n),
                 _vector(expected, f"reward model {name!r}, expected", n),
             )
@@ -193,7 +193,7 @@ class SelectionLog:
         """
         n = np.asarray(reward).shape[0]
         terms = {
-            name: RewardTerms(
+            name: ModelPredictions(
                 _vector(logged, f"reward model {name!r}, logged items", n),
                 _vector(expected, f"reward model {name!r}, expected", n),
             )
@@ -222,7 +222,7 @@ class SelectionLog:
         if not named:
             raise OfftowerError("from_rows needs at least one set of rows.")
         first = next(iter(named.values()))
-        terms: dict[str, RewardTerms] = {}
+        terms: dict[str, ModelPredictions] = {}
         for name, part in named.items():
             same = np.array_equal(part.importance_weight, first.importance_weight)
             if not same or not np.array_equal(part.reward, first.reward):
@@ -231,7 +231,7 @@ class SelectionLog:
                     f"of {next(iter(named))!r}: score the same log in the same order."
                 )
             if part.action_reward is not None and part.expected_reward is not None:
-                terms[name or "model"] = RewardTerms(part.action_reward, part.expected_reward)
+                terms[name or "model"] = ModelPredictions(part.action_reward, part.expected_reward)
             elif name:
                 raise OfftowerError(
                     f"the rows of reward model {name!r} lack action_reward or expected_reward."

@@ -17,8 +17,8 @@ A reward model that was cross-fitted on this very log may hide variance: fold k'
 from the rows of the other folds, so the folds' estimates can hang together, and rows that are taken
 as independent show none of it. For p parameters this is of order p / n where the model cannot
 represent the truth, and nothing where it can. `overlap` p / n is charged where p is known
-(`RewardTerms.parameters`); its value is no theorem, it was chosen on worlds kept for design, where
-it also settles ties between a rigid and a flexible model.
+(`ModelPredictions.parameters`); its value was chosen on worlds kept for design, where it also
+settles ties between a rigid and a flexible model.
 
 Two rules act against noise. A candidate that may be biased, with no independent model to speak for
 it, is ranked by mse_j plus `caution` standard errors of it: it must win clearly. And consistent

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offtower.errors import OfftowerError
-from offtower.evaluation.rows import EvaluationRows
+from offtower.evaluation.rows import EvaluationRows, ModelPredictions
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -44,26 +44,12 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class RewardTerms:
-    """A reward model seen from the log: q(x_i, a_i) and sum_a pi_e(a|x_i) q(x_i, a), both (n,).
-
-    parameters: effective number of those that the model learned from these very rows, cross-fitted
-    (the length of its coefficient vector for a linear model); 0 where it learned from another log,
-    or where nothing is known.
-    """
-
-    action_reward: Array
-    expected_reward: Array
-    parameters: float = 0.0
-
-
-@dataclass(frozen=True)
 class Problem:
     """One off-policy problem by rows: weight (n,), reward (n,), terms of each reward model."""
 
     weight: Array
     reward: Array
-    models: Mapping[str, RewardTerms] = field(default_factory=dict)
+    models: Mapping[str, ModelPredictions] = field(default_factory=dict)
 
     @property
     def n(self) -> int:

@@ -10,7 +10,7 @@ from offtower.errors import OfftowerError
 from offtower.evaluation.selection.exact import solve_multiplier
 from offtower.evaluation.selection.log import BehaviorDraws, DensePolicies, SelectionLog
 from offtower.evaluation.selection.network import NetworkFit, NetworkOptions, fit_network
-from offtower.evaluation.selection.problem import Array, Problem, RewardTerms
+from offtower.evaluation.selection.problem import Array, ModelPredictions, Problem
 from offtower.evaluation.selection.splits import (
     MIN_DRAWS,
     fit_split_draws,
@@ -163,12 +163,12 @@ def _finish(
     overall = float(rho.mean() if p is None else p.mean())
     odds = (1.0 - overall) / overall
     weight = rho / (1.0 - rho) * odds
-    models: dict[str, RewardTerms] = {}
+    models: dict[str, ModelPredictions] = {}
     if p is not None:
         context_weight = p / (1.0 - p) * odds
         pseudo = weight / context_weight
         for name, value in expected.items():
-            models[name] = RewardTerms(
+            models[name] = ModelPredictions(
                 log.problem.models[name].action_reward, value * context_weight
             )
     else:

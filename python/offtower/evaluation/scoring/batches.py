@@ -1,0 +1,119 @@
+"""Batches of a log, scored by every evaluated policy: a pure function of the batch's number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from offtower.data.catalogue import Catalogue
+from offtower.data.encoding import FeatureEncoding
+from offtower.data.log import ParquetLog
+from offtower.data.reader import scan
+from offtower.data.rows import EncodedRows
+from offtower.evaluation.rows import EvaluationRows
+from offtower.evaluation.scoring.clusters import ClusterWeights
+from offtower.evaluation.scoring.policy import PolicyScorer, ScoredRows
+from offtower.evaluation.scoring.propensities import LoggedProbability
+from offtower.evaluation.scoring.rewards import BatchReward, RewardModels
+from offtower.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class LogSource:
+    """A log and its catalogue, read in batches of `batch_rows` rows."""
+
+    log: ParquetLog
+    catalogue: Catalogue
+    batch_rows: int
+
+    @property
+    def num_batches(self) -> int:
+        return -(-self.log.num_rows // self.batch_rows)
+
+    def batches(
+        self, numbers: range, encodings: Sequence[FeatureEncoding]
+    ) -> Iterator[tuple[int, tuple[EncodedRows, ...]]]:
+        """(number, the batch in each of the encodings)."""
+        last = min(numbers.stop * self.batch_rows, self.log.num_rows)
+        rows = range(numbers.start * self.batch_rows, last)
+        streams = [
+            scan(self.log, self.catalogue, encoding, self.batch_rows, rows=rows)
+            for encoding in encodings
+        ]
+        yield from zip(numbers, zip(*streams, strict=True), strict=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A worker needs only the catalogue's map from ids to item numbers."""
+        return {**self.__dict__, "catalogue": self.catalogue.bare()}
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """The same n logged rows, as each policy sees them.
+
+    Attributes:
+        number: of the batch in the log.
+        encoded: in the encoding of each evaluated policy, in their order.
+        behavior: in the encoding of each known logging policy.
+        rewards: the reward models on these rows.
+        scored: by evaluated policy.
+        rows: by evaluated policy, what the estimators read.
+    """
+
+    number: int
+    encoded: tuple[EncodedRows, ...]
+    behavior: tuple[EncodedRows, ...]
+    rewards: dict[str, BatchReward]
+    scored: dict[str, ScoredRows]
+    rows: dict[str, EvaluationRows]
+
+    def __len__(self) -> int:
+        return len(self.encoded[0])
+
+
+@dataclass(frozen=True)
+class BatchScorer:
+    """Scores batches; can be sent to another process.
+
+    Attributes:
+        source: of the rows.
+        policies: by name, the evaluated policies.
+        rewards: reward models.
+        propensities, clusters: estimates, where these are asked for.
+        seed: draws of a batch are a function of (seed, policy, number of the batch).
+    """
+
+    source: LogSource
+    policies: Mapping[str, PolicyScorer]
+    rewards: RewardModels
+    propensities: LoggedProbability | None
+    clusters: ClusterWeights | None
+    seed: int
+
+    def batches(
+        self, numbers: range, behavior: Sequence[FeatureEncoding] = ()
+    ) -> Iterator[ScoredBatch]:
+        """The batches with these numbers. behavior: encodings of the known logging policies."""
+        encodings = [scorer.policy.context_encoding for scorer in self.policies.values()]
+        for number, batch in self.source.batches(numbers, [*encodings, *behavior]):
+            if self.propensities is not None:
+                batch = tuple(self.propensities.filled(rows) for rows in batch)
+            encoded = batch[: len(encodings)]
+            rewards = self.rewards.on(encoded)
+            scored = {}
+            for i, (name, scorer) in enumerate(self.policies.items()):
+                seed = derive_seed(self.seed, "target draws", i, number)
+                generator = torch.Generator().manual_seed(seed)
+                scored[name] = scorer.score_models(
+                    encoded[i], rewards, draws=self.rewards.draws, generator=generator
+                )
+            rows = {name: one.rows(self.rewards.main) for name, one in scored.items()}
+            if self.clusters is not None:
+                rows = {
+                    name: replace(one, cluster_weight=self.clusters.of(scored[name], encoded[0]))
+                    for name, one in rows.items()
+                }
+            yield ScoredBatch(number, encoded, batch[len(encodings) :], rewards, scored, rows)
