@@ -1,6 +1,6 @@
 """What a softmax loses to the greedy policy of its own scores, on worlds with known truth.
 
-    python benchmarks/sharpness.py --json sharpness.json
+    python benchmarks/experiments/inverse_temperature.py --json inverse_temperature.json
 
 A linear two-tower regression of 1,000 rounds, cross-fitted and joined as objective=auto does it:
 the value of softmax(factor x logits) as a share of the optimum, for each of auto's sharpnesses (in

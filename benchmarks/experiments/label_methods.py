@@ -1,6 +1,6 @@
 """Ways to learn a linear two-tower policy from a log of labels: what helps, and what does not.
 
-    python benchmarks/label_methods.py --data PREFIX --json label_methods.json
+    python benchmarks/experiments/label_methods.py --data PREFIX --json label_methods.json
 
 Plain torch and tokens alone, so that a variant takes seconds: embeddings of tokens (summed over the
 root of their number) times embeddings of labels plus a bias, three members with starts of their own

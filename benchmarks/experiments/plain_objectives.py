@@ -4,7 +4,7 @@ Settings to reproduce, not to ship: towers 30-30-30 with ELU, Adam 0.005 with we
 batches of 32 in the order of the log, 200 epochs, a reward model fitted and read on the same rows.
 Values are those of the softmax policy, exact, on 5,000 contexts that no log holds.
 
-    python benchmarks/plain_objectives.py --json plain_objectives.json
+    python benchmarks/experiments/plain_objectives.py --json plain_objectives.json
 
 World: 10 actions, context and action vectors of dimension 5, standard normal; q(x, a) =
 sigmoid(<c, x> + <d, a> + x'Ma) with coefficients uniform in [-1, 1]; behaviour softmax(q). The

@@ -1,6 +1,6 @@
 """Could a worker read less than every window of the log?
 
-    python benchmarks/reader_split.py --rows 2000000
+    python benchmarks/experiments/reader_split.py --rows 2000000
 
 First the share of row groups in which a worker has a row of its own, in the training's order: a row
 group without one need not be read. Then what it would be to give the rows of a step to workers by

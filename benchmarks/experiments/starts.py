@@ -1,6 +1,6 @@
 """What the start, the temperature's course and a price on KL change, on worlds with known truth.
 
-    python benchmarks/starts.py --json starts.json
+    python benchmarks/experiments/starts.py --json starts.json
 
 Logs of 1,000 rounds of the bilinear world of 10 actions, logged by softmax(beta q). `clipped_ips`
 and `clipped_dr` (weights clipped at 10) have the settings of `offtower benchmark quality` and keep
