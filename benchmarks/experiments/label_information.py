@@ -1,6 +1,6 @@
 """How much of a label set a log of bandit feedback holds, apart from how it is learned from.
 
-    python benchmarks/experiments/label_information.py --data PREFIX --long-tail --json label_information.json
+    python benchmarks/experiments/label_information.py --data PREFIX --long-tail --json labels.json
 
 Values of greedy ridge regressions on test examples, penalties chosen by the truth: of all labels;
 of as many positive labels as the log reveals, drawn at random; of all labels of as many examples
