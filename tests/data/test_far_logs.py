@@ -82,7 +82,8 @@ def test_the_same_batches_from_a_store(
             assert found.location.read_bytes() == (folder / "log" / name).read_bytes()
         if not listed:
             (Location.of(place) / FILE).remove()
-        here, there = ParquetLog.open(folder / "log"), ParquetLog.open(place, make_schema())
+            (folder / "log" / FILE).unlink()
+        here, there = (ParquetLog.open(one, make_schema()) for one in (folder / "log", place))
         assert there.fingerprint == here.fingerprint
         one, two = (batches(log, window, batch, workers) for log in (here, there))
         assert len(one) == len(two) and all(map(same, one, two))
@@ -103,7 +104,7 @@ def test_a_listed_log_opens_with_two_requests(
     handler.seconds = 0.005
     (tmp_path / "log" / FILE).unlink()
     again = ParquetLog.open(f"{root}/log", make_schema())
-    assert again.fingerprint == log.fingerprint
+    assert again.row_group_sizes.tolist() == log.row_group_sizes.tolist()
     assert sum(handler.opened.values()) == 1 + 100 and 4 < handler.most <= 32
 
 

@@ -22,9 +22,11 @@ import torch
 from torch import nn
 
 from offtower.config import TowerConfig
-from offtower.data import Catalogue
+from offtower.data import Catalogue, write_catalogue
 from offtower.data.encoding import FeatureEncoding, to_tensors
+from offtower.data.location import Location
 from offtower.data.log import ParquetLog
+from offtower.data.manifest import write_manifest as write_data_manifest
 from offtower.data.simulate import SimulatedWorld
 from offtower.errors import DataError, OfftowerError, RunError
 from offtower.models import ItemFeatures, load_policy, save_policy
@@ -179,9 +181,8 @@ def test_items_added_after_training_are_found_from_their_features(
     table = world.catalogue_table()
     best = int(policy_logits(run, contexts(run, 1))[0].argmax())
     twin = table.slice(best, 1).set_column(0, "item_id", pa.array(["brand-new"]))
-    pq.write_table(pa.concat_tables([table, twin]), tmp_path / "part-0.parquet")
-    shutil.copy(run.parents[1] / "catalogue" / "_offtower.json", tmp_path)
-    path = export_run(run, PLAIN, catalogue=tmp_path)
+    write_catalogue(tmp_path / "more", pa.concat_tables([table, twin]), world.catalogue_schema)
+    path = export_run(run, PLAIN, catalogue=tmp_path / "more")
     found = Retriever.open(path).search(contexts(run, 1), 2)
     assert set(found.item_id[0]) == {f"item-{best}", "brand-new"}
 
@@ -248,7 +249,9 @@ def test_nan_embeddings_and_duplicate_ids_are_named(
     assert not (copy / "export" / "CURRENT").exists()
     table = world.catalogue_table()
     pq.write_table(pa.concat_tables([table, table.slice(17, 1)]), tmp_path / "items.parquet")
-    shutil.copy(run.parents[1] / "catalogue" / "_offtower.json", tmp_path)
+    # No files are listed, so these are read as they are.
+    schema = world.catalogue_schema.to_dict()
+    write_data_manifest(Location.of(tmp_path), schema, table.num_rows + 1, "none")
     with pytest.raises(DataError, match="'item-17' stands twice in the catalogue, as items 17"):
         export_run(run, PLAIN, catalogue=tmp_path)
     if before is not None:

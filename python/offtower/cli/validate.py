@@ -31,6 +31,9 @@ _COLOURS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 def validate(
     log: Annotated[str, typer.Argument(help="Directory of the log, or its address (s3://...).")],
     catalogue: Annotated[str, typer.Option(help="Directory of the catalogue, or its address.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every file with its sha256 first.")
+    ] = False,
     ray: RayAddress = None,
     workers: Workers = None,
     worker_cpus: WorkerCpus = 1.0,
@@ -39,8 +42,12 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     from offtower.data import Catalogue, ParquetLog, validate_log
+    from offtower.data.parquet import verify_files
 
     progress = DrawnProgress()
+    if verify:
+        files = verify_files(log, "log") + verify_files(catalogue, "catalogue")
+        messages().print(f"{files} files match their checksums")
     opened, items = ParquetLog.open(log), Catalogue.open(catalogue)
     with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
         report = validate_log(opened, items, mapper=mapper, progress=progress)

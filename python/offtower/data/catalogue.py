@@ -29,8 +29,11 @@ from offtower.data.location import Location, Place
 from offtower.data.lookup import Lookup
 from offtower.data.manifest import find_parquet_files, read_manifest, write_manifest
 from offtower.data.output import check_new, new_directory, new_file
+from offtower.data.parquet import Footer
 from offtower.data.schema import CatalogueSchema, FeatureKind, FeatureSpec
 from offtower.errors import DataError
+
+_FILE_NAME = "part-00000.parquet"
 
 
 class Catalogue:
@@ -78,15 +81,15 @@ class Catalogue:
         """
         path = Location.of(path)
         files = find_parquet_files(path, "catalogue")
+        manifest = read_manifest(path)
         if schema is None:
-            manifest = read_manifest(path)
             if manifest is None:
                 raise DataError(
                     f"'{path}' was not written by offtower, so the config must state "
                     "data.catalogue_schema (item_id and features)"
                 )
             schema = CatalogueSchema.from_dict(manifest["schema"])
-        return cls(ParquetRows(files, schema.columns, path), schema)
+        return cls(ParquetRows(files, schema.columns, path, manifest), schema)
 
     @classmethod
     def from_table(cls, table: pa.Table, schema: CatalogueSchema) -> Catalogue:
@@ -141,11 +144,13 @@ def write_catalogue(directory: Place, table: pa.Table, schema: CatalogueSchema) 
     check_new(directory)
     catalogue = Catalogue(table, schema)
     with new_directory(directory) as temporary:
-        with new_file(temporary / "part-00000.parquet") as file:
-            pq.write_table(catalogue.table(0, catalogue.num_items), file, row_group_size=SLICE_ROWS)
+        with new_file(temporary / _FILE_NAME) as file:
+            rows = catalogue.table(0, catalogue.num_items)
+            pq.write_table(rows, file, row_group_size=SLICE_ROWS, write_page_checksum=True)
             # Read again, for the fingerprint that whoever opens it will compute.
             fingerprint = Catalogue.open(file, schema).fingerprint
-        write_manifest(temporary, schema.to_dict(), catalogue.num_items, fingerprint)
+            listed = [Footer.of_written(file).to_dict(_FILE_NAME)]
+        write_manifest(temporary, schema.to_dict(), catalogue.num_items, fingerprint, listed)
     return Catalogue(table, schema, fingerprint)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from offtower.data.copies import LocalCopies
 from offtower.data.location import Found, Location
+from offtower.data.parquet import listed_footers, read_row_group
 from offtower.errors import DataError
 
 SLICE_ROWS = 65_536
@@ -59,23 +60,28 @@ class ParquetRows(CatalogueRows):
         files: in the order of the items; those of a store are copied to this machine.
         columns: those that are read.
         place: the directory, for messages.
+        manifest: of the directory; None where it has none.
 
     Raises:
-        DataError: a file is not Parquet, lacks a column, or differs from the first in its columns.
+        DataError: a file is not Parquet, lacks a column, or differs from the first in its columns;
+            or one that the manifest lists is missing, damaged or another one.
     """
 
-    def __init__(self, files: Sequence[Found], columns: Sequence[str], place: Location) -> None:
+    def __init__(
+        self,
+        files: Sequence[Found],
+        columns: Sequence[str],
+        place: Location,
+        manifest: Mapping[str, Any] | None,
+    ) -> None:
         self._files = LocalCopies(files)
         self._columns = list(columns)
         self._groups: list[tuple[int, int]] = []
         sizes: list[int] = []
-        for number in range(len(self._files)):
-            file = self._files.name(number)
-            try:
-                with pq.ParquetFile(self._files.path(number), memory_map=True) as opened:
-                    arrow, metadata = opened.schema_arrow, opened.metadata
-            except (pa.ArrowInvalid, OSError) as error:
-                raise DataError(f"'{file}' is not a readable Parquet file: {error}") from error
+        copies = [Location.of(self._files.path(number)) for number in range(len(self._files))]
+        self._footers = listed_footers(place, files, manifest, copies)
+        for number, footer in enumerate(self._footers):
+            file, arrow = self._files.name(number), footer.columns
             missing = [name for name in self._columns if name not in arrow.names]
             if missing:
                 raise DataError(
@@ -92,9 +98,9 @@ class ParquetRows(CatalogueRows):
                     f"{chosen.field(name).type} in '{files[number].location.name}' and "
                     f"{self.schema.field(name).type} in '{files[0].location.name}'"
                 )
-            for group in range(metadata.num_row_groups):
+            for group, (rows, _) in enumerate(footer.row_groups):
                 self._groups.append((number, group))
-                sizes.append(metadata.row_group(group).num_rows)
+                sizes.append(rows)
         self._ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
         self.num_rows = int(self._ends[-1]) if sizes else 0
         self._last: tuple[int, pa.Table] | None = None
@@ -123,13 +129,8 @@ class ParquetRows(CatalogueRows):
         return self._last[1]
 
     def _read(self, number: int, group: int, columns: list[str]) -> pa.Table:
-        file = self._files.name(number)
-        try:
-            with pq.ParquetFile(self._files.path(number), memory_map=True) as opened:
-                table = opened.read_row_group(group, columns=columns)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"row group {group} of '{file}' cannot be read ({error}); "
-                "the file is damaged or changed while it was read"
-            ) from error
+        file = Location.of(self._files.path(number))
+        table = read_row_group(
+            file, self._footers[number], group, columns, self._files.name(number)
+        )
         return table.select(columns).replace_schema_metadata(None)

@@ -30,7 +30,8 @@ class Log(ABC):
     schema: LogSchema
     row_group_sizes: NDArray[np.int64]
     fingerprint: str
-    """sha256 of the schema and of what identifies the content."""
+    """sha256 of the schema and the content: of the files' checksums where a manifest has them, else
+    of their footers (sizes and statistics of all column chunks)."""
 
     @property
     def num_rows(self) -> int:
@@ -67,7 +68,7 @@ class ParquetLog(Log):
     Args:
         files: in the order of the rows.
         schema: the columns that count.
-        footers: what the files say of themselves, where that is known already.
+        footers: of the files, where they are known already.
     """
 
     def __init__(
@@ -94,16 +95,14 @@ class ParquetLog(Log):
                     f"column '{name}' is {selected.field(name).type} in '{file}' but "
                     f"{first.field(name).type} in '{self._files[0]}'; write all files alike"
                 )
-            for rows, nbytes in footer.row_groups:
-                digest.update(f"{rows},{nbytes};".encode())
-            digest.update(f"{file.name},{footer.size};".encode())
+            digest.update(f"{file.name},{footer.digest};".encode())
             known.append(footer)
         rows_of = [rows for footer in known for rows, _ in footer.row_groups]
         self.row_group_sizes = np.asarray(rows_of, dtype=np.int64)
         if self.num_rows == 0:
             raise DataError(f"the log at '{self._files[0].parent}' has no rows")
         self.fingerprint = digest.hexdigest()
-        self._groups = RowGroups.of(self._files, known)
+        self._groups = RowGroups(self._files, known)
 
     @classmethod
     def open(cls, path: Place, schema: LogSchema | None = None) -> ParquetLog:
@@ -113,7 +112,7 @@ class ParquetLog(Log):
         Raises:
             DataError: nothing is there, a file is not Parquet or truncated, files differ in their
                 columns, a column of the schema is missing, there are no rows, or a file that the
-                manifest lists is missing.
+                manifest lists is missing, damaged or another one.
         """
         path = Location.of(path)
         found = find_parquet_files(path, "log")
@@ -142,7 +141,7 @@ class ParquetLog(Log):
         return str(file), group
 
     def footers(self) -> Iterator[Footer]:
-        """What each file says of itself."""
+        """The footer of each file, read anew."""
         return read_footers(self._files)
 
 
@@ -212,39 +211,42 @@ def write_log(
         group = next(groups, None)
         if group is None:
             raise DataError(f"no rows to write to '{directory}'")
-        number = 0
+        footers = []
         while group is not None:
             in_file = itertools.islice(groups, max(1, rows_per_file // rows_per_group) - 1)
-            write_log_file(temporary, number, itertools.chain([group], in_file))
-            group, number = next(groups, None), number + 1
-        return finish_log(temporary, schema)
+            number = len(footers)
+            footers.append(write_log_file(temporary, number, itertools.chain([group], in_file)))
+            group = next(groups, None)
+        return finish_log(temporary, schema, footers)
 
 
-def write_log_file(directory: Location, number: int, groups: Iterable[pa.Table]) -> None:
-    """One file of a log, whole or not at all; each table becomes a row group."""
+def write_log_file(directory: Location, number: int, groups: Iterable[pa.Table]) -> Footer:
+    """Write one file of a log, whole or not at all; each table becomes a row group."""
     writer: pq.ParquetWriter | None = None
-    with new_file(directory / f"part-{number:05d}.parquet") as temporary:
+    with new_file(directory / _file_name(number)) as temporary:
         try:
             for group in groups:
                 if writer is None:
-                    writer = pq.ParquetWriter(temporary, group.schema, compression="zstd")
+                    writer = pq.ParquetWriter(
+                        temporary, group.schema, compression="zstd", write_page_checksum=True
+                    )
                 writer.write_table(group, row_group_size=group.num_rows)
         finally:
             if writer is not None:
                 writer.close()
+        return Footer.of_written(temporary)
 
 
-def finish_log(directory: Location, schema: LogSchema) -> dict[str, Any]:
-    """Read the footers of the files of a log, and write its manifest."""
-    found = [one for one in directory.files() if one.name.endswith(".parquet")]
-    files = [one.location for one in found]
-    footers = list(read_footers(files))
-    log = ParquetLog(files, schema, footers)
-    listed = [
-        {"name": one.name, "bytes": footer.size, "groups": footer.row_groups}
-        for one, footer in zip(found, footers, strict=True)
-    ]
+def finish_log(directory: Location, schema: LogSchema, footers: Sequence[Footer]) -> dict[str, Any]:
+    """Write the manifest of a log whose files are written; `footers` in their order."""
+    names = [_file_name(number) for number in range(len(footers))]
+    log = ParquetLog([directory / name for name in names], schema, footers)
+    listed = [footer.to_dict(name) for name, footer in zip(names, footers, strict=True)]
     return write_manifest(directory, schema.to_dict(), log.num_rows, log.fingerprint, listed)
+
+
+def _file_name(number: int) -> str:
+    return f"part-{number:05d}.parquet"
 
 
 def regroup(

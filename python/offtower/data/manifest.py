@@ -7,8 +7,10 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import offtower
+from offtower.checksums import add_checksum, check_json, parse_json
 from offtower.data.location import Found, Location, Place
 from offtower.errors import DataError
+from offtower.paths import safe_relative
 
 FILE = "_offtower.json"
 WRITING = "_writing.json"
@@ -23,10 +25,10 @@ def write_manifest(
     fingerprint: str,
     files: Sequence[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Write what the directory is; returns it without the files.
+    """Write what the directory is, with a checksum; returns it without files and checksum.
 
-    files: name, bytes and (rows, bytes) of the row groups of each, so that whoever opens the
-        directory need not read their footers.
+    files: of each, what `Footer.to_dict` gives, so that whoever opens the directory need not read
+        their footers, and can verify what is read.
     """
     content = {
         "created_by": f"offtower {offtower.__version__}",
@@ -34,10 +36,12 @@ def write_manifest(
         "num_rows": num_rows,
         "fingerprint": fingerprint,
     }
-    text = json.dumps(content, indent=2)
-    if files is not None:
+    whole = add_checksum(content if files is None else {**content, "files": files})
+    listed = whole.pop("files", None)
+    text = json.dumps(whole, indent=2)
+    if listed is not None:
         # A line a file: a log may have thousands.
-        lines = ",\n".join(f"    {json.dumps(file)}" for file in files)
+        lines = ",\n".join(f"    {json.dumps(file)}" for file in listed)
         text = f'{text[:-2]},\n  "files": [\n{lines}\n  ]\n}}'
     (directory / FILE).write_bytes((text + "\n").encode())
     return content
@@ -51,13 +55,15 @@ def read_manifest(directory: Place) -> dict[str, Any] | None:
     """
     path = Location.of(directory) / FILE
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes().decode("utf-8"))
-        content["schema"]
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"'{path}' is damaged: {error}") from error
-    return content
+    manifest = check_json(parse_json(content, path, DataError), path, DataError)
+    if "schema" not in manifest:
+        raise DataError(f"'{path}' is damaged: it has no schema")
+    for file in manifest.get("files", ()):
+        safe_relative(file["name"], path)
+    return manifest
 
 
 def is_unfinished(names: Collection[str]) -> bool:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from offtower.data.location import Found, Location
+from offtower.data.location import Found, Location, Place
+from offtower.data.manifest import FILE as MANIFEST
+from offtower.data.manifest import find_parquet_files, read_manifest
+from offtower.data.parquet_checksums import (
+    UNREADABLE,
+    Checksums,
+    open_parquet,
+    read_footer_bytes,
+)
 from offtower.data.read_ahead import InOrder
 from offtower.data.stores import ATTEMPTS, advice, first_line, limit, tried
 from offtower.errors import DataError
@@ -22,18 +32,47 @@ FOOTER_THREADS = 32
 READ_THREADS = 8
 READ_AHEAD_BYTES = 256 * 2**20
 """Row groups of a store that are read ahead, uncompressed; one that is larger comes by itself."""
+_BLOCK_BYTES = 8 * 2**20
 _FOOTER_BYTES = 64 * 2**20
-"""Footers of a store that are kept, so that a row group is one request and not two."""
+"""Footers that are kept, so that a row group of a store is one request and not two."""
 
 
 @dataclass(frozen=True)
 class Footer:
-    """What a file says of itself: types of its columns, (rows, bytes) of each row group."""
+    """Facts about a file.
+
+    Attributes:
+        columns: their types.
+        row_groups: (rows, bytes) of each.
+        size: bytes of the file.
+        digest: sha256 of the file, or of its footer where only that was read.
+        checksums: where a manifest has them.
+    """
 
     columns: pa.Schema
     row_groups: tuple[tuple[int, int], ...]
     size: int
-    """Bytes of the file."""
+    digest: str
+    checksums: Checksums | None = None
+
+    @classmethod
+    def of_written(cls, path: Path) -> Footer:
+        """Facts and checksums of a file that was just written here."""
+        checksums = Checksums.of(path)
+        read = _footer(Location.of(path))
+        return replace(read, digest=checksums.sha256, checksums=checksums)
+
+    def to_dict(self, name: str) -> dict[str, Any]:
+        """A file of that name as a manifest lists it."""
+        listed = {"name": name, "bytes": self.size, "groups": self.row_groups}
+        return listed if self.checksums is None else {**listed, **self.checksums.to_dict()}
+
+    @classmethod
+    def from_dict(cls, listed: Mapping[str, Any], columns: pa.Schema) -> Footer:
+        """What `to_dict` gave, of a file with these columns."""
+        groups = tuple((rows, nbytes) for rows, nbytes in listed["groups"])
+        checksums = Checksums.from_dict(listed)
+        return cls(columns, groups, listed["bytes"], checksums.sha256, checksums)
 
 
 def read_footer(file: Location) -> Footer:
@@ -52,22 +91,36 @@ def read_footers(files: Sequence[Location]) -> Iterator[Footer]:
         DataError: a file is not Parquet, or cannot be read.
     """
     if not files or files[0].local is not None:
-        return map(_local_footer, files)
-    return InOrder(_far_footer, files, FOOTER_THREADS, lambda file: f"'{file}'", limit())
+        return map(_footer, files)
+    return InOrder(_footer, files, FOOTER_THREADS, lambda file: f"'{file}'", limit())
 
 
 def listed_footers(
-    path: Location, found: Sequence[Found], manifest: Mapping[str, Any] | None
-) -> list[Footer] | None:
-    """The footers as the manifest of a folder lists them: one file is looked at, since files that
-    offtower wrote together are alike. None where it lists none, or the folder has other files.
+    path: Location,
+    found: Sequence[Found],
+    manifest: Mapping[str, Any] | None,
+    copies: Sequence[Location] | None = None,
+) -> list[Footer]:
+    """Footers as the manifest of a folder lists them; those of files that it does not list are
+    read.
+
+    Sizes are compared, and the footers of files on this machine verified. In a store one footer is
+    read, since files that offtower wrote together have the same columns; the others are verified
+    with their first row group.
+
+    Args:
+        path: the folder.
+        found: its files.
+        manifest: of the folder; None where it has none.
+        copies: where to read the files instead.
 
     Raises:
-        DataError: a file that is listed is not there.
+        DataError: a file that is listed is missing, damaged or another by now.
     """
+    files = [one.location for one in found] if copies is None else list(copies)
     if manifest is None or not manifest.get("files"):
-        return None
-    there = {one.name: one for one in found}
+        return list(read_footers(files))
+    there = {one.name: (one, file) for one, file in zip(found, files, strict=True)}
     listed = {file["name"]: file for file in manifest["files"]}
     missing = [name for name in listed if name not in there]
     if missing:
@@ -76,47 +129,135 @@ def listed_footers(
             f"({len(missing)} of {len(listed)} files are). Put it back, or, to read what is left "
             "as a log of its own, remove '_offtower.json' and state data.log_schema"
         )
-    if len(there) != len(listed) or any(listed[n]["bytes"] != f.size for n, f in there.items()):
-        return None
-    columns = read_footer(found[0].location).columns
-    return [
-        Footer(columns, tuple((rows, nbytes) for rows, nbytes in file["groups"]), file["bytes"])
-        for file in (listed[name] for name in there)
-    ]
+    columns: pa.Schema | None = None
+    footers: dict[str, Footer] = {}
+    for name, facts in listed.items():
+        one, file = there[name]
+        if one.size != facts["bytes"]:
+            raise DataError(
+                f"'{one.location}' has {one.size:,} bytes, and {facts['bytes']:,} in the manifest: "
+                "it was truncated or written again. Restore it from a copy; if you replaced it on "
+                f"purpose, remove '{MANIFEST}' and state data.log_schema"
+            )
+        if columns is None or file.local is not None:
+            columns = _verified_columns(file, Checksums.from_dict(facts), one.location)
+        footers[name] = Footer.from_dict(facts, columns)
+    others = [name for name in there if name not in footers]
+    read = read_footers([there[name][1] for name in others])
+    footers |= dict(zip(others, read, strict=True))
+    return [footers[one.name] for one in found]
 
 
-def _local_footer(file: Location) -> Footer:
-    assert file.local is not None
+def _verified_columns(file: Location, checksums: Checksums, name: Location) -> pa.Schema:
+    def read() -> pa.Schema:
+        with open_source(file) as source:
+            return checksums.read_footer(source).schema.to_arrow_schema()
+
     try:
-        with pq.ParquetFile(file.local) as opened:
-            return _footer(opened, file.local.stat().st_size)
-    except (pa.ArrowInvalid, OSError) as error:
+        return read() if file.local is not None else tried(read, f"'{name}'")
+    except FileNotFoundError as error:
+        raise DataError(_gone(name)) from error
+    except UNREADABLE as error:
+        raise DataError(_damaged(f"'{name}'", error)) from error
+
+
+def open_source(file: Location) -> pa.NativeFile:
+    """Open a file for reading at any place."""
+    return file.open() if file.local is None else pa.OSFile(str(file.local))
+
+
+def verify_files(path: Place, what: str) -> int:
+    """Compare the sha256 of all files of a folder with its manifest.
+
+    Args:
+        what: "log" or "catalogue", for messages.
+
+    Returns:
+        The number of files.
+
+    Raises:
+        DataError: a file is missing, damaged or not listed, or the folder has no manifest.
+    """
+    folder = Location.of(path)
+    listed = {file["name"]: file for file in (read_manifest(folder) or {}).get("files", ())}
+    if not listed:
         raise DataError(
-            f"'{file}' is not a readable Parquet file (truncated, or another format): {error}"
-        ) from error
+            f"the {what} at '{folder}' has no manifest with checksums ('{MANIFEST}'), so its files "
+            "cannot be verified; ingest it first"
+        )
+    found = find_parquet_files(folder, what)
+    listed_footers(folder, found, {"files": list(listed.values())})
+    for one in found:
+        if one.name not in listed:
+            raise DataError(f"'{one.location}' is not listed in '{MANIFEST}'; remove it")
+        if _sha256(one.location) != listed[one.name]["sha256"]:
+            raise DataError(
+                f"'{one.location}' is damaged: its sha256 is not the one recorded when it was "
+                "written; restore it from a copy"
+            )
+    return len(found)
 
 
-def _far_footer(file: Location) -> Footer:
-    def read() -> Footer:
-        with file.open() as source, pq.ParquetFile(source) as opened:
-            return _footer(opened, source.size())
+def _sha256(file: Location) -> str:
+    def read() -> str:
+        digest = hashlib.sha256()
+        with open_source(file) as source:
+            while block := source.read(_BLOCK_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
 
     try:
-        return tried(read, f"'{file}'")
+        return read() if file.local is not None else tried(read, f"'{file}'")
+    except UNREADABLE as error:
+        raise DataError(_damaged(f"'{file}'", error)) from error
+
+
+def read_row_group(
+    file: Location, footer: Footer, group: int, columns: Sequence[str], name: str
+) -> pa.Table:
+    """The rows of one row group of a file on this machine, verified where its checksums are known.
+
+    Args:
+        name: of the file, for messages.
+
+    Raises:
+        DataError: they cannot be read, or are damaged.
+    """
+    try:
+        with open_source(file) as source:
+            if footer.checksums is not None:
+                metadata = footer.checksums.read_footer(source)
+                return footer.checksums.read_row_group(source, metadata, group, columns)
+            with open_parquet(source) as opened:
+                return opened.read_row_group(group, columns=list(columns))
+    except UNREADABLE as error:
+        raise DataError(_damaged(f"row group {group} of '{name}'", error)) from error
+
+
+def _damaged(what: str, error: BaseException) -> str:
+    more = advice(error) or "the file is damaged, or changed while it was read"
+    return f"{what} cannot be read ({first_line(error)}); {more}"
+
+
+def _footer(file: Location) -> Footer:
+    """Read the footer of a file without checksums."""
+
+    def read() -> Footer:
+        with open_source(file) as source:
+            metadata, digest = read_footer_bytes(source)
+            groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+            found = tuple((group.num_rows, group.total_byte_size) for group in groups)
+            return Footer(metadata.schema.to_arrow_schema(), found, source.size(), digest)
+
+    try:
+        return read() if file.local is not None else tried(read, f"'{file}'")
     except FileNotFoundError as error:
         raise DataError(_gone(file)) from error
-    except (pa.ArrowInvalid, OSError) as error:
+    except UNREADABLE as error:
         more = advice(error) or "truncated, or another format"
         raise DataError(
             f"'{file}' is not a readable Parquet file ({first_line(error)}): {more}"
         ) from error
-
-
-def _footer(opened: pq.ParquetFile, size: int) -> Footer:
-    metadata = opened.metadata
-    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
-    found = tuple((group.num_rows, group.total_byte_size) for group in groups)
-    return Footer(opened.schema_arrow, found, size)
 
 
 class RowGroups:
@@ -124,37 +265,26 @@ class RowGroups:
 
     Local files are opened for each row group: a log of thousands of files must not hold them all
     open. Those of a store are read by coalesced requests for the columns that are wanted, tried
-    again where a read fails, and compared with what they were when they were first read.
+    again where a read fails, and compared with what they were when they were first read. Bytes are
+    verified where the footers have checksums.
 
     Args:
         files: of the log.
-        places: of each row group: number of the file, number in the file.
-        nbytes: of each row group, uncompressed.
-        sizes: of the files, where they are known; a file of another size has changed.
+        footers: of each file.
     """
 
-    def __init__(
-        self,
-        files: Sequence[Location],
-        places: Sequence[tuple[int, int]],
-        nbytes: Sequence[int],
-        sizes: Sequence[int],
-    ) -> None:
-        self.files, self.places = list(files), list(places)
-        self._nbytes, self._sizes = list(nbytes), list(sizes)
+    def __init__(self, files: Sequence[Location], footers: Sequence[Footer]) -> None:
+        self.files, self._footers = list(files), list(footers)
+        self.places = [
+            (number, group)
+            for number, footer in enumerate(footers)
+            for group in range(len(footer.row_groups))
+        ]
         self._known: dict[int, tuple[int, str]] = {}
         self._keep()
 
-    @classmethod
-    def of(cls, files: Sequence[Location], footers: Sequence[Footer]) -> RowGroups:
-        """All row groups of files, in order."""
-        groups = [(number, *group) for number, f in enumerate(footers) for group in _places(f)]
-        places = [(number, group) for number, group, _ in groups]
-        nbytes = [size for _, _, size in groups]
-        return cls(files, places, nbytes, [footer.size for footer in footers])
-
     def __getstate__(self) -> dict[str, Any]:
-        hidden = ("_footers", "_lock")
+        hidden = ("_metadata", "_lock")
         return {name: value for name, value in self.__dict__.items() if name not in hidden}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -162,7 +292,7 @@ class RowGroups:
         self._keep()
 
     def _keep(self) -> None:
-        self._footers: OrderedDict[int, pq.FileMetaData] = OrderedDict()
+        self._metadata: OrderedDict[int, pq.FileMetaData] = OrderedDict()
         self._lock = threading.Lock()
 
     def location(self, index: int) -> tuple[Location, int]:
@@ -173,7 +303,7 @@ class RowGroups:
         """The rows of one row group.
 
         Raises:
-            DataError: they cannot be read, or the file is another by now.
+            DataError: they cannot be read or are damaged, or the file is another by now.
         """
         if self.files[self.places[index][0]].local is not None:
             return self._read_here(index, columns)
@@ -190,48 +320,48 @@ class RowGroups:
             READ_THREADS,
             self._name,
             limit(),
-            size=lambda index: self._nbytes[index],
+            size=self._bytes,
             room=READ_AHEAD_BYTES,
         )
+
+    def _bytes(self, index: int) -> int:
+        number, group = self.places[index]
+        return self._footers[number].row_groups[group][1]
 
     def _name(self, index: int) -> str:
         file, group = self.location(index)
         return f"row group {group} of '{file}'"
 
     def _read_here(self, index: int, columns: Sequence[str]) -> pa.Table:
-        file, group = self.location(index)
-        try:
-            with pq.ParquetFile(file.local) as opened:
-                return opened.read_row_group(group, columns=list(columns))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{self._name(index)} cannot be read ({error}); "
-                "the file is damaged or changed while it was read"
-            ) from error
+        (file, group), footer = self.location(index), self._footers[self.places[index][0]]
+        return read_row_group(file, footer, group, columns, str(file))
 
     def _read_there(self, index: int, columns: Sequence[str]) -> pa.Table:
-        number, group = self.places[index]
-        file = self.files[number]
-
-        def read() -> pa.Table:
-            with file.open() as source:
-                self._compare(number, source)
-                kept = self._footers.get(number)
-                with pq.ParquetFile(source, metadata=kept, pre_buffer=True) as opened:
-                    if kept is None:
-                        self._remember(number, opened.metadata)
-                    return opened.read_row_group(group, columns=list(columns))
-
         try:
-            return tried(read, self._name(index))
+            return tried(lambda: self._read_once(index, columns), self._name(index))
         except FileNotFoundError as error:
-            raise DataError(_gone(file)) from error
-        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(_gone(self.location(index)[0])) from error
+        except UNREADABLE as error:
             more = advice(error) or "the file is damaged, or the store does not give it"
             raise DataError(
                 f"{self._name(index)} cannot be read, after up to {ATTEMPTS} attempts "
                 f"({first_line(error)}); {more}"
             ) from error
+
+    def _read_once(self, index: int, columns: Sequence[str]) -> pa.Table:
+        number, group = self.places[index]
+        checksums = self._footers[number].checksums
+        with self.files[number].open() as source:
+            self._compare(number, source)
+            metadata = self._metadata.get(number)
+            if checksums is not None:
+                if metadata is None:
+                    metadata = self._remember(number, checksums.read_footer(source))
+                return checksums.read_row_group(source, metadata, group, columns)
+            with open_parquet(source, metadata=metadata, pre_buffer=True) as opened:
+                if metadata is None:
+                    self._remember(number, opened.metadata)
+                return opened.read_row_group(group, columns=list(columns))
 
     def _compare(self, number: int, source: pa.NativeFile) -> None:
         """Refuse a file that is no longer what it was: by its size, and by the tag of its content
@@ -240,7 +370,7 @@ class RowGroups:
         tag = facts.get("etag", "")
         now = (source.size(), tag)
         with self._lock:
-            before = self._known.setdefault(number, (self._sizes[number], tag))
+            before = self._known.setdefault(number, (self._footers[number].size, tag))
         if now != before:
             was = f"{before[0]:,} bytes {before[1]}".strip()
             raise DataError(
@@ -249,17 +379,13 @@ class RowGroups:
                 "rows to a new folder, and start again"
             )
 
-    def _remember(self, number: int, metadata: pq.FileMetaData) -> None:
+    def _remember(self, number: int, metadata: pq.FileMetaData) -> pq.FileMetaData:
         with self._lock:
-            self._footers[number] = metadata
-            held = sum(one.serialized_size for one in self._footers.values())
-            while held > _FOOTER_BYTES and len(self._footers) > 1:
-                held -= self._footers.popitem(last=False)[1].serialized_size
-
-
-def _places(footer: Footer) -> list[tuple[int, int]]:
-    """(number, bytes) of each row group."""
-    return [(number, nbytes) for number, (_, nbytes) in enumerate(footer.row_groups)]
+            self._metadata[number] = metadata
+            held = sum(one.serialized_size for one in self._metadata.values())
+            while held > _FOOTER_BYTES and len(self._metadata) > 1:
+                held -= self._metadata.popitem(last=False)[1].serialized_size
+        return metadata
 
 
 def _gone(file: Location) -> str:

@@ -21,6 +21,7 @@ from offtower.atomic import remove_leftovers
 from offtower.data.location import Location, Place
 from offtower.data.log import ROWS_PER_FILE, ROWS_PER_GROUP, finish_log, regroup, write_log_file
 from offtower.data.output import check_new, new_directory
+from offtower.data.parquet import Footer
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
 from offtower.mapping import Mapper
@@ -57,6 +58,7 @@ class RowSource(ABC):
 @dataclass(frozen=True)
 class _Written:
     rows: int
+    footer: Footer
 
 
 def write_log_parts(
@@ -88,12 +90,12 @@ def write_log_parts(
         # Absolute: workers have a working folder of their own.
         write = partial(_write, source, temporary.absolute(), rows_per_group, rows_per_file)
         progress.start(task, total)
-        for _ in watched(mapper.map(write, range(-(-total // rows_per_file)), task), progress):
-            pass
+        numbers = range(-(-total // rows_per_file))
+        written = list(watched(mapper.map(write, numbers, task), progress))
         progress.finish()
         if temporary.local is not None:
             remove_leftovers(temporary.local)
-        return finish_log(temporary, schema)
+        return finish_log(temporary, schema, [one.footer for one in written])
 
 
 def _write(
@@ -102,5 +104,4 @@ def _write(
     first = number * rows_per_file
     last = min(first + rows_per_file, int(source.counts.sum()))
     groups = regroup(source.rows(first, last), rows_per_group)
-    write_log_file(directory, number, groups)
-    return _Written(last - first)
+    return _Written(last - first, write_log_file(directory, number, groups))

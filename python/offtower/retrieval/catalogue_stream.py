@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.location import Location, Place
-from offtower.data.manifest import parquet_files, read_manifest
-from offtower.data.parquet import RowGroups, read_footers
+from offtower.data.manifest import find_parquet_files, read_manifest
+from offtower.data.parquet import RowGroups, listed_footers
+from offtower.data.parquet_checksums import UNREADABLE, open_parquet
 from offtower.data.schema import CatalogueSchema
 from offtower.errors import DataError
 
@@ -23,7 +23,8 @@ class CatalogueStream:
 
     def __init__(self, path: Place, schema: CatalogueSchema | None = None) -> None:
         self.path = Location.of(path)
-        self.files = parquet_files(self.path, "catalogue")
+        found = find_parquet_files(self.path, "catalogue")
+        self.files = [one.location for one in found]
         manifest = None if self.files == [self.path] else read_manifest(self.path)
         self.fingerprint = None if manifest is None else str(manifest.get("fingerprint"))
         if schema is None:
@@ -34,11 +35,12 @@ class CatalogueStream:
                 )
             schema = CatalogueSchema.from_dict(manifest["schema"])
         self.schema = schema
-        footers = list(read_footers(self.files))
+        footers = listed_footers(self.path, found, manifest)
         self._sizes = [[rows for rows, _ in footer.row_groups] for footer in footers]
         columns = self.schema.columns
         self._lacking = [[c for c in columns if c not in f.columns.names] for f in footers]
-        self._groups = RowGroups.of(self.files, footers)
+        self._groups = RowGroups(self.files, footers)
+        self._checked = [footer.checksums is not None for footer in footers]
         self.counts = [sum(sizes) for sizes in self._sizes]
         self.num_items = sum(self.counts)
         if self.num_items == 0:
@@ -85,19 +87,19 @@ class CatalogueStream:
 
     def _batches(self, number: int, groups: list[int], rows: int) -> Iterator[pa.RecordBatch]:
         file, columns = self.files[number], list(self.schema.columns)
-        if file.local is None:
+        if file.local is None or self._checked[number]:
             first = sum(len(sizes) for sizes in self._sizes[:number])
             for table in self._groups.read_many([first + group for group in groups], columns):
                 yield from table.to_batches(max_chunksize=rows)
             return
         try:
-            with pq.ParquetFile(file.local) as opened:
+            with open_parquet(file.local) as opened:
                 # A group at a time: a reader of several holds on to what it has read.
                 yield from chain.from_iterable(
                     opened.iter_batches(batch_size=rows, columns=columns, row_groups=[group])
                     for group in groups
                 )
-        except (pa.ArrowInvalid, OSError) as error:
+        except UNREADABLE as error:
             raise DataError(f"'{file}' is not a readable Parquet file: {error}") from error
 
 
