@@ -144,6 +144,12 @@ def write_checksums(directory: Path) -> str:
     return write_checked_json(directory / FILE, {"files": files})
 
 
+def is_complete(directory: Path) -> bool:
+    """Whether a checked folder is there with its `checksums.json`, the last file to be written or
+    copied."""
+    return (directory / FILE).is_file()
+
+
 def verify_directory(directory: Path, remedy: str) -> None:
     """Compare all files of a folder with its `checksums.json`.
 

@@ -11,7 +11,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from offtower.checksums import checked_directory, read_json, verify_directory, write_checked_json
+from offtower.checksums import (
+    checked_directory,
+    is_complete,
+    read_json,
+    verify_directory,
+    write_checked_json,
+)
 from offtower.config import Config
 from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
@@ -214,7 +220,7 @@ def _save(
 def _restore(
     store: Path, fingerprints: dict[str, str]
 ) -> tuple[LogFacts, FeatureEncoding, FeatureEncoding] | None:
-    if not store.exists():
+    if not is_complete(store):
         return None
     verify_directory(store, "restore the folder from a copy, or start a run under another name")
     content = read_json(store / "facts.json")

@@ -67,6 +67,20 @@ def test_a_copy_that_was_cut_short_is_passed_over(simulated: Path, tmp_path: Pat
     assert_same_policy(config.run_directory, policy)
 
 
+def test_folders_without_their_checksums_are_written_again(simulated: Path, tmp_path: Path) -> None:
+    """The copy ended while they were sent: `checksums.json` comes last."""
+    config = make_config(simulated, tmp_path / "here", "a", "training.epochs=2")
+    train_run(config)
+    run = config.run_directory
+    shutil.copytree(run, tmp_path / "whole")
+    for folder in ("encodings", "reward_model"):
+        (run / folder / "checksums.json").unlink()
+    shutil.rmtree(run / "policy")
+    train_run(config, resume=True)
+    assert_same_policy(run, tmp_path / "whole")
+    assert (run / "encodings" / "checksums.json").exists()
+
+
 def test_a_run_that_is_here_is_not_overwritten(simulated: Path, tmp_path: Path) -> None:
     config = make_config(simulated, tmp_path / "here", "a", "training.epochs=1")
     uri = f"file://{tmp_path}/there"

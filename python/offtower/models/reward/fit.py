@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from offtower.checksums import checked_directory, verify_directory
+from offtower.checksums import checked_directory, is_complete, verify_directory
 from offtower.config import RewardModelConfig
 from offtower.data.encoding import FeatureEncoding, take, tensor_of, to_tensors
 from offtower.data.order import EpochOrder, fold_of
@@ -60,7 +60,7 @@ def obtain_reward_model(
     """
     if config.kind == "none":
         return None
-    stored = directory is not None and directory.exists()
+    stored = directory is not None and is_complete(directory)
     if stored and config.kind == "dense" and for_new_rows:
         # Regressors cannot be stored without a pickle: they are fitted again, to the same bits.
         return fit_reward_model(config, data, seed, progress)

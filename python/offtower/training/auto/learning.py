@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from offtower.checksums import checked_directory, verify_directory
+from offtower.checksums import checked_directory, is_complete, verify_directory
 from offtower.config import Config
 from offtower.mapping import Mapper
 from offtower.models.policy import TwoTowerPolicy
@@ -137,7 +137,7 @@ class CandidateLearner:
         if self._run is None:
             return False
         folders = [self._folder(self._run, purpose, part, k) for k in part.members]
-        if not all(folder.exists() for folder in folders):
+        if not all(is_complete(folder) for folder in folders):
             return False
         for k, folder in zip(part.members, folders, strict=True):
             verify_directory(folder, "remove that folder, and its member is learned again")
