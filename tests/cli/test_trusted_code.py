@@ -301,9 +301,7 @@ def test_no_accepted_estimator_takes_a_folder_or_a_function_by_name() -> None:
 
 def test_a_class_from_elsewhere_is_not_taken_for_offtowers() -> None:
     with pytest.raises(ConfigError, match="declared in 'torch"):
-        load_class(
-            "offtower.models.towers:nn.Module".replace("nn.Module", "Tensor"), "x", object, "y"
-        )
+        load_class("offtower.models.towers:Tensor", "tower module", object, "object")
 
 
 SHADOWS = ("torch", "yaml", "typer", "numpy", "sklearn", "typing", "json", "pathlib")
