@@ -19,7 +19,8 @@ from offtower.config import (
     to_dict,
     to_yaml,
 )
-from offtower.errors import ConfigError
+from offtower.errors import ConfigError, RunError
+from offtower.run_directory import RunDirectory
 
 MINIMAL = {"name": "a", "data": {"train": "log/train", "catalogue": "items"}}
 
@@ -117,3 +118,36 @@ def test_a_run_is_no_address() -> None:
 def test_dataclass_and_dump_agree() -> None:
     config = parse_config(MINIMAL)
     assert to_dict(config)["training"]["epochs"] == asdict(config)["training"]["epochs"]
+
+
+def test_credentials_are_not_written() -> None:
+    text = "tracking.mlflow=https://me:SECRET@host/x"
+    config = parse_config(apply_overrides(MINIMAL, [text]))
+    assert "SECRET" not in to_yaml(config) and "https://***@host/x" in to_yaml(config)
+    # Workers of this process get them.
+    assert to_dict(config)["tracking"]["mlflow"] == "https://me:SECRET@host/x"
+    stored = parse_config(yaml.safe_load(to_yaml(config)))
+    assert config_fingerprint(stored) == config_fingerprint(config)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"name: \xff",
+        b"name: [",
+        b"name: a\x00",
+        b"seed: 2024-99-99",
+        b"2024-01-01: 1",
+        b"name: " + b"[" * 5000,
+        b"a: &a [*a]",
+        b"- 1",
+        b"%YAML 9.9.9\n---\n",
+    ],
+)
+def test_damage_is_an_error_that_names_the_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        load_config(path)
+    with pytest.raises(RunError, match=r"config\.yaml"):
+        RunDirectory(tmp_path).load_config()

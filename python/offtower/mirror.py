@@ -19,6 +19,7 @@ from offtower.atomic import sync_directory, sync_tree
 from offtower.data.lease import Lease
 from offtower.data.location import Location
 from offtower.errors import DataError, LeaseError, RunError
+from offtower.paths import redact, safe_relative
 from offtower.run_directory import FETCHED
 
 logger = logging.getLogger("offtower.mirror")
@@ -49,7 +50,7 @@ class Mirror:
         try:
             there = Location.of(uri)
         except DataError as error:
-            raise RunError(f"--mirror '{uri}' cannot be used: {error}") from error
+            raise RunError(f"--mirror '{redact(uri)}' cannot be used: {error}") from error
         self._there = there.filesystem or fs.LocalFileSystem()
         self._place = there / run.name
         self._base = self._place.path
@@ -107,21 +108,20 @@ class Mirror:
             found = self._there.get_file_info(
                 fs.FileSelector(self._base, recursive=True, allow_not_found=True)
             )
-            files = [
-                info
+            files = {
+                safe_relative(self._name(info.path), redact(self.uri), RunError): info.path
                 for info in found
-                if info.type == fs.FileType.File and not self._name(info.path).startswith(".")
-            ]
-            if not any(self._name(info.path) == _CONFIG for info in files):
+                if info.type == fs.FileType.File
+            }
+            if _CONFIG not in files:
                 return False
             fetched = self._run / FETCHED
-            for info in files:
-                target = fetched / self._name(info.path)
+            for name, path in files.items():
+                if name.startswith("."):
+                    continue
+                target = fetched / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with (
-                    self._there.open_input_stream(info.path) as source,
-                    open(target, "wb") as sink,
-                ):
+                with self._there.open_input_stream(path) as source, open(target, "wb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
             self._move_in(fetched)
         except OSError as error:

@@ -13,7 +13,8 @@ _SECRET_OPTION = re.compile(
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\\]")
 _URI = re.compile(r"(?i)\b[a-z][a-z0-9+.-]*://[^\s'\"<>]+")
 _STORES = ("s3", "gs", "gcs", "abfs", "abfss")
-_HIDDEN = "***"
+HIDDEN = "***"
+"""What stands in place of credentials."""
 
 
 def safe_relative(name: object, listed_in: object, error: type[OfftowerError] = DataError) -> str:
@@ -56,8 +57,8 @@ def _redact_uri(uri: str) -> str:
     # slashes, and buckets have no port; elsewhere host:port/a@b is a path.
     scheme = written.lower()
     if scheme in _STORES:
-        rest = re.sub(r"^[^/@:]*:.*@", f"{_HIDDEN}@", rest)
+        rest = re.sub(r"^[^/@:]*:.*@", f"{HIDDEN}@", rest)
     secret = r"^[^/]*@" if scheme in ("s3", "http", "https") else r"^[^/@]*:[^/]*@"
-    rest = re.sub(secret, f"{_HIDDEN}@", rest)
-    query = _SECRET_OPTION.sub(lambda match: f"{match['name']}={_HIDDEN}", query)
+    rest = re.sub(secret, f"{HIDDEN}@", rest)
+    query = _SECRET_OPTION.sub(lambda match: f"{match['name']}={HIDDEN}", query)
     return f"{written}://{rest}{mark}{query}"

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from offtower.atomic import write_text
-from offtower.config import Config, to_dict
+from offtower.config import Config, to_stored_dict
 from offtower.errors import MissingExtraError, RunError
+from offtower.paths import HIDDEN, redact
+
+logger = logging.getLogger("offtower.tracking")
 
 _FILE = "mlflow.json"
+ANSWER_SECONDS = 5
+"""An MLflow server may take so long for one answer, and one more attempt is made."""
+_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(ANSWER_SECONDS),
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+}
+"""MLflow itself tries for many minutes; its environment variables say otherwise where set."""
 
 
 class Tracker(ABC):
@@ -32,15 +45,19 @@ def make_trackers(config: Config, run_path: Path) -> list[Tracker]:
 
     Raises:
         MissingExtraError: a package is not installed.
-        RunError: the MLflow server cannot be reached.
+        RunError: the MLflow store cannot be used. A server that does not answer is a warning.
     """
     trackers: list[Tracker] = []
     if config.tracking.tensorboard:
         trackers.append(TensorBoard(run_path / "tensorboard"))
-    if config.tracking.mlflow is not None:
-        trackers.append(
-            MLflow(config.tracking.mlflow, config.tracking.mlflow_experiment, config, run_path)
-        )
+    uri = config.tracking.mlflow
+    if uri is not None:
+        try:
+            trackers.append(MLflow(uri, config.tracking.mlflow_experiment, config, run_path))
+        except RunError as error:
+            if not uri.startswith(("http://", "https://")):
+                raise
+            logger.warning("training goes on without MLflow: %s", error)
     return trackers
 
 
@@ -88,7 +105,11 @@ class TensorBoard(Tracker):
 
 
 class MLflow(Tracker):
-    """One MLflow run for a run directory, gone on with after a resumption.
+    """One MLflow run for a run directory, continued after a resumption.
+
+    A server that does not answer within `ANSWER_SECONDS` is given up; metrics.jsonl has all lines.
+    Credentials in the URI are not stored: a stored configuration takes those in
+    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
 
     Args:
         uri: of the tracking server.
@@ -101,9 +122,11 @@ class MLflow(Tracker):
             from mlflow.exceptions import MlflowException
         except ImportError as error:
             raise MissingExtraError("mlflow-skinny", "tracking", "tracking.mlflow") from error
-        known = run_path / _FILE
+        known, self._lost = run_path / _FILE, False
         try:
-            self._client = MlflowClient(tracking_uri=uri)
+            for name, value in _PATIENCE.items():
+                os.environ.setdefault(name, value)
+            self._client = MlflowClient(tracking_uri=uri.replace(f"{HIDDEN}@", ""))
             if known.exists():
                 self._run = str(json.loads(known.read_text(encoding="utf-8"))["run_id"])
                 self._client.update_run(self._run, status="RUNNING")
@@ -113,21 +136,40 @@ class MLflow(Tracker):
                 self._client.create_experiment(experiment) if found is None else found.experiment_id
             )
             self._run = self._client.create_run(number, run_name=config.name).info.run_id
-            for name, value in _flat("", to_dict(config)):
+            for name, value in _flat("", to_stored_dict(config)):
                 self._client.log_param(self._run, name, value)
         except (MlflowException, OSError, ValueError, KeyError) as error:
             raise RunError(
-                f"MLflow at '{uri}' cannot be used: {error}. Correct tracking.mlflow, or leave it "
-                "out; metrics.jsonl is written in any case"
-            ) from error
-        write_text(known, json.dumps({"uri": uri, "run_id": self._run}))
+                f"MLflow at '{redact(uri)}' cannot be used: {redact(str(error))}. Correct "
+                "tracking.mlflow (credentials: MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD), or leave it out; metrics.jsonl is written in any case"
+            ) from None
+        write_text(known, json.dumps({"uri": redact(uri), "run_id": self._run}))
 
     def write(self, line: Mapping[str, Any]) -> None:
-        for name, value in numbers(line):
-            self._client.log_metric(self._run, name, value, step=int(line["step"]))
+        from mlflow.entities import Metric
+
+        now, step = int(time.time() * 1000), int(line["step"])
+        metrics = [Metric(name, value, now, step) for name, value in numbers(line)]
+        self._send(lambda: self._client.log_batch(self._run, metrics=metrics))
 
     def close(self) -> None:
-        self._client.set_terminated(self._run)
+        self._send(lambda: self._client.set_terminated(self._run))
+
+    def _send(self, request: Callable[[], Any]) -> None:
+        """Make a request; after one that failed none is made, so that training does not wait."""
+        from mlflow.exceptions import MlflowException
+
+        if self._lost:
+            return
+        try:
+            request()
+        except (MlflowException, OSError) as error:
+            self._lost = True
+            logger.warning(
+                "MLflow failed and gets no more metrics of this run; metrics.jsonl has them: %s",
+                redact(str(error)),
+            )
 
 
 def _flat(prefix: str, content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -125,6 +125,13 @@ def test_two_policies_of_one_objective_are_told_apart(tmp_path: Path) -> None:
         assert f"<h3>{label}</h3>" in html
 
 
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    """Matplotlib would read the text between dollars as TeX, and fail on what is none."""
+    name = r"a$\bad{$b<i>"
+    text = render(tmp_path / "report.html", evaluation(names=(name, "other")))
+    assert text.count(r"a$\bad{$b&lt;i&gt;") > 4 and "b<i>" not in text
+
+
 def test_numbers() -> None:
     assert number(None) == "–"
     assert number(float("nan")) == "–"

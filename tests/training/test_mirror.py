@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import fs
 
-from offtower.errors import RunError
+from offtower.data.location import Location
+from offtower.errors import DataError, RunError
 from offtower.mirror import Mirror
 from offtower.training import run as runs
 from offtower.training.checkpoints import CheckpointStore
 from offtower.training.run import train_run
+from tests.stores import unruly
 from tests.training.conftest import make_config
 from tests.training.test_resume import assert_same_policy
 
@@ -101,3 +104,32 @@ def test_what_cannot_be_sent_is_told_at_the_end(simulated: Path, tmp_path: Path)
 def test_an_address_of_no_known_kind(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"--mirror 'nonsense://x' cannot be used"):
         Mirror("nonsense://x", tmp_path)
+
+
+def test_names_that_leave_the_copy_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The listing of a store is data: a name may not lead out of the run."""
+    handler, root = unruly(monkeypatch, tmp_path / "store")
+    folder = tmp_path / "store" / "runs" / "a"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("name: a")
+    (tmp_path / "store" / "runs" / "evil").write_text("x")
+    listed = handler.get_file_info_selector
+
+    def get_file_info_selector(selector: fs.FileSelector) -> list[fs.FileInfo]:
+        evil = fs.FileInfo("runs/a/../evil", fs.FileType.File, size=1)
+        return [*listed(selector), evil]
+
+    monkeypatch.setattr(handler, "get_file_info_selector", get_file_info_selector)
+    with pytest.raises(RunError, match=r"names the file '\.\./evil'"):
+        Mirror(f"{root}/runs", tmp_path / "here" / "a").pull()
+    assert not (tmp_path / "here" / "evil").exists() and not (tmp_path / "here" / "a").exists()
+    with pytest.raises(DataError, match=r"names the file '\.\./evil'"):
+        Location.of(f"{root}/runs/a").files()
+
+
+def test_credentials_of_a_mirror_are_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"s3://\*\*\*@bucket") as error:
+        Mirror("s3://KEY:HUSH@bucket/runs", tmp_path / "a")
+    assert "HUSH" not in str(error.value)

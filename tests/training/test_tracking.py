@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from offtower import tracking
 from offtower.errors import RunError
 from offtower.metrics import read_metrics
 from offtower.tracking import numbers
@@ -77,3 +80,46 @@ def test_an_mlflow_that_cannot_be_used(simulated: Path, tmp_path: Path) -> None:
     config = make_config(simulated, tmp_path, "a", f"tracking.mlflow=nonsense://{tmp_path}/taken")
     with pytest.raises(RunError, match=r"tracking\.mlflow"):
         train_run(config)
+
+
+def test_training_goes_on_without_a_server(
+    simulated: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    """One that accepts connections and never answers: training warns and ends, with its metrics."""
+    pytest.importorskip("mlflow")
+    for name in tracking._PATIENCE:
+        monkeypatch.setenv(name, "1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://me:SECRET@127.0.0.1:{silent.getsockname()[1]}"
+        config = make_config(simulated, tmp_path, "a", f"tracking.mlflow={uri}")
+        train_run(config)
+    assert "training goes on without MLflow" in caplog.text and "http://***@127" in caplog.text
+    expected(config.run_directory)
+    stored = (config.run_directory / "config.yaml").read_text()
+    assert "http://***@127.0.0.1" in stored
+    assert "SECRET" not in stored + caplog.text
+
+
+def test_default_patience_is_seconds() -> None:
+    """MLflow's own is 120 seconds for each of 8 attempts."""
+    timeout, retries = (int(value) for value in tracking._PATIENCE.values())
+    assert timeout * (1 + retries) <= 10
+
+
+def test_a_server_that_is_lost_on_the_way(
+    simulated: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    exceptions = pytest.importorskip("mlflow.exceptions")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    config = make_config(simulated, tmp_path, "a", f"tracking.mlflow=file:{tmp_path}/mlruns")
+    sent: list[int] = []
+
+    def log_batch(*arguments: Any, **named: Any) -> None:
+        sent.append(1)
+        raise exceptions.MlflowException("gone: http://me:SECRET@host")
+
+    monkeypatch.setattr("mlflow.MlflowClient.log_batch", log_batch)
+    train_run(config)
+    assert len(sent) == 1
+    assert caplog.text.count("MLflow failed") == 1 and "SECRET" not in caplog.text
+    expected(config.run_directory)

@@ -23,6 +23,7 @@ from rich.progress import Progress as Bars
 
 from offtower.errors import OfftowerError
 from offtower.imports import TRUST_CODE, trusted_names
+from offtower.paths import redact
 from offtower.progress import Progress
 
 EXIT_OK = 0
@@ -75,16 +76,14 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
                 return function(*args, **kwargs)
         except OfftowerError as error:
             if kwargs.get("as_json"):
-                print_json({"error": type(error).__name__, "message": str(error)})
-            messages().print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
+                print_json({"error": type(error).__name__, "message": redact(str(error))})
+            _print_error(str(error))
             raise typer.Exit(EXIT_REFUSED) from None
         except OSError as error:
             if error.errno is None:
                 raise
             place = f" ({error.filename})" if error.filename else ""
-            messages().print(
-                f"[bold red]error[/]: {escape(os.strerror(error.errno) + place)}", soft_wrap=True
-            )
+            _print_error(os.strerror(error.errno) + place)
             raise typer.Exit(EXIT_REFUSED) from None
         except KeyboardInterrupt:
             messages().print("interrupted; finished files are whole, 'train --resume' goes on")
@@ -106,6 +105,12 @@ def _trusting(names: Any) -> Iterator[None]:
             os.environ.pop(TRUST_CODE, None)
         else:
             os.environ[TRUST_CODE] = before
+
+
+def _print_error(text: str) -> None:
+    """Print a message without credentials and without what would command the terminal."""
+    plain = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in redact(text))
+    messages().print(f"[bold red]error[/]: {escape(plain)}", soft_wrap=True)
 
 
 def escape(text: str) -> str:

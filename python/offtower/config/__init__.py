@@ -17,6 +17,7 @@ from offtower.config.files import (
     load_config,
     parse_config,
     to_dict,
+    to_stored_dict,
     to_yaml,
 )
 from offtower.config.learning import (
@@ -53,5 +54,6 @@ __all__ = [
     "load_config",
     "parse_config",
     "to_dict",
+    "to_stored_dict",
     "to_yaml",
 ]

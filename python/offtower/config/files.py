@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from offtower.config.run import Config
 from offtower.errors import ConfigError
+from offtower.paths import redact
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
 
@@ -34,7 +35,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"no configuration file at '{path}'") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{path}' cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # PyYAML raises ValueError for dates and numbers that do not exist.
         raise ConfigError(f"'{path}' is not valid YAML: {error}") from error
     if content is None:
         content = {}
@@ -42,7 +44,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(
             f"'{path}' must hold keys and values, but its top level is a {type(content).__name__}"
         )
-    return parse_config(apply_overrides(content, overrides), source=str(path))
+    return parse_config(apply_overrides(content, overrides, str(path)), str(path))
 
 
 def parse_config(content: Mapping[str, Any], source: str = "configuration") -> Config:
@@ -54,16 +56,23 @@ def parse_config(content: Mapping[str, Any], source: str = "configuration") -> C
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
 
-def apply_overrides(content: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `content` with each `a.b=value` set; values are read as YAML."""
-    result: dict[str, Any] = json.loads(json.dumps(content, default=str))
+def apply_overrides(
+    content: Mapping[str, Any], overrides: Iterable[str], source: str = "configuration"
+) -> dict[str, Any]:
+    """Copy `content` and set each `a.b=value`, the value read as YAML; errors name `source`."""
+    try:
+        result: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{source}: a key is not text, or a section contains itself ({error})"
+        ) from error
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key.strip():
             raise ConfigError(f"override '{override}' must look like section.key=value")
         try:
             value = yaml.safe_load(text) if text.strip() else None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"override '{override}': the value is not YAML: {error}") from error
         parts = key.strip().split(".")
         place = result
@@ -82,30 +91,34 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dumped
 
 
+def to_stored_dict(config: Config) -> dict[str, Any]:
+    """As `to_dict`, with the credentials of addresses replaced by ***."""
+    return {name: _redacted(value) for name, value in to_dict(config).items()}
+
+
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    """YAML for files: credentials in addresses are left out, and come from the environment."""
+    return yaml.safe_dump(to_stored_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _redacted(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def config_fingerprint(config: Config) -> str:
     """Hash of all that changes what is learned (the place of the run directory does not)."""
-    content = to_dict(config)
+    content = to_stored_dict(config)
     content.pop("runs")
     for machine_only in (
         *("threads", "device", "device_features_gib"),
         *("checkpoint_every_seconds", "checkpoints_kept"),
     ):
         content["training"].pop(machine_only)
-    # Runs of before there was a choice go on.
-    if content["training"]["precision"] == "float32":
-        content["training"].pop("precision")
-    if content["objective"]["kl_policy"] is None:
-        content["objective"].pop("kl_policy")
-    if content["training"]["start"] == "random":
-        content["training"].pop("start")
-    if content["training"]["temperature_from"] is None:
-        content["training"].pop("temperature_from")
-        content["training"].pop("temperature_until")
-    # How a policy is judged and who is told does not change the policy.
+    # Evaluation and tracking do not change the policy.
     content.pop("evaluation")
     content.pop("tracking")
     content["data"].pop("test")

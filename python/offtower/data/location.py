@@ -29,6 +29,7 @@ from offtower.data.stores import (
     is_address,
 )
 from offtower.errors import DataError
+from offtower.paths import safe_relative
 
 R = TypeVar("R")
 
@@ -170,7 +171,7 @@ class Location:
         """All files below a folder, or the file itself, by the parts of their paths, sorted.
 
         Raises:
-            DataError: the store does not say.
+            DataError: the store does not say, or lists a name that leaves the folder.
         """
         if self.local is not None:
             alone = self.local.is_file()
@@ -186,7 +187,9 @@ class Location:
         cut = len(self.path)
         named = [(info.path[cut:].lstrip("/"), info) for info in infos]
         return [
-            Found(self / name if name else self, info.size, info.mtime_ns, name)
+            Found(
+                self / safe_relative(name, self) if name else self, info.size, info.mtime_ns, name
+            )
             for name, info in named
         ]
 

@@ -22,6 +22,7 @@ from pyarrow import fs
 
 from offtower.data.read_ahead import InOrder
 from offtower.errors import DataError
+from offtower.paths import HIDDEN, redact
 
 logger = logging.getLogger("offtower.stores")
 
@@ -89,10 +90,11 @@ def connect(address: str) -> tuple[Connection, str]:
     if root in _mounted:
         return Connection(_mounted[root], ""), unquote(parts.path).strip("/")
     s3 = parts.scheme.lower() == "s3"
-    if parts.password is not None or (s3 and parts.username is not None):
+    shown = redact(address)
+    if shown != address or f"{HIDDEN}@" in address or f"={HIDDEN}" in address:
         raise DataError(
-            f"the address {parts.scheme}://...@{parts.hostname}{parts.path} carries credentials, "
-            "which would end up in configurations and messages; leave them out, and set "
+            f"the address {shown} carries credentials, or did before it was stored. They would end "
+            "up in configurations and messages; leave them out, and set "
             + ("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if s3 else "them in the environment")
         )
     if s3 and not parts.netloc:
@@ -243,5 +245,5 @@ def advice(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, shortened."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = redact(str(error)).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]

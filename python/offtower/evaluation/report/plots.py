@@ -210,7 +210,8 @@ def _figure(height: float, width: float) -> tuple[Figure, Axes]:
 def _short(name: str, width: float) -> str:
     """A label that leaves room for the chart; the tables have the whole name."""
     length = round(2 * width + 14)
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+    text = name if len(name) <= length else f"{name[: length - 1]}…"
+    return text.replace("$", r"\$")  # Matplotlib reads text between dollars as TeX.
 
 
 def _colour(index: int) -> str:
