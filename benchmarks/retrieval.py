@@ -24,8 +24,8 @@ from offtower.data.encoding import to_tensors
 from offtower.data.simulate import SimulatedWorld
 from offtower.models import load_policy
 from offtower.retrieval import IndexOptions, PropensitySampler
-from offtower.retrieval.cutting import build_cells
 from offtower.retrieval.index_building import build_index
+from offtower.retrieval.partitioning import build_cells
 from offtower.retrieval.tower import ContextTower
 from offtower.training.run import train_run
 

@@ -1,8 +1,8 @@
-"""The catalogue cut into cells of items with alike logits: what propensities are made with.
+"""The catalogue partitioned into cells of items with similar logits, for the propensity sampler.
 
-Inside a cell the rows lie in random order, so that any run of them is a random sample. The last
-cells hold outliers, items far from all others, which every context scores: any of them could hold
-most of a context's mass while a sample of its cell shows nothing.
+Rows of a cell are in random order, so any run of consecutive rows is a random sample of the cell.
+The last cells hold outliers, which every context scores: one outlier could hold most of a context's
+probability mass while a sample of its cell misses it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,31 +20,29 @@ from offtower.errors import RunError
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
-FILES = ("vectors.npy", "item.npy", "place.npy", "start.npy", "moments.npz")
-
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """Item vectors in the order of their cells. D is the augmented dimension, C the cells."""
+    """Item vectors ordered by cell. D is the query dimension, C the number of cells."""
 
     vectors: FloatArray
     """(N, D)."""
-    item: NDArray[Any]
-    """(N,) item number of each row, int32 where that suffices."""
-    place: NDArray[Any]
-    """(N,) row of each item, of the same type."""
+    item_of_row: NDArray[Any]
+    """(N,) item number of each row, int32 or int64."""
+    row_of_item: NDArray[Any]
+    """(N,) row of each item, of the same dtype."""
     start: IntArray
     """(C + 1,) first row of each cell; no cell is empty."""
     mean: FloatArray
     """(C, D) mean vector of each cell."""
-    spread: NDArray[np.float64]
-    """(C,) tr(M S_c): expected variance of a logit inside the cell."""
+    logit_variance: NDArray[np.float64]
+    """(C,) tr(M S_c), the expected variance of a logit inside the cell; see `partitioning`."""
     covariance: NDArray[np.float64]
-    """(D, D) pooled covariance inside cells."""
-    mean_spread: float
-    """tr(M S) of the pooled covariance."""
-    always: int
-    """How many of the last cells hold outliers."""
+    """(D, D) within-cell covariance S, pooled over cells without outliers."""
+    pooled_logit_variance: float
+    """tr(M S)."""
+    outlier_cells: int
+    """Number of trailing cells that hold outliers."""
 
     @property
     def num_cells(self) -> int:
@@ -58,62 +57,62 @@ class Cells:
         """(n,) cells of rows."""
         return np.searchsorted(self.start, row, side="right") - 1
 
+    def statistics(self) -> dict[str, Any]:
+        """Summary for the manifest."""
+        size = self.size
+        return {
+            "cells": self.num_cells,
+            "outliers": int(size[self.num_cells - self.outlier_cells :].sum()),
+            "smallest": int(size.min()),
+            "largest": int(size.max()),
+            "logit_variance_inside": float(np.average(self.logit_variance, weights=size)),
+        }
+
     def save(self, directory: Path) -> None:
-        """Write the small parts; building the cells has written vectors.npy already."""
-        np.save(directory / "item.npy", self.item)
-        np.save(directory / "place.npy", self.place)
+        """Write everything but vectors.npy, which `partitioning.build_cells` has written."""
+        np.save(directory / "item.npy", self.item_of_row)
+        np.save(directory / "place.npy", self.row_of_item)
         np.save(directory / "start.npy", self.start)
         np.savez(
             directory / "moments.npz",
             mean=self.mean,
-            spread=self.spread,
+            spread=self.logit_variance,
             covariance=self.covariance,
-            mean_spread=np.float64(self.mean_spread),
-            always=np.int64(self.always),
+            mean_spread=np.float64(self.pooled_logit_variance),
+            always=np.int64(self.outlier_cells),
         )
 
     @classmethod
     def load(cls, directory: Path) -> Cells:
-        """Memory-mapped, read-only.
+        """Open saved cells, large arrays memory-mapped and read-only.
 
         Raises:
-            RunError: a file is missing or damaged, or the shapes do not fit together.
+            RunError: a file is missing or damaged, or shapes are inconsistent.
         """
         try:
-            arrays = {
-                name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            vectors, item, row, start = (
+                np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
                 for name in ("vectors", "item", "place", "start")
-            }
+            )
             with np.load(directory / "moments.npz", allow_pickle=False) as moments:
-                parts = {name: moments[name] for name in ("mean", "spread", "covariance")}
-                mean_spread, always = float(moments["mean_spread"]), int(moments["always"])
-        except (OSError, ValueError, KeyError) as error:
+                cells = cls(
+                    np.asarray(vectors),
+                    np.asarray(item),
+                    np.asarray(row),
+                    np.asarray(start),
+                    mean=moments["mean"],
+                    logit_variance=moments["spread"],
+                    covariance=moments["covariance"],
+                    pooled_logit_variance=float(moments["mean_spread"]),
+                    outlier_cells=int(moments["always"]),
+                )
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise RunError(f"the cells at '{directory}' cannot be read: {error}") from error
-        vectors = np.asarray(arrays["vectors"])
-        n, dim = vectors.shape
-        start = np.asarray(arrays["start"])
-        shapes = [arrays["item"].shape == (n,), arrays["place"].shape == (n,)]
-        shapes += [int(start[-1]) == n, parts["mean"].shape == (len(start) - 1, dim)]
-        if not all(shapes):
+        n, dim = cells.vectors.shape
+        if (
+            (item.shape, row.shape) != ((n,), (n,))
+            or int(start[-1]) != n
+            or cells.mean.shape != (cells.num_cells, dim)
+        ):
             raise RunError(f"the files of the cells at '{directory}' do not belong together")
-        return cls(
-            vectors,
-            np.asarray(arrays["item"]),
-            np.asarray(arrays["place"]),
-            start,
-            mean_spread=mean_spread,
-            always=always,
-            **parts,
-        )
-
-
-def facts(cells: Cells) -> dict[str, Any]:
-    """What the manifest says of the cells."""
-    size = cells.size
-    return {
-        "cells": cells.num_cells,
-        "outliers": int(size[cells.num_cells - cells.always :].sum()),
-        "smallest": int(size.min()),
-        "largest": int(size.max()),
-        "logit_variance_inside": float(np.average(cells.spread, weights=size)),
-    }
+        return cells

@@ -27,10 +27,7 @@ from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import load_policy
 from offtower.prepare import catalogue_schema
 from offtower.progress import Progress
-from offtower.retrieval import cells as cell_files
 from offtower.retrieval.catalogue_stream import CatalogueStream
-from offtower.retrieval.contexts import measuring_log, some_contexts
-from offtower.retrieval.cutting import build_cells
 from offtower.retrieval.exact import exact_top_k, recall
 from offtower.retrieval.graphs import write_graphs
 from offtower.retrieval.index import IndexOptions, import_faiss
@@ -39,12 +36,14 @@ from offtower.retrieval.manifest import (
     set_current,
     write_manifest,
 )
+from offtower.retrieval.measurement import measurement_log, sample_contexts
 from offtower.retrieval.parquet_parts import Layout, metadata_texts, write_parquet
+from offtower.retrieval.partitioning import build_cells
 from offtower.retrieval.tower import ContextTower
 from offtower.retrieval.vectors import (
     Dtype,
     load_ids,
-    quantise,
+    quantize,
     query_dim,
     write_vectors,
 )
@@ -193,8 +192,8 @@ class _Writer:
             began = time.perf_counter()
 
         tower = ContextTower.of(self.policy)
-        log, part = measuring_log(self.config, contexts)
-        queries = tower.embed(some_contexts(log, tower.encoding, options.contexts, options.seed))
+        log, part = measurement_log(self.config, contexts)
+        queries = tower.embed(sample_contexts(log, tower.encoding, options.contexts, options.seed))
         if not np.isfinite(queries).all():
             raise DataError("context embeddings are not finite: the policy's weights hold NaN")
         tower.save(folder / "context_tower", self.version)
@@ -214,7 +213,7 @@ class _Writer:
         served: NDArray[Any] = exact
         if options.dtype != "float32":
             name = f"vectors_{options.dtype}.npy"
-            scale = quantise(exact, options.dtype, folder, name)
+            scale = quantize(exact, options.dtype, folder, name)
             served = np.load(folder / name, mmap_mode="r")
             if scale is not None:
                 np.save(folder / "scale.npy", scale)
@@ -227,7 +226,7 @@ class _Writer:
                 exact, queries, folder / "cells", num_cells=options.num_cells, seed=options.seed
             )
             made.save(folder / "cells")
-            cells = cell_files.facts(made)
+            cells = made.statistics()
             del made
             lap("cells")
         index = self._index(served, queries, scale)

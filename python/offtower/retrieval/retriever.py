@@ -17,7 +17,7 @@ from offtower.retrieval.cells import Cells
 from offtower.retrieval.exact import exact_top_k
 from offtower.retrieval.index import AnnIndex, open_index
 from offtower.retrieval.manifest import Verify, find_version, read_manifest, verify_files
-from offtower.retrieval.sampling import Draws, Mode, PropensitySampler
+from offtower.retrieval.propensity_sampler import ItemSample, Mode, PropensitySampler
 from offtower.retrieval.tower import ContextTower
 from offtower.retrieval.vectors import id_keys, load_ids, load_vectors
 
@@ -27,7 +27,7 @@ Filter = Sequence[Any] | Sequence[Sequence[Any]] | NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class SearchResult:
     """The k best items of n contexts."""
 
     item_id: list[list[Any]]
@@ -39,7 +39,7 @@ class Found:
 
 
 @dataclass(frozen=True, eq=False)
-class Served:
+class SampleResult:
     """Drawn items of n contexts, k each."""
 
     item_id: list[list[Any]]
@@ -50,7 +50,7 @@ class Served:
     relative_error: NDArray[np.float64]
     """(n, k) standard error of pscore as a share of it; 0 where it is exact."""
     conditional_pscore: NDArray[np.float64]
-    """(n, k) probability given what was looked at; see `retrieval.sampling`."""
+    """(n, k) probability given what was looked at; see `retrieval.propensity_sampler`."""
     slate: bool
     version: str
     mode: Mode
@@ -164,7 +164,7 @@ class Retriever:
         *,
         exclude: Filter | None = None,
         exact: bool = False,
-    ) -> Found:
+    ) -> SearchResult:
         """The k items of largest logit.
 
         Args:
@@ -190,7 +190,7 @@ class Retriever:
             keep = (item[row] >= 0) & ~np.isin(item[row], hidden[row])
             items.append(item[row][keep][:k])
             scores.append(score[row][keep][:k])
-        return Found([self.ids_of(found) for found in items], items, scores)
+        return SearchResult([self.ids_of(found) for found in items], items, scores)
 
     def sample(
         self,
@@ -202,14 +202,14 @@ class Retriever:
         exclude: Filter | None = None,
         relative_error: float = 0.002,
         seed: int | np.random.Generator | None = None,
-    ) -> Served:
+    ) -> SampleResult:
         """Draw k items for each context, with their propensities.
 
         Args:
             contexts: n rows with the context columns.
             k: positions of a slate without replacement, or independent draws.
             slate: False draws independently.
-            mode: "softmax", "cells" or "exact"; see `retrieval.sampling`.
+            mode: "softmax", "cells" or "exact"; see `retrieval.propensity_sampler`.
             exclude: ids that must not be shown; propensities are renormalised over the others.
             relative_error: standard error that "softmax" aims at, as a share of pscore.
             seed: repeats draws; None takes fresh randomness, a generator goes on from where it is.
@@ -225,7 +225,7 @@ class Retriever:
         sampler = PropensitySampler(self.cells, relative_error=relative_error)
         rng = np.random.default_rng(seed)
         draw = sampler.slate if slate else sampler.draw
-        drawn: list[Draws] = [
+        drawn: list[ItemSample] = [
             draw(query, rng, size=k, mode=mode, exclude=skip)
             for query, skip in zip(queries, hidden, strict=True)
         ]
@@ -234,7 +234,7 @@ class Retriever:
             return np.stack([getattr(d, name) for d in drawn]) if drawn else np.zeros((0, k))
 
         item = stacked("item").astype(np.int64)
-        return Served(
+        return SampleResult(
             [self.ids_of(row) for row in item],
             item,
             stacked("pscore"),

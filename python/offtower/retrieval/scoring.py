@@ -1,8 +1,7 @@
-"""Rows of the catalogue: which, and their logits, without copying them where FAISS can do it."""
+"""Logits of selected catalogue rows, without copying the vectors if FAISS is installed."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,12 @@ FloatArray = NDArray[np.float32]
 def score_rows(
     vectors: FloatArray, query: FloatArray, rows: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """<query, vectors[row]> of each row, (n,) float64 of float32 products.
+    """Inner products <query, vectors[row]>, computed in float32, as (n,) float64.
 
     Args:
         vectors: (N, D), C-contiguous; may be memory-mapped.
         query: (D,) float32.
-        rows: (n,), best in runs.
+        rows: (n,); fastest in runs of consecutive rows.
     """
     faiss = _faiss()
     if faiss is None or not vectors.flags.c_contiguous or len(rows) == 0:
@@ -39,9 +38,6 @@ def score_rows(
 
 
 def _faiss() -> Any:
-    """FAISS where this process has loaded it already, or can."""
-    if "faiss" in sys.modules:
-        return sys.modules["faiss"]
     try:
         import faiss
     except ImportError:
@@ -50,7 +46,7 @@ def _faiss() -> Any:
 
 
 def ranges(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
-    """first[0], first[0] + 1, ... for count[0] numbers, then those of the next, ..."""
+    """Concatenated ranges: count[0] numbers from first[0], then count[1] from first[1], ..."""
     ends = np.cumsum(count)
     return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(first - (ends - count), count)
 
@@ -61,15 +57,15 @@ def runs(
     first: NDArray[np.int64],
     count: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """Rows of a run in each cell, from place `first`, around the cell's end to its beginning."""
-    place = ranges(first, count)
+    """Rows of a circular run in each cell: `count` rows from offset `first` in the cell."""
+    offset = ranges(first, count)
     limit = np.repeat(size, count)
-    place -= np.where(place >= limit, limit, 0)
-    return place + np.repeat(start, count)
+    offset -= np.where(offset >= limit, limit, 0)
+    return offset + np.repeat(start, count)
 
 
 def contains(sorted_rows: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(n,) which rows are among the sorted ones."""
+    """(n,) whether each row is among the sorted ones."""
     if len(sorted_rows) == 0:
         return np.zeros(len(rows), dtype=bool)
     found = np.minimum(np.searchsorted(sorted_rows, rows), len(sorted_rows) - 1)

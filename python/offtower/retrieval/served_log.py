@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
-from offtower.retrieval.retriever import Retriever, Served
+from offtower.retrieval.retriever import Retriever, SampleResult
 
 ROUND, POSITION = "round_id", "position"
 
@@ -19,7 +19,7 @@ ROUND, POSITION = "round_id", "position"
 def decisions_table(
     retriever: Retriever,
     contexts: pa.Table,
-    served: Served,
+    served: SampleResult,
     *,
     round_id: pa.Array | None = None,
     served_at: datetime | None = None,

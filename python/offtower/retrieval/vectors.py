@@ -37,7 +37,7 @@ _TOWER_ROWS = 8_192
 
 
 @dataclass(frozen=True)
-class Streamed:
+class WrittenVectors:
     """What was written."""
 
     count: int
@@ -67,7 +67,7 @@ def write_vectors(
     chunk: int = CHUNK,
     mapper: Mapper | None = None,
     progress: Progress | None = None,
-) -> Streamed:
+) -> WrittenVectors:
     """Embed every item and write vectors.npy (N, D) float32 and ids.arrow.
 
     Memory is O(chunk) and 8 bytes an item, by which duplicate ids are found.
@@ -114,7 +114,7 @@ def write_vectors(
         progress.finish()
     digest = _sha(keys)
     _check_unique(keys, directory)
-    return Streamed(n, text, catalogue.fingerprint, digest)
+    return WrittenVectors(n, text, catalogue.fingerprint, digest)
 
 
 def _embedded(
@@ -186,7 +186,7 @@ def query_dim(policy: TwoTowerPolicy) -> int:
     return policy.config.embedding_dim + int(policy.config.item_bias)
 
 
-def quantise(
+def quantize(
     vectors: NDArray[np.float32], dtype: Dtype, directory: Path, name: str, chunk: int = CHUNK
 ) -> NDArray[np.float32] | None:
     """Write vectors in another precision.

@@ -1,13 +1,13 @@
-"""Cutting a catalogue into cells.
+"""Partition a catalogue into cells.
 
-Cells minimise, split by split, the expected variance of a logit inside a cell,
+Each split reduces the expected variance of a logit inside a cell,
 
     E_u[ u' S_c u ] = tr(M S_c),      M = E[u u'] over the policy's own contexts,
 
-S_c being the covariance of the item vectors of cell c. That is clustering of M^(1/2) v by plain
-distance; a tree of median splits along principal directions does it in seconds for a million
-items, and its cells have equal sizes. Then the items of largest (v - m_c)' M (v - m_c) leave their
-cells: those whose logits lie farthest from what their cell's mean says.
+where S_c is the covariance of the item vectors of cell c. This is clustering of M^(1/2) v by
+Euclidean distance. A tree of median splits along principal directions does it in seconds for a
+million items and gives cells of equal size. The items with the largest Mahalanobis-type distance
+(v - m_c)' M (v - m_c) then move to separate outlier cells.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from numpy.typing import NDArray
 from offtower.retrieval.cells import Cells, FloatArray, IntArray
 
 _SPLIT_ROWS_PER_CELL = 100
-"""Items a cell that splits are chosen from; a catalogue that has more is sampled."""
+"""Items per cell that the split tree is fitted on; larger catalogues are subsampled."""
 _DIRECTION_ROWS = 4_000
-"""Items that a split's direction is taken from."""
+"""Items per split that the principal direction is computed from."""
 _CHUNK = 262_144
 _CELLS_PER_OUTLIERS = 256
-"""One cell of outliers for so many others."""
+"""Ordinary cells per outlier cell."""
 
 
 def default_num_cells(num_items: int) -> int:
-    """About 4 sqrt(N), a power of two, of at least 16 items each."""
+    """About 4 sqrt(N), rounded to a power of two, with at least 16 items per cell."""
     wanted = min(4.0 * num_items**0.5, num_items / 16)
     return max(1, 2 ** round(float(np.log2(max(wanted, 1.0)))))
 
@@ -43,14 +43,14 @@ def build_cells(
     num_cells: int | None = None,
     seed: int = 0,
 ) -> Cells:
-    """Cut a catalogue into cells.
+    """Partition a catalogue into cells.
 
     Args:
-        vectors: (N, D) item vectors, memory-mapped where they are many; read in chunks.
-        queries: (n, D) context embeddings that the policy will see.
-        directory: where vectors.npy in the cells' order is written; in memory without one.
-        num_cells: C, rounded to a power of two.
-        seed: of directions and of the order inside cells.
+        vectors: (N, D) item vectors, may be memory-mapped; read in chunks.
+        queries: (n, D) representative context embeddings.
+        directory: folder for vectors.npy, ordered by cell; None keeps the vectors in memory.
+        num_cells: C, rounded to a power of two; None derives it from N.
+        seed: seed of the split directions and of the order inside cells.
     """
     n = len(vectors)
     depth = round(float(np.log2(num_cells or default_num_cells(n))))
@@ -66,15 +66,15 @@ def build_cells(
         points[first : first + _CHUNK] = vectors[rows[first : first + _CHUNK]] @ root
     direction, threshold = _split_tree(points, depth, rng)
     del points, rows
-    # Directions are of M^(1/2) v; with the root folded in they take v itself.
+    # Fold M^(1/2) into the directions, so that they apply to v.
     direction = (direction @ root).astype(np.float32)
     cell = np.empty(n, dtype=np.int32)
     for first in range(0, n, _CHUNK):
         cell[first : first + _CHUNK] = _route(
             np.asarray(vectors[first : first + _CHUNK]), direction, threshold, depth
         )
-    always = _set_outliers_apart(vectors, cell, root, 2**depth)
-    # A random key inside each cell: any run of rows is a random sample of its cell.
+    outlier_cells = _separate_outliers(vectors, cell, root, 2**depth)
+    # Shuffle inside each cell: any run of rows is then a random sample of it.
     number: Any = np.int32 if n < 2**31 else np.int64
     order = np.arange(n, dtype=number)
     rng.shuffle(order)
@@ -82,27 +82,27 @@ def build_cells(
     size = np.bincount(cell)
     start = np.append(0, np.cumsum(size[size > 0]))
     del cell
-    place = np.empty(n, dtype=number)
-    place[order] = np.arange(n, dtype=number)
-    arranged = _arranged(vectors, order, directory)
-    mean, spread, covariance = _moments(arranged, start, root, always)
+    row_of_item = np.empty(n, dtype=number)
+    row_of_item[order] = np.arange(n, dtype=number)
+    ordered = _reordered(vectors, order, directory)
+    mean, logit_variance, covariance = _moments(ordered, start, root, outlier_cells)
     return Cells(
-        arranged,
+        ordered,
         order,
-        place,
+        row_of_item,
         start,
         mean,
-        spread,
+        logit_variance,
         covariance,
         float(np.sum(second * covariance)),
-        always,
+        outlier_cells,
     )
 
 
 def _split_tree(
     points: FloatArray, depth: int, rng: np.random.Generator
 ) -> tuple[FloatArray, FloatArray]:
-    """Directions (2^depth - 1, D) and thresholds of a binary tree of median splits, by level."""
+    """Directions (2^depth - 1, D) and thresholds of a tree of median splits, in level order."""
     nodes = 2**depth - 1
     direction = np.zeros((nodes, points.shape[1]), dtype=np.float32)
     threshold = np.zeros(nodes, dtype=np.float32)
@@ -127,10 +127,10 @@ def _split_tree(
 
 
 def _principal_direction(points: FloatArray, rng: np.random.Generator) -> FloatArray:
-    """A few power iterations: a direction of large variance is all that a split needs."""
+    """Approximate first principal component, by eight power iterations."""
     some = points[:_DIRECTION_ROWS]
-    centred = some - some.mean(axis=0)
-    scatter = centred.T @ centred
+    centered = some - some.mean(axis=0)
+    scatter = centered.T @ centered
     vector: FloatArray = rng.standard_normal((points.shape[1],), dtype=np.float32)
     for _ in range(8):
         vector = np.asarray(scatter @ vector)
@@ -158,12 +158,12 @@ def _route(
     return leaf
 
 
-def _set_outliers_apart(
+def _separate_outliers(
     vectors: FloatArray, cell: NDArray[np.int32], root: NDArray[np.float64], cells: int
 ) -> int:
-    """Give the items farthest from their cells' means cells of their own, numbered from `cells`.
+    """Move the items farthest from their cells' means to new cells, numbered from `cells`.
 
-    Changes `cell` (N,); returns how many cells it made.
+    Changes `cell` (N,) in place and returns the number of new cells.
     """
     n = len(cell)
     made = max(1, cells // _CELLS_PER_OUTLIERS) if cells >= 16 else 0
@@ -186,12 +186,12 @@ def _set_outliers_apart(
         rows = slice(first, first + _CHUNK)
         far[rows] = np.square((vectors[rows] - mean[cell[rows]]) @ root).sum(axis=1)
     order = np.argpartition(-far, count - 1)[:count]
-    # Nearest first, so that a cell of outliers holds items about as far out.
+    # Sorted by distance, so that an outlier cell holds items of similar distance.
     cell[order[np.argsort(far[order], kind="stable")]] = cells + np.arange(count) * made // count
     return made
 
 
-def _arranged(vectors: FloatArray, order: IntArray, directory: Path | None) -> FloatArray:
+def _reordered(vectors: FloatArray, order: IntArray, directory: Path | None) -> FloatArray:
     if directory is None:
         return np.ascontiguousarray(vectors[order], dtype=np.float32)
     target: Any = np.lib.format.open_memmap(
@@ -204,32 +204,31 @@ def _arranged(vectors: FloatArray, order: IntArray, directory: Path | None) -> F
 
 
 def _moments(
-    vectors: FloatArray, start: IntArray, root: NDArray[np.float64], always: int
+    vectors: FloatArray, start: IntArray, root: NDArray[np.float64], outlier_cells: int
 ) -> tuple[FloatArray, NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and tr(M S_c) of each cell, and the covariance pooled over those without outliers; a
-    group of cells at a time."""
+    """Mean and tr(M S_c) of each cell, and the covariance pooled over ordinary cells."""
     cells, dim = len(start) - 1, vectors.shape[1]
     mean = np.empty((cells, dim), dtype=np.float32)
-    spread = np.empty(cells)
+    variance = np.empty(cells)
     pooled = np.zeros((dim, dim))
     first = 0
     while first < cells:
         last = max(first + 1, int(np.searchsorted(start, start[first] + _CHUNK, "right")) - 1)
         block = vectors[start[first] : start[last]].astype(np.float64)
         bounds, size = start[first:last] - start[first], np.diff(start[first : last + 1])
-        centre = np.add.reduceat(block, bounds, axis=0) / size[:, None]
-        block -= np.repeat(centre, size, axis=0)
-        ordinary = block[: max(0, start[cells - always] - start[first])]
+        center = np.add.reduceat(block, bounds, axis=0) / size[:, None]
+        block -= np.repeat(center, size, axis=0)
+        ordinary = block[: max(0, start[cells - outlier_cells] - start[first])]
         pooled += ordinary.T @ ordinary
-        spread[first:last] = np.add.reduceat(np.square(block @ root).sum(axis=1), bounds) / size
-        mean[first:last] = centre
+        variance[first:last] = np.add.reduceat(np.square(block @ root).sum(axis=1), bounds) / size
+        mean[first:last] = center
         first = last
-    return mean, spread, pooled / start[cells - always]
+    return mean, variance, pooled / start[cells - outlier_cells]
 
 
 def _symmetric_root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     values, basis = np.linalg.eigh(matrix)
-    # A little of the identity: directions that these contexts never used still count.
+    # Floor the eigenvalues: directions that these contexts do not use still count.
     values = np.maximum(values, 1e-6 * max(float(values[-1]), 1e-30))
     root: NDArray[np.float64] = (basis * np.sqrt(values)) @ basis.T
     return root

@@ -1,10 +1,10 @@
 """Draws and slates from weighted cells, with their propensities.
 
-A slate without replacement is drawn all at once by the race of exponential clocks (Plackett-Luce):
-an item of rate w arrives first with probability proportional to w, and the order of arrivals is a
-slate. A cell's first arrival has rate W_c; when it has come, the cell's other items run on with
-their own rates (Kool et al. 2019, "Stochastic Beams and Where to Find Them", for the arrival times
-given the first). So no more cells are scored than could hold one of the positions.
+A slate without replacement (Plackett-Luce) is the order of arrival of independent exponential
+clocks: an item of rate w arrives first with probability proportional to w. A cell's first arrival
+has rate W_c, and the arrival times of its other items are drawn given that one (Gumbel-top-k; Kool
+et al. 2019, "Stochastic Beams and Where to Find Them"). Only cells that can hold one of the
+positions are scored.
 """
 
 from __future__ import annotations
@@ -14,41 +14,43 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offtower.retrieval.weights import TINY, Weights, exact_weights
+from offtower.retrieval.cell_weights import TINY, CellWeights, exact_weights
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 _FIRST_CELLS = 8
-"""Cells whose items are looked at first in a slate; twice as many each time after."""
+"""Cells scored in the first round of a slate; each further round doubles the number."""
 _BLOCK = 512
 
 
 @dataclass(frozen=True, eq=False)
-class Draws:
+class ItemSample:
     """n drawn items, or the n positions of a slate."""
 
     item: IntArray
     """(n,) item numbers."""
     pscore: FloatArray
-    """(n,) propensities; of a slate, given the positions before."""
+    """(n,) propensities; in a slate, conditional on the positions before."""
     relative_error: FloatArray
-    """(n,) standard error of pscore as a share of it; 0 where pscore is exact."""
+    """(n,) standard error of pscore as a share of it; 0 if pscore is exact."""
     conditional_pscore: FloatArray
-    """(n,) probability of the draw given the items that were looked at; exact."""
+    """(n,) exact probability of the draw given the sampled rows."""
     rows_scored: int
     """Items whose logit was computed."""
 
 
-def independent(weights: Weights, rng: np.random.Generator, size: int) -> Draws:
-    """`size` draws with replacement."""
+def sample_with_replacement(
+    weights: CellWeights, rng: np.random.Generator, size: int
+) -> ItemSample:
+    """Draw `size` items with replacement."""
     cumulative = np.cumsum(weights.weight)
     total = float(cumulative[-1])
     if not total > TINY:
         scored = weights.rows_scored
-        weights = exact_weights(weights.cells, weights.query, weights.hidden)
+        weights = exact_weights(weights.cells, weights.query, weights.excluded)
         weights.rows_scored += scored
-        return independent(weights, rng, size)
+        return sample_with_replacement(weights, rng, size)
     drawn = _invert(cumulative, np.zeros(size), np.full(size, total), rng.random(size))
     cell, which = np.unique(drawn, return_inverse=True)
     rows, logit, bounds = weights.logits(cell)
@@ -57,20 +59,20 @@ def independent(weights: Weights, rng: np.random.Generator, size: int) -> Draws:
     running = np.cumsum(np.exp(logit - np.repeat(top, ends - bounds)))
     before = np.where(bounds > 0, running[bounds - 1], 0.0)
     inside = running[ends - 1] - before
-    place = _invert(running, before[which], inside[which], rng.random(size))
+    index = _invert(running, before[which], inside[which], rng.random(size))
     log_inside = (top + np.log(inside))[which]
-    conditional = np.log(weights.weight[drawn] / total) + logit[place] - log_inside
+    conditional = np.log(weights.weight[drawn] / total) + logit[index] - log_inside
     if not weights.by_softmax:
-        return _draws(weights, rows[place], conditional, conditional, np.zeros(size))
+        return _item_sample(weights, rows[index], conditional, conditional, np.zeros(size))
     error = weights.relative_error(np.full(size, weights.variance.sum()), np.full(size, total))
-    log_pscore = logit[place] - weights.shift - np.log(total)
-    return _draws(weights, rows[place], log_pscore, conditional, error)
+    log_pscore = logit[index] - weights.shift - np.log(total)
+    return _item_sample(weights, rows[index], log_pscore, conditional, error)
 
 
-def slate(weights: Weights, rng: np.random.Generator, size: int) -> Draws:
-    """`size` positions without replacement."""
+def sample_slate(weights: CellWeights, rng: np.random.Generator, size: int) -> ItemSample:
+    """Draw `size` positions without replacement."""
     if size == 1:
-        return independent(weights, rng, 1)
+        return sample_with_replacement(weights, rng, 1)
     with np.errstate(divide="ignore"):
         log_weight = np.log(weights.weight) + weights.shift
     key = log_weight + _gumbel(rng, len(log_weight))
@@ -95,19 +97,19 @@ def slate(weights: Weights, rng: np.random.Generator, size: int) -> Draws:
             result = _ranked(weights, items, log_weight, size)
             if result is not None:
                 return result
-    # What is left underflows beside the items drawn, or lies in cells without weight.
-    return _by_all_items(weights, rng, size)
+    # The remaining mass underflows relative to the drawn items, or lies in cells without weight.
+    return _sample_from_all_items(weights, rng, size)
 
 
 @dataclass(frozen=True, eq=False)
 class _Items:
-    """Items of the cells that a slate could take from, one cell after the other."""
+    """Items of the cells that can hold a position of the slate, cell by cell."""
 
     row: IntArray
     logit: FloatArray
-    """On the scale of the weights, with which the cells are a law."""
+    """On the scale of the cell weights."""
     key: FloatArray
-    """- log of the arrival time; -inf for an item that must not be shown."""
+    """Negative log of the arrival time; -inf for an excluded item."""
     cell: IntArray
 
     @classmethod
@@ -121,13 +123,13 @@ class _Items:
 
 
 def _arrivals(
-    weights: Weights,
+    weights: CellWeights,
     rng: np.random.Generator,
     cell: IntArray,
     cell_key: FloatArray,
     log_weight: FloatArray,
 ) -> _Items:
-    """Arrival times of all items of some cells, given the first arrival in each."""
+    """Arrival times of all items of some cells, given the first arrival in each cell."""
     rows, logit, bounds = weights.logits(cell)
     counts = np.diff(np.append(bounds, len(rows)))
     if not weights.by_softmax:
@@ -137,7 +139,7 @@ def _arrivals(
     key = logit + _gumbel(rng, len(logit))
     most = np.repeat(np.maximum.reduceat(key, bounds), counts)
     first = np.repeat(cell_key[cell], counts)
-    # Times t_i - min t + T_c, in logarithms: the first item's is the cell's.
+    # Log of t_i - min t + T_c: the first item arrives when the cell does.
     with np.errstate(divide="ignore", invalid="ignore"):
         late = first - key + np.log1p(-np.exp(key - most))
         moved = first - np.maximum(late, 0.0) - np.log1p(np.exp(-np.abs(late)))
@@ -146,8 +148,10 @@ def _arrivals(
     return _Items(rows, logit, moved, np.repeat(cell, counts))
 
 
-def _ranked(weights: Weights, items: _Items, log_weight: FloatArray, size: int) -> Draws | None:
-    """The `size` first arrivals with what was left at each; None where that underflows."""
+def _ranked(
+    weights: CellWeights, items: _Items, log_weight: FloatArray, size: int
+) -> ItemSample | None:
+    """The first `size` arrivals and their propensities; None if the remaining mass underflows."""
     chosen = np.argpartition(-items.key, size - 1)[:size]
     chosen = chosen[np.argsort(-items.key[chosen], kind="stable")]
     value = np.exp(items.logit - weights.shift)
@@ -156,7 +160,7 @@ def _ranked(weights: Weights, items: _Items, log_weight: FloatArray, size: int) 
     cells, first_of = np.unique(items.cell[chosen], return_index=True)
     entered = first_of[np.searchsorted(cells, items.cell[chosen])]
     is_first = entered == np.arange(size)
-    # Of a touched cell W_c counts up to its first item, its own items without the drawn ones after.
+    # A cell counts with W_c up to its first drawn item, and with its remaining items after that.
     left = np.bincount(items.cell, rest, minlength=len(log_weight))[cells]
     whole = np.bincount(items.cell, value, minlength=len(log_weight))
     untouched = weights.weight.copy()
@@ -166,11 +170,11 @@ def _ranked(weights: Weights, items: _Items, log_weight: FloatArray, size: int) 
     start = float(untouched.sum())
     total, variance = np.empty(size), np.empty(size)
     for begin in range(0, size, _BLOCK):
-        place = np.arange(begin, min(begin + _BLOCK, size))[:, None]
-        ahead = place <= first_of
-        waiting = ~is_first & (entered < place) & (place <= np.arange(size))
-        rows = slice(begin, begin + len(place))
-        # Only sums of positive numbers: what is left may be tiny beside what was drawn.
+        position = np.arange(begin, min(begin + _BLOCK, size))[:, None]
+        ahead = position <= first_of
+        waiting = ~is_first & (entered < position) & (position <= np.arange(size))
+        rows = slice(begin, begin + len(position))
+        # Sum positive numbers only: the remaining mass may be tiny relative to the drawn items.
         total[rows] = start + ahead @ weights.weight[cells] + (~ahead) @ left
         total[rows] += waiting @ value[chosen]
         variance[rows] = float(known.sum()) + ahead @ weights.variance[cells]
@@ -178,20 +182,20 @@ def _ranked(weights: Weights, items: _Items, log_weight: FloatArray, size: int) 
         return None
     log_pscore = items.logit[chosen] - weights.shift - np.log(total)
     if not weights.by_softmax:
-        return _draws(weights, items.row[chosen], log_pscore, log_pscore, np.zeros(size))
+        return _item_sample(weights, items.row[chosen], log_pscore, log_pscore, np.zeros(size))
     cell = items.cell[chosen]
     with np.errstate(divide="ignore"):
         entry = np.log(weights.weight[cell]) - np.log(whole[cell])
     conditional = log_pscore + np.where(is_first, entry, 0.0)
     error = weights.relative_error(variance, total)
-    return _draws(weights, items.row[chosen], log_pscore, conditional, error)
+    return _item_sample(weights, items.row[chosen], log_pscore, conditional, error)
 
 
-def _by_all_items(weights: Weights, rng: np.random.Generator, size: int) -> Draws:
-    """A slate from the logits of all items, in logarithms throughout."""
+def _sample_from_all_items(weights: CellWeights, rng: np.random.Generator, size: int) -> ItemSample:
+    """Draw a slate from the logits of all items, in log space."""
     scored = weights.rows_scored
     if weights.all_logits is None:
-        fresh = exact_weights(weights.cells, weights.query, weights.hidden)
+        fresh = exact_weights(weights.cells, weights.query, weights.excluded)
         scored += fresh.rows_scored
         weights = fresh
     weights.rows_scored = scored
@@ -206,19 +210,19 @@ def _by_all_items(weights: Weights, rng: np.random.Generator, size: int) -> Draw
     left = -np.inf if not np.isfinite(top) else top + float(np.log(np.exp(rest - top).sum()))
     total = np.logaddexp.accumulate(np.append(left, logit[chosen][::-1]))[:0:-1]
     log_pscore = logit[chosen] - total
-    return _draws(weights, chosen, log_pscore, log_pscore, np.zeros(size))
+    return _item_sample(weights, chosen, log_pscore, log_pscore, np.zeros(size))
 
 
-def _draws(
-    weights: Weights,
+def _item_sample(
+    weights: CellWeights,
     row: IntArray,
     log_pscore: FloatArray,
     log_conditional: FloatArray,
     error: FloatArray,
-) -> Draws:
-    # A probability is at most 1; an estimate of one may be a rounding or an error above.
-    return Draws(
-        weights.cells.item[row].astype(np.int64),
+) -> ItemSample:
+    # An estimated probability may exceed 1.
+    return ItemSample(
+        weights.cells.item_of_row[row].astype(np.int64),
         np.exp(np.minimum(log_pscore, 0.0)),
         error,
         np.exp(np.minimum(log_conditional, 0.0)),
@@ -229,11 +233,11 @@ def _draws(
 def _invert(
     running: FloatArray, before: FloatArray, inside: FloatArray, uniform: FloatArray
 ) -> IntArray:
-    """Places drawn by inversion from stretches of a running sum; never one of zero weight."""
+    """Indices drawn by inverting intervals of a running sum; never one of zero weight."""
     value = np.minimum(before + uniform * inside, np.nextafter(before + inside, 0.0))
     return np.searchsorted(running, np.maximum(value, before), side="right")
 
 
 def _gumbel(rng: np.random.Generator, size: int) -> FloatArray:
-    """-log of standard exponential times."""
+    """Standard Gumbel variables."""
     return -np.log(rng.standard_exponential(size))

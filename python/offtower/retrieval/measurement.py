@@ -13,7 +13,7 @@ from offtower.errors import DataError
 from offtower.prepare import log_schema
 
 
-def measuring_log(config: Config, given: Place | None = None) -> tuple[ParquetLog, str]:
+def measurement_log(config: Config, given: Place | None = None) -> tuple[ParquetLog, str]:
     """The log whose contexts an export is measured on, and which part of the data it is."""
     if given is not None:
         return ParquetLog.open(given, log_schema(config)), "given"
@@ -26,7 +26,7 @@ def measuring_log(config: Config, given: Place | None = None) -> tuple[ParquetLo
     )
 
 
-def some_contexts(
+def sample_contexts(
     log: ParquetLog, encoding: FeatureEncoding, count: int, seed: int = 0
 ) -> pa.Table:
     """Up to `count` rows of random row groups, with the columns of the context features."""

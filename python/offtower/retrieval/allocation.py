@@ -1,18 +1,18 @@
-"""How many items of each cell one context's draw looks at.
+"""Sample sizes of the cells for one context: how many items of each are scored.
 
-A cell's mass Z_c = sum of exp(s_a) over its items is estimated from k_c of its n_c items. The mean
-m_c of a cell's vectors is known, so the mean logit <u, m_c> of the cell is too, and the estimate is
-a difference estimate with it (Cochran, Sampling Techniques, 7.3, with a slope fixed beforehand):
+A cell's mass Z_c = sum of exp(s_a) over its n_c items is estimated from k_c of them. Its mean logit
+<u, m_c> is known exactly, so this is a difference estimator with a fixed slope b_c (Cochran,
+Sampling Techniques, 7.3):
 
-    W_c = (n_c / k_c) sum over the run of g(s_a),     g(s) = exp(s) - b_c (s - <u, m_c>).
+    W_c = (n_c / k_c) sum over the sample of g(s_a),     g(s) = exp(s) - b_c (s - <u, m_c>).
 
-sum_a g(s_a) over the whole cell is Z_c whatever b_c is, so W_c is unbiased; with b_c near the slope
-of exp, most of the variance of narrow cells is gone. g is positive for every s while
-b_c = exp(<u, m_c> + t) with t < 1, so that W_c is.
+The sum of g(s_a) over the whole cell is Z_c for any b_c, so W_c is unbiased. A b_c near the slope
+of exp removes most of the variance of narrow cells. g is positive for every s while
+b_c = exp(<u, m_c> + t) with t < 1, so W_c is positive.
 
-k_c and b_c are chosen from what the export knows of the cells and from nothing that is random, so
-that every estimate stays unbiased. The logits of a cell are modelled as normal: mean <u, m_c>,
-variance v_c = t_c u'Su / tr(MS), with t_c the cell's expected variance and S the pooled covariance.
+k_c and b_c depend on the export and the query only, never on the sample, which keeps W_c unbiased.
+The logits of a cell are modelled as normal with mean <u, m_c> and variance
+v_c = t_c u'Su / tr(MS), where t_c is the cell's expected variance and S the pooled covariance.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 LEAST_ROWS = 2
-"""Items looked at in every cell: one gives every item a chance, two give a variance."""
+"""Smallest sample of a cell: two items give a variance estimate."""
 _TAKE_ALL = 0.5
-"""A cell is taken whole where more than this share of it would be looked at."""
+"""A cell is scored whole where its sample would exceed this share of it."""
 _STEEPEST = 0.75
 """Largest t: g stays above (1 - t) b_c."""
 
 
 @dataclass(frozen=True, eq=False)
 class CellModel:
-    """Predicted masses of all C cells for one context, in logarithms."""
+    """Predicted log masses of all C cells for one context."""
 
     log_mass: FloatArray
     """(C,) predicted log Z_c."""
@@ -52,20 +52,19 @@ class CellModel:
 def model_cells(
     cells: Cells, query: NDArray[np.float32], plain: IntArray | None = None
 ) -> CellModel:
-    """Normal logits inside a cell, frozen at their expected maximum where they are wide.
+    """Predict mass and variation of each cell from normal logits.
 
-    With n normal logits of deviation sigma, the log of the sum is mean + log n + sigma^2/2 up to
-    sigma = sqrt(2 log n), and mean + sigma sqrt(2 log n) beyond, where the largest one alone counts
-    (the random energy model, Derrida 1981).
+    For n normal logits of deviation sigma, the log of the sum of exp is mean + log n + sigma^2/2 up
+    to sigma = sqrt(2 log n), and mean + sigma sqrt(2 log n) beyond, where the maximum dominates
+    (random energy model, Derrida 1981).
 
     Args:
-        plain: cells without a slope: where items must not be shown, the mean is not that of the
-            others.
+        plain: cells with excluded items. They get no slope: their mean includes those items.
     """
     wide = query.astype(np.float64)
     inside = float(wide @ cells.covariance @ wide)
-    scale = inside / cells.mean_spread if cells.mean_spread > 0.0 else 0.0
-    variance = np.maximum(cells.spread * scale, 0.0)
+    scale = inside / cells.pooled_logit_variance if cells.pooled_logit_variance > 0.0 else 0.0
+    variance = np.maximum(cells.logit_variance * scale, 0.0)
     mean = (cells.mean @ query).astype(np.float64)
     # b_c = E[exp(s)] = exp(mean + v/2) is the best slope for normal logits.
     rise = np.minimum(0.5 * variance, _STEEPEST)
@@ -85,7 +84,7 @@ def model_cells(
 
 
 def _log_sum_of_normals(variance: FloatArray, size: IntArray) -> FloatArray:
-    """log of the sum of exp of n centred normal numbers."""
+    """Log of the sum of exp of n centered normal numbers."""
     log_size = np.log(size)
     return np.where(
         variance < 2.0 * log_size, log_size + 0.5 * variance, np.sqrt(2.0 * variance * log_size)
@@ -99,17 +98,17 @@ def allocate(
     target: float,
     whole: IntArray,
 ) -> IntArray:
-    """k_c by Neyman's allocation, for a sum of Z_c with standard deviation `target`.
+    """Neyman allocation of k_c, for an estimated sum of Z_c with standard deviation `target`.
 
-    Minimises sum k_c subject to sum (n_c S_c)^2 (1/k_c - 1/n_c) = target^2 and
+    Minimizes sum k_c subject to sum (n_c S_c)^2 (1/k_c - 1/n_c) = target^2 and
     LEAST_ROWS <= k_c <= n_c (Neyman 1934; Cochran, Sampling Techniques, 5.5, 5.8).
 
     Args:
         mass: (C,) predicted Z_c.
-        variation: (C,) predicted S_c / mean of the cell's g(s_a).
+        variation: (C,) predicted coefficient of variation of g(s_a) inside the cell.
         size: (C,) n_c.
         target: standard deviation, in the units of `mass`.
-        whole: cells that are taken whole already.
+        whole: cells that are scored whole already.
     """
     spread = mass * variation
     taken = np.zeros(len(size), dtype=bool)
@@ -128,13 +127,12 @@ def allocate(
         if not more.any():
             break
         taken |= more
-    # A cell without a predicted spread still needs its least rows, and no more.
     counts: IntArray = np.where(taken, size, np.minimum(rows, size)).astype(np.int64)
     return counts
 
 
 def predicted_variance(
-    mass: FloatArray, variation: FloatArray, size: IntArray, look: IntArray
-) -> float:
-    """Variance of the estimated sum of Z_c that the model of the cells expects."""
-    return float(np.sum((mass * variation) ** 2 * (1.0 / look - 1.0 / size)))
+    mass: FloatArray, variation: FloatArray, size: IntArray, count: IntArray
+) -> FloatArray:
+    """(C,) variance of each W_c under the model, from k_c = `count` items."""
+    return np.asarray((mass * variation) ** 2 * (1.0 / count - 1.0 / size))

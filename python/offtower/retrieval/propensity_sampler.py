@@ -1,0 +1,161 @@
+"""Draws from the softmax policy over all N items with known propensities, without a full scan.
+
+Three modes, for one context u with logits s_a and Z = sum_a exp s_a:
+
+- **exact** scores every item. pscore = exp(s_a) / Z.
+- **softmax** (default) scores the cells of largest mass and the outliers whole, and a random sample
+  of every other cell. The sample gives an unbiased, positive estimate W_c of the cell's mass Z_c
+  (`retrieval.allocation`; exact for cells scored whole) and Z^ = sum_c W_c of Z. A cell is drawn
+  with probability W_c / Z^, then an item of the whole cell by its exact softmax.
+  pscore = exp(s_a) / Z^.
+- **cells** draws a cell by weights that depend on the export only, then an item of that cell by its
+  exact softmax. This differs from the softmax policy, but its probabilities are exact.
+
+Mode `softmax` has these properties for any index and budget:
+
+1. E[ 1{A = a} / pscore ] = E[W_c] / Z_c = 1 for every item a. Inverse propensity weighting needs
+   nothing else: IPS on the log is unbiased.
+2. Given the sampled rows, the item was drawn with probability exactly W_c / Z^ exp(s_a) / Z_c
+   (`conditional_pscore`), which is positive for every item. It is a valid propensity too, with more
+   variance.
+3. pscore is the softmax probability up to the error of Z^; its standard error is `relative_error`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offtower.errors import ConfigError, DataError
+from offtower.retrieval.cell_sampling import ItemSample, sample_slate, sample_with_replacement
+from offtower.retrieval.cell_weights import (
+    CellWeights,
+    estimated_weights,
+    exact_weights,
+    model_weights,
+)
+from offtower.retrieval.cells import Cells
+
+Mode = Literal["softmax", "cells", "exact"]
+IntArray = NDArray[np.int64]
+
+_FEW = 20
+"""Where filters leave fewer than one item in 20, those are scored exactly."""
+
+
+class PropensitySampler:
+    """Draw items for one context at a time.
+
+    Args:
+        cells: the partitioned catalogue.
+        relative_error: target standard error of pscore in mode `softmax`, as a share of pscore.
+
+    Raises:
+        ConfigError: relative_error is not in (0, 1).
+    """
+
+    def __init__(self, cells: Cells, *, relative_error: float = 0.002) -> None:
+        if not 0.0 < relative_error < 1.0:
+            raise ConfigError(f"relative_error must lie in (0, 1), got {relative_error}")
+        self.cells = cells
+        self.relative_error = relative_error
+
+    def draw(
+        self,
+        query: NDArray[np.float32],
+        rng: np.random.Generator,
+        *,
+        size: int = 1,
+        mode: Mode = "softmax",
+        exclude: IntArray | None = None,
+    ) -> ItemSample:
+        """Draw with replacement for one context.
+
+        Args:
+            query: (D,) context embedding, with temperature and bias folded in.
+            size: n draws; they share the sampled rows.
+            mode: see the module.
+            exclude: item numbers that must not be drawn; propensities are renormalized.
+
+        Raises:
+            ConfigError: unknown mode.
+            DataError: the query is not finite, or no item is left.
+        """
+        return sample_with_replacement(self.weights(query, rng, mode, exclude), rng, size)
+
+    def slate(
+        self,
+        query: NDArray[np.float32],
+        rng: np.random.Generator,
+        *,
+        size: int,
+        mode: Mode = "softmax",
+        exclude: IntArray | None = None,
+    ) -> ItemSample:
+        """Draw a slate without replacement (Plackett-Luce), top position first.
+
+        The propensity of a position is conditional on the items above it. In mode `softmax` the
+        product of a slate's propensities p_1 ... p_n satisfies E[1{slate} / product] = 1.
+
+        Args:
+            size: n positions; other arguments as in `draw`.
+
+        Raises:
+            ConfigError: unknown mode, or size is below 1.
+            DataError: fewer than n items are left, or the query is not finite.
+        """
+        return sample_slate(self.weights(query, rng, mode, exclude, positions=size), rng, size)
+
+    def weights(
+        self,
+        query: NDArray[np.float32],
+        rng: np.random.Generator,
+        mode: Mode = "softmax",
+        exclude: IntArray | None = None,
+        positions: int = 1,
+    ) -> CellWeights:
+        """Cell weights that `draw` and `slate` sample from."""
+        cells = self.cells
+        if mode not in get_args(Mode):
+            raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got '{mode}'")
+        query = np.ascontiguousarray(query, dtype=np.float32)
+        if query.shape != (cells.vectors.shape[1],) or not np.isfinite(query).all():
+            raise DataError(
+                f"a context embedding must be {cells.vectors.shape[1]} finite numbers, got "
+                f"shape {query.shape}"
+            )
+        if positions < 1:
+            raise ConfigError(f"the number of positions must be at least 1, got {positions}")
+        excluded = self._excluded_rows(exclude)
+        num_items = len(cells.item_of_row)
+        left = num_items - len(excluded)
+        if left < positions:
+            raise DataError(
+                f"{positions} items were asked for, but filters leave {left} of {num_items:,}"
+            )
+        if mode == "cells":
+            return model_weights(cells, query, excluded)
+        if mode == "exact" or left * _FEW < num_items:
+            return exact_weights(cells, query, excluded)
+        return estimated_weights(
+            cells,
+            query,
+            rng,
+            excluded,
+            positions=positions,
+            relative_error=self.relative_error,
+        )
+
+    def _excluded_rows(self, exclude: IntArray | None) -> IntArray:
+        """Sorted, distinct rows of excluded items."""
+        if exclude is None or len(exclude) == 0:
+            return np.zeros(0, dtype=np.int64)
+        exclude = np.asarray(exclude, dtype=np.int64)
+        if exclude.min() < 0 or exclude.max() >= len(self.cells.item_of_row):
+            raise DataError(
+                f"item numbers to exclude must lie in [0, {len(self.cells.item_of_row) - 1}], got "
+                f"{int(exclude.min())} to {int(exclude.max())}"
+            )
+        return np.unique(self.cells.row_of_item[exclude])
