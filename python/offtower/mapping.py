@@ -1,10 +1,8 @@
-"""Work cut into parts whose results merge: the same code on one core and on a cluster.
+"""Long passes as a function of a part and a merge of the results.
 
-A long pass over a log is written as a pure function of a part (a range of row groups, a range of
-batches, a file to write) and as a merge of results. A `Mapper` runs the function on all parts and
-hands the results back in the parts' order; `offtower.jobs` has one that runs them on Ray. Results
-of floating-point sums are merged in one fixed tree (`merge_all`), so that they have the same bits
-however many parts and workers there were.
+`Mapper` applies a function to parts (row groups, batches, a file to write) and returns the results
+in order; the one in `offtower.jobs` does so on Ray. Floating-point sums are merged in one fixed
+tree (`merge_all`), so that their bits do not depend on the number of parts and workers.
 """
 
 from __future__ import annotations
@@ -19,25 +17,25 @@ R = TypeVar("R")
 
 
 class Mapper:
-    """Runs a function on parts, one after the other, in this process.
+    """Applies a function to parts one after the other, in this process.
 
     Attributes:
         workers: parts that run at the same time.
-        distributed: whether parts run elsewhere: then two cheap passes in parallel are better than
-            one long one, and files are written where every worker sees them.
+        distributed: whether parts run in other processes, which is when two short parallel passes
+            are better than a long one, and files must go to shared storage.
     """
 
     workers: int = 1
     distributed: bool = False
 
     def map(self, function: Callable[[T], R], parts: Sequence[T], task: str = "") -> Iterator[R]:
-        """function(part) of each part, in the order of `parts`.
+        """Yield function(part) in the order of `parts`.
 
         Args:
-            function: may be sent to another process, and may run twice on a part (where a worker
-                died): what it writes must be the same files, beside and renamed.
+            function: may be sent to another process, and may run twice on a part whose worker
+                died; the files that it writes must be the same then, and written atomically.
             parts: small; sent with each call.
-            task: what is done, for messages.
+            task: names the pass in messages.
 
         Raises:
             OfftowerError, OSError: the function's, of the first part in order that failed.
@@ -46,20 +44,20 @@ class Mapper:
             yield function(part)
 
 
-class Merging(Protocol):
+class Mergeable(Protocol):
     """Sums over rows that merge."""
 
     def merge(self, other: Self) -> Self: ...
 
 
-M = TypeVar("M", bound=Merging)
+M = TypeVar("M", bound=Mergeable)
 
 
 class MergeTree(Generic[M]):
-    """Merges sums one by one, in a balanced tree of a shape that only their number decides.
+    """Merges sums one by one, in a balanced tree whose shape depends on their number only.
 
-    Cutting a sequence into pieces of a power of two, merging each piece and then the results gives
-    the same tree, and so the same bits. Nothing is copied more than log2(n) times.
+    Ranges of a power of two sums (`pieces`) can be merged separately: merging their results gives
+    the same tree, and so the same bits.
     """
 
     def __init__(self) -> None:
@@ -74,7 +72,7 @@ class MergeTree(Generic[M]):
         self._waiting.append((level, merged))
 
     def merged(self, empty: str = "there are no rows to evaluate") -> M:
-        """The sums of all that was added. Raises OfftowerError(empty) where nothing was."""
+        """Return the sum of everything added; raise OfftowerError(empty) where nothing was."""
         if not self._waiting:
             raise OfftowerError(empty)
         *earlier, (_, merged) = self._waiting
@@ -84,7 +82,7 @@ class MergeTree(Generic[M]):
 
 
 def merge_all(sums: Iterable[M], empty: str = "there are no rows to evaluate") -> M:
-    """Merge as `MergeTree` does. Raises OfftowerError(empty) where there is nothing to merge."""
+    """Merge by a `MergeTree`; raise OfftowerError(empty) where there is nothing to merge."""
     tree: MergeTree[M] = MergeTree()
     for one in sums:
         tree.add(one)
@@ -92,11 +90,11 @@ def merge_all(sums: Iterable[M], empty: str = "there are no rows to evaluate") -
 
 
 def pieces(total: int, wanted: int, workers: int = 1, each: int = 4) -> list[range]:
-    """0..total-1 in ranges of one length, a power of two, for `merge_all`.
+    """Split 0..total-1 into ranges whose length is a power of two, for `merge_all`.
 
     Args:
-        wanted: about so many units a range, at most; fewer where that leaves workers without work.
-        workers: that share the ranges; there are `each` for every worker where there is enough.
+        wanted: largest length of a range.
+        workers: ranges are shorter where there would be fewer than `each` for every worker.
     """
     size = 1
     while size * 2 <= wanted and total >= size * 2 * workers * each:

@@ -1,4 +1,4 @@
-"""One Ray cluster for all tests that need one, with settings that fail fast and stay quiet."""
+"""One Ray cluster for the test session, with short timeouts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OBJECT_STORE_BYTES = 300_000_000
 
 @pytest.fixture(scope="session")
 def ray_environment() -> Iterator[dict[str, str]]:
-    """The environment of Ray tests, put back at the end."""
+    """Set the environment of Ray tests, and restore it at the end."""
     before = {name: os.environ.get(name) for name in RAY_ENVIRONMENT}
     os.environ.update(RAY_ENVIRONMENT)
     yield dict(RAY_ENVIRONMENT)

@@ -1,4 +1,4 @@
-"""Trains on a cluster of two nodes of which one is lost on the way. Run by test_lost_node."""
+"""Train on two nodes and lose one; run by test_lost_node."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def main(config_path: str, after_step: int) -> None:
 
 
 def lose(cluster: Cluster, node: Any, run: Path, after_step: int) -> None:
-    """Take the node away, processes and all, once the run has come so far."""
+    """Remove the node with its processes once there is a checkpoint of that step."""
     while not any(int(p.name[5:]) >= after_step for p in (run / "checkpoints").glob("step_*")):
         time.sleep(0.02)
     cluster.remove_node(node, allow_graceful=False)

@@ -1,4 +1,4 @@
-"""Connecting to Ray, and what is refused before anything can hang."""
+"""Connecting to Ray, and refusing jobs that Ray would wait for forever."""
 
 from __future__ import annotations
 
@@ -11,41 +11,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offtower.errors import ClusterError, MissingExtraError, RunError
-from offtower.jobs import connect as module
-from offtower.jobs.connect import Node, Request, absolute, check_address, connect, require
+from offtower.jobs import resources
+from offtower.jobs.connect import absolute, check_address, connect
+from offtower.jobs.resources import Node, ResourceRequest, require
 
 GIB = 2.0**30
 
 
 def test_a_request_that_fits_is_not_refused() -> None:
     nodes = [Node("a", 4, 0, GIB), Node("b", 2, 0, GIB)]
-    assert Request(6).fits(nodes)
-    assert Request(2, cpus=2, other_cpus=2).fits(nodes)
-    assert Request(1, cpus=4).fits(nodes)
-    assert Request(4, placement="STRICT_PACK").fits(nodes)
-    assert Request(2, placement="STRICT_SPREAD").fits(nodes)
+    assert ResourceRequest(6).fits(nodes)
+    assert ResourceRequest(1, cpus=4).fits(nodes)
 
 
 @pytest.mark.parametrize(
-    "wanted",
+    "request_",
     [
-        Request(7),
-        Request(6, other_cpus=1),
-        Request(2, cpus=4),  # six CPUs in all, but no second node with four
-        Request(1, cpus=1, gpus=1),
-        Request(2, memory=1.1 * GIB),
-        Request(5, placement="STRICT_PACK"),
-        Request(3, placement="STRICT_SPREAD"),
+        ResourceRequest(7),
+        ResourceRequest(2, cpus=4),  # six CPUs in all, but no second node with four
+        ResourceRequest(1, cpus=1, gpus=1),
+        ResourceRequest(2, memory=1.1 * GIB),
     ],
 )
-def test_a_request_without_room_is_refused_with_the_numbers(wanted: Request) -> None:
+def test_a_request_without_room_is_refused_with_the_numbers(request_: ResourceRequest) -> None:
     nodes = [Node("a", 4, 0, GIB), Node("b", 2, 0, GIB)]
-    assert not wanted.fits(nodes)
-    text = wanted.refusal(nodes)
-    assert f"asked  {wanted.total_cpus:g} CPU" in text
+    assert not request_.fits(nodes)
+    text = request_.refusal(nodes)
+    assert f"asked  {request_.num_workers * request_.cpus:g} CPU" in text
     assert "there  6 CPUs, 0 GPUs on 2 nodes" in text
     assert "a: 4 CPUs" in text and "b: 2 CPUs" in text
-    assert f"room for {wanted.room(nodes)} of the workers" in text
+    assert f"room for {request_.total_capacity(nodes)} of the workers" in text
 
 
 def test_fractions_of_a_gpu_are_shared() -> None:
@@ -56,7 +51,7 @@ def test_fractions_of_a_gpu_are_shared() -> None:
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 12), st.integers(1, 5))
-def test_room_counts_whole_workers_by_node(cpus: list[int], workers: int, each: int) -> None:
+def test_capacity_counts_whole_workers_by_node(cpus: list[int], workers: int, each: int) -> None:
     """Against placing the workers one by one."""
     left, placed = list(cpus), 0
     for i in range(len(left)):
@@ -64,13 +59,13 @@ def test_room_counts_whole_workers_by_node(cpus: list[int], workers: int, each: 
             left[i] -= each
             placed += 1
     nodes = [Node(str(i), c, 0, 0.0) for i, c in enumerate(cpus)]
-    assert Request(workers, cpus=each).room(nodes) == placed
+    assert ResourceRequest(workers, cpus=each).total_capacity(nodes) == placed
 
 
 @pytest.mark.parametrize("bad", [0, -1])
 def test_no_worker_is_refused(bad: int) -> None:
     with pytest.raises(ClusterError, match="at least one worker"):
-        Request(bad)
+        ResourceRequest(bad)
 
 
 @pytest.mark.parametrize("address", ["local", "auto", "10.0.0.1:6379", "ray://head:10001"])
@@ -97,7 +92,7 @@ def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"offtower\[ray\]"):
-        module.import_ray()
+        resources.import_ray()
 
 
 def test_paths_become_absolute_and_addresses_stay(
@@ -120,9 +115,8 @@ def test_a_connected_process_keeps_its_cluster(ray_cluster: str) -> None:
 
 @pytest.mark.ray
 def test_resources_are_compared_with_the_cluster(ray_cluster: str) -> None:
-    room = require(2, cpus_per_worker=1, other_cpus=1)
-    assert sum(node.cpus for node in room.nodes) == 4
+    assert sum(node.cpus for node in require(ResourceRequest(2))) == 4
     with pytest.raises(RunError, match=r"asked  6 CPUs, 0 GPUs\n  there  4 CPUs, 0 GPUs on 1 node"):
-        require(3, cpus_per_worker=2)
+        require(ResourceRequest(3, cpus=2))
     with pytest.raises(ClusterError, match=r"has not grown in 1 s"):
-        require(1, gpus_per_worker=1, wait=1.0)
+        require(ResourceRequest(1, gpus=1), wait=1.0)

@@ -1,4 +1,4 @@
-"""A node is lost in the middle of a training that may go on with fewer workers."""
+"""Elastic training continues after a node is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.mark.timeout(600)
 def test_training_goes_on_with_the_workers_that_are_left(simulated: Path, tmp_path: Path) -> None:
-    """Two workers, then one: the policy of one process, to rounding; every line is there once."""
+    """Two workers, then one: the policy of one process to rounding, and no metrics line twice."""
     alone = config_of(simulated, tmp_path / "alone", "a", "item_sharded")
     train_run(alone)
     config = config_of(simulated, tmp_path / "ray", "a", "item_sharded")

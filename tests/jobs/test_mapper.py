@@ -1,4 +1,4 @@
-"""Tasks on Ray: the order of results, lost workers, errors for users."""
+"""The mapper on Ray: order of results, lost workers, errors for users."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def refuse(number: int) -> int:
         row = BadRow("a.parquet", 0, 3, 3, "reward", "nan", "NaN", "a number")
         raise BadRowsError([row], Counter({("reward", "NaN"): 1}))
     if number == 3:
-        raise DataError("part 3 is bad too, and must not be what is said")
+        raise DataError("part 3 is bad too, but not the first")
     return number
 
 
@@ -68,12 +68,12 @@ def test_a_lost_worker_is_replaced_and_its_part_runs_again(
     assert (tmp_path / "died").exists()
 
 
-def test_a_worker_lost_again_and_again_is_one_clear_error(ray_cluster: str) -> None:
-    with pytest.raises(ClusterError, match=r"judging: the worker of part [01] was lost 2 times"):
-        list(RayMapper(2, retries=1).map(die, range(2), "judging"))
+def test_a_worker_that_is_lost_too_often_is_an_error(ray_cluster: str) -> None:
+    with pytest.raises(ClusterError, match=r"evaluating: the worker of part [01] was lost 2 times"):
+        list(RayMapper(2, retries=1).map(die, range(2), "evaluating"))
 
 
-def test_the_first_refusal_in_order_is_raised_as_it_is(ray_cluster: str) -> None:
+def test_the_first_error_in_order_is_raised_unchanged(ray_cluster: str) -> None:
     with pytest.raises(BadRowsError, match="1 bad value in the log") as caught:
         list(RayMapper(4).map(refuse, range(6)))
     assert caught.value.rows[0].row == 3 and caught.value.counts == {("reward", "NaN"): 1}

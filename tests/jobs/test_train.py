@@ -1,4 +1,4 @@
-"""Training on Ray Train: the policy of plain workers, through lost workers and stalls."""
+"""Training on Ray Train gives the policy of plain workers, also after lost and stalled workers."""
 
 from __future__ import annotations
 

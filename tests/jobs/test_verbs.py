@@ -1,4 +1,4 @@
-"""The verbs on two workers of a real cluster: the files, numbers and errors of one process."""
+"""Commands on two workers of a real cluster give the files, numbers and errors of one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.mappers import content
 pytestmark = pytest.mark.ray
 
 ON_RAY = ("--ray", "local", "--workers", "2")
-"""The session's cluster: a process that is connected stays with it."""
+"""Joins the cluster of the session, to which this process is connected."""
 
 
 def run(*arguments: str | Path) -> Result:
@@ -42,16 +42,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A simulated world, drawn by one process, and a trained run."""
     from offtower.training.run import train_run
 
-    place = tmp_path_factory.mktemp("world")
+    folder = tmp_path_factory.mktemp("world")
     simulate = ("simulate", "--items", "60", "--rows", "30000", "--features", "all", "--out")
-    text((*simulate, place / "logs"), 0)
+    text((*simulate, folder / "logs"), 0)
     train_run(
         parse_config(
             {
                 "name": "run",
-                "runs": str(place / "runs"),
+                "runs": str(folder / "runs"),
                 "data": {
-                    name: str(place / "logs" / name) for name in ("train", "test", "catalogue")
+                    name: str(folder / "logs" / name) for name in ("train", "test", "catalogue")
                 },
                 "policy": {"embedding_dim": 8},
                 "reward_model": {"kind": "factored", "embedding_dim": 4, "epochs": 1, "folds": 2},
@@ -60,7 +60,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             }
         )
     )
-    return place
+    return folder
 
 
 def test_simulate(ray_cluster: str, world: Path, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_evaluate(ray_cluster: str, world: Path) -> None:
 
 
 def test_a_log_of_several_policies(ray_cluster: str, world: Path, tmp_path: Path) -> None:
-    """Drawn, and judged by the heuristic from the columns with each policy's propensities."""
+    """Simulated, and evaluated by the heuristic on the columns of each policy's propensities."""
     simulate = ("simulate", "--items", "60", "--rows", "30000", "--features", "all", "--json")
     betas = ("--beta", "0", "--beta", "1")
     text((*simulate, *betas, "--out", tmp_path / "one"), 0)
@@ -135,7 +135,7 @@ def test_export(ray_cluster: str, world: Path) -> None:
     for name in ("vectors.npy", "ids.arrow"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
     assert content(two / "items") == content(one / "items")
-    # The exports are measured beside the policy value, which workers judge.
+    # Retrieval of the exports is measured beside the policy value, which workers estimate.
     evaluate = ("evaluate", world / "runs" / "run", "--json", "--retrieval", "5")
     results = [run(*evaluate, *more) for more in ((), ON_RAY)]
     assert results[0].exit_code in (0, 1, 3), results[0].output
@@ -143,7 +143,7 @@ def test_export(ray_cluster: str, world: Path) -> None:
     assert json.loads(results[0].stdout)["retrieval"]["run"][0]["k"] == 5
 
 
-def test_killed_workers_duplicate_and_lose_no_row(
+def test_killed_workers_neither_duplicate_nor_lose_rows(
     ray_cluster: str, world: Path, tmp_path: Path
 ) -> None:
     """Workers are killed for as long as the command runs; the files are the same bytes."""

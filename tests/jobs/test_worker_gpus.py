@@ -1,4 +1,4 @@
-"""What training on GPUs asks of Ray, told without a cluster and without a GPU."""
+"""Requests of GPU training jobs, checked without a cluster and without a GPU."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ GPU_NODE = Node("gpus", 16.0, 2.0, 2.0**36)
         ("cpu", 0, 0),
     ],
 )
-def test_a_worker_has_a_gpu_where_it_learns_on_one(
-    device: str, gpus: int | None, wanted: int
-) -> None:
+def test_a_worker_has_a_gpu_if_it_trains_on_one(device: str, gpus: int | None, wanted: int) -> None:
     assert WorkerPlan(gpus=gpus).gpus_for(device) == wanted
 
 
@@ -47,18 +45,17 @@ def test_a_worker_has_a_gpu_where_it_learns_on_one(
         ("cuda", 0, "do not fit"),
     ],
 )
-def test_what_contradicts_itself_is_refused(device: str, gpus: int | None, said: str) -> None:
+def test_contradicting_settings_are_refused(device: str, gpus: int | None, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         WorkerPlan(gpus=gpus).gpus_for(device)
 
 
 class FakeRay:
-    """Stands for Ray Train: keeps what it is asked for."""
+    """Replaces Ray Train and records its arguments."""
 
     def __init__(self, nodes: tuple[Node, ...], monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: dict[str, Any] = {}
         ray, train, torch = (ModuleType(name) for name in ("ray", "ray.train", "ray.train.torch"))
-        ray.available_resources = dict  # type: ignore[attr-defined]
         ray.train = train  # type: ignore[attr-defined]
         for name in ("ScalingConfig", "RunConfig", "FailureConfig"):
             setattr(train, name, lambda **given: given)
@@ -74,7 +71,7 @@ class FakeRay:
 
 
 @pytest.mark.parametrize(("device", "gpus"), [("cuda", 1), ("auto", 0)])
-def test_what_ray_is_asked_for(
+def test_the_resources_that_ray_gets(
     simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, gpus: int
 ) -> None:
     ray = FakeRay((CPU_NODE, GPU_NODE), monkeypatch)
@@ -85,13 +82,13 @@ def test_what_ray_is_asked_for(
     assert ray.asked["scaling_config"]["use_gpu"] is bool(gpus)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     assert ray.asked["torch_config"]["backend"] == backend
-    # A worker computes where it was promised to, whatever else its node has.
+    # A worker uses the device that it requested, whatever else its node has.
     sent = ray.asked["train_loop_config"]["config"]["training"]["device"]
     assert sent == ("cuda" if gpus else "cpu")
     assert jobs.RunDirectory(config.run_directory).load_config().training.device == device
 
 
-def test_too_few_gpus_are_told_with_the_numbers(
+def test_too_few_gpus_are_refused_with_the_numbers(
     simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FakeRay((CPU_NODE, GPU_NODE), monkeypatch)

@@ -1,6 +1,4 @@
-"""The same work as Ray jobs: on the cores of one machine, or on a cluster.
+"""Run offtower on Ray: on the cores of one machine, or on a cluster.
 
-Importing this package imports no Ray; `connect.import_ray` does, where a job starts.
+Importing this package does not import Ray; `resources.import_ray` does when a job starts.
 """
-
-from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Connecting to Ray: a cluster is started or joined, and what was started is stopped."""
+"""Start or join a Ray cluster, and stop what was started."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,32 +16,19 @@ from urllib.parse import urlsplit
 
 from offtower.data.stores import is_address
 from offtower.errors import ClusterError
-from offtower.jobs.resources import Node, Placement, Request, Room, import_ray, nodes, require
+from offtower.jobs.resources import import_ray
 
-__all__ = [
-    "Cluster",
-    "Node",
-    "Placement",
-    "Request",
-    "Room",
-    "absolute",
-    "check_address",
-    "connect",
-    "import_ray",
-    "nodes",
-    "require",
-]
-
-LEAST_OBJECT_STORE = 80 * 1024**2
-"""Ray refuses a smaller one."""
+MIN_OBJECT_STORE = 80 * 1024**2
+"""Bytes; Ray refuses a smaller store."""
 _REACH_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster that this process is connected to.
+    """The cluster that this process is connected to.
 
-    started: whether `connect` started it, and will stop it.
+    Attributes:
+        started: whether `connect` started it, and stops it.
     """
 
     address: str
@@ -49,22 +36,19 @@ class Cluster:
 
 
 def absolute(path: str | Path) -> str:
-    """A path as workers must get it: absolute (their working folder is another), links followed.
-    An address such as s3://bucket/log stays as it is."""
+    """Return an absolute path without links, since workers run in other folders; addresses such as
+    s3://bucket/log are unchanged."""
     text = str(path)
     return text if is_address(text) else str(Path(text).expanduser().resolve())
 
 
 def check_address(address: str) -> str:
-    """The address, if it has one of the known forms.
+    """Return the address if `connect` can use its form.
 
     Raises:
-        ClusterError: it has none.
+        ClusterError: it cannot.
     """
-    if address in ("local", "auto"):
-        return address
-    host, port = _host_and_port(address)
-    if host and port:
+    if address in ("local", "auto") or all(_host_and_port(address)):
         return address
     raise ClusterError(
         f"--ray '{address}' is no address of a cluster: use local (start one on this machine), "
@@ -78,35 +62,22 @@ def connect(
     address: str = "local",
     *,
     num_cpus: int | None = None,
-    num_gpus: int | None = None,
     object_store_memory: int | None = None,
-    dashboard: bool = False,
-    worker_logs: bool = False,
     temp_dir: str | Path | None = None,
-    runtime_env: Mapping[str, Any] | None = None,
 ) -> Iterator[Cluster]:
-    """Start a cluster on this machine or join one; at the end stop what was started, and only that.
+    """Start a cluster on this machine or join one; at the end stop it if it was started here.
 
-    A process that is connected already (a job's driver that called `ray.init`, a test session)
-    stays with its cluster whatever the address says, and stays connected afterwards.
-
-    Token authentication follows Ray's own settings (RAY_AUTH_MODE, RAY_AUTH_TOKEN,
-    RAY_AUTH_TOKEN_PATH): by default a cluster started here makes and uses ~/.ray/auth_token.
+    A process that is connected already (a job's driver, a test session) keeps its cluster whatever
+    the address is, and stays connected. Token authentication follows Ray's own settings
+    (RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH).
 
     Args:
-        address: "local" starts a cluster; "auto" joins the one that RAY_ADDRESS names or this
-            machine belongs to; "host:port" joins one from a machine that belongs to it;
-            "ray://host:port" is a Ray client from outside.
-        num_cpus: logical CPUs of a cluster started here: how many tasks run at once. By default
-            the cores that this process may use.
-        num_gpus: GPUs of a cluster started here; those that Ray detects by default.
-        object_store_memory: bytes of its object store, shared memory that is taken as it fills. By
-            default Ray's own choice, 30 % of the memory; what jobs put there is in docs/cluster.md.
-        dashboard: start its dashboard, which takes nine processes and about 1 GB.
-        worker_logs: print what workers print on this process's standard output.
-        temp_dir: where a cluster started here keeps sockets and logs (/tmp/ray by default). Short:
-            a socket's path has at most 107 bytes.
-        runtime_env: Ray's runtime environment of the workers.
+        address: "local" starts a cluster; "auto" joins that of RAY_ADDRESS or of this machine;
+            "host:port" joins from a machine of the cluster, "ray://host:port" from outside.
+        num_cpus: of a cluster started here; by default the cores that this process may use.
+        object_store_memory: bytes, of a cluster started here; by default 30 % of the memory.
+        temp_dir: sockets and logs of a cluster started here, /tmp/ray by default. Keep it short:
+            the path of a socket has at most 107 bytes.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -117,49 +88,41 @@ def connect(
     if ray.is_initialized():
         yield Cluster(_gcs_address(ray), started=False)
         return
-    options: dict[str, Any] = {
-        "logging_level": logging.WARNING,
-        "log_to_driver": worker_logs,
-        "runtime_env": None if runtime_env is None else dict(runtime_env),
-    }
     started = address == "local"
+    options: dict[str, Any] = {
+        "address": address,
+        "logging_level": logging.WARNING,
+        "log_to_driver": False,
+    }
     if started:
-        options |= {
-            "address": "local",
-            "num_cpus": _usable_cpus() if num_cpus is None else num_cpus,
-            "include_dashboard": dashboard,
-        }
+        options["num_cpus"] = _usable_cpus() if num_cpus is None else num_cpus
+        options["include_dashboard"] = False
         if object_store_memory is not None:
-            options["object_store_memory"] = max(LEAST_OBJECT_STORE, object_store_memory)
-        if num_gpus is not None:
-            options["num_gpus"] = num_gpus
+            options["object_store_memory"] = max(MIN_OBJECT_STORE, object_store_memory)
         if temp_dir is not None:
             options["_temp_dir"] = absolute(temp_dir)
     else:
-        options["address"] = address
-        _reach(address)
-    # Ray says at each start that a token is used; that is its default, and no news.
-    quiet = logging.getLogger("ray._private.authentication.authentication_token_setup")
-    before = quiet.level
-    quiet.setLevel(logging.ERROR)
+        _check_reachable(address)
+    # Ray logs the use of a token, its default, at every start.
+    token_logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    level = token_logger.level
+    token_logger.setLevel(logging.ERROR)
     try:
-        with _without_working_folder(runtime_env):
+        with _without_working_folder():
             ray.init(**options)
     except Exception as error:
         with contextlib.suppress(Exception):
             ray.shutdown()
         raise _connect_error(address, error) from error
     finally:
-        quiet.setLevel(before)
+        token_logger.setLevel(level)
     try:
         yield Cluster(_gcs_address(ray), started)
     finally:
         ray.shutdown()
 
 
-def _without_working_folder(
-    runtime_env: Mapping[str, Any] | None,
-) -> AbstractContextManager[None]:
+def _without_working_folder() -> AbstractContextManager[object]:
     """Keep Ray from letting workers import from a working folder that this process does not use.
 
     Ray puts the folder where `ray.init` is called first on the workers' sys.path.
@@ -169,9 +132,7 @@ def _without_working_folder(
     relative = any(
         not os.path.isabs(entry) for entry in os.environ.get("PYTHONPATH", "/").split(os.pathsep)
     )
-    if own or relative or runtime_env is not None:
-        return contextlib.nullcontext()
-    return contextlib.chdir("/")
+    return contextlib.nullcontext() if own or relative else contextlib.chdir("/")
 
 
 def _usable_cpus() -> int:
@@ -188,10 +149,9 @@ def _gcs_address(ray: Any) -> str:
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
-    """("", 0) where the address is neither HOST:PORT nor ray://HOST:PORT."""
-    plain = address if "://" in address else f"gcs://{address}"
+    """Parse HOST:PORT or ray://HOST:PORT; ("", 0) for anything else."""
     try:
-        parts = urlsplit(plain)
+        parts = urlsplit(address if "://" in address else f"gcs://{address}")
         port = parts.port
     except ValueError:
         return "", 0
@@ -202,11 +162,11 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return parts.hostname or "", port or 0
 
 
-def _reach(address: str) -> None:
-    """Refuse an address where nothing listens, in seconds; Ray itself tries for minutes."""
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nothing listens within seconds; Ray itself retries for minutes."""
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", "")
-    host, port = _host_and_port(address) if address else ("", 0)
+    host, port = _host_and_port(address)
     if not host or not port:
         return
     try:
@@ -220,25 +180,25 @@ def _reach(address: str) -> None:
 
 
 def _connect_error(address: str, error: Exception) -> ClusterError:
-    text = str(error).strip().splitlines()
-    said = f"{type(error).__name__}: {text[0] if text else ''}"
+    lines = str(error).strip().splitlines()
+    cause = f"{type(error).__name__}: {lines[0] if lines else ''}"
     if address == "local":
         return ClusterError(
-            f"no Ray cluster could be started on this machine ({said}). Its logs are in "
+            f"no Ray cluster could be started on this machine ({cause}). Its logs are in "
             "/tmp/ray/session_latest/logs; a full /tmp or /dev/shm, and a home folder that the "
             "token (~/.ray/auth_token) cannot be written to, are the usual reasons"
         )
     if "authentic" in str(error).lower() or "token" in str(error).lower():
         return ClusterError(
-            f"the Ray cluster at '{address}' refuses this process's token ({said}). Give it the "
+            f"the Ray cluster at '{address}' refuses this process's token ({cause}). Set the "
             "cluster's: RAY_AUTH_MODE=token with RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH"
         )
     if address == "auto":
         return ClusterError(
-            f"no running Ray cluster was found on this machine ({said}). Start one with 'ray "
+            f"no running Ray cluster was found on this machine ({cause}). Start one with 'ray "
             "start --head', name one (--ray HOST:PORT, or RAY_ADDRESS), or use --ray local"
         )
     return ClusterError(
-        f"'{address}' cannot be joined ({said}). HOST:PORT works from a machine that belongs to "
+        f"'{address}' cannot be joined ({cause}). HOST:PORT works from a machine that belongs to "
         "the cluster; from outside submit the command with 'ray job submit', or use ray://"
     )

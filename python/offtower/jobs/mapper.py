@@ -1,9 +1,10 @@
-"""Parts of a long pass as Ray tasks: retried where a worker dies, in order, in bounded memory."""
+"""Run the parts of a long pass as Ray tasks: results in order, lost workers retried."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,8 @@ from typing import Any, TypeVar
 
 from offtower.errors import ClusterError, OfftowerError
 from offtower.imports import TRUST_CODE
-from offtower.jobs.connect import connect, import_ray, require
+from offtower.jobs.connect import connect
+from offtower.jobs.resources import ResourceRequest, import_ray, require
 from offtower.jobs.tensors import share_large_tensors
 from offtower.mapping import Mapper
 from offtower.progress import Progress
@@ -22,30 +24,30 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 RETRIES = 3
-_AHEAD = 4
-"""Results that wait for an earlier one, as a multiple of the workers."""
+_MAX_AHEAD = 4
+"""Results that wait for an earlier one, as a multiple of the number of workers."""
 _QUIET_SECONDS = 120.0
-"""After so long without a result the log says what the tasks wait for."""
+"""Without a result for this long, the free resources are logged."""
 
 logger = logging.getLogger("offtower.jobs")
 
 
 @dataclass(frozen=True)
 class _Failed:
-    """An error for users, as a result: raised where the parts' order says so, and not retried."""
+    """An error for users, returned as a result: it is raised in the order of the parts and not
+    retried."""
 
     error: OfftowerError | OSError
 
 
 class RayMapper(Mapper):
-    """Runs the parts as tasks on the cluster that this process is connected to.
+    """Runs parts as tasks on the connected cluster.
 
     Args:
         workers: tasks at the same time.
-        cpus: of a task; they are the threads that it computes with.
-        memory: bytes that a task is promised by its node, 0 for no promise. Ray places tasks by
-            such promises, and so by memory too.
-        retries: how often a part is tried again after its worker or node was lost.
+        cpus: of a task, and its number of threads.
+        memory: bytes that Ray reserves for a task when it places it; 0 reserves none.
+        retries: how often a part is run again after its worker or node was lost.
     """
 
     distributed = True
@@ -57,10 +59,10 @@ class RayMapper(Mapper):
         self.cpus, self.memory, self.retries = cpus, memory, retries
 
     def map(self, function: Callable[[T], R], parts: Sequence[T], task: str = "") -> Iterator[R]:
-        """As `Mapper.map`; parts of a dead worker run again elsewhere.
+        """Return the results in order, as `Mapper.map`.
 
         Raises:
-            ClusterError: a part's worker was lost again and again, or the cluster is gone.
+            ClusterError: a part's worker was lost too often, or the cluster is gone.
         """
         ray = import_ray()
         options: dict[str, Any] = {
@@ -74,37 +76,33 @@ class RayMapper(Mapper):
             options["memory"] = int(self.memory)
         remote = ray.remote(_run).options(**options)
         settings = (os.getcwd(), max(1, int(self.cpus)), os.environ.get(TRUST_CODE, ""))
-        shared = ray.put(function)  # Once for all parts, and one copy on a node.
+        shared = ray.put(function)  # Once for all parts; one copy per node.
         running: dict[Any, int] = {}
         done: dict[int, Any] = {}
         started = following = 0
         end = len(parts)
-        heard = time.monotonic()
+        last_result = time.monotonic()
         try:
             while following < end:
-                while (
-                    started < end
-                    and len(running) < self.workers
-                    and started - following < _AHEAD * self.workers
-                ):
-                    ref = remote.remote(shared, parts[started], *settings)
-                    running[ref] = started
+                limit = min(end, following + _MAX_AHEAD * self.workers)
+                while started < limit and len(running) < self.workers:
+                    running[remote.remote(shared, parts[started], *settings)] = started
                     started += 1
                 ready, _ = ray.wait(list(running), num_returns=1, timeout=_QUIET_SECONDS)
                 if not ready:
-                    _say_what_is_missing(ray, task, len(running), time.monotonic() - heard)
+                    _log_resources(ray, task, len(running), time.monotonic() - last_result)
                     continue
-                heard = time.monotonic()
+                last_result = time.monotonic()
                 for ref in ready:
                     number = running.pop(ref)
                     try:
                         done[number] = ray.get(ref)
                     except ray.exceptions.RayTaskError:
-                        raise  # An error of the code: its traceback says where.
+                        raise  # A bug, with the traceback of the worker.
                     except ray.exceptions.RayError as error:
-                        raise self._lost(task, parts[number], error) from error
+                        raise self._lost_error(task, parts[number], error) from error
                     if isinstance(done[number], _Failed):
-                        end = min(end, number + 1)  # Parts after it no longer matter.
+                        end = min(end, number + 1)  # Later parts no longer matter.
                 while following in done:
                     result = done.pop(following)
                     following += 1
@@ -116,13 +114,15 @@ class RayMapper(Mapper):
                 with contextlib.suppress(Exception):
                     ray.cancel(ref)
 
-    def _lost(self, task: str, part: Any, error: Exception) -> ClusterError:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    def _lost_error(self, task: str, part: Any, error: Exception) -> ClusterError:
+        text = repr(part)
+        text = text if len(text) <= 60 else text[:57] + "..."
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         return ClusterError(
-            f"{task or 'a job'}: the worker of part {_shown(part)} was lost {self.retries + 1} "
-            f"times ({type(error).__name__}: {said}). Most often the node's memory did not do: "
-            "use fewer --workers, larger nodes, or promise each task more (--worker-memory GIB). "
-            "'ray logs' and the dashboard show what the worker said last"
+            f"{task or 'a job'}: the worker of part {text} was lost {self.retries + 1} times "
+            f"({type(error).__name__}: {cause}). Usually a node ran out of memory: use fewer "
+            "--workers, larger nodes, or reserve more for each task (--worker-memory GIB). 'ray "
+            "logs' and the dashboard show the worker's last output"
         )
 
 
@@ -136,35 +136,36 @@ def ray_mapper(
     wait: float = 0.0,
     progress: Progress | None = None,
 ) -> Iterator[RayMapper]:
-    """A mapper on a cluster that is started or joined, after a check that the workers have room.
+    """Yield a mapper on a cluster that is started or joined and has room for the workers.
 
     Args:
-        address: see `connect`.
-        workers: tasks at the same time; without it as many as the cluster has room for.
-        cpus, memory: of each. wait: see `require`.
+        address: as in `connect`.
+        workers: tasks at the same time; None is as many as the cluster has room for.
+        cpus, memory: of each task, as in `RayMapper`.
+        wait: as in `require`.
 
     Raises:
         ClusterError: no cluster, or no room.
         MissingExtraError: Ray is not installed.
     """
-    wanted = None if workers is None else max(1, int(-(-workers * cpus // 1)))
-    with connect(address, num_cpus=wanted):
-        room = require(workers or 1, cpus, memory_per_worker=memory, wait=wait, progress=progress)
+    num_cpus = None if workers is None else max(1, math.ceil(workers * cpus))
+    with connect(address, num_cpus=num_cpus):
+        request = ResourceRequest(workers or 1, cpus, memory=memory)
+        nodes = require(request, wait=wait, progress=progress)
         if workers is None:
-            each = [min(node.workers(cpus, 0.0, memory), 1024) for node in room.nodes]
-            workers = max(1, sum(each))
+            workers = max(1, sum(min(node.workers(cpus, 0.0, memory), 1024) for node in nodes))
         share_large_tensors()
         yield RayMapper(workers, cpus, memory)
 
 
-def settle(folder: str, threads: int, trust_code: str) -> None:
-    """Give this worker its threads, and the driver's working folder and trusted code."""
+def configure_worker(folder: str, threads: int, trust_code: str) -> None:
+    """Set the threads of this worker, and the driver's working folder and trusted code."""
     import torch
 
     os.environ[TRUST_CODE] = trust_code
-    torch.set_num_threads(threads)  # Ray gives each worker one thread, whatever its CPUs.
-    # Relative paths mean what they mean to the driver. A job's own folder of files has another
-    # place on each node, and there the worker stands in its copy already.
+    torch.set_num_threads(threads)  # Ray sets one thread, whatever the worker's CPUs.
+    # Relative paths are the driver's. The working folder of a submitted job exists under another
+    # path on each node, and the worker is in its copy already.
     with contextlib.suppress(OSError):
         os.chdir(folder)
 
@@ -172,25 +173,20 @@ def settle(folder: str, threads: int, trust_code: str) -> None:
 def _run(
     function: Callable[[Any], Any], part: Any, folder: str, threads: int, trust_code: str
 ) -> Any:
-    settle(folder, threads, trust_code)
+    configure_worker(folder, threads, trust_code)
     try:
         return function(part)
     except (OfftowerError, OSError) as error:
         return _Failed(error)
 
 
-def _say_what_is_missing(ray: Any, task: str, waiting: int, seconds: float) -> None:
-    free, there = ray.available_resources(), ray.cluster_resources()
+def _log_resources(ray: Any, task: str, waiting: int, seconds: float) -> None:
+    free, total = ray.available_resources(), ray.cluster_resources()
     logger.warning(
         "%s: no result for %.0f s; %d tasks run or wait, %g of the cluster's %g CPUs are free",
         task or "a job",
         seconds,
         waiting,
         free.get("CPU", 0.0),
-        there.get("CPU", 0.0),
+        total.get("CPU", 0.0),
     )
-
-
-def _shown(part: Any) -> str:
-    text = repr(part)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,8 +1,8 @@
-"""Training on Ray Train: its workers, their failures, and one clear end.
+"""Train on Ray Train.
 
-Ray starts the workers, joins them in a process group and starts them again after a failure; all
-else is `train_run`, which goes on from the run's newest checkpoint. The run directory must be on
-storage that every node sees under the same path.
+Ray starts the workers, joins them in a process group and restarts them after a failure. Each runs
+`train_claimed`, which resumes from the newest checkpoint. Every node must see the run directory
+under the same path.
 """
 
 from __future__ import annotations
@@ -23,40 +23,39 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from offtower import errors
 from offtower.atomic import write_text
 from offtower.config import Config, parse_config, to_dict
 from offtower.errors import ClusterError, ConfigError, OfftowerError, RunError
 from offtower.imports import TRUST_CODE
-from offtower.jobs.connect import absolute, import_ray, require
-from offtower.jobs.mapper import settle
+from offtower.jobs.connect import absolute
+from offtower.jobs.mapper import configure_worker
+from offtower.jobs.resources import ResourceRequest, import_ray, require
 from offtower.metrics import read_metrics
 from offtower.progress import Progress
 from offtower.run_claim import ClaimedRun, claim_run, join_run
 from offtower.run_directory import RunDirectory
 from offtower.tracking import Tracker, numbers
 
-logger = logging.getLogger("offtower.jobs")
-
 _FAILURE = "failure.json"
 """In the job's own folder below the run: the error that ended the run on a worker. Restarted
 workers return when they find it, and the driver raises it."""
-_STARTS = 5
-"""How often a group of workers may fail to start, so that resources that went away are told."""
+_MAX_START_FAILURES = 5
+"""Failed starts of a group of workers; the limit ends a job whose resources are gone."""
 
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """What training asks of the cluster.
+    """Workers of a training job.
 
     Attributes:
-        workers: how many, or the least and the most: then a lost node is done without until
-            another comes.
-        cpus: of each worker, and its threads.
+        workers: their number, or (min, max): the job then continues without a lost node.
+        cpus: of each worker, and its number of threads.
         gpus: of each worker, 0 or 1; None is 1 where training.device is cuda, else 0.
-        max_failures: how often workers may be lost before the run ends with an error.
+        max_failures: how often workers may be lost before the job ends with an error.
         timeout: seconds after which a worker that does not answer counts as lost.
         wait: seconds that the cluster may take to grow at the start.
-        elastic_check: seconds between two looks for room for more workers.
+        elastic_check: seconds between two checks for room for more workers.
     """
 
     workers: int | tuple[int, int] = 2
@@ -68,38 +67,38 @@ class WorkerPlan:
     elastic_check: float = 60.0
 
     def __post_init__(self) -> None:
-        least, most = self.range
-        if not 1 <= least <= most:
+        low, high = self.range
+        if not 1 <= low <= high:
             raise ConfigError(
                 f"the number of workers must be at least 1, and a range rise: got {self.workers}"
             )
 
+    @property
+    def range(self) -> tuple[int, int]:
+        """Minimum and maximum number of workers."""
+        return self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
+
     def gpus_for(self, device: str) -> int:
-        """GPUs of each worker, where the configuration has this `training.device`.
+        """Return the GPUs of each worker for a `training.device`.
 
         Raises:
-            ConfigError: the two contradict each other.
+            ConfigError: the device contradicts `gpus`, or is one GPU of several.
         """
         gpus = int(device.startswith("cuda")) if self.gpus is None else self.gpus
         if gpus not in (0, 1):
             raise ConfigError(
-                f"--worker-gpus {gpus}: a worker learns on one GPU; take more workers with 1 each"
+                f"--worker-gpus {gpus}: a worker trains on one GPU; take more workers with 1 each"
             )
         if ":" in device:
             raise ConfigError(
-                f"training.device={device}: Ray gives each worker its GPU, so name none: "
+                f"training.device={device}: Ray assigns a GPU to each worker; set "
                 "training.device=cuda"
             )
         if device != "auto" and gpus != int(device == "cuda"):
             raise ConfigError(
-                f"training.device={device} and --worker-gpus {gpus} do not fit; leave one of them "
-                "away"
+                f"training.device={device} and --worker-gpus {gpus} do not fit; omit one of them"
             )
         return gpus
-
-    @property
-    def range(self) -> tuple[int, int]:
-        return self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
 
 
 def train_on_ray(
@@ -111,33 +110,29 @@ def train_on_ray(
     progress: Progress | None = None,
     mirror: str | None = None,
 ) -> dict[str, Any]:
-    """Train as configured on the cluster that this process is connected to.
+    """Train as configured on the connected cluster, and return the run's manifest.
 
     This process holds the run's lease; workers check it before they write.
 
     Args:
         config: the run; relative paths are those of this process.
-        plan: workers and what each gets.
         resume, take_over, mirror: as in `train_run`.
-        progress: drawn from the run's metrics.
-
-    Returns:
-        The run's manifest.
+        progress: follows the run's metrics.
 
     Raises:
         ClusterError: the cluster has no room, or workers were lost too often. The last checkpoint
             stays, and --resume goes on.
         LeaseError: another process writes to the run, or took it over.
-        OfftowerError: what ended the training on the workers, as one process would have said it.
+        OfftowerError: the error of a worker.
     """
     progress = progress or Progress()
     gpus = plan.gpus_for(config.training.device)
     RunDirectory(config.run_directory).check(config, resume=resume or take_over)
-    least, _ = plan.range
-    require(least, plan.cpus, gpus, wait=plan.wait, progress=progress)
+    request = ResourceRequest(plan.range[0], plan.cpus, gpus)
+    require(request, wait=plan.wait, progress=progress)
     began = time.time()
     with claim_run(config, resume=resume, take_over=take_over, mirror=mirror) as run:
-        with _drawn(run, config, progress):
+        with _progress_from_metrics(run, config, progress):
             _fit(config, plan, gpus, run)
         manifest = run.manifest()
         run.update_manifest({"seconds_with_start": round(time.time() - began, 3)})
@@ -150,69 +145,61 @@ def _fit(config: Config, plan: WorkerPlan, gpus: int, run: ClaimedRun) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     storage = absolute(run.path / "ray")
-    # A name of its own: Ray would take an equal one for a run to be resumed by its rules.
-    name = f"train-{uuid.uuid4().hex[:12]}"
+    name = f"train-{uuid.uuid4().hex[:12]}"  # Unique: Ray resumes a name that it finds.
     failure_path = Path(storage) / name / _FAILURE
-    # Ray makes a worker's own GPU its current one.
+    low, high = plan.range
+    # Ray makes a worker's own GPU its current device.
     content, device = to_dict(config), "cuda" if gpus else "cpu"
-    least, most = plan.range
-    # Mappings, since what these classes take is decided when Ray is imported.
+    # Keyword mappings, since mypy sees other signatures of these classes than Ray 2.60 has.
     scaling: dict[str, Any] = {
-        "num_workers": least if least == most else (least, most),
+        "num_workers": low if low == high else (low, high),
         "resources_per_worker": {"CPU": plan.cpus, **({"GPU": gpus} if gpus else {})},
         "use_gpu": gpus > 0,
         "elastic_resize_monitor_interval_s": plan.elastic_check,
     }
     failures: dict[str, Any] = {
         "max_failures": plan.max_failures,
-        "controller_failure_limit": _STARTS,
+        "controller_failure_limit": _MAX_START_FAILURES,
     }
     trainer = TorchTrainer(
-        _work,
+        _train_worker,
         train_loop_config={
             "config": {**content, "training": {**content["training"], "device": device}},
-            "folder": os.getcwd(),
-            "trust_code": os.environ.get(TRUST_CODE, ""),
-            "threads": max(1, math.floor(plan.cpus)),
+            "worker": (os.getcwd(), max(1, math.floor(plan.cpus)), os.environ.get(TRUST_CODE, "")),
             "timeout": plan.timeout,
             "claim": run.key,
             "failure": str(failure_path),
         },
         scaling_config=train.ScalingConfig(**scaling),
         run_config=train.RunConfig(
-            name=name,
-            storage_path=storage,
-            failure_config=train.FailureConfig(**failures),
+            name=name, storage_path=storage, failure_config=train.FailureConfig(**failures)
         ),
         torch_config=TorchConfig(
             backend=backend_of(gpus), timeout_s=max(1, math.ceil(plan.timeout))
         ),
     )
-    with _quiet():
+    with _quiet_ray_train():
         try:
             trainer.fit()
         except Exception as error:
-            failure = _failure(failure_path)
-            if failure is not None:
-                raise failure from error
-            raise ClusterError(_lost(error, plan, run)) from error
+            raise _failure(failure_path) or _lost_error(error, plan, run) from error
     failure = _failure(failure_path)
     if failure is not None:
         raise failure
 
 
 def backend_of(gpus: int) -> str:
-    """The process group's backends: tensors of GPUs by NCCL, the host's few numbers by gloo."""
+    """Backends of the process group: NCCL for tensors on GPUs, gloo for those on the host."""
     return "cpu:gloo,cuda:nccl" if gpus else "gloo"
 
 
-def _work(settings: Mapping[str, Any]) -> None:
-    """What each worker runs."""
+def _train_worker(settings: Mapping[str, Any]) -> None:
+    """The training loop of one worker."""
     from offtower.training.distributed import TorchWorkers
     from offtower.training.distributed.workers import WorkerLostError
     from offtower.training.run import train_claimed
 
-    settle(settings["folder"], settings["threads"], settings["trust_code"])
+    configure_worker(*settings["worker"])
     config, failure = parse_config(settings["config"]), Path(settings["failure"])
     if failure.exists():
         return
@@ -221,23 +208,23 @@ def _work(settings: Mapping[str, Any]) -> None:
     try:
         with claimed or nullcontext(ClaimedRun(config.run_directory)) as run:
             train_claimed(
-                run, config, resume=True, workers=workers, trackers=[_Reports(), _Gauges()]
+                run, config, resume=True, workers=workers, trackers=[_RayReports(), _RayGauges()]
             )
     except WorkerLostError:
         raise
     except (OfftowerError, OSError) as error:
-        _report_failure(failure, error)
+        _store_failure(failure, error)
         raise
     except Exception as error:
         # A bug comes back after a restart: report it once, with its traceback.
-        _report_failure(
+        _store_failure(
             failure, RunError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         )
         raise
 
 
-class _Reports(Tracker):
-    """Tells Ray of every epoch; every worker calls it as often as the others."""
+class _RayReports(Tracker):
+    """Reports every epoch to Ray, which requires the same number of reports on every worker."""
 
     def write(self, line: Mapping[str, Any]) -> None:
         if line["kind"] == "epoch":
@@ -246,8 +233,8 @@ class _Reports(Tracker):
             train.report({"step": line["step"], "epoch": line["epoch"], **dict(numbers(line))})
 
 
-class _Gauges(Tracker):
-    """The first worker's numbers as metrics of Ray, for its dashboard and Prometheus."""
+class _RayGauges(Tracker):
+    """The first worker's metrics as gauges of Ray, for its dashboard and Prometheus."""
 
     def __init__(self) -> None:
         self._gauges: dict[str, Any] = {}
@@ -256,8 +243,7 @@ class _Gauges(Tracker):
         from ray import train
         from ray.util.metrics import Gauge
 
-        context = train.get_context()
-        if context.get_world_rank() != 0:
+        if train.get_context().get_world_rank() != 0:
             return
         for name, value in numbers(line):
             key = "offtower_" + name.replace("/", "_")
@@ -266,68 +252,65 @@ class _Gauges(Tracker):
             self._gauges[key].set(value)
 
 
-def _report_failure(path: Path, error: Exception) -> None:
-    """Store what ended the run; the first error stays."""
-    if path.exists():
-        return
-    with contextlib.suppress(OSError):
-        write_text(path, json.dumps({"kind": type(error).__name__, "message": str(error)}))
+def _store_failure(path: Path, error: Exception) -> None:
+    """Store the error that ended the run; the first one stays."""
+    if not path.exists():
+        with contextlib.suppress(OSError):
+            write_text(path, json.dumps({"kind": type(error).__name__, "message": str(error)}))
 
 
 def _failure(path: Path) -> OfftowerError | None:
+    """The stored error, as the class that it had on the worker where that is known."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return None
-    from offtower import errors
-
     kind = getattr(errors, content["kind"], RunError)
-    known = isinstance(kind, type) and issubclass(kind, OfftowerError)
+    if not (isinstance(kind, type) and issubclass(kind, OfftowerError)):
+        kind = RunError
     try:
-        return (kind if known else RunError)(content["message"])
+        return kind(content["message"])
     except TypeError:
         return RunError(content["message"])
 
 
-def _lost(error: Exception, plan: WorkerPlan, run: RunDirectory) -> str:
-    cause: BaseException = error
+def _lost_error(error: Exception, plan: WorkerPlan, run: RunDirectory) -> ClusterError:
     failures = getattr(error, "worker_failures", None)
     if failures:
-        said = "; ".join(f"worker {rank}: {_first_line(e)}" for rank, e in failures.items())
+        cause = "; ".join(f"worker {rank}: {_last_line(one)}" for rank, one in failures.items())
     else:
-        said = _first_line(getattr(error, "controller_failure", None) or cause)
-    checkpoints = sorted(run.checkpoints.glob("step_*")) if run.checkpoints.exists() else []
-    left = (
+        cause = _last_line(getattr(error, "controller_failure", None) or error)
+    checkpoints = sorted(run.checkpoints.glob("step_*"))
+    resume = (
         f"Its newest checkpoint is {checkpoints[-1].name}: --resume goes on from there"
         if checkpoints
         else "It had no checkpoint yet"
     )
-    return (
+    return ClusterError(
         f"training '{run.path}' ended: its workers were lost more than {plan.max_failures} times, "
-        f"or could not start ({said}). {left}. Most often a node's memory did not do (docs/"
-        "cluster.md has the sizes), or nodes went away; --max-failures allows more"
+        f"or could not start ({cause}). {resume}. Usually a node ran out of memory (docs/reference/"
+        "cluster.md has the sizes) or was removed; --max-failures allows more"
     )
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:300]
 
 
 @contextmanager
-def _drawn(run: RunDirectory, config: Config, progress: Progress) -> Iterator[None]:
-    """Draws the run's progress from its metrics while the workers train."""
+def _progress_from_metrics(run: RunDirectory, config: Config, progress: Progress) -> Iterator[None]:
+    """Advance the progress with the epochs in the run's metrics while workers train."""
     done = threading.Event()
 
     def follow() -> None:
         shown = 0
         while not done.wait(1.0):
             with contextlib.suppress(OSError, ValueError):
-                lines = [m for m in read_metrics(run.metrics_path) if m["kind"] == "epoch"]
-                if len(lines) > shown:
-                    loss = lines[-1]["loss"]
-                    progress.advance(len(lines) - shown, f"loss {loss:.4f}")
-                    shown = len(lines)
+                epochs = [m for m in read_metrics(run.metrics_path) if m["kind"] == "epoch"]
+                if len(epochs) > shown:
+                    progress.advance(len(epochs) - shown, f"loss {epochs[-1]['loss']:.4f}")
+                    shown = len(epochs)
 
     progress.start("training on Ray: epochs", config.training.epochs)
     thread = threading.Thread(target=follow, name="offtower-progress", daemon=True)
@@ -341,14 +324,14 @@ def _drawn(run: RunDirectory, config: Config, progress: Progress) -> Iterator[No
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray Train's notes at each start are no news."""
-    names = ("ray.train", "ray.train.v2")
-    before = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.WARNING)
+def _quiet_ray_train() -> Iterator[None]:
+    """Drop what Ray Train logs below the level of a warning."""
+    loggers = [logging.getLogger(name) for name in ("ray.train", "ray.train.v2")]
+    levels = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
