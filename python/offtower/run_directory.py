@@ -13,7 +13,14 @@ from typing import Any
 
 from offtower.atomic import remove_leftovers, write_text
 from offtower.checksums import check_text, checked_text, read_checked_json, write_checked_json
-from offtower.config import Config, config_fingerprint, load_config, to_dict, to_yaml
+from offtower.config import (
+    Config,
+    config_fingerprint,
+    load_config,
+    to_dict,
+    to_stored_dict,
+    to_yaml,
+)
 from offtower.data import lease
 from offtower.errors import ConfigError, RunError
 from offtower.imports import check_code
@@ -110,7 +117,7 @@ class RunDirectory:
             if config_fingerprint(stored) != config_fingerprint(config):
                 raise RunError(
                     f"'{self.path}' holds a run whose configuration differs in: "
-                    f"{', '.join(differences(to_dict(stored), to_dict(config)))}. "
+                    f"{', '.join(differences(to_stored_dict(stored), to_stored_dict(config)))}. "
                     "Choose another name (--set name=...), or remove that folder"
                 )
             if not resume:

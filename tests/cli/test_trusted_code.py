@@ -17,6 +17,7 @@ import yaml
 from typer.testing import CliRunner
 
 import offtower
+from offtower.checksums import describe_files, write_checked_json, write_checksums
 from offtower.cli import app
 from offtower.config import RewardModelConfig
 from offtower.errors import ConfigError, OfftowerError, UntrustedCodeError
@@ -24,7 +25,7 @@ from offtower.imports import TRUST_CODE, check_code, load_class
 from offtower.models import load_policy
 from offtower.models.reward.dense import make_estimator
 from offtower.retrieval import Retriever
-from offtower.retrieval.manifest import describe_files, read_manifest, write_manifest
+from offtower.retrieval.manifest import read_manifest, write_manifest
 from offtower.run_directory import RunDirectory
 
 PACKAGE = Path(offtower.__file__).parents[1]
@@ -109,12 +110,19 @@ def change_config(run: Path, section: str, key: str, value: Any) -> None:
     path.write_text(yaml.safe_dump(content))
 
 
-def name_tower(folder: Path, file: str, value: str) -> None:
+def name_tower(file: Path, path: str) -> None:
     """Let a stored policy, or the context tower of an export, name its code."""
-    path = folder / file
-    content = json.loads(path.read_text())
-    content["policy"]["context_tower"]["module"] = value
-    path.write_text(json.dumps(content))
+    content = json.loads(file.read_text())
+    content["policy"]["context_tower"]["module"] = path
+    file.write_text(json.dumps(content))
+
+
+def name_policys_tower(run: Path, path: str) -> None:
+    """Let a run's policy name its code; a stranger makes the checksums fit."""
+    name_tower(run / "policy" / "policy.json", path)
+    content = json.loads((run / "policy" / "policy.json").read_text())
+    write_checked_json(run / "policy" / "policy.json", content)
+    write_checksums(run / "policy")
 
 
 def call(*arguments: object) -> Any:
@@ -164,7 +172,7 @@ def test_a_stored_objective_is_never_imported(run: Path, marker: Path) -> None:
 
 @pytest.mark.parametrize("verb", ["evaluate", "export"])
 def test_a_policys_own_tower_is_refused(run: Path, marker: Path, verb: str) -> None:
-    name_tower(run / "policy", "policy.json", "hostile:Tower")
+    name_policys_tower(run, "hostile:Tower")
     refused(call(verb, run), "hostile:Tower", run / "policy" / "policy.json", marker)
     with pytest.raises(UntrustedCodeError):
         load_policy(run / "policy")
@@ -178,7 +186,7 @@ def test_a_policys_own_tower_is_refused(run: Path, marker: Path, verb: str) -> N
 def test_an_exports_tower_is_refused(run: Path, marker: Path) -> None:
     current = (run / "export" / "CURRENT").read_text().strip()
     folder = run / "export" / current
-    name_tower(folder / "context_tower", "tower.json", "hostile:Tower")
+    name_tower(folder / "context_tower" / "tower.json", "hostile:Tower")
     manifest = read_manifest(folder)
     manifest["files"] |= describe_files(folder, ["context_tower/tower.json"])
     write_manifest(folder, manifest)
@@ -196,7 +204,7 @@ def test_an_exports_tower_is_refused(run: Path, marker: Path) -> None:
 def test_training_refuses_code_of_a_stored_policy(
     trained: Path, run: Path, marker: Path, setting: str
 ) -> None:
-    name_tower(run / "policy", "policy.json", "hostile:Tower")
+    name_policys_tower(run, "hostile:Tower")
     arguments = ["train", trained / "config.yaml", "--set", f"runs={run.parent / 'new'}"]
     arguments += ["--set", f"{setting}={run / 'policy'}"]
     if setting == "objective.kl_policy":
