@@ -10,15 +10,14 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
-from offtower.data.location import Location, Place
-from offtower.data.parquet import read_footer
+from offtower.data.location import Place
+from offtower.data.log import TableOrigin
 from offtower.data.quarantine import REASON, write_aside
 from offtower.data.rules import Fault, bad_vectors, find_faults
 from offtower.data.schema import LogSchema
@@ -28,16 +27,12 @@ __all__ = [
     "REASON",
     "BadRow",
     "BadRowsError",
-    "Location",
     "RowChecker",
     "bad_vectors",
     "check_table",
     "count_faults",
     "first_bad_rows",
 ]
-
-GroupLocation = tuple[str, int]
-"""(file, row group)."""
 
 _DETAILS = 10
 """Bad rows that a message spells out."""
@@ -48,9 +43,10 @@ class BadRow:
     """One bad value."""
 
     file: str
-    row_group: int
+    row_group: int | None
+    """In its file; None where this is not known."""
     file_row: int | None
-    """Number of the row in its file, from 0; None where the source is no Parquet file."""
+    """Number of the row in its file, from 0; None where the rows are in memory."""
     row: int
     """Number of the row in the whole log, from 0."""
     column: str
@@ -61,11 +57,12 @@ class BadRow:
 
     def __str__(self) -> str:
         inside = "" if self.file_row is None else f", row {self.file_row} of the file"
+        inside += "" if self.row_group is None else f", row group {self.row_group}"
         # Where the value is its own explanation (null, nan), it is not said twice.
         plain = self.problem.lower() in (self.value.lower(), "wrong")
         why = "" if plain else f" ({self.problem})"
         return (
-            f"{self.file}{inside}, row group {self.row_group}, row {self.row} of the log: "
+            f"{self.file}{inside}, row {self.row} of the log: "
             f"column '{self.column}' is {self.value}{why}, expected {self.expected}"
         )
 
@@ -102,21 +99,21 @@ def check_table(
     table: pa.Table,
     schema: LogSchema,
     catalogue: Catalogue,
-    location: GroupLocation,
+    origin: TableOrigin,
     first_row: int,
 ) -> list[BadRow]:
     """Every bad value of a table, by row.
 
     Args:
         table: rows with the schema's columns.
-        location: named in the reports.
+        origin: where the table comes from, for the reports.
         first_row: number of the table's first row in the whole log.
 
     Raises:
         DataError: a column is missing or has a type that can never be right.
     """
-    faults = find_faults(table, schema, catalogue, location[0])
-    return first_bad_rows(table, faults, location, first_row, limit=None)
+    faults = find_faults(table, schema, catalogue, origin.file)
+    return first_bad_rows(table, faults, origin, first_row, limit=None)
 
 
 def count_faults(faults: Iterable[Fault]) -> Counter[tuple[str, str]]:
@@ -130,13 +127,13 @@ def count_faults(faults: Iterable[Fault]) -> Counter[tuple[str, str]]:
 def first_bad_rows(
     table: pa.Table,
     faults: list[Fault],
-    location: GroupLocation,
+    origin: TableOrigin,
     first_row: int,
     limit: int | None = _DETAILS,
 ) -> list[BadRow]:
     """The first `limit` bad values (all without one), by row."""
     found = [
-        _detail(table, fault, int(row), location, first_row)
+        _detail(table, fault, int(row), origin, first_row)
         for fault in faults
         for row in np.flatnonzero(fault.mask)[:limit]
     ]
@@ -158,7 +155,7 @@ class RowChecker:
         self._schema = schema
         self._catalogue = catalogue
         self._quarantine = quarantine
-        self._seen: dict[tuple[GroupLocation, int], int] = {}
+        self._seen: dict[tuple[TableOrigin, int], int] = {}
         self._counts: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
 
@@ -177,21 +174,19 @@ class RowChecker:
         """Values set aside so far by (column, problem); a row may have several."""
         return Counter(self._counts)
 
-    def check(self, table: pa.Table, location: GroupLocation, first_row: int) -> pa.Table:
+    def check(self, table: pa.Table, origin: TableOrigin, first_row: int) -> pa.Table:
         """The good rows of a table.
 
         Raises:
             BadRowsError: there is a bad row and no quarantine.
             DataError: see `check_table`.
         """
-        good = self.good_rows(table, location, first_row)
+        good = self.good_rows(table, origin, first_row)
         return table if good.all() else table.filter(pa.array(good))
 
-    def good_rows(
-        self, table: pa.Table, location: GroupLocation, first_row: int
-    ) -> NDArray[np.bool_]:
+    def good_rows(self, table: pa.Table, origin: TableOrigin, first_row: int) -> NDArray[np.bool_]:
         """(n,) mask of the good rows; the others are in quarantine when this returns."""
-        faults = find_faults(table, self._schema, self._catalogue, location[0])
+        faults = find_faults(table, self._schema, self._catalogue, origin.file)
         bad = np.zeros(table.num_rows, dtype=bool)
         for fault in faults:
             bad |= fault.mask
@@ -199,12 +194,12 @@ class RowChecker:
         if not faults:
             return ~bad
         if self._quarantine is None:
-            rows = first_bad_rows(table, faults, location, first_row)
+            rows = first_bad_rows(table, faults, origin, first_row)
             raise BadRowsError(rows, count_faults(faults))
-        key = (location, first_row)
+        key = (origin, first_row)
         with self._lock:
             if key not in self._seen:
-                self._set_aside(table, faults, bad, location, first_row)
+                self._set_aside(table, faults, bad, origin, first_row)
                 self._seen[key] = int(bad.sum())
                 self._counts.update(count_faults(faults))
         return ~bad
@@ -227,12 +222,12 @@ class RowChecker:
         table: pa.Table,
         faults: list[Fault],
         bad: NDArray[np.bool_],
-        location: GroupLocation,
+        origin: TableOrigin,
         first_row: int,
     ) -> None:
         assert self._quarantine is not None
         reasons: dict[int, list[str]] = {}
-        for found in first_bad_rows(table, faults, location, first_row, limit=None):
+        for found in first_bad_rows(table, faults, origin, first_row, limit=None):
             reasons.setdefault(found.row, []).append(str(found))
         rows = np.flatnonzero(bad)
         write_aside(
@@ -240,37 +235,21 @@ class RowChecker:
             table.take(pa.array(rows)),
             sorted(reasons),
             ["; ".join(reasons[row]) for row in sorted(reasons)],
-            location[0],
+            origin.file,
             first_row,
         )
 
 
-def _detail(
-    table: pa.Table, fault: Fault, row: int, location: GroupLocation, first_row: int
-) -> BadRow:
+def _detail(table: pa.Table, fault: Fault, row: int, origin: TableOrigin, first_row: int) -> BadRow:
     value = table.column(fault.column)[row].as_py()
     text = repr(value)
-    before = _rows_before(*location)
     return BadRow(
-        file=location[0],
-        row_group=location[1],
-        file_row=None if before is None else before + row,
+        file=origin.file,
+        row_group=origin.row_group,
+        file_row=None if origin.file_row is None else origin.file_row + row,
         row=first_row + row,
         column=fault.column,
         value="null" if value is None else (text if len(text) <= 80 else text[:77] + "..."),
         problem=fault.problem,
         expected=fault.expected,
     )
-
-
-@lru_cache(maxsize=64)
-def _rows_before(file: str, row_group: int) -> int | None:
-    """Rows of a Parquet file before a row group; asked only where a row is bad."""
-    try:
-        place = Location.of(file)
-        if place.suffix != ".parquet":
-            return None
-        groups = read_footer(place).row_groups
-    except DataError:
-        return None
-    return sum(rows for rows, _ in groups[:row_group])

@@ -289,9 +289,9 @@ def _stream(out: Location, rows: CheckedUnits, progress: Progress) -> tuple[int,
     def tables() -> Iterator[pa.Table]:
         first_row = 0
         for unit in range(len(rows.units)):
-            for batch in rows.units.batches(unit):
+            for batch, origin in rows.units.located(unit):
                 table = pa.Table.from_batches([batch])
-                yield checker.check(table, (str(rows.units.place), 0), first_row)
+                yield checker.check(table, origin, first_row)
                 first_row += batch.num_rows
                 progress.advance(batch.num_rows)
 

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,20 @@ from offtower.errors import DataError
 
 ROWS_PER_GROUP = 65_536
 ROWS_PER_FILE = 1_048_576
+
+
+class TableOrigin(NamedTuple):
+    """Where the rows of a table come from, for messages.
+
+    Attributes:
+        file: its name.
+        row_group: in the file; None where this is not known.
+        file_row: number in the file of the table's first row; None where the rows are in memory.
+    """
+
+    file: str
+    row_group: int | None = None
+    file_row: int | None = None
 
 
 class Log(ABC):
@@ -42,8 +56,8 @@ class Log(ABC):
         """The rows of one row group; all the schema's columns where none are named."""
 
     @abstractmethod
-    def location(self, index: int) -> tuple[str, int]:
-        """(file, row group inside it) for messages."""
+    def location(self, index: int) -> TableOrigin:
+        """Where a row group is."""
 
     @property
     def first_rows(self) -> NDArray[np.int64]:
@@ -136,9 +150,9 @@ class ParquetLog(Log):
     ) -> Iterator[pa.Table]:
         return self._groups.read_many(list(indexes), list(columns or self.schema.columns))
 
-    def location(self, index: int) -> tuple[str, int]:
+    def location(self, index: int) -> TableOrigin:
         file, group = self._groups.location(index)
-        return str(file), group
+        return TableOrigin(str(file), group, int(self.row_group_sizes[index - group : index].sum()))
 
     def footers(self) -> Iterator[Footer]:
         """The footer of each file, read anew."""
@@ -182,8 +196,8 @@ class TableLog(Log):
         part = self.table.slice(index * self._rows_per_group, self._rows_per_group)
         return part if columns is None else part.select(list(columns))
 
-    def location(self, index: int) -> tuple[str, int]:
-        return "table in memory", index
+    def location(self, index: int) -> TableOrigin:
+        return TableOrigin("table in memory", index)
 
 
 def write_log(

@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
-from offtower.data.check import BadRow, GroupLocation, count_faults, first_bad_rows
+from offtower.data.check import BadRow, count_faults, first_bad_rows
 from offtower.data.columns import as_float_array, category_values, splitmix64
+from offtower.data.log import TableOrigin
 from offtower.data.rows import hashed
 from offtower.data.rules import find_faults
 from offtower.data.schema import LogSchema
@@ -199,16 +200,16 @@ class LogSums:
         table: pa.Table,
         schema: LogSchema,
         catalogue: Catalogue,
-        location: GroupLocation,
+        origin: TableOrigin,
         first_row: int,
         target: Target | None = None,
     ) -> LogSums:
         """Of one table; its first row has the number `first_row` in the whole log."""
-        faults = find_faults(table, schema, catalogue, location[0])
+        faults = find_faults(table, schema, catalogue, origin.file)
         bad: list[BadRow] = []
         good = table
         if faults:
-            bad = first_bad_rows(table, faults, location, first_row, SHOWN_BAD_ROWS)
+            bad = first_bad_rows(table, faults, origin, first_row, SHOWN_BAD_ROWS)
             wrong = np.logical_or.reduce([fault.mask for fault in faults])
             good = table.filter(pa.array(~wrong))
         some = good.num_rows > 0

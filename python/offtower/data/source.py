@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from pyarrow import fs
 from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
 from offtower.data.location import Location, Place
+from offtower.data.log import TableOrigin
 from offtower.data.parquet import FOOTER_THREADS
 from offtower.data.parts import RowSource
 from offtower.data.read_ahead import InOrder
@@ -118,6 +120,8 @@ class Units:
         self.fragments: list[Any] = []
         self.known: list[int | None] = []
         """Rows of each unit, where the file says so."""
+        self.first_rows: list[int] = []
+        """Number in its file of each unit's first row."""
         fragments = list(source.get_fragments())
         here = place.local is not None
         found = (
@@ -132,15 +136,18 @@ class Units:
         if groups is None:
             self.fragments.append(fragment)
             self.known.append(None)
+            self.first_rows.append(0)
             return
         waiting: list[int] = []
-        rows = 0
+        rows = first = 0
         for number, (group, count) in enumerate(groups):
             waiting.append(group)
             rows += count
             if rows >= _UNIT_ROWS or number == len(groups) - 1:
                 self.fragments.append(fragment.subset(row_group_ids=waiting))
                 self.known.append(rows)
+                self.first_rows.append(first)
+                first += rows
                 waiting, rows = [], 0
 
     def __len__(self) -> int:
@@ -190,6 +197,22 @@ class Units:
             # Rows that were given already are read again, and passed over.
             time.sleep(pause)
             pause *= 2
+
+    def located(self, unit: int) -> Iterator[tuple[pa.RecordBatch, TableOrigin]]:
+        """`batches`, each with the file and the row in it where it begins."""
+        first_row = self.first_rows[unit]
+        file = self._file(self.fragments[unit].path)
+        for batch in self.batches(unit):
+            yield batch, TableOrigin(file, file_row=first_row)
+            first_row += batch.num_rows
+
+    def _file(self, path: str) -> str:
+        """A fragment's file below the source, as the user knows it."""
+        local = self.place.local
+        root = self.place.path if local is None else str(local.resolve())
+        path = path if local is None else str(Path(path).resolve())
+        below = path.removeprefix(root).strip("/") if path.startswith(root) else ""
+        return str(self.place / below if below else self.place)
 
     def count(self, unit: int) -> int:
         """Rows of a unit; a file that does not say so is read for it."""
@@ -271,9 +294,9 @@ class CheckedUnits(RowSource):
         schema = self.learned if unit > self.learned_in else self.schema
         checker = RowChecker(schema, self.catalogue, quarantine=self.quarantine)
         first = int(self.first_rows[unit])
-        for batch in self.units.batches(unit):
+        for batch, origin in self.units.located(unit):
             table = pa.Table.from_batches([batch])
-            yield checker.check(table, (str(self.units.place), 0), first), checker
+            yield checker.check(table, origin, first), checker
             first += batch.num_rows
 
     def tables(self, unit: int) -> Iterator[pa.Table]:

@@ -84,7 +84,7 @@ class LoggingColumns:
             if column not in table.column_names:
                 raise ConfigError(
                     f"evaluation.selection.logging_columns names the column '{column}', which the "
-                    f"log '{self._log.location(self._group)[0]}' does not have"
+                    f"log '{self._log.location(self._group).file}' does not have"
                 )
         values = np.stack([as_float_array(table.column(name)) for name in self.columns], axis=1)
         bad = ~((values >= 0.0) & (values <= 1.0 + 1e-9))
