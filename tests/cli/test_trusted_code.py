@@ -22,6 +22,7 @@ from offtower.cli import app
 from offtower.config import RewardModelConfig
 from offtower.errors import ConfigError, OfftowerError, UntrustedCodeError
 from offtower.imports import TRUST_CODE, check_code, load_class
+from offtower.jobs.connect import _without_working_folder
 from offtower.models import load_policy
 from offtower.models.reward.dense import make_estimator
 from offtower.retrieval import Retriever
@@ -354,3 +355,18 @@ def test_stored_configuration_is_compared_without_running_it(run: Path, marker: 
         RunDirectory(run).load_config()
     assert RunDirectory(run).load_config(trust_code=["hostile:Model"]).name == "run"
     assert not marker.exists()
+
+
+def test_ray_is_started_outside_of_a_folder_that_is_not_imported_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray puts the folder of `ray.init` first on the workers' sys.path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(PACKAGE)])
+    monkeypatch.setenv("PYTHONPATH", str(PACKAGE))
+    with _without_working_folder():
+        assert Path.cwd() == Path("/")
+    assert Path.cwd() == tmp_path
+    monkeypatch.setattr(sys, "path", [str(PACKAGE), ""])
+    with _without_working_folder():
+        assert Path.cwd() == tmp_path
