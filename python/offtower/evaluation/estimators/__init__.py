@@ -1,4 +1,4 @@
-"""Off-policy estimators: per-row weights, rewards and reward-model terms in, a value out."""
+"""Off-policy estimators of a policy's value."""
 
 from __future__ import annotations
 
@@ -7,26 +7,23 @@ from typing import Any
 
 from offtower.errors import OfftowerError
 from offtower.evaluation.estimators.base import Estimator
-from offtower.evaluation.estimators.modelled import (
+from offtower.evaluation.estimators.means import (
     DM,
     DR,
-    SNDR,
-    ClippedDR,
-    DRos,
-    SubGaussianDR,
-    SwitchDR,
-)
-from offtower.evaluation.estimators.paired import Difference, MeanReward
-from offtower.evaluation.estimators.tuning import Tuning, slope_choice, tune
-from offtower.evaluation.estimators.weighted import (
     IPS,
     MIPS,
-    SNIPS,
+    ClippedDR,
     ClippedIPS,
+    DRos,
     LogSmoothing,
+    SubGaussianDR,
     SubGaussianIPS,
+    SwitchDR,
     cluster_weight,
 )
+from offtower.evaluation.estimators.paired import Difference, MeanReward
+from offtower.evaluation.estimators.self_normalized import SNDR, SNIPS
+from offtower.evaluation.estimators.tuning import Tuning, slope_choice, tune
 from offtower.evaluation.intervals.statistics import Estimate, Statistics
 
 ESTIMATORS: dict[str, type[Estimator]] = {
@@ -47,11 +44,11 @@ ESTIMATORS: dict[str, type[Estimator]] = {
         MIPS,
     )
 }
-"""By name, as a config spells them."""
+"""By name in a configuration."""
 
 
 def make_estimator(name: str, **parameters: Any) -> Estimator:
-    """An estimator by its name in `ESTIMATORS`: make_estimator("clipped_ips", max_weight=9).
+    """Make an estimator by its name in `ESTIMATORS`: make_estimator("clipped_ips", max_weight=9).
 
     Raises OfftowerError for an unknown name (with the nearest one) or wrong parameters.
     """

@@ -1,4 +1,4 @@
-"""What every estimator can do."""
+"""Base class of the estimators."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Estimator(ABC):
         return finish(self, statistics)
 
     def estimate(self, rows: EvaluationRows) -> Estimate:
-        """Value and standard error; `finish` says what is refused."""
+        """Value and standard error. Raises OfftowerError as `finish`."""
         return self.finish(self.statistics(rows))
 
     def interval(
@@ -107,9 +107,9 @@ class Estimator(ABC):
         reward_range: tuple[float, float] | None = None,
         max_weight: float | None = None,
     ) -> Interval:
-        """Two-sided confidence interval; `intervals` lists the methods.
+        """Two-sided confidence interval; `intervals.methods` lists the methods.
 
-        by_user: rows of one user hang together ("normal" and "bootstrap").
+        by_user: rows of one user are correlated ("normal" and "bootstrap").
         replicates, seed: of the bootstrap.
         reward_range: for "bernstein" and "log_smoothing". max_weight: largest possible weight, for
         "bernstein"; the largest one seen in the log is not it.
@@ -117,35 +117,18 @@ class Estimator(ABC):
         check_method(method)
         if method == "log_smoothing":
             return self._smoothed(rows, confidence, reward_range, by_user)
-        statistics = self.statistics(
-            rows,
-            by_user=by_user,
-            replicates=replicates if method == "bootstrap" else 0,
-            seed=seed,
-        )
-        return self.interval_of(statistics, confidence, method, reward_range, max_weight)
-
-    def interval_of(
-        self,
-        statistics: Statistics,
-        confidence: float = 0.95,
-        method: str = "normal",
-        reward_range: tuple[float, float] | None = None,
-        max_weight: float | None = None,
-    ) -> Interval:
-        """The same from merged statistics ("log_smoothing" has its own: `SmoothingSums`)."""
+        carried = replicates if method == "bootstrap" else 0
+        statistics = self.statistics(rows, by_user=by_user, replicates=carried, seed=seed)
         if statistics.n:
             self._check_support(statistics.weight_sum)
-        if method == "bernstein":
-            if reward_range is None:
-                raise OfftowerError("a bernstein interval needs reward_range=(low, high)")
-            bounds = self.bounds(check_range(reward_range), max_weight)
-            return bernstein_interval(self, statistics, bounds, confidence)
-        if method == "bootstrap":
-            return bootstrap_interval(self, statistics, confidence)
         if method == "normal":
             return normal_interval(self, statistics, confidence)
-        raise OfftowerError(f"no {method!r} interval from the statistics of {self.name}")
+        if method == "bootstrap":
+            return bootstrap_interval(self, statistics, confidence)
+        if reward_range is None:
+            raise OfftowerError("a bernstein interval needs reward_range=(low, high)")
+        bounds = self.bounds(check_range(reward_range), max_weight)
+        return bernstein_interval(self, statistics, bounds, confidence)
 
     def bounds(
         self, reward_range: tuple[float, float], max_weight: float | None
@@ -165,7 +148,7 @@ class Estimator(ABC):
     ) -> Interval:
         if self.label not in ("ips", "log_smoothing"):
             raise OfftowerError(
-                f"the log_smoothing interval rests on weights and rewards, not on {self.name}; "
+                f"the log_smoothing interval uses weights and rewards only, not {self.name}; "
                 "ask IPS or LogSmoothing for it"
             )
         if reward_range is None or by_user:
@@ -178,8 +161,8 @@ class Estimator(ABC):
     def _check_support(self, weight_sum: float) -> None:
         if self.uses_weight and weight_sum == 0.0:
             raise OfftowerError(
-                f"{self.label} has nothing to go by: every importance weight is 0, so the log "
-                "holds no action that the target policy takes"
+                f"{self.label} has no value: every importance weight is 0, so the log holds no action "
+                "that the target policy takes"
             )
 
     def _check_parameter(self, name: str, low: float, high: float = np.inf) -> None:
@@ -202,7 +185,7 @@ def reward_terms(rows: EvaluationRows, label: str) -> tuple[Array, Array]:
 
 
 def need_max_weight(label: str, max_weight: float | None) -> float:
-    """The largest possible weight, where a bound cannot do without."""
+    """Largest possible weight. Raises OfftowerError where a bound needs it and it is missing."""
     if max_weight is None or not max_weight > 0.0 or not np.isfinite(max_weight):
         raise OfftowerError(
             f"a bernstein interval of {label} needs max_weight, the largest weight that can occur "

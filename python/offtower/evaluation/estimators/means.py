@@ -1,6 +1,7 @@
-"""Estimators of weighted rewards: no reward model.
+"""Estimators that are a mean over rows: a weight map in the form w r, or in the doubly robust one.
 
-w_i = pi_e(a_i|x_i) / pi_0(a_i|x_i), r_i the reward, n rows.
+w_i = pi_e(a_i|x_i) / pi_0(a_i|x_i), r_i the reward, q_i = q(x_i, a_i) the reward model's prediction
+and m_i = sum_a pi_e(a|x_i) q(x_i, a) its mean under the evaluated policy.
 """
 
 from __future__ import annotations
@@ -11,20 +12,19 @@ from typing import ClassVar
 import numpy as np
 
 from offtower.errors import OfftowerError
-from offtower.evaluation.estimators.base import Estimator, need_max_weight
+from offtower.evaluation.estimators.base import Estimator, need_max_weight, reward_terms
+from offtower.evaluation.estimators.weight_maps import (
+    Clipped,
+    Identity,
+    Shrunk,
+    SubGaussian,
+    Switched,
+)
 from offtower.evaluation.rows import Array, EvaluationRows
 
 
-class WeightedMean(Estimator):
-    """mean f(w_i) r_i for a weight map f that does not decrease up to its peak."""
-
-    def weight(self, importance_weight: Array) -> Array:
-        """f(w)."""
-        return importance_weight
-
-    def peak(self, max_weight: float | None) -> float:
-        """Largest value of f over [0, max_weight]."""
-        return need_max_weight(self.label, max_weight)
+class WeightedMean(Identity):
+    """mean f(w_i) r_i for a weight map f."""
 
     def terms(self, rows: EvaluationRows) -> Array:
         return (self.weight(rows.importance_weight) * rows.reward)[:, None]
@@ -37,7 +37,25 @@ class WeightedMean(Estimator):
         return min(0.0, peak * low), max(0.0, peak * high)
 
 
-@dataclass(frozen=True)
+class DoublyRobustMean(Identity):
+    """mean f(w_i) (r_i - q_i) + m_i for a weight map f."""
+
+    needs_reward_model: ClassVar[bool] = True
+
+    def terms(self, rows: EvaluationRows) -> Array:
+        action_reward, expected_reward = reward_terms(rows, self.label)
+        weight = self.weight(rows.importance_weight)
+        return (weight * (rows.reward - action_reward) + expected_reward)[:, None]
+
+    def bounds(
+        self, reward_range: tuple[float, float], max_weight: float | None
+    ) -> tuple[float, float]:
+        """Predictions are taken to lie in the reward range too."""
+        low, high = reward_range
+        reach = self.peak(max_weight) * (high - low)
+        return low - reach, high + reach
+
+
 class IPS(WeightedMean):
     """Inverse propensity score: V = mean w r (Horvitz and Thompson 1952). Unbiased."""
 
@@ -45,48 +63,79 @@ class IPS(WeightedMean):
     consistent: ClassVar[bool] = True
 
 
-@dataclass(frozen=True)
-class ClippedIPS(WeightedMean):
-    """V = mean min(w, c) r (Ionides 2008; Bottou et al. 2013).
+class DR(DoublyRobustMean):
+    """V = mean w (r - q) + m (Dudik, Langford, Li, ICML 2011). Unbiased."""
 
-    max_weight: c, from 0; infinity is IPS.
-    """
+    label: ClassVar[str] = "dr"
+    consistent: ClassVar[bool] = True
 
-    max_weight: float
+
+class ClippedIPS(Clipped, WeightedMean):
+    """V = mean min(w, c) r (Ionides 2008; Bottou et al. 2013). max_weight: c; infinity is IPS."""
+
     label: ClassVar[str] = "clipped_ips"
 
-    def __post_init__(self) -> None:
-        self._check_parameter("max_weight", 0.0)
 
-    def weight(self, importance_weight: Array) -> Array:
-        return np.minimum(importance_weight, self.max_weight)
+class ClippedDR(Clipped, DoublyRobustMean):
+    """V = mean min(w, c) (r - q) + m (Wang, Agarwal, Dudik, ICML 2017; Su et al. 2020).
 
-    def peak(self, max_weight: float | None) -> float:
-        if np.isinf(self.max_weight):
-            return need_max_weight(self.label, max_weight)
-        return min(self.max_weight, np.inf if max_weight is None else max_weight)
+    max_weight: c, from 0 (DM) to infinity (DR).
+    """
+
+    label: ClassVar[str] = "clipped_dr"
 
 
-@dataclass(frozen=True)
-class SubGaussianIPS(WeightedMean):
+class SwitchDR(Switched, DoublyRobustMean):
+    """V = mean w 1[w <= t] (r - q) + m (Wang, Agarwal, Dudik, ICML 2017).
+
+    threshold: t, from 0 (DM) to infinity (DR).
+    """
+
+    label: ClassVar[str] = "switch_dr"
+
+
+class DRos(Shrunk, DoublyRobustMean):
+    """Optimistic shrinkage: V = mean (s w / (w^2 + s)) (r - q) + m (Su, Dimakopoulou,
+    Krishnamurthy, Dudik, ICML 2020).
+
+    shrinkage: s, from 0 (DM) to infinity (DR).
+    """
+
+    label: ClassVar[str] = "dros"
+
+
+class SubGaussianIPS(SubGaussian, WeightedMean):
     """V = mean w r / (1 - lambda + lambda w) (Metelli, Russo, Restelli, NeurIPS 2021, s = -1).
 
     lambda_: in [0, 1]; 0 is IPS.
     """
 
-    lambda_: float
     label: ClassVar[str] = "sub_gaussian_ips"
 
-    def __post_init__(self) -> None:
-        self._check_parameter("lambda_", 0.0, 1.0)
 
-    def weight(self, importance_weight: Array) -> Array:
-        return sub_gaussian(importance_weight, self.lambda_)
+class SubGaussianDR(SubGaussian, DoublyRobustMean):
+    """V = mean w / (1 - lambda + lambda w) (r - q) + m (Metelli, Russo, Restelli, NeurIPS 2021).
 
-    def peak(self, max_weight: float | None) -> float:
-        if self.lambda_ > 0.0 and max_weight is None:
-            return 1.0 / self.lambda_
-        return float(self.weight(np.array([need_max_weight(self.label, max_weight)]))[0])
+    lambda_: in [0, 1]; 0 is DR.
+    """
+
+    label: ClassVar[str] = "sub_gaussian_dr"
+
+
+class DM(Estimator):
+    """Direct method: V = mean m (Beygelzimer and Langford 2009). As good as its model."""
+
+    label: ClassVar[str] = "dm"
+    needs_reward_model: ClassVar[bool] = True
+    uses_weight: ClassVar[bool] = False
+
+    def terms(self, rows: EvaluationRows) -> Array:
+        return reward_terms(rows, self.label)[1][:, None]
+
+    def bounds(
+        self, reward_range: tuple[float, float], max_weight: float | None
+    ) -> tuple[float, float]:
+        return reward_range
 
 
 @dataclass(frozen=True)
@@ -121,31 +170,8 @@ class LogSmoothing(Estimator):
         return 0.0, float(np.log1p(self.lambda_ * top) / self.lambda_) if self.lambda_ else top
 
 
-@dataclass(frozen=True)
-class SNIPS(Estimator):
-    """Self-normalised: V = sum w r / sum w (Swaminathan and Joachims, NeurIPS 2015).
-
-    Standard error by the delta method: variance of w (r - V) / mean(w), over n.
-    """
-
-    label: ClassVar[str] = "snips"
-    num_terms: ClassVar[int] = 2
-    consistent: ClassVar[bool] = True
-
-    def terms(self, rows: EvaluationRows) -> Array:
-        weight = rows.importance_weight
-        return np.stack([weight, weight * rows.reward], axis=1)
-
-    def combine(self, mean: Array) -> Array:
-        return mean[..., 1] / mean[..., 0]
-
-    def gradient(self, mean: Array) -> Array:
-        return np.array([-mean[1] / mean[0] ** 2, 1.0 / mean[0]])
-
-
-@dataclass(frozen=True)
 class MIPS(WeightedMean):
-    """Marginalised over clusters: V = mean w_c r, w_c = pi_e(c|x) / pi_0(c|x) (Saito and Joachims,
+    """Marginalized over clusters: V = mean w_c r, w_c = pi_e(c|x) / pi_0(c|x) (Saito and Joachims,
     ICML 2022, eq. 5).
 
     Unbiased where the items of a cluster have the same expected reward in a context; its weights
@@ -161,12 +187,6 @@ class MIPS(WeightedMean):
                 "item's cluster over the logging policy's (estimators.cluster_weight)"
             )
         return (rows.cluster_weight * rows.reward)[:, None]
-
-
-def sub_gaussian(weight: Array, lambda_: float) -> Array:
-    """Harmonic correction of the weights: w / (1 - lambda + lambda w), 0 at w = 0."""
-    below = (1.0 - lambda_) + lambda_ * weight
-    return np.divide(weight, below, out=np.zeros_like(weight), where=below > 0.0)
 
 
 def cluster_weight(target: Array, behavior: Array, cluster: Array, action: Array) -> Array:
