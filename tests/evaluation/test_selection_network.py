@@ -65,7 +65,7 @@ def test_no_qualifying_penalty_is_reported_not_a_crash() -> None:
     w = world(2)
     options = NetworkOptions(hidden=8, epochs=1, penalties=(0.1, 1.0))
     fit = fit_network(**w, share=0.2, options=options, seed=0)
-    assert not fit.qualified and len(fit.trials) == 2
+    assert not fit.qualified and fit.chosen in options.penalties
     assert np.all((fit.rho > 0) & (fit.rho < 1))
 
 
@@ -97,7 +97,7 @@ def test_network_needs_context_and_action() -> None:
 def test_gradient_of_the_training_step_is_that_of_autograd(pairwise: bool) -> None:
     import torch
 
-    from offtower.evaluation.selection.network_training import FitProblem, SplitNet, Trainer
+    from offtower.evaluation.selection.network import FitProblem, SplitNet, SplitTrainer
 
     w = world(5)
     behavior, target = torch.from_numpy(w["behavior"]), torch.from_numpy(w["target"])
@@ -116,25 +116,13 @@ def test_gradient_of_the_training_step_is_that_of_autograd(pairwise: bool) -> No
     loss = ((pseudo - weight) ** 2).mean() + 3.0 * ((p - 0.2) ** 2).mean()
     loss.backward()
     expected = [parameter.grad.clone() for parameter in net.parameters()]
-    trainer = Trainer(net, FitProblem(behavior, weight, logged, context, item), 0.0)
+    trainer = SplitTrainer(net, FitProblem(behavior, weight, logged, context, item), 0.0)
     assert trainer.step(3.0, 0.2) == pytest.approx(loss.item(), rel=1e-6)
     for parameter, gradient in zip(net.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_half_precision_products_and_the_first_qualifying_penalty_agree_with_the_recipe() -> None:
-    w = world(6)
-    recipe = {"hidden": 32, "epochs": 400, "learning_rate": 0.01, "penalties": (1.0, 10.0, 100.0)}
-    published = fit_network(**w, share=0.2, options=NetworkOptions(**recipe), seed=0)
-    short = NetworkOptions(**recipe, whole_grid=False, precision="bfloat16")
-    fast = fit_network(**w, share=0.2, options=short, seed=0)
-    assert fast.qualified and published.qualified
-    assert len(fast.trials) <= len(published.trials)
-    assert fast.chosen == published.chosen
-    assert np.abs(fast.rho - published.rho).mean() < 0.03
-
-
 def test_wrong_options_are_refused() -> None:
-    for wrong in ({"penalties": (1.0, 0.1)}, {"precision": "half"}, {"epochs": 0}):
+    for wrong in ({"penalties": (1.0, 0.1)}, {"hidden": 0}, {"epochs": 0}):
         with pytest.raises(OfftowerError):
             NetworkOptions(**wrong)

@@ -161,8 +161,8 @@ class Estimator(ABC):
     def _check_support(self, weight_sum: float) -> None:
         if self.uses_weight and weight_sum == 0.0:
             raise OfftowerError(
-                f"{self.label} has no value: every importance weight is 0, so the log holds no action "
-                "that the target policy takes"
+                f"{self.label} has no value: every importance weight is 0, so the log holds no "
+                "action that the target policy takes"
             )
 
     def _check_parameter(self, name: str, low: float, high: float = np.inf) -> None:

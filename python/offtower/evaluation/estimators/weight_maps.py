@@ -1,4 +1,4 @@
-"""Maps f of importance weights w = pi_e(a|x) / pi_0(a|x); a form takes the mean of f(w) times it."""
+"""Maps f of importance weights w = pi_e(a|x) / pi_0(a|x), which the forms of `means` apply."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Estimator selection: which off-policy estimator to believe for this log and this policy."""
+"""Estimator selection: choose the off-policy estimator for one log and one policy."""
 
+from offtower.evaluation.rows import ModelPredictions
 from offtower.evaluation.selection.candidates import default_candidates
 from offtower.evaluation.selection.log import (
     BehaviorDraws,
@@ -8,7 +9,7 @@ from offtower.evaluation.selection.log import (
     SelectionLog,
 )
 from offtower.evaluation.selection.network import NetworkFit, NetworkOptions, fit_network
-from offtower.evaluation.selection.problem import Candidate, ModelPredictions, Problem
+from offtower.evaluation.selection.problem import Candidate, Problem
 from offtower.evaluation.selection.pseudo import PseudoProblem, pseudo_problem
 from offtower.evaluation.selection.result import (
     CandidateScore,

@@ -10,7 +10,8 @@ import numpy as np
 from offtower.evaluation import estimators as e
 from offtower.evaluation.estimators.tuning import slope_choice, threshold_grid
 from offtower.evaluation.intervals.statistics import Estimate
-from offtower.evaluation.selection.problem import Array, Candidate, Problem
+from offtower.evaluation.rows import Array
+from offtower.evaluation.selection.problem import Candidate, Problem
 
 Maker = Callable[[float], Any]
 

@@ -21,9 +21,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from offtower.evaluation.rows import Array
 
 _CHUNK_ELEMENTS = 1 << 20
 _MAX_STEPS = 60
@@ -64,8 +63,8 @@ def _root(b: Array, t: Array) -> Array:
 def solve_multiplier(weight: Array, probability: Array | None, share: float) -> ContextMultiplier:
     """One multiplier per row of `weight`.
 
-    weight: (n, m) importance weights of m actions or draws. probability: (n, m) the behaviour
-    policy's probabilities of the same actions (rows sum to 1), or None for draws from the behaviour
+    weight: (n, m) importance weights of m actions or draws. probability: (n, m) the behavior
+    policy's probabilities of the same actions (rows sum to 1), or None for draws from the behavior
     policy, each of mass 1/m. share: k in (0, 1). Works in chunks of rows: memory beyond the inputs
     is a few arrays of about a million elements.
     """

@@ -1,4 +1,4 @@
-"""The non-adaptive heuristic: each behaviour policy plays the target once.
+"""The non-adaptive heuristic: each behavior policy plays the target once.
 
 Saito et al., Evaluating the Robustness of Off-Policy Evaluation, RecSys 2021. It ignores the target
 policy, so its ranking is the same for every one.
@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from offtower.errors import OfftowerError
+from offtower.evaluation.rows import ModelPredictions
 from offtower.evaluation.selection.log import SelectionLog
-from offtower.evaluation.selection.problem import Candidate, ModelPredictions, Problem
+from offtower.evaluation.selection.problem import Candidate, Problem
 from offtower.evaluation.selection.result import SelectionResult, make_result
 
 
@@ -23,30 +24,28 @@ def select_heuristic(
     repetitions: int = 10,
     seed: int = 0,
 ) -> SelectionResult:
-    """Rank candidates by their error at predicting one behaviour policy from the others' rows.
+    """Rank candidates by their error at predicting one behavior policy from the others' rows.
 
     Each of the P policies is the pseudo target in turn and the mixture of the others, by their
-    share of rows, the behaviour policy; `repetitions` bootstraps of the others' rows each. The
+    share of rows, the behavior policy; `repetitions` bootstraps of the others' rows each. The
     proxy truth's variance is subtracted. Raises OfftowerError unless the log names two or more
     policies.
     """
     policies = log.policies
     if policies is None or policies.probability.shape[1] < 2:
         raise OfftowerError(
-            "the heuristic needs a log of two or more behaviour policies: give row_policy and "
+            "the heuristic needs a log of two or more behavior policies: give row_policy and "
             "policies to SelectionLog.from_policies, or use method='pasif'."
         )
     count = policies.probability.shape[1]
     sizes = np.bincount(policies.row_policy, minlength=count).astype(np.float64)
     if np.any(sizes < 2):
-        raise OfftowerError(
-            f"every behaviour policy needs rows; rows per policy: {sizes.tolist()}."
-        )
-    judged = [c for c in candidates if c.model is None or c.model in policies.expected_reward]
+        raise OfftowerError(f"every behavior policy needs rows; rows per policy: {sizes.tolist()}.")
+    ranked = [c for c in candidates if c.model is None or c.model in policies.expected_reward]
     skipped = {
-        c.name: "no expected rewards of the reward model under each behaviour policy"
+        c.name: "no expected rewards of the reward model under each behavior policy"
         for c in candidates
-        if c not in judged
+        if c not in ranked
     }
     rng = np.random.default_rng([seed, 0x4E02])
     errors = []
@@ -66,7 +65,7 @@ def select_heuristic(
         problem = Problem(weight, log.problem.reward[rows], models)
         truth, truth_variance = own.mean(), own.var(ddof=1) / own.size
         for _ in range(repetitions):
-            values = problem.values(judged, rng.choice(rows.size, rows.size))
+            values = problem.values(ranked, rng.choice(rows.size, rows.size))
             errors.append((values - truth) ** 2 - truth_variance)
     table = np.array(errors)
     mse = table.mean(axis=0)
@@ -74,8 +73,8 @@ def select_heuristic(
     paired = table - table[:, [int(np.argmin(mse))]]
     return make_result(
         "heuristic",
-        judged,
-        log.problem.values(judged),
+        ranked,
+        log.problem.values(ranked),
         mse,
         table.std(axis=0, ddof=1) / root,
         paired.std(axis=0, ddof=1) / root,

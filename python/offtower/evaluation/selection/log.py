@@ -1,16 +1,16 @@
-"""The log as the selectors need it: dense policies, draws, or logged propensities only."""
+"""Input of the selectors: a log with dense policies, draws, or logged propensities only."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from offtower.errors import OfftowerError
-from offtower.evaluation.rows import EvaluationRows
-from offtower.evaluation.selection.problem import Array, ModelPredictions, Problem
+from offtower.evaluation.rows import Array, EvaluationRows, IntArray, ModelPredictions
+from offtower.evaluation.selection.problem import Problem
 from offtower.evaluation.selection.splits import check_policies, importance_weights
 
 
@@ -20,7 +20,7 @@ class DensePolicies:
 
     behavior: Array
     target: Array
-    action: NDArray[np.int64]
+    action: IntArray
     predictions: Mapping[str, Array]
     context: Array | None = None
     item_features: Array | None = None
@@ -28,7 +28,7 @@ class DensePolicies:
 
 @dataclass(frozen=True)
 class BehaviorDraws:
-    """S items a row drawn from the behaviour policy: weights (n, S) and predictions (n, S)."""
+    """S items a row drawn from the behavior policy: weights (n, S) and predictions (n, S)."""
 
     weight: Array
     predictions: Mapping[str, Array]
@@ -43,7 +43,7 @@ class BehaviorPolicies:
     prediction in the row's context.
     """
 
-    row_policy: NDArray[np.int64]
+    row_policy: IntArray
     probability: Array
     expected_reward: Mapping[str, Array] = field(default_factory=dict)
 
@@ -52,11 +52,10 @@ class BehaviorPolicies:
 class SelectionLog:
     """A log and a target policy. Build it with one of the `from_` methods.
 
-    problem: the rows that the estimators really face. source: what importance fitting may use
-    (None: only the logged propensities are known). policies: for the heuristic.
-    independent_models: the reward models whose predictions did not learn from these rows; the
-    others' errors are correlated with the log's own noise, and a bias that the log cannot see is
-    then not taken to be zero.
+    problem: the logged rows. source: of importance fitting; None where only the logged propensities
+    are known. policies: for the heuristic. independent_models: the reward models that did not learn
+    from these rows; the others' errors are correlated with the log's own noise, and a bias that the
+    log cannot show is then not taken to be zero.
     """
 
     problem: Problem
@@ -93,7 +92,7 @@ class SelectionLog:
         pi_b, pi_e = check_policies(behavior, target)
         n, n_items = pi_b.shape
         logged = _integers(action, "action", n, n_items)
-        rewards = _vector(reward, "reward", n)
+        rewards = _array(reward, "reward", (n,))
         rows = np.arange(n)
         if np.any(pi_b[rows, logged] <= 0.0):
             bad = int(np.flatnonzero(pi_b[rows, logged] <= 0.0)[0])
@@ -101,11 +100,11 @@ class SelectionLog:
                 f"row {bad} logged item {int(logged[bad])}, to which behavior gives probability 0."
             )
         predictions = {
-            name: _matrix(values, f"reward model {name!r}", (n, n_items))
+            name: _array(values, f"reward model {name!r}", (n, n_items))
             for name, values in (reward_models or {}).items()
         }
         learned = model_parameters or {}
-        terms = {
+        models = {
             name: ModelPredictions(
                 q[rows, logged], np.einsum("ij,ij->i", pi_e, q), float(learned.get(name, 0.0))
             )
@@ -134,7 +133,7 @@ class SelectionLog:
             None if item_features is None else np.asarray(item_features, dtype=np.float64),
         )
         weight = importance_weights(pi_b, pi_e)[rows, logged]
-        return cls(Problem(weight, rewards, terms), source, several, independent_models)
+        return cls(Problem(weight, rewards, models), source, several, independent_models)
 
     @classmethod
     def from_draws(
@@ -147,33 +146,30 @@ class SelectionLog:
         policies: BehaviorPolicies | None = None,
         independent_models: frozenset[str] = frozenset(),
     ) -> SelectionLog:
-        """A log over a large catalogue, its behaviour policy known through draws.
+        """A log over a large catalogue, its behavior policy known through draws.
 
         weight: (n,) target / behavior of the logged items; draw_weight: (n, S) the same at S items
-        drawn from the behaviour policy (about 100 a row). reward_models: by name (prediction of the
+        drawn from the behavior policy (about 100 a row). reward_models: by name (prediction of the
         logged item (n,), expected prediction under the target (n,), predictions at the draws (n,
         S)). Draws may be float32 or memory-mapped; they are read in chunks.
         """
-        rewards = np.ascontiguousarray(reward, dtype=np.float64)
-        n = rewards.shape[0]
+        models = reward_models or {}
+        terms = {name: (logged, expected) for name, (logged, expected, _) in models.items()}
+        log = cls.from_propensities(
+            weight, reward, terms, policies=policies, independent_models=independent_models
+        )
         draws = np.asarray(draw_weight)
-        if draws.ndim != 2 or draws.shape[0] != n:
-            raise OfftowerError(f"draw_weight has shape {draws.shape}, expected ({n}, S).")
-        terms: dict[str, ModelPredictions] = {}
-        at_draws: dict[str, Array] = {}
-        for name, (logged, expected, drawn) in (reward_models or {}).items():
-            terms[name] = ModelPredictions(
-                _vector(logged, f"reward model {name!r}, logged items", n),
-                _vector(expected, f"reward model {name!r}, expected", n),
+        if draws.ndim != 2 or draws.shape[0] != log.problem.n:
+            raise OfftowerError(
+                f"draw_weight has shape {draws.shape}, expected ({log.problem.n}, S)."
             )
-            at_draws[name] = np.asarray(drawn)
-            if at_draws[name].shape != draws.shape:
+        at_draws = {name: np.asarray(drawn) for name, (_, _, drawn) in models.items()}
+        for name, drawn in at_draws.items():
+            if drawn.shape != draws.shape:
                 raise OfftowerError(
-                    f"reward model {name!r}, draws: shape {at_draws[name].shape}, expected "
-                    f"{draws.shape}."
+                    f"reward model {name!r}, draws: shape {drawn.shape}, expected {draws.shape}."
                 )
-        problem = Problem(_vector(weight, "weight", n), _vector(reward, "reward", n), terms)
-        return cls(problem, BehaviorDraws(draws, at_draws), policies, independent_models)
+        return replace(log, source=BehaviorDraws(draws, at_draws))
 
     @classmethod
     def from_propensities(
@@ -189,18 +185,18 @@ class SelectionLog:
 
         weight, reward: (n,). reward_models: by name (prediction of the logged item, expected
         prediction under the target), each (n,). PAS-IF then uses one pooled multiplier and cannot
-        judge candidates that read a reward model.
+        rank candidates that read a reward model.
         """
         n = np.asarray(reward).shape[0]
-        terms = {
+        models = {
             name: ModelPredictions(
-                _vector(logged, f"reward model {name!r}, logged items", n),
-                _vector(expected, f"reward model {name!r}, expected", n),
+                _array(logged, f"reward model {name!r}, logged items", (n,)),
+                _array(expected, f"reward model {name!r}, expected", (n,)),
             )
             for name, (logged, expected) in (reward_models or {}).items()
         }
-        problem = Problem(_vector(weight, "weight", n), _vector(reward, "reward", n), terms)
-        return cls(problem, None, policies, independent_models)
+        weights, rewards = _array(weight, "weight", (n,)), _array(reward, "reward", (n,))
+        return cls(Problem(weights, rewards, models), None, policies, independent_models)
 
     @classmethod
     def from_rows(
@@ -213,16 +209,17 @@ class SelectionLog:
     ) -> SelectionLog:
         """A log from the rows that estimators take, one set for each reward model (by its name).
 
-        rows: one EvaluationRows without a reward model, or by model name those of the same logged
-        rows. draws: the behaviour policy's draws, with predictions by the same names; without them
-        PAS-IF pools its multiplier, as in `from_propensities`.
+        rows: by model name those of the same logged rows, or one EvaluationRows; its reward model,
+        if it has one, is called "model". draws: the behavior policy's draws, with predictions by
+        the same names; without them PAS-IF pools its multiplier, as in `from_propensities`.
         Raises OfftowerError where the sets differ in weights or rewards, or a set lacks its terms.
         """
-        named = {"": rows} if isinstance(rows, EvaluationRows) else dict(rows)
+        single = isinstance(rows, EvaluationRows)
+        named = {"model": rows} if isinstance(rows, EvaluationRows) else dict(rows)
         if not named:
             raise OfftowerError("from_rows needs at least one set of rows.")
         first = next(iter(named.values()))
-        terms: dict[str, ModelPredictions] = {}
+        models: dict[str, ModelPredictions] = {}
         for name, part in named.items():
             same = np.array_equal(part.importance_weight, first.importance_weight)
             if not same or not np.array_equal(part.reward, first.reward):
@@ -231,34 +228,25 @@ class SelectionLog:
                     f"of {next(iter(named))!r}: score the same log in the same order."
                 )
             if part.action_reward is not None and part.expected_reward is not None:
-                terms[name or "model"] = ModelPredictions(part.action_reward, part.expected_reward)
-            elif name:
+                models[name] = ModelPredictions(part.action_reward, part.expected_reward)
+            elif not single:
                 raise OfftowerError(
                     f"the rows of reward model {name!r} lack action_reward or expected_reward."
                 )
         if draws is not None:
-            missing = sorted(set(terms) - set(draws.predictions))
+            missing = sorted(set(models) - set(draws.predictions))
             if missing:
                 raise OfftowerError(f"the draws lack predictions of: {', '.join(missing)}.")
             if draws.weight.shape[0] != first.n:
                 raise OfftowerError(
                     f"the draws have {draws.weight.shape[0]} rows and the log {first.n}."
                 )
-        problem = Problem(first.importance_weight, first.reward, terms)
+        problem = Problem(first.importance_weight, first.reward, models)
         return cls(problem, draws, policies, independent_models)
 
 
-def _vector(values: ArrayLike, name: str, n: int) -> Array:
+def _array(values: ArrayLike, name: str, shape: tuple[int, ...]) -> Array:
     array = np.ascontiguousarray(values, dtype=np.float64)
-    if array.shape != (n,):
-        raise OfftowerError(f"{name} has shape {array.shape}, expected ({n},).")
-    if not np.all(np.isfinite(array)):
-        raise OfftowerError(f"{name} holds non-finite numbers.")
-    return array
-
-
-def _matrix(values: ArrayLike, name: str, shape: tuple[int, ...]) -> Array:
-    array = np.asarray(values, dtype=np.float64)
     if array.shape != shape:
         raise OfftowerError(f"{name} has shape {array.shape}, expected {shape}.")
     if not np.all(np.isfinite(array)):
@@ -266,7 +254,7 @@ def _matrix(values: ArrayLike, name: str, shape: tuple[int, ...]) -> Array:
     return array
 
 
-def _integers(values: ArrayLike, name: str, n: int, limit: int) -> NDArray[np.int64]:
+def _integers(values: ArrayLike, name: str, n: int, limit: int) -> IntArray:
     array = np.asarray(values)
     if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
         raise OfftowerError(

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from offtower.errors import OfftowerError
-from offtower.evaluation.selection.network_training import FitProblem, SplitNet, Trainer
-
-Array = NDArray[np.float64]
+from offtower.evaluation.rows import Array, IntArray
 
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """The published settings: two hidden layers of 100, Adam, whole log per step.
+    """The published settings: two hidden layers of 100 units, Adam, the whole log per step.
 
-    hidden: units of the two hidden layers. epochs: steps of Adam on the whole log.
-    learning_rate: of Adam. penalties: the grid of lambda, upwards. tolerance: how far mean p(x) may
-    be from the share for a lambda to qualify.
-    whole_grid: fit every lambda, as published. False stops at the first that qualifies: a larger
-    one can only fit the weights worse, so with fits that reach their minimum it is the one the
-    whole grid would choose.
-    precision: of the large products. "bfloat16" is two to three times faster where the processor
-    has such instructions; parameters, loss and the result stay in float32 and above.
+    epochs: steps. penalties: the grid of lambda. tolerance: how far mean p(x) may be from the share
+    for a lambda to qualify.
     """
 
     hidden: int = 100
@@ -34,46 +26,27 @@ class NetworkOptions:
     learning_rate: float = 1e-3
     penalties: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0, 1000.0)
     tolerance: float = 0.02
-    whole_grid: bool = True
-    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if not self.penalties or list(self.penalties) != sorted(set(self.penalties)):
             raise OfftowerError(f"penalties must rise, each once, but are {self.penalties}")
-        if self.precision not in ("float32", "bfloat16"):
-            raise OfftowerError(f"precision is float32 or bfloat16, not {self.precision!r}")
         if self.hidden < 1 or self.epochs < 1 or not self.learning_rate > 0.0:
             raise OfftowerError("hidden and epochs must be at least 1, learning_rate above 0")
 
 
 @dataclass(frozen=True)
-class PenaltyTrial:
-    """One lambda of the grid: its fit of the weights, the mean share, and whether it qualified."""
-
-    penalty: float
-    weight_error: float
-    mean_share: float
-    qualified: bool
-
-
-@dataclass(frozen=True)
 class NetworkFit:
-    """rho: (n, A). chosen: the penalty taken. trials: the grid, for reports."""
+    """rho: (n, A). chosen: the penalty taken. qualified: whether it kept mean p(x) at the share."""
 
     rho: Array
     chosen: float
-    trials: tuple[PenaltyTrial, ...]
-
-    @property
-    def qualified(self) -> bool:
-        """Whether the chosen penalty kept the mean share within the tolerance."""
-        return any(t.qualified for t in self.trials if t.penalty == self.chosen)
+    qualified: bool
 
 
 def fit_network(
     behavior: Array,
     target: Array,
-    action: NDArray[np.int64],
+    action: IntArray,
     context: Array,
     item_features: Array | None,
     *,
@@ -84,100 +57,156 @@ def fit_network(
     """Fit rho by gradient descent on mean (w~ - w)^2 + lambda mean (p(x) - k)^2 over the rows.
 
     behavior, target: (n, A) probabilities. action: (n,) logged items. context: (n, d).
-    item_features: (A, e), or None: then the items are told apart by log behavior and log target of
-    each pair (x, a), never by an ordinal number. Items are put in an order given by their features
-    before anything is computed, so renumbering them changes nothing.
+    item_features: (A, e); for None, log behavior and log target of each pair stand for the item.
+    Items are ordered by their features first, so renumbering them changes nothing.
     The penalty is the one of least weight error among those whose mean p(x) is within the tolerance
     of k; where none qualifies, the one whose mean p(x) is nearest to k. A fit that went to NaN does
-    not count. Raises OfftowerError when every fit did.
+    not count. Raises OfftowerError when every fit did, and for shapes that differ.
     """
     n, n_items = behavior.shape
-    if context.ndim != 2 or context.shape[0] != n or action.shape != (n,):
+    items = n_items if item_features is None else item_features.shape[0]
+    if context.ndim != 2 or (context.shape[0], items, action.shape) != (n, n_items, (n,)):
         raise OfftowerError(
-            f"network split: behavior has {n} rows, context shape {context.shape}, action shape "
-            f"{action.shape}; expected (n, d) and (n,)."
+            f"network split: behavior has shape {(n, n_items)}, context {context.shape}, action "
+            f"{action.shape}, and there are features of {items} items; expected (n, d), (n,) and A."
         )
-    if item_features is not None and item_features.shape[:1] != (n_items,):
-        raise OfftowerError(
-            f"item_features has shape {item_features.shape}, expected ({n_items}, e)."
-        )
-    order = _canonical_order(behavior, target, item_features)
+    keys = [behavior[-1], target[-1], behavior[0], target[0]]
+    order = np.lexsort(keys if item_features is None else [*keys, *item_features.T[::-1]])
     rank = np.empty(n_items, dtype=np.int64)
     rank[order] = np.arange(n_items)
-    pi_b = torch.from_numpy(behavior[:, order])
-    pi_e = torch.from_numpy(target[:, order])
+    pi_b, pi_e = torch.from_numpy(behavior[:, order]), torch.from_numpy(target[:, order])
     logged = torch.from_numpy(rank[action])[:, None]
     weight = (pi_e.gather(1, logged) / pi_b.gather(1, logged)).squeeze(1)
-    problem = FitProblem(
-        pi_b,
-        weight,
-        logged[:, 0],
-        torch.from_numpy(_standardise(context)).float(),
-        _item_inputs(pi_b, pi_e, None if item_features is None else item_features[order]),
-    )
+    if item_features is None:
+        stacked = torch.stack([one.clamp_min(1e-12).log() for one in (pi_b, pi_e)], dim=2)
+        flat = stacked.reshape(-1, 2)
+        item = ((stacked - flat.mean(dim=0)) / (flat.std(dim=0) + 1e-12)).float()
+    else:
+        item = _standardized(item_features[order])
+    problem = FitProblem(pi_b, weight, logged[:, 0], _standardized(context), item)
 
-    trials: list[PenaltyTrial] = []
-    best: tuple[tuple[int, float], float, Array] | None = None
+    best: tuple[tuple[int, float], NetworkFit] | None = None
     for penalty in options.penalties:
-        rho = _train(problem, penalty, share, options, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = SplitNet(context.shape[1], item.shape[-1], options.hidden)
+        trainer = SplitTrainer(net, problem, options.learning_rate)
+        for _ in range(options.epochs):
+            trainer.step(penalty, share)
+        with torch.no_grad():
+            rho = torch.sigmoid(net(problem.context, item).double()).clamp(1e-9, 1.0 - 1e-9)
         if not torch.isfinite(rho).all():
-            trials.append(PenaltyTrial(penalty, float("nan"), float("nan"), False))
             continue
         p = (pi_b * rho).sum(dim=1)
         logged_rho = rho.gather(1, logged).squeeze(1)
         pseudo = logged_rho * (1.0 - p) / ((1.0 - logged_rho) * p)
-        error = float(((pseudo - weight) ** 2).mean())
-        mean_share = float(p.mean())
-        qualified = abs(mean_share - share) <= options.tolerance
-        trials.append(PenaltyTrial(penalty, error, mean_share, qualified))
-        key = (0, error) if qualified else (1, abs(mean_share - share))
+        distance = abs(float(p.mean()) - share)
+        qualified = distance <= options.tolerance
+        key = (0, float(((pseudo - weight) ** 2).mean())) if qualified else (1, distance)
         if best is None or key < best[0]:
-            best = (key, penalty, rho.numpy()[:, rank])
-        if qualified and not options.whole_grid:
-            break
+            kept = np.ascontiguousarray(rho.numpy()[:, rank])
+            best = key, NetworkFit(kept, penalty, qualified)
     if best is None:
         raise OfftowerError(
             "network split: every lambda of the grid gave non-finite probabilities (weights too "
             "large?). Use method='exact', or a smaller learning rate."
         )
-    return NetworkFit(np.ascontiguousarray(best[2]), best[1], tuple(trials))
+    return best[1]
 
 
-def _train(
-    problem: FitProblem, penalty: float, share: float, options: NetworkOptions, seed: int
-) -> torch.Tensor:
-    """One network, one penalty: rho (n, A) float64, in the canonical item order."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = SplitNet(problem.context.shape[1], problem.item.shape[-1], options.hidden)
-    trainer = Trainer(net, problem, options.learning_rate, getattr(torch, options.precision))
-    for _ in range(options.epochs):
-        trainer.step(penalty, share)
-    return trainer.rho()
-
-
-def _item_inputs(
-    pi_b: torch.Tensor, pi_e: torch.Tensor, item_features: Array | None
-) -> torch.Tensor:
-    """(A, e) standardised item features, or (n, A, 2) log-probabilities where there are none."""
-    if item_features is not None:
-        return torch.from_numpy(_standardise(item_features)).float()
-    floor = 1e-12
-    stacked = torch.stack([pi_b.clamp_min(floor).log(), pi_e.clamp_min(floor).log()], dim=2)
-    flat = stacked.reshape(-1, 2)
-    return ((stacked - flat.mean(dim=0)) / (flat.std(dim=0) + 1e-12)).float()
-
-
-def _standardise(values: Array) -> Array:
+def _standardized(values: Array) -> Tensor:
     spread = values.std(axis=0)
-    return (values - values.mean(axis=0)) / np.where(spread > 0.0, spread, 1.0)
+    scaled = (values - values.mean(axis=0)) / np.where(spread > 0.0, spread, 1.0)
+    return torch.from_numpy(scaled).float()
 
 
-def _canonical_order(
-    behavior: Array, target: Array, item_features: Array | None
-) -> NDArray[np.int64]:
-    """An order of the items that depends on what they are, not on their numbers."""
-    keys = [behavior[-1], target[-1], behavior[0], target[0]]
-    if item_features is not None:
-        keys += list(item_features.T[::-1])
-    return np.lexsort(keys)
+@dataclass(frozen=True)
+class FitProblem:
+    """behavior: (n, A). weight: (n,) target / behavior of the logged items. logged: (n,) their
+    numbers. context: (n, d). item: (A, e), or (n, A, e) inputs of each pair."""
+
+    behavior: Tensor
+    weight: Tensor
+    logged: Tensor
+    context: Tensor
+    item: Tensor
+
+
+class SplitNet(nn.Module):
+    """sigmoid(MLP([context, item features])), its first layer shared over items and contexts."""
+
+    def __init__(self, dim_context: int, dim_item: int, hidden: int) -> None:
+        super().__init__()
+        options: Any = {"dtype": torch.float32, "device": "cpu"}
+        self.first_context = nn.Linear(dim_context, hidden, **options)
+        self.first_item = nn.Linear(dim_item, hidden, bias=False, **options)
+        self.second = nn.Linear(hidden, hidden, **options)
+        self.last = nn.Linear(hidden, 1, **options)
+
+    def forward(self, context: Tensor, item: Tensor) -> Tensor:
+        """(n, A) logits of rho."""
+        mixed = self.first_context(context)[:, None, :] + self.first_item(item)
+        return self.last(torch.relu(self.second(torch.relu(mixed)))).squeeze(-1)
+
+
+class SplitTrainer:
+    """Steps of Adam on the whole log, by a closed-form gradient; each large array is made once."""
+
+    def __init__(self, net: SplitNet, problem: FitProblem, rate: float) -> None:
+        self.net, self.problem = net, problem
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=rate, fused=True)
+        self.shape = (*problem.behavior.shape, net.second.weight.shape[0])
+        self.first, self.second, self.back = (
+            net.second.weight.new_empty(self.shape).flatten(0, 1) for _ in range(3)
+        )
+
+    @torch.no_grad()
+    def step(self, penalty: float, share: float) -> float:
+        """One step; returns the loss mean (w~ - w)^2 + penalty mean (p - k)^2 before it.
+
+        With p = sum_a pi_b rho and w~ = exp(logit) (1 - p) / p at the logged item (rho / (1 - rho)
+        is exp(logit): nothing is subtracted from one). The loss is float64.
+        """
+        problem, net, n = self.problem, self.net, self.shape[0]
+        from_context = problem.context @ net.first_context.weight.T
+        from_context += net.first_context.bias
+        from_item = problem.item @ net.first_item.weight.T
+        torch.add(from_context[:, None, :], from_item, out=self.first.view(self.shape)).relu_()
+        torch.addmm(net.second.bias, self.first, net.second.weight.T, out=self.second).relu_()
+        logit = (self.second @ net.last.weight[0]).view(self.shape[:2]) + net.last.bias
+
+        logit, rows = logit.double(), torch.arange(n, device=logit.device)
+        rho = torch.sigmoid(logit)
+        p = (problem.behavior * rho).sum(dim=1)
+        pseudo = torch.exp(logit[rows, problem.logged]) * (1.0 - p) / p
+        off, drift = pseudo - problem.weight, p - share
+        by_pseudo = 2.0 / n * off
+        by_p = 2.0 / n * penalty * drift - by_pseudo * pseudo / (p * (1.0 - p))
+        gradient = by_p[:, None] * problem.behavior * rho * (1.0 - rho)
+        gradient[rows, problem.logged] += by_pseudo * pseudo
+        self._backward(gradient.float())
+        self.optimizer.step()
+        return float((off @ off + penalty * (drift @ drift)) / n)
+
+    def _backward(self, gradient: Tensor) -> None:
+        net, item, flat = self.net, self.problem.item, gradient.reshape(-1, 1)
+        last = flat.T @ self.second
+        torch.mul(flat, net.last.weight, out=self.back)
+        _mask(self.back, self.second)
+        second, second_bias = self.back.T @ self.first, self.back.sum(dim=0)
+        # The second layer's output is not needed any more: its memory takes the gradient.
+        torch.mm(self.back, net.second.weight, out=self.second)
+        _mask(self.second, self.first)
+        cube = self.second.view(self.shape)
+        by_context = cube.sum(dim=1)
+        by_item = cube.sum(dim=0) if item.dim() == 2 else self.second
+        net.last.weight.grad, net.last.bias.grad = last, gradient.sum().reshape(1)
+        net.second.weight.grad, net.second.bias.grad = second, second_bias
+        net.first_context.weight.grad = by_context.T @ self.problem.context
+        net.first_context.bias.grad = by_context.sum(dim=0)
+        net.first_item.weight.grad = by_item.T @ item.reshape(-1, item.shape[-1])
+
+
+def _mask(gradient: Tensor, output: Tensor) -> None:
+    """In place: zero where the ReLU's output is."""
+    torch.ops.aten.threshold_backward.grad_input(gradient, output, 0.0, grad_input=gradient)

@@ -28,25 +28,25 @@ def select_ocv(
     default the consistent one of least variance. one_standard_error: rank by mean + standard error
     of the loss, the paper's rule. Raises OfftowerError when no candidate can validate.
     """
-    judged = list(candidates)
-    values, influence = log.problem.influence(judged)
+    ranked = list(candidates)
+    values, influence = log.problem.influence(ranked)
     n = log.problem.n
     variance = np.mean(influence**2, axis=1) / n
     if validator is None:
-        able = [j for j, c in enumerate(judged) if c.is_consistent]
+        able = [j for j, c in enumerate(ranked) if c.is_consistent]
         if not able:
             raise OfftowerError(
                 "OCV needs a validator without bias: add IPS, SNIPS, DR or SNDR to the "
                 "candidates, or pass validator=."
             )
-        validator = judged[min(able, key=lambda j: variance[j])]
+        validator = ranked[min(able, key=lambda j: variance[j])]
         validator_variance = min(variance[j] for j in able)
     else:
         _, own = log.problem.influence([validator])
         validator_variance = float(np.mean(own**2) / n)
     rng = np.random.default_rng([seed, 0x0CF])
-    losses = np.empty((repetitions, len(judged)))
-    for j, candidate in enumerate(judged):
+    losses = np.empty((repetitions, len(ranked)))
+    for j, candidate in enumerate(ranked):
         total = variance[j] + validator_variance
         share = variance[j] / total if total > 0.0 else 0.5
         size = int(np.clip(round(n * share), 1, n - 1))
@@ -64,7 +64,7 @@ def select_ocv(
     margin_noise[order_[0]] = 0.0
     return make_result(
         "ocv",
-        judged,
+        ranked,
         values,
         mse,
         noise,

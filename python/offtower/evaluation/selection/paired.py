@@ -35,8 +35,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offtower.errors import OfftowerError
+from offtower.evaluation.rows import Array
 from offtower.evaluation.selection.log import SelectionLog
-from offtower.evaluation.selection.problem import Array, Candidate
+from offtower.evaluation.selection.problem import Candidate
 from offtower.evaluation.selection.result import SelectionResult, make_result
 
 DEFAULT_PREFERENCE = ("SNDR", "SNIPS", "DR", "IPS")
@@ -64,21 +65,21 @@ def select_paired(
     target mass lies outside the log's support no selector on that log can see the bias. Raises
     OfftowerError without a consistent candidate.
     """
-    judged = list(candidates)
-    consistent = np.array([c.is_consistent for c in judged])
+    ranked = list(candidates)
+    consistent = np.array([c.is_consistent for c in ranked])
     if not consistent.any():
         raise OfftowerError(
             "method='paired' compares with a consistent estimator: add IPS, SNIPS, DR or SNDR to "
             "the candidates."
         )
-    values, influence = log.problem.influence(judged)
+    values, influence = log.problem.influence(ranked)
     n = log.problem.n
     squares = influence**2 / n
-    variance = squares.mean(axis=1) * (1.0 + overlap / n * _learned(log, judged))
+    variance = squares.mean(axis=1) * (1.0 + overlap / n * _learned(log, ranked))
     reference = int(np.argmin(np.where(consistent, variance, np.inf)))
     gap = values - values[reference]
     gap_variance = np.mean((influence - influence[reference]) ** 2, axis=1) / n
-    independent = np.array([c.model in log.independent_models for c in judged])
+    independent = np.array([c.model in log.independent_models for c in ranked])
     bias = np.where(
         independent,
         spike_slab_square(gap, gap_variance, spike, slab),
@@ -94,7 +95,7 @@ def select_paired(
     score = mse + np.where(
         charged, caution * np.hypot(_noise(squares - squares[reference]), bias_noise), 0.0
     )
-    order = _order(judged, score, squares, consistent, tie_width, preference)
+    order = _order(ranked, score, squares, consistent, tie_width, preference)
     first = order[0]
     margin_noise = np.hypot(
         _noise(squares - squares[first]), np.hypot(bias_noise, bias_noise[first])
@@ -102,16 +103,16 @@ def select_paired(
     margin_noise[first] = 0.0
     return make_result(
         "paired",
-        judged,
+        ranked,
         values,
         mse,
         noise,
         margin_noise,
         order=order,
         details={
-            "reference": judged[reference].name,
-            "variance": {c.name: float(v) for c, v in zip(judged, variance, strict=True)},
-            "squared_bias": {c.name: float(b) for c, b in zip(judged, bias, strict=True)},
+            "reference": ranked[reference].name,
+            "variance": {c.name: float(v) for c, v in zip(ranked, variance, strict=True)},
+            "squared_bias": {c.name: float(b) for c, b in zip(ranked, bias, strict=True)},
             "caution": caution,
             "tie_width": tie_width,
             "overlap": overlap,

@@ -1,4 +1,4 @@
-"""What the selectors work on: rows of a problem, and candidates that turn rows into a value."""
+"""The rows of an off-policy problem, and the candidate estimators."""
 
 from __future__ import annotations
 
@@ -7,22 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from offtower.errors import OfftowerError
-from offtower.evaluation.rows import EvaluationRows, ModelPredictions
-
-Array = NDArray[np.float64]
-Index = NDArray[np.int64]
+from offtower.evaluation.rows import Array, EvaluationRows, IntArray, ModelPredictions
 
 
 @dataclass(frozen=True)
 class Candidate:
     """An estimator, and the reward model whose predictions it reads (None: it reads none).
 
-    name: unique among the candidates. estimator: an object of `offtower.evaluation.estimators`.
-    consistent: whether its bias vanishes with n given true propensities and full support; by
-    default that is so for IPS, SNIPS, DR and SNDR.
+    name: unique among the candidates. consistent: whether its bias vanishes with n given true
+    propensities and full support; None asks the estimator (true for IPS, SNIPS, DR and SNDR).
     """
 
     name: str
@@ -32,14 +27,13 @@ class Candidate:
 
     @property
     def is_consistent(self) -> bool:
-        """`consistent`, or what the estimator says of itself."""
         if self.consistent is not None:
             return self.consistent
         return bool(getattr(self.estimator, "consistent", False))
 
     @property
     def family(self) -> str:
-        """The estimator's class name: the ties of like estimators are broken by it."""
+        """The estimator's class name, by which ties are broken."""
         return type(self.estimator).__name__
 
 
@@ -56,7 +50,7 @@ class Problem:
         """Number of rows."""
         return int(self.reward.shape[0])
 
-    def rows(self, model: str | None, index: Index | None = None) -> EvaluationRows:
+    def rows(self, model: str | None, index: IntArray | None = None) -> EvaluationRows:
         """Rows for an estimator; `index` (m,) picks some, with repetition where it repeats."""
         weight, reward = self.weight, self.reward
         action = expected = None
@@ -74,7 +68,7 @@ class Problem:
             expected_reward=expected,
         )
 
-    def values(self, candidates: Sequence[Candidate], index: Index | None = None) -> Array:
+    def values(self, candidates: Sequence[Candidate], index: IntArray | None = None) -> Array:
         """Each candidate's estimate on the rows (or on `index` of them): (len(candidates),)."""
         shared: dict[str | None, EvaluationRows] = {}
         out = np.empty(len(candidates))

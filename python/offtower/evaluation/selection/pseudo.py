@@ -1,16 +1,19 @@
-"""The pseudo problem of a split: how the pseudo-behaviour part looks to an estimator."""
+"""The pseudo problem of a split: the pseudo-behavior part as an estimator sees it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from offtower.errors import OfftowerError
+from offtower.evaluation.rows import Array, ModelPredictions
+from offtower.evaluation.samples import joined
 from offtower.evaluation.selection.exact import solve_multiplier
 from offtower.evaluation.selection.log import BehaviorDraws, DensePolicies, SelectionLog
-from offtower.evaluation.selection.network import NetworkFit, NetworkOptions, fit_network
-from offtower.evaluation.selection.problem import Array, ModelPredictions, Problem
+from offtower.evaluation.selection.network import NetworkOptions, fit_network
+from offtower.evaluation.selection.problem import Problem
 from offtower.evaluation.selection.splits import (
     MIN_DRAWS,
     fit_split_draws,
@@ -26,10 +29,11 @@ class PseudoProblem:
     """A split and the problem that it poses to the estimators.
 
     rho: (n,) probability that row i goes to the pseudo-target part. problem: weights and
-    reward-model terms of row i if it lands in the pseudo-behaviour part. The weight is the joint
-    ratio rho (1 - P) / ((1 - rho) P), P = E[p(x)]: it equals the pseudo weight w~ where p(x) is
-    constant, and corrects for the parts' different contexts where it is not; expected rewards
-    carry the same correction p (1 - P) / ((1 - p) P). notes: what a reader of the result must know.
+    predictions of row i if it lands in the pseudo-behavior part. The weight is the joint ratio
+    rho (1 - P) / ((1 - rho) P), P = E[p(x)]: it equals the pseudo weight w~ where p(x) is constant,
+    and corrects for the parts' different contexts where it is not; expected rewards carry the same
+    correction p (1 - P) / ((1 - p) P). weight_error: mean squared distance of w~ from the weights.
+    notes: for the reader of the result.
     """
 
     rho: Array
@@ -37,6 +41,15 @@ class PseudoProblem:
     share: float
     weight_error: float
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Split:
+    """rho of the logged items, p(x), and by model the mean prediction on the pseudo target."""
+
+    rho: Array
+    p: Array
+    expected: dict[str, Array]
 
 
 def pseudo_problem(
@@ -48,52 +61,80 @@ def pseudo_problem(
     seed: int = 0,
     min_draws: int = MIN_DRAWS,
 ) -> PseudoProblem:
-    """Fit rho once and set up the pseudo problem (splits are then drawn from it cheaply)."""
+    """Fit rho once and set up the pseudo problem, from which splits are drawn."""
     source = log.source
     if importance_fit not in ("exact", "network"):
         raise OfftowerError(f"unknown importance_fit {importance_fit!r}; use 'exact' or 'network'.")
-    if importance_fit == "network" and not isinstance(source, DensePolicies):
-        raise OfftowerError(
-            "importance_fit='network' needs policies over all items (SelectionLog.from_policies); "
-            "use importance_fit='exact' here."
+    if importance_fit == "network":
+        if not isinstance(source, DensePolicies):
+            raise OfftowerError(
+                "importance_fit='network' needs policies over all items "
+                "(SelectionLog.from_policies); use importance_fit='exact' here."
+            )
+        return _network(log, source, share, network or NetworkOptions(), seed)
+    if source is None:
+        rho = fit_split_pooled(log.problem.weight, share)
+        note = (
+            "only logged propensities are known: one multiplier is pooled over contexts, the share"
+            " p(x) varies with the context"
         )
+        overall = float(rho.mean())
+        weight = rho / (1.0 - rho) * ((1.0 - overall) / overall)
+        error = float(np.mean((weight - log.problem.weight) ** 2))
+        return PseudoProblem(rho, Problem(weight, log.problem.reward), share, error, (note,))
     if isinstance(source, DensePolicies):
-        if importance_fit == "network":
-            return _dense_network(log, source, share, network or NetworkOptions(), seed)
-        return _dense_exact(log, source, share)
-    if isinstance(source, BehaviorDraws):
-        return _from_draws(log, source, share, min_draws)
-    rho = fit_split_pooled(log.problem.weight, share)
-    notes = [
-        "only logged propensities are known: one multiplier is pooled over contexts, the share p(x)"
-        " varies with the context"
-    ]
-    return _finish(log, rho, {}, None, share, notes)
+        parts = _chunks(*source.behavior.shape)
+        return _problem(log, (_dense_split(source, part, share) for part in parts), share)
+    draws = source.weight.shape[1]
+    parts = _chunks(*source.weight.shape)
+    found = _problem(log, (_draws_split(log, source, p, share, min_draws) for p in parts), share)
+    return replace(found, notes=(f"rho fitted on {draws} draws per context",))
 
 
-def _dense_exact(log: SelectionLog, source: DensePolicies, share: float) -> PseudoProblem:
-    n, n_items = source.behavior.shape
-    rho = np.empty(n)
-    p = np.empty(n)
-    expected = {name: np.empty(n) for name in source.predictions}
-    step = max(1, _CHUNK_ELEMENTS // n_items)
-    for start in range(0, n, step):
-        part = slice(start, min(start + step, n))
-        behavior = source.behavior[part]
-        weight = importance_weights(behavior, source.target[part])
-        full = solve_multiplier(weight, behavior, share).apply(weight)
-        _collect(rho, p, expected, part, full, behavior, source)
-    return _finish(log, rho, expected, p, share, [])
+def _chunks(rows: int, columns: int) -> list[slice]:
+    step = max(1, _CHUNK_ELEMENTS // max(columns, 1))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _dense_network(
+def _dense_split(source: DensePolicies, part: slice, share: float) -> _Split:
+    behavior = source.behavior[part]
+    weight = importance_weights(behavior, source.target[part])
+    return _reduced(source, part, solve_multiplier(weight, behavior, share).apply(weight))
+
+
+def _reduced(source: DensePolicies, part: slice, full: Array) -> _Split:
+    """Reduce rho (rows, A) of some rows to what the rows need."""
+    mass = source.behavior[part] * full
+    p = mass.sum(axis=1)
+    expected = {
+        name: np.einsum("ij,ij->i", mass, prediction[part]) / p
+        for name, prediction in source.predictions.items()
+    }
+    return _Split(full[np.arange(full.shape[0]), source.action[part]], p, expected)
+
+
+def _draws_split(
+    log: SelectionLog, source: BehaviorDraws, part: slice, share: float, min_draws: int
+) -> _Split:
+    rho, drawn = fit_split_draws(
+        log.problem.weight[part], source.weight[part], share, min_draws=min_draws
+    )
+    p = drawn.mean(axis=1)
+    expected = {
+        name: (drawn * prediction[part]).mean(axis=1) / p
+        for name, prediction in source.predictions.items()
+    }
+    return _Split(rho, p, expected)
+
+
+def _network(
     log: SelectionLog, source: DensePolicies, share: float, options: NetworkOptions, seed: int
 ) -> PseudoProblem:
     if source.context is None:
         raise OfftowerError(
             "importance_fit='network' needs the contexts: SelectionLog.from_policies(context=...)."
         )
-    fit: NetworkFit = fit_network(
+    fit = fit_network(
         source.behavior,
         source.target,
         source.action,
@@ -103,77 +144,26 @@ def _dense_network(
         options=options,
         seed=seed,
     )
-    n = log.problem.n
-    rho, p = np.empty(n), np.empty(n)
-    expected = {name: np.empty(n) for name in source.predictions}
-    _collect(rho, p, expected, slice(0, n), fit.rho, source.behavior, source)
-    notes = [f"network fit: lambda = {fit.chosen:g}, mean p(x) = {p.mean():.3f}"]
+    split = _reduced(source, slice(0, log.problem.n), fit.rho)
+    notes = [f"network fit: lambda = {fit.chosen:g}, mean p(x) = {split.p.mean():.3f}"]
     if not fit.qualified:
         notes.append(
             f"no lambda kept the mean share within {options.tolerance:g} of {share:g}; the nearest "
             "was taken"
         )
-    return _finish(log, rho, expected, p, share, notes)
+    return replace(_problem(log, [split], share), notes=tuple(notes))
 
 
-def _collect(
-    rho: Array,
-    p: Array,
-    expected: dict[str, Array],
-    part: slice,
-    full: Array,
-    behavior: Array,
-    source: DensePolicies,
-) -> None:
-    """Reduce rho (rows, A) of one chunk to what the rows need."""
-    mass = behavior * full
-    rho[part] = full[np.arange(full.shape[0]), source.action[part]]
-    p[part] = mass.sum(axis=1)
-    for name, prediction in source.predictions.items():
-        expected[name][part] = np.einsum("ij,ij->i", mass, prediction[part]) / p[part]
-
-
-def _from_draws(
-    log: SelectionLog, source: BehaviorDraws, share: float, min_draws: int
-) -> PseudoProblem:
-    n, draws = source.weight.shape
-    rho, p = np.empty(n), np.empty(n)
-    expected = {name: np.empty(n) for name in source.predictions}
-    step = max(1, _CHUNK_ELEMENTS // max(draws, 1))
-    for start in range(0, n, step):
-        part = slice(start, min(start + step, n))
-        rho[part], drawn = fit_split_draws(
-            log.problem.weight[part], source.weight[part], share, min_draws=min_draws
-        )
-        p[part] = drawn.mean(axis=1)
-        for name, prediction in source.predictions.items():
-            expected[name][part] = (drawn * prediction[part]).mean(axis=1) / p[part]
-    return _finish(log, rho, expected, p, share, [f"rho fitted on {draws} draws per context"])
-
-
-def _finish(
-    log: SelectionLog,
-    rho: Array,
-    expected: dict[str, Array],
-    p: Array | None,
-    share: float,
-    notes: list[str],
-) -> PseudoProblem:
+def _problem(log: SelectionLog, splits: Iterable[_Split], share: float) -> PseudoProblem:
+    split = joined(list(splits))
     # p(x) averages over items as well, so its mean is the less noisy estimate of P = E[rho]
-    overall = float(rho.mean() if p is None else p.mean())
+    overall = float(split.p.mean())
     odds = (1.0 - overall) / overall
-    weight = rho / (1.0 - rho) * odds
-    models: dict[str, ModelPredictions] = {}
-    if p is not None:
-        context_weight = p / (1.0 - p) * odds
-        pseudo = weight / context_weight
-        for name, value in expected.items():
-            models[name] = ModelPredictions(
-                log.problem.models[name].action_reward, value * context_weight
-            )
-    else:
-        pseudo = weight
-    error = float(np.mean((pseudo - log.problem.weight) ** 2))
-    return PseudoProblem(
-        rho, Problem(weight, log.problem.reward, models), share, error, tuple(notes)
-    )
+    weight = split.rho / (1.0 - split.rho) * odds
+    context_weight = split.p / (1.0 - split.p) * odds
+    models = {
+        name: ModelPredictions(log.problem.models[name].action_reward, value * context_weight)
+        for name, value in split.expected.items()
+    }
+    error = float(np.mean((weight / context_weight - log.problem.weight) ** 2))
+    return PseudoProblem(split.rho, Problem(weight, log.problem.reward, models), share, error)

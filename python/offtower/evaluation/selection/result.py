@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from offtower.evaluation.selection.problem import Array, Candidate
+from offtower.evaluation.rows import Array
+from offtower.evaluation.selection.problem import Candidate
 
 
 @dataclass(frozen=True)

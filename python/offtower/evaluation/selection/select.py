@@ -1,4 +1,4 @@
-"""One door to all selectors."""
+"""Public entry points of estimator selection: run one selector, or compare several."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from offtower.errors import OfftowerError
-from offtower.evaluation.selection.disagreement import explain
+from offtower.evaluation.rows import Array
 from offtower.evaluation.selection.heuristic import select_heuristic
 from offtower.evaluation.selection.log import SelectionLog
 from offtower.evaluation.selection.ocv import select_ocv
 from offtower.evaluation.selection.paired import select_paired
 from offtower.evaluation.selection.pasif import select_pasif
-from offtower.evaluation.selection.problem import Array, Candidate, check_candidates
+from offtower.evaluation.selection.problem import Candidate, check_candidates
 from offtower.evaluation.selection.result import SelectionComparison, SelectionResult
 from offtower.evaluation.selection.slope import select_slope
 
@@ -25,7 +25,22 @@ METHODS: dict[str, Callable[..., SelectionResult]] = {
     "ocv": select_ocv,
     "slope": select_slope,
 }
+RECOMMENDED = ("paired", "pasif", "ocv", "slope", "heuristic")
+"""The first of these that ran is recommended."""
 _SEEDED = {"pasif", "heuristic", "ocv"}
+
+_CAVEATS = {
+    "paired": "it adds each estimator's own variance and its paired distance from a consistent "
+    "estimator, on all rows",
+    "pasif": "it measures errors on parts of the log that imitate this policy, with fewer rows "
+    "than the log has: an estimator that needs many rows looks worse there",
+    "heuristic": "it measures errors between the logging policies and ignores this one: trust it "
+    "least where this policy is further from the log than they are from each other",
+    "ocv": "it compares with a noisy consistent estimate on held-out rows: an estimator of low "
+    "variance with a bias below that noise looks good",
+    "slope": "it takes the estimator of least variance whose interval meets those of the others: a "
+    "bias within the intervals is not counted",
+}
 
 
 def select_estimator(
@@ -38,10 +53,8 @@ def select_estimator(
 ) -> SelectionResult:
     """Rank estimators for this log and this target policy.
 
-    method: "paired" (variance plus paired squared bias on the real problem), "pasif" (options
-    importance_fit, share, repetitions, resample, ties, network, min_draws), "heuristic", "ocv" or
-    "slope"; `compare_selectors` runs them all. options go to the method's own function
-    (select_pasif and its like). The same seed gives the same result.
+    method: of METHODS. options: of the method's own function (`select_pasif` and its like). The
+    same seed gives the same result.
     Raises OfftowerError for an unknown method, candidates that are no candidates, or a log that
     lacks what the method needs.
     """
@@ -65,12 +78,11 @@ def compare_selectors(
     options: dict[str, dict[str, Any]] | None = None,
     logs: Mapping[str, SelectionLog] | None = None,
 ) -> SelectionComparison:
-    """Run several selectors and say where they disagree and what that means.
+    """Run several selectors, recommend one, and explain where they disagree.
 
     methods: names of METHODS, all by default; a method that cannot run on this log is listed with
     its reason. options: per method. logs: a log of its own for a method, such as a part of the rows
-    for which there are draws. The recommendation is the first method of
-    paired, pasif, ocv, slope, heuristic that ran. Raises OfftowerError when none did.
+    for which there are draws. Raises OfftowerError when no method ran.
     """
     checked = check_candidates(candidates, log.problem.models)
     results: dict[str, SelectionResult] = {}
@@ -88,12 +100,11 @@ def compare_selectors(
             if method not in METHODS:
                 raise
             failed[method] = str(error)
-    preferred = [m for m in ("paired", "pasif", "ocv", "slope", "heuristic") if m in results]
-    if not preferred:
+    recommended = next((method for method in RECOMMENDED if method in results), None)
+    if recommended is None:
         raise OfftowerError(
             "no selection method could run: " + "; ".join(f"{m}: {e}" for m, e in failed.items())
         )
-    recommended = preferred[0]
     distance, spread = _spread(log, checked, results, recommended)
     return SelectionComparison(
         results,
@@ -102,11 +113,12 @@ def compare_selectors(
         _agreement(results),
         spread,
         _verdict(results, recommended, distance, spread),
-        explain(results, recommended),
+        _disagreements(results, recommended),
     )
 
 
 def _agreement(results: dict[str, SelectionResult]) -> dict[tuple[str, str], float]:
+    """Spearman correlation of each two rankings over the candidates that both contain."""
     names = list(results)
     out: dict[tuple[str, str], float] = {}
     for i, a in enumerate(names):
@@ -168,10 +180,28 @@ def _verdict(
             f"{listed} Their values lie within one standard error of each other: the choice hardly "
             "matters."
         )
-    told = f"{listed} Their values differ by {spread:.1f} standard errors of the difference"
+    text = f"{listed} Their values differ by {spread:.1f} standard errors of the difference"
     if spread <= 2.0:
-        return f"{told}: noise explains that; report both."
+        return f"{text}: noise explains that; report both."
     return (
-        f"{told}, more than noise explains: at least one choice is biased for this policy. Look at "
+        f"{text}, more than noise explains: at least one choice is biased for this policy. Look at "
         "the weights and the reward model's calibration before trusting either."
     )
+
+
+def _disagreements(results: dict[str, SelectionResult], recommended: str) -> dict[str, str]:
+    """By method that chooses another estimator than the recommended one, the reason."""
+    chosen = results[recommended].best.name
+    out = {}
+    for method, result in results.items():
+        if result.best.name == chosen:
+            continue
+        ranked = [score.name for score in result.ranking]
+        if chosen not in ranked:
+            where = f"it could not rank {chosen}"
+        elif chosen in result.tied:
+            where = f"its evidence does not separate {chosen} from its choice"
+        else:
+            where = f"it ranks {chosen} at {ranked.index(chosen) + 1} of {len(ranked)}"
+        out[method] = f"chooses {result.best.name}; {where}. Note that {_CAVEATS[method]}."
+    return out

@@ -26,14 +26,14 @@ def select_slope(
     inequality proves; the ranking is the choice first, then increasing `mse`. No noise is
     estimated.
     """
-    judged = list(candidates)
-    values, influence = log.problem.influence(judged)
+    ranked = list(candidates)
+    values, influence = log.problem.influence(ranked)
     n = log.problem.n
     variance = np.mean(influence**2, axis=1) / n
     ladder = np.argsort(-variance, kind="stable")
     half = width * np.sqrt(variance)
     slack = np.sqrt(6.0) - 1.0
-    proven = np.zeros(len(judged))
+    proven = np.zeros(len(ranked))
     chosen, open_ = int(ladder[0]), True
     for place, i in enumerate(ladder):
         before = ladder[:place]
@@ -45,14 +45,14 @@ def select_slope(
             chosen = int(i)
     mse = variance + proven**2
     rest = [int(j) for j in np.argsort(mse, kind="stable") if j != chosen]
-    unknown = np.full(len(judged), np.nan)
+    unknown = np.full(len(ranked), np.nan)
     return make_result(
         "slope",
-        judged,
+        ranked,
         values,
         mse,
         unknown,
         unknown,
         order=[chosen, *rest],
-        details={"width": width, "ladder": [judged[int(i)].name for i in ladder]},
+        details={"width": width, "ladder": [ranked[int(i)].name for i in ladder]},
     )

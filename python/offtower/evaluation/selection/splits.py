@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from offtower.errors import OfftowerError
+from offtower.evaluation.rows import Array
 from offtower.evaluation.selection.exact import ContextMultiplier, solve_multiplier
 from offtower.evaluation.selection.network import NetworkOptions, fit_network
-
-Array = NDArray[np.float64]
 
 MIN_DRAWS = 100
 """Draws per context that the Monte Carlo fit asks for."""
@@ -75,10 +74,10 @@ def fit_split_draws(
     *,
     min_draws: int = MIN_DRAWS,
 ) -> tuple[Array, Array]:
-    """The exact split where the behaviour policy can be sampled but not summed over.
+    """The exact split where the behavior policy can be sampled but not summed over.
 
     weight: (n,) target / behavior of the logged items. draw_weight: (n, S) the same ratio at S
-    items drawn from the behaviour policy in each row's context, independently of the logged item.
+    items drawn from the behavior policy in each row's context, independently of the logged item.
     share: k. Returns rho of the logged items (n,) and of the draws (n, S).
     Raises OfftowerError for fewer than `min_draws` draws. One draw is always refused: the
     constraint would force rho = k there, a random split in disguise.
@@ -95,7 +94,7 @@ def fit_split_draws(
         raise OfftowerError(
             f"fit_split_draws: {draws.shape[1]} draw(s) per context, at least {needed} are needed. "
             "With few draws the constraint E[rho] = share fixes rho itself and the split ignores "
-            "the target policy. Draw more from the behaviour policy, or use fit_split_pooled where "
+            "the target policy. Draw more from the behavior policy, or use fit_split_pooled where "
             "only the logged propensity is known."
         )
     solution = solve_multiplier(draws, None, share)
