@@ -186,7 +186,6 @@ def selectors(which: str, network: NetworkOptions) -> dict[str, Selector]:
     }
     pasif |= {
         "pasif, 40 splits, bootstrap": Selector("pasif", {**plain, "resample": True}),
-        "pasif, 40 splits, ties by variance": Selector("pasif", {**plain, "ties": "variance"}),
         "pasif, 40 splits, ties by pairing": Selector("pasif", {**plain, "ties": "paired"}),
     }
     paired = {
@@ -328,8 +327,6 @@ def run_world(world: World, args: argparse.Namespace, map_: Callable[..., Any]) 
     network = NetworkOptions(
         epochs=args.network_epochs,
         learning_rate=args.network_rate,
-        precision=args.network_precision,
-        whole_grid=not args.network_first,
     )
     chosen = selectors(args.selectors, network)
     logs = max(args.truth, args.repetitions)
@@ -451,10 +448,6 @@ def main() -> None:
     parser.add_argument("--selectors", choices=("main", "ablation", "network"), default="main")
     parser.add_argument("--network-epochs", type=int, default=5000, help="published: 5000")
     parser.add_argument("--network-rate", type=float, default=1e-3, help="published: 0.001")
-    parser.add_argument("--network-precision", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--network-first", action="store_true", help="stop at the first lambda that qualifies"
-    )
     parser.add_argument("--resume", help="folder of finished rankings; go on where a run stopped")
     parser.add_argument("--minutes", type=float, help="with --resume: stop after so long")
     parser.add_argument("--workers", type=int, default=1)
