@@ -1,4 +1,4 @@
-"""What JSON can hold."""
+"""Values that JSON can represent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def finite(value: Any) -> Any:
-    """`value` with infinities and NaN as None, since JSON has neither."""
+    """Replace infinities and NaN in nested lists and dictionaries by None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

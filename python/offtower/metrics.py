@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, in step order, without repeats after a resumption."""
+"""metrics.jsonl: one JSON object per line, in step order, without duplicates after resuming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress as the long-running parts report it; the command line draws it."""
+"""Progress reports of long-running functions."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Protocol, TypeVar
 
 
 class Progress:
-    """Does nothing; a drawing one overrides the three methods."""
+    """Ignores all reports; the command line overrides the methods to draw bars."""
 
     def start(self, task: str, total: int | None) -> None:
-        """A new task begins; `total` units of work, or None where unknown."""
+        """Begin a task of `total` units of work, or of unknown length."""
 
     def advance(self, amount: int, note: str = "") -> None:
-        """So much more of the current task is done; `note` is shown beside the bar."""
+        """Add to the finished units; `note` is shown beside the bar."""
 
     def finish(self) -> None:
-        """The current task is done."""
+        """End the current task."""
 
 
 class _Rows(Protocol):
@@ -28,7 +28,7 @@ R = TypeVar("R", bound=_Rows)
 
 
 def watched(results: Iterable[R], progress: Progress) -> Iterator[R]:
-    """Hand results on, and count their `rows` as done."""
+    """Yield `results`, and report the `rows` of each as done."""
     for result in results:
         progress.advance(result.rows)
         yield result

@@ -130,7 +130,8 @@ def _without_working_folder() -> AbstractContextManager[object]:
     here = Path.cwd()
     own = any(Path(entry).resolve() == here for entry in sys.path)
     relative = any(
-        not os.path.isabs(entry) for entry in os.environ.get("PYTHONPATH", "/").split(os.pathsep)
+        entry and not os.path.isabs(entry)
+        for entry in os.environ.get("PYTHONPATH", "/").split(os.pathsep)
     )
     return contextlib.nullcontext() if own or relative else contextlib.chdir("/")
 
