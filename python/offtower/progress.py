@@ -27,7 +27,7 @@ class _Rows(Protocol):
 R = TypeVar("R", bound=_Rows)
 
 
-def watched(results: Iterable[R], progress: Progress) -> Iterator[R]:
+def report_rows(results: Iterable[R], progress: Progress) -> Iterator[R]:
     """Yield `results`, and report the `rows` of each as done."""
     for result in results:
         progress.advance(result.rows)

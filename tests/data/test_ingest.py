@@ -17,7 +17,7 @@ from offtower.data import ingest as module
 from offtower.data import stores
 from offtower.data.ingest import IngestSource, Split, ingest_files
 from offtower.data.lease import Lease
-from offtower.data.location import Location, Place
+from offtower.data.location import AnyPath, Location
 from offtower.data.schema import FeatureSpec, LogSchema
 from offtower.errors import DataError, LeaseError
 from tests.mappers import content
@@ -42,7 +42,7 @@ def source(tmp_path: Path) -> IngestSource:
     return IngestSource(tmp_path / "source.parquet", SCHEMA)
 
 
-def ingest_until(step: str, source: IngestSource, out: Place, store: Path | None) -> None:
+def ingest_until(step: str, source: IngestSource, out: AnyPath, store: Path | None) -> None:
     """Ingest, and die where the function of that name would be called."""
     if store is not None:
         stores.mount(STORE, fs.PyFileSystem(Unruly(store)))
@@ -50,7 +50,7 @@ def ingest_until(step: str, source: IngestSource, out: Place, store: Path | None
     ingest_files(source, out, split=SPLIT)
 
 
-def kill_in(step: str, source: IngestSource, out: Place, store: Path | None = None) -> None:
+def kill_in(step: str, source: IngestSource, out: AnyPath, store: Path | None = None) -> None:
     process = multiprocessing.get_context(START).Process(
         target=ingest_until, args=(step, source, out, store)
     )

@@ -127,4 +127,4 @@ def test_advice(said: str, advice: str) -> None:
         Location.of("s3://bucket/x?region=a").refuse(OSError(said), "read")
     assert said in str(error.value) and "s3://bucket/x" in str(error.value)
     lasting = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "301")
-    assert stores.may_pass(OSError(said)) == (not any(mark in said for mark in lasting))
+    assert stores.is_transient(OSError(said)) == (not any(mark in said for mark in lasting))

@@ -25,7 +25,7 @@ from offtower.data.columns import (
     is_number,
     is_text,
 )
-from offtower.data.location import Location, Place
+from offtower.data.location import AnyPath, Location
 from offtower.data.lookup import Lookup
 from offtower.data.manifest import find_parquet_files, read_manifest, write_manifest
 from offtower.data.output import check_new, new_directory, new_file
@@ -72,7 +72,7 @@ class Catalogue:
         self.fingerprint = _check_values(rows, schema) if fingerprint is None else fingerprint
 
     @classmethod
-    def open(cls, path: Place, schema: CatalogueSchema | None = None) -> Catalogue:
+    def open(cls, path: AnyPath, schema: CatalogueSchema | None = None) -> Catalogue:
         """A directory of Parquet files, in the order of their names. Those of a store are copied
         once to this machine (`data.copies`), where they are memory-mapped.
 
@@ -134,7 +134,7 @@ class Catalogue:
         return self._index.find(ids)
 
 
-def write_catalogue(directory: Place, table: pa.Table, schema: CatalogueSchema) -> Catalogue:
+def write_catalogue(directory: AnyPath, table: pa.Table, schema: CatalogueSchema) -> Catalogue:
     """Check a catalogue and write it as a directory that `Catalogue.open` reads.
 
     Raises:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from offtower.data.copies import LocalCopies
-from offtower.data.location import Found, Location
+from offtower.data.location import ListedFile, Location
 from offtower.data.parquet import listed_footers, read_row_group
 from offtower.errors import DataError
 
@@ -69,7 +69,7 @@ class ParquetRows(CatalogueRows):
 
     def __init__(
         self,
-        files: Sequence[Found],
+        files: Sequence[ListedFile],
         columns: Sequence[str],
         place: Location,
         manifest: Mapping[str, Any] | None,

@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
-from offtower.data.location import Place
+from offtower.data.location import AnyPath
 from offtower.data.log import TableOrigin
 from offtower.data.quarantine import REASON, write_aside
 from offtower.data.rules import Fault, bad_vectors, find_faults
@@ -150,7 +150,7 @@ class RowChecker:
     """
 
     def __init__(
-        self, schema: LogSchema, catalogue: Catalogue, quarantine: Place | None = None
+        self, schema: LogSchema, catalogue: Catalogue, quarantine: AnyPath | None = None
     ) -> None:
         self._schema = schema
         self._catalogue = catalogue

@@ -1,9 +1,8 @@
-"""Copies of a store's files on this machine, for what is read over and over or memory-mapped.
+"""A local cache of files in object stores, for files that are read repeatedly or memory-mapped.
 
-A folder that all processes of a machine share: OFFTOWER_CACHE, ~/.cache/offtower without it, of at
-most OFFTOWER_CACHE_GIB GiB (100). A copy is known by its address, size and time of change, appears
-whole or not at all, and is used by many; the one that was not used for longest goes first, but
-none that is open.
+All processes of a machine share the folder OFFTOWER_CACHE (default ~/.cache/offtower) of at most
+OFFTOWER_CACHE_GIB GiB (default 100). The key of a copy is its address, size and time of change.
+Copies appear atomically; the least recently used one that is not open is evicted first.
 """
 
 from __future__ import annotations
@@ -23,27 +22,26 @@ from typing import IO, Any
 import pyarrow as pa
 
 from offtower.atomic import remove_leftovers, replace_directory, write_text
-from offtower.data.location import Found
+from offtower.data.location import ListedFile
 from offtower.data.read_ahead import InOrder
-from offtower.data.stores import limit, tried
+from offtower.data.stores import limit, retry
 from offtower.errors import DataError
 
 logger = logging.getLogger("offtower.stores")
 
 FOLDER, GIB = "OFFTOWER_CACHE", "OFFTOWER_CACHE_GIB"
 SPARE_BYTES = 2**30
-"""Of the disk, that copies leave free."""
+"""Disk space that copies leave free."""
 _RANGE = 16 * 2**20
 _THREADS = 8
-_SAID_ABOVE = 256 * 2**20
+_LOG_ABOVE = 256 * 2**20
 _DATA, _LOCK, _ORIGIN = "data", "lock", "origin.json"
 
 
 class LocalCopies:
-    """Files by their paths on this machine. What is sent to another process makes its own copies
-    there, or finds those of its machine."""
+    """Local paths of files. A pickled object uses the cache of the machine that loads it."""
 
-    def __init__(self, files: Sequence[Found]) -> None:
+    def __init__(self, files: Sequence[ListedFile]) -> None:
         self._files = list(files)
         self._paths: list[Path] | None = None
         self._held: list[IO[bytes]] = []
@@ -55,18 +53,18 @@ class LocalCopies:
         return {"_files": self._files, "_paths": None, "_held": []}
 
     def name(self, number: int) -> str:
-        """The file as the user knows it."""
+        """Return the path or address that the user knows."""
         return str(self._files[number].location)
 
     def path(self, number: int) -> Path:
-        """Where it is here; all files are copied when the first one is asked for.
+        """Return the local path; the first call copies all files.
 
         Raises:
-            DataError: a file has changed or cannot be read, or there is no room for copies.
+            DataError: a file has changed or cannot be read, or the cache is full.
         """
         if self._paths is None:
             far = [one for one in self._files if one.location.local is None]
-            copies = iter(_hold(far, self._held)) if far else iter(())
+            copies = iter(_open_copies(far, self._held)) if far else iter(())
             self._paths = [
                 next(copies) if one.location.local is None else one.location.local
                 for one in self._files
@@ -75,7 +73,7 @@ class LocalCopies:
 
 
 def cache_folder() -> Path:
-    """The folder of the copies."""
+    """Return the folder of the cache."""
     given = os.environ.get(FOLDER)
     if given:
         return Path(given)
@@ -83,10 +81,10 @@ def cache_folder() -> Path:
 
 
 def cache_bytes() -> int:
-    """How many bytes copies may take.
+    """Return the size limit of the cache.
 
     Raises:
-        DataError: OFFTOWER_CACHE_GIB is no such number.
+        DataError: OFFTOWER_CACHE_GIB is not a valid number.
     """
     text = os.environ.get(GIB, "100")
     try:
@@ -98,14 +96,14 @@ def cache_bytes() -> int:
     return int(size)
 
 
-def _hold(files: Sequence[Found], held: list[IO[bytes]]) -> list[Path]:
-    """Paths of copies; `held` gets open files that keep them from being removed."""
+def _open_copies(files: Sequence[ListedFile], held: list[IO[bytes]]) -> list[Path]:
+    """Return paths of copies; `held` gets open files that protect them from eviction."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with _locked(folder):
             entries = [folder / _key(one) for one in files]
-            missing: list[tuple[Found, Path]] = []
+            missing: list[tuple[ListedFile, Path]] = []
             for one, entry in zip(files, entries, strict=True):
                 if (entry / _DATA).exists():
                     held.append(_share(entry))
@@ -124,30 +122,30 @@ def _hold(files: Sequence[Found], held: list[IO[bytes]]) -> list[Path]:
     return [entry / _DATA for entry in entries]
 
 
-def _key(one: Found) -> str:
+def _key(one: ListedFile) -> str:
     text = f"{one.location}\n{one.size}\n{one.mtime_ns}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time copies and removes; the others find what it copied."""
-    began, said = time.monotonic(), False
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the cache's lock: one process at a time copies and evicts."""
+    began, logged = time.monotonic(), False
     with open(folder / _LOCK, "ab") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not said and time.monotonic() - began > 15.0:
-                    said = True
+                if not logged and time.monotonic() - began > 15.0:
+                    logged = True
                     logger.warning("waiting for another process that copies into '%s'", folder)
                 time.sleep(0.05)
         yield
 
 
 def _share(entry: Path) -> IO[bytes]:
-    """Mark a copy as used, for as long as the file that comes back is open."""
+    """Mark a copy as used while the returned file is open."""
     os.utime(entry / _LOCK)
     lock = open(entry / _LOCK, "rb")  # noqa: SIM115
     fcntl.flock(lock, fcntl.LOCK_SH)
@@ -155,7 +153,7 @@ def _share(entry: Path) -> IO[bytes]:
 
 
 def _make_room(folder: Path, wanted: int) -> None:
-    """Remove copies that nobody has open, the longest unused first, until `wanted` bytes fit."""
+    """Evict closed copies, least recently used first, until `wanted` bytes fit."""
     most = cache_bytes()
     entries = [entry for entry in folder.iterdir() if (entry / _DATA).exists()]
     entries.sort(key=lambda entry: (entry / _LOCK).stat().st_mtime_ns)
@@ -181,14 +179,14 @@ def _make_room(folder: Path, wanted: int) -> None:
     raise DataError(
         f"no room for copies of {_gib(wanted)} in '{folder}': its limit is {_gib(most)} "
         f"({GIB}), {_gib(sum(sizes.values()))} of it are in use, and the disk has {_gib(free)} "
-        f"free, of which {_gib(SPARE_BYTES)} must stay so. Allow more, or name a folder on a "
-        f"larger disk ({FOLDER}=FOLDER)"
+        f"free, of which {_gib(SPARE_BYTES)} stay free. Raise the limit, or set {FOLDER} to a "
+        "folder on a larger disk"
     )
 
 
-def _copy(missing: Sequence[tuple[Found, Path]], folder: Path) -> None:
+def _copy(missing: Sequence[tuple[ListedFile, Path]], folder: Path) -> None:
     wanted = sum(one.size for one, _ in missing)
-    if wanted > _SAID_ABOVE:
+    if wanted > _LOG_ABOVE:
         logger.warning(
             "copying %s ('%s'%s) to '%s', once for this machine",
             _gib(wanted),
@@ -210,29 +208,29 @@ def _copy(missing: Sequence[tuple[Found, Path]], folder: Path) -> None:
         size=lambda part: part[2],
         room=_THREADS * _RANGE,
     )
-    done, said = 0, time.monotonic()
+    done, logged = 0, time.monotonic()
     for one, entry in missing:
         with replace_directory(entry) as temporary:
             with open(temporary / _DATA, "wb") as sink:
                 for _ in range(0, one.size, _RANGE):
                     done += sink.write(next(blocks))
-                    if time.monotonic() - said > 60.0:
-                        said = time.monotonic()
+                    if time.monotonic() - logged > 60.0:
+                        logged = time.monotonic()
                         logger.warning("copied %s of %s", _gib(done), _gib(wanted))
             (temporary / _LOCK).touch()
             write_text(temporary / _ORIGIN, json.dumps({"address": str(one.location)}) + "\n")
 
 
-def _range(one: Found, start: int, length: int) -> bytes:
-    """Some bytes of a file, which must still be the one that was listed."""
+def _range(one: ListedFile, start: int, length: int) -> bytes:
+    """Read a range of a file, which must have the size that was listed."""
     file = one.location
 
     def read() -> bytes:
         with file.open() as source:
             if source.size() != one.size:
                 raise DataError(
-                    f"'{file}' has changed while it was copied (it had {one.size:,} bytes, and has "
-                    f"{source.size():,}); start again when nobody writes there"
+                    f"'{file}' changed while it was copied (from {one.size:,} to "
+                    f"{source.size():,} bytes); start again when no process writes there"
                 )
             block: bytes = source.read_at(length, start)
         if len(block) != length:
@@ -240,7 +238,7 @@ def _range(one: Found, start: int, length: int) -> bytes:
         return block
 
     try:
-        return tried(read, f"'{file}'")
+        return retry(read, f"'{file}'")
     except (pa.ArrowException, OSError) as error:
         file.refuse(error, "copied")
 

@@ -19,7 +19,7 @@ from offtower.atomic import remove_leftovers
 from offtower.data.catalogue import Catalogue, write_catalogue
 from offtower.data.check import RowChecker
 from offtower.data.lease import Lease
-from offtower.data.location import Location, Place
+from offtower.data.location import AnyPath, Location
 from offtower.data.log import write_log
 from offtower.data.obd import import_open_bandit
 from offtower.data.output import check_new
@@ -29,7 +29,7 @@ from offtower.data.source import CheckedUnits, Units, joined_values, open_source
 from offtower.data.split import SplitBy, split_log
 from offtower.errors import DataError
 from offtower.mapping import Mapper
-from offtower.progress import Progress, watched
+from offtower.progress import Progress, report_rows
 
 logger = logging.getLogger("offtower.data")
 
@@ -67,9 +67,9 @@ class IngestSource:
         catalogue: the items; without it those that the log shows, known by their ids alone.
     """
 
-    log: Place
+    log: AnyPath
     schema: LogSchema
-    catalogue: Place | None = None
+    catalogue: AnyPath | None = None
     catalogue_schema: CatalogueSchema | None = None
 
 
@@ -88,7 +88,7 @@ class Split:
 
 def ingest_files(
     source: IngestSource,
-    out: Place,
+    out: AnyPath,
     *,
     on_bad_rows: str = "error",
     split: Split | None = None,
@@ -132,7 +132,7 @@ def ingest_files(
 
 def ingest_open_bandit(
     campaign: str,
-    out: Place,
+    out: AnyPath,
     *,
     split: Split | None = None,
     mapper: Mapper | None = None,
@@ -174,7 +174,7 @@ def _split(
 
 
 @contextmanager
-def _claimed(out: Place, split: Split | None) -> Iterator[Location]:
+def _claimed(out: AnyPath, split: Split | None) -> Iterator[Location]:
     """Hold `out` for one ingest, without what a killed one left there.
 
     A marker names the folders that this ingest will write and that did not exist before. It is
@@ -272,7 +272,7 @@ def _write(
     if quarantine is not None:
         progress.start("checking rows", int(counted.sum()))
         tallies = list(
-            watched(mapper.map(rows.tally, range(len(units)), "checking rows"), progress)
+            report_rows(mapper.map(rows.tally, range(len(units)), "checking rows"), progress)
         )
         progress.finish()
         bad = sum(one.bad for one in tallies)

@@ -45,7 +45,7 @@ from typing import Any, Protocol, Self
 
 from pyarrow import fs
 
-from offtower.data.location import Location, Place
+from offtower.data.location import AnyPath, Location
 from offtower.errors import DataError, LeaseError
 
 logger = logging.getLogger("offtower.lease")
@@ -134,7 +134,7 @@ class Lease:
             self._thread.start()
 
     @classmethod
-    def acquire(cls, folder: Place, *, take_over: bool = False, remedy: str = "") -> Lease:
+    def acquire(cls, folder: AnyPath, *, take_over: bool = False, remedy: str = "") -> Lease:
         """Become the owner of a folder; it is created where it does not exist.
 
         Waits for up to `STALE_SECONDS` where the owner is on another machine and has not shown

@@ -14,7 +14,7 @@ import pyarrow as pa
 from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
 from offtower.data.encoding import FeatureEncoding, concat
-from offtower.data.location import Place
+from offtower.data.location import AnyPath
 from offtower.data.log import Log
 from offtower.data.rows import EncodedRows, encode_rows
 from offtower.errors import ConfigError
@@ -42,7 +42,7 @@ class Loader:
         catalogue: Catalogue,
         context_encoding: FeatureEncoding,
         on_bad_rows: OnBadRows,
-        quarantine: Place | None,
+        quarantine: AnyPath | None,
     ) -> None:
         if on_bad_rows not in ("error", "quarantine"):
             raise ConfigError(f"on_bad_rows must be error or quarantine, but is '{on_bad_rows}'")

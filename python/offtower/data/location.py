@@ -1,8 +1,4 @@
-"""Where a log, a catalogue or a file of one is: a path of this machine, or an address of a store.
-
-One class for both, so that what reads and writes is written once. Paths stay what they were: files
-of this machine are opened, mapped and renamed as such. `str` of a location opens it again.
-"""
+"""Locations of logs, catalogues and their files: local paths, or addresses of object stores."""
 
 from __future__ import annotations
 
@@ -22,11 +18,11 @@ from pyarrow import fs
 from offtower.atomic import write_bytes
 from offtower.data.stores import (
     advice,
-    asked,
     connect,
     first_line,
     has_folders,
     is_address,
+    request,
 )
 from offtower.errors import DataError
 from offtower.paths import safe_relative
@@ -38,23 +34,25 @@ _COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Found:
-    """A file of a listing."""
+class ListedFile:
+    """A file in the listing of a folder."""
 
     location: Location
     size: int
     mtime_ns: int | None
     name: str
-    """Its path below what was listed, with slashes; empty for a file that was listed itself."""
+    """Path relative to the listed folder, with slashes; empty if the file itself was listed."""
 
 
 class Location:
-    """A file or folder. Compared and hashed by its text; small to send to another process, where
-    it connects by that process's credentials.
+    """A local path, or an address of an object store.
+
+    Locations are equal if their texts are, and `Location.of(str(location))` opens one again. A
+    pickled location connects with the credentials of the process that loads it.
 
     Attributes:
-        local: the path, on this machine; None in a store.
-        path: in its file system.
+        local: the local path; None in a store.
+        path: the path in its file system.
     """
 
     __slots__ = ("_address", "_options", "filesystem", "local", "path")
@@ -72,10 +70,10 @@ class Location:
 
     @classmethod
     def of(cls, place: str | Path | Location) -> Location:
-        """A path, or an address such as s3://bucket/logs?region=eu-west-1.
+        """Parse a path, or an address such as s3://bucket/logs?region=eu-west-1.
 
         Raises:
-            DataError: the address has a form that is not known, or its store cannot be reached.
+            DataError: the address has an unknown form, or its store cannot be reached.
         """
         if isinstance(place, Location):
             return place
@@ -105,7 +103,6 @@ class Location:
         return str(self.local) if self.local is not None else self._address + self._options
 
     def __fspath__(self) -> str:
-        """So that a location of this machine is a path wherever one is taken."""
         if self.local is None:
             raise TypeError(f"'{self}' is in a store, and no path of this machine")
         return str(self.local)
@@ -123,7 +120,7 @@ class Location:
         return Location.of, (str(self),)
 
     def __truediv__(self, name: str) -> Location:
-        """A file or folder below; `name` may have slashes."""
+        """Return a file or folder below; `name` may have slashes."""
         if self.local is not None:
             return Location.of(self.local / name)
         path = f"{self.path.rstrip('/')}/{name}" if self.path else name
@@ -146,14 +143,14 @@ class Location:
         return Location(path, None, self.filesystem, address, self._options)
 
     def absolute(self) -> Location:
-        """The same place for a process whose working folder is another."""
+        """Return the same location for a process with another working folder."""
         return self if self.local is None else Location.of(self.local.resolve())
 
     def kind(self) -> Literal["file", "folder"] | None:
-        """What is there; None where nothing is.
+        """Return whether this is a file, a folder or nothing (None).
 
         Raises:
-            DataError: the store does not say.
+            DataError: the store does not answer.
         """
         if self.local is not None:
             return "file" if self.local.is_file() else "folder" if self.local.exists() else None
@@ -167,16 +164,18 @@ class Location:
     def exists(self) -> bool:
         return self.kind() is not None
 
-    def files(self) -> list[Found]:
-        """All files below a folder, or the file itself, by the parts of their paths, sorted.
+    def files(self) -> list[ListedFile]:
+        """List all files below a folder, or the file itself, sorted by the parts of their paths.
 
         Raises:
-            DataError: the store does not say, or lists a name that leaves the folder.
+            DataError: the store does not answer, or lists a name outside of the folder.
         """
         if self.local is not None:
             alone = self.local.is_file()
             found = [("", self.path, self.local.stat())] if alone else _files_below(self.local)
-            return [Found(Location(p, Path(p)), s.st_size, s.st_mtime_ns, n) for n, p, s in found]
+            return [
+                ListedFile(Location(p, Path(p)), s.st_size, s.st_mtime_ns, n) for n, p, s in found
+            ]
         if self.kind() == "file":
             infos = [self._ask(lambda store: store.get_file_info(self.path))]
         else:
@@ -187,24 +186,23 @@ class Location:
         cut = len(self.path)
         named = [(info.path[cut:].lstrip("/"), info) for info in infos]
         return [
-            Found(
+            ListedFile(
                 self / safe_relative(name, self) if name else self, info.size, info.mtime_ns, name
             )
             for name, info in named
         ]
 
     def open(self) -> pa.NativeFile:
-        """Open a file of a store for reading at any place. Errors are the store's own: whoever
-        reads knows better what they mean."""
+        """Open a file of a store for random access. Errors are those of pyarrow."""
         assert self.filesystem is not None
         return self.filesystem.open_input_file(self.path)
 
     def read_bytes(self) -> bytes:
-        """The whole of a small file.
+        """Read a small file.
 
         Raises:
-            FileNotFoundError: it is not there.
-            DataError: the store does not give it.
+            FileNotFoundError: it does not exist.
+            DataError: the store fails.
         """
         if self.local is not None:
             return self.local.read_bytes()
@@ -216,17 +214,17 @@ class Location:
         return self._ask(read)
 
     def write_bytes(self, content: bytes) -> None:
-        """A small file, whole or not at all."""
+        """Write a small file atomically."""
         if self.local is not None:
             write_bytes(self.local, content)
         else:
             self._send(lambda sink: sink.write(content))
 
     def send(self, file: Path) -> None:
-        """Copy a file of this machine here; an object takes its name when all of it is there.
+        """Upload a local file; the object appears when it is complete.
 
         Raises:
-            DataError: the store does not take it.
+            DataError: the store fails.
         """
 
         def copy(sink: pa.NativeFile) -> None:
@@ -251,7 +249,7 @@ class Location:
             self._ask(lambda store: store.delete_dir(self.path))
 
     def refuse(self, error: BaseException, doing: str) -> NoReturn:
-        """Raise what an error of the store means, with what to do."""
+        """Raise DataError for an error of the store, with advice."""
         more = advice(error)
         raise DataError(
             f"'{self}' cannot be {doing} ({first_line(error)})" + (f"; {more}" if more else "")
@@ -270,7 +268,7 @@ class Location:
         store = self.filesystem
         assert store is not None
         try:
-            return asked(lambda: function(store), f"'{self}'")
+            return request(lambda: function(store), f"'{self}'")
         except FileNotFoundError as error:
             if doing == "read":
                 raise
@@ -280,8 +278,7 @@ class Location:
 
 
 def _files_below(folder: Path) -> list[tuple[str, str, os.stat_result]]:
-    """(name below, path, facts) of files, in the order of their paths' parts, as Path has it;
-    pathlib itself takes its time."""
+    """Return (relative name, path, stat) of files, sorted by path parts; faster than Path.rglob."""
     found: list[tuple[tuple[str, ...], str, os.stat_result]] = []
     waiting: list[tuple[tuple[str, ...], str]] = [((), str(folder))]
     while waiting:
@@ -296,5 +293,5 @@ def _files_below(folder: Path) -> list[tuple[str, str, os.stat_result]]:
     return [("/".join(parts), place, stat) for parts, place, stat in found]
 
 
-Place: TypeAlias = str | Path | Location
-"""What is taken wherever a file or folder is named."""
+AnyPath: TypeAlias = str | Path | Location
+"""A path or address as public functions take it."""

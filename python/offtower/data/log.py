@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from offtower.data.location import Location, Place
+from offtower.data.location import AnyPath, Location
 from offtower.data.manifest import find_parquet_files, read_manifest, write_manifest
 from offtower.data.output import new_directory, new_file
 from offtower.data.parquet import Footer, RowGroups, listed_footers, read_footers
@@ -87,7 +87,7 @@ class ParquetLog(Log):
 
     def __init__(
         self,
-        files: Sequence[Place],
+        files: Sequence[AnyPath],
         schema: LogSchema,
         footers: Iterable[Footer] | None = None,
     ) -> None:
@@ -119,7 +119,7 @@ class ParquetLog(Log):
         self._groups = RowGroups(self._files, known)
 
     @classmethod
-    def open(cls, path: Place, schema: LogSchema | None = None) -> ParquetLog:
+    def open(cls, path: AnyPath, schema: LogSchema | None = None) -> ParquetLog:
         """Open a directory: its manifest is read, or the files' footers where it does not list
         them.
 
@@ -201,7 +201,7 @@ class TableLog(Log):
 
 
 def write_log(
-    directory: Place,
+    directory: AnyPath,
     batches: Iterable[pa.Table | pa.RecordBatch],
     schema: LogSchema,
     rows_per_group: int = ROWS_PER_GROUP,

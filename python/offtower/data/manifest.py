@@ -8,7 +8,7 @@ from typing import Any
 
 import offtower
 from offtower.checksums import add_checksum, check_json, parse_json
-from offtower.data.location import Found, Location, Place
+from offtower.data.location import AnyPath, ListedFile, Location
 from offtower.errors import DataError
 from offtower.paths import safe_relative
 
@@ -47,7 +47,7 @@ def write_manifest(
     return content
 
 
-def read_manifest(directory: Place) -> dict[str, Any] | None:
+def read_manifest(directory: AnyPath) -> dict[str, Any] | None:
     """The manifest, or None where the directory has none.
 
     Raises:
@@ -71,7 +71,7 @@ def is_unfinished(names: Collection[str]) -> bool:
     return WRITING in names and FILE not in names
 
 
-def parquet_files(path: Place, what: str) -> list[Location]:
+def parquet_files(path: AnyPath, what: str) -> list[Location]:
     """Parquet files below a folder, sorted by name; or the file itself.
 
     Raises:
@@ -80,7 +80,7 @@ def parquet_files(path: Place, what: str) -> list[Location]:
     return [found.location for found in find_parquet_files(path, what)]
 
 
-def find_parquet_files(path: Place, what: str) -> list[Found]:
+def find_parquet_files(path: AnyPath, what: str) -> list[ListedFile]:
     """As `parquet_files`, with what the listing says of each."""
     place = Location.of(path)
     listed = place.files()

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from offtower.data.location import Found, Location, Place
+from offtower.data.location import AnyPath, ListedFile, Location
 from offtower.data.manifest import FILE as MANIFEST
 from offtower.data.manifest import find_parquet_files, read_manifest
 from offtower.data.parquet_checksums import (
@@ -24,7 +24,7 @@ from offtower.data.parquet_checksums import (
     read_footer_bytes,
 )
 from offtower.data.read_ahead import InOrder
-from offtower.data.stores import ATTEMPTS, advice, first_line, limit, tried
+from offtower.data.stores import ATTEMPTS, advice, first_line, limit, retry
 from offtower.errors import DataError
 
 FOOTER_THREADS = 32
@@ -97,7 +97,7 @@ def read_footers(files: Sequence[Location]) -> Iterator[Footer]:
 
 def listed_footers(
     path: Location,
-    found: Sequence[Found],
+    found: Sequence[ListedFile],
     manifest: Mapping[str, Any] | None,
     copies: Sequence[Location] | None = None,
 ) -> list[Footer]:
@@ -154,7 +154,7 @@ def _verified_columns(file: Location, checksums: Checksums, name: Location) -> p
             return checksums.read_footer(source).schema.to_arrow_schema()
 
     try:
-        return read() if file.local is not None else tried(read, f"'{name}'")
+        return read() if file.local is not None else retry(read, f"'{name}'")
     except FileNotFoundError as error:
         raise DataError(_gone(name)) from error
     except UNREADABLE as error:
@@ -166,7 +166,7 @@ def open_source(file: Location) -> pa.NativeFile:
     return file.open() if file.local is None else pa.OSFile(str(file.local))
 
 
-def verify_files(path: Place, what: str) -> int:
+def verify_files(path: AnyPath, what: str) -> int:
     """Compare the sha256 of all files of a folder with its manifest.
 
     Args:
@@ -207,7 +207,7 @@ def _sha256(file: Location) -> str:
         return digest.hexdigest()
 
     try:
-        return read() if file.local is not None else tried(read, f"'{file}'")
+        return read() if file.local is not None else retry(read, f"'{file}'")
     except UNREADABLE as error:
         raise DataError(_damaged(f"'{file}'", error)) from error
 
@@ -250,7 +250,7 @@ def _footer(file: Location) -> Footer:
             return Footer(metadata.schema.to_arrow_schema(), found, source.size(), digest)
 
     try:
-        return read() if file.local is not None else tried(read, f"'{file}'")
+        return read() if file.local is not None else retry(read, f"'{file}'")
     except FileNotFoundError as error:
         raise DataError(_gone(file)) from error
     except UNREADABLE as error:
@@ -338,7 +338,7 @@ class RowGroups:
 
     def _read_there(self, index: int, columns: Sequence[str]) -> pa.Table:
         try:
-            return tried(lambda: self._read_once(index, columns), self._name(index))
+            return retry(lambda: self._read_once(index, columns), self._name(index))
         except FileNotFoundError as error:
             raise DataError(_gone(self.location(index)[0])) from error
         except UNREADABLE as error:

@@ -18,14 +18,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from offtower.atomic import remove_leftovers
-from offtower.data.location import Location, Place
+from offtower.data.location import AnyPath, Location
 from offtower.data.log import ROWS_PER_FILE, ROWS_PER_GROUP, finish_log, regroup, write_log_file
 from offtower.data.output import check_new, new_directory
 from offtower.data.parquet import Footer
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
 from offtower.mapping import Mapper
-from offtower.progress import Progress, watched
+from offtower.progress import Progress, report_rows
 
 
 class RowSource(ABC):
@@ -62,7 +62,7 @@ class _Written:
 
 
 def write_log_parts(
-    directory: Place,
+    directory: AnyPath,
     source: RowSource,
     schema: LogSchema,
     mapper: Mapper,
@@ -91,7 +91,7 @@ def write_log_parts(
         write = partial(_write, source, temporary.absolute(), rows_per_group, rows_per_file)
         progress.start(task, total)
         numbers = range(-(-total // rows_per_file))
-        written = list(watched(mapper.map(write, numbers, task), progress))
+        written = list(report_rows(mapper.map(write, numbers, task), progress))
         progress.finish()
         if temporary.local is not None:
             remove_leftovers(temporary.local)

@@ -7,7 +7,7 @@ import zlib
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from offtower.data.location import Location, Place
+from offtower.data.location import AnyPath, Location
 from offtower.data.output import new_file
 
 REASON = "_reason"
@@ -17,7 +17,7 @@ ROW = "_row"
 
 
 def write_aside(
-    directory: Place,
+    directory: AnyPath,
     rows: pa.Table,
     numbers: list[int],
     reasons: list[str],

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from offtower.data.catalogue import Catalogue
 from offtower.data.encoding import FeatureEncoding
 from offtower.data.loading import Loader, OnBadRows, ended, joined_rows
-from offtower.data.location import Place
+from offtower.data.location import AnyPath
 from offtower.data.log import Log
 from offtower.data.order import Batch, Cursor, EpochOrder, fold_of, rank_slice
 from offtower.data.read_ahead import ReadAhead
@@ -115,7 +115,7 @@ class BatchReader:
         prefetch: bool = True,
         on_bad_rows: OnBadRows = "error",
         *,
-        quarantine: Place | None = None,
+        quarantine: AnyPath | None = None,
         fold: FoldOf | None = None,
         cache_bytes: int = 2**29,
     ) -> None:
@@ -261,7 +261,7 @@ def scan(
     *,
     rows: range | None = None,
     on_bad_rows: OnBadRows = "error",
-    quarantine: Place | None = None,
+    quarantine: AnyPath | None = None,
     prefetch: bool = True,
 ) -> Iterator[EncodedRows]:
     """All rows of a log in the order of the file, `batch_rows` at a time; the rest comes last.

@@ -18,7 +18,7 @@ from pyarrow import fs
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
-from offtower.data.location import Location, Place
+from offtower.data.location import AnyPath, Location
 from offtower.data.log import TableOrigin
 from offtower.data.parquet import FOOTER_THREADS
 from offtower.data.parts import RowSource
@@ -28,11 +28,11 @@ from offtower.data.stores import (
     ATTEMPTS,
     PAUSE_SECONDS,
     advice,
-    asked,
     first_line,
+    is_transient,
     limit,
-    may_pass,
-    tried,
+    request,
+    retry,
 )
 from offtower.errors import DataError
 
@@ -44,7 +44,7 @@ _BATCH_ROWS = 131_072
 """pyarrow's own."""
 
 
-def open_source(path: Place) -> ds.Dataset:
+def open_source(path: AnyPath) -> ds.Dataset:
     """A file, or a folder of files of one format.
 
     Raises:
@@ -69,7 +69,7 @@ def open_source(path: Place) -> ds.Dataset:
         if path.local is not None:
             opened = ds.dataset(path.local, format=kind)
         else:
-            opened = asked(
+            opened = request(
                 lambda: ds.dataset(path.path, format=kind, filesystem=path.filesystem), f"'{path}'"
             )
         _ = opened.schema.names  # Column names that are not UTF-8 fail here.
@@ -81,7 +81,7 @@ def open_source(path: Place) -> ds.Dataset:
         ) from error
 
 
-def read_source(path: Place) -> pa.Table:
+def read_source(path: AnyPath) -> pa.Table:
     """All of a file or folder, as `open_source` opens it.
 
     Raises:
@@ -108,7 +108,7 @@ class Units:
         DataError: the source lacks one of the columns.
     """
 
-    def __init__(self, source: ds.Dataset, place: Place, columns: Sequence[str]) -> None:
+    def __init__(self, source: ds.Dataset, place: AnyPath, columns: Sequence[str]) -> None:
         place = Location.of(place)
         self.place, self.columns, self.schema = place, list(columns), source.schema
         missing = [name for name in columns if name not in source.schema.names]
@@ -184,7 +184,7 @@ class Units:
                 # A damaged file raises OSError without a number; the operating system gives one.
                 if here and isinstance(error, OSError) and error.errno is not None:
                     raise
-                if here or attempt == ATTEMPTS or not may_pass(error):
+                if here or attempt == ATTEMPTS or not is_transient(error):
                     more = "" if here else advice(error)
                     raise DataError(
                         f"'{fragment.path}' cannot be read after row {done} of its unit {unit}: "
@@ -234,7 +234,7 @@ class Units:
 def _waited_for(batches: Iterator[pa.RecordBatch], name: str) -> Iterator[pa.RecordBatch]:
     """The same batches; one that takes long is told, and ends at the limit."""
     while True:
-        batch = asked(lambda: next(batches, None), name, attempts=1)
+        batch = request(lambda: next(batches, None), name, attempts=1)
         if batch is None:
             return
         yield batch
@@ -245,7 +245,7 @@ def _row_groups(fragment: Any) -> list[tuple[int, int]] | None:
     if not isinstance(fragment, ds.ParquetFileFragment):
         return None
     try:
-        return tried(
+        return retry(
             lambda: [(group.id, group.num_rows) for group in fragment.row_groups],
             f"'{fragment.path}'",
             attempts=1 if isinstance(fragment.filesystem, fs.LocalFileSystem) else None,
@@ -282,7 +282,7 @@ class CheckedUnits(RowSource):
     learned_in: int
     catalogue: Catalogue
     first_rows: NDArray[np.int64]
-    quarantine: Place | None
+    quarantine: AnyPath | None
     counts: NDArray[np.int64]
 
     def checked(self, unit: int) -> Iterator[tuple[pa.Table, RowChecker]]:

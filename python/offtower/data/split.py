@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from offtower.data.location import Location, Place
+from offtower.data.location import AnyPath, Location
 from offtower.data.log import Log, ParquetLog
 from offtower.data.order import keyed_hash
 from offtower.data.output import check_new
@@ -37,8 +37,8 @@ Assign = Callable[[pa.Table, int], NDArray[np.int64]]
 
 
 def split_log(
-    log: Log | Place,
-    out: Place,
+    log: Log | AnyPath,
+    out: AnyPath,
     by: SplitBy = "time",
     fractions: Sequence[float] = (0.6, 0.2, 0.2),
     names: Sequence[str] = ("train", "validation", "test"),

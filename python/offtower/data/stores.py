@@ -1,7 +1,6 @@
-"""Object stores and other file systems that addresses name: connecting, retrying, explaining.
+"""Connections to object stores and other file systems of pyarrow: s3://, gs://, abfs://, hdfs://.
 
-Whatever pyarrow knows: s3://, gs://, abfs://, hdfs://. A store may be slow, flaky, or silent: what
-is asked of it is tried again a few times, is said aloud when it takes long, and ends at a limit.
+Store requests are retried, logged when slow, and time out.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ logger = logging.getLogger("offtower.stores")
 R = TypeVar("R")
 
 ATTEMPTS = 4
-"""Of one request, beside those that pyarrow itself makes."""
+"""Attempts of one request, besides those of pyarrow's clients."""
 PAUSE_SECONDS = 0.5
-"""Before the second attempt; it doubles from one to the next."""
+"""Pause before the second attempt; it doubles each time."""
 CONNECT_SECONDS = 10.0
 SILENT_SECONDS = 20.0
-"""After so long without an answer a request is given up, where the store's client can."""
+"""Timeout of one request without an answer, for clients that have one."""
 TIMEOUT = "OFFTOWER_STORE_TIMEOUT"
-"""Environment variable: seconds that one answer may take, with all its attempts; 600 without it."""
+"""Environment variable: timeout of one answer with all its attempts, in seconds (default 600)."""
 
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _FLAGS = ("anonymous", "allow_bucket_creation", "force_virtual_addressing")
@@ -47,7 +46,7 @@ _FINAL = (
     *("SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "INVALID_CLIENT_TOKEN_ID", "HTTP status 301"),
     *("HTTP status 400", "HTTP status 401", "HTTP status 403", "Unauthenticated"),
 )
-"""In a message of pyarrow's: the next attempt would say the same."""
+"""Parts of pyarrow's messages for errors that a retry does not help."""
 
 _mounted: dict[str, fs.FileSystem] = {}
 _lock = threading.Lock()
@@ -55,32 +54,32 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Connection:
-    """A file system, and what stands before an address's path in it."""
+    """A file system, and the prefix of paths in it."""
 
     filesystem: fs.FileSystem
     prefix: str
 
 
 def is_address(place: object) -> bool:
-    """Whether text has the form SCHEME://... of an address."""
+    """Return whether text has the form SCHEME://..."""
     return isinstance(place, str) and _SCHEME.match(place) is not None
 
 
 def mount(root: str, filesystem: fs.FileSystem) -> None:
-    """Let addresses that begin with `root` mean a file system of the caller's, in this process.
+    """Use a file system of the caller for addresses that begin with `root`, in this process.
 
     Args:
         root: "scheme://authority".
-        filesystem: any of pyarrow's; PyFileSystem wraps those of fsspec, and others.
+        filesystem: of pyarrow; PyFileSystem wraps those of fsspec.
     """
     _mounted[root.rstrip("/")] = filesystem
 
 
 def connect(address: str) -> tuple[Connection, str]:
-    """The file system of an address, and the path there. One connection serves a whole process.
+    """Return the file system of an address, shared in this process, and the path in it.
 
-    Credentials are those that pyarrow finds: for s3:// environment variables AWS_*, ~/.aws, or the
-    role of the machine. Options stand behind a question mark, as pyarrow has them.
+    pyarrow finds credentials: for s3:// in AWS_* variables, ~/.aws, or the role of the machine.
+    Options follow a question mark, with pyarrow's names.
 
     Raises:
         DataError: an unknown scheme or option, credentials in the address, or no connection.
@@ -110,14 +109,14 @@ def _connected(root: str, query: str) -> Connection:
     scheme = root.partition("://")[0]
     try:
         if scheme == "s3":
-            made = asked(lambda: _s3(root[5:], query), f"the bucket of '{root}'", attempts=1)
+            made = request(lambda: _s3(root[5:], query), f"the bucket of '{root}'", attempts=1)
             return Connection(made, root[5:] + "/")
         if scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
-            # Its own limit is a quarter of an hour.
+            # The client's default is 15 minutes.
             query = f"{query}&" * bool(query) + f"retry_limit_seconds={SILENT_SECONDS:g}"
         probe = f"{root}/x" + (f"?{query}" if query else "")
         connect = fs.FileSystem.from_uri
-        filesystem, path = asked(lambda: connect(probe), f"'{root}'", attempts=1)
+        filesystem, path = request(lambda: connect(probe), f"'{root}'", attempts=1)
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -144,7 +143,7 @@ def _s3(bucket: str, query: str) -> fs.FileSystem:
             options[flag] = options[flag].lower() in ("1", "true", "yes")
     given = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if given and "endpoint_override" not in options:
-        # As Amazon's own tools do; pyarrow does so for some of its ways to a file system only.
+        # As Amazon's tools do; pyarrow reads these variables only in some of its constructors.
         scheme, mark, rest = given.partition("://")
         options["endpoint_override"] = (rest if mark else given).rstrip("/")
         if mark:
@@ -160,25 +159,25 @@ def _s3(bucket: str, query: str) -> fs.FileSystem:
     )
 
 
-def asked(function: Callable[[], R], what: str, attempts: int | None = None) -> R:
-    """function(), tried again where that may help; `what` is named when it takes long.
+def request(function: Callable[[], R], what: str, attempts: int | None = None) -> R:
+    """Return function(), retried on transient errors; log `what` when it is slow.
 
     Raises:
-        DataError: no answer within the limit.
-        OSError, ArrowInvalid: the last attempt's.
+        DataError: the request timed out.
+        OSError, ArrowInvalid: the last attempt failed.
     """
-    answers = InOrder(lambda f: tried(f, what, attempts), [function], 1, lambda _: what, limit())
+    answers = InOrder(lambda f: retry(f, what, attempts), [function], 1, lambda _: what, limit())
     return next(answers)
 
 
-def tried(function: Callable[[], R], what: str, attempts: int | None = None) -> R:
-    """function(), again after a pause where it failed in a way that may pass."""
+def retry(function: Callable[[], R], what: str, attempts: int | None = None) -> R:
+    """Return function(), called again after a pause on transient errors."""
     pause, attempts = PAUSE_SECONDS, ATTEMPTS if attempts is None else attempts
     for attempt in range(attempts):
         try:
             return function()
         except (pa.ArrowInvalid, OSError) as error:
-            if attempt + 1 == attempts or not may_pass(error):
+            if attempt + 1 == attempts or not is_transient(error):
                 raise
             logger.warning("%s: %s; trying again in %.1f s", what, first_line(error), pause)
         time.sleep(pause)
@@ -187,7 +186,7 @@ def tried(function: Callable[[], R], what: str, attempts: int | None = None) -> 
 
 
 def limit() -> float:
-    """Seconds that one answer may take."""
+    """Return the timeout of one answer, in seconds."""
     text = os.environ.get(TIMEOUT, "600")
     try:
         seconds = float(text)
@@ -199,25 +198,25 @@ def limit() -> float:
 
 
 def has_folders(filesystem: fs.FileSystem) -> bool:
-    """Whether folders must be made before files in them."""
+    """Return whether a file's folder must be created first."""
     return filesystem.type_name not in ("s3", "gcs", "abfs")
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed a moment later."""
+def is_transient(error: BaseException) -> bool:
+    """Return whether the same request may succeed later."""
     gone = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
     return not isinstance(error, gone) and not any(mark in str(error) for mark in _FINAL)
 
 
 def advice(error: BaseException) -> str:
-    """What to do about an error of a store; empty where the error says it all."""
+    """Return what to do about an error of a store; may be empty."""
     said = str(error)
 
     def has(*marks: str) -> bool:
         return any(mark.lower() in said.lower() for mark in marks)
 
     if has("HTTP status 301", "PermanentRedirect", "AuthorizationHeaderMalformed"):
-        return "the bucket is in another region; say which, as ?region=... behind the address"
+        return "the bucket is in another region; add ?region=... to the address"
     if isinstance(error, PermissionError) or has(
         *("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT", "EXPIRED_TOKEN"),
         *("HTTP status 401", "HTTP status 403", "Unauthenticated", "AuthenticationFailed"),
@@ -226,24 +225,24 @@ def advice(error: BaseException) -> str:
             "the store refuses this process. For s3:// set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY (or AWS_PROFILE, or give the machine a role), for gs:// "
             "GOOGLE_APPLICATION_CREDENTIALS, for abfs:// AZURE_STORAGE_ACCOUNT and its key; the "
-            "role must allow listing and reading (and writing, for outputs). A missing bucket or "
-            "prefix is told so too, where listing is not allowed"
+            "role must allow listing and reading (and writing, for outputs). Where listing is not "
+            "allowed, a missing bucket or prefix gives the same error"
         )
     if has("NO_SUCH_BUCKET", "not found", "does not exist"):
         return "check the bucket's name and the prefix, and the region and endpoint_override"
     if has("NETWORK_CONNECTION", "curlCode", "resolve host", "connection refused", "timed out"):
         return (
-            "the store cannot be reached from this machine: check region, endpoint_override and "
-            "scheme behind the address, the proxy, and whether this network may reach it"
+            "the store cannot be reached from this machine: check the address's region, "
+            "endpoint_override and scheme, the proxy, and the network"
         )
     if has("HTTP status 5", "SLOW_DOWN", "INTERNAL_FAILURE", "SERVICE_UNAVAILABLE", "Throttl"):
-        return "the store fails or is overloaded: look at its own state, and try again later"
+        return "the store fails or is overloaded: check its status, and try again later"
     if has("libjvm", "libhdfs"):
         return "hdfs:// needs Hadoop's client: set JAVA_HOME, HADOOP_HOME and CLASSPATH"
     return ""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, shortened."""
+    """Return the first line of an error message, shortened."""
     lines = redact(str(error)).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]

@@ -12,7 +12,7 @@ from offtower.data.log import Log
 from offtower.data.log_sums import LogSums, Moments, Target
 from offtower.data.schema import LogSchema
 from offtower.mapping import Mapper, merge_all, pieces
-from offtower.progress import Progress, watched
+from offtower.progress import Progress, report_rows
 
 Level = Literal["error", "warning", "info"]
 
@@ -93,7 +93,7 @@ def validate_log(
     parts = pieces(len(sizes), groups, mapper.workers)
     progress.start("validating", log.num_rows)
     found = mapper.map(partial(_sums_of, log, catalogue.bare(), target), parts, "validating")
-    sums = merge_all(watched(found, progress), empty="the log has no rows")
+    sums = merge_all(report_rows(found, progress), empty="the log has no rows")
     progress.finish()
     return ValidationReport(log.num_rows, tuple(_Findings(sums, log.schema, catalogue).all()))
 

@@ -34,7 +34,7 @@ from offtower.evaluation.selection import SelectionComparison
 from offtower.evaluation.selection_data import SelectionData, SelectionRows
 from offtower.mapping import Mapper, MergeTree, pieces
 from offtower.models.reward.dense import flatten
-from offtower.progress import Progress, watched
+from offtower.progress import Progress, report_rows
 
 PILOT_ROWS = 65_536
 """Rows on which SLOPE chooses parameters."""
@@ -174,7 +174,7 @@ class Evaluator:
             accumulated, sums = plan.accumulators(), MergeTree[EvaluationSums]()
             ranges = pieces(batches, plan.part_batches, mapper.workers)
             parts = mapper.map(partial(evaluate_part, plan), ranges, "evaluating")
-            for part in watched(parts, progress):
+            for part in report_rows(parts, progress):
                 accumulated.merge(part.accumulated)
                 sums.add(part.sums)
             merged = sums.merged()

@@ -9,7 +9,7 @@ from typing import Any
 
 from offtower.config import Config
 from offtower.data.catalogue import Catalogue
-from offtower.data.location import Location, Place
+from offtower.data.location import AnyPath, Location
 from offtower.data.log import ParquetLog
 from offtower.errors import ConfigError, DataError
 from offtower.evaluation.accumulators import HISTOGRAM_EDGES
@@ -93,7 +93,7 @@ class LogEvaluation:
 def evaluate_runs(
     paths: Sequence[Path],
     *,
-    log: Place | None = None,
+    log: AnyPath | None = None,
     overrides: Sequence[str] = (),
     trust_code: Collection[str] = (),
     select: str | None = None,
@@ -172,7 +172,7 @@ def evaluate_runs(
     )
 
 
-def _open_log(run: Path, log: Place | None, config: Config) -> tuple[ParquetLog, Location]:
+def _open_log(run: Path, log: AnyPath | None, config: Config) -> tuple[ParquetLog, Location]:
     place = log or config.data.test
     if place is None:
         raise ConfigError(

@@ -8,7 +8,7 @@ from itertools import chain
 import pyarrow as pa
 
 from offtower.data.catalogue import Catalogue
-from offtower.data.location import Location, Place
+from offtower.data.location import AnyPath, Location
 from offtower.data.manifest import find_parquet_files, read_manifest
 from offtower.data.parquet import RowGroups, listed_footers
 from offtower.data.parquet_checksums import UNREADABLE, open_parquet
@@ -21,7 +21,7 @@ CHUNK = 65_536
 class CatalogueStream:
     """A catalogue directory read a chunk at a time, each chunk checked as a catalogue is."""
 
-    def __init__(self, path: Place, schema: CatalogueSchema | None = None) -> None:
+    def __init__(self, path: AnyPath, schema: CatalogueSchema | None = None) -> None:
         self.path = Location.of(path)
         found = find_parquet_files(self.path, "catalogue")
         self.files = [one.location for one in found]

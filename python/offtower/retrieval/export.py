@@ -20,7 +20,7 @@ from offtower.atomic import remove_leftovers, replace_directory, sha256_file
 from offtower.checksums import describe_files
 from offtower.config import Config
 from offtower.data.lease import Lease
-from offtower.data.location import Place
+from offtower.data.location import AnyPath
 from offtower.errors import ConfigError, DataError, MissingExtraError
 from offtower.mapping import Mapper
 from offtower.models.policy import TwoTowerPolicy
@@ -101,8 +101,8 @@ def export_run(
     run: str | Path,
     options: ExportOptions | None = None,
     *,
-    catalogue: Place | None = None,
-    contexts: Place | None = None,
+    catalogue: AnyPath | None = None,
+    contexts: AnyPath | None = None,
     mapper: Mapper | None = None,
     progress: Progress | None = None,
     trust_code: Collection[str] = (),
@@ -180,7 +180,7 @@ class _Writer:
         self.catalogue, self.config, self.options = catalogue, config, options
         self.mapper, self.progress = mapper, progress
 
-    def write(self, contexts: Place | None) -> dict[str, Any]:
+    def write(self, contexts: AnyPath | None) -> dict[str, Any]:
         """All files but the manifest; returns its content."""
         options, folder = self.options, self.folder
         seconds: dict[str, float] = {}

@@ -7,13 +7,13 @@ import pyarrow as pa
 
 from offtower.config import Config
 from offtower.data.encoding import FeatureEncoding
-from offtower.data.location import Location, Place
+from offtower.data.location import AnyPath, Location
 from offtower.data.log import ParquetLog
 from offtower.errors import DataError
 from offtower.prepare import log_schema
 
 
-def measurement_log(config: Config, given: Place | None = None) -> tuple[ParquetLog, str]:
+def measurement_log(config: Config, given: AnyPath | None = None) -> tuple[ParquetLog, str]:
     """The log whose contexts an export is measured on, and which part of the data it is."""
     if given is not None:
         return ParquetLog.open(given, log_schema(config)), "given"

@@ -25,7 +25,7 @@ from offtower.data.encoding import to_tensors
 from offtower.errors import DataError, RunError
 from offtower.mapping import Mapper, pieces
 from offtower.models.policy import TwoTowerPolicy
-from offtower.progress import Progress, watched
+from offtower.progress import Progress, report_rows
 from offtower.retrieval.catalogue_stream import CHUNK, CatalogueStream
 
 Dtype = Literal["float32", "float16", "int8"]
@@ -95,7 +95,7 @@ def write_vectors(
     progress.start("embedding items", n)
     sink = pa.OSFile(str(directory / "ids.arrow"), "wb")
     try:
-        for part in watched(_embedded(embed, catalogue, chunk, mapper), progress):
+        for part in report_rows(_embedded(embed, catalogue, chunk, mapper), progress):
             ids, text = part.ids, is_text(part.ids.type)
             keys[part.first : part.first + part.rows] = id_keys(ids)
             if writer is None:

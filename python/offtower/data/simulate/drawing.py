@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from offtower.data.location import Place
+from offtower.data.location import AnyPath
 from offtower.data.log import write_log
 from offtower.data.parts import RowSource, write_log_parts
 from offtower.data.simulate.logging_policy import LoggingPolicy
@@ -23,7 +23,7 @@ ROWS_PER_FILE = 262_144
 
 def write_simulated_log(
     world: SimulatedWorld,
-    directory: Place,
+    directory: AnyPath,
     n_rounds: int,
     seed: int,
     *,
