@@ -1,21 +1,21 @@
-// The forward pass on Hopper.
-#include "hopper.h"
+// Plans and launches the forward pass on Hopper.
 #include "hopper_launch.h"
+#include "hopper_plan.h"
+#include "kernels/hopper_forward.h"
 
 namespace offtower::cuda {
 
-HopperPlan plan_hopper_forward(const PolicyOperands& o, const Device& device, int64_t split_bytes) {
-  if (!taken(o, true)) return {};
-  using Kernel = HopperForward<Reward::none, false>;
-  return plan_hopper(device, Kernel::kColumns, panels_of(static_cast<int>(o.dim)),
-                     panels_of(factored_width(o, true)), Kernel::kVectors, o.rows, o.items, split_bytes);
+HopperPlan plan_hopper_forward(const PolicyOperands& o, Reward reward, const Device& device) {
+  if (!hopper_accepts(o, reward)) return {};
+  const PassShape pass = forward_pass(o, reward);
+  return plan_hopper(device, hopper_tile_shape<HopperForward<Reward::none, false>>(pass), pass);
 }
 
-void launch_hopper_forward(const ForwardProblem& p, bool entropy, const HopperPlan& plan,
-                           const Call& call) {
-  const int panels = panels_of(p.policy.stay.width);
-  const auto run = [&](auto kernel) { launch_hopper<decltype(kernel)>(p, panels, plan, call); };
-  if (p.policy.reward_stay.width == 0) {
+void launch_hopper_forward(const ForwardParams& p, bool entropy, const HopperPlan& plan, const Call& call) {
+  const auto run = [&](auto kernel) {
+    launch_hopper<decltype(kernel)>(p, panels_of(p.policy.resident.width), plan, call);
+  };
+  if (p.policy.reward_resident.width == 0) {
     if (entropy) run(HopperForward<Reward::none, true>{});
     else run(HopperForward<Reward::none, false>{});
   } else {

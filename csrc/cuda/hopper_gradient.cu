@@ -1,47 +1,44 @@
-// Gradients on Hopper.
-#include "hopper.h"
+// Plans and launches the gradients on Hopper.
 #include "hopper_launch.h"
+#include "hopper_plan.h"
+#include "kernels/hopper_gradient.h"
 
 namespace offtower::cuda {
 namespace {
 
-// Calls `use` with the kernel of these operands.
-template <bool kItemsStay, Reward kReward, class Use>
-void with_width(int width, Use use) {
-  if (width == 64) use(HopperGradient<kItemsStay, kReward, 64>{});
-  else if (width == 128) use(HopperGradient<kItemsStay, kReward, 128>{});
-  else use(HopperGradient<kItemsStay, kReward, 256>{});
+template <bool kItemsResident, Reward kReward, class Use>
+void dispatch_dim(int dim, Use use) {
+  if (dim == 64) use(HopperGradient<kItemsResident, kReward, 64>{});
+  else if (dim == 128) use(HopperGradient<kItemsResident, kReward, 128>{});
+  else use(HopperGradient<kItemsResident, kReward, 256>{});
 }
 template <class Use>
-void with_kernel(bool items_stay, Reward reward, int width, Use use) {
-  if (reward == Reward::none) {
-    if (items_stay) with_width<true, Reward::none>(width, use);
-    else with_width<false, Reward::none>(width, use);
+void dispatch_kernel(const PassVariant& variant, Use use) {
+  if (variant.reward == Reward::none) {
+    if (variant.items_resident) dispatch_dim<true, Reward::none>(variant.dim, use);
+    else dispatch_dim<false, Reward::none>(variant.dim, use);
   } else {
-    if (items_stay) with_width<true, Reward::factored>(width, use);
-    else with_width<false, Reward::factored>(width, use);
+    if (variant.items_resident) dispatch_dim<true, Reward::factored>(variant.dim, use);
+    else dispatch_dim<false, Reward::factored>(variant.dim, use);
   }
 }
 
 } // namespace
 
-HopperPlan plan_hopper_gradient(const PolicyOperands& o, bool items_stay, Reward reward, int width,
-                                const Device& device, int64_t split_bytes) {
-  if (!taken(o, reward != Reward::none)) return {};
+HopperPlan plan_hopper_gradient(const PolicyOperands& o, const PassVariant& variant, const Device& device) {
+  if (!hopper_accepts(o, variant.reward)) return {};
+  const PassShape pass = gradient_pass(o, variant);
   HopperPlan plan{};
-  with_kernel(items_stay, reward, width, [&](auto kernel) {
-    using Kernel = decltype(kernel);
-    plan = plan_hopper(device, Kernel::kColumns, width / kPanelWidth,
-                       panels_of(factored_width(o, reward == Reward::factored)), Kernel::kVectors,
-                       items_stay ? o.items : o.rows, items_stay ? o.rows : o.items, split_bytes);
+  dispatch_kernel(variant, [&](auto kernel) {
+    plan = plan_hopper(device, hopper_tile_shape<decltype(kernel)>(pass), pass);
   });
   return plan;
 }
 
-void launch_hopper_gradient(const GradientProblem& p, bool items_stay, Reward reward, int width,
-                            const HopperPlan& plan, const Call& call) {
-  with_kernel(items_stay, reward, width, [&](auto kernel) {
-    launch_hopper<decltype(kernel)>(p, width / kPanelWidth, plan, call);
+void launch_hopper_gradient(const GradientParams& p, const PassVariant& variant, const HopperPlan& plan,
+                            const Call& call) {
+  dispatch_kernel(variant, [&](auto kernel) {
+    launch_hopper<decltype(kernel)>(p, panels_of(variant.dim), plan, call);
   });
 }
 

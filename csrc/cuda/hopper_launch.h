@@ -1,29 +1,27 @@
-// Launches of Hopper's kernels: bfloat16, no dense rewards. Built where sm_90a is.
+// TMA descriptors and launches of Hopper's kernels.
 #pragma once
 
-#include "kernels/hopper_forward.h"
-#include "kernels/hopper_gradient.h"
 #include "launch.h"
+#include "mainloop/tma_pipeline.h"
 
 namespace offtower::cuda {
 
-// What cuTensorMapEncodeTiled wants of a matrix and a box; it says "invalid value" of each alike.
-inline void check_map(const Matrix& m, int box_rows) {
-  const char* wrong = nullptr;
-  if (reinterpret_cast<uintptr_t>(m.data) % 16 != 0) wrong = "starts on 16 bytes";
-  if (m.width % 8 != 0) wrong = "has rows of whole 16 bytes";
-  if (m.rows < 1 || m.rows > int64_t{1} << 31) wrong = "has 1 to 2^31 rows";
-  if (box_rows < 1 || box_rows > 256) wrong = "is read in boxes of up to 256 rows";
-  if (wrong != nullptr)
-    throw std::runtime_error(std::string("the copy engine needs a matrix that ") + wrong);
+// The preconditions of cuTensorMapEncodeTiled, which reports each as "invalid value" alone.
+inline void check_tensor_map(const Matrix& m, int box_rows) {
+  const char* required = nullptr;
+  if (reinterpret_cast<uintptr_t>(m.data) % 16 != 0) required = "start on 16 bytes";
+  if (m.width % 8 != 0) required = "have rows of a multiple of 16 bytes";
+  if (m.rows < 1 || m.rows > int64_t{1} << 31) required = "have 1 to 2^31 rows";
+  if (box_rows < 1 || box_rows > 256) required = "be read in boxes of 1 to 256 rows";
+  if (required != nullptr)
+    throw std::runtime_error(std::string("a matrix that is loaded by TMA must ") + required);
 }
 
-// Rows of 64 numbers at a time, `box_rows` of them, through the 128-byte swizzle. A matrix of no width
-// is never read.
-inline TensorMap tensor_map(const Matrix& m, int box_rows) {
+// Boxes of `box_rows` rows by 64 columns with the 128-byte swizzle. A matrix of width 0 is never loaded.
+inline TensorMap make_tensor_map(const Matrix& m, int box_rows) {
   TensorMap map{};
   if (m.width == 0) return map;
-  check_map(m, box_rows);
+  check_tensor_map(m, box_rows);
 #if defined(__CUDACC__)
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
@@ -32,8 +30,9 @@ inline TensorMap tensor_map(const Matrix& m, int box_rows) {
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
                                            cudaEnableDefault, &result),
           "cuTensorMapEncodeTiled");
-    if (result != cudaDriverEntryPointSuccess || found == nullptr) // which is no error of its own
-      throw std::runtime_error("this driver has no cuTensorMapEncodeTiled; it needs CUDA 12 or later");
+    // A missing symbol is reported in `result` alone.
+    if (result != cudaDriverEntryPointSuccess || found == nullptr)
+      throw std::runtime_error("this driver lacks cuTensorMapEncodeTiled; install one for CUDA 12 or later");
     return reinterpret_cast<Encode>(found);
   }();
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(m.width), static_cast<cuuint64_t>(m.rows)};
@@ -51,28 +50,31 @@ inline TensorMap tensor_map(const Matrix& m, int box_rows) {
   return map;
 }
 
-// bfloat16, and rewards that are none or have embeddings: with biases alone there is nothing to copy.
-inline bool taken(const PolicyOperands& o, bool reward) {
-  if (o.dtype != DType::bfloat16) return false;
-  return !reward || o.reward == RewardKind::none || (is_factored(o.reward) && o.reward_dim > 0);
+// Rewards that are biases alone have no matrix for TMA and run on the portable kernels.
+inline bool hopper_accepts(const PolicyOperands& o, Reward reward) {
+  if (o.dtype != DType::bfloat16 || reward == Reward::dense) return false;
+  return reward == Reward::none || o.reward_dim > 0;
 }
 
 inline int panels_of(int width) { return static_cast<int>(ceil_div(width, kPanelWidth)); }
 
-// `rows.policy` is complete but for its stages, which are the plan's.
-template <class Kernel, class Rows>
-void launch_hopper(Rows rows, int panels, const HopperPlan& plan, const Call& call) {
-  rows.policy.stages = plan.stages;
-  const Problem& o = rows.policy;
-  const HopperProblem<Rows> p{tensor_map(o.stay, kHopperRows),
-                              tensor_map(o.stream, Kernel::kColumns),
-                              tensor_map(o.reward_stay, kHopperRows),
-                              tensor_map(o.reward_stream, Kernel::kColumns),
-                              rows,
-                              panels,
-                              panels_of(o.reward_stay.width),
-                              plan.stay_stages,
-                              plan.works};
+template <class Kernel>
+HopperTileShape hopper_tile_shape(const PassShape& pass) {
+  return {Kernel::kBlockN, panels_of(pass.width), panels_of(pass.reward_width), Kernel::kColumnVectors};
+}
+
+template <class Kernel, class Params>
+void launch_hopper(const Params& params, int panels, const HopperPlan& plan, const Call& call) {
+  const PolicyParams& o = params.policy;
+  const HopperParams<Params> p{make_tensor_map(o.resident, kHopperBlockM),
+                               make_tensor_map(o.streamed, Kernel::kBlockN),
+                               make_tensor_map(o.reward_resident, kHopperBlockM),
+                               make_tensor_map(o.reward_streamed, Kernel::kBlockN),
+                               params,
+                               panels,
+                               panels_of(o.reward_resident.width),
+                               plan.resident_stages,
+                               plan.work_tiles};
   launch<Kernel>(p, plan.blocks, kHopperThreads, plan.shared_bytes, call);
 }
 

@@ -1,18 +1,19 @@
-// dv and db: items stay, contexts stream.
-#include "backward.h"
+// dv and db: items resident, contexts streamed.
+#include "gradient_launch.h"
 
 namespace offtower::cuda {
 
 void item_gradient(const BackwardOperands& in, const BackwardResults& results,
-                   const PrepareProblem& prepared, Workspace& workspace, const Call& call) {
+                   const BackwardPreprocessParams& prepared, Workspace& workspace, const Call& call) {
   run_gradient<true>(in, results, prepared, workspace, call);
 }
 
 int64_t backward(const BackwardOperands& in, const BackwardResults& results, const Call& call) {
   Workspace workspace(call.workspace);
-  PrepareProblem prepare{in, nullptr, ceil_div(in.policy.rows, 128) * 128};
-  prepare.stats = workspace.take<float>(kRowStats * prepare.padded_contexts);
-  if (call.workspace != nullptr) launch_small<Prepare>(prepare, prepare.padded_contexts, call);
+  const int64_t padded_contexts = ceil_div(in.policy.rows, kContextPadding) * kContextPadding;
+  float* const stats = workspace.allocate<float>(kRowStats * padded_contexts);
+  const BackwardPreprocessParams prepare{in, stats, padded_contexts};
+  if (call.workspace != nullptr) launch_elementwise<BackwardPreprocess>(prepare, padded_contexts, call);
   if (results.context != nullptr) context_gradient(in, results, prepare, workspace, call);
   if (results.item != nullptr || results.item_bias != nullptr)
     item_gradient(in, results, prepare, workspace, call);

@@ -1,10 +1,11 @@
-// Starts a kernel: on the device, or block by block on the emulation.
+// Kernel launches (on the device, or block by block in the emulation), and dispatch from operands to kernels.
 #pragma once
 
 #include <limits>
 #include <stdexcept>
 #include <string>
 
+#include "epilogue/online_softmax.h"
 #include "plan.h"
 
 #if !defined(__CUDACC__)
@@ -15,7 +16,7 @@ namespace offtower::cuda {
 
 #if defined(__CUDACC__)
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kMostThreads, Kernel::kBlocks)
+__global__ void __launch_bounds__(Kernel::kMaxThreadsPerBlock, Kernel::kMinBlocksPerMultiprocessor)
     run_kernel(const __grid_constant__ typename Kernel::Params params) {
   extern __shared__ __align__(1024) char shared[];
   Kernel::run(params, shared);
@@ -32,15 +33,15 @@ void launch(const typename Kernel::Params& params, int64_t blocks, int threads, 
             const Call& call) {
   if (blocks == 0) return;
   if (blocks > std::numeric_limits<int>::max())
-    throw std::runtime_error("a launch of " + std::to_string(blocks) + " blocks: a grid has up to 2^31 - 1");
+    throw std::runtime_error("a launch of " + std::to_string(blocks) + " blocks exceeds the grid limit of 2^31 - 1");
 #if defined(__CUDACC__)
   constexpr auto kernel = run_kernel<Kernel>;
   if (shared_bytes > 48 << 10)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-          "shared memory");
+          "cudaFuncSetAttribute");
   kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
            static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(call.stream)>>>(params);
-  check(cudaGetLastError(), "launch");
+  check(cudaGetLastError(), "kernel launch");
 #else
   (void)call;
   emulation::run(blocks, threads, static_cast<std::size_t>(shared_bytes),
@@ -48,22 +49,22 @@ void launch(const typename Kernel::Params& params, int64_t blocks, int threads, 
 #endif
 }
 
-// One thread each for `count` numbers, by kernels without shared memory.
+// A thread for each of `count` elements, no shared memory.
 template <class Kernel>
-void launch_small(const typename Kernel::Params& params, int64_t count, const Call& call) {
-  launch<Kernel>(params, ceil_div(count, Kernel::kMostThreads), Kernel::kMostThreads, 0, call);
+void launch_elementwise(const typename Kernel::Params& params, int64_t count, const Call& call) {
+  launch<Kernel>(params, ceil_div(count, Kernel::kMaxThreadsPerBlock), Kernel::kMaxThreadsPerBlock, 0, call);
 }
 
-// Calls `use(T{})` for the operands' type; a search takes no rounded products.
+// Calls `use(T{})`. top_k is exact, so tf32 does not apply to it.
 template <class Use>
-auto with_exact_type(DType dtype, Use use) {
+auto dispatch_exact_dtype(DType dtype, Use use) {
   if (dtype == DType::bfloat16) return use(Bfloat16{});
   return use(0.0f);
 }
 template <class Use>
-auto with_type(DType dtype, Use use) {
+auto dispatch_dtype(DType dtype, Use use) {
   if (dtype == DType::tfloat32) return use(Tfloat32{});
-  return with_exact_type(dtype, use);
+  return dispatch_exact_dtype(dtype, use);
 }
 
 template <Reward kReward>
@@ -71,35 +72,50 @@ struct RewardTag {
   static constexpr Reward value = kReward;
 };
 template <class Use>
-auto with_reward(RewardKind kind, Use use) {
+auto dispatch_reward(RewardKind kind, Use use) {
   if (kind == RewardKind::none) return use(RewardTag<Reward::none>{});
   if (kind == RewardKind::dense) return use(RewardTag<Reward::dense>{});
   return use(RewardTag<Reward::factored>{});
 }
 
-inline bool is_factored(RewardKind kind) {
-  return kind == RewardKind::identity || kind == RewardKind::sigmoid;
-}
-inline int factored_width(const PolicyOperands& o, bool reward) {
-  return reward && is_factored(o.reward) ? static_cast<int>(o.reward_dim) : 0;
+// The kernel of a pass: which side is resident, the reward, and the padded width of embeddings.
+struct PassVariant {
+  bool items_resident;
+  Reward reward;
+  int dim;
+};
+
+// Widths that the gradients are instantiated for.
+inline int padded_dim(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
+
+inline int factored_width(const PolicyOperands& o, Reward reward) {
+  return reward == Reward::factored ? static_cast<int>(o.reward_dim) : 0;
 }
 
-// Operands as kernels see them: contexts stay, or items do.
-inline Problem problem_of(const PolicyOperands& o, bool items_stay, bool reward, int splits,
-                          int stages) {
+inline PassShape forward_pass(const PolicyOperands& o, Reward reward) {
+  const int64_t split_bytes = o.rows * static_cast<int64_t>(sizeof(RowSums));
+  return {static_cast<int>(o.dim), factored_width(o, reward), o.rows, o.items, split_bytes};
+}
+inline PassShape gradient_pass(const PolicyOperands& o, const PassVariant& variant) {
+  const int64_t resident = variant.items_resident ? o.items : o.rows;
+  const int64_t streamed = variant.items_resident ? o.rows : o.items;
+  return {variant.dim, factored_width(o, variant.reward), resident, streamed, resident * o.dim * 4};
+}
+
+inline PolicyParams make_policy_params(const PolicyOperands& o, const PassVariant& variant, int splits,
+                                       int stages) {
   const Matrix context{o.context, o.rows, static_cast<int>(o.dim)};
   const Matrix item{o.item, o.items, static_cast<int>(o.dim)};
-  const bool factored = reward && is_factored(o.reward); // of no width: the biases alone
-  const int width = factored_width(o, reward);
-  const Matrix reward_context{o.reward_context, o.rows, width};
-  const Matrix reward_item{o.reward_item, o.items, width};
-  Problem p{};
-  p.stay = items_stay ? item : context;
-  p.stream = items_stay ? context : item;
-  p.reward_stay = items_stay ? reward_item : reward_context;
-  p.reward_stream = items_stay ? reward_context : reward_item;
+  const int reward_width = factored_width(o, variant.reward); // 0: the rewards are biases alone
+  const Matrix reward_context{o.reward_context, o.rows, reward_width};
+  const Matrix reward_item{o.reward_item, o.items, reward_width};
+  PolicyParams p{};
+  p.resident = variant.items_resident ? item : context;
+  p.streamed = variant.items_resident ? context : item;
+  p.reward_resident = variant.items_resident ? reward_item : reward_context;
+  p.reward_streamed = variant.items_resident ? reward_context : reward_item;
   p.item_bias = o.item_bias;
-  p.reward_bias = factored ? o.reward_bias : nullptr;
+  p.reward_bias = variant.reward == Reward::factored ? o.reward_bias : nullptr;
   p.dense = o.dense;
   p.items = o.items;
   p.scale = static_cast<float>(1.4426950408889634 / static_cast<double>(o.temperature));

@@ -1,10 +1,10 @@
-// The operators on a CUDA device: launchers that take plain pointers, sizes and a stream.
+// The operators on a CUDA device, as launchers that take plain pointers, sizes and a stream.
 //
-// Each call is made twice: without a workspace it launches nothing and returns how many bytes the
-// workspace must have; with one it launches its kernels on the stream and returns at once. Nothing
-// waits for the device and nothing is allocated, so a call can be captured into a graph. Operands are on
-// the device, contiguous, on 16 bytes, and their rows are multiples of 16 bytes. Throws
-// std::runtime_error with CUDA's message.
+// Each is called twice: without a workspace it launches nothing and returns the bytes that the workspace
+// must have; with one it launches its kernels on the stream and returns. Neither call allocates memory or
+// waits for the device, so both can be captured into a CUDA graph. Arrays are on the device, contiguous and
+// aligned to 16 bytes; rows of matrices are multiples of 16 bytes. Failures throw std::runtime_error with
+// CUDA's message.
 #pragma once
 
 #include <string>
@@ -17,24 +17,24 @@ namespace offtower::cuda {
 struct Device {
   int number, major, minor;
   int multiprocessors;
-  int block_shared, total_shared; // bytes of shared memory: a block may have, a multiprocessor has
+  int block_shared, total_shared; // bytes of shared memory, for a block and of a multiprocessor
+  bool hopper_kernels;            // else the portable ones alone
 };
 
 struct Call {
   Device device;
   void* stream;
-  void* workspace; // null: only count
+  void* workspace; // null: only return its size
 };
 
-constexpr int64_t kMostK = 1024; // of top_k
+constexpr int64_t kMaxK = 1024; // of top_k
 
-// Facts about a device.
-Device device_facts(int number);
+Device device_properties(int number);
 
-// Why these operands are not computed here, or "".
+// Why the kernels do not accept these operands on the device, or "".
 std::string refusal(const PolicyOperands& o, const Device& device);
 
-// How each pass over such operands is cut into blocks: for those who want to know.
+// How each pass over such operands is divided into blocks.
 struct PassPlan {
   const char* name; // "forward", "du", "dv"
   bool fits, hopper;

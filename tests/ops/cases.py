@@ -1,9 +1,10 @@
-"""Operands for tests of a native core, its results, and those of eager torch."""
+"""Operands for tests of a native core, its results, and the results of eager torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from offtower.ops.types import Backend
 
 KINDS = ("none", "dense", "identity", "sigmoid")
 NAMES = ("log_prob", "log_normalizer", "expected_reward", "entropy", "du", "dv", "db")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Optional parts of a case: the entropy term, and biases of logits and factored rewards."""
+
+    entropy: bool = True
+    bias: bool = True
 
 
 class Case:
@@ -29,7 +38,9 @@ class Case:
         scale: float = 1.0,
         seed: int = 0,
         device: str = "cpu",
+        variant: Variant = Variant(),
     ) -> None:
+        self.variant = variant
         g = torch.Generator().manual_seed(rows * 7919 + items * 31 + dim + seed * 1_000_003)
 
         def draw(*shape: int) -> Tensor:
@@ -46,7 +57,7 @@ class Case:
             self.reward = FactoredReward(
                 draw(rows, width) / math.sqrt(width),
                 draw(items, width),
-                draw(items),
+                draw(items) if variant.bias else None,
                 kind,  # type: ignore[arg-type]
             )
         self.cotangents = torch.randn(4, rows, dtype=torch.float64, generator=g).to(device)
@@ -55,25 +66,33 @@ class Case:
         there = [(o, c) for o, c in zip(outputs, self.cotangents, strict=True) if o is not None]
         torch.stack([(o * c.to(o.dtype)).sum() for o, c in there]).sum().backward()
         gradients = [leaf.grad for leaf in leaves]
+        names = NAMES[: len(outputs) + len(leaves)]
         return {
             name: value.detach().cpu().double()
-            for name, value in zip(NAMES, [*outputs, *gradients], strict=True)
+            for name, value in zip(names, [*outputs, *gradients], strict=True)
             if value is not None
         }
 
+    def _leaves(self, dtype: torch.dtype) -> list[Tensor]:
+        """Copies of u, v and, unless the variant has none, the biases."""
+        operands = (self.u, self.v, self.b) if self.variant.bias else (self.u, self.v)
+        return [x.detach().clone().to(dtype).requires_grad_() for x in operands]
+
     def native(self, backend: Backend = "cpu") -> dict[str, Tensor]:
-        leaves = [x.clone().requires_grad_() for x in (self.u, self.v, self.b)]
+        leaves = self._leaves(self.u.dtype)
         t = policy_terms(
-            leaves[0], leaves[1], self.action, temperature=0.7, item_bias=leaves[2],
-            reward_model=self.reward, entropy=True, backend=backend,
+            leaves[0], leaves[1], self.action, temperature=0.7, item_bias=self._bias(leaves),
+            reward_model=self.reward, entropy=self.variant.entropy, backend=backend,
         )  # fmt: skip
         return self._results([t.log_prob, t.log_normalizer, t.expected_reward, t.entropy], leaves)
 
     def torch(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Eager torch in `dtype`, with the whole matrix of logits."""
-        leaves = [x.to(dtype).requires_grad_() for x in (self.u, self.v, self.b)]
-        u, v, b = leaves
-        s = u @ v.T / 0.7 + b
+        leaves = self._leaves(dtype)
+        bias = self._bias(leaves)
+        s = leaves[0] @ leaves[1].T / 0.7
+        if bias is not None:
+            s = s + bias
         shifted = s - s.detach().amax(1, keepdim=True)
         mass = shifted.exp()
         total = mass.sum(1)
@@ -83,14 +102,20 @@ class Case:
         expected = None
         if self.reward is not None:
             expected = (pi * self._q(dtype)).sum(1)
-        entropy = total.log() - (pi * shifted).sum(1)
+        entropy = total.log() - (pi * shifted).sum(1) if self.variant.entropy else None
         return self._results([log_prob, lse, expected, entropy], leaves)
+
+    @staticmethod
+    def _bias(leaves: list[Tensor]) -> Tensor | None:
+        return leaves[2] if len(leaves) == 3 else None
 
     def _q(self, dtype: torch.dtype) -> Tensor:
         if isinstance(self.reward, DenseReward):
             return self.reward.values.to(dtype)
         r = self.reward
-        q = r.context.to(dtype) @ r.item.to(dtype).T + r.item_bias.to(dtype)
+        q = r.context.to(dtype) @ r.item.to(dtype).T
+        if r.item_bias is not None:
+            q = q + r.item_bias.to(dtype)
         return torch.sigmoid(q) if r.link == "sigmoid" else q
 
 
@@ -104,17 +129,18 @@ def check_errors(
     seeds: Sequence[int] = range(4),
     device: str = "cpu",
     roundings: int = 1,
+    variant: Variant = Variant(),
 ) -> None:
-    """Root mean squares over rows and seeds are within twice those of eager torch in that dtype.
+    """Assert that root mean square errors are at most twice those of eager torch in that dtype.
 
-    Single errors are a few roundings, and the ratio of two largest ones says little. On top of
-    twice torch's there is one rounding of the result (of 1, where it is smaller: log-probabilities
-    are differences of such numbers), or `roundings` of them, since torch is at times exact.
+    Errors are against float64, over rows and seeds. (The ratio of two maximum errors of a few
+    roundings is noise.) The bound adds `roundings` roundings of the result, or of 1 where the result
+    is smaller, since log-probabilities are differences of such numbers: torch is at times exact.
     """
     errors: dict[str, list[list[Tensor]]] = {}
     size: dict[str, float] = {}
     for seed in seeds:
-        case = Case(*shape, kind, dtype, scale, seed, device)
+        case = Case(*shape, kind, dtype, scale, seed, device, variant)
         exact, ours, plain = case.torch(torch.float64), native(case), case.torch(dtype)
         assert ours.keys() == exact.keys()
         for name, wanted in exact.items():

@@ -1,17 +1,19 @@
-"""The CUDA kernels on a machine without a GPU, compiled for an emulated thread block.
+"""Build the CUDA kernels for an emulated thread block, to test them without a GPU.
 
-A host compiler takes the same kernels that nvcc takes; csrc/cuda/emulation says what each PTX
-instruction means, runs threads in a drawn order and has copies land late. It cannot show time.
+A host compiler takes the kernels' unchanged sources; csrc/cuda/emulation implements the PTX
+instructions, runs threads in random order and completes copies late. Nothing here measures time.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.util
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,10 +25,11 @@ import torch
 from offtower.ops import library, native_cuda, policy
 from offtower.ops.reference import Inputs
 
-SOURCES = Path(__file__).parents[2] / "csrc"
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "csrc"
 
-# "major minor multiprocessors bytes-of-a-block bytes-of-a-multiprocessor", see device_facts.cu; few
-# multiprocessors, so that few blocks are enough to make pieces of work follow each other.
+# The members of cuda::Device from `major` to `total_shared`. With few multiprocessors, small problems
+# give each block several work tiles.
 DEVICES = {
     "sm_80": "8 0 3 166912 167936",
     "sm_86": "8 6 2 101376 102400",
@@ -35,25 +38,42 @@ DEVICES = {
 
 
 def why_not() -> str:
-    """Why the emulation cannot be built here, or ""."""
+    """Return why the emulation cannot be built here, or an empty string."""
     if platform.machine() != "x86_64":
         return "the emulation switches fibers in x86-64 assembly"
     return "" if shutil.which("g++") else "no g++ to build the emulation with"
 
 
-def build(folder: Path) -> ModuleType:
-    """Compile and load the module. Some 20 s of processor time, for the first that comes: processes
-    of one test run share the folder."""
+def build() -> ModuleType:
+    """Compile and load the module.
+
+    Compiling takes about 25 s of processor time, so the result is kept in build/emulation under a
+    hash of the sources. Concurrent test processes wait for one of them to compile.
+    """
+    cache = ROOT / "build/emulation"
+    folder = cache / _fingerprint()
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "_cuda_emulated.so"
-    with open(folder / "lock", "w") as lock:
+    with open(cache / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
+            for outdated in cache.glob("*/"):
+                if outdated != folder:
+                    shutil.rmtree(outdated)
             _compile(folder, path)
     spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _fingerprint() -> str:
+    total = hashlib.sha256(f"{sys.version} {torch.__version__}".encode())
+    for path in (Path(__file__), *sorted(SOURCES.rglob("*"))):
+        if path.is_file() and "cpu" not in path.relative_to(ROOT).parts:
+            total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()[:16]
 
 
 def _compile(folder: Path, path: Path) -> None:
@@ -80,7 +100,7 @@ def _compile(folder: Path, path: Path) -> None:
 
 
 def put_in_place(module: ModuleType, device: str, patch: pytest.MonkeyPatch) -> None:
-    """Until the patch ends every operator on CPU tensors runs on the emulation of `device`."""
+    """Run every operator on CPU tensors on the emulation of `device`, until the patch ends."""
 
     def core_of(backend: str, x: Inputs, k: int = 0) -> ModuleType | None:
         refusal = native_cuda.refusal(x, k)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offtower.ops import FactoredReward, merge_partials, partial_terms, policy_terms, top_k
 from tests.ops import cuda_emulation
-from tests.ops.cases import KINDS, Case, check_errors
+from tests.ops.cases import KINDS, Case, Variant, check_errors
 
 pytestmark = pytest.mark.skipif(
     bool(cuda_emulation.why_not()), reason=cuda_emulation.why_not() or "runs"
@@ -54,6 +54,20 @@ def test_errors_are_within_twice_those_of_torch(
 def test_wide_embeddings(device: str, width: int) -> None:
     for dtype in DTYPES:
         check_errors((40, 260, width), "sigmoid", dtype, 1.0, emulated, seeds=range(1), roundings=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "variant", [Variant(entropy=False), Variant(bias=False), Variant(entropy=False, bias=False)]
+)
+def test_accuracy_without_entropy_or_biases(device: str, kind: str, variant: Variant) -> None:
+    """The entropy term is a template parameter; without biases, null pointers are passed."""
+    if device == "sm_90" and kind == "dense":
+        pytest.skip("runs on the portable kernels there")
+    for shape in ((70, 300, 40), (17, 200, 128), (5, 140, 256)):
+        check_errors(
+            shape, kind, torch.bfloat16, 1.0, emulated, seeds=range(1), roundings=2, variant=variant
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

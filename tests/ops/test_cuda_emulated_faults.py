@@ -17,14 +17,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 FAULTS = [
-    ("sm_80", torch.bfloat16, ("sync_block", "wait_copies")),
-    ("sm_80", torch.float32, ("sync_warp",)),
+    ("sm_80", torch.bfloat16, ("syncthreads", "cp_async_wait_group")),
+    ("sm_80", torch.float32, ("syncwarp",)),
     (
         "sm_90",
         torch.bfloat16,
-        ("publish_barriers", "expect", "wait_free", "wait_full", "sync_warp"),
+        ("fence_barrier_init", "expect_tx", "wait_empty", "wait_full", "syncwarp"),
     ),
-    ("sm_90", torch.bfloat16, ("wgmma fence", "wgmma commit", "wgmma wait", "swizzle")),
+    (
+        "sm_90",
+        torch.bfloat16,
+        ("warpgroup_arrive", "warpgroup_commit_batch", "warpgroup_wait", "swizzle"),
+    ),
 ]
 
 

@@ -37,32 +37,32 @@ namespace offtower::cuda::emulation {
 namespace {
 
 constexpr std::size_t kStack = 256 << 10;
-constexpr std::size_t kGuard = 4096; // bytes behind the shared memory that must stay as they are
+constexpr std::size_t kGuard = 4096; // bytes beyond shared memory that must stay unchanged
 constexpr unsigned char kPoison = 0xff;
 
 struct Fiber {
   void* stack_pointer = nullptr;
   std::unique_ptr<char[]> stack;
-  bool done = false, blocked = false;
-  uint32_t asleep = 0; // passes over the fibers that it sits out
+  bool done = false, blocked = false, diverged = false;
+  uint32_t asleep = 0; // scheduler passes left to skip
   const char* waits_for = "";
-  Copies copies;
+  CopyQueue copies;
 };
 
-struct Meeting {
-  std::vector<void*> brought;
+struct Rendezvous {
+  std::vector<void*> args;
   std::vector<int> waiting;
   const char* what = nullptr;
 };
 
-struct Later {
+struct Deferred {
   std::function<void()> run;
-  uint32_t passes; // until it lands
+  uint32_t passes; // until it runs
 };
 
 struct Block {
   std::vector<Fiber> fibers;
-  std::map<std::pair<int, int>, Meeting> meetings; // by (first, members); barriers by (-1 - name, 0)
+  std::map<std::pair<int, int>, Rendezvous> rendezvous; // by (first, members)
   int64_t index = 0, count = 0;
   int current = 0;
   uint64_t changes = 0;
@@ -71,10 +71,10 @@ struct Block {
   const std::function<void(char*)>* body = nullptr;
   char* shared = nullptr;
   std::size_t shared_bytes = 0;
-  std::vector<Later> later;                                   // under way
-  std::map<int, Products> products;                           // by warpgroup
-  std::vector<char> engine_wrote, engine_bytes;               // which bytes of shared memory, and what
-  bool published = true;
+  std::vector<Deferred> deferred;
+  std::map<int, WgmmaQueue> wgmmas; // by warpgroup
+  std::vector<char> async_written, async_bytes; // of shared memory: which bytes, and their values
+  bool init_fenced = true;
 };
 
 Block* block = nullptr;
@@ -100,11 +100,11 @@ void prepare(Fiber& fiber) {
   frame[6] = reinterpret_cast<void*>(&start);
   frame[7] = nullptr;
   fiber.stack_pointer = frame;
-  fiber.done = fiber.blocked = false;
-  fiber.copies = Copies{};
+  fiber.done = fiber.blocked = fiber.diverged = false;
+  fiber.copies = CopyQueue{};
 }
 
-void block_here(const char* what) {
+void block_fiber(const char* what) {
   Fiber& self = block->fibers[block->current];
   self.blocked = true;
   self.waits_for = what;
@@ -127,10 +127,10 @@ std::string state() {
 void run_one(int64_t index) {
   block->index = index;
   for (Fiber& f : block->fibers) prepare(f);
-  block->meetings.clear();
-  block->products.clear();
-  block->engine_wrote.assign(block->shared_bytes, 0);
-  block->engine_bytes.assign(block->shared_bytes, 0);
+  block->rendezvous.clear();
+  block->wgmmas.clear();
+  block->async_written.assign(block->shared_bytes, 0);
+  block->async_bytes.assign(block->shared_bytes, 0);
   std::vector<int> ready;
   uint64_t seen = block->changes;
   int idle = 0;
@@ -142,19 +142,19 @@ void run_one(int64_t index) {
       if (!block->fibers[f].done && !block->fibers[f].blocked) ready.push_back(f);
     }
     if (all_done) break;
-    // What is under way lands in its own time, and at the latest when nobody can go on.
-    for (Later& one : std::exchange(block->later, {})) {
-      if (one.passes == 0 || ready.empty() || idle > 24) one.run();
-      else block->later.push_back({std::move(one.run), one.passes - 1});
+    // Deferred operations run after their delay, at the latest when no thread can go on.
+    for (Deferred& operation : std::exchange(block->deferred, {})) {
+      if (operation.passes == 0 || ready.empty() || idle > 24) operation.run();
+      else block->deferred.push_back({std::move(operation.run), operation.passes - 1});
     }
     if (ready.empty() && block->changes != seen) continue;
-    if (ready.empty()) throw std::runtime_error("a block is stuck:" + state());
-    // A pass over the ready ones in a drawn order.
+    if (ready.empty()) throw std::runtime_error("deadlock:" + state());
+    // Run the ready fibers in random order.
     for (std::size_t i = ready.size(); i > 1; --i) std::swap(ready[i - 1], ready[draw(static_cast<uint32_t>(i))]);
     for (int f : ready) {
       Fiber& fiber = block->fibers[f];
       if (fiber.done || fiber.blocked) continue;
-      // Nothing says how far apart the lanes of a warp may be: at times a few passes, rarely many.
+      // Lanes of a warp may be any distance apart: sometimes a few passes, rarely many.
       if (fiber.asleep == 0) {
         const uint32_t lot = draw(1 << 14);
         if (lot < 256) fiber.asleep = draw(6);
@@ -170,21 +170,21 @@ void run_one(int64_t index) {
     }
     idle = block->changes == seen ? idle + 1 : 0;
     seen = block->changes;
-    if (idle > 1000) throw std::runtime_error("a block waits for ever:" + state());
+    if (idle > 1000) throw std::runtime_error("livelock:" + state());
   }
-  if (!block->later.empty()) throw std::runtime_error("a block ended before its copies did");
-  for (const auto& [group, products] : block->products)
-    if (!products.waiting.empty()) throw std::runtime_error("a warpgroup ended before its products did");
+  if (!block->deferred.empty()) throw std::runtime_error("a block ended with copies in flight");
+  for (const auto& [group, queue] : block->wgmmas)
+    if (!queue.waiting.empty()) throw std::runtime_error("a warpgroup ended with wgmmas in flight");
 }
 
 } // namespace
 
-int thread_index() { return block->current; }
-int thread_count() { return static_cast<int>(block->fibers.size()); }
-int64_t block_index() { return block->index; }
-int64_t block_count() { return block->count; }
+int thread_idx() { return block->current; }
+int block_dim() { return static_cast<int>(block->fibers.size()); }
+int64_t block_idx() { return block->index; }
+int64_t grid_dim() { return block->count; }
 void progress() { ++block->changes; }
-Copies& copies_of_this_thread() { return block->fibers[block->current].copies; }
+CopyQueue& pending_copies() { return block->fibers[block->current].copies; }
 
 uint32_t draw(uint32_t bound) {
   random_state ^= random_state << 13;
@@ -200,67 +200,62 @@ void fail(const std::string& what) {
   std::abort();
 }
 
-void collective(const char* what, int first, int members, void* brought, Together together) {
-  Meeting& meeting = block->meetings[{first, members}];
-  if (meeting.waiting.empty()) {
-    meeting.what = what;
-    meeting.brought.assign(static_cast<std::size_t>(members), nullptr);
-  } else if (std::strcmp(meeting.what, what) != 0) {
-    fail(std::string("lanes of one warp are at ") + meeting.what + " and at " + what);
+void collective(const char* what, int first, int members, void* args, Combine combine) {
+  Rendezvous& point = block->rendezvous[{first, members}];
+  if (point.waiting.empty()) {
+    point.what = what;
+    point.args.assign(static_cast<std::size_t>(members), nullptr);
+  } else if (std::strcmp(point.what, what) != 0) {
+    fail(std::string("lanes of one warp are at ") + point.what + " and at " + what);
   }
   const int lane = block->current - first;
-  if (lane < 0 || lane >= members) fail(std::string(what) + " of threads that are not its own");
-  meeting.brought[static_cast<std::size_t>(lane)] = brought;
-  meeting.waiting.push_back(block->current);
-  if (static_cast<int>(meeting.waiting.size()) < members) return block_here(what);
-  if (together != nullptr) together(meeting.brought.data(), members);
-  const std::vector<int> all = std::exchange(meeting.waiting, {});
+  if (lane < 0 || lane >= members) fail(std::string(what) + " of a thread outside the group");
+  point.args[static_cast<std::size_t>(lane)] = args;
+  point.waiting.push_back(block->current);
+  if (static_cast<int>(point.waiting.size()) < members) return block_fiber(what);
+  if (combine != nullptr) combine(point.args.data(), members);
+  const std::vector<int> all = std::exchange(point.waiting, {});
   wake(all);
 }
 
-void later(std::function<void()> what) {
+void set_diverged(bool diverged) { block->fibers[block->current].diverged = diverged; }
+bool diverged() { return block->fibers[block->current].diverged; }
+
+void defer(std::function<void()> what) {
   if (draw(2) == 0) what();
-  else block->later.push_back({std::move(what), draw(32)});
+  else block->deferred.push_back({std::move(what), draw(32)});
 }
 
-Products& products_of_this_group() { return block->products[block->current / 128]; }
-bool& barriers_published() { return block->published; }
-bool forgotten(const char* operation) { return fault == operation; }
+WgmmaQueue& wgmma_queue() { return block->wgmmas[block->current / 128]; }
+bool& barrier_init_fenced() { return block->init_fenced; }
+bool omitted(const char* operation) { return fault == operation; }
 
-uint32_t address_in_shared(const void* p) {
+uint32_t shared_offset(const void* p) {
   const auto offset = static_cast<const char*>(p) - block->shared;
   if (offset < 0 || static_cast<std::size_t>(offset) > block->shared_bytes)
-    fail("an address that is not in shared memory");
+    fail("an address outside shared memory");
   return static_cast<uint32_t>(offset);
 }
 
 std::size_t shared_bytes() { return block->shared_bytes; }
 
-void written_by_engine(const void* at, std::size_t bytes) {
+void record_async_write(const void* at, std::size_t bytes) {
   const auto from = static_cast<std::size_t>(static_cast<const char*>(at) - block->shared);
-  std::memcpy(block->engine_bytes.data() + from, at, bytes);
-  std::memset(block->engine_wrote.data() + from, 1, bytes);
+  std::memcpy(block->async_bytes.data() + from, at, bytes);
+  std::memset(block->async_written.data() + from, 1, bytes);
 }
 
-const char* read_by_cores(uint32_t address, int bytes) {
-  if (address + static_cast<std::size_t>(bytes) > block->shared_bytes) fail("read beyond shared memory");
+const char* read_async_written(uint32_t address, int bytes) {
+  if (address + static_cast<std::size_t>(bytes) > block->shared_bytes) fail("wgmma reads beyond shared memory");
   const char* at = block->shared + address;
   for (int i = 0; i < bytes; ++i)
-    if (block->engine_wrote[address + static_cast<uint32_t>(i)] == 0 ||
-        block->engine_bytes[address + static_cast<uint32_t>(i)] != at[i])
-      fail("the tensor cores read what no copy has brought, or what a thread wrote without a fence");
+    if (block->async_written[address + static_cast<uint32_t>(i)] == 0 ||
+        block->async_bytes[address + static_cast<uint32_t>(i)] != at[i])
+      fail("wgmma reads what TMA has not written, or what a thread wrote without a proxy fence");
   return at;
 }
 
-void barrier(int name, int members) {
-  Meeting& meeting = block->meetings[{-1 - name, 0}];
-  meeting.waiting.push_back(block->current);
-  if (static_cast<int>(meeting.waiting.size()) < members) return block_here("a barrier");
-  const std::vector<int> all = std::exchange(meeting.waiting, {});
-  wake(all);
-}
-
-void wait_a_while(const char* what) {
+void yield(const char* what) {
   block->fibers[block->current].waits_for = what;
   to_scheduler();
 }

@@ -1,9 +1,9 @@
-// One thread block on the host: each thread a fiber, warps and barriers as on the device.
+// A thread block on the host: each thread is a fiber, with warps and barriers as on the device.
 //
-// Fibers run in an order drawn from a seed, and an asynchronous copy lands at once or as late as its
-// wait allows, so that a missing barrier, a missing wait or a buffer reused too early gives wrong
-// numbers here too. Shared memory starts as NaNs. A collective operation that not all lanes of a
-// warp reach, or a barrier that some thread never reaches, is reported with its name.
+// Fibers run in a random order drawn from a seed, and an asynchronous copy completes at once or as late as
+// its wait allows, so that a missing barrier, a missing wait or a buffer that is reused too early gives
+// wrong results here too. Shared memory starts as NaNs. A collective operation that some thread never
+// reaches is reported by name.
 #pragma once
 
 #include <cstddef>
@@ -14,42 +14,41 @@
 
 namespace offtower::cuda::emulation {
 
-// What the block's fibers see of themselves.
-int thread_index();
-int thread_count();
-int64_t block_index();
-int64_t block_count();
+int thread_idx();
+int block_dim();
+int64_t block_idx();
+int64_t grid_dim();
 
-// Waits for `members` threads from `first` on, all of which pass the same `what` and `args`-array;
-// the last to come runs `together` on what each of them brought.
-using Together = void (*)(void* const* brought, int members);
-void collective(const char* what, int first, int members, void* brought, Together together);
-// Named barriers: `members` threads in all, in any order.
-void barrier(int name, int members);
-// Lets others run; `what` says what is waited for, should nothing ever change.
-void wait_a_while(const char* what);
-// Something changed that a waiting fiber may look for.
+// Waits for `members` threads from `first` on, which must all pass the same `what`; the last one runs
+// `combine` on what each of them passes.
+using Combine = void (*)(void* const* args, int members);
+void collective(const char* what, int first, int members, void* args, Combine combine);
+// Lets other threads run; `what` is reported if none can ever go on.
+void yield(const char* what);
+// Reports a change that a yielding thread may be waiting for.
 void progress();
-// 0 to bound - 1, from the seed.
+// Uniform over 0 to bound - 1, from the seed.
 uint32_t draw(uint32_t bound);
 // Ends the block with an error.
 [[noreturn]] void fail(const std::string& what);
-// Per thread: copies under way, oldest first; groups are numbered.
+
+// Pending copies of this thread, oldest first, with the numbers of their groups.
 struct Copy {
   std::function<void()> run;
   int group;
 };
-struct Copies {
+struct CopyQueue {
   std::vector<Copy> waiting;
   int group = 0;
 };
-Copies& copies_of_this_thread();
+CopyQueue& pending_copies();
 
-// Something asynchronous: at once, or at some later time.
-void later(std::function<void()> what);
-// What this thread's warpgroup has started and not waited for, in order. A wait is for the committed
-// ones; the first after a wait needs a fence, since threads may have touched its registers.
-struct Products {
+// Runs `what` at once or after a random delay.
+void defer(std::function<void()> what);
+
+// wgmmas that this thread's warpgroup has issued and not waited for, in order. A wait completes committed
+// ones alone, and the first wgmma after it needs a fence, since threads may have accessed its registers.
+struct WgmmaQueue {
   std::vector<std::function<void()>> waiting;
   std::size_t committed = 0;
   bool fenced = false;
@@ -60,19 +59,23 @@ struct Products {
     committed -= committed < count ? committed : count;
   }
 };
-Products& products_of_this_group();
-// Addresses within the block's shared memory, and its size.
-uint32_t address_in_shared(const void* p);
+WgmmaQueue& wgmma_queue();
+
+// Whether this thread took a branch that others of its warp may not have taken, since the warp last
+// synchronized.
+void set_diverged(bool diverged);
+bool diverged();
+
+uint32_t shared_offset(const void* p);
 std::size_t shared_bytes();
-// The copy engine and the tensor cores see shared memory through a proxy of their own: what the engine
-// has written, from `at` on, and what the cores read there, which must still be just that.
-void written_by_engine(const void* at, std::size_t bytes);
-const char* read_by_cores(uint32_t address, int bytes);
-// Barriers are unknown to the copy engine until they are published.
-bool& barriers_published();
-// Whether OFFTOWER_EMULATION_WITHOUT names this operation: then it does nothing, as if a kernel had
-// forgotten it. The tests see to it that each such fault shows.
-bool forgotten(const char* operation);
+// TMA and wgmma access shared memory through the async proxy. Operands of wgmma must be what TMA wrote:
+// threads' own writes would need a proxy fence, which no kernel has.
+void record_async_write(const void* at, std::size_t bytes);
+const char* read_async_written(uint32_t address, int bytes);
+// TMA sees mbarriers after fence_barrier_init alone.
+bool& barrier_init_fenced();
+// Whether OFFTOWER_EMULATION_WITHOUT names this operation, which then does nothing: a fault to detect.
+bool omitted(const char* operation);
 
 // Runs `body(shared)` in `threads` fibers for each of `blocks` blocks. Throws std::runtime_error.
 void run(int64_t blocks, int threads, std::size_t shared_bytes,

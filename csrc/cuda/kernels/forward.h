@@ -1,43 +1,42 @@
-// Forward, portable: contexts stay, items stream. Blocks are (split of items) x (group of contexts).
+// Forward pass, portable: contexts resident, items streamed; a block for each work tile.
 #pragma once
 
-#include "forward_rows.h"
-#include "stream.h"
+#include "../epilogue/online_softmax.h"
+#include "../mainloop/cp_async_mainloop.h"
 
 namespace offtower::cuda {
 
 template <class T, Reward kReward, bool kEntropy>
 struct Forward {
-  using Params = ForwardProblem;
-  static constexpr int kColumns = Tiling<T>::kColumns, kTiles = kColumns / 8;
-  // 32 rows a warp, so that each loaded item serves two products, while registers last.
-  static constexpr int kFragments = kReward == Reward::dense ? 1 : 2;
-  static constexpr int kRows = kFragments * kWarpRows, kMostThreads = 256 / kFragments;
-  static constexpr int kBlocks = kFragments == 2 ? 2 : 1;
-  static constexpr int kVectors = 2, kScratch = 0;
+  using Params = ForwardParams;
+  static constexpr int kBlockN = kBlockNOf<T>, kMmaN = kBlockN / 8;
+  // With 32 rows a warp each B fragment serves two mmas. Dense rewards leave registers for 16.
+  static constexpr int kMmaM = kReward == Reward::dense ? 1 : 2;
+  static constexpr int kWarpM = kMmaM * kAtomM, kMaxThreadsPerBlock = 256 / kMmaM;
+  static constexpr int kMinBlocksPerMultiprocessor = kMmaM == 2 ? 2 : 1;
+  static constexpr int kColumnVectors = 2, kWarpScratchBytes = 0;
 
   static OFFTOWER_DEVICE void run(const Params& p, char* shared) {
-    const Problem& o = p.policy;
-    const int warps = thread_count() / 32, rows = warps * kRows, mine = warp_index() * kRows;
-    const SharedLayout l = shared_layout(sizeof(T), kColumns, rows, o.stay.width,
-                                         o.reward_stay.width, kVectors, o.stages, kScratch, warps);
-    const Share share = share_of_block<T>(o, rows);
-    using Rows = ForwardRows<T, kTiles, kFragments, kReward, kEntropy>;
-    Rows sums(p, share.first_row + mine);
-    for_each_tile<T>(
-        o, l, share, rows, shared,
+    const PolicyParams& o = p.policy;
+    const int warps = block_dim() / 32, block_m = warps * kWarpM, warp_row = warp_idx() * kWarpM;
+    const SharedLayout l =
+        shared_layout(tile_shape<Forward, T>(), warps, o.resident.width, o.reward_resident.width, o.stages);
+    const WorkTile work = work_tile(o, block_idx(), block_m, kBlockN);
+    using Epilogue = OnlineSoftmax<T, kMmaM, kMmaN, kReward, kEntropy>;
+    Epilogue softmax(p, work.first_row + warp_row);
+    cp_async_mainloop<T>(
+        o, l, work, block_m, shared,
         [&](int64_t first, float* vectors) { load_item_biases<T>(o, first, vectors, kLog2E); },
         [&](int64_t first, const char* stage) {
-          float y[kFragments][kTiles][4], q[kFragments][Rows::kRewardTiles][4];
-          scores<kFragments, kTiles>(T{}, shared + l.stay + mine * l.stay_pitch, stage,
-                                     l.stay_pitch, (l.stay_pitch - 16) / kStep, y);
+          float y[kMmaM][kMmaN][4], q[kMmaM][Epilogue::kRewardMmaN][4];
+          score_gemm(T{}, shared + l.resident + warp_row * l.resident_pitch, stage, l.resident_pitch,
+                     (l.resident_pitch - 16) / kStepBytes, y);
           if constexpr (kReward == Reward::factored)
-            scores<kFragments, kTiles>(T{}, shared + l.reward_stay + mine * l.reward_pitch,
-                                       stage + l.reward_stream, l.reward_pitch,
-                                       (l.reward_pitch - 16) / kStep, q);
-          sums.add(first, reinterpret_cast<const float*>(stage + l.vectors), y, q);
+            score_gemm(T{}, shared + l.reward_resident + warp_row * l.reward_pitch,
+                       stage + l.reward_streamed, l.reward_pitch, (l.reward_pitch - 16) / kStepBytes, q);
+          softmax.add(first, reinterpret_cast<const float*>(stage + l.vectors), y, q);
         });
-    sums.write(share.split);
+    softmax.write(work.split);
   }
 };
 

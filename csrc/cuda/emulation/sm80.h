@@ -1,4 +1,4 @@
-// The operations of simt.h on the emulated block: the meaning of each PTX instruction, lane by lane.
+// The operations of ../ptx/sm80.h on the emulated block: the semantics of each PTX instruction.
 #pragma once
 
 #include <cmath>
@@ -13,48 +13,51 @@
 
 namespace offtower::cuda {
 
-inline int thread_index() { return emulation::thread_index(); }
-inline int thread_count() { return emulation::thread_count(); }
-inline int64_t block_index() { return emulation::block_index(); }
-inline int64_t block_count() { return emulation::block_count(); }
+inline int thread_idx() { return emulation::thread_idx(); }
+inline int block_dim() { return emulation::block_dim(); }
+inline int64_t block_idx() { return emulation::block_idx(); }
+inline int64_t grid_dim() { return emulation::grid_dim(); }
 
 namespace emulation {
-// `args` of the 32 lanes of this thread's warp, together.
+// Runs `combine` once, on the arguments of all 32 lanes of this thread's warp, which it reconverges.
 template <class Args>
-void in_warp(const char* what, Args& args, void (*together)(Args* const* lanes)) {
-  struct Brought {
+void in_warp(const char* what, Args& args, void (*combine)(Args* const* lanes)) {
+  struct Lane {
     Args* args;
-    void (*together)(Args* const*);
-  } brought{&args, together};
-  collective(what, thread_index() / 32 * 32, 32, &brought, [](void* const* all, int) {
+    void (*combine)(Args* const*);
+  } mine{&args, combine};
+  collective(what, thread_idx() / 32 * 32, 32, &mine, [](void* const* all, int) {
     Args* lanes[32];
-    for (int lane = 0; lane < 32; ++lane) lanes[lane] = static_cast<Brought*>(all[lane])->args;
-    static_cast<Brought*>(all[0])->together(lanes);
+    for (int lane = 0; lane < 32; ++lane) lanes[lane] = static_cast<Lane*>(all[lane])->args;
+    static_cast<Lane*>(all[0])->combine(lanes);
   });
+  set_diverged(false);
 }
 } // namespace emulation
 
-inline float float_of_bits(uint32_t bits) {
+inline void mark_divergence() { emulation::set_diverged(true); }
+
+inline float uint_as_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
   return x;
 }
-inline uint32_t bits_of_float(float x) {
+inline uint32_t float_as_uint(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   return bits;
 }
 
-inline void sync_block() {
-  if (emulation::forgotten("sync_block")) return;
-  emulation::collective("sync_block", 0, thread_count(), nullptr, nullptr);
+inline void syncthreads() {
+  if (emulation::omitted("syncthreads")) return;
+  emulation::collective("syncthreads", 0, block_dim(), nullptr, nullptr);
 }
-inline void sync_warp() {
-  if (emulation::forgotten("sync_warp")) return;
+inline void syncwarp() {
+  if (emulation::omitted("syncwarp")) return;
   int nothing = 0;
-  emulation::in_warp<int>("sync_warp", nothing, [](int* const*) {});
+  emulation::in_warp<int>("syncwarp", nothing, [](int* const*) {});
 }
-inline uint32_t ballot(bool x) {
+inline uint32_t ballot_sync(bool x) {
   uint32_t value = x;
   emulation::in_warp<uint32_t>("ballot", value, [](uint32_t* const* lanes) {
     uint32_t all = 0;
@@ -64,41 +67,39 @@ inline uint32_t ballot(bool x) {
   return value;
 }
 template <class T>
-T shuffle_xor(T x, int mask) {
+T shfl_xor_sync(T x, int mask) {
   struct Args {
     T value;
     int mask;
   } args{x, mask};
-  emulation::in_warp<Args>("shuffle_xor", args, [](Args* const* lanes) {
+  emulation::in_warp<Args>("shfl_xor_sync", args, [](Args* const* lanes) {
     T before[32];
     for (int lane = 0; lane < 32; ++lane) before[lane] = lanes[lane]->value;
     for (int lane = 0; lane < 32; ++lane) lanes[lane]->value = before[lane ^ lanes[lane]->mask];
   });
   return args.value;
 }
-inline int add_to_counter(int* shared, int amount) {
+inline int atomic_add(int* shared, int amount) {
   const int before = *shared;
   *shared += amount;
   return before;
 }
-inline int lowest_bit(uint32_t x) { return __builtin_ctz(x); }
+inline int count_trailing_zeros(uint32_t x) { return __builtin_ctz(x); }
 
-inline int only_here(int x) { return x; }
-inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
-inline float larger(float a, float b) { return std::fmax(a, b); }
-inline float smaller(float a, float b) { return a != a || b != b ? a + b : a < b ? a : b; }
-inline double log_of(double x) { return std::log(x); }
-inline double exp2_of(double x) { return std::exp2(x); }
-inline float fast_exp2(float x) { return std::exp2(x); }
-inline float fast_reciprocal(float x) { return 1.0f / x; }
+inline int prevent_hoisting(int x) { return x; }
+inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+inline float max(float a, float b) { return std::fmax(a, b); }
+inline float min_nan(float a, float b) { return a != a || b != b ? a + b : a < b ? a : b; }
+inline float ex2_approx(float x) { return std::exp2(x); }
+inline float rcp_approx(float x) { return 1.0f / x; }
 
-inline uint32_t nearest_bfloat16(float x) {
-  const uint32_t bits = bits_of_float(x);
+inline uint32_t round_to_bf16(float x) {
+  const uint32_t bits = float_as_uint(x);
   if (x != x) return 0x7fffu;
   return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
-inline uint32_t pack_bfloat16(float low, float high) {
-  return nearest_bfloat16(low) | nearest_bfloat16(high) << 16;
+inline uint32_t cvt_bf16x2(float low, float high) {
+  return round_to_bf16(low) | round_to_bf16(high) << 16;
 }
 
 namespace emulation {
@@ -106,17 +107,16 @@ struct Matrices {
   uint32_t* r;
   const uint16_t* row;
 };
-// Eight rows of 16 bytes are read at once: in different banks, that is, in different eighths of 128
-// bytes.
+// Eight rows of 16 bytes are read at once and must lie in different banks: different eighths of 128 bytes.
 inline void check_banks(Matrices* const* lanes) {
   for (int first = 0; first < 32; first += 8) {
     int seen = 0;
     for (int lane = first; lane < first + 8; ++lane)
       seen |= 1 << reinterpret_cast<uintptr_t>(lanes[lane]->row) / 16 % 8;
-    if (seen != 0xff) fail("rows of a matrix lie in the same banks");
+    if (seen != 0xff) fail("ldmatrix: rows lie in the same banks");
   }
 }
-// Lane l holds elements (l / 4, 2 (l % 4)) and the next of each matrix; of its transpose, if asked.
+// Lane l receives elements (l / 4, 2 (l % 4)) and the next of each matrix, or of its transpose.
 template <bool kTransposed>
 void spread_matrices(Matrices* const* lanes) {
   check_banks(lanes);
@@ -131,24 +131,24 @@ void spread_matrices(Matrices* const* lanes) {
 }
 template <bool kTransposed>
 void load_spread(uint32_t (&r)[4], const void* row) {
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("a matrix row is not on 16 bytes");
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("ldmatrix: a row is not aligned to 16 bytes");
   Matrices args{r, static_cast<const uint16_t*>(row)};
   in_warp<Matrices>("ldmatrix", args, spread_matrices<kTransposed>);
 }
 inline float half_of(uint32_t pair, int which) {
-  return float_of_bits(which == 0 ? pair << 16 : pair & 0xffff0000u);
+  return uint_as_float(which == 0 ? pair << 16 : pair & 0xffff0000u);
 }
 } // namespace emulation
 
-inline void load_matrices(uint32_t (&r)[4], const void* row) { emulation::load_spread<false>(r, row); }
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { emulation::load_spread<false>(r, row); }
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
   emulation::load_spread<true>(r, row);
 }
 
 // PTX ISA, "Matrix fragments for mma.m16n8k16": with g = lane / 4 and t = lane % 4, a0..a3 are rows
 // (g, g+8, g, g+8), columns 2t (+8 for a2, a3); b0, b1 are rows 2t (+8), column g; d0..d3 are rows
 // (g, g, g+8, g+8), columns 2t and 2t+1.
-inline void tensor_multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Args {
     float* d;
     const uint32_t* a;
@@ -173,23 +173,23 @@ inline void tensor_multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t 
   });
 }
 
-// cvt.rna.tf32: 13 bits go, to nearest, ties away from zero.
-inline uint32_t to_tf32(uint32_t bits) {
-  const float x = float_of_bits(bits);
+// cvt.rna.tf32 drops 13 bits, rounding to nearest, ties away from zero.
+inline uint32_t cvt_rna_tf32(uint32_t bits) {
+  const float x = uint_as_float(bits);
   if (x - x != 0.0f) return bits;
   return (bits + 0x1000u) & 0xffffe000u;
 }
 
 // PTX ISA, "Matrix fragments for mma.m16n8k8", tf32: a0..a3 are rows (g, g+8, g, g+8), columns t (+4 for
-// a2, a3); b0, b1 are rows t (+4), column g. The 13 low bits of operands are not looked at.
-inline void tensor_multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// a2, a3); b0, b1 are rows t (+4), column g. The 13 low bits of operands are ignored.
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Args {
     float* d;
     const uint32_t* a;
     uint32_t b[2];
   } args{d, a, {b0, b1}};
   emulation::in_warp<Args>("mma tf32", args, [](Args* const* lanes) {
-    const auto cut = [](uint32_t bits) { return static_cast<double>(float_of_bits(bits & 0xffffe000u)); };
+    const auto cut = [](uint32_t bits) { return static_cast<double>(uint_as_float(bits & 0xffffe000u)); };
     double x[16][8], y[8][8];
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
@@ -205,27 +205,27 @@ inline void tensor_multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint
   });
 }
 
-inline void copy_async(void* shared, const void* global, bool inside) {
+inline void cp_async_zfill(void* shared, const void* global, bool inside) {
   auto run = [=] {
     if (inside) std::memcpy(shared, global, 16);
     else std::memset(shared, 0, 16);
   };
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) emulation::fail("a copy's target is not on 16 bytes");
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) emulation::fail("cp.async: the destination is not aligned to 16 bytes");
   if (inside && reinterpret_cast<uintptr_t>(global) % 16 != 0)
-    emulation::fail("a copy's source is not on 16 bytes");
-  if (emulation::address_in_shared(shared) + 16 > emulation::shared_bytes())
-    emulation::fail("a copy ends beyond shared memory");
-  emulation::Copies& mine = emulation::copies_of_this_thread();
+    emulation::fail("cp.async: the source is not aligned to 16 bytes");
+  if (emulation::shared_offset(shared) + 16 > emulation::shared_bytes())
+    emulation::fail("cp.async: the destination ends beyond shared memory");
+  emulation::CopyQueue& mine = emulation::pending_copies();
   if (emulation::draw(2) == 0) run();
   else mine.waiting.push_back({run, mine.group});
 }
-inline void commit_copies() { ++emulation::copies_of_this_thread().group; }
-template <int kLeft>
-void wait_copies() {
-  emulation::Copies& mine = emulation::copies_of_this_thread();
-  const int left = kLeft + (emulation::forgotten("wait_copies") ? 1 : 0);
+inline void cp_async_commit_group() { ++emulation::pending_copies().group; }
+template <int kPending>
+void cp_async_wait_group() {
+  emulation::CopyQueue& mine = emulation::pending_copies();
+  const int pending = kPending + (emulation::omitted("cp_async_wait_group") ? 1 : 0);
   auto at = mine.waiting.begin();
-  for (; at != mine.waiting.end() && at->group < mine.group - left; ++at) at->run();
+  for (; at != mine.waiting.end() && at->group < mine.group - pending; ++at) at->run();
   mine.waiting.erase(mine.waiting.begin(), at);
 }
 
