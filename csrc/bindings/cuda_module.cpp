@@ -22,8 +22,8 @@ template <class Launch>
 int64_t run(const Operands& operands, int device, uintptr_t stream, const Capsule& workspace,
             Launch launch) {
   operands.require_device({kMemory, device});
-  const Device facts = device_facts(device);
-  const int64_t bytes = launch(Call{facts, nullptr, nullptr});
+  const Device properties = device_properties(device);
+  const int64_t bytes = launch(Call{properties, nullptr, nullptr});
   if (!workspace) return bytes;
   const Array room(*workspace, "workspace");
   const Shape shape = room.shape();
@@ -31,7 +31,7 @@ int64_t run(const Operands& operands, int device, uintptr_t stream, const Capsul
     room.refuse("must have one dimension of at least " + std::to_string(bytes) + " bytes, but has shape " +
                 text(shape));
   void* const memory = room.data(Element::uint8, shape, {kMemory, device});
-  return launch(Call{facts, reinterpret_cast<void*>(stream), memory});
+  return launch(Call{properties, reinterpret_cast<void*>(stream), memory});
 }
 
 } // namespace
@@ -75,7 +75,7 @@ PYBIND11_MODULE(OFFTOWER_CUDA_MODULE, m) {
         o.dim = dim;
         o.reward = static_cast<RewardKind>(reward);
         o.reward_dim = reward_dim;
-        return refusal(o, device_facts(device));
+        return refusal(o, device_properties(device));
       },
       py::kw_only(), py::arg("dtype"), py::arg("items"), py::arg("dim"), py::arg("reward"),
       py::arg("reward_dim"), py::arg("device"),
@@ -92,7 +92,7 @@ PYBIND11_MODULE(OFFTOWER_CUDA_MODULE, m) {
         o.reward = static_cast<RewardKind>(reward);
         o.reward_dim = reward_dim;
         py::dict all;
-        for (const PassPlan& p : plans(o, device_facts(device))) {
+        for (const PassPlan& p : plans(o, device_properties(device))) {
           py::dict one;
           one["fits"] = p.fits;
           one["hopper"] = p.hopper;
@@ -108,7 +108,7 @@ PYBIND11_MODULE(OFFTOWER_CUDA_MODULE, m) {
       py::kw_only(), py::arg("dtype"), py::arg("rows"), py::arg("items"), py::arg("dim"),
       py::arg("reward"), py::arg("reward_dim"), py::arg("device"),
       "How the passes over such operands are cut into blocks on this device.");
-  m.attr("most_k") = kMostK;
+  m.attr("most_k") = kMaxK;
   m.attr("architectures") = OFFTOWER_CUDA_ARCHITECTURES;
   m.attr("sources") = OFFTOWER_CUDA_SOURCES;
 }

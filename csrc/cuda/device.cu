@@ -1,4 +1,6 @@
 // Properties of a device, and which operands its kernels accept.
+#include <algorithm>
+#include <cctype>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
@@ -77,16 +79,22 @@ Device device_properties(int number) {
 
 namespace {
 
+std::vector<std::string> split(const std::string& architectures) {
+  std::istringstream stream(architectures);
+  std::vector<std::string> all;
+  for (std::string one; std::getline(stream, one, '_');) all.push_back(one);
+  return all;
+}
+
 // CUDA Programming Guide, "Binary Compatibility" and "PTX Compatibility": code for sm_90a runs on compute
 // capability 9.0 alone. Other architectures are built with PTX, which runs from theirs on.
-bool runs_on(const std::string& architectures, const Device& device) {
-  std::istringstream stream(architectures);
-  for (std::string one; std::getline(stream, one, '_');) {
-    const int built = std::atoi(one.c_str()), present = device.major * 10 + device.minor;
-    const bool specific = one.back() == 'a';
-    if (specific ? present == built : present >= built) return true;
-  }
-  return false;
+bool runs_on(const std::vector<std::string>& architectures, const Device& device) {
+  const int present = device.major * 10 + device.minor;
+  return std::any_of(architectures.begin(), architectures.end(), [&](const std::string& one) {
+    const bool has_ptx = std::isdigit(static_cast<unsigned char>(one.back())) != 0;
+    const int built = std::atoi(one.c_str());
+    return has_ptx ? present >= built : present == built;
+  });
 }
 
 std::string compute_capability(const Device& device) {
@@ -98,10 +106,11 @@ std::string compute_capability(const Device& device) {
 
 std::string refusal(const PolicyOperands& o, const Device& device) {
   if (device.major < 8) return "the kernels need compute capability 8.0, and " + compute_capability(device);
-  if (!runs_on(built_architectures(), device)) {
-    std::string built = built_architectures();
-    for (std::size_t at; (at = built.find('_')) != std::string::npos;) built.replace(at, 1, ", sm_");
-    return "the kernels were built for sm_" + built + ", and " + compute_capability(device) +
+  const std::vector<std::string> built = split(built_architectures());
+  if (!runs_on(built, device)) {
+    std::string names;
+    for (const std::string& one : built) names += (names.empty() ? "sm_" : ", sm_") + one;
+    return "the kernels were built for " + names + ", and " + compute_capability(device) +
            "; build them with OFFTOWER_CUDA_ARCHITECTURES=" + std::to_string(device.major) +
            std::to_string(device.minor);
   }

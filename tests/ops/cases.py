@@ -134,8 +134,9 @@ def check_errors(
     """Assert that root mean square errors are at most twice those of eager torch in that dtype.
 
     Errors are against float64, over rows and seeds. (The ratio of two maximum errors of a few
-    roundings is noise.) The bound adds `roundings` roundings of the result, or of 1 where the result
-    is smaller, since log-probabilities are differences of such numbers: torch is at times exact.
+    roundings is noise.) Because torch is at times exact, the bound adds `roundings` roundings of
+    the result, or of 1 where the result is smaller: log-probabilities are differences of such
+    numbers.
     """
     errors: dict[str, list[list[Tensor]]] = {}
     size: dict[str, float] = {}

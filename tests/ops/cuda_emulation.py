@@ -28,8 +28,8 @@ from offtower.ops.reference import Inputs
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
 
-# The members of cuda::Device from `major` to `total_shared`. With few multiprocessors, small problems
-# give each block several work tiles.
+# The members of cuda::Device from `major` to `total_shared`. With few multiprocessors, small
+# problems give each block several work tiles.
 DEVICES = {
     "sm_80": "8 0 3 166912 167936",
     "sm_86": "8 6 2 101376 102400",

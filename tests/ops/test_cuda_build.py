@@ -1,4 +1,4 @@
-"""What is read from nvcc's output, and when a core is compiled again."""
+"""Parsing of nvcc's output, and reuse of compiled objects."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "csrc/cuda"))
 
 import cuda_build
-import machine_code
+import sass_report
 
 DUMP = """
 \t\tFunction : good
@@ -30,31 +30,29 @@ DUMP = """
 """
 
 
-def test_registers_of_products_under_way() -> None:
-    """Read before the wait, weights overwritten by a load and by another product."""
-    codes = dict(machine_code.read_code(DUMP.splitlines()))
-    assert codes["good"].too_early == [] and codes["good"].waits == 1
-    assert codes["good"].products == {"64": 2}
-    assert [line.split()[0] for line in codes["bad"].too_early] == ["0020", "0030", "0040"]
-    assert codes["bad"].local == 1 and codes["good"].local == 0
+def test_accesses_to_registers_of_wgmmas_in_flight_are_found() -> None:
+    """An accumulator read before the wait; operands overwritten by a load and by another wgmma."""
+    codes = dict(sass_report.read_sass(DUMP.splitlines()))
+    assert codes["good"].hazards == [] and codes["good"].waits == 1
+    assert codes["good"].wgmmas == {"64": 2}
+    assert [line.split()[0] for line in codes["bad"].hazards] == ["0020", "0030", "0040"]
+    assert codes["bad"].local_accesses == 1 and codes["good"].local_accesses == 0
 
 
-def test_report_of_the_compiler() -> None:
+def test_read_report_finds_registers_and_spills() -> None:
     text = (
         "ptxas info    : Compiling entry function '_Zk' for 'sm_90a'\n"
         "ptxas info    : Function properties for _Zk\n"
         "    8 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads\n"
         "ptxas info    : Used 168 registers, used 1 barriers\n"
     )
-    assert list(machine_code.read_report(text)) == [
+    assert list(sass_report.read_report(text)) == [
         ("_Zk", "sm_90a", "168 registers, spills 8 and 16 bytes")
     ]
 
 
-def test_only_what_changed_is_compiled_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By a stand-in for nvcc that writes down its calls."""
+def test_unchanged_objects_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for nvcc that logs its calls."""
     calls = tmp_path / "calls"
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(
@@ -72,7 +70,7 @@ def test_only_what_changed_is_compiled_again(
 
     assert compiled("80", "90a") == len(cuda_build.sources(("80", "90a"))) > 5
     assert compiled("80", "90a") == 0
-    assert compiled("90a") > 0  # the portable ones, which were for sm_80 too
+    assert compiled("90a") > 0  # portable kernels were compiled for sm_80 too
     assert compiled("90a") == 0
     monkeypatch.setattr(cuda_build, "fingerprint", lambda *_: "of other sources")
     assert compiled("90a") == len(cuda_build.sources(("90a",)))

@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def device(
     request: pytest.FixtureRequest, module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> str:
-    """Whose kernels run; Hopper's own take bfloat16 without dense rewards."""
+    """The emulated device. Hopper's kernels accept bfloat16 without dense rewards."""
     cuda_emulation.put_in_place(module, request.param, monkeypatch)
     return str(request.param)
 
@@ -37,12 +37,13 @@ def emulated(case: Case) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("kind", "scale"), [*((kind, 1.0) for kind in KINDS), ("none", 100.0), ("sigmoid", 100.0)]
 )
-def test_errors_are_within_twice_those_of_torch(
+def test_errors_are_at_most_twice_those_of_torch(
     device: str, dtype: torch.dtype, scale: float, kind: str
 ) -> None:
     """Ragged shapes that are split, padded, and span several blocks of rows; logits up to 1e4.
 
-    Anchors go to nats and back between the passes, which costs a second rounding of a gradient.
+    The reference maximum is rounded to nats and back between the passes, which costs a second
+    rounding of a gradient.
     """
     if device == "sm_90" and (dtype is torch.float32 or kind == "dense"):
         pytest.skip("runs on the portable kernels there")
@@ -83,10 +84,10 @@ def test_small_shared_memory(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_in_any_order_of_the_threads(
+def test_results_do_not_depend_on_the_order_of_threads(
     device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A missing barrier, or a buffer filled too early, shows as bits that depend on the order."""
+    """A missing barrier, or a buffer that is refilled too early, would make them depend on it."""
     case = Case(140, 900, 72, "sigmoid", dtype)
     first: dict[str, Tensor] | None = None
     for seed in range(4):
@@ -100,7 +101,7 @@ def test_same_bits_in_any_order_of_the_threads(
 
 
 @pytest.mark.parametrize("link", ["identity", "sigmoid"])
-def test_rewards_that_are_biases_alone(device: str, link: str) -> None:
+def test_rewards_of_biases_alone(device: str, link: str) -> None:
     """A factored reward model of width 0."""
     case = Case(40, 300, 24, "identity", torch.bfloat16)
     case.reward = FactoredReward(
@@ -114,13 +115,13 @@ def test_rewards_that_are_biases_alone(device: str, link: str) -> None:
 
 
 def rounded_to_tf32(x: Tensor) -> Tensor:
-    """To 10 bits behind the point, nearest, ties away from zero."""
+    """Round to 10 mantissa bits, to nearest, ties away from zero."""
     return ((x.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 @pytest.fixture
 def tf32() -> Iterator[None]:
-    """What users do who want their products in tf32."""
+    """Allow tf32 in matrix products, as users do."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     yield
@@ -131,9 +132,9 @@ def tf32() -> Iterator[None]:
 def test_tf32_on_request(
     on: str, tf32: None, module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Terms are those of rounded embeddings to float32's precision: products alone are rounded.
+    """Terms are those of rounded embeddings to float32's precision: only products are rounded.
 
-    Weights of the gradients' products are rounded too, to 2^-11 of each.
+    Score gradients are rounded for the second GEMM too, to a relative 2^-11.
     """
     cuda_emulation.put_in_place(module, on, monkeypatch)
     for shape, kind in (
@@ -159,7 +160,7 @@ def test_tf32_on_request(
         torch.backends.cuda.matmul.fp32_precision = "tf32"
 
 
-def test_search_is_exact_under_tf32(
+def test_top_k_is_exact_under_tf32(
     tf32: None, module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuda_emulation.put_in_place(module, "sm_80", monkeypatch)
@@ -170,7 +171,7 @@ def test_search_is_exact_under_tf32(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_only_the_gradients_asked_for(device: str, dtype: torch.dtype) -> None:
+def test_only_requested_gradients_are_computed(device: str, dtype: torch.dtype) -> None:
     case = Case(40, 300, 24, "identity", dtype)
     whole = emulated(case)
     for wanted in (("du",), ("dv",), ("db",), ("du", "db")):
@@ -194,7 +195,7 @@ def test_only_the_gradients_asked_for(device: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_slices_of_items_merge_to_the_whole(device: str, dtype: torch.dtype) -> None:
+def test_merged_slices_of_items_equal_the_whole(device: str, dtype: torch.dtype) -> None:
     case = Case(9, 500, 16, "identity", dtype)
     whole = policy_terms(
         case.u, case.v, case.action, item_bias=case.b, reward_model=case.reward, entropy=True
@@ -218,7 +219,7 @@ def test_slices_of_items_merge_to_the_whole(device: str, dtype: torch.dtype) -> 
         torch.testing.assert_close(getattr(merged, name), value, rtol=2e-6, atol=2e-6)
 
 
-def test_top_k_is_the_stable_sort_of_the_logits(device: str) -> None:
+def test_top_k_equals_a_stable_sort_of_the_logits(device: str) -> None:
     """Small integers are exact in every dtype and make many ties; k up to all items."""
     g = torch.Generator().manual_seed(8)
     for dtype in DTYPES:
@@ -234,7 +235,7 @@ def test_top_k_is_the_stable_sort_of_the_logits(device: str) -> None:
                 assert torch.equal(scores, full.gather(1, index))
 
 
-def test_top_k_takes_nan_first_and_masked_items_last(device: str) -> None:
+def test_top_k_puts_nan_first_and_masked_items_last(device: str) -> None:
     u, v = torch.ones(2, 1), torch.arange(200.0)[:, None]
     v[5] = v[150] = float("nan")
     bias = torch.zeros(200)
@@ -272,7 +273,7 @@ def test_masked_items_and_impossible_actions(device: str, dtype: torch.dtype) ->
 
 
 def test_log_probabilities_are_not_above_zero(device: str) -> None:
-    """The row's own logit is bit for bit the one inside its normalizer, however large."""
+    """The target's logit has the same bits as in the normalizer, however large it is."""
     for dtype in DTYPES:
         case = Case(33, 50, 40, "none", dtype, scale=100.0)
         best = (case.u.double() @ case.v.double().T).argmax(1)
@@ -291,7 +292,7 @@ SMALL = "8 6 84 100352 102400"
 def test_plans_fit_and_fill_the_device(
     facts: str, dtype: int, module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tiles fit, large problems keep the device busy, partial sums are bounded."""
+    """Tiles fit, large problems keep the device busy, partial sums are limited."""
     monkeypatch.setenv("OFFTOWER_EMULATED_DEVICE", facts)
     multiprocessors, block_shared = (int(x) for x in facts.split()[2:4])
     for rows in (1, 100, 1024, 70_000):

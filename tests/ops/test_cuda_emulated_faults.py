@@ -1,7 +1,8 @@
-"""Whether the emulation of a thread block sees what a kernel has forgotten, or is given wrongly."""
+"""Faults that the emulated thread block must detect: omitted synchronization, invalid operands."""
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 
 import pytest
@@ -35,35 +36,35 @@ FAULTS = [
 @pytest.mark.parametrize(
     ("on", "dtype", "fault"), [(on, dtype, fault) for on, dtype, all_ in FAULTS for fault in all_]
 )
-def test_a_forgotten_operation_shows(
+def test_omitted_synchronization_is_detected(
     on: str, dtype: torch.dtype, fault: str, module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The emulation leaves one kind of synchronisation out of every kernel: errors, or other bits.
+    """Without one kind of synchronization, kernels raise an error or give different bits.
 
-    Else the tests around this one would pass kernels that only work by luck.
+    Otherwise the other tests of the emulation could pass kernels that synchronize too little.
     """
     cuda_emulation.put_in_place(module, on, monkeypatch)
     case = Case(40, 700, 72, "sigmoid", dtype)
     whole = case.native("auto")
     monkeypatch.setenv("OFFTOWER_EMULATION_WITHOUT", fault)
-    shown = False
+    detected = False
     for seed in range(8):
         monkeypatch.setenv("OFFTOWER_EMULATION_SEED", str(seed))
         try:
-            shown |= not all(
+            detected |= not all(
                 torch.equal(value, whole[name]) for name, value in case.native("auto").items()
             )
         except RuntimeError:
-            shown = True
-        if shown:
+            detected = True
+        if detected:
             return
-    pytest.fail(f"a kernel without {fault} gives the same bits")
+    pytest.fail(f"kernels without {fault} give the same bits")
 
 
-def test_the_copy_engine_is_not_given_what_it_cannot_take(
+def test_operands_that_tma_cannot_load_raise(
     module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Operands come aligned from Python; others are refused by name before the driver sees them."""
+    """Python aligns operands; the launcher names the requirement where it is not met."""
     monkeypatch.setenv("OFFTOWER_EMULATED_DEVICE", cuda_emulation.DEVICES["sm_90"])
     u, v = torch.randn(4, 64).bfloat16(), torch.randn(300, 64).bfloat16()
     out, workspace = torch.empty(4), torch.empty(1 << 20, dtype=torch.uint8)
@@ -75,7 +76,36 @@ def test_the_copy_engine_is_not_given_what_it_cannot_take(
         )
 
     run(u, v)
-    with pytest.raises(RuntimeError, match="starts on 16 bytes"):
+    with pytest.raises(RuntimeError, match="start on 16 bytes"):
         run(torch.cat([u.flatten(), u[0]])[1:257].view(4, 64), v)
-    with pytest.raises(RuntimeError, match="whole 16 bytes"):
+    with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
         run(u[:, :60].contiguous(), v[:, :60].contiguous())
+
+
+REFUSED = "built for sm_{built}, and device 0 has compute capability {has}; .*ARCHITECTURES={need}"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "device", "reason"),
+    [
+        ("80_90a", "sm_80", ""),
+        ("80_90a", "sm_86", ""),
+        ("80_90a", "sm_90", ""),
+        ("90a", "sm_90", ""),
+        ("90a", "sm_80", REFUSED.format(built="90a", has=r"8\.0", need=80)),
+        ("86", "sm_90", ""),  # its PTX is compiled for later devices when it is loaded
+        ("86_90a", "sm_80", REFUSED.format(built="86, sm_90a", has=r"8\.0", need=80)),
+    ],
+)
+def test_devices_without_built_kernels_are_refused(
+    architectures: str,
+    device: str,
+    reason: str,
+    module: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that backend "auto" falls back to the reference; a launch would fail."""
+    monkeypatch.setenv("OFFTOWER_EMULATED_DEVICE", cuda_emulation.DEVICES[device])
+    monkeypatch.setenv("OFFTOWER_EMULATED_ARCHITECTURES", architectures)
+    refusal = module.refusal(dtype=1, items=300, dim=64, reward=0, reward_dim=0, device=0)
+    assert re.search(reason, refusal) if reason else refusal == ""

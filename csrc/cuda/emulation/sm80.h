@@ -19,6 +19,11 @@ inline int64_t block_idx() { return emulation::block_idx(); }
 inline int64_t grid_dim() { return emulation::grid_dim(); }
 
 namespace emulation {
+// .aligned instructions are undefined in a warp that has diverged.
+inline void check_converged(const char* what) {
+  if (diverged()) fail(std::string(what) + " in a warp that may have diverged: syncwarp is missing before it");
+}
+
 // Runs `combine` once, on the arguments of all 32 lanes of this thread's warp, which it reconverges.
 template <class Args>
 void in_warp(const char* what, Args& args, void (*combine)(Args* const* lanes)) {
@@ -51,6 +56,7 @@ inline uint32_t float_as_uint(float x) {
 inline void syncthreads() {
   if (emulation::omitted("syncthreads")) return;
   emulation::collective("syncthreads", 0, block_dim(), nullptr, nullptr);
+  emulation::set_diverged(false);
 }
 inline void syncwarp() {
   if (emulation::omitted("syncwarp")) return;
@@ -133,6 +139,7 @@ template <bool kTransposed>
 void load_spread(uint32_t (&r)[4], const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("ldmatrix: a row is not aligned to 16 bytes");
   Matrices args{r, static_cast<const uint16_t*>(row)};
+  check_converged("ldmatrix");
   in_warp<Matrices>("ldmatrix", args, spread_matrices<kTransposed>);
 }
 inline float half_of(uint32_t pair, int which) {
@@ -154,6 +161,7 @@ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
     const uint32_t* a;
     uint32_t b[2];
   } args{d, a, {b0, b1}};
+  emulation::check_converged("mma");
   emulation::in_warp<Args>("mma", args, [](Args* const* lanes) {
     float x[16][16], y[16][8];
     for (int lane = 0; lane < 32; ++lane) {
@@ -188,6 +196,7 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
     const uint32_t* a;
     uint32_t b[2];
   } args{d, a, {b0, b1}};
+  emulation::check_converged("mma tf32");
   emulation::in_warp<Args>("mma tf32", args, [](Args* const* lanes) {
     const auto cut = [](uint32_t bits) { return static_cast<double>(uint_as_float(bits & 0xffffe000u)); };
     double x[16][8], y[8][8];

@@ -102,11 +102,6 @@ inline void bulk_copy_g2s(void* shared, const void* global, int bytes, uint64_t*
 }
 
 namespace emulation {
-// wgmma and its synchronization are .aligned: undefined if the warp has diverged.
-inline void check_converged(const char* what) {
-  if (diverged()) fail(std::string(what) + " in a warp that may have diverged: syncwarp is missing before it");
-}
-
 struct Wgmma {
   float* d;
   const uint32_t* a_registers; // or null: A in shared memory

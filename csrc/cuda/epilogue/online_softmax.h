@@ -129,6 +129,7 @@ public:
         other.reference_max = shfl_xor_sync(sums[r].reference_max, mask);
         merge(sums[r], other);
       }
+      mark_divergence();
       if (lane_idx() % 4 == 0 && row_of(r) < p.policy.resident.rows)
         p.sums[split * p.policy.resident.rows + row_of(r)] = sums[r];
     }
@@ -149,6 +150,7 @@ private:
     OFFTOWER_UNROLL
     for (int r = 0; r < kRowsPerThread; ++r) any |= target[r] >= first && target[r] < first + kBlockN;
     if (ballot_sync(any) == 0) return; // at N = 1e6 and 64 columns, all but 0.2 % of a warp's tiles
+    mark_divergence();
     const int column = lane_idx() % 4 * 2;
     OFFTOWER_UNROLL
     for (int r = 0; r < kRowsPerThread; ++r) {

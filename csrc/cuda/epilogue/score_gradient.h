@@ -52,7 +52,7 @@ public:
       } else {
         // Padding has reference_max = inf, so that p = 0.
         const int64_t at = min(i, p.padded_contexts - 1);
-        stats[h] = stats_at(p.stats + at, p.padded_contexts);
+        stats[h] = stats_at(p.stats, p.padded_contexts, at);
       }
     }
   }
@@ -89,6 +89,7 @@ public:
         const int64_t at =
             static_cast<int64_t>(static_cast<int>(float_as_uint(vectors[kActionStat * kBlockN + column]))) - row;
         const float cotangent = vectors[kTargetStat * kBlockN + column];
+        mark_divergence();
         OFFTOWER_UNROLL
         for (int h = 0; h < 2; ++h) {
           if (at != h * 8 + g) continue;
@@ -126,6 +127,7 @@ public:
       for (int h = 0; h < 2; ++h) {
         bias_sum[h] += shfl_xor_sync(bias_sum[h], 1);
         bias_sum[h] += shfl_xor_sync(bias_sum[h], 2);
+        mark_divergence();
         if (p.bias_partial != nullptr && lane_idx() % 4 == 0 && row_of(h) < p.policy.items)
           p.bias_partial[split * p.policy.items + row_of(h)] = bias_sum[h];
       }
@@ -139,8 +141,9 @@ private:
     float reference_max, base, reward, expected, entropy, log_total;
   };
 
-  static OFFTOWER_DEVICE Stats stats_at(const float* array, int64_t stride) {
-    const auto stat = [&](RowStat which) { return array[which * stride]; };
+  template <class Index>
+  static OFFTOWER_DEVICE Stats stats_at(const float* array, Index stride, Index at) {
+    const auto stat = [&](RowStat which) { return array[which * stride + at]; };
     return {stat(kReferenceMaxStat), stat(kBaseStat),    stat(kRewardStat),
             stat(kExpectedStat),     stat(kEntropyStat), stat(kLogTotalStat)};
   }
@@ -186,7 +189,7 @@ private:
         OFFTOWER_UNROLL
         for (int h = 0; h < 2; ++h) {
           float& score = y[n][h * 2 + c];
-          const Stats g = kItemsResident ? stats_at(vectors + column, kBlockN) : stats[h];
+          const Stats g = kItemsResident ? stats_at(vectors, kBlockN, column) : stats[h];
           const float centered_y =
               fma(score, p.policy.scale, kItemsResident ? bias[h] : vectors[column]) - g.reference_max;
           float factor = g.base;
@@ -206,6 +209,7 @@ private:
   template <class Out, class Visit>
   OFFTOWER_DEVICE void for_each_element(Out* array, Visit visit) {
     const int width = p.policy.resident.width, column = lane_idx() % 4 * 2;
+    mark_divergence();
     OFFTOWER_UNROLL
     for (int h = 0; h < 2; ++h) {
       if (row_of(h) >= p.policy.resident.rows) continue;

@@ -39,6 +39,7 @@ private:
       const WorkTile work = pipeline.work(number);
       Epilogue softmax(p.params, work.first_row + warp_row);
       pipeline.wait_resident();
+      syncwarp(); // write() diverges, and wgmma is .aligned
       for (int64_t tile = work.begin; tile < work.end; ++tile) {
         float y[1][kMmaN][4], q[1][Epilogue::kRewardMmaN][4];
         pipeline.wait_stage();

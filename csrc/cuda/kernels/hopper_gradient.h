@@ -62,6 +62,7 @@ private:
       uint32_t weights[kMmaN / 2][4]; // ds in bfloat16, as operand A
       pipeline.wait_resident();
       pipeline.wait_stage(); // a work tile has at least one streamed tile
+      syncwarp();            // write() diverges, and wgmma is .aligned
       warpgroup_fence_operand(epilogue.sum);
       warpgroup_arrive();
       pipeline.issue_score_gemm(group_row, y, q);
@@ -91,6 +92,7 @@ private:
           for (int i = 0; i < 4; ++i)
             weights[k][i] = cvt_bf16x2(y[2 * k + i / 2][i % 2 * 2], y[2 * k + i / 2][i % 2 * 2 + 1]);
         }
+        syncwarp(); // add_target and flush diverge
         warpgroup_fence_operand(weights);
         warpgroup_fence_operand(epilogue.sum);
         warpgroup_arrive();

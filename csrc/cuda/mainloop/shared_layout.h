@@ -12,7 +12,7 @@ struct TileShape {
   int warp_scratch; // bytes for each warp
 };
 template <class Kernel, class T>
-constexpr TileShape tile_shape() {
+OFFTOWER_BOTH constexpr TileShape tile_shape() {
   return {static_cast<int>(sizeof(T)), Kernel::kBlockN, Kernel::kWarpM, Kernel::kColumnVectors,
           Kernel::kWarpScratchBytes};
 }

@@ -1,11 +1,10 @@
-"""What ptxas made of the kernels: registers, spills, products, and registers of products under way.
+"""Report registers, spills and wgmmas of the Hopper kernels, and accesses that would be races.
 
-    python csrc/cuda/machine_code.py build/gpu/*.o
+    python csrc/cuda/sass_report.py build/gpu/*.o
 
-Reads the compiler's report beside each object and, through cuobjdump (the PATH's, or CUDA's usual
-place), sm_90a's instructions. wgmma reads and writes registers long after it was issued, and only
-the order of instructions keeps others off them until the wait: each kernel is searched for one that
-touches them too early. The search follows the text and not the jumps.
+Reads ptxas's report beside each object and the SASS for sm_90a, through cuobjdump of the PATH or of
+/usr/local/cuda. A wgmma reads and writes its registers until the warpgroup waits for it; the script
+fails if another instruction touches them before the wait. It follows the text, not the jumps.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
-_PRODUCT = re.compile(r"HGMMA\.64x(\d+)x16\.F32")
-# Their first operand is no register that they write.
-_WRITE_NONE = (
+_WGMMA = re.compile(r"HGMMA\.64x(\d+)x16\.F32")
+# Instructions whose first operand is not a destination register.
+_NO_DESTINATION = (
     "ST",
     "RED",
     "ATOM",
@@ -39,14 +38,14 @@ _DOUBLE = ("DADD", "DMUL", "DFMA", "IMAD.WIDE", "F2F.F64", "I2F.F64")
 
 
 @dataclass
-class Code:
-    """Of one kernel."""
+class Sass:
+    """Facts about the code of one kernel."""
 
     instructions: int = 0
-    local: int = 0  # loads and stores of local memory
-    waits: int = 0  # for products
-    products: Counter[str] = field(default_factory=Counter)
-    too_early: list[str] = field(default_factory=list)
+    local_accesses: int = 0
+    waits: int = 0  # for wgmmas
+    wgmmas: Counter[str] = field(default_factory=Counter)  # by columns
+    hazards: list[str] = field(default_factory=list)
 
 
 def _registers(text: str) -> list[int]:
@@ -59,51 +58,54 @@ def _width(operation: str) -> int:
     return 2 if ".64" in operation or operation.startswith(_DOUBLE) else 1
 
 
-def read_code(lines: Iterable[str]) -> Iterator[tuple[str, Code]]:
-    """(mangled name, code) of each kernel in cuobjdump's text."""
-    name, code = "", Code()
-    results: set[int] = set()  # of products under way
-    weights: set[int] = set()  # which they read
+def read_sass(lines: Iterable[str]) -> Iterator[tuple[str, Sass]]:
+    """Yield the mangled name and the facts of each kernel in cuobjdump's output."""
+    name, code = "", Sass()
+    accumulators: set[int] = set()  # of wgmmas in flight
+    operands_in_flight: set[int] = set()
     for line in lines:
         found = re.search(r"Function : (\S+)", line)
         if found:
             if name:
                 yield name, code
-            name, code, results, weights = found[1], Code(), set(), set()
+            name, code = found[1], Sass()
+            accumulators, operands_in_flight = set(), set()
             continue
         match = _INSTRUCTION.match(line)
         if not match:
             continue
         at, operation, arguments = match.groups()
         code.instructions += 1
-        code.local += operation.startswith(("LDL", "STL"))
+        code.local_accesses += operation.startswith(("LDL", "STL"))
         operands = arguments.split(",")
-        product = _PRODUCT.match(operation)
-        if product:
-            code.products[product[1]] += 1
+        wgmma = _WGMMA.match(operation)
+        if wgmma:
+            code.wgmmas[wgmma[1]] += 1
             first = _registers(operands[0])[0]
-            written = set(range(first, first + int(product[1]) // 2))
-            if written & weights:
-                code.too_early.append(f"{at} {operation} over weights")
-            results |= written
+            written = set(range(first, first + int(wgmma[1]) // 2))
+            if written & operands_in_flight:
+                code.hazards.append(f"{at} {operation} overwrites operands in flight")
+            accumulators |= written
             for start in _registers(operands[1]):
-                weights |= set(range(start, start + 4))
+                operands_in_flight |= set(range(start, start + 4))
         elif operation.startswith("WARPGROUP.DEPBAR"):
             code.waits += 1
-            results, weights = set(), set()
-        elif results:
-            writes = not operation.startswith(_WRITE_NONE) and operands[0].strip().startswith("R")
+            accumulators, operands_in_flight = set(), set()
+        elif accumulators:
+            writes = not operation.startswith(_NO_DESTINATION) and operands[0].strip().startswith(
+                "R"
+            )
             target = _registers(operands[0])[:1] if writes else []
             written = {r + i for r in target for i in range(_width(operation))}
             read = set(_registers(",".join(operands[1:] if writes else operands)))
-            if written & (results | weights) or read & results:
-                code.too_early.append(f"{at} {operation} {arguments.strip()}")
+            if written & (accumulators | operands_in_flight) or read & accumulators:
+                code.hazards.append(f"{at} {operation} {arguments.strip()}")
     if name:
         yield name, code
 
 
 def read_report(text: str) -> Iterator[tuple[str, str, str]]:
-    """(mangled name, architecture, registers and spills) from ptxas -v."""
+    """Yield (mangled name, architecture, registers and spills) from the output of ptxas -v."""
     compiled = re.split(r"Compiling entry function '", text)[1:]
     for part in compiled:
         name, architecture = re.match(r"(\S+)' for '(\S+)'", part).groups()  # type: ignore[union-attr]
@@ -118,22 +120,22 @@ def read_report(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 def readable(names: list[str]) -> dict[str, str]:
-    """By mangled name, through c++filt where there is one."""
+    """Map mangled to readable names, through c++filt where there is one."""
     if not shutil.which("c++filt"):
         return {n: n for n in names}
-    said = subprocess.run(
+    demangled = subprocess.run(
         ["c++filt"], input="\n".join(names), capture_output=True, text=True
     ).stdout
     short = [
         re.sub(r"\(offtower::cuda::Reward\)|offtower::cuda::", "", line).partition("run_kernel<")[2]
-        for line in said.splitlines()
+        for line in demangled.splitlines()
     ]
     return {n: s.partition(">(")[0].rstrip() or n for n, s in zip(names, short, strict=True)}
 
 
 def main() -> None:
     tool = shutil.which("cuobjdump") or "/usr/local/cuda/bin/cuobjdump"
-    wrong = False
+    failed = False
     for path in map(Path, sys.argv[1:]):
         report = path.with_suffix(".txt")
         text = report.read_text() if report.exists() else ""
@@ -144,21 +146,22 @@ def main() -> None:
         dump = subprocess.run(
             [tool, "-sass", "-arch", "sm_90a", str(path)], capture_output=True, text=True
         ).stdout
-        codes = dict(read_code(dump.splitlines()))
-        plain = readable([*codes])
-        for name, code in codes.items():
-            products = ", ".join(f"{n} of {w} columns" for w, n in sorted(code.products.items()))
+        kernels = dict(read_sass(dump.splitlines()))
+        plain = readable([*kernels])
+        for name, code in kernels.items():
+            wgmmas = ", ".join(f"{n} of {w} columns" for w, n in sorted(code.wgmmas.items()))
             print(
                 f"{plain[name]}: {facts.get(name, 'no report')}; {code.instructions} instructions, "
-                f"{code.local} of local memory; products: {products or 'none'}, {code.waits} waits"
+                f"{code.local_accesses} of local memory; "
+                f"wgmmas: {wgmmas or 'none'}, {code.waits} waits"
             )
-            for what in code.too_early:
-                print(f"    TOO EARLY: {what}")
-            wrong |= bool(code.too_early)
+            for hazard in code.hazards:
+                print(f"    HAZARD: {hazard}")
+            failed |= bool(code.hazards)
         for code_name, name in serialized:
-            print(f"    {code_name}: products wait for one another in {name}")
-            wrong = True
-    raise SystemExit(wrong)
+            print(f"    {code_name}: wgmmas are serialized in {name}")
+            failed = True
+    raise SystemExit(failed)
 
 
 if __name__ == "__main__":
