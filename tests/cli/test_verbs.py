@@ -168,7 +168,7 @@ def test_an_estimator_is_selected_for_the_policy(trained: Path) -> None:
     assert {"paired", "pasif", "slope"} <= set(found["choices"])
     assert "heuristic" in found["failed"]  # One behaviour policy: nothing to play as target.
     html = (trained / "runs" / "own-log" / "report.html").read_text()
-    assert "Which estimator to believe" in html
+    assert "Choice of the estimator" in html
     assert call("evaluate", run, "--select", "oracle").exit_code == 2
 
 

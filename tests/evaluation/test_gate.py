@@ -75,7 +75,7 @@ def test_the_interval_decides(low: float, high: float, margin: float, decision: 
 def test_how_many_rows_would_tell() -> None:
     """Half-width 0.03 around 0.02: (0.03 / 0.02)^2 * 10,000 rows."""
     message = decide(evidence(-0.01, 0.05)).reasons[0].message
-    assert "about 23,000 rows would tell" in message and "holds 0" in message
+    assert "about 23,000 rows would show it" in message and "contains 0" in message
 
 
 DOUBTS = {

@@ -16,7 +16,7 @@ import pytest
 from offtower.evaluation import EvaluationRows
 from offtower.evaluation.evaluate import evaluate_rows
 from offtower.evaluation.report import write_report
-from offtower.evaluation.report.plots import COLOURS, DASHES, MARKERS
+from offtower.evaluation.report.plots import COLORS, DASHES, MARKERS
 from offtower.evaluation.report.render import number
 from offtower.evaluation.run import HISTOGRAM_EDGES, LogEvaluation
 from offtower.evaluation.selection import SelectionLog, compare_selectors, default_candidates
@@ -76,7 +76,7 @@ def evaluation(
         histograms={name: [1] * (len(HISTOGRAM_EDGES) - 1) for name in names},
         curves={name: curve if i == 0 else [] for i, name in enumerate(names)},
         truth={name: {"true_value": 0.3 * scale} for name in names} if truth else {},
-        landmarks={"best possible policy": 0.9 * scale} if truth else {},
+        baselines={"best possible policy": 0.9 * scale} if truth else {},
         notes=["a note with <script>alert(1)</script>"],
     )
 
@@ -258,4 +258,4 @@ def test_prints_on_paper(tmp_path: Path) -> None:
 
 def test_series_differ_in_more_than_colour() -> None:
     """Neighbouring colours also differ in lightness on a grey printer, or in marker and dash."""
-    assert len(set(MARKERS)) == len(set(map(str, DASHES))) == len(set(COLOURS)) == 6
+    assert len(set(MARKERS)) == len(set(map(str, DASHES))) == len(set(COLORS)) == 6

@@ -1,4 +1,4 @@
-"""Judge trained policies on a held-out log, off-policy, against the policy that logged it.
+"""Evaluate trained policies off-policy on a held-out log, against the policy that logged it.
 
 Exit code 0: go. 1: no-go. 3: not enough evidence. 2: refused. With several runs the code is that of
 the best verdict; --exit-zero makes it 0 unless refused. --set changes the section `evaluation`:
@@ -41,7 +41,7 @@ from offtower.jsonable import finite
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.", metavar="RUN...")],
     log: Annotated[
-        str | None, typer.Option(help="Log to judge on; the runs' data.test without it.")
+        str | None, typer.Option(help="Log to evaluate on; the runs' data.test without it.")
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="HTML file; report.html of the first run without it.")
@@ -49,7 +49,7 @@ def evaluate(
     select: Annotated[
         str | None,
         typer.Option(
-            help="Choose the estimator to believe: paired, pasif, heuristic, ocv, slope, or all."
+            help="Choose the estimator by a selector: paired, pasif, heuristic, ocv, slope, or all."
         ),
     ] = None,
     retrieval: Annotated[

@@ -15,7 +15,7 @@ _COLOUR = {"go": "green", "no-go": "red", "not enough evidence": "yellow"}
 
 
 def evaluation_table(evaluation: LogEvaluation) -> Table:
-    """One row a policy: estimates with intervals, the truth where it is known, the verdict."""
+    """One row per policy: estimates with intervals, the truth where it is known, the verdict."""
     result = evaluation.result
     first = next(iter(result.policies.values()))
     table = _table(
@@ -53,7 +53,7 @@ def evaluation_table(evaluation: LogEvaluation) -> Table:
 
 
 def retrieval_table(evaluation: LogEvaluation) -> Table:
-    """One row a policy and k: what its export finds of what was rewarded."""
+    """One row per policy and k: retrieval quality of its export."""
     table = _table(
         "retrieval from the whole catalogue",
         caption="rewarded rows weighted by reward / pscore; ± is one standard error",
@@ -77,9 +77,9 @@ def retrieval_table(evaluation: LogEvaluation) -> Table:
 
 
 def selection_table(name: str, found: SelectionComparison) -> Table:
-    """One row a selector: what it believes, and what it cannot tell from it."""
-    table = _table(f"{name}: which estimator to believe")
-    for column in ("selector", "believes", "value", "root MSE", "cannot be told from it"):
+    """One row per selector: its choice, and the candidates tied with it."""
+    table = _table(f"{name}: choice of the estimator")
+    for column in ("selector", "chooses", "value", "root MSE", "statistically tied"):
         table.add_column(column, justify="right" if column in ("value", "root MSE") else "left")
     for method, result in found.results.items():
         mse = result.best.mse

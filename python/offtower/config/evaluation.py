@@ -1,4 +1,4 @@
-"""Sections about judging: estimators, which of them to believe, and what a verdict asks for."""
+"""Section `evaluation`: estimators, estimator selection, and the gate."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from offtower.errors import ConfigError
 
 @frozen_dataclass(frozen=True)
 class GateOptions:
-    """What a verdict asks for.
+    """Requirements of a verdict.
 
     Attributes:
         margin: V(new) - V(logging) must exceed it, in units of reward.
-        min_rows, min_users, min_effective_sample_size: below these an asymptotic interval is not
-            believed.
-        max_pareto_k: heavier tails of the weights are not believed (`diagnostics.pareto_shape`).
-        max_mean_weight_z, max_mean_weight_error: propensities are doubted where the mean weight is
-            off 1 by more than both, in standard errors and absolutely, or where the weighted
-            predictions are off by more standard errors than that, and by enough to explain
-            `max_balance_share` of the difference.
-        max_missing_support: tolerated share of target draws that the log cannot show.
+        min_rows, min_users, min_effective_sample_size: an asymptotic interval needs at least these.
+        max_pareto_k: a heavier tail of the weights casts doubt (`diagnostics.pareto_shape`).
+        max_mean_weight_z, max_mean_weight_error: propensities are in doubt where the mean weight
+            differs from 1 by more than both, in standard errors and absolutely, or where the
+            weighted predictions are off by more standard errors than that, and by enough to
+            explain `max_balance_share` of the difference.
+        max_missing_support: tolerated share of target draws without support in the log.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -61,7 +60,7 @@ class EstimatorConfig:
     name: str
     """`offtower doctor` lists them."""
     max_weight: float | Literal["slope"] | None = None
-    """clipped_ips, clipped_dr. "slope" lets SLOPE choose any of these from the log's first rows."""
+    """clipped_ips, clipped_dr. "slope", here and below: chosen by SLOPE on the log's first rows."""
     threshold: float | Literal["slope"] | None = None
     """switch_dr."""
     shrinkage: float | Literal["slope"] | None = None
@@ -90,32 +89,32 @@ ByName = Annotated[dict[str, str], BeforeValidator(_named), Field(min_length=1)]
 
 @dataclass(config=STRICT)
 class SelectionConfig:
-    """Which estimator to believe (`offtower evaluate --select`)."""
+    """Estimator selection (`offtower evaluate --select`)."""
 
     models: tuple[SelectionModel, ...] = ("linear", "trees", "two_tower")
     """Reward models of the candidates, fitted on the run's training log where the run has none of
     the kind."""
     fit_rows: int = Field(default=200_000, ge=100)
-    """Rows of the training log that `linear` and `trees` learn from, at most."""
+    """Rows of the training log that `linear` and `trees` are fitted on, at most."""
     max_rows: int = Field(default=2_000_000, ge=100)
-    """Longest log that is taken: a few numbers a row are kept in memory."""
+    """Longest log that is accepted: a few numbers a row are kept in memory."""
     logging_run: str | None = None
     """Run directory whose policy logged the rows, where one did: PAS-IF then draws from it and can
-    judge candidates with a reward model. Without it only logged propensities are known."""
+    rank candidates with a reward model. Without it only logged propensities are known."""
     logging_runs: ByName | None = None
-    """For a log of several behaviour policies: the run directory of each, by its value in the
-    column behavior_policy. The heuristic needs them; PAS-IF draws from each row's own policy. They
-    are checked against the logged propensities."""
+    """For a log of several behavior policies: the run directory of each, by its value in the column
+    behavior_policy. The heuristic needs them; PAS-IF draws from each row's own policy. They are
+    checked against the logged propensities."""
     logging_columns: ByName | None = None
-    """In place of logging_runs, for the heuristic: the column of the log with each behaviour
-    policy's propensity of the logged item. Candidates with a reward model are then not judged."""
+    """In place of logging_runs, for the heuristic: the log's column with each behavior policy's
+    propensity of the logged item. Candidates with a reward model are then not ranked."""
     logging_tolerance: float = Field(default=0.02, ge=0.0)
     """Largest relative distance of logging_runs or logging_columns from the logged propensities."""
     draws: int = Field(default=100, ge=2)
     """Draws from the logging policy for each row, with logging_run or logging_runs. A catalogue of
     no more items is summed over instead."""
     draw_rows: int = Field(default=20_000, ge=100)
-    """Rows that PAS-IF works on at draws: evenly spaced ones of a longer log."""
+    """Rows that PAS-IF uses draws on: evenly spaced ones of a longer log."""
     share: float = Field(default=0.2, gt=0.0, lt=1.0)
     """PAS-IF's k, the expected share of the pseudo-target part."""
     importance_fit: Literal["exact", "network"] = "exact"
@@ -129,7 +128,7 @@ class SelectionConfig:
 
 @dataclass(config=STRICT)
 class EvaluationConfig:
-    """How `offtower evaluate` judges."""
+    """How `offtower evaluate` estimates and decides."""
 
     estimators: tuple[EstimatorConfig, ...] = (
         EstimatorConfig("ips"),
@@ -142,26 +141,26 @@ class EvaluationConfig:
     """The estimator of the verdict; auto is dr where there is a reward model, else snips."""
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
     interval: Literal["normal", "bootstrap", "bernstein"] = "normal"
-    """Of the table and the verdict; normal and bootstrap are always in the report's JSON."""
+    """Method of the table and the verdict; report.json always has normal and bootstrap too."""
     max_weight: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     """Largest weight that can occur, for bernstein: at most 1 / (least logging probability)."""
     replicates: int | None = Field(default=None, ge=20)
     """Of the bootstrap; null takes what the confidence needs, 500 at least."""
     by_user: bool | None = None
-    """Treat the rows of one user as hanging together; null does so where the log has users."""
+    """Cluster rows by user; null does so where the log has users."""
     gate: GateOptions = field(default_factory=GateOptions)
     propensities: Literal["logged", "estimate"] = "logged"
-    """estimate: of a log without propensities, by a calibrated model (catalogues of up to 5,000
+    """estimate: fit a calibrated model to a log without propensities (catalogues of up to 5,000
     items). No interval covers its error, and every output says so."""
     clusters: int | str | None = None
     """Clusters of items for mips: a category of the catalogue, or a number of clusters, found by
     k-means over the item embeddings of the first policy."""
     expected_reward: Literal["exact", "draws"] = "exact"
-    """Of a reward model under a policy: a sum over all items, or a mean over `draws` items drawn
-    from the policy, unbiased; its noise is part of every interval. Reward models that do not factor
-    are judged by draws anyway where rows x items is large."""
+    """Of a reward model under a policy: a sum over all items, or an unbiased mean over `draws`
+    items drawn from the policy, whose noise is part of every interval. Reward models that do not
+    factor use draws anyway where rows x items is large."""
     draws: int = Field(default=8, ge=1)
-    """Items drawn from the judged policy for each row."""
+    """Items drawn from the evaluated policy for each row."""
     batch_rows: int = Field(default=4096, ge=1)
     reward_model: RewardModelConfig | None = None
     """The reward model of DM and DR; the training's own where this is null."""

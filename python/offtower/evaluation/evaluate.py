@@ -1,4 +1,4 @@
-"""Several policies, several estimators, one log: values, differences, diagnostics and verdicts."""
+"""Evaluate policies on the same rows: values, differences, diagnostics and verdicts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ LOGGING = MeanReward()
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSums:
-    """All that is kept of a shard, for all policies; merges in any order.
+    """Sums over a shard of the log, for all policies; they merge in any order.
 
     The terms of every estimator under every policy, and the reward, are columns of one
     `Statistics`, so that any difference of two values is paired.
@@ -116,7 +116,7 @@ class EvaluationSums:
 
 
 class _Finisher:
-    """Turns sums into a result."""
+    """Computes a result from sums."""
 
     def __init__(self, sums: EvaluationSums, support: Mapping[str, SupportDiagnostics]) -> None:
         unknown = set(support) - set(sums.policies)

@@ -238,7 +238,7 @@ class Evaluator:
         return rewards, notes
 
     def _item_features(self) -> Array | None:
-        """(N, e) for the network, which tells items apart by their features."""
+        """(N, e) features of the items, for the network."""
         if self.config.evaluation.selection.importance_fit != "network":
             return None
         n, encoding = self.catalogue.num_items, self.runs[0].policy.item_encoding

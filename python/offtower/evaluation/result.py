@@ -1,4 +1,4 @@
-"""What an evaluation hands on: plain numbers, ready for JSON and for the report."""
+"""Results of an evaluation: plain numbers for the report and for JSON."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class EstimatorResult:
-    """One estimator's word on one policy; `difference` is to the logging policy."""
+    """One estimator on one policy; `difference` is to the logging policy."""
 
     name: str
     label: str
@@ -46,7 +46,7 @@ class EstimatorResult:
 
     @property
     def interval(self) -> Interval:
-        """By the first of the methods asked for that this estimator has."""
+        """By the first configured method that this estimator has."""
         return next(iter(self.intervals.values()))
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,10 +61,10 @@ class EstimatorResult:
 
 @dataclass(frozen=True)
 class PolicyEvaluation:
-    """All about one policy.
+    """Everything about one policy.
 
     guaranteed_value, guaranteed_difference: logarithmic-smoothing intervals, which hold for every
-    number of rows; None where rows hang together by user.
+    number of rows; None where rows are clustered by user.
     """
 
     policy: str

@@ -48,8 +48,8 @@ class LogEvaluation:
     curves: dict[str, list[dict[str, Any]]]
     """By policy, the epoch lines of its metrics."""
     truth: dict[str, dict[str, float]] = field(default_factory=dict)
-    landmarks: dict[str, float] = field(default_factory=dict)
-    """Other known values, such as the optimum."""
+    baselines: dict[str, float] = field(default_factory=dict)
+    """Other known values to compare with, such as the optimum."""
     notes: list[str] = field(default_factory=list)
     selection: dict[str, SelectionComparison] = field(default_factory=dict)
     """By policy, the choice of an estimator, where requested."""
@@ -78,7 +78,7 @@ class LogEvaluation:
             "log": self.log,
             "objectives": self.objectives,
             "truth": self.truth,
-            "landmarks": self.landmarks,
+            "baselines": self.baselines,
             "notes": self.notes,
             "selection": {name: found.to_dict() for name, found in self.selection.items()},
             "coverage": {name: one.to_dict() for name, one in self.coverage.items()},
@@ -101,7 +101,7 @@ def evaluate_runs(
     progress: Progress | None = None,
     mapper: Mapper | None = None,
     truth: Truth | None = None,
-    landmarks: dict[str, float] | None = None,
+    baselines: dict[str, float] | None = None,
 ) -> LogEvaluation:
     """Evaluate one or more runs on the same held-out log, paired with each other.
 
@@ -122,7 +122,7 @@ def evaluate_runs(
         mapper: where the log is evaluated; every number has the same bits with any. Reward models
             are fitted, and estimators selected, in this process.
         truth: a simulator's truth, shown beside the estimates.
-        landmarks: other known values to show.
+        baselines: other known values to compare with.
 
     Raises:
         RunError: a run is missing or not finished.
@@ -164,7 +164,7 @@ def evaluate_runs(
         truth={
             name: truth(run.policy, run.items) for name, run in by_name.items() if truth is not None
         },
-        landmarks=dict(landmarks or {}),
+        baselines=dict(baselines or {}),
         notes=notes,
         selection=evaluator.select(plan, accumulated, progress),
         coverage=coverage,

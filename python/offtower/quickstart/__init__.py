@@ -140,7 +140,7 @@ def _learn_and_judge(
         title=title,
         progress=progress,
         truth=None if world is None else _truth(world),
-        landmarks=None if world is None else _landmarks(world),
+        baselines=None if world is None else _baselines(world),
     )
 
 
@@ -179,7 +179,7 @@ def _truth(world: ObpWorld) -> Callable[[TwoTowerPolicy, Any], dict[str, float]]
     return value
 
 
-def _landmarks(world: ObpWorld) -> dict[str, float]:
+def _baselines(world: ObpWorld) -> dict[str, float]:
     expected = world.sample(_TRUTH_CONTEXTS, seed=99)["expected_reward"]
     return {
         "best possible policy": float(expected.max(axis=1).mean()),

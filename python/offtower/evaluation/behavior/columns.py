@@ -18,7 +18,7 @@ from offtower.evaluation.rows import Array, IntArray
 class LoggingColumns:
     """Each behavior policy's propensity of the logged item, from columns of the log.
 
-    Rows asked for in the order of the log are read once; a jump costs the row group jumped into.
+    Rows in the order of the log are read once; a jump reads the row group that it lands in.
     """
 
     def __init__(self, log: Log, names: BehaviorNames | None, options: SelectionConfig) -> None:
@@ -29,7 +29,7 @@ class LoggingColumns:
         self._group, self._first = -1, 0
         self._values = np.zeros((0, len(self.columns)))
         self._append()
-        # What can be refused is refused now, before anything is computed.
+        # Refuse wrong columns before anything is computed.
         schema = log.schema
         assert schema.behavior_policy is not None
         if schema.pscore is not None:
@@ -69,7 +69,7 @@ class LoggingColumns:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process reads columns with: no values."""
+        """Leave out the values that were read."""
         return {**self.__dict__, "_group": -1, "_first": 0, "_values": self._values[:0]}
 
     def _seek(self, row: int) -> None:

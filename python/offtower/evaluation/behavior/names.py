@@ -72,7 +72,7 @@ def heuristic_refusal(names: BehaviorNames | None, options: SelectionConfig) -> 
     if names is None:
         return (
             "the heuristic compares two or more behavior policies, and the log's schema names no "
-            "column 'behavior_policy' that tells them apart"
+            "column 'behavior_policy'"
         )
     if len(names.name) < 2:
         return (

@@ -109,7 +109,7 @@ class PasifSampling:
     def of(cls, num_items: int, num_rows: int, options: SelectionConfig) -> PasifSampling:
         """As the configuration says.
 
-        Raises ConfigError where the network is asked for and the catalogue is too large for it.
+        Raises ConfigError for the network where the catalogue is too large for it.
         """
         stride = max(1, -(-num_rows // options.draw_rows))
         network = options.importance_fit == "network"

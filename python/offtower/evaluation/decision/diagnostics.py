@@ -1,4 +1,4 @@
-"""Can these weights, propensities and predictions be believed? Sums that merge over shards."""
+"""Diagnostics of weights, propensities and predictions, as sums that merge over shards."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ TOP_SHARE = 0.001
 
 @dataclass(frozen=True)
 class WeightDiagnostics:
-    """What the importance weights say.
+    """Diagnostics of the importance weights.
 
     Attributes:
         effective_sample_size: (sum w)^2 / sum w^2 (Kish 1965), and as a share of n.
         mean, mean_std_error, mean_z: mean weight; 1 in expectation for true propensities and full
-            support. Below 1 also where a heavy tail was not seen.
-        top_share: part of the weight that the 0.1 % of rows with the largest weights carry.
+            support. Also below 1 where the heavy tail of the weights was not sampled.
+        top_share: share of the total weight on the 0.1 % of rows with the largest weights.
         pareto_k: shape of the tail (`pareto_shape`); None where there is no tail to fit.
         zero_share: rows with weight 0.
         balance, balance_std_error, balance_z: mean of w (q(x,a) - E_pi q(x,.)), 0 in expectation
-            for any q; None without a reward model. Propensities that are right on average and
-            wrong between items show here.
+            for any q; None without a reward model. It detects propensities that are right on
+            average and wrong between items.
     """
 
     n: int
@@ -116,7 +116,7 @@ class WeightSums:
 
 @dataclass(frozen=True)
 class _Column:
-    """The mean of one of k terms, as a functional."""
+    """The mean of one of k terms."""
 
     index: int
     count: int
@@ -134,8 +134,7 @@ def pareto_shape(largest: Array, n: int) -> float | None:
 
     largest: the largest weights of n, at least 3 sqrt(n) of them. Tail of min(n / 5, 3 sqrt(n))
     weights; fit of Zhang and Stephens (2009) with the prior of Vehtari, Simpson, Gelman, Yao and
-    Gabry (JMLR 2024, appendix G). None where the tail has fewer than 5 different weights: then it
-    ends where it was seen to end.
+    Gabry (JMLR 2024, appendix G). None where the tail has fewer than 5 different weights.
     """
     size = int(min(0.2 * n, 3.0 * math.sqrt(n), largest.size - 1))
     if size < 5:
@@ -158,7 +157,7 @@ def pareto_shape(largest: Array, n: int) -> float | None:
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Rows of like prediction: how many, mean prediction, mean reward, its standard error.
+    """Rows of similar prediction: number, mean prediction, mean reward, its standard error.
 
     std_error: None for a single row.
     """
@@ -175,7 +174,7 @@ class Calibration:
 
     Attributes:
         bias, bias_std_error: mean of r - q over the log.
-        weighted_bias: sum w (r - q) / sum w: the bias where the target policy goes.
+        weighted_bias: sum w (r - q) / sum w: the bias on the items that the target policy shows.
         slope: least-squares slope of r on q; 1 for a calibrated model, None for a constant one.
         error: mean absolute distance of prediction and reward over the bins.
         bins: about ten of equal size, by increasing prediction.
@@ -256,12 +255,12 @@ class SupportDiagnostics:
     """Items drawn from the target policy that the logging policy does not show.
 
     Attributes:
-        draws: items looked at. missing: share with logging probability 0.
+        draws: number of items. missing: share with logging probability 0.
         low, high: Clopper-Pearson interval of that share, at 95 %.
         least: least positive logging probability among the draws; None where all are 0.
-        hidden: share with logging probability below target probability / rows, those with 0 among
-            them; None where that is not known. Their weight exceeds the number of rows, so of this
-            whole share of the target the log is expected to show less than one row.
+        hidden: share with logging probability below target probability / rows, including 0; None
+            where unknown. Their weight exceeds the number of rows, so the log is expected to hold
+            less than one row of this whole share of the target.
     """
 
     draws: int
@@ -281,7 +280,7 @@ def support_probe(
     *,
     num_rows: int | None = None,
 ) -> SupportDiagnostics:
-    """Support missing under the log, seen from the target policy's side.
+    """Share of the target policy without support in the log.
 
     The expected number of the log's n rows in the set S = {(x, a): pi_0(a|x) < pi_e(a|x) / n} is
     n sum_S pi_0 < pi_e(S), below 1 and below the share itself.

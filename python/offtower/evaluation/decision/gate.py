@@ -1,9 +1,9 @@
-"""The gate: shall the new policy replace the logging policy? A verdict with its reasons."""
+"""The gate: decide whether to deploy a policy in place of the logging policy."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from offtower.config import GateOptions
@@ -17,15 +17,15 @@ NOT_ENOUGH: Literal["not enough evidence"] = "not enough evidence"
 Decision = Literal["go", "no-go", "not enough evidence"]
 
 EXIT_CODES: dict[str, int] = {GO: 0, NO_GO: 1, NOT_ENOUGH: 3}
-"""Exit code of a command that ends in a verdict; 2 stays for refused input."""
+"""Exit code of a command that ends in a verdict; 2 is for refused input."""
 _PREFERENCE = (GO, NOT_ENOUGH, NO_GO)
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Why: a code for machines, a sentence for people.
+    """A code for machines, a sentence for people.
 
-    kind: "evidence" carried the verdict, "doubt" kept one back, "note" is worth knowing.
+    kind: "evidence" decided, "doubt" prevented a decision, "note" is context.
     """
 
     code: str
@@ -54,14 +54,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a verdict is made from.
+    """Input of a verdict.
 
     Attributes:
         difference, interval: V(new) - V(logging) by the deciding estimator, and its interval.
         weights: diagnostics of the importance weights.
-        guaranteed: the logarithmic-smoothing interval of the difference; None where rows hang
-            together by user.
-        support: a target-side probe, where one was made.
+        guaranteed: the logarithmic-smoothing interval of the difference; None where rows are
+            clustered by user.
+        support: a probe from the target policy's side, where one was made.
         estimator: name of the deciding estimator. consistent: whether its bias vanishes.
         propensities_estimated: the log had none, and they were estimated.
         mean_weight_low: lower bound on the mean weight at any tail
@@ -82,33 +82,31 @@ class Evidence:
 
 
 def decide(evidence: Evidence, options: GateOptions | None = None) -> Verdict:
-    """The verdict on one policy.
+    """Decide on one policy.
 
     Go where the interval of V(new) - V(logging) lies above the margin, no-go where it lies below,
-    and the diagnostics leave no doubt. The logarithmic-smoothing interval needs no large n and no
+    unless a diagnostic casts doubt. The logarithmic-smoothing interval needs no large n and no
     light tail, so it decides alone too, unless the propensities are in doubt.
     """
     options = options or GateOptions()
-    margin, interval, sure = options.margin, evidence.interval, evidence.guaranteed
-    mistrust = _propensity_doubts(evidence, options)
-    doubts = mistrust + _tail_doubts(evidence, options)
+    margin, interval, guaranteed = options.margin, evidence.interval, evidence.guaranteed
+    propensity_doubts = _propensity_doubts(evidence, options)
+    doubts = propensity_doubts + _tail_doubts(evidence, options)
     notes = _notes(evidence)
-    if sure is not None and not mistrust and not evidence.propensities_estimated:
-        side = _side(sure, margin)
+    if guaranteed is not None and not propensity_doubts and not evidence.propensities_estimated:
+        side = _side(guaranteed, margin)
         if side is not None:
-            reason = _evidence(sure, margin, "guaranteed_interval", "at any number of rows")
-            softened = tuple(Reason(d.code, d.message, "note") for d in doubts)
+            reason = _evidence(guaranteed, margin, "guaranteed_interval", "at any number of rows")
+            softened = [replace(doubt, kind="note") for doubt in doubts]
             return Verdict(side, (reason, *softened, *notes))
     side = _side(interval, margin)
-    if side is not None and not doubts:
-        reason = _evidence(interval, margin, "interval", f"by {evidence.estimator}")
-        return Verdict(side, (reason, *notes))
     if side is None:
-        doubts.append(_straddles(evidence, margin))
-    else:
-        seen = _evidence(interval, margin, "interval", f"by {evidence.estimator}")
-        notes.insert(0, Reason(seen.code, f"{seen.message}, but it cannot be believed", "note"))
-    return Verdict(NOT_ENOUGH, (*doubts, *notes))
+        return Verdict(NOT_ENOUGH, (*doubts, _contains_margin(evidence, margin), *notes))
+    reason = _evidence(interval, margin, "interval", f"by {evidence.estimator}")
+    if not doubts:
+        return Verdict(side, (reason, *notes))
+    unreliable = Reason(reason.code, f"{reason.message}, but it is not reliable", "note")
+    return Verdict(NOT_ENOUGH, (*doubts, unreliable, *notes))
 
 
 def best_exit_code(verdicts: list[Verdict]) -> int:
@@ -120,9 +118,7 @@ def best_exit_code(verdicts: list[Verdict]) -> int:
 def _side(interval: Interval, margin: float) -> Decision | None:
     if interval.low > margin:
         return GO
-    if interval.high < margin:
-        return NO_GO
-    return None
+    return NO_GO if interval.high < margin else None
 
 
 def _evidence(interval: Interval, margin: float, code: str, how: str) -> Reason:
@@ -135,143 +131,121 @@ def _evidence(interval: Interval, margin: float, code: str, how: str) -> Reason:
     )
 
 
-def _straddles(evidence: Evidence, margin: float) -> Reason:
+def _contains_margin(evidence: Evidence, margin: float) -> Reason:
     interval = evidence.interval
     text = (
         f"V(new) - V(logging) is {evidence.difference.value:.4g}, but its interval "
         f"[{interval.low:.4g}, {interval.high:.4g}] (confidence {interval.confidence:.4g}, by "
-        f"{evidence.estimator}) holds {margin:g}"
+        f"{evidence.estimator}) contains {margin:g}"
     )
     distance = abs(evidence.difference.value - margin)
     half = 0.5 * (interval.high - interval.low)
     if 0.0 < distance < half and half / distance < 1e4:
         rows = evidence.difference.n * (half / distance) ** 2
-        text += f"; if that difference is true, about {_round_up(rows):,} rows would tell"
+        text += f"; if that difference is true, about {_round_up(rows):,} rows would show it"
     return Reason("interval_holds_margin", text, "doubt")
 
 
 def _propensity_doubts(evidence: Evidence, options: GateOptions) -> list[Reason]:
     weights, doubts = evidence.weights, []
     off = weights.mean - 1.0
-    if (
-        weights.mean_z is not None
-        and abs(weights.mean_z) > options.max_mean_weight_z
-        and abs(off) > options.max_mean_weight_error
-    ):
-        cause = (
-            "items that the log cannot show, a tail of weights that was not seen, or"
+    z = abs(weights.mean_z or 0.0)
+    if z > options.max_mean_weight_z and abs(off) > options.max_mean_weight_error:
+        causes = (
+            "items that the log cannot show, an unseen tail of weights, or wrong propensities"
             if off < 0.0
-            else "that is"
+            else "wrong propensities"
         )
         doubts.append(
-            Reason(
+            _doubt(
                 "mean_weight",
-                f"the mean importance weight is {weights.mean:.4g}, {abs(weights.mean_z):.1f} "
-                f"standard errors from 1: {cause} wrong propensities",
-                "doubt",
+                f"the mean importance weight is {weights.mean:.4g}, {z:.1f} standard errors from "
+                f"1: {causes}",
             )
         )
     elif evidence.mean_weight_low is not None and evidence.mean_weight_low > 1.0:
         doubts.append(
-            Reason(
+            _doubt(
                 "mean_weight",
-                f"the mean importance weight is at least {evidence.mean_weight_low:.4g}, and no "
-                "ratio of probabilities averages above 1: wrong propensities",
-                "doubt",
+                f"the mean importance weight is at least {evidence.mean_weight_low:.4g}, and the "
+                "mean of a ratio of probabilities is at most 1: wrong propensities",
             )
         )
     distance = abs(evidence.difference.value - options.margin)
-    if (
-        weights.balance is not None
-        and abs(weights.balance_z or 0.0) > options.max_mean_weight_z
-        and abs(weights.balance) > options.max_balance_share * distance
-    ):
+    z = abs(weights.balance_z or 0.0)
+    balance = abs(weights.balance or 0.0)
+    if z > options.max_mean_weight_z and balance > options.max_balance_share * distance:
         doubts.append(
-            Reason(
+            _doubt(
                 "balance",
-                f"the weights do not carry the reward model's predictions from the log to the new "
-                f"policy: they are off by {weights.balance:.4g}, "
-                f"{abs(weights.balance_z or 0.0):.1f} standard errors from 0: wrong propensities",
-                "doubt",
+                "the weighted mean of the reward model's predictions on the log differs from their "
+                f"mean under the new policy by {weights.balance:.4g}, {z:.1f} standard errors: "
+                "wrong propensities",
             )
         )
     if weights.n > 1 and weights.effective_sample_size == 0.0:
-        doubts.append(
-            Reason("no_support", "no logged action has weight under the new policy", "doubt")
-        )
+        doubts.append(_doubt("no_support", "no logged action has weight under the new policy"))
     return doubts
 
 
 def _tail_doubts(evidence: Evidence, options: GateOptions) -> list[Reason]:
-    weights, support = evidence.weights, evidence.support
-    error = evidence.difference.std_error
-    checks = [
-        (
-            weights.n < options.min_rows,
-            "too_few_rows",
-            f"only {weights.n} rows, {options.min_rows} asked for",
-        ),
-        (
-            evidence.users is not None and evidence.users < options.min_users,
-            "too_few_users",
-            f"only {evidence.users} users, {options.min_users} asked for",
-        ),
-        (
-            weights.effective_sample_size < options.min_effective_sample_size,
-            "effective_sample_size",
-            f"the weights leave {weights.effective_sample_size:.1f} effective rows of "
-            f"{weights.n:,}, {options.min_effective_sample_size:g} asked for",
-        ),
-        (
-            weights.pareto_k is not None and weights.pareto_k > options.max_pareto_k,
-            "weight_tail",
-            f"the weights have a heavy tail (Pareto k {weights.pareto_k or 0.0:.2f}, at most "
-            f"{options.max_pareto_k:g} asked for): standard errors are too small",
-        ),
-        (
-            not error > 0.0,
-            "no_variation",
-            "the difference has no measurable spread (both policies act alike, or all rewards "
-            "are alike): its interval means nothing",
-        ),
-        (
-            support is not None and support.missing > options.max_missing_support,
-            "support",
-            f"{100 * support.missing if support else 0:.2g} % of what the new policy shows was "
-            "never shown by the logging policy: nothing is known of it",
-        ),
-        (
-            support is not None
-            and support.missing <= options.max_missing_support
-            and (support.hidden or 0.0) > options.max_missing_support,
-            "hidden_support",
-            f"{100 * ((support.hidden if support else None) or 0.0):.2g} % of what the new policy "
-            f"shows is so unlikely under the logging policy that {weights.n:,} rows are expected "
-            "to hold not one row of it: nothing is known of it",
-        ),
-    ]
-    return [Reason(code, text, "doubt") for failed, code, text in checks if failed]
+    weights, users, support = evidence.weights, evidence.users, evidence.support
+    n, size, tail = weights.n, weights.effective_sample_size, weights.pareto_k
+    doubts = []
+    if n < options.min_rows:
+        doubts.append(_doubt("too_few_rows", f"{n} rows, at least {options.min_rows} required"))
+    if users is not None and users < options.min_users:
+        text = f"{users} users, at least {options.min_users} required"
+        doubts.append(_doubt("too_few_users", text))
+    if size < options.min_effective_sample_size:
+        text = (
+            f"the weighted rows carry as much information as {size:.1f} of {n:,} unweighted ones, "
+            f"at least {options.min_effective_sample_size:g} required"
+        )
+        doubts.append(_doubt("effective_sample_size", text))
+    if tail is not None and tail > options.max_pareto_k:
+        text = (
+            f"the weights have a heavy tail (Pareto k {tail:.2f}, at most "
+            f"{options.max_pareto_k:g} allowed): standard errors are too small"
+        )
+        doubts.append(_doubt("weight_tail", text))
+    if not evidence.difference.std_error > 0.0:
+        text = (
+            "the difference does not vary between rows (both policies act alike, or all rewards "
+            "are equal): it has no interval"
+        )
+        doubts.append(_doubt("no_variation", text))
+    if support is not None and support.missing > options.max_missing_support:
+        text = (
+            f"{100 * support.missing:.2g} % of what the new policy shows was never shown by the "
+            "logging policy: the log has no rewards for it"
+        )
+        doubts.append(_doubt("support", text))
+    elif support is not None and (support.hidden or 0.0) > options.max_missing_support:
+        text = (
+            f"{100 * (support.hidden or 0.0):.2g} % of what the new policy shows is so unlikely "
+            f"under the logging policy that less than one of {n:,} rows is expected to show it: "
+            "the log has no rewards for it"
+        )
+        doubts.append(_doubt("hidden_support", text))
+    return doubts
+
+
+def _doubt(code: str, message: str) -> Reason:
+    return Reason(code, message, "doubt")
 
 
 def _notes(evidence: Evidence) -> list[Reason]:
     notes = []
     if evidence.propensities_estimated:
-        notes.append(
-            Reason(
-                "propensities_estimated",
-                "THE PROPENSITIES ARE ESTIMATES: the log had none, and no interval here covers "
-                "their error",
-                "note",
-            )
+        text = (
+            "THE PROPENSITIES ARE ESTIMATES: the log had none, and no interval here covers their "
+            "error"
         )
+        notes.append(Reason("propensities_estimated", text, "note"))
     if not evidence.consistent:
-        notes.append(
-            Reason(
-                "biased_estimator",
-                f"{evidence.estimator} may be biased, and its interval does not cover that",
-                "note",
-            )
-        )
+        text = f"{evidence.estimator} may be biased, and its interval does not cover the bias"
+        notes.append(Reason("biased_estimator", text, "note"))
     return notes
 
 

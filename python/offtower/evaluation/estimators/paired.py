@@ -1,4 +1,4 @@
-"""Differences of two values on the same rows: the noise that both share cancels."""
+"""Paired differences of two values on the same rows."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Difference:
 
 
 def check_aligned(first: EvaluationRows, second: EvaluationRows) -> None:
-    """Refuse two sets of rows that are not the same rows of the log.
+    """Check that two sets of rows are the same rows of the log.
 
     Raises DataError where their number, row keys, users or rewards differ.
     """

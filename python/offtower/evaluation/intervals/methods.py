@@ -51,21 +51,21 @@ class Interval:
 
 
 def check_confidence(confidence: float) -> float:
-    """Refuse what is no confidence level."""
+    """Return the confidence. Raises OfftowerError unless it lies between 0 and 1."""
     if not 0.0 < confidence < 1.0:
         raise OfftowerError(f"confidence must lie between 0 and 1 (such as 0.95): {confidence}")
     return confidence
 
 
 def check_method(method: str) -> str:
-    """Refuse what is no method."""
+    """Return the method. Raises OfftowerError for an unknown one."""
     if method not in METHODS:
         raise OfftowerError(f"unknown interval method {method!r}; use one of {', '.join(METHODS)}")
     return method
 
 
 def simultaneous_confidence(confidence: float, comparisons: int) -> float:
-    """Level at which each of several intervals must be had so that all cover (Bonferroni)."""
+    """Level of each of several intervals at which all cover at once (Bonferroni)."""
     return 1.0 - (1.0 - check_confidence(confidence)) / max(1, comparisons)
 
 
@@ -90,8 +90,8 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentiles of the estimator over the replicates that the statistics carry.
 
-    The percentile of rank (1 - confidence) / 2 needs some replicates beyond it: fewer than
-    10 / (1 - confidence) replicates are refused.
+    Raises OfftowerError for fewer than 10 / (1 - confidence) replicates, which leave too few beyond
+    the percentile.
     """
     _need_rows(statistics)
     sums = statistics.replicates
@@ -127,8 +127,8 @@ def bernstein_interval(
 
     With probability at least 1 - delta, for each side,
     |E t - mean t| <= sqrt(2 S^2 L / n) + 7 (high - low) L / (3 (n - 1)), L = log(2 / delta), delta
-    half of what the confidence leaves. It covers the mean of the terms: for a biased estimator that
-    is not the policy's value.
+    half of 1 - confidence. It covers the mean of the terms: for a biased estimator that is not the
+    policy's value.
     Raises OfftowerError where a term is seen outside the bounds, or rows are clustered by user.
     """
     _need_rows(statistics)

@@ -1,8 +1,8 @@
-"""Bootstrap weights that are a function of (seed, replicate, key), and of nothing else.
+"""Bootstrap weights as a pure function of (seed, replicate, key).
 
 The Poisson bootstrap (Hanley and MacGibbon 2006; Chamandy et al. 2012) gives every row, or every
 user, an independent weight of mean 1 and variance 1 in each replicate. Hashing a key instead of
-drawing from a stream makes the weights independent of how the log is cut into shards.
+drawing from a stream makes the weights independent of how the log is divided into shards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MASK = (1 << 64) - 1
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014), elementwise; returns a new array."""
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014), elementwise; returns a new array."""
     z = values ^ (values >> np.uint64(30))
     z *= np.uint64(0xBF58476D1CE4E5B9)
     z ^= z >> np.uint64(27)

@@ -20,9 +20,8 @@ cost of at most log(grid) / n. And rewards are shifted by the ends of their rang
     V(new) - V(logging)   >= E (w - 1)(r - a)         Z >= -(b - a)
     V(logging) - V(new)   >= E (w - 1)(b - r)         Z >= -(b - a)
 
-with equality where the logging policy can show whatever the new one shows, and the inequality where
-it cannot. No largest weight enters. Z = w gives a bound on the mean weight, which cannot exceed 1:
-where the bound does, the propensities are wrong.
+with equality under full support. No largest weight enters. Z = w gives a lower bound on the mean
+weight, which is at most 1: where the bound exceeds 1, the propensities are wrong.
 """
 
 from __future__ import annotations
@@ -135,10 +134,10 @@ class SmoothingSums:
 
 
 def _interval(low: float, high: float, least: float, most: float, confidence: float) -> Interval:
-    """Cut to what is possible; all of it where the bounds contradict each other.
+    """Clip to the possible range; return all of it where the bounds contradict each other.
 
-    Both bounds can only exclude everything if the weights are no ratios of probabilities
-    (`SmoothingSums.mean_weight` tells): then nothing is known.
+    That only happens where the weights are no ratios of probabilities (`SmoothingSums.mean_weight`
+    detects this).
     """
     low, high = max(low, least), min(high, most)
     if low > high:

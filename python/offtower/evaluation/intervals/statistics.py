@@ -1,8 +1,8 @@
-"""Sums over rows that merge: what an estimator keeps of a shard of the log.
+"""Mergeable sums over rows, from which an estimator's value and intervals follow.
 
 An estimator is a smooth function of the means of a few per-row terms (for SNIPS: w and w r). Its
 value, standard error, intervals and paired differences all follow from the count, the means and the
-second moments of the terms, so those are what a shard hands on.
+second moments of the terms.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Functional(Protocol):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value, its standard error (NaN when one row cannot tell) and the rows it rests on."""
+    """A value, its standard error (NaN for a single row) and the number of rows."""
 
     value: float
     std_error: float
@@ -49,7 +49,7 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """Keys in order and without repetition (g,), rows (g,) and sums of terms (g, k) of each."""
+    """Distinct keys in order (g,), number of rows (g,) and sums of terms (g, k) of each."""
 
     key: IntArray
     count: Array
@@ -147,12 +147,12 @@ class Statistics:
     Attributes:
         n: number of rows.
         total, carry: (k,) sum of the terms and its rounding error so far (Neumaier 1974), so that
-            the order and the number of shards do not show in the value.
+            the value does not depend on the order and number of shards.
         scatter: (k, k) sum of (t - mean)(t - mean)^T, merged as in Chan, Golub and LeVeque (1983).
-        weight_sum: sum of the importance weights, to tell a log without support.
+        weight_sum: sum of the importance weights; 0 means a log without support.
         low, high: (k,) least and largest term.
-        users: sums by user, where asked for; memory grows with the number of users.
-        replicates: bootstrap sums, where asked for.
+        users: sums by user, or None; memory grows with the number of users.
+        replicates: bootstrap sums, or None.
     """
 
     n: int
@@ -240,7 +240,7 @@ def collect(
 
     by_user: also keep sums by user, and let bootstrap weights belong to users.
     replicates: number of bootstrap replicates to carry, 0 for none.
-    Raises OfftowerError where users are asked for and the rows have none.
+    Raises OfftowerError for by_user where the rows have no users.
     """
     if by_user and rows.user is None:
         raise OfftowerError(
@@ -248,7 +248,7 @@ def collect(
         )
     n, k = terms.shape
     total = terms.sum(axis=0)
-    centred = terms - (total / n if n else total)
+    centered = terms - (total / n if n else total)
     users = None
     if by_user and rows.user is not None:
         users = UserSums.of(rows.user, terms)
@@ -256,7 +256,7 @@ def collect(
         n,
         total,
         np.zeros(k),
-        centred.T @ centred,
+        centered.T @ centered,
         float(rows.importance_weight.sum()),
         terms.min(axis=0, initial=np.inf),
         terms.max(axis=0, initial=-np.inf),

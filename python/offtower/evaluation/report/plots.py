@@ -1,7 +1,7 @@
-"""Charts as inline SVG: readable in print and with a colour-vision deficiency.
+"""Charts as inline SVG, readable in print and with a color-vision deficiency.
 
-Colours are those of Okabe and Ito; every series has a marker or line style of its own, so that
-nothing hangs on colour. The same input gives the same bytes.
+Colors are those of Okabe and Ito; every series also has its own marker or line style. The same
+input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from offtower.evaluation.run import HISTOGRAM_EDGES, LogEvaluation
 from offtower.evaluation.selection import SelectionComparison
 
 INK, FAINT = "#222222", "#8a8a8a"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 WIDE, NARROW = 7.2, 4.4
 """Inches of a chart on a desktop and on a phone."""
@@ -59,12 +59,12 @@ def estimates(evaluation: LogEvaluation, width: float = WIDE) -> str:
             for j, name in enumerate(names):
                 found = result.policies[name].estimates[label]
                 y = j + offsets[i]
-                axes.hlines(y, found.interval.low, found.interval.high, color=_colour(i), lw=1.8)
+                axes.hlines(y, found.interval.low, found.interval.high, color=_color(i), lw=1.8)
                 axes.plot(
                     found.estimate.value,
                     y,
                     MARKERS[i % len(MARKERS)],
-                    color=_colour(i),
+                    color=_color(i),
                     ms=5,
                     label=label if j == 0 else None,
                 )
@@ -86,13 +86,13 @@ def learning_curves(evaluation: LogEvaluation, width: float = WIDE) -> str:
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(2.9, width)
         for i, (name, lines) in enumerate(evaluation.curves.items()):
-            judged = [line for line in lines if line.get("validation")]
-            if judged:
-                epoch = [line["epoch"] + 1 for line in judged]
+            validated = [line for line in lines if line.get("validation")]
+            if validated:
+                epoch = [line["epoch"] + 1 for line in validated]
                 axes.plot(
                     epoch,
-                    [line["validation"]["value"] for line in judged],
-                    color=_colour(i),
+                    [line["validation"]["value"] for line in validated],
+                    color=_color(i),
                     ls=DASHES[i % len(DASHES)],
                     marker=MARKERS[i % len(MARKERS)],
                     ms=3,
@@ -101,9 +101,9 @@ def learning_curves(evaluation: LogEvaluation, width: float = WIDE) -> str:
                 )
                 axes.fill_between(
                     epoch,
-                    [line["validation"]["low"] for line in judged],
-                    [line["validation"]["high"] for line in judged],
-                    color=_colour(i),
+                    [line["validation"]["low"] for line in validated],
+                    [line["validation"]["high"] for line in validated],
+                    color=_color(i),
                     alpha=0.12,
                     lw=0,
                 )
@@ -112,7 +112,7 @@ def learning_curves(evaluation: LogEvaluation, width: float = WIDE) -> str:
                 axes.plot(
                     [line["epoch"] + 1 for line in known],
                     [line["true_value"] for line in known],
-                    color=_colour(i),
+                    color=_color(i),
                     lw=0.9,
                     alpha=0.9,
                     label=f"{_short(evaluation.labels[name], width)}, truth",
@@ -126,7 +126,7 @@ def learning_curves(evaluation: LogEvaluation, width: float = WIDE) -> str:
 
 
 def weights(evaluation: LogEvaluation, width: float = WIDE) -> str:
-    """How the importance weights spread: share of rows by weight, on a logarithmic axis."""
+    """Histogram of the importance weights, on a logarithmic axis."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(2.5, width)
         for i, (name, counts) in enumerate(evaluation.histograms.items()):
@@ -134,7 +134,7 @@ def weights(evaluation: LogEvaluation, width: float = WIDE) -> str:
             axes.stairs(
                 share,
                 10.0**HISTOGRAM_EDGES,
-                color=_colour(i),
+                color=_color(i),
                 ls=DASHES[i % len(DASHES)],
                 lw=1.5,
                 label=_short(evaluation.labels[name], width),
@@ -160,7 +160,7 @@ def calibration(evaluation: LogEvaluation, width: float = WIDE) -> str:
             [one.observed for one in found.bins],
             yerr=[2.0 * (one.std_error or 0.0) for one in found.bins],
             fmt=MARKERS[0],
-            color=_colour(0),
+            color=_color(0),
             ms=4,
             lw=1.2,
         )
@@ -187,8 +187,8 @@ def ranking(
                 max(0.0, score.mse) ** 0.5,
                 i,
                 "o" if same else "s",
-                color=COLOURS[0] if same else "white",
-                markeredgecolor=COLOURS[0] if same else FAINT,
+                color=COLORS[0] if same else "white",
+                markeredgecolor=COLORS[0] if same else FAINT,
                 ms=5.5,
             )
         axes.set_yticks(range(len(best)), [_short(score.name, width) for score in best])
@@ -198,7 +198,7 @@ def ranking(
 
 
 def both(chart: Callable[[float], str]) -> str:
-    """A chart for a page of any width: drawn wide, and narrow for a phone; the style shows one."""
+    """A chart drawn wide and, for phones, narrow; the style sheet shows one of them."""
     return f'<div class="wide">{chart(WIDE)}</div><div class="narrow">{chart(NARROW)}</div>'
 
 
@@ -208,18 +208,18 @@ def _figure(height: float, width: float) -> tuple[Figure, Axes]:
 
 
 def _short(name: str, width: float) -> str:
-    """A label that leaves room for the chart; the tables have the whole name."""
+    """Shorten a label; the tables have the whole name."""
     length = round(2 * width + 14)
     text = name if len(name) <= length else f"{name[: length - 1]}…"
     return text.replace("$", r"\$")  # Matplotlib reads text between dollars as TeX.
 
 
-def _colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)]
+def _color(index: int) -> str:
+    return COLORS[index % len(COLORS)]
 
 
 def _legend(axes: Axes, columns: int, width: float) -> None:
-    """Above the chart, in as many columns as its longest text leaves room for."""
+    """Place the legend above the chart, in as many columns as fit its longest text."""
     longest = max(len(text) for text in axes.get_legend_handles_labels()[1])
     room = int(60 * width / (5 * longest + 40))
     axes.legend(
@@ -234,11 +234,11 @@ def _legend(axes: Axes, columns: int, width: float) -> None:
 
 
 def _svg(figure: Figure, description: str) -> str:
-    """Inline SVG that scales with the page and says what it shows."""
+    """Inline SVG with a text alternative."""
     from html import escape
 
     buffer = io.StringIO()
-    # Ids inside a page must differ between the two widths: what is hidden defines nothing.
+    # The hidden one of the two widths defines no ids, so theirs must differ.
     with matplotlib.rc_context({"svg.hashsalt": f"offtower {figure.get_figwidth():g}"}):
         figure.savefig(
             buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
@@ -255,8 +255,8 @@ def all_charts(evaluation: LogEvaluation) -> Sequence[tuple[str, str, str]]:
     charts: list[tuple[str, str, Any]] = [
         (
             "Estimates",
-            "A point is an estimate, its line the interval. A policy is better than the logging "
-            "policy where the whole interval lies right of the grey band.",
+            "A point is an estimate, its line the interval. The grey band is the interval of the "
+            "logging policy.",
             both(partial(estimates, evaluation)),
         )
     ]
@@ -272,8 +272,8 @@ def all_charts(evaluation: LogEvaluation) -> Sequence[tuple[str, str, str]]:
     charts.append(
         (
             "Weights",
-            "Far to the right, few rows decide the estimate; far to the left, the log shows what "
-            "the policy would not.",
+            "Large weights: few rows dominate the estimate. Small weights: rows that the policy "
+            "would rarely show.",
             both(partial(weights, evaluation)),
         )
     )
@@ -281,8 +281,8 @@ def all_charts(evaluation: LogEvaluation) -> Sequence[tuple[str, str, str]]:
         charts.append(
             (
                 "Reward model",
-                "On the dashed line, what was predicted is what was observed. DM is only as good "
-                "as this, and only where the log has been.",
+                "On the dashed line predictions equal observations. The chart covers logged items "
+                "only; it says nothing about predictions of others.",
                 both(partial(calibration, evaluation)),
             )
         )

@@ -1,4 +1,4 @@
-"""From evaluations to HTML."""
+"""Render evaluations as HTML."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_report(
         path: HTML file; replaced as a whole.
         evaluations: one section each.
         title: of the page.
-        command: that made it, shown so that anyone can repeat it.
+        command: that made it, shown so that it can be repeated.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("offtower.evaluation.report"),
@@ -56,7 +56,7 @@ def write_report(
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A value for a table, in fixed digits; exponents only for what is very large."""
+    """A value for a table, in fixed digits; with an exponent only where it is very large."""
     if value is None or value != value:
         return "–"
     if abs(value) < 1e6:
@@ -84,14 +84,14 @@ def _section(evaluation: LogEvaluation) -> dict[str, Any]:
             name: Markup(both(partial(ranking, found, evaluation.labels[name])))
             for name, found in evaluation.selection.items()
         },
-        "places": {name: _places(found) for name, found in evaluation.selection.items()},
+        "ranks": {name: _ranks(found) for name, found in evaluation.selection.items()},
         "truth_columns": list(next(iter(evaluation.truth.values()), {})),
         "calibration": any(p.calibration is not None for p in result.policies.values()),
     }
 
 
-def _places(found: SelectionComparison, shown: int = 8) -> list[dict[str, Any]]:
-    """The recommended selector's best candidates, and the place that each selector gives them."""
+def _ranks(found: SelectionComparison, shown: int = 8) -> list[dict[str, Any]]:
+    """The recommended selector's best candidates, and their rank by each selector."""
     best = found.results[found.recommended]
     rows: list[dict[str, Any]] = []
     others = {
@@ -107,14 +107,14 @@ def _places(found: SelectionComparison, shown: int = 8) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "value": scores[name].value,
-                "places": [place.get(name) for place in others.values()],
+                "ranks": [rank.get(name) for rank in others.values()],
             }
         )
     return rows
 
 
 def _sentences(evaluation: LogEvaluation) -> dict[str, str]:
-    """By policy, what a product manager needs."""
+    """By policy, one sentence for a reader without statistics."""
     result = evaluation.result
     sentences = {}
     for name, policy in result.policies.items():
@@ -126,7 +126,7 @@ def _sentences(evaluation: LogEvaluation) -> dict[str, str]:
             continue
         low, high = gap.simultaneous.low / base, gap.simultaneous.high / base
         sentences[name] = (
-            f"Estimated {decider.estimate.value:.4g} a row against {base:.4g} for the policy that "
-            f"logged: between {low:+.0%} and {high:+.0%}."
+            f"Estimated {decider.estimate.value:.4g} per row against {base:.4g} for the logging "
+            f"policy: between {low:+.0%} and {high:+.0%}."
         ).replace("-", "−")
     return sentences

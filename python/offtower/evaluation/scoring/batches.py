@@ -82,7 +82,7 @@ class BatchScorer:
         source: of the rows.
         policies: by name, the evaluated policies.
         rewards: reward models.
-        propensities, clusters: estimates, where these are asked for.
+        propensities, clusters: estimates; None where not needed.
         seed: draws of a batch are a function of (seed, policy, number of the batch).
     """
 

@@ -1,9 +1,9 @@
-"""One pass over the catalogue: a policy's terms, and items drawn from it.
+"""A policy's terms and items drawn from it, in one pass over the catalogue.
 
 An expected reward m = sum_a pi(a|x) q(x, a) may be replaced by the mean of q over S items drawn
 from pi(.|x). That is unbiased in every row, so every estimator that is a mean of rows stays as
-unbiased as it was; the draws' noise is independent between rows, so it is part of the rows' spread
-and thereby of every standard error and interval.
+unbiased as it was; the draws' noise is independent between rows, so every standard error and
+interval contains it.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _inside(
     size: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """An item of each chosen slice: the rows that chose a slice are scored against it together."""
+    """Draw an item of each chosen slice; rows that chose the same slice are scored together."""
     rows, draws = chosen.shape
     flat = chosen.reshape(-1)
     order = torch.argsort(flat, stable=True)
@@ -142,5 +142,5 @@ def _inside(
 
 
 def _draw(log_mass: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """(n, S) draws from unnormalised log masses (n, K) of any size."""
+    """(n, S) draws from unnormalized log masses (n, K) of any size."""
     return draw_categorical(log_mass - log_mass.amax(dim=1, keepdim=True), draws, generator)

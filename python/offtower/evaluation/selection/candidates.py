@@ -1,4 +1,4 @@
-"""The default candidates, and SLOPE tuning of those with a parameter."""
+"""Default candidates, their parameters chosen by SLOPE."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _TOLERANCE = 1e-14
 
 
 class ContextMultiplier(NamedTuple):
-    """What the root-find leaves behind for each context; `apply` turns any weight into its rho.
+    """Result of the root-find for each context; `apply` gives the rho of any weight.
 
     multiplier: (n,) t of the module's equations. scale: (n,) factor on the weights, 1 unless their
     mean over the given actions exceeds what E[rho] = k allows (noise of Monte Carlo draws).

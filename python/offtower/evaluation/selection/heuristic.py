@@ -1,7 +1,7 @@
-"""The non-adaptive heuristic: each behavior policy plays the target once.
+"""The non-adaptive heuristic: each behavior policy is the pseudo target once.
 
 Saito et al., Evaluating the Robustness of Off-Policy Evaluation, RecSys 2021. It ignores the target
-policy, so its ranking is the same for every one.
+policy, so it is weak where the target differs from all behavior policies.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def select_heuristic(
     repetitions: int = 10,
     seed: int = 0,
 ) -> SelectionResult:
-    """Rank candidates by their error at predicting one behavior policy from the others' rows.
+    """Rank candidates by their error in estimating one behavior policy from the others' rows.
 
     Each of the P policies is the pseudo target in turn and the mixture of the others, by their
     share of rows, the behavior policy; `repetitions` bootstraps of the others' rows each. The

@@ -1,4 +1,7 @@
-"""Cross-validated off-policy evaluation (Cief, Kveton, Kompan, AAAI 2025, algorithm 1)."""
+"""Cross-validated off-policy evaluation (Cief, Kveton, Kompan, AAAI 2025, algorithm 1).
+
+Weak where a bias is smaller than the validator's own noise.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Paired selection: variance from the log itself, bias from paired differences, ties by a prior.
+"""Paired selection: variance and paired bias from the log itself, ties by a preference order.
 
-PAS-IF's many-split limit compares each estimator with the weighted mean of the pseudo-target rows:
-its evidence about bias is a paired difference to IPS on the pseudo problem, and its evidence about
-variance is that of a few dozen splits. Both can be had from the real problem with far less noise.
-For each candidate j and the consistent candidate c of least variance,
+PAS-IF, with many splits, estimates an estimator's bias by a paired difference to IPS on the pseudo
+problem, and its variance over a few dozen splits. The rows of the real problem give both with less
+noise. For each candidate j and the consistent candidate c of least variance,
 
     mse_j = var_j + E[b_j^2 | d_j],     d_j = V_j - V_c,     s_j^2 = var(influence_j - influence_c)
 
@@ -14,17 +13,16 @@ For each candidate j and the consistent candidate c of least variance,
   b = 0 with probability `spike`, else b ~ N(0, slab s^2). Then a perfect reward model can win.
 
 A reward model that was cross-fitted on this very log may hide variance: fold k's model learned
-from the rows of the other folds, so the folds' estimates can hang together, and rows that are taken
-as independent show none of it. For p parameters this is of order p / n where the model cannot
-represent the truth, and nothing where it can. `overlap` p / n is charged where p is known
-(`ModelPredictions.parameters`); its value was chosen on worlds kept for design, where it also
-settles ties between a rigid and a flexible model.
+from the rows of the other folds, so the folds' estimates can be correlated, which a variance over
+independent rows misses. For p parameters this is of order p / n where the model cannot represent
+the truth, and nothing where it can. `overlap` p / n is added where p is known
+(`ModelPredictions.parameters`); its value was chosen on worlds kept for design.
 
-Two rules act against noise. A candidate that may be biased, with no independent model to speak for
-it, is ranked by mse_j plus `caution` standard errors of it: it must win clearly. And consistent
-candidates that this cannot tell apart (`tie_width` standard errors of the paired difference of
-variances) are put in the order of `preference`: self-normalised ones first, as they do not depend
-on how rewards are shifted and their variance estimates are the steadiest.
+Two rules act against noise. A candidate that may be biased, without an independent model, is ranked
+by mse_j plus `caution` standard errors of it. Consistent candidates within `tie_width` standard
+errors of the paired difference of variances are put in the order of `preference`: self-normalized
+ones first, as they do not depend on how rewards are shifted and their variance estimates are the
+most stable.
 """
 
 from __future__ import annotations
@@ -57,13 +55,13 @@ def select_paired(
     """Rank candidates by variance plus expected squared bias, both from the log's own rows.
 
     spike, slab: the prior on the bias of candidates with an independent reward model. caution:
-    standard errors of its mse that are charged to a candidate that may be biased. tie_width:
-    standard errors within which consistent candidates count as tied; 0 turns the preference off.
-    preference: class names, the most trusted first. overlap: variance charged to a model for each
-    parameter that it learned from the log, over n. `mse` in the result is without the caution.
-    Needs n of a few hundred for its normal approximations, and trusts the propensities: where
-    target mass lies outside the log's support no selector on that log can see the bias. Raises
-    OfftowerError without a consistent candidate.
+    standard errors of its mse that are added for a candidate that may be biased. tie_width:
+    standard errors within which consistent candidates are tied; 0 turns the preference off.
+    preference: class names in order of prior preference. overlap: variance added for each
+    parameter that a model learned from the log, over n. `mse` in the result is without the caution.
+    Needs n of a few hundred for its normal approximations, and true propensities; no selector
+    detects a bias from items outside the log's support. Raises OfftowerError without a consistent
+    candidate.
     """
     ranked = list(candidates)
     consistent = np.array([c.is_consistent for c in ranked])

@@ -1,4 +1,4 @@
-"""What a selection returns."""
+"""Results of estimator selection."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from offtower.evaluation.selection.problem import Candidate
 
 @dataclass(frozen=True)
 class CandidateScore:
-    """One candidate's place in a ranking.
+    """One candidate of a ranking.
 
     value: its estimate of the target policy's value. mse: its estimated mean squared error (NaN
     for a selector that ranks without one; it can be slightly negative, as a noisy variance is
@@ -41,7 +41,7 @@ class SelectionResult:
     """A ranking of the candidates, best first.
 
     method: the selector. ranking: scores, best first. skipped: candidates that the selector could
-    not judge, with the reason. details: its settings. notes: warnings for the reader.
+    not rank, with the reason. details: its settings. notes: warnings for the reader.
     """
 
     method: str
@@ -52,19 +52,19 @@ class SelectionResult:
 
     @property
     def best(self) -> CandidateScore:
-        """The candidate to believe."""
+        """The chosen candidate."""
         return self.ranking[0]
 
     @property
     def tied(self) -> tuple[str, ...]:
-        """Candidates that the selector cannot tell from the best (two standard errors)."""
+        """Candidates within two standard errors of the best."""
         return tuple(s.name for s in self.ranking[1:] if not s.distinguishable)
 
     def position(self, name: str) -> int:
-        """Place of a candidate in the ranking, 0 for the best; KeyError where it was not ranked."""
-        for place, score in enumerate(self.ranking):
+        """Position of a candidate in the ranking, from 0; KeyError where it was not ranked."""
+        for position, score in enumerate(self.ranking):
             if score.name == name:
-                return place
+                return position
         raise KeyError(name)
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,14 +84,14 @@ class SelectionResult:
 
 @dataclass(frozen=True)
 class SelectionComparison:
-    """Several selectors on one problem, and where they disagree.
+    """Several selectors on one problem.
 
     results: by method, in the order they ran. failed: method -> why it could not run. recommended:
-    the method whose choice to take. agreement: pairs of methods -> Spearman correlation of their
+    the method whose choice is recommended. agreement: pairs of methods -> Spearman correlation of their
     rankings over the candidates that both ranked. spread: largest difference between the value of
     another method's choice and the recommended one's, in standard errors of their paired
     difference. verdict: one plain sentence.
-    disagreements: by method that chooses otherwise, what lies behind it.
+    disagreements: by method that chooses another estimator, the reason.
     """
 
     results: dict[str, SelectionResult]
@@ -109,16 +109,16 @@ class SelectionComparison:
 
     @property
     def remarks(self) -> list[tuple[str, str]]:
-        """(method, sentence): what a reader must know of each, and what it could not judge."""
-        told = []
+        """(method, sentence): its notes, and the candidates that it could not rank."""
+        remarks = []
         for method, result in self.results.items():
-            told += [(method, note) for note in result.notes]
+            remarks += [(method, note) for note in result.notes]
             for reason in dict.fromkeys(result.skipped.values()):
                 names = [name for name, why in result.skipped.items() if why == reason]
-                told.append(
-                    (method, f"could not judge {len(names)} candidates ({names[0]}, ...): {reason}")
+                remarks.append(
+                    (method, f"could not rank {len(names)} candidates ({names[0]}, ...): {reason}")
                 )
-        return told
+        return remarks
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

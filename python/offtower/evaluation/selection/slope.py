@@ -1,4 +1,7 @@
-"""SLOPE over the whole list of candidates (Su, Srinath, Krishnamurthy, ICML 2020)."""
+"""SLOPE over the whole list of candidates (Su, Srinath, Krishnamurthy, ICML 2020).
+
+Weak where a bias lies within the intervals, and where order by variance is not order by bias.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def select_slope(
     *,
     width: float = 2.0,
 ) -> SelectionResult:
-    """Take the candidate of least variance whose value agrees with every one of larger variance.
+    """Choose the candidate of least variance that agrees with every one of larger variance.
 
     Candidates are put in order of decreasing variance (the theory wants their bias to increase
     along it; between families of estimators nothing promises that). With c_i = width * standard

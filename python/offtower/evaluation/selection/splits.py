@@ -1,4 +1,4 @@
-"""Importance-fitting splits: how likely each logged row goes to the pseudo-target part."""
+"""Importance fitting: the probability of each logged row to go to the pseudo-target part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from offtower.evaluation.selection.exact import ContextMultiplier, solve_multipl
 from offtower.evaluation.selection.network import NetworkOptions, fit_network
 
 MIN_DRAWS = 100
-"""Draws per context that the Monte Carlo fit asks for."""
+"""Fewest draws per context of the Monte Carlo fit."""
 
 
 def fit_split(
@@ -79,8 +79,8 @@ def fit_split_draws(
     weight: (n,) target / behavior of the logged items. draw_weight: (n, S) the same ratio at S
     items drawn from the behavior policy in each row's context, independently of the logged item.
     share: k. Returns rho of the logged items (n,) and of the draws (n, S).
-    Raises OfftowerError for fewer than `min_draws` draws. One draw is always refused: the
-    constraint would force rho = k there, a random split in disguise.
+    Raises OfftowerError for fewer than `min_draws` draws, and for one draw always: the constraint
+    would then force rho = k, a random split.
     """
     w = _weights(weight, "weight", 1)
     draws = _weights(draw_weight, "draw_weight", 2)
