@@ -87,7 +87,7 @@ class SelectionComparison:
     """Several selectors on one problem.
 
     results: by method, in the order they ran. failed: method -> why it could not run. recommended:
-    the method whose choice is recommended. agreement: pairs of methods -> Spearman correlation of their
+    a method. agreement: pairs of methods -> Spearman correlation of their
     rankings over the candidates that both ranked. spread: largest difference between the value of
     another method's choice and the recommended one's, in standard errors of their paired
     difference. verdict: one plain sentence.
