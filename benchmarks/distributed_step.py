@@ -37,8 +37,8 @@ from offtower.config import SamplingConfig
 from offtower.models.features import embedding_tables
 from offtower.prepare import open_data, prepare
 from offtower.progress import Progress
-from offtower.training.distributed import ALONE, TorchWorkers, Workers
 from offtower.training.setup import build_setup
+from offtower.training.workers import SINGLE_PROCESS, TorchWorkers, Workers
 
 EPOCHS = 4
 """The first warms up."""
@@ -141,7 +141,7 @@ def memory(name: str) -> float:
 def enter(rank: int, size: int, port: int, case: Any, args: argparse.Namespace) -> None:
     """One process of `size`; with one, it has as many threads as there are workers otherwise."""
     torch.set_num_threads(1 if size > 1 else args.workers)
-    workers = ALONE
+    workers = SINGLE_PROCESS
     if size > 1:
         dist.init_process_group(
             "gloo",

@@ -161,8 +161,8 @@ def ours(task: Task, config: Config, seconds: float, points: int) -> Clock:
     trainer._progress = clock
     with contextlib.suppress(Over):
         trainer.fit()
-    if trainer._proposal is not None:
-        trainer._proposal.close()
+    if trainer.step.proposal is not None:
+        trainer.step.proposal.close()
     return clock
 
 

@@ -39,9 +39,12 @@ def shares(actions: int, beta: float, seed: int) -> dict[str, float]:
         }
     )
     found = train_auto(config, data)
-    options = found.choice.scored[NAME]
-    first = options[0].factor
-    policies = {f"{o.factor / first:g}": join(found.members[NAME], o.factor) for o in options}
+    options = found.choice.estimates[NAME]
+    first = options[0].inverse_temperature
+    policies = {
+        f"{o.inverse_temperature / first:g}": join(found.members[NAME], o.inverse_temperature)
+        for o in options
+    }
     policies["as they are"] = join(found.members[NAME], 1.0)
     best = world.landmarks["optimum"]
     result = {k: value(world, p, data.items).softmax / best for k, p in policies.items()}

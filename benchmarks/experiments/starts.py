@@ -24,10 +24,10 @@ import torch
 from offtower.benchmarks.quality.bilinear import BilinearWorld, bilinear
 from offtower.benchmarks.quality.world import QualityWorld, value
 from offtower.config import parse_config
+from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.data.encoding import to_tensors
 from offtower.data.simulate.features import vector_matrix
 from offtower.models.policy import TwoTowerPolicy
-from offtower.models.reward.fit import obtain_reward_model
 from offtower.models.store import save_policy
 from offtower.prepare import PreparedData, prepare
 from offtower.progress import Progress
@@ -43,7 +43,7 @@ def ways(clone: str) -> dict[str, Settings]:
     """By name, what differs from the plain run."""
 
     def temperature(begin: float) -> Settings:
-        return {"training": {"temperature_from": begin}}
+        return {"training": {"initial_temperature": begin}}
 
     near: dict[str, Settings] = {}
     for price in (0.05, 0.2, 1.0):

@@ -1,4 +1,4 @@
-"""The facade for arrays in memory, in the habits of scikit-learn and Open Bandit Pipeline."""
+"""The in-memory learner, in the conventions of scikit-learn and Open Bandit Pipeline."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from offtower.config import parse_config
+from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.data.catalogue import Catalogue
 from offtower.data.convert import ITEM_VECTOR, from_bandit_feedback
 from offtower.data.encoding import to_tensors
@@ -22,15 +23,14 @@ from offtower.errors import ConfigError, DataError
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
-from offtower.models.reward.fit import obtain_reward_model
 from offtower.objectives import OBJECTIVES
 from offtower.ops import policy_terms
 from offtower.prepare import prepare
 from offtower.progress import Progress
 from offtower.training.auto import AutoTraining, train_auto
-from offtower.training.device import place
+from offtower.training.device import to_configured_device
 from offtower.training.run import build_trainer, uses_auto
-from offtower.training.trainer import EpochHook
+from offtower.training.trainer import EpochHook, TrainingOutputs
 
 BanditFeedback = Mapping[str, Any]
 
@@ -48,21 +48,20 @@ class TwoTowerPolicyLearner:
         activation: elu, relu, tanh, gelu or silu.
         temperature: of the softmax.
         item_bias: give each action a bias beside its embedding.
-        objective: a name of `offtower.objectives.OBJECTIVES`, or "auto": several learners are
-            cross-fitted, held-out rows choose between them, and the policy is the ensemble of the
-            best (see docs/objectives.md). Its embedding then has `embedding_dim` numbers for each
-            member, it has its own schedule and temperature, and what the settings of training
-            below say does not matter. A `context` of zeros and ones, mostly zeros, is taken as a
-            bag of tokens, and an `action_context` of one-hot rows as the items' ids.
+        objective: a name of `offtower.objectives.OBJECTIVES`, or "auto": several candidates are
+            cross-fitted, one is chosen on held-out rows, and the policy is the ensemble of its
+            members (see docs/objectives.md). The embedding then has `embedding_dim` numbers per
+            member, and the training settings below do not apply. A `context` of zeros and ones,
+            mostly zeros, is read as a bag of tokens, and a one-hot `action_context` as item ids.
         auto: settings of `offtower.config.AutoConfig`, such as {"folds": 5}.
         objective_arguments: settings of the objective, such as {"max_weight": 100}.
         reward_model: settings of `offtower.config.RewardModelConfig`, such as
             {"kind": "dense", "estimator": "sklearn.linear_model:LogisticRegression"}; None uses
-            towers ("factored") for objectives that need one, and none otherwise.
+            two towers ("factored") for objectives that require a model, and no model otherwise.
         optimizer, learning_rate, weight_decay, gradient_clip, batch_size, epochs, shuffle,
         patience, validation_estimator: see `offtower.config.TrainingConfig`.
-        random_state: seed of everything.
-        device: where the policy learns, as `training.device`; afterwards it is on the CPU.
+        random_state: seed.
+        device: for training, as `training.device`; the fitted policy is on the CPU.
 
     Example:
         >>> learner = TwoTowerPolicyLearner(5, 5, objective="ips").fit(bandit_feedback)
@@ -108,9 +107,9 @@ class TwoTowerPolicyLearner:
             "normalize": normalize,
         }
         if reward_model is None:
-            known = OBJECTIVES.get(objective)
-            needs_one = known is not None and known.needs_reward_model
-            reward_model = {"kind": "factored" if needs_one else "none"}
+            kind = OBJECTIVES.get(objective)
+            required = kind is not None and kind.requirements.reward_model
+            reward_model = {"kind": "factored" if required else "none"}
         self.config = parse_config(
             {
                 "name": "in-memory",
@@ -137,7 +136,7 @@ class TwoTowerPolicyLearner:
                     "shuffle": shuffle,
                     "patience": patience,
                     "validation_estimator": validation_estimator,
-                    "log_every_steps": 1_000_000_000,
+                    "log_every_steps": None,
                     "device": device,
                 },
             },
@@ -148,9 +147,9 @@ class TwoTowerPolicyLearner:
         self.policy_: TwoTowerPolicy
         self.reward_model_: RewardModel | None
         self.auto_: AutoTraining
-        """With objective="auto": what was chosen between, and on which evidence."""
+        """With objective="auto": the candidates and the evidence for the choice."""
         self.history_: list[dict[str, Any]] = []
-        """One mapping an epoch: loss, value estimate, weights, entropy, validation."""
+        """One mapping per epoch: loss, value estimate, weights, entropy, validation."""
 
     def fit(
         self,
@@ -159,20 +158,19 @@ class TwoTowerPolicyLearner:
         *,
         on_epoch_end: EpochHook | None = None,
     ) -> TwoTowerPolicyLearner:
-        """Learn from a bandit-feedback dict (context, action, reward, pscore, action_context).
+        """Fit on a bandit-feedback dict (context, action, reward, pscore, action_context).
 
-        Neither `pi_b` nor `expected_reward` is needed or read. With a validation log the weights
-        of the epoch with the best lower bound of an off-policy estimate are kept.
+        `pi_b` and `expected_reward` are not read. With validation feedback, the weights of the
+        epoch with the best lower bound of an off-policy estimate are kept.
         """
         self._read_indicators(bandit_feedback)
         log, catalogue = self._open(bandit_feedback)
         held_out = None if validation is None else self._open(validation)[0]
         self.data_ = prepare(log, held_out, catalogue, self._progress)
-        data = place(self.data_, self.config.training)
+        data = to_configured_device(self.data_, self.config.training)
         if uses_auto(self.config, data):
-            found = train_auto(
-                self.config, data, progress=self._progress, on_epoch_end=on_epoch_end
-            )
+            outputs = TrainingOutputs(progress=self._progress, on_epoch_end=on_epoch_end)
+            found = train_auto(self.config, data, outputs=outputs)
             self.policy_ = found.policy
             self.reward_model_ = None
             self.auto_ = found
@@ -191,7 +189,7 @@ class TwoTowerPolicyLearner:
         return self
 
     def predict_proba(self, context: np.ndarray, action_context: np.ndarray) -> np.ndarray:
-        """Probabilities of all actions, (n_rounds, n_actions, 1) as in Open Bandit Pipeline."""
+        """(n_rounds, n_actions, 1) probabilities of all actions, as in Open Bandit Pipeline."""
         u = torch.from_numpy(self.embed_contexts(context))
         v, bias = self._embed_items(action_context)
         policy = self._fitted()
@@ -252,7 +250,7 @@ class TwoTowerPolicyLearner:
         if action_context is not None:
             self._matrix(np.asarray(action_context), self.dim_action_features, "action_context")
         plain = dict(feedback)
-        # What becomes ids or tokens is not copied as numbers first.
+        # Features that become ids or tokens are not copied as numbers first.
         if self._tokens:
             plain["context"] = np.zeros((len(np.asarray(context)), 1), dtype=np.float32)
         if self._ids:
@@ -265,7 +263,7 @@ class TwoTowerPolicyLearner:
         return log, catalogue
 
     def _read_indicators(self, feedback: BanditFeedback | tuple[Log, Catalogue]) -> None:
-        """With objective=auto: is `context` a bag of tokens, `action_context` the items' ids?"""
+        """With objective=auto: detect token contexts and one-hot item ids."""
         self._tokens = self._ids = False
         if isinstance(feedback, tuple) or self.config.objective.name != "auto":
             return
@@ -277,8 +275,8 @@ class TwoTowerPolicyLearner:
         values = np.asarray(values)
         if values.ndim != 2 or values.shape[1] != width:
             raise DataError(
-                f"'{name}' must have shape (rows, {width}), as the learner was made for, "
-                f"but has shape {values.shape}"
+                f"'{name}' must have shape (rows, {width}), the width that the learner was built "
+                f"with, but has shape {values.shape}"
             )
         return values
 
@@ -288,8 +286,8 @@ def _vectors(matrix: np.ndarray) -> pa.Array:
 
 
 def _with_tokens(log: TableLog, context: np.ndarray) -> TableLog:
-    place = log.table.column_names.index(_CONTEXT)
-    table = log.table.set_column(place, _CONTEXT, as_tokens(context))
+    column = log.table.column_names.index(_CONTEXT)
+    table = log.table.set_column(column, _CONTEXT, as_tokens(context))
     return TableLog(table, replace(log.schema, context=(FeatureSpec(name=_CONTEXT, kind="bag"),)))
 
 

@@ -23,9 +23,12 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
 from offtower.data.encoding import FeatureEncoding
 from offtower.data.log import Log, ParquetLog
+from offtower.data.order import EpochOrder
+from offtower.data.reader import BatchReader, FoldOf, scan
+from offtower.data.rows import EncodedRows
 from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.errors import ConfigError, RunError
-from offtower.models.device_items import items_on
+from offtower.models.device_items import items_to_device
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.progress import Progress
 
@@ -56,20 +59,46 @@ class PreparedData:
 
     @property
     def device(self) -> torch.device:
-        """Where the catalogue's features are given out, and so where all that learns from them
-        is."""
+        """The device of the item features, and so of the models that read them."""
         return self.items.device
 
-    def on(self, device: torch.device, most_bytes: int | None = None) -> PreparedData:
-        """The same for policies on `device`; `most_bytes` as for `items_on`."""
-        return replace(self, items=items_on(self.items, device, most_bytes))
+    def to_device(self, device: torch.device, max_bytes: int | None = None) -> PreparedData:
+        """The same data for models on `device`; `max_bytes` as for `items_to_device`."""
+        return replace(self, items=items_to_device(self.items, device, max_bytes))
+
+    def scan(
+        self, batch_rows: int, part: Literal["train", "validation"] = "train"
+    ) -> Iterator[EncodedRows]:
+        """Encoded rows of one log in the order of its files, about `batch_rows` at a time."""
+        log = self.train if part == "train" else self.validation
+        assert log is not None, f"there is no {part} log"
+        return scan(
+            log,
+            self.catalogue,
+            self.context_encoding,
+            batch_rows,
+            on_bad_rows=self._on_bad_rows,
+            quarantine=self._quarantine_of(part),
+        )
+
+    def batches(self, order: EpochOrder, fold: FoldOf | None = None) -> BatchReader:
+        """A reader of shuffled batches of the training log."""
+        return BatchReader(
+            self.train,
+            self.catalogue,
+            self.context_encoding,
+            order,
+            fold=fold,
+            on_bad_rows=self._on_bad_rows,
+            quarantine=self._quarantine_of("train"),
+        )
 
     @property
-    def on_bad_rows(self) -> Literal["error", "quarantine"]:
+    def _on_bad_rows(self) -> Literal["error", "quarantine"]:
         return "error" if self.quarantine is None else "quarantine"
 
-    def quarantine_of(self, part: str) -> Path | None:
-        """Folder for the bad rows of one log, so that files of two logs never meet."""
+    def _quarantine_of(self, part: str) -> Path | None:
+        """One folder per log, so that files of two logs never collide."""
         return None if self.quarantine is None else self.quarantine / part
 
     @property

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from offtower.config import RewardModelConfig
+from offtower.crossfit.reward_model import obtain_reward_model, reward_folds
 from offtower.data import Catalogue, FeatureSpec, LogSchema, TableLog
 from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.dense import check_size
-from offtower.models.reward.fit import obtain_reward_model, reward_folds
 from offtower.ops import DenseReward, FactoredReward, policy_terms
 from offtower.prepare import PreparedData, prepare
 from offtower.progress import Progress

@@ -16,7 +16,7 @@ from offtower.objectives import (
     Objective,
     Reduction,
     Regression,
-    Regularised,
+    Regularized,
     make_objective,
 )
 from offtower.ops import DenseReward, policy_terms
@@ -88,36 +88,7 @@ def snips(p: Problem) -> np.ndarray:
     return coefficients(p, p.weight * (p.reward - value)) * ROWS / p.weight.sum()
 
 
-def optimal_baseline(p: Problem) -> float:
-    return float((p.weight * (p.weight - 1) * p.reward).sum() / ((p.weight - 1) ** 2).sum())
-
-
-def pessimistic(p: Problem, contribution: np.ndarray, d_contribution: np.ndarray) -> np.ndarray:
-    """Gradient of mean c - PENALTY std c, from (rows,) c and (rows, items) dc / d logits."""
-    centred = contribution - contribution.mean()
-    emphasis = 1 - PENALTY * centred / np.sqrt((centred**2).mean())
-    return emphasis[:, None] * d_contribution / ROWS
-
-
-def dr(p: Problem) -> np.ndarray:
-    return p.weight * p.residual + (p.pi * p.q).sum(1)
-
-
-def d_dr(p: Problem) -> np.ndarray:
-    return (p.weight * p.residual)[:, None] * p.score_of_action() + p.model_part()
-
-
-def d_shrunk(w: np.ndarray) -> np.ndarray:
-    """w dh/dw of h(w) = SHRINKAGE w / (w^2 + SHRINKAGE)."""
-    return SHRINKAGE * w * (SHRINKAGE - w**2) / (w**2 + SHRINKAGE) ** 2
-
-
-def pi_of_action(p: Problem) -> np.ndarray:
-    return p.pi[np.arange(ROWS), p.action]
-
-
-LAMBDA, CLIP = 0.3, 1.5
-PENALTY, SHRINKAGE, ALPHA, BETA, TRUST, K = 0.4, 2.0, 0.6, 0.5, 0.3, 3
+CLIP = 1.5
 FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Problem], np.ndarray]]] = {
     "ips": ({}, lambda p: coefficients(p, p.weight * p.reward)),
     "clipped_ips": (
@@ -138,59 +109,7 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Problem], np.ndarray]]] = {
         {"max_weight": 4.0, "smoothing": 0.5},
         lambda p: coefficients(p, np.minimum(p.pscore**-0.5, 4.0) * p.reward),
     ),
-    "log_smoothing": (
-        {"lambda_": LAMBDA},
-        lambda p: coefficients(p, p.weight * p.reward / (1 + LAMBDA * p.weight * p.reward)),
-    ),
-    "exponential_smoothing": (
-        {"alpha": ALPHA},
-        lambda p: coefficients(p, ALPHA * p.weight**ALPHA * p.reward),
-    ),
-    "exponential_smoothing of pscore": (
-        {"alpha": ALPHA, "of": "pscore"},
-        lambda p: coefficients(p, pi_of_action(p) / p.pscore**ALPHA * p.reward),
-    ),
-    "baseline_ips": (
-        {"baseline": 0.4},
-        lambda p: coefficients(p, p.weight * (p.reward - 0.4)),
-    ),
-    "baseline_ips of mean": (
-        {"baseline": "mean"},
-        lambda p: coefficients(p, p.weight * (p.reward - p.reward.mean())),
-    ),
-    "baseline_ips of least variance": (
-        {"baseline": "optimal"},
-        lambda p: coefficients(p, p.weight * (p.reward - optimal_baseline(p))),
-    ),
-    "exponential_likelihood": (
-        {"beta": BETA, "max_weight": 4.0},
-        lambda p: coefficients(p, np.minimum(np.exp(p.reward / BETA), 4.0)),
-    ),
     "behavior_cloning": ({}, lambda p: coefficients(p, np.ones(ROWS))),
-    "pessimistic_ips": (
-        {"penalty": PENALTY},
-        lambda p: pessimistic(
-            p, p.weight * p.reward, (p.weight * p.reward)[:, None] * p.score_of_action()
-        ),
-    ),
-    "pessimistic_dr": ({"penalty": PENALTY}, lambda p: pessimistic(p, dr(p), d_dr(p))),
-    "shrinkage_dr": (
-        {"shrinkage": SHRINKAGE},
-        lambda p: coefficients(p, d_shrunk(p.weight) * p.residual) + p.model_part() / ROWS,
-    ),
-    "dr with less trust": (
-        {"trust": TRUST},
-        lambda p: (
-            coefficients(p, p.weight * (p.residual + (1 - TRUST) * (p.reward - p.residual)))
-            + TRUST * p.model_part() / ROWS
-        ),
-    ),
-    "top_k_ips": (
-        {"k": K, "max_weight": CLIP},
-        lambda p: coefficients(
-            p, np.minimum(p.weight, CLIP) * K * (1 - pi_of_action(p)) ** (K - 1) * p.reward
-        ),
-    ),
 }
 VALUES: dict[str, Callable[[Problem], float]] = {
     "ips": lambda p: (p.weight * p.reward).mean(),
@@ -200,29 +119,7 @@ VALUES: dict[str, Callable[[Problem], float]] = {
     "clipped_dr": lambda p: (np.minimum(p.weight, CLIP) * p.residual + (p.pi * p.q).sum(1)).mean(),
     "weighted_likelihood": lambda p: (p.weight * p.reward).mean(),
     "weighted_likelihood, smoothed": lambda p: (p.weight * p.reward).mean(),
-    "log_smoothing": lambda p: (np.log1p(LAMBDA * p.weight * p.reward) / LAMBDA).mean(),
-    "exponential_smoothing": lambda p: (p.weight**ALPHA * p.reward).mean(),
-    "exponential_smoothing of pscore": lambda p: (
-        pi_of_action(p) / p.pscore**ALPHA * p.reward
-    ).mean(),
-    "baseline_ips": lambda p: (p.weight * (p.reward - 0.4)).mean() + 0.4,
-    "baseline_ips of mean": lambda p: (
-        (p.weight * (p.reward - p.reward.mean())).mean() + p.reward.mean()
-    ),
-    "baseline_ips of least variance": lambda p: (
-        (p.weight * (p.reward - optimal_baseline(p))).mean() + optimal_baseline(p)
-    ),
-    "exponential_likelihood": lambda p: (p.weight * p.reward).mean(),
     "behavior_cloning": lambda p: (p.weight * p.reward).mean(),
-    "pessimistic_ips": lambda p: (p.weight * p.reward).mean(),
-    "pessimistic_dr": lambda p: dr(p).mean(),
-    "shrinkage_dr": lambda p: (
-        SHRINKAGE * p.weight / (p.weight**2 + SHRINKAGE) * p.residual + (p.pi * p.q).sum(1)
-    ).mean(),
-    "dr with less trust": lambda p: (
-        p.weight * (p.reward - TRUST * (p.reward - p.residual)) + TRUST * (p.pi * p.q).sum(1)
-    ).mean(),
-    "top_k_ips": lambda p: (np.minimum(p.weight, CLIP) * p.reward).mean(),
 }
 
 
@@ -239,8 +136,10 @@ def gradients(p: Problem, objective: Objective) -> tuple[list[torch.Tensor], flo
         torch.from_numpy(p.action),
         temperature=TAU,
         item_bias=b,
-        reward_model=DenseReward(torch.from_numpy(p.q)) if objective.needs_reward_model else None,
-        entropy=objective.needs_entropy,
+        reward_model=DenseReward(torch.from_numpy(p.q))
+        if objective.requirements.reward_model
+        else None,
+        entropy=objective.requirements.entropy,
     )
     rows = LoggedRows(torch.from_numpy(p.reward), terms, torch.from_numpy(p.pscore))
     result = objective(rows, Reduction(rows=ROWS))
@@ -313,7 +212,7 @@ def test_workers_on_uneven_batches_add_up_to_one_worker(name: str, cuts: tuple[i
             temperature=TAU,
             item_bias=b,
             reward_model=DenseReward(torch.from_numpy(p.q[part]))
-            if objective.needs_reward_model
+            if objective.requirements.reward_model
             else None,
         )
         rows = LoggedRows(torch.from_numpy(p.reward[part]), terms, torch.from_numpy(p.pscore[part]))
@@ -350,14 +249,14 @@ def test_workers_on_uneven_batches_add_up_to_one_worker(name: str, cuts: tuple[i
         torch.testing.assert_close(total, grad, rtol=0, atol=1e-12)
 
 
-def regularised(p: Problem, **strengths: float) -> tuple[list[torch.Tensor], float]:
-    return gradients(p, Regularised(make_objective("ips"), **strengths))
+def regularized(p: Problem, **strengths: float) -> tuple[list[torch.Tensor], float]:
+    return gradients(p, Regularized(make_objective("ips"), **strengths))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_gradients_of_regularisers(seed: int) -> None:
+def test_gradients_of_regularizers(seed: int) -> None:
     p = Problem.draw(seed)
-    plain, value = regularised(p)
+    plain, value = regularized(p)
     h = -(p.pi * np.log(p.pi)).sum(1)
     parts = {
         "kl": -coefficients(p, p.weight * np.log(p.weight)),
@@ -367,14 +266,14 @@ def test_gradients_of_regularisers(seed: int) -> None:
     }
     for name, d_logits in parts.items():
         wanted = [d_logits @ p.v / TAU, d_logits.T @ p.u / TAU, d_logits.sum(0)]
-        found, same_value = regularised(p, **{name: 0.7})
+        found, same_value = regularized(p, **{name: 0.7})
         assert same_value == value
         for grad, without, part in zip(found, plain, wanted, strict=True):
             np.testing.assert_allclose(-(grad - without).numpy(), 0.7 * part, rtol=0, atol=1e-12)
 
 
 def test_kl_estimate_is_unbiased_and_never_negative() -> None:
-    """Over the logging policy the regulariser's mean is KL(pi || pi_0), action by action."""
+    """Over the logging policy the regularizer's mean is KL(pi || pi_0), action by action."""
     rng = np.random.default_rng(0)
     pi, pi_0 = rng.dirichlet(np.ones(6)), rng.dirichlet(np.ones(6))
     terms = policy_terms(
@@ -385,7 +284,7 @@ def test_kl_estimate_is_unbiased_and_never_negative() -> None:
     )
     rows = LoggedRows(torch.zeros(6, dtype=torch.float64), terms, torch.from_numpy(pi_0))
     per_action = [
-        float(Regularised(make_objective("ips"), kl=1.0)(_row(rows, i), Reduction(1)).loss)
+        float(Regularized(make_objective("ips"), kl=1.0)(_row(rows, i), Reduction(1)).loss)
         for i in range(6)
     ]
     assert min(per_action) >= 0.0
@@ -398,9 +297,9 @@ def _row(rows: LoggedRows, i: int) -> LoggedRows:
     return LoggedRows(rows.reward[i : i + 1], one, rows.pscore[i : i + 1])
 
 
-def test_extreme_weights_leave_shrunk_objectives_finite() -> None:
+def test_extreme_weights_leave_clipped_objectives_finite() -> None:
     p = Problem.draw(2)
     p.pscore = np.full(ROWS, 1e-30)
-    for name in ("shrinkage_dr", "log_smoothing", "clipped_ips", "clipped_dr"):
+    for name in ("clipped_ips", "clipped_dr"):
         found, value = gradients(p, make_objective(name))
         assert np.isfinite(value) and all(bool(torch.isfinite(g).all()) for g in found), name

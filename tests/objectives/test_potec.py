@@ -127,7 +127,7 @@ def test_clusters_of_one_item_are_clipped_dr() -> None:
         ({"clusters": 1}, "a number of two or more, got 1"),
         ({"clusters": 2.5}, "got 2.5"),
         ({"clusters": True}, "got True"),
-        ({"sharpness": 0.0}, "'sharpness' must be a positive number"),
+        ({"inverse_temperature": 0.0}, "'inverse_temperature' must be a positive number"),
         ({"max_weight": -1.0}, "'max_weight' must be a positive number"),
     ],
 )

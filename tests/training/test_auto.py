@@ -31,16 +31,21 @@ from offtower.models.store import load_policy
 from offtower.prepare import PreparedData, prepare
 from offtower.progress import Progress
 from offtower.training.auto import train_auto
-from offtower.training.auto.belief import IMPLICIT, LIKELIHOODS, REGRESSIONS, default_order
 from offtower.training.auto.candidates import (
     make_candidates,
     make_schedule,
 )
-from offtower.training.auto.choose import choose
+from offtower.training.auto.choice import choose
 from offtower.training.auto.ensemble import join
 from offtower.training.auto.folds import NOTHING, Folds, context_key
-from offtower.training.auto.judge import SHARPNESS, Judged
+from offtower.training.auto.held_out import (
+    INVERSE_TEMPERATURES,
+    CandidatePolicy,
+    HeldOutRows,
+    HeldOutTerms,
+)
 from offtower.training.auto.members import fit_members
+from offtower.training.auto.prior_order import IMPLICIT, LIKELIHOODS, REGRESSIONS, prior_order
 from offtower.training.run import train_run
 from offtower.training.trainer import TrainingResult
 from tests.mappers import BackwardsMapper
@@ -71,7 +76,7 @@ def test_default_is_near_the_optimum(fitted: TwoTowerPolicyLearner) -> None:
     assert value(fitted) > 0.96 * best
     report = fitted.auto_.report
     assert report["chosen"] in report["candidates"]
-    assert len(report["candidates"][report["chosen"]]) == len(SHARPNESS)
+    assert len(report["candidates"][report["chosen"]]) == len(INVERSE_TEMPERATURES)
     assert fitted.history_[-1]["validation"]["low"] == report["low"] < report["value"]
 
 
@@ -112,12 +117,14 @@ def test_held_out_weights_are_those_of_the_member_that_did_not_see_the_row() -> 
     found = train_auto(config, data)
     folds = Folds(2, (0, 1), config.seed)
     rows = _all_rows(data)
-    scored = next(s for s in found.choice.scored["regression_linear"] if s.factor > 0)
-    # Judged rows come member by member: fold 0 first.
+    scored = next(
+        s for s in found.choice.estimates["regression_linear"] if s.inverse_temperature > 0
+    )
+    # Held-out rows are ordered by member: fold 0 first.
     wanted = []
     for fold, member in enumerate(found.members["regression_linear"]):
         own = rows.take(np.flatnonzero(folds.of(rows) == fold))
-        policy = join([member], scored.factor)
+        policy = join([member], scored.inverse_temperature)
         wanted.append(PolicyScorer(policy, data.items).score(own).importance_weight.mean())
     shares = np.bincount(folds.of(rows), minlength=2) / len(rows)
     assert scored.mean_weight == pytest.approx(float(np.dot(wanted, shares)), rel=1e-4)
@@ -131,14 +138,18 @@ def _all_rows(data: PreparedData) -> EncodedRows:
     )
 
 
-def judged(weight: dict[str, np.ndarray], reward: np.ndarray, promise: dict[str, float]) -> Judged:
-    """Every sharpness alike; the model predicts `promise` for all that a policy plays."""
+def held_out(
+    weight: dict[str, np.ndarray], reward: np.ndarray, predicted: dict[str, float]
+) -> HeldOutRows:
+    """Equal weights at each temperature; the model predicts `predicted` for all items played."""
     n = len(reward)
-    keys = [(name, s) for name in weight for s in SHARPNESS]
-    return Judged(
+    return HeldOutRows(
         reward=reward,
-        weight={(name, s): weight[name] for name, s in keys},
-        expected={(name, s): np.full(n, promise[name]) for name, s in keys},
+        terms={
+            CandidatePolicy(name, s): HeldOutTerms(weight[name], np.full(n, predicted[name]))
+            for name in weight
+            for s in INVERSE_TEMPERATURES
+        },
         action_reward=np.full(n, 0.3),
         scale=dict.fromkeys(weight, 1.0),
         loss={"model": 0.5},
@@ -147,17 +158,17 @@ def judged(weight: dict[str, np.ndarray], reward: np.ndarray, promise: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("items", "vouched"), [(2000.0, 1.0), (500.0, 0.5), (10.0, 0.01), (0.0, 0.0)]
+    ("items", "support_factor"), [(2000.0, 1.0), (500.0, 0.5), (10.0, 0.01), (0.0, 0.0)]
 )
-def test_a_log_that_is_too_short_refutes_nothing(items: float, vouched: float) -> None:
+def test_a_log_that_is_too_short_refutes_nothing(items: float, support_factor: float) -> None:
     """No row shows what a sharp policy plays: of 2,000 rows of 10 items that is proof, of 2,000
     items chance."""
     rng = np.random.default_rng(0)
     reward = (rng.random(2000) < 0.3).astype(float)
     nothing = {"model": np.zeros(2000)}
-    found = replace(judged(nothing, reward, {"model": 0.9}), inverse_pscore=items)
+    found = replace(held_out(nothing, reward, {"model": 0.9}), inverse_pscore=items)
     choice = choose(found, ["model"])
-    assert choice.chosen.vouched == pytest.approx(vouched, abs=1e-12)
+    assert choice.chosen.support_factor == pytest.approx(support_factor, abs=1e-12)
 
 
 def test_promises_about_items_that_the_log_never_shows_are_not_believed() -> None:
@@ -165,13 +176,13 @@ def test_promises_about_items_that_the_log_never_shows_are_not_believed() -> Non
     reward = (rng.random(2000) < 0.3).astype(float)
     supported, unseen = np.ones(2000), np.zeros(2000)
     choice = choose(
-        judged({"safe": supported, "wild": unseen}, reward, {"safe": 0.3, "wild": 0.95}),
+        held_out({"safe": supported, "wild": unseen}, reward, {"safe": 0.3, "wild": 0.95}),
         ["safe", "wild"],
     )
     assert choice.chosen.name == "safe"
-    assert choice.sharpest["wild"].value == pytest.approx(0.0, abs=1e-12)
+    assert choice.best["wild"].value == pytest.approx(0.0, abs=1e-12)
     # Half of what it plays is in the log: half of the promise is believed.
-    half = judged({"half": np.full(2000, 0.5)}, np.full(2000, 0.3), {"half": 0.95})
+    half = held_out({"half": np.full(2000, 0.5)}, np.full(2000, 0.3), {"half": 0.95})
     assert choose(half, ["half"]).chosen.value == pytest.approx(0.5 * 0.95, abs=1e-9)
 
 
@@ -183,10 +194,10 @@ def test_a_later_candidate_must_be_better_by_more_than_noise() -> None:
     same = plain + 0.3 * rng.standard_normal(4000).clip(-2, 2)
     names = {"first": plain, "noise": same, "better": better}
     promise = dict.fromkeys(names, 0.3)
-    wins = choose(judged(names, reward, promise), ["first", "noise", "better"])
+    wins = choose(held_out(names, reward, promise), ["first", "noise", "better"])
     assert wins.chosen.name == "better"
-    # Nothing in favour of sharpness or against it: the sharpest is taken.
-    assert wins.chosen.factor == SHARPNESS[-1]
+    # Without evidence for or against it, the largest inverse temperature is taken.
+    assert wins.chosen.inverse_temperature == INVERSE_TEMPERATURES[-1]
 
 
 def test_a_certain_look_is_enough_against_a_policy_off_the_log_alone() -> None:
@@ -197,13 +208,13 @@ def test_a_certain_look_is_enough_against_a_policy_off_the_log_alone() -> None:
         heavy[:rows] = weight
         reward[rewarded:rows] = 0.0
         weights = {"noisy": heavy, "steady": np.ones(1000)}
-        found = judged(weights, reward, {"noisy": 0.95, "steady": 0.3})
+        found = held_out(weights, reward, {"noisy": 0.95, "steady": 0.3})
         choice = choose(found, list(weights))
-        noisy, steady = (choice.sharpest[name] for name in weights)
+        noisy, steady = (choice.best[name] for name in weights)
         difference = steady.contribution - noisy.contribution
         assert steady.low > noisy.value
         assert difference.mean() < 2 * difference.std() / 1000**0.5
-        assert (noisy.vouched < 1.0) == (rows * weight < 600)
+        assert (noisy.support_factor < 1.0) == (rows * weight < 600)
         return choice.chosen.name
 
     assert first(25, 40.0, 7) == "noisy"
@@ -213,8 +224,8 @@ def test_a_certain_look_is_enough_against_a_policy_off_the_log_alone() -> None:
 def test_rows_of_one_context_count_once() -> None:
     rng = np.random.default_rng(5)
     weight, reward = rng.exponential(size=300), (rng.random(300) < 0.4).astype(float)
-    alone = choose(judged({"a": weight}, reward, {"a": 0.4}), ["a"]).chosen
-    repeated = judged({"a": np.tile(weight, 7)}, np.tile(reward, 7), {"a": 0.4})
+    alone = choose(held_out({"a": weight}, reward, {"a": 0.4}), ["a"]).chosen
+    repeated = held_out({"a": np.tile(weight, 7)}, np.tile(reward, 7), {"a": 0.4})
     apart = choose(repeated, ["a"]).chosen
     together = choose(replace(repeated, unit=np.tile(np.arange(300), 7)), ["a"]).chosen
     # Of kappa too, which is 1 here either way.
@@ -257,17 +268,17 @@ def test_rows_of_one_context_or_user_share_a_fold() -> None:
 def test_belief_depends_on_what_is_known_of_items() -> None:
     """Ids alone, seldom rewarded: the likelihoods come first. Else regressions."""
     described = prepare(*_log_and_catalogue(WORLD.sample(50, seed=1)), Progress())
-    assert default_order(described) == (*REGRESSIONS, *LIKELIHOODS)
+    assert prior_order(described) == (*REGRESSIONS, *LIKELIHOODS)
     world = as_feedback(long_tail(0, labels=30, examples=60, tokens=40), 200, seed=0)
     ids = prepare(world.log, None, world.catalogue, Progress())
-    assert default_order(ids) == (IMPLICIT, *LIKELIHOODS, *REGRESSIONS)
+    assert prior_order(ids) == (IMPLICIT, *LIKELIHOODS, *REGRESSIONS)
     # A few ids that the log rewards again and again are known as well as any features.
     few = as_feedback(long_tail(0, labels=4, examples=60, tokens=40), 2000, seed=0)
-    assert default_order(prepare(few.log, None, few.catalogue, Progress()))[0] == REGRESSIONS[0]
+    assert prior_order(prepare(few.log, None, few.catalogue, Progress()))[0] == REGRESSIONS[0]
     table = pa.table({"item_id": np.arange(30), "group": [str(k % 3) for k in range(30)]})
     features = tuple(FeatureSpec(name=k, kind="category") for k in ("item_id", "group"))
     grouped = Catalogue.from_table(table, CatalogueSchema(item_id="item_id", features=features))
-    assert default_order(prepare(world.log, None, grouped, Progress()))[0] == REGRESSIONS[0]
+    assert prior_order(prepare(world.log, None, grouped, Progress()))[0] == REGRESSIONS[0]
 
 
 def _log_and_catalogue(feedback: dict[str, np.ndarray]) -> tuple[TableLog, None, Catalogue]:
@@ -383,10 +394,10 @@ def test_a_run_goes_on_with_the_next_candidate(
     train_run(again)
     # As if it had been killed after two candidates: what they learned is read, not learned anew.
     run = again.run_directory
-    member = run / "auto" / "judged" / "regression" / "member_0" / "member.safetensors"
+    member = run / "auto" / "out_of_fold" / "regression" / "member_0" / "member.safetensors"
     learned_at = member.stat().st_mtime_ns
     for name in ("likelihood_linear", "likelihood"):
-        shutil.rmtree(run / "auto" / "judged" / name)
+        shutil.rmtree(run / "auto" / "out_of_fold" / name)
     shutil.rmtree(run / "auto" / "refit")
     resumed = train_run(again, resume=True)
     assert member.stat().st_mtime_ns == learned_at

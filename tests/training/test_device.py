@@ -17,23 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from offtower.config import Config
+from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.data.encoding import FeatureEncoding, to_tensors
 from offtower.errors import ConfigError, RunError
 from offtower.metrics import read_metrics
 from offtower.models.device_items import DeviceItemFeatures
 from offtower.models.features import FeatureEncoder, FeatureTensors
 from offtower.models.policy import TwoTowerPolicy
-from offtower.models.reward.fit import obtain_reward_model
 from offtower.models.store import load_policy
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.training import device as devices
-from offtower.training import readings, step, two_stage
+from offtower.training import epoch_metrics, step, two_stage
 from offtower.training.auto import train_auto
-from offtower.training.distributed import ALONE, sharded_terms
+from offtower.training.distributed import sharded_terms
 from offtower.training.run import train_run
 from offtower.training.setup import TrainingSetup, build_setup
 from offtower.training.trainer import EpochHook, TrainingResult
+from offtower.training.workers import SINGLE_PROCESS
 from tests.pretend_gpu import DEVICE, GPUTensor, PretendGPU
 from tests.training.conftest import make_config
 from tests.training.distributed.world import write_world
@@ -52,7 +53,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "reward_model.estimator=sklearn.linear_model:Ridge",
     ),
     "potec": ("objective.name=potec", "objective.arguments.clusters=4"),
-    "exact, lazy tables": ("objective.name=baseline_ips", "training.table_updates=lazy_adamw"),
+    "exact, lazy tables": ("objective.name=snips", "training.table_updates=lazy_adamw"),
     "uniform": (*SAMPLED, "sampling.proposal=uniform", "policy.item_bias=true"),
     "mixed": (*SAMPLED, "sampling.proposal=mixed", "objective.name=dr", "sampling.exact_every=7"),
     "in_batch": (*SAMPLED, "sampling.proposal=in_batch", "objective.name=in_batch_softmax"),
@@ -114,9 +115,9 @@ def config_of(world: Path, *overrides: str, **sections: Any) -> Config:
 def train(
     config: Config, device: torch.device, most_bytes: int = ALL
 ) -> tuple[TrainingResult, TrainingSetup]:
-    data = open_data(config, Progress()).on(device, most_bytes)
+    data = open_data(config, Progress()).to_device(device, most_bytes)
     model = obtain_reward_model(config.reward_model, data, config.seed, Progress())
-    setup = build_setup(config, data, model, ALONE, Progress())
+    setup = build_setup(config, data, model, SINGLE_PROCESS, Progress())
     return setup.trainer().fit(), setup
 
 
@@ -199,11 +200,11 @@ def test_a_step_does_not_wait(world: Path, kind: str, waits_for: set[str]) -> No
             world, *KINDS[kind], f"training.batch_size={batch}", "training.log_every_steps=1000"
         )
         with PretendGPU() as gpu:
-            data = open_data(config, Progress()).on(DEVICE, ALL)
+            data = open_data(config, Progress()).to_device(DEVICE, ALL)
             model = obtain_reward_model(config.reward_model, data, config.seed, Progress())
-            trainer = build_setup(config, data, model, ALONE, Progress()).trainer()
+            trainer = build_setup(config, data, model, SINGLE_PROCESS, Progress()).trainer()
             gpu.waits.clear()
-            assert trainer.fit().steps < readings._TOGETHER
+            assert trainer.fit().steps < epoch_metrics._MAX_PENDING
             return gpu.waits
 
     few, many = waits(100), waits(50)
@@ -249,7 +250,7 @@ def test_auto_on_a_gpu(world: Path) -> None:
     config = config_of(world, *settings)
 
     def learn(device: torch.device) -> Any:
-        data: PreparedData = open_data(config, Progress()).on(device, ALL)
+        data: PreparedData = open_data(config, Progress()).to_device(device, ALL)
         return train_auto(config, data)
 
     wanted = learn(CPU)
@@ -321,7 +322,7 @@ def test_a_loss_that_is_no_number_is_told_with_its_step(
     names = [path.name for path in (config.run_directory / "checkpoints").glob("step_*")]
     assert names == ["step_000000000004"]
     # Read every step's numbers, and the step itself ends the run.
-    monkeypatch.setattr(readings, "_TOGETHER", 1)
+    monkeypatch.setattr(epoch_metrics, "_MAX_PENDING", 1)
     again = make_config(world, tmp_path, "b", *few, objective=objective)
     again.training.checkpoint_every_seconds = 1e9
     with PretendGPU(), pytest.raises(RunError, match=r"step 6 \(epoch 2\)"):
@@ -337,7 +338,7 @@ def test_devices_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.resolve_device("auto") == CPU
     with pytest.raises(ConfigError, match=r"training\.device=cuda, but .*training\.device=cpu"):
         devices.resolve_device("cuda")
-    assert "auto takes the cpu: " in devices.status()
+    assert "auto selects the cpu: " in devices.auto_device_status()
     monkeypatch.setattr(cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "device_count", lambda: 2)
     monkeypatch.setattr(cuda, "current_device", lambda: 1)
@@ -346,12 +347,12 @@ def test_devices_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "backend_status", lambda: {"cuda": "not built (no nvcc)"})
     # Without the fused operators a GPU has to be asked for.
     assert devices.resolve_device("auto") == CPU
-    assert "not built (no nvcc)" in devices.status()
-    assert "cuda:1 (NVIDIA H200), plain-torch operators" in devices.status()
+    assert "not built (no nvcc)" in devices.auto_device_status()
+    assert "cuda:1 (NVIDIA H200), plain-torch operators" in devices.auto_device_status()
     assert devices.resolve_device("cuda") == torch.device("cuda", 1)
     monkeypatch.setattr(devices, "available_backends", lambda: ("reference", "cpu", "cuda"))
     assert devices.resolve_device("auto") == torch.device("cuda", 1)
-    assert devices.status() == "auto takes cuda:1 (NVIDIA H200), fused operators"
+    assert devices.auto_device_status() == "auto selects cuda:1 (NVIDIA H200), fused operators"
     assert devices.resolve_device("cuda:0") == torch.device("cuda", 0)
     with pytest.raises(ConfigError, match=r"cuda:2, but torch sees cuda:0 to cuda:1 only"):
         devices.resolve_device("cuda:2")

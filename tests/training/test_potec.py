@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 from offtower.config import Config, parse_config
+from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.data.catalogue import Catalogue
 from offtower.data.encoding import to_tensors
 from offtower.data.log import ParquetLog, TableLog
@@ -23,7 +24,6 @@ from offtower.errors import ConfigError
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.factored import FactoredRewardModel
-from offtower.models.reward.fit import obtain_reward_model
 from offtower.models.store import load_policy, save_policy
 from offtower.models.two_stage import bodies
 from offtower.prepare import PreparedData, open_data, prepare
@@ -31,11 +31,11 @@ from offtower.progress import Progress
 from offtower.retrieval import ExportOptions, Retriever, export_run
 from offtower.retrieval.manifest import read_manifest
 from offtower.training.checkpoints import CheckpointStore
-from offtower.training.distributed import ALONE
 from offtower.training.run import train_run
 from offtower.training.setup import TrainingSetup, build_setup
-from offtower.training.step import TrainingStep
+from offtower.training.step import ReplicatedStep
 from offtower.training.two_stage import LoggedClusterWeights
+from offtower.training.workers import SINGLE_PROCESS
 from tests.training.conftest import make_config
 
 KAPPA = 4.0
@@ -48,7 +48,7 @@ def config_of(folder: Path, runs: Path, clusters: int | str, *more: str, name: s
         name,
         "objective.name=potec",
         f"objective.arguments.clusters={clusters}",
-        f"objective.arguments.sharpness={KAPPA}",
+        f"objective.arguments.inverse_temperature={KAPPA}",
         *more,
     )
 
@@ -69,7 +69,7 @@ def trained(
     data = open_data(config, Progress())
     model = obtain_reward_model(config.reward_model, data, config.seed, Progress())
     assert isinstance(model, FactoredRewardModel)
-    setup = build_setup(config, data, model, ALONE, Progress())
+    setup = build_setup(config, data, model, SINGLE_PROCESS, Progress())
     before = {name: tensor.clone() for name, tensor in setup.policy.state_dict().items()}
     setup.trainer().fit()
     return SimpleNamespace(
@@ -144,7 +144,7 @@ def test_only_the_head_has_moved(trained: SimpleNamespace) -> None:
 
 def test_training_starts_from_the_reward_model(trained: SimpleNamespace) -> None:
     data = trained.data
-    setup = build_setup(trained.config, data, trained.model, ALONE, Progress())
+    setup = build_setup(trained.config, data, trained.model, SINGLE_PROCESS, Progress())
     context = contexts_of(data).context
     wanted = KAPPA * reward_logits(trained.model.towers, context, data.items)
     policy = setup.policy.eval()
@@ -155,8 +155,8 @@ def test_training_starts_from_the_reward_model(trained: SimpleNamespace) -> None
 
 def test_cluster_weights_by_enumeration(trained: SimpleNamespace) -> None:
     data, setup = trained.data, trained.setup
-    assert isinstance(setup.step, TrainingStep)
-    weights = setup.step.cluster_weights
+    assert isinstance(setup.step, ReplicatedStep)
+    weights = setup.step.trained.cluster_weights
     assert isinstance(weights, LoggedClusterWeights)
     rows, policy = contexts_of(data), setup.policy.eval()
     cluster = clusters_of(trained)
@@ -271,17 +271,23 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(
     [
         (["reward_model.kind=dense"], "set reward_model.kind=factored"),
         (["reward_model.kind=none"], "set reward_model.kind=factored"),
-        (["training.strategy=item_sharded"], "take training.strategy=replicated"),
-        (["training.terms=sampled"], "take training.terms=exact"),
-        (["training.precision=bfloat16"], "take training.precision=float32"),
-        (["training.warm_start=somewhere"], "leave training.warm_start and training.start out"),
-        (["training.start=uniform"], "leave training.warm_start and training.start out"),
-        (["training.temperature_from=3"], "training.temperature_from out"),
+        (["training.strategy=item_sharded"], "set training.strategy=replicated"),
+        (["training.terms=sampled"], "set training.terms=exact"),
+        (["training.precision=bfloat16"], "set training.precision=float32"),
+        (
+            ["training.warm_start=somewhere"],
+            "unset training.warm_start and training",
+        ),
+        (
+            ["training.initialization=uniform"],
+            "unset training.warm_start and training",
+        ),
+        (["training.initial_temperature=3"], "training.initial_temperature"),
         (["policy.learn_temperature=true"], "policy.learn_temperature and"),
         (["policy.temperature=0.5"], "leave policy.temperature at 1"),
         (["objective.entropy=0.1"], "leave objective.kl, imitation and entropy at 0"),
-        (["objective.arguments.clusters=gerne"], "'gerne' is no category.*it has genre"),
-        (["objective.arguments.clusters=price"], "'price' is no category.*it has genre"),
+        (["objective.arguments.clusters=gerne"], "'gerne' is not a category.*it has genre"),
+        (["objective.arguments.clusters=price"], "'price' is not a category.*it has genre"),
         (["objective.arguments.clusters=6000"], "6,000 clusters, at most 5,000"),
     ],
 )
@@ -370,7 +376,10 @@ def grouped_setup(data: PreparedData) -> TrainingSetup:
                 "batch_size": 100,
                 "learning_rate": 0.01,
             },
-            "objective": {"name": "potec", "arguments": {"clusters": "group", "sharpness": 5.0}},
+            "objective": {
+                "name": "potec",
+                "arguments": {"clusters": "group", "inverse_temperature": 5.0},
+            },
             "training": {
                 "epochs": 12,
                 "batch_size": 100,
@@ -381,7 +390,7 @@ def grouped_setup(data: PreparedData) -> TrainingSetup:
         }
     )
     model = obtain_reward_model(config.reward_model, data, config.seed, Progress())
-    return build_setup(config, data, model, ALONE, Progress())
+    return build_setup(config, data, model, SINGLE_PROCESS, Progress())
 
 
 def test_learns_what_the_reward_model_misses() -> None:
@@ -393,7 +402,7 @@ def test_learns_what_the_reward_model_misses() -> None:
     setup = grouped_setup(data)
     truth = expected(x, items[:, 0], items[:, 1])
     context = data.context_encoding.encode(fresh.train.table)
-    model = setup.reward_model
+    model = setup.step.reward_model
     assert isinstance(model, FactoredRewardModel)
     best = reward_logits(model.towers, context, data.items).argmax(1)
     greedy = truth[np.arange(len(x)), best].mean()
@@ -408,8 +417,8 @@ def test_the_logging_model_finds_the_clusters_shares() -> None:
     and each fold's model from the rows of the other fold."""
     data, _, _ = grouped_world(LOG, 0)
     setup = grouped_setup(data)
-    assert isinstance(setup.step, TrainingStep)
-    weights = setup.step.cluster_weights
+    assert isinstance(setup.step, ReplicatedStep)
+    weights = setup.step.trained.cluster_weights
     assert isinstance(weights, LoggedClusterWeights)
     context = to_tensors(contexts_of(data, 500).context)
     cluster = weights._cluster.numpy()

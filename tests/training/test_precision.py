@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from offtower.config import Config, config_fingerprint
+from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.errors import ConfigError
 from offtower.models import policy as policies
-from offtower.models.reward.fit import obtain_reward_model
 from offtower.prepare import open_data
 from offtower.progress import Progress
-from offtower.training.distributed import ALONE
 from offtower.training.setup import TrainingSetup, build_setup
-from offtower.training.step import StepPlace
+from offtower.training.step import StepKey
+from offtower.training.workers import SINGLE_PROCESS
 from tests.training.conftest import make_config
 from tests.training.distributed.test_gradients import first_batch
 from tests.training.test_device import KINDS
@@ -33,7 +33,7 @@ def config_of(simulated: Path, tmp_path: Path, *overrides: str) -> Config:
 def setup_of(config: Config) -> TrainingSetup:
     data = open_data(config, Progress())
     model = obtain_reward_model(config.reward_model, data, config.seed, Progress())
-    return build_setup(config, data, model, ALONE, Progress())
+    return build_setup(config, data, model, SINGLE_PROCESS, Progress())
 
 
 def gradient(config: Config) -> tuple[float, Tensor]:
@@ -42,9 +42,9 @@ def gradient(config: Config) -> tuple[float, Tensor]:
     setup.policy.train()
     setup.policy.seed_draws(11)
     setup.trainer()
-    if setup.proposal is not None:
-        setup.proposal.at_step(0)
-    value, _ = setup.step.loss(first_batch(setup), place=StepPlace(1, 5))
+    if setup.step.proposal is not None:
+        setup.step.proposal.at_step(0)
+    value, _ = setup.step.loss(first_batch(setup), key=StepKey(1, 5))
     value.loss.backward()
     parts = [p.grad.to_dense() for p in setup.policy.parameters() if p.grad is not None]
     assert all(part.dtype == torch.float32 for part in parts)

@@ -10,18 +10,17 @@ import pytest
 import torch
 
 from offtower.config import Config
+from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.errors import ConfigError, RunError
 from offtower.metrics import read_metrics
-from offtower.models.reward.fit import obtain_reward_model
 from offtower.prepare import open_data
 from offtower.progress import Progress
 from offtower.sampling import Proposal
 from offtower.sampling.sources import UniformSource
-from offtower.training.epoch import EpochSums
-from offtower.training.readings import Readings
+from offtower.training.epoch_metrics import EpochSums, StepMetricsQueue
 from offtower.training.run import build_trainer, train_run
 from offtower.training.sampled import SampledTerms
-from offtower.training.step import StepPlace, TrainingStep
+from offtower.training.step import ReplicatedStep, StepKey
 from tests.training.conftest import make_config
 from tests.training.test_resume import assert_same_policy, fill_the_disk
 
@@ -81,9 +80,11 @@ def test_the_expected_gradient_is_the_exact_one(simulated: Path, tmp_path: Path)
     found = []
     whole = Proposal([UniformSource(data.items.num_items, 24)])
     for sampled in (SampledTerms(trainer.policy, data.items, whole), None):
-        step = TrainingStep(trainer.policy, trainer._objective, data.items, model, 65_536, sampled)
+        before = trainer.step
+        assert isinstance(before, ReplicatedStep)
+        step = ReplicatedStep(before.trained, before.objective, model, sampled=sampled)
         trainer.policy.zero_grad(set_to_none=True)
-        value, measures = step.loss(batch, measure=True, place=StepPlace(1, 5))
+        value, measures = step.loss(batch, diagnose=True, key=StepKey(1, 5))
         value.loss.backward()
         found.append(
             [
@@ -100,7 +101,7 @@ def test_the_expected_gradient_is_the_exact_one(simulated: Path, tmp_path: Path)
 
 
 def _first_batch(trainer: Any) -> Any:
-    with trainer._reader() as reader:
+    with trainer.reader() as reader:
         for batch in reader.epoch(0):
             return batch
     raise AssertionError
@@ -135,7 +136,7 @@ def test_steps_touch_the_drawn_items_only(simulated: Path, tmp_path: Path) -> No
     batch = _first_batch(trainer)
     trainer.policy.train()
     for step in range(5):
-        trainer._update(batch, False, Readings(EpochSums()), StepPlace(step, step))
+        trainer.update(batch, StepMetricsQueue(EpochSums()), StepKey(step, step))
     assert seen and max(seen) <= 6 < data.items.num_items
 
 

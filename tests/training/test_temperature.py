@@ -9,22 +9,22 @@ import pytest
 import torch
 
 from offtower.config import Config
+from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.errors import ConfigError, RunError
 from offtower.metrics import read_metrics
 from offtower.models.policy import TwoTowerPolicy
-from offtower.models.reward.fit import obtain_reward_model
 from offtower.models.store import load_policy
 from offtower.prepare import open_data
 from offtower.progress import Progress
-from offtower.training.distributed import ALONE
 from offtower.training.run import train_run
 from offtower.training.schedule import temperature
 from offtower.training.setup import build_setup
-from offtower.training.step import StepPlace, TrainingStep
+from offtower.training.step import StepKey, TrainingStep
+from offtower.training.workers import SINGLE_PROCESS
 from tests.training.conftest import make_config
 from tests.training.test_resume import assert_same_policy, fill_the_disk
 
-COURSE = ("policy.temperature=0.5", "training.temperature_from=4.0")
+COURSE = ("policy.temperature=0.5", "training.initial_temperature=4.0")
 
 
 def test_values_at_the_start_the_middle_and_the_end() -> None:
@@ -63,7 +63,7 @@ def test_steps_take_it_and_judges_do_not(
 
     config = make_config(
         *(simulated, tmp_path, "a", "objective.name=ips", *COURSE),
-        *("training.temperature_until=0.75", "training.epochs=2", "training.batch_size=150"),
+        *("training.annealing_share=0.75", "training.epochs=2", "training.batch_size=150"),
         *("data.window_rows=1000",),
     )
     train_run(config, hook=lambda data: hook)
@@ -126,16 +126,16 @@ def test_a_step_is_that_of_a_fixed_temperature(simulated: Path, tmp_path: Path, 
         config = config_of(simulated, tmp_path, *STEPS[name], *course)
         data = open_data(config, Progress())
         model = obtain_reward_model(config.reward_model, data, config.seed, Progress())
-        setup = build_setup(config, data, model, ALONE, Progress())
+        setup = build_setup(config, data, model, SINGLE_PROCESS, Progress())
         trainer = setup.trainer()
-        with trainer._reader() as reader:
+        with trainer.reader() as reader:
             batch = next(iter(reader.epoch(0)))
         setup.policy.train()
         setup.policy.seed_draws(3)
         trainer._temperature.at(0.3)
-        if setup.proposal is not None:
-            setup.proposal.at_step(0)
-        value, measures = setup.step.loss(batch, measure=True, place=StepPlace(1, 5))
+        if setup.step.proposal is not None:
+            setup.step.proposal.at_step(0)
+        value, measures = setup.step.loss(batch, diagnose=True, key=StepKey(1, 5))
         value.loss.backward()
         assert measures is not None
         gradients = [
@@ -144,8 +144,8 @@ def test_a_step_is_that_of_a_fixed_temperature(simulated: Path, tmp_path: Path, 
         ]
         assert max(float(g.abs().max()) for g in gradients) > 1e-4
         found.append([value.value, torch.tensor(measures.entropy), *gradients])
-        if setup.proposal is not None:
-            setup.proposal.close()
+        if setup.step.proposal is not None:
+            setup.step.proposal.close()
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0)
 
@@ -158,7 +158,7 @@ def test_a_broken_run_resumes_to_the_same_bits(
     more = (*COURSE, *STEPS[name], "training.epochs=3", "sampling.refresh_steps=7")
     whole = config_of(simulated, tmp_path / "whole", *more)
     train_run(whole)
-    other = config_of(simulated, tmp_path / "other", *more, "training.temperature_until=0.51")
+    other = config_of(simulated, tmp_path / "other", *more, "training.annealing_share=0.51")
     train_run(other)
     with pytest.raises(AssertionError):
         assert_same_policy(other.run_directory, whole.run_directory)
@@ -179,9 +179,9 @@ def test_a_broken_run_resumes_to_the_same_bits(
     [
         (["policy.learn_temperature=true"], "that policy.learn_temperature would learn"),
         (["objective.name=regression"], "learns scores without a temperature"),
-        (["training.temperature_from=0"], "greater than 0"),
-        (["training.temperature_until=0"], "greater than 0"),
-        (["training.temperature_until=1.5"], "less than or equal to 1"),
+        (["training.initial_temperature=0"], "greater than 0"),
+        (["training.annealing_share=0"], "greater than 0"),
+        (["training.annealing_share=1.5"], "less than or equal to 1"),
     ],
 )
 def test_refusals(simulated: Path, tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -32,11 +32,11 @@ class Exploding(Objective):
     def __init__(self, after: int = 20) -> None:
         self.calls, self.after = 0, after
 
-    def __call__(self, rows: LoggedRows, over: Reduction) -> ObjectiveValue:
+    def __call__(self, rows: LoggedRows, reduction: Reduction) -> ObjectiveValue:
         self.calls += 1
         factor = float("nan") if self.calls > self.after else 1.0
         value = rows.weight() * rows.reward * factor
-        return ObjectiveValue(-over.mean(value), over.average(value))
+        return ObjectiveValue(-reduction.mean(value), reduction.average(value))
 
 
 def test_a_loss_that_is_no_number_stops_with_advice(simulated: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_every_objective_of_the_default_space_is_a_valid_run(
     config = make_config(simulated, tmp_path, "x", reward_model={"kind": "none"})
     for number, overrides in enumerate(draw_trials(DEFAULT_SPACE, 10_000, seed=0)):
         trial = trial_config(config, number, overrides, 0.95)
-        needs = trial.objective.name in ("clipped_dr", "pessimistic_dr")
+        needs = trial.objective.name == "clipped_dr"
         assert trial.reward_model.kind == ("factored" if needs else "none")
 
 

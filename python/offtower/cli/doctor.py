@@ -68,7 +68,7 @@ def examine() -> dict[str, Any]:
     from offtower.evaluation.estimators import ESTIMATORS
     from offtower.objectives import OBJECTIVES
     from offtower.ops import available_backends, backend_status
-    from offtower.training.device import status
+    from offtower.training.device import auto_device_status
 
     return {
         "offtower": offtower.__version__,
@@ -81,7 +81,7 @@ def examine() -> dict[str, Any]:
         },
         "available_backends": list(available_backends()),
         "backends": backend_status(),
-        "training_device": status(),
+        "training_device": auto_device_status(),
         "objectives": sorted(OBJECTIVES),
         "estimators": sorted(ESTIMATORS),
     }

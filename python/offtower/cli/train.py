@@ -91,14 +91,15 @@ def train(
 ) -> None:
     from offtower.config import load_config
     from offtower.jobs.train import WorkerPlan, train_on_ray
-    from offtower.training.device import describe, resolve_device
+    from offtower.training.device import describe_device, resolve_device
     from offtower.training.run import train_run
 
     settings = load_config(config, overrides or [])
     progress = DrawnProgress()
     claim: dict[str, Any] = {"resume": resume, "take_over": take_over, "mirror": mirror}
     if ray is None and workers is None:
-        messages().print(f"learning on {describe(resolve_device(settings.training.device))}")
+        device = resolve_device(settings.training.device)
+        messages().print(f"training on {describe_device(device)}")
         train_run(settings, **claim, progress=progress)
     elif settings.objective.name == "auto":
         if worker_gpus:

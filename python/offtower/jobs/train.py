@@ -195,9 +195,8 @@ def backend_of(gpus: int) -> str:
 
 def _train_worker(settings: Mapping[str, Any]) -> None:
     """The training loop of one worker."""
-    from offtower.training.distributed import TorchWorkers
-    from offtower.training.distributed.workers import WorkerLostError
     from offtower.training.run import train_claimed
+    from offtower.training.workers import TorchWorkers, WorkerLostError
 
     configure_worker(*settings["worker"])
     config, failure = parse_config(settings["config"]), Path(settings["failure"])

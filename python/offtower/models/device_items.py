@@ -22,7 +22,7 @@ _BLOCK_BYTES = 1 << 26
 _FREE_SHARE = 0.25
 
 
-def items_on(
+def items_to_device(
     items: ItemFeatures, device: torch.device, most_bytes: int | None = None
 ) -> ItemFeatures:
     """The same features for towers on `device`.
@@ -43,7 +43,7 @@ class DeviceItemFeatures(ItemFeatures):
 
     Args:
         host: the same on the CPU.
-        most_bytes: as for `items_on`.
+        most_bytes: as for `items_to_device`.
     """
 
     def __init__(self, host: ItemFeatures, device: torch.device, most_bytes: int) -> None:
@@ -64,7 +64,7 @@ class DeviceItemFeatures(ItemFeatures):
     def part(self, start: int, stop: int) -> ItemFeatures:
         return self._host.part(start, stop)
 
-    def beside(self, items: ItemFeatures) -> ItemFeatures:
+    def on_same_device(self, items: ItemFeatures) -> ItemFeatures:
         return DeviceItemFeatures(items, self.device, self._most_bytes)
 
     def at(self, index: Tensor) -> FeatureTensors:

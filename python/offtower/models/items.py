@@ -45,7 +45,7 @@ class ItemEmbeddings:
 
 
 class ItemFeatures:
-    """Encoded features of all N items, read by slice or by index, on the CPU; `items_on` of
+    """Encoded features of all N items, read by slice or by index, on the CPU; `items_to_device` of
     `models.device_items` gives those of a GPU.
 
     Args:
@@ -131,7 +131,7 @@ class ItemFeatures:
             slice_arrays(self._arrays, start, stop), stop - start, self.first + start
         )
 
-    def beside(self, items: ItemFeatures) -> ItemFeatures:
+    def on_same_device(self, items: ItemFeatures) -> ItemFeatures:
         """Others, given out on the device of these."""
         return items
 

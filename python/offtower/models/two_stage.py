@@ -28,7 +28,7 @@ from offtower.models.towers import Tower
 _TOWER: TypeAdapter[TowerConfig] = TypeAdapter(TowerConfig)
 
 _FROZEN, _CLUSTER = "\0frozen", "\0cluster"
-"""Of `known_items`; no feature of a log has such a name."""
+"""Of `precomputed_items`; no feature of a log has such a name."""
 
 
 class TwoStageContexts(nn.Module):
@@ -217,7 +217,7 @@ def bodies(policy: TwoTowerPolicy) -> tuple[TwoStageContexts, TwoStageItems]:
 
 
 @torch.no_grad()
-def known_items(body: TwoStageItems, items: ItemFeatures, chunk: int) -> ItemFeatures:
+def precomputed_items(body: TwoStageItems, items: ItemFeatures, chunk: int) -> ItemFeatures:
     """What is frozen of every item, in place of its features: `body` takes either.
 
     A step of training then embeds the catalogue by looking rows up.
@@ -229,11 +229,11 @@ def known_items(body: TwoStageItems, items: ItemFeatures, chunk: int) -> ItemFea
         part = slice(start, min(start + chunk, n))
         found = body.frozen(items.slice(part.start, part.stop))
         frozen[part], cluster[part] = (tensor.cpu().numpy() for tensor in found)
-    return items.beside(ItemFeatures({_FROZEN: frozen, _CLUSTER: cluster}, n))
+    return items.on_same_device(ItemFeatures({_FROZEN: frozen, _CLUSTER: cluster}, n))
 
 
 def frozen_items(body: TwoStageItems, known: ItemFeatures) -> tuple[Tensor, Tensor]:
-    """All of `known_items`: (N, K base_dim + 1) and (N,)."""
+    """All of `precomputed_items`: (N, K base_dim + 1) and (N,)."""
     return body.frozen(known.slice(0, known.num_items))
 
 

@@ -1,72 +1,97 @@
-"""What every objective sees and returns, and the sums that span workers."""
+"""Interface of objectives: per-row terms in, a loss out."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from offtower.errors import ConfigError
 from offtower.ops import PolicyTerms
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What an objective needs from the log, the policy and the training step."""
+
+    policy_terms: bool = True
+    """`LoggedRows.terms`: log pi(a|x), hence the normalizer over the catalogue. Without it the step
+    passes `action_logit` instead."""
+    pscore: bool = True
+    reward_model: bool = False
+    nonnegative_reward: bool = False
+    entropy: bool = False
+    divergence: bool = False
+    """The exact KL divergence from a stored reference policy."""
+    square_sum: bool = False
+    """The sum of squared scores over the catalogue (only without `policy_terms`)."""
+    rewarded_rows_only: bool = False
+    """Rows with reward 0 contribute nothing and may be left out of a step."""
+    proposal: str | None = None
+    """A proposal of `offtower.sampling` that defines the objective; None leaves the choice between
+    exact and sampled terms to the configuration."""
+    policy: Literal["two_tower", "two_stage"] = "two_tower"
+    """The policy that the objective trains; `two_stage` also provides `log_cluster_weight`."""
 
 
 @dataclass(frozen=True)
 class LoggedRows:
-    """A batch as an objective sees it: vectors of length B, one entry per logged row."""
+    """A batch as objectives see it: vectors of length B, one entry per logged row.
+
+    Optional fields are set where `Requirements` asks for them.
+    """
 
     reward: Tensor
     """(B,) float."""
     terms: PolicyTerms | None = None
-    """Terms of the policy that learns; None for objectives with `uses_policy = False`."""
+    """Terms of the policy in training."""
     pscore: Tensor | None = None
-    """(B,) pi_0(a|x), in (0, 1]; float64 where the log has it."""
+    """(B,) pi_0(a|x) in (0, 1]; float64 where the log stores float64. Set wherever it is logged."""
     action_logit: Tensor | None = None
-    """(B,) <u, v_a> + b_a of the logged item, without temperature; where `uses_policy` is False."""
+    """(B,) <u, v_a> + b_a of the logged item, without temperature."""
     square_sum: Tensor | None = None
-    """(B,) sum_a (<u, v_a> + b_a)^2 over all items; for objectives that need it."""
+    """(B,) sum_a (<u, v_a> + b_a)^2."""
     divergence: Tensor | None = None
-    """(B,) KL(pi(.|x) || pi_0(.|x)) to a known logging policy; for objectives that need it."""
+    """(B,) KL(pi(.|x) || pi_ref(.|x)) in nats, differentiable."""
     log_cluster_weight: Tensor | None = None
-    """(B,) log of pi(c|x) / pi_0(c|x) of the logged item's cluster, no gradient; for `potec`."""
+    """(B,) log of pi(c|x) / pi_0(c|x) for the logged item's cluster c, without gradient."""
 
     def policy_terms(self) -> PolicyTerms:
-        assert self.terms is not None, "the trainer computes terms for objectives that use them"
-        return self.terms
+        return provided(self.terms, "terms")
 
     def log_weight(self) -> Tensor:
         """(B,) log of pi(a|x) / pscore, differentiable through log pi."""
-        assert self.pscore is not None, "the trainer checks that the log has pscore"
         log_prob = self.policy_terms().log_prob
-        return log_prob - self.pscore.log().to(log_prob.dtype)
+        return log_prob - provided(self.pscore, "pscore").log().to(log_prob.dtype)
 
     def weight(self) -> Tensor:
         """(B,) importance weight pi(a|x) / pscore, differentiable."""
         return self.log_weight().exp()
 
-    def residual(self, trust: float = 1.0) -> Tensor:
-        """(B,) reward minus `trust` times the reward model's prediction of it; no gradient."""
-        action_reward = self.policy_terms().action_reward
-        assert action_reward is not None, "the trainer checks that there is a reward model"
-        return self.reward - trust * action_reward.detach()
+    def residual(self) -> Tensor:
+        """(B,) reward minus the reward model's prediction, without gradient."""
+        return self.reward - provided(self.policy_terms().action_reward, "action_reward").detach()
 
     def expected_reward(self) -> Tensor:
         """(B,) sum_a pi(a|x) q(x, a), differentiable."""
-        expected = self.policy_terms().expected_reward
-        assert expected is not None, "the trainer checks that there is a reward model"
-        return expected
+        return provided(self.policy_terms().expected_reward, "expected_reward")
 
-    def known_divergence(self) -> Tensor:
-        """(B,) KL(pi(.|x) || pi_0(.|x)) in nats, differentiable."""
-        assert self.divergence is not None, "the trainer computes it where an objective needs it"
-        return self.divergence
+    def inverse_propensity(self, power: float, max_weight: float) -> Tensor:
+        """(B,) min(1 / pscore^power, max_weight) in the reward's dtype."""
+        weight = provided(self.pscore, "pscore").pow(-power).clamp(max=max_weight)
+        return weight.to(self.reward.dtype)
 
-    def entropy(self) -> Tensor:
-        """(B,) entropy of pi(.|x) in nats, differentiable."""
-        entropy = self.policy_terms().entropy
-        assert entropy is not None, "the trainer asks for entropy where an objective needs it"
-        return entropy
+
+def provided(value: Value | None, name: str) -> Value:
+    """`value`, which the training step sets for objectives that require it."""
+    assert value is not None, f"the objective uses '{name}' but does not declare it"
+    return value
 
 
 def _local(total: Tensor) -> Tensor:
@@ -75,12 +100,11 @@ def _local(total: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reduction:
-    """Sums over the rows of one step, wherever they are.
+    """Sums over the rows of one step, across all workers.
 
-    Gradients of workers are added up, never averaged: a differentiable sum is of this worker's
-    rows, a mean divides it by the rows of all, and ratio objectives get the sums in their
-    denominators from all workers through `all_reduce`. So R workers give the gradient of one on
-    the joined batch.
+    Gradients of workers are summed, not averaged: a differentiable sum covers this worker's rows, a
+    mean divides it by the number of all rows, and ratio objectives get their denominators from all
+    workers through `all_reduce`. R workers then give the gradient of one on the joined batch.
     """
 
     rows: int
@@ -89,85 +113,69 @@ class Reduction:
     """Sums a detached tensor over the workers."""
 
     def sum(self, per_row: Tensor) -> Tensor:
-        """Differentiable: this worker's part of the sum over all rows."""
+        """This worker's part of the sum over all rows; differentiable."""
         return per_row.sum()
 
     def mean(self, per_row: Tensor) -> Tensor:
-        """Differentiable: this worker's part of the mean over all rows."""
+        """This worker's part of the mean over all rows; differentiable."""
         return self.sum(per_row) / self.rows
 
     def total(self, per_row: Tensor) -> Tensor:
-        """The number itself, over all workers; no gradient."""
+        """The sum over all workers, without gradient."""
         return self.all_reduce(per_row.detach().sum())
 
     def average(self, per_row: Tensor) -> Tensor:
-        """The mean itself, over all workers; no gradient."""
+        """The mean over all workers, without gradient."""
         return self.total(per_row) / self.rows
 
 
 @dataclass(frozen=True)
 class ObjectiveValue:
-    """What a step minimises and what it reports."""
+    """What a step minimizes and what it reports."""
 
     loss: Tensor
     """Scalar; its gradient is minus the objective's gradient."""
     value: Tensor
-    """Scalar without gradient: the estimate of the policy's value over the step's rows, or, for
-    regression, minus the loss. Always: larger is better."""
+    """Scalar without gradient, larger is better: the estimated value of the policy on the step's
+    rows, or minus the loss for objectives that do not estimate one."""
 
 
 class Objective(ABC):
-    """Per-row terms in, a loss out. One small file per family; the equation is in its docstring."""
+    """Turns per-row terms into a loss. Each subclass states its equation and gradient."""
 
     name: str
-    uses_policy: bool = True
-    """Needs log pi(a|x), so the whole catalogue's normaliser."""
-    needs_pscore: bool = True
-    needs_reward_model: bool = False
-    needs_nonnegative_reward: bool = False
-    needs_entropy: bool = False
-    """Needs `terms.entropy`."""
-    needs_divergence: bool = False
-    """Needs `divergence`, so a stored logging policy."""
-    needs_square_sum: bool = False
-    """Needs the sum of all items' squared scores (with `uses_policy = False`)."""
-    needs_rewarded_rows_only: bool = False
-    """Rows without reward contribute nothing, and may be left out of a step."""
-    proposal: str | None = None
-    """A proposal of `offtower.sampling` whose draws the objective is defined by; None leaves the
-    choice between exact and sampled terms to the configuration."""
+    requirements: Requirements = Requirements()
+
+    def for_rewards(self, *, binary: bool) -> Objective:
+        """Return the objective with settings that depend on whether rewards are all 0 or 1."""
+        return self
 
     @abstractmethod
-    def __call__(self, rows: LoggedRows, over: Reduction) -> ObjectiveValue:
-        """The loss of a step and the value that it reports."""
+    def __call__(self, rows: LoggedRows, reduction: Reduction) -> ObjectiveValue:
+        """Return the loss of a step and the value to report."""
 
 
 def positive(name: str, value: float) -> float:
-    """`value`, or a ConfigError that names the setting."""
-    from offtower.errors import ConfigError
-
-    if not (value > 0.0) or value != value or value == float("inf"):
+    """Return `value`, or raise ConfigError if it is not a positive finite number."""
+    if not 0.0 < value < float("inf"):
         raise ConfigError(f"objective setting '{name}' must be a positive number, got {value!r}")
     return float(value)
 
 
-def not_negative(name: str, value: float) -> float:
-    """`value`, or a ConfigError that names the setting."""
-    from offtower.errors import ConfigError
-
-    if not (value >= 0.0) or value == float("inf"):
+def nonnegative(name: str, value: float) -> float:
+    """Return `value`, or raise ConfigError if it is negative or not finite."""
+    if not 0.0 <= value < float("inf"):
         raise ConfigError(f"objective setting '{name}' must not be negative, got {value!r}")
     return float(value)
 
 
-def share(name: str, value: float) -> float:
-    """`value` in (0, 1], or a ConfigError that names the setting."""
-    from offtower.errors import ConfigError
-
-    if not (0.0 < value <= 1.0):
+def fraction(name: str, value: float) -> float:
+    """Return `value`, or raise ConfigError if it lies outside (0, 1]."""
+    if not 0.0 < value <= 1.0:
         raise ConfigError(f"objective setting '{name}' must lie in (0, 1], got {value!r}")
     return float(value)
 
 
 def clipped(weight: Tensor, max_weight: float) -> Tensor:
+    """min(w, max_weight) without gradient."""
     return torch.clamp(weight.detach(), max=max_weight)

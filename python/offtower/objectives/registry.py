@@ -9,26 +9,18 @@ from typing import Any
 from offtower.errors import ConfigError
 from offtower.imports import load_class
 from offtower.objectives.base import Objective
-from offtower.objectives.baseline import BaselineIPS
-from offtower.objectives.doubly_robust import (
-    ClippedDoublyRobust,
-    DoublyRobust,
-    OptimisticShrinkageDR,
-)
+from offtower.objectives.doubly_robust import ClippedDoublyRobust, DoublyRobust
 from offtower.objectives.implicit_squares import ImplicitSquares
 from offtower.objectives.ips import IPS, SNIPS, ClippedIPS
-from offtower.objectives.log_smoothing import LogSmoothing
-from offtower.objectives.pessimistic import PessimisticDR, PessimisticIPS
-from offtower.objectives.potec import Potec
-from offtower.objectives.regression import Regression
-from offtower.objectives.smoothing import ExponentialSmoothing
-from offtower.objectives.softmax import InBatchSoftmax, MixedNegatives, Softmax
-from offtower.objectives.top_k import TopKCorrectedIPS
-from offtower.objectives.weighted_likelihood import (
+from offtower.objectives.likelihood import (
     BehaviorCloning,
-    ExponentialLikelihood,
+    InBatchSoftmax,
+    MixedNegatives,
+    Softmax,
     WeightedLikelihood,
 )
+from offtower.objectives.potec import Potec
+from offtower.objectives.regression import Regression
 
 OBJECTIVES: dict[str, type[Objective]] = {
     kind.name: kind
@@ -36,19 +28,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
         IPS,
         ClippedIPS,
         SNIPS,
-        BaselineIPS,
-        ExponentialSmoothing,
-        LogSmoothing,
-        PessimisticIPS,
-        TopKCorrectedIPS,
         DoublyRobust,
         ClippedDoublyRobust,
-        OptimisticShrinkageDR,
-        PessimisticDR,
         Potec,
         Regression,
         WeightedLikelihood,
-        ExponentialLikelihood,
         BehaviorCloning,
         ImplicitSquares,
         Softmax,
@@ -59,10 +43,10 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def make_objective(name: str, arguments: Mapping[str, Any] | None = None) -> Objective:
-    """The objective called `name`, or a user's own by import path "package.module:Class".
+    """Build the objective called `name`, or a user's class by import path "package.module:Class".
 
     Raises:
-        ConfigError: unknown name (with the nearest known one) or settings it does not take.
+        ConfigError: unknown name (with the nearest known one) or unknown settings.
     """
     if ":" in name:
         kind = load_class(name, "objective.name", Objective, "offtower.objectives.Objective")

@@ -8,21 +8,30 @@ import torch
 from torch.nn import functional
 
 from offtower.errors import ConfigError
-from offtower.objectives.base import LoggedRows, Objective, ObjectiveValue, Reduction
+from offtower.objectives.base import (
+    LoggedRows,
+    Objective,
+    ObjectiveValue,
+    Reduction,
+    Requirements,
+    provided,
+)
 
 
 class Regression(Objective):
     r"""Predict the reward of the logged item from s = <u, v_a> + b_a.
 
-    Binary rewards: cross-entropy of sigmoid(s); others: squared error of s. The temperature plays
-    no part in fitting; the policy that comes out is softmax(<u, v>/tau + b). Needs neither
-    propensities nor the rest of the catalogue, so a step costs O(batch), and says nothing about
-    items that the log never shows.
+    Binary rewards: cross-entropy of sigmoid(s); others: squared error of s. The temperature is not
+    part of the fit; the resulting policy is softmax(<u, v>/tau + b). Needs neither propensities nor
+    the rest of the catalogue, so a step costs O(batch), and learns nothing about items that the log
+    never shows.
+
+    Args:
+        loss: `auto` is resolved from the rewards of the whole log before training.
     """
 
     name = "regression"
-    uses_policy = False
-    needs_pscore = False
+    requirements = Requirements(policy_terms=False, pscore=False)
 
     def __init__(self, loss: Literal["auto", "cross_entropy", "squared_error"] = "auto") -> None:
         if loss not in ("auto", "cross_entropy", "squared_error"):
@@ -31,24 +40,23 @@ class Regression(Objective):
                 f"got {loss!r}"
             )
         self.loss = loss
-        """`auto` is resolved by the trainer, from the rewards of the whole log."""
 
-    def resolve(self, binary_reward: bool) -> Regression:
+    def for_rewards(self, *, binary: bool) -> Regression:
         if self.loss != "auto":
             return self
-        return Regression("cross_entropy" if binary_reward else "squared_error")
+        return Regression("cross_entropy" if binary else "squared_error")
 
-    def __call__(self, rows: LoggedRows, over: Reduction) -> ObjectiveValue:
-        assert rows.action_logit is not None
+    def __call__(self, rows: LoggedRows, reduction: Reduction) -> ObjectiveValue:
+        logit = provided(rows.action_logit, "action_logit")
         if self.loss == "auto":
             raise ConfigError(
-                "regression does not know whether rewards are binary: "
-                "call resolve(binary_reward) or state loss='cross_entropy' or 'squared_error'"
+                "regression cannot choose its loss from one batch: call for_rewards(binary=...) "
+                "first, or set loss='cross_entropy' or loss='squared_error'"
             )
         if self.loss == "cross_entropy":
             per_row = functional.binary_cross_entropy_with_logits(
-                rows.action_logit, rows.reward, reduction="none"
+                logit, rows.reward, reduction="none"
             )
         else:
-            per_row = torch.square(rows.action_logit - rows.reward)
-        return ObjectiveValue(over.mean(per_row), -over.average(per_row))
+            per_row = torch.square(logit - rows.reward)
+        return ObjectiveValue(reduction.mean(per_row), -reduction.average(per_row))

@@ -1,4 +1,4 @@
-"""What is refused before any time is spent."""
+"""Checks of a configuration against the objective and the data, before anything is fitted."""
 
 from __future__ import annotations
 
@@ -12,89 +12,87 @@ from offtower.objectives import Objective, Potec
 from offtower.prepare import PreparedData
 
 
-def check_fit_for(
-    objective: Objective, data: PreparedData, reward_model: RewardModel | None
-) -> None:
-    """Refuse an objective whose needs the log does not meet, before any time is spent.
+def check_data(objective: Objective, data: PreparedData, reward_model: RewardModel | None) -> None:
+    """Check that the log and the reward model meet the objective's requirements.
 
     Raises:
-        ConfigError: no propensities, no reward model, or rewards below zero, where the objective
-            cannot do so.
+        ConfigError: propensities or a reward model are missing, or rewards may be negative.
     """
-    if objective.needs_reward_model and reward_model is None:
+    requirements = objective.requirements
+    if requirements.reward_model and reward_model is None:
         raise ConfigError(
             f"objective '{objective.name}' needs a reward model: set reward_model.kind to dense "
             "(small catalogues, any scikit-learn regressor) or factored (two towers, any size)"
         )
-    if objective.needs_pscore and data.train.schema.pscore is None:
+    if requirements.pscore and data.train.schema.pscore is None:
         raise ConfigError(
             f"objective '{objective.name}' needs the logged propensities: name their column as "
             "'pscore' in the log's schema, or use objective.name=regression"
         )
     reward_range = data.train.schema.reward_range
-    if objective.needs_nonnegative_reward and reward_range[0] < 0:
+    if requirements.nonnegative_reward and reward_range[0] < 0:
         raise ConfigError(
             f"objective '{objective.name}' is defined for rewards of zero or more, but the log's "
             f"reward_range begins at {reward_range[0]}; shift the rewards, or use another objective"
         )
 
 
-def check_terms_for(objective: Objective, training: TrainingConfig) -> None:
-    """Refuse an objective that sums over the whole catalogue where it is not at hand.
+def check_terms(objective: Objective, training: TrainingConfig) -> None:
+    """Check that a step reads the whole catalogue if the objective sums over all items.
 
     Raises:
-        ConfigError: sampled terms, or items that are spread over workers.
+        ConfigError: terms are sampled, or items are sharded over workers.
     """
-    if not objective.needs_square_sum:
+    if not objective.requirements.square_sum:
         return
     if training.terms == "sampled":
         raise ConfigError(
-            f"objective '{objective.name}' sums squares over all items, which costs O(items) in "
-            "each step and no draws can stand for: take training.terms=exact, or weighted_"
-            "likelihood with sampled terms"
+            f"objective '{objective.name}' sums squares over all items in each step, which draws "
+            "cannot estimate: set training.terms=exact, or use weighted_likelihood with sampled "
+            "terms"
         )
     if training.strategy == "item_sharded":
         raise ConfigError(
-            f"objective '{objective.name}' needs the whole catalogue on each worker: take "
+            f"objective '{objective.name}' needs the whole catalogue on each worker: set "
             "training.strategy=replicated"
         )
 
 
-def check_course_of(config: Config, objective: Objective) -> None:
-    """Refuse a start, a policy to stay near to, or a course of the temperature that another setting
-    contradicts.
+def check_start_and_temperature(config: Config, objective: Objective) -> None:
+    """Check the initial weights, the stored policies and the temperature schedule.
 
     Raises:
-        ConfigError: two starts, a uniform one of towers that cannot have it, no policy where one is
-            named, two who say what the temperature is, or an objective without one.
+        ConfigError: conflicting or impossible initial weights, a missing stored policy, conflicting
+            temperature settings, or an objective without a temperature.
     """
-    if config.training.start == "uniform":
+    if config.training.initialization == "uniform":
         _check_uniform_start(config)
     _check_stored_policies(config)
-    if config.training.temperature_from is None:
+    if config.training.initial_temperature is None:
         return
     if config.policy.learn_temperature:
         raise ConfigError(
-            "training.temperature_from sets the temperature that policy.learn_temperature would "
-            "learn: leave one of them out"
+            "training.initial_temperature schedules the temperature that "
+            "policy.learn_temperature would learn: unset one of them"
         )
-    if not objective.uses_policy:
+    if not objective.requirements.policy_terms:
         raise ConfigError(
-            f"objective '{objective.name}' learns scores without a temperature, so that "
-            "training.temperature_from would change nothing: leave it out"
+            f"objective '{objective.name}' fits scores without a temperature, so "
+            "training.initial_temperature would have no effect: unset it"
         )
 
 
 def _check_uniform_start(config: Config) -> None:
     if config.training.warm_start is not None:
         raise ConfigError(
-            "training.start=uniform and training.warm_start are two starts: leave one of them out"
+            "training.initialization=uniform and training.warm_start both set the initial weights: "
+            "unset one of them"
         )
     if config.policy.context_tower.normalize:
         raise ConfigError(
-            "training.start=uniform begins with a context embedding of zero, which "
-            "policy.context_tower.normalize cannot bring to unit length: raise policy.temperature, "
-            "or begin hot with training.temperature_from, for an almost uniform start"
+            "training.initialization=uniform starts from a context embedding of zero, which "
+            "policy.context_tower.normalize cannot scale to unit length: raise policy.temperature "
+            "or set training.initial_temperature for an almost uniform start"
         )
     sides = [("context", config.policy.context_tower)]
     if config.policy.item_bias:
@@ -102,9 +100,9 @@ def _check_uniform_start(config: Config) -> None:
     for side, tower in sides:
         if tower.module is not None:
             raise ConfigError(
-                "training.start=uniform does not know the last weights of the module "
-                f"'{tower.module}' of policy.{side}_tower: begin with zeros there in the module "
-                "itself, and take training.start=random"
+                "training.initialization=uniform cannot find the last layer of the module "
+                f"'{tower.module}' of policy.{side}_tower: initialize it with zeros in the module "
+                "itself, and set training.initialization=random"
             )
 
 
@@ -116,48 +114,48 @@ def _check_stored_policies(config: Config) -> None:
         if folder is not None and not (Path(folder) / "policy.json").is_file():
             raise ConfigError(
                 f"{setting}: there is no policy at '{folder}' (a folder with policy.json, such as "
-                "runs/<name>/policy of a run that has finished)"
+                "runs/<name>/policy of a finished run)"
             )
     if config.objective.kl_policy is not None and config.training.strategy == "item_sharded":
         raise ConfigError(
-            "objective.kl_policy reads a policy over the whole catalogue: take "
-            "training.strategy=replicated, or objective.kl without it, which is estimated from "
+            "objective.kl_policy reads a policy over the whole catalogue: set "
+            "training.strategy=replicated, or use objective.kl without it, which is estimated from "
             "logged propensities"
         )
 
 
-def check_two_stage(objective: Potec, config: Config, data: PreparedData) -> None:
-    """Refuse what a policy in two stages cannot do.
+def check_two_stage(objective: Objective, config: Config, data: PreparedData) -> None:
+    """Check the settings that a two-stage policy does not support, and its clusters.
 
     Raises:
-        ConfigError: naming the setting, and what to set in its place.
+        ConfigError: names the setting and its replacement.
     """
+    assert isinstance(objective, Potec), "the only objective of two-stage policies"
     settings, policy, training = config.objective, config.policy, config.training
-    regularised = settings.kl > 0.0 or settings.imitation > 0.0 or settings.entropy > 0.0
     refused = {
         "ranks the items of a cluster by two towers: set reward_model.kind=factored": (
             config.reward_model.kind != "factored"
         ),
-        "needs the whole catalogue in each step: take training.terms=exact": (
+        "needs the whole catalogue in each step: set training.terms=exact": (
             training.terms != "exact"
         ),
-        "needs the whole catalogue on each worker: take training.strategy=replicated": (
+        "needs the whole catalogue on each worker: set training.strategy=replicated": (
             training.strategy != "replicated"
         ),
-        "reads frozen logits in float32: take training.precision=float32": (
+        "reads frozen logits in float32: set training.precision=float32": (
             training.precision != "float32"
         ),
-        "starts from the reward model: leave training.warm_start and training.start out": (
-            training.warm_start is not None or training.start != "random"
+        "starts from the reward model: unset training.warm_start and training.initialization": (
+            training.warm_start is not None or training.initialization != "random"
         ),
-        "has its sharpness in objective.arguments: leave policy.temperature at 1, and "
-        "policy.learn_temperature and training.temperature_from out": (
+        "has its inverse_temperature in objective.arguments: leave policy.temperature at 1, and "
+        "unset policy.learn_temperature and training.initial_temperature": (
             policy.learn_temperature
             or policy.temperature != 1.0
-            or training.temperature_from is not None
+            or training.initial_temperature is not None
         ),
-        "has a frozen second stage, which prices on items cannot move: leave objective.kl, "
-        "imitation and entropy at 0": regularised,
+        "has a frozen second stage, which regularization of items cannot move: leave objective.kl, "
+        "imitation and entropy at 0": max(settings.kl, settings.imitation, settings.entropy) > 0.0,
     }
     for reason, applies in refused.items():
         if applies:
@@ -167,12 +165,12 @@ def check_two_stage(objective: Potec, config: Config, data: PreparedData) -> Non
         known = [spec.name for spec in data.item_encoding.specs if spec.kind == "category"]
         if clusters not in known:
             raise ConfigError(
-                f"objective setting clusters='{clusters}' is no category of the catalogue; it has "
-                f"{', '.join(known) or 'none'} (or give a number of clusters)"
+                f"objective setting clusters='{clusters}' is not a category of the catalogue; it "
+                f"has {', '.join(known) or 'none'} (or give a number of clusters)"
             )
         clusters = data.item_encoding.cardinality(clusters)
     if clusters > MAX_CLUSTERS:
         raise ConfigError(
             f"objective setting clusters='{objective.clusters}' gives {clusters:,} clusters, at "
-            f"most {MAX_CLUSTERS:,}: take a coarser category, or a smaller number"
+            f"most {MAX_CLUSTERS:,}: use a coarser category or fewer clusters"
         )

@@ -1,4 +1,4 @@
-"""Which device a run learns on."""
+"""The device that a run trains on."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from offtower.prepare import PreparedData
 
 
 def resolve_device(setting: str) -> torch.device:
-    """The device that `training.device` names, with its number.
+    """Return the device that `training.device` names, with its index.
 
     Raises:
-        ConfigError: a GPU is asked for, and torch has none of that number.
+        ConfigError: torch does not see that GPU.
     """
     if setting == "cpu" or (setting == "auto" and "cuda" not in available_backends()):
         return torch.device("cpu")
-    missing = _no_gpu()
-    if missing:
+    missing = _why_no_gpu()
+    if missing is not None:
         raise ConfigError(f"training.device={setting}, but {missing}; or set training.device=cpu")
     device = torch.device("cuda" if setting == "auto" else setting)
     if device.index is None:
@@ -31,43 +31,43 @@ def resolve_device(setting: str) -> torch.device:
     return device
 
 
-def place(data: PreparedData, settings: TrainingConfig) -> PreparedData:
-    """The data for a policy on the configured device.
+def to_configured_device(data: PreparedData, settings: TrainingConfig) -> PreparedData:
+    """Return the data for a policy on the configured device.
 
     Raises:
         ConfigError: see `resolve_device`.
     """
-    most = settings.device_features_gib
-    return data.on(resolve_device(settings.device), None if most is None else round(most * 2**30))
+    gib = settings.device_features_gib
+    max_bytes = None if gib is None else round(gib * 2**30)
+    return data.to_device(resolve_device(settings.device), max_bytes)
 
 
-def describe(device: torch.device) -> str:
-    """For people: the device, its name, and which operators serve it."""
+def describe_device(device: torch.device) -> str:
+    """Return the device, its name and its operators, for logs and manifests."""
     if device.type == "cpu":
         return f"cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     operators = "fused" if "cuda" in available_backends() else "plain-torch"
     return f"{device} ({torch.cuda.get_device_name(device)}), {operators} operators"
 
 
-def status() -> str:
-    """What training.device=auto takes on this machine, and why."""
+def auto_device_status() -> str:
+    """Return the device that training.device=auto selects on this machine, and why."""
     device = resolve_device("auto")
     if device.type == "cuda":
-        return f"auto takes {describe(device)}"
-    missing = _no_gpu()
-    if missing:
-        return f"auto takes the cpu: {missing}"
-    other = describe(torch.device("cuda", torch.cuda.current_device()))
+        return f"auto selects {describe_device(device)}"
+    missing = _why_no_gpu()
+    if missing is not None:
+        return f"auto selects the cpu: {missing}"
+    other = describe_device(torch.device("cuda", torch.cuda.current_device()))
     return (
-        f"auto takes the cpu: CUDA operators {backend_status()['cuda']}. training.device=cuda "
-        f"takes {other}"
+        f"auto selects the cpu: CUDA operators {backend_status()['cuda']}. training.device=cuda "
+        f"selects {other}"
     )
 
 
-def _no_gpu() -> str:
-    """Why torch has no GPU, or ""; a sentence's end."""
+def _why_no_gpu() -> str | None:
     if torch.cuda.is_available():
-        return ""
+        return None
     if torch.version.cuda is None and torch.version.hip is None:
         return (
             f"this torch ({torch.__version__}) is built without CUDA: install one that is (pip's "

@@ -1,4 +1,4 @@
-"""One training run in its directory, from a configuration to a saved policy."""
+"""One training run in its directory, from the configuration to the saved policy."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ import torch
 
 import offtower
 from offtower.config import Config, config_fingerprint
+from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.errors import ConfigError
 from offtower.evaluation.estimators import make_estimator
 from offtower.mapping import Mapper
 from offtower.metrics import MetricsLog
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
-from offtower.models.reward.fit import obtain_reward_model
 from offtower.models.store import policy_digest, save_policy
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
@@ -28,10 +29,10 @@ from offtower.run_claim import ClaimedRun, claim_run
 from offtower.tracking import Tracker, make_trackers
 from offtower.training.auto import train_auto
 from offtower.training.checkpoints import CheckpointStore
-from offtower.training.device import describe, place
-from offtower.training.distributed import ALONE, Workers
+from offtower.training.device import describe_device, to_configured_device
 from offtower.training.setup import build_setup, checked_objective, uses_auto
-from offtower.training.trainer import EpochHook, Trainer, TrainingResult
+from offtower.training.trainer import EpochHook, Trainer, TrainingOutputs, TrainingResult
+from offtower.training.workers import SINGLE_PROCESS, Workers
 
 
 def train_run(
@@ -88,23 +89,25 @@ def train_claimed(
     resume: bool = False,
     progress: Progress | None = None,
     hook: Callable[[PreparedData], EpochHook] | None = None,
-    workers: Workers = ALONE,
+    workers: Workers = SINGLE_PROCESS,
     trackers: Sequence[Tracker] = (),
     mapper: Mapper | None = None,
 ) -> TrainingResult:
     """Train a run that is claimed already.
 
     Args:
-        run: only the first worker's has a lease.
-        progress: where progress is drawn.
-        hook: builds a function that adds numbers to each epoch's metrics (a simulator's truth).
-        workers: those that call this together, with the same arguments and the same storage.
-        trackers: get the metrics' lines, on every worker, beside those of the configuration.
-        mapper: runs the parts of objective=auto; others have none.
+        run: the first worker's holds the lease.
+        resume: continue from the newest checkpoint, or begin.
+        progress: shows progress.
+        hook: builds a function that adds numbers to each epoch's metrics, such as a simulator's
+            true value.
+        workers: call this together, with the same arguments and shared storage.
+        trackers: receive the metrics' lines on every worker, beside the configured ones.
+        mapper: runs the parts of objective=auto.
 
     Raises:
         LeaseError: another process took the run over.
-        RunError, ConfigError, DataError: see there.
+        RunError, ConfigError, DataError: the run, the configuration or the data is invalid.
     """
     progress = (progress if workers.first else None) or Progress()
     began = time.time()
@@ -116,23 +119,16 @@ def train_claimed(
         run.metrics_path if workers.first else None, [*configured, *trackers], run.check_owner
     )
     each_epoch = None if hook is None or not workers.first else hook(data)
-    data = place(data, config.training)
+    data = to_configured_device(data, config.training)
+    outputs = TrainingOutputs(metrics=metrics, progress=progress, on_epoch_end=each_epoch)
     if uses_auto(config, data):
         if workers.size > 1:
             raise ConfigError(
-                "objective.name=auto is a choice between learners, and workers that share batches "
-                "cannot make it: give train_run a mapper, as 'offtower train --workers' does"
+                "objective.name=auto cannot train on workers that share batches: pass a mapper to "
+                "train_run, as 'offtower train --workers' does"
             )
-        automatic = train_auto(
-            config,
-            data,
-            progress=progress,
-            metrics=metrics,
-            run=run,
-            mapper=mapper,
-            on_epoch_end=each_epoch,
-        )
-        more = {"auto": automatic.report, "workers": 1, "device": describe(data.device)}
+        automatic = train_auto(config, data, outputs=outputs, run=run, mapper=mapper)
+        more = {"auto": automatic.report, "workers": 1, "device": describe_device(data.device)}
         _finish(run, config, data, automatic.policy, automatic.result, began, more)
         metrics.close()
         if run.mirror is not None:
@@ -153,13 +149,7 @@ def train_claimed(
         setup.owned_rows,
         run,
     )
-    trainer = setup.trainer(
-        store=store,
-        metrics=metrics,
-        progress=progress,
-        on_epoch_end=each_epoch,
-    )
-    result = trainer.fit(resume=resume)
+    result = setup.trainer(replace(outputs, store=store)).fit(resume=resume)
     policy = setup.whole_policy()
 
     def finish() -> None:
@@ -167,7 +157,7 @@ def train_claimed(
         more = {
             "checkpoints_skipped": store.skipped,
             "workers": workers.size,
-            "device": describe(data.device),
+            "device": describe_device(data.device),
         }
         _finish(run, config, data, policy, result, began, more)
         if run.mirror is not None:
@@ -179,7 +169,7 @@ def train_claimed(
 
 
 def _fingerprint(config: Config, data: PreparedData) -> str:
-    """Of all that a checkpoint's steps depended on."""
+    """Fingerprint of everything that training depends on."""
     parts = [config_fingerprint(config), *sorted(data.fingerprint.values())]
     if config.objective.kl_policy is not None:
         parts.append(policy_digest(Path(config.objective.kl_policy)))
@@ -194,21 +184,23 @@ def build_trainer(
     progress: Progress | None = None,
     on_epoch_end: EpochHook | None = None,
 ) -> Trainer:
-    """A fresh, seeded policy and its trainer, in memory on this process and the data's device."""
-    setup = build_setup(config, data, reward_model, ALONE, progress or Progress())
-    return setup.trainer(progress=progress, on_epoch_end=on_epoch_end)
+    """Build a freshly seeded policy and its trainer, in memory and in this process."""
+    outputs = TrainingOutputs(progress=progress or Progress(), on_epoch_end=on_epoch_end)
+    return build_setup(config, data, reward_model, SINGLE_PROCESS, outputs.progress).trainer(
+        outputs
+    )
 
 
 def _reward_model(
     config: Config, data: PreparedData, run: ClaimedRun, progress: Progress
 ) -> RewardModel | None:
-    judges = make_estimator(config.training.validation_estimator).needs_reward_model
-    # Before a reward model is fitted.
+    validates = make_estimator(config.training.validation_estimator).needs_reward_model
+    # Settings are checked before a reward model is fitted.
     objective = checked_objective(config, data)
-    if not (judges or objective.needs_reward_model):
+    if not (validates or objective.requirements.reward_model):
         return None
     return obtain_reward_model(
-        config.reward_model, data, config.seed, progress, run.reward_model, for_new_rows=judges
+        config.reward_model, data, config.seed, progress, run.reward_model, for_new_rows=validates
     )
 
 
@@ -221,7 +213,7 @@ def _finish(
     began: float,
     more: dict[str, Any],
 ) -> None:
-    """Save the policy and say in the manifest what made it."""
+    """Save the policy and record its provenance in the manifest."""
     facts = {
         "offtower": offtower.__version__,
         "config_fingerprint": config_fingerprint(config),
@@ -252,7 +244,7 @@ def _finish(
 
 
 def _quarantine_facts(data: PreparedData) -> dict[str, Any]:
-    """Bad rows that were set aside, counted from the files that hold them."""
+    """Counts of quarantined rows, from the files that hold them."""
     if data.quarantine is None:
         return {}
     counts = {

@@ -1,4 +1,4 @@
-"""Terms of a step from the items that it touches: the batch's own and the proposal's draws."""
+"""Sampled terms of a step: only the logged and the drawn items are embedded."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ from offtower.progress import Progress
 from offtower.sampling import PolicyTopK, Proposal, count_items, make_proposal
 
 
-class ExactAtTimes:
-    """Terms from draws that make way for exact ones in every so-manieth step.
+class PeriodicExact:
+    """Sampled terms that are replaced by exact ones every k-th step.
 
     Args:
-        exact_every: steps from one exact one to the next; None takes none.
+        proposal: what is drawn in the other steps.
+        exact_every: k; None never computes exact terms.
     """
 
-    def __init__(self, exact_every: int | None) -> None:
+    def __init__(self, proposal: Proposal, exact_every: int | None) -> None:
+        self.proposal = proposal
         self._exact_every = exact_every
 
-    def wants_exact(self, step: int) -> bool:
-        """Whether this step takes the exact terms instead."""
+    def is_exact(self, step: int) -> bool:
         return self._exact_every is not None and step % self._exact_every == 0
 
 
 @dataclass(frozen=True)
 class TouchedItems:
-    """What a step draws, and where each draw stands among the distinct items that it touches."""
+    """The draws of a step, and the index of each among the n distinct items of the step."""
 
     item: Tensor
-    """(n,) the distinct items, on the CPU; the following are on the policy's device."""
+    """(n,) distinct items, on the CPU; all other tensors are on the policy's device."""
     action: Tensor
     """(B,) logged items."""
     logged: Tensor
-    """(B,) their places in `item`."""
+    """(B,) their indices into `item`."""
     drawn: Tensor
-    """(m,) items that were drawn, for all rows."""
+    """(m,) items drawn for all rows."""
     log_proposal: Tensor
     sample_index: Tensor
-    """(m,) places of the draws in `item`."""
+    """(m,) indices of the draws into `item`."""
     exact_item: Tensor | None
     """(B, k) items that each row counts exactly, -1 for none."""
     exact_index: Tensor | None
@@ -61,7 +62,7 @@ class TouchedItems:
         reward_model: DenseReward | FactoredReward | None = None,
         entropy: bool = False,
     ) -> PolicyTerms:
-        """Estimated terms of a policy, not necessarily the one that learns.
+        """Estimate the terms of a policy, not necessarily the one in training.
 
         Args:
             items: the n distinct ones, embedded.
@@ -86,14 +87,13 @@ class TouchedItems:
         )
 
 
-class SampledTerms(ExactAtTimes):
-    """Draws, embeds what was drawn, and estimates the policy's terms.
+class SampledTerms(PeriodicExact):
+    """Draws items, embeds them, and estimates the policy's terms.
 
     Args:
-        policy: the policy that learns.
+        policy: in training.
         items: features of the catalogue; only those of touched items are read.
-        proposal: what is drawn.
-        exact_every: take the exact terms in every so-manieth step.
+        proposal, exact_every: as for `PeriodicExact`.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class SampledTerms(ExactAtTimes):
         proposal: Proposal,
         exact_every: int | None = None,
     ) -> None:
-        super().__init__(exact_every)
-        self.policy, self.items, self.proposal = policy, items, proposal
+        super().__init__(proposal, exact_every)
+        self.policy, self.items = policy, items
 
     def touched(
         self,
@@ -113,39 +113,38 @@ class SampledTerms(ExactAtTimes):
         seed: int,
         batch_action: Tensor | None = None,
     ) -> TouchedItems:
-        """What (B,) rows draw; `seed` is the step's, the same on every worker.
+        """Draw the items of (B,) rows; `seed` is the step's, the same on every worker.
 
-        Draws are made on the CPU, whatever the policy's device: all numbers of items are known
-        there, and a GPU draws the same items.
+        Draws are made on the CPU, so that all devices draw the same items.
 
         Args:
             action: (B,) logged items, on the CPU.
-            batch_action: logged items of the step over all workers, where that is more than
-                `action`.
+            batch_action: logged items of the step over all workers, if these are not all rows.
         """
-        logged_items = action if batch_action is None else batch_action
-        draws = self.proposal.draw(seed, logged_items, context_embedding)
+        draws = self.proposal.draw(
+            seed, action if batch_action is None else batch_action, context_embedding
+        )
         parts = [action, draws.item]
         if draws.exact_item is not None:
             parts.append(draws.exact_item.clamp_min(0).reshape(-1))
-        item, place = torch.unique(torch.cat(parts), return_inverse=True)
+        item, index = torch.unique(torch.cat(parts), return_inverse=True)
         rows, drawn = len(action), len(draws.item)
         device = self.policy.device
-        place = sent(place, device)
+        index = sent(index, device)
         exact = None if draws.exact_item is None else sent(draws.exact_item, device)
         return TouchedItems(
             item,
             sent(action, device),
-            place[:rows],
+            index[:rows],
             sent(draws.item, device),
             sent(draws.log_proposal, device),
-            place[rows : rows + drawn],
+            index[rows : rows + drawn],
             exact,
-            None if exact is None else place[rows + drawn :].view(exact.shape),
+            None if exact is None else index[rows + drawn :].view(exact.shape),
         )
 
     def embed(self, touched: TouchedItems) -> ItemEmbeddings:
-        """The distinct items, by the policy's item tower; differentiable."""
+        """Embed the distinct items; differentiable in the item tower."""
         numbers = sent(touched.item, self.policy.device)
         return ItemEmbeddings(*self.policy.item_tower(self.items.at(touched.item), numbers))
 
@@ -158,26 +157,25 @@ def build_proposal(
     progress: Progress,
     shard: ItemFeatures | None = None,
 ) -> Proposal | None:
-    """The configured proposal; None where the terms are exact, or no terms are needed.
+    """Build the configured proposal; None where terms are exact or not needed.
 
     Args:
-        shard: features of a part of the catalogue, where only draws of its items are wanted: then
-            only those are counted (but `frequency` draws from all) and searched.
+        shard: features of a part of the catalogue, if only draws of its items are wanted. Then only
+            they are counted (except for `frequency`, which draws from all items) and searched.
     """
-    settings = config.sampling
-    if objective.proposal is None and config.training.terms == "exact":
+    settings, requirements = config.sampling, objective.requirements
+    if not requirements.policy_terms:
         return None
-    if not objective.uses_policy:
+    if requirements.proposal is None and config.training.terms == "exact":
         return None
-    name = objective.proposal or settings.proposal
-    # Which items are drawn by frequency takes the counts of all.
-    within = (
+    name = requirements.proposal or settings.proposal
+    counted_range = (
         None
         if shard is None or name == "frequency"
         else (shard.first, shard.first + shard.num_items)
     )
     counts = (
-        count_items(data.train, data.catalogue, progress, within)
+        count_items(data.train, data.catalogue, progress, counted_range)
         if name in ("frequency", "in_batch", "mixed")
         else None
     )

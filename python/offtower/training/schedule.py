@@ -55,7 +55,7 @@ class Temperature:
     saved policy have the configured one.
 
     Args:
-        settings: temperature_from, temperature_until.
+        settings: initial_temperature, annealing_share.
         policy: that learns; its configured temperature is where the course ends.
     """
 
@@ -65,10 +65,13 @@ class Temperature:
 
     def at(self, progress: float) -> None:
         """Set the temperature for the share `progress` in [0, 1) of training that is over."""
-        begin = self._settings.temperature_from
+        begin = self._settings.initial_temperature
         if begin is not None:
             self._policy.training_temperature = temperature(
-                progress, begin, self._policy.config.temperature, self._settings.temperature_until
+                progress,
+                begin,
+                self._policy.config.temperature,
+                self._settings.annealing_share,
             )
 
     def end(self) -> None:

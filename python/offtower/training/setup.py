@@ -1,32 +1,29 @@
-"""What a run trains, and how its parts are spread over workers."""
+"""Build the policy, the step and the trainer of a run, for one worker or several."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from offtower.config import Config
 from offtower.errors import ConfigError
-from offtower.metrics import MetricsLog
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.factored import FactoredRewardModel
-from offtower.objectives import Objective, Potec, Regression, Regularised, make_objective
+from offtower.objectives import Objective, Regularized, make_objective
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
-from offtower.sampling import Proposal
 from offtower.seeds import seed_torch
-from offtower.training.checkpoints import CheckpointStore, OwnedRows
+from offtower.training.checkpoints import OwnedRows
 from offtower.training.checks import (
-    check_course_of,
-    check_fit_for,
-    check_terms_for,
+    check_data,
+    check_start_and_temperature,
+    check_terms,
     check_two_stage,
 )
-from offtower.training.distributed import Workers
 from offtower.training.distributed.item_shard import (
     ItemShard,
     make_shard,
@@ -37,67 +34,57 @@ from offtower.training.distributed.item_shard import (
 from offtower.training.distributed.sharded_sampled import ShardedSampledTerms
 from offtower.training.distributed.sharded_scorer import ShardedScorer
 from offtower.training.distributed.sharded_step import ShardedStep
-from offtower.training.known_policy import KnownPolicy
+from offtower.training.initialization import (
+    initialize_uniform,
+    load_compatible_policy,
+    warm_start,
+)
+from offtower.training.reference_policy import ReferencePolicy
 from offtower.training.sampled import SampledTerms, build_proposal
-from offtower.training.start import load_alike, start_uniform, warm_start
-from offtower.training.step import StepLoss, TrainingStep
-from offtower.training.trainer import EpochHook, Trainer
-from offtower.training.two_stage import TwoStage, build_two_stage
-from offtower.training.validation import Validator
+from offtower.training.step import ReplicatedStep, TrainedPolicy, TrainingStep
+from offtower.training.trainer import Trainer, TrainingOutputs
+from offtower.training.two_stage import build_two_stage
+from offtower.training.validation import RowScorer, Validator
+from offtower.training.workers import Workers
 
 
-@dataclass
-class TrainingSetup:
-    """A fresh, seeded policy and what trains it."""
+@dataclass(frozen=True)
+class SetupInputs:
+    """What a policy and its step are built from."""
 
     config: Config
     data: PreparedData
-    workers: Workers
     objective: Objective
-    policy: TwoTowerPolicy
-    step: StepLoss
     reward_model: RewardModel | None
-    proposal: Proposal | None = None
-    validate: Validator | None = None
+    workers: Workers
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """A freshly seeded policy, with its step and validation."""
+
+    config: Config
+    data: PreparedData
+    step: TrainingStep
+    validate: Validator | None
     shard: ItemShard | None = None
-    """This worker's items, where the strategy is item_sharded."""
+    """This worker's items under training.strategy=item_sharded."""
     owned_rows: OwnedRows = field(default_factory=OwnedRows)
 
-    def trainer(
-        self,
-        *,
-        store: CheckpointStore | None = None,
-        metrics: MetricsLog | None = None,
-        progress: Progress | None = None,
-        on_epoch_end: EpochHook | None = None,
-    ) -> Trainer:
-        """The loop over it all."""
-        return Trainer(
-            self.config,
-            self.data,
-            self.policy,
-            self.objective,
-            self.step,
-            self.reward_model,
-            store=store,
-            metrics=metrics,
-            validate=self.validate,
-            progress=progress,
-            on_epoch_end=on_epoch_end,
-            proposal=self.proposal,
-            workers=self.workers,
-            owned=self._owned(),
-        )
+    @property
+    def policy(self) -> TwoTowerPolicy:
+        return self.step.policy
+
+    def trainer(self, outputs: TrainingOutputs | None = None) -> Trainer:
+        return Trainer(self.config, self.data, self.step, validate=self.validate, outputs=outputs)
 
     def whole_policy(self) -> TwoTowerPolicy | None:
-        """The policy over the whole catalogue, on the first worker; collective."""
+        """Return the policy over the whole catalogue on the first worker; collective."""
+        workers = self.step.workers
         if self.shard is not None:
-            return whole_policy(self.policy, self.shard, self.data, self.workers)
-        return self.policy if self.workers.first else None
-
-    def _owned(self) -> list[nn.Parameter]:
-        parameters = dict(self.policy.named_parameters())
-        return [parameters[name] for name in sorted(self.owned_rows.weights)]
+            return whole_policy(self.policy, self.shard, self.data, workers)
+        return self.policy if workers.first else None
 
 
 def build_setup(
@@ -107,90 +94,75 @@ def build_setup(
     workers: Workers,
     progress: Progress,
 ) -> TrainingSetup:
-    """As the configured strategy says, on the device of `data`; collective.
+    """Build the configured strategy on the device of `data`; collective.
 
     Raises:
-        ConfigError: the log, the reward model or the catalogue does not fit what is configured.
+        ConfigError: the log, the reward model or the catalogue does not fit the configuration.
     """
     objective = checked_objective(config, data)
-    check_fit_for(objective, data, reward_model)
-    if config.training.strategy == "item_sharded":
-        return _item_sharded(config, data, objective, reward_model, workers, progress)
-    return _replicated(config, data, objective, reward_model, workers, progress)
+    check_data(objective, data, reward_model)
+    build = _item_sharded if config.training.strategy == "item_sharded" else _replicated
+    return build(SetupInputs(config, data, objective, reward_model, workers, progress))
 
 
-def _replicated(
-    config: Config,
-    data: PreparedData,
-    objective: Objective,
-    reward_model: RewardModel | None,
-    workers: Workers,
-    progress: Progress,
-) -> TrainingSetup:
-    two_stage: TwoStage | None = None
-    if isinstance(objective, Potec):
-        assert isinstance(reward_model, FactoredRewardModel), "checked with the configuration"
-        two_stage = build_two_stage(config, objective, data, reward_model, progress)
-    seed_torch(config.seed, "policy")
-    # Weights are drawn on the CPU: on every device a run starts from the same ones.
-    policy = (
-        TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
-        if two_stage is None
-        else two_stage.policy
-    )
-    policy.to(data.device)
+def _replicated(inputs: SetupInputs) -> TrainingSetup:
+    config, data, objective = inputs.config, inputs.data, inputs.objective
+    trained = _POLICY_BUILDERS[objective.requirements.policy](inputs)
+    policy = trained.policy
     policy.train_in(getattr(torch, config.training.precision))
     if config.training.warm_start is not None:
         warm_start(policy, Path(config.training.warm_start))
-    if config.training.start == "uniform":
-        start_uniform(policy)
-    proposal = build_proposal(config, objective, data, policy, progress)
-    sampled = (
-        None
-        if proposal is None
-        else SampledTerms(policy, data.items, proposal, config.sampling.exact_every)
-    )
-    chunk = config.training.item_chunk
-    known: KnownPolicy | None = None
-    if config.objective.kl_policy is not None:
-        logged = load_alike(Path(config.objective.kl_policy), policy, "objective.kl_policy")
-        known = KnownPolicy(logged.to(data.device), data.items, chunk)
-    validate = (
-        Validator(data, config.training, config.evaluation.confidence, reward_model, workers)
-        if _validates(data)
-        else None
-    )
-    return TrainingSetup(
-        config,
-        data,
-        workers,
+    if config.training.initialization == "uniform":
+        initialize_uniform(policy)
+    proposal = build_proposal(config, objective, data, policy, inputs.progress)
+    step = ReplicatedStep(
+        trained,
         objective,
-        policy,
-        TrainingStep(
-            policy,
-            objective,
-            data.items if two_stage is None else two_stage.items,
-            reward_model,
-            chunk,
-            sampled,
-            workers,
-            known,
-            None if two_stage is None else two_stage.weights,
-        ),
-        reward_model,
-        proposal,
-        validate,
+        inputs.reward_model,
+        item_chunk=config.training.item_chunk,
+        sampled=None
+        if proposal is None
+        else SampledTerms(policy, data.items, proposal, config.sampling.exact_every),
+        workers=inputs.workers,
+        reference=_reference(inputs, policy),
+    )
+    return TrainingSetup(config, data, step, _validator(inputs, inputs.reward_model))
+
+
+def _two_tower(inputs: SetupInputs) -> TrainedPolicy:
+    config, data = inputs.config, inputs.data
+    seed_torch(config.seed, "policy")
+    # Weights are drawn on the CPU: a run starts from the same ones on every device.
+    policy = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
+    return TrainedPolicy(policy.to(data.device), data.items)
+
+
+def _two_stage(inputs: SetupInputs) -> TrainedPolicy:
+    assert isinstance(inputs.reward_model, FactoredRewardModel), "see check_two_stage"
+    return build_two_stage(
+        inputs.config, inputs.objective, inputs.data, inputs.reward_model, inputs.progress
     )
 
 
-def _item_sharded(
-    config: Config,
-    data: PreparedData,
-    objective: Objective,
-    reward_model: RewardModel | None,
-    workers: Workers,
-    progress: Progress,
-) -> TrainingSetup:
+_POLICY_BUILDERS: Mapping[str, Callable[[SetupInputs], TrainedPolicy]] = {
+    "two_tower": _two_tower,
+    "two_stage": _two_stage,
+}
+"""By `Requirements.policy`."""
+
+
+def _reference(inputs: SetupInputs, policy: TwoTowerPolicy) -> ReferencePolicy | None:
+    folder = inputs.config.objective.kl_policy
+    if folder is None:
+        return None
+    stored = load_compatible_policy(Path(folder), policy, "objective.kl_policy")
+    data = inputs.data
+    return ReferencePolicy(stored.to(data.device), data.items, inputs.config.training.item_chunk)
+
+
+def _item_sharded(inputs: SetupInputs) -> TrainingSetup:
+    config, data, workers = inputs.config, inputs.data, inputs.workers
+    reward_model = inputs.reward_model
     if reward_model is not None and not isinstance(reward_model, FactoredRewardModel):
         raise ConfigError(
             "training.strategy=item_sharded needs a reward model whose items can be split: set "
@@ -199,99 +171,97 @@ def _item_sharded(
     if config.training.precision != "float32":
         raise ConfigError(
             "training.strategy=item_sharded sums gradients of embeddings over workers, in float32: "
-            "take training.precision=float32, or training.strategy=replicated"
+            "set training.precision=float32 or training.strategy=replicated"
         )
     if config.training.warm_start is not None:
         raise ConfigError(
-            "training.warm_start reads a policy over the whole catalogue: take "
+            "training.warm_start reads a policy over the whole catalogue: set "
             "training.strategy=replicated"
         )
     shard = make_shard(config.policy, data, workers)
     seed_torch(config.seed, "policy")
     policy = sharded_policy(config.policy, data, shard)
-    if config.training.start == "uniform":
-        start_uniform(policy)
-    model = None if reward_model is None else reward_model.over(data.items.beside(shard.plain))
-    proposal = build_proposal(config, objective, data, policy, progress, shard.items)
-    sampled = (
+    if config.training.initialization == "uniform":
+        initialize_uniform(policy)
+    model = (
         None
-        if proposal is None
-        else ShardedSampledTerms(policy, shard, proposal, workers, config.sampling.exact_every)
+        if reward_model is None
+        else reward_model.with_items(data.items.on_same_device(shard.plain))
     )
+    proposal = build_proposal(config, inputs.objective, data, policy, inputs.progress, shard.items)
     chunk = config.training.item_chunk
-    validate = (
-        Validator(
-            data,
-            config.training,
-            config.evaluation.confidence,
-            model,
-            workers,
-            lambda judged: ShardedScorer(judged, shard, workers, chunk),
-            together=True,
-        )
-        if _validates(data)
-        else None
-    )
-    owned = frozenset(owned_weights(policy, shard).values())
-    return TrainingSetup(
-        config,
-        data,
-        workers,
-        objective,
+    owned = sorted(owned_weights(policy, shard).values())
+    parameters = dict(policy.named_parameters())
+    step = ShardedStep(
         policy,
-        ShardedStep(policy, objective, shard, model, workers, chunk, sampled),
-        model,
-        proposal,
-        validate,
+        inputs.objective,
         shard,
-        OwnedRows(owned, shard.size, shard.num_items),
+        model,
+        workers,
+        item_chunk=chunk,
+        sampled=None
+        if proposal is None
+        else ShardedSampledTerms(policy, shard, proposal, workers, config.sampling.exact_every),
+        owned=[parameters[name] for name in owned],
     )
+    validate = _validator(
+        inputs, model, lambda policy: ShardedScorer(policy, shard, workers, chunk)
+    )
+    rows = OwnedRows(frozenset(owned), shard.size, shard.num_items)
+    return TrainingSetup(config, data, step, validate, shard, rows)
 
 
-def _validates(data: PreparedData) -> bool:
-    return data.validation is not None and data.validation.schema.pscore is not None
+def _validator(
+    inputs: SetupInputs,
+    reward_model: RewardModel | None,
+    collective_scorer: Callable[[TwoTowerPolicy], RowScorer] | None = None,
+) -> Validator | None:
+    log = inputs.data.validation
+    if log is None or log.schema.pscore is None:
+        return None
+    return Validator(
+        inputs.data,
+        inputs.config.training,
+        inputs.config.evaluation.confidence,
+        reward_model,
+        inputs.workers,
+        collective_scorer,
+    )
 
 
 def uses_auto(config: Config, data: PreparedData) -> bool:
-    """Whether `objective.name=auto` chooses between learners: where propensities are known."""
+    """Whether the run chooses between candidates: objective.name=auto on a log with pscore."""
     return config.objective.name == "auto" and data.train.schema.pscore is not None
 
 
 def checked_objective(config: Config, data: PreparedData) -> Objective:
-    """The configured objective, where nothing else that is configured contradicts it.
+    """Build the configured objective.
+
+    Without propensities `auto` is regression (with them it is not an objective: see
+    `offtower.training.auto`).
 
     Raises:
-        ConfigError: something does.
+        ConfigError: other settings contradict it.
     """
-    objective = resolve_objective(config, data)
-    check_terms_for(objective, config.training)
-    check_course_of(config, objective)
-    return objective
-
-
-def resolve_objective(config: Config, data: PreparedData) -> Objective:
-    """The configured objective; `auto` without propensities is regression (with them, it is no
-    objective: see `offtower.training.auto`)."""
-    name = config.objective.name
-    if name == "auto":
-        name = "regression"
     settings = config.objective
+    name = "regression" if settings.name == "auto" else settings.name
     objective = make_objective(name, settings.arguments)
-    if isinstance(objective, Potec):
+    if objective.requirements.policy == "two_stage":
         check_two_stage(objective, config, data)
-    if isinstance(objective, Regression):
-        objective = objective.resolve(data.facts.binary_reward)
-    if settings.kl == settings.imitation == settings.entropy == 0.0:
-        return objective
-    if not objective.uses_policy:
-        raise ConfigError(
-            f"objective '{name}' has no policy terms that objective.kl, imitation or entropy "
-            "could be added to"
+    objective = objective.for_rewards(binary=data.facts.binary_reward)
+    if max(settings.kl, settings.imitation, settings.entropy) > 0.0:
+        if not objective.requirements.policy_terms:
+            raise ConfigError(
+                f"objective '{name}' has no policy terms that objective.kl, imitation or entropy "
+                "could be added to"
+            )
+        objective = Regularized(
+            objective,
+            kl=settings.kl,
+            imitation=settings.imitation,
+            entropy=settings.entropy,
+            exact_kl=settings.kl_policy is not None,
         )
-    return Regularised(
-        objective,
-        kl=settings.kl,
-        imitation=settings.imitation,
-        entropy=settings.entropy,
-        known=settings.kl_policy is not None,
-    )
+    check_terms(objective, config.training)
+    check_start_and_temperature(config, objective)
+    return objective

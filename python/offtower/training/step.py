@@ -1,14 +1,15 @@
-"""One step: a batch of logged rows -> the objective's loss, through towers and fused terms."""
+"""One training step: a batch of logged rows -> the objective's loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.reader import Step
@@ -20,13 +21,14 @@ from offtower.objectives import LoggedRows, Objective, ObjectiveValue, Reduction
 from offtower.ops import PolicyTerms
 from offtower.ops.square_sum import square_sum
 from offtower.ops.types import RewardTerms, reward_in
-from offtower.training.distributed import ALONE, Workers
-from offtower.training.known_policy import KnownPolicy, divergence_of, log_normalizer
+from offtower.sampling import Proposal
+from offtower.training.reference_policy import ReferencePolicy, kl_divergence, log_normalizer
 from offtower.training.sampled import SampledTerms, TouchedItems
+from offtower.training.workers import SINGLE_PROCESS, Workers
 
 
 @dataclass(frozen=True)
-class StepMeasures:
+class StepDiagnostics:
     """Numbers about the policy on one batch."""
 
     effective_sample_size: float | None
@@ -35,145 +37,178 @@ class StepMeasures:
     entropy: float | None
     """Mean entropy of pi(.|x), in nats."""
     divergence: float | None = None
-    """Mean KL(pi(.|x) || pi_0(.|x)), in nats; None where no logging policy is known."""
+    """Mean KL(pi(.|x) || pi_ref(.|x)) in nats; None without a reference policy."""
 
 
 @dataclass(frozen=True)
-class StepPlace:
-    """Where a step stands in the run: what its draws are a function of."""
+class StepKey:
+    """What the random draws of a step are a function of."""
 
     step: int
-    """Steps taken before it."""
+    """Steps before it."""
     seed: int
-    """Of the step's draws."""
 
 
-FIRST_PLACE = StepPlace(0, 0)
+FIRST_STEP = StepKey(0, 0)
 
 
 class ClusterWeights(Protocol):
     """log of pi(c|x) / pi_0(c|x) for the clusters of a batch's logged items."""
 
     def __call__(self, batch: Step, context: FeatureTensors, terms: PolicyTerms) -> Tensor:
-        """(B,) without gradient; terms: of the policy."""
+        """(B,) without gradient, from the policy's `terms`."""
 
 
-class StepLoss(Protocol):
-    """A batch in, the objective out; the batch's rows may be spread over workers."""
+@dataclass(frozen=True)
+class TrainedPolicy:
+    """A policy with what a step reads to train it."""
 
-    def loss(
-        self, batch: Step, *, measure: bool = False, place: StepPlace = FIRST_PLACE
-    ) -> tuple[ObjectiveValue, StepMeasures | None]:
-        """The objective over all rows of the step. Gradients of the loss on all workers add up to
-        its gradient; the value is the same number on every worker."""
-
-    def measures(self, batch: Step, seed: int = 0) -> StepMeasures:
-        """Weights and entropy over all rows of the step."""
-
-    def whole(self, loss: Tensor) -> Tensor:
-        """The loss over all rows of the step, from this worker's."""
+    policy: TwoTowerPolicy
+    items: ItemFeatures
+    """What the item tower embeds, on the policy's device."""
+    cluster_weights: ClusterWeights | None = None
+    """For two-stage policies."""
 
 
-class TrainingStep:
-    """Each worker has its rows of the batch and the whole catalogue; owns no optimiser, no loop.
+class TrainingStep(ABC):
+    """The objective's loss on a batch; the batch's rows may be spread over workers.
 
-    Args:
-        policy: the policy that learns, its towers in training mode, on the device of the step.
-        objective: what is maximised.
-        items: features of the whole catalogue, on that device; a reward model's terms too.
-        reward_model: for objectives that need one.
-        item_chunk: items embedded at a time.
-        sampled: terms from draws; None takes exact ones.
-        workers: those that share the batch.
-        known: the logging policy, for objectives that need the divergence from it.
-        cluster_weights: for a policy in two stages.
+    Attributes:
+        policy: in training, on the device of the step.
+        objective: maximized.
+        reward_model: None unless the objective requires one.
+        proposal: of sampled terms; None for exact terms.
+        workers: share every batch.
+        owned: parameters of which each worker holds its own rows.
     """
 
     def __init__(
         self,
         policy: TwoTowerPolicy,
         objective: Objective,
-        items: ItemFeatures,
         reward_model: RewardModel | None,
-        item_chunk: int = DEFAULT_CHUNK,
-        sampled: SampledTerms | None = None,
-        workers: Workers = ALONE,
-        known: KnownPolicy | None = None,
-        cluster_weights: ClusterWeights | None = None,
+        *,
+        proposal: Proposal | None,
+        workers: Workers,
+        owned: Sequence[nn.Parameter] = (),
     ) -> None:
-        self.cluster_weights = cluster_weights
-        self.sampled = sampled
-        self.known = known if objective.needs_divergence else None
         self.policy = policy
         self.objective = objective
-        self.items = items
-        self.reward_model = reward_model if objective.needs_reward_model else None
-        self.item_chunk = item_chunk
+        self.reward_model = reward_model if objective.requirements.reward_model else None
+        self.proposal = proposal
         self.workers = workers
+        self.owned = tuple(owned)
+
+    @abstractmethod
+    def loss(
+        self, batch: Step, *, diagnose: bool = False, key: StepKey = FIRST_STEP
+    ) -> tuple[ObjectiveValue, StepDiagnostics | None]:
+        """Return the objective over all rows of the step, with diagnostics if `diagnose`.
+
+        The gradients of the loss on all workers add up to the whole gradient; the value is the
+        same number on every worker.
+        """
+
+    @abstractmethod
+    def diagnostics(self, batch: Step, seed: int = 0) -> StepDiagnostics:
+        """Return weights and entropy over all rows of the step."""
+
+    @abstractmethod
+    def total_loss(self, loss: Tensor) -> Tensor:
+        """Return the loss over all rows of the step from this worker's part."""
+
+
+class ReplicatedStep(TrainingStep):
+    """A step in which each worker has its rows of the batch and the whole catalogue.
+
+    Args:
+        trained: policy and item features.
+        reward_model: on the same device; used if the objective requires one.
+        item_chunk: items embedded at a time.
+        sampled: estimates terms from draws; None computes exact terms.
+        reference: used if the objective requires the KL divergence from it.
+    """
+
+    def __init__(
+        self,
+        trained: TrainedPolicy,
+        objective: Objective,
+        reward_model: RewardModel | None,
+        *,
+        item_chunk: int = DEFAULT_CHUNK,
+        sampled: SampledTerms | None = None,
+        workers: Workers = SINGLE_PROCESS,
+        reference: ReferencePolicy | None = None,
+    ) -> None:
+        super().__init__(
+            trained.policy,
+            objective,
+            reward_model,
+            proposal=None if sampled is None else sampled.proposal,
+            workers=workers,
+        )
+        self.reference = reference if objective.requirements.divergence else None
+        self.trained = trained
+        self._sampled = sampled
+        self._item_chunk = item_chunk
 
     def loss(
-        self, batch: Step, *, measure: bool = False, place: StepPlace = FIRST_PLACE
-    ) -> tuple[ObjectiveValue, StepMeasures | None]:
-        rows = batch.rows
-        over = Reduction(batch.batch_rows, all_reduce=self.workers.sum)
+        self, batch: Step, *, diagnose: bool = False, key: StepKey = FIRST_STEP
+    ) -> tuple[ObjectiveValue, StepDiagnostics | None]:
+        rows, requirements = batch.rows, self.objective.requirements
+        reduction = Reduction(batch.batch_rows, all_reduce=self.workers.sum)
         device = self.policy.device
-        context = to_tensors(rows.context, device)
-        numbers = row_numbers(batch, device)
+        context, numbers = to_tensors(rows.context, device), row_numbers(batch, device)
         reward = tensor_of(rows.reward, device)
         pscore = None if rows.pscore is None else tensor_of(rows.pscore, device)
-        if not self.objective.uses_policy:
-            squares: Tensor | None = None
-            if self.objective.needs_square_sum:
-                action = tensor_of(rows.action, device)
-                logit, squares = self._squares(context, action, numbers)
-            else:
-                item = self.items.at(tensor_of(rows.action))
-                logit = self.policy.action_logit(context, item, numbers)
+        if not requirements.policy_terms:
+            logit, squares = self._scores(batch, context, numbers)
             logged = LoggedRows(reward, pscore=pscore, action_logit=logit, square_sum=squares)
-            return self.objective(logged, over), None
-        reward_model = (
-            None
-            if self.reward_model is None
-            else self.reward_model.for_training_rows(rows, batch.fold)
-        )
-        sampled = self.sampled is not None and not self.sampled.wants_exact(place.step)
+            return self.objective(logged, reduction), None
+        model = self.reward_model
+        sampled = self._sampled is not None and not self._sampled.is_exact(key.step)
         terms, divergence = self._terms(
-            *(batch, context, numbers, place.seed, reward_model),
+            *(batch, context, numbers, key.seed),
+            None if model is None else model.for_training_rows(rows, batch.fold),
             sampled=sampled,
-            entropy=measure or self.objective.needs_entropy,
+            entropy=diagnose or requirements.entropy,
         )
-        of_clusters: Tensor | None = None
-        if self.cluster_weights is not None:
-            of_clusters = self.cluster_weights(batch, context, terms)
+        weights = self.trained.cluster_weights
         logged = LoggedRows(
             reward,
             terms=terms,
             pscore=pscore,
-            log_cluster_weight=of_clusters,
             divergence=divergence,
+            log_cluster_weight=None if weights is None else weights(batch, context, terms),
         )
-        value = self.objective(logged, over)
-        return value, measured(terms, pscore, self.workers, divergence) if measure else None
+        value = self.objective(logged, reduction)
+        if not diagnose:
+            return value, None
+        return value, compute_diagnostics(terms, pscore, self.workers, divergence)
 
     @torch.no_grad()
-    def measures(self, batch: Step, seed: int = 0) -> StepMeasures:
+    def diagnostics(self, batch: Step, seed: int = 0) -> StepDiagnostics:
         rows, device = batch.rows, self.policy.device
         context, numbers = to_tensors(rows.context, device), row_numbers(batch, device)
         terms, divergence = self._terms(
-            *(batch, context, numbers, seed, None), sampled=self.sampled is not None, entropy=True
+            *(batch, context, numbers, seed, None), sampled=self._sampled is not None, entropy=True
         )
         pscore = None if rows.pscore is None else tensor_of(rows.pscore, device)
-        return measured(terms, pscore, self.workers, divergence)
+        return compute_diagnostics(terms, pscore, self.workers, divergence)
 
-    def whole(self, loss: Tensor) -> Tensor:
+    def total_loss(self, loss: Tensor) -> Tensor:
         return self.workers.sum(loss)
 
-    def _squares(
-        self, context: FeatureTensors, action: Tensor, numbers: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Scores of the logged items, and sums of all items' squared scores; no temperature."""
+    def _scores(
+        self, batch: Step, context: FeatureTensors, numbers: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores of the logged items and, if required, sums of squared scores over all items."""
+        if not self.objective.requirements.square_sum:
+            item = self.trained.items.at(tensor_of(batch.rows.action))
+            return self.policy.action_logit(context, item, numbers), None
+        action = tensor_of(batch.rows.action, self.policy.device)
         context_embedding = self.policy.context_tower(context, numbers)[0]
-        items = self.policy.embed_items(self.items, chunk=self.item_chunk)
+        items = self.policy.embed_items(self.trained.items, chunk=self._item_chunk)
         logit = (context_embedding.float() * items.embedding[action].float()).sum(dim=1)
         if items.bias is not None:
             logit = logit + items.bias[action].float()
@@ -190,45 +225,45 @@ class TrainingStep:
         sampled: bool,
         entropy: bool,
     ) -> tuple[PolicyTerms, Tensor | None]:
-        """Of this worker's rows; and the divergence from the known policy, where there is one."""
+        """Terms of this worker's rows, and their divergence from the reference policy if any."""
         u = self.policy.embed_contexts(context, numbers)
         action = tensor_of(batch.rows.action, self.policy.device)
         terms_of: Callable[..., PolicyTerms]
         drawn: TouchedItems | None = None
         if sampled:
-            assert self.sampled is not None
-            everyone = tensor_of(batch.joined.action)
-            drawn = self.sampled.touched(u, tensor_of(batch.rows.action), seed, everyone)
-            items = self.sampled.embed(drawn)
+            assert self._sampled is not None
+            all_actions = tensor_of(batch.joined.action)
+            drawn = self._sampled.touched(u, tensor_of(batch.rows.action), seed, all_actions)
+            items = self._sampled.embed(drawn)
             terms_of = partial(drawn.terms, temperature=self.policy.temperature)
         else:
-            items = self.policy.embed_items(self.items, chunk=self.item_chunk)
+            items = self.policy.embed_items(self.trained.items, chunk=self._item_chunk)
             terms_of = partial(self.policy.terms, action=action)
         if reward_model is not None and u.dtype != torch.float32:
             reward_model = reward_in(reward_model, u.dtype)
-        if self.known is None:
+        if self.reference is None:
             return terms_of(u, items, reward_model=reward_model, entropy=entropy), None
-        scores = self.known.scores(context, u.dtype)
+        scores = self.reference.scores(context, u.dtype)
         against = terms_of(u, items, reward_model=scores, entropy=True)
         if reward_model is None:
-            found = replace(against, expected_reward=None, action_reward=None)
+            terms = replace(against, expected_reward=None, action_reward=None)
         else:
-            found = terms_of(u, items, reward_model=reward_model, entropy=entropy)
-        return found, divergence_of(against, log_normalizer(scores, action, drawn))
+            terms = terms_of(u, items, reward_model=reward_model, entropy=entropy)
+        return terms, kl_divergence(against, log_normalizer(scores, action, drawn))
 
 
 def row_numbers(batch: Step, device: torch.device) -> Tensor:
-    """Places of this worker's rows in the batch."""
+    """Positions of this worker's rows in the batch."""
     return torch.arange(batch.first, batch.first + len(batch.rows), device=device)
 
 
-def measured(
+def compute_diagnostics(
     terms: PolicyTerms,
     pscore: Tensor | None,
-    workers: Workers = ALONE,
+    workers: Workers = SINGLE_PROCESS,
     divergence: Tensor | None = None,
-) -> StepMeasures:
-    """Measures over the rows of all workers."""
+) -> StepDiagnostics:
+    """Diagnostics over the rows of all workers."""
     log_prob = terms.log_prob.detach().double()
     sums = log_prob.new_zeros(5)
     sums[0] = len(log_prob)
@@ -236,23 +271,20 @@ def measured(
         sums[1] = terms.entropy.detach().double().sum()
     if divergence is not None:
         sums[4] = divergence.detach().double().sum()
-    if pscore is None:
-        sums = workers.sum(sums)
-        entropy, far = _mean(terms.entropy, sums, 1), _mean(divergence, sums, 4)
-        return StepMeasures(None, None, entropy, far)
-    log_weight = log_prob - pscore.double().log()
-    largest = log_prob.new_full((1,), float("-inf"))
-    if len(log_weight):
-        largest[0] = log_weight.max()
-    largest = workers.maximum(largest)
-    # The share is unchanged by a common factor, and then nothing overflows.
-    scaled = torch.exp(log_weight - largest)
-    sums[2], sums[3] = scaled.sum(), scaled.square().sum()
-    sums = workers.sum(sums)
-    share = float(sums[2].square() / sums[3] / sums[0])
-    entropy, far = _mean(terms.entropy, sums, 1), _mean(divergence, sums, 4)
-    return StepMeasures(share, float(largest.exp()), entropy, far)
-
-
-def _mean(per_row: Tensor | None, sums: Tensor, place: int) -> float | None:
-    return None if per_row is None else float(sums[place] / sums[0])
+    largest: Tensor | None = None
+    if pscore is not None:
+        log_weight = log_prob - pscore.double().log()
+        largest = log_prob.new_full((1,), float("-inf"))
+        if len(log_weight):
+            largest[0] = log_weight.max()
+        largest = workers.maximum(largest)
+        # A common factor does not change the effective sample size, and this one cannot overflow.
+        scaled = torch.exp(log_weight - largest)
+        sums[2], sums[3] = scaled.sum(), scaled.square().sum()
+    rows, entropy, weight, square, far = workers.sum(sums).unbind()
+    return StepDiagnostics(
+        None if largest is None else float(weight.square() / square / rows),
+        None if largest is None else float(largest.exp()),
+        None if terms.entropy is None else float(entropy / rows),
+        None if divergence is None else float(far / rows),
+    )

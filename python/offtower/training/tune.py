@@ -38,9 +38,7 @@ DEFAULT_SPACE: Mapping[str, Sequence[Any]] = {
         {"name": "weighted_likelihood"},
         {"name": "weighted_likelihood", "arguments": {"smoothing": 0.5}},
         {"name": "clipped_ips", "arguments": {"max_weight": 10.0}},
-        {"name": "log_smoothing", "arguments": {"lambda_": 0.5}},
         {"name": "clipped_dr", "arguments": {"max_weight": 10.0}},
-        {"name": "pessimistic_dr", "arguments": {"penalty": 0.1}},
     ],
     "policy.temperature": [1.0, 0.25, 0.0625],
     "training.learning_rate": [1e-3, 3e-3, 1e-2],
@@ -225,7 +223,7 @@ def _needs_model(objective: str) -> bool:
     from offtower.objectives import OBJECTIVES
 
     kind = OBJECTIVES.get(objective)
-    return kind is not None and kind.needs_reward_model
+    return kind is not None and kind.requirements.reward_model
 
 
 def _short(overrides: Overrides) -> str:

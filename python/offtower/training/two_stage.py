@@ -1,9 +1,8 @@
-"""What `potec` learns and learns from: the policy in two stages, and the weights of clusters."""
+"""Build a two-stage policy for POTEC, and the weights of logged clusters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,76 +10,70 @@ from torch import Tensor
 from torch.nn import functional
 
 from offtower.config import Config
+from offtower.crossfit.loop import FitStep, ModelLoss, fit_out_of_fold
+from offtower.crossfit.reward_model import fit_plan, fold_models
 from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.reader import Step
-from offtower.data.rows import EncodedRows
 from offtower.models.features import FeatureTensors
 from offtower.models.items import ItemFeatures
-from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.factored import FactoredRewardModel
-from offtower.models.reward.fit import fit_out_of_fold
 from offtower.models.towers import Tower
 from offtower.models.two_stage import (
     TwoStageContexts,
     TwoStageItems,
     bodies,
     frozen_items,
-    known_items,
+    precomputed_items,
     two_stage_policy,
 )
-from offtower.objectives import Potec
+from offtower.objectives import Objective, Potec
 from offtower.ops import PolicyTerms, partial_terms
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.seeds import derive_seed, seed_torch
+from offtower.training.step import TrainedPolicy
 
 _KMEANS_ITEMS = 1 << 18
-"""Centroids are fitted on so many items at most, drawn at random."""
-
-
-@dataclass(frozen=True)
-class TwoStage:
-    """A fresh policy in two stages and what a step reads beside it."""
-
-    policy: TwoTowerPolicy
-    items: ItemFeatures
-    """What is frozen of the catalogue, for training in place of its features."""
-    weights: LoggedClusterWeights
+"""Centroids are fitted on at most this many random items."""
 
 
 def build_two_stage(
     config: Config,
-    objective: Potec,
+    objective: Objective,
     data: PreparedData,
     reward_model: FactoredRewardModel,
     progress: Progress,
-) -> TwoStage:
-    """Clusters, policy and the logging policy's model, all of them functions of the seed.
+) -> TrainedPolicy:
+    """Build the policy, its clusters, and a model of the logging policy over clusters.
 
-    Cross-fitting: q of a row, and pi_0 of its cluster, are from models that did not see its fold.
-    The second stage is what will be served, the mean of all folds' logits: all but one of them saw
-    the row, as every policy that learns has seen its rows. So the correction is that of DR; only
-    the choice of which items a cluster stands for may follow the noise of the log.
+    Cross-fitting: q of a row and pi_0 of its cluster come from models that did not see its fold.
+    The second stage is the one that is served, the mean of all folds' logits, of which all but one
+    saw the row. The correction is therefore that of DR; only the ranking of items within a cluster
+    can follow the noise of the log.
 
-    Each of several workers does all of it, on the whole log, to the same bits.
+    With several workers, each builds all of it from the whole log, with identical bits.
     """
+    assert isinstance(objective, Potec), "the only objective of two-stage policies"
     clusters = objective.clusters
     if isinstance(clusters, int):
         clusters = min(clusters, data.catalogue.num_items)
     seed_torch(config.seed, "policy")
-    policy = two_stage_policy(config.policy, reward_model.towers, clusters, objective.sharpness)
+    policy = two_stage_policy(
+        config.policy, reward_model.towers, clusters, objective.inverse_temperature
+    )
     policy.to(data.device)
     contexts, items = bodies(policy)
     if isinstance(clusters, int):
-        _place_centroids(items, data.items, config.seed)
-    known = known_items(items, data.items, config.training.item_chunk)
-    frozen, cluster = frozen_items(items, known)
+        _fit_centroids(items, data.items, config.seed)
+    precomputed = precomputed_items(items, data.items, config.training.item_chunk)
+    frozen, cluster = frozen_items(items, precomputed)
     logging = fit_logging_clusters(config, data, cluster.cpu(), items.num_clusters, progress)
-    return TwoStage(policy, known, LoggedClusterWeights(contexts, frozen, cluster, logging))
+    weights = LoggedClusterWeights(contexts, frozen, cluster, logging)
+    return TrainedPolicy(policy, precomputed, weights)
 
 
 class LoggedClusterWeights:
-    """log of pi(c|x) / pi_0(c|x) for logged clusters, in O(items of the cluster) a row.
+    """log of pi(c|x) / pi_0(c|x) for logged clusters, in O(items of the cluster) per row.
 
     log pi(c|x) is log pi(a|x) - log pi(a|x, c) of the logged item; the latter is frozen.
 
@@ -88,7 +81,7 @@ class LoggedClusterWeights:
         contexts: context side of the policy.
         frozen: (N, K base_dim + 1) embeddings and biases of the second stage's logits.
         cluster: (N,) of each item.
-        logging: a tower a fold, whose outputs are logits of pi_0(c|x).
+        logging: one tower per fold whose outputs are logits of pi_0(c|x).
     """
 
     def __init__(
@@ -97,8 +90,8 @@ class LoggedClusterWeights:
         self._contexts, self._frozen, self._logging = contexts, frozen, logging
         self._cluster = cluster
         self._order = torch.argsort(cluster, stable=True)
-        self._place = torch.empty_like(self._order)
-        self._place[self._order] = torch.arange(len(cluster), device=cluster.device)
+        self._rank = torch.empty_like(self._order)
+        self._rank[self._order] = torch.arange(len(cluster), device=cluster.device)
         count = torch.bincount(cluster)
         self._first = (torch.cumsum(count, 0) - count).tolist()
         self._count = count.tolist()
@@ -124,7 +117,7 @@ class LoggedClusterWeights:
             part = partial_terms(
                 u[rows],
                 of_cluster[:, :-1].contiguous(),
-                self._place[action[rows]] - first,
+                self._rank[action[rows]] - first,
                 item_bias=of_cluster[:, -1].contiguous(),
             )
             found[rows] = part.action_logit - part.sums.log_normalizer
@@ -132,11 +125,11 @@ class LoggedClusterWeights:
 
 
 def fit_logging_clusters(
-    config: Config, data: PreparedData, cluster: Tensor, number: int, progress: Progress
+    config: Config, data: PreparedData, cluster: Tensor, num_clusters: int, progress: Progress
 ) -> list[Tower]:
-    """pi_0(c|x), learned from the log: a softmax over clusters, one tower for each fold's rows.
+    """Fit pi_0(c|x), a softmax over clusters, with one tower per fold.
 
-    Towers, passes, batches and learning rate are those of the reward model, and so are the folds.
+    Towers, passes, batches, learning rate and folds are those of the reward model.
 
     Args:
         cluster: (N,) of each item, on the CPU.
@@ -146,20 +139,23 @@ def fit_logging_clusters(
     towers: list[Tower] = []
     for k in range(settings.folds):
         seed_torch(seed, "logging clusters", k)
-        towers.append(Tower(data.context_encoding, number, kind).to(data.device))
+        towers.append(Tower(data.context_encoding, num_clusters, kind).to(data.device))
 
-    def of_batch(rows: EncodedRows) -> Callable[[Tower], Tensor]:
+    def losses(step: FitStep) -> ModelLoss:
+        rows = step.batch.rows
         context = to_tensors(rows.context, data.device)
         logged = cluster[tensor_of(rows.action)].to(data.device)
-        return lambda tower: functional.cross_entropy(tower(context)[0], logged)
+        return lambda k: functional.cross_entropy(towers[k](context)[0], logged)
 
-    progress.start("learning which clusters were logged", settings.epochs * data.train.num_rows)
-    fit_out_of_fold(towers, of_batch, settings, data, seed, "logging clusters", progress)
+    plan = fit_plan(
+        settings, data, seed, "logging clusters", "fitting the logging policy over clusters"
+    )
+    fit_out_of_fold(data, plan, fold_models(towers, settings), losses, progress)
     return [tower.eval().requires_grad_(False) for tower in towers]
 
 
 @torch.no_grad()
-def _place_centroids(body: TwoStageItems, items: ItemFeatures, seed: int) -> None:
+def _fit_centroids(body: TwoStageItems, items: ItemFeatures, seed: int) -> None:
     from sklearn.cluster import MiniBatchKMeans
 
     rng = np.random.default_rng(derive_seed(seed, "clusters"))

@@ -1,13 +1,12 @@
-"""Judge the policy in training on a held-out log, off-policy: never by an oracle."""
+"""Off-policy validation of the policy in training on a held-out log."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from offtower.config import TrainingConfig
-from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows
 from offtower.evaluation.estimators import make_estimator
 from offtower.evaluation.rows import EvaluationRows
@@ -16,9 +15,10 @@ from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.ops.types import RewardTerms
 from offtower.prepare import PreparedData
-from offtower.training.distributed import ALONE, Workers
+from offtower.training.workers import SINGLE_PROCESS, Workers
 
-SCAN_ROWS = 4096
+_SCAN_ROWS = 4096
+_KEPT_ROWS = 262_144
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,23 @@ class ValidationScore:
 
 
 class RowScorer(Protocol):
-    """A frozen policy that weighs logged rows."""
+    """Computes importance weights of a frozen policy."""
 
     def score(self, rows: EncodedRows, reward: RewardTerms | None = None) -> EvaluationRows:
         """Weights, rewards and reward-model terms of the rows."""
 
 
 class Validator:
-    """Scores policies on `data.validation`; with several workers, each scores its share.
+    """Scores policies on the validation log; with several workers, each scores its share.
 
     Args:
         data: its `validation` log must exist and have propensities.
         config: names the estimator.
+        confidence: of the interval.
         reward_model: for estimators that need one.
-        workers: those that call it together.
-        scorer: policy -> what scores rows. Where the scorer itself needs all workers for each
-            batch, `together` says so.
+        workers: call it together.
+        collective_scorer: policy -> a scorer that needs all workers for each batch; None scores
+            each batch on one worker.
     """
 
     def __init__(
@@ -57,10 +58,8 @@ class Validator:
         config: TrainingConfig,
         confidence: float,
         reward_model: RewardModel | None,
-        workers: Workers = ALONE,
-        scorer: Callable[[TwoTowerPolicy], RowScorer] | None = None,
-        *,
-        together: bool = False,
+        workers: Workers = SINGLE_PROCESS,
+        collective_scorer: Callable[[TwoTowerPolicy], RowScorer] | None = None,
     ) -> None:
         self._data = data
         self._config = config
@@ -68,26 +67,27 @@ class Validator:
         self._estimator = make_estimator(config.validation_estimator)
         self._reward_model = reward_model if self._estimator.needs_reward_model else None
         self._workers = workers
-        self._scorer = scorer or (
+        self._scorer = collective_scorer or (
             lambda policy: PolicyScorer(policy, data.items, config.item_chunk)
         )
-        self._spread = workers.size > 1 and not together
+        self._spread = workers.size > 1 and collective_scorer is None
         assert data.validation is not None
-        self._batches = None
-        if data.validation.num_rows <= 262_144:
-            # Small logs are encoded once.
-            self._batches = list(self._scan())
+        # Small logs are encoded once.
+        small = data.validation.num_rows <= _KEPT_ROWS
+        self._batches = list(data.scan(_SCAN_ROWS, "validation")) if small else None
 
     def __call__(self, policy: TwoTowerPolicy) -> ValidationScore:
         scorer = self._scorer(policy)
         model = self._reward_model
         parts = [
             scorer.score(batch, None if model is None else model.for_new_rows(batch))
-            for number, batch in enumerate(self._batches or self._scan())
+            for number, batch in enumerate(
+                self._batches or self._data.scan(_SCAN_ROWS, "validation")
+            )
             if not self._spread or number % self._workers.size == self._workers.rank
         ]
         if self._spread:
-            # Back in the log's order, so that the estimate is that of one process.
+            # In the order of the log, so that the estimate equals that of one process.
             turns = self._workers.gather_objects(parts)
             most = max(len(turn) for turn in turns)
             parts = [turn[i] for i in range(most) for turn in turns if i < len(turn)]
@@ -102,16 +102,4 @@ class Validator:
             high=interval.high,
             estimator=self._config.validation_estimator,
             effective_sample_size=float(weight.sum()) ** 2 / square if square > 0 else 0.0,
-        )
-
-    def _scan(self) -> Iterator[EncodedRows]:
-        data = self._data
-        assert data.validation is not None
-        return scan(
-            data.validation,
-            data.catalogue,
-            data.context_encoding,
-            SCAN_ROWS,
-            on_bad_rows=data.on_bad_rows,
-            quarantine=data.quarantine_of("validation"),
         )

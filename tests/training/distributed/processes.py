@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from offtower.training.distributed import TorchWorkers, Workers
+from offtower.training.workers import TorchWorkers, Workers
 
 TIMEOUT = timedelta(seconds=60)
 

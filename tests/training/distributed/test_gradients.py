@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from offtower.config import Config
+from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.data.reader import Step
 from offtower.models.policy import TwoTowerPolicy
-from offtower.models.reward.fit import obtain_reward_model
 from offtower.models.store import save_policy
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
-from offtower.training.distributed import ALONE, Workers
 from offtower.training.distributed.item_shard import owned_weights, whole_policy
-from offtower.training.epoch import measures_line
+from offtower.training.epoch_metrics import diagnostics_line
 from offtower.training.setup import TrainingSetup, build_setup
-from offtower.training.step import StepPlace
+from offtower.training.step import StepKey
+from offtower.training.workers import SINGLE_PROCESS, Workers
 from tests.training.conftest import make_config
 from tests.training.distributed.processes import of_each_size
 
@@ -72,13 +72,13 @@ def config_of(
 
 def gradients(setup: TrainingSetup, batch: Step) -> dict[str, Any]:
     """Loss, value, measures, norm and the summed gradients of the whole policy, by name."""
-    policy, workers = setup.policy, setup.workers
+    policy, workers = setup.policy, setup.step.workers
     policy.train()
     policy.seed_draws(11)
     trainer = setup.trainer()
-    if setup.proposal is not None:
-        setup.proposal.at_step(0)
-    value, measures = setup.step.loss(batch, measure=True, place=StepPlace(1, 5))
+    if setup.step.proposal is not None:
+        setup.step.proposal.at_step(0)
+    value, measures = setup.step.loss(batch, diagnose=True, key=StepKey(1, 5))
     value.loss.backward()
     trainer._gradients.combine()
     norm = float(trainer._gradients.clip(1e9))
@@ -95,21 +95,21 @@ def gradients(setup: TrainingSetup, batch: Step) -> dict[str, Any]:
             name: whole.state_dict()[name] if whole is not None and name in names else value
             for name, value in found.items()
         }
-    if setup.proposal is not None:
-        setup.proposal.close()
+    if setup.step.proposal is not None:
+        setup.step.proposal.close()
     return {
-        "loss": float(setup.step.whole(value.loss.detach())),
+        "loss": float(setup.step.total_loss(value.loss.detach())),
         "value": float(value.value),
         "norm": norm,
-        "measures": None if measures is None else measures_line(measures),
+        "measures": None if measures is None else diagnostics_line(measures),
         "gradients": found,
     }
 
 
 def first_batch(setup: TrainingSetup) -> Step:
     trainer = setup.trainer()
-    with trainer._reader() as reader:
-        for batch in reader.epoch(0, None, setup.workers.rank, setup.workers.size):
+    with trainer.reader() as reader:
+        for batch in reader.epoch(0, None, setup.step.workers.rank, setup.step.workers.size):
             return batch
     raise AssertionError
 
@@ -164,7 +164,7 @@ def results(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
         size: [torch.load(folder / f"{size}-{rank}.pt", weights_only=False) for rank in range(size)]
         for size in range(1, WORKERS + 1)
     }
-    return {0: [all_cases(ALONE, simulated, folder)], **found}
+    return {0: [all_cases(SINGLE_PROCESS, simulated, folder)], **found}
 
 
 NAMES = [

@@ -25,9 +25,9 @@ from offtower.errors import ConfigError, DataError, RunError
 from offtower.metrics import read_metrics
 from offtower.models.items import ItemFeatures
 from offtower.models.store import load_policy
-from offtower.training.distributed import ALONE, Workers
 from offtower.training.distributed.item_shard import item_range
 from offtower.training.run import train_run
+from offtower.training.workers import SINGLE_PROCESS, Workers
 from tests.training.conftest import make_config
 from tests.training.distributed.processes import START, run_workers
 from tests.training.test_resume import assert_same_policy
@@ -126,7 +126,7 @@ def test_resumed_on_other_numbers_of_workers(
     """2 -> 1 -> 3 workers, stopped inside epochs: the one-process policy, to rounding."""
     config = config_of(simulated, tmp_path, "a", strategy)
     run_workers(2, train_until, config, 7)
-    train_until(ALONE, config, 25)
+    train_until(SINGLE_PROCESS, config, 25)
     run_workers(3, train_until, config, None)
     assert_near(config.run_directory, one_process, simulated)
     steps = [m["step"] for m in read_metrics(config.run_directory / "metrics.jsonl")]
@@ -199,7 +199,7 @@ def _start(rank: int, config: Config, rendezvous: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from offtower.training.distributed import TorchWorkers
+    from offtower.training.workers import TorchWorkers
     from tests.training.distributed.processes import TIMEOUT
 
     torch.set_num_threads(1)
@@ -296,7 +296,7 @@ def test_long_work_of_the_first_worker_is_waited_for() -> None:
 
 
 def waits(workers: Workers) -> None:
-    from offtower.training.distributed import workers as module
+    from offtower.training import workers as module
 
     module._SIGN_OF_LIFE = 0.5
     began = time.monotonic()

@@ -9,8 +9,8 @@ import pytest
 from offtower.config import Config
 from offtower.errors import ConfigError
 from offtower.metrics import read_metrics
-from offtower.training.distributed import ALONE
 from offtower.training.run import train_run
+from offtower.training.workers import SINGLE_PROCESS
 from tests.training.distributed.processes import run_workers
 from tests.training.distributed.test_runs import assert_near, config_of, train, train_until
 from tests.training.test_resume import assert_same_policy
@@ -39,7 +39,7 @@ def test_resumed_on_other_numbers_of_workers(
     train_run(one)
     many = sampled(simulated, tmp_path, "many", "item_sharded", proposal)
     run_workers(2, train_until, many, 6)
-    train_until(ALONE, many, 14)
+    train_until(SINGLE_PROCESS, many, 14)
     run_workers(3, train_until, many, None)
     assert_near(many.run_directory, one.run_directory, simulated)
     mine, theirs = (read_metrics(c.run_directory / "metrics.jsonl") for c in (one, many))

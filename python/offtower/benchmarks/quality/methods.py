@@ -19,11 +19,11 @@ from offtower.benchmarks.quality.misspecified import (
 from offtower.benchmarks.quality.revealed import best_of_revealed
 from offtower.benchmarks.quality.world import QualityWorld, Value, of_scores, value
 from offtower.config import parse_config
+from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.data.convert import to_bandit_feedback
 from offtower.data.log import TableLog
 from offtower.data.simulate.features import vector_matrix
 from offtower.evaluation.intervals import simultaneous_confidence
-from offtower.models.reward.fit import obtain_reward_model
 from offtower.objectives import OBJECTIVES
 from offtower.prepare import PreparedData, prepare
 from offtower.progress import Progress
@@ -91,7 +91,7 @@ def product(objective: str, **arguments: Any) -> Method:
 
     def learn(world: QualityWorld, seed: int) -> Learned:
         rows = world.log.num_rows
-        needs_model = OBJECTIVES[objective].needs_reward_model
+        needs_model = OBJECTIVES[objective].requirements.reward_model
         return _trained(
             world,
             seed,
@@ -129,10 +129,10 @@ def auto(world: QualityWorld, seed: int, **settings: Any) -> Learned:
     }
     from offtower.training.auto.ensemble import join
 
-    for name in found.choice.sharpest:
+    for name, best in found.choice.best.items():
         # What each candidate would have been worth: known to the benchmark, not to the choice.
         members = found.members[name]
-        of_candidate = value(world, join(members, found.choice.sharpest[name].factor), data.items)
+        of_candidate = value(world, join(members, best.inverse_temperature), data.items)
         facts[f"value of {name}"] = of_candidate.softmax
     return Learned(value(world, found.policy, data.items), seconds, facts)
 
@@ -160,7 +160,7 @@ def tuned(world: QualityWorld, seed: int) -> Learned:
             "training": {
                 "epochs": 30,
                 "batch_size": max(64, min(1024, rows // 16)),
-                "log_every_steps": 1_000_000_000,
+                "log_every_steps": None,
                 "measure_terms": False,
             },
         }
@@ -274,14 +274,10 @@ METHODS: Mapping[str, Method] = {
     "regression": product("regression"),
     "ips": product("ips"),
     "clipped_ips": product("clipped_ips", max_weight=10.0),
-    "log_smoothing": product("log_smoothing", lambda_=0.5),
-    "exponential_smoothing": product("exponential_smoothing", alpha=0.7),
-    "baseline_ips": product("baseline_ips"),
-    "pessimistic_ips": product("pessimistic_ips"),
+    "snips": product("snips"),
     "weighted_likelihood": product("weighted_likelihood"),
     "dr": product("dr"),
     "clipped_dr": product("clipped_dr", max_weight=10.0),
-    "shrinkage_dr": product("shrinkage_dr", shrinkage=10.0),
     "potec": product("potec", clusters=10, max_weight=10.0),
     "logistic_cv": logistic_cv,
     "half_blind_regression": half_blind_regression,
@@ -305,7 +301,7 @@ def _trained(world: QualityWorld, seed: int, **sections: Any) -> Learned:
             "data": {"train": "memory", "catalogue": "memory"},
             **sections,
             "training": {
-                "log_every_steps": 1_000_000_000,
+                "log_every_steps": None,
                 "measure_terms": False,
                 **sections["training"],
             },

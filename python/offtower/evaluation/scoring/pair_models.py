@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from offtower.config import RewardModelConfig
 from offtower.data.encoding import FeatureArrays, FeatureEncoding, take
 from offtower.data.order import EpochOrder
-from offtower.data.reader import BatchReader
 from offtower.data.rows import EncodedRows
 from offtower.errors import RunError
 from offtower.models.reward.dense import flatten, make_estimator, predict
@@ -111,15 +110,7 @@ def fit_pair_model(
         data.train.row_group_sizes, _FIT_BATCH, seed=derive_seed(seed, "pair model rows")
     )
     matrices, rewards, count = [], [], 0
-    reader = BatchReader(
-        data.train,
-        data.catalogue,
-        data.context_encoding,
-        order,
-        on_bad_rows=data.on_bad_rows,
-        quarantine=data.quarantine_of("train"),
-    )
-    with reader:
+    with data.batches(order) as reader:
         for _, rows, _ in reader.epoch(0):
             every = np.arange(len(rows), dtype=np.int64)
             matrices.append(

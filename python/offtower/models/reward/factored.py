@@ -46,7 +46,7 @@ class FactoredRewardModel(RewardModel):
             model.eval()
             model.requires_grad_(False)
 
-    def over(self, items: ItemFeatures) -> FactoredRewardModel:
+    def with_items(self, items: ItemFeatures) -> FactoredRewardModel:
         """The same model over other items, such as a part of the catalogue."""
         return FactoredRewardModel(self.towers, items, self.link, self._chunk)
 

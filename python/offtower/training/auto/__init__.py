@@ -1,4 +1,4 @@
-"""`objective=auto`: several learners, cross-fitted, between which held-out rows choose."""
+"""`objective=auto`: cross-fitted candidates, and a choice between them on held-out rows."""
 
 from offtower.training.auto.run import AutoTraining, train_auto
 

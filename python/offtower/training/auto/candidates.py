@@ -1,4 +1,4 @@
-"""What `auto` tries: an objective and an architecture each, with their settings."""
+"""Candidates of `auto`: an objective, an architecture and optimizer settings each."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass, replace
 from offtower.config import AutoConfig, Config, PolicyConfig, TowerConfig
 from offtower.data.encoding import FeatureEncoding
 from offtower.errors import ConfigError
-from offtower.objectives import Objective, Regression, make_objective
+from offtower.objectives import ImplicitSquares, Objective, Regression, WeightedLikelihood
 from offtower.prepare import PreparedData
-from offtower.training.auto.belief import default_order
-from offtower.training.checks import check_terms_for
+from offtower.training.auto.prior_order import prior_order
+from offtower.training.checks import check_terms
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PolicyCandidate:
     """A way to learn a policy from the log."""
 
     name: str
     objective: Objective
     policy: PolicyConfig
-    learning_rate: float
-    weight_decay: float
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.1
 
     @property
     def predicts_rewards(self) -> bool:
@@ -39,36 +39,48 @@ class Schedule:
 
 
 _LINEAR_DIM = 64
-_FEW_ITEMS = 1 << 15
+_IMPLICIT_DIM, _IMPLICIT_DIM_MANY_ITEMS = 256, 128
+"""Value rises with the rank up to a full one, and so does the memory of the embeddings."""
+_MANY_ITEMS = 1 << 15
 
 
-def make_candidates(config: Config, data: PreparedData) -> list[Candidate]:
-    """The candidates that the log allows.
+def make_candidates(config: Config, data: PreparedData) -> list[PolicyCandidate]:
+    """Build the candidates that the log allows, in prior order.
 
     Raises:
         ConfigError: a name is unknown, or no candidate is left.
     """
-    known: dict[str, Callable[[str], Candidate]] = {
-        "regression_linear": lambda name: _linear(name, _regression(data), config, data),
-        "regression": lambda name: _deep(name, _regression(data), config),
-        "likelihood_linear": lambda name: _linear(name, _likelihood(), config, data),
-        "likelihood": lambda name: _deep(name, _likelihood(), config),
-        "implicit_linear": lambda name: _linear(
-            name, _implicit(), config, data, widest=_implicit_width(data), weight_decay=1.0
-        ),
+    regression = Regression().for_rewards(binary=data.facts.binary_reward)
+    likelihood = WeightedLikelihood(max_weight=100.0)
+    many = data.items.num_items > _MANY_ITEMS
+    implicit = _linear(config, data, _IMPLICIT_DIM_MANY_ITEMS if many else _IMPLICIT_DIM)
+    linear, deep = _linear(config, data, _LINEAR_DIM), _plain(config.policy)
+    known = {
+        one.name: one
+        for one in (
+            PolicyCandidate("regression_linear", regression, linear),
+            PolicyCandidate("regression", regression, deep, learning_rate=3e-3),
+            PolicyCandidate("likelihood_linear", likelihood, linear),
+            PolicyCandidate("likelihood", likelihood, deep, learning_rate=3e-3),
+            PolicyCandidate(
+                "implicit_linear", ImplicitSquares(0.1, max_weight=10.0), implicit, weight_decay=1.0
+            ),
+        )
     }
-    names = config.auto.candidates or default_order(data)
+    names = config.auto.candidates or prior_order(data)
     for name in names:
         if name not in known:
             raise ConfigError(f"auto.candidates: unknown '{name}'; known: {', '.join(known)}")
     negative = data.train.schema.reward_range[0] < 0.0
-    made = [known[name](name) for name in names]
-    made = [one for one in made if not (negative and one.objective.needs_nonnegative_reward)]
-    if config.auto.candidates is None and config.training.terms == "sampled":
-        made = [one for one in made if not one.objective.needs_square_sum]
-    for one in made:
-        # Members learn from the whole catalogue each, whatever the strategy.
-        check_terms_for(one.objective, replace(config.training, strategy="replicated"))
+    sampled_default = config.auto.candidates is None and config.training.terms == "sampled"
+    made = []
+    for one in (known[name] for name in names):
+        needs = one.objective.requirements
+        if (negative and needs.nonnegative_reward) or (sampled_default and needs.square_sum):
+            continue
+        # Members read the whole catalogue under every strategy.
+        check_terms(one.objective, replace(config.training, strategy="replicated"))
+        made.append(one)
     if not made:
         raise ConfigError(
             "auto.candidates: none is left that takes rewards below zero; add 'regression'"
@@ -77,7 +89,7 @@ def make_candidates(config: Config, data: PreparedData) -> list[Candidate]:
 
 
 def make_schedule(settings: AutoConfig, rows: int) -> Schedule:
-    """Passes over a log of `rows` rows: enough steps on small logs, few passes on large ones."""
+    """Choose enough steps for small logs and few epochs for large ones."""
     batch = settings.batch_size
     if batch is None:
         # Powers of two near a sixteenth of the log.
@@ -89,36 +101,11 @@ def make_schedule(settings: AutoConfig, rows: int) -> Schedule:
     return Schedule(epochs, min(batch, rows))
 
 
-def _regression(data: PreparedData) -> Objective:
-    return Regression().resolve(data.facts.binary_reward)
-
-
-def _likelihood() -> Objective:
-    return make_objective("weighted_likelihood", {"max_weight": 100.0})
-
-
-def _implicit() -> Objective:
-    return make_objective("implicit_squares", {"alpha": 0.1, "max_weight": 10.0})
-
-
-def _implicit_width(data: PreparedData) -> int:
-    """Rank costs an ensemble's embeddings memory, and some value is gained up to a full one."""
-    return 256 if data.items.num_items <= _FEW_ITEMS else 128
-
-
-def _linear(
-    name: str,
-    objective: Objective,
-    config: Config,
-    data: PreparedData,
-    *,
-    widest: int = _LINEAR_DIM,
-    weight_decay: float = 0.1,
-) -> Candidate:
+def _linear(config: Config, data: PreparedData, max_dim: int) -> PolicyConfig:
     """Embeddings that are linear in the features: <u, v> has all interactions of context and item
-    features, up to rank d. Ids and tokens need a wide one, few numbers do not."""
-    given = config.policy.embedding_dim
-    dim = max(given, min(widest, _width(data.context_encoding), _width(data.item_encoding)))
+    features up to rank d. Ids and tokens need a high rank, a few numeric features do not."""
+    width = min(_width(data.context_encoding), _width(data.item_encoding))
+    dim = max(config.policy.embedding_dim, min(max_dim, width))
 
     def tower(given: TowerConfig) -> TowerConfig:
         return TowerConfig(
@@ -128,12 +115,11 @@ def _linear(
             unknown_rate=given.unknown_rate,
         )
 
-    policy = replace(_plain(config.policy, tower), embedding_dim=dim)
-    return Candidate(name, objective, policy, learning_rate=1e-2, weight_decay=weight_decay)
+    return replace(_plain(config.policy, tower), embedding_dim=dim)
 
 
 def _width(encoding: FeatureEncoding) -> int:
-    """Numbers that one row's features are, categories one-hot."""
+    """Width of a row's features with categories one-hot."""
     return sum(
         1
         if spec.kind == "numeric"
@@ -144,15 +130,10 @@ def _width(encoding: FeatureEncoding) -> int:
     )
 
 
-def _deep(name: str, objective: Objective, config: Config) -> Candidate:
-    """The configured towers."""
-    return Candidate(name, objective, _plain(config.policy), learning_rate=3e-3, weight_decay=0.1)
-
-
 def _plain(
     policy: PolicyConfig, tower: Callable[[TowerConfig], TowerConfig] = lambda given: given
 ) -> PolicyConfig:
-    """One member with an item bias and temperature 1: sharpness is chosen when all is learned."""
+    """A single member with an item bias and temperature 1, which is chosen after fitting."""
 
     def side(given: TowerConfig) -> TowerConfig:
         return replace(tower(given), members=1, bias_scale=1.0, bag="root")

@@ -1,4 +1,4 @@
-"""Learn all candidates, judge them where they did not learn, join the members of the best."""
+"""Fit all candidates, choose one on held-out rows, and join its members."""
 
 from __future__ import annotations
 
@@ -7,98 +7,88 @@ from dataclasses import dataclass
 from typing import Any
 
 from offtower.config import Config
-from offtower.data.reader import scan
 from offtower.mapping import Mapper
-from offtower.metrics import MetricsLog
 from offtower.models.policy import TwoTowerPolicy
 from offtower.prepare import PreparedData
-from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
+from offtower.training.auto.candidate_learner import CandidateLearner
 from offtower.training.auto.candidates import make_candidates, make_schedule
-from offtower.training.auto.choose import Choice, choose
+from offtower.training.auto.choice import Choice, choose
 from offtower.training.auto.ensemble import join
 from offtower.training.auto.folds import Folds
-from offtower.training.auto.judge import SCAN_ROWS, Judge
-from offtower.training.auto.learning import CandidateLearner
-from offtower.training.trainer import EpochHook, TrainingResult
+from offtower.training.auto.held_out import SCAN_ROWS, HeldOutEvaluator
+from offtower.training.trainer import TrainingOutputs, TrainingResult
 
 
 @dataclass(frozen=True)
 class AutoTraining:
-    """The policy, and how it was chosen."""
+    """The policy and the evidence for it."""
 
     policy: TwoTowerPolicy
     choice: Choice
     members: Mapping[str, list[TwoTowerPolicy]]
     result: TrainingResult
     report: dict[str, Any]
-    """JSON: the chosen candidate, every candidate's estimate at every sharpness, losses."""
+    """JSON: the chosen candidate, all estimates and held-out losses."""
 
 
 def train_auto(
     config: Config,
     data: PreparedData,
     *,
-    progress: Progress | None = None,
-    metrics: MetricsLog | None = None,
+    outputs: TrainingOutputs | None = None,
     run: RunDirectory | None = None,
     mapper: Mapper | None = None,
-    on_epoch_end: EpochHook | None = None,
 ) -> AutoTraining:
-    """Learn a policy that needs no settings.
+    """Train a policy that needs no settings.
 
     Args:
         config: `auto`, `policy` sizes, `seed`.
-        data: its training log has propensities. A validation log is not needed, nor read.
-        progress, metrics: where both go.
-        on_epoch_end: called once, with the policy that was chosen.
-        run: where members are kept once they are learned, so that a run that was killed goes on.
-        mapper: learns members; one that works elsewhere takes them one by one, and needs `run`, in
-            a place that its workers see.
+        data: its training log has propensities. A validation log is neither needed nor read.
+        outputs: metrics, progress and `on_epoch_end`, which is called once with the chosen policy.
+        run: keeps fitted members, so that a killed run can continue.
+        mapper: fits members; a distributed one takes them one by one and needs `run` in a place
+            that its workers see.
 
     Raises:
         ConfigError: no candidate is possible.
     """
-    progress, metrics = progress or Progress(), metrics or MetricsLog(None)
+    outputs = outputs or TrainingOutputs()
+    progress, metrics = outputs.progress, outputs.metrics
     settings = config.auto
     number = settings.members or settings.folds
-    folds = Folds(settings.folds, tuple(range(number)), config.seed).balanced(
-        scan(
-            data.train,
-            data.catalogue,
-            data.context_encoding,
-            SCAN_ROWS,
-            on_bad_rows=data.on_bad_rows,
-            quarantine=data.quarantine_of("train"),
-        )
-    )
+    folds = Folds(settings.folds, tuple(range(number)), config.seed)
+    folds = folds.balanced(data.scan(SCAN_ROWS))
     schedule = make_schedule(settings, data.train.num_rows)
     candidates = make_candidates(config, data)
     names = [candidate.name for candidate in candidates]
-    learned = CandidateLearner(
+    learner = CandidateLearner(
         config, data, candidates, folds, schedule, mapper or Mapper(), run, progress
     )
-    members = learned("judged", names)
-    progress.start("judging candidates on held-out rows", None)
-    judge = Judge(data, folds, settings.judge_rows, config.training.item_chunk)
-    regressions = [one.name for one in candidates if one.predicts_rewards]
-    judged = judge(members, regressions, data.facts.binary_reward)
+    members = learner.members("out_of_fold", names)
+    progress.start("evaluating candidates on held-out rows", None)
+    evaluator = HeldOutEvaluator(data, folds, settings.held_out_rows, config.training.item_chunk)
+    rows = evaluator.evaluate(
+        members,
+        [one.name for one in candidates if one.predicts_rewards],
+        binary=data.facts.binary_reward,
+    )
     choice = choose(
-        judged,
-        # In the order of belief; of regressions the best is left.
-        [name for name in names if name in judged.scale],
-        least_reward=float(data.train.schema.reward_range[0]),
+        rows,
+        # In prior order; of the regressions only the best is left.
+        [name for name in names if name in rows.scale],
+        min_reward=float(data.train.schema.reward_range[0]),
         confidence=config.evaluation.confidence,
     )
     progress.finish()
-    report = describe(choice, judged.loss)
     chosen, final = choice.chosen, members[choice.chosen.name]
-    factor = chosen.factor
+    inverse_temperature = chosen.inverse_temperature
     if settings.refit:
-        final = learned("refit", [chosen.name])[chosen.name]
-        # As sharp as what was judged: members that saw more rows may have larger logits.
-        factor *= judged.scale[chosen.name] / judge.scale(final)
-    policy = join(final, factor)
+        final = learner.members("refit", [chosen.name])[chosen.name]
+        # Members that saw more rows may have larger logits: keep the policy as sharp as chosen.
+        inverse_temperature *= rows.scale[chosen.name] / evaluator.scale(final)
+    policy = join(final, inverse_temperature)
+    report = describe(choice, rows.loss)
     steps = schedule.epochs * -(-data.train.num_rows // schedule.batch_size)
     metrics.restart()
     metrics.write({"kind": "auto", "step": steps, **report})
@@ -114,8 +104,8 @@ def train_auto(
             "estimator": "dr of held-out training rows",
         },
     }
-    if on_epoch_end is not None:
-        line.update(on_epoch_end(policy, schedule.epochs - 1))
+    if outputs.on_epoch_end is not None:
+        line.update(outputs.on_epoch_end(policy, schedule.epochs - 1))
     metrics.write(line)
     result = TrainingResult(
         epochs=schedule.epochs,
@@ -130,19 +120,14 @@ def train_auto(
 
 
 def describe(choice: Choice, loss: Mapping[str, float]) -> dict[str, Any]:
-    """What was chosen between, as JSON takes it."""
+    """Return the choice and all estimates as JSON."""
+    keys = ("inverse_temperature", "value", "low", "mean_weight")
     return {
         "chosen": choice.chosen.name,
-        "factor": choice.chosen.factor,
-        "value": choice.chosen.value,
-        "low": choice.chosen.low,
-        "mean_weight": choice.chosen.mean_weight,
+        **{key: getattr(choice.chosen, key) for key in keys},
         "held_out_loss": dict(loss),
         "candidates": {
-            name: [
-                {"factor": s.factor, "value": s.value, "low": s.low, "mean_weight": s.mean_weight}
-                for s in options
-            ]
-            for name, options in choice.scored.items()
+            name: [{key: getattr(one, key) for key in keys} for one in options]
+            for name, options in choice.estimates.items()
         },
     }

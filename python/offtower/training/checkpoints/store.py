@@ -43,7 +43,7 @@ from offtower.training.checkpoints.state import (
     owned_names,
     policy_tensors,
 )
-from offtower.training.distributed.workers import ALONE, Workers
+from offtower.training.workers import SINGLE_PROCESS, Workers
 
 logger = logging.getLogger("offtower.checkpoints")
 
@@ -67,7 +67,7 @@ class CheckpointStore:
         directory: Path,
         fingerprint: str,
         kept: int,
-        workers: Workers = ALONE,
+        workers: Workers = SINGLE_PROCESS,
         owned: OwnedRows | None = None,
         run: ClaimedRun | None = None,
     ) -> None:

@@ -1,5 +1,1 @@
-"""Training on several processes: what spans them, and nothing of who started them."""
-
-from offtower.training.distributed.workers import ALONE, TorchWorkers, Workers
-
-__all__ = ["ALONE", "TorchWorkers", "Workers"]
+"""What a training step on several workers adds: gradient sums and item shards."""

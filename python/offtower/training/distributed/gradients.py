@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from offtower.models.features import UNKNOWN, embedding_tables
 from offtower.models.optimizer import clip_gradients, scale_down
-from offtower.training.distributed.workers import Workers
+from offtower.training.workers import Workers
 
 _BUCKET = 1 << 22
 """Numbers that are sent together, 16 MiB: few messages, and little memory beside the gradients."""

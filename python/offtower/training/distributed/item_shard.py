@@ -18,7 +18,7 @@ from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.towers import MLPBody
 from offtower.prepare import PreparedData
-from offtower.training.distributed.workers import Workers
+from offtower.training.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def make_shard(config: PolicyConfig, data: PreparedData, workers: Workers) -> It
         stop,
         total,
         -(-total // workers.size),
-        data.items.beside(ItemFeatures(recoded, stop - start, start)),
+        data.items.on_same_device(ItemFeatures(recoded, stop - start, start)),
         plain,
         codes,
     )

@@ -17,11 +17,11 @@ from offtower.ops.sampled_partial import sampled_partial_terms
 from offtower.sampling import Proposal
 from offtower.training.distributed.item_shard import ItemShard
 from offtower.training.distributed.sharded_terms import merge_over_workers
-from offtower.training.distributed.workers import Workers
-from offtower.training.sampled import ExactAtTimes
+from offtower.training.sampled import PeriodicExact
+from offtower.training.workers import Workers
 
 
-class ShardedSampledTerms(ExactAtTimes):
+class ShardedSampledTerms(PeriodicExact):
     """As `training.sampled.SampledTerms`, of all rows of a step and this worker's items.
 
     Args:

@@ -18,7 +18,7 @@ from offtower.ops import FactoredReward
 from offtower.ops.types import RewardTerms
 from offtower.training.distributed.item_shard import ItemShard
 from offtower.training.distributed.sharded_terms import gather_rows, merged_terms
-from offtower.training.distributed.workers import Workers
+from offtower.training.workers import Workers
 
 
 class ShardedScorer:

@@ -1,9 +1,11 @@
-"""One step where each worker has its own items: contexts travel, items stay."""
+"""A training step in which each worker holds a part of the items."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.features import sent
@@ -16,25 +18,30 @@ from offtower.ops import FactoredReward, PolicyTerms
 from offtower.training.distributed.item_shard import ItemShard
 from offtower.training.distributed.sharded_sampled import ShardedSampledTerms
 from offtower.training.distributed.sharded_terms import gather_rows, merged_terms, sum_rows
-from offtower.training.distributed.workers import Workers
-from offtower.training.step import FIRST_PLACE, StepMeasures, StepPlace, measured, row_numbers
+from offtower.training.step import (
+    FIRST_STEP,
+    StepDiagnostics,
+    StepKey,
+    TrainingStep,
+    compute_diagnostics,
+    row_numbers,
+)
+from offtower.training.workers import Workers
 
 
-class ShardedStep:
-    """Each worker embeds its rows of the batch and its items of the catalogue; with sampled terms,
-    those of its items that the step touches.
+class ShardedStep(TrainingStep):
+    """Each worker embeds its rows of the batch and its items (with sampled terms, those touched).
 
-    After the terms are merged every worker has them for all rows of the batch, and computes the
-    same loss: ratio objectives need no sums of their own.
+    Contexts are gathered; items stay. After the terms are merged, every worker has them for all
+    rows of the batch and computes the same loss, so ratio objectives need no sums of their own.
 
     Args:
         policy: with tables of the shard.
-        objective: what is maximised.
         shard: this worker's items.
-        reward_model: over the shard's items (`FactoredRewardModel.over`).
+        reward_model: over the shard's items (`FactoredRewardModel.with_items`).
         item_chunk: items embedded at a time.
-        workers: those that share the step.
-        sampled: terms from draws; None takes exact ones.
+        sampled: estimates terms from draws; None computes exact terms.
+        owned: parameters that hold the shard's rows.
     """
 
     def __init__(
@@ -44,73 +51,83 @@ class ShardedStep:
         shard: ItemShard,
         reward_model: FactoredRewardModel | None,
         workers: Workers,
+        *,
         item_chunk: int = DEFAULT_CHUNK,
         sampled: ShardedSampledTerms | None = None,
+        owned: Sequence[nn.Parameter] = (),
     ) -> None:
-        self.sampled = sampled
-        self.policy = policy
-        self.objective = objective
-        self.shard = shard
-        self.reward_model = reward_model if objective.needs_reward_model else None
-        self.workers = workers
-        self.item_chunk = item_chunk
+        super().__init__(
+            policy,
+            objective,
+            reward_model,
+            proposal=None if sampled is None else sampled.proposal,
+            workers=workers,
+            owned=owned,
+        )
+        self._shard = shard
+        self._sampled = sampled
+        self._item_chunk = item_chunk
 
     def loss(
-        self, batch: Step, *, measure: bool = False, place: StepPlace = FIRST_PLACE
-    ) -> tuple[ObjectiveValue, StepMeasures | None]:
-        joined = batch.joined
-        over = Reduction(batch.batch_rows)
-        reward = tensor_of(joined.reward, self.policy.device)
+        self, batch: Step, *, diagnose: bool = False, key: StepKey = FIRST_STEP
+    ) -> tuple[ObjectiveValue, StepDiagnostics | None]:
+        reduction = Reduction(batch.batch_rows)
+        reward = tensor_of(batch.joined.reward, self.policy.device)
         pscore = self._pscore(batch)
-        if not self.objective.uses_policy:
+        requirements = self.objective.requirements
+        if not requirements.policy_terms:
             logit = self._action_logit(batch)
-            return self.objective(LoggedRows(reward, action_logit=logit), over), None
-        entropy = measure or self.objective.needs_entropy
-        if self.sampled is None or self.sampled.wants_exact(place.step):
-            terms = self._exact_terms(batch, entropy=entropy)
-        else:
-            terms = self._sampled_terms(batch, place.seed, entropy=entropy)
-        value = self.objective(LoggedRows(reward, terms=terms, pscore=pscore), over)
-        return value, measured(terms, pscore) if measure else None
+            return self.objective(LoggedRows(reward, action_logit=logit), reduction), None
+        terms = self._terms(
+            batch,
+            None if self._sampled is None or self._sampled.is_exact(key.step) else key.seed,
+            self._reward(batch),
+            entropy=diagnose or requirements.entropy,
+        )
+        value = self.objective(LoggedRows(reward, terms=terms, pscore=pscore), reduction)
+        return value, compute_diagnostics(terms, pscore) if diagnose else None
 
     @torch.no_grad()
-    def measures(self, batch: Step, seed: int = 0) -> StepMeasures:
-        if self.sampled is None:
-            terms = self._exact_terms(batch, entropy=True, reward=False)
-        else:
-            terms = self._sampled_terms(batch, seed, entropy=True, reward=False)
-        return measured(terms, self._pscore(batch))
+    def diagnostics(self, batch: Step, seed: int = 0) -> StepDiagnostics:
+        terms = self._terms(batch, None if self._sampled is None else seed, None, entropy=True)
+        return compute_diagnostics(terms, self._pscore(batch))
 
-    def whole(self, loss: Tensor) -> Tensor:
+    def total_loss(self, loss: Tensor) -> Tensor:
         return loss
 
-    def _exact_terms(self, batch: Step, *, entropy: bool, reward: bool = True) -> PolicyTerms:
-        items = self.policy.embed_items(self.shard.items, chunk=self.item_chunk)
+    def _terms(
+        self,
+        batch: Step,
+        sample_seed: int | None,
+        reward_model: FactoredReward | None,
+        *,
+        entropy: bool,
+    ) -> PolicyTerms:
+        """Sampled terms of all rows, or exact ones without `sample_seed`."""
+        action = tensor_of(batch.joined.action)
+        if sample_seed is not None:
+            assert self._sampled is not None
+            return self._sampled(
+                self._contexts(batch),
+                action,
+                sample_seed,
+                reward_model=reward_model,
+                entropy=entropy,
+            )
+        items = self.policy.embed_items(self._shard.items, chunk=self._item_chunk)
         return merged_terms(
             self._contexts(batch),
             items.embedding,
             items.bias,
-            self.shard.local(tensor_of(batch.joined.action, self.policy.device)),
+            self._shard.local(tensor_of(batch.joined.action, self.policy.device)),
             self.workers,
             temperature=self.policy.temperature,
-            reward_model=self._reward(batch) if reward else None,
-            entropy=entropy,
-        )
-
-    def _sampled_terms(
-        self, batch: Step, seed: int, *, entropy: bool, reward: bool = True
-    ) -> PolicyTerms:
-        assert self.sampled is not None
-        return self.sampled(
-            self._contexts(batch),
-            tensor_of(batch.joined.action),
-            seed,
-            reward_model=self._reward(batch) if reward else None,
+            reward_model=reward_model,
             entropy=entropy,
         )
 
     def _contexts(self, batch: Step, *, scaled: bool = True) -> Tensor:
-        """(B, d) of all rows; without the temperature where not `scaled`."""
+        """(B, d) embeddings of all rows; without the learned temperature if not `scaled`."""
         device = self.policy.device
         features, numbers = to_tensors(batch.rows.context, device), row_numbers(batch, device)
         mine = (
@@ -121,23 +138,26 @@ class ShardedStep:
         return gather_rows(mine, self._counts(batch), self.workers)
 
     def _reward(self, batch: Step) -> FactoredReward | None:
+        """The reward model over this worker's items for the rows of all workers."""
         if self.reward_model is None:
             return None
         mine = self.reward_model.for_training_rows(batch.rows, batch.fold)
-        return gather_reward(mine, self._counts(batch), self.workers)
+        assert isinstance(mine, FactoredReward), "the setup accepts factored models only"
+        context = self.workers.gather(mine.context, self._counts(batch))
+        return FactoredReward(context, mine.item, mine.item_bias, link=mine.link)
 
     def _action_logit(self, batch: Step) -> Tensor:
-        """(B,) <u_i, v_i> + b_i: the items' owners compute their rows, and the sum has all."""
+        """(B,) <u_i, v_i> + b_i: each worker computes the rows of its items; the sum has all."""
         contexts = self._contexts(batch, scaled=False)
-        # On the CPU, which need not wait for what it knows.
-        local = self.shard.local(tensor_of(batch.joined.action))
+        # On the CPU, so that the host does not wait for a GPU.
+        local = self._shard.local(tensor_of(batch.joined.action))
         rows = (local >= 0).nonzero()[:, 0]
-        items, mine = self.shard.items.at(local[rows]), sent(rows, self.policy.device)
+        items, mine = self._shard.items.at(local[rows]), sent(rows, self.policy.device)
         embedding, bias = self.policy.item_tower(items, mine)
-        own = (contexts[mine] * embedding).sum(dim=1)
+        logit = (contexts[mine] * embedding).sum(dim=1)
         if bias is not None:
-            own = own + bias
-        return sum_rows(contexts.new_zeros(len(local)).index_put((mine,), own), self.workers)
+            logit = logit + bias
+        return sum_rows(contexts.new_zeros(len(local)).index_put((mine,), logit), self.workers)
 
     def _pscore(self, batch: Step) -> Tensor | None:
         pscore = batch.joined.pscore
@@ -145,10 +165,3 @@ class ShardedStep:
 
     def _counts(self, batch: Step) -> list[int]:
         return self.workers.counts(batch.batch_rows)
-
-
-def gather_reward(mine: FactoredReward, counts: list[int], workers: Workers) -> FactoredReward:
-    """A reward model over a worker's items, for the rows of all workers."""
-    return FactoredReward(
-        workers.gather(mine.context, counts), mine.item, mine.item_bias, link=mine.link
-    )

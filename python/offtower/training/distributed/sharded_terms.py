@@ -17,7 +17,7 @@ from torch import Tensor
 from offtower.ops import FactoredReward, PartialTerms, PolicyTerms, partial_terms
 from offtower.ops.reference import RunningSums, finite_top
 from offtower.ops.shards import shard_gradients
-from offtower.training.distributed.workers import Workers
+from offtower.training.workers import Workers
 
 
 class _GatheredRows(torch.autograd.Function):

@@ -1,19 +1,19 @@
-"""Fit the reward model of a run, cross-fitted in folds of the training log, or restore it."""
+"""Fit the reward model of a run, cross-fitted on the training log, or restore it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from torch import Tensor, nn
 
 from offtower.checksums import checked_directory, is_complete, verify_directory
 from offtower.config import RewardModelConfig
+from offtower.crossfit.loop import FitPlan, FitStep, FoldModel, ModelLoss, fit_out_of_fold
 from offtower.data.encoding import FeatureEncoding, take, tensor_of, to_tensors
 from offtower.data.order import EpochOrder, fold_of
-from offtower.data.reader import BatchReader, scan
 from offtower.data.rows import EncodedRows
 from offtower.errors import RunError
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
@@ -35,11 +35,9 @@ from offtower.seeds import derive_seed, seed_torch
 SCAN_ROWS = 8192
 _REMEDY = "restore the folder from a copy, or remove it: the reward model is then fitted again"
 
-M = TypeVar("M", bound=nn.Module)
-
 
 def reward_folds(rows: EncodedRows, folds: int, seed: int) -> np.ndarray:
-    """(n,) fold of each row: by user where the log knows users, else by row number."""
+    """(n,) fold of each row, by user where the log has users, else by row number."""
     key = rows.row if rows.user_id is None else rows.user_id
     return fold_of(key, folds, derive_seed(seed, "folds"))
 
@@ -55,14 +53,17 @@ def obtain_reward_model(
 ) -> RewardModel | None:
     """Restore the reward model from `directory`, or fit it and store it there.
 
-    None where the configuration names no reward model. With equal data, configuration and seed
-    the fit repeats to the bit, so a run killed before the model was stored fits it anew.
+    Returns None where the configuration has no reward model. With equal data, configuration and
+    seed the fit is bit-identical, so a run killed before the model was stored fits it again.
+
+    Args:
+        for_new_rows: the model must also predict rows of other logs.
     """
     if config.kind == "none":
         return None
     stored = directory is not None and is_complete(directory)
     if stored and config.kind == "dense" and for_new_rows:
-        # Regressors cannot be stored without a pickle: they are fitted again, to the same bits.
+        # Regressors are never stored (that takes a pickle): fit them again, to the same bits.
         return fit_reward_model(config, data, seed, progress)
     if directory is not None and stored:
         if config.kind == "dense":
@@ -94,11 +95,44 @@ def restore_reward_model(
     item_encoding: FeatureEncoding,
     items: ItemFeatures,
 ) -> FactoredRewardModel:
-    """A factored reward model that a run stored, over the catalogue `items`."""
+    """Load a factored reward model that a run stored, for the catalogue `items`."""
     verify_directory(directory, _REMEDY)
     return FactoredRewardModel.restore(
         directory, config, context_encoding, item_encoding, items, DEFAULT_CHUNK
     )
+
+
+def fit_plan(
+    config: RewardModelConfig, data: PreparedData, seed: int, stream: str, label: str
+) -> FitPlan:
+    """The passes over the log that fit models in the folds of the reward model."""
+    folds = config.folds
+    order = EpochOrder(
+        data.train.row_group_sizes,
+        config.batch_size,
+        seed=derive_seed(seed, f"{stream} order"),
+        num_folds=folds,
+    )
+    return FitPlan(
+        order,
+        fold=None if folds == 1 else lambda rows: reward_folds(rows, folds, seed),
+        epochs=config.epochs,
+        seed=seed,
+        label=label,
+        stream=f"{stream} step",
+    )
+
+
+def fold_models(modules: Sequence[nn.Module], config: RewardModelConfig) -> list[FoldModel]:
+    """One module per fold with the optimizer of the reward model; a single one sees all rows."""
+    return [
+        FoldModel(
+            make_optimizer("adamw", module, config.learning_rate, config.weight_decay),
+            held_out=None if config.folds == 1 else k,
+            stream=k,
+        )
+        for k, module in enumerate(modules)
+    ]
 
 
 def _design(data: PreparedData) -> PairDesign:
@@ -112,16 +146,7 @@ def _fit_dense(
 ) -> DenseRewardModel:
     check_size(data.train.num_rows, data.catalogue.num_items)
     design = _design(data)
-    parts = list(
-        scan(
-            data.train,
-            data.catalogue,
-            data.context_encoding,
-            SCAN_ROWS,
-            on_bad_rows=data.on_bad_rows,
-            quarantine=data.quarantine_of("train"),
-        )
-    )
+    parts = list(data.scan(SCAN_ROWS))
     pairs = np.concatenate([design.logged(part) for part in parts])
     reward = np.concatenate([part.reward for part in parts]).astype(np.float64)
     fold = np.concatenate([reward_folds(part, config.folds, seed) for part in parts])
@@ -141,18 +166,14 @@ def _fit_dense(
     rows = int(max(part.row.max() for part in parts)) + 1
     values = np.empty((rows, data.catalogue.num_items), dtype=np.float32)
     progress.start("predicting rewards", len(fold))
-    for part, folds in _with_folds(parts, fold):
+    ends = np.cumsum([len(part) for part in parts])
+    for part, folds in zip(parts, np.split(fold, ends[:-1]), strict=True):
         for k in np.unique(folds):
             index = np.flatnonzero(folds == k)
             values[part.row[index]] = design.predict(estimators[k], take(part.context, index))
         progress.advance(len(folds))
     progress.finish()
     return DenseRewardModel(estimators, design, values, data.device)
-
-
-def _with_folds(parts: list[EncodedRows], fold: np.ndarray) -> list[tuple[EncodedRows, np.ndarray]]:
-    ends = np.cumsum([len(part.reward) for part in parts])
-    return list(zip(parts, np.split(fold, ends[:-1]), strict=True))
 
 
 def _fit_factored(
@@ -166,74 +187,21 @@ def _fit_factored(
         model = make_towers(config, data.context_encoding, data.item_encoding)
         towers.append(model.to(data.device))
 
-    def of_batch(rows: EncodedRows) -> Callable[[TwoTowerPolicy], Tensor]:
+    def losses(step: FitStep) -> ModelLoss:
+        rows = step.batch.rows
         context = to_tensors(rows.context, data.device)
         item = data.items.at(tensor_of(rows.action))
-        reward, over = tensor_of(rows.reward, data.device), Reduction(rows=len(rows.reward))
+        reward, reduction = tensor_of(rows.reward, data.device), Reduction(rows=len(rows))
 
-        def of_model(model: TwoTowerPolicy) -> Tensor:
-            logit = model.action_logit(context, item)
-            return loss(LoggedRows(reward, action_logit=logit), over).loss
+        def loss_of(k: int) -> Tensor:
+            logit = towers[k].action_logit(context, item)
+            return loss(LoggedRows(reward, action_logit=logit), reduction).loss
 
-        return of_model
+        return loss_of
 
-    progress.start("fitting the reward model", config.epochs * data.train.num_rows)
-    fit_out_of_fold(towers, of_batch, config, data, seed, "reward", progress)
+    plan = fit_plan(config, data, seed, "reward", "fitting the reward model")
+    fit_out_of_fold(data, plan, fold_models(towers, config), losses, progress)
     return FactoredRewardModel(towers, data.items, link, DEFAULT_CHUNK)
-
-
-def fit_out_of_fold(
-    models: Sequence[M],
-    loss: Callable[[EncodedRows], Callable[[M], Tensor]],
-    config: RewardModelConfig,
-    data: PreparedData,
-    seed: int,
-    purpose: str,
-    progress: Progress,
-) -> None:
-    """Train a model a fold on the rows of all other folds, in one pass over the log an epoch.
-
-    Args:
-        models: in training mode, one for each of config.folds; a single one learns from all rows.
-        loss: of a batch, for each model; what models share is computed once.
-        config: passes, batches, learning rate and decay.
-        purpose: names the random streams of order and steps.
-        progress: started by the caller; it advances by rows and is finished here.
-    """
-    folds = config.folds
-    optimizers = [
-        make_optimizer("adamw", model, config.learning_rate, config.weight_decay)
-        for model in models
-    ]
-    order = EpochOrder(
-        data.train.row_group_sizes,
-        config.batch_size,
-        seed=derive_seed(seed, f"{purpose} order"),
-        num_folds=folds,
-    )
-    reader = BatchReader(
-        data.train,
-        data.catalogue,
-        data.context_encoding,
-        order,
-        fold=None if folds == 1 else lambda rows: reward_folds(rows, folds, seed),
-        on_bad_rows=data.on_bad_rows,
-        quarantine=data.quarantine_of("train"),
-    )
-    with reader:
-        for epoch in range(config.epochs):
-            for cursor, rows, fold in reader.epoch(epoch):
-                of_batch = loss(rows)
-                for k, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-                    if folds > 1 and k == fold:
-                        continue
-                    seed_torch(seed, f"{purpose} step", k, epoch, cursor.window, cursor.batch)
-                    value = of_batch(model)
-                    optimizer.zero_grad(set_to_none=True)
-                    value.backward()
-                    optimizer.step()
-                progress.advance(len(rows.reward))
-    progress.finish()
 
 
 def _link(configured: Literal["auto", "identity", "sigmoid"], binary: bool) -> Link:

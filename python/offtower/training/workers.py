@@ -108,7 +108,7 @@ class Workers:
         return [part.stop - part.start for part in parts]
 
 
-ALONE = Workers()
+SINGLE_PROCESS = Workers()
 """A run on this process only."""
 
 

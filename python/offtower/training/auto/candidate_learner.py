@@ -1,7 +1,7 @@
-"""Learning the members of candidates: here, or as parts on other machines.
+"""Fit the members of candidates in this process or as parts on other machines.
 
-A member depends on its seeds, its rows and its candidate alone. So all of a candidate's may be
-learned in one pass over the log, or each for itself where there are workers, with the same bits.
+A member depends only on its seeds, its rows and its candidate. All members of a candidate may be
+fitted in one pass over the log, or each on its own worker, with identical bits.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from offtower.models.store import load_weights, save_weights
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
-from offtower.training.auto.candidates import Candidate, Schedule
+from offtower.training.auto.candidates import PolicyCandidate, Schedule
 from offtower.training.auto.folds import Folds
 from offtower.training.auto.members import fit_members
-from offtower.training.device import place
+from offtower.training.device import to_configured_device
 
-Purpose = Literal["judged", "refit"]
+Purpose = Literal["out_of_fold", "refit"]
 _WEIGHTS = "member.safetensors"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Members of one candidate that are learned in one pass, by their places in the folds."""
+    """Members of one candidate that are fitted in one pass, by their indices into the folds."""
 
     candidate: str
     members: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class LearnPart:
-    """Part -> weights of its members; may run anywhere, and again."""
+class FitPart:
+    """Part -> weights of its members; may run on any machine, and repeatedly."""
 
     config: Config
-    candidates: Mapping[str, Candidate]
+    candidates: Mapping[str, PolicyCandidate]
     folds: Folds
     schedule: Schedule
     data: PreparedData | None
-    """None where the parts run elsewhere: each opens the log for itself, and learns on CPUs."""
+    """None on other machines: each part opens the log itself."""
     run_path: Path | None
-    """Of the run, whose encodings are read then."""
+    """The run whose encodings are then read."""
     progress: Progress | None
 
     def __call__(self, part: Part) -> list[dict[str, Tensor]]:
@@ -57,7 +57,7 @@ class LearnPart:
         data = self.data
         if data is None:
             opened = open_data(self.config, progress, self.run_path)
-            data = place(opened, self.config.training)
+            data = to_configured_device(opened, self.config.training)
         folds = replace(self.folds, held_out=tuple(self.folds.held_out[k] for k in part.members))
         candidate = self.candidates[part.candidate]
         members = fit_members(candidate, self.config, data, folds, self.schedule, progress)
@@ -65,21 +65,20 @@ class LearnPart:
 
 
 class CandidateLearner:
-    """Learns candidates' members by a mapper, and keeps them in the run's folder, so that a run
-    that was killed goes on.
+    """Fits candidates' members through a mapper and keeps them in the run's folder.
 
     Args:
-        config, data, candidates, schedule: as `fit_members` takes them.
-        folds: of the members that are judged.
+        config, data, candidates, schedule: as for `fit_members`.
+        folds: of the out-of-fold members.
         mapper: runs the parts.
-        run: where members are kept; None keeps nothing, and then the mapper works in this process.
+        run: keeps the members; None keeps nothing and needs a mapper of this process.
     """
 
     def __init__(
         self,
         config: Config,
         data: PreparedData,
-        candidates: Sequence[Candidate],
+        candidates: Sequence[PolicyCandidate],
         folds: Folds,
         schedule: Schedule,
         mapper: Mapper,
@@ -88,29 +87,29 @@ class CandidateLearner:
     ) -> None:
         self._config, self._data, self._schedule = config, data, schedule
         self._candidates = {one.name: one for one in candidates}
-        self._folds = {"judged": folds, "refit": folds.none_held_out()}
+        self._folds = {"out_of_fold": folds, "refit": folds.none_held_out()}
         self._mapper, self._run, self._progress = mapper, run, progress
 
-    def __call__(self, purpose: Purpose, names: Sequence[str]) -> dict[str, list[TwoTowerPolicy]]:
-        """The members of each candidate that is named, in the folds' order."""
+    def members(self, purpose: Purpose, names: Sequence[str]) -> dict[str, list[TwoTowerPolicy]]:
+        """Fit or restore the members of the named candidates, in the order of the folds."""
         every = range(len(self._folds[purpose].held_out))
-        away = self._mapper.distributed
-        groups = [(k,) for k in every] if away else [tuple(every)]
+        remote = self._mapper.distributed
+        groups = [(k,) for k in every] if remote else [tuple(every)]
         parts = [Part(name, members) for name in names for members in groups]
         found = {name: [self._empty(name) for _ in every] for name in names}
         missing = [part for part in parts if not self._restored(purpose, part, found)]
-        learn = LearnPart(
+        fit = FitPart(
             self._config,
             self._candidates,
             self._folds[purpose],
             self._schedule,
-            None if away else self._data,
+            None if remote else self._data,
             None if self._run is None else self._run.path,
-            None if away else self._progress,
+            None if remote else self._progress,
         )
-        if away and missing:
-            self._progress.start("learning members of candidates", len(missing))
-        results = self._mapper.map(learn, missing, "objective=auto")
+        if remote and missing:
+            self._progress.start("fitting members of candidates", len(missing))
+        results = self._mapper.map(fit, missing, "objective=auto")
         for part, weights in zip(missing, results, strict=True):
             for k, state in zip(part.members, weights, strict=True):
                 member = found[part.candidate][k]
@@ -120,9 +119,9 @@ class CandidateLearner:
                     folder = self._folder(self._run, purpose, part, k)
                     with checked_directory(folder) as temporary:
                         save_weights(temporary / _WEIGHTS, member)
-            if away:
+            if remote:
                 self._progress.advance(1)
-        if away and missing:
+        if remote and missing:
             self._progress.finish()
         return found
 

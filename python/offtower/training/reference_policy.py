@@ -1,4 +1,4 @@
-"""A stored policy that logged, or a clone of it: what an exact KL to it is made of."""
+"""The exact KL divergence from a stored reference policy."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from offtower.ops import FactoredReward, PolicyTerms, policy_terms
 from offtower.training.sampled import TouchedItems
 
 
-class KnownPolicy:
-    r"""The scores s0(x, a) = <u0, v0_a> / tau0 + b0_a of a frozen policy pi_0.
+class ReferencePolicy:
+    r"""The scores s0(x, a) = <u0, v0_a> / tau0 + b0_a of a frozen policy pi_ref.
 
-    KL(pi(.|x) || pi_0(.|x)) = sum_a pi (log pi - log pi_0) = -H(pi) - E_pi[s0] + log sum_a exp s0.
-    Scores are what a factored reward model of identity link predicts, so E_pi[s0] is the
-    `expected_reward` of fused terms, with its gradient in pi, and no (rows, items) array is held.
+    KL(pi(.|x) || pi_ref(.|x)) = -H(pi) - E_pi[s0] + log sum_a exp s0. The scores have the form of
+    a factored reward model with identity link, so E_pi[s0] is the `expected_reward` of fused terms
+    and no (rows, items) array is materialized.
     Source: Jaques et al. 2017, "Sequence tutor"; Ziegler et al. 2019, "Fine-tuning language models
     from human preferences"; Ouyang et al. 2022.
 
     Args:
-        policy: pi_0; put into evaluation mode and frozen.
-        items: features of the catalogue on its device, embedded here once: (N, d0) stay in memory.
+        policy: pi_ref; put into evaluation mode and frozen.
+        items: features of the catalogue on its device, embedded once: (N, d0) stay in memory.
         chunk: items embedded at a time.
     """
 
@@ -37,7 +37,7 @@ class KnownPolicy:
 
     @torch.no_grad()
     def scores(self, context: FeatureTensors, dtype: torch.dtype) -> FactoredReward:
-        """s0 of the rows' contexts, over the whole catalogue, with vectors in `dtype`."""
+        """s0 of the rows' contexts over the whole catalogue, with vectors in `dtype`."""
         embedding = self._policy.embed_contexts(context) / self._policy.temperature
         bias = self._items.bias
         return FactoredReward(
@@ -47,23 +47,25 @@ class KnownPolicy:
         )
 
 
-def divergence_of(terms: PolicyTerms, known: Tensor) -> Tensor:
-    """(B,) KL(pi(.|x) || pi_0(.|x)) in nats, differentiable in pi.
+def kl_divergence(terms: PolicyTerms, log_normalizer: Tensor) -> Tensor:
+    """(B,) KL(pi(.|x) || pi_ref(.|x)) in nats, differentiable in pi.
 
     Args:
-        terms: of pi, with entropy, and with the scores of pi_0 for a reward model.
-        known: (B,) log sum_a exp s0, see `log_normalizer`.
+        terms: of pi, with entropy, and with the scores of pi_ref as the reward model.
+        log_normalizer: (B,) log sum_a exp s0.
     """
     assert terms.expected_reward is not None and terms.entropy is not None
-    return known - terms.expected_reward - terms.entropy
+    return log_normalizer - terms.expected_reward - terms.entropy
 
 
 @torch.no_grad()
 def log_normalizer(
     scores: FactoredReward, action: Tensor, drawn: TouchedItems | None = None
 ) -> Tensor:
-    """(B,) log sum_a exp s0; with draws, from the same ones that pi's terms are from: what comes
-    out is then the KL between two policies on the draws, and never negative.
+    """(B,) log sum_a exp s0.
+
+    With the draws that pi's terms are estimated from, the divergence is that of two policies on the
+    drawn items, and never negative.
 
     Args:
         action: (B,) logged items.

@@ -13,25 +13,25 @@ import torch
 from torch import Tensor
 
 from offtower.config import Config
+from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.data.encoding import to_tensors
 from offtower.data.reader import Step
 from offtower.errors import ConfigError, RunError
 from offtower.metrics import read_metrics
 from offtower.models.policy import TwoTowerPolicy
-from offtower.models.reward.fit import obtain_reward_model
 from offtower.models.store import load_policy, save_policy
-from offtower.objectives import LoggedRows, Reduction, Regularised, make_objective
+from offtower.objectives import LoggedRows, Reduction, Regularized, make_objective
 from offtower.ops import DenseReward, FactoredReward, policy_terms
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.sampling import Proposal
 from offtower.sampling.sources import UniformSource
-from offtower.training.distributed import ALONE
-from offtower.training.known_policy import divergence_of, log_normalizer
+from offtower.training.reference_policy import kl_divergence, log_normalizer
 from offtower.training.run import train_run
 from offtower.training.sampled import SampledTerms
 from offtower.training.setup import TrainingSetup, build_setup
-from offtower.training.step import StepPlace, TrainingStep
+from offtower.training.step import ReplicatedStep, StepKey
+from offtower.training.workers import SINGLE_PROCESS
 from tests.training.conftest import make_config
 from tests.training.test_resume import assert_same_policy, fill_the_disk, weights
 
@@ -83,13 +83,13 @@ def test_value_and_gradient_by_enumeration(
     against = policy_terms(
         u, v, action, temperature=tau, item_bias=item_bias, reward_model=scores, entropy=True
     )
-    found = divergence_of(against, log_normalizer(scores, action))
+    found = kl_divergence(against, log_normalizer(scores, action))
     torch.testing.assert_close(found, kl, rtol=0, atol=1e-12)
     model = DenseReward(q) if name == "dr" else None
     terms = policy_terms(u, v, action, temperature=tau, item_bias=item_bias, reward_model=model)
     rows = LoggedRows(reward, terms, pscore, divergence=found)
-    objective = Regularised(make_objective(name), kl=PRICE, known=True)
-    assert objective.needs_divergence
+    objective = Regularized(make_objective(name), kl=PRICE, exact_kl=True)
+    assert objective.requirements.divergence
     result = objective(rows, Reduction(ROWS))
     assert result.loss.item() == pytest.approx(wanted_loss.item(), abs=1e-12)
     assert result.value.item() == pytest.approx(value.mean().item(), abs=1e-12)
@@ -99,9 +99,9 @@ def test_value_and_gradient_by_enumeration(
 
 def test_a_price_on_the_exact_kl_needs_no_propensities() -> None:
     cloning = make_objective("behavior_cloning")
-    assert not Regularised(cloning, kl=1.0, known=True).needs_pscore
-    assert Regularised(cloning, kl=1.0).needs_pscore
-    assert Regularised(make_objective("ips"), kl=1.0, known=True).needs_pscore
+    assert not Regularized(cloning, kl=1.0, exact_kl=True).requirements.pscore
+    assert Regularized(cloning, kl=1.0).requirements.pscore
+    assert Regularized(make_objective("ips"), kl=1.0, exact_kl=True).requirements.pscore
 
 
 def config_of(simulated: Path, runs: Path, name: str, *overrides: str, **more: Any) -> Config:
@@ -127,15 +127,15 @@ def loss_of(setup: TrainingSetup, *, training: bool = False) -> tuple[float, Any
     """Loss, measures and gradients of the first batch."""
     policy = setup.policy.train(training)
     trainer = setup.trainer()
-    with trainer._reader() as reader:
+    with trainer.reader() as reader:
         batch = next(iter(reader.epoch(0)))
-    if setup.proposal is not None:
-        setup.proposal.at_step(0)
+    if setup.step.proposal is not None:
+        setup.step.proposal.at_step(0)
     policy.zero_grad(set_to_none=True)
-    value, measures = setup.step.loss(batch, measure=True, place=StepPlace(1, 5))
+    value, measures = setup.step.loss(batch, diagnose=True, key=StepKey(1, 5))
     value.loss.backward()
-    if setup.proposal is not None:
-        setup.proposal.close()
+    if setup.step.proposal is not None:
+        setup.step.proposal.close()
     gradients = [
         torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in policy.parameters()
     ]
@@ -147,7 +147,7 @@ def build(config: Config, data: PreparedData | None = None) -> tuple[TrainingSet
     model = None
     if config.objective.name == "dr":
         model = obtain_reward_model(config.reward_model, data, config.seed, Progress())
-    return build_setup(config, data, model, ALONE, Progress()), data
+    return build_setup(config, data, model, SINGLE_PROCESS, Progress()), data
 
 
 def naive_kl(policy: TwoTowerPolicy, known: TwoTowerPolicy, data: PreparedData, batch: Step) -> Any:
@@ -176,7 +176,7 @@ def test_a_step_of_towers_against_a_naive_softmax(
     before, _, without = loss_of(plain)
     after, measures, gradients = loss_of(with_price)
     policy = plain.policy.eval()
-    with plain.trainer()._reader() as reader:
+    with plain.trainer().reader() as reader:
         batch = next(iter(reader.epoch(0)))
     kl = naive_kl(policy, load_policy(cloned)[0], data, batch)
     assert kl.item() > 0.01
@@ -225,11 +225,14 @@ def test_draws_of_the_whole_catalogue_give_the_exact_one(
         setup, data = build(config_of(simulated, tmp_path, "a", f"objective.name={name}", *price))
         exact = loss_of(setup)
         step = setup.step
-        assert isinstance(step, TrainingStep) and step.known is not None
-        step.sampled = SampledTerms(
-            setup.policy, data.items, Proposal([UniformSource(data.items.num_items, 24)])
+        assert isinstance(step, ReplicatedStep) and step.reference is not None
+        draws = Proposal([UniformSource(data.items.num_items, 24)])
+        drawn = ReplicatedStep(
+            *(step.trained, step.objective, step.reward_model),
+            sampled=SampledTerms(setup.policy, data.items, draws),
+            reference=step.reference,
         )
-        sampled = loss_of(setup)
+        sampled = loss_of(replace(setup, step=drawn))
         assert sampled[0] == pytest.approx(exact[0], rel=1e-5)
         assert sampled[1].divergence == pytest.approx(exact[1].divergence, rel=1e-4)
         for one, two in zip(sampled[2], exact[2], strict=True):

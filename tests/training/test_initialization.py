@@ -19,10 +19,10 @@ from offtower.models.policy import TwoTowerPolicy
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.seeds import seed_torch
-from offtower.training.distributed import ALONE
 from offtower.training.run import build_trainer, train_run
 from offtower.training.setup import build_setup
 from offtower.training.trainer import Trainer
+from offtower.training.workers import SINGLE_PROCESS
 from tests.training.conftest import make_config
 
 LINEAR: dict[str, Any] = {"hidden_layer_sizes": [], "unknown_rate": 0.0}
@@ -52,7 +52,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 def config_of(simulated: Path, runs: Path, *overrides: str, **policy: Any) -> Config:
     return make_config(
-        *(simulated, runs, "a", "objective.name=ips", "training.start=uniform"),
+        *(simulated, runs, "a", "objective.name=ips", "training.initialization=uniform"),
         *overrides,
         policy={"embedding_dim": 4, "item_bias": True, **policy},
     )
@@ -61,7 +61,7 @@ def config_of(simulated: Path, runs: Path, *overrides: str, **policy: Any) -> Co
 def probabilities(trainer: Trainer, data: PreparedData) -> Tensor:
     """(rows of a batch, N), by a naive softmax."""
     policy = trainer.policy.eval()
-    with trainer._reader() as reader:
+    with trainer.reader() as reader:
         batch = next(iter(reader.epoch(0)))
     with torch.no_grad():
         items = policy.embed_items(data.items)
@@ -83,7 +83,8 @@ def test_every_item_is_equally_likely_before_training(
     torch.testing.assert_close(found, torch.full_like(found, 1 / 12), rtol=1e-6, atol=0)
     # The items are as random as ever, so that the first step has a direction.
     plain = config_of(
-        *(simulated, tmp_path, "training.start=random"), **{**POLICIES[name], "item_bias": bias}
+        *(simulated, tmp_path, "training.initialization=random"),
+        **{**POLICIES[name], "item_bias": bias},
     )
     other = build_trainer(plain, data, None)
     assert probabilities(other, data).std() > 1e-3
@@ -122,7 +123,7 @@ def test_the_default_start_has_the_bits_that_it_had(simulated: Path, tmp_path: P
 def test_items_spread_over_workers_start_so_too(simulated: Path, tmp_path: Path, name: str) -> None:
     config = config_of(*(simulated, tmp_path, "training.strategy=item_sharded"), **POLICIES[name])
     data = open_data(config, Progress())
-    setup = build_setup(config, data, None, ALONE, Progress())
+    setup = build_setup(config, data, None, SINGLE_PROCESS, Progress())
     assert setup.shard is not None
     with torch.no_grad():
         items = setup.policy.eval().embed_items(setup.shard.items)
@@ -142,7 +143,7 @@ MODULE = "torch.nn:Identity"
     ("overrides", "policy", "message"),
     [
         (["training.warm_start=runs/x/policy"], {}, "two starts"),
-        ([], {"context_tower": {"normalize": True}}, "temperature_from, for an almost uniform"),
+        ([], {"context_tower": {"normalize": True}}, "initial_temperature, for an almost uniform"),
         ([], {"context_tower": {"module": MODULE}}, "last weights of the module 'torch.nn:Iden"),
         ([], {"item_tower": {"module": MODULE}}, "policy.item_tower"),
     ],
@@ -160,8 +161,8 @@ def test_runs_of_before_there_was_a_choice_go_on() -> None:
     config = parse_config(base)
     assert to_dict(config)["training"]["start"] == "random"
     found = config_fingerprint(config)
-    for training in ({"start": "uniform"}, {"temperature_from": 2.0}):
+    for training in ({"start": "uniform"}, {"initial_temperature": 2.0}):
         assert config_fingerprint(parse_config({**base, "training": training})) != found
     # Where there is no course, its length is nothing.
-    short = parse_config({**base, "training": {"temperature_until": 0.1}})
+    short = parse_config({**base, "training": {"annealing_share": 0.1}})
     assert config_fingerprint(short) == found

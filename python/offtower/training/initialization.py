@@ -23,7 +23,7 @@ def warm_start(policy: TwoTowerPolicy, folder: Path) -> None:
         RunError: there is none.
         ConfigError: it has other sizes, or was learned with other encodings.
     """
-    stored = load_alike(folder, policy, "training.warm_start")
+    stored = load_compatible_policy(folder, policy, "training.warm_start")
     try:
         policy.load_state_dict(stored.state_dict())
     except RuntimeError as error:
@@ -33,7 +33,7 @@ def warm_start(policy: TwoTowerPolicy, folder: Path) -> None:
         ) from None
 
 
-def load_alike(folder: Path, policy: TwoTowerPolicy, setting: str) -> TwoTowerPolicy:
+def load_compatible_policy(folder: Path, policy: TwoTowerPolicy, setting: str) -> TwoTowerPolicy:
     """A stored policy, in evaluation mode on the CPU, that reads features as `policy` does.
 
     Args:
@@ -56,7 +56,7 @@ def load_alike(folder: Path, policy: TwoTowerPolicy, setting: str) -> TwoTowerPo
 
 
 @torch.no_grad()
-def start_uniform(policy: TwoTowerPolicy) -> None:
+def initialize_uniform(policy: TwoTowerPolicy) -> None:
     """Let every item be equally likely in every context: u = 0 and b = 0.
 
     The item tower's embeddings stay as random as they are, so that the context tower has a gradient
