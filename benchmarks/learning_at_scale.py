@@ -134,7 +134,7 @@ def settings(method: str, dim: int, batch: int, draws: int, rate: float) -> Conf
                 "batch_size": batch,
                 "learning_rate": rate,
                 "measure_terms": False,
-                "log_every_steps": 1_000_000_000,
+                "log_every_steps": None,
             },
             "sampling": {"proposal": method, "num_samples": draws} if sampled else {},
         }

@@ -83,7 +83,7 @@ def learn(
                 "epochs": epochs,
                 "batch_size": 256,
                 "learning_rate": 3e-3,
-                "log_every_steps": 1_000_000_000,
+                "log_every_steps": None,
                 "measure_terms": False,
                 **way.get("training", {}),
             },

@@ -109,7 +109,7 @@ def config_of(**training: object):  # type: ignore[no-untyped-def]
                 "weight_decay": 0.0,
                 "decay": "linear",
                 "item_chunk": 2,
-                "log_every_steps": 1_000_000,
+                "log_every_steps": None,
                 "measure_terms": False,
                 **training,
             },

@@ -384,7 +384,7 @@ def grouped_setup(data: PreparedData) -> TrainingSetup:
                 "epochs": 12,
                 "batch_size": 100,
                 "learning_rate": 0.02,
-                "log_every_steps": 1_000_000,
+                "log_every_steps": None,
                 "measure_terms": False,
             },
         }

@@ -102,7 +102,7 @@ def config(
                 "epochs": epochs,
                 "batch_size": batch,
                 "measure_terms": False,
-                "log_every_steps": 1_000_000_000,
+                "log_every_steps": None,
                 **training,
             },
             "sampling": MODES[mode],

@@ -43,7 +43,7 @@ def train_run(
     mirror: str | None = None,
     progress: Progress | None = None,
     hook: Callable[[PreparedData], EpochHook] | None = None,
-    workers: Workers = ALONE,
+    workers: Workers = SINGLE_PROCESS,
     mapper: Mapper | None = None,
 ) -> TrainingResult:
     """Claim the run, train as configured and write runs/<name>/policy.
