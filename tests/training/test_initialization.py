@@ -142,9 +142,9 @@ MODULE = "torch.nn:Identity"
 @pytest.mark.parametrize(
     ("overrides", "policy", "message"),
     [
-        (["training.warm_start=runs/x/policy"], {}, "two starts"),
-        ([], {"context_tower": {"normalize": True}}, "initial_temperature, for an almost uniform"),
-        ([], {"context_tower": {"module": MODULE}}, "last weights of the module 'torch.nn:Iden"),
+        (["training.warm_start=runs/x/policy"], {}, "both set the initial weights"),
+        ([], {"context_tower": {"normalize": True}}, "initial_temperature for an almost uniform"),
+        ([], {"context_tower": {"module": MODULE}}, "last layer of the module 'torch.nn:Iden"),
         ([], {"item_tower": {"module": MODULE}}, "policy.item_tower"),
     ],
 )
@@ -156,13 +156,10 @@ def test_refusals(
         train_run(config)
 
 
-def test_runs_of_before_there_was_a_choice_go_on() -> None:
+def test_initialization_and_temperature_change_the_fingerprint() -> None:
     base = {"name": "x", "data": {"train": "a", "catalogue": "b"}}
     config = parse_config(base)
-    assert to_dict(config)["training"]["start"] == "random"
+    assert to_dict(config)["training"]["initialization"] == "random"
     found = config_fingerprint(config)
-    for training in ({"start": "uniform"}, {"initial_temperature": 2.0}):
+    for training in ({"initialization": "uniform"}, {"initial_temperature": 2.0}):
         assert config_fingerprint(parse_config({**base, "training": training})) != found
-    # Where there is no course, its length is nothing.
-    short = parse_config({**base, "training": {"annealing_share": 0.1}})
-    assert config_fingerprint(short) == found

@@ -359,10 +359,15 @@ def test_refusals(simulated: Path, tmp_path: Path, cloned: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             train_run(config_of(simulated, tmp_path, message[:5], *overrides, **more))
 
-    said("objective.kl, which is 0", there)
-    said("objective.name=auto has no price", there, "objective.kl=1", "objective.name=auto")
+    said("no effect while objective.kl is 0", there)
+    said(
+        "objective.name=auto does not support kl_policy",
+        there,
+        "objective.kl=1",
+        "objective.name=auto",
+    )
     said("there is no policy at", "objective.kl=1", "objective.kl_policy=nowhere")
-    said("start: there is no policy at", "training.warm_start=nowhere")
+    said("warm_start: there is no policy at", "training.warm_start=nowhere")
     sharded = (there, "objective.kl=1", "training.strategy=item_sharded")
     said("over the whole catalogue", *sharded)
     said("has no policy terms", there, "objective.kl=1", "objective.name=regression")

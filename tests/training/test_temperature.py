@@ -19,7 +19,7 @@ from offtower.progress import Progress
 from offtower.training.run import train_run
 from offtower.training.schedule import temperature
 from offtower.training.setup import build_setup
-from offtower.training.step import StepKey, TrainingStep
+from offtower.training.step import ReplicatedStep, StepKey
 from offtower.training.workers import SINGLE_PROCESS
 from tests.training.conftest import make_config
 from tests.training.test_resume import assert_same_policy, fill_the_disk
@@ -37,24 +37,24 @@ def test_values_at_the_start_the_middle_and_the_end() -> None:
     assert temperature(0.5, 0.25, 4.0, 1.0) == pytest.approx(1.0, rel=1e-15)
 
 
-def test_steps_take_it_and_judges_do_not(
+def test_only_training_steps_use_the_schedule(
     simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """600 rows in batches of 150, two epochs: the k-th of eight steps begins at k / 8."""
     taken: list[float] = []
     measured: list[float] = []
-    loss, measures = TrainingStep.loss, TrainingStep.measures
+    loss, measures = ReplicatedStep.loss, ReplicatedStep.diagnostics
 
-    def step(self: TrainingStep, *arguments: Any, **more: Any) -> Any:
+    def step(self: ReplicatedStep, *arguments: Any, **more: Any) -> Any:
         taken.append(self.policy.temperature)
         return loss(self, *arguments, **more)
 
-    def at_the_end(self: TrainingStep, *arguments: Any, **more: Any) -> Any:
+    def at_the_end(self: ReplicatedStep, *arguments: Any, **more: Any) -> Any:
         measured.append(self.policy.temperature)
         return measures(self, *arguments, **more)
 
-    monkeypatch.setattr(TrainingStep, "loss", step)
-    monkeypatch.setattr(TrainingStep, "measures", at_the_end)
+    monkeypatch.setattr(ReplicatedStep, "loss", step)
+    monkeypatch.setattr(ReplicatedStep, "diagnostics", at_the_end)
     seen: list[float] = []
 
     def hook(policy: TwoTowerPolicy, epoch: int) -> dict[str, float]:
@@ -74,7 +74,7 @@ def test_steps_take_it_and_judges_do_not(
     assert policy.temperature == 0.5 and policy.train().temperature == 0.5
 
 
-def test_validation_judges_what_is_served(simulated: Path, tmp_path: Path) -> None:
+def test_validation_uses_the_served_temperature(simulated: Path, tmp_path: Path) -> None:
     """Weights that hardly move: scores are those of a run without a course, though its values in
     training are others."""
     found = []
@@ -178,7 +178,7 @@ def test_a_broken_run_resumes_to_the_same_bits(
     ("overrides", "message"),
     [
         (["policy.learn_temperature=true"], "that policy.learn_temperature would learn"),
-        (["objective.name=regression"], "learns scores without a temperature"),
+        (["objective.name=regression"], "fits scores without a temperature"),
         (["training.initial_temperature=0"], "greater than 0"),
         (["training.annealing_share=0"], "greater than 0"),
         (["training.annealing_share=1.5"], "less than or equal to 1"),

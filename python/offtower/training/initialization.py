@@ -1,4 +1,4 @@
-"""Where learning starts: at random, at the uniform policy, or at a stored one."""
+"""Initial weights of a policy: random, uniform, or those of a stored policy."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from offtower.models.towers import MLPBody, Tower
 
 
 def warm_start(policy: TwoTowerPolicy, folder: Path) -> None:
-    """Fill a policy with the weights of a stored one.
+    """Load the weights of a stored policy into `policy`.
 
     Raises:
-        RunError: there is none.
-        ConfigError: it has other sizes, or was learned with other encodings.
+        RunError: there is no policy.
+        ConfigError: it has other sizes or encodings.
     """
     stored = load_compatible_policy(folder, policy, "training.warm_start")
     try:
@@ -29,39 +29,38 @@ def warm_start(policy: TwoTowerPolicy, folder: Path) -> None:
     except RuntimeError as error:
         raise ConfigError(
             f"training.warm_start: the policy at '{folder}' does not fit the configured one "
-            f"({error}); take over its 'policy' settings"
+            f"({error}); use its 'policy' settings"
         ) from None
 
 
 def load_compatible_policy(folder: Path, policy: TwoTowerPolicy, setting: str) -> TwoTowerPolicy:
-    """A stored policy, in evaluation mode on the CPU, that reads features as `policy` does.
+    """Load a policy with the encodings of `policy`, in evaluation mode on the CPU.
 
     Args:
-        setting: that names the folder, for messages.
+        setting: names the folder, for messages.
 
     Raises:
-        RunError: there is none.
-        ConfigError: it was learned with other encodings.
+        RunError: there is no policy.
+        ConfigError: it has other encodings.
     """
-    # A stored policy may run the code that `policy` runs already.
+    # A stored policy may run the code that `policy` already runs.
     own = code_paths(asdict(policy.config))
     stored, _ = load_policy(folder, trust_code=own)
     for side in ("context_encoding", "item_encoding"):
         if getattr(stored, side).to_dict() != getattr(policy, side).to_dict():
             raise ConfigError(
-                f"{setting}: the policy at '{folder}' was learned with another "
-                f"{side.replace('_', ' ')}; take that of a run on the same log and catalogue"
+                f"{setting}: the policy at '{folder}' was trained with another "
+                f"{side.replace('_', ' ')}; use one of a run on the same log and catalogue"
             )
     return stored
 
 
 @torch.no_grad()
 def initialize_uniform(policy: TwoTowerPolicy) -> None:
-    """Let every item be equally likely in every context: u = 0 and b = 0.
+    """Set u = 0 and b = 0, so that all items are equally likely in every context.
 
-    The item tower's embeddings stay as random as they are, so that the context tower has a gradient
-    from the first step on, and the item tower from the second. `training.checks` says for which
-    towers it is not possible.
+    The item tower stays random, so the context tower has a gradient from the first step on and the
+    item tower from the second. `training.checks` refuses towers without a known last layer.
     """
     for weight in _output_weights(policy.context_tower):
         weight.zero_()
@@ -71,9 +70,9 @@ def initialize_uniform(policy: TwoTowerPolicy) -> None:
 
 
 def _output_weights(tower: Tower) -> Iterator[torch.Tensor]:
-    """Weights whose rows make the outputs of a body one by one, of all bodies: views."""
+    """Views of the weights that map to the outputs of each body, with one row per output."""
     for body in tower.bodies:
-        assert isinstance(body, MLPBody), "others were refused"
+        assert isinstance(body, MLPBody), "training.checks refuses other modules"
         if len(body.layers):
             last = body.layers[-1]
             assert isinstance(last, nn.Linear)

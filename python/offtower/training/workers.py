@@ -1,4 +1,4 @@
-"""The processes of one run, and the sums that span them."""
+"""The processes of one run and their collectives."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Value = TypeVar("Value")
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-_SIGN_OF_LIFE = 5.0
-"""Seconds between two, while the first worker does what the others wait for."""
+_HEARTBEAT = 5.0
+"""Seconds between heartbeats while the others wait for the first worker."""
 
 
 class WorkerLostError(RunError):
-    """A sum over the workers did not come to its end."""
+    """A collective did not complete."""
 
 
 class Workers:
-    """A run on one process: every sum is the number itself.
+    """A run in one process, in which every collective is the identity.
 
-    `TorchWorkers` is the same on several. All methods but the properties are collective: every
-    worker calls them, in the same order.
+    `TorchWorkers` implements the same on several processes. All methods except properties, `rows`
+    and `counts` are collective: every worker calls them in the same order.
     """
 
     rank = 0
@@ -41,15 +41,15 @@ class Workers:
 
     @property
     def first(self) -> bool:
-        """Whether this worker is the one that writes what is written once."""
+        """Whether this worker writes the shared files."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the workers, the same bits on each. Differentiable: no."""
+        """Sum over the workers, bit-identical on each; not differentiable."""
         return tensor
 
     def maximum(self, tensor: Tensor) -> Tensor:
-        """Largest over the workers, element by element."""
+        """Elementwise maximum over the workers."""
         return tensor
 
     def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
@@ -61,68 +61,67 @@ class Workers:
         return rows
 
     def exchange(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """(sum of n_k, ...) from each worker -> (workers, n_k, ...), all workers' versions of this
+        """(sum of n_k, ...) of each worker -> (workers, n_k, ...): all workers' versions of this
         worker's n_k rows."""
         return rows[None]
 
     def scatter_sum(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """(sum of n_k, ...) from each worker -> this worker's n_k rows, summed over workers."""
+        """(sum of n_k, ...) of each worker -> this worker's n_k rows, summed over workers."""
         parts = self.exchange(rows, counts)
         if len(parts) == 1:
             return parts[0]
-        # Summed here in the order of ranks: the bits do not depend on which message came first.
+        # In the order of ranks, so that the bits do not depend on the order of messages.
         total = parts[0].clone()
         for part in parts[1:]:
             total += part
         return total
 
     def gather_objects(self, value: Value) -> list[Value]:
-        """Small things of each worker, in the order of ranks."""
+        """Small objects of all workers, in the order of ranks."""
         return [value]
 
     def broadcast(self, value: Value) -> Value:
-        """A small thing of the first worker."""
+        """A small object of the first worker."""
         return value
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all workers."""
 
     def on_first(self, work: Callable[[], object]) -> None:
-        """The first worker does it, however long it takes, and the others wait. An error of the
-        first is an error of all."""
+        """Run `work` on the first worker while the others wait, without a timeout. An error is raised
+        on all workers."""
         work()
 
     def first_then_all(self, work: Callable[[], Value]) -> Value:
-        """The first worker does it, and the others after it: for work that leaves files which a
-        second call finds. An error of the first is an error of all.
-        """
+        """Run `work` on the first worker and then on the others, which find the files that it
+        wrote. An error of the first worker is raised on all."""
         return work()
 
     def rows(self, total: int) -> slice:
-        """This worker's part of `total` rows."""
+        """This worker's slice of `total` rows."""
         return rank_slice(total, self.rank, self.size)
 
     def counts(self, total: int) -> list[int]:
-        """Rows of each worker, of `total`."""
+        """Number of rows of each worker, out of `total`."""
         parts = [rank_slice(total, rank, self.size) for rank in range(self.size)]
         return [part.stop - part.start for part in parts]
 
 
 SINGLE_PROCESS = Workers()
-"""A run on this process only."""
+"""A run in this process alone."""
 
 
 class TorchWorkers(Workers):
-    """The workers of a process group of torch.distributed.
+    """The workers of a torch.distributed process group.
 
-    Sums are the same bits on every worker and in every repetition with as many workers.
+    Sums are bit-identical on every worker, and in every repetition with the same number of workers.
 
     Args:
         timeout: of the process group, for the message.
         group: the default group where None; else one whose first member is process 0.
 
     Raises:
-        WorkerLostError: from every method: another worker died, or did not answer in time.
+        WorkerLostError: from every method, if another worker died or timed out.
     """
 
     def __init__(
@@ -140,7 +139,7 @@ class TorchWorkers(Workers):
         return self._reduce(tensor, dist.ReduceOp.MAX)
 
     def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        # Parts differ by a row at most where they are parts of a batch; padding makes them equal.
+        # Padded to equal sizes; parts of a batch differ by at most one row.
         most = max(counts)
         padded = rows.new_zeros((most, *rows.shape[1:]))
         padded[: len(rows)] = rows
@@ -186,19 +185,19 @@ class TorchWorkers(Workers):
         self._call("waiting for all workers", lambda: dist.barrier(group=self._group))
 
     def on_first(self, work: Callable[[], object]) -> None:
-        # Signs of life, so that a pass over a long log is not taken for a worker that stalls.
+        # Heartbeats, so that a pass over a long log is not mistaken for a stalled worker.
         with ThreadPoolExecutor(max_workers=1) as thread:
             running = thread.submit(work) if self.first else None
             while True:
-                done = running is None or _ends(running, _SIGN_OF_LIFE)
+                done = running is None or _ends(running, _HEARTBEAT)
                 failed = running.exception() if running is not None and done else None
-                over, told = self.broadcast((done, _as_told(failed)))
+                over, reported = self.broadcast((done, _for_others(failed)))
                 if over:
                     break
         if failed is not None:
             raise failed
-        if told is not None:
-            raise told
+        if reported is not None:
+            raise reported
 
     def first_then_all(self, work: Callable[[], Value]) -> Value:
         result: list[Value] = []
@@ -217,17 +216,17 @@ class TorchWorkers(Workers):
             within = "" if self._timeout is None else f" within {self._timeout.total_seconds():g} s"
             raise WorkerLostError(
                 f"worker {self.rank} of {self.size}: {what} did not end{within}: another worker "
-                f"died or stalled. The last checkpoint is whole. ({error})"
+                f"died or stalled. The last checkpoint is intact. ({error})"
             ) from error
 
 
-def _as_told(failure: BaseException | None) -> OfftowerError | None:
-    """What the other workers raise: what is meant for users as it is, whoever reports it."""
+def _for_others(failure: BaseException | None) -> OfftowerError | None:
+    """The error that the other workers raise: errors for users unchanged."""
     if failure is None or isinstance(failure, OfftowerError):
         return failure
-    return RunError(f"worker 0 could not go on: {failure}")
+    return RunError(f"worker 0 failed: {failure}")
 
 
 def _ends(running: Future[object], seconds: float) -> bool:
-    """Whether it ends within so long."""
+    """Whether `running` ends within `seconds`."""
     return bool(wait_for([running], timeout=seconds).done)

@@ -298,7 +298,7 @@ def test_long_work_of_the_first_worker_is_waited_for() -> None:
 def waits(workers: Workers) -> None:
     from offtower.training import workers as module
 
-    module._SIGN_OF_LIFE = 0.5
+    module._HEARTBEAT = 0.5
     began = time.monotonic()
     workers.on_first(lambda: time.sleep(6))
     assert time.monotonic() - began > 5

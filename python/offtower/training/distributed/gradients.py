@@ -1,8 +1,8 @@
-"""Gradients of all workers, summed: each worker then takes the same step.
+"""Sums of gradients over workers, after which each worker makes the same update.
 
-Every loss is a sum over all rows of the step divided by their number, so parts of it add up;
-nothing is averaged. Parameters that all workers have are summed whole. A table whose rows belong to
-workers (`owned`) keeps its gradient, save row 0, the shared value "unknown".
+Every loss is a sum over all rows of the step divided by their number, so the workers' parts add up
+without averaging. Gradients of replicated parameters are summed. A table with rows owned by workers
+(`owned`) keeps its gradient, except for row 0, the shared value "unknown".
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from offtower.models.optimizer import clip_gradients, scale_down
 from offtower.training.workers import Workers
 
 _BUCKET = 1 << 22
-"""Numbers that are sent together, 16 MiB: few messages, and little memory beside the gradients."""
+"""Numbers per message, 16 MiB: few messages, and little memory beside the gradients."""
 
 
 class GradientSum:
     """Sums and clips the gradients of a module over the workers.
 
     Args:
-        module: whose parameters have gradients after a backward pass.
-        workers: those that share the step.
-        owned: weights of tables of which each worker has rows of its own.
+        module: its parameters have gradients after a backward pass.
+        workers: share the step.
+        owned: weights of tables of which each worker owns some rows.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class GradientSum:
         """Scale the summed gradients so that the norm over all workers is at most `max_norm`.
 
         Returns:
-            The norm before, a scalar, the same on every worker; on a GPU nothing waits for it.
+            The norm before clipping, a scalar, the same on every worker; on a GPU without a
+            synchronization.
         """
         if not self._owned or self._workers.size == 1:
             return clip_gradients(self._parameters, max_norm)
@@ -88,10 +89,10 @@ class GradientSum:
         return norm
 
     def _sum_dense(self, parameters: list[nn.Parameter], extra: list[tuple[Tensor, bool]]) -> None:
-        """Sums in buckets; a gradient that no worker has stays None.
+        """Sum in buckets; a gradient that no worker has stays None.
 
-        The flags of who has which gradient go first, so that buckets have the same parts everywhere
-        even where a worker without rows has no graph.
+        Flags of the existing gradients are summed first, so that all workers form the same buckets
+        even if a worker without rows has no graph.
         """
         flags = [float(p.grad is not None) for p in parameters] + [float(has) for _, has in extra]
         if not flags:
@@ -145,7 +146,7 @@ class GradientSum:
 
 
 def _parts(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Row numbers and rows of a dense or coalesced gradient; the rows share its memory."""
+    """Row numbers and rows (views) of a dense or coalesced gradient."""
     if gradient.is_sparse:
         return gradient._indices()[0], gradient._values()
     if gradient.dim() < 2:
@@ -154,7 +155,7 @@ def _parts(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unknown_row(parameter: nn.Parameter) -> tuple[Tensor, bool]:
-    """The gradient of row 0 and whether there is one."""
+    """The gradient of row 0, and whether it exists."""
     row = parameter.new_zeros(parameter.shape[1])
     if parameter.grad is None:
         return row, False
@@ -171,7 +172,7 @@ def _set_unknown_row(parameter: nn.Parameter, summed: tuple[Tensor, bool]) -> No
     if not present:
         return
     if parameter.grad is None:
-        # Other workers touched it: dense where this one has no say, one row either way.
+        # Only other workers touched it.
         place = torch.full((1, 1), UNKNOWN, dtype=torch.int64, device=row.device)
         lone = torch.sparse_coo_tensor(place, row[None], parameter.shape, check_invariants=False)
         parameter.grad = lone.coalesce()

@@ -1,7 +1,7 @@
-"""One worker's part of the catalogue, and a policy whose id tables are as large as that part.
+"""One worker's shard of the catalogue, and a policy with id tables of that size.
 
-A table in which every item has a row of its own (an item id) need not be on every worker: its rows,
-gradients and optimiser state live with the items' owner. Row 0, the value "unknown", is shared.
+A table with one row per item (an item id) is not replicated: its rows, gradients and optimizer
+state live with the worker that owns the items. Row 0, the value "unknown", is shared.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from offtower.training.workers import Workers
 class ItemShard:
     """Items start..stop-1 of a catalogue of num_items.
 
-    items: their features, with rows of owned tables numbered inside the shard, from 1.
-    plain: their features as the catalogue's encoding has them, on the CPU.
-    codes: by owned feature, (n,) row of each item in a table of the whole catalogue.
+    Attributes:
+        items: features, with rows of owned tables numbered within the shard, from 1.
+        plain: features in the catalogue's encoding, on the CPU.
+        codes: by owned feature, (n,) row of each item in a table of the whole catalogue.
     """
 
     start: int
@@ -43,34 +44,34 @@ class ItemShard:
         return self.stop - self.start
 
     def local(self, action: Tensor) -> Tensor:
-        """Numbers inside the shard; -1 for items of other workers."""
+        """Numbers within the shard; -1 for items of other workers."""
         here = (action >= self.start) & (action < self.stop)
         return torch.where(here, action - self.start, -1)
 
 
 def item_range(num_items: int, rank: int, size: int) -> tuple[int, int]:
-    """Items of a worker: as many for each but the last, as DTensor's Shard has it.
+    """Items of a worker, equally many for each but the last, as in DTensor's Shard.
 
     Raises:
-        ConfigError: so few items that a worker would have none.
+        ConfigError: a worker would have no items.
     """
     each = -(-num_items // size)
     if each * (size - 1) >= num_items:
         raise ConfigError(
-            f"{num_items} items cannot be spread over {size} workers with {each} each: take fewer "
-            "workers, or strategy 'replicated' for so small a catalogue"
+            f"{num_items} items cannot be spread over {size} workers with {each} each: use fewer "
+            "workers, or training.strategy=replicated"
         )
     return rank * each, min((rank + 1) * each, num_items)
 
 
 def make_shard(config: PolicyConfig, data: PreparedData, workers: Workers) -> ItemShard:
-    """This worker's items; collective.
+    """Build this worker's shard; collective.
 
-    A tower module of the user's own knows the catalogue's item numbers only: its tables are whole
-    on every worker, and so are those of a tower of several members.
+    Tables of a user's tower module are replicated, since the module reads the catalogue's item
+    numbers; so are those of a tower with several members.
 
     Raises:
-        ConfigError: fewer items than it takes to give every worker some.
+        ConfigError: a worker would have no items.
     """
     total = data.catalogue.num_items
     start, stop = item_range(total, workers.rank, workers.size)
@@ -86,7 +87,7 @@ def make_shard(config: PolicyConfig, data: PreparedData, workers: Workers) -> It
         code = torch.from_numpy(arrays[spec.name])
         known = code[code != UNKNOWN]
         distinct = len(torch.unique(known))
-        # Every value of the vocabulary is in the catalogue: none counted twice, none shared.
+        # Own a table only if each value of the vocabulary belongs to exactly one item.
         own = torch.tensor([distinct, len(known)], dtype=torch.float64, device="cpu")
         counts = workers.sum(own).tolist()
         if counts != [data.item_encoding.cardinality(spec.name) - 1] * 2:
@@ -106,7 +107,7 @@ def make_shard(config: PolicyConfig, data: PreparedData, workers: Workers) -> It
 
 
 def sharded_policy(config: PolicyConfig, data: PreparedData, shard: ItemShard) -> TwoTowerPolicy:
-    """A policy that starts as `TwoTowerPolicy(...)` does, with the shard's rows of owned tables."""
+    """Build the policy of `TwoTowerPolicy(...)` with only the shard's rows of owned tables."""
     rows = {name: len(code) + 1 for name, code in shard.codes.items()}
     policy = TwoTowerPolicy(config, data.context_encoding, data.item_encoding, item_table_rows=rows)
     for name, table in owned_tables(policy, shard).items():
@@ -120,7 +121,7 @@ def sharded_policy(config: PolicyConfig, data: PreparedData, shard: ItemShard) -
 
 
 def owned_tables(policy: TwoTowerPolicy, shard: ItemShard) -> dict[str, nn.Embedding]:
-    """Tables of which this worker has its own items' rows, by feature."""
+    """Tables with rows of this worker's items only, by feature."""
     if not shard.codes:
         return {}
     encoder = _encoder(policy)
@@ -141,15 +142,15 @@ def owned_weights(policy: TwoTowerPolicy, shard: ItemShard) -> dict[str, str]:
 
 
 _BLOCK = 262_144
-"""Rows of a table that are sent to the first worker at a time."""
+"""Rows of a table that are gathered at a time."""
 
 
 def whole_policy(
     policy: TwoTowerPolicy, shard: ItemShard, data: PreparedData, workers: Workers
 ) -> TwoTowerPolicy | None:
-    """The policy with tables of the whole catalogue, on the first worker; None on others.
+    """Gather the policy with tables of the whole catalogue on the first worker; None on others.
 
-    Collective. The first worker needs memory for the whole tables once; rows come in blocks.
+    Collective. Rows are gathered in blocks, so the first worker needs memory for the tables once.
     """
     full = (
         TwoTowerPolicy(policy.config, data.context_encoding, data.item_encoding)
@@ -160,7 +161,7 @@ def whole_policy(
     state = policy.state_dict()
     owned = set(names.values())
     if full is not None:
-        # Rows of values that no item has are left as they started.
+        # Rows of values that no item has keep their initial weights.
         target = full.state_dict()
         for name, value in state.items():
             if name not in owned:
@@ -190,5 +191,5 @@ def whole_policy(
 
 def _encoder(policy: TwoTowerPolicy) -> FeatureEncoder:
     body = policy.item_tower.bodies[0]
-    assert isinstance(body, MLPBody), "a user's module owns no tables"
+    assert isinstance(body, MLPBody), "tables of other modules are not owned"
     return body.encoder

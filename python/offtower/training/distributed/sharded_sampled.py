@@ -1,9 +1,8 @@
-"""Sampled terms where items lie on several workers: draws are known to all, and embedded by their
-owners.
+"""Sampled terms with items sharded over workers.
 
-What a step draws is a function of its seed, so every worker makes all m draws of one process and
-keeps those of its items, without a message. Contexts travel as in `sharded_terms`: 2 B d numbers a
-worker, whatever m is; the other way, with touched items sent to the rows, it would be 2 (m + B) d.
+The draws of a step are a function of its seed, so every worker makes all m draws and keeps those of
+its items without communication. Contexts are gathered as in `sharded_terms`: 2 B d numbers per
+worker, independent of m; sending touched items to the rows would take 2 (m + B) d.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from offtower.training.workers import Workers
 
 
 class ShardedSampledTerms(PeriodicExact):
-    """As `training.sampled.SampledTerms`, of all rows of a step and this worker's items.
+    """Like `training.sampled.SampledTerms`, for all rows of a step and this worker's items.
 
     Args:
         policy: with tables of the shard.
         shard: this worker's items; only features of touched ones are read.
-        proposal: what is drawn, of the whole catalogue; a top-k part searches the shard.
-        workers: those that have the other items.
-        exact_every: take the exact terms in every so-manieth step.
+        proposal: over the whole catalogue; its top-k part searches the shard.
+        workers: hold the other items.
+        exact_every: as for `PeriodicExact`.
     """
 
     def __init__(
@@ -40,8 +39,8 @@ class ShardedSampledTerms(PeriodicExact):
         workers: Workers,
         exact_every: int | None = None,
     ) -> None:
-        super().__init__(exact_every)
-        self.policy, self.shard, self.proposal, self.workers = policy, shard, proposal, workers
+        super().__init__(proposal, exact_every)
+        self.policy, self.shard, self.workers = policy, shard, workers
 
     def __call__(
         self,
@@ -52,11 +51,11 @@ class ShardedSampledTerms(PeriodicExact):
         reward_model: FactoredReward | None = None,
         entropy: bool = False,
     ) -> PolicyTerms:
-        """Terms of all rows of the step, the same on every worker; collective.
+        """Return the terms of all rows of the step, the same on every worker; collective.
 
         Args:
             context_embedding: (B, d) of all rows.
-            action: (B,) item numbers in the catalogue, on the CPU, where draws are made too.
+            action: (B,) item numbers in the catalogue, on the CPU, where draws are made.
             seed: the step's, the same on every worker.
             reward_model: over the shard's items, for all rows.
         """
@@ -69,7 +68,7 @@ class ShardedSampledTerms(PeriodicExact):
             parts.append(exact[exact >= 0])
         touched = torch.unique(torch.cat(parts))
 
-        def place(item: Tensor) -> Tensor:
+        def index_of(item: Tensor) -> Tensor:
             return torch.searchsorted(touched, item).to(device)
 
         embedding, bias = self.policy.item_tower(
@@ -81,15 +80,15 @@ class ShardedSampledTerms(PeriodicExact):
             embedding,
             bias,
             logged,
-            place(local),
+            index_of(local),
             drawn.to(device),
             draws.log_count.to(device),
-            place(drawn),
+            index_of(drawn),
             temperature=self.policy.temperature,
             reward_model=reward_model,
             entropy=entropy,
             exact_item=None if exact is None else exact.to(device),
-            exact_index=None if exact is None else place(exact),
+            exact_index=None if exact is None else index_of(exact),
         )
         return merge_over_workers(part, logged >= 0, self.workers).terms()
 
@@ -101,20 +100,20 @@ class ShardedSampledTerms(PeriodicExact):
         score, item = top_k.search(context_embedding.detach())
         least = self._least_score(score, min(top_k.wanted, self.shard.num_items))
         item = item.masked_fill(score < least[:, None], -1).cpu()
-        # Scores fall along a row: what counts comes first.
+        # Scores descend along a row, so the items that count come first.
         width = int((item >= 0).sum(dim=1).max()) if len(item) else 0
         return item[:, :width].contiguous()
 
     def _least_score(self, score: Tensor, k: int) -> Tensor:
-        """(B,) k-th largest of a row's scores on all workers.
+        """(B,) k-th largest of a row's scores over all workers.
 
-        Each worker compares those of its rows: it receives (R - 1) / R B k numbers, and B more come
-        back.
+        Each worker compares the scores of its rows: it receives (R - 1) / R B k numbers, and B more
+        are gathered.
         """
         counts = self.workers.counts(len(score))
         wide = min(k, self.shard.per_worker)
         if score.shape[1] < wide:
-            # The last worker has fewer items than others, and fewer than asked for.
+            # The last worker can have fewer items than requested.
             missing = score.new_full((len(score), wide - score.shape[1]), float("-inf"))
             score = torch.cat([score, missing], dim=1)
         mine = self.workers.exchange(score, counts).transpose(0, 1).flatten(1)

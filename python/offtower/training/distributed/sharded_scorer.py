@@ -1,4 +1,4 @@
-"""Scores logged rows with a policy whose items lie on several workers."""
+"""Score logged rows with a policy whose items are sharded over workers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from offtower.training.workers import Workers
 
 
 class ShardedScorer:
-    """Every method is collective, with the same rows on every worker.
+    """Scores rows; every method is collective, with the same rows on every worker.
 
     Args:
-        policy: with tables of the shard; put into evaluation mode while it scores.
-        shard: this worker's items, which are embedded once.
-        workers: those that have the other items.
+        policy: with tables of the shard; in evaluation mode while it scores.
+        shard: this worker's items, embedded once.
+        workers: hold the other items.
+        item_chunk: items embedded at a time.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class ShardedScorer:
 
     @torch.no_grad()
     def score(self, rows: EncodedRows, reward: RewardTerms | None = None) -> EvaluationRows:
-        """As `PolicyScorer.score`; `reward` is over the shard's items and for all of the rows."""
+        """Like `PolicyScorer.score`; `reward` is over the shard's items, for all rows."""
         if rows.pscore is None:
             raise DataError("off-policy evaluation needs the logged propensities (pscore)")
-        assert reward is None or isinstance(reward, FactoredReward), "only those can be sharded"
+        assert reward is None or isinstance(reward, FactoredReward), (
+            "the setup accepts factored models only"
+        )
         self._policy.eval()
         part = self._workers.rows(len(rows))
         device = self._policy.device

@@ -1,8 +1,8 @@
-"""Policy terms over a catalogue whose items lie on several workers.
+"""Policy terms over a catalogue that is sharded over workers.
 
-u is gathered (B d numbers a worker), each worker sums over its own items, the sums of all are
-merged (a few numbers a row), and in the backward pass du is summed to the rows' owners while dv
-stays where its items are. What is sent in a step does not depend on the number of items.
+u is gathered (B d numbers per worker), each worker sums over its own items, and the sums are merged
+(a few numbers per row). In the backward pass du is summed to the owners of the rows, and dv stays
+with its items. Communication does not depend on the number of items.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def gather_rows(rows: Tensor, counts: Sequence[int], workers: Workers) -> Tensor
 
 
 class _SummedRows(torch.autograd.Function):
-    """Forward: the sum over workers. Backward: the gradient itself, since all workers compute the
-    same loss from the same sum."""
+    """Sum over workers; its backward is the identity, since all workers compute the same loss from
+    the same sum."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, workers: Workers) -> Tensor:
@@ -53,18 +53,18 @@ class _SummedRows(torch.autograd.Function):
 
 
 def sum_rows(rows: Tensor, workers: Workers) -> Tensor:
-    """(..., B) parts of numbers that each worker needs whole."""
+    """Sum (..., B) parts of numbers that each worker needs in full."""
     total: Tensor = _SummedRows.apply(rows, workers)
     return total
 
 
 def merge_over_workers(part: PartialTerms, here: Tensor, workers: Workers) -> PartialTerms:
-    """What all workers' slices have together, the same on each; differentiable.
+    """Merge the partial terms of all workers, with the same result on each; differentiable.
 
-    The largest logit of all goes first; then sums relative to it, in one message.
+    The maximal logit is communicated first, then the sums relative to it in one message.
 
     Args:
-        here: (B,) whether a row's action is in this worker's slice.
+        here: (B,) whether a row's action is one of this worker's items.
     """
     sums = part.sums
     top = finite_top(workers.maximum(sums.top.detach()))
@@ -154,12 +154,12 @@ def merged_terms(
     reward_model: FactoredReward | None = None,
     entropy: bool = False,
 ) -> PolicyTerms:
-    """Terms over the items of all workers; every worker has the same rows and gets the same terms.
+    """Compute terms over the items of all workers; every worker gets the same terms.
 
     Args:
-        context_embedding: (B, d), all rows of the step; `gather_rows` gives them.
-        item_embedding: (n_k, d), this worker's items; its bias and reward model likewise.
-        action: (B,) number among this worker's items, -1 where another worker has the item.
+        context_embedding: (B, d) of all rows of the step, from `gather_rows`.
+        item_embedding: (n_k, d) of this worker's items; bias and reward model likewise.
+        action: (B,) number among this worker's items, -1 for items of other workers.
     """
     found = _MergedTerms.apply(
         context_embedding,
