@@ -88,8 +88,10 @@ class Workers:
         """Wait for all workers."""
 
     def on_first(self, work: Callable[[], object]) -> None:
-        """Run `work` on the first worker while the others wait, without a timeout. An error is raised
-        on all workers."""
+        """Run `work` on the first worker while the others wait, without a timeout.
+
+        An error is raised on all workers.
+        """
         work()
 
     def first_then_all(self, work: Callable[[], Value]) -> Value:
