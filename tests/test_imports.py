@@ -29,8 +29,15 @@ FORBIDDEN = {
     },
     "data": {"models", "objectives", "evaluation", "training", "jobs", "cli", "learner", "config"},
     "sampling": {"objectives", "evaluation", "training", "jobs", "cli", "learner", "config"},
-    "objectives": {"data", "models", "evaluation", "training", "jobs", "cli", "learner"},
-    "models": {"sampling", "evaluation", "training", "jobs", "cli", "learner"},
+    "objectives": {
+        *("data", "models", "prepare", "crossfit"),
+        *("evaluation", "training", "jobs", "cli", "learner"),
+    },
+    "models": {
+        *("sampling", "objectives", "prepare", "crossfit"),
+        *("evaluation", "training", "jobs", "cli", "learner"),
+    },
+    "crossfit": {"sampling", "evaluation", "retrieval", "training", "jobs", "cli", "learner"},
     "evaluation": {"training", "jobs", "cli", "learner"},
     "training": {"jobs", "cli", "learner"},
     "retrieval": {"training", "jobs", "cli", "learner"},
@@ -64,6 +71,24 @@ def test_imports_point_one_way(part: str) -> None:
             if name.startswith("offtower."):
                 target = name.split(".")[1]
                 assert target not in FORBIDDEN[part], f"{path.name} of {part} imports {name}"
+
+
+def test_training_modules_form_no_cycle() -> None:
+    """Of the modules that training is made of, each imports only ones that import it in no way."""
+    names = {}
+    for path in modules():
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] in ("prepare", "models", "objectives", "crossfit", "training"):
+            names[".".join(("offtower", *parts)).removesuffix(".__init__")] = path
+    remaining = {
+        name: {other for other in imported_modules(path) if other in names and other != name}
+        for name, path in names.items()
+    }
+    assert len(remaining) > 40
+    while free := [name for name, imports in remaining.items() if not imports & set(remaining)]:
+        for name in free:
+            del remaining[name]
+    assert not remaining, f"import cycles among {sorted(remaining)}"
 
 
 @pytest.mark.parametrize("package", HOME_OF)

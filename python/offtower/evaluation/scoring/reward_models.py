@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offtower.config import Config, RewardModelConfig, SelectionModel
+from offtower.crossfit.reward_model import fit_reward_model, restore_reward_model
 from offtower.errors import OfftowerError
 from offtower.evaluation.run_loading import OpenRun
 from offtower.evaluation.scoring.pair_models import fit_pair_model, linear_config, trees_config
 from offtower.evaluation.scoring.rewards import EvaluationModel
-from offtower.models.reward.fit import fit_reward_model, restore_reward_model
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 
