@@ -345,7 +345,9 @@ def test_a_log_without_propensities_is_enough(
     assert last_divergence(config) > 0.0
 
 
-def test_runs_without_a_reference_policy_report_no_divergence(simulated: Path, tmp_path: Path) -> None:
+def test_runs_without_a_reference_policy_report_no_divergence(
+    simulated: Path, tmp_path: Path
+) -> None:
     config = config_of(simulated, tmp_path, "a", "objective.kl=0.2", "training.epochs=1")
     train_run(config)
     lines = read_metrics(config.run_directory / "metrics.jsonl")
