@@ -102,7 +102,7 @@ def test_any_override_is_taken_or_explained(text: str) -> None:
         parse_config(apply_overrides(MINIMAL, [text]))
 
 
-def test_fingerprint_ignores_where_and_how_judged_but_not_what_is_learned() -> None:
+def test_fingerprint_ignores_location_and_evaluation_but_not_learning() -> None:
     base = config_fingerprint(parse_config(MINIMAL))
     same = parse_config(apply_overrides(MINIMAL, ["runs=other", "evaluation.confidence=0.9"]))
     other = parse_config(apply_overrides(MINIMAL, ["seed=1"]))

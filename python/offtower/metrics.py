@@ -19,12 +19,12 @@ _CRC = "crc32"
 
 
 class MetricsLog:
-    """Appends lines; keeps them in memory too for the caller's history.
+    """Append lines to a file, to memory and to trackers.
 
     Args:
-        path: the file, or None to keep lines in memory only.
-        trackers: get every line too.
-        before_write: called before the file is changed; raises where it must not be.
+        path: the file; None keeps lines in memory only.
+        trackers: receive every line.
+        before_write: called before the file is changed; may raise to prevent it.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class MetricsLog:
         self.lines: list[dict[str, Any]] = []
 
     def resume_at(self, step: int, epoch: int) -> None:
-        """Keep what was written up to `step`; later lines will be written again.
+        """Drop lines after `step`, which the resumed run writes again.
 
-        The line that closes an epoch has the step of its last batch. It is kept only for epochs
-        before `epoch`, the one under way: a run may have died between that line and its checkpoint.
+        The line of an epoch has the step of its last batch. It is kept for epochs before `epoch`,
+        the current one: a run may have died between that line and its checkpoint.
         """
         self._before_write()
         if self._path is None or not self._path.exists():
@@ -52,7 +52,7 @@ class MetricsLog:
         self.lines = kept
 
     def restart(self) -> None:
-        """Forget everything; a run begins."""
+        """Drop all lines."""
         self._before_write()
         self.lines = []
         if self._path is not None:
@@ -68,19 +68,19 @@ class MetricsLog:
             tracker.write(line)
 
     def close(self) -> None:
-        """The run has ended."""
+        """Close the trackers."""
         for tracker in self._trackers:
             tracker.close()
 
     def epochs(self) -> list[dict[str, Any]]:
-        """The lines that close an epoch."""
+        """Return the lines of epochs."""
         return [line for line in self.lines if line["kind"] == "epoch"]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file, without their checksums.
+    """Read a metrics file, without checksums.
 
-    A half-written last line (a killed run) is left out; a damaged line is left out with a warning.
+    An incomplete last line (of a killed run) is skipped, a damaged line is skipped with a warning.
     """
     lines = []
     texts = path.read_bytes().split(b"\n")

@@ -1,7 +1,6 @@
-"""A copy of a run directory in a bucket or on another file system, kept while the run goes on.
+"""A copy of a run directory in an object store, from which another machine can resume.
 
-What a machine that goes away leaves behind: another one pulls the copy and goes on with --resume.
-Any file system that pyarrow knows: s3://, gs://, abfs://, hdfs://, file://.
+Any file system of pyarrow: s3://, gs://, abfs://, hdfs://, file://.
 """
 
 from __future__ import annotations
@@ -24,25 +23,25 @@ from offtower.run_directory import FETCHED
 
 logger = logging.getLogger("offtower.mirror")
 
-_MADE_AGAIN = ("items", "ray")
-"""Folders that a resumed run writes anew."""
+_NOT_COPIED = ("items", "ray")
+"""Folders that are not copied: a resumed run writes them again."""
 _LAST = ("state.json", "checksums.json", "manifest.json", "CURRENT")
-"""Files that say that others are whole: they arrive after them."""
+"""Files that state that others are complete; they are sent after them."""
 _CONFIG = "config.yaml"
 
 
 class Mirror:
-    """Copies in one thread, so that training does not wait for a network.
+    """Sends changes in a thread, so that training does not wait for the network.
 
     Nothing is sent without a lease on the copy. Where the store did not answer when the run began,
     the first transfer that reaches it acquires the lease.
 
     Args:
-        uri: folder of all runs there; this one has the run's name in it.
-        run: the run directory here.
+        uri: folder of the copies of all runs; the copy has the name of the run.
+        run: the local run directory.
 
     Raises:
-        RunError: the address has a form that pyarrow does not know, or cannot be reached.
+        RunError: the address has an unknown form, or its store cannot be reached.
     """
 
     def __init__(self, uri: str, run: Path) -> None:
@@ -97,10 +96,10 @@ class Mirror:
             self.lease = Lease.acquire(self._place, take_over=self._take_over, remedy=self._remedy)
 
     def pull(self) -> bool:
-        """Fetch the copy where there is no run here yet; whether there was one.
+        """Fetch the copy if there is no local run; return whether it was fetched.
 
         Raises:
-            RunError: it cannot be read.
+            RunError: it cannot be read, or lists a file outside of its folder.
         """
         if (self._run / _CONFIG).exists():
             return False
@@ -138,7 +137,7 @@ class Mirror:
         fetched.rmdir()
 
     def push_later(self) -> None:
-        """Begin to send what has changed; what an earlier transfer failed to send goes with it.
+        """Start to send what has changed, and what an earlier transfer failed to send.
 
         Raises:
             LeaseError: another process owns the copy.
@@ -146,32 +145,32 @@ class Mirror:
         self.check_owner()
         if self._pending is not None and not self._pending.done():
             return
-        self._told(self._pending)
+        self._report(self._pending)
         self._pending = self._thread.submit(self._push)
 
     def close(self) -> None:
         """Send the rest and wait for it.
 
         Raises:
-            RunError: it could not be sent; the run here is whole.
+            RunError: it could not be sent; the local run is complete.
         """
         if self._pending is not None:
             self._pending.exception()
-            self._told(self._pending)
+            self._report(self._pending)
         last = self._thread.submit(self._push)
         self._thread.shutdown(wait=True)
         error = last.exception()
         self.check_owner()
         if error is not None:
             raise RunError(
-                f"the run is whole at '{self._run}', but its copy at '{self.uri}' is not: {error}. "
-                "The same command with --resume sends the rest"
+                f"the run at '{self._run}' is complete, but its copy at '{self.uri}' is not: "
+                f"{error}. The same command with --resume sends the rest"
             ) from error
 
-    def _told(self, done: Future[None] | None) -> None:
+    def _report(self, done: Future[None] | None) -> None:
         error = None if done is None else done.exception()
         if error is not None:
-            logger.warning("copying to '%s' failed and will be tried again: %s", self.uri, error)
+            logger.warning("copying to '%s' failed and is retried later: %s", self.uri, error)
 
     def _push(self) -> None:
         try:
@@ -184,9 +183,9 @@ class Mirror:
     def _send_changes(self) -> None:
         assert self.lease is not None
         self.lease.verify()
-        now = self._here()
-        # Files before those that vouch for them, and removals at the end: the copy can be resumed
-        # from at any moment.
+        now = self._local_files()
+        # _LAST files follow the files they describe, and removals come last, so that the copy can
+        # be resumed from at any time.
         order = sorted(now, key=lambda name: (PurePosixPath(name).name in _LAST, name))
         for name in order:
             if self._sent.get(name) == now[name]:
@@ -202,16 +201,15 @@ class Mirror:
             self._there.delete_file(f"{self._base}/{name}")
             del self._sent[name]
 
-    def _here(self) -> dict[str, tuple[int, int]]:
-        """Size and time of every file that the copy should have."""
+    def _local_files(self) -> dict[str, tuple[int, int]]:
+        """Return size and mtime of every file that the copy should have."""
         found: dict[str, tuple[int, int]] = {}
         for folder, folders, files in os.walk(self._run):
             place = Path(folder).relative_to(self._run)
-            # Half-written ones are no part of a run.
             folders[:] = [
                 name
                 for name in folders
-                if not name.startswith(".") and (place.parts or name not in _MADE_AGAIN)
+                if not name.startswith(".") and (place.parts or name not in _NOT_COPIED)
             ]
             for name in files:
                 if name.startswith("."):

@@ -1,4 +1,4 @@
-"""Where metrics go beside metrics.jsonl: TensorBoard, MLflow, or any function of a line."""
+"""Trackers of training metrics besides metrics.jsonl: TensorBoard and MLflow."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ logger = logging.getLogger("offtower.tracking")
 
 _FILE = "mlflow.json"
 ANSWER_SECONDS = 5
-"""An MLflow server may take so long for one answer, and one more attempt is made."""
+"""Timeout of one request to an MLflow server; it is retried once."""
 _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": str(ANSWER_SECONDS),
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
 }
-"""MLflow itself tries for many minutes; its environment variables say otherwise where set."""
+"""MLflow's defaults retry for many minutes. Variables that the user has set stay."""
 
 
 class Tracker(ABC):
-    """Gets every line of the metrics when it is written."""
+    """Receives every line of the metrics."""
 
     @abstractmethod
     def write(self, line: Mapping[str, Any]) -> None:
-        """One line: its kind (step or epoch), its step, and numbers."""
+        """Record a line: its kind (step or epoch), step, and numbers."""
 
     def close(self) -> None:  # noqa: B027 (most have nothing to close)
-        """The run has ended."""
+        """End the run."""
 
 
 def make_trackers(config: Config, run_path: Path) -> list[Tracker]:
-    """As `config.tracking` says.
+    """Make the trackers of `config.tracking`.
 
     Raises:
         MissingExtraError: a package is not installed.
-        RunError: the MLflow store cannot be used. A server that does not answer is a warning.
+        RunError: the MLflow store cannot be used; for a server this is a warning.
     """
     trackers: list[Tracker] = []
     if config.tracking.tensorboard:
@@ -62,7 +62,7 @@ def make_trackers(config: Config, run_path: Path) -> list[Tracker]:
 
 
 def numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Names and finite numbers of a line: epoch/loss, epoch/validation/low, ..."""
+    """Yield names and finite numbers of a line: epoch/loss, epoch/validation/low, ..."""
     yield from _numbers(str(line["kind"]), line)
 
 
@@ -79,8 +79,7 @@ def _numbers(prefix: str, content: Mapping[str, Any]) -> Iterator[tuple[str, flo
 class TensorBoard(Tracker):
     """Event files in a folder of the run.
 
-    After a resumption points of steps that are taken again are written again; TensorBoard shows
-    the later ones (purge_step).
+    A resumed run writes repeated steps again; TensorBoard shows the later points (purge_step).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -105,15 +104,14 @@ class TensorBoard(Tracker):
 
 
 class MLflow(Tracker):
-    """One MLflow run for a run directory, continued after a resumption.
+    """One MLflow run for a run directory, continued when the run is resumed.
 
-    A server that does not answer within `ANSWER_SECONDS` is given up; metrics.jsonl has all lines.
-    Credentials in the URI are not stored: a stored configuration takes those in
-    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+    After a failed request nothing more is sent. Credentials in the URI are not stored; a stored
+    configuration uses MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
 
     Args:
         uri: of the tracking server.
-        experiment: name; made where it is not there.
+        experiment: name; created if missing.
     """
 
     def __init__(self, uri: str, experiment: str, config: Config, run_path: Path) -> None:
@@ -157,7 +155,7 @@ class MLflow(Tracker):
         self._send(lambda: self._client.set_terminated(self._run))
 
     def _send(self, request: Callable[[], Any]) -> None:
-        """Make a request; after one that failed none is made, so that training does not wait."""
+        """Make a request unless one has failed, so that training waits for a lost server once."""
         from mlflow.exceptions import MlflowException
 
         if self._lost:
@@ -167,7 +165,7 @@ class MLflow(Tracker):
         except (MlflowException, OSError) as error:
             self._lost = True
             logger.warning(
-                "MLflow failed and gets no more metrics of this run; metrics.jsonl has them: %s",
+                "MLflow failed and receives no more metrics; metrics.jsonl has all of them: %s",
                 redact(str(error)),
             )
 

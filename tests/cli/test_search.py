@@ -79,7 +79,7 @@ def test_modes_and_their_log(run: Path, contexts: Path, tmp_path: Path, mode: st
     assert len(set(table.column("round_id").to_pylist())) == rows
     flat = [p for row in content["contexts"] for p in row["pscore"]]
     np.testing.assert_allclose(table.column("pscore").to_numpy(), flat)
-    # A row's draws are not its neighbours': one generator goes through all batches.
+    # A row's draws are not its neighbors': one generator goes through all batches.
     assert len({tuple(row["items"]) for row in content["contexts"]}) > rows / 2
     assert "exists already" in refused(*arguments, "--log", str(log))
     assert [p.name for p in log.parent.iterdir() if p.name.startswith(".")] == []

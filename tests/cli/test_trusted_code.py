@@ -340,12 +340,12 @@ def test_the_script_starts_children_without_the_working_folder(
 
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     monkeypatch.setattr(cli, "app", lambda: None)
-    cli.main()
     (tmp_path / "shadow.py").write_text("print('ran')")
+    cli.main()
     done = subprocess.run(
         [sys.executable, "-c", "import shadow"], cwd=tmp_path, capture_output=True, text=True
     )
-    monkeypatch.delenv("PYTHONSAFEPATH")
+    del os.environ["PYTHONSAFEPATH"]  # monkeypatch would put it back
     assert done.returncode != 0 and "ran" not in done.stdout
 
 

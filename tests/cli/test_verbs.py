@@ -154,7 +154,7 @@ def test_evaluation_can_be_changed_and_nothing_else(trained: Path) -> None:
     refused = call("evaluate", run, "--set", "seed=4")
     assert refused.exit_code == 2
     assert "would change what the run is" in " ".join(refused.output.split())
-    # Estimators with a reward model: fitted where judging asks for one.
+    # Estimators with a reward model: fitted if evaluation needs one.
     dense = "evaluation.reward_model={kind: dense, folds: 2}"
     with_model = call_json("evaluate", run, "--set", dense)
     assert {"dm", "dr"} <= set(with_model["policies"]["own-log"]["estimates"])
@@ -166,14 +166,14 @@ def test_an_estimator_is_selected_for_the_policy(trained: Path) -> None:
     found = content["selection"]["own-log"]
     assert found["recommended"] == "paired"
     assert {"paired", "pasif", "slope"} <= set(found["choices"])
-    assert "heuristic" in found["failed"]  # One behaviour policy: nothing to play as target.
+    assert "heuristic" in found["failed"]  # One behavior policy: nothing to play as target.
     html = (trained / "runs" / "own-log" / "report.html").read_text()
     assert "Choice of the estimator" in html
     assert call("evaluate", run, "--select", "oracle").exit_code == 2
 
 
 def test_evaluating_again_needs_nothing_but_the_policy(trained: Path) -> None:
-    """Deleting checkpoints and encodings does no harm: policy/ holds all that judging reads."""
+    """Deleting checkpoints and encodings does no harm: policy/ holds all that evaluation reads."""
     import shutil
 
     run = trained / "runs" / "copy"

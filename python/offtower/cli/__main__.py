@@ -1,4 +1,4 @@
-"""`python -m offtower.cli`."""
+"""`python -P -m offtower.cli`."""
 
 from offtower.cli import main
 

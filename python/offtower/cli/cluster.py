@@ -1,4 +1,4 @@
-"""The options that run a verb's work on Ray, and the mapper that they stand for."""
+"""Options that run a verb on Ray."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ RayAddress = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(min=1, help="Workers at the same time; as many as there is room for without it."),
+    typer.Option(min=1, help="Concurrent workers; as many as the cluster has room for without it."),
 ]
 TrainingWorkers = Annotated[
     str | None,
     typer.Option(
         "--workers",
         metavar="R|MIN-MAX",
-        help="Workers that share every batch, 2 with --ray alone; a range lets a lost node be done "
-        "without until another comes.",
+        help="Workers that share every batch (2 with --ray alone); with a range training continues "
+        "on fewer workers after a node is lost.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -52,18 +52,19 @@ WorkerGpus = Annotated[
     ),
 ]
 WorkerMemory = Annotated[
-    float, typer.Option(min=0.0, metavar="GIB", help="Memory promised to each worker; 0: none.")
+    float, typer.Option(min=0.0, metavar="GIB", help="Memory reserved for each worker; 0: none.")
 ]
 RayWait = Annotated[
-    float, typer.Option(min=0.0, metavar="SECONDS", help="Let an autoscaler add nodes for so long.")
+    float,
+    typer.Option(min=0.0, metavar="SECONDS", help="Wait for an autoscaler to add nodes."),
 ]
 
 
 def worker_range(text: str) -> int | tuple[int, int]:
-    """`4` or `2-8`.
+    """Parse `4` or `2-8`.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: the text is neither.
     """
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
     if found is None:
@@ -73,10 +74,10 @@ def worker_range(text: str) -> int | tuple[int, int]:
 
 @contextmanager
 def cluster(address: str | None, workers: int, cpus: float) -> Iterator[None]:
-    """The cluster of --ray; without it one on this machine, with CPUs for `workers`."""
+    """Connect to the cluster of --ray, or start one on this machine with CPUs for `workers`."""
     from offtower.jobs.connect import connect
 
-    # Ray says on standard output which workers it lost; that is for people, like our messages.
+    # Ray prints lost workers on standard output, which is reserved for results.
     with (
         redirect_stdout(sys.stderr),
         connect(address or "local", num_cpus=max(1, math.ceil(workers * cpus))),
@@ -93,7 +94,7 @@ def mapper_of(
     wait: float,
     progress: Progress,
 ) -> Iterator[Mapper]:
-    """A mapper as the options say: plain without --ray and --workers.
+    """Make a mapper from the options; without --ray and --workers it runs in this process.
 
     Raises:
         ClusterError: no cluster, or no room on it.
@@ -110,7 +111,7 @@ def mapper_of(
             return
     from offtower.jobs.mapper import ray_mapper
 
-    # Ray says on standard output which workers it lost; that is for people, like our messages.
+    # Ray prints lost workers on standard output, which is reserved for results.
     with (
         redirect_stdout(sys.stderr),
         ray_mapper(

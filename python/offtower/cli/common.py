@@ -1,4 +1,4 @@
-"""What all verbs share: where text goes, how errors end, how progress is drawn."""
+"""Options, messages, error handling and progress bars of all verbs."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from offtower.progress import Progress
 
 EXIT_OK = 0
 EXIT_REFUSED = 2
-"""Bad input: the message says what, where and what to do."""
+"""Bad input."""
 EXIT_INTERRUPTED = 130
 
 AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
+    bool, typer.Option("--json", help="Print only one JSON object on standard output.")
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -43,8 +43,8 @@ TrustCode = Annotated[
     typer.Option(
         "--trust-code",
         metavar="MODULE:CLASS",
-        help="Code that stored runs may name and that may run; may be given several times. "
-        "OFFTOWER_TRUST_CODE in the environment sets the same.",
+        help="Run this code if a stored run names it; may be repeated. The environment variable "
+        "OFFTOWER_TRUST_CODE does the same.",
     ),
 ]
 
@@ -53,8 +53,8 @@ R = TypeVar("R")
 
 
 def messages() -> Console:
-    """Where progress and words for people go: standard error, so that --json stays clean."""
-    # A pipe has no width of its own, and a table cut at 80 columns helps nobody.
+    """Return a console on standard error, which leaves standard output to results."""
+    # rich would cut tables at 80 columns in a pipe.
     width = None if sys.stderr.isatty() else 120
     return Console(stderr=True, highlight=False, width=width)
 
@@ -64,9 +64,9 @@ def print_json(content: dict[str, Any]) -> None:
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn errors for users into one message and exit code 2, interrupts into 130.
+    """Print errors for users as one message with exit code 2; interrupts exit with 130.
 
-    An argument `trust_code` holds while the function runs, for workers too.
+    The argument `trust_code` applies while the function runs, on its workers too.
     """
 
     @functools.wraps(function)
@@ -86,7 +86,7 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
             _print_error(os.strerror(error.errno) + place)
             raise typer.Exit(EXIT_REFUSED) from None
         except KeyboardInterrupt:
-            messages().print("interrupted; finished files are whole, 'train --resume' goes on")
+            messages().print("interrupted; finished files are complete, use 'train --resume'")
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
     return wrapped
@@ -108,7 +108,7 @@ def _trusting(names: Any) -> Iterator[None]:
 
 
 def _print_error(text: str) -> None:
-    """Print a message without credentials and without what would command the terminal."""
+    """Print a message without credentials and terminal control characters."""
     plain = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in redact(text))
     messages().print(f"[bold red]error[/]: {escape(plain)}", soft_wrap=True)
 
@@ -120,7 +120,7 @@ def escape(text: str) -> str:
 
 
 class DrawnProgress(Progress):
-    """Bars on standard error; quiet where that is no terminal."""
+    """Progress bars on standard error, if it is a terminal."""
 
     def __init__(self) -> None:
         self._bars: Bars | None = None

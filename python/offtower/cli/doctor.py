@@ -1,4 +1,4 @@
-"""Say what is installed, what was built, and what is missing and why.
+"""Report what is installed, what was built, and what is missing and why.
 
 \b
 Example:
@@ -63,7 +63,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """All that the verb prints, JSON-ready."""
+    """Return what the verb prints, as JSON values."""
     import offtower
     from offtower.evaluation.estimators import ESTIMATORS
     from offtower.objectives import OBJECTIVES

@@ -57,7 +57,7 @@ def evaluate(
         typer.Option(
             "--retrieval",
             metavar="K",
-            help="Also recall@K, NDCG@K and coverage of the runs' exports; may be given again.",
+            help="Also recall@K, NDCG@K and coverage of the runs' exports; may be repeated.",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -66,7 +66,7 @@ def evaluate(
         bool,
         typer.Option(
             "--exit-zero",
-            help="Exit with 0 whatever the verdict, for schedulers that take others for failures.",
+            help="Exit with 0 for every verdict, since schedulers take other codes for failures.",
         ),
     ] = False,
     ray: RayAddress = None,
@@ -93,7 +93,7 @@ def evaluate(
             mapper=mapper,
         )
     if retrieval:
-        # In this process: exports are mapped from disk, and the workers are free by now.
+        # Exports are memory-mapped, so this runs in this process, after the workers.
         add_retrieval_quality(evaluation, runs, exports, retrieval, progress)
     path = write_report(
         report or runs[0] / "report.html",

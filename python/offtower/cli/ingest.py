@@ -1,7 +1,7 @@
-"""Turn files as they come into a checked log and catalogue.
+"""Convert files into a checked log and catalogue.
 
-SOURCE is a file or a folder (CSV, Parquet, Arrow), here or in a store (s3://bucket/clicks), or
-open-bandit:CAMPAIGN for the sample of the Open Bandit Dataset that the obp package carries (extra
+SOURCE is a file or a folder (CSV, Parquet, Arrow), local or in a store (s3://bucket/clicks), or
+open-bandit:CAMPAIGN for the sample of the Open Bandit Dataset in the package obp (extra
 'obp'; campaigns men, women, all). The schema file names the columns; see README, "Your own log".
 
 \b
@@ -32,22 +32,22 @@ from offtower.errors import ConfigError, DataError
 @verb
 def ingest(
     source: Annotated[str, typer.Argument(help="File, folder, or open-bandit:CAMPAIGN.")],
-    out: Annotated[str, typer.Option(help="New folder, or its address; gets log/ and catalogue/.")],
+    out: Annotated[str, typer.Option(help="New folder or address of log/ and catalogue/.")],
     schema: Annotated[
         Path | None, typer.Option(help="YAML with the sections log and catalogue.")
     ] = None,
     catalogue: Annotated[
-        str | None, typer.Option(help="File or folder of items; without it, those shown.")
+        str | None, typer.Option(help="File or folder of items; by default those in the log.")
     ] = None,
     split: Annotated[
         Literal["time", "user", "row"] | None,
-        typer.Option(help="Also cut the log into train, validation, test."),
+        typer.Option(help="Also split the log into train, validation, test."),
     ] = None,
     fractions: Annotated[str, typer.Option(help="Shares of the split.")] = "0.6,0.2,0.2",
     on_bad_rows: Annotated[
-        Literal["error", "quarantine"], typer.Option(help="Refuse, or set aside and count.")
+        Literal["error", "quarantine"], typer.Option(help="Fail, or move bad rows aside.")
     ] = "error",
-    seed: Annotated[int, typer.Option(help="Of a split by user or row.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of a split by user or row.")] = 0,
     ray: RayAddress = None,
     workers: Workers = None,
     worker_cpus: WorkerCpus = 1.0,
@@ -92,7 +92,7 @@ def ingest(
 
 
 def read_schemas(path: Path | None) -> tuple[Any, Any]:
-    """The `log` and `catalogue` sections of a schema file, parsed."""
+    """Parse the sections `log` and `catalogue` of a schema file."""
     if path is None:
         raise ConfigError(
             "--schema is needed: a YAML file that names the log's columns (README, 'Your own log')"

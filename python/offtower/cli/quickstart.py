@@ -1,8 +1,8 @@
-"""Run the main job from end to end on data that comes with the install.
+"""Run all steps from a log to a report, on data that comes with the installation.
 
 Reads the Open Bandit Dataset sample inside the obp package, validates it, trains two-tower policies
-by auto, regression, ips and dr, judges each on the held-out part, does the same on a synthetic log
-whose truth is known, and writes a report. Needs the extra 'obp'.
+by auto, regression, ips and dr, evaluates each on the held-out part, repeats this on a simulated
+log with known truth, and writes a report. Needs the extra 'obp'.
 
 \b
 Example:
@@ -22,9 +22,7 @@ from offtower.jsonable import finite
 
 @verb
 def quickstart(
-    out: Annotated[Path, typer.Option(help="Folder of all that is made.")] = Path(
-        "runs/quickstart"
-    ),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/quickstart"),
     as_json: AsJson = False,
 ) -> None:
     from offtower.cli.tables import evaluation_table

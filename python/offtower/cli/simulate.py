@@ -39,8 +39,8 @@ def simulate(
     beta: Annotated[
         list[float] | None,
         typer.Option(
-            help="Sharpness of the logging policy, 1 without it; several make a log of as many "
-            "behaviour policies, with each one's propensity of every row in a column."
+            help="Inverse temperature of the logging policy (default 1); several values make a log "
+            "of several behavior policies, with a column for each one's propensities."
         ),
     ] = None,
     epsilon: Annotated[
@@ -115,7 +115,7 @@ def simulate(
     if columns:
         named = ", ".join(f"{name}: {column}" for name, column in columns.items())
         console.print(
-            "behaviour policies and the columns of their propensities, for --select heuristic: "
+            "behavior policies and the columns of their propensities, for --select heuristic: "
             f"evaluation.selection.logging_columns={{{named}}}",
             soft_wrap=True,
         )

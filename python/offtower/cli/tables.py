@@ -1,4 +1,4 @@
-"""Tables that more than one verb prints."""
+"""Tables that several verbs print."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from offtower.evaluation.run import LogEvaluation
 from offtower.evaluation.selection import SelectionComparison
 
 _TRUTH = {"true_value": "truth", "true_value_greedy": "greedy"}
-_COLOUR = {"go": "green", "no-go": "red", "not enough evidence": "yellow"}
+_COLOR = {"go": "green", "no-go": "red", "not enough evidence": "yellow"}
 
 
 def evaluation_table(evaluation: LogEvaluation) -> Table:
@@ -47,7 +47,7 @@ def evaluation_table(evaluation: LogEvaluation) -> Table:
             *[_value(e.estimate.value, e.interval) for e in policy.estimates.values()],
             *[f"{truth[column]:.4f}" for column in truth_columns],
             f"{policy.weights.effective_sample_size:,.0f}",
-            f"[{_COLOUR[decision]}]{decision}[/]",
+            f"[{_COLOR[decision]}]{decision}[/]",
         )
     return table
 
@@ -112,6 +112,6 @@ def _truth_columns(evaluation: LogEvaluation) -> list[str]:
 
 
 def _value(value: float, interval: Interval) -> str:
-    """Value and half width, in the digits that the width leaves."""
+    """Format a value and the half width of its interval."""
     half = (interval.high - interval.low) / 2
     return f"{value:.4f} ±{half:.4f}".replace("±0.", "±.")

@@ -1,7 +1,7 @@
-"""Train a two-tower policy from a log, as a configuration file says.
+"""Train a two-tower policy from a log, as configured in a file.
 
-With --workers the same training runs on Ray, and gives the same policy up to rounding; the learners
-that objective=auto chooses between then run side by side, and give the same policy exactly.
+With --workers training runs on Ray and gives the same policy up to rounding. With objective=auto
+the candidates are trained in parallel and give exactly the same policy.
 
 \b
 Example:
@@ -47,7 +47,7 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on from the run's newest checkpoint, if it has one."),
+        typer.Option("--resume", help="Resume from the run's newest checkpoint, if it has one."),
     ] = False,
     take_over: Annotated[
         bool,
@@ -60,8 +60,8 @@ def train(
         str | None,
         typer.Option(
             metavar="URI",
-            help="Keep a copy of the run there while it goes on (s3://bucket/runs, gs://..., "
-            "file:///...); --resume fetches it where the run is not here.",
+            help="Keep a copy of the run there (s3://bucket/runs, gs://..., file:///...); --resume "
+            "fetches it if there is no local run.",
         ),
     ] = None,
     trust_code: TrustCode = None,
@@ -74,7 +74,7 @@ def train(
         typer.Option(
             min=1.0,
             metavar="SECONDS",
-            help="A worker that does not answer for so long counts as lost.",
+            help="A worker without an answer for this long is lost.",
             rich_help_panel=PANEL,
         ),
     ] = 600.0,
@@ -82,7 +82,7 @@ def train(
         int,
         typer.Option(
             min=0,
-            help="How often workers may be lost and started again.",
+            help="How often lost workers are restarted.",
             rich_help_panel=PANEL,
         ),
     ] = 3,
@@ -104,8 +104,8 @@ def train(
     elif settings.objective.name == "auto":
         if worker_gpus:
             raise ConfigError(
-                "--worker-gpus: objective.name=auto learns its members on CPUs where it has "
-                "workers; leave the option away, or name an objective"
+                "--worker-gpus: objective.name=auto trains its members on CPUs if it has workers; "
+                "remove the option, or name an objective"
             )
         most = None if workers is None else WorkerPlan(worker_range(workers)).range[1]
         with mapper_of(ray, most, worker_cpus, 0.0, ray_wait, progress) as mapper:

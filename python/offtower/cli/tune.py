@@ -1,6 +1,6 @@
 """Search objective and settings by the lower bound of the value on the validation log.
 
-With --workers trials run side by side, on Ray.
+With --workers trials run in parallel on Ray.
 
 \b
 Example:
@@ -48,7 +48,7 @@ def tune(
         typer.Option("--space", help="YAML file of dotted keys, each with a list of values."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep trials that have ended, and go on.")
+        bool, typer.Option("--resume", help="Keep finished trials, and continue.")
     ] = False,
     trust_code: TrustCode = None,
     take_over: Annotated[

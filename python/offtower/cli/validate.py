@@ -24,7 +24,7 @@ from offtower.cli.cluster import (
 from offtower.cli.common import AsJson, DrawnProgress, escape, messages, print_json, verb
 from offtower.jsonable import finite
 
-_COLOURS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+_COLORS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
 @verb
@@ -56,8 +56,8 @@ def validate(
     else:
         console = messages()
         for finding in report.findings:
-            colour = _COLOURS[finding.level]
-            console.print(f"[{colour}]{finding.level:>7}[/]  {escape(finding.message)}")
+            color = _COLORS[finding.level]
+            console.print(f"[{color}]{finding.level:>7}[/]  {escape(finding.message)}")
         console.print("[green]ok[/]" if report.ok else "[bold red]the log has errors[/]")
     if not report.ok:
         raise typer.Exit(1)

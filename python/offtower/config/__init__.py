@@ -1,7 +1,6 @@
 """The configuration of a run: typed dataclasses, read from YAML, changed by dotted overrides.
 
-An unknown key is an error that suggests the nearest known one; a value of the wrong type names its
-place in the file. The same file drives training, evaluation and cluster jobs.
+Errors name the key, and suggest the nearest one for an unknown key.
 """
 
 from offtower.config.evaluation import (

@@ -1,4 +1,4 @@
-"""A configuration from YAML and overrides, and back; what is wrong is told with its place."""
+"""Read configurations from YAML and overrides, and write them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply overrides such as `training.epochs=5`.
 
-    Relative data paths stay relative to the working folder, as on any command line.
+    Relative data paths are relative to the working folder.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value has a wrong type.
@@ -48,7 +48,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(content: Mapping[str, Any], source: str = "configuration") -> Config:
-    """Turn nested mappings into a `Config`; `source` is named in errors."""
+    """Validate nested mappings; `source` is named in errors."""
     try:
         return _ADAPTER.validate_python(dict(content))
     except ValidationError as error:
@@ -86,18 +86,18 @@ def apply_overrides(
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested mappings, JSON- and YAML-ready."""
+    """Return nested mappings that JSON and YAML can represent."""
     dumped: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
     return dumped
 
 
 def to_stored_dict(config: Config) -> dict[str, Any]:
-    """As `to_dict`, with the credentials of addresses replaced by ***."""
+    """Return `to_dict` with credentials in addresses replaced by ***."""
     return {name: _redacted(value) for name, value in to_dict(config).items()}
 
 
 def to_yaml(config: Config) -> str:
-    """YAML for files: credentials in addresses are left out, and come from the environment."""
+    """Return YAML for files, with credentials in addresses replaced by ***."""
     return yaml.safe_dump(to_stored_dict(config), sort_keys=False, allow_unicode=True)
 
 
@@ -110,7 +110,7 @@ def _redacted(value: Any) -> Any:
 
 
 def config_fingerprint(config: Config) -> str:
-    """Hash of all that changes what is learned (the place of the run directory does not)."""
+    """Return a hash of all settings that change the learned policy."""
     content = to_stored_dict(config)
     content.pop("runs")
     for machine_only in (

@@ -270,5 +270,5 @@ class TrackingConfig:
     tensorboard: bool = False
     """Write event files to the run's folder `tensorboard`."""
     mlflow: str | None = None
-    """URI of an MLflow tracking server."""
+    """URI of an MLflow tracking server; credentials in it are not stored."""
     mlflow_experiment: str = "offtower"

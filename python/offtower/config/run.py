@@ -1,4 +1,4 @@
-"""One run: all sections together."""
+"""The configuration of a run."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from offtower.config.strict import STRICT
 def _folder(runs: str) -> str:
     if "://" in runs:
         raise ValueError(
-            "a run is written to a folder; 'offtower train --mirror' keeps a copy of it in a store"
+            "a run is written to a folder; 'offtower train --mirror' keeps a copy in a store"
         )
     return runs
 
 
 @dataclass(config=STRICT)
 class Config:
-    """One run."""
+    """All sections of a run."""
 
     name: str
     data: DataConfig
