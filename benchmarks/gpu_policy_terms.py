@@ -1,19 +1,19 @@
-"""The operators on an NVIDIA GPU: build, check, and time them beside other ways to the same terms.
+"""Build, check and time the operators on an NVIDIA GPU, beside other implementations of the terms.
 
-    python3 benchmarks/gpu_policy_terms.py --json gpu.json        # all, in under 8 minutes
-    python3 benchmarks/gpu_policy_terms.py --only "d=64 "         # units whose names hold this
+    python3 benchmarks/gpu_policy_terms.py --json gpu.json        # everything, in under 8 minutes
+    python3 benchmarks/gpu_policy_terms.py --only "d=64 "         # units whose names contain this
     python3 benchmarks/gpu_policy_terms.py --no-peers
     python3 benchmarks/gpu_policy_terms.py --build-only --python P --architectures 90a
-    python3 benchmarks/gpu_policy_terms.py --rehearse             # on a CPU: the script alone
+    python3 benchmarks/gpu_policy_terms.py --rehearse             # run the script on a CPU
 
-Builds the CUDA core in place with nvcc, against the Python and torch that run it, offline; a core
-or objects that are there from the same sources are kept, so that a build made elsewhere
-(--build-only, for the interpreter P) saves those minutes. Then every kernel is compared with
-float64, and timed at bfloat16 and N = 1e6 random items: variants take turns, CUDA events, medians.
+Builds the CUDA core in place with nvcc for the Python and torch that run it, offline. A core or
+objects from the same sources are reused, so a build made elsewhere for interpreter P
+(--build-only) saves those minutes. Then compares every kernel with float64, and times it with
+bfloat16 and N = 1e6 random items: variants alternate, and medians of CUDA event times are reported.
 
 Each check and each timing is a unit that runs in a child process with a time limit: one that hangs
-or crashes is killed and reported, and the others go on. --json is written after each. A short table
-comes last.
+or crashes is killed and reported, and the others go on. --json is written after each unit. A short
+table comes last.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ sys.path[:0] = [str(ROOT / p) for p in ("python", "", "csrc/cuda", "benchmarks")
 from isolated import Unit, run_units, serve  # noqa: E402
 
 SHAPES = ((64, 1024), (128, 1024), (64, 4096), (128, 4096))
-# Milliseconds on one H200: what FlashAttention-3's efficiency predicts, and a tenth to a fifth.
+# Milliseconds on one H200: what FlashAttention-3's measured efficiency would give, plus 10 to 20 %.
 GOALS = {
     "log_prob forward": (0.43, 0.58, 1.7, 2.3),
     "+ expected_reward forward": (0.58, 0.9, 2.3, 3.6),
@@ -46,15 +46,15 @@ GOALS = {
 KIND_OF_CASE = dict(zip(GOALS, ("none", "identity", "none", "identity", "sigmoid"), strict=True))
 TESTS = (
     "test_a_million_items bfloat16",
-    "test_top_k_is_the_stable_sort_of_the_logits bfloat16",
+    "test_top_k_equals_a_stable_sort_of_the_logits bfloat16",
     "test_graph_capture bfloat16",
     "test_several_streams",
-    "test_nothing_waits_for_the_device",
-    "test_impossible_actions_spoil_only_their_rows",
+    "test_calls_do_not_synchronize",
+    "test_invalid_actions_affect_only_their_rows",
     "test_tf32_on_request",
     "test_more_rows_than_a_grid_dimension",
     "test_offsets_beyond_32_bits",
-    "test_slices_merge_to_the_whole bfloat16",
+    "test_merged_slices_equal_the_whole bfloat16",
     "test_same_bits_a_thousand_times bfloat16 300x30000x64",
     "test_same_bits_a_thousand_times bfloat16 64x3000x128",
     "test_a_million_items float32",
@@ -64,7 +64,7 @@ SECONDS = 440.0
 
 
 def units(peers: bool, rehearsal: bool, only: str) -> list[Unit]:
-    """In the order of what is wanted first, should the time not last."""
+    """Return the units, most important first, in case the time runs out."""
     shapes = [f"d={d} B={b}" for d, b in SHAPES]
     first = [Unit(f"check own bfloat16 {kind}", 40) for kind in KINDS]
     timed = [
@@ -96,7 +96,7 @@ def units(peers: bool, rehearsal: bool, only: str) -> list[Unit]:
 
 
 def why_not(name: str, outcomes: dict[str, dict[str, Any]]) -> str | None:
-    """Kernels that hang in their check are not waited for again; the portable ones stand in."""
+    """Skip kernels that hung or crashed in their check; the portable ones run in their place."""
 
     def is_lost(what: dict[str, Any]) -> bool:
         return what.get("status") in ("hang", "crash") or bool(what.get("spoiled"))
@@ -116,26 +116,28 @@ def why_not(name: str, outcomes: dict[str, dict[str, Any]]) -> str | None:
 
 
 def device() -> tuple[str, str]:
-    """Its name and architecture, by a child: this process never touches it."""
-    ask = (
+    """Return the name and architecture of the device, as found by a child process."""
+    query = (
         "import torch; print(*torch.cuda.get_device_capability(), "
         "torch.cuda.get_device_name(), 'torch', torch.__version__)"
     )
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", query], capture_output=True, text=True, timeout=120
+    )
     if done.returncode != 0:
-        raise SystemExit(f"torch sees no NVIDIA GPU: nothing to measure\n{done.stderr[-500:]}")
+        raise SystemExit(f"torch finds no NVIDIA GPU to measure on\n{done.stderr[-500:]}")
     major, minor, name = done.stdout.strip().split(" ", 2)
     return name, "90a" if major == "9" else f"{major}{minor}"
 
 
-def core_is_there(architectures: list[str]) -> bool:
-    """Whether a core of these very sources loads in this Python."""
+def core_is_current(architectures: list[str]) -> bool:
+    """Return whether a core built from the current sources loads in this Python."""
     import cuda_build
 
-    ask = "from offtower.ops import _cuda; print(_cuda.sources, _cuda.architectures, sep='|')"
+    query = "from offtower.ops import _cuda; print(_cuda.sources, _cuda.architectures, sep='|')"
     path = os.pathsep.join([str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", ask],
+        [sys.executable, "-c", query],
         capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     sources, _, built = done.stdout.strip().partition("|")
@@ -148,11 +150,11 @@ def core_is_there(architectures: list[str]) -> bool:
 
 
 def build(architectures: list[str], python: str, folder: Path) -> float:
-    """Seconds it took."""
+    """Build the core and return the seconds it took."""
     import cuda_build
 
     begin = time.perf_counter()
-    # torch carries pybind11's headers; it is looked up, not imported.
+    # torch ships pybind11's headers; find_spec locates it without importing it.
     torch_at = importlib.util.find_spec("torch")
     assert torch_at is not None and torch_at.origin is not None
     cuda_build.build_in_place(
@@ -168,12 +170,12 @@ def show(result: dict[str, Any]) -> None:
         if name.startswith("peer") and what["status"] == "ok":
             ms = what["ms"]
             print(f"{name[5:]}: {ms['peer']:.2f} ms, offtower in turn {ms['own']:.2f}")
-    alike: dict[str, list[str]] = {}  # a peer that is missing says so once
+    by_reason: dict[str, list[str]] = {}  # report a missing peer once
     for name, what in outcomes.items():
         if what["status"] != "ok":
             why = f"{what['status'].upper()}: {what.get('error', '')[:200]}".replace("\n", " ")
-            alike.setdefault(why, []).append(name)
-    for why, names in alike.items():
+            by_reason.setdefault(why, []).append(name)
+    for why, names in by_reason.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         print(f"{names[0]}{more}: {why}")
     for word in ("check", "test"):
@@ -205,23 +207,23 @@ def show(result: dict[str, Any]) -> None:
 def write(path: Path | None, result: dict[str, Any]) -> None:
     if path is None:
         return
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(result, indent=1))
-    os.replace(beside, path)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(result, indent=1))
+    os.replace(partial, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", default="", help="units whose names hold this")
+    parser.add_argument("--only", default="", help="run units whose names contain this")
     parser.add_argument("--no-build", action="store_true")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help="for all, the build included"
+        "--seconds", type=float, default=SECONDS, help="limit for everything, including the build"
     )
     parser.add_argument("--build-only", action="store_true")
-    parser.add_argument("--python", default=sys.executable, help="build for this interpreter")
-    parser.add_argument("--architectures", nargs="+", help="as in 80 90a; default: the device's")
+    parser.add_argument("--python", default=sys.executable, help="interpreter to build for")
+    parser.add_argument("--architectures", nargs="+", help="as in 80 90a; by default the device's")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -232,14 +234,14 @@ def main() -> None:
 
         return serve(options.child, Bench(options.rehearse).run, spoils)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # what was said is there, should this be killed
+        sys.stdout.reconfigure(line_buffering=True)  # keep the output if this process is killed
     begin = time.monotonic()
     built, name, here = 0.0, "a rehearsal on a CPU", ""
     if not (options.rehearse or options.build_only):
         name, here = device()
     if not options.rehearse:
         wanted = options.architectures or [here]
-        if options.build_only or not (options.no_build or core_is_there(wanted)):
+        if options.build_only or not (options.no_build or core_is_current(wanted)):
             built = build(wanted, options.python, ROOT / "build/gpu")
             print(f"built for {', '.join(wanted)} in {built:.0f} s")
         if options.build_only:

@@ -1,9 +1,9 @@
-"""A device that says it is a GPU and computes on the CPU, for machines without one.
+"""Emulate a CUDA device on the CPU, for machines without a GPU.
 
-A tensor "on" it holds an ordinary one. Its operations run on that, so values, branches and whole
-trainings are real; what the pretence adds are a GPU's rules. An operation that mixes it with CPU
-tensors raises as torch does, reading its memory from Python raises, and every operation that would
-make the host wait for the device is counted.
+A tensor "on" the device wraps a CPU tensor, and its operations run on that, so values, control flow
+and whole trainings are real. The emulation adds the rules of a GPU: an operation that mixes device
+and CPU tensors raises as in torch, reading a tensor's memory from Python raises, and operations
+that make the host wait for the device are counted.
 
     with PretendGPU() as gpu:
         x = torch.arange(3, device="cuda:0")
@@ -31,7 +31,7 @@ DEVICE = torch.device("cuda", 0)
 aten = torch.ops.aten
 
 _CROSSES = {aten.copy_.default, aten._to_copy.default}
-"""What may have operands on both sides."""
+"""Operations that may have operands on both devices."""
 _WAITS = {
     aten._local_scalar_dense.default,
     aten.nonzero.default,
@@ -43,7 +43,7 @@ _WAITS = {
     aten.equal.default,
     aten.bincount.default,
 }
-"""Whose results' shape or value the host must know."""
+"""Operations whose result, or its shape, is needed by the host."""
 _READS = {torch.Tensor.numpy, torch.Tensor.data_ptr, torch.Tensor.__array__}
 
 _GROUP = "_group_tensors_by_device_and_dtype"
@@ -52,7 +52,7 @@ _current: list[PretendGPU] = []
 
 
 class GPUTensor(Tensor):
-    """Says that it is on the GPU."""
+    """A CPU tensor that reports to be on the GPU."""
 
     held: Tensor
 
@@ -102,8 +102,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     theirs = [x for x in tensors if not isinstance(x, GPUTensor)]
     if func is aten.stack.default:
-        # Backward of unbind: torch's C++ makes the zeros of outputs that were not used where it
-        # sees what is held.
+        # Backward of unbind: torch's C++ creates zeros for unused outputs on the wrapped tensor's
+        # device.
         theirs = [x for x in theirs if x.count_nonzero()]
     if func not in _CROSSES and any(x.dim() > 0 for x in theirs):
         raise RuntimeError(
@@ -137,7 +137,7 @@ def _count(func: Any, args: Any, kwargs: Any) -> None:
     if func is aten.copy_.default and isinstance(args[0], GPUTensor) != isinstance(
         args[1], GPUTensor
     ):
-        # To the device from pinned memory nothing waits; back, the host does.
+        # Copies from pinned memory are asynchronous; the host waits for copies back.
         waits = isinstance(args[1], GPUTensor)
     if waits:
         _wait(str(func))
@@ -149,7 +149,7 @@ def _wait(what: str) -> None:
 
 
 class _Devices(TorchFunctionMode):
-    """Makes and moves tensors where device "cuda" is asked for."""
+    """Create and move tensors for device "cuda"."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -168,8 +168,7 @@ class _Devices(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _backward(self, loss: Tensor) -> None:
-        """torch's own would leave this mode first, and backward passes of Python functions make
-        tensors too."""
+        """Run autograd inside this mode: Python backward functions create tensors too."""
         first = torch.ones_like(loss)
         with self:
             torch.autograd.graph._engine_run_backward(
@@ -191,7 +190,7 @@ class _Devices(TorchFunctionMode):
             target = rest[0].device
             kwargs.setdefault("dtype", rest.pop(0).dtype)
         kwargs.pop("non_blocking", None)
-        # What is left is a dtype, or None, and flags that say nothing here.
+        # The remaining arguments are a dtype, None, or flags without effect here.
         rest = [x for x in rest if isinstance(x, torch.dtype)]
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         moved = torch.Tensor.to(tensor, *rest, **kwargs) if rest or kwargs else tensor
@@ -214,10 +213,10 @@ class _Across(torch.autograd.Function):
 
 
 class PretendGPU:
-    """While it is entered, device "cuda" exists, for this thread.
+    """Context manager in which device "cuda" exists, for this thread.
 
     Attributes:
-        waits: how often the host waited for the device, by operation.
+        waits: the number of times that the host waited for the device, by operation.
     """
 
     def __init__(self) -> None:
@@ -226,15 +225,15 @@ class PretendGPU:
         self._before = False
 
     def __enter__(self) -> PretendGPU:
-        # A module's parameters are replaced where they move; their memory is of another kind.
+        # Module.to must replace parameters: a wrapper cannot become the data of a plain tensor.
         self._before = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         _current.append(self)
-        # torch's C++ sees what is held: it would group gradients under the CPU.
+        # torch's C++ sees the wrapped tensors and would group gradients by the CPU.
         self._patches = (
             patch.object(clip_grad, _GROUP, _grouped(getattr(clip_grad, _GROUP))),
-            # Where the CUDA operators are built, they would look for a GPU.
-            patch.object(native_cuda, "refusal", lambda x, k: "is for GPUs that are there"),
+            # A built CUDA core would look for a GPU.
+            patch.object(native_cuda, "refusal", lambda x, k: "needs a real GPU"),
         )
         for one in self._patches:
             one.start()

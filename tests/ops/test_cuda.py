@@ -39,7 +39,7 @@ def on_gpu(case: Case) -> dict[str, Tensor]:
 
 @pytest.fixture(autouse=True)
 def full_float32() -> Any:
-    """The bar in float32 is full float32, not tf32."""
+    """Compare float32 with full float32, not with tf32."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     yield
@@ -62,7 +62,7 @@ def operands(rows: int, items: int, dim: int, dtype: torch.dtype) -> list[Tensor
 def test_errors_are_within_twice_those_of_torch(
     dtype: torch.dtype, scale: float, kind: str
 ) -> None:
-    """Two roundings on top: one of the result, one of anchors that go to nats and back."""
+    """Two roundings of tolerance: of the result, and of the reference maximum to nats and back."""
     for shape in [*SHAPES, (300, 5000, 256), (65, 20_000, 128)]:
         check_errors(shape, kind, dtype, scale, on_gpu, seeds=range(2), device="cuda", roundings=2)
 
@@ -81,7 +81,7 @@ def test_sanitized(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_million_items(dtype: torch.dtype) -> None:
-    """Near-uniform policies: a dropped tile, or a bias of long sums, would show."""
+    """Near-uniform policies reveal a dropped tile or the bias of a long sum."""
     u, v, action, e, t = operands(256, 1_000_003, 64, dtype)
     reward = FactoredReward(e, t, link="sigmoid")
     results = []
@@ -135,7 +135,7 @@ def test_more_rows_than_a_grid_dimension() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """N d = 2.2e9 numbers: the last items are read and their gradients written."""
+    """N d = 2.2e9 elements: the last items are read and their gradients written."""
     items, dim = 34_000_000, 64
     if torch.cuda.mem_get_info()[0] < 12 << 30:
         pytest.skip("needs 12 GiB of free GPU memory")
@@ -157,7 +157,7 @@ def test_offsets_beyond_32_bits() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_graph_capture(dtype: torch.dtype) -> None:
-    """A captured step, forward and backward, replayed on new contents of its inputs."""
+    """A captured forward and backward pass, replayed after its inputs have changed."""
     u, v, action, e, t = operands(200, 5000, 40, dtype)
     u.requires_grad_(), v.requires_grad_()
     reward = FactoredReward(e, t)
@@ -185,7 +185,7 @@ def test_graph_capture(dtype: torch.dtype) -> None:
 
 
 def test_several_streams() -> None:
-    """Calls on four streams at once have the bits of calls one after the other."""
+    """Concurrent calls on four streams give the same bits as sequential calls."""
     cases = [operands(128, 20_000 + i, 64, torch.bfloat16) for i in range(8)]
     alone = [policy_terms(u, v, a, backend="cuda").log_prob for u, v, a, _, _ in cases]
     streams = [torch.cuda.Stream() for _ in range(4)]
@@ -199,10 +199,10 @@ def test_several_streams() -> None:
         assert torch.equal(a, b)
 
 
-def test_nothing_waits_for_the_device() -> None:
+def test_calls_do_not_synchronize() -> None:
     u, v, action, e, t = operands(128, 20_000, 64, torch.bfloat16)
     u.requires_grad_(), v.requires_grad_()
-    policy_terms(u, v, action, backend="cuda").log_prob.sum().backward()  # loads the kernels
+    policy_terms(u, v, action, backend="cuda").log_prob.sum().backward()  # load the kernels
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -214,7 +214,7 @@ def test_nothing_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_compile_keeps_the_graph_whole() -> None:
+def test_compile_has_no_graph_breaks() -> None:
     u, v, action, _, _ = operands(64, 3000, 32, torch.bfloat16)
 
     def loss(u: Tensor, v: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_slices_merge_to_the_whole(dtype: torch.dtype) -> None:
+def test_merged_slices_equal_the_whole(dtype: torch.dtype) -> None:
     u, v, action, e, t = operands(50, 9000, 64, dtype)
     whole = policy_terms(u, v, action, reward_model=FactoredReward(e, t), entropy=True)
     parts = []
@@ -260,7 +260,7 @@ def test_slices_merge_to_the_whole(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_top_k_is_the_stable_sort_of_the_logits(dtype: torch.dtype) -> None:
+def test_top_k_equals_a_stable_sort_of_the_logits(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(8)
     for rows, items in ((1, 1), (3, 7), (66, 700), (130, 200_000)):
         u = torch.randint(-2, 3, (rows, 5), generator=g).to("cuda", dtype)
@@ -275,7 +275,7 @@ def test_top_k_is_the_stable_sort_of_the_logits(dtype: torch.dtype) -> None:
 
 
 def test_tf32_on_request() -> None:
-    """Products alone are rounded, and only where torch is told so."""
+    """Only products are rounded, and only where torch allows tf32."""
     u, v, action, e, t = operands(130, 3000, 64, torch.float32)
     u.requires_grad_(), v.requires_grad_()
 
@@ -296,7 +296,7 @@ def test_tf32_on_request() -> None:
         assert 1e-6 * wanted.norm() < (loose - wanted).norm() < 2e-3 * wanted.norm()
 
 
-def test_impossible_actions_spoil_only_their_rows() -> None:
+def test_invalid_actions_affect_only_their_rows() -> None:
     u, v, _, _, _ = operands(4, 300, 16, torch.bfloat16)
     action = torch.tensor([299, 300, 5_000_000_000, -1], device="cuda")
     terms = policy_terms(u, v, action, backend="cuda")
@@ -304,7 +304,7 @@ def test_impossible_actions_spoil_only_their_rows() -> None:
     assert torch.isnan(terms.log_prob[1:3]).all() and terms.log_prob[3] == float("-inf")
 
 
-def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:
+def test_unsupported_operands_use_the_reference() -> None:
     u, v, action, _, _ = operands(4, 50, 300, torch.float32)
     assert torch.isfinite(policy_terms(u, v, action).log_prob).all()
     with pytest.raises(OperatorError, match="up to 256"):
@@ -313,7 +313,7 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:
         policy_terms(u.double(), v.double(), action, backend="cuda")
 
 
-def test_the_reference_takes_cuda_tensors() -> None:
+def test_reference_accepts_cuda_tensors() -> None:
     u, v, action, e, t = operands(9, 200, 8, torch.float32)
     reward = FactoredReward(e, t, link="sigmoid")
     here = policy_terms(u, v, action, reward_model=reward, entropy=True, backend="reference")
@@ -330,7 +330,7 @@ def test_the_reference_takes_cuda_tensors() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_the_second_device() -> None:
+def test_second_device() -> None:
     u, v, action, _, _ = operands(40, 3000, 64, torch.bfloat16)
     first = policy_terms(u, v, action, backend="cuda").log_prob
     second = policy_terms(*(x.to("cuda:1") for x in (u, v, action)), backend="cuda").log_prob

@@ -1,5 +1,4 @@
-"""Training on a real GPU against the CPU. `make test-gpu` runs these; test_device.py is what can be
-had without one."""
+"""Training on a real GPU against the CPU (`make test-gpu`); test_device.py needs no GPU."""
 
 from __future__ import annotations
 
@@ -40,9 +39,9 @@ def config_of(world: Path, *overrides: str) -> Config:
 
 @pytest.mark.parametrize("kind", [*KINDS, "sharded"])
 @pytest.mark.parametrize("most_bytes", [0, 1 << 40])
-def test_losses_are_those_of_the_cpu(world: Path, kind: str, most_bytes: int) -> None:
-    """The same rows, weights to start from and draws: what differs is rounding, and where the most
-    likely items of two contexts are all but equal, which of them a top-k proposal counts."""
+def test_losses_equal_those_of_the_cpu(world: Path, kind: str, most_bytes: int) -> None:
+    """Rows, initial weights and draws are the same. Rounding differs, and so may the items that a
+    top-k proposal counts among near ties."""
     config = config_of(world, *(SHARDED if kind == "sharded" else KINDS[kind]))
     wanted, _ = train(config, CPU)
     found, setup = train(config, GPU, most_bytes)
@@ -52,7 +51,7 @@ def test_losses_are_those_of_the_cpu(world: Path, kind: str, most_bytes: int) ->
     assert a["validation"]["value"] == pytest.approx(b["validation"]["value"], rel=2e-3)
 
 
-def test_a_run_moves_between_devices(world: Path, tmp_path: Path) -> None:
+def test_resume_on_another_device(world: Path, tmp_path: Path) -> None:
     def run(name: str, *parts: tuple[str, int | None]) -> dict[str, torch.Tensor]:
         config = make_config(world, tmp_path, name, "training.epochs=4")
         for number, (device, epoch) in enumerate(parts):

@@ -96,7 +96,7 @@ private:
         warpgroup_fence_operand(weights);
         warpgroup_fence_operand(epilogue.sum);
         warpgroup_arrive();
-        issue_weighted_sum_gemm(cast_smem_ptr_to_uint(stage), weights, epilogue.sum);
+        issue_weighted_sum_gemm(gmma_address(stage), weights, epilogue.sum);
         pipeline.streamed.advance();
         if (++tile == work.end) break;
         pipeline.wait_stage();

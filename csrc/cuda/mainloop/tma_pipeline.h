@@ -122,8 +122,7 @@ public:
   // Issues y = X Y^T of the warpgroup's rows and the current stage; with rewards also q.
   template <int kMmaN, int kRewardMmaN>
   OFFTOWER_DEVICE void issue_score_gemm(int first_row, float (&y)[kMmaN][4], float (&q)[kRewardMmaN][4]) {
-    const uint32_t x = cast_smem_ptr_to_uint(shared + resident.index * l.resident_bytes);
-    const uint32_t s = cast_smem_ptr_to_uint(stage());
+    const uint32_t x = gmma_address(shared + resident.index * l.resident_bytes), s = gmma_address(stage());
     issue_gemm(x, s, first_row, o.resident.width, y);
     if constexpr (kRewardMmaN > 1)
       issue_gemm(x + static_cast<uint32_t>(l.reward_resident), s + static_cast<uint32_t>(l.reward_streamed),
