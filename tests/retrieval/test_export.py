@@ -234,6 +234,85 @@ def test_a_changed_manifest_a_wrong_dimension_and_another_version(
         Retriever.open(copy)
 
 
+@pytest.mark.parametrize("name", ["../secret", "a/../../secret", "/etc/passwd", "a\nb", ""])
+@pytest.mark.parametrize("listed", ["files", "vectors"])
+def test_names_that_leave_the_export_are_refused(
+    exported: Path, tmp_path: Path, name: str, listed: str
+) -> None:
+    copy = damaged(exported, tmp_path)
+    manifest = read_manifest(copy)
+    if listed == "files":
+        manifest["files"] = {name: {"bytes": 0, "sha256": ""}, **manifest["files"]}
+    else:
+        manifest["vectors"]["file"] = name
+    write_manifest(copy, manifest)
+    with pytest.raises(RunError, match=r"manifest\.json' names the file .* not a plain relative"):
+        Retriever.open(copy)
+
+
+@pytest.mark.parametrize("version", ["..", "../export", "/", "", "a\x1b[2J"])
+def test_a_current_version_outside_the_export_is_refused(
+    exported: Path, tmp_path: Path, version: str
+) -> None:
+    shutil.copytree(exported, tmp_path / "export" / exported.name)
+    (tmp_path / "export" / "CURRENT").write_text(version)
+    with pytest.raises(RunError, match="CURRENT' names"):
+        Retriever.open(tmp_path / "export")
+
+
+DAMAGES = {
+    "not UTF-8": b"\xff\xfe{}",
+    "not JSON": b'{"version": ',
+    "no object": b"[]",
+    "deep": b"[" * 100_000,
+    "empty": b"",
+    "no content": b"{}",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "manifest.json",
+        "index/index.json",
+        "context_tower/tower.json",
+        "context_tower/encoding/encoding.json",
+    ],
+)
+def test_damaged_text_files_are_named(
+    exported: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    """Also where the manifest has the damaged file's checksum."""
+    copy = damaged(exported, tmp_path)
+    assert (copy / name).exists()
+    (copy / name).write_bytes(DAMAGES[damage])
+    if name != "manifest.json":
+        with pytest.raises(RunError, match=Path(name).name):
+            Retriever.open(copy)
+        manifest = read_manifest(copy)
+        manifest["files"].pop(name)
+        write_manifest(copy, manifest)
+    with pytest.raises(RunError, match=Path(name).name):
+        Retriever.open(copy)
+
+
+def test_a_manifest_without_its_parts_is_damaged(exported: Path, tmp_path: Path) -> None:
+    copy = damaged(exported, tmp_path)
+    manifest = read_manifest(copy)
+    for change in ({"vectors": None}, {"files": {"ids.arrow": {}}}, {"version": None}):
+        write_manifest(copy, {**manifest, **change})
+        with pytest.raises(RunError):
+            Retriever.open(copy)
+    for key in ("vectors", "files", "cells", "index"):
+        write_manifest(copy, {k: v for k, v in manifest.items() if k != key})
+        with pytest.raises(RunError, match=r"manifest\.json' is damaged"):
+            Retriever.open(copy)
+    (copy.parent / "CURRENT").write_bytes(b"\xff")
+    with pytest.raises(RunError, match="CURRENT' is damaged"):
+        Retriever.open(copy.parent)
+
+
 def test_nan_embeddings_and_duplicate_ids_are_named(
     run: Path, world: SimulatedWorld, tmp_path: Path
 ) -> None:
@@ -258,18 +337,33 @@ def test_nan_embeddings_and_duplicate_ids_are_named(
         assert (run / "export" / "CURRENT").read_text() == before
 
 
-@pytest.mark.parametrize("what", ["write_vectors", "write_parquet", "write_manifest"])
-def test_a_failed_write_leaves_the_earlier_export(
-    run: Path, exported: Path, monkeypatch: pytest.MonkeyPatch, what: str
+@pytest.mark.parametrize(
+    "write",
+    [
+        "offtower.retrieval.export.write_vectors",
+        "offtower.retrieval.export.write_parquet",
+        "offtower.retrieval.export.write_manifest",
+        "os.posix_fallocate",
+        "numpy.save",
+        "torch.export.save",
+    ],
+)
+def test_a_full_disk_is_one_message_and_leaves_the_earlier_export(
+    run: Path, exported: Path, monkeypatch: pytest.MonkeyPatch, write: str
 ) -> None:
     export = run / "export"
     before = (export / "CURRENT").read_text(), sorted(p.name for p in export.iterdir())
+    usage = shutil.disk_usage(export)
 
     def full(*_: Any, **__: Any) -> None:
+        if write == "torch.export.save":
+            # Its writer reports no error number.
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(f"offtower.retrieval.export.{what}", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(write, full)
+    with pytest.raises(RunError, match=r"the disk is full: .* the previous export is unchanged"):
         export_run(run, PLAIN)
     after = (export / "CURRENT").read_text(), sorted(p.name for p in export.iterdir())
     assert after == before

@@ -1,4 +1,4 @@
-"""Exact search over memory-mapped item vectors of any precision, through `ops.top_k`."""
+"""Exact search over memory-mapped item vectors of any precision, by `ops.top_k`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def exact_top_k(
     k: int,
     scale: NDArray[np.float32] | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The k items of largest inner product, a chunk of items at a time.
+    """Find the k items of largest inner product, a chunk of items at a time.
 
     Args:
         queries: (n, D).
         vectors: (N, D) float32, float16 or int8.
         k: at most N.
-        scale: (D,) of int8 vectors.
+        scale: (D,) scale of int8 vectors.
 
     Returns:
-        scores (n, k), falling, and item numbers (n, k); ties go to the lowest number.
+        Descending scores (n, k) and item numbers (n, k); ties go to the lowest number.
     """
     if scale is not None:
         queries = queries * scale
@@ -43,20 +43,20 @@ def exact_top_k(
         part = torch.from_numpy(vectors[first : first + CHUNK].astype(np.float32))
         score, index = ops.top_k(wanted, part, min(k, len(part)))
         best, items = torch.cat([best, score], 1), torch.cat([items, index + first], 1)
-        # Stable: of equal scores the earlier chunk's come first.
+        # Stable: ties go to the earlier chunk.
         order = torch.argsort(best, dim=1, descending=True, stable=True)[:, :k]
         best, items = best.gather(1, order), items.gather(1, order)
     return best.numpy(), items.numpy()
 
 
 def recall(found: NDArray[np.int64], truth: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(n,) share of the true items (n, k) among those found (n, m); -1 stands for none."""
+    """(n,) share of the true items (n, k) among those found (n, m); -1 pads."""
     hits = [np.isin(row, got).mean() for row, got in zip(truth, found, strict=True)]
     return np.asarray(hits, dtype=np.float64)
 
 
 def _tensor(array: NDArray[np.float32]) -> torch.Tensor:
-    """A read-only map as a tensor that nobody writes to."""
+    """Wrap a read-only array without torch's warning that it is not writable."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)

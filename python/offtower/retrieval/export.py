@@ -1,16 +1,18 @@
-"""A trained policy as a retrieval system: vectors, index, cells, context tower, manifest."""
+"""Export a trained policy: item vectors, index, cells, context tower and manifest."""
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import shutil
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,7 @@ from offtower.checksums import describe_files
 from offtower.config import Config
 from offtower.data.lease import Lease
 from offtower.data.location import AnyPath
-from offtower.errors import ConfigError, DataError, MissingExtraError
+from offtower.errors import ConfigError, DataError, MissingExtraError, OfftowerError, RunError
 from offtower.mapping import Mapper
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import load_policy
@@ -32,50 +34,47 @@ from offtower.retrieval.exact import exact_top_k, recall
 from offtower.retrieval.graphs import write_graphs
 from offtower.retrieval.index import IndexOptions, import_faiss
 from offtower.retrieval.index_building import build_index
-from offtower.retrieval.manifest import (
-    set_current,
-    write_manifest,
-)
+from offtower.retrieval.manifest import prune_versions, set_current, write_manifest
 from offtower.retrieval.measurement import measurement_log, sample_contexts
 from offtower.retrieval.parquet_parts import Layout, metadata_texts, write_parquet
 from offtower.retrieval.partitioning import build_cells
 from offtower.retrieval.tower import ContextTower
-from offtower.retrieval.vectors import (
-    Dtype,
-    load_ids,
-    quantize,
-    query_dim,
-    write_vectors,
-)
+from offtower.retrieval.vectors import Dtype, load_ids, quantize, query_dim, write_vectors
 from offtower.run_directory import RunDirectory
 
 SMALL_CATALOGUE = 20_000
-"""Up to so many items an exact scan is as fast as an index, and "auto" builds none."""
-_LOSS_CONTEXTS = 200
+"""Catalogues up to this size get no index from "auto": an exact scan is as fast."""
+_PRECISION_CONTEXTS = 200
+"""Contexts that the recall of a reduced precision is measured on."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_LEAST_FREE_BYTES = 1 << 20
+"""A write that fails with less free space counts as one to a full disk."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an export holds.
+    """Options of an export.
 
     Attributes:
-        dtype: of the item vectors; the recall that half precision or int8 lose is measured.
-        index: None searches exactly. "auto" takes ivf_flat where FAISS is installed and the
-            catalogue has more than 20,000 items.
-        sampling: write the cells that draws with propensities need (float32, in addition).
+        dtype: dtype of the item vectors; the recall of float16 and int8 is measured.
+        index: index to build; None searches exactly. "auto" builds ivf_flat if FAISS is installed
+            and the catalogue has more than 20,000 items.
+        sampling: write the cells for draws with propensities (one more float32 copy of the items).
         parquet: write Parquet parts.
         layout: "offtower" has columns item_id and embedding; "vector_db" id, values, metadata.
-        fixed_size: lists of fixed size in the Parquet parts; plain lists otherwise.
-        onnx: None writes ONNX where its packages are installed, True insists.
-        contexts: how many contexts recall is measured and parameters are chosen on.
-        num_cells: of the sampling; by the number of items where it is None.
-        kept: versions kept, the new one included.
+        fixed_size: fixed-size lists in the Parquet parts; plain lists otherwise.
+        onnx: True requires ONNX; None writes it if its packages are installed.
+        contexts: number of contexts for measuring recall and tuning the index.
+        num_cells: cells for sampling; None derives the number from that of the items.
+        kept: number of newest versions to keep.
+        keep_seconds: time for which a replaced version is kept beyond that number, so that
+            processes that are opening it can finish.
         chunk: items embedded at a time.
-        seed: of the index, the cells and the choice of contexts.
+        seed: seed of the index, the cells and the choice of contexts.
     """
 
     dtype: Dtype = "float32"
-    index: IndexOptions | str | None = "auto"
+    index: IndexOptions | Literal["auto"] | None = "auto"
     sampling: bool = True
     parquet: bool = True
     layout: Layout = "offtower"
@@ -84,6 +83,7 @@ class ExportOptions:
     contexts: int = 1000
     num_cells: int | None = None
     kept: int = 2
+    keep_seconds: float = 600.0
     chunk: int = 65_536
     seed: int = 0
 
@@ -95,6 +95,8 @@ class ExportOptions:
         for name in ("contexts", "kept", "chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.keep_seconds >= 0.0:
+            raise ConfigError(f"keep_seconds must not be negative, got {self.keep_seconds}")
 
 
 def export_run(
@@ -109,28 +111,27 @@ def export_run(
 ) -> Path:
     """Export a run's policy to RUN/export/<version> and make it the current version.
 
-    A version is written beside and renamed, and CURRENT is replaced last: whatever fails or is
-    killed in between, the earlier version stays and is served.
+    If the export fails or is killed, the earlier version stays in place and current.
 
     Args:
         run: run directory; only its config.yaml and policy/ are read.
-        catalogue: items to export in place of those trained on; new ones are embedded from their
-            features.
-        contexts: log to measure recall on; the run's test, validation or training log without it.
-        mapper: where items are embedded; the vectors are the same bits with any. Cells, index and
+        catalogue: items to export; those of the training catalogue by default. New items are
+            embedded from their features.
+        contexts: log to measure recall on; the run's test, validation or training log by default.
+        mapper: embeds the items, with the same result for any number of workers. Cells, index and
             Parquet parts are made in this process.
         trust_code: import paths of code that the run may name, as in `load_policy`.
 
     Returns:
-        the version's folder.
+        The version's folder.
 
     Raises:
-        RunError: the run has no policy, or files cannot be written or read.
+        RunError: the run has no policy, files cannot be read or written, or the disk is full.
         LeaseError: another process exports this run.
         DataError: the catalogue is bad, or a vector is not finite.
         ConfigError: an option is out of range, or no parameters reach the target recall.
     """
-    options, progress = options or ExportOptions(), progress or Progress()
+    options = options or ExportOptions()
     directory = RunDirectory(run)
     config = directory.load_config(trust_code=trust_code)
     policy, facts = load_policy(directory.policy, trust_code=trust_code)
@@ -141,12 +142,23 @@ def export_run(
         remove_leftovers(export)
         now = datetime.now(UTC)
         version = f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
-        with replace_directory(export / version) as folder:
+        with (
+            _full_disk_reported(export),
+            replace_directory(export / version) as folder,
+            # Once more inside: a failed write is removed, which frees its space.
+            _full_disk_reported(export),
+        ):
             writer = _Writer(
-                folder, version, policy, stream, config, options, mapper or Mapper(), progress
+                folder,
+                policy,
+                stream,
+                config,
+                options,
+                mapper=mapper or Mapper(),
+                progress=progress or Progress(),
             )
-            content = writer.write(contexts)
-            content |= {
+            content = {
+                "version": version,
                 "created": now.isoformat(timespec="seconds"),
                 "offtower": offtower.__version__,
                 "run": directory.path.name,
@@ -154,53 +166,63 @@ def export_run(
                     **facts,
                     "weights_sha256": sha256_file(directory.policy / "policy.safetensors"),
                 },
+                **writer.write(version, contexts),
             }
             write_manifest(folder, content)
         lease.check()
         set_current(export, version)
-        _remove_old(export, version, options.kept)
+        prune_versions(export, kept=options.kept, keep_seconds=options.keep_seconds)
     return export / version
 
 
+@contextmanager
+def _full_disk_reported(export: Path) -> Iterator[None]:
+    """Turn errors of a full disk into one message.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    try:
+        yield
+    except OfftowerError:
+        raise
+    except Exception as error:
+        # Some libraries raise RuntimeError without the system's error number.
+        number = error.errno if isinstance(error, OSError) else None
+        if number not in _FULL and shutil.disk_usage(export).free > _LEAST_FREE_BYTES:
+            raise
+        raise RunError(
+            f"the disk is full: the export could not be written to '{export}' ({error}). Free "
+            "some space and export again; the previous export is unchanged"
+        ) from error
+
+
+@dataclass(frozen=True)
 class _Writer:
-    """Writes the files of one version, and says what they are."""
+    """Writes the files of one version."""
 
-    def __init__(
-        self,
-        folder: Path,
-        version: str,
-        policy: TwoTowerPolicy,
-        catalogue: CatalogueStream,
-        config: Config,
-        options: ExportOptions,
-        mapper: Mapper,
-        progress: Progress,
-    ) -> None:
-        self.folder, self.version, self.policy = folder, version, policy
-        self.catalogue, self.config, self.options = catalogue, config, options
-        self.mapper, self.progress = mapper, progress
+    folder: Path
+    policy: TwoTowerPolicy
+    catalogue: CatalogueStream
+    config: Config
+    options: ExportOptions
+    mapper: Mapper
+    progress: Progress
 
-    def write(self, contexts: AnyPath | None) -> dict[str, Any]:
-        """All files but the manifest; returns its content."""
+    def write(self, version: str, contexts: AnyPath | None) -> dict[str, Any]:
+        """Write all files but the manifest, and return its content."""
         options, folder = self.options, self.folder
-        seconds: dict[str, float] = {}
-        began = time.perf_counter()
-
-        def lap(what: str) -> None:
-            nonlocal began
-            seconds[what] = round(time.perf_counter() - began, 3)
-            began = time.perf_counter()
-
+        clock = _Clock()
         tower = ContextTower.of(self.policy)
         log, part = measurement_log(self.config, contexts)
         queries = tower.embed(sample_contexts(log, tower.encoding, options.contexts, options.seed))
         if not np.isfinite(queries).all():
             raise DataError("context embeddings are not finite: the policy's weights hold NaN")
-        tower.save(folder / "context_tower", self.version)
+        tower.save(folder / "context_tower", version)
         wants_onnx = options.onnx if options.onnx is not None else _has_onnx()
-        graphs = write_graphs(tower, folder / "context_tower", self.version, onnx=wants_onnx)
-        lap("context tower")
-        streamed = write_vectors(
+        graphs = write_graphs(tower, folder / "context_tower", version, onnx=wants_onnx)
+        clock.lap("context tower")
+        written = write_vectors(
             self.policy,
             self.catalogue,
             folder,
@@ -209,7 +231,7 @@ class _Writer:
             progress=self.progress,
         )
         exact = np.load(folder / "vectors.npy", mmap_mode="r")
-        scale, loss, name = None, None, "vectors.npy"
+        name, scale, precision = "vectors.npy", None, None
         served: NDArray[Any] = exact
         if options.dtype != "float32":
             name = f"vectors_{options.dtype}.npy"
@@ -217,8 +239,8 @@ class _Writer:
             served = np.load(folder / name, mmap_mode="r")
             if scale is not None:
                 np.save(folder / "scale.npy", scale)
-            loss = _loss(queries, exact, served, scale)
-        lap("vectors")
+            precision = _precision(queries, exact, served, scale)
+        clock.lap("vectors")
         cells = None
         if options.sampling:
             (folder / "cells").mkdir()
@@ -228,11 +250,14 @@ class _Writer:
             made.save(folder / "cells")
             cells = made.statistics()
             del made
-            lap("cells")
-        index = self._index(served, queries, scale)
-        lap("index")
+            clock.lap("cells")
+        index_options = self._index_options()
+        index = None
+        if index_options is not None:
+            index = build_index(served, queries, folder / "index", index_options, version, scale)
+        clock.lap("index")
         if options.parquet:
-            ids = load_ids(folder / "ids.arrow", streamed.count)
+            ids = load_ids(folder / "ids.arrow", written.count)
             texts = metadata_texts(self.catalogue) if options.layout == "vector_db" else None
             write_parquet(
                 served,
@@ -242,29 +267,28 @@ class _Writer:
                 fixed_size=options.fixed_size,
                 metadata=texts,
             )
-            lap("parquet")
+            clock.lap("parquet")
         if options.dtype != "float32":
-            # Only the served precision is kept; cells hold float32 rows of their own.
+            # Keep the served precision only; cells hold their own float32 rows.
             (folder / "vectors.npy").unlink()
         files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
         return {
-            "version": self.version,
             "vectors": {
                 "file": name,
-                "count": streamed.count,
+                "count": written.count,
                 "dim": query_dim(self.policy),
                 "embedding_dim": self.policy.config.embedding_dim,
                 "bias": self.policy.config.item_bias,
                 "dtype": options.dtype,
                 "metric": "inner_product",
                 "temperature": "folded into the context tower",
-                "text_ids": streamed.text_ids,
-                "precision": loss,
+                "text_ids": written.text_ids,
+                "precision": precision,
             },
             "catalogue": {
                 "path": str(self.catalogue.path),
-                "fingerprint": streamed.fingerprint,
-                "ids_sha256": streamed.ids_sha256,
+                "fingerprint": written.fingerprint,
+                "ids_sha256": written.ids_sha256,
             },
             "log_schema": log.schema.to_dict(),
             "measured_on": {"part": part, "contexts": len(queries), "fingerprint": log.fingerprint},
@@ -274,53 +298,51 @@ class _Writer:
             "parquet": {"layout": options.layout, "fixed_size": options.fixed_size}
             if options.parquet
             else None,
-            "seconds": seconds,
+            "seconds": clock.seconds,
             "files": describe_files(folder, files),
         }
 
-    def _index(
-        self, vectors: NDArray[Any], queries: NDArray[np.float32], scale: NDArray[np.float32] | None
-    ) -> dict[str, Any] | None:
+    def _index_options(self) -> IndexOptions | None:
         wanted = self.options.index
-        if wanted is None:
-            return None
-        if wanted == "auto":
-            try:
-                import_faiss()
-            except MissingExtraError:
-                return None
-            if len(vectors) <= SMALL_CATALOGUE:
-                return None
-            wanted = IndexOptions()
-        if not isinstance(wanted, IndexOptions):
+        if wanted is None or isinstance(wanted, IndexOptions):
+            return wanted
+        if wanted != "auto":
             raise ConfigError(f"index must be IndexOptions, 'auto' or None, got {wanted!r}")
-        place = self.folder / "index"
-        return build_index(vectors, queries, place, wanted, self.version, scale)
+        try:
+            import_faiss()
+        except MissingExtraError:
+            return None
+        return IndexOptions() if self.catalogue.num_items > SMALL_CATALOGUE else None
 
 
-def _loss(
+class _Clock:
+    """Seconds of the parts of an export."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part], self._began = round(now - self._began, 3), now
+
+
+def _precision(
     queries: NDArray[np.float32],
     exact: NDArray[np.float32],
     served: NDArray[Any],
     scale: NDArray[np.float32] | None,
 ) -> dict[str, Any]:
-    """What the precision costs: share of the exact top k that it keeps, by k."""
-    queries = queries[:_LOSS_CONTEXTS]
-    found = {}
+    """Recall of the exact top k in the reduced precision."""
+    queries = queries[:_PRECISION_CONTEXTS]
+    measured = {}
     for k in (10, 100):
         if k <= len(exact):
             truth = exact_top_k(queries, exact, k)[1]
             kept = recall(exact_top_k(queries, served, k, scale)[1], truth)
-            found[f"recall@{k}"] = float(kept.mean())
-    return {**found, "contexts": len(queries)}
+            measured[f"recall@{k}"] = float(kept.mean())
+    return {**measured, "contexts": len(queries)}
 
 
 def _has_onnx() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxscript"))
-
-
-def _remove_old(export: Path, version: str, kept: int) -> None:
-    """Keep the newest versions; names begin with their time."""
-    versions = sorted(p for p in export.iterdir() if (p / "manifest.json").exists())
-    for old in [p for p in versions if p.name != version][: max(0, len(versions) - kept)]:
-        shutil.rmtree(old, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""The context tower for others: ExportedProgram, ONNX and contract.json.
+"""The context tower for other runtimes: ExportedProgram, ONNX and contract.json.
 
-The graph takes features as a log has them, so that no serving code must repeat how they are
-standardised; only categories arrive as numbers, by the vocabularies that contract.json names. A
-user's own module is traced as it is; where torch cannot, the reason is kept in the manifest.
+The graph takes features as a log has them and standardizes them itself. Categories arrive as
+indices into the vocabularies that contract.json names. A user's own module is traced as it is; if
+torch cannot trace it, the manifest holds the reason.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from offtower.retrieval.tower import ContextTower
 PROGRAM, ONNX, CONTRACT = "context_tower.pt2", "context_tower.onnx", "contract.json"
 
 _AGREES = 1e-4
-"""Largest difference of a traced module's queries from its own, relative to their size."""
+"""Tolerance for the queries of a traced module, relative to those of the module."""
 
 
 class _Graph(nn.Module):
-    """The tower as other runtimes take it: plain tensors in, standardisation inside."""
+    """The tower with plain tensors as inputs and standardization inside."""
 
     def __init__(self, tower: ContextTower) -> None:
         super().__init__()
         self.tower = tower
         numbers = tower.encoding.numbers()
-        for place, spec in enumerate(tower.encoding.specs):
+        for index, spec in enumerate(tower.encoding.specs):
             if spec.kind in ("numeric", "vector"):
                 for what in ("mean", "scale"):
                     value = torch.tensor(
                         numbers[what][spec.name], dtype=torch.float64, device="cpu"
                     )
-                    self.register_buffer(f"{what}_{place}", value.reshape(-1))
+                    self.register_buffer(f"{what}_{index}", value.reshape(-1))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         features: dict[str, Tensor | BagTensor] = {}
-        for place, (spec, value) in enumerate(zip(self.tower.encoding.specs, inputs, strict=True)):
+        for index, (spec, value) in enumerate(zip(self.tower.encoding.specs, inputs, strict=True)):
             features[spec.name] = value
             if spec.kind in ("numeric", "vector"):
-                mean, scale = getattr(self, f"mean_{place}"), getattr(self, f"scale_{place}")
+                mean, scale = getattr(self, f"mean_{index}"), getattr(self, f"scale_{index}")
                 features[spec.name] = ((value.double() - mean) / scale).float()
         body = self.tower.tower.body
         if isinstance(body, MLPBody):
@@ -70,7 +70,7 @@ class _Graph(nn.Module):
         return query
 
     def _built_in(self, body: MLPBody, features: FeatureTensors) -> Tensor:
-        """With bags as they arrive, padded: runtimes have no bags of unlike lengths."""
+        """Forward with padded bags: other runtimes have no ragged bags."""
         encoder = body.encoder
         parts: list[Tensor] = []
         for name in encoder.plain:
@@ -93,42 +93,44 @@ class _Graph(nn.Module):
 
 
 def graph_inputs(encoding: FeatureEncoding, contexts: pa.Table) -> dict[str, np.ndarray]:
-    """What the graph takes for these contexts, by input name; bags are padded with -1."""
+    """Encode contexts as inputs of the graph, by input name; bags are padded with -1."""
     encoded = encoding.encode(contexts)
     inputs: dict[str, np.ndarray] = {}
-    for place, spec in enumerate(encoding.specs):
+    for index, spec in enumerate(encoding.specs):
         value = encoded[spec.name]
         if spec.kind == "numeric":
-            inputs[_input_name(place)] = as_float_array(contexts.column(spec.source))
+            inputs[_input_name(index)] = as_float_array(contexts.column(spec.source))
         elif spec.kind == "vector":
-            inputs[_input_name(place)] = as_float_matrix(
+            inputs[_input_name(index)] = as_float_matrix(
                 contexts.column(spec.source), spec.dim, spec.name
             )
         elif spec.kind == "category":
             assert isinstance(value, np.ndarray)
-            inputs[_input_name(place)] = value
+            inputs[_input_name(index)] = value
         else:
             assert not isinstance(value, np.ndarray)
             length = np.diff(value.offsets)
-            # One column at least: an array without columns has no item to be padded.
+            # At least one column, also if all bags are empty.
             padded = np.full((len(length), max(1, int(length.max(initial=0)))), -1, dtype=np.int64)
             row = np.repeat(np.arange(len(length)), length)
             padded[row, np.arange(len(value.values)) - value.offsets[row]] = value.values
-            inputs[_input_name(place)] = padded
+            inputs[_input_name(index)] = padded
     return inputs
 
 
 def write_graphs(
     tower: ContextTower, directory: Path, version: str, *, onnx: bool
 ) -> dict[str, Any]:
-    """Write the ExportedProgram, ONNX where asked for, and contract.json.
+    """Write the ExportedProgram, optionally ONNX, and contract.json.
+
+    Graphs of a user's own module are compared with the module on a few rows.
 
     Returns:
-        facts for the manifest: which files were written, and why one was not. Only a user's own
-        module can be refused; each graph of one is run on a few rows beside the module itself.
+        Names of the files that were written, and the reason why one could not be (a user's own
+        module only).
 
     Raises:
-        MissingExtraError: ONNX is asked for, and its packages are not installed.
+        MissingExtraError: `onnx` is set and its packages are not installed.
     """
     if onnx:
         _need_onnx()
@@ -155,13 +157,15 @@ def write_graphs(
 
 
 def _attempt(tower: ContextTower, write: Callable[[], None]) -> str | None:
-    """Why a graph could not be written; a built-in tower's failure is ours and is raised."""
+    """Return why a graph could not be written; failures of built-in towers are raised."""
     if isinstance(tower.tower.body, MLPBody):
         write()
         return None
     try:
         write()
-    except Exception as error:  # Whatever the tracer or the module under it raises.
+    except Exception as error:  # Tracers and modules raise errors of any type.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
     return None
@@ -184,11 +188,11 @@ def _write_program(graph: _Graph, path: Path) -> None:
 
 
 def contract(tower: ContextTower, version: str) -> dict[str, Any]:
-    """Inputs and output of the graph, in words and types."""
+    """Describe the inputs and the output of the graph."""
     inputs = []
-    for place, spec in enumerate(tower.encoding.specs):
+    for index, spec in enumerate(tower.encoding.specs):
         entry: dict[str, Any] = {
-            "input": _input_name(place),
+            "input": _input_name(index),
             "feature": spec.name,
             "column": spec.source,
             "kind": spec.kind,
@@ -203,7 +207,7 @@ def contract(tower: ContextTower, version: str) -> dict[str, Any]:
             if spec.kind == "bag":
                 entry["padding"] = -1
             if spec.encoding == "vocabulary":
-                entry["value"] = "1 + the value's place in the vocabulary; 0 where it has none"
+                entry["value"] = "1 + the value's index in the vocabulary; 0 if it has none"
                 entry["vocabulary"] = "encoding/encoding.json names the Parquet file, column value"
             else:
                 entry["value"] = (
@@ -247,7 +251,7 @@ def _write_onnx(graph: _Graph, path: Path) -> None:
                 dynamo=True,
                 verbose=False,
                 dynamic_shapes={"inputs": shapes},
-                input_names=[_input_name(place) for place in range(len(examples))],
+                input_names=[_input_name(index) for index in range(len(examples))],
                 output_names=["query"],
             )
             assert program is not None
@@ -259,12 +263,12 @@ def _write_onnx(graph: _Graph, path: Path) -> None:
 def _examples(
     encoding: FeatureEncoding, rows: int
 ) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Inputs of `rows` contexts, seeded, and which of their dimensions vary."""
+    """Seeded random inputs of `rows` contexts, and their dynamic dimensions."""
     generator = torch.Generator().manual_seed(rows)
     number_of_rows = torch.export.Dim("rows", min=1)
     tensors: list[Tensor] = []
     shapes: list[dict[int, Any]] = []
-    for place, spec in enumerate(encoding.specs):
+    for index, spec in enumerate(encoding.specs):
         shape: dict[int, Any] = {0: number_of_rows}
         if spec.kind == "numeric":
             tensors.append(
@@ -278,15 +282,15 @@ def _examples(
         else:
             size = encoding.cardinality(spec.name)
             wanted = (rows,) if spec.kind == "category" else (rows, 2)
-            index = torch.randint(0, size, wanted, generator=generator, device="cpu")
+            category = torch.randint(0, size, wanted, generator=generator, device="cpu")
             if spec.kind == "bag":
-                index[0, 1] = -1
-                shape[1] = torch.export.Dim(f"longest_{place}", min=1)
-            tensors.append(index)
+                category[0, 1] = -1
+                shape[1] = torch.export.Dim(f"longest_{index}", min=1)
+            tensors.append(category)
         shapes.append(shape)
     return tuple(tensors), tuple(shapes)
 
 
-def _input_name(place: int) -> str:
-    """Feature names may hold what graph inputs may not; contract.json says which is which."""
-    return f"feature_{place}"
+def _input_name(index: int) -> str:
+    """Name of a graph input, which may not hold every character that a feature name may."""
+    return f"feature_{index}"

@@ -1,11 +1,10 @@
-"""Approximate search with FAISS, by inner product: options, opening, searching.
+"""Approximate search by inner product with FAISS: options, opening and searching.
 
-Building is in `index_building`, the choice of parameters in `index_tuning`.
+`index_building` builds indices, `index_tuning` chooses their parameters.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from offtower.checksums import read_json
 from offtower.errors import ConfigError, MissingExtraError, RunError
 
 Kind = Literal["flat", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"]
@@ -24,18 +24,18 @@ FILE, LISTS, FACTS = "index.faiss", "index.ivfdata", "index.json"
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """What to build.
+    """Options of an approximate index.
 
     Attributes:
-        kind: flat, ivf_flat, ivf_sq8 (8-bit scalars), ivf_pq (product quantiser), hnsw. Candidates
-            of the last three and of ivf_* are scored again with the exported vectors.
+        kind: flat, ivf_flat, ivf_sq8 (8-bit scalar quantizer), ivf_pq (product quantizer) or hnsw.
+            All but flat rescore their candidates with the exported vectors.
         target_recall: share of the exact top k that must be found.
-        k: of that recall.
-        lists: inverted lists; by the number of items where it is None.
-        shard_rows: items whose lists are built in memory at a time; beyond, shards are written and
-            merged on disk (ivf_* only). None builds in one piece.
-        neighbours: M of hnsw.
-        seed: of clustering.
+        k: k of that recall.
+        lists: number of inverted lists; None derives it from the number of items.
+        shard_rows: items per shard; shards are built in memory one at a time and merged on disk
+            (ivf_* only). None builds in one piece.
+        neighbors: M of hnsw.
+        seed: seed of the clustering.
     """
 
     kind: Kind = "ivf_flat"
@@ -43,7 +43,7 @@ class IndexOptions:
     k: int = 100
     lists: int | None = None
     shard_rows: int | None = None
-    neighbours: int = 32
+    neighbors: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -58,13 +58,13 @@ class IndexOptions:
 
 
 class AnnIndex:
-    """A FAISS index over item numbers, opened read-only.
+    """A read-only FAISS index over item numbers.
 
     Args:
         index: the FAISS index.
-        facts: of index.json.
-        vectors: (N, D) exported vectors, to score candidates again; None takes FAISS's scores.
-        scale: of int8 vectors.
+        facts: content of index.json.
+        vectors: (N, D) exported vectors, for rescoring candidates.
+        scale: (D,) scale of int8 vectors.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class AnnIndex:
     def search(
         self, queries: NDArray[np.float32], k: int, **parameters: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Scores (n, k), falling, and item numbers (n, k); -1 and -inf where fewer were found.
+        """Return descending scores (n, k) and item numbers (n, k); -inf and -1 pad missing results.
 
         Args:
-            parameters: nprobe, ef_search or refine in place of the tuned ones.
+            parameters: nprobe, ef_search or refine, overriding the tuned values.
         """
         chosen = {**self.parameters, **parameters}
         queries = np.ascontiguousarray(queries, dtype=np.float32)
@@ -98,13 +98,13 @@ class AnnIndex:
         padded = pad(queries, self.index.d)
         score, item = self.index.search(padded, wanted, params=settings)
         if kind != "flat":
-            score, item = self._score_again(queries, item, k)
+            score, item = self._rescore(queries, item, k)
         return score[:, :k], item[:, :k]
 
-    def _score_again(
+    def _rescore(
         self, queries: NDArray[np.float32], item: NDArray[np.int64], k: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Exact scores of the candidates, best first; of equal ones the lowest number first."""
+        """Exact scores of the candidates, descending; ties go to the lowest number."""
         scaled = queries if self._scale is None else queries * self._scale
         scores = np.full(item.shape, -np.inf, dtype=np.float32)
         for row, (query, candidates) in enumerate(zip(scaled, item, strict=True)):
@@ -115,9 +115,9 @@ class AnnIndex:
         return np.take_along_axis(scores, order, 1), np.take_along_axis(item, order, 1)
 
     def to_gpu(self) -> AnnIndex:
-        """The same on the first GPU, where this build of FAISS has one; itself otherwise.
+        """Copy the index to the first GPU if FAISS supports it; otherwise return self.
 
-        HNSW stays where it is: FAISS has no such index for GPUs.
+        FAISS has no HNSW for GPUs.
         """
         faiss = import_faiss()
         gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
@@ -133,23 +133,24 @@ def open_index(
     vectors: NDArray[Any],
     scale: NDArray[np.float32] | None = None,
 ) -> AnnIndex:
-    """Open an index memory-mapped and read-only, and check that it is of these vectors.
+    """Open an index, memory-mapped and read-only, and check that it belongs to the vectors.
 
     Raises:
-        RunError: a file is damaged, or the index is of another version, metric, count or dimension.
+        RunError: a file is damaged, or version, metric, count or dimension differ.
         MissingExtraError: FAISS is not installed.
     """
     faiss = import_faiss()
     path = directory / FACTS
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        found, _ = facts["version"], facts["kind"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"the index at '{directory}' cannot be read: {error}") from error
-    if found != version:
+        facts = read_json(path)
+    except FileNotFoundError:
+        raise RunError(f"'{path}' is missing; export again") from None
+    if facts.get("kind") not in KINDS:
+        raise RunError(f"'{path}' is damaged: unknown kind {facts.get('kind')!r}; export again")
+    if facts.get("version") != version:
         raise RunError(
-            f"the index at '{directory}' is of version {found}, the towers are of {version}: their "
-            "inner products mean nothing; export again"
+            f"the index at '{directory}' is of version {facts.get('version')}, the towers are of "
+            f"{version}: their inner products mean nothing; export again"
         )
     index = read_index(faiss, directory)
     if index.metric_type != metric_of(faiss, facts["kind"]):
@@ -163,12 +164,12 @@ def open_index(
 
 
 def import_faiss() -> Any:
-    """FAISS, taking as many threads as torch.
+    """Import FAISS and give it torch's number of threads.
 
-    Each has an OpenMP runtime of its own: together they must not ask for more than the machine has.
+    FAISS and torch have separate OpenMP runtimes, which do not share thread counts.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: FAISS is not installed.
     """
     try:
         import faiss
@@ -179,15 +180,15 @@ def import_faiss() -> Any:
 
 
 def padded_dim(kind: str, dim: int) -> int:
-    """Numbers a vector has in the index: a product quantiser takes them in pairs, and a graph has
-    one more (`index_building`)."""
+    """Dimension of the vectors in the index: even for product quantization, and one more for a
+    graph (`index_building`)."""
     if kind == "hnsw":
         return dim + 1
     return dim + dim % 2 if kind == "ivf_pq" else dim
 
 
 def metric_of(faiss: Any, kind: str) -> int:
-    """The inner product, or the distance that orders as it does (`index_building`)."""
+    """Inner product, or the equivalent Euclidean distance of a graph (`index_building`)."""
     return int(faiss.METRIC_L2 if kind == "hnsw" else faiss.METRIC_INNER_PRODUCT)
 
 
@@ -212,6 +213,6 @@ def read_index(faiss: Any, directory: Path) -> Any:
     if hasattr(index, "invlists"):
         lists = faiss.downcast_InvertedLists(index.invlists)
         if hasattr(lists, "prefetch_nthread"):
-            # Its threads, made anew for each search, cost more than the pages they fetch.
+            # Starting prefetch threads for each search costs more than it saves.
             lists.prefetch_nthread = 0
     return index

@@ -1,19 +1,19 @@
-"""Building FAISS indices in chunks, and in shards where lists are larger than memory.
+"""Build FAISS indices in chunks, or in shards where the lists exceed memory.
 
-Inverted lists are k-means cells of the item vectors by plain distance, and are probed in the order
-of the query's inner product with their centres. Assigning items by inner product too, as an index
-does by default, crowds them into the cells of the longest centres.
+Inverted lists are k-means clusters by Euclidean distance, probed in the order of the query's inner
+product with their centroids. Assigning items by inner product, FAISS's default, would concentrate
+them in the lists of the longest centroids.
 
-A graph (HNSW) of inner products misses a tenth of the answers however far it is searched: an inner
-product is no metric, and short vectors are near nobody. With one coordinate more,
-sqrt(max |v|^2 - |v|^2), all items have one length, and for a query with a 0 there the nearest item
-by plain distance is that of largest inner product (Bachrach et al. 2014). Candidates are scored
-again by their inner products.
+HNSW on inner products misses results at any search depth, because an inner product is no metric.
+One more coordinate, sqrt(max |v|^2 - |v|^2), gives all items the same norm. For a query with a 0
+there, the Euclidean nearest neighbors are the items of largest inner product (Bachrach et al.
+2014). Candidates are rescored by their inner products.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -55,32 +55,33 @@ def build_index(
 
     Args:
         vectors: (N, D) exported vectors.
-        queries: (n, D) queries of held-out contexts; parameters are chosen on the first half, and
-            the second half says what they give.
-        directory: gets index.faiss and index.json (and index.ivfdata where shards were merged).
-        version: of the export, which opening the index compares.
+        queries: (n, D) queries of held-out contexts; parameters are tuned on the first half, and
+            recall and latency are measured on the second.
+        directory: folder for index.faiss and index.json (and index.ivfdata of merged shards).
+        version: version of the export, checked when the index is opened.
 
     Returns:
-        facts: kind, parameters, recall and latency as measured, build time, bytes.
+        Kind, parameters, measured recall and latency, build time and bytes.
 
     Raises:
         MissingExtraError: FAISS is not installed.
-        ConfigError: no parameters reach the target.
+        ConfigError: no parameters reach the target recall.
+        RunError: the index cannot be written.
     """
     faiss = import_faiss()
     directory.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    index, centres = _trained(faiss, vectors, scale, options)
+    index, centroids = _trained(faiss, vectors, scale, options)
     if options.kind == "hnsw":
-        for part in _of_one_length(vectors, scale):
+        for part in _equal_norm(vectors, scale):
             index.add(part)
         _guard(lambda: faiss.write_index(index, str(directory / FILE)), directory)
     elif options.shard_rows is None or options.shard_rows >= len(vectors):
         for part, first in _parts(vectors, scale, 0, len(vectors)):
-            _add(faiss, index, centres, part, first)
+            _add(faiss, index, centroids, part, first)
         _guard(lambda: faiss.write_index(index, str(directory / FILE)), directory)
     else:
-        _build_shards(faiss, index, centres, vectors, scale, directory, options.shard_rows)
+        _build_shards(faiss, index, centroids, vectors, scale, directory, options.shard_rows)
     seconds = time.perf_counter() - began
     facts: dict[str, Any] = {
         "version": version,
@@ -104,15 +105,15 @@ def build_index(
 def _trained(
     faiss: Any, vectors: NDArray[Any], scale: NDArray[np.float32] | None, options: IndexOptions
 ) -> tuple[Any, Any]:
-    """An empty, trained index, and the centres of its lists as an index by plain distance."""
+    """Return an empty trained index, and the centroids of its lists as a Euclidean index."""
     count, dim = vectors.shape
     ip = faiss.METRIC_INNER_PRODUCT
     if options.kind == "flat":
         return faiss.IndexFlatIP(dim), None
     if options.kind == "hnsw":
         width = padded_dim(options.kind, dim)
-        index = faiss.IndexHNSWFlat(width, options.neighbours, metric_of(faiss, options.kind))
-        index.hnsw.efConstruction = max(200, 4 * options.neighbours)
+        index = faiss.IndexHNSWFlat(width, options.neighbors, metric_of(faiss, options.kind))
+        index.hnsw.efConstruction = max(200, 4 * options.neighbors)
         return index, None
     lists = options.lists or max(1, min(round(4 * count**0.5), count // 39))
     width = padded_dim(options.kind, dim)
@@ -128,30 +129,30 @@ def _trained(
         max_points_per_centroid=_TRAIN_PER_LIST,
     )
     means.train(sample)
-    quantiser = faiss.IndexFlatIP(width)
-    quantiser.add(means.centroids)
+    quantizer = faiss.IndexFlatIP(width)
+    quantizer.add(means.centroids)
     if options.kind == "ivf_flat":
-        index = faiss.IndexIVFFlat(quantiser, width, lists, ip)
+        index = faiss.IndexIVFFlat(quantizer, width, lists, ip)
     elif options.kind == "ivf_sq8":
         sq8 = faiss.ScalarQuantizer.QT_8bit
-        index = faiss.IndexIVFScalarQuantizer(quantiser, width, lists, sq8, ip)
+        index = faiss.IndexIVFScalarQuantizer(quantizer, width, lists, sq8, ip)
     else:
-        index = faiss.IndexIVFPQ(quantiser, width, lists, width // 2, 8, ip)
+        index = faiss.IndexIVFPQ(quantizer, width, lists, width // 2, 8, ip)
         index.pq.cp.niter = 10
         index.pq.cp.max_points_per_centroid = 64
-    quantiser.this.disown()
+    quantizer.this.disown()
     index.own_fields = True
     index.train(sample)
     return index, means.index
 
 
-def _add(faiss: Any, index: Any, centres: Any, part: NDArray[np.float32], first: int) -> None:
-    """Add items first, first + 1, ... to the lists of their nearest centres."""
-    if centres is None:
+def _add(faiss: Any, index: Any, centroids: Any, part: NDArray[np.float32], first: int) -> None:
+    """Add items first, first + 1, ... to the lists of their nearest centroids."""
+    if centroids is None:
         index.add(part)
         return
     part = np.ascontiguousarray(pad(part, index.d))
-    lists = np.ascontiguousarray(centres.search(part, 1)[1].reshape(-1), dtype=np.int64)
+    lists = np.ascontiguousarray(centroids.search(part, 1)[1].reshape(-1), dtype=np.int64)
     ids = np.arange(first, first + len(part), dtype=np.int64)
     pointer = faiss.swig_ptr
     index.add_core(len(part), pointer(part), pointer(ids), pointer(lists))
@@ -169,13 +170,13 @@ def _float32(part: NDArray[Any], scale: NDArray[np.float32] | None) -> NDArray[n
     return wide if scale is None else wide * scale
 
 
-def _of_one_length(
+def _equal_norm(
     vectors: NDArray[Any], scale: NDArray[np.float32] | None
 ) -> Iterator[NDArray[np.float32]]:
-    """Chunks of the items with the coordinate that makes all as long as the longest."""
+    """Chunks of the items, with the coordinate that gives all the largest norm."""
 
     def squared(part: NDArray[np.float32]) -> NDArray[np.float64]:
-        return np.einsum("nd,nd->n", part, part, dtype=np.float64)
+        return np.asarray(np.einsum("nd,nd->n", part, part, dtype=np.float64))
 
     parts = [squared(part) for part, _ in _parts(vectors, scale, 0, len(vectors))]
     longest = max(float(part.max(initial=0.0)) for part in parts)
@@ -187,13 +188,18 @@ def _of_one_length(
 def _build_shards(
     faiss: Any,
     trained: Any,
-    centres: Any,
+    centroids: Any,
     vectors: NDArray[Any],
     scale: NDArray[np.float32] | None,
     directory: Path,
     shard_rows: int,
 ) -> None:
-    """Fill a copy of the trained index shard by shard, and merge the lists on disk."""
+    """Fill copies of the trained index shard by shard, and merge their lists on disk.
+
+    Raises:
+        RunError: the disk has no space for the merged lists. FAISS maps that file sparsely, and
+            writing to it on a full disk would kill the process (SIGBUS).
+    """
     from faiss.contrib.ondisk import merge_ondisk
 
     names = []
@@ -201,9 +207,15 @@ def _build_shards(
         shard = faiss.clone_index(trained)
         stop = min(start + shard_rows, len(vectors))
         for part, first in _parts(vectors, scale, start, stop):
-            _add(faiss, shard, centres, part, first)
+            _add(faiss, shard, centroids, part, first)
         names.append(str(directory / f"shard-{number:05d}.faiss"))
         _guard(lambda s=shard: faiss.write_index(s, names[-1]), directory)  # type: ignore[misc]
+    needed, free = len(vectors) * (trained.code_size + 8), shutil.disk_usage(directory).free
+    if free < needed:
+        raise RunError(
+            f"the disk of '{directory}' is full: the index needs {needed:,} bytes, {free:,} are "
+            "free. Free some space and export again; the previous export is unchanged"
+        )
     _guard(lambda: merge_ondisk(trained, names, str(directory / LISTS)), directory)
     _guard(lambda: faiss.write_index(trained, str(directory / FILE)), directory)
     for name in names:
@@ -211,7 +223,7 @@ def _build_shards(
 
 
 def _guard(write: Callable[[], Any], directory: Path) -> None:
-    """FAISS's write errors as one that names the folder."""
+    """Raise FAISS's write errors as RunError with the folder's name."""
     try:
         write()
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Parameters of an index, chosen by measurement for a target recall."""
+"""Choose the parameters of an index by measured recall."""
 
 from __future__ import annotations
 
@@ -26,8 +26,12 @@ def tune(
     scale: NDArray[np.float32] | None,
     options: IndexOptions,
 ) -> dict[str, Any]:
-    """The cheapest parameters whose recall reaches the target on the first half of the queries, by
-    two standard errors; recall and latency on the second half."""
+    """Choose the cheapest parameters whose recall is two standard errors above the target on the
+    first half of the queries; measure recall and latency on the second half.
+
+    Raises:
+        ConfigError: no parameters reach the target.
+    """
     k = min(options.k, len(vectors))
     truth = exact_top_k(queries, vectors, k, scale)[1]
     half = max(1, len(queries) // 2)
@@ -45,7 +49,7 @@ def tune(
         best = max(tried, key=lambda t: t["recall"])
         raise ConfigError(
             f"no parameters of '{options.kind}' reach recall@{k} {options.target_recall}: the best "
-            f"is {best}. Lower the target, or take another kind"
+            f"is {best}. Lower the target, or use another kind"
         )
     index.parameters = chosen
     found = recall(index.search(queries[held], k)[1], truth[held])
@@ -73,7 +77,7 @@ def tune(
 
 
 def _candidates(index: AnnIndex, options: IndexOptions) -> Iterator[dict[str, int]]:
-    """Parameters in rising cost."""
+    """Parameters in ascending cost."""
     if options.kind == "flat":
         yield {}
     elif options.kind == "hnsw":
@@ -83,11 +87,11 @@ def _candidates(index: AnnIndex, options: IndexOptions) -> Iterator[dict[str, in
         lists = index.index.nlist
         probes = [p for p in _PROBES if p < lists] + [lists]
         if options.kind != "ivf_pq":
-            # Codes of 8 bits order nearly as the vectors do; twice as many candidates suffice.
+            # 8-bit codes rank nearly as the vectors do: twice the candidates suffice.
             refine = {} if options.kind == "ivf_flat" else {"refine": 2}
             yield from ({"nprobe": probe, **refine} for probe in probes)
             return
-        # First the probes that would do with perfect codes, then as few candidates as possible.
+        # Fewest probes first, then fewest candidates.
         for probe in probes:
             for refine_by in _REFINE:
                 yield {"nprobe": probe, "refine": refine_by}

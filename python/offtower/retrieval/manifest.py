@@ -1,14 +1,17 @@
-"""manifest.json of an export: what the files are, which belong together, and their checksums.
+"""Versions of an export: manifest.json with checksums of all files, and the current version.
 
-    export/CURRENT                  the version that is served
-    export/<version>/manifest.json  and all that it names
+    export/CURRENT                  name of the version that is served
+    export/<version>/manifest.json  description and checksums of its files
 
-A new version is written beside and CURRENT is replaced at the end, so that a killed or failed
-export leaves the earlier one as it was, and going back is writing one line.
+A version is written to a temporary folder and renamed, and CURRENT is replaced last. A killed or
+failed export therefore leaves the earlier version in place. To roll back, write its name to
+CURRENT.
 """
 
 from __future__ import annotations
 
+import itertools
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,16 +27,16 @@ CURRENT = "CURRENT"
 Verify = Literal["auto", "full", "size"]
 
 FULL_CHECK_BYTES = 4 << 30
-"""`auto` reads every byte of exports up to this size, and compares sizes alone beyond."""
+"""`auto` compares checksums of exports up to this size, and only sizes beyond."""
 
 
 def write_manifest(directory: Path, content: dict[str, Any]) -> None:
-    """Write manifest.json, with the checksum of its own content."""
+    """Write manifest.json with the checksum of its own content."""
     write_checked_json(directory / FILE, {"format": FORMAT, **content})
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of one version.
+    """Read the manifest of one version.
 
     Raises:
         RunError: it is missing, damaged, or of another format.
@@ -52,14 +55,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def verify_files(directory: Path, manifest: dict[str, Any], verify: Verify = "auto") -> None:
-    """Compare the files with the manifest.
+    """Compare the files of a version with its manifest.
 
     Args:
         verify: "size" compares sizes, "full" checksums too; "auto" is full for exports of up to
             FULL_CHECK_BYTES.
 
     Raises:
-        RunError: a file is missing, has another size, or another content.
+        RunError: a file is missing or differs, or its name leaves the folder.
     """
     files = manifest["files"]
     total = sum(facts["bytes"] for facts in files.values())
@@ -72,33 +75,59 @@ def verify_files(directory: Path, manifest: dict[str, Any], verify: Verify = "au
 
 
 def set_current(export: Path, version: str) -> None:
-    """Serve `version` from now on."""
+    """Make `version` the one that is served."""
     write_text(export / CURRENT, version + "\n")
 
 
 def current_version(export: Path) -> Path:
-    """The folder of the version that CURRENT names.
+    """Return the folder of the version that CURRENT names.
 
     Raises:
-        RunError: there is no export, or the version is gone.
+        RunError: there is no export, or CURRENT is damaged or names a missing version.
     """
-    path = export / CURRENT
-    try:
-        version = path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        raise RunError(
-            f"no finished export at '{export}'. Make one with: offtower export RUN"
-        ) from None
-    if not version or "/" in version or not (export / version).is_dir():
-        raise RunError(f"'{path}' names version '{version}', which is not there; export again")
-    return export / version
+    path, version = export / CURRENT, None
+    while True:
+        try:
+            found = path.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            raise RunError(
+                f"no finished export at '{export}'. Make one with: offtower export RUN"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"'{path}' is damaged: {error}; export again") from error
+        if "/" not in safe_relative(found, path, RunError) and (export / found).is_dir():
+            return export / found
+        # Another export may have replaced CURRENT and removed this version in between.
+        if found == version:
+            raise RunError(f"'{path}' names version '{found}', which is missing; export again")
+        version = found
 
 
 def find_version(path: str | Path) -> Path:
-    """The version folder behind a run directory, an export folder, or the folder itself."""
+    """Return the version folder of a run directory, an export folder, or a version folder."""
     path = Path(path)
     if (path / FILE).exists() and not (path / "config.yaml").exists():
         return path
     if (path / CURRENT).exists():
         return current_version(path)
     return current_version(path / "export")
+
+
+def prune_versions(export: Path, *, kept: int, keep_seconds: float) -> None:
+    """Remove old versions that are no longer in use.
+
+    The current version and the `kept` newest ones stay, and so does each version that was replaced
+    by a newer one less than `keep_seconds` ago: a reader may still be opening its files.
+    """
+    current = current_version(export)
+    manifests = [path for path in export.glob(f"*/{FILE}") if not path.parent.name.startswith(".")]
+    # Ages are differences of the file system's own time stamps.
+    finished = {path.parent: path.stat().st_mtime for path in manifests}
+    versions = sorted(finished, key=lambda path: (finished[path], path.name))
+    now = (export / CURRENT).stat().st_mtime
+    for old, newer in itertools.pairwise(versions[: max(0, len(versions) + 1 - kept)]):
+        if old != current and now - finished[newer] >= keep_seconds:
+            # Renamed first: a version is there as a whole or not at all.
+            removed = old.with_name(f".{old.name}.partial")
+            old.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)

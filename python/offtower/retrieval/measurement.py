@@ -1,4 +1,4 @@
-"""Contexts to measure an export on: rows of a log that training did not learn from, if there is."""
+"""Contexts that an export is measured on, from a held-out log if there is one."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from offtower.prepare import log_schema
 
 
 def measurement_log(config: Config, given: AnyPath | None = None) -> tuple[ParquetLog, str]:
-    """The log whose contexts an export is measured on, and which part of the data it is."""
+    """Return the log that an export is measured on, and the name of that part of the data."""
     if given is not None:
         return ParquetLog.open(given, log_schema(config)), "given"
     for part in ("test", "validation", "train"):
-        place = getattr(config.data, part)
-        if place is not None and Location.of(place).exists():
-            return ParquetLog.open(place, log_schema(config)), part
+        path = getattr(config.data, part)
+        if path is not None and Location.of(path).exists():
+            return ParquetLog.open(path, log_schema(config)), part
     raise DataError(
-        "none of the run's logs is there to take contexts from; pass --contexts with a log"
+        "none of the run's logs exists to take contexts from; pass --contexts with a log"
     )
 
 
 def sample_contexts(
     log: ParquetLog, encoding: FeatureEncoding, count: int, seed: int = 0
 ) -> pa.Table:
-    """Up to `count` rows of random row groups, with the columns of the context features."""
+    """Draw up to `count` rows from random row groups, with the context columns."""
     columns = list(dict.fromkeys(spec.source for spec in encoding.specs))
     rng = np.random.default_rng(seed)
     groups = rng.permutation(len(log.row_group_sizes))
@@ -43,5 +43,4 @@ def sample_contexts(
         picked = np.sort(rng.permutation(table.num_rows)[: min(per_group, count - rows)])
         parts.append(table.take(pa.array(picked)))
         rows += len(picked)
-    # Few row groups, or small ones: what is missing comes from wherever there is more.
     return pa.concat_tables(parts).combine_chunks()

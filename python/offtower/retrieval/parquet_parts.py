@@ -31,16 +31,16 @@ def write_parquet(
     rows_per_part: int = ROWS_PER_PART,
     chunk: int = CHUNK,
 ) -> list[str]:
-    """Parquet parts with one row an item, as databases and vector stores read them.
+    """Write Parquet parts with one row per item, for databases and vector stores.
 
     Args:
-        layout: "offtower" has the columns item_id and embedding; "vector_db" has id (text), values
-            and metadata (JSON text).
-        fixed_size: lists of fixed size; plain lists otherwise.
-        metadata: JSON texts of the items, chunk by chunk, for "vector_db".
+        layout: "offtower" has columns item_id and embedding; "vector_db" id (text), values and
+            metadata (JSON text).
+        fixed_size: fixed-size lists; plain lists otherwise.
+        metadata: JSON texts of the items in chunks of `chunk`, for "vector_db".
 
     Returns:
-        names of the parts.
+        Names of the parts.
     """
     directory.mkdir(parents=True, exist_ok=True)
     names: list[str] = []
@@ -81,8 +81,8 @@ def write_parquet(
 
 
 def metadata_texts(catalogue: CatalogueStream, chunk: int = CHUNK) -> Iterator[list[str]]:
-    """JSON text of every item's plain features (vectors are left out), in chunks of exactly
-    `chunk` items (the last may be shorter)."""
+    """JSON text of each item's features except vectors, in chunks of exactly `chunk` items (the
+    last may be shorter)."""
     specs = [spec for spec in catalogue.schema.features if spec.kind != "vector"]
     waiting: list[str] = []
     for part in catalogue.chunks(chunk):

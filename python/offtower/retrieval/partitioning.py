@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offtower.retrieval.cells import Cells, FloatArray, IntArray
+from offtower.retrieval.vectors import create_array
 
 _SPLIT_ROWS_PER_CELL = 100
 """Items per cell that the split tree is fitted on; larger catalogues are subsampled."""
@@ -194,9 +195,7 @@ def _separate_outliers(
 def _reordered(vectors: FloatArray, order: IntArray, directory: Path | None) -> FloatArray:
     if directory is None:
         return np.ascontiguousarray(vectors[order], dtype=np.float32)
-    target: Any = np.lib.format.open_memmap(
-        directory / "vectors.npy", mode="w+", dtype=np.float32, shape=vectors.shape
-    )
+    target = create_array(directory / "vectors.npy", np.float32, vectors.shape)
     for first in range(0, len(order), _CHUNK):
         target[first : first + _CHUNK] = vectors[order[first : first + _CHUNK]]
     target.flush()

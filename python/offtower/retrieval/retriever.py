@@ -1,4 +1,4 @@
-"""What a serving team holds: contexts in, items with scores or with propensities out."""
+"""Retrieval from an export: contexts in, items with scores or propensities out."""
 
 from __future__ import annotations
 
@@ -12,18 +12,29 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from offtower.data.columns import Column
-from offtower.errors import ConfigError, DataError, RunError
+from offtower.errors import ConfigError, DataError, OfftowerError, RunError
+from offtower.paths import safe_relative
+from offtower.retrieval.cell_sampling import ItemSample
 from offtower.retrieval.cells import Cells
 from offtower.retrieval.exact import exact_top_k
 from offtower.retrieval.index import AnnIndex, open_index
-from offtower.retrieval.manifest import Verify, find_version, read_manifest, verify_files
-from offtower.retrieval.propensity_sampler import ItemSample, Mode, PropensitySampler
+from offtower.retrieval.manifest import (
+    FILE,
+    Verify,
+    find_version,
+    read_manifest,
+    verify_files,
+)
+from offtower.retrieval.propensity_sampler import Mode, PropensitySampler
 from offtower.retrieval.tower import ContextTower
-from offtower.retrieval.vectors import id_keys, load_ids, load_vectors
+from offtower.retrieval.vectors import id_keys, load_ids, load_scale, load_vectors
 
 IntArray = NDArray[np.int64]
 Filter = Sequence[Any] | Sequence[Sequence[Any]] | NDArray[Any]
-"""Item ids that must not be shown: one list for all contexts, or one for each."""
+"""Item ids that must not be returned: one list for all contexts, or one per context."""
+
+_ATTEMPTS = 100
+"""How often opening starts again because the export was replaced meanwhile."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +42,11 @@ class SearchResult:
     """The k best items of n contexts."""
 
     item_id: list[list[Any]]
-    """By context, best first; shorter than k where filters or the index left fewer."""
+    """Per context, best first; shorter than k if filters or the index leave fewer."""
     item: list[IntArray]
-    """By context, item numbers in the catalogue."""
+    """Per context, item numbers in the catalogue."""
     score: list[NDArray[np.float32]]
-    """By context, logits <u, v_a> / temperature + b_a."""
+    """Per context, logits <u, v_a> / temperature + b_a."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,20 +57,21 @@ class SampleResult:
     item: IntArray
     """(n, k) item numbers."""
     pscore: NDArray[np.float64]
-    """(n, k); in a slate each position's is given the positions before it."""
+    """(n, k); in a slate, conditional on the positions before."""
     relative_error: NDArray[np.float64]
-    """(n, k) standard error of pscore as a share of it; 0 where it is exact."""
+    """(n, k) standard error of pscore as a share of it; 0 if pscore is exact."""
     conditional_pscore: NDArray[np.float64]
-    """(n, k) probability given what was looked at; see `retrieval.propensity_sampler`."""
+    """(n, k) exact probability given the sampled rows; see `retrieval.propensity_sampler`."""
     slate: bool
     version: str
     mode: Mode
 
 
 class Retriever:
-    """Searches and samples an export, without training code and without pickles.
+    """Search and sample one version of an export, without training code and without pickles.
 
-    Args: see `open`, which makes one.
+    `open` opens or maps all files. Later exports may replace the version and remove its files; the
+    retriever keeps answering from them.
     """
 
     def __init__(
@@ -75,17 +87,23 @@ class Retriever:
                 f"the context tower of '{directory}' gives {self.tower.query_dim} numbers, the "
                 f"items have {facts['dim']}; export again"
             )
-        self.vectors = load_vectors(
-            directory / facts["file"], self.num_items, facts["dim"], facts["dtype"]
-        )
+        file = safe_relative(facts["file"], directory / FILE, RunError)
+        self.vectors = load_vectors(directory / file, self.num_items, facts["dim"], facts["dtype"])
         self.scale: NDArray[np.float32] | None = None
         if facts["dtype"] == "int8":
-            self.scale = np.load(directory / "scale.npy", allow_pickle=False)
+            self.scale = load_scale(directory / "scale.npy", facts["dim"])
         self.item_ids = load_ids(directory / "ids.arrow", self.num_items)
         self.index: AnnIndex | None = None
         if manifest["index"] is not None:
             self.index = open_index(directory / "index", self.version, self.vectors, self.scale)
         self._cells: Cells | None = None
+        if manifest["cells"] is not None:
+            self._cells = Cells.load(directory / "cells")
+            if self._cells.vectors.shape != (self.num_items, self.tower.query_dim):
+                raise RunError(
+                    f"the cells of '{directory}' hold {self._cells.vectors.shape} numbers, the "
+                    f"export has {(self.num_items, self.tower.query_dim)}; export again"
+                )
         self._keys: tuple[NDArray[np.uint64], IntArray] | None = None
 
     @classmethod
@@ -99,46 +117,60 @@ class Retriever:
     ) -> Retriever:
         """Open the current export of a run, or the version at `path`.
 
+        Starts again with the new version where another export replaces the current one meanwhile.
+
         Args:
             path: a run directory, its export folder, or a version's folder.
-            verify: "full" reads every byte and compares checksums, "size" compares sizes; "auto"
-                is full for exports of up to 4 GiB.
-            index: False searches exactly though there is an index.
+            verify: "full" compares checksums of all files, "size" their sizes; "auto" is full for
+                exports of up to 4 GiB.
+            index: False searches exactly even if there is an index.
             trust_code: import paths of code that the export may name, as in `load_policy`.
 
         Raises:
-            RunError: nothing is there, files are missing or damaged, or tower, items and index are
-                not of one version.
+            UntrustedCodeError: the export names other code.
+            RunError: there is no export, files are missing or damaged, or tower, items and index
+                belong to different versions.
             MissingExtraError: there is an index and FAISS is not installed.
         """
-        directory = find_version(path)
+        for _ in range(_ATTEMPTS):
+            directory = find_version(path)
+            try:
+                return cls._open_version(directory, verify, index, trust_code)
+            except OfftowerError:
+                if find_version(path) == directory:
+                    raise
+        raise RunError(f"the export at '{path}' is replaced faster than it can be opened")
+
+    @classmethod
+    def _open_version(
+        cls, directory: Path, verify: Verify, index: bool, trust_code: Collection[str]
+    ) -> Retriever:
         manifest = read_manifest(directory)
-        verify_files(directory, manifest, verify)
-        return cls(directory, manifest if index else {**manifest, "index": None}, trust_code)
+        try:
+            verify_files(directory, manifest, verify)
+            if not index:
+                manifest = {**manifest, "index": None}
+            return cls(directory, manifest, trust_code)
+        except OSError as error:
+            raise RunError(f"the export at '{directory}' cannot be read: {error}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"'{directory / FILE}' is damaged: {error!r}; export again") from error
 
     @property
     def cells(self) -> Cells:
-        """What sampling needs; loaded at first use.
+        """The partitioned catalogue that `sample` draws from.
 
         Raises:
             RunError: the export was made without sampling.
         """
         if self._cells is None:
-            if self.manifest["cells"] is None:
-                raise RunError(
-                    f"the export at '{self.directory}' was made without sampling; export again "
-                    "with it"
-                )
-            self._cells = Cells.load(self.directory / "cells")
-            if self._cells.vectors.shape != (self.num_items, self.tower.query_dim):
-                raise RunError(
-                    f"the cells of '{self.directory}' hold {self._cells.vectors.shape} numbers, "
-                    f"the export has {(self.num_items, self.tower.query_dim)}; export again"
-                )
+            raise RunError(
+                f"the export at '{self.directory}' was made without sampling; export again with it"
+            )
         return self._cells
 
     def embed(self, contexts: pa.Table) -> NDArray[np.float32]:
-        """Context columns of n rows -> (n, D) queries.
+        """Embed n contexts as (n, D) queries.
 
         Raises:
             DataError: a column is missing, or a query is not finite.
@@ -165,12 +197,12 @@ class Retriever:
         exclude: Filter | None = None,
         exact: bool = False,
     ) -> SearchResult:
-        """The k items of largest logit.
+        """Find the k items of largest logit.
 
         Args:
             contexts: n rows with the context columns.
-            exclude: ids that must not be shown; unknown ids are ignored.
-            exact: score every item though there is an index.
+            exclude: ids that must not be returned; unknown ids are ignored.
+            exact: score every item even if there is an index.
 
         Raises:
             ConfigError: k is not in [1, N].
@@ -178,16 +210,16 @@ class Retriever:
         """
         self._check_k(k)
         queries = self.embed(contexts)
-        hidden = self._hidden(exclude, len(queries))
-        # Filters cost rank: look as much deeper as items may drop out.
-        deeper = min(self.num_items, k + max((len(h) for h in hidden), default=0))
+        excluded = self._excluded(exclude, len(queries))
+        # Search deeper by the number of items that the filter may remove.
+        deeper = min(self.num_items, k + max((len(h) for h in excluded), default=0))
         if exact or self.index is None:
             score, item = exact_top_k(queries, self.vectors, deeper, self.scale)
         else:
             score, item = self.index.search(queries, deeper)
         items, scores = [], []
         for row in range(len(queries)):
-            keep = (item[row] >= 0) & ~np.isin(item[row], hidden[row])
+            keep = (item[row] >= 0) & ~np.isin(item[row], excluded[row])
             items.append(item[row][keep][:k])
             scores.append(score[row][keep][:k])
         return SearchResult([self.ids_of(found) for found in items], items, scores)
@@ -210,9 +242,9 @@ class Retriever:
             k: positions of a slate without replacement, or independent draws.
             slate: False draws independently.
             mode: "softmax", "cells" or "exact"; see `retrieval.propensity_sampler`.
-            exclude: ids that must not be shown; propensities are renormalised over the others.
-            relative_error: standard error that "softmax" aims at, as a share of pscore.
-            seed: repeats draws; None takes fresh randomness, a generator goes on from where it is.
+            exclude: ids that must not be drawn; propensities are renormalized over the others.
+            relative_error: target standard error of "softmax", as a share of pscore.
+            seed: seed or generator; None takes fresh randomness.
 
         Raises:
             ConfigError: k, mode or relative_error is out of range.
@@ -221,13 +253,13 @@ class Retriever:
         """
         self._check_k(k)
         queries = self.embed(contexts)
-        hidden = self._hidden(exclude, len(queries))
+        excluded = self._excluded(exclude, len(queries))
         sampler = PropensitySampler(self.cells, relative_error=relative_error)
         rng = np.random.default_rng(seed)
         draw = sampler.slate if slate else sampler.draw
         drawn: list[ItemSample] = [
             draw(query, rng, size=k, mode=mode, exclude=skip)
-            for query, skip in zip(queries, hidden, strict=True)
+            for query, skip in zip(queries, excluded, strict=True)
         ]
 
         def stacked(name: str) -> Any:
@@ -246,15 +278,15 @@ class Retriever:
         )
 
     def ids_of(self, item: IntArray) -> list[Any]:
-        """Ids of item numbers."""
+        """Return the ids of item numbers."""
         ids: list[Any] = self.item_ids.take(pa.array(item)).to_pylist()
         return ids
 
     def numbers_of(self, ids: Column | Sequence[Any]) -> IntArray:
-        """(n,) item numbers of ids; -1 where the export has no such item.
+        """Return the (n,) item numbers of ids; -1 for unknown ids.
 
         Raises:
-            DataError: ids are numbers where the export has text, or the other way round.
+            DataError: ids are numbers and those of the export are text, or the reverse.
         """
         text = bool(self.manifest["vectors"]["text_ids"])
         try:
@@ -264,17 +296,17 @@ class Retriever:
                 f"item ids of this export are {'text' if text else 'integers'}: {error}"
             ) from error
         if self._keys is None:
-            # Sorted 64-bit keys: 16 bytes an item, made when a filter first asks.
+            # Sorted 64-bit keys, 16 bytes per item, built at first use.
             keys = id_keys(self.item_ids.combine_chunks())
             order = np.argsort(keys)
             self._keys = keys[order], order
         ordered, order = self._keys
         wanted = id_keys(values)
-        place = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
-        return np.where(ordered[place] == wanted, order[place], -1)
+        index = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
+        return np.where(ordered[index] == wanted, order[index], -1)
 
-    def _hidden(self, exclude: Filter | None, n: int) -> list[IntArray]:
-        """Item numbers to leave out, by context."""
+    def _excluded(self, exclude: Filter | None, n: int) -> list[IntArray]:
+        """Sorted, distinct item numbers to leave out, per context."""
         nothing = np.zeros(0, dtype=np.int64)
         if exclude is None or len(exclude) == 0:
             return [nothing] * n

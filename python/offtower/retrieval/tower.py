@@ -1,7 +1,7 @@
-"""The context tower of an export, as offtower serves it; `graphs` has it for other runtimes.
+"""The context tower of an export, as offtower serves it; `graphs` writes it for other runtimes.
 
-Its output is the query whose plain inner product with an item vector is the policy's logit:
-u / temperature, and a last coordinate of 1 where items have a bias.
+Its output is the query whose inner product with an item vector is the policy's logit:
+u / temperature, and a last coordinate of 1 if items have a bias.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from offtower.atomic import write_text
+from offtower.checksums import read_json
 from offtower.config import PolicyConfig
 from offtower.data.encoding import FeatureEncoding, to_tensors
 from offtower.errors import RunError
@@ -30,7 +31,7 @@ _CONFIG: TypeAdapter[PolicyConfig] = TypeAdapter(PolicyConfig)
 
 
 class ContextTower(nn.Module):
-    """Context features -> query; loads from an export without the policy's item side."""
+    """Map context features to queries; loads from an export without the item tower."""
 
     def __init__(self, config: PolicyConfig, encoding: FeatureEncoding, temperature: float) -> None:
         super().__init__()
@@ -42,7 +43,7 @@ class ContextTower(nn.Module):
 
     @classmethod
     def of(cls, policy: TwoTowerPolicy) -> ContextTower:
-        """The context side of a policy, its temperature (fixed or learned) folded in."""
+        """Take the context tower of a policy, and fold in its temperature (fixed or learned)."""
         temperature = policy.config.temperature
         if policy.config.learn_temperature:
             temperature = float(torch.exp(policy.log_temperature.detach().double()))
@@ -56,11 +57,11 @@ class ContextTower(nn.Module):
         return self.config.embedding_dim + int(self.config.item_bias)
 
     def forward(self, features: Any) -> Tensor:
-        """Encoded features of n contexts -> (n, D) queries."""
+        """Map encoded features of n contexts to (n, D) queries."""
         return self.as_query(self.tower(features)[0])
 
     def as_query(self, embedding: Tensor) -> Tensor:
-        """(n, d) context embeddings -> (n, D) queries."""
+        """Map (n, d) context embeddings to (n, D) queries."""
         assert isinstance(self.scale, Tensor)
         query = embedding * self.scale
         if not self.config.item_bias:
@@ -69,12 +70,12 @@ class ContextTower(nn.Module):
 
     @torch.no_grad()
     def embed(self, contexts: pa.Table) -> np.ndarray:
-        """Context columns of n rows -> (n, D) float32 queries."""
+        """Map n rows of context columns to (n, D) float32 queries."""
         query: np.ndarray = self(to_tensors(self.encoding.encode(contexts))).numpy()
         return query
 
     def save(self, directory: Path, version: str) -> None:
-        """Weights, architecture and encoding, no pickle."""
+        """Write weights, architecture and encoding, without pickle."""
         directory.mkdir(parents=True)
         self.encoding.save(directory / "encoding")
         save_weights(directory / "tower.safetensors", self)
@@ -83,7 +84,7 @@ class ContextTower(nn.Module):
 
     @classmethod
     def load(cls, directory: Path, version: str, trust_code: Collection[str] = ()) -> ContextTower:
-        """What `save` wrote.
+        """Load what `save` wrote.
 
         Args:
             trust_code: import paths of code that the tower may name, as in `load_policy`.
@@ -94,13 +95,13 @@ class ContextTower(nn.Module):
         """
         path = directory / "tower.json"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             check_code(content["policy"], path, trust_code)
             found, config = content["version"], _CONFIG.validate_python(content["policy"])
         except RunError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-            raise RunError(f"the context tower at '{directory}' cannot be read: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"'{path}' cannot be read: {error}; export again") from error
         if found != version:
             raise RunError(
                 f"the context tower at '{directory}' is of version {found}, the items are of "

@@ -1,12 +1,15 @@
-"""Item vectors of a policy, streamed to disk: a hundred million items in bounded memory.
+"""Item vectors of a policy, written to disk in chunks.
 
-The last coordinate of an item vector is the item's bias where the policy has one; the context's is
-then 1. Temperature is folded into the context. So the plain inner product is the policy's logit,
-and changing the temperature changes no item vector.
+If the policy has an item bias, it is the last coordinate of the item vector, and that of the query
+is 1. The temperature is folded into the query. So the inner product of query and item vector is the
+policy's logit, and item vectors do not depend on the temperature.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -31,25 +34,25 @@ from offtower.retrieval.catalogue_stream import CHUNK, CatalogueStream
 Dtype = Literal["float32", "float16", "int8"]
 
 _PART_CHUNKS = 16
-"""Chunks that a worker embeds in one go."""
+"""Chunks per task of a worker."""
 _TOWER_ROWS = 8_192
-"""Items that go through the tower at once; larger buffers come from and go to the system anew."""
+"""Items per forward pass; larger buffers are allocated anew by the system each time."""
 
 
 @dataclass(frozen=True)
 class WrittenVectors:
-    """What was written."""
+    """Description of what `write_vectors` wrote."""
 
     count: int
     text_ids: bool
     fingerprint: str | None
-    """Of the catalogue, where offtower wrote it."""
+    """Of the catalogue, if offtower wrote it."""
     ids_sha256: str
 
 
 @dataclass(frozen=True)
 class _Embedded:
-    """What is handed back of a chunk of the catalogue; its vectors are in the file."""
+    """Ids of an embedded chunk, whose vectors are in the file already."""
 
     first: int
     ids: pa.Array
@@ -70,24 +73,20 @@ def write_vectors(
 ) -> WrittenVectors:
     """Embed every item and write vectors.npy (N, D) float32 and ids.arrow.
 
-    Memory is O(chunk) and 8 bytes an item, by which duplicate ids are found.
+    Memory is O(chunk) plus 8 bytes per item for finding duplicate ids.
 
     Args:
-        mapper: where items are embedded. Every worker writes its own rows of the one file, so the
-            directory must be one that they all see.
+        mapper: embeds the items. Its workers write to the same file, so they must share the
+            directory.
 
     Raises:
-        DataError: an id is null or stands twice, a feature is bad, an embedding is not finite.
+        DataError: an id is null or duplicate, a feature is invalid, or an embedding is not finite.
     """
     mapper, progress = mapper or Mapper(), progress or Progress()
     policy.eval()
     n = catalogue.num_items
     path = (directory / "vectors.npy").resolve()
-    vectors = np.lib.format.open_memmap(
-        path, mode="w+", dtype=np.float32, shape=(n, query_dim(policy))
-    )
-    vectors.flush()
-    del vectors
+    create_array(path, np.float32, (n, query_dim(policy)))
     keys = np.empty(n, dtype=np.uint64)
     text, kind = False, pa.int64()
     writer: pa.RecordBatchFileWriter | None = None
@@ -112,7 +111,7 @@ def write_vectors(
             writer.close()
         sink.close()
         progress.finish()
-    digest = _sha(keys)
+    digest = hashlib.sha256(keys.data).hexdigest()
     _check_unique(keys, directory)
     return WrittenVectors(n, text, catalogue.fingerprint, digest)
 
@@ -123,10 +122,10 @@ def _embedded(
     chunk: int,
     mapper: Mapper,
 ) -> Iterator[_Embedded]:
-    """Every chunk, embedded here or by the mapper's workers, in order.
+    """Embed every chunk, in this process or by the mapper's workers; yield them in order.
 
-    Here the catalogue is read once from its beginning to its end: a part that begins inside a
-    row group reads that group again.
+    In one process the catalogue is read as one range: each range that begins inside a row group
+    reads that group again.
     """
     if not mapper.distributed:
         yield from embed(range(catalogue.num_items))
@@ -145,7 +144,7 @@ def _all(embed: Callable[[range], Iterator[_Embedded]], items: range) -> list[_E
 def _embed_items(
     policy: TwoTowerPolicy, catalogue: CatalogueStream, path: Path, chunk: int, items: range
 ) -> Iterator[_Embedded]:
-    """Embed some items into their rows of the file; running it twice writes the same bytes."""
+    """Embed some items into their rows of the file (idempotent)."""
     vectors: Any = np.load(path, mmap_mode="r+")
     first = items.start
     for part in catalogue.chunks(chunk, items):
@@ -157,10 +156,10 @@ def _embed_items(
 
 @torch.no_grad()
 def embed_part(policy: TwoTowerPolicy, part: Catalogue) -> NDArray[np.float32]:
-    """(n, D) vectors of some items.
+    """Embed the items of a chunk as (n, D) vectors.
 
     Raises:
-        DataError: a vector is not finite; the item is named.
+        DataError: a vector is not finite; the message names the item.
     """
     out = np.empty((part.num_items, query_dim(policy)), dtype=np.float32)
     for first in range(0, part.num_items, _TOWER_ROWS):
@@ -175,29 +174,47 @@ def embed_part(policy: TwoTowerPolicy, part: Catalogue) -> NDArray[np.float32]:
         raise DataError(
             f"the embedding of item {part.item_ids[int(bad[0])].as_py()!r} is not finite"
             + (f" (and of {bad.size - 1} more in its chunk)" if bad.size > 1 else "")
-            + ": the policy's weights or the item's features hold NaN or overflow; look at "
-            "metrics.jsonl, and train again"
+            + ": the policy's weights or the item's features hold NaN or overflow; see "
+            "metrics.jsonl and train again"
         )
     return out
 
 
+def create_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """Create a .npy file mapped for writing, with its disk space reserved.
+
+    Raises:
+        OSError: the disk is full. Without the reservation, writing to the map of a sparse file
+            would kill the process (SIGBUS).
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+    return array
+
+
 def query_dim(policy: TwoTowerPolicy) -> int:
-    """D: the embedding's dimension, and one more where items have a bias."""
+    """D: the embedding dimension, plus one if items have a bias."""
     return policy.config.embedding_dim + int(policy.config.item_bias)
 
 
 def quantize(
     vectors: NDArray[np.float32], dtype: Dtype, directory: Path, name: str, chunk: int = CHUNK
 ) -> NDArray[np.float32] | None:
-    """Write vectors in another precision.
+    """Write vectors in lower precision.
 
-    int8 has one scale a coordinate, v = scale * q, so <u * scale, q> is an inner product.
+    int8 has one scale per coordinate: v = scale * q, so <u, v> = <u * scale, q>.
 
     Returns:
-        (D,) scale of int8, else None.
+        The (D,) scale of int8; None for float16.
 
     Raises:
-        DataError: a number is beyond what float16 holds.
+        DataError: a value overflows float16.
     """
     n, dim = vectors.shape
     scale: NDArray[np.float32] | None = None
@@ -209,12 +226,10 @@ def quantize(
         scale = np.where(largest > 0.0, largest / 127.0, 1.0).astype(np.float32)
     elif dtype == "float16" and float(largest.max(initial=0.0)) > 65_504.0:
         raise DataError(
-            f"an item vector holds {float(largest.max()):.3g}, which half precision cannot; "
-            "export with dtype float32 or int8"
+            f"an item vector holds {float(largest.max()):.3g}, which overflows float16; export "
+            "with dtype float32 or int8"
         )
-    target: Any = np.lib.format.open_memmap(
-        directory / name, mode="w+", dtype=np.dtype(dtype), shape=(n, dim)
-    )
+    target = create_array(directory / name, np.dtype(dtype), (n, dim))
     for first in range(0, n, chunk):
         part = vectors[first : first + chunk]
         if scale is not None:
@@ -225,13 +240,13 @@ def quantize(
 
 
 def load_ids(path: Path, count: int) -> pa.ChunkedArray:
-    """Item ids, memory-mapped.
+    """Open item ids, memory-mapped.
 
     Raises:
-        RunError: the file is damaged or holds another number of ids.
+        RunError: the file is damaged or has another number of ids.
     """
     try:
-        # A mapped file stays open as long as its columns live.
+        # The file stays mapped for as long as the columns live.
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_file(source).read_all()
     except (pa.ArrowInvalid, OSError) as error:
@@ -242,14 +257,14 @@ def load_ids(path: Path, count: int) -> pa.ChunkedArray:
 
 
 def load_vectors(path: Path, count: int, dim: int, dtype: str) -> NDArray[Any]:
-    """Item vectors, memory-mapped read-only.
+    """Open item vectors, memory-mapped and read-only.
 
     Raises:
-        RunError: the file is damaged, or its shape or dtype is not the manifest's.
+        RunError: the file is damaged, or shape or dtype differ from the manifest's.
     """
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise RunError(f"'{path}' cannot be read: {error}; export again") from error
     if vectors.shape != (count, dim) or vectors.dtype != np.dtype(dtype):
         raise RunError(
@@ -259,8 +274,23 @@ def load_vectors(path: Path, count: int, dim: int, dtype: str) -> NDArray[Any]:
     return vectors
 
 
+def load_scale(path: Path, dim: int) -> NDArray[np.float32]:
+    """Load the (dim,) scale of int8 vectors.
+
+    Raises:
+        RunError: the file is damaged or has another shape.
+    """
+    try:
+        scale: NDArray[np.float32] = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise RunError(f"'{path}' cannot be read: {error}; export again") from error
+    if scale.shape != (dim,):
+        raise RunError(f"'{path}' has shape {scale.shape}, expected {(dim,)}; export again")
+    return scale
+
+
 def id_keys(ids: pa.Array | pa.ChunkedArray) -> NDArray[np.uint64]:
-    """64-bit keys of ids: numbers as they are, hashes of text."""
+    """64-bit keys of ids: integers as they are, text hashed."""
     if isinstance(ids, pa.ChunkedArray):
         ids = pa.concat_arrays(ids.chunks)
     if is_text(ids.type):
@@ -270,7 +300,7 @@ def id_keys(ids: pa.Array | pa.ChunkedArray) -> NDArray[np.uint64]:
 
 
 def _check_unique(keys: NDArray[np.uint64], directory: Path) -> None:
-    """Refuse an id that stands twice. Sorts `keys` in place."""
+    """Raise DataError for a duplicate id. Sorts `keys` in place."""
     keys.sort()
     found = np.flatnonzero(keys[1:] == keys[:-1])
     if not found.size:
@@ -284,9 +314,3 @@ def _check_unique(keys: NDArray[np.uint64], directory: Path) -> None:
         + (f"; {found.size} ids in all do" if found.size > 1 else "")
         + ". Each item needs an id of its own"
     )
-
-
-def _sha(keys: NDArray[np.uint64]) -> str:
-    import hashlib
-
-    return hashlib.sha256(np.ascontiguousarray(keys).data).hexdigest()
