@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from offtower.checksums import describe_files
 from offtower.cli import app
+from offtower.retrieval.manifest import read_manifest, write_manifest
 
 ONE = '{"x": [0.5, -1.0, 0.25]}'
 
@@ -95,6 +99,47 @@ def test_batches_do_not_show(run: Path, contexts: Path, monkeypatch: pytest.Monk
     np.testing.assert_allclose(
         [row["pscore"] for row in parts], [row["pscore"] for row in whole], rtol=1e-5
     )
+
+
+FORGED = [
+    "a\n     1  real  score 9.0000",
+    "b\r\x1b[2K forged",
+    "c\u2028d",
+    "e\x85f",
+    "g\x7f",
+    '"quoted"',
+    "two words",
+    "ünï",
+    "back\\n",
+]
+
+
+def test_ids_cannot_forge_lines(tmp_path: Path, run: Path, contexts: Path) -> None:
+    """Control characters in ids are escaped for the terminal; JSON and the log have them as is."""
+    export = tmp_path / "export"
+    shutil.copytree(run / "export", export)
+    version = export / (export / "CURRENT").read_text().strip()
+    schema = pa.schema([("item_id", pa.large_string())])
+    ids = [*FORGED, *(f"item-{number}" for number in range(len(FORGED), 60))]
+    with pa.ipc.new_file(version / "ids.arrow", schema) as writer:
+        writer.write_batch(pa.record_batch([pa.array(ids, pa.large_string())], schema=schema))
+    manifest = read_manifest(version)
+    manifest["vectors"]["text_ids"] = True
+    manifest["files"] = describe_files(version, manifest["files"])
+    write_manifest(version, manifest)
+    arguments = ("search", str(export), "--contexts", str(contexts), "-k", "60")
+    lines = call(*arguments, "--exact").stdout.split("\n")
+    rows = pq.read_table(contexts).num_rows
+    assert len(lines) == 61 * rows + 1 and lines[-1] == ""
+    assert all(line.isprintable() for line in lines)
+    shown = {line[8:].rsplit("  score ", 1)[0] for line in lines[1:61]}
+    assert {json.loads(s) if s.startswith('"') else s for s in shown} == set(ids)
+    assert {"two words", "ünï", "back\\n"} < shown
+    log = tmp_path / "day.parquet"
+    drawn = call(*arguments, "--sample", "--json", "--log", str(log))
+    content = json.loads(drawn.stdout)["contexts"]
+    assert all(set(row["items"]) == set(ids) for row in content)
+    assert set(pq.read_table(log).column("action").to_pylist()) == set(ids)
 
 
 def test_a_failure_leaves_no_log(run: Path, tmp_path: Path) -> None:

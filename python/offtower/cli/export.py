@@ -1,6 +1,6 @@
-"""Turn a trained policy into a retrieval system: item vectors, index, context tower, manifest.
+"""Export a trained policy for retrieval: item vectors, index, context tower, manifest.
 
-Writes RUN/export/<version> and makes it the current one; a failed export leaves the earlier one.
+Writes RUN/export/<version> and makes it current; a failed export leaves the earlier one.
 
 \b
 Example:
@@ -22,7 +22,7 @@ from offtower.cli.cluster import (
     Workers,
     mapper_of,
 )
-from offtower.cli.common import AsJson, DrawnProgress, TrustCode, messages, print_json, verb
+from offtower.cli.common import AsJson, DrawnProgress, TrustCode, escape, messages, print_json, verb
 from offtower.jsonable import finite
 
 
@@ -36,7 +36,7 @@ def export(
     recall: Annotated[float, typer.Option(help="Recall@K that the index must reach.")] = 0.98,
     k: Annotated[int, typer.Option("-k", help="K of that recall.")] = 100,
     shard_rows: Annotated[
-        int | None, typer.Option(help="Build ivf_* by shards of so many items, merged on disk.")
+        int | None, typer.Option(help="Build ivf_* in shards of this many items, merged on disk.")
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "int8"], typer.Option(help="Precision of item vectors.")
@@ -48,12 +48,15 @@ def export(
     plain_lists: Annotated[
         bool, typer.Option("--plain-lists", help="Plain lists in the Parquet parts.")
     ] = False,
-    sampling: Annotated[bool, typer.Option(help="Write what draws with propensities need.")] = True,
+    sampling: Annotated[
+        bool, typer.Option(help="Write the files for draws with propensities.")
+    ] = True,
     catalogue: Annotated[
-        str | None, typer.Option(help="Items to export; those trained on without it.")
+        str | None, typer.Option(help="Items to export; the training catalogue by default.")
     ] = None,
     contexts: Annotated[
-        str | None, typer.Option(help="Log to measure recall on; the run's held-out log else.")
+        str | None,
+        typer.Option(help="Log to measure recall on; the run's held-out log by default."),
     ] = None,
     trust_code: TrustCode = None,
     ray: RayAddress = None,
@@ -67,7 +70,7 @@ def export(
     from offtower.retrieval.index import IndexOptions
     from offtower.retrieval.manifest import read_manifest
 
-    wanted: IndexOptions | str | None = None if index == "none" else "auto"
+    wanted: IndexOptions | Literal["auto"] | None = None if index == "none" else "auto"
     if index != "auto" and index != "none":
         wanted = IndexOptions(kind=index, target_recall=recall, k=k, shard_rows=shard_rows)
     options = ExportOptions(
@@ -105,6 +108,5 @@ def export(
             f"{latency['p50']:.2f} ms a query"
         )
     if manifest["context_tower"]["reason"]:
-        console.print(
-            f"[yellow]no graph of the context tower[/]: {manifest['context_tower']['reason']}"
-        )
+        reason = escape(manifest["context_tower"]["reason"])
+        console.print(f"[yellow]no graph of the context tower[/]: {reason}")

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from offtower.data.location import Location
-    from offtower.retrieval import Retriever
+    from offtower.retrieval import Retriever, SampleResult, SearchResult
 
 Mode = Literal["softmax", "cells", "exact"]
 Row = dict[str, Any]
@@ -38,7 +39,7 @@ Write = Callable[[list[Row] | None], None]
 """Prints rows; None ends the output."""
 
 _BATCH = 1000
-"""Contexts answered at a time."""
+"""Contexts per batch."""
 
 
 @verb
@@ -46,40 +47,44 @@ def search(
     run: Annotated[Path, typer.Argument(help="Run directory or export.", metavar="RUN")],
     contexts: Annotated[str, typer.Option(help="File, folder, or one context as JSON.")],
     k: Annotated[
-        int | None, typer.Option("-k", help="Items a context: 100, or 1 with --sample.")
+        int | None, typer.Option("-k", help="Items per context: 100, or 1 with --sample.")
     ] = None,
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw a slate from the policy, with propensities.")
     ] = False,
     mode: Annotated[Mode, typer.Option(help="How to draw; see docs/retrieval.md.")] = "softmax",
     exclude: Annotated[
-        str | None, typer.Option(help="Item ids that must not be shown, with commas.")
+        str | None, typer.Option(help="Comma-separated ids of items to leave out.")
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Score every item.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Repeats draws.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
     log: Annotated[
         str | None, typer.Option(help="Parquet file for the decisions of --sample.")
     ] = None,
     trust_code: TrustCode = None,
     as_json: AsJson = False,
 ) -> None:
+    import numpy as np
+
     from offtower.data.location import Location
     from offtower.retrieval import Retriever
 
     if log is not None and not sample:
         raise DataError("--log writes decisions with propensities: it needs --sample")
-    place = None if log is None else Location.of(log)
-    if place is not None and place.exists():
+    target = None if log is None else Location.of(log)
+    if target is not None and target.exists():
         raise DataError(f"'{log}' exists already; choose another --log")
     retriever = Retriever.open(run)
     if k is None:
         k = 1 if sample else min(100, retriever.num_items)
-    hidden = None if exclude is None else _ids(exclude, retriever)
+    excluded = None if exclude is None else _ids(exclude, retriever)
     if sample:
-        answers = _drawn(retriever, contexts, k, mode, hidden, seed, place)
+        rng = np.random.default_rng(seed)
+        draw = partial(retriever.sample, k=k, mode=mode, exclude=excluded, seed=rng)
+        answers = _sample(retriever, draw, contexts, target)
     else:
-        answers = _found(retriever, contexts, k, hidden, exact)
-    # Bars and lines for people do not go to the same terminal.
+        answers = _search(partial(retriever.search, k=k, exclude=excluded, exact=exact), contexts)
+    # No progress bar on a terminal that shows the results.
     progress = DrawnProgress() if as_json or not sys.stdout.isatty() else Progress()
     progress.start("contexts", None)
     write = _as_json(retriever.version) if as_json else _as_text()
@@ -90,33 +95,30 @@ def search(
     finally:
         progress.finish()
     write(None)
-    if place is not None:
-        schema = escape(str(_schema_path(place)))
-        messages().print(f"decisions in {log}; add rewards and ingest with {schema}")
+    if target is not None:
+        schema = escape(str(_schema_path(target)))
+        messages().print(
+            f"decisions in {escape(str(log))}; add rewards and ingest with {schema}",
+            soft_wrap=True,
+        )
 
 
-def _found(
-    retriever: Retriever, contexts: str, k: int, hidden: list[Any] | None, exact: bool
-) -> Iterator[list[Row]]:
+def _search(find: Callable[[pa.Table], SearchResult], contexts: str) -> Iterator[list[Row]]:
     for table in _batches(contexts):
-        found = retriever.search(table, k, exclude=hidden, exact=exact)
+        found = find(table)
         yield [
             {"items": ids, "score": score.tolist()}
             for ids, score in zip(found.item_id, found.score, strict=True)
         ]
 
 
-def _drawn(
+def _sample(
     retriever: Retriever,
+    draw: Callable[[pa.Table], SampleResult],
     contexts: str,
-    k: int,
-    mode: Mode,
-    hidden: list[Any] | None,
-    seed: int | None,
     log: Location | None,
 ) -> Iterator[list[Row]]:
-    """Draws a batch at a time; the log appears when the last one is in it."""
-    import numpy as np
+    """Draw in batches; the log appears when it is complete."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     import yaml
@@ -124,20 +126,20 @@ def _drawn(
     from offtower.data.output import new_file
     from offtower.retrieval import decisions_table, served_schema
 
-    rng, now, first = np.random.default_rng(seed), datetime.now(UTC), 0
+    now, first = datetime.now(UTC), 0
     with ExitStack() as stack:
         writer: pq.ParquetWriter | None = None
-        place = None if log is None else stack.enter_context(new_file(log))
+        file = None if log is None else stack.enter_context(new_file(log))
         for table in _batches(contexts):
-            served = retriever.sample(table, k, mode=mode, exclude=hidden, seed=rng)
-            if place is not None:
+            served = draw(table)
+            if file is not None:
                 numbers = range(first, first + table.num_rows)
                 rounds = pa.array([f"{now:%Y%m%dT%H%M%S%f}-{row}" for row in numbers])
                 decisions = decisions_table(
                     retriever, table, served, round_id=rounds, served_at=now
                 )
                 if writer is None:
-                    writer = pq.ParquetWriter(place, decisions.schema)
+                    writer = pq.ParquetWriter(file, decisions.schema)
                     stack.callback(writer.close)
                 writer.write_table(decisions)
             first += table.num_rows
@@ -148,7 +150,7 @@ def _drawn(
                 )
             ]
         if log is not None:
-            # The schema first: where the decisions are, so is what ingests them.
+            # The schema comes first, so that a log is never without it.
             content = {"log": served_schema(retriever).to_dict()}
             text = yaml.safe_dump(content, sort_keys=False)
             _schema_path(log).write_bytes(text.encode())
@@ -166,20 +168,28 @@ def _as_text() -> Write:
         for row in rows or []:
             typer.echo(f"context {number}")
             number += 1
-            for place, item in enumerate(row["items"]):
+            for position, item in enumerate(row["items"]):
                 if "pscore" in row:
-                    error = row["relative_error"][place]
-                    known = "exact" if error == 0.0 else f"± {100 * error:.2g} %"
-                    shown = f"pscore {row['pscore'][place]:.6g} {known}"
+                    error = row["relative_error"][position]
+                    accuracy = "exact" if error == 0.0 else f"± {100 * error:.2g} %"
+                    result = f"pscore {row['pscore'][position]:.6g} {accuracy}"
                 else:
-                    shown = f"score {row['score'][place]:.4f}"
-                typer.echo(f"  {place + 1:>4}  {item}  {shown}")
+                    result = f"score {row['score'][position]:.4f}"
+                typer.echo(f"  {position + 1:>4}  {_printable(item)}  {result}")
 
     return write
 
 
+def _printable(item: Any) -> str:
+    """An id on one line: as JSON where it holds control characters, which could forge output."""
+    text = str(item)
+    if text.isprintable() and not text.startswith('"'):
+        return text
+    return json.dumps(text).replace("\x7f", "\\u007f")
+
+
 def _as_json(version: str) -> Write:
-    """One JSON object, its rows written as they come."""
+    """One JSON object, written row by row."""
     begun = False
 
     def write(rows: list[Row] | None) -> None:
@@ -205,7 +215,7 @@ def _ids(text: str, retriever: Retriever) -> list[Any]:
 
 
 def _batches(text: str) -> Iterator[pa.Table]:
-    """Contexts, _BATCH at a time; a file is not read as a whole."""
+    """Contexts in tables of up to _BATCH rows; files are read in parts."""
     import pyarrow as pa
 
     from offtower.data.source import Units, open_source
@@ -223,13 +233,13 @@ def _batches(text: str) -> Iterator[pa.Table]:
         source = chain.from_iterable(
             units.batches(unit, most_rows=_BATCH) for unit in range(len(units))
         )
-    some = False
+    empty = True
     try:
         for batch in source:
             if batch.num_rows:
-                some = True
+                empty = False
                 yield pa.Table.from_batches([batch])
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"the contexts in '{text}' cannot be read: {error}") from error
-    if not some:
+    if empty:
         raise DataError("--contexts has no rows")
