@@ -30,9 +30,7 @@ class NetworkOptions:
     def __post_init__(self) -> None:
         rising = list(self.penalties) == sorted(set(self.penalties)) != []
         if not rising or min(self.hidden, self.epochs) < 1 or not self.learning_rate > 0.0:
-            raise OfftowerError(
-                f"penalties must rise, hidden and epochs be 1 or more, learning_rate above 0: {self}"
-            )
+            raise OfftowerError(f"penalties must rise, all else be positive: {self}")
 
 
 @dataclass(frozen=True)
@@ -107,10 +105,7 @@ def fit_network(
             kept = np.ascontiguousarray(rho.numpy()[:, rank])
             best = key, NetworkFit(kept, penalty, qualified)
     if best is None:
-        raise OfftowerError(
-            "network split: every lambda of the grid gave non-finite probabilities; use "
-            "method='exact', or a smaller learning rate."
-        )
+        raise OfftowerError("network split: every lambda gave non-finite rho; use method='exact'")
     return best[1]
 
 
