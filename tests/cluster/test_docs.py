@@ -1,4 +1,4 @@
-"""docs/cluster.md: its table is computed, its commands and files are real."""
+"""docs/reference/cluster.md: its table is computed, its commands and files exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.cluster.test_manifests import ROOT, parse
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from cluster_sizing import Sizes, markdown, table
 
-DOCS = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs" / "reference" / "cluster.md").read_text(encoding="utf-8")
 
 
 def test_the_table_is_what_the_script_computes() -> None:
@@ -22,7 +22,7 @@ def test_the_table_is_what_the_script_computes() -> None:
     assert inside.split("\n<!-- end of table -->")[0] == markdown(table())
 
 
-def test_the_formulas_hold_what_they_are_said_to_hold() -> None:
+def test_traffic_and_memory_depend_on_items_as_stated() -> None:
     """Traffic of item_sharded does not depend on N; its memory falls with R to the index."""
     few, many = Sizes(10**6, workers=8), Sizes(10**8, workers=8)
     assert few.traffic("item_sharded") == many.traffic("item_sharded")
@@ -34,7 +34,7 @@ def test_the_formulas_hold_what_they_are_said_to_hold() -> None:
 
 
 def commands() -> list[list[str]]:
-    """Commands of the page that offtower itself, or cluster/submit.sh, is to understand."""
+    """The page's commands for offtower and cluster/submit.sh."""
     found = []
     text = DOCS.replace("\\\n", " ")
     for line in re.findall(r"(?m)^\s*(offtower .*|cluster/submit\.sh .*)$", text):
@@ -42,7 +42,7 @@ def commands() -> list[list[str]]:
     return found
 
 
-def test_commands_of_the_page_are_understood() -> None:
+def test_commands_of_the_page_parse() -> None:
     assert len(commands()) >= 6
     for command in commands():
         parse(command)
@@ -51,5 +51,5 @@ def test_commands_of_the_page_are_understood() -> None:
 @pytest.mark.parametrize(
     "name", sorted(set(re.findall(r"`((?:cluster|tests|benchmarks)/[\w./-]+)", DOCS)))
 )
-def test_files_of_the_page_are_there(name: str) -> None:
+def test_files_of_the_page_exist(name: str) -> None:
     assert Path(ROOT / name).exists()

@@ -27,14 +27,14 @@ SCHEMA = json.loads((Path(__file__).parent / "schema.json").read_text(encoding="
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, which YAML readers otherwise take silently."""
+    """Refuses duplicate keys, which YAML readers otherwise accept silently."""
 
 
 def _mapping(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key) for key, _ in node.value]
-    twice = {key for key in keys if keys.count(key) > 1}
-    if twice:
-        raise yaml.YAMLError(f"{node.start_mark}: keys that stand twice: {sorted(twice)}")
+    duplicates = {key for key in keys if keys.count(key) > 1}
+    if duplicates:
+        raise yaml.YAMLError(f"{node.start_mark}: duplicate keys: {sorted(duplicates)}")
     return loader.construct_mapping(node, deep=True)
 
 
@@ -53,7 +53,7 @@ def check(document: dict[str, Any]) -> None:
 
 
 def ray_clusters() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every cluster's spec: of RayClusters, and of RayJobs that bring their own."""
+    """Specs of RayClusters, and of the clusters of RayJobs."""
     for path in KUBERAY:
         for document in documents(path):
             if document["kind"] == "RayCluster":
@@ -72,7 +72,7 @@ def test_every_field_is_known_and_typed(path: Path) -> None:
         check(document)
 
 
-def test_there_is_a_job_to_train_one_to_evaluate_and_a_cluster_that_stays() -> None:
+def test_there_are_jobs_to_train_and_evaluate_and_a_long_lived_cluster() -> None:
     kinds = {(d["kind"], d["metadata"]["name"]) for path in KUBERAY for d in documents(path)}
     assert {
         ("RayJob", "offtower-train"),
@@ -97,7 +97,7 @@ def test_there_is_a_job_to_train_one_to_evaluate_and_a_cluster_that_stays() -> N
         (lambda d: d["spec"]["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}), "0"),
     ],
 )
-def test_the_check_refuses_what_is_wrong(change: Any, words: str) -> None:
+def test_the_check_refuses_mistakes(change: Any, words: str) -> None:
     (cluster,) = [
         d for d in documents(CLUSTER / "kuberay/raycluster.yaml") if d["kind"] == "RayCluster"
     ]
@@ -107,14 +107,14 @@ def test_the_check_refuses_what_is_wrong(change: Any, words: str) -> None:
         check(cluster)
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("kind: A\nkind: B\n")
-    with pytest.raises(yaml.YAMLError, match="stand twice"):
+    with pytest.raises(yaml.YAMLError, match="duplicate keys"):
         documents(tmp_path / "twice.yaml")
 
 
 def test_one_version_of_ray_everywhere() -> None:
-    """Images, rayVersion, the container file, the pin that tests ran with, the least version."""
+    """In images, rayVersion, the container file, the tested pin and the minimum version."""
     pinned = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned is not None
     version = pinned[1]
@@ -137,7 +137,7 @@ def test_one_version_of_ray_everywhere() -> None:
         assert tag.match(image)
 
 
-def test_heads_run_no_worker_and_every_pod_sees_the_volume() -> None:
+def test_heads_run_no_worker_and_every_pod_mounts_the_volume() -> None:
     for name, spec in ray_clusters():
         assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0", name
         assert spec["authOptions"]["mode"] == "token", name
@@ -149,12 +149,12 @@ def test_heads_run_no_worker_and_every_pod_sees_the_volume() -> None:
                 mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
                 assert set(mounts) <= volumes
                 assert mounts["data"] == "/data"
-                # What is not promised can be taken away: limits are the requests.
+                # Kubernetes can reclaim what exceeds the request.
                 assert container["resources"]["limits"] == container["resources"]["requests"]
 
 
 def parse(command: list[str]) -> dict[str, Any]:
-    """The parameters that the real command line makes of a command. Refuses what it would."""
+    """Parse a command by the real command line."""
     assert command[0] == "offtower"
     group = typer.main.get_command(app)
     verb = group.commands[command[1]]  # type: ignore[attr-defined]
@@ -169,8 +169,7 @@ def commands() -> Iterator[tuple[str, dict[str, Any], list[str]]]:
                 yield path.name, document["spec"], shlex.split(document["spec"]["entrypoint"])
 
 
-def test_commands_are_understood_and_have_room() -> None:
-    """Each is parsed by the command line itself; its workers fit into the pods of its cluster."""
+def test_commands_parse_and_their_workers_fit() -> None:
     found = list(commands())
     assert {command[1] for _, _, command in found} == {"train", "evaluate"}
     for name, spec, command in found:
@@ -182,19 +181,19 @@ def test_commands_are_understood_and_have_room() -> None:
             limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
             by_cpu = float(limits["cpu"]) // float(given["worker_cpus"])
             memory = float(given.get("worker_memory") or 0.0)
-            # Ray hands out what the pod has, without its object store.
+            # Ray's memory resource excludes the object store.
             gib = float(limits["memory"].removesuffix("Gi")) - 1.0
             by_memory = gib * 0.95 // memory if memory else by_cpu
             room += group["maxReplicas"] * int(min(by_cpu, by_memory))
         assert room >= workers, name
 
 
-def test_an_unknown_option_would_be_noticed() -> None:
+def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(Exception, match="--wrokers"):
         parse(["offtower", "evaluate", "run", "--wrokers", "2"])
 
 
-def test_the_configuration_is_one() -> None:
+def test_train_and_evaluate_use_one_configuration() -> None:
     (config,) = [d for d in documents(CLUSTER / "kuberay/storage.yaml") if d["kind"] == "ConfigMap"]
     parsed = parse_config(yaml.safe_load(config["data"]["config.yaml"]))
     (evaluated,) = [c for _, _, c in commands() if c[1] == "evaluate"]
@@ -202,7 +201,7 @@ def test_the_configuration_is_one() -> None:
     assert all(str(p).startswith("/data/") for p in (parsed.data.train, parsed.run_directory))
 
 
-def test_the_cluster_file_keeps_rays_schema() -> None:
+def test_the_cluster_file_matches_the_schema_of_ray() -> None:
     found = [f for f in metadata.files("ray") or [] if f.name == "ray-schema.json"]
     schema = json.loads(Path(str(found[0].locate())).read_text())
     (document,) = documents(CLUSTER / "ray-up.yaml")
@@ -214,7 +213,7 @@ def test_the_cluster_file_keeps_rays_schema() -> None:
     assert heads["resources"] == {"CPU": 0}
 
 
-def test_the_container_file_builds_what_it_copies() -> None:
+def test_the_container_file_copies_existing_files() -> None:
     lines = (CLUSTER / "Containerfile").read_text().replace("\\\n", " ").splitlines()
     stages = {line.split()[-1] for line in lines if re.match(r"FROM .* AS ", line)}
     assert {"compiler-cpu", "compiler-cuda", "wheel"} == stages
@@ -226,17 +225,29 @@ def test_the_container_file_builds_what_it_copies() -> None:
                 assert (ROOT / source).exists(), source
 
 
-def fake_ray(tmp_path: Path) -> dict[str, str]:
-    """An environment whose `ray` only says what it was called with."""
-    (tmp_path / "ray").write_text('#!/bin/sh\nprintf "%s\\n" "$RAY_API_SERVER_ADDRESS" "$@"\n')
+FAKE_RAY = """#!/bin/sh
+if [ "$2" = status ]; then
+  echo "Job '$3' $STATUS"
+else
+  printf "%s\\n" "$RAY_API_SERVER_ADDRESS" "$@"
+  exit "$SUBMITTED"
+fi
+"""
+
+
+def fake_ray(tmp_path: Path, status: str = "succeeded", submitted: int = 0) -> dict[str, str]:
+    """An environment whose `ray` prints its arguments, and the status of a job."""
+    (tmp_path / "ray").write_text(FAKE_RAY)
     (tmp_path / "ray").chmod(0o755)
-    return {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    path = f"{tmp_path}:/usr/bin:/bin"
+    return {"PATH": path, "STATUS": status, "SUBMITTED": str(submitted)}
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         (["train", "a.yaml", "--workers", "2"], ["--ray", "auto"]),
+        (["tune", "a.yaml", "--workers", "2"], ["--ray", "auto"]),
         (["evaluate", "/data/runs/a", "--ray", "local", "--workers", "2"], []),
         (["doctor"], []),
     ],
@@ -256,7 +267,25 @@ def test_submitting(tmp_path: Path, given: list[str], expected: list[str]) -> No
     assert command == ["offtower", *given, *expected]
 
 
-def test_submitting_nothing_says_how(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("status", "submitted", "code"),
+    [("was stopped", 0, 1), ("failed", 0, 1), ("failed", 3, 3), ("succeeded", 0, 0)],
+)
+def test_the_exit_code_is_that_of_the_job(
+    tmp_path: Path, status: str, submitted: int, code: int
+) -> None:
+    done = subprocess.run(
+        [CLUSTER / "submit.sh", "train", "a.yaml"],
+        env=fake_ray(tmp_path, status, submitted),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    assert (f"{status}\n" in done.stderr) == (code == 1)
+
+
+def test_submitting_nothing_prints_the_usage(tmp_path: Path) -> None:
     done = subprocess.run(
         [CLUSTER / "submit.sh"], env=fake_ray(tmp_path), capture_output=True, text=True, check=False
     )
