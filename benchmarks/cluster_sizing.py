@@ -96,7 +96,7 @@ class Sizes:
 
 
 def evaluation_store(items: int, width: int) -> float:
-    """Bytes of a node's object store that judging fills, once for all workers of the node."""
+    """Bytes of a node's object store that evaluation fills, once for all workers of the node."""
     return float(items) * (4 * (width + 1) + max(INDEX, ID))
 
 

@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,16 @@ def train_run(
     """Claim the run, train as configured and write runs/<name>/policy.
 
     Args:
-        resume: go on from the newest checkpoint of the same configuration; a run that has not
-            begun yet begins.
-        take_over: as `resume`, even where another process is writing to the run; that one stops.
-        mirror: address where a copy of the run is kept (`offtower.mirror`); with `resume` a run
-            that is not here is fetched from there.
-        progress, hook, workers, mapper: as `train_claimed` takes them.
+        resume: continue from the newest checkpoint of the same configuration, if there is one.
+        take_over: as `resume`, also while another process writes to the run; that one stops.
+        mirror: address of the folder of copies (`offtower.mirror`); with `resume` a missing run
+            is fetched from there.
+        progress, hook, workers, mapper: as in `train_claimed`.
 
     Raises:
         RunError: the directory belongs to another configuration, or exists and `resume` is false.
         LeaseError: another process writes to the run, or took it over.
-        ConfigError, DataError: see there.
+        ConfigError, DataError: the configuration or the data cannot be used.
     """
     with ExitStack() as held:
         run = ClaimedRun(config.run_directory)
@@ -93,7 +92,7 @@ def train_claimed(
     trackers: Sequence[Tracker] = (),
     mapper: Mapper | None = None,
 ) -> TrainingResult:
-    """Train a run that is claimed already.
+    """Train a run that has been claimed.
 
     Args:
         run: the first worker's holds the lease.
@@ -128,11 +127,9 @@ def train_claimed(
                 "train_run, as 'offtower train --workers' does"
             )
         automatic = train_auto(config, data, outputs=outputs, run=run, mapper=mapper)
-        more = {"auto": automatic.report, "workers": 1, "device": describe_device(data.device)}
-        _finish(run, config, data, automatic.policy, automatic.result, began, more)
+        facts = {"auto": automatic.report, "workers": 1, "device": describe_device(data.device)}
+        _finish(run, config, data, Trained(automatic.policy, automatic.result, began, facts))
         metrics.close()
-        if run.mirror is not None:
-            run.mirror.close()
         return automatic.result
     if mapper is not None and mapper.distributed:
         raise ConfigError(
@@ -154,14 +151,12 @@ def train_claimed(
 
     def finish() -> None:
         assert policy is not None, "the first worker has the whole policy"
-        more = {
+        facts = {
             "checkpoints_skipped": store.skipped,
             "workers": workers.size,
             "device": describe_device(data.device),
         }
-        _finish(run, config, data, policy, result, began, more)
-        if run.mirror is not None:
-            run.mirror.close()
+        _finish(run, config, data, Trained(policy, result, began, facts))
 
     workers.on_first(finish)
     metrics.close()
@@ -204,16 +199,19 @@ def _reward_model(
     )
 
 
-def _finish(
-    run: ClaimedRun,
-    config: Config,
-    data: PreparedData,
-    policy: TwoTowerPolicy,
-    result: TrainingResult,
-    began: float,
-    more: dict[str, Any],
-) -> None:
-    """Save the policy and record its provenance in the manifest."""
+@dataclass(frozen=True)
+class Trained:
+    """A policy, its history, the time at which training began, and facts for the manifest."""
+
+    policy: TwoTowerPolicy
+    result: TrainingResult
+    began: float
+    facts: dict[str, Any]
+
+
+def _finish(run: ClaimedRun, config: Config, data: PreparedData, trained: Trained) -> None:
+    """Save the policy, write the manifest, and complete the mirror."""
+    policy, result = trained.policy, trained.result
     facts = {
         "offtower": offtower.__version__,
         "config_fingerprint": config_fingerprint(config),
@@ -236,11 +234,13 @@ def _finish(
             "stopped_early": result.stopped_early,
             "validation_lower_bound": result.validation,
             "chosen": result.chosen,
-            **more,
-            "seconds": round(time.time() - began, 3),
+            **trained.facts,
+            "seconds": round(time.time() - trained.began, 3),
             **_quarantine_facts(data),
         }
     )
+    if run.mirror is not None:
+        run.mirror.close()
 
 
 def _quarantine_facts(data: PreparedData) -> dict[str, Any]:
