@@ -1,7 +1,7 @@
 """Memory and traffic of a worker by formulas, from a million to a billion items.
 
-Nothing is measured here: docs/reference/cluster.md explains the formulas and shows this table, and a test
-holds the two together.
+Nothing is measured here: docs/reference/cluster.md explains the formulas and shows this table, and
+a test compares the two.
 
     python benchmarks/cluster_sizing.py --json cluster_sizing.json
 """

@@ -3,8 +3,8 @@
 Workers are processes of this machine with one thread each, beside one process with as many threads.
 What is sent is read from the counters of the loopback device in a network namespace of the
 benchmark's own (Linux, as root; elsewhere the column is empty), and compared with the formula of
-docs/reference/cluster.md. The projection takes the fixed part of the measured steps, the formula for what is
-sent, and a network and a device as assumed by its arguments.
+docs/reference/cluster.md. The projection takes the fixed part of the measured steps, the formula
+for what is sent, and a network and a device as assumed by its arguments.
 
     python benchmarks/distributed_step.py --items 10000 100000 1000000
     python benchmarks/distributed_step.py --terms sampled --items 100000 1000000 10000000
@@ -49,7 +49,9 @@ STRATEGIES = ("replicated", "item_sharded")
 def bytes_per_step(
     strategy: str, workers: int, batch: int, dim: int, parameters: int, candidates: int = 0
 ) -> float:
-    """Sent by one worker in a step of log-probabilities, forward and backward; docs/reference/cluster.md.
+    """Return the bytes that one worker sends in a step of log-probabilities, forward and backward.
+
+    The formula is in docs/reference/cluster.md.
 
     item_sharded: contexts are gathered and their gradients summed to their owners (each (R-1)/R B d
     numbers), the largest logit, the normaliser's sum and the shown item's logit are summed over
