@@ -25,9 +25,9 @@ from offtower.retrieval.export import ExportOptions, export_run
 from offtower.run_claim import ClaimedRun, claim_run, join_run
 from offtower.training import tune as tuning
 from offtower.training.checkpoints import CheckpointStore, Progression
-from offtower.training.distributed import Workers
 from offtower.training.run import train_run
 from offtower.training.trainer import EpochHook
+from offtower.training.workers import Workers
 from tests.training.conftest import make_config
 from tests.training.distributed.processes import run_workers
 from tests.training.test_resume import assert_same_policy
