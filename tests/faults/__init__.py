@@ -1,0 +1,1 @@
+"""Fault injection: damage a file that offtower wrote, read it, and classify what happens."""
