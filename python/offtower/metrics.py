@@ -38,16 +38,18 @@ class MetricsLog:
         self._before_write = before_write
         self.lines: list[dict[str, Any]] = []
 
-    def resume_at(self, step: int, epoch: int) -> None:
+    def resume_at(self, step: int, epoch: int, lines: int = 0) -> None:
         """Drop lines after `step`, which the resumed run writes again.
 
         The line of an epoch has the step of its last batch. It is kept for epochs before `epoch`,
-        the current one: a run may have died between that line and its checkpoint.
+        the current one: a run may have died between that line and its checkpoint. A warning is
+        logged where fewer than `lines` are left.
         """
         self._before_write()
         if self._path is None or not self._path.exists():
             return
         kept = [line for line in read_metrics(self._path) if _kept(line, step, epoch)]
+        _warn_of_missing(self._path, len(kept), lines)
         write_text(self._path, "".join(_to_text(line) for line in kept))
         self.lines = kept
 
@@ -77,10 +79,11 @@ class MetricsLog:
         return [line for line in self.lines if line["kind"] == "epoch"]
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, wanted: int = 0) -> list[dict[str, Any]]:
     """Read a metrics file, without checksums.
 
-    An incomplete last line (of a killed run) is skipped, a damaged line is skipped with a warning.
+    A damaged line, or an incomplete last one (of a killed run), is skipped with a warning; a file
+    of fewer than `wanted` lines is reported in a warning too.
     """
     lines = []
     texts = path.read_bytes().split(b"\n")
@@ -88,9 +91,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         line = _parsed(text)
         if line is not None:
             lines.append(line)
-        elif text and number < len(texts):
-            logger.warning("'%s': line %d is damaged and left out", path, number)
+        elif text:
+            logger.warning("'%s': line %d is damaged or incomplete, and left out", path, number)
+    _warn_of_missing(path, len(lines), wanted)
     return lines
+
+
+def _warn_of_missing(path: Path, found: int, wanted: int) -> None:
+    if found < wanted:
+        logger.warning("'%s' is damaged: it has %d of %d lines", path, found, wanted)
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:

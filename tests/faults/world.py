@@ -97,7 +97,7 @@ def config(root: Path, name: str, **sections: Any) -> Config:
         "objective": {"name": "dr"},
         "training": {
             "epochs": 2,
-            "batch_size": 64,
+            "batch_size": 100,
             "log_every_steps": 1,
             "checkpoint_every_seconds": 0.0,
             "threads": 1,
@@ -116,18 +116,23 @@ def configs(root: Path) -> dict[str, Config]:
     }
 
 
-def build(root: Path) -> None:
-    """Write the world below a folder; the resumed runs are left before their last step."""
+def build(root: Path, *, full: bool = True) -> None:
+    """Write the world below a folder, with all runs and ONNX where `full`.
+
+    The resumed runs are left before their last step.
+    """
+    runs_of = {name: one for name, one in configs(root).items() if full or name == "factored"}
     write_catalogue(root / "catalogue", WORLD.catalogue_table(), WORLD.catalogue_schema)
     for seed, (part, rows) in enumerate({"train": 300, "validation": 100, "test": 200}.items()):
         sizes = {"rows_per_group": 50, "rows_per_file": 100}
         write_log(root / part, WORLD.log(rows, seed=seed), WORLD.log_schema, **sizes)
-    for one in configs(root).values():
+    for one in runs_of.values():
         train_run(one)
     runs = root / "runs"
-    export_run(runs / "factored", ExportOptions(index=IndexOptions(kind="flat"), contexts=20))
+    options = ExportOptions(index=IndexOptions(kind="flat"), contexts=20, onnx=full)
+    export_run(runs / "factored", options)
     read_items(root)
-    for name in configs(root):
+    for name in runs_of:
         resumed = runs / f"{name}-resumed"
         shutil.copytree(runs / name, resumed, ignore=shutil.ignore_patterns("export"))
         shutil.rmtree(resumed / "policy")
@@ -227,7 +232,7 @@ def subjects() -> list[Subject]:
         resumed("checkpoints: tensors", "factored", "checkpoints/*/*.safetensors"),
         resumed("checkpoints: state.json", "factored", "checkpoints/*/state.json"),
         resumed("resumed: config.yaml, metrics", "factored", "config.yaml", "metrics.jsonl"),
-        resumed("auto: members", "auto", "auto/*/*/*/*"),
+        resumed("auto: members", "auto", "auto/**/*"),
         Subject("export: CURRENT", (f"{run}/export/CURRENT",), search),
         Subject("export: manifest", (f"{version}/*.json",), search),
         Subject("export: vectors and ids", (f"{version}/*.npy", f"{version}/*.arrow"), search),

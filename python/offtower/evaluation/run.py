@@ -194,4 +194,5 @@ def _curve(run: OpenRun) -> list[dict[str, Any]]:
     path = run.directory.metrics_path
     if not path.exists():
         return []
-    return [line for line in read_metrics(path) if line["kind"] == "epoch"]
+    lines = read_metrics(path, run.directory.manifest().get("metrics_lines", 0))
+    return [line for line in lines if line["kind"] == "epoch"]

@@ -127,7 +127,12 @@ def train_claimed(
                 "train_run, as 'offtower train --workers' does"
             )
         automatic = train_auto(config, data, outputs=outputs, run=run, mapper=mapper)
-        facts = {"auto": automatic.report, "workers": 1, "device": describe_device(data.device)}
+        facts = {
+            "auto": automatic.report,
+            "workers": 1,
+            "device": describe_device(data.device),
+            "metrics_lines": len(metrics.lines),
+        }
         _finish(run, config, data, Trained(automatic.policy, automatic.result, began, facts))
         metrics.close()
         return automatic.result
@@ -155,6 +160,7 @@ def train_claimed(
             "checkpoints_skipped": store.skipped,
             "workers": workers.size,
             "device": describe_device(data.device),
+            "metrics_lines": len(metrics.lines),
         }
         _finish(run, config, data, Trained(policy, result, began, facts))
 

@@ -181,7 +181,8 @@ class Trainer:
                     self.step.proposal.load_state(self._store.extra)
                 if self._average is not None:
                     self._average.load_state(self._store.extra)
-                self._metrics.resume_at(progression.step, progression.cursor.epoch)
+                lines = progression.metrics_lines
+                self._metrics.resume_at(progression.step, progression.cursor.epoch, lines)
                 return progression
         self._metrics.restart()
         return Progression(cursor=Cursor(epoch=0, window=0, batch=0))
@@ -329,6 +330,7 @@ class Trainer:
             extra = {} if self.step.proposal is None else dict(self.step.proposal.state())
             if self._average is not None:
                 extra.update(self._average.state())
+            progression.metrics_lines = len(self._metrics.lines)
             self._store.save(self.policy, self._optimizer, progression, extra)
 
     @property

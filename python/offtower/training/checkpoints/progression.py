@@ -20,6 +20,8 @@ class Progression:
     """Lower bound of the validation estimate at `best_step`."""
     validations_without_gain: int = 0
     finished: bool = False
+    metrics_lines: int = 0
+    """Lines of metrics.jsonl so far."""
     epoch_sums: dict[str, float] | None = None
     """Running sums of the epoch under way, so that its metrics line is whole after a resumption."""
 
