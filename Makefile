@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart installed-test test test-slow test-gpu test-gpu-sanitized test-ray lint format docs fuzz clean
+.PHONY: quickstart installed-test test test-slow test-gpu test-gpu-sanitized test-asan test-ray lint format docs fuzz clean
 
 quickstart: $(VENV)/.installed-obp
 	$(BIN)/offtower quickstart
@@ -37,6 +37,18 @@ test-gpu-sanitized: $(if $(filter $(BIN)/python,$(firstword $(PYTEST))),$(VENV)/
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	    --target-processes all $(PYTEST) -m gpu tests/ops/test_cuda.py -k sanitized || exit 1; \
 	done
+
+# The CPU core under AddressSanitizer and UBSan, over the operators' tests that measure neither memory
+# nor threads and build no CUDA kernels.
+SANITIZED := build/sanitized/package
+ASAN_TESTS := bindings edge_values native_accuracy native_behaviour policy_terms search_and_sampling torch_defaults
+ASAN_SKIP := memory or rounds_by_items or more_threads or million or interrupt or 0.001 or 6.0
+test-asan: $(VENV)/.installed-test
+	rm -rf build/sanitized
+	OFFTOWER_SANITIZE=1 OFFTOWER_CUDA=0 $(PIP) --no-deps --target $(SANITIZED) .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/python -m pytest --numprocesses auto \
+	  $(ASAN_TESTS:%=tests/ops/test_%.py) -k "not ($(ASAN_SKIP))"
 
 test-ray: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m ray
