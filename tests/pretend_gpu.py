@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from offtower.ops import native_cuda
+from offtower.ops.cuda_core import CUDACore
 
 DEVICE = torch.device("cuda", 0)
 
@@ -233,7 +233,7 @@ class PretendGPU:
         self._patches = (
             patch.object(clip_grad, _GROUP, _grouped(getattr(clip_grad, _GROUP))),
             # A built CUDA core would look for a GPU.
-            patch.object(native_cuda, "refusal", lambda x, k: "needs a real GPU"),
+            patch.object(CUDACore, "kernel_refusal", lambda *_: "needs a real GPU"),
         )
         for one in self._patches:
             one.start()

@@ -1,6 +1,6 @@
 // What the modules of both cores take: arrays as DLPack capsules, None for an absent one. Each core adds
 // its own last arguments (threads, or a stream) to the lists here. Their types for Python are in
-// ops/arrays.py.
+// ops/_cpu.pyi.
 #pragma once
 
 #include <type_traits>

@@ -22,8 +22,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from offtower.ops import library, native_cuda, policy
-from offtower.ops.reference import Inputs
+from offtower.ops import cores, cuda_core
+from offtower.ops.reference import ReferenceCore
+from offtower.ops.types import Operands
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
@@ -102,13 +103,13 @@ def _compile(folder: Path, path: Path) -> None:
 def put_in_place(module: ModuleType, device: str, patch: pytest.MonkeyPatch) -> None:
     """Run every operator on CPU tensors on the emulation of `device`, until the patch ends."""
 
-    def core_of(backend: str, x: Inputs, k: int = 0) -> ModuleType | None:
-        refusal = native_cuda.refusal(x, k)
+    core = cuda_core.CUDACore()
+
+    def choose_core(backend: str, x: Operands, k: int = 0) -> cores.Core:
+        refusal = core.kernel_refusal(x, k)
         assert not refusal, refusal
-        return native_cuda if x.u.shape[0] else None
+        return core if x.rows else ReferenceCore()
 
     patch.setenv("OFFTOWER_EMULATED_DEVICE", DEVICES[device])
-    patch.setattr(native_cuda, "library", lambda: module)
-    patch.setattr(native_cuda, "_load", lambda: (module, "emulated"))
-    patch.setattr(library, "core_of", core_of)
-    patch.setattr(policy, "core_of", core_of)
+    patch.setattr(cuda_core, "_load", lambda: (module, "emulated"))
+    patch.setattr(cores, "choose_core", choose_core)

@@ -19,7 +19,8 @@ from offtower.ops import (
     sample_softmax,
     top_k,
 )
-from offtower.ops.library import policy_terms_op
+from offtower.ops.library import policy_arguments, policy_terms_op
+from offtower.ops.types import Operands, RewardOperands
 from tests.ops.cases import KINDS, Case, check_errors
 
 pytestmark = [
@@ -232,10 +233,9 @@ def test_compile_has_no_graph_breaks() -> None:
 
 def test_opcheck() -> None:
     u, v, action, e, t = operands(5, 40, 8, torch.float32)
-    u.requires_grad_(), v.requires_grad_()
-    torch.library.opcheck(
-        policy_terms_op, (u, v, action, 0.7, None, None, e, t, None, True, True, "cuda")
-    )
+    reward = RewardOperands(context=e, item=t, sigmoid=True)
+    x = Operands(u.requires_grad_(), v.requires_grad_(), action, 0.7, reward=reward)
+    torch.library.opcheck(policy_terms_op, (True, "cuda", *policy_arguments(x)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

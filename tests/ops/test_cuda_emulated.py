@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from offtower.ops import FactoredReward, merge_partials, partial_terms, policy_terms, top_k
+from offtower.ops.cuda_core import CUDACore
+from offtower.ops.types import Operands
 from tests.ops import cuda_emulation
 from tests.ops.cases import KINDS, Case, Variant, check_errors
 
@@ -262,11 +264,7 @@ def test_masked_items_and_impossible_actions(device: str, dtype: torch.dtype) ->
     kept = policy_terms(case.u, case.v[140:], action.clamp(140, 299) - 140, item_bias=bias[140:])
     torch.testing.assert_close(terms.log_normalizer, kept.log_normalizer)
     torch.testing.assert_close(terms.log_prob, kept.log_prob)
-    from offtower.ops import native_cuda
-    from offtower.ops.reference import Inputs
-
-    x = Inputs(case.u, case.v, action, 1.0, bias, None, None, None, None, False)
-    odd = native_cuda.forward(x, False)
+    odd = CUDACore().forward(Operands(case.u, case.v, action, item_bias=bias), False)
     assert torch.equal(odd.log_prob[[0, 1, 5]], terms.log_prob[[0, 1, 5]])
     assert torch.isnan(odd.log_prob[[2, 3]]).all() and odd.log_prob[4] == float("-inf")
     assert torch.isfinite(odd.log_normalizer).all()

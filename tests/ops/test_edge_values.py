@@ -22,7 +22,7 @@ def operands(rows: int, items: int, dim: int = 4) -> tuple[torch.Tensor, ...]:
 
 def test_masked_items_are_as_if_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     # Chunks of 64 items; the first two hold nothing but masked items.
-    monkeypatch.setattr("offtower.ops.reference.CELLS_AT_ONCE", 1)
+    monkeypatch.setattr("offtower.ops.reference.MAX_LOGITS", 1)
     u, v, action = operands(5, 200)
     reward = torch.rand(5, 200, dtype=torch.float64)
     bias = torch.zeros(200, dtype=torch.float64)

@@ -22,7 +22,8 @@ from offtower.ops import (
     policy_terms,
     top_k,
 )
-from offtower.ops.library import policy_terms_op
+from offtower.ops.library import policy_arguments, policy_terms_op
+from offtower.ops.types import Operands, RewardOperands
 
 pytestmark = pytest.mark.skipif(
     not available_instruction_sets(), reason="the native core is not built"
@@ -248,11 +249,9 @@ def test_strided_operands(dtype: torch.dtype) -> None:
 def test_torchs_own_checks_of_the_native_path(dtype: torch.dtype) -> None:
     u, v, action = operands(5, 30, 4)
     e, t = torch.rand(5, 3, dtype=dtype), torch.rand(30, 3, dtype=dtype)
-    arguments = (
-        u.to(dtype).requires_grad_(), v.to(dtype).requires_grad_(), action, 0.7,
-        torch.rand(30).to(dtype).requires_grad_(), None, e, t, None, True, True, "cpu",
-    )  # fmt: skip
-    torch.library.opcheck(policy_terms_op, arguments)
+    u, v, b = (x.to(dtype).requires_grad_() for x in (u, v, torch.rand(30)))
+    x = Operands(u, v, action, 0.7, b, RewardOperands(context=e, item=t, sigmoid=True))
+    torch.library.opcheck(policy_terms_op, (True, "cpu", *policy_arguments(x)))
 
 
 def test_compiled_and_used_twice() -> None:

@@ -20,7 +20,8 @@ from offtower.ops import (
     policy_terms,
     reference,
 )
-from offtower.ops.library import policy_terms_op
+from offtower.ops.library import policy_arguments, policy_terms_op
+from offtower.ops.types import Operands, RewardOperands
 
 KINDS = ("none", "dense", "identity", "sigmoid")
 
@@ -106,7 +107,7 @@ def loss(values: list[Tensor | None], cotangents: list[Tensor]) -> Tensor:
 @pytest.fixture(params=[64, 1 << 22])
 def cells(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """With few logits at a time the items come in many chunks, with many in one."""
-    monkeypatch.setattr(reference, "CELLS_AT_ONCE", request.param)
+    monkeypatch.setattr(reference, "MAX_LOGITS", request.param)
     return int(request.param)
 
 
@@ -204,21 +205,9 @@ def test_huge_logits_overflow_nothing(logit: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_torchs_own_checks(kind: str) -> None:
     p = Problem(3, 5, 2, kind)
-    dense = p.reward.values if isinstance(p.reward, DenseReward) else None
-    e = t = c = None
-    if isinstance(p.reward, FactoredReward):
-        e, t, c = p.reward.context, p.reward.item, p.reward.item_bias
-    arguments = (
-        *(x.clone().requires_grad_() for x in (p.u, p.v)),
-        p.action,
-        0.7,
-        p.b.clone().requires_grad_(),
-        *(dense, e, t, c),
-        kind == "sigmoid",
-        True,
-        "reference",
-    )
-    torch.library.opcheck(policy_terms_op, arguments)
+    u, v, b = p.leaves()
+    x = Operands(u, v, p.action, 0.7, b, RewardOperands.of(p.reward))
+    torch.library.opcheck(policy_terms_op, (True, "reference", *policy_arguments(x)))
 
     def terms(u: Tensor, v: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         return tuple(x for x in outputs(p.fused(u, v, b)) if x is not None)

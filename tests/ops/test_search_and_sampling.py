@@ -39,12 +39,12 @@ def test_top_k_is_a_stable_sort(
     u = torch.randint(-1, 2, (rows, 2), generator=g).float()
     v = torch.randint(-1, 2, (items, 2), generator=g).float()
     b = torch.randint(-1, 2, (items,), generator=g).float()
-    before = reference.CELLS_AT_ONCE
-    reference.CELLS_AT_ONCE = cells
+    before = reference.MAX_LOGITS
+    reference.MAX_LOGITS = cells
     try:
         scores, index = top_k(u, v, k, temperature=0.5, item_bias=b)
     finally:
-        reference.CELLS_AT_ONCE = before
+        reference.MAX_LOGITS = before
     full = u @ v.T / 0.5 + b
     order = torch.argsort(full, dim=1, descending=True, stable=True)[:, :k]
     assert torch.equal(index, order)

@@ -10,8 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from offtower.ops import FactoredReward, PolicyTerms, merge_partials, sampled_policy_terms
-from offtower.ops.policy import PartialTerms
+from offtower.ops import (
+    FactoredReward,
+    PartialTerms,
+    PolicyTerms,
+    merge_partials,
+    sampled_policy_terms,
+)
 from offtower.ops.sampled_partial import sampled_partial_terms
 from tests.sampling.test_sampled_terms import NAMES, B, N, normal, reward, world
 

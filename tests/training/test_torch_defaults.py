@@ -52,9 +52,9 @@ def test_training_and_evaluation_do_not_depend_on_torch_defaults(
 ) -> None:
     name, weights, evaluation = wanted
     with torch_default(default):
-        found, judged = outcome(simulated, tmp_path, name)
+        found, found_evaluation = outcome(simulated, tmp_path, name)
     assert found.keys() == weights.keys()
     for key, value in weights.items():
         assert found[key].dtype == value.dtype and found[key].device == value.device
         assert torch.equal(found[key], value), key
-    assert judged == evaluation
+    assert found_evaluation == evaluation

@@ -27,7 +27,7 @@ from offtower.evaluation.intervals.methods import (
     simultaneous_confidence,
 )
 from offtower.evaluation.intervals.smoothing_bound import SmoothingSums, check_range
-from offtower.evaluation.intervals.statistics import Statistics, collect, finish
+from offtower.evaluation.intervals.statistics import Functional, Statistics, collect, finish
 from offtower.evaluation.options import EvaluationOptions
 from offtower.evaluation.result import (
     Comparison,
@@ -112,20 +112,19 @@ class EvaluationSums:
 
         support: by policy, a probe of `diagnostics.support_probe`.
         """
-        unknown = set(support or {}) - set(self.policies)
-        if unknown:
-            raise OfftowerError(f"a support probe for unknown policies: {sorted(unknown)}")
-        return _Finisher(self).result(support or {})
+        return _Finisher(self, support or {}).result()
 
 
 class _Finisher:
     """Computes a result from sums."""
 
-    def __init__(self, sums: EvaluationSums) -> None:
-        self.sums, self.options = sums, sums.options
+    def __init__(self, sums: EvaluationSums, support: Mapping[str, SupportDiagnostics]) -> None:
+        unknown = set(support) - set(sums.policies)
+        if unknown:
+            raise OfftowerError(f"a support probe for unknown policies: {sorted(unknown)}")
+        self.sums, self.support, self.options = sums, support, sums.options
         widths = [estimator.num_terms for estimator in self.options.estimators]
         self.starts = np.concatenate([[0], np.cumsum(widths)]).tolist()
-        self.reward_column = [len(sums.policies) * self.starts[-1]]
         self.joint = simultaneous_confidence(self.options.confidence, len(sums.policies))
         users = sums.terms.users
         self.terms = sums.terms if users is None else replace(sums.terms, users=users.compact())
@@ -136,37 +135,44 @@ class _Finisher:
         base = policy * self.starts[-1]
         return list(range(base + self.starts[estimator], base + self.starts[estimator + 1]))
 
-    def result(self, support: Mapping[str, SupportDiagnostics]) -> EvaluationResult:
-        options, policies = self.options, self.sums.policies
+    @property
+    def reward_column(self) -> list[int]:
+        return [len(self.sums.policies) * self.starts[-1]]
+
+    def result(self) -> EvaluationResult:
+        options, sums = self.options, self.sums
         logged = self.terms.select(self.reward_column)
-        intervals = self.intervals(LOGGING, logged)
+        policies = {name: self.policy(i, name) for i, name in enumerate(sums.policies)}
         return EvaluationResult(
             confidence=options.confidence,
             simultaneous_confidence=self.joint,
             reward_range=options.reward_range,
-            n=self.sums.terms.n,
+            n=sums.terms.n,
             users=self.users,
             logging=EstimatorResult(
-                LOGGING.name, LOGGING.label, finish(LOGGING, logged), intervals
+                LOGGING.name,
+                LOGGING.label,
+                finish(LOGGING, logged),
+                self.intervals(LOGGING, logged),
             ),
             decide_by=options.estimators[options.decider].name,
-            policies={
-                name: self.policy(i, name, support.get(name)) for i, name in enumerate(policies)
-            },
-            comparisons=tuple(
-                self.comparison(a, b) for a, b in combinations(range(len(policies)), 2)
-            ),
+            policies=policies,
+            comparisons=self.comparisons(),
             propensities_estimated=options.propensities_estimated,
         )
 
-    def policy(self, index: int, name: str, support: SupportDiagnostics | None) -> PolicyEvaluation:
+    def policy(self, index: int, name: str) -> PolicyEvaluation:
         options, sums = self.options, self.sums
-        results = [self.estimate(index, i) for i in range(len(options.estimators))]
+        estimates = {}
+        for i, estimator in enumerate(options.estimators):
+            estimates[estimator.name] = self.estimate(index, i, estimator)
         weights = sums.weights[index].finish()
-        calibration, smoothing = sums.calibration[index], sums.smoothing[index]
+        calibration = sums.calibration[index]
+        smoothing = sums.smoothing[index]
         chosen = options.estimators[options.decider]
-        gap = results[options.decider].difference
+        gap = estimates[chosen.name].difference
         assert gap is not None
+        support = self.support.get(name)
         evidence = Evidence(
             gap.estimate,
             gap.simultaneous,
@@ -179,59 +185,70 @@ class _Finisher:
             smoothing.mean_weight() if self.independent else None,
             self.users,
         )
-        value, difference = smoothing.value, smoothing.difference
         return PolicyEvaluation(
             policy=name,
-            estimates={result.name: result for result in results},
-            guaranteed_value=value(options.confidence) if self.independent else None,
-            guaranteed_difference=difference(options.confidence) if self.independent else None,
+            estimates=estimates,
+            guaranteed_value=smoothing.value(options.confidence) if self.independent else None,
+            guaranteed_difference=(
+                smoothing.difference(options.confidence) if self.independent else None
+            ),
             weights=weights,
             calibration=None if calibration is None else calibration.finish(),
             support=support,
             verdict=decide(evidence, options.gate),
         )
 
-    def estimate(self, policy: int, index: int) -> EstimatorResult:
-        estimator, columns = self.options.estimators[index], self.columns(policy, index)
-        own = self.terms.select(columns, self.sums.weights[policy].statistics.weight_sum)
-        paired = self.terms.select(columns + self.reward_column)
-        return EstimatorResult(
-            estimator.name,
-            estimator.label,
-            estimator.finish(own),
-            self.intervals(estimator, own),
-            self.gap(Difference(estimator, LOGGING), paired),
+    def estimate(self, policy: int, index: int, estimator: Estimator) -> EstimatorResult:
+        sums = self.sums
+        columns = self.columns(policy, index)
+        weight_sum = sums.weights[policy].statistics.weight_sum
+        own = self.terms.select(columns, weight_sum)
+        estimate = estimator.finish(own)
+        gap = self.gap(
+            Difference(estimator, LOGGING), self.terms.select(columns + self.reward_column)
         )
-
-    def comparison(self, first: int, second: int) -> Comparison:
-        decider = self.options.decider
-        estimator = self.options.estimators[decider]
-        columns = self.columns(first, decider) + self.columns(second, decider)
-        gap = self.gap(Difference(estimator, estimator), self.terms.select(columns))
-        names = self.sums.policies
-        return Comparison(names[first], names[second], estimator.name, gap)
+        return EstimatorResult(
+            estimator.name, estimator.label, estimate, self.intervals(estimator, own), gap
+        )
 
     def gap(self, difference: Difference, statistics: Statistics) -> Gap:
         main = self.options.intervals[0]
-        make = bootstrap_interval if main == "bootstrap" else normal_interval
+        main = "normal" if main == "bernstein" else main
         return Gap(
             finish(difference, statistics),
-            make(difference, statistics, self.options.confidence),
-            make(difference, statistics, self.joint),
+            self.interval(difference, statistics, main, self.options.confidence),
+            self.interval(difference, statistics, main, self.joint),
         )
 
+    def comparisons(self) -> tuple[Comparison, ...]:
+        decider = self.options.decider
+        estimator = self.options.estimators[decider]
+        out = []
+        for a, b in combinations(range(len(self.sums.policies)), 2):
+            columns = self.columns(a, decider) + self.columns(b, decider)
+            gap = self.gap(Difference(estimator, estimator), self.terms.select(columns))
+            out.append(
+                Comparison(self.sums.policies[a], self.sums.policies[b], estimator.name, gap)
+            )
+        return tuple(out)
+
     def intervals(self, estimator: Estimator, statistics: Statistics) -> dict[str, Interval]:
-        out, confidence = {}, self.options.confidence
+        out = {}
         for method in self.options.intervals:
-            if method == "normal":
-                out[method] = normal_interval(estimator, statistics, confidence)
-            elif method == "bootstrap":
-                out[method] = bootstrap_interval(estimator, statistics, confidence)
+            if method != "bernstein":
+                out[method] = self.interval(estimator, statistics, method, self.options.confidence)
             elif self.independent and estimator.num_terms == 1:
                 bounds = estimator.bounds(self.options.reward_range, self.options.max_weight)
-                unclustered = replace(statistics, users=None)
-                out[method] = bernstein_interval(estimator, unclustered, bounds, confidence)
+                out[method] = bernstein_interval(
+                    estimator, replace(statistics, users=None), bounds, self.options.confidence
+                )
         return out
+
+    def interval(
+        self, functional: Functional, statistics: Statistics, method: str, confidence: float
+    ) -> Interval:
+        make = bootstrap_interval if method == "bootstrap" else normal_interval
+        return make(functional, statistics, confidence)
 
 
 def evaluate_rows(

@@ -1,20 +1,14 @@
 """The fused operators: softmax terms over the whole catalogue without a (rounds, items) array."""
 
-from offtower.ops.backends import (
+from offtower.ops.cores import (
     available_backends,
     available_instruction_sets,
     backend_status,
 )
-from offtower.ops.policy import (
-    PartialTerms,
-    merge_partials,
-    partial_terms,
-    policy_terms,
-    sample_softmax,
-    top_k,
-)
+from offtower.ops.policy import merge_partials, partial_terms, policy_terms, top_k
 from offtower.ops.sampled import sampled_policy_terms
-from offtower.ops.types import DenseReward, FactoredReward, PolicyTerms
+from offtower.ops.softmax_sampling import sample_softmax
+from offtower.ops.types import DenseReward, FactoredReward, PartialTerms, PolicyTerms
 
 __all__ = [
     "DenseReward",

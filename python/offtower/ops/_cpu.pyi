@@ -1,6 +1,50 @@
-from typing import Unpack
+"""The CPU core (csrc/bindings): arrays are DLPack capsules, None where one is absent.
 
-from offtower.ops.arrays import BackwardArrays, Capsule, ForwardArrays, PolicyArrays
+They hold (B,) float32 each, unless stated otherwise; csrc/operands.h documents them.
+"""
+
+from typing import TypedDict, Unpack
+
+Capsule = object
+
+class PolicyArrays(TypedDict, total=False):
+    """Optional arrays of a policy: `item_bias`, `reward_bias` (N,), `action` (B,) int64,
+    `dense` (B, N), `reward_context` (B, e), `reward_item` (N, e)."""
+
+    item_bias: Capsule | None
+    action: Capsule | None
+    dense: Capsule | None
+    reward_context: Capsule | None
+    reward_item: Capsule | None
+    reward_bias: Capsule | None
+
+class ForwardArrays(TypedDict, total=False):
+    """Filled by the forward pass."""
+
+    log_prob: Capsule | None
+    log_normalizer: Capsule | None
+    expected_reward: Capsule | None
+    action_reward: Capsule | None
+    entropy: Capsule | None
+    anchor: Capsule | None
+    total: Capsule | None
+    reward_sum: Capsule | None
+    centred_sum: Capsule | None
+    action_logit: Capsule | None
+
+class BackwardArrays(TypedDict, total=False):
+    """Cotangents and results of the forward pass, and the gradients to be filled: `context` (B, d),
+    `item` (N, d), `item_bias` (N,), in the operands' dtype."""
+
+    expected_reward: Capsule | None
+    entropy: Capsule | None
+    g_log_prob: Capsule | None
+    g_log_normalizer: Capsule | None
+    g_expected_reward: Capsule | None
+    g_entropy: Capsule | None
+    context: Capsule | None
+    item: Capsule | None
+    item_bias: Capsule | None
 
 class Operands:
     def __init__(

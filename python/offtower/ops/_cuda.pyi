@@ -1,7 +1,7 @@
 from typing import Unpack
 
+from offtower.ops._cpu import BackwardArrays, Capsule, ForwardArrays
 from offtower.ops._cpu import Operands as Operands
-from offtower.ops.arrays import BackwardArrays, Capsule, ForwardArrays
 
 def forward(
     operands: Operands,

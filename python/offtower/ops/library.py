@@ -1,214 +1,164 @@
-"""Registration with torch: custom ops, fake kernels and autograd, in one visible place.
+"""Registration with torch: custom ops, fake kernels and autograd.
 
-The schema holds a reward model as its parts, since an operator's arguments are tensors and numbers.
+An operator's arguments are tensors and numbers, so operands are taken apart. POLICY_SCHEMA is the
+one place that fixes their order.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from offtower.ops.backends import core_of
+from offtower.ops import cores
 from offtower.ops.checks import check_action_range
-from offtower.ops.reference import Cotangents, Inputs, backward, running_sums
+from offtower.ops.types import (
+    Cotangents,
+    ForwardResults,
+    ForwardStatistics,
+    Gradients,
+    Needs,
+    Operands,
+    RewardOperands,
+)
 
-# Real annotations (no string ones): torch infers the schema from them.
-_ARGUMENTS = 10
+POLICY_SCHEMA = (
+    "Tensor context, Tensor item, Tensor action, Tensor? item_bias, Tensor? reward_dense, "
+    "Tensor? reward_context, Tensor? reward_item, Tensor? reward_bias, bool sigmoid, "
+    "float temperature"
+)
+_FORWARD_SCHEMA = f"bool entropy, str backend, {POLICY_SCHEMA}"
+_BACKWARD_SCHEMA = (
+    "Tensor anchor, Tensor total, Tensor? expected_reward, Tensor? entropy, "
+    "Tensor? g_log_prob, Tensor? g_log_normalizer, Tensor? g_expected_reward, Tensor? g_entropy, "
+    f"bool need_context, bool need_item, bool need_item_bias, str backend, {POLICY_SCHEMA}"
+)
+_FORWARD_NAMES = [argument.split()[-1] for argument in _FORWARD_SCHEMA.split(", ")]
+
+Fields = TypeVar("Fields", ForwardStatistics, Cotangents, Needs)
 
 
-@torch.library.custom_op("offtower::policy_terms", mutates_args=())
-def policy_terms_op(
-    u: Tensor,
-    v: Tensor,
-    action: Tensor,
-    temperature: float,
-    bias: Tensor | None,
-    dense: Tensor | None,
-    e: Tensor | None,
-    t: Tensor | None,
-    c: Tensor | None,
-    sigmoid: bool,
-    entropy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> log_prob, log_normalizer, expected_reward, action_reward, entropy; absent ones empty.
-
-    And what the backward pass needs: an anchor and the sum of exp(s - anchor) of each row. With the
-    log-normalizer alone, near 14 at a million items, exp(s - lse) would be off by its rounding.
-    """
-    check_action_range(action, v.shape[0])
-    x = Inputs(u, v, action, temperature, bias, dense, e, t, c, sigmoid)
-    core = core_of(backend, x)
-    if core is not None:
-        return core.forward(x, entropy)
-    sums = running_sums(x, entropy)
-    nothing = sums.total.new_empty(0)
-    log_normalizer = sums.log_normalizer
-    expected, spread = sums.expected_reward, sums.entropy
+def policy_arguments(x: Operands) -> tuple[Any, ...]:
+    """Operands in the order of POLICY_SCHEMA."""
+    reward = x.reward or RewardOperands()
     return (
-        x.action_logit() - log_normalizer,
-        log_normalizer,
-        nothing if expected is None else expected,
-        x.action_reward() if x.has_reward else nothing.clone(),
-        nothing.clone() if spread is None else spread,
-        sums.top,
-        sums.total,
+        *(x.context, x.item, x.action, x.item_bias),
+        *(reward.dense, reward.context, reward.item, reward.item_bias, reward.sigmoid),
+        x.temperature,
     )
+
+
+def policy_terms_forward(x: Operands, entropy: bool, backend: str) -> ForwardResults:
+    """All terms; differentiable in the embeddings and the item bias."""
+    return ForwardResults(*policy_terms_op(entropy, backend, *policy_arguments(x)))
+
+
+def policy_terms_backward(
+    x: Operands, forward: ForwardStatistics, g: Cotangents, needs: Needs, backend: str
+) -> Gradients:
+    """Gradients over the items of `x`, which may be a slice of those of `forward`."""
+    found = policy_terms_backward_op(*forward, *g, *needs, backend, *policy_arguments(x))
+    return Gradients(
+        *(value if needed else None for value, needed in zip(found, needs, strict=True))
+    )
+
+
+@torch.library.custom_op(
+    "offtower::policy_terms",
+    mutates_args=(),
+    schema=f"({_FORWARD_SCHEMA}) -> ({', '.join(['Tensor'] * len(ForwardResults._fields))})",
+)
+def policy_terms_op(entropy: bool, backend: str, *policy: Any) -> tuple[Tensor, ...]:
+    """-> `ForwardResults`."""
+    x = _operands(*policy)
+    check_action_range(x.action, x.items)
+    return tuple(cores.choose_core(backend, x).forward(x, entropy))
 
 
 @policy_terms_op.register_fake
-def _(
-    u: Tensor,
-    v: Tensor,
-    action: Tensor,
-    temperature: float,
-    bias: Tensor | None,
-    dense: Tensor | None,
-    e: Tensor | None,
-    t: Tensor | None,
-    c: Tensor | None,
-    sigmoid: bool,
-    entropy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    rows = u.shape[0]
-    has_reward = dense is not None or e is not None
-    return (
-        u.new_empty(rows, dtype=dtype),
-        u.new_empty(rows, dtype=dtype),
-        u.new_empty(rows if has_reward else 0, dtype=dtype),
-        u.new_empty(rows if has_reward else 0, dtype=dtype),
-        u.new_empty(rows if entropy else 0, dtype=dtype),
-        u.new_empty(rows, dtype=dtype),
-        u.new_empty(rows, dtype=dtype),
-    )
+def _(entropy: bool, backend: str, *policy: Any) -> tuple[Tensor, ...]:
+    x = _operands(*policy)
+    rows, reward = x.rows, 0 if x.reward is None else x.rows
+    lengths = (rows, rows, reward, reward, rows if entropy else 0, rows, rows)
+    return tuple(x.context.new_empty(length, dtype=x.accumulation_dtype) for length in lengths)
 
 
-@torch.library.custom_op("offtower::policy_terms_backward", mutates_args=())
-def policy_terms_backward_op(
-    u: Tensor,
-    v: Tensor,
-    action: Tensor,
-    temperature: float,
-    bias: Tensor | None,
-    dense: Tensor | None,
-    e: Tensor | None,
-    t: Tensor | None,
-    c: Tensor | None,
-    sigmoid: bool,
-    anchor: Tensor,
-    total: Tensor,
-    expected_reward: Tensor,
-    entropy: Tensor,
-    g_log_prob: Tensor | None,
-    g_log_normalizer: Tensor | None,
-    g_expected_reward: Tensor | None,
-    g_entropy: Tensor | None,
-    need_u: bool,
-    need_v: bool,
-    need_b: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> du, dv, dbias; those not needed are empty."""
-    x = Inputs(u, v, action, temperature, bias, dense, e, t, c, sigmoid)
-    core = core_of(backend, x)
-    compute = backward if core is None else core.backward
-    du, dv, db = compute(
-        x,
-        (anchor, total),
-        expected_reward,
-        entropy,
-        Cotangents(g_log_prob, g_log_normalizer, g_expected_reward, g_entropy),
-        (need_u, need_v, need_b),
-    )
-    return (
-        u.new_empty(0) if du is None else du,
-        v.new_empty(0) if dv is None else dv,
-        u.new_empty(0) if db is None else db,
-    )
+@torch.library.custom_op(
+    "offtower::policy_terms_backward",
+    mutates_args=(),
+    schema=f"({_BACKWARD_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
+def policy_terms_backward_op(*arguments: Any) -> tuple[Tensor, ...]:
+    """-> `Gradients`; those not needed are empty."""
+    values = iter(arguments)
+    forward, g = _take(ForwardStatistics, values), _take(Cotangents, values)
+    needs, backend = _take(Needs, values), next(values)
+    x = _operands(*values)
+    found = cores.choose_core(backend, x).backward(x, forward, g, needs)
+    return tuple(x.context.new_empty(0) if value is None else value for value in found)
 
 
 @policy_terms_backward_op.register_fake
-def _(
-    u: Tensor,
-    v: Tensor,
-    action: Tensor,
-    temperature: float,
-    bias: Tensor | None,
-    dense: Tensor | None,
-    e: Tensor | None,
-    t: Tensor | None,
-    c: Tensor | None,
-    sigmoid: bool,
-    anchor: Tensor,
-    total: Tensor,
-    expected_reward: Tensor,
-    entropy: Tensor,
-    g_log_prob: Tensor | None,
-    g_log_normalizer: Tensor | None,
-    g_expected_reward: Tensor | None,
-    g_entropy: Tensor | None,
-    need_u: bool,
-    need_v: bool,
-    need_b: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(u, memory_format=torch.contiguous_format) if need_u else u.new_empty(0),
-        torch.empty_like(v, memory_format=torch.contiguous_format) if need_v else v.new_empty(0),
-        u.new_empty(v.shape[0]) if need_b else u.new_empty(0),
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    values = iter(arguments)
+    _take(ForwardStatistics, values), _take(Cotangents, values)
+    needs, _ = _take(Needs, values), next(values)
+    x = _operands(*values)
+    shapes = (x.context.shape, x.item.shape, (x.items,))
+    return tuple(
+        x.context.new_empty(shape if needed else (0,))
+        for shape, needed in zip(shapes, needs, strict=True)
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    u, v, action, temperature, bias, dense, e, t, c, sigmoid, _entropy, backend = inputs
-    _, _, expected, _, spread, anchor, total = output
-    ctx.temperature, ctx.sigmoid, ctx.backend = temperature, sigmoid, backend
+    _, ctx.backend, *tensors, sigmoid, temperature = inputs
+    ctx.numbers = (sigmoid, temperature)
+    found = ForwardResults(*output)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(u, v, action, bias, dense, e, t, c, anchor, total, expected, spread)
+    ctx.save_for_backward(
+        *(found.anchor, found.total, found.expected_reward, found.entropy), *tensors
+    )
 
 
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    g_log_prob, g_log_normalizer, g_expected, _, g_entropy, _, _ = gradients
-    u, v, action, bias, dense, e, t, c, anchor, total, expected, spread = ctx.saved_tensors
-    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4])
-    nothing: tuple[Tensor | None, ...] = (None,) * (_ARGUMENTS + 2)
-    if expected.numel() == 0:
-        g_expected = None
-    if spread.numel() == 0:
-        g_entropy = None
-    if not any(needs) or all(
-        g is None for g in (g_log_prob, g_log_normalizer, g_expected, g_entropy)
-    ):
-        return nothing
-    du, dv, db = policy_terms_backward_op(
-        u,
-        v,
-        action,
-        ctx.temperature,
-        bias,
-        dense,
-        e,
-        t,
-        c,
-        ctx.sigmoid,
-        anchor,
-        total,
-        expected,
-        spread,
+    anchor, total, expected_reward, entropy, *tensors = ctx.saved_tensors
+    g_log_prob, g_log_normalizer, g_expected_reward, _, g_entropy, _, _ = gradients
+    g = Cotangents(
         g_log_prob,
         g_log_normalizer,
-        g_expected,
-        g_entropy,
-        *needs,
-        ctx.backend,
+        g_expected_reward if expected_reward.numel() else None,
+        g_entropy if entropy.numel() else None,
     )
-    result = list(nothing)
-    result[0] = du if needs[0] else None
-    result[1] = dv if needs[1] else None
-    result[4] = db if needs[2] else None
-    return tuple(result)
+    asked = dict(zip(_FORWARD_NAMES, ctx.needs_input_grad, strict=True))
+    needs = Needs(*(asked[name] for name in Needs._fields))
+    found: dict[str, Tensor | None] = {}
+    if any(needs) and any(cotangent is not None for cotangent in g):
+        forward = ForwardStatistics(
+            anchor,
+            total,
+            None if g.expected_reward is None else expected_reward,
+            None if g.entropy is None else entropy,
+        )
+        x = _operands(*tensors, *ctx.numbers)
+        found = policy_terms_backward(x, forward, g, needs, ctx.backend)._asdict()
+    return tuple(found.get(name) for name in _FORWARD_NAMES)
 
 
 policy_terms_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _operands(
+    context: Tensor, item: Tensor, action: Tensor, item_bias: Tensor | None, *rest: Any
+) -> Operands:
+    *parts, temperature = rest
+    reward = RewardOperands(*parts)
+    absent = reward.dense is None and reward.context is None
+    return Operands(context, item, action, temperature, item_bias, None if absent else reward)
+
+
+def _take(kind: type[Fields], values: Iterator[Any]) -> Fields:
+    return kind(*islice(values, len(kind._fields)))

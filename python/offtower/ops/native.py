@@ -1,186 +1,137 @@
-"""The CPU core's calls: tensors in, DLPack capsules out, results as tensors.
+"""What the native cores share: results are allocated here and filled by a core's module.
 
-Everything here assumes operands that `checks` has passed and that `backends.core_of` has accepted:
-float32 or bfloat16, on the CPU.
+Operands have passed `checks` and the core's `refusal`: float32 or bfloat16 on the core's device.
+The modules take arrays as DLPack capsules and check them again (csrc/bindings/arguments.h).
 """
 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
-from offtower.ops.arrays import Capsule, capsule
-from offtower.ops.reference import Cotangents, Inputs, RunningSums
+from offtower.ops.types import (
+    Cotangents,
+    ForwardResults,
+    ForwardStatistics,
+    Gradients,
+    Needs,
+    Operands,
+    PartialTerms,
+    RewardOperands,
+    RunningSums,
+)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_WORTH_A_THREAD = 1 << 22
-"""Multiply-adds, some 50 microseconds of one thread."""
-_EXPONENTIAL = 16
-"""What an exponential costs, in multiply-adds."""
+"""The dtypes of native cores, and their numbers in csrc/operands.h."""
 
 
-class Terms(NamedTuple):
-    """What the forward pass gives, each (B,) float32; absent ones are empty."""
+class NativeCore(ABC):
+    """A core whose kernels live in a compiled module."""
 
-    log_prob: Tensor
-    log_normalizer: Tensor
-    expected_reward: Tensor
-    action_reward: Tensor
-    entropy: Tensor
-    anchor: Tensor
-    total: Tensor
+    def forward(self, x: Operands, entropy: bool) -> ForwardResults:
+        make = functools.partial(x.context.new_empty, dtype=torch.float32)
+        rows, reward = x.rows, 0 if x.reward is None else x.rows
+        results = ForwardResults(
+            make(rows), make(rows), make(reward), make(reward), make(rows if entropy else 0),
+            make(rows), make(rows),
+        )  # fmt: skip
+        self._run("forward", self._prepare(x), results._asdict())
+        return results
 
+    def partial(self, x: Operands, entropy: bool) -> PartialTerms:
+        make = functools.partial(x.context.new_empty, x.rows, dtype=torch.float32)
+        top, total, action_logit = make(), make(), make()
+        reward, action_reward = (None, None) if x.reward is None else (make(), make())
+        centered = make() if entropy else None
+        results = {
+            "anchor": top,
+            "total": total,
+            "reward_sum": reward,
+            "centred_sum": centered,
+            "action_logit": action_logit,
+            "action_reward": action_reward,
+        }
+        self._run("forward", self._prepare(x), results)
+        return PartialTerms(RunningSums(top, total, reward, centered), action_logit, action_reward)
 
-class Operands:
-    """A core's own operands, from contiguous tensors.
-
-    Args:
-        make: their constructor in the core's module.
-        aligned: copy a tensor that does not start on 16 bytes.
-        tfloat32: round the products of float32 operands to tf32.
-    """
-
-    def __init__(
-        self,
-        x: Inputs,
-        make: Callable[..., Any],
-        *,
-        aligned: bool = False,
-        tfloat32: bool = False,
-    ) -> None:
-        self._aligned = aligned
-        self.native = make(
-            context=self.capsule(x.u),
-            item=self.capsule(x.v),
-            item_bias=self.capsule(x.bias),
-            action=self.capsule(x.action),
-            temperature=x.temperature,
-            dense=self.capsule(x.dense),
-            reward_context=self.capsule(x.e),
-            reward_item=self.capsule(x.t),
-            reward_bias=self.capsule(x.c),
-            sigmoid=x.sigmoid,
-            tfloat32=tfloat32,
+    def backward(
+        self, x: Operands, forward: ForwardStatistics, g: Cotangents, needs: Needs
+    ) -> Gradients:
+        prepared = self._prepare(x)
+        make = x.context.new_empty
+        found = Gradients(
+            make(prepared.context.shape) if needs.context else None,
+            make(prepared.item.shape) if needs.item else None,
+            make(x.items) if needs.item_bias else None,
+        )
+        read = {
+            **forward._asdict(),
+            **{f"g_{name}": cotangent for name, cotangent in g._asdict().items()},
+        }
+        arrays = {
+            name: None if array is None else self._prepare_array(array.float())
+            for name, array in read.items()
+        }
+        self._run("backward", prepared, {**arrays, **found._asdict()})
+        return Gradients(
+            _narrowed(found.context, x.context.shape[1]),
+            _narrowed(found.item, x.item.shape[1]),
+            found.item_bias,
         )
 
-    def capsule(self, tensor: Tensor | None) -> Capsule | None:
-        """Export a tensor, or a contiguous and aligned copy."""
-        if tensor is None:
-            return None
-        plain = tensor.detach().contiguous()
-        if self._aligned and plain.data_ptr() % 16 != 0:
-            plain = plain.clone()
-        return to_dlpack(plain)
+    def top_k(self, x: Operands, k: int) -> tuple[Tensor, Tensor]:
+        score = x.context.new_empty(x.rows, k, dtype=torch.float32)
+        index = x.context.new_empty(x.rows, k, dtype=torch.int64)
+        self._run("top_k", self._prepare(x), {"score": score, "index": index}, k=k)
+        return score, index
+
+    def _prepare(self, x: Operands) -> Operands:
+        """The operands as the kernels take them; embeddings may become wider."""
+        return x.map(self._prepare_array)
+
+    def _prepare_array(self, array: Tensor) -> Tensor:
+        return array.detach().contiguous()
+
+    @abstractmethod
+    def _run(
+        self, function: str, x: Operands, arrays: Mapping[str, Tensor | None], **numbers: int
+    ) -> None:
+        """Call a function of the module; empty arrays count as absent."""
 
 
-def _setting(x: Inputs) -> dict[str, Any]:
-    """Threads as torch is set, but none for less than it costs to wake one; the instruction set
-    only where one is forced. Neither changes a result's bits, save the set."""
-    width = x.u.shape[1] + (0 if x.e is None else x.e.shape[1]) + _EXPONENTIAL
-    worth = x.u.shape[0] * x.v.shape[0] * width // _WORTH_A_THREAD
+def native_operands(x: Operands, make: Callable[..., Any], **options: bool) -> Any:
+    """A module's own operands; `make` is their constructor."""
+    reward = x.reward or RewardOperands()
+    arrays = {
+        "context": x.context,
+        "item": x.item,
+        "item_bias": x.item_bias,
+        "action": x.action,
+        "dense": reward.dense,
+        "reward_context": reward.context,
+        "reward_item": reward.item,
+        "reward_bias": reward.item_bias,
+    }
+    capsules = {name: to_dlpack(array) for name, array in arrays.items() if array is not None}
+    return make(**capsules, temperature=x.temperature, sigmoid=reward.sigmoid, **options)
+
+
+def capsules(arrays: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    """DLPack capsules of the arrays that are there and not empty."""
     return {
-        "threads": max(1, min(torch.get_num_threads(), worth)),
-        "isa": os.environ.get("OFFTOWER_CPU_ISA", ""),
+        name: to_dlpack(array)
+        for name, array in arrays.items()
+        if array is not None and array.numel()
     }
 
 
-def forward(x: Inputs, entropy: bool) -> Terms:
-    """All terms over all items of `x`."""
-    from offtower.ops import _cpu
-
-    operands = Operands(x, _cpu.Operands)
-    rows, reward = x.u.shape[0], x.u.shape[0] if x.has_reward else 0
-    make = functools.partial(torch.empty, dtype=torch.float32, device=x.u.device)
-    terms = Terms(
-        make(rows), make(rows), make(reward), make(reward), make(rows if entropy else 0),
-        make(rows), make(rows),
-    )  # fmt: skip
-    arrays: dict[str, Any] = {name: capsule(tensor) for name, tensor in terms._asdict().items()}
-    _cpu.forward(operands.native, **arrays, **_setting(x))
-    return terms
-
-
-def running_sums(x: Inputs, entropy: bool) -> tuple[RunningSums, Tensor, Tensor | None]:
-    """Sums over the items of `x`, logits (-inf) and rewards (0) of actions (-1 if elsewhere)."""
-    from offtower.ops import _cpu
-
-    operands = Operands(x, _cpu.Operands)
-    make = functools.partial(torch.empty, x.u.shape[0], dtype=torch.float32, device=x.u.device)
-    top, total, logit = make(), make(), make()
-    reward = make() if x.has_reward else None
-    action_reward = make() if x.has_reward else None
-    centred = make() if entropy else None
-    _cpu.forward(
-        operands.native,
-        anchor=capsule(top),
-        total=capsule(total),
-        reward_sum=capsule(reward),
-        centred_sum=capsule(centred),
-        action_logit=capsule(logit),
-        action_reward=capsule(action_reward),
-        **_setting(x),
-    )
-    return RunningSums(top, total, reward, centred), logit, action_reward
-
-
-def backward(
-    x: Inputs,
-    sums: tuple[Tensor, Tensor],
-    expected_reward: Tensor,
-    entropy: Tensor,
-    g: Cotangents,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in u, v and bias; only those that `needs` names are computed."""
-    from offtower.ops import _cpu
-
-    operands = Operands(x, _cpu.Operands)
-    need_u, need_v, need_b = needs
-    du = torch.empty_like(x.u, memory_format=torch.contiguous_format) if need_u else None
-    dv = torch.empty_like(x.v, memory_format=torch.contiguous_format) if need_v else None
-    db = x.u.new_empty(x.v.shape[0]) if need_b and x.bias is not None else None
-    anchor, total = sums
-    given: dict[str, Tensor | None] = {
-        "g_log_prob": g.log_prob,
-        "g_log_normalizer": g.log_normalizer,
-        "g_expected_reward": g.expected_reward,
-        "g_entropy": g.entropy,
-        "anchor": anchor,
-        "total": total,
-        "expected_reward": expected_reward,
-        "entropy": entropy,
-    }
-    arrays: dict[str, Any] = {
-        name: operands.capsule(as_float32(tensor)) for name, tensor in given.items()
-    }
-    _cpu.backward(
-        operands.native,
-        **arrays,
-        context=capsule(du),
-        item=capsule(dv),
-        item_bias=capsule(db),
-        **_setting(x),
-    )
-    return du, dv, db
-
-
-def top_k(x: Inputs, k: int) -> tuple[Tensor, Tensor]:
-    """Scores (B, k) float32, falling, and item numbers (B, k); of equal scores the lowest first."""
-    from offtower.ops import _cpu
-
-    operands = Operands(x, _cpu.Operands)
-    score = torch.empty(x.u.shape[0], k, dtype=torch.float32, device=x.u.device)
-    index = torch.empty(x.u.shape[0], k, dtype=torch.int64, device=x.u.device)
-    _cpu.top_k(operands.native, k=k, score=to_dlpack(score), index=to_dlpack(index), **_setting(x))
-    return score, index
-
-
-def as_float32(tensor: Tensor | None) -> Tensor | None:
-    """In float32; None for an absent or empty tensor."""
-    return None if tensor is None or tensor.numel() == 0 else tensor.float()
+def _narrowed(gradient: Tensor | None, width: int) -> Tensor | None:
+    if gradient is None or gradient.shape[1] == width:
+        return gradient
+    return gradient[:, :width].contiguous()

@@ -1,4 +1,4 @@
-"""The operators in plain torch, chunked over items: the meaning of every other backend.
+"""The core in plain torch, chunked over items, for every dtype and device.
 
 Logits exist for one chunk of items at a time; running (max, sum, weighted sums) per row merge the
 chunks. The backward pass computes the logits again. Accumulation is at least float32.
@@ -7,235 +7,229 @@ chunks. The backward pass computes the logits again. Accumulation is at least fl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-CELLS_AT_ONCE = 1 << 22
+from offtower.ops.types import (
+    LOG_PROB_FLOOR,
+    Cotangents,
+    ForwardResults,
+    ForwardStatistics,
+    Gradients,
+    Needs,
+    Operands,
+    PartialTerms,
+    RewardOperands,
+    RunningSums,
+    finite_top,
+)
+
+MAX_LOGITS = 1 << 22
 """Logits held at a time."""
 
-NO_MASS = -1e4
-"""A log-probability whose exponential is exactly 0 in float32 and float64: stands for -inf in
-p log p, where 0 * inf would be NaN."""
+
+def chunks(x: Operands) -> Iterator[tuple[int, int]]:
+    """Ranges of items whose logits are held at a time."""
+    size = max(64, MAX_LOGITS // max(1, x.rows))
+    for start in range(0, x.items, size):
+        yield start, min(start + size, x.items)
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Operands of `policy_terms`, with the reward model taken apart.
-
-    u (B, d), v (N, d), action (B,), bias (N,); dense (B, N), or e (B, k), t (N, k), c (N,).
-    """
-
-    u: Tensor
-    v: Tensor
-    action: Tensor
-    temperature: float
-    bias: Tensor | None
-    dense: Tensor | None
-    e: Tensor | None
-    t: Tensor | None
-    c: Tensor | None
-    sigmoid: bool
-
-    @property
-    def has_reward(self) -> bool:
-        return self.dense is not None or self.e is not None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float64 if self.u.dtype == torch.float64 else torch.float32
-
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        items = self.v.shape[0]
-        size = max(64, CELLS_AT_ONCE // max(1, self.u.shape[0]))
-        for start in range(0, items, size):
-            yield start, min(start + size, items)
-
-    def logits(self, start: int, stop: int) -> Tensor:
-        """(B, stop - start)."""
-        s = self.scaled_context() @ self.v[start:stop].to(self.dtype).T
-        return s if self.bias is None else s.add_(self.bias[start:stop].to(self.dtype))
-
-    def rewards(self, start: int, stop: int) -> Tensor:
-        """(B, stop - start)."""
-        if self.dense is not None:
-            return self.dense[:, start:stop].to(self.dtype)
-        assert self.e is not None and self.t is not None
-        q = self.e.to(self.dtype) @ self.t[start:stop].to(self.dtype).T
-        if self.c is not None:
-            q = q.add_(self.c[start:stop].to(self.dtype))
-        return q.sigmoid_() if self.sigmoid else q
-
-    def scaled_context(self) -> Tensor:
-        u = self.u.to(self.dtype)
-        return u if self.temperature == 1.0 else u / self.temperature
-
-    def action_logit(self) -> Tensor:
-        """(B,)."""
-        s = (self.scaled_context() * self.v[self.action].to(self.dtype)).sum(1)
-        return s if self.bias is None else s + self.bias[self.action].to(self.dtype)
-
-    def action_reward(self) -> Tensor:
-        """(B,)."""
-        if self.dense is not None:
-            return self.dense.gather(1, self.action[:, None])[:, 0].to(self.dtype)
-        assert self.e is not None and self.t is not None
-        q = (self.e.to(self.dtype) * self.t[self.action].to(self.dtype)).sum(1)
-        if self.c is not None:
-            q = q + self.c[self.action].to(self.dtype)
-        return q.sigmoid() if self.sigmoid else q
+def scaled_context(x: Operands) -> Tensor:
+    """(B, d) u / temperature."""
+    u = x.context.to(x.accumulation_dtype)
+    return u if x.temperature == 1.0 else u / x.temperature
 
 
-@dataclass(frozen=True)
-class RunningSums:
-    """Sums over a slice of items, relative to the slice's largest logit; they merge exactly.
+def logits(x: Operands, start: int, stop: int) -> Tensor:
+    """(B, stop - start)."""
+    dtype = x.accumulation_dtype
+    s = scaled_context(x) @ x.item[start:stop].to(dtype).T
+    return s if x.item_bias is None else s.add_(x.item_bias[start:stop].to(dtype))
 
-    top: max_a s_a.  total: sum exp(s - top).  reward: sum exp(s - top) q.
-    centred: sum exp(s - top) (s - top), for the entropy without cancellation.
-    """
 
-    top: Tensor
-    total: Tensor
-    reward: Tensor | None
-    centred: Tensor | None
+class ReferenceCore:
+    """The meaning of every other core."""
 
-    def relative_to(self, anchor: Tensor) -> RunningSums:
-        """The same sums of exp(s - anchor) and (s - anchor); differentiable, in `top` too."""
-        scale = torch.exp(self.top - anchor)
-        # An empty sum has nothing to move: -inf times 0 would be NaN.
-        moved = (self.top - anchor).clamp_min(NO_MASS)
-        return RunningSums(
-            anchor,
-            self.total * scale,
-            None if self.reward is None else self.reward * scale,
-            None if self.centred is None else scale * (self.centred + self.total * moved),
+    name = "reference"
+
+    def available(self) -> bool:
+        return True
+
+    def status(self) -> str:
+        return "available (plain torch)"
+
+    def refusal(self, x: Operands, k: int = 0) -> str:
+        return ""
+
+    def forward(self, x: Operands, entropy: bool) -> ForwardResults:
+        sums = _running_sums(x, entropy)
+        log_normalizer = sums.log_normalizer
+
+        def given(value: Tensor | None) -> Tensor:
+            return sums.total.new_empty(0) if value is None else value
+
+        return ForwardResults(
+            log_prob=_action_logit(x) - log_normalizer,
+            log_normalizer=log_normalizer,
+            expected_reward=given(sums.expected_reward),
+            action_reward=given(_action_reward(x)),
+            entropy=given(sums.entropy),
+            anchor=sums.top,
+            total=sums.total,
         )
 
-    def merge(self, other: RunningSums) -> RunningSums:
-        # Sums do not depend on what they are relative to, so no gradient goes through it.
-        top = torch.maximum(self.top, other.top).detach()
-        base = finite_top(top)
-        mine, others = self.relative_to(base), other.relative_to(base)
-        reward = centred = None
-        if mine.reward is not None and others.reward is not None:
-            reward = mine.reward + others.reward
-        if mine.centred is not None and others.centred is not None:
-            centred = mine.centred + others.centred
-        return RunningSums(top, mine.total + others.total, reward, centred)
+    def partial(self, x: Operands, entropy: bool) -> PartialTerms:
+        elsewhere = x.action < 0
+        inside = Operands(
+            x.context, x.item, x.action.clamp_min(0), x.temperature, x.item_bias, x.reward
+        )
+        reward = _action_reward(inside)
+        return PartialTerms(
+            _running_sums(x, entropy),
+            _action_logit(inside).masked_fill(elsewhere, float("-inf")),
+            None if reward is None else reward.masked_fill(elsewhere, 0.0),
+        )
 
-    @property
-    def log_normalizer(self) -> Tensor:
-        return self.top + self.total.log()
+    def backward(
+        self, x: Operands, forward: ForwardStatistics, g: Cotangents, needs: Needs
+    ) -> Gradients:
+        """ds_ij = g_l (1[j=a] - pi_ij) + g_lse pi_ij
+        + g_m pi_ij (q_ij - m_i) - g_h pi_ij (log pi_ij + h_i)
+        """
+        dtype, scaled = x.accumulation_dtype, scaled_context(x)
+        du = torch.zeros_like(scaled) if needs.context else None
+        dv = x.item.new_zeros(x.item.shape, dtype=dtype) if needs.item else None
+        db = x.item.new_zeros(x.items, dtype=dtype) if needs.item_bias else None
+        anchor, total = finite_top(forward.anchor)[:, None], forward.total
+        log_total = total.log()[:, None]
+        base = torch.zeros_like(total)
+        if g.log_prob is not None:
+            base = base - g.log_prob
+        if g.log_normalizer is not None:
+            base = base + g.log_normalizer
+        if g.expected_reward is not None:
+            assert forward.expected_reward is not None
+            base = base - g.expected_reward * forward.expected_reward
+        if g.entropy is not None:
+            assert forward.entropy is not None
+            base = base - g.entropy * forward.entropy
+        for start, stop in chunks(x):
+            shifted = logits(x, start, stop).sub_(anchor)
+            factor = base[:, None].expand_as(shifted)
+            if g.expected_reward is not None:
+                assert x.reward is not None
+                factor = factor + g.expected_reward[:, None] * _rewards(
+                    x.reward, start, stop, dtype
+                )
+            if g.entropy is not None:
+                log_pi = (shifted - log_total).clamp_min(LOG_PROB_FLOOR)
+                factor = factor - g.entropy[:, None] * log_pi
+            ds = shifted.exp_().mul_(factor / total[:, None])
+            if du is not None:
+                du.addmm_(ds, x.item[start:stop].to(dtype))
+            if dv is not None:
+                torch.mm(ds.T, scaled, out=dv[start:stop])
+            if db is not None:
+                torch.sum(ds, 0, out=db[start:stop])
+        if g.log_prob is not None:
+            target = x.action.clamp_min(0)
+            of_target = g.log_prob.masked_fill(x.action < 0, 0.0)
+            if du is not None:
+                du.addcmul_(of_target[:, None], x.item[target].to(dtype))
+            if dv is not None:
+                dv.index_add_(0, target, of_target[:, None] * scaled)
+            if db is not None:
+                db.index_add_(0, target, of_target)
+        if du is not None and x.temperature != 1.0:
+            du.div_(x.temperature)
 
-    @property
-    def expected_reward(self) -> Tensor | None:
-        return None if self.reward is None else self.reward / self.total
+        def rounded(gradient: Tensor | None) -> Tensor | None:
+            return None if gradient is None else gradient.to(x.context.dtype)
 
-    @property
-    def entropy(self) -> Tensor | None:
-        return None if self.centred is None else self.total.log() - self.centred / self.total
+        return Gradients(rounded(du), rounded(dv), rounded(db))
+
+    def top_k(self, x: Operands, k: int) -> tuple[Tensor, Tensor]:
+        best: Tensor | None = None
+        index: Tensor | None = None
+        for start, stop in chunks(x):
+            scores = logits(x, start, stop)
+            items = torch.arange(start, stop, dtype=torch.int64, device=scores.device)
+            items = items.expand(x.rows, -1)
+            if best is not None and index is not None:
+                scores, items = torch.cat([best, scores], 1), torch.cat([index, items], 1)
+            best, index = _first_k(scores, items, min(k, scores.shape[1]))
+        assert best is not None and index is not None
+        return best, index
 
 
-def running_sums(x: Inputs, entropy: bool) -> RunningSums:
+def _rewards(reward: RewardOperands, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """(B, stop - start)."""
+    if reward.dense is not None:
+        return reward.dense[:, start:stop].to(dtype)
+    assert reward.context is not None and reward.item is not None
+    q = reward.context.to(dtype) @ reward.item[start:stop].to(dtype).T
+    if reward.item_bias is not None:
+        q = q.add_(reward.item_bias[start:stop].to(dtype))
+    return q.sigmoid_() if reward.sigmoid else q
+
+
+def _action_logit(x: Operands) -> Tensor:
+    """(B,)."""
+    dtype = x.accumulation_dtype
+    s = (scaled_context(x) * x.item[x.action].to(dtype)).sum(1)
+    return s if x.item_bias is None else s + x.item_bias[x.action].to(dtype)
+
+
+def _action_reward(x: Operands) -> Tensor | None:
+    """(B,)."""
+    reward, dtype = x.reward, x.accumulation_dtype
+    if reward is None:
+        return None
+    if reward.dense is not None:
+        return reward.dense.gather(1, x.action[:, None])[:, 0].to(dtype)
+    assert reward.context is not None and reward.item is not None
+    q = (reward.context.to(dtype) * reward.item[x.action].to(dtype)).sum(1)
+    if reward.item_bias is not None:
+        q = q + reward.item_bias[x.action].to(dtype)
+    return q.sigmoid() if reward.sigmoid else q
+
+
+def _running_sums(x: Operands, entropy: bool) -> RunningSums:
     """Sums over all items of `x`."""
     sums: RunningSums | None = None
-    for start, stop in x.chunks():
+    for start, stop in chunks(x):
         part = _chunk_sums(x, start, stop, entropy)
         sums = part if sums is None else sums.merge(part)
     assert sums is not None
     return sums
 
 
-def _chunk_sums(x: Inputs, start: int, stop: int, entropy: bool) -> RunningSums:
-    s = x.logits(start, stop)
+def _chunk_sums(x: Operands, start: int, stop: int, entropy: bool) -> RunningSums:
+    s = logits(x, start, stop)
     top = s.amax(1)
     shifted = s.sub_(finite_top(top)[:, None])
     p = shifted.exp()
-    return RunningSums(
-        top,
-        p.sum(1),
-        (p * x.rewards(start, stop)).sum(1) if x.has_reward else None,
-        (p * shifted.clamp_min_(NO_MASS)).sum(1) if entropy else None,
-    )
+    reward = None
+    if x.reward is not None:
+        reward = (p * _rewards(x.reward, start, stop, x.accumulation_dtype)).sum(1)
+    centered = (p * shifted.clamp_min_(LOG_PROB_FLOOR)).sum(1) if entropy else None
+    return RunningSums(top, p.sum(1), reward, centered)
 
 
-def finite_top(top: Tensor) -> Tensor:
-    """0 where every item so far is masked: then there is nothing to rescale by."""
-    return top.masked_fill(top == float("-inf"), 0.0)
+def _first_k(scores: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest scores and their items, ties to the lowest item; `items` rises along a row.
 
-
-@dataclass(frozen=True)
-class Cotangents:
-    """Gradients of the loss in each output, (B,) or None where an output was not used."""
-
-    log_prob: Tensor | None
-    log_normalizer: Tensor | None
-    expected_reward: Tensor | None
-    entropy: Tensor | None
-
-
-def backward(
-    x: Inputs,
-    sums: tuple[Tensor, Tensor],
-    expected_reward: Tensor,
-    entropy: Tensor,
-    g: Cotangents,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in u, v and bias; only those that `needs` names are computed.
-
-    `sums` holds an anchor near the largest logit of each row, and sum exp(s - anchor), over all
-    items of the policy, which may be more than those of `x`; a row whose action is not among them
-    has action -1.
-
-    ds_ij = g_l (1[j=a] - pi_ij) + g_lse pi_ij
-          + g_m pi_ij (q_ij - m_i) - g_h pi_ij (log pi_ij + h_i)
+    torch.topk alone may pick any of equal scores: whatever is above the k-th score is in, and ties
+    with it are taken in order.
     """
-    need_u, need_v, need_b = needs
-    scaled = x.scaled_context()
-    du = torch.zeros_like(scaled) if need_u else None
-    dv = torch.zeros(x.v.shape, dtype=x.dtype, device=x.v.device) if need_v else None
-    db = torch.zeros(x.v.shape[0], dtype=x.dtype, device=x.v.device) if need_b else None
-    anchor, total = finite_top(sums[0])[:, None], sums[1]
-    log_total = total.log()[:, None]
-    base = torch.zeros_like(total)
-    if g.log_prob is not None:
-        base = base - g.log_prob
-    if g.log_normalizer is not None:
-        base = base + g.log_normalizer
-    if g.expected_reward is not None:
-        base = base - g.expected_reward * expected_reward
-    if g.entropy is not None:
-        base = base - g.entropy * entropy
-    for start, stop in x.chunks():
-        shifted = x.logits(start, stop).sub_(anchor)
-        factor = base[:, None].expand_as(shifted)
-        if g.expected_reward is not None:
-            factor = factor + g.expected_reward[:, None] * x.rewards(start, stop)
-        if g.entropy is not None:
-            factor = factor - g.entropy[:, None] * (shifted - log_total).clamp_min(NO_MASS)
-        ds = shifted.exp_().mul_(factor / total[:, None])
-        if du is not None:
-            du.addmm_(ds, x.v[start:stop].to(x.dtype))
-        if dv is not None:
-            torch.mm(ds.T, scaled, out=dv[start:stop])
-        if db is not None:
-            torch.sum(ds, 0, out=db[start:stop])
-    if g.log_prob is not None:
-        here = x.action >= 0
-        shown = x.action.clamp_min(0)
-        own = g.log_prob.masked_fill(~here, 0.0)
-        if du is not None:
-            du.addcmul_(own[:, None], x.v[shown].to(x.dtype))
-        if dv is not None:
-            dv.index_add_(0, shown, own[:, None] * scaled)
-        if db is not None:
-            db.index_add_(0, shown, own)
-    if du is not None and x.temperature != 1.0:
-        du.div_(x.temperature)
-    return (
-        None if du is None else du.to(x.u.dtype),
-        None if dv is None else dv.to(x.v.dtype),
-        None if db is None or x.bias is None else db.to(x.bias.dtype),
-    )
+    threshold = torch.topk(scores, k, dim=1).values[:, -1:]
+    above = scores > threshold
+    ties = scores == threshold
+    room = k - above.sum(1, keepdim=True)
+    chosen = above | (ties & (torch.cumsum(ties, 1) <= room))
+    column = chosen.nonzero()[:, 1].view(len(scores), k)
+    picked = scores.gather(1, column)
+    order = torch.argsort(picked, dim=1, descending=True, stable=True)
+    return picked.gather(1, order), items.gather(1, column).gather(1, order)

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from offtower.errors import OperatorError
 from offtower.ops.checks import FLOATS, check_embeddings, check_reward
-from offtower.ops.reference import NO_MASS
 from offtower.ops.sampled_sums import Draws, exactly_counted, hits_of, sample_sums
-from offtower.ops.types import DenseReward, PolicyTerms, RewardTerms
+from offtower.ops.types import LOG_PROB_FLOOR, DenseReward, PolicyTerms, RewardTerms
 
 
 def sampled_policy_terms(
@@ -147,7 +146,7 @@ def sampled_policy_terms(
         spread = -share[0] * log_share[0]
         for weight, log_weight, part in zip(share[1:], log_share[1:], parts, strict=True):
             assert part.mean_log is not None
-            spread = spread - weight * (part.mean_log + log_weight.clamp_min(NO_MASS))
+            spread = spread - weight * (part.mean_log + log_weight.clamp_min(LOG_PROB_FLOOR))
     return PolicyTerms(
         log_prob=log_share[0],
         log_normalizer=log_normalizer,

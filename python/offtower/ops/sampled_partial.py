@@ -9,11 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offtower.ops.policy import PartialTerms
-from offtower.ops.reference import RunningSums
 from offtower.ops.sampled import action_reward_of
 from offtower.ops.sampled_sums import Draws, SampleSums, exactly_counted, hits_of, sample_sums
-from offtower.ops.types import FactoredReward
+from offtower.ops.types import FactoredReward, PartialTerms, RunningSums
 
 
 def sampled_partial_terms(

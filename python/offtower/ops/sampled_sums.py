@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from offtower.ops.reference import NO_MASS
-from offtower.ops.types import DenseReward, RewardTerms
+from offtower.ops.types import LOG_PROB_FLOOR, DenseReward, RewardTerms
 
 CELLS_AT_ONCE = 1 << 19
 """Logits (or, with draws of each row's own, numbers of their embeddings) held at a time: few enough
@@ -145,7 +144,7 @@ class _SampleSums(torch.autograd.Function):
                 mean_reward[rows] = (p * rewards.of(rows)).sum(dim=1) / divisor
             if spread:
                 logs = work.uncorrected(logits, rows).sub_(_finite(log_sum[rows])[:, None])
-                mean_log[rows] = (p * logs.clamp_min_(NO_MASS)).sum(dim=1) / divisor
+                mean_log[rows] = (p * logs.clamp_min_(LOG_PROB_FLOOR)).sum(dim=1) / divisor
         ctx.draws, ctx.rewards = draws, rewards
         ctx.save_for_backward(u, v, bias, log_sum, mean_reward, mean_log)
         ctx.set_materialize_grads(False)
@@ -180,7 +179,7 @@ class _SampleSums(torch.autograd.Function):
             if g_reward is not None and rewards is not None:
                 factor = base[rows][:, None] + g_reward[rows][:, None] * rewards.of(rows)
             if g_log is not None:
-                logs = work.uncorrected(logits, rows).clamp_min_(NO_MASS)
+                logs = work.uncorrected(logits, rows).clamp_min_(LOG_PROB_FLOOR)
                 logs = logs.mul_(g_log[rows][:, None])
                 factor = logs.add_(base[rows][:, None] if factor is None else factor)
             p = logits.exp_()

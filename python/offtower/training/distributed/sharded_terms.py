@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 
 from offtower.ops import FactoredReward, PartialTerms, PolicyTerms, partial_terms
-from offtower.ops.reference import RunningSums, finite_top
 from offtower.ops.shards import shard_gradients
+from offtower.ops.types import (
+    Cotangents,
+    ForwardStatistics,
+    Needs,
+    RunningSums,
+    finite_top,
+)
 from offtower.training.workers import Workers
 
 
@@ -72,13 +78,13 @@ def merge_over_workers(part: PartialTerms, here: Tensor, workers: Workers) -> Pa
     columns = [mine.total, part.action_logit.masked_fill(~here, 0.0)]
     if mine.reward is not None and part.action_reward is not None:
         columns += [mine.reward, part.action_reward]
-    if mine.centred is not None:
-        columns.append(mine.centred)
+    if mine.centered is not None:
+        columns.append(mine.centered)
     total, action_logit, *rest = sum_rows(torch.stack(columns), workers)
     reward, action_reward = rest[:2] if sums.reward is not None else (None, None)
-    centred = rest[-1] if sums.centred is not None else None
+    centered = rest[-1] if sums.centered is not None else None
     return PartialTerms(
-        RunningSums(top, total, reward, centred),
+        RunningSums(top, total, reward, centered),
         action_logit,
         None if action_reward is None else action_reward.detach(),
     )
@@ -110,35 +116,25 @@ class _MergedTerms(torch.autograd.Function):
             entropy=entropy,
         )
         merged = merge_over_workers(part, action >= 0, workers)
-        base, total = merged.sums.top, merged.sums.total
-        terms = merged.terms()
-        ctx.save_for_backward(u, v, bias, action, base, total, *_tensors(terms))
+        sums, terms = merged.sums, merged.terms()
+        forward = ForwardStatistics(sums.top, sums.total, terms.expected_reward, terms.entropy)
+        ctx.save_for_backward(u, v, bias, action, *forward)
         ctx.temperature, ctx.reward = temperature, reward
-        ctx.present = [getattr(terms, name) is not None for name in _NAMES]
         ctx.set_materialize_grads(False)
         return tuple(getattr(terms, name) for name in _NAMES)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        u, v, bias, action, base, total, *values = ctx.saved_tensors
-        kept = iter(values)
-        found: dict[str, Any] = {
-            name: next(kept) if present else None
-            for name, present in zip(_NAMES, ctx.present, strict=True)
-        }
-        terms = PolicyTerms(**found)
+        u, v, bias, action, *forward = ctx.saved_tensors
+        of_term = dict(zip(_NAMES, gradients, strict=True))
+        need_u, need_v, need_bias, *_ = ctx.needs_input_grad
         du, dv, db = shard_gradients(
-            u,
-            v,
-            action,
-            base,
-            total,
-            terms,
-            PolicyTerms(**dict(zip(_NAMES, gradients, strict=True))),  # type: ignore[arg-type]
+            *(u, v, action, ForwardStatistics(*forward)),
+            Cotangents(*(of_term[name] for name in Cotangents._fields)),
             temperature=ctx.temperature,
             item_bias=bias,
             reward_model=ctx.reward,
-            needs=tuple(ctx.needs_input_grad[:3]),  # type: ignore[arg-type]
+            needs=Needs(need_u, need_v, need_bias),
         )
         return du, dv, db, None, None, None, None, None
 
@@ -172,7 +168,3 @@ def merged_terms(
         workers,
     )
     return PolicyTerms(**dict(zip(_NAMES, found, strict=True)))
-
-
-def _tensors(terms: PolicyTerms) -> list[Tensor]:
-    return [value for name in _NAMES if (value := getattr(terms, name)) is not None]

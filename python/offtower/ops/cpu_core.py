@@ -1,0 +1,81 @@
+"""The CPU core: float32 and bfloat16, on torch's threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from offtower.ops.native import DTYPES, NativeCore, capsules, native_operands
+from offtower.ops.types import Operands
+
+_MIN_WORK_PER_THREAD = 1 << 22
+"""In multiply-adds: some 50 microseconds of one thread."""
+_EXPONENTIAL_COST = 16
+"""In multiply-adds."""
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from offtower.ops import _cpu
+    except ImportError as error:
+        return None, (
+            f"not built ({error}); 'pip install -e .' with a C++17 compiler builds it. "
+            "The reference serves instead"
+        )
+    forced = os.environ.get("OFFTOWER_CPU_ISA")
+    chosen = f"OFFTOWER_CPU_ISA={forced}" if forced else f"uses {_cpu.isas_here()[0]}"
+    threads = "torch's" if _cpu.uses_torch_threads() else "its own"
+    return _cpu, (
+        f"built for {', '.join(_cpu.isas())}; this machine runs {', '.join(_cpu.isas_here())} "
+        f"and {chosen}, on {threads} threads"
+    )
+
+
+_MODULE, _STATUS = _load()
+
+
+def available_instruction_sets() -> tuple[str, ...]:
+    """Values that OFFTOWER_CPU_ISA may have on this machine, widest first."""
+    return tuple(_MODULE.isas_here()) if _MODULE is not None else ()
+
+
+class CPUCore(NativeCore):
+    name = "cpu"
+
+    def available(self) -> bool:
+        return _MODULE is not None
+
+    def status(self) -> str:
+        return _STATUS
+
+    def refusal(self, x: Operands, k: int = 0) -> str:
+        if _MODULE is None:
+            return "is not available"
+        if x.context.device.type != "cpu" or x.context.dtype not in DTYPES:
+            return (
+                "takes float32 and bfloat16 tensors on the CPU, got "
+                f"{x.context.dtype} on {x.context.device}"
+            )
+        return ""
+
+    def _run(
+        self, function: str, x: Operands, arrays: Mapping[str, Tensor | None], **numbers: int
+    ) -> None:
+        """Without effect on a result's bits, the threads are those of torch, but none for less
+        work than it costs to wake one. A forced instruction set does change bits."""
+        assert _MODULE is not None
+        width = x.context.shape[1] + _EXPONENTIAL_COST
+        if x.reward is not None and x.reward.context is not None:
+            width += x.reward.context.shape[1]
+        worth = x.rows * x.items * width // _MIN_WORK_PER_THREAD
+        getattr(_MODULE, function)(
+            native_operands(x, _MODULE.Operands),
+            **capsules(arrays),
+            **numbers,
+            threads=max(1, min(torch.get_num_threads(), worth)),
+            isa=os.environ.get("OFFTOWER_CPU_ISA", ""),
+        )
