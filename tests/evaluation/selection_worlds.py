@@ -17,7 +17,7 @@ def softmax(z: np.ndarray) -> np.ndarray:
 
 @dataclass
 class World:
-    """n rows of a linear-logistic world; q (n, A) is the truth that a perfect model knows."""
+    """n rows of a linear-logistic world; q (n, A) are the true expected rewards."""
 
     seed: int
     n: int = 1500

@@ -94,7 +94,7 @@ def test_degenerate_weights() -> None:
 
 
 def test_wrong_propensities_show() -> None:
-    """True ones stay within 4.5 sigma; ones too small by a tenth, or misjudged by item, do not."""
+    """True ones stay within 4.5 sigma; ones too small by a tenth, or wrong by item, do not."""
     world, rng = OneContext(50), np.random.default_rng(5)
     rows = world.sample(50_000, rng)
     good = WeightSums.of(rows).finish()

@@ -98,7 +98,7 @@ def test_a_log_of_the_target_policy_gives_the_mean_reward() -> None:
 
 
 @given(st.integers(0, 10**6), st.floats(-50.0, 50.0))
-def test_self_normalised_values_move_with_the_rewards(seed: int, shift: float) -> None:
+def test_self_normalized_values_move_with_the_rewards(seed: int, shift: float) -> None:
     rows = some_rows(20, seed)
     moved = EvaluationRows(rows.importance_weight, rows.reward + shift)
     got = e.SNIPS().estimate(moved).value - e.SNIPS().estimate(rows).value

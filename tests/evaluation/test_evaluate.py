@@ -240,7 +240,7 @@ def test_what_is_refused() -> None:
     refused("their numbers differ", {"a": new, "b": new.take(slice(0, 9))})
     refused("low < high", bare, reward_range=(1, 0))
     refused("outside of the reward range", bare, reward_range=(0, 0.5))
-    refused("unexpected keyword argument 'colour'", bare, colour="red")
+    refused("unexpected keyword argument 'color'", bare, color="red")
     refused("needs the 'user' column", bare, by_user=True)
     refused("unknown policies: \\['q'\\]", bare, support={"q": [0.1]})
     zero = {"p": EvaluationRows(np.zeros(50), new.reward)}

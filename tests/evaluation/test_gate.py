@@ -72,7 +72,7 @@ def test_the_interval_decides(low: float, high: float, margin: float, decision: 
     assert codes(verdict, "evidence") == (["interval"] if decision != NOT_ENOUGH else [])
 
 
-def test_how_many_rows_would_tell() -> None:
+def test_the_number_of_rows_that_would_decide() -> None:
     """Half-width 0.03 around 0.02: (0.03 / 0.02)^2 * 10,000 rows."""
     message = decide(evidence(-0.01, 0.05)).reasons[0].message
     assert "about 23,000 rows would show it" in message and "contains 0" in message
@@ -115,7 +115,7 @@ def test_the_guaranteed_interval_can_say_no() -> None:
     assert decide(evidence(-0.1, 0.2, guaranteed=sure)).decision == NO_GO
 
 
-def test_no_interval_is_believed_with_wrong_propensities() -> None:
+def test_wrong_propensities_prevent_a_decision() -> None:
     sure = Interval(0.01, 0.5, 0.95, "log_smoothing")
     verdict = decide(evidence(0.1, 0.2, guaranteed=sure, **DOUBTS["mean_weight"]))
     assert verdict.decision == NOT_ENOUGH

@@ -119,7 +119,7 @@ def behavior(
 ) -> BehaviorPolicies:
     """What is measured on a log for the heuristic, in batches that cut its row groups.
 
-    backwards: the batches are asked for from the last to the first.
+    backwards: from the last batch to the first.
     """
     catalogue = Catalogue.open(place / "catalogue")
     config = with_overrides(RunDirectory(place / "a").load_config(), overrides)
@@ -198,8 +198,8 @@ def test_columns_of_propensities_serve_estimators_without_a_model(place: Path) -
     result = found.selection["b"].results["heuristic"]
     assert {"IPS", "SNIPS"} <= {score.name for score in result.ranking}
     assert all("[" in name for name in result.skipped) and result.skipped
-    told = [text for method, text in found.selection["b"].remarks if method == "heuristic"]
-    assert any("no expected rewards" in text for text in told)
+    remarks = [text for method, text in found.selection["b"].remarks if method == "heuristic"]
+    assert any("no expected rewards" in text for text in remarks)
 
 
 @pytest.mark.parametrize("backwards", [False, True])

@@ -116,7 +116,7 @@ def test_nothing_known_and_tiny_rewards(tmp_path: Path) -> None:
     assert "nan" not in html.lower().replace("pronan", "")
 
 
-def test_two_policies_of_one_objective_are_told_apart(tmp_path: Path) -> None:
+def test_two_policies_of_one_objective_have_different_labels(tmp_path: Path) -> None:
     one = evaluation(names=("first", "second", "third"))
     one.objectives = {"first": "dr", "second": "dr", "third": "ips"}
     assert list(one.labels.values()) == ["first (dr)", "second (dr)", "ips"]
@@ -234,7 +234,7 @@ def test_page_never_scrolls_sideways(tmp_path: Path, width: int) -> None:
 @needs_chromium
 @pytest.mark.parametrize("width", [390, 1280])
 def test_screenshot_has_ink_in_every_part_and_a_margin(tmp_path: Path, width: int) -> None:
-    """Phone and desktop: charts are drawn (their colours are there), nothing touches the edges."""
+    """Phone and desktop: charts are drawn (their colors are there), nothing touches the edges."""
     page = framed(tmp_path, render(tmp_path / "report.html", selected()), width, 3000)
     shot = tmp_path / "shot.png"
     chromium(tmp_path, page, f"--screenshot={shot}", f"--window-size={max(width, 800)},3000")
@@ -256,6 +256,6 @@ def test_prints_on_paper(tmp_path: Path) -> None:
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_series_differ_in_more_than_colour() -> None:
-    """Neighbouring colours also differ in lightness on a grey printer, or in marker and dash."""
+def test_series_differ_in_more_than_color() -> None:
+    """Neighboring colors also differ in lightness on a grey printer, or in marker and dash."""
     assert len(set(MARKERS)) == len(set(map(str, DASHES))) == len(set(COLORS)) == 6

@@ -434,7 +434,7 @@ def test_ties_of_pasif_can_be_resolved() -> None:
 
 def test_paired_charges_what_a_model_learned_from_the_log_itself() -> None:
     world = World(21)
-    models = {"a": world.q, "b": world.q}  # equal, so that only the charge tells them apart
+    models = {"a": world.q, "b": world.q}  # equal, so that only the charge differs
     log = world.log(models, model_parameters={"a": 30.0})
     paired = select_estimator(log, candidates("a", "b"), method="paired")
     variance = paired.details["variance"]

@@ -41,7 +41,7 @@ class LogEvaluation:
     title: str
     result: EvaluationResult
     log: dict[str, Any]
-    """Path, rows, items, fingerprint, behaviour policies."""
+    """Path, rows, items, fingerprint, behavior policies."""
     objectives: dict[str, str]
     histograms: dict[str, list[int]]
     """By policy, rows by bin of HISTOGRAM_EDGES."""

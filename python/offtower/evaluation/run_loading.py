@@ -51,8 +51,8 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     for override in overrides:
         if not override.startswith("evaluation."):
             raise ConfigError(
-                f"override '{override}' would change what the run is; an evaluation can only "
-                "change keys of 'evaluation'"
+                f"override '{override}' would change what the run is; only keys of 'evaluation' "
+                "can be overridden here"
             )
     return parse_config(apply_overrides(to_dict(config), overrides), source="--set")
 

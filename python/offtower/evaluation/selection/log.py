@@ -181,7 +181,7 @@ class SelectionLog:
         policies: BehaviorPolicies | None = None,
         independent_models: frozenset[str] = frozenset(),
     ) -> SelectionLog:
-        """A log that knows the logged items' propensities only.
+        """A log with the logged items' propensities only.
 
         weight, reward: (n,). reward_models: by name (prediction of the logged item, expected
         prediction under the target), each (n,). PAS-IF then uses one pooled multiplier and cannot
