@@ -17,7 +17,7 @@ TRAIN, VALIDATION, TEST = (WORLD.sample(n, s) for s, n in enumerate((1500, 800, 
 
 
 def needed(feedback: dict[str, Any]) -> dict[str, Any]:
-    """What a real log has: neither the behaviour policy nor the truth."""
+    """What a real log has: neither the behavior policy nor the truth."""
     return {k: feedback[k] for k in ("context", "action", "reward", "pscore", "action_context")}
 
 
@@ -97,7 +97,7 @@ def test_validation_keeps_the_epoch_with_the_best_lower_bound() -> None:
     assert len(lows) <= 25
     if len(lows) < 25:
         assert len(lows) - 1 - best == 4
-    # The kept policy is that of the best epoch: judged again it has the same value.
+    # The kept policy is that of the best epoch: evaluated again, it has the same value.
     from offtower.data.convert import from_bandit_feedback
 
     log, _ = from_bandit_feedback(needed(VALIDATION))

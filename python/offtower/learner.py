@@ -50,9 +50,10 @@ class TwoTowerPolicyLearner:
         item_bias: give each action a bias beside its embedding.
         objective: a name of `offtower.objectives.OBJECTIVES`, or "auto": several candidates are
             cross-fitted, one is chosen on held-out rows, and the policy is the ensemble of its
-            members (see docs/objectives.md). The embedding then has `embedding_dim` numbers per
-            member, and the training settings below do not apply. A `context` of zeros and ones,
-            mostly zeros, is read as a bag of tokens, and a one-hot `action_context` as item ids.
+            members (see docs/reference/objectives.md). The embedding then has `embedding_dim`
+            numbers per member, and the training settings below do not apply. A `context` of zeros
+            and ones, mostly zeros, is read as a bag of tokens, and a one-hot `action_context` as
+            item ids.
         auto: settings of `offtower.config.AutoConfig`, such as {"folds": 5}.
         objective_arguments: settings of the objective, such as {"max_weight": 100}.
         reward_model: settings of `offtower.config.RewardModelConfig`, such as

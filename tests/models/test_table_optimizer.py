@@ -1,4 +1,4 @@
-"""Row updates against dense optimisers, in the cases where both must agree."""
+"""Row updates against dense optimizers, in the cases where both must agree."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_only_touched_rows_move(kind: type[LazyAdamW]) -> None:
 
 
 @pytest.mark.parametrize("tables", ["lazy_adamw", "rowwise_adagrad"])
-def test_a_restored_optimiser_goes_on_with_the_same_bits(tables: str) -> None:
+def test_a_restored_optimizer_goes_on_with_the_same_bits(tables: str) -> None:
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
         tower, _ = build(TowerConfig(hidden_layer_sizes=(4,), unknown_rate=0.0))
         return tower, make_optimizer("adamw", tower, 0.05, 0.1, tables)  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ def test_the_norm_of_sparse_gradients_counts_a_row_once() -> None:
     torch.testing.assert_close(sparse.weight.grad.to_dense(), dense.weight.grad)
 
 
-def test_a_copied_tower_leaves_the_optimiser_alone() -> None:
+def test_a_copied_tower_leaves_the_optimizer_alone() -> None:
     tower, features = build(TowerConfig(hidden_layer_sizes=(4,)))
     optimizer = make_optimizer("adamw", tower, 0.05, 0.1, "lazy_adamw")
     for _ in range(3):

@@ -160,7 +160,9 @@ def held_out(
 @pytest.mark.parametrize(
     ("items", "support_factor"), [(2000.0, 1.0), (500.0, 0.5), (10.0, 0.01), (0.0, 0.0)]
 )
-def test_a_log_that_is_too_short_refutes_nothing(items: float, support_factor: float) -> None:
+def test_a_short_log_is_no_evidence_against_a_sharp_policy(
+    items: float, support_factor: float
+) -> None:
     """No row shows what a sharp policy plays: of 2,000 rows of 10 items that is proof, of 2,000
     items chance."""
     rng = np.random.default_rng(0)
@@ -171,7 +173,7 @@ def test_a_log_that_is_too_short_refutes_nothing(items: float, support_factor: f
     assert choice.chosen.support_factor == pytest.approx(support_factor, abs=1e-12)
 
 
-def test_promises_about_items_that_the_log_never_shows_are_not_believed() -> None:
+def test_predictions_for_items_that_the_log_never_shows_are_discounted() -> None:
     rng = np.random.default_rng(0)
     reward = (rng.random(2000) < 0.3).astype(float)
     supported, unseen = np.ones(2000), np.zeros(2000)
@@ -200,7 +202,7 @@ def test_a_later_candidate_must_be_better_by_more_than_noise() -> None:
     assert wins.chosen.inverse_temperature == INVERSE_TEMPERATURES[-1]
 
 
-def test_a_certain_look_is_enough_against_a_policy_off_the_log_alone() -> None:
+def test_a_lower_bound_beats_only_a_policy_off_the_log() -> None:
     """A few heavy rows make the first's value noisy, whether or not the log plays what it plays."""
 
     def first(rows: int, weight: float, rewarded: int) -> str:
@@ -265,7 +267,7 @@ def test_rows_of_one_context_or_user_share_a_fold() -> None:
     assert np.bincount(folds.balanced([one]).of(one)).min() > 80
 
 
-def test_belief_depends_on_what_is_known_of_items() -> None:
+def test_prior_order_depends_on_features_and_rewarded_rows() -> None:
     """Ids alone, seldom rewarded: the likelihoods come first. Else regressions."""
     described = prepare(*_log_and_catalogue(WORLD.sample(50, seed=1)), Progress())
     assert prior_order(described) == (*REGRESSIONS, *LIKELIHOODS)
@@ -288,7 +290,7 @@ def _log_and_catalogue(feedback: dict[str, np.ndarray]) -> tuple[TableLog, None,
 
 def test_linear_members_reach_the_convex_optimum_of_tokens_and_ids() -> None:
     """Logistic regression of tokens on ids, each pair with a weight of its own, is convex. Members
-    know neither its penalty, here the best of three by the truth, nor its full-batch optimiser."""
+    know neither its penalty, here the best of three by the truth, nor its full-batch optimizer."""
     labels = long_tail(0, labels=60, examples=1000, tokens=200)
     world = as_feedback(labels, 6000, seed=0, temperature=0.1)
     data = prepare(world.log, None, world.catalogue, Progress())

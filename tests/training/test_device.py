@@ -81,7 +81,7 @@ def search_in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def bags_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU they are summed in another order."""
-    monkeypatch.setattr("offtower.models.features.by_products", lambda table: False)
+    monkeypatch.setattr("offtower.models.features.uses_bag_sums", lambda table: False)
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +188,7 @@ def test_features_that_a_gpu_does_not_keep_are_sent(world: Path) -> None:
     [
         ("regression", set()),
         ("dr, factored", set()),
-        # Rows of tables that stand twice in a gradient are added up, and how many are left is told.
+        # Rows of tables that stand twice in a gradient are added up, and how many are left is reported.
         ("mixed", {"aten._coalesce.default"}),
     ],
 )
@@ -307,7 +307,7 @@ def test_a_run_goes_on_where_another_device_left_it(world: Path, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("gpu_for_runs")
-def test_a_loss_that_is_no_number_is_told_with_its_step(
+def test_a_loss_that_is_not_finite_names_its_step(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though steps are read together, and no checkpoint has what came after."""

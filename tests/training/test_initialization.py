@@ -40,7 +40,7 @@ POLICIES: dict[str, dict[str, Any]] = {
         "context_tower": {**HIDDEN, "members": 2},
         "item_tower": {**TABLES, "members": 2, "bias_scale": 3.0},
     },
-    "normalised items": {"context_tower": HIDDEN, "item_tower": {**HIDDEN, "normalize": True}},
+    "normalized items": {"context_tower": HIDDEN, "item_tower": {**HIDDEN, "normalize": True}},
     "learned temperature": {
         "context_tower": HIDDEN,
         "item_tower": HIDDEN,

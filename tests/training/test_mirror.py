@@ -93,7 +93,7 @@ def test_a_run_that_is_here_is_not_overwritten(simulated: Path, tmp_path: Path) 
     assert (config.run_directory / "manifest.json").read_text() != "older"
 
 
-def test_what_cannot_be_sent_is_told_at_the_end(simulated: Path, tmp_path: Path) -> None:
+def test_failed_uploads_are_reported_at_the_end(simulated: Path, tmp_path: Path) -> None:
     config = make_config(simulated, tmp_path / "here", "a", "training.epochs=1")
     (tmp_path / "there").write_text("a file where the folder should be")
     with pytest.raises(RunError, match=r"the run at .* is complete, but its copy at .* is not"):

@@ -36,7 +36,7 @@ from tests.training.conftest import make_config
 from tests.training.test_resume import assert_same_policy, fill_the_disk, weights
 
 ROWS, ITEMS = 7, 5
-PRICE = 0.3
+COEFFICIENT = 0.3
 
 
 def log_softmax(logit: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def test_value_and_gradient_by_enumeration(
     if name == "dr":
         own = q[torch.arange(ROWS), action]
         value = weight * (reward - own) + (log_pi.exp() * q).sum(1)
-    wanted_loss = -value.mean() + PRICE * kl.mean()
+    wanted_loss = -value.mean() + COEFFICIENT * kl.mean()
     wanted = torch.autograd.grad(wanted_loss, leaves)
 
     scores = FactoredReward(u0 / 0.7, v0, b0 if known_bias else None)
@@ -88,7 +88,7 @@ def test_value_and_gradient_by_enumeration(
     model = DenseReward(q) if name == "dr" else None
     terms = policy_terms(u, v, action, temperature=tau, item_bias=item_bias, reward_model=model)
     rows = LoggedRows(reward, terms, pscore, divergence=found)
-    objective = Regularized(make_objective(name), kl=PRICE, exact_kl=True)
+    objective = Regularized(make_objective(name), kl=COEFFICIENT, exact_kl=True)
     assert objective.requirements.divergence
     result = objective(rows, Reduction(ROWS))
     assert result.loss.item() == pytest.approx(wanted_loss.item(), abs=1e-12)
@@ -97,7 +97,7 @@ def test_value_and_gradient_by_enumeration(
         torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
 
 
-def test_a_price_on_the_exact_kl_needs_no_propensities() -> None:
+def test_the_exact_kl_needs_no_propensities() -> None:
     cloning = make_objective("behavior_cloning")
     assert not Regularized(cloning, kl=1.0, exact_kl=True).requirements.pscore
     assert Regularized(cloning, kl=1.0).requirements.pscore
@@ -114,7 +114,7 @@ def config_of(simulated: Path, runs: Path, name: str, *overrides: str, **more: A
 
 @pytest.fixture(scope="module")
 def cloned(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The policy folder of a run of behavior_cloning, sharpened so that it says something."""
+    """The policy folder of a run of behavior_cloning, at a low temperature."""
     config = config_of(
         *(simulated, tmp_path_factory.mktemp("clone"), "clone", "objective.name=behavior_cloning"),
         *("training.learning_rate=0.03", "training.epochs=3", "policy.temperature=0.5"),
@@ -165,24 +165,24 @@ def naive_kl(policy: TwoTowerPolicy, known: TwoTowerPolicy, data: PreparedData, 
 def test_a_step_of_towers_against_a_naive_softmax(
     simulated: Path, tmp_path: Path, cloned: Path, name: str
 ) -> None:
-    """What the price adds to loss and gradients, from the stored folder on."""
+    """The KL term of loss and gradients, with the reference loaded from its folder."""
     base = config_of(simulated, tmp_path, "a", f"objective.name={name}")
-    priced = config_of(
-        *(simulated, tmp_path, "a", f"objective.name={name}", f"objective.kl={PRICE}"),
+    regularized = config_of(
+        *(simulated, tmp_path, "a", f"objective.name={name}", f"objective.kl={COEFFICIENT}"),
         f"objective.kl_policy={cloned}",
     )
     plain, data = build(base)
-    with_price, _ = build(priced, data)
+    with_kl, _ = build(regularized, data)
     before, _, without = loss_of(plain)
-    after, measures, gradients = loss_of(with_price)
+    after, measures, gradients = loss_of(with_kl)
     policy = plain.policy.eval()
     with plain.trainer().reader() as reader:
         batch = next(iter(reader.epoch(0)))
     kl = naive_kl(policy, load_policy(cloned)[0], data, batch)
     assert kl.item() > 0.01
     assert measures.divergence == pytest.approx(kl.item(), rel=1e-5)
-    assert after - before == pytest.approx(PRICE * kl.item(), abs=1e-6)
-    parts = torch.autograd.grad(PRICE * kl, list(policy.parameters()), allow_unused=True)
+    assert after - before == pytest.approx(COEFFICIENT * kl.item(), abs=1e-6)
+    parts = torch.autograd.grad(COEFFICIENT * kl, list(policy.parameters()), allow_unused=True)
     for one, two, part in zip(gradients, without, parts, strict=True):
         wanted = two if part is None else two + part
         torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-6)
@@ -206,12 +206,14 @@ def test_none_between_a_policy_and_itself(
     """KL and its gradient are zero where pi = pi_0, of any draws too."""
     found = []
     more = (*PROPOSALS[proposal], f"objective.name={name}", "policy.temperature=0.5")
-    for price in ((), ("objective.kl=50", f"objective.kl_policy={cloned}")):
-        config = config_of(simulated, tmp_path, "a", *more, *price, f"training.warm_start={cloned}")
+    for coefficient in ((), ("objective.kl=50", f"objective.kl_policy={cloned}")):
+        config = config_of(
+            simulated, tmp_path, "a", *more, *coefficient, f"training.warm_start={cloned}"
+        )
         found.append(loss_of(build(config)[0]))
-    (plain, _, without), (priced, measures, gradients) = found
+    (plain, _, without), (regularized, measures, gradients) = found
     assert measures.divergence == pytest.approx(0.0, abs=1e-6)
-    assert priced == pytest.approx(plain, abs=5e-5)
+    assert regularized == pytest.approx(plain, abs=5e-5)
     assert max(float(g.abs().max()) for g in without) > 1e-3
     for one, two in zip(gradients, without, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
@@ -220,9 +222,11 @@ def test_none_between_a_policy_and_itself(
 def test_draws_of_the_whole_catalogue_give_the_exact_one(
     simulated: Path, tmp_path: Path, cloned: Path
 ) -> None:
-    price = (f"objective.kl={PRICE}", f"objective.kl_policy={cloned}")
+    coefficient = (f"objective.kl={COEFFICIENT}", f"objective.kl_policy={cloned}")
     for name in ("ips", "dr"):
-        setup, data = build(config_of(simulated, tmp_path, "a", f"objective.name={name}", *price))
+        setup, data = build(
+            config_of(simulated, tmp_path, "a", f"objective.name={name}", *coefficient)
+        )
         exact = loss_of(setup)
         step = setup.step
         assert isinstance(step, ReplicatedStep) and step.reference is not None
@@ -242,9 +246,13 @@ def test_draws_of_the_whole_catalogue_give_the_exact_one(
 def test_in_bfloat16_it_is_that_of_rounded_scores(
     simulated: Path, tmp_path: Path, cloned: Path
 ) -> None:
-    price = (f"objective.kl={PRICE}", f"objective.kl_policy={cloned}", "objective.name=ips")
-    low = config_of(simulated, tmp_path, "a", *price, "training.precision=bfloat16")
-    high = config_of(simulated, tmp_path, "a", *price)
+    coefficient = (
+        f"objective.kl={COEFFICIENT}",
+        f"objective.kl_policy={cloned}",
+        "objective.name=ips",
+    )
+    low = config_of(simulated, tmp_path, "a", *coefficient, "training.precision=bfloat16")
+    high = config_of(simulated, tmp_path, "a", *coefficient)
     setup, data = build(low)
     setup.policy.seed_draws(1)
     found = loss_of(setup, training=True)[1].divergence
@@ -259,26 +267,28 @@ def last_divergence(config: Config) -> float:
     return float(epochs[-1]["divergence"])
 
 
-def test_a_price_holds_a_run_at_the_policy(simulated: Path, tmp_path: Path, cloned: Path) -> None:
-    """From the clone on: a huge price leaves it where it is, hardly any lets it go."""
+def test_a_large_coefficient_keeps_a_run_at_the_reference(
+    simulated: Path, tmp_path: Path, cloned: Path
+) -> None:
+    """Started at the reference: a huge coefficient keeps the policy there, a tiny one does not."""
     found = {}
-    for price in (1e-9, 1e3):
+    for coefficient in (1e-9, 1e3):
         config = config_of(
             *(
                 simulated,
                 tmp_path,
-                f"price-{price:g}",
+                f"coefficient-{coefficient:g}",
                 "objective.name=ips",
                 "data.validation=null",
             ),
-            *(f"objective.kl={price}", f"objective.kl_policy={cloned}"),
+            *(f"objective.kl={coefficient}", f"objective.kl_policy={cloned}"),
             *(f"training.warm_start={cloned}", "policy.temperature=0.5", "training.epochs=4"),
             *("training.learning_rate=0.01",),
             *("policy.item_tower.unknown_rate=0.0", "policy.context_tower.unknown_rate=0.0"),
             "training.weight_decay=0.0",
         )
         train_run(config)
-        found[price] = last_divergence(config)
+        found[coefficient] = last_divergence(config)
     assert found[1e-9] > 0.05
     assert found[1e3] < 0.02 * found[1e-9]
 

@@ -140,7 +140,7 @@ def test_steps_touch_the_drawn_items_only(simulated: Path, tmp_path: Path) -> No
     assert seen and max(seen) <= 6 < data.items.num_items
 
 
-def test_lazy_adamw_with_another_optimiser_is_refused(simulated: Path, tmp_path: Path) -> None:
+def test_lazy_adamw_with_another_optimizer_is_refused(simulated: Path, tmp_path: Path) -> None:
     config = sampled_config(
         *(simulated, tmp_path, SETTINGS["mixed"]),
         *("training.optimizer=sgd", "training.table_updates=lazy_adamw"),

@@ -39,7 +39,7 @@ class Exploding(Objective):
         return ObjectiveValue(-reduction.mean(value), reduction.average(value))
 
 
-def test_a_loss_that_is_no_number_stops_with_advice(simulated: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_with_advice(simulated: Path, tmp_path: Path) -> None:
     objective = {"name": f"{__name__}:Exploding", "arguments": {"after": 30}}
     config = make_config(simulated, tmp_path, "a", objective=objective)
     with pytest.raises(RunError, match=r"step 31 \(epoch 2\) gave a loss of nan.*learning_rate"):
@@ -111,7 +111,7 @@ def test_an_interrupt_ends_with_code_130_and_can_be_resumed(
     assert "--resume" in text
 
 
-def test_a_run_judged_by_a_dense_reward_model_resumes(simulated: Path, tmp_path: Path) -> None:
+def test_a_run_validated_by_a_dense_reward_model_resumes(simulated: Path, tmp_path: Path) -> None:
     """Its regressors are not stored: a resumed run must have them again."""
     dense = {"kind": "dense", "estimator": "sklearn.linear_model:Ridge", "folds": 2}
     overrides = ("training.validation_estimator=dr", "training.epochs=2", "objective.name=ips")

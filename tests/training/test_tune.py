@@ -88,7 +88,7 @@ def test_a_search_that_ran_is_not_run_over(
         tune(config, space=SPACE, count=1)
 
 
-def test_a_trial_that_fails_is_told_and_the_others_go_on(
+def test_a_failed_trial_is_reported_and_the_others_continue(
     simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverging(config: Config, **more: Any) -> TrainingResult:

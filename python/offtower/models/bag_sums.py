@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 def bag_sums(weight: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
-    """Row i is the sum of weight's rows values[offsets[i]:offsets[i + 1]]; a dense gradient.
+    """Sum the rows values[offsets[i]:offsets[i + 1]] of `weight` for each i; dense gradient.
 
-    The product of a sparse matrix of counts with the table, and in the backward pass of its
-    transpose with the rows' gradients: torch's `embedding_bag` sorts the values there, which for
-    bags of tens of values is most of a training step.
+    Computed as a product with a sparse matrix of counts, and with its transpose in the backward
+    pass. torch's `embedding_bag` sorts the values in its backward, which takes most of a training
+    step for bags of tens of values.
 
     Args:
         weight: (V, d) float32 table on the CPU.

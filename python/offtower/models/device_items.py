@@ -23,35 +23,35 @@ _FREE_SHARE = 0.25
 
 
 def items_to_device(
-    items: ItemFeatures, device: torch.device, most_bytes: int | None = None
+    items: ItemFeatures, device: torch.device, max_bytes: int | None = None
 ) -> ItemFeatures:
-    """The same features for towers on `device`.
+    """Return the features for towers on `device`.
 
     Args:
-        most_bytes: features of more bytes stay in the CPU's memory (or where they are mapped), and
-            each chunk of them travels when it is embedded; None takes a quarter of what is free.
+        max_bytes: larger features stay in host memory or mapped, and each chunk is transferred when
+            it is embedded; None is a quarter of the free memory.
     """
     if device.type == "cpu":
         return items
-    if most_bytes is None:
-        most_bytes = int(torch.cuda.mem_get_info(device)[0] * _FREE_SHARE)
-    return DeviceItemFeatures(items, device, most_bytes)
+    if max_bytes is None:
+        max_bytes = int(torch.cuda.mem_get_info(device)[0] * _FREE_SHARE)
+    return DeviceItemFeatures(items, device, max_bytes)
 
 
 class DeviceItemFeatures(ItemFeatures):
-    """Features that a GPU's towers take.
+    """Features on a GPU.
 
     Args:
-        host: the same on the CPU.
-        most_bytes: as for `items_to_device`.
+        host: the features on the CPU.
+        max_bytes: as for `items_to_device`.
     """
 
-    def __init__(self, host: ItemFeatures, device: torch.device, most_bytes: int) -> None:
+    def __init__(self, host: ItemFeatures, device: torch.device, max_bytes: int) -> None:
         super().__init__(host.arrays, host.num_items, host.first)
         self.device = device
-        self.resident = nbytes(host.arrays) <= most_bytes
-        """Whether all of them are on the GPU; else they are sent when they are asked for."""
-        self._host, self._most_bytes = host, most_bytes
+        self.resident = nbytes(host.arrays) <= max_bytes
+        """Whether all features are on the GPU; else they are transferred on each access."""
+        self._host, self._max_bytes = host, max_bytes
         self._here: dict[str, Tensor | BagTensor] = {}
         if self.resident:
             self._here = {name: _all(value, device) for name, value in host.arrays.items()}
@@ -65,17 +65,17 @@ class DeviceItemFeatures(ItemFeatures):
         return self._host.part(start, stop)
 
     def on_same_device(self, items: ItemFeatures) -> ItemFeatures:
-        return DeviceItemFeatures(items, self.device, self._most_bytes)
+        return DeviceItemFeatures(items, self.device, self._max_bytes)
 
     def at(self, index: Tensor) -> FeatureTensors:
         if not self.resident:
             return _sent(self._host.at(index), self.device)
-        # The CPU knows the lengths of bags; asked for them, the GPU would be waited for.
+        # Bag lengths are read on the CPU, which avoids a synchronization.
         bags: FeatureArrays = {k: v for k, v in self.arrays.items() if isinstance(v, BagArray)}
         found = to_tensors(take(bags, index.numpy()), self.device) if bags else {}
-        place = sent(index, self.device)
+        there = sent(index, self.device)
         return {
-            name: found[name] if isinstance(value, BagTensor) else value[place]
+            name: found[name] if isinstance(value, BagTensor) else value[there]
             for name, value in self._here.items()
         }
 
@@ -104,7 +104,7 @@ def _all(value: np.ndarray | BagArray, device: torch.device) -> Tensor | BagTens
 
 
 def _filled(array: np.ndarray, device: torch.device) -> Tensor:
-    """All of an array, which may be a memory map, with little memory of the CPU's beside it."""
+    """Transfer an array or memory map in blocks of bounded host memory."""
     dtype = torch.from_numpy(np.empty(0, dtype=array.dtype)).dtype
     tensor = torch.empty(array.shape, dtype=dtype, device=device)
     step = max(1, _BLOCK_BYTES * len(array) // max(1, array.nbytes))

@@ -1,4 +1,4 @@
-"""From encoded features to one dense vector per row: what every built-in tower starts with."""
+"""The encoder at the bottom of every built-in tower: encoded features to one vector per row."""
 
 from __future__ import annotations
 
@@ -20,26 +20,25 @@ UNKNOWN = 0
 """Index that every unseen category shares."""
 
 _INITIAL_BLOCK = 4096
-"""Rows of a table that start from one stream of random numbers."""
+"""Rows of a table whose initial values come from one random stream."""
 
 
 class FeatureEncoder(nn.Module):
-    """Concatenate standardised numbers, vectors and learned embeddings of categories and bags.
+    """Concatenate standardized numbers, vectors and learned embeddings of categories and bags.
 
-    Row 0 of every embedding table is the value "unknown". It starts at zero, so that an item never
-    seen in training is scored from its other features alone, and it is trained by replacing a
-    share `unknown_rate` of the known values with it.
+    Row 0 of every embedding table is the value "unknown". It starts at zero, so that an unseen item
+    is scored from its other features, and is trained by replacing a share `unknown_rate` of the
+    known values with it.
 
     Args:
         encoding: fitted encoding of the features that arrive.
-        category_embedding_dim: width of tables whose feature states none.
+        category_embedding_dim: width of tables whose feature sets none.
         unknown_rate: share of category values hidden in training mode.
-        draws: which values are hidden.
-        table_rows: rows of a feature's table by name, in place of all that the encoding knows:
-            for a part of the catalogue that has a table of its own.
-        bag: a bag's embedding is the mean of its values' embeddings, or their sum over the root of
+        draws: random draws of the hidden values.
+        table_rows: number of rows of some features' tables, for a shard of the catalogue.
+        bag: pooling of a bag's embeddings: their mean, or their sum divided by the square root of
             their number.
-        table_dim: width of every table, whatever the features state.
+        table_dim: width of every table, overriding the features' own.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class FeatureEncoder(nn.Module):
                     if spec.kind == "category"
                     else skip_init(nn.EmbeddingBag, rows, dim, mode="mean", dtype=torch.float32)
                 )
-                # One draw of the global generator, however large the table is.
+                # One draw of the global generator for a table of any size.
                 seed = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
                 # Module names must not hold dots; feature names may.
                 key = f"feature_{len(self._table_of)}"
@@ -108,7 +107,7 @@ class FeatureEncoder(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def numbers(self, features: FeatureTensors) -> list[Tensor]:
-        """Standardised numbers and vectors of n rows, (n, their width) each."""
+        """Standardized numbers and vectors of n rows, (n, width) each."""
         parts: list[Tensor] = []
         for name in self.plain:
             value = features[name]
@@ -131,7 +130,7 @@ class FeatureEncoder(nn.Module):
     def _joined(self, table: nn.Module, values: Tensor, offsets: Tensor) -> Tensor:
         assert isinstance(table, nn.EmbeddingBag)
         count = (offsets[1:] - offsets[:-1]).to(table.weight.dtype).unsqueeze(1)
-        if self.training and by_products(table):
+        if self.training and uses_bag_sums(table):
             total = bag_sums(table.weight, values, offsets)
             some = count.clamp_min(1.0)
             return total / (some.sqrt() if self.bag == "root" else some)
@@ -157,7 +156,7 @@ class FeatureEncoder(nn.Module):
         if numbers is None:
             numbers = torch.arange(len(lengths), device=device)
         first = torch.repeat_interleave(bag.offsets[:-1], lengths, output_size=total)
-        # A value is known by its row and its place in the bag; bags beyond 2^20 values share draws.
+        # The key is (row, position in the bag); positions beyond 2^20 share draws.
         place = torch.arange(total, device=device) - first
         value = (torch.repeat_interleave(numbers, lengths, output_size=total) << 20) + place
         hidden = self._draws.of(value, self.unknown_rate, number)[:, 0]
@@ -176,9 +175,9 @@ def embedding_tables(module: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
 
 
 def initial_rows(seed: int, rows: Tensor, dim: int) -> Tensor:
-    """(k, dim) values that the rows (k,) of a table start from: normal, of variance 1 / dim.
+    """(k, dim) initial values of the rows (k,) of a table, normal with variance 1 / dim.
 
-    A row's values depend on the seed and its number alone, so that a part of a table can be had
+    A row's values depend only on the seed and its number, so a shard of a table can be initialized
     without the rest.
     """
     values = torch.empty(len(rows), dim, dtype=torch.float32, device="cpu")
@@ -207,6 +206,6 @@ def _fill(table: nn.Module, values: Tensor) -> None:
         weight[UNKNOWN].zero_()
 
 
-def by_products(table: nn.EmbeddingBag) -> bool:
-    """Whether training sums the bags of a table by `bag_sums`."""
+def uses_bag_sums(table: nn.EmbeddingBag) -> bool:
+    """Whether training pools the bags of a table with `bag_sums`."""
     return table.weight.device.type == "cpu" and not table.sparse

@@ -1,4 +1,4 @@
-"""The catalogue as the item tower sees it, and its embedding in bounded memory."""
+"""Item features, and embedding the catalogue in bounded memory."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from offtower.models.towers import Tower
 DEFAULT_CHUNK = 65_536
 
 MAP_ABOVE = 1 << 28
-"""Bytes of encoded features that are kept in memory; more of them are memory-mapped."""
+"""Encoded features of more bytes are memory-mapped."""
 
 
 @dataclass(frozen=True)
 class ItemEmbeddings:
-    """The whole catalogue, embedded."""
+    """Embeddings of the whole catalogue."""
 
     embedding: Tensor
     """(N, d)."""
@@ -49,10 +49,9 @@ class ItemFeatures:
     `models.device_items` gives those of a GPU.
 
     Args:
-        arrays: encoded features of all items, in the catalogue's order; memory-mapped arrays are
-            read where they are asked for, and only there.
+        arrays: encoded features of all items in the catalogue's order, possibly memory-mapped.
         num_items: N.
-        first: number of the first item, where these are a part of a catalogue.
+        first: number of the first item, for a part of a catalogue.
     """
 
     def __init__(self, arrays: FeatureArrays, num_items: int, first: int = 0) -> None:
@@ -77,9 +76,8 @@ class ItemFeatures:
         """Encode a catalogue, `chunk` items at a time.
 
         Args:
-            directory: where encoded features of more than `map_above` bytes in all go, as a memory
-                map; those that are there already, of this catalogue, are used. A temporary folder
-                where None.
+            directory: of the memory map for features of more than `map_above` bytes; an existing
+                map of this catalogue is reused. None uses a temporary folder.
         """
         n = catalogue.num_items
         if directory is not None:
@@ -103,7 +101,7 @@ class ItemFeatures:
         mapped = open_mapped(directory, catalogue.fingerprint)
         assert mapped is not None, "it was written just now"
         features = cls(mapped, n)
-        # The folder goes with the object that reads it.
+        # The folder is deleted with the object that reads it.
         features._keeper = temporary
         return features
 
@@ -141,7 +139,7 @@ class ItemFeatures:
         return self.slice(start, stop), numbers
 
     def at(self, index: Tensor) -> FeatureTensors:
-        """Features of the items at `index` (n,) int64, a tensor of the CPU."""
+        """Features of the items at `index` (n,) int64, on the CPU."""
         if self._mapped:
             return to_tensors(take(self._arrays, index.numpy()))
         return {
@@ -155,10 +153,9 @@ def embed_items(
 ) -> ItemEmbeddings:
     """Embed every item; differentiable in the tower's parameters in O(N d + chunk) memory.
 
-    Autograd through N items would keep every activation of the tower. Here chunks are embedded
-    without a graph, and the backward pass embeds each chunk once more, with one, to carry its
-    share of the gradient to the parameters. Random parts of the tower repeat their draws: those
-    of a user's module because the generator's state is kept.
+    Chunks are embedded without a graph, and the backward pass embeds each chunk again with a graph
+    (gradient checkpointing). Random draws are repeated; for a user's module the generator's state
+    is restored.
     """
     if features.num_items <= chunk or not torch.is_grad_enabled():
         return _embed_at_once(tower, features, chunk)
@@ -224,7 +221,7 @@ class _ChunkedTower(torch.autograd.Function):
 
 
 class _RandomState:
-    """Where torch's generators stand: the CPU's, and that of a GPU, which a user's module uses."""
+    """State of torch's generators on the CPU and the GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,4 +1,4 @@
-"""Optimisers by name, and the norm of a gradient of which some parts are sparse."""
+"""Optimizers by name, and gradient clipping with sparse parts."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def make_optimizer(
     """`adam` adds weight decay to the gradient (L2), `adamw` decouples it (Loshchilov 2019).
 
     Args:
-        tables: how embedding tables of categories are updated: with all other parameters, or by
-            rows that a step touched (then their gradients are sparse).
-        table_learning_rate: of the tables; `learning_rate` where None.
+        tables: updates of embedding tables: dense, or only the rows that a step touched (with
+            sparse gradients).
+        table_learning_rate: of the tables; None is `learning_rate`.
 
     Raises:
-        ConfigError: lazy_adamw beside an optimiser other than adamw.
+        ConfigError: lazy_adamw with an optimizer other than adamw.
     """
     if tables == "dense":
         return _dense(name, list(module.parameters()), learning_rate, weight_decay)
     if tables == "lazy_adamw" and name != "adamw":
         raise ConfigError(
-            f"training.table_updates=lazy_adamw goes with training.optimizer=adamw, not '{name}'; "
+            f"training.table_updates=lazy_adamw requires training.optimizer=adamw, not '{name}'; "
             "use rowwise_adagrad or dense"
         )
     layers = [layer for layer in embedding_tables(module) if layer.weight.requires_grad]
@@ -54,16 +54,16 @@ def make_optimizer(
 
 
 def finish_updates(optimizer: torch.optim.Optimizer) -> None:
-    """Bring rows of embedding tables that no step touched up to date, before weights are read."""
+    """Apply the pending decay of rows that recent steps did not touch, before weights are read."""
     if isinstance(optimizer, (TableOptimizer, JointOptimizer)):
         optimizer.finish_updates()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients so that the norm of all of them together is at most `max_norm`.
+    """Scale gradients so that their joint norm is at most `max_norm`.
 
     Returns:
-        The norm before, a scalar; on a GPU nothing waits for it.
+        The norm before clipping, a scalar; on a GPU without a synchronization.
     """
     parameters = [p for p in parameters if p.grad is not None]
     sparse = False
@@ -71,7 +71,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
         assert parameter.grad is not None
         if parameter.grad.is_sparse:
             sparse = True
-            # A row that several draws touched must count once, with its sum.
+            # A row that several draws touched counts once, with its sum.
             parameter.grad = parameter.grad.coalesce()
     if not sparse:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -82,7 +82,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def scale_down(values: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale tensors, in place, whose norm all together is `norm`, to `max_norm` at most."""
+    """Scale tensors with the joint norm `norm` in place, to at most `max_norm`."""
     if norm.is_cuda:
         factor = (max_norm / (norm.double() + 1e-6)).clamp(max=1.0)
         for value in values:
@@ -93,7 +93,7 @@ def scale_down(values: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
 
 
 class JointOptimizer(torch.optim.Optimizer):
-    """One optimiser for most parameters and one for embedding tables, seen as one."""
+    """A dense optimizer and a table optimizer behind one interface."""
 
     def __init__(self, dense: torch.optim.Optimizer, tables: TableOptimizer) -> None:
         self.dense, self.tables = dense, tables
@@ -107,7 +107,7 @@ class JointOptimizer(torch.optim.Optimizer):
         self.tables.finish_updates()
 
     def state_dict(self) -> dict[str, Any]:
-        """The tables' numbers follow those of the others."""
+        """The tables' parameter numbers follow the dense ones."""
         first, second = self.dense.state_dict(), self.tables.state_dict()
         state = dict(first["state"])
         state.update({self._shift + number: s for number, s in second["state"].items()})
@@ -137,5 +137,5 @@ def _dense(
 
 
 def _values(gradient: Tensor) -> Tensor:
-    """The numbers of a dense or coalesced gradient, sharing its memory."""
+    """The values of a dense or coalesced gradient, as a view."""
     return gradient._values() if gradient.is_sparse else gradient

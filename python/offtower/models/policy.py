@@ -24,7 +24,7 @@ class TwoTowerPolicy(nn.Module):
         config: sizes, temperature, item bias.
         context_encoding: fitted encoding of the context features.
         item_encoding: fitted encoding of the item features.
-        item_table_rows: rows of some of the item tower's tables, for a part of the catalogue.
+        item_table_rows: rows of some of the item tower's tables, for a shard of the catalogue.
     """
 
     def __init__(
@@ -55,16 +55,16 @@ class TwoTowerPolicy(nn.Module):
         else:
             self.register_buffer("log_temperature", log_temperature)
         self.training_temperature: float | None = None
-        """In training mode, in place of the configured temperature; None takes that one."""
+        """Overrides the configured temperature in training mode; None does not."""
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and features must be."""
+        """Device of the weights; features must be there too."""
         return self.log_temperature.device
 
     @property
     def temperature(self) -> float:
-        """The temperature that the operators take; a learned one is folded into u instead."""
+        """The temperature for the operators; a learned one is folded into u, and this is 1."""
         if self.config.learn_temperature:
             return 1.0
         if self.training and self.training_temperature is not None:
@@ -72,13 +72,14 @@ class TwoTowerPolicy(nn.Module):
         return self.config.temperature
 
     def train_in(self, dtype: torch.dtype) -> None:
-        """Let training passes of both towers compute and give embeddings in `dtype`, float32 or
-        bfloat16. Weights, and passes in evaluation mode, stay float32."""
+        """Compute training passes of both towers in `dtype`, float32 or bfloat16.
+
+        Weights, and passes in evaluation mode, stay float32.
+        """
         self.context_tower.training_dtype = self.item_tower.training_dtype = dtype
 
     def seed_draws(self, seed: int) -> None:
-        """Make the towers' random draws of the next training passes functions of `seed` and of
-        each row's number (see `models.row_draws`)."""
+        """Derive the towers' random draws from `seed` and row numbers (see `models.row_draws`)."""
         self.context_tower.draws.seed = derive_seed(seed, "context draws")
         self.item_tower.draws.seed = derive_seed(seed, "item draws")
 
@@ -86,7 +87,7 @@ class TwoTowerPolicy(nn.Module):
         """(n, d) embeddings u; with a learned temperature they are u / temperature.
 
         Args:
-            numbers: (n,) of the rows in their batch, which their random draws belong to.
+            numbers: (n,) of the rows in their batch, which key their random draws.
         """
         embedding: Tensor = self.context_tower(features, numbers)[0]
         if self.config.learn_temperature:
@@ -120,7 +121,7 @@ class TwoTowerPolicy(nn.Module):
     def action_logit(
         self, context: FeatureTensors, item: FeatureTensors, numbers: Tensor | None = None
     ) -> Tensor:
-        """(n,) <u_i, v_i> + b_i of paired rows, without temperature: regression's prediction.
+        """(n,) <u_i, v_i> + b_i of paired rows, without temperature: the regression prediction.
 
         Args:
             numbers: (n,) of the rows in their batch, for the random draws of both towers.
@@ -132,5 +133,5 @@ class TwoTowerPolicy(nn.Module):
 
 
 def _summable(embedding: Tensor) -> Tensor:
-    """bfloat16 as float32, in which sums are taken; else as it is."""
+    """Cast bfloat16 to float32 for sums."""
     return embedding.float() if embedding.dtype == torch.bfloat16 else embedding

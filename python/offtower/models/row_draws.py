@@ -1,10 +1,9 @@
 """Random numbers of a tower as a function of (seed, purpose, row), not of how rows are grouped.
 
-Hidden categories and dropout are drawn in training. A generator's stream would depend on which rows
-a call sees: on the number of workers, on the chunks of the catalogue, on which draws came before.
-Here a row's draws follow from its number in the batch (contexts) or in the catalogue (items) by a
-hash of integers, so R workers draw what one draws, a second pass over a chunk repeats the first,
-and a GPU draws what a CPU draws.
+The stream of a generator for hidden categories and dropout would depend on the rows of each call:
+on the number of workers, the chunks of the catalogue and earlier draws. Here a row's draws are a
+hash of its number in the batch (contexts) or the catalogue (items). They are the same for any
+number of workers, in the second pass over a chunk, and on every device.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from offtower.data.features import sent
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _ONE = 1 << 24
-"""Draws are multiples of 2^-24, as float32 draws in [0, 1) are."""
+"""Draws are multiples of 2^-24, like float32 draws in [0, 1)."""
 
 
 class RowDraws:
@@ -24,7 +23,7 @@ class RowDraws:
 
     Attributes:
         seed: of the step; None draws from the global generator.
-        numbers: (n,) of the rows that the current forward pass sees, on its device.
+        numbers: (n,) of the rows of the current forward pass, on its device.
     """
 
     def __init__(self) -> None:
@@ -32,7 +31,7 @@ class RowDraws:
         self.numbers: Tensor | None = None
 
     def begin(self, numbers: Tensor | None) -> None:
-        """The rows of the forward pass that begins."""
+        """Set the rows of the forward pass that begins."""
         self.numbers = numbers
 
     def below(
@@ -45,7 +44,7 @@ class RowDraws:
         return self.of(numbers, rate, purpose, width)
 
     def of(self, numbers: Tensor, rate: float, purpose: int, width: int = 1) -> Tensor:
-        """As `below`, for rows with other `numbers` (k,) than those of the forward pass."""
+        """Like `below`, for rows with the given `numbers` (k,)."""
         if self.seed is None:
             return sent(
                 torch.rand(len(numbers), width, dtype=torch.float32, device="cpu") < rate,
@@ -54,12 +53,12 @@ class RowDraws:
         key = _mix(numbers + _mixed(self.seed + _GOLDEN * (purpose + 1)))[:, None]
         if width > 1:
             key = _mix(key + _wrapped(_GOLDEN) * torch.arange(width, device=key.device))
-        # The bits of a hash are alike; the upper ones need no shift of a negative number's sign.
+        # Bits 39 to 62 are uniform and unaffected by the sign extension of the shift.
         return ((key >> 39) & (_ONE - 1)) < round(rate * _ONE)
 
 
 def _mix(value: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64, whose products wrap as unsigned ones do.
+    """The finalizer of splitmix64 on int64, whose products wrap like unsigned ones.
 
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
@@ -69,7 +68,7 @@ def _mix(value: Tensor) -> Tensor:
 
 
 def _shifted(value: Tensor, bits: int) -> Tensor:
-    """Shift right without the sign."""
+    """Logical right shift."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,7 +1,7 @@
-"""Optimisers that move only the rows of an embedding table that a step touched.
+"""Optimizers that update only the rows of an embedding table that a step touched.
 
-A table of a million items and width 64 has 256 MB of weights; a dense step reads and writes all of
-them, and twice that of moments. Here a step costs what it touches.
+A dense step on a table of a million items and width 64 reads and writes 256 MB of weights, and
+twice that of moments.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ Table = nn.Embedding | nn.EmbeddingBag
 
 
 class TableOptimizer(torch.optim.Optimizer):
-    """Shared parts: the step at which each row is up to date, and catching up before it is read.
+    """Base class: tracks the step of each row's last update and catches up before it is read.
 
-    What a dense optimiser does to a row without a gradient (weight decay, moments that fade) is
-    done for all steps since, at once, right before a forward pass reads the row: the pass sees the
-    weights that it would have seen.
+    The weight decay and moment decay that a dense optimizer applies to rows without a gradient are
+    applied for all missed steps at once, right before a forward pass reads the row.
 
     Args:
         tables: embedding layers; their gradients become sparse.
@@ -44,7 +43,7 @@ class TableOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Rows with a gradient, summed where several lookups hit one."""
+        """Update the rows with a gradient, summed over lookups of the same row."""
         group = self.param_groups[0]
         for weight in group["params"]:
             if weight.grad is None:
@@ -55,29 +54,29 @@ class TableOptimizer(torch.optim.Optimizer):
             else:
                 index, values = torch.arange(len(weight), device=weight.device), weight.grad
             self.catch_up(weight, index)
-            self._move(weight, self.state[weight], index, values, group)
+            self._update(weight, self.state[weight], index, values, group)
             self.state[weight]["fresh_at"][index] = self.steps + 1
         self.steps += 1
 
     @torch.no_grad()
     def catch_up(self, weight: Tensor, index: Tensor) -> None:
-        """Do to the rows at `index` what the steps since they were touched would have done."""
+        """Apply the decay of all steps since the rows at `index` were last updated."""
         state, group = self.state[weight], self.param_groups[0]
         if not weight.is_cuda:
             late = state["fresh_at"][index] < self.steps
             if not bool(late.any()):
                 return
             index = torch.unique(index[late])
-        # A GPU is not asked which rows are late, which would be waited for: it takes all of them,
-        # the others by no step, and a row that stands twice gets one value twice.
+        # On a GPU selecting the late rows would synchronize: all rows are updated, by zero steps
+        # where they are current, and duplicates get the same value twice.
         missed = (self.steps - state["fresh_at"][index]).to(torch.float64)
         kept = (1.0 - group["lr"] * group["weight_decay"]) ** missed
         weight[index] = weight[index] * kept.to(weight.dtype)[:, None]
-        self._fade(state, index, missed)
+        self._decay(state, index, missed)
         state["fresh_at"][index] = self.steps
 
     def finish_updates(self) -> None:
-        """Bring every row up to date, in blocks."""
+        """Catch up all rows, in blocks."""
         for weight in self.param_groups[0]["params"]:
             for index in torch.arange(len(weight), device=weight.device).split(262_144):
                 self.catch_up(weight, index)
@@ -89,7 +88,7 @@ class TableOptimizer(torch.optim.Optimizer):
         return content
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # The base class would turn the step numbers into the weights' dtype.
+        # The base class would cast the step numbers to the weights' dtype.
         for number, weight in enumerate(self.param_groups[0]["params"]):
             state = dict(state_dict["state"][number])
             self.steps = int(state.pop("steps"))
@@ -99,14 +98,14 @@ class TableOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def _new_state(self, weight: Tensor) -> dict[str, Tensor]:
-        """Of an untouched table."""
+        """State of an untouched table."""
 
     @abstractmethod
-    def _fade(self, state: dict[str, Tensor], index: Tensor, missed: Tensor) -> None:
-        """What `missed` (k,) steps without a gradient do to the state of rows."""
+    def _decay(self, state: dict[str, Tensor], index: Tensor, missed: Tensor) -> None:
+        """Decay the state of rows by `missed` (k,) steps without a gradient."""
 
     @abstractmethod
-    def _move(
+    def _update(
         self,
         weight: Tensor,
         state: dict[str, Tensor],
@@ -114,15 +113,15 @@ class TableOptimizer(torch.optim.Optimizer):
         gradient: Tensor,
         group: dict[str, Any],
     ) -> None:
-        """One step for distinct rows `index` (k,) with gradients (k, dim)."""
+        """Update distinct rows `index` (k,) with gradients (k, dim)."""
 
 
 class LazyAdamW(TableOptimizer):
     """AdamW on touched rows.
 
-    Moments and weight decay are those of dense AdamW at every step; a row that has no gradient is
-    not moved by what is left of its momentum. With beta1 = 0, or where every step touches every
-    row, this is dense AdamW.
+    Moments and weight decay equal those of dense AdamW at every step, but a row without a gradient
+    is not moved by its momentum. With beta1 = 0, or if every step touches every row, this is dense
+    AdamW.
 
     Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization".
     """
@@ -132,13 +131,13 @@ class LazyAdamW(TableOptimizer):
     def _new_state(self, weight: Tensor) -> dict[str, Tensor]:
         return {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
 
-    def _fade(self, state: dict[str, Tensor], index: Tensor, missed: Tensor) -> None:
+    def _decay(self, state: dict[str, Tensor], index: Tensor, missed: Tensor) -> None:
         for name, beta in (("exp_avg", self.beta1), ("exp_avg_sq", self.beta2)):
             moment = state[name]
             kept = torch.full_like(missed, beta).pow_(missed).to(moment.dtype)
             moment[index] = moment[index] * kept[:, None]
 
-    def _move(
+    def _update(
         self,
         weight: Tensor,
         state: dict[str, Tensor],
@@ -159,7 +158,7 @@ class LazyAdamW(TableOptimizer):
 
 
 class RowwiseAdagrad(TableOptimizer):
-    """Adagrad with one accumulator a row, the mean square of its gradients: 4 bytes a row of state.
+    """Adagrad with one accumulator per row, the mean square of its gradients: 4 bytes per row.
 
     Source: Duchi, Hazan and Singer 2011; by row as in Mudigere et al. 2022, "Software-hardware
     co-design for fast and scalable training of deep learning recommendation models".
@@ -170,10 +169,10 @@ class RowwiseAdagrad(TableOptimizer):
     def _new_state(self, weight: Tensor) -> dict[str, Tensor]:
         return {"sum": weight.new_zeros(len(weight))}
 
-    def _fade(self, state: dict[str, Tensor], index: Tensor, missed: Tensor) -> None:
-        """Sums do not fade."""
+    def _decay(self, state: dict[str, Tensor], index: Tensor, missed: Tensor) -> None:
+        """Sums do not decay."""
 
-    def _move(
+    def _update(
         self,
         weight: Tensor,
         state: dict[str, Tensor],
@@ -189,7 +188,7 @@ class RowwiseAdagrad(TableOptimizer):
 
 
 class _CatchUp:
-    """Forward hook of a table. A copy of the layer is not the optimiser's, so it gets none."""
+    """Forward hook of a table; copies of the layer are not optimized, so they get an inert one."""
 
     def __init__(self, optimizer: TableOptimizer | None) -> None:
         self._optimizer = optimizer

@@ -25,11 +25,11 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 _DROPOUT = 1 << 16
-"""Purposes of draws from here on are those of dropout layers; below, of tables."""
+"""First purpose number of dropout layers; smaller ones are for tables."""
 
 
 class RowDropout(nn.Module):
-    """Dropout (Srivastava et al. 2014) whose draws belong to the rows; see `RowDraws`."""
+    """Dropout (Srivastava et al. 2014) with draws keyed by row; see `RowDraws`."""
 
     def __init__(self, rate: float, draws: RowDraws, purpose: int) -> None:
         super().__init__()
@@ -48,9 +48,9 @@ class MLPBody(nn.Module):
     """Feature encoder, hidden layers, linear map to the output.
 
     With `tables: output` the embeddings of categories and bags are as wide as the output and added
-    to it, and the layers read numbers and vectors alone: in a linear tower each value then has
-    weights of its own. Behind a linear layer the same functions are products of two matrices, with
-    the other tower's of four, and rare values of long bags are overfitted.
+    to it, and the layers read numbers and vectors only. In a linear tower each value then has its
+    own weights. Behind a linear layer the same function is a product of two matrices, of four with
+    the other tower, which overfits rare values of long bags.
     """
 
     def __init__(
@@ -111,10 +111,10 @@ class MLPBody(nn.Module):
 
 
 class JoinedBody(nn.Module):
-    """Bodies side by side: embeddings one after the other, biases added up.
+    """An ensemble of bodies: concatenated embeddings, summed biases.
 
-    A single body whose bags are joined by the root, or whose tables are added, is wrapped too: what
-    writes the graph of an `MLPBody` by itself takes bags for means, and tables for inputs.
+    A single body with `bag: root` or `tables: output` is wrapped too, because the graph export of a
+    plain `MLPBody` assumes mean pooling and input tables.
     """
 
     def __init__(self, bodies: list[nn.Module], member_dim: int, normalize: bool) -> None:
@@ -133,7 +133,7 @@ class JoinedBody(nn.Module):
 
 
 class Tower(nn.Module):
-    """An MLP over encoded features, or a user's own module, with the embedding's finish.
+    """An MLP over encoded features, or a user's module, followed by normalization and bias.
 
     A user's module is built as `Class(encoding=..., output_dim=..., **arguments)` and called with
     the mapping of encoded features (a list of tokens is a bag feature); it returns (n, output_dim).
@@ -142,7 +142,7 @@ class Tower(nn.Module):
         encoding: fitted encoding of this side's features.
         embedding_dim: d.
         config: sizes, activation, or the import path of a module.
-        bias: give each row a bias beside its embedding, as one more output of the body.
+        bias: add a bias per row, as one more output of the body.
         table_rows: see `FeatureEncoder`; not for a user's module.
     """
 
@@ -158,15 +158,15 @@ class Tower(nn.Module):
         super().__init__()
         self.draws = RowDraws()
         self.training_dtype = torch.float32
-        """Of training passes: float32, or bfloat16 (products and embeddings; weights stay)."""
+        """Of products and embeddings in training passes: float32 or bfloat16."""
         self.embedding_dim = embedding_dim
         self.normalize = config.normalize
         self.has_bias = bias
         self.bias_scale = config.bias_scale
         if embedding_dim % config.members:
             raise ConfigError(
-                f"a tower of {config.members} members cannot share an embedding of "
-                f"{embedding_dim} numbers evenly; choose a multiple"
+                f"a tower of {config.members} members needs an embedding_dim that is a multiple "
+                f"of {config.members}, but it is {embedding_dim}"
             )
         self.output_dim = embedding_dim + int(bias)
         member_dim = embedding_dim // config.members
@@ -181,7 +181,7 @@ class Tower(nn.Module):
 
     @property
     def bodies(self) -> list[nn.Module]:
-        """The networks, one a member."""
+        """The networks, one per member."""
         return list(self.body.members) if isinstance(self.body, JoinedBody) else [self.body]
 
     @property
@@ -193,7 +193,7 @@ class Tower(nn.Module):
         return self.draws.seed is None and any(_is_random(body) for body in bodies)
 
     def draw_with(self, draws: RowDraws) -> None:
-        """Take random draws of training passes from those of a tower around this one."""
+        """Use the random draws of an enclosing tower."""
         for module in self.modules():
             if isinstance(module, (RowDropout, FeatureEncoder)):
                 module._draws = draws
@@ -204,7 +204,7 @@ class Tower(nn.Module):
         """Encoded features of n rows -> embeddings (n, d) and biases (n,) or None.
 
         Args:
-            numbers: (n,) int64 that the rows' random draws belong to; 0, 1, ... where None.
+            numbers: (n,) int64 that key the rows' random draws; None is 0, 1, ...
         """
         self.draws.begin(numbers)
         low = self.training and self.training_dtype != torch.float32
@@ -226,9 +226,9 @@ class Tower(nn.Module):
         return embedding.contiguous(), None if bias is None else bias.contiguous()
 
     def _in_low_precision(self, features: FeatureTensors) -> Tensor:
-        """The body's output, rounded by its last layer, as float32 for what follows."""
+        """The body's output, computed in low precision and cast to float32."""
         device = next(self.parameters()).device.type
-        # No cache: what a pass without a graph casts is of no use to one with a graph.
+        # No cache: weights cast without a graph cannot be reused with one.
         with torch.autocast(device, self.training_dtype, cache_enabled=False):
             output: Tensor = self.body(features)
         return output.float()

@@ -1,10 +1,9 @@
-"""A policy in two stages, as two towers: s(x, a) = kappa f(x, a) + <u'(x), e_c> + b_c.
+"""Two-stage policies as two-tower policies: s(x, a) = kappa f(x, a) + <u'(x), e_c> + b_c.
 
-f is the mean logit of a reward model's towers, frozen; c is the item's cluster. With Z_c(x) the
-sum of exp(kappa f) over a cluster, pi(c|x) is proportional to exp(<u', e_c> + b_c) Z_c(x), and
-pi(a|x, c) is the softmax of kappa f inside the cluster, whatever the rest learns. Both sides are
-embeddings side by side, and so modules of ordinary towers: such a policy is stored, exported and
-searched as any other is.
+f is the frozen mean logit of a reward model's towers, and c the item's cluster. With Z_c(x) the sum
+of exp(kappa f) over a cluster, pi(c|x) is proportional to exp(<u', e_c> + b_c) Z_c(x), and
+pi(a|x, c) is the softmax of kappa f within the cluster. Both sides are concatenated embeddings in
+modules of ordinary towers, so the policy is stored, exported and searched like any other.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ from offtower.models.towers import Tower
 _TOWER: TypeAdapter[TowerConfig] = TypeAdapter(TowerConfig)
 
 _FROZEN, _CLUSTER = "\0frozen", "\0cluster"
-"""Of `precomputed_items`; no feature of a log has such a name."""
+"""Keys of `precomputed_items`, which no feature of a log can have."""
 
 
 class TwoStageContexts(nn.Module):
-    """Context side: the reward model's towers, times kappa / K, beside the tower u' that learns.
+    """Context side: the frozen reward towers, times kappa / K, and the trained tower u'.
 
     Args:
-        output_dim: numbers of all together.
+        output_dim: total width.
         base: configuration of each of the K = `folds` frozen towers, `base_dim` wide.
-        head: of the tower that learns, which has the rest of the output.
+        head: configuration of u', which has the rest of the output.
         share: kappa / K.
     """
 
@@ -67,19 +66,19 @@ class TwoStageContexts(nn.Module):
 
     @torch.no_grad()
     def frozen(self, features: FeatureTensors) -> Tensor:
-        """(n, K base_dim): with the item side's, kappa f."""
+        """(n, K base_dim) embeddings whose inner products with the item side are kappa f."""
         return self.share * torch.cat([tower(features)[0] for tower in self.base], dim=1)
 
 
 class TwoStageItems(nn.Module):
-    """Item side: the reward model's towers beside a row e_c, b_c for the item's cluster.
+    """Item side: the frozen reward towers and a row e_c, b_c for the item's cluster.
 
-    An item's cluster is a function of its features: the value of a category, where a value that
-    training did not know has row 0, or the nearest centroid. Rows start at zero: training starts
-    from the softmax of kappa f, and a cluster that no item of the catalogue has stays there.
+    An item's cluster is a function of its features: the value of a category (unknown values have
+    row 0), or the nearest centroid. Rows start at zero, so training starts from the softmax of
+    kappa f.
 
     Args:
-        output_dim: numbers of all together, with the bias.
+        output_dim: total width with the bias.
         base, folds, base_dim, share: as of `TwoStageContexts`.
         clusters: the category, or the number of centroids.
         cluster_bias: whether b_c is learned.
@@ -151,7 +150,7 @@ class TwoStageItems(nn.Module):
             assert isinstance(value, Tensor)
             return value
         assert isinstance(self.centroids, Tensor)
-        # The item's own square is the same for all centroids.
+        # The square of the item is the same for all centroids.
         square = self.centroids.square().sum(dim=1)
         return (square - 2.0 * (embedding @ self.centroids.T)).argmin(dim=1)
 
@@ -160,19 +159,19 @@ def two_stage_policy(
     config: PolicyConfig,
     towers: list[TwoTowerPolicy],
     clusters: int | str,
-    sharpness: float,
+    inverse_temperature: float,
 ) -> TwoTowerPolicy:
-    """An untrained policy over the logits of `towers`, which it copies and freezes.
+    """Build an untrained policy over the logits of `towers`, which it copies and freezes.
 
     Args:
-        config: embedding_dim and context_tower are of u', item_bias says whether b_c is learned.
-        towers: one a fold, with item biases and without temperature.
+        config: embedding_dim and context_tower of u'; item_bias enables b_c.
+        towers: one per fold, with item biases and without temperature.
         clusters: as for `TwoStageItems`; centroids are filled by the caller.
-        sharpness: kappa.
+        inverse_temperature: kappa.
     """
     first = towers[0]
     base_dim, folds = first.config.embedding_dim, len(towers)
-    common = {"folds": folds, "base_dim": base_dim, "share": sharpness / folds}
+    common = {"folds": folds, "base_dim": base_dim, "share": inverse_temperature / folds}
     here = f"{__name__}:"
     policy = TwoTowerPolicy(
         replace(
@@ -201,16 +200,16 @@ def two_stage_policy(
         first.item_encoding,
     )
     contexts, items = bodies(policy)
-    for place, model in enumerate(towers):
-        contexts.base[place].load_state_dict(model.context_tower.state_dict())
-        items.base[place].load_state_dict(model.item_tower.state_dict())
-    # Draws belong to rows, which the policy's own tower knows.
+    for k, model in enumerate(towers):
+        contexts.base[k].load_state_dict(model.context_tower.state_dict())
+        items.base[k].load_state_dict(model.item_tower.state_dict())
+    # Random draws are keyed by row, and only the policy's own tower gets the row numbers.
     contexts.head.draw_with(policy.context_tower.draws)
     return policy
 
 
 def bodies(policy: TwoTowerPolicy) -> tuple[TwoStageContexts, TwoStageItems]:
-    """The two sides of a policy in two stages."""
+    """The two sides of a two-stage policy."""
     contexts, items = policy.context_tower.body, policy.item_tower.body
     assert isinstance(contexts, TwoStageContexts) and isinstance(items, TwoStageItems)
     return contexts, items
@@ -218,9 +217,9 @@ def bodies(policy: TwoTowerPolicy) -> tuple[TwoStageContexts, TwoStageItems]:
 
 @torch.no_grad()
 def precomputed_items(body: TwoStageItems, items: ItemFeatures, chunk: int) -> ItemFeatures:
-    """What is frozen of every item, in place of its features: `body` takes either.
+    """Precompute the frozen part of every item; `body` reads it in place of the features.
 
-    A step of training then embeds the catalogue by looking rows up.
+    A training step then embeds the catalogue by table lookup.
     """
     n = items.num_items
     width = sum(tower.embedding_dim for tower in _towers(body.base)) + 1

@@ -1,4 +1,4 @@
-"""What changes in the course of training: learning rate, temperature, average of the weights."""
+"""Schedules of learning rate and temperature, and weight averaging."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from offtower.models.policy import TwoTowerPolicy
 
 
 class LearningRate:
-    """Warm-up and decay as a function of how much of training is over.
+    """Warm-up and decay as a function of training progress.
 
     Args:
         settings: warm_up, decay.
-        optimizer: its groups' present rates are what the factor multiplies.
+        optimizer: the factor multiplies its groups' current rates.
     """
 
     def __init__(self, settings: TrainingConfig, optimizer: torch.optim.Optimizer) -> None:
@@ -29,17 +29,17 @@ class LearningRate:
         self._constant = settings.warm_up == 0.0 and settings.decay == "none"
 
     def at(self, progress: float) -> None:
-        """Set the rates for the share `progress` in [0, 1) of training that is over."""
+        """Set the rates for progress in [0, 1)."""
         if self._constant:
             return
         now = factor(progress, self._settings.warm_up, self._settings.decay)
-        # Looked up each time: loading a checkpoint makes new groups.
+        # Groups are looked up each time, since loading a checkpoint replaces them.
         for group, rate in zip(_groups(self._optimizer), self._rates, strict=True):
             group["lr"] = rate * now
 
 
 def factor(progress: float, warm_up: float, decay: str) -> float:
-    """Share of the full learning rate: rises linearly to 1, then falls to 0 (or stays)."""
+    """Factor of the learning rate: linear warm-up to 1, then decay to 0 or constant."""
     if progress < warm_up:
         return progress / warm_up
     if decay == "none":
@@ -49,14 +49,14 @@ def factor(progress: float, warm_up: float, decay: str) -> float:
 
 
 class Temperature:
-    """The temperature of training steps as a function of how much of training is over.
+    """The temperature of training steps as a function of training progress.
 
-    It is the policy's in training mode alone: validations, measures at the end of an epoch and the
-    saved policy have the configured one.
+    Applies in training mode only: validations, diagnostics and the saved policy use the configured
+    temperature.
 
     Args:
         settings: initial_temperature, annealing_share.
-        policy: that learns; its configured temperature is where the course ends.
+        policy: in training; its configured temperature is the final one.
     """
 
     def __init__(self, settings: TrainingConfig, policy: TwoTowerPolicy) -> None:
@@ -64,7 +64,7 @@ class Temperature:
         self._policy = policy
 
     def at(self, progress: float) -> None:
-        """Set the temperature for the share `progress` in [0, 1) of training that is over."""
+        """Set the temperature for progress in [0, 1)."""
         begin = self._settings.initial_temperature
         if begin is not None:
             self._policy.training_temperature = temperature(
@@ -75,25 +75,25 @@ class Temperature:
             )
 
     def end(self) -> None:
-        """Leave the policy with its own."""
+        """Restore the configured temperature."""
         self._policy.training_temperature = None
 
 
 def temperature(progress: float, begin: float, end: float, until: float) -> float:
-    """begin^(1 - p) end^p with p = progress / until, then end: the same factor in equal times."""
+    """Geometric annealing: begin^(1 - p) end^p with p = progress / until, then end."""
     if progress >= until:
         return end
     return begin * (end / begin) ** (progress / until)
 
 
 class WeightAverage:
-    """Mean of a module's parameters over the last steps of training.
+    """Mean of a module's parameters over the last share of training.
 
+    Each update costs one pass over the parameters.
     Source: Polyak and Juditsky 1992; Izmailov et al. 2018, "Averaging weights leads to wider optima
-    and better generalization". A step costs one pass over the parameters.
+    and better generalization".
 
     Args:
-        module: whose parameters are averaged.
         share: of training, at its end.
     """
 
@@ -106,7 +106,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Take the weights in, where the share `progress` of training lies in the last part."""
+        """Add the current weights to the mean, if `progress` lies in the last share."""
         if progress < self._begin:
             return
         self._steps += 1
@@ -117,13 +117,13 @@ class WeightAverage:
                 self._mean[name].lerp_(parameter, 1.0 / self._steps)
 
     def swap_in(self) -> None:
-        """Let the module have the average, until `swap_out`; nothing before there is one."""
+        """Load the average into the module until `swap_out`; does nothing before there is one."""
         if self._steps:
             self._last = {k: p.detach().clone() for k, p in self._module.named_parameters()}
             self._copy(self._mean)
 
     def swap_out(self) -> None:
-        """Give the module back its own weights."""
+        """Restore the module's own weights."""
         if self._last is not None:
             self._copy(self._last)
             self._last = None

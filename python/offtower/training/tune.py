@@ -1,8 +1,8 @@
-"""A small search for objective and settings, judged by held-out off-policy lower bounds.
+"""Random search of objective and settings by off-policy lower bounds on a validation log.
 
-Random search (Bergstra and Bengio 2012) over a finite space is enough to pick an objective,
-and every trial is a run of its own that can be resumed, evaluated and exported. Trials know nothing
-of each other, so that they may run side by side.
+Every trial is a run that can be resumed, evaluated and exported. Trials are independent, so they
+may run in parallel.
+Source: Bergstra and Bengio 2012, "Random search for hyper-parameter optimization".
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DEFAULT_SPACE: Mapping[str, Sequence[Any]] = {
     "training.weight_decay": [0.01, 0.1],
     "training.decay": ["linear"],
 }
-"""`offtower tune` without --space. Objectives that need a reward model get a factored one."""
+"""The default space. Objectives that require a reward model get a factored one."""
 
 
 _REMEDY = ". --take-over runs the search in its place; the other process then stops"
@@ -58,8 +58,8 @@ class Trial:
     number: int
     overrides: Overrides
     low: float | None
-    """Lower bound of its value on the validation log, at the confidence of all trials together;
-    None where the run failed."""
+    """Lower bound of its value on the validation log, with the confidence corrected for all trials;
+    None if the run failed."""
     error: str | None = None
 
 
@@ -97,11 +97,11 @@ def load_space(path: Path) -> dict[str, list[Any]]:
 
 
 def draw_trials(space: Mapping[str, Sequence[Any]], count: int, seed: int) -> Iterator[Overrides]:
-    """`count` different points of the space, or all where it has no more, the same for one seed."""
+    """Draw `count` distinct points of the space, or all of them; a function of the seed."""
     points = list(product(*space.values()))
     order = np.random.default_rng(derive_seed(seed, "tune")).permutation(len(points))
-    for place in order[:count]:
-        yield dict(zip(space, points[place], strict=True))
+    for index in order[:count]:
+        yield dict(zip(space, points[index], strict=True))
 
 
 def trial_config(config: Config, number: int, overrides: Overrides, confidence: float) -> Config:
@@ -131,17 +131,16 @@ def tune(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> TuneResult:
-    """Train `count` runs, and name the one that is best for sure.
+    """Train `count` runs and rank them by their lower bounds.
 
     Each trial stops and selects its epoch by the lower bound of the configured estimator on the
-    validation log. Bounds hold for all trials together (Bonferroni): the best of twenty lucky
-    numbers is not believed for being the best.
+    validation log. Bounds hold simultaneously for all trials (Bonferroni).
 
     Args:
-        config: the run that is varied; its data has a validation log with propensities.
+        config: the base configuration; its data has a validation log with propensities.
         space: dotted keys and the values to try.
         count: trials.
-        resume: keep trials that have ended, and go on with those that were stopped.
+        resume: keep finished trials and continue stopped ones.
         take_over: as `resume`, even where another process runs the same search; that one stops.
         mapper: runs the trials; one that its workers share the storage of.
 
@@ -188,7 +187,7 @@ def tune(
 
 @dataclass(frozen=True)
 class _TrialRun:
-    """Trains a trial from where it stands, so that a trial whose worker was lost goes on."""
+    """Trains a trial, from its newest checkpoint if its worker was lost."""
 
     config: Config
     confidence: float
@@ -205,13 +204,13 @@ class _TrialRun:
                     one, resume=True, take_over=self.take_over, progress=self.progress
                 ).validation
         except RunError as error:
-            # A diverged trial is a result: the others go on.
+            # A diverged trial is a result, and the others continue.
             return Trial(number, overrides, None, str(error))
         return Trial(number, overrides, low)
 
 
 def _finished(config: Config) -> float | None:
-    """The bound of a trial that ended before."""
+    """The lower bound of a trial that already finished."""
     run = RunDirectory(config.run_directory)
     if not run.manifest_path.exists() or not (run.policy / "policy.json").exists():
         return None

@@ -45,8 +45,8 @@ SAMPLED = [
     ("mixed", "behavior_cloning", 31, 6),
 ]
 """Proposal, objective, batch size and draws. Few of each leave workers without any item."""
-KNOWN = [("ips", 31, "exact"), ("dr", 2, "exact"), ("ips", 31, "sampled")]
-"""Objective, batch size and terms, with a price on the exact KL to a stored policy."""
+REFERENCE = [("ips", 31, "exact"), ("dr", 2, "exact"), ("ips", 31, "sampled")]
+"""Objective, batch size and terms, with the exact KL to a stored reference policy."""
 
 
 def config_of(
@@ -61,7 +61,7 @@ def config_of(
         f"training.batch_size={batch}",
         "training.item_chunk=3",
         "policy.item_bias=true",
-        # The second stage of potec has a sharpness in its place.
+        # potec has an inverse temperature instead.
         f"policy.learn_temperature={str(objective != 'potec').lower()}",
         "policy.item_tower.dropout=0.1",
         "policy.item_tower.bag=root",
@@ -133,12 +133,14 @@ def all_cases(workers: Workers, folder: Path, runs: Path) -> dict[str, Any]:
             setup = build_setup(config, data, model, workers, Progress())
             name = f"{strategy} {proposal} {objective} {size}"
             found[name] = gradients(setup, first_batch(setup))
-    for objective, size, terms in KNOWN:
+    for objective, size, terms in REFERENCE:
         more = sampling("mixed", 6) if terms == "sampled" else ()
-        price = ("objective.kl=0.7", f"objective.kl_policy={runs / 'known'}")
+        price = ("objective.kl=0.7", f"objective.kl_policy={runs / 'reference'}")
         config = config_of(folder, runs, "replicated", objective, size, *more, *price)
         setup = build_setup(config, data, model, workers, Progress())
-        found[f"replicated known {terms} {objective} {size}"] = gradients(setup, first_batch(setup))
+        found[f"replicated reference {terms} {objective} {size}"] = gradients(
+            setup, first_batch(setup)
+        )
     return found
 
 
@@ -157,8 +159,8 @@ def results(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
     folder = tmp_path_factory.mktemp("gradients")
     config = config_of(simulated, folder, "replicated", "ips", 31, "policy.temperature=0.3")
     data = open_data(config, Progress())
-    known = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
-    save_policy(folder / "known", known, {})
+    reference = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
+    save_policy(folder / "reference", reference, {})
     of_each_size(WORKERS, all_cases, folder, simulated, folder)
     found = {
         size: [torch.load(folder / f"{size}-{rank}.pt", weights_only=False) for rank in range(size)]
@@ -170,7 +172,7 @@ def results(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
 NAMES = [
     *(f"{s} {o} {b}" for o, b, s in PAIRS),
     *(f"{s} {p} {o} {b}" for p, o, b, _ in SAMPLED for s in STRATEGIES),
-    *(f"replicated known {t} {o} {b}" for o, b, t in KNOWN),
+    *(f"replicated reference {t} {o} {b}" for o, b, t in REFERENCE),
 ]
 
 
@@ -216,9 +218,11 @@ def test_workers_agree_to_the_bit(results: dict[int, Any], name: str) -> None:
 
 
 def test_the_divergence_is_of_all_rows(results: dict[int, Any]) -> None:
-    for objective, size, terms in KNOWN:
+    for objective, size, terms in REFERENCE:
         assert (
-            results[0][0][f"replicated known {terms} {objective} {size}"]["measures"]["divergence"]
+            results[0][0][f"replicated reference {terms} {objective} {size}"]["measures"][
+                "divergence"
+            ]
             > 1e-3
         )
 

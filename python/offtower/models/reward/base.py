@@ -1,4 +1,4 @@
-"""What a reward model q(x, a) offers to training and to evaluation."""
+"""Interface of reward models q(x, a)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from offtower.ops import DenseReward, FactoredReward
 
 
 class RewardModel(ABC):
-    """A frozen q(x, a), cross-fitted in folds of the log that it was fitted on. What it gives is on
-    the device of the data that it was made with."""
+    """A frozen q(x, a), cross-fitted on the training log; predictions are on the data's device."""
 
     num_folds: int
 
     @abstractmethod
     def for_training_rows(self, rows: EncodedRows, fold: int) -> DenseReward | FactoredReward:
-        """q over the whole catalogue for rows of the training log that all lie in `fold`.
+        """q over the whole catalogue for rows of the training log, all of them in `fold`.
 
-        The rows' own fold took no part in fitting the model that answers (with one fold it did).
+        The model that predicts was fitted without that fold (unless there is only one).
         """
 
     @abstractmethod
@@ -28,4 +27,4 @@ class RewardModel(ABC):
 
     @abstractmethod
     def save(self, directory: Path) -> None:
-        """Write beside a run what its resumption needs (never a pickle)."""
+        """Write what resuming a run needs, without pickles."""

@@ -22,20 +22,20 @@ from offtower.models.reward.base import RewardModel
 from offtower.ops import DenseReward
 
 MAX_CELLS = 500_000_000
-"""Rows x items whose predictions are kept: 2 GB as float32."""
+"""Limit of rows x items of stored predictions: 2 GB as float32."""
 
 _MAX_ONE_HOT = 512
 _PAIRS_AT_ONCE = 1_000_000
 
 
 class DenseRewardModel(RewardModel):
-    """K regressors; predictions for the training rows are made once and looked up by row number.
+    """K regressors; predictions for the training rows are computed once and indexed by row number.
 
     Args:
-        estimators: fitted, one a fold; `predict` or `predict_proba` on (pairs, features).
+        estimators: fitted, one per fold; `predict` or `predict_proba` on (pairs, features).
         design: turns encoded rows and items into the regressors' matrices.
         values: (n, N) float32 out-of-fold predictions for the training log, by row number.
-        device: where predictions are given out.
+        device: of the predictions.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class DenseRewardModel(RewardModel):
     def restore(
         cls, directory: Path, design: PairDesign, folds: int, device: torch.device = CPU
     ) -> DenseRewardModel:
-        """The stored predictions, without the regressors (which only a pickle could hold)."""
+        """Load the predictions, without the regressors, which only a pickle could store."""
         try:
             values = np.load(directory / "values.npy", allow_pickle=False)
         except (OSError, ValueError) as error:
@@ -81,7 +81,7 @@ class DenseRewardModel(RewardModel):
 
 
 class PairDesign:
-    """Rows of a regression on (context, item): numbers as they are, categories one-hot."""
+    """Design matrix of a regression on (context, item), with categories one-hot."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class PairDesign:
         return np.concatenate([self._contexts(rows.context), self._items[rows.action]], axis=1)
 
     def predict(self, estimator: Any, context: FeatureArrays) -> np.ndarray:
-        """(n, N) predictions of one regressor for all items."""
+        """(n, N) predictions of one regressor."""
         contexts = self._contexts(context)
         n = len(contexts)
         result = np.empty((n, self.num_items), dtype=np.float32)
@@ -120,7 +120,7 @@ class PairDesign:
 
 
 def make_estimator(config: RewardModelConfig, seed: int) -> Any:
-    """A fresh scikit-learn estimator as configured; `random_state` is seeded where it exists."""
+    """Build the configured scikit-learn estimator, with a seeded `random_state` if it has one."""
     kind = _estimator_class(config.estimator)
     try:
         estimator = kind(**config.arguments)
@@ -147,7 +147,7 @@ def _estimator_class(path: str) -> type[Any]:
 
 
 def predict(estimator: Any, pairs: np.ndarray) -> np.ndarray:
-    """Expected reward of pairs: a classifier's probability of reward 1, or the prediction."""
+    """Expected reward of pairs, from a classifier's probabilities or a regressor's prediction."""
     if hasattr(estimator, "predict_proba"):
         classes = list(estimator.classes_)
         probability = estimator.predict_proba(pairs)

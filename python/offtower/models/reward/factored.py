@@ -27,10 +27,11 @@ class FactoredRewardModel(RewardModel):
     """K pairs of towers, fitted on the complements of K folds.
 
     Args:
-        towers: one `TwoTowerPolicy` a fold, used for its towers and item bias alone.
-        items: the catalogue's features, on the towers' device; each fold's item matrix is embedded
+        towers: one `TwoTowerPolicy` per fold, used for its towers and item bias only.
+        items: features of the catalogue on the towers' device; each fold's item matrix is embedded
             once, at first use.
         link: sigmoid for binary rewards, else identity.
+        chunk: items embedded at a time.
     """
 
     def __init__(
@@ -47,14 +48,14 @@ class FactoredRewardModel(RewardModel):
             model.requires_grad_(False)
 
     def with_items(self, items: ItemFeatures) -> FactoredRewardModel:
-        """The same model over other items, such as a part of the catalogue."""
+        """The same model over other items, such as a shard of the catalogue."""
         return FactoredRewardModel(self.towers, items, self.link, self._chunk)
 
     def for_training_rows(self, rows: EncodedRows, fold: int) -> FactoredReward:
         return self.for_features(to_tensors(rows.context, self._items.device), fold)
 
     def for_features(self, context: FeatureTensors, fold: int) -> FactoredReward:
-        """As `for_training_rows`, of context features that are tensors already."""
+        """Like `for_training_rows`, from context features as tensors."""
         with torch.no_grad():
             embedding = self.towers[fold].embed_contexts(context)
             items = self._catalogue(fold)
@@ -124,7 +125,7 @@ def make_towers(
     context_encoding: FeatureEncoding,
     item_encoding: FeatureEncoding,
 ) -> TwoTowerPolicy:
-    """Untrained towers of the configured sizes, with an item bias."""
+    """Build untrained towers with an item bias."""
     return TwoTowerPolicy(
         PolicyConfig(
             embedding_dim=config.embedding_dim,
