@@ -171,5 +171,5 @@ def test_a_copied_tower_leaves_the_optimizer_alone() -> None:
 
 def test_lazy_adamw_needs_adamw() -> None:
     tower, _ = build(TowerConfig())
-    with pytest.raises(ConfigError, match=r"lazy_adamw goes with training.optimizer=adamw"):
+    with pytest.raises(ConfigError, match=r"lazy_adamw requires training.optimizer=adamw"):
         make_optimizer("sgd", tower, 0.1, 0.0, "lazy_adamw")

@@ -188,7 +188,7 @@ def test_features_that_a_gpu_does_not_keep_are_sent(world: Path) -> None:
     [
         ("regression", set()),
         ("dr, factored", set()),
-        # Rows of tables that stand twice in a gradient are added up, and how many are left is reported.
+        # Coalescing a sparse gradient reads the number of its distinct rows.
         ("mixed", {"aten._coalesce.default"}),
     ],
 )

@@ -36,7 +36,7 @@ from tests.training.conftest import make_config
 from tests.training.test_resume import assert_same_policy, fill_the_disk, weights
 
 ROWS, ITEMS = 7, 5
-COEFFICIENT = 0.3
+WEIGHT = 0.3
 
 
 def log_softmax(logit: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def test_value_and_gradient_by_enumeration(
     if name == "dr":
         own = q[torch.arange(ROWS), action]
         value = weight * (reward - own) + (log_pi.exp() * q).sum(1)
-    wanted_loss = -value.mean() + COEFFICIENT * kl.mean()
+    wanted_loss = -value.mean() + WEIGHT * kl.mean()
     wanted = torch.autograd.grad(wanted_loss, leaves)
 
     scores = FactoredReward(u0 / 0.7, v0, b0 if known_bias else None)
@@ -88,7 +88,7 @@ def test_value_and_gradient_by_enumeration(
     model = DenseReward(q) if name == "dr" else None
     terms = policy_terms(u, v, action, temperature=tau, item_bias=item_bias, reward_model=model)
     rows = LoggedRows(reward, terms, pscore, divergence=found)
-    objective = Regularized(make_objective(name), kl=COEFFICIENT, exact_kl=True)
+    objective = Regularized(make_objective(name), kl=WEIGHT, exact_kl=True)
     assert objective.requirements.divergence
     result = objective(rows, Reduction(ROWS))
     assert result.loss.item() == pytest.approx(wanted_loss.item(), abs=1e-12)
@@ -168,7 +168,7 @@ def test_a_step_of_towers_against_a_naive_softmax(
     """The KL term of loss and gradients, with the reference loaded from its folder."""
     base = config_of(simulated, tmp_path, "a", f"objective.name={name}")
     regularized = config_of(
-        *(simulated, tmp_path, "a", f"objective.name={name}", f"objective.kl={COEFFICIENT}"),
+        *(simulated, tmp_path, "a", f"objective.name={name}", f"objective.kl={WEIGHT}"),
         f"objective.kl_policy={cloned}",
     )
     plain, data = build(base)
@@ -181,8 +181,8 @@ def test_a_step_of_towers_against_a_naive_softmax(
     kl = naive_kl(policy, load_policy(cloned)[0], data, batch)
     assert kl.item() > 0.01
     assert measures.divergence == pytest.approx(kl.item(), rel=1e-5)
-    assert after - before == pytest.approx(COEFFICIENT * kl.item(), abs=1e-6)
-    parts = torch.autograd.grad(COEFFICIENT * kl, list(policy.parameters()), allow_unused=True)
+    assert after - before == pytest.approx(WEIGHT * kl.item(), abs=1e-6)
+    parts = torch.autograd.grad(WEIGHT * kl, list(policy.parameters()), allow_unused=True)
     for one, two, part in zip(gradients, without, parts, strict=True):
         wanted = two if part is None else two + part
         torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-6)
@@ -206,9 +206,9 @@ def test_none_between_a_policy_and_itself(
     """KL and its gradient are zero where pi = pi_0, of any draws too."""
     found = []
     more = (*PROPOSALS[proposal], f"objective.name={name}", "policy.temperature=0.5")
-    for coefficient in ((), ("objective.kl=50", f"objective.kl_policy={cloned}")):
+    for penalty in ((), ("objective.kl=50", f"objective.kl_policy={cloned}")):
         config = config_of(
-            simulated, tmp_path, "a", *more, *coefficient, f"training.warm_start={cloned}"
+            simulated, tmp_path, "a", *more, *penalty, f"training.warm_start={cloned}"
         )
         found.append(loss_of(build(config)[0]))
     (plain, _, without), (regularized, measures, gradients) = found
@@ -222,11 +222,9 @@ def test_none_between_a_policy_and_itself(
 def test_draws_of_the_whole_catalogue_give_the_exact_one(
     simulated: Path, tmp_path: Path, cloned: Path
 ) -> None:
-    coefficient = (f"objective.kl={COEFFICIENT}", f"objective.kl_policy={cloned}")
+    penalty = (f"objective.kl={WEIGHT}", f"objective.kl_policy={cloned}")
     for name in ("ips", "dr"):
-        setup, data = build(
-            config_of(simulated, tmp_path, "a", f"objective.name={name}", *coefficient)
-        )
+        setup, data = build(config_of(simulated, tmp_path, "a", f"objective.name={name}", *penalty))
         exact = loss_of(setup)
         step = setup.step
         assert isinstance(step, ReplicatedStep) and step.reference is not None
@@ -246,13 +244,13 @@ def test_draws_of_the_whole_catalogue_give_the_exact_one(
 def test_in_bfloat16_it_is_that_of_rounded_scores(
     simulated: Path, tmp_path: Path, cloned: Path
 ) -> None:
-    coefficient = (
-        f"objective.kl={COEFFICIENT}",
+    penalty = (
+        f"objective.kl={WEIGHT}",
         f"objective.kl_policy={cloned}",
         "objective.name=ips",
     )
-    low = config_of(simulated, tmp_path, "a", *coefficient, "training.precision=bfloat16")
-    high = config_of(simulated, tmp_path, "a", *coefficient)
+    low = config_of(simulated, tmp_path, "a", *penalty, "training.precision=bfloat16")
+    high = config_of(simulated, tmp_path, "a", *penalty)
     setup, data = build(low)
     setup.policy.seed_draws(1)
     found = loss_of(setup, training=True)[1].divergence
@@ -267,28 +265,26 @@ def last_divergence(config: Config) -> float:
     return float(epochs[-1]["divergence"])
 
 
-def test_a_large_coefficient_keeps_a_run_at_the_reference(
-    simulated: Path, tmp_path: Path, cloned: Path
-) -> None:
-    """Started at the reference: a huge coefficient keeps the policy there, a tiny one does not."""
+def test_a_large_penalty_keeps_the_reference(simulated: Path, tmp_path: Path, cloned: Path) -> None:
+    """Started at the reference, a huge coefficient keeps the policy there, a tiny one does not."""
     found = {}
-    for coefficient in (1e-9, 1e3):
+    for penalty in (1e-9, 1e3):
         config = config_of(
             *(
                 simulated,
                 tmp_path,
-                f"coefficient-{coefficient:g}",
+                f"penalty-{penalty:g}",
                 "objective.name=ips",
                 "data.validation=null",
             ),
-            *(f"objective.kl={coefficient}", f"objective.kl_policy={cloned}"),
+            *(f"objective.kl={penalty}", f"objective.kl_policy={cloned}"),
             *(f"training.warm_start={cloned}", "policy.temperature=0.5", "training.epochs=4"),
             *("training.learning_rate=0.01",),
             *("policy.item_tower.unknown_rate=0.0", "policy.context_tower.unknown_rate=0.0"),
             "training.weight_decay=0.0",
         )
         train_run(config)
-        found[coefficient] = last_divergence(config)
+        found[penalty] = last_divergence(config)
     assert found[1e-9] > 0.05
     assert found[1e3] < 0.02 * found[1e-9]
 
