@@ -160,7 +160,7 @@ def test_simulating_by_many_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several: bool
 ) -> None:
     """Two policies log a full chunk each and, at the end, parts of one."""
-    monkeypatch.setattr("offtower.data.simulate.drawing.ROWS_PER_FILE", 65_536)
+    monkeypatch.setattr("offtower.data.simulate.log_files.ROWS_PER_FILE", 65_536)
     world = SimulatedWorld(20, 2, 2, 2, seed=3, feature_kinds="all")
     policies = {name: LoggingPolicy(beta=b) for name, b in (("low", -1.0), ("high", 1.0))}
     made_by = policies if several else None

@@ -12,7 +12,7 @@ from offtower.data.simulate import (
     LoggingPolicy,
     ObpWorld,
     SimulatedWorld,
-    log_of_several,
+    multi_policy_log,
     obp_synthetic,
     propensity_column,
     true_value,
@@ -59,7 +59,7 @@ def test_a_log_of_several_policies_knows_each_ones_probabilities(logging: str) -
         name: LoggingPolicy(logging, beta, 0.1)
         for name, beta in (("low", -1.0), ("high", 2.0), ("flat", 0.0))
     }
-    log = pa.concat_tables(log_of_several(world, 3 * 4096 + 2, 7, policies)).combine_chunks()
+    log = pa.concat_tables(multi_policy_log(world, 3 * 4096 + 2, 7, policies)).combine_chunks()
     assert log.num_rows == 3 * 4096 + 2
     assert log["behavior_policy"].to_pylist()[:4] == ["low", "high", "flat", "low"]
     logits = all_logits(world, log)
@@ -82,7 +82,7 @@ def test_a_log_of_several_policies_needs_several() -> None:
     one, two = LoggingPolicy(), LoggingPolicy("popularity")
     for rows, policies in ((9, {"a": one}), (1, {"a": one, "b": one}), (9, {"a": one, "b": two})):
         with pytest.raises(ConfigError, match=r"two or more|this world's kind"):
-            log_of_several(world, rows, 0, policies)
+            multi_policy_log(world, rows, 0, policies)
 
 
 def test_actions_and_rewards_follow_their_probabilities() -> None:

@@ -21,7 +21,7 @@ from offtower.data.encoding import FeatureEncoding, to_tensors
 from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
 from offtower.data.schema import LogSchema
-from offtower.data.simulate import LoggingPolicy, SimulatedWorld, log_of_several
+from offtower.data.simulate import LoggingPolicy, SimulatedWorld, multi_policy_log
 from offtower.errors import ConfigError, DataError, OfftowerError
 from offtower.evaluation import support_probe
 from offtower.evaluation.accumulators import EvaluationAccumulators
@@ -65,7 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_catalogue(folder / "catalogue", world.catalogue_table(), world.catalogue_schema)
     write_log(folder / "train", world.log(1500, seed=0), world.log_schema)
     several = {name: LoggingPolicy(beta=beta, epsilon=0.2) for name, beta in BETAS.items()}
-    write_log(folder / "drawn", log_of_several(world, 2001, 1, several), world.log_schema, 300)
+    write_log(folder / "drawn", multi_policy_log(world, 2001, 1, several), world.log_schema, 300)
     for name, objective in (("a", "ips"), ("b", "regression")):
         train_run(
             parse_config(

@@ -31,6 +31,7 @@ from offtower.data.manifest import find_parquet_files, read_manifest, write_mani
 from offtower.data.output import check_new, new_directory, new_file
 from offtower.data.parquet import Footer
 from offtower.data.schema import CatalogueSchema, FeatureKind, FeatureSpec
+from offtower.data.vectors import bad_vectors
 from offtower.errors import DataError
 
 _FILE_NAME = "part-00000.parquet"
@@ -257,7 +258,7 @@ class _BadItems:
         if self._spec.kind == "numeric":
             bad = np.flatnonzero(~np.isfinite(as_float_array(column)))
         else:
-            bad = _bad_vectors(column, self._dim)
+            bad = np.flatnonzero(bad_vectors(column, self._dim))
             if self._dim is None:
                 good = np.setdiff1d(np.arange(min(len(column), bad.size + 1)), bad)
                 self._dim = len(column[int(good[0])]) if good.size else None
@@ -279,9 +280,3 @@ class _BadItems:
 
 def _where(spec: FeatureSpec) -> str:
     return f"catalogue feature '{spec.name}' (column '{spec.source}')"
-
-
-def _bad_vectors(column: pa.ChunkedArray, dim: int | None) -> NDArray[np.int64]:
-    from offtower.data.rules import bad_vectors
-
-    return np.flatnonzero(bad_vectors(column, dim))

@@ -19,7 +19,7 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.location import AnyPath
 from offtower.data.log import TableOrigin
 from offtower.data.quarantine import REASON, write_aside
-from offtower.data.rules import Fault, bad_vectors, find_faults
+from offtower.data.rules import Fault, find_faults
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
 
@@ -28,7 +28,6 @@ __all__ = [
     "BadRow",
     "BadRowsError",
     "RowChecker",
-    "bad_vectors",
     "check_table",
     "count_faults",
     "first_bad_rows",

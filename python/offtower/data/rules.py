@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.columns import (
@@ -21,12 +20,8 @@ from offtower.data.columns import (
     is_text,
 )
 from offtower.data.schema import FeatureSpec, LogSchema
+from offtower.data.vectors import LARGEST, Mask, bad_vectors, vector_kinds
 from offtower.errors import DataError
-
-Mask = NDArray[np.bool_]
-
-LARGEST = float(np.finfo(np.float32).max)
-"""Features become float32; larger numbers would become infinite."""
 
 
 @dataclass(frozen=True)
@@ -72,47 +67,6 @@ def find_faults(table: pa.Table, schema: LogSchema, catalogue: Catalogue, file: 
         if left.any():
             found.append(Fault(rule.column, "wrong", rule.expected, left))
     return found
-
-
-def bad_vectors(column: Column, dim: int | None) -> Mask:
-    """(n,) rows whose list is null, of another length than `dim`, or not finite in float32.
-
-    Without a `dim` the commonest length is expected.
-    """
-    bad = np.zeros(len(column), dtype=bool)
-    for rows in vector_kinds(column, dim).values():
-        bad |= rows
-    return bad
-
-
-def vector_kinds(column: Column, dim: int | None) -> dict[str, Mask]:
-    """What is wrong with vectors, each with its rows."""
-    array = as_array(column)
-    n = len(array)
-    # Null lists hide whatever their slot of a fixed-size list holds.
-    null = pc.is_null(array).to_numpy(zero_copy_only=False)
-    lengths = pc.fill_null(pc.list_value_length(array), -1).to_numpy(zero_copy_only=False)
-    wanted = dim
-    if wanted is None:
-        known = lengths[~null]
-        wanted = int(np.bincount(known).argmax()) if known.size else 0
-    flat = pc.list_flatten(array)
-    values = as_float_array(flat)
-    usable = np.abs(values) <= LARGEST
-    null_inside, infinite, nan = (np.zeros(n, dtype=bool) for _ in range(3))
-    if not usable.all():
-        parents = pc.list_parent_indices(array).to_numpy(zero_copy_only=False)
-        nulls = pc.is_null(flat).to_numpy(zero_copy_only=False)
-        null_inside[parents[nulls]] = True
-        nan[parents[np.isnan(values) & ~nulls]] = True
-        infinite[parents[np.abs(values) > LARGEST]] = True
-    return {
-        "null": null,
-        "of wrong length": (lengths != wanted) & ~null,
-        "null inside": null_inside,
-        "NaN inside": nan,
-        "infinite inside": infinite,
-    }
 
 
 def _rules(schema: LogSchema, catalogue: Catalogue) -> Iterator[Rule]:

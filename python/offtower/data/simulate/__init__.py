@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from offtower.data.simulate.drawing import write_simulated_log
+from offtower.data.simulate.log_files import write_simulated_log
 from offtower.data.simulate.logging_policy import LoggingPolicy
+from offtower.data.simulate.multi_policy import multi_policy_log, propensity_column
 from offtower.data.simulate.obp_world import ObpWorld, obp_synthetic, true_value
-from offtower.data.simulate.several import log_of_several, propensity_column
-from offtower.data.simulate.world import FixedItemValue, PolicyValue, SimulatedWorld
+from offtower.data.simulate.policy_values import FixedItemValue, PolicyValue
+from offtower.data.simulate.world import SimulatedWorld
 
 __all__ = [
     "FixedItemValue",
@@ -14,7 +15,7 @@ __all__ = [
     "ObpWorld",
     "PolicyValue",
     "SimulatedWorld",
-    "log_of_several",
+    "multi_policy_log",
     "obp_synthetic",
     "propensity_column",
     "true_value",

@@ -1,7 +1,7 @@
-"""The features of a simulated world: drawn for contexts and items, written as columns, read back.
+"""Features of a simulated world, drawn for contexts and items.
 
 With `kinds="vector"` a context is one vector and an item is one vector. With `kinds="all"` the
-state that decides rewards is spread over every kind of feature, so that a tower must use them all:
+state that determines rewards depends on every kind of feature, so that a tower needs them all:
 
     state = vector + center[category] + mean of tag vectors (0 for an empty bag) + number direction
 
@@ -41,7 +41,7 @@ ITEM_NAMES = SideNames("action_context", "price", "genre", "tags")
 
 
 class Side:
-    """Draws the features of contexts (or items) and knows the state behind them.
+    """Draws the features of contexts (or items) and computes their state.
 
     Args:
         names: column names.
@@ -89,12 +89,12 @@ class Side:
         rng: np.random.Generator,
         category: NDArray[np.int64] | None = None,
     ) -> dict[str, pa.Array]:
-        """Columns of n rows whose vectors are given; the other features are drawn.
+        """Make the columns of n rows with these vectors; the other features are drawn.
 
         Args:
             vector: (n, dim) float32.
             rng: source of the draws.
-            category: (n,) category of each row; drawn where it is not given.
+            category: (n,) category of each row; drawn by default.
         """
         n = len(vector)
         columns = {self.names.vector: vector_array(vector)}
@@ -113,7 +113,7 @@ class Side:
         return columns
 
     def state(self, table: pa.Table) -> NDArray[np.float64]:
-        """(n, dim) state behind the feature columns of `table`.
+        """Compute the (n, dim) state of the feature columns of `table`.
 
         Raises:
             DataError: a category or tag is not one of this world's.

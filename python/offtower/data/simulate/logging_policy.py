@@ -1,4 +1,4 @@
-"""The logging policies of a simulated world: exact draws, exact probabilities."""
+"""Logging policies of a simulated world: exact draws with exact probabilities."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class LoggingPolicy:
     """pi_0(a|x) = (1 - epsilon) softmax_a(beta z) + epsilon / N.
 
     Attributes:
-        kind: "contextual" takes the z(x, a) of rewards; "popularity" the item's own part of it, and
-            then a draw costs O(log N) in place of O(N).
-        beta: sharpness; negative values prefer bad items.
+        kind: "contextual" uses z(x, a) of the rewards; "popularity" the item's part alone, so that
+            a draw costs O(log N) instead of O(N).
+        beta: inverse temperature; negative values prefer bad items.
         epsilon: share of uniform draws, in [0, 1].
 
     Raises:
@@ -40,11 +40,11 @@ class LoggingPolicy:
             raise ConfigError(f"epsilon must lie in [0, 1], but is {self.epsilon}")
 
     def context_factor(self, latent: Tensor) -> Tensor:
-        """(B, d) factor of the softmax's logit for contexts with z-factor `latent` (B, l)."""
+        """Return (B, d) context factors of the softmax's logits from z-factors `latent` (B, l)."""
         return self.beta * latent if self.kind == "contextual" else latent.new_zeros(len(latent), 1)
 
     def item_factor(self, latent: Tensor) -> Tensor:
-        """(N, d) factor of the softmax's logit for items with z-factor `latent` (N, l)."""
+        """Return (N, d) item factors of the softmax's logits from z-factors `latent` (N, l)."""
         if self.kind == "contextual":
             return latent
         return latent.new_zeros(len(latent), 1)
@@ -73,8 +73,8 @@ class LoggingPolicy:
         if self.kind == "popularity":
             probability = torch.softmax(self.beta * item_logit, dim=0)
             ends = torch.cumsum(probability, dim=0)
-            place = torch.from_numpy(rng.random(count)) * ends[-1]
-            drawn = torch.searchsorted(ends, place, right=True).clamp_(max=n_items - 1)
+            point = torch.from_numpy(rng.random(count)) * ends[-1]
+            drawn = torch.searchsorted(ends, point, right=True).clamp_(max=n_items - 1)
             action = torch.where(uniform, other, drawn)
             softmax = probability[action]
         else:
@@ -90,7 +90,7 @@ class LoggingPolicy:
                 generator=generator,
             )
             drawn = index[:, 0]
-            # The softmax's normaliser, from the drawn item: then any item's probability is known.
+            # The normalizer follows from the drawn item, and gives the probability of any item.
             log_normalizer = self.beta * logit(drawn) - log_prob[:, 0]
             action = torch.where(uniform, other, drawn)
             softmax = torch.exp(self.beta * logit(action) - log_normalizer)
@@ -99,9 +99,9 @@ class LoggingPolicy:
     def probability(
         self, context_latent: Tensor, item_latent: Tensor, item_logit: Tensor, action: Tensor
     ) -> Tensor:
-        """(B,) float64 pi_0(a|x) of the items `action` (B,), as an exact sum over the catalogue.
+        """Compute (B,) float64 pi_0(a|x) of the items `action` (B,) at O(N) a row.
 
-        Costs O(N) a row; the other arguments are those of `draw`.
+        The other arguments are those of `draw`.
         """
         if self.kind == "popularity":
             softmax = torch.softmax(self.beta * item_logit, dim=0)[action]

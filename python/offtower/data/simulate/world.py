@@ -11,8 +11,8 @@ with states s(x), s(a) that the features of contexts and items determine (`featu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,42 +20,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offtower import ops
 from offtower.data.catalogue import Catalogue
 from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.data.simulate.features import CONTEXT_NAMES, ITEM_NAMES, FeatureKinds, Side
 from offtower.data.simulate.logging_policy import LoggingKind, LoggingPolicy
+from offtower.data.simulate.policy_values import PolicyValues
 from offtower.errors import ConfigError
 
 _PARAMETERS, _ITEMS, _LOG, _CONTEXTS = 1, 2, 3, 4
-"""What a stream of random numbers is for; part of its key."""
+"""Purposes of random streams, part of their keys."""
 
 CHUNK_ROWS = 4096
-"""Rows drawn at a time. A part of what a seed means: another value draws other rows."""
+"""Rows drawn at a time. Another value draws other rows from the same seed."""
 
 _START = np.datetime64("2026-01-01T00:00:00", "us")
 _BETA_CONCENTRATION = 4.0
 
-EmbedContexts = Callable[[pa.Table], Tensor]
-"""Context columns of B rows -> (B, d) context embedding."""
 
-
-class PolicyValue(NamedTuple):
-    """Mean expected reward over drawn contexts, and its Monte-Carlo standard error."""
-
-    value: float
-    std_error: float
-
-
-class FixedItemValue(NamedTuple):
-    """The item that is best shown to everybody, and what that earns."""
-
-    item: int
-    value: float
-    std_error: float
-
-
-class SimulatedWorld:
+class SimulatedWorld(PolicyValues):
     """Contexts, items, rewards and a logging policy with known probabilities.
 
     Args:
@@ -65,9 +47,9 @@ class SimulatedWorld:
         latent_dim: rank of the interaction between contexts and items.
         seed: of the world; logs and contexts are drawn from it with seeds of their own.
         reward: "binary" draws Bernoulli(q); "continuous" draws Beta(4q, 4(1-q)), mean q.
-        logging: "contextual" is the pi_0 above; "popularity" leaves the context out of it, which
-            makes logs of many rows over many items cheap (see `LoggingPolicy`).
-        beta: sharpness of the logging policy; negative values prefer bad items.
+        logging: "contextual" is the pi_0 above; "popularity" ignores the context, so that a draw
+            costs O(log N) instead of O(N).
+        beta: inverse temperature of the logging policy; negative values prefer bad items.
         epsilon: share of uniform draws in the logging policy, in [0, 1].
         scale: standard deviation of the interaction in z.
         popularity: standard deviation of the item's own part of z.
@@ -141,7 +123,7 @@ class SimulatedWorld:
 
     @property
     def item_ids(self) -> pa.Array:
-        """(N,) item ids in the catalogue's order."""
+        """(N,) item ids in the order of the catalogue."""
         return self._ids_of(np.arange(self.n_items))
 
     @property
@@ -162,11 +144,11 @@ class SimulatedWorld:
         )
 
     def catalogue_table(self) -> pa.Table:
-        """One row per item: `item_id` and the feature columns."""
+        """Return one row per item: `item_id` and the feature columns."""
         return pa.table({"item_id": self.item_ids, **self._item_columns})
 
     def catalogue(self) -> Catalogue:
-        """The items with their features."""
+        """Return the items with their features."""
         return Catalogue.from_table(self.catalogue_table(), self.catalogue_schema)
 
     def log(
@@ -180,15 +162,15 @@ class SimulatedWorld:
     ) -> Iterator[pa.Table]:
         """Draw a log, in tables of a few thousand rows with the columns of `log_schema`.
 
-        `pscore` is exact (float64). The same arguments give the same rows. A contextual logging
-        policy costs O(items) a row.
+        `pscore` is exact (float64). The same arguments give the same rows. With a contextual
+        logging policy each row costs O(N).
 
         Args:
             n_rounds: rows in all.
             seed: of this log.
-            beta: in place of the world's, for a second behaviour policy.
-            epsilon: in place of the world's.
-            behavior_policy: name written into that column.
+            beta: instead of the world's, for a second behavior policy.
+            epsilon: instead of the world's.
+            behavior_policy: name written to that column.
         """
         for number in range(num_chunks(n_rounds)):
             yield self.log_chunk(
@@ -205,7 +187,7 @@ class SimulatedWorld:
         epsilon: float | None = None,
         behavior_policy: str = "logging",
     ) -> pa.Table:
-        """Table `number` of `log` with the same arguments; each can be drawn by itself."""
+        """Draw table `number` of `log` with the same arguments, without the others."""
         given = self.logging_policy
         policy = LoggingPolicy(
             given.kind,
@@ -238,143 +220,14 @@ class SimulatedWorld:
         )
 
     def contexts(self, n: int, seed: int = 0) -> pa.Table:
-        """Draw n fresh contexts: a table of the context columns."""
+        """Draw n new contexts: a table of the context columns."""
         chunks = (self._chunk(number, n, _CONTEXTS, seed) for number in range(num_chunks(n)))
         tables = [pa.table(self._draw_contexts(count, rng)[0]) for _, count, rng in chunks]
         return pa.concat_tables(tables).combine_chunks()
 
     def context_latent(self, contexts: pa.Table) -> Tensor:
-        """(B, latent_dim) float64: z's context factor, scale included."""
+        """Return z's context factor, (B, latent_dim) float64, scale included."""
         return torch.from_numpy(self._context_side.state(contexts) @ self._context_map.T)
-
-    def reward_model(self, contexts: pa.Table) -> ops.FactoredReward:
-        """q of these contexts and all items."""
-        return ops.FactoredReward(
-            self.context_latent(contexts), self.item_latent, self.item_logit, link="sigmoid"
-        )
-
-    def expected_reward(self, contexts: pa.Table, action: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(B,) q(x_i, a_i) for item indices `action`."""
-        logit = self._logit(self.context_latent(contexts), torch.from_numpy(action))
-        expected: NDArray[np.float64] = torch.sigmoid(logit).numpy()
-        return expected
-
-    def policy_rewards(
-        self,
-        contexts: pa.Table,
-        embed_contexts: EmbedContexts,
-        item_embedding: Tensor,
-        *,
-        temperature: float = 1.0,
-        item_bias: Tensor | None = None,
-        chunk_rows: int = 1024,
-    ) -> NDArray[np.float64]:
-        """Expected reward of a two-tower softmax policy in each context, exactly (float64).
-
-        Args:
-            contexts: (n rows) context columns.
-            embed_contexts: context columns of B rows -> (B, d).
-            item_embedding: (N, d).
-            temperature, item_bias: as in `ops.policy_terms`.
-            chunk_rows: contexts scored at a time.
-
-        Returns:
-            (n,) sum_a pi(a|x_i) q(x_i, a).
-        """
-        items = item_embedding.detach().double()
-        bias = None if item_bias is None else item_bias.detach().double()
-        parts = []
-        with torch.no_grad():
-            for start in range(0, contexts.num_rows, chunk_rows):
-                chunk = contexts.slice(start, chunk_rows)
-                terms = ops.policy_terms(
-                    embed_contexts(chunk).detach().double(),
-                    items,
-                    torch.zeros(chunk.num_rows, dtype=torch.int64, device="cpu"),
-                    temperature=temperature,
-                    item_bias=bias,
-                    reward_model=self.reward_model(chunk),
-                )
-                assert terms.expected_reward is not None
-                parts.append(terms.expected_reward.numpy())
-        return np.concatenate(parts) if parts else np.zeros(0)
-
-    def true_value(
-        self,
-        embed_contexts: EmbedContexts,
-        item_embedding: Tensor,
-        *,
-        temperature: float = 1.0,
-        item_bias: Tensor | None = None,
-        n_contexts: int = 10_000,
-        seed: int = 0,
-    ) -> PolicyValue:
-        """Value of a two-tower softmax policy over fresh contexts, with its standard error.
-
-        The sum over items is exact; only the contexts are sampled. `policy_rewards` gives the exact
-        value over a finite set of contexts.
-        """
-        return _mean(
-            self.policy_rewards(
-                self.contexts(n_contexts, seed),
-                embed_contexts,
-                item_embedding,
-                temperature=temperature,
-                item_bias=item_bias,
-            )
-        )
-
-    def logging_rewards(self, contexts: pa.Table) -> NDArray[np.float64]:
-        """(n,) expected reward of the logging policy in each context."""
-        policy = self.logging_policy
-        softmax = self.policy_rewards(
-            contexts,
-            lambda chunk: policy.context_factor(self.context_latent(chunk)),
-            policy.item_factor(self.item_latent),
-            item_bias=policy.beta * self.item_logit,
-        )
-        return (1.0 - policy.epsilon) * softmax + policy.epsilon * self.uniform_rewards(contexts)
-
-    def uniform_rewards(self, contexts: pa.Table) -> NDArray[np.float64]:
-        """(n,) mean of q over all items in each context."""
-        item = torch.zeros(self.n_items, 1, dtype=torch.float64, device="cpu")
-        return self.policy_rewards(contexts, lambda chunk: item.new_zeros(len(chunk), 1), item)
-
-    def best_rewards(self, contexts: pa.Table, chunk_rows: int = 1024) -> NDArray[np.float64]:
-        """(n,) expected reward of the best item in each context."""
-        parts = []
-        for start in range(0, contexts.num_rows, chunk_rows):
-            latent = self.context_latent(contexts.slice(start, chunk_rows))
-            score, _ = ops.top_k(latent, self.item_latent, 1, item_bias=self.item_logit)
-            parts.append(torch.sigmoid(score[:, 0]).numpy())
-        return np.concatenate(parts)
-
-    def value_of_logging_policy(self, n_contexts: int = 10_000, seed: int = 0) -> PolicyValue:
-        """Value of the logging policy over fresh contexts."""
-        return _mean(self.logging_rewards(self.contexts(n_contexts, seed)))
-
-    def value_of_uniform_policy(self, n_contexts: int = 10_000, seed: int = 0) -> PolicyValue:
-        """Value of showing random items, over fresh contexts."""
-        return _mean(self.uniform_rewards(self.contexts(n_contexts, seed)))
-
-    def value_of_best_policy(self, n_contexts: int = 10_000, seed: int = 0) -> PolicyValue:
-        """Value of the best item in each context: no policy has more."""
-        return _mean(self.best_rewards(self.contexts(n_contexts, seed)))
-
-    def best_fixed_item(self, n_contexts: int = 2_000, seed: int = 0) -> FixedItemValue:
-        """The item with the highest mean reward, chosen and valued on separate contexts."""
-        latent = self.context_latent(self.contexts(n_contexts, seed)).float()
-        items, logit = self.item_latent.float(), self.item_logit.float()
-        total = torch.zeros(self.n_items, dtype=torch.float64, device="cpu")
-        for first in range(0, n_contexts, 256):
-            for start in range(0, self.n_items, 16_384):
-                tile = slice(start, start + 16_384)
-                rewards = torch.sigmoid(latent[first : first + 256] @ items[tile].T + logit[tile])
-                total[tile] += rewards.sum(dim=0, dtype=torch.float64)
-        item = int(total.argmax())
-        fresh = self.contexts(n_contexts, seed + 1)
-        rewards_of_item = self.expected_reward(fresh, np.full(n_contexts, item))
-        return FixedItemValue(item, *_mean(rewards_of_item))
 
     def _chunk(
         self, number: int, n: int, purpose: int, seed: int
@@ -393,12 +246,9 @@ class SimulatedWorld:
         vectors = np.float32(np.sqrt(0.5)) * (self._user_vectors[users] + own)
         return self._context_side.columns(vectors, rng), users
 
-    def _logit(self, latent: Tensor, action: Tensor) -> Tensor:
-        return (latent * self.item_latent[action]).sum(dim=1) + self.item_logit[action]
-
 
 def num_chunks(n_rounds: int) -> int:
-    """Tables that `SimulatedWorld.log` gives.
+    """Count the tables of `SimulatedWorld.log`.
 
     Raises:
         ConfigError: there is no row.
@@ -411,8 +261,3 @@ def num_chunks(n_rounds: int) -> int:
 def _generator(seed: int, *purpose: int) -> np.random.Generator:
     sequence = np.random.SeedSequence(entropy=seed, spawn_key=purpose)
     return np.random.Generator(np.random.Philox(sequence))
-
-
-def _mean(rewards: NDArray[np.float64]) -> PolicyValue:
-    spread = rewards.std(ddof=1) if rewards.size > 1 else np.nan
-    return PolicyValue(float(rewards.mean()), float(spread / np.sqrt(rewards.size)))

@@ -1,4 +1,4 @@
-"""A simulated log written to disk, by one process or by many: the same files."""
+"""Simulated logs in files, which are the same whether one process draws them or many."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from offtower.data.location import AnyPath
 from offtower.data.log import write_log
 from offtower.data.parts import RowSource, write_log_parts
 from offtower.data.simulate.logging_policy import LoggingPolicy
-from offtower.data.simulate.several import chunk_of_several, log_of_several, rows_of_chunks
+from offtower.data.simulate.multi_policy import multi_policy_chunk, multi_policy_log, rows_of_chunks
 from offtower.data.simulate.world import CHUNK_ROWS, SimulatedWorld, num_chunks
 from offtower.mapping import Mapper
 from offtower.progress import Progress
 
 ROWS_PER_FILE = 262_144
-"""Fewer than other logs have: over a large catalogue each row costs a pass over it."""
+"""Fewer than in other logs: each row costs a pass over the catalogue."""
 
 
 def write_simulated_log(
@@ -34,21 +34,22 @@ def write_simulated_log(
 ) -> dict[str, Any]:
     """Write `world.log(n_rounds, seed)` as a log directory.
 
-    policies: by name, several that make the log in place of the world's own (`log_of_several`).
-    mapper: where files are drawn; they are the same with any.
+    Args:
+        policies: logging policies by name, instead of the world's own (`multi_policy_log`).
+        mapper: draws the files; they are the same with any.
 
     Returns:
         The manifest.
 
     Raises:
         DataError: the directory exists.
-        ConfigError: there is no row; or as `log_of_several`.
+        ConfigError: there is no row; or as `multi_policy_log`.
     """
     mapper, progress = mapper or Mapper(), progress or Progress()
     if policies is None:
         tables = world.log(n_rounds, seed)
     else:
-        tables = log_of_several(world, n_rounds, seed, policies)
+        tables = multi_policy_log(world, n_rounds, seed, policies)
     source = _Chunks(world, n_rounds, seed, policies)
     if mapper.distributed:
         return write_log_parts(
@@ -73,7 +74,7 @@ def write_simulated_log(
 
 
 class _Chunks(RowSource):
-    """The chunks of a simulated log, each drawn by itself."""
+    """Chunks of a simulated log; each can be drawn without the others."""
 
     def __init__(
         self,
@@ -93,4 +94,4 @@ class _Chunks(RowSource):
         if self._policies is None:
             yield self._world.log_chunk(unit, self._rounds, self._seed)
         else:
-            yield chunk_of_several(self._world, unit, self._rounds, self._seed, self._policies)
+            yield multi_policy_chunk(self._world, unit, self._rounds, self._seed, self._policies)

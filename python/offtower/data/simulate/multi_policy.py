@@ -1,4 +1,4 @@
-"""A simulated log of several behaviour policies, with each policy's propensity of every row."""
+"""Simulated logs of several behavior policies, with the propensity of each row under every one."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from offtower.errors import ConfigError
 from offtower.seeds import derive_seed
 
 
-def log_of_several(
+def multi_policy_log(
     world: SimulatedWorld, n_rounds: int, seed: int, policies: Mapping[str, LoggingPolicy]
 ) -> Iterator[pa.Table]:
-    """Draw a log that several policies made, row by row in turn, as equal parts as n allows.
+    """Draw a log whose rows come from several policies in turn.
 
-    The columns are those of `SimulatedWorld.log`, `behavior_policy` has the policy's name, and
-    beyond the schema there is a float64 column for each policy (`propensity_column`): its exact
-    probability of the logged item, whoever logged it.
+    The columns are those of `SimulatedWorld.log`. `behavior_policy` is the policy's name, and for
+    each policy a float64 column (`propensity_column`) has its exact probability of the logged item.
 
     Args:
         n_rounds: rows in all, at least one for each policy.
-        seed: of this log. policies: by name, each of the world's kind of logging policy.
+        seed: of this log.
+        policies: by name, each of the world's kind of logging policy.
 
     Raises:
         ConfigError: fewer than two policies, fewer rows than policies, or another kind.
@@ -42,43 +42,43 @@ def log_of_several(
     if any(policy.kind != kind for policy in policies.values()):
         raise ConfigError(f"the policies must be of this world's kind, '{kind}'")
     chunks = range(len(rows_of_chunks(n_rounds, count)))
-    return (chunk_of_several(world, number, n_rounds, seed, policies) for number in chunks)
+    return (multi_policy_chunk(world, number, n_rounds, seed, policies) for number in chunks)
 
 
 def propensity_column(name: str) -> str:
-    """Of the policy with that name."""
+    """Return the column of a policy's propensities."""
     return f"pscore_{name}"
 
 
 def rows_of_chunks(n_rounds: int, policies: int) -> NDArray[np.int64]:
-    """(c,) rows of each table that `log_of_several` gives."""
+    """Count the rows of each table of `multi_policy_log`: (c,)."""
     own = _rows_of_each(n_rounds, policies)
     first = np.arange(num_chunks(own[0]))[:, None] * CHUNK_ROWS
     rows: NDArray[np.int64] = np.clip(np.array(own) - first, 0, CHUNK_ROWS).sum(axis=1)
     return rows
 
 
-def chunk_of_several(
+def multi_policy_chunk(
     world: SimulatedWorld,
     number: int,
     n_rounds: int,
     seed: int,
     policies: Mapping[str, LoggingPolicy],
 ) -> pa.Table:
-    """Table `number` of `log_of_several` with the same arguments; each can be drawn by itself."""
+    """Draw table `number` of `multi_policy_log` with the same arguments, without the others."""
     own = _rows_of_each(n_rounds, len(policies))
-    # Chunks are of equal length, save the last ones; a longer share may have one more.
+    # The last chunk of a policy is shorter; policies with more rows may have one more chunk.
     parts = [
         world.log_chunk(
             number,
-            own[place],
-            derive_seed(seed, "behavior policy", place),
+            own[index],
+            derive_seed(seed, "behavior policy", index),
             beta=policy.beta,
             epsilon=policy.epsilon,
             behavior_policy=name,
         )
-        for place, (name, policy) in enumerate(policies.items())
-        if number < num_chunks(own[place])
+        for index, (name, policy) in enumerate(policies.items())
+        if number < num_chunks(own[index])
     ]
     turn = np.argsort(np.concatenate([np.arange(part.num_rows) for part in parts]), kind="stable")
     table = pa.concat_tables(parts).take(pa.array(turn)).combine_chunks()
@@ -92,4 +92,4 @@ def chunk_of_several(
 
 
 def _rows_of_each(n_rounds: int, policies: int) -> list[int]:
-    return [n_rounds // policies + (place < n_rounds % policies) for place in range(policies)]
+    return [n_rounds // policies + (index < n_rounds % policies) for index in range(policies)]
