@@ -59,8 +59,8 @@ class TwoTowerPolicyLearner:
         reward_model: settings of `offtower.config.RewardModelConfig`, such as
             {"kind": "dense", "estimator": "sklearn.linear_model:LogisticRegression"}; None uses
             two towers ("factored") for objectives that require a model, and no model otherwise.
-        optimizer, learning_rate, weight_decay, gradient_clip, batch_size, epochs, shuffle,
-        patience, validation_estimator: see `offtower.config.TrainingConfig`.
+        optimizer: this and the arguments up to validation_estimator are those of
+            `offtower.config.TrainingConfig`.
         random_state: seed.
         device: for training, as `training.device`; the fitted policy is on the CPU.
 

@@ -52,7 +52,9 @@ def search(
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw a slate from the policy, with propensities.")
     ] = False,
-    mode: Annotated[Mode, typer.Option(help="How to draw; see docs/retrieval.md.")] = "softmax",
+    mode: Annotated[
+        Mode, typer.Option(help="How to draw; see docs/reference/retrieval.md.")
+    ] = "softmax",
     exclude: Annotated[
         str | None, typer.Option(help="Comma-separated ids of items to leave out.")
     ] = None,

@@ -263,14 +263,17 @@ def evaluate_rows(
 ) -> EvaluationResult:
     """Evaluate policies on the same logged rows.
 
-    rows_by_policy: per policy the rows as it sees them, in the same order.
-    estimators: objects, or names that need no parameter; by default IPS and SNIPS, and DM and DR
-        where every policy's rows have a reward model's terms.
-    support: by policy, the logging probabilities of items drawn from that policy
-        (`diagnostics.support_probe`).
-    options: the other fields of `EvaluationOptions`.
-    Raises OfftowerError for rows that differ between policies, fewer than two rows, missing
-    columns, a log without support, or wrong options.
+    Args:
+        rows_by_policy: per policy the rows as it sees them, in the same order.
+        estimators: objects, or names that need no parameter; by default IPS and SNIPS, and DM and
+            DR where every policy's rows have a reward model's terms.
+        support: by policy, the logging probabilities of items drawn from that policy
+            (`diagnostics.support_probe`).
+        options: the other fields of `EvaluationOptions`.
+
+    Raises:
+        OfftowerError: rows differ between policies, there are fewer than two rows, a column is
+            missing, the log lacks support, or an option is wrong.
     """
     chosen = _estimators(rows_by_policy, estimators)
     try:
