@@ -279,7 +279,7 @@ def run_log(task: tuple[World, int, dict[str, Selector], Store | None]) -> dict[
     return {"estimates": estimates, "orders": orders, "seconds": seconds}
 
 
-def summarise(
+def summarize(
     mse: Array, orders: dict[str, NDArray[np.int64]], truth_errors: Array
 ) -> dict[str, dict[str, Any]]:
     """Regret and rank correlation, mean and standard error over repetitions, by selector.
@@ -346,7 +346,7 @@ def run_world(world: World, args: argparse.Namespace, map_: Callable[..., Any]) 
             name: {"regret": relative[:, j].tolist(), "mean_regret": float(relative[:, j].mean())}
             for j, name in enumerate(names)
         },
-        "selectors": summarise(mse, orders, errors),
+        "selectors": summarize(mse, orders, errors),
         "seconds": {name: float(np.mean([r["seconds"][name] for r in judged])) for name in chosen},
         "chosen": {
             name: {

@@ -71,7 +71,7 @@ class Task:
             wide.context.float(), wide.item.float(), wide.item_bias.float(), link="sigmoid"
         )
 
-    def landmarks(self) -> dict[str, float]:
+    def baselines(self) -> dict[str, float]:
         return {
             "logging": float(self.world.logging_rewards(self.contexts.slice(0, 64)).mean()),
             "uniform": float(self.world.uniform_rewards(self.contexts.slice(0, 64)).mean()),
@@ -271,7 +271,7 @@ def draw_figure(results: dict[str, Any], path: Path) -> None:
                 color="black" if name == "exact" else None,
                 linewidth=2.5 if name == "exact" else 1.5,
             )
-        axes.axhline(results["landmarks"]["logging"], color="grey", linestyle=":", label="logging")
+        axes.axhline(results["baselines"]["logging"], color="grey", linestyle=":", label="logging")
         axes.set_xscale("log")
         axes.set_xlabel("seconds of training")
         axes.set_title(f"true value of {what}", loc="left", fontsize=10)
@@ -314,9 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.json is not None and given.json.exists():
         results = json.loads(given.json.read_text())
     task = Task(given.items, given.rows, given.contexts)
-    if "landmarks" not in results:
-        results |= {"items": given.items, "rows": given.rows, "landmarks": task.landmarks()}
-    print(json.dumps(results["landmarks"]), flush=True)
+    if "baselines" not in results:
+        results |= {"items": given.items, "rows": given.rows, "baselines": task.baselines()}
+    print(json.dumps(results["baselines"]), flush=True)
     for method, own in given.methods:
         print(method, flush=True)
         seconds = own or given.seconds

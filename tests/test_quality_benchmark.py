@@ -1,4 +1,4 @@
-"""The quality benchmark: exact values, honest landmarks, a table that goes on where it stopped."""
+"""Tests of the quality benchmark: exact values, baselines, resumption, summary."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from offtower.benchmarks import Settings
 from offtower.benchmarks.quality import suite
 from offtower.benchmarks.quality.bilinear import BilinearWorld, bilinear
 from offtower.benchmarks.quality.labels import LabelSet, as_feedback, load_label_set
-from offtower.benchmarks.quality.methods import METHODS, Learned, NotForThisWorld
+from offtower.benchmarks.quality.methods import METHODS, MethodResult, NotApplicable
 from offtower.benchmarks.quality.revealed import revealed
 from offtower.benchmarks.quality.settings import load_settings
-from offtower.benchmarks.quality.summary import summarise
-from offtower.benchmarks.quality.world import Value, of_scores
+from offtower.benchmarks.quality.summary import summarize
+from offtower.benchmarks.quality.world import Value, value_of_scores
 from offtower.errors import ConfigError, DataError
 
 
-def test_value_of_scores_by_enumeration() -> None:
+def test_value_of_scores_matches_enumeration() -> None:
     logit = torch.tensor([[0.0, np.log(3.0)], [np.log(4.0), 0.0]], dtype=torch.float64)
     expected = torch.tensor([[0.2, 0.6], [0.5, 1.0]], dtype=torch.float64)
-    found = of_scores(logit, expected)
+    found = value_of_scores(logit, expected)
     assert found.softmax == pytest.approx((0.25 * 0.2 + 0.75 * 0.6 + 0.8 * 0.5 + 0.2 * 1.0) / 2)
     assert found.greedy == pytest.approx((0.6 + 0.5) / 2)
 
 
-def test_logged_propensities_are_those_that_drew() -> None:
-    """Of 40,000 rounds each action's count is within 5 standard errors of its propensities' sum."""
+def test_actions_are_drawn_with_the_logged_propensities() -> None:
+    """In 40,000 rounds each action's count is within 5 standard errors of its expectation."""
     world = BilinearWorld(6, 2.0, seed=1)
     log = world.sample(40_000, seed=2)
     pi = world.logging(world.expected(log["context"]))
@@ -40,9 +40,9 @@ def test_logged_propensities_are_those_that_drew() -> None:
     assert (np.abs(np.bincount(log["action"], minlength=6) - pi.sum(0)) < 5 * spread).all()
 
 
-def test_landmarks_are_ordered_and_nothing_of_the_truth_is_in_the_log() -> None:
+def test_baselines_are_ordered_and_the_log_has_no_expected_rewards() -> None:
     world = bilinear(5, 1.0, 200, seed=0)
-    marks = world.landmarks
+    marks = world.baselines
     assert 0 < marks["logging"] < marks["optimum"] and marks["best_fixed"] < marks["optimum"]
     assert set(world.log.table.column_names) == {"context", "action", "reward", "pscore"}
 
@@ -55,26 +55,26 @@ def label_set() -> LabelSet:
     return LabelSet("toy", *parts)
 
 
-def test_label_feedback_has_true_rewards_and_exact_landmarks() -> None:
+def test_label_feedback_has_label_rewards_and_exact_baselines() -> None:
     labels = label_set()
     world = as_feedback(labels, 500, seed=0, fraction=0.5)
     reward = world.log.table["reward"].to_numpy()
     tokens = world.log.table["tokens"].to_pylist()
     for row in range(0, 500, 25):
-        # Label k is on exactly where token k is.
+        # Label k applies exactly where token k occurs.
         assert reward[row] == float(world.log.table["action"][row].as_py() in tokens[row])
     test = labels.test_labels.toarray()
-    assert world.landmarks["best_fixed"] == pytest.approx(float(test.mean(0).max()))
-    assert world.landmarks["optimum"] == pytest.approx(float(test.max(1).mean()))
-    assert world.landmarks["supervised"] > 0.8 * world.landmarks["optimum"]
+    assert world.baselines["best_fixed"] == pytest.approx(float(test.mean(0).max()))
+    assert world.baselines["optimum"] == pytest.approx(float(test.max(1).mean()))
+    assert world.baselines["supervised"] > 0.8 * world.baselines["optimum"]
     torch.testing.assert_close(world.truth.expected(3, 5).numpy(), test[3:5].astype(np.float64))
 
 
-def test_revealed_pairs_are_those_that_the_log_shows() -> None:
+def test_revealed_matches_pairs_counted_by_hand() -> None:
     labels = label_set()
     world = as_feedback(labels, 2000, seed=0, fraction=0.5)
     found = revealed(world)
-    # By hand: rounds of each (tokens, label).
+    # Rounds of each (tokens, label) pair.
     table = world.log.table
     tokens = [tuple(sorted(row)) for row in table["tokens"].to_pylist()]
     shown: dict[tuple[tuple[int, ...], int], list[tuple[float, float]]] = {}
@@ -96,19 +96,18 @@ def test_revealed_pairs_are_those_that_the_log_shows() -> None:
             assert found.chance[context, action] == pytest.approx(chance)
 
 
-def test_all_labels_revealed_are_as_good_as_supervision() -> None:
-    """A log of thousands of uniform rounds shows every pair: the line is the supervised one, or
-    above it, since its penalty is the best."""
+def test_revealed_labels_reach_the_supervised_baseline_when_all_pairs_are_shown() -> None:
+    """Thousands of uniform rounds show every pair, and the penalty is the best of several."""
     world = as_feedback(label_set(), 5000, seed=0, fraction=0.5, epsilon=1.0)
     assert revealed(world).known.mean() > 0.99
     best = METHODS["revealed_labels"](world, 0)
-    assert best.value.greedy >= world.landmarks["supervised"]
+    assert best.value.greedy >= world.baselines["supervised"]
     assert best.value.softmax == pytest.approx(best.value.greedy, abs=1e-6)
-    with pytest.raises(NotForThisWorld, match="no labels"):
+    with pytest.raises(NotApplicable, match="no labels"):
         METHODS["revealed_labels"](bilinear(3, 1.0, 60, seed=0), 0)
 
 
-def test_label_set_files(tmp_path: Path) -> None:
+def test_load_label_set_reads_saved_files(tmp_path: Path) -> None:
     labels = label_set()
     for part, x, y in (
         ("train", labels.train_features, labels.train_labels),
@@ -133,13 +132,13 @@ methods: [good, bad]
 """
 
 
-def test_a_table_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_table_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
     def method(name: str, value: float):  # type: ignore[no-untyped-def]
-        def learn(world: object, seed: int) -> Learned:
+        def learn(world: object, seed: int) -> MethodResult:
             calls.append(name)
-            return Learned(Value(value + 0.01 * seed, value), 0.1)
+            return MethodResult(Value(value + 0.01 * seed, value), 0.1)
 
         return learn
 
@@ -151,7 +150,7 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(calls) == 8
     results = tmp_path / "out" / "results.jsonl"
     lines = results.read_text().splitlines()
-    # The last two cells are lost, one of them half-written.
+    # Drop the last two cells; the first of them is partly written.
     results.write_text("\n".join(lines[:6]) + '\n{"world": "bili')
     assert suite.run(settings) == first and len(calls) == 10
     assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 9
@@ -162,7 +161,7 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         suite.run(settings)
 
 
-def test_summary_pairs_by_seed() -> None:
+def test_summary_pairs_methods_by_seed() -> None:
     lines = [
         {
             "world": "w",
@@ -172,20 +171,20 @@ def test_summary_pairs_by_seed() -> None:
             "value": value + 0.1 * seed + 0.02 * start,
             "greedy": 0.9,
             "seconds": 1.0,
-            "landmarks": {"logging": 0.1},
+            "baselines": {"logging": 0.1},
         }
         for seed in (0, 1, 2)
         for start in (0, 1)
         for method, value in (("auto", 0.6 + 0.01 * seed), ("ips", 0.5))
     ]
-    world = summarise(lines)["worlds"]["w"]
+    world = summarize(lines)["worlds"]["w"]
     assert world["paired"]["ips"]["mean"] == pytest.approx(0.11)
     assert world["paired"]["ips"]["error"] == pytest.approx(0.01 / np.sqrt(3))
     assert world["methods"]["ips"]["spread"] == pytest.approx(0.1)
     assert world["methods"]["ips"]["start_spread"] == pytest.approx(np.sqrt(0.0002))
 
 
-def test_configurations_of_the_source_tree_are_whole() -> None:
+def test_settings_files_of_the_source_tree_load() -> None:
     folder = Path(__file__).parent.parent / "configs" / "quality"
     for path in sorted(folder.glob("*.yaml")):
         settings = load_settings(path)
@@ -193,7 +192,7 @@ def test_configurations_of_the_source_tree_are_whole() -> None:
         assert set(settings.methods) <= set(METHODS)
 
 
-def test_mistakes_are_explained(tmp_path: Path) -> None:
+def test_invalid_settings_name_the_key(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("name: x\nmethods: [auto]\nworlds: [{kind: bilinear, action: 3}]\n")
     with pytest.raises(ConfigError, match=r"worlds\.0\.bilinear"):

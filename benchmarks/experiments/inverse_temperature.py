@@ -46,7 +46,7 @@ def shares(actions: int, beta: float, seed: int) -> dict[str, float]:
         for o in options
     }
     policies["as they are"] = join(found.members[NAME], 1.0)
-    best = world.landmarks["optimum"]
+    best = world.baselines["optimum"]
     result = {k: value(world, p, data.items).softmax / best for k, p in policies.items()}
     greedy = value(world, policies["as they are"], data.items).greedy / best
     return {**result, "greedy": greedy}

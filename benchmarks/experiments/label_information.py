@@ -64,7 +64,7 @@ def information(labels: LabelSet, rounds: int, seed: int) -> dict[str, float]:
     full, random = ridge(x, labels.train_labels, some)
     (documents,) = ridge(x[whole], labels.train_labels[whole])
     result = {
-        "logging": world.landmarks["logging"],
+        "logging": world.baselines["logging"],
         "positive labels": float(everything.nnz),
         "positive labels revealed": float(positives),
         "all labels": max(map(greedy, full)),

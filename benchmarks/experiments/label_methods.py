@@ -160,12 +160,12 @@ def measured(labels: LabelSet, rounds: int, seed: int, ways: dict[str, Way]) -> 
     world = as_feedback(labels, rounds, seed)
     truth = torch.from_numpy(labels.test_labels.toarray())
     width = labels.train_features.shape[1]
-    print(f"{labels.name}: " + "  ".join(f"{k} {v:.3f}" for k, v in world.landmarks.items()))
+    print(f"{labels.name}: " + "  ".join(f"{k} {v:.3f}" for k, v in world.baselines.items()))
 
     def greedy(scores: Tensor) -> float:
         return float(truth.gather(1, scores.argmax(dim=1, keepdim=True)).mean())
 
-    found: dict[str, object] = {"landmarks": world.landmarks}
+    found: dict[str, object] = {"baselines": world.baselines}
     for name, way in ways.items():
         began = time.perf_counter()
         scores = [learn(world, width, way, member) for member in range(3)]

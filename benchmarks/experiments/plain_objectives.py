@@ -60,13 +60,13 @@ class World:
 
 def nearest_worlds(candidates: int, count: int) -> list[World]:
     def distance(seed: int) -> float:
-        logging, optimum, _ = landmarks(World(seed), 1000)
+        logging, optimum, _ = baselines(World(seed), 1000)
         return (logging - LIKE["logging"]) ** 2 + (optimum - LIKE["optimum"]) ** 2
 
     return [World(seed) for seed in sorted(range(candidates), key=distance)[:count]]
 
 
-def landmarks(world: World, contexts: int) -> tuple[float, float, float]:
+def baselines(world: World, contexts: int) -> tuple[float, float, float]:
     """Value of the logging policy, of the best one, and of the best fixed action."""
     log = world.sample(contexts, seed=99)
     q = log["expected_reward"]
@@ -120,7 +120,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     worlds = nearest_worlds(arguments.candidates, arguments.seeds)
-    logging, optimum, fixed = np.mean([landmarks(world, 5000) for world in worlds], axis=0)
+    logging, optimum, fixed = np.mean([baselines(world, 5000) for world in worlds], axis=0)
     print(f"logging {logging:.3f}  best fixed action {fixed:.3f}  optimum {optimum:.3f}")
     results = [
         learn(world, objective, seed, arguments.epochs)

@@ -124,7 +124,7 @@ def results(beta: float, seed: int, objectives: Sequence[str], clone_epochs: int
         clone = learn(data, seed, "behavior_cloning", {}, clone_epochs)
         save_policy(Path(folder) / "clone", clone, {})
         found: dict[str, Any] = {
-            "landmarks": quality.landmarks,
+            "baselines": quality.baselines,
             "clone": judged(clone),
         }
         for objective in objectives:
@@ -151,7 +151,7 @@ def main() -> None:
             for seed in range(arguments.seeds)
         ]
         everything[f"beta {beta:g}"] = runs
-        marks = {k: np.mean([run["landmarks"][k] for run in runs]) for k in runs[0]["landmarks"]}
+        marks = {k: np.mean([run["baselines"][k] for run in runs]) for k in runs[0]["baselines"]}
         print(f"beta {beta:g}: " + "  ".join(f"{k} {v:.3f}" for k, v in marks.items()))
         print("  clone: " + _line([run["clone"] for run in runs]))
         for objective in arguments.objectives:

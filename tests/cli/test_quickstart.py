@@ -1,4 +1,4 @@
-"""The main job, end to end, as `make quickstart` runs it."""
+"""End-to-end test of `offtower quickstart`, as `make quickstart` runs it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from offtower.cli import app
 
 
-def test_quickstart_from_the_install_to_the_report(tmp_path: Path) -> None:
+def test_quickstart_writes_a_report_with_unbiased_estimates(tmp_path: Path) -> None:
     out = tmp_path / "quickstart"
     result = CliRunner().invoke(app, ["quickstart", "--out", str(out), "--json"])
     assert result.exit_code == 0, result.output
@@ -18,7 +18,7 @@ def test_quickstart_from_the_install_to_the_report(tmp_path: Path) -> None:
     real, synthetic = content["logs"]
     assert real["n"] == 4000 and real["log"]["items"] == 34
     assert set(real["objectives"].values()) == {"auto", "regression", "ips", "dr"}
-    # A hundred clicks cannot say more, and the gate must know it.
+    # About a hundred clicks are too few for a verdict.
     for policy in real["policies"].values():
         assert policy["verdict"]["decision"] == "not enough evidence"
     for name, policy in synthetic["policies"].items():
@@ -30,6 +30,6 @@ def test_quickstart_from_the_install_to_the_report(tmp_path: Path) -> None:
             found = policy["estimates"][estimator]
             assert abs(found["value"] - truth) < 4 * found["std_error"]
     html = (out / "report.html").read_text()
-    # Of each log: estimates, learning curves, weights, calibration of the reward model.
-    assert html.count("<svg") == 2 * 8  # each chart wide and narrow
+    # Estimates, learning curves, weights and calibration per log, each in two widths.
+    assert html.count("<svg") == 2 * 8
     assert "best possible policy" in html

@@ -14,8 +14,8 @@ import torch
 from offtower import TwoTowerPolicyLearner
 from offtower.benchmarks.quality.bilinear import BilinearWorld
 from offtower.benchmarks.quality.labels import as_feedback, long_tail
-from offtower.benchmarks.quality.world import of_scores
 from offtower.benchmarks.quality.world import value as quality_value
+from offtower.benchmarks.quality.world import value_of_scores
 from offtower.config import Config, parse_config
 from offtower.data.catalogue import Catalogue
 from offtower.data.convert import from_bandit_feedback
@@ -328,7 +328,7 @@ def test_linear_members_reach_the_convex_optimum_of_tokens_and_ids() -> None:
 
         optimizer.step(loss)
         scores = (test @ weights + bias).detach()
-        best = max(best, of_scores(scores, world.truth.expected(0, len(test))).greedy)
+        best = max(best, value_of_scores(scores, world.truth.expected(0, len(test))).greedy)
     assert best > 0.7
     # Behind a linear layer of each tower it is .88 of it.
     assert found > 0.94 * best

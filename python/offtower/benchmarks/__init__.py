@@ -1,4 +1,4 @@
-"""Measurements that an installation can make of itself: `offtower benchmark SUITE`."""
+"""Benchmark suites of `offtower benchmark SUITE`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SUITES: Mapping[str, str] = {
     "memory": "offtower.benchmarks.memory:run",
     "quality": "offtower.benchmarks.quality.suite:run",
 }
-"""Suite -> import path of a `Suite`. Another one is one more line here."""
+"""Import path of each suite's function."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every suite takes."""
+    """Settings shared by all suites."""
 
     items: tuple[int, ...]
     dim: int
@@ -29,26 +29,26 @@ class Settings:
     steps: int
     peers: bool
     config: Path | None = None
-    """quality: which worlds, methods and seeds."""
+    """quality: YAML file of worlds, methods and seeds."""
     out: Path | None = None
-    """quality: folder of results."""
+    """quality: output folder."""
     data: str | None = None
-    """quality: beginning of the file names of a label set."""
+    """quality: PREFIX of the files PREFIX-train.npz and PREFIX-test.npz of a label set."""
     minutes: float | None = None
-    """quality: begin nothing new after so long."""
+    """quality: start no cell after this many minutes."""
     say: Callable[[str], None] = lambda text: None
-    """Where lines for people go, as soon as they are known."""
+    """Called with each line of progress."""
 
 
 Suite = Callable[[Settings], dict[str, Any]]
-"""Measures, tells `say`, and returns what --json prints."""
+"""Runs the measurements, reports progress to `say` and returns the content of --json."""
 
 
 def load_suite(name: str) -> Suite:
-    """The suite called `name`.
+    """Import a suite.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: No suite has this name.
     """
     if name not in SUITES:
         raise ConfigError(f"unknown suite '{name}'; known: {', '.join(SUITES)}")

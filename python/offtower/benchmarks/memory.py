@@ -1,4 +1,4 @@
-"""Peak memory of a training run with an embedding of every item's id, in a process of its own."""
+"""Peak memory of training runs with an item-id embedding table, one process per run."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ VARIANTS: dict[str, tuple[str, str]] = {
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Write a log and a catalogue, then train on them once a variant."""
+    """Write a log and a catalogue, then train on them once per variant."""
     results: list[dict[str, Any]] = []
     settings.say(
-        f"peak resident memory, ids embedded in {settings.dim} numbers, {world.WIDTH} features"
+        f"peak resident memory, id embeddings of width {settings.dim}, {world.WIDTH} features"
     )
     for items in settings.items:
         with tempfile.TemporaryDirectory(prefix="offtower-benchmark-") as temporary:
@@ -52,7 +52,7 @@ def _in_own_process(folder: Path, variant: str, settings: Settings) -> dict[str,
 
 
 def train(folder: Path, variant: str, batch: int, dim: int) -> dict[str, Any]:
-    """One epoch; what this process needed at most."""
+    """Train for one epoch and return the peak memory of this process."""
     from offtower.metrics import read_metrics
     from offtower.training.run import train_run
 
@@ -72,7 +72,8 @@ def train(folder: Path, variant: str, batch: int, dim: int) -> dict[str, Any]:
 
 
 def peak_gib() -> float:
-    """Most resident memory of this process. (getrusage would count the parent's at the fork.)"""
+    """Return the peak resident memory of this process."""
+    # getrusage includes the parent's memory at the fork.
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
@@ -86,5 +87,5 @@ def peak_gib() -> float:
 
 
 if __name__ == "__main__":
-    place, name, rows, width = sys.argv[1:]
-    print(json.dumps(train(Path(place), name, int(rows), int(width))))
+    path, name, rows, width = sys.argv[1:]
+    print(json.dumps(train(Path(path), name, int(rows), int(width))))

@@ -1,4 +1,4 @@
-"""Milliseconds of one call of the fused operators, beside the reference and other ways."""
+"""Milliseconds per call of the fused operators, the reference and other implementations."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from offtower import ops
 from offtower.benchmarks import Settings
 from offtower.benchmarks.peers import EAGER_CELLS, Unavailable, obp_learner
-from offtower.benchmarks.train import tell_skipped
+from offtower.benchmarks.train import report_skipped
 
 Call = Callable[[], object]
 
 CELLS = 2e10
-"""Logits of all calls of one line; fewer calls are made where there would be more."""
+"""Most logits of all calls of one measurement; limits the number of calls."""
 
 REFERENCE_CELLS = 5e8
-"""Logits of one call beyond which the reference is left out: it would take minutes."""
+"""Most logits of one call of the reference, which would take minutes beyond."""
 
 
 class Operands:
@@ -40,7 +40,7 @@ class Operands:
 
 
 def fused(x: Operands, backend: Any) -> Mapping[str, Call]:
-    """The three uses of the operator, by one backend."""
+    """Return the three measured calls of one backend."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -58,7 +58,7 @@ def fused(x: Operands, backend: Any) -> Mapping[str, Call]:
 
 
 def eager(x: Operands) -> Mapping[str, Call]:
-    """Plain torch: the whole array of logits, and autograd through it."""
+    """Return the calls in plain torch, which materialize all logits."""
 
     def log_prob() -> Tensor:
         return torch.log_softmax(x.u @ x.v.T, 1).gather(1, x.action[:, None]).mean()
@@ -81,10 +81,10 @@ def eager(x: Operands) -> Mapping[str, Call]:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Every way to the same terms at every catalogue size, in turn."""
+    """Measure every implementation at every catalogue size, interleaved."""
     results: list[dict[str, Any]] = []
     settings.say(
-        f"milliseconds a call, {settings.batch} rows, d = {settings.dim}, "
+        f"milliseconds per call, {settings.batch} rows, d = {settings.dim}, "
         f"{torch.get_num_threads()} threads; x is times the fastest"
     )
     for items in settings.items:
@@ -94,11 +94,11 @@ def run(settings: Settings) -> dict[str, Any]:
         for name in reversed(ops.available_backends()):
             why = ""
             if name == "reference" and cells > REFERENCE_CELLS:
-                why = f"{settings.batch} x {items:,} logits take it too long"
+                why = f"{settings.batch} x {items:,} logits are too many for it"
             results += _skipped(settings, items, f"offtower {name}", why)
             if not why:
                 ways[f"offtower {name}"] = fused(x, name)
-        # Three arrays of logits and what autograd keeps of them, where DR counts q as well.
+        # DR materializes three arrays of logits, and autograd saves more.
         why = "" if 2 * cells <= EAGER_CELLS else f"arrays of {settings.batch} x {items:,} logits"
         results += _skipped(settings, items, "plain torch", why)
         if not why:
@@ -126,7 +126,7 @@ def _measured(
                 x.u.grad = x.v.grad = None
                 began = time.perf_counter()
                 way[what]()
-                # The first of each warms up.
+                # The first call of each warms up.
                 if turn:
                     times[name].append(time.perf_counter() - began)
         medians = {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
@@ -137,13 +137,13 @@ def _measured(
 
 
 def _obp(settings: Settings, items: int) -> dict[str, Any]:
-    """OBP has no such operator; a step of its learner is what its users wait for."""
+    """Measure a training step of OBP's learner; OBP has no such operator."""
     line = {"items": items, "terms": "a training step", "way": "OBP NNPolicyLearner"}
     try:
         rate = obp_learner(items, settings.dim, settings.batch, settings.steps)
     except Unavailable as reason:
         line["skipped"] = str(reason)
-        tell_skipped(settings, items, "OBP NNPolicyLearner", str(reason))
+        report_skipped(settings, items, "OBP NNPolicyLearner", str(reason))
         return line
     line["ms"] = 1e3 * settings.batch / rate
     settings.say(f"{items:>12,}  {line['terms']:<18}{line['way']:<26}{line['ms']:12,.2f}")
@@ -153,5 +153,5 @@ def _obp(settings: Settings, items: int) -> dict[str, Any]:
 def _skipped(settings: Settings, items: int, way: str, why: str) -> list[dict[str, Any]]:
     if not why:
         return []
-    tell_skipped(settings, items, way, why)
+    report_skipped(settings, items, way, why)
     return [{"items": items, "way": way, "skipped": why}]

@@ -1,4 +1,4 @@
-"""Other trainers of the same two towers on the same data, where they are installed.
+"""Other packages' trainers on the same data, if they are installed.
 
 Each takes (items, dim, batch, steps) and returns rows per second.
 """
@@ -22,18 +22,18 @@ from offtower.benchmarks import world
 Peer = Callable[[int, int, int, int], float]
 
 EAGER_CELLS = 3e8
-"""Logits of one step that plain torch is given: a few GB with what autograd keeps."""
+"""Most logits per step for plain torch: a few GB including what autograd saves."""
 
 OBP_CELLS = 3e7
-"""Rows x actions that OBP is given: it holds several arrays of them in float64."""
+"""Most rows x actions for OBP, which holds several float64 arrays of that size."""
 
 
 class Unavailable(Exception):
-    """A peer that is not installed, or does not go that far; the message says which."""
+    """The peer is not installed or cannot handle the size; the message gives the reason."""
 
 
 def plain_torch(items: int, dim: int, batch: int, steps: int) -> float:
-    """The same model and loss in eager torch: all items through the tower, log_softmax over all."""
+    """The same model and loss in eager torch, with log_softmax over all items."""
     if batch * items > EAGER_CELLS:
         raise Unavailable(f"a (batch, items) array of {batch} x {items:,} logits, and its gradient")
     context, action, weight, features = _tensors(items, batch)
@@ -51,7 +51,7 @@ def plain_torch(items: int, dim: int, batch: int, steps: int) -> float:
 
 
 def obp_learner(items: int, dim: int, batch: int, steps: int) -> float:
-    """Open Bandit Pipeline's NNPolicyLearner (IPS): one output a item, no item tower."""
+    """Open Bandit Pipeline's NNPolicyLearner (IPS), with one output per item and no item tower."""
     if batch * items > OBP_CELLS:
         raise Unavailable(f"needs several arrays of rounds x actions, {batch} x {items:,} each")
     policy = _import("obp.policy", "obp")
@@ -74,12 +74,12 @@ def obp_learner(items: int, dim: int, batch: int, steps: int) -> float:
             reward=(rng.random(batch) < 0.3).astype(float),
             pscore=np.full(batch, 1.0 / items),
         )
-    # One batch an epoch, four epochs.
+    # One batch per epoch, four epochs.
     return 4 * batch / (time.perf_counter() - began)
 
 
 def torch_rechub(items: int, dim: int, batch: int, steps: int) -> float:
-    """torch-rechub's DSSM with in-batch sampled softmax (no logQ correction), its own trainer."""
+    """torch-rechub's DSSM and trainer, with in-batch sampled softmax without logQ correction."""
     models = _import("torch_rechub.models.matching", "torch-rechub")
     features = _import("torch_rechub.basic.features", "torch-rechub")
     trainers = _import("torch_rechub.trainers", "torch-rechub")

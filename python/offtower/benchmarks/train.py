@@ -1,4 +1,4 @@
-"""Rows per second of the training loop, exact and sampled, beside other trainers of two towers."""
+"""Rows per second of training with exact and sampled terms, and of other packages' trainers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from offtower.progress import Progress
 from offtower.training.run import build_trainer
 
 EPOCHS = 4
-"""The first warms up; the median of the others is reported."""
+"""Epochs per run; the first warms up, the median of the others is reported."""
 
 EXACT_CELLS = 4e10
-"""Rows x items in all beyond which exact terms (and full-softmax peers) are not run."""
+"""Most rows x items of a run with exact terms."""
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Measure every mode and peer at every catalogue size, interleaved by size."""
+    """Measure every mode and peer at every catalogue size."""
     results: list[dict[str, Any]] = []
     settings.say(
         f"rows per second, batches of {settings.batch}, d = {settings.dim}, "
@@ -36,14 +36,14 @@ def run(settings: Settings) -> dict[str, Any]:
             if mode == "exact" and EPOCHS * rows * items > EXACT_CELLS:
                 few = max(2, int(EXACT_CELLS / (EPOCHS * settings.batch * items)))
                 if few * EPOCHS * settings.batch * items > 2 * EXACT_CELLS:
-                    line["skipped"] = f"{settings.batch} x {items:,} terms a step take too long"
+                    line["skipped"] = f"{settings.batch} x {items:,} terms per step take too long"
                 else:
                     shorter, _ = world.in_memory(settings.batch * few, items)
                     part = prepare(shorter, None, catalogue, Progress())
                     line["rows_per_second"] = rate(part, mode, settings)
             else:
                 line["rows_per_second"] = rate(data, mode, settings)
-            tell(settings, line)
+            report(settings, line)
             results.append(line)
         if not settings.peers:
             continue
@@ -53,9 +53,9 @@ def run(settings: Settings) -> dict[str, Any]:
                 line["rows_per_second"] = peer(items, settings.dim, settings.batch, settings.steps)
             except Unavailable as reason:
                 line["skipped"] = str(reason)
-            except Exception as error:  # Another package's failure must not end the measurement.
+            except Exception as error:  # Report a failure in another package and go on.
                 line["skipped"] = f"failed with {type(error).__name__}: {error}"
-            tell(settings, line)
+            report(settings, line)
             results.append(line)
     return {
         "suite": "train",
@@ -67,18 +67,18 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def rate(data: PreparedData, mode: str, settings: Settings) -> float:
-    """Median rows per second of the epochs after the first."""
+    """Return the median rows per second of the epochs after the first."""
     config = world.config(mode, batch=settings.batch, dim=settings.dim, epochs=EPOCHS)
     result = build_trainer(config, data, None).fit()
     return statistics.median(line["rows_per_second"] for line in result.history[1:])
 
 
-def tell(settings: Settings, line: dict[str, Any]) -> None:
+def report(settings: Settings, line: dict[str, Any]) -> None:
     if "skipped" in line:
-        tell_skipped(settings, line["items"], line["trainer"], line["skipped"])
+        report_skipped(settings, line["items"], line["trainer"], line["skipped"])
         return
     settings.say(f"{line['items']:>12,}  {line['trainer']:<26}{line['rows_per_second']:12,.0f}")
 
 
-def tell_skipped(settings: Settings, items: int, name: str, why: str) -> None:
+def report_skipped(settings: Settings, items: int, name: str, why: str) -> None:
     settings.say(f"{items:>12,}  {name:<26}   not run: {why}")

@@ -1,4 +1,4 @@
-"""A log and a catalogue of any size, made in seconds: for timings, not for learning."""
+"""Random logs and catalogues for timings; nothing can be learned from them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
 from offtower.data.simulate.features import vector_array
 
 WIDTH = 16
-"""Numbers in the feature vector of a context and of an item."""
+"""Dimension of the feature vectors of contexts and items."""
 
 HIDDEN = 64
-"""Width of each tower's one hidden layer."""
+"""Width of each tower's hidden layer."""
 
 MODES: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -29,11 +29,11 @@ MODES: dict[str, dict[str, Any]] = {
     "mixed": {"proposal": "mixed"},
     "top_k": {"proposal": "top_k"},
 }
-"""Settings of `sampling`, by the name that figures are reported under."""
+"""`sampling` section of each mode."""
 
 
 def make_log(rows: int, items: int, seed: int = 0) -> pa.Table:
-    """Popular items are shown more often, as in real logs; rewards are coins."""
+    """Return a log in which low item numbers are shown more often; rewards are independent."""
     rng = np.random.default_rng(seed)
     action = np.minimum((items * rng.random(rows) ** 3).astype(np.int64), items - 1)
     return pa.table(
@@ -51,7 +51,7 @@ def log_schema() -> LogSchema:
 
 
 def make_items(items: int, seed: int = 1) -> pa.Table:
-    """One vector an item."""
+    """Return a catalogue table with one vector per item."""
     rng = np.random.default_rng(seed)
     number = np.arange(items)
     columns = {
@@ -62,7 +62,7 @@ def make_items(items: int, seed: int = 1) -> pa.Table:
 
 
 def catalogue_schema(id_embedding: int | None) -> CatalogueSchema:
-    """With `id_embedding` an item's number is a category as well, embedded in so many numbers."""
+    """Return the schema; `id_embedding` is the width of an item-id embedding, if any."""
     features = [FeatureSpec(name="features", kind="vector", dim=WIDTH)]
     if id_embedding is not None:
         features.append(
@@ -72,13 +72,13 @@ def catalogue_schema(id_embedding: int | None) -> CatalogueSchema:
 
 
 def in_memory(rows: int, items: int) -> tuple[Log, Catalogue]:
-    """A log and a catalogue that no file holds."""
+    """Return a log and a catalogue in memory."""
     log = TableLog(make_log(rows, items), log_schema())
     return log, Catalogue(make_items(items), catalogue_schema(None), "benchmark")
 
 
 def write(folder: Path, rows: int, items: int, id_embedding: int | None) -> None:
-    """Both as directories."""
+    """Write a log and a catalogue below `folder`."""
     write_log(folder / "log", [make_log(rows, items)], log_schema())
     table = make_items(items)
     write_catalogue(folder / "catalogue", table, catalogue_schema(id_embedding))
@@ -87,14 +87,14 @@ def write(folder: Path, rows: int, items: int, id_embedding: int | None) -> None
 def config(
     mode: str, *, batch: int, dim: int, epochs: int, folder: Path | None = None, **training: Any
 ) -> Config:
-    """A run of `weighted_likelihood` with one hidden layer a tower."""
-    place = "in-memory" if folder is None else str(folder)
+    """Return the configuration of a `weighted_likelihood` run with one hidden layer per tower."""
+    root = "in-memory" if folder is None else str(folder)
     tower = {"hidden_layer_sizes": [HIDDEN]}
     return parse_config(
         {
             "name": mode,
-            "runs": f"{place}/runs",
-            "data": {"train": f"{place}/log", "catalogue": f"{place}/catalogue"},
+            "runs": f"{root}/runs",
+            "data": {"train": f"{root}/log", "catalogue": f"{root}/catalogue"},
             "policy": {"embedding_dim": dim, "context_tower": tower, "item_tower": tower},
             "objective": {"name": "weighted_likelihood"},
             "training": {

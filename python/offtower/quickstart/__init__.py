@@ -1,8 +1,8 @@
-"""The main job from end to end, on data that comes with the install: `offtower quickstart`.
+"""Ingest, train and evaluate end to end on included data: `offtower quickstart`.
 
-Real data: the Open Bandit Dataset sample inside the obp package (men campaign, both logging
-policies). Synthetic data: a log whose true value is known. Each is learned from by auto (the
-default), regression, IPS and DR, and judged on its held-out part.
+The real log is the Open Bandit Dataset sample of the obp package (men campaign, both logging
+policies). The synthetic log has known true values. On each, policies are trained with the
+objectives auto (the default), regression, IPS and DR, and evaluated on held-out rows.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ OBJECTIVES = ("auto", "regression", "ips", "dr")
 _MARK = "quickstart.json"
 _TRUTH_CONTEXTS = 5000
 _WORLD = 142
-"""A world in which no single item is close to the best policy."""
+"""Seed of a world in which no single item is close to the best policy."""
 
 
 @dataclass
 class QuickstartResult:
-    """Both logs, judged."""
+    """The evaluations of both logs and the path of the report."""
 
     evaluations: list[LogEvaluation]
     report: Path
 
 
 def run_quickstart(out: Path, progress: Progress, say: Callable[[str], None]) -> QuickstartResult:
-    """Ingest, validate, train and judge; everything goes below `out`, which is made anew."""
+    """Ingest, validate, train and evaluate; write everything below `out`, which is emptied first.
+
+    Raises:
+        RunError: `out` is not empty and was not written by the quickstart.
+        DataError: The ingested log has errors.
+    """
     _begin(out)
     say("Open Bandit Dataset, men campaign: reading the sample")
-    real = _open_bandit(out / "data" / "open-bandit", say)
-    evaluations = [
-        _learn_and_judge(
-            "Open Bandit Dataset, men campaign", "open_bandit", real, out, progress, say
-        )
-    ]
+    configs = _configs("open_bandit", _open_bandit(out / "data" / "open-bandit", say), out)
+    title = "Open Bandit Dataset, men campaign"
+    evaluations = [_train_and_evaluate(title, configs, progress, say)]
     say("Synthetic log: 10 actions, true value known")
-    synthetic, world = _synthetic(out / "data" / "synthetic")
-    evaluations.append(
-        _learn_and_judge(
-            "Synthetic log, 10 actions", "synthetic", synthetic, out, progress, say, world
-        )
-    )
+    folder, world = _synthetic(out / "data" / "synthetic")
+    configs = _configs("synthetic", folder, out)
+    title = "Synthetic log, 10 actions"
+    evaluations.append(_train_and_evaluate(title, configs, progress, say, world))
     report = write_report(
         out / "report.html", evaluations, title="offtower quickstart", command="offtower quickstart"
     )
@@ -74,10 +74,12 @@ def run_quickstart(out: Path, progress: Progress, say: Callable[[str], None]) ->
 
 
 def _begin(out: Path) -> None:
-    """Empty a former quickstart's folder; refuse any other."""
+    """Empty the folder of an earlier quickstart; refuse any other folder with content."""
     if out.exists() and any(out.iterdir()):
         if not (out / _MARK).exists():
-            raise RunError(f"'{out}' is not empty and no quickstart made it; choose another --out")
+            raise RunError(
+                f"'{out}' is not empty and was not written by quickstart; choose another --out"
+            )
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / _MARK, json.dumps({"made_by": "offtower quickstart"}))
@@ -108,7 +110,7 @@ def _synthetic(folder: Path) -> tuple[Path, ObpWorld]:
     ):
         log, catalogue = from_bandit_feedback(world.sample(rounds, seed))
         table = log.read_row_group(0)
-        # The truth stays out of what learning and judging can read.
+        # Expected rewards and logging probabilities are not available to training and evaluation.
         table = table.drop_columns(
             [c for c in ("expected_reward", "pi_b") if c in table.column_names]
         )
@@ -118,16 +120,13 @@ def _synthetic(folder: Path) -> tuple[Path, ObpWorld]:
     return folder, world
 
 
-def _learn_and_judge(
+def _train_and_evaluate(
     title: str,
-    template: str,
-    folder: Path,
-    out: Path,
+    configs: list[Config],
     progress: Progress,
     say: Callable[[str], None],
     world: ObpWorld | None = None,
 ) -> LogEvaluation:
-    configs = [_config(template, objective, folder, out) for objective in OBJECTIVES]
     for config in configs:
         result = train_run(
             config,
@@ -144,6 +143,10 @@ def _learn_and_judge(
     )
 
 
+def _configs(template: str, folder: Path, out: Path) -> list[Config]:
+    return [_config(template, objective, folder, out) for objective in OBJECTIVES]
+
+
 def _config(template: str, objective: str, folder: Path, out: Path) -> Config:
     text = resources.files("offtower.quickstart").joinpath(f"{template}.yaml").read_text("utf-8")
     content: dict[str, Any] = yaml.safe_load(text)
@@ -156,7 +159,7 @@ def _config(template: str, objective: str, folder: Path, out: Path) -> Config:
 
 
 def _truth(world: ObpWorld) -> Callable[[TwoTowerPolicy, Any], dict[str, float]]:
-    """The true value of the softmax and of the greedy policy, on contexts of their own."""
+    """Return a function for the true values of a policy and its greedy policy on new contexts."""
     feedback = world.sample(_TRUTH_CONTEXTS, seed=99)
     expected = feedback["expected_reward"]
     log, _ = from_bandit_feedback(feedback)

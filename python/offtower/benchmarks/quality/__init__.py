@@ -1,1 +1,1 @@
-"""Learning quality: the exact value of what each method learns, in worlds with known truth."""
+"""Exact values of the policies that each method learns, on simulated logs with known rewards."""

@@ -1,4 +1,4 @@
-"""Synthetic worlds after Open Bandit Pipeline's: logistic rewards, bilinear in two vectors."""
+"""Simulated logs with logistic rewards, bilinear in a context and an action vector, as in OBP."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ Array = NDArray[np.float64]
 class BilinearWorld:
     """q(x, a) = sigmoid(<c, x> + <d, a> + x'Ma), coefficients uniform in [-1, 1], x and a normal.
 
-    This is the logistic reward function of later releases of Open Bandit Pipeline, and the
-    behaviour policy softmax(beta q) its usual one.
+    The reward function is OBP's logistic one, the logging policy is softmax(beta q).
 
     Args:
-        actions: N. beta: inverse temperature of the logging policy. dim: of x and of a.
-        seed: of the world.
+        actions: Number of actions, N.
+        beta: Inverse temperature of the logging policy.
+        seed: Seed of coefficients and action vectors.
+        dim: Dimension of context and action vectors.
     """
 
     def __init__(self, actions: int, beta: float, seed: int, dim: int = 5) -> None:
@@ -36,14 +37,14 @@ class BilinearWorld:
         self._dim, self._beta, self._seed = dim, beta, seed
 
     def expected(self, context: Array) -> Array:
-        """(n, N) q."""
+        """Return the (n, N) expected rewards."""
         a = self.action_context
         z = (context @ self._c)[:, None] + a @ self._d + context @ self._m @ a.T
         result: Array = 1.0 / (1.0 + np.exp(-z))
         return result
 
     def logging(self, expected: Array) -> Array:
-        """(n, N) pi_0."""
+        """Return the (n, N) probabilities of the logging policy."""
         weight = np.exp(self._beta * expected)
         result: Array = weight / weight.sum(axis=1, keepdims=True)
         return result
@@ -52,13 +53,13 @@ class BilinearWorld:
         return np.random.default_rng([self._seed, 1, seed]).standard_normal((n, self._dim))
 
     def sample(self, rounds: int, seed: int) -> dict[str, Array]:
-        """A log as Open Bandit Pipeline's dict, without the truth."""
+        """Draw a log as OBP's dict, without expected rewards."""
         rng = np.random.default_rng([self._seed, 2, seed])
         context = self.contexts(rounds, seed)
         q = self.expected(context)
         pi = self.logging(q)
-        place = rng.random(rounds)[:, None]
-        action = (pi.cumsum(axis=1) < place).sum(axis=1).clip(max=q.shape[1] - 1)
+        uniform = rng.random(rounds)[:, None]
+        action = (pi.cumsum(axis=1) < uniform).sum(axis=1).clip(max=q.shape[1] - 1)
         row = np.arange(rounds)
         return {
             "context": context,
@@ -70,7 +71,7 @@ class BilinearWorld:
 
 
 def bilinear(actions: int, beta: float, rounds: int, seed: int) -> QualityWorld:
-    """A world, its log and its truth; the seed decides all three."""
+    """Return a world with its log and true expected rewards, all drawn from `seed`."""
     world = BilinearWorld(actions, beta, seed)
     log, catalogue = from_bandit_feedback(world.sample(rounds, seed=1))
     contexts = world.contexts(TEST_CONTEXTS, seed=99)
@@ -84,7 +85,7 @@ def bilinear(actions: int, beta: float, rounds: int, seed: int) -> QualityWorld:
         log=log,
         catalogue=catalogue,
         truth=Truth(pa.table({"context": vector_array(contexts.astype(np.float32))}), expected),
-        landmarks={
+        baselines={
             "logging": float((world.logging(q) * q).sum(axis=1).mean()),
             "best_fixed": float(q.mean(axis=0).max()),
             "optimum": float(q.max(axis=1).mean()),

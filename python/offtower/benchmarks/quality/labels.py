@@ -1,4 +1,4 @@
-"""Label sets as logged feedback: an action is a label, its reward whether the example has it."""
+"""Multi-label data sets as bandit feedback: an action is a label, the reward is 1 if it applies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Examples with all their labels."""
+    """A multi-label data set, split into training and test examples."""
 
     name: str
     train_features: sparse.csr_matrix
@@ -33,15 +33,17 @@ class LabelSet:
     test_features: sparse.csr_matrix
     test_labels: sparse.csr_matrix
     as_tokens: bool = True
-    """Features are sparse: a bag of tokens; else one vector."""
+    """Whether features are a bag of tokens; otherwise they are one dense vector."""
 
 
 def load_label_set(prefix: str) -> LabelSet:
-    """`PREFIX-train.npz` and `PREFIX-test.npz`: CSR parts X_data, X_indices, X_indptr, X_shape of
-    the features, and the same for the labels as Y_.
+    """Read `PREFIX-train.npz` and `PREFIX-test.npz`.
+
+    Each file holds two CSR matrices: X_data, X_indices, X_indptr and X_shape for the features, and
+    the same with Y_ for the labels.
 
     Raises:
-        DataError: a file or a part is missing.
+        DataError: A file or an array is missing.
     """
     parts = []
     for part in ("train", "test"):
@@ -58,8 +60,8 @@ def load_label_set(prefix: str) -> LabelSet:
                     )
         except FileNotFoundError:
             raise DataError(
-                f"no label set at '{path}'; --data takes the beginning of the names of two files, "
-                "PREFIX-train.npz and PREFIX-test.npz"
+                f"no label set at '{path}'; --data PREFIX reads PREFIX-train.npz and "
+                "PREFIX-test.npz"
             ) from None
         except KeyError as error:
             raise DataError(f"'{path}' has no array {error}") from None
@@ -67,8 +69,7 @@ def load_label_set(prefix: str) -> LabelSet:
 
 
 def digits(seed: int) -> LabelSet:
-    """scikit-learn's handwritten digits: 64 numbers, ten labels, 1,797 examples, half of them for
-    the test."""
+    """Return scikit-learn's digits (64 features, 10 labels, 1,797 examples), half as test set."""
     from sklearn.datasets import load_digits
 
     features, target = load_digits(return_X_y=True)
@@ -82,17 +83,16 @@ def digits(seed: int) -> LabelSet:
 def long_tail(
     seed: int, *, labels: int = 3000, examples: int = 10_000, tokens: int = 4000
 ) -> LabelSet:
-    """Thousands of labels of Zipf frequencies, and sparse texts that hint at them.
+    """Simulate sparse texts with labels whose frequencies follow a Zipf distribution.
 
-    A label has 3 to 8 words of its own, drawn from a Zipf vocabulary; an example has one to four
-    labels, each of which leaves each of its words with probability .6, and 5 to 15 words of
-    background.
+    Each label has 3 to 8 words, drawn from a Zipf vocabulary. An example has one to four labels and
+    contains each of their words with probability 0.6, plus 5 to 15 background words.
     """
     rng = np.random.default_rng([seed, 8])
     popularity = 1.0 / np.arange(3, labels + 3) ** 0.9
     background = 1.0 / np.arange(5, tokens + 5) ** 0.8
     popularity, background = popularity / popularity.sum(), background / background.sum()
-    # Words of labels come from all over the vocabulary, flatter than texts do.
+    # Words of labels follow a flatter distribution than background words.
     flat = np.sqrt(background) / np.sqrt(background).sum()
     words = [rng.choice(tokens, size=rng.integers(3, 9), p=flat) for _ in range(labels)]
     total = examples + 2000
@@ -119,10 +119,10 @@ def as_feedback(
     temperature: float = 0.07,
     epsilon: float = 0.1,
 ) -> QualityWorld:
-    """A log of `rounds` on training examples, and the test examples as truth.
+    """Simulate a log on the training examples; the test examples are the evaluation contexts.
 
-    pi_0 = (1 - epsilon) softmax(ridge / temperature) + epsilon / N, the ridge fitted on a
-    `fraction` of the training examples with all their labels.
+    The logging policy is (1 - epsilon) softmax(score / temperature) + epsilon / N. The scores are
+    those of a ridge regression on a `fraction` of the training examples with all their labels.
     """
     rng = np.random.default_rng([seed, 9])
     count, number = labels.train_labels.shape
@@ -132,13 +132,13 @@ def as_feedback(
     action = np.empty(rounds, dtype=np.int64)
     pscore = np.empty(rounds)
     for start in range(0, count, 1000):
-        # Example by example, so that the policy's probabilities are made once for each.
+        # Group rounds by example, so that probabilities are computed once per example.
         stop = min(start + 1000, count)
         pi = _logging(weak(labels.train_features[start:stop]), temperature, epsilon)
         here = np.flatnonzero((example >= start) & (example < stop))
         chosen = pi[example[here] - start]
-        place = rng.random(len(here))[:, None]
-        action[here] = (chosen.cumsum(axis=1) < place).sum(axis=1).clip(max=number - 1)
+        uniform = rng.random(len(here))[:, None]
+        action[here] = (chosen.cumsum(axis=1) < uniform).sum(axis=1).clip(max=number - 1)
         pscore[here] = chosen[np.arange(len(here)), action[here]]
     reward = np.asarray(labels.train_labels[example, action]).ravel().astype(np.float64)
     context = _columns(labels, labels.train_features[example])
@@ -167,11 +167,11 @@ def as_feedback(
         log=TableLog(pa.table(columns), LogSchema(context=(spec,), pscore="pscore")),
         catalogue=Catalogue.from_table(items, catalogue_schema),
         truth=Truth(pa.table(_columns(labels, labels.test_features)), expected),
-        landmarks=_landmarks(labels, weak, temperature, epsilon),
+        baselines=_baselines(labels, weak, temperature, epsilon),
     )
 
 
-def _landmarks(
+def _baselines(
     labels: LabelSet, weak: Callable[..., Array], temperature: float, epsilon: float
 ) -> dict[str, float]:
     full = _ridge(labels.train_features, labels.train_labels)
@@ -193,7 +193,7 @@ def _landmarks(
 def _ridge(
     features: sparse.csr_matrix, targets: sparse.csr_matrix, penalty: float = 30.0
 ) -> Callable[[sparse.csr_matrix], Array]:
-    """Ridge regression on unit-length rows (times 8) with an intercept, by the smaller system."""
+    """Fit a ridge regression on rows of norm 8 with an intercept, in its primal or dual form."""
 
     def design(x: sparse.csr_matrix) -> Array:
         dense = x.toarray()
@@ -232,7 +232,7 @@ def _columns(labels: LabelSet, rows: sparse.csr_matrix) -> dict[str, pa.Array]:
     return {"tokens": pa.ListArray.from_arrays(offsets, tokens)}
 
 
-def label_sets(prefix: str | None, made_up: bool, seed: int) -> list[LabelSet]:
-    """The stored set that `prefix` names and the made-up one, where they are wanted."""
+def label_sets(prefix: str | None, with_long_tail: bool, seed: int) -> list[LabelSet]:
+    """Return the label set stored at `prefix`, if given, and optionally the simulated one."""
     stored = [] if prefix is None else [load_label_set(prefix)]
-    return [*stored, *([long_tail(seed)] if made_up else [])]
+    return [*stored, *([long_tail(seed)] if with_long_tail else [])]

@@ -1,4 +1,4 @@
-"""What is compared: each takes a world and a seed, never its truth, and gives a policy."""
+"""Learning methods to compare: each takes a world and a seed, and returns the learned value."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from offtower.benchmarks.quality.misspecified import (
-    half_blind_policy,
-    half_blind_settings,
-    half_blind_towers,
+    misspecified_policy,
+    misspecified_settings,
+    misspecified_towers,
 )
 from offtower.benchmarks.quality.revealed import best_of_revealed
-from offtower.benchmarks.quality.world import QualityWorld, Value, of_scores, value
+from offtower.benchmarks.quality.world import QualityWorld, Value, value, value_of_scores
 from offtower.config import parse_config
 from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.data.convert import to_bandit_feedback
@@ -32,33 +32,36 @@ from offtower.training.run import build_trainer
 from offtower.training.tune import DEFAULT_SPACE, draw_trials, trial_config
 
 
-class NotForThisWorld(Exception):
-    """The method has no meaning there; the message says why."""
+class NotApplicable(Exception):
+    """The method does not apply to this world; the message gives the reason."""
 
 
 @dataclass(frozen=True)
-class Learned:
-    """What a method ended with."""
+class MethodResult:
+    """The value of the learned policy, the training time and method-specific figures."""
 
     value: Value
     seconds: float
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-Method = Callable[[QualityWorld, int], Learned]
+Method = Callable[[QualityWorld, int], MethodResult]
 
-DOCUMENT_STEPS = 20_000
-"""Most steps of a document's method: 200 passes over up to 3,200 rows, fewer over longer logs."""
+PLAIN_STEPS = 20_000
+"""Most steps of a plain training loop: 200 epochs of up to 3,200 rows, fewer of longer logs."""
 
 
-def document(objective: str) -> Method:
-    """A plain training loop: towers 30-30-30 with ELU, embeddings of 10, Adam 0.005 with L2 1e-6,
-    batches of 32 in the order of the log, 200 passes, a reward model fitted and read on the same
-    rows, temperature 1, the last weights."""
+def plain_loop(objective: str) -> Method:
+    """Return a method with the settings of a plain training loop.
 
-    def learn(world: QualityWorld, seed: int) -> Learned:
+    Towers have hidden layers of 30, 30 and 30 units (ELU) and 10 outputs. Adam has learning rate
+    0.005 and L2 penalty 1e-6. Batches of 32 follow the order of the log, for 200 epochs. The reward
+    model is not cross-fitted. The last weights are used.
+    """
+
+    def learn(world: QualityWorld, seed: int) -> MethodResult:
         rows = world.log.num_rows
-        epochs = max(1, min(200, DOCUMENT_STEPS * 32 // rows))
+        epochs = max(1, min(200, PLAIN_STEPS * 32 // rows))
         return _trained(
             world,
             seed,
@@ -85,11 +88,13 @@ def document(objective: str) -> Method:
     return learn
 
 
-def product(objective: str, **arguments: Any) -> Method:
-    """One objective with the settings of `TwoTowerPolicyLearner`; a cross-fitted factored reward
-    model where it needs one; the last weights."""
+def learner_defaults(objective: str, **arguments: Any) -> Method:
+    """Return a method with the default settings of `TwoTowerPolicyLearner`.
 
-    def learn(world: QualityWorld, seed: int) -> Learned:
+    Objectives that need a reward model get a cross-fitted factored one. The last weights are used.
+    """
+
+    def learn(world: QualityWorld, seed: int) -> MethodResult:
         rows = world.log.num_rows
         needs_model = OBJECTIVES[objective].requirements.reward_model
         return _trained(
@@ -108,8 +113,8 @@ def product(objective: str, **arguments: Any) -> Method:
     return learn
 
 
-def auto(world: QualityWorld, seed: int, **settings: Any) -> Learned:
-    """The default: objective=auto, nothing set."""
+def auto(world: QualityWorld, seed: int, **settings: Any) -> MethodResult:
+    """Train with objective=auto and default settings."""
     data = _prepared(world)
     config = parse_config(
         {
@@ -130,20 +135,22 @@ def auto(world: QualityWorld, seed: int, **settings: Any) -> Learned:
     from offtower.training.auto.ensemble import join
 
     for name, best in found.choice.best.items():
-        # What each candidate would have been worth: known to the benchmark, not to the choice.
+        # True values of the candidates, which auto cannot use for its choice.
         members = found.members[name]
         of_candidate = value(world, join(members, best.inverse_temperature), data.items)
         facts[f"value of {name}"] = of_candidate.softmax
-    return Learned(value(world, found.policy, data.items), seconds, facts)
+    return MethodResult(value(world, found.policy, data.items), seconds, facts)
 
 
 TRIALS = 12
-"""Of the method `tune`."""
+"""Number of trials of the method `tune`."""
 
 
-def tuned(world: QualityWorld, seed: int) -> Learned:
-    """`offtower tune` without a run directory: 12 trials of its default space on 70 % of the log,
-    chosen by the lower bound on the other rows."""
+def tuned(world: QualityWorld, seed: int) -> MethodResult:
+    """Tune as `offtower tune` does: 12 trials of the default search space on 70 % of the log.
+
+    The trial with the highest lower confidence bound on the other rows is chosen.
+    """
     rows = world.log.num_rows
     order = np.random.default_rng([seed, 11]).permutation(rows)
     cut = int(0.7 * rows)
@@ -180,18 +187,18 @@ def tuned(world: QualityWorld, seed: int) -> Learned:
     seconds = time.perf_counter() - began - spent
     low, found = max(trials, key=lambda trial: trial[0])
     facts = {f"value of trial {k}": one.softmax for k, (_, one) in enumerate(trials)}
-    return Learned(found, seconds, {"low": low, **facts})
+    return MethodResult(found, seconds, {"low": low, **facts})
 
 
-def logistic_cv(world: QualityWorld, seed: int) -> Learned:
-    """scikit-learn's cross-validated logistic regression on all interactions, acting greedily."""
+def logistic_cv(world: QualityWorld, seed: int) -> MethodResult:
+    """The greedy policy of scikit-learn's LogisticRegressionCV on all pairwise interactions."""
     from sklearn.linear_model import LogisticRegressionCV
 
     _needs_vectors(world)
     began = time.perf_counter()
     log = to_bandit_feedback(world.log, world.catalogue)
     if not 0.0 < log["reward"].mean() < 1.0 or len(np.unique(log["reward"])) > 2:
-        raise NotForThisWorld("needs binary rewards")
+        raise NotApplicable("needs binary rewards")
     items = _with_one(log["action_context"])
 
     def pairs(context: np.ndarray, item: np.ndarray) -> np.ndarray:
@@ -199,45 +206,43 @@ def logistic_cv(world: QualityWorld, seed: int) -> Learned:
 
     model = LogisticRegressionCV(Cs=10, cv=5, scoring="neg_log_loss", max_iter=500)
     with warnings.catch_warnings():
-        # Of a release that renames attributes that are not read here.
+        # Some releases warn that attributes not used here will be renamed.
         warnings.simplefilter("ignore", FutureWarning)
         model.fit(pairs(_with_one(log["context"]), items[log["action"]]), log["reward"])
     seconds = time.perf_counter() - began
     weight = model.coef_[0].reshape(log["context"].shape[1] + 1, items.shape[1])
     column = world.truth.contexts.column(world.log.schema.context[0].source).combine_chunks()
     contexts = _with_one(vector_matrix(column, log["context"].shape[1]).astype(np.float64))
-    # Softmax so sharp that it is greedy but for ties.
+    # An inverse temperature at which the softmax is greedy, except for ties.
     scores = torch.from_numpy(contexts @ weight @ items.T) * 1e6
-    return Learned(of_scores(scores, world.truth.expected(0, len(contexts))), seconds)
+    return MethodResult(value_of_scores(scores, world.truth.expected(0, len(contexts))), seconds)
 
 
-def half_blind_regression(world: QualityWorld, seed: int) -> Learned:
-    """Regression that sees every other feature of contexts and items, acting greedily."""
+def misspecified_regression(world: QualityWorld, seed: int) -> MethodResult:
+    """The greedy policy of a regression on every other feature of contexts and items."""
     _needs_vectors(world)
-    found, seconds = half_blind_policy(world)
-    return Learned(found, seconds)
+    found, seconds = misspecified_policy(world)
+    return MethodResult(found, seconds)
 
 
-def half_blind_dr(world: QualityWorld, seed: int) -> Learned:
-    """DR whose reward model is that regression, for linear towers that see all features."""
-    return _half_blind(
-        world,
-        seed,
-        half_blind_settings(),
-        {"name": "clipped_dr", "arguments": {"max_weight": 10.0}},
-    )
+def misspecified_dr(world: QualityWorld, seed: int) -> MethodResult:
+    """DR with that regression as its reward model; the linear towers use all features."""
+    objective = {"name": "clipped_dr", "arguments": {"max_weight": 10.0}}
+    return _with_misspecified_model(world, seed, misspecified_settings(), objective)
 
 
-def half_blind_potec(world: QualityWorld, seed: int) -> Learned:
-    """POTEC whose second stage and clusters are from such a regression by two towers, and whose
-    first has a linear tower that sees all features of contexts."""
-    arguments = {"clusters": 10, "max_weight": 10.0}
-    return _half_blind(world, seed, half_blind_towers(), {"name": "potec", "arguments": arguments})
+def misspecified_potec(world: QualityWorld, seed: int) -> MethodResult:
+    """POTEC with clusters and second stage from two towers on every other feature.
+
+    The linear tower of the first stage uses all context features.
+    """
+    objective = {"name": "potec", "arguments": {"clusters": 10, "max_weight": 10.0}}
+    return _with_misspecified_model(world, seed, misspecified_towers(), objective)
 
 
-def _half_blind(
+def _with_misspecified_model(
     world: QualityWorld, seed: int, reward_model: dict[str, Any], objective: dict[str, Any]
-) -> Learned:
+) -> MethodResult:
     _needs_vectors(world)
     linear: dict[str, list[int]] = {"hidden_layer_sizes": []}
     return _trained(
@@ -256,43 +261,45 @@ def _half_blind(
     )
 
 
-def revealed_labels(world: QualityWorld, seed: int) -> Learned:
-    """What regression can do with the labels that the log reveals, its settings chosen by the
-    truth: a line to measure others by, not a method that anyone could use."""
-    if world.landmarks.get("supervised") is None:
-        raise NotForThisWorld("has no labels")
+def revealed_labels(world: QualityWorld, seed: int) -> MethodResult:
+    """The best ridge regression on the labels that the log reveals.
+
+    Its settings are chosen by their true values, so this is a bound for other methods.
+    """
+    if world.baselines.get("supervised") is None:
+        raise NotApplicable("has no labels")
     found, settings, seconds = best_of_revealed(world)
-    return Learned(found, seconds, settings)
+    return MethodResult(found, seconds, settings)
 
 
 METHODS: Mapping[str, Method] = {
     "auto": auto,
     "tune": tuned,
-    "document_regression": document("regression"),
-    "document_ips": document("ips"),
-    "document_dr": document("dr"),
-    "regression": product("regression"),
-    "ips": product("ips"),
-    "clipped_ips": product("clipped_ips", max_weight=10.0),
-    "snips": product("snips"),
-    "weighted_likelihood": product("weighted_likelihood"),
-    "dr": product("dr"),
-    "clipped_dr": product("clipped_dr", max_weight=10.0),
-    "potec": product("potec", clusters=10, max_weight=10.0),
+    "plain_regression": plain_loop("regression"),
+    "plain_ips": plain_loop("ips"),
+    "plain_dr": plain_loop("dr"),
+    "regression": learner_defaults("regression"),
+    "ips": learner_defaults("ips"),
+    "clipped_ips": learner_defaults("clipped_ips", max_weight=10.0),
+    "snips": learner_defaults("snips"),
+    "weighted_likelihood": learner_defaults("weighted_likelihood"),
+    "dr": learner_defaults("dr"),
+    "clipped_dr": learner_defaults("clipped_dr", max_weight=10.0),
+    "potec": learner_defaults("potec", clusters=10, max_weight=10.0),
     "logistic_cv": logistic_cv,
-    "half_blind_regression": half_blind_regression,
-    "half_blind_dr": half_blind_dr,
-    "half_blind_potec": half_blind_potec,
+    "misspecified_regression": misspecified_regression,
+    "misspecified_dr": misspecified_dr,
+    "misspecified_potec": misspecified_potec,
     "revealed_labels": revealed_labels,
 }
 
 
 def _needs_vectors(world: QualityWorld) -> None:
     if [spec.kind for spec in world.catalogue.schema.features] != ["vector"]:
-        raise NotForThisWorld("needs one vector a context and one an item")
+        raise NotApplicable("needs one vector feature for contexts and one for items")
 
 
-def _trained(world: QualityWorld, seed: int, **sections: Any) -> Learned:
+def _trained(world: QualityWorld, seed: int, **sections: Any) -> MethodResult:
     data = _prepared(world)
     config = parse_config(
         {
@@ -312,7 +319,7 @@ def _trained(world: QualityWorld, seed: int, **sections: Any) -> Learned:
     trainer = build_trainer(config, data, model)
     trainer.fit()
     seconds = time.perf_counter() - began
-    return Learned(value(world, trainer.policy, data.items), seconds)
+    return MethodResult(value(world, trainer.policy, data.items), seconds)
 
 
 def _towers(hidden: list[int], dim: int) -> dict[str, Any]:

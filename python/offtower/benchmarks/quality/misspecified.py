@@ -1,4 +1,4 @@
-"""Learning with a reward model that cannot be right: it sees every other feature only."""
+"""Misspecified reward models: they use only every other feature of contexts and items."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sklearn.base import BaseEstimator
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from offtower.benchmarks.quality.world import QualityWorld, Value, of_scores
+from offtower.benchmarks.quality.world import QualityWorld, Value, value_of_scores
 from offtower.data.convert import to_bandit_feedback
 from offtower.data.encoding import FeatureEncoding
 from offtower.data.simulate.features import vector_matrix
@@ -21,16 +21,16 @@ from offtower.models.features import FeatureTensors
 Array = NDArray[np.float64]
 
 
-class HalfBlindRegression(BaseEstimator):  # type: ignore[misc]
-    """Logistic regression on all interactions of every other column, as a reward model.
+class MisspecifiedRegression(BaseEstimator):  # type: ignore[misc]
+    """Logistic regression on interactions of every other context and item feature.
 
-    Columns are those of context and item side by side, an equal number of each.
+    Input columns are context features followed by as many item features.
     """
 
     def __init__(self, penalty: float = 1.0) -> None:
         self.penalty = penalty
 
-    def fit(self, pairs: Array, reward: Array) -> HalfBlindRegression:
+    def fit(self, pairs: Array, reward: Array) -> MisspecifiedRegression:
         self._model = LogisticRegression(C=1.0 / self.penalty, max_iter=500)
         self._model.fit(_interactions(pairs), reward)
         return self
@@ -40,13 +40,13 @@ class HalfBlindRegression(BaseEstimator):  # type: ignore[misc]
         return probability
 
 
-def half_blind_policy(world: QualityWorld) -> tuple[Value, float]:
-    """The greedy policy of such a model: what regression on these features can do."""
+def misspecified_policy(world: QualityWorld) -> tuple[Value, float]:
+    """Return the value of the model's greedy policy and the seconds of fitting."""
     began = time.perf_counter()
     log = to_bandit_feedback(world.log, world.catalogue)
     items = log["action_context"]
     pairs = np.concatenate([log["context"], items[log["action"]]], axis=1)
-    model = HalfBlindRegression().fit(pairs, log["reward"])
+    model = MisspecifiedRegression().fit(pairs, log["reward"])
     seconds = time.perf_counter() - began
     column = world.truth.contexts.column(world.log.schema.context[0].source).combine_chunks()
     contexts = vector_matrix(column, log["context"].shape[1]).astype(np.float64)
@@ -54,20 +54,20 @@ def half_blind_policy(world: QualityWorld) -> tuple[Value, float]:
         [np.repeat(contexts, len(items), axis=0), np.tile(items, (len(contexts), 1))], axis=1
     )
     scores = torch.from_numpy(model.predict(grid).reshape(len(contexts), len(items)))
-    return of_scores(scores * 1e6, world.truth.expected(0, len(contexts))), seconds
+    return value_of_scores(scores * 1e6, world.truth.expected(0, len(contexts))), seconds
 
 
-def half_blind_settings() -> dict[str, Any]:
-    """`reward_model` settings of the same model, cross-fitted."""
+def misspecified_settings() -> dict[str, Any]:
+    """Return the `reward_model` section for `MisspecifiedRegression`, cross-fitted."""
     return {
         "kind": "dense",
-        "estimator": f"{__name__}:HalfBlindRegression",
+        "estimator": f"{__name__}:MisspecifiedRegression",
         "folds": 3,
     }
 
 
-class HalfBlindTower(nn.Module):
-    """A linear tower over every other number of the one vector that a side has."""
+class MisspecifiedTower(nn.Module):
+    """A linear tower over every other component of a single vector feature."""
 
     def __init__(self, encoding: FeatureEncoding, output_dim: int) -> None:
         super().__init__()
@@ -82,12 +82,12 @@ class HalfBlindTower(nn.Module):
         return output
 
 
-def half_blind_towers() -> dict[str, Any]:
-    """`reward_model` settings of the same functions as two towers, cross-fitted."""
+def misspecified_towers() -> dict[str, Any]:
+    """Return the `reward_model` section for the same model as two towers, cross-fitted."""
     return {
         "kind": "factored",
         "embedding_dim": 8,
-        "tower": {"module": f"{__name__}:HalfBlindTower"},
+        "tower": {"module": f"{__name__}:MisspecifiedTower"},
         "folds": 3,
         "epochs": 60,
         "batch_size": 256,

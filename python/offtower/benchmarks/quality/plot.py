@@ -1,4 +1,4 @@
-"""The figure of a table: every method's value in every world, with the world's landmarks."""
+"""Plot of the values of all methods in all worlds, with each world's baselines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 _MARKS = {"logging": ":", "best_fixed": "-.", "supervised": "--", "optimum": "-"}
 _STYLE: Any = {
     "font.size": 8,
@@ -23,7 +23,7 @@ _STYLE: Any = {
 
 
 def values(summary: Mapping[str, Any]) -> str:
-    """SVG: a panel a world, a row a method, mean and standard deviation over seeds."""
+    """Return an SVG with one panel per world and one row per method: mean and std over seeds."""
     worlds = summary["worlds"]
     columns = min(3, len(worlds))
     lines = -(-len(worlds) // columns)
@@ -33,7 +33,7 @@ def values(summary: Mapping[str, Any]) -> str:
         grid = figure.subplots(lines, columns, squeeze=False)
         for axes, (name, world) in zip(grid.flat, worlds.items(), strict=False):
             axes.set_title(name, fontsize=8, loc="left")
-            for mark, found in world["landmarks"].items():
+            for mark, found in world["baselines"].items():
                 axes.axvline(found, color="#8a8a8a", lw=1, ls=_MARKS[mark])
                 axes.annotate(
                     mark.replace("_", " "),
@@ -47,11 +47,11 @@ def values(summary: Mapping[str, Any]) -> str:
                 )
             methods = list(world["methods"].items())
             for row, (method, found) in enumerate(methods):
-                colour = COLOURS[0] if method == "auto" else COLOURS[1]
+                color = COLORS[0] if method == "auto" else COLORS[1]
                 axes.errorbar(
-                    found["mean"], row, xerr=found["spread"], fmt="o", ms=4, color=colour, lw=1.2
+                    found["mean"], row, xerr=found["spread"], fmt="o", ms=4, color=color, lw=1.2
                 )
-                axes.plot(found["greedy"], row, "|", color=colour, ms=8)
+                axes.plot(found["greedy"], row, "|", color=color, ms=8)
             axes.set_yticks(range(len(methods)), [method for method, _ in methods])
             axes.invert_yaxis()
         for axes in list(grid.flat)[len(worlds) :]:

@@ -1,8 +1,7 @@
-"""What a supervised model reaches that sees the labels which a log reveals, and nothing else.
+"""Ridge regression on the labels that a log reveals, as an upper baseline for learners.
 
-A yardstick, not a method: its settings are those that turn out best on the truth. The distance from
-it to the model that sees all labels is information that the log does not hold; the distance from a
-learner to it is the learner's.
+Its settings are those with the best true value. The gap between it and a regression on all labels
+is due to the log; the gap between a learner and it is due to the learner.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import linalg, sparse
 
-from offtower.benchmarks.quality.world import QualityWorld, Value, of_scores
+from offtower.benchmarks.quality.world import QualityWorld, Value, value_of_scores
 from offtower.data.simulate.features import vector_matrix
 
 Array = NDArray[np.float64]
@@ -29,46 +28,46 @@ IMPUTATIONS = 3
 
 @dataclass(frozen=True)
 class Revealed:
-    """Distinct contexts of a log, and what it says of each (context, label) pair."""
+    """The distinct contexts of a log and the (context, label) pairs that it shows."""
 
     features: sparse.csr_matrix
     """(m, f)."""
     known: NDArray[np.bool_]
-    """(m, N) shown at least once."""
+    """(m, N), whether the pair was shown at least once."""
     label: Array
-    """(m, N) 1 where it was shown and rewarded, else 0."""
+    """(m, N), 1 where the pair was shown and rewarded, else 0."""
     chance: Array
-    """(m, N) that the log shows a known pair at least once: 1 - (1 - pscore)^(rounds of the
-    context); 1 elsewhere."""
+    """(m, N), the probability that a known pair is shown at least once, 1 - (1 - pscore)^(rounds of
+    the context); 1 elsewhere."""
 
 
 def revealed(world: QualityWorld) -> Revealed:
-    """Read the log of a label world, whose rewards are a function of context and item."""
+    """Collect the pairs of a log whose rewards are a function of context and item."""
     rows = _features(world, world.log.table)
     keys = [rows.indices[a:b].tobytes() + rows.data[a:b].tobytes() for a, b in _spans(rows)]
-    _, first, place, visits = np.unique(
+    _, first, inverse, visits = np.unique(
         np.array(keys, dtype=object), return_index=True, return_inverse=True, return_counts=True
     )
     action = world.log.table["action"].to_numpy()
     shape = len(first), world.catalogue.num_items
     known, label, chance = np.zeros(shape, dtype=bool), np.zeros(shape), np.ones(shape)
-    known[place, action] = True
-    label[place, action] = world.log.table["reward"].to_numpy()
+    known[inverse, action] = True
+    label[inverse, action] = world.log.table["reward"].to_numpy()
     pscore = world.log.table["pscore"].to_numpy()
-    chance[place, action] = -np.expm1(visits[place] * np.log1p(-np.minimum(pscore, 1 - 1e-12)))
+    at_least_once = -np.expm1(visits[inverse] * np.log1p(-np.minimum(pscore, 1 - 1e-12)))
+    chance[inverse, action] = at_least_once
     return Revealed(rows[first], known, label, chance)
 
 
 def best_of_revealed(world: QualityWorld) -> tuple[Value, dict[str, float], float]:
-    """The best ridge regression of revealed labels: its value, each setting's, and seconds.
+    """Return the best ridge regression's value, every setting's greedy value, and seconds.
 
-    Targets of a setting are 1 for revealed positives, divided by the chance of having been shown
-    (up to a largest weight), and 0 for all other pairs; or, imputed: the label where the log shows
-    the pair and what the model itself predicts elsewhere, again and again.
+    Targets are either 1 / chance (at most a maximal weight) for revealed positives and 0 for all
+    other pairs, or imputed: the label of revealed pairs and the last fit's prediction of others.
     """
     began = time.perf_counter()
     log = revealed(world)
-    # Labels that were never rewarded would be 0 everywhere.
+    # Labels that were never rewarded have zero targets.
     found = np.flatnonzero(log.label.any(axis=0))
     known, label = log.known[:, found], log.label[:, found]
     x = ridge_design(log.features)
@@ -76,31 +75,29 @@ def best_of_revealed(world: QualityWorld) -> tuple[Value, dict[str, float], floa
     expected = world.truth.expected(0, test.shape[0])
     values: dict[str, Value] = {}
 
-    def tried(name: str, weight: Array) -> None:
+    def add(name: str, weight: Array) -> None:
         scores = np.full((test.shape[0], world.catalogue.num_items), -np.inf)
         scores[:, found] = test @ weight
-        values[name] = of_scores(torch.from_numpy(scores * 1e6), expected)
+        values[name] = value_of_scores(torch.from_numpy(scores * 1e6), expected)
 
     gram = (x.T @ x).toarray()
     for penalty in PENALTIES:
         factor = linalg.cho_factor(gram + penalty * np.eye(len(gram)), overwrite_a=True)
         for most in MOST_WEIGHTS:
             target = label * np.minimum(1.0 / log.chance[:, found], most)
-            tried(
-                f"weights to {most:g}, penalty {penalty:g}", linalg.cho_solve(factor, x.T @ target)
-            )
+            add(f"weights to {most:g}, penalty {penalty:g}", linalg.cho_solve(factor, x.T @ target))
         weight = linalg.cho_solve(factor, x.T @ label)
         for turn in range(1, IMPUTATIONS + 1):
             target = np.where(known, label, (x @ weight).clip(0.0, 1.0))
             weight = linalg.cho_solve(factor, x.T @ target)
-            tried(f"imputed {turn} times, penalty {penalty:g}", weight)
+            add(f"imputed {turn} times, penalty {penalty:g}", weight)
     best = max(values, key=lambda name: values[name].greedy)
     facts = {name: value.greedy for name, value in values.items()}
     return values[best], facts, time.perf_counter() - began
 
 
 def ridge_design(features: sparse.csr_matrix) -> sparse.csr_matrix:
-    """(n, f + 1) rows of length 8 and a one, as the supervised landmark has them."""
+    """Return (n, f + 1) rows of norm 8 and a constant 1, as for the supervised baseline."""
     length = np.sqrt(np.asarray(features.multiply(features).sum(axis=1), dtype=np.float64))
     scaled = sparse.diags_array(8.0 / np.maximum(length[:, 0], 1e-9)) @ features
     return sparse.csr_matrix(sparse.hstack([scaled, np.ones((features.shape[0], 1))]))
@@ -113,7 +110,7 @@ def _features(world: QualityWorld, table: pa.Table, width: int | None = None) ->
         return sparse.csr_matrix(vector_matrix(column, len(column[0])))
     tokens, offsets = column.values.to_numpy(), column.offsets.to_numpy()
     width = width or int(tokens.max()) + 1
-    # A token that no logged context has cannot be learned from.
+    # Drop tokens that no logged context has.
     kept = tokens < width
     counts = np.concatenate([[0], np.cumsum(kept)])
     matrix = sparse.csr_matrix(

@@ -1,4 +1,4 @@
-"""Which worlds, methods and seeds: read from a YAML file such as configs/quality/small.yaml."""
+"""Settings of the quality suite, read from a YAML file such as configs/quality/small.yaml."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STRICT = ConfigDict(extra="forbid")
 
 @dataclass(config=_STRICT, kw_only=True)
 class Bilinear:
-    """Logistic rewards, bilinear in vectors of context and action."""
+    """Settings of `bilinear`."""
 
     kind: Literal["bilinear"]
     actions: int = Field(ge=2)
@@ -34,19 +34,19 @@ class Bilinear:
 
 @dataclass(config=_STRICT, kw_only=True)
 class Labels:
-    """A label set as logged feedback: files (--data), digits, or a made-up one of 3,000 labels."""
+    """Settings of `as_feedback` for files (--data), digits, or a simulated set of 3,000 labels."""
 
     kind: Literal["label_set", "digits", "long_tail"]
     rounds: int = Field(ge=50)
     fraction: float = Field(default=0.1, gt=0.0, le=1.0)
-    """Of the training examples, that the logging policy learned from."""
+    """Fraction of the training examples that the logging policy is fitted on."""
     temperature: float = Field(default=0.07, gt=0.0)
     epsilon: float = Field(default=0.1, gt=0.0, le=1.0)
 
     def make(self, seed: int, data: str | None) -> QualityWorld:
         if self.kind == "label_set":
             if data is None:
-                raise ConfigError("a world of kind label_set needs --data PREFIX")
+                raise ConfigError("a world of kind 'label_set' needs --data PREFIX")
             labels = load_label_set(data)
         else:
             labels = digits(seed) if self.kind == "digits" else long_tail(seed)
@@ -62,7 +62,7 @@ class Labels:
 
 @dataclass(config=_STRICT, kw_only=True)
 class Simulated:
-    """The simulator's world, for catalogues that no (rounds, items) array could serve."""
+    """Settings of `simulated`, for catalogues too large for (rounds, items) arrays."""
 
     kind: Literal["simulated"]
     items: int = Field(ge=2)
@@ -77,18 +77,18 @@ WorldSettings = Annotated[Bilinear | Labels | Simulated, Field(discriminator="ki
 
 @dataclass(config=_STRICT, kw_only=True)
 class QualitySettings:
-    """One table of the benchmark."""
+    """The worlds, methods and seeds of one table."""
 
     name: str
     worlds: list[WorldSettings]
     methods: list[str]
     seeds: int = Field(default=10, ge=1)
-    """Worlds of each kind: a seed makes a world, its log and the learners' starts."""
+    """Number of seeds; each draws a world, its log and the initial weights."""
     starts: int = Field(default=1, ge=1)
-    """Learners' starts on each world, for the spread between training seeds."""
+    """Training seeds per world and log."""
 
     def cells(self) -> Iterator[tuple[int, int, int, str]]:
-        """(world, seed, start, method), cheap worlds first as they are listed."""
+        """Yield (world index, seed, start, method), worlds in the order of the file."""
         for world in range(len(self.worlds)):
             for seed in range(self.seeds):
                 for start in range(self.starts):
@@ -100,10 +100,10 @@ _ADAPTER: TypeAdapter[QualitySettings] = TypeAdapter(QualitySettings)
 
 
 def load_settings(path: Path) -> QualitySettings:
-    """Read a file; a list for a world's number stands for one world each.
+    """Read a settings file. A list as a world's value expands to one world per element.
 
     Raises:
-        ConfigError: the file is missing or says something unknown.
+        ConfigError: The file cannot be read or has an invalid key or value.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -112,8 +112,8 @@ def load_settings(path: Path) -> QualitySettings:
     except yaml.YAMLError as error:
         raise ConfigError(f"'{path}' is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"'{path}' must hold keys and values")
-    content["worlds"] = [one for world in content.get("worlds", []) for one in _spread(world)]
+        raise ConfigError(f"'{path}' must contain a mapping at the top level")
+    content["worlds"] = [one for world in content.get("worlds", []) for one in _expand(world)]
     try:
         return _ADAPTER.validate_python(content)
     except ValidationError as error:
@@ -127,10 +127,10 @@ def to_dict(settings: QualitySettings) -> dict[str, Any]:
     return result
 
 
-def _spread(world: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _expand(world: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for key, given in world.items():
         if isinstance(given, list):
             for one in given:
-                yield from _spread({**world, key: one})
+                yield from _expand({**world, key: one})
             return
     yield world

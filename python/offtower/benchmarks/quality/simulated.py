@@ -1,4 +1,4 @@
-"""The simulator's world as a quality world."""
+"""Logs of `SimulatedWorld` for the quality suite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEST_CONTEXTS = 1_000
 
 
 def simulated(items: int, rounds: int, seed: int) -> QualityWorld:
-    """Items and contexts with vectors, rewards logistic in them, logged by a contextual softmax."""
+    """Return a world with logistic rewards in vectors, logged by a softmax over all items."""
     world = SimulatedWorld(items, seed=seed, beta=2.0)
     log = TableLog(pa.concat_tables(world.log(rounds, seed=seed)), world.log_schema)
     contexts = world.contexts(TEST_CONTEXTS, seed=seed)
@@ -28,7 +28,7 @@ def simulated(items: int, rounds: int, seed: int) -> QualityWorld:
         log=log,
         catalogue=world.catalogue(),
         truth=Truth(contexts, expected),
-        landmarks={
+        baselines={
             "logging": float(world.logging_rewards(contexts).mean()),
             "best_fixed": world.best_fixed_item(500, seed).value,
             "optimum": float(world.best_rewards(contexts).mean()),

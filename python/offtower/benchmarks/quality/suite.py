@@ -1,7 +1,7 @@
-"""Runs the cells of a table that are not there yet, and writes the table.
+"""Run the cells of a table that have no result yet, and write the table.
 
-In the folder: settings.yaml, command.txt, results.jsonl (a line a cell, appended as it ends),
-results.csv, summary.json and values.svg. A run that was stopped goes on where it stopped.
+The output folder contains settings.yaml, command.txt, results.jsonl (one line per cell, appended
+when the cell ends), results.csv, summary.json and values.svg. An interrupted run resumes there.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import yaml
 
 from offtower.atomic import write_text
 from offtower.benchmarks import Settings
-from offtower.benchmarks.quality.methods import METHODS, NotForThisWorld
+from offtower.benchmarks.quality.methods import METHODS, NotApplicable
 from offtower.benchmarks.quality.settings import QualitySettings, load_settings, to_dict
-from offtower.benchmarks.quality.summary import summarise, table
+from offtower.benchmarks.quality.summary import summarize, table
 from offtower.benchmarks.quality.world import QualityWorld
 from offtower.errors import ConfigError, RunError
 
@@ -31,7 +31,7 @@ Line = dict[str, Any]
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Learn, value, and summarise; see the module's text for the files."""
+    """Run all methods on all worlds and summarize; see the module docstring for the files."""
     path = settings.config or DEFAULT
     quality = load_settings(path)
     unknown = [name for name in quality.methods if name not in METHODS]
@@ -51,7 +51,7 @@ def run(settings: Settings) -> dict[str, Any]:
         if (keys[number], seed, start, method) in done:
             continue
         if settings.minutes is not None and time.monotonic() - began > 60 * settings.minutes:
-            settings.say("time is up; the same command goes on from here")
+            settings.say("stopped at the time limit; run the same command to resume")
             break
         if kept is None or kept[0] != (number, seed):
             kept = (number, seed), world_settings.make(seed, settings.data)
@@ -60,12 +60,11 @@ def run(settings: Settings) -> dict[str, Any]:
         with open(folder / "results.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         results.append(line)
-        settings.say(_told(line))
-    # In the order of the settings, whatever was measured first.
+        settings.say(_progress_line(line))
     cells = [(keys[world], *rest) for world, *rest in quality.cells()]
-    place = {cell: number for number, cell in enumerate(cells)}
-    results.sort(key=lambda line: place.get(_key(line), len(place)))
-    summary = summarise(results)
+    position = {cell: number for number, cell in enumerate(cells)}
+    results.sort(key=lambda line: position.get(_key(line), len(position)))
+    summary = summarize(results)
     write_text(folder / "results.csv", _csv(results))
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     if summary["worlds"]:
@@ -86,25 +85,25 @@ def _open(folder: Path, quality: QualitySettings, settings: Settings) -> list[Li
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
-    whole: list[Line] = []
+    complete: list[Line] = []
     for number, one in enumerate(lines):
         try:
-            whole.append(json.loads(one))
+            complete.append(json.loads(one))
         except json.JSONDecodeError:
             if number + 1 < len(lines):
                 raise RunError(f"'{path}' is damaged in line {number + 1}") from None
-            # The last line of a run that was killed while it wrote.
-            write_text(path, "".join(json.dumps(line) + "\n" for line in whole))
-    return whole
+            # The process was killed while it wrote the last line.
+            write_text(path, "".join(json.dumps(line) + "\n" for line in complete))
+    return complete
 
 
 def _measure(world: QualityWorld, method: str, seed: int, start: int) -> Line:
     line: Line = {"world": world.name, "seed": seed, "start": start, "method": method}
-    line["landmarks"] = world.landmarks
+    line["baselines"] = world.baselines
     try:
-        # Learners' seeds of one world differ from each other and from those of other worlds.
+        # Distinct training seeds for all worlds and starts.
         learned = METHODS[method](world, 1000 * start + seed)
-    except NotForThisWorld as reason:
+    except NotApplicable as reason:
         return {**line, "skipped": str(reason)}
     return {
         **line,
@@ -123,7 +122,7 @@ def _world_key(world: dict[str, Any]) -> str:
     return json.dumps(world, sort_keys=True)
 
 
-def _told(line: Line) -> str:
+def _progress_line(line: Line) -> str:
     found = f"{line['value']:.4f}  greedy {line['greedy']:.4f}" if "value" in line else "not run"
     why = line.get("skipped", f"{line.get('seconds', 0):.0f} s")
     return f"{line['world']:<44} seed {line['seed']:<3} {line['method']:<24} {found}  {why}"
@@ -132,21 +131,11 @@ def _told(line: Line) -> str:
 def _csv(results: list[Line]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    landmarks = ("logging", "best_fixed", "supervised", "optimum")
-    writer.writerow(["world", "seed", "start", "method", "value", "greedy", "seconds", *landmarks])
+    columns = ("world", "seed", "start", "method", "value", "greedy", "seconds")
+    baselines = ("logging", "best_fixed", "supervised", "optimum")
+    writer.writerow([*columns, *baselines])
     for line in results:
         if "value" in line:
-            marks = [line["landmarks"].get(name, "") for name in landmarks]
-            writer.writerow(
-                [
-                    line["world"],
-                    line["seed"],
-                    line["start"],
-                    line["method"],
-                    line["value"],
-                    line["greedy"],
-                    line["seconds"],
-                    *marks,
-                ]
-            )
+            of_world = [line["baselines"].get(name, "") for name in baselines]
+            writer.writerow([*(line[name] for name in columns), *of_world])
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Means, spreads and paired tests of the measured cells."""
+"""Means, standard deviations and paired tests of the results."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from scipy import stats
 Line = Mapping[str, Any]
 
 WITHIN = 0.01
-"""Share of the best value that counts as having picked the best."""
+"""Relative difference to the best candidate's value that counts as choosing the best."""
 
 
-def summarise(results: Sequence[Line]) -> dict[str, Any]:
-    """By world: landmarks, methods, and the first method against each other in pairs.
+def summarize(results: Sequence[Line]) -> dict[str, Any]:
+    """Summarize by world: baselines, methods, and the first method against every other one.
 
-    - mean, spread (standard deviation) over seeds; start_spread over the starts on one world.
-    - paired: mean of first - method over the seeds that both have, with a two-sided t test.
-    - picks: how often a method that chooses (auto, tune) is within 1 % of its best candidate.
+    - mean and spread: mean and standard deviation over seeds; start_spread: over training seeds.
+    - paired: mean difference of the first method and another over their common seeds, with a
+      two-sided t test.
+    - picks: how often the choice of auto or tune is within 1 % of its best candidate.
     """
     worlds: dict[str, Any] = {}
     for name in dict.fromkeys(line["world"] for line in results):
@@ -30,11 +31,11 @@ def summarise(results: Sequence[Line]) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Lines for people."""
+    """Yield the lines of a text table."""
     for name, world in summary["worlds"].items():
-        marks = "  ".join(f"{key} {mean:.3f}" for key, mean in world["landmarks"].items())
+        marks = "  ".join(f"{key} {mean:.3f}" for key, mean in world["baselines"].items())
         yield f"\n{name}: {marks}"
-        head = f"{'value':>8}{'spread':>8}{'greedy':>8}{'first - it':>12}{'p':>8}"
+        head = f"{'value':>8}{'spread':>8}{'greedy':>8}{'difference':>12}{'p':>8}"
         yield f"  {'method':<24}{head}  seeds"
         for method, found in world["methods"].items():
             pair = world["paired"].get(method)
@@ -65,9 +66,9 @@ def _world(lines: Sequence[Line]) -> dict[str, Any]:
             "seconds": float(np.mean([line["seconds"] for line in own])),
             "seeds": len(seeds),
         }
-    first = {line["seed"]: line["landmarks"] for line in lines}.values()
+    first = {line["seed"]: line["baselines"] for line in lines}.values()
     return {
-        "landmarks": {
+        "baselines": {
             key: float(np.mean([marks[key] for marks in first])) for key in next(iter(first))
         },
         "methods": methods,
@@ -77,7 +78,7 @@ def _world(lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def _paired(by_seed: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
-    """The first method's values minus each other one's, seed by seed."""
+    """Test the first method's values minus every other method's, paired by seed."""
     found: dict[str, Any] = {}
     first = next(iter(by_seed))
     for name, values in by_seed.items():

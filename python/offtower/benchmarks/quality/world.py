@@ -1,4 +1,4 @@
-"""What every world of the benchmark offers: a log, a catalogue, and the exact value of policies."""
+"""A simulated log with its catalogue, and the exact value of policies."""
 
 from __future__ import annotations
 
@@ -19,64 +19,64 @@ from offtower.models.policy import TwoTowerPolicy
 
 Array = NDArray[np.float64]
 
-_ROWS_AT_ONCE = 256
+_BATCH_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Held-out contexts and the expected reward of every item in each."""
+    """Held-out contexts and the expected rewards of all items."""
 
     contexts: pa.Table
-    """(t rows) context columns of rounds that no log holds."""
+    """Context columns of t rounds that are not in the log."""
     expected: Callable[[int, int], Tensor]
-    """(start, stop) -> (stop - start, N) expected rewards of a slice of them."""
+    """(start, stop) -> (stop - start, N) expected rewards of a slice of the contexts."""
 
 
 @dataclass(frozen=True)
 class QualityWorld:
-    """One draw of a world with its log. Nothing of the truth reaches a learner."""
+    """A world and its log. Methods read `log` and `catalogue`; `truth` is for evaluation only."""
 
     name: str
     log: TableLog
     catalogue: Catalogue
     truth: Truth
-    landmarks: dict[str, float] = field(default_factory=dict)
-    """Values over the held-out contexts: logging, best_fixed, optimum, and supervised where labels
-    are known (a model that sees all of them, acting greedily)."""
+    baselines: dict[str, float] = field(default_factory=dict)
+    """Values on the held-out contexts: logging, best_fixed, optimum and, for label sets, supervised
+    (the greedy policy of a regression on all labels)."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """Over the world's held-out contexts."""
+    """Means over the held-out contexts."""
 
     softmax: float
-    """mean_i sum_a pi(a|x_i) q(x_i, a): of the policy as it is."""
+    """mean_i sum_a pi(a|x_i) q(x_i, a), the value of the policy."""
     greedy: float
-    """mean_i q(x_i, argmax_a pi(a|x_i)): of its most likely item."""
+    """mean_i q(x_i, argmax_a pi(a|x_i)), the value of its greedy policy."""
 
 
 def value(world: QualityWorld, policy: TwoTowerPolicy, items: ItemFeatures) -> Value:
-    """The exact value of a policy."""
+    """Return the exact value of a policy."""
     softmax = greedy = 0.0
     total = world.truth.contexts.num_rows
     policy.eval()
     with torch.no_grad():
         embedded = policy.embed_items(items)
-        for start in range(0, total, _ROWS_AT_ONCE):
-            stop = min(start + _ROWS_AT_ONCE, total)
+        for start in range(0, total, _BATCH_ROWS):
+            stop = min(start + _BATCH_ROWS, total)
             table = world.truth.contexts.slice(start, stop - start)
             context = policy.embed_contexts(to_tensors(policy.context_encoding.encode(table)))
             logit = (context @ embedded.embedding.T).double() / policy.temperature
             if embedded.bias is not None:
                 logit += embedded.bias
-            part = of_scores(logit, world.truth.expected(start, stop))
+            part = value_of_scores(logit, world.truth.expected(start, stop))
             softmax += part.softmax * (stop - start)
             greedy += part.greedy * (stop - start)
     return Value(softmax / total, greedy / total)
 
 
-def of_scores(logit: Tensor, expected: Tensor) -> Value:
-    """Value of softmax(logit), and of its most likely item, where (n, N) rewards are expected."""
+def value_of_scores(logit: Tensor, expected: Tensor) -> Value:
+    """Return the values of softmax(logit) and its greedy policy; both arguments are (n, N)."""
     best = logit.argmax(dim=1, keepdim=True)
     return Value(
         float((torch.softmax(logit, dim=1) * expected).sum(dim=1).mean()),
