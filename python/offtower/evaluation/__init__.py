@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from offtower.config import GateOptions
 from offtower.evaluation import estimators
 from offtower.evaluation.decision.diagnostics import support_probe
-from offtower.evaluation.decision.gate import EXIT_CODES, GateOptions, Verdict
+from offtower.evaluation.decision.gate import EXIT_CODES, Verdict
 from offtower.evaluation.decision.pscore_calibration import pscore_calibration
 from offtower.evaluation.evaluate import EvaluationSums, evaluate_rows
 from offtower.evaluation.intervals.methods import Interval

@@ -27,7 +27,7 @@ from offtower.evaluation.intervals.methods import (
     simultaneous_confidence,
 )
 from offtower.evaluation.intervals.smoothing_bound import SmoothingSums, check_range
-from offtower.evaluation.intervals.statistics import Functional, Statistics, collect, finish
+from offtower.evaluation.intervals.statistics import Statistics, collect, finish
 from offtower.evaluation.options import EvaluationOptions
 from offtower.evaluation.result import (
     Comparison,
@@ -112,19 +112,20 @@ class EvaluationSums:
 
         support: by policy, a probe of `diagnostics.support_probe`.
         """
-        return _Finisher(self, support or {}).result()
+        unknown = set(support or {}) - set(self.policies)
+        if unknown:
+            raise OfftowerError(f"a support probe for unknown policies: {sorted(unknown)}")
+        return _Finisher(self).result(support or {})
 
 
 class _Finisher:
     """Computes a result from sums."""
 
-    def __init__(self, sums: EvaluationSums, support: Mapping[str, SupportDiagnostics]) -> None:
-        unknown = set(support) - set(sums.policies)
-        if unknown:
-            raise OfftowerError(f"a support probe for unknown policies: {sorted(unknown)}")
-        self.sums, self.support, self.options = sums, support, sums.options
+    def __init__(self, sums: EvaluationSums) -> None:
+        self.sums, self.options = sums, sums.options
         widths = [estimator.num_terms for estimator in self.options.estimators]
         self.starts = np.concatenate([[0], np.cumsum(widths)]).tolist()
+        self.reward_column = [len(sums.policies) * self.starts[-1]]
         self.joint = simultaneous_confidence(self.options.confidence, len(sums.policies))
         users = sums.terms.users
         self.terms = sums.terms if users is None else replace(sums.terms, users=users.compact())
@@ -135,44 +136,37 @@ class _Finisher:
         base = policy * self.starts[-1]
         return list(range(base + self.starts[estimator], base + self.starts[estimator + 1]))
 
-    @property
-    def reward_column(self) -> list[int]:
-        return [len(self.sums.policies) * self.starts[-1]]
-
-    def result(self) -> EvaluationResult:
-        options, sums = self.options, self.sums
+    def result(self, support: Mapping[str, SupportDiagnostics]) -> EvaluationResult:
+        options, policies = self.options, self.sums.policies
         logged = self.terms.select(self.reward_column)
-        policies = {name: self.policy(i, name) for i, name in enumerate(sums.policies)}
+        intervals = self.intervals(LOGGING, logged)
         return EvaluationResult(
             confidence=options.confidence,
             simultaneous_confidence=self.joint,
             reward_range=options.reward_range,
-            n=sums.terms.n,
+            n=self.sums.terms.n,
             users=self.users,
             logging=EstimatorResult(
-                LOGGING.name,
-                LOGGING.label,
-                finish(LOGGING, logged),
-                self.intervals(LOGGING, logged),
+                LOGGING.name, LOGGING.label, finish(LOGGING, logged), intervals
             ),
             decide_by=options.estimators[options.decider].name,
-            policies=policies,
-            comparisons=self.comparisons(),
+            policies={
+                name: self.policy(i, name, support.get(name)) for i, name in enumerate(policies)
+            },
+            comparisons=tuple(
+                self.comparison(a, b) for a, b in combinations(range(len(policies)), 2)
+            ),
             propensities_estimated=options.propensities_estimated,
         )
 
-    def policy(self, index: int, name: str) -> PolicyEvaluation:
+    def policy(self, index: int, name: str, support: SupportDiagnostics | None) -> PolicyEvaluation:
         options, sums = self.options, self.sums
-        estimates = {}
-        for i, estimator in enumerate(options.estimators):
-            estimates[estimator.name] = self.estimate(index, i, estimator)
+        results = [self.estimate(index, i) for i in range(len(options.estimators))]
         weights = sums.weights[index].finish()
-        calibration = sums.calibration[index]
-        smoothing = sums.smoothing[index]
+        calibration, smoothing = sums.calibration[index], sums.smoothing[index]
         chosen = options.estimators[options.decider]
-        gap = estimates[chosen.name].difference
+        gap = results[options.decider].difference
         assert gap is not None
-        support = self.support.get(name)
         evidence = Evidence(
             gap.estimate,
             gap.simultaneous,
@@ -185,70 +179,59 @@ class _Finisher:
             smoothing.mean_weight() if self.independent else None,
             self.users,
         )
+        value, difference = smoothing.value, smoothing.difference
         return PolicyEvaluation(
             policy=name,
-            estimates=estimates,
-            guaranteed_value=smoothing.value(options.confidence) if self.independent else None,
-            guaranteed_difference=(
-                smoothing.difference(options.confidence) if self.independent else None
-            ),
+            estimates={result.name: result for result in results},
+            guaranteed_value=value(options.confidence) if self.independent else None,
+            guaranteed_difference=difference(options.confidence) if self.independent else None,
             weights=weights,
             calibration=None if calibration is None else calibration.finish(),
             support=support,
             verdict=decide(evidence, options.gate),
         )
 
-    def estimate(self, policy: int, index: int, estimator: Estimator) -> EstimatorResult:
-        sums = self.sums
-        columns = self.columns(policy, index)
-        weight_sum = sums.weights[policy].statistics.weight_sum
-        own = self.terms.select(columns, weight_sum)
-        estimate = estimator.finish(own)
-        gap = self.gap(
-            Difference(estimator, LOGGING), self.terms.select(columns + self.reward_column)
-        )
+    def estimate(self, policy: int, index: int) -> EstimatorResult:
+        estimator, columns = self.options.estimators[index], self.columns(policy, index)
+        own = self.terms.select(columns, self.sums.weights[policy].statistics.weight_sum)
+        paired = self.terms.select(columns + self.reward_column)
         return EstimatorResult(
-            estimator.name, estimator.label, estimate, self.intervals(estimator, own), gap
+            estimator.name,
+            estimator.label,
+            estimator.finish(own),
+            self.intervals(estimator, own),
+            self.gap(Difference(estimator, LOGGING), paired),
         )
+
+    def comparison(self, first: int, second: int) -> Comparison:
+        decider = self.options.decider
+        estimator = self.options.estimators[decider]
+        columns = self.columns(first, decider) + self.columns(second, decider)
+        gap = self.gap(Difference(estimator, estimator), self.terms.select(columns))
+        names = self.sums.policies
+        return Comparison(names[first], names[second], estimator.name, gap)
 
     def gap(self, difference: Difference, statistics: Statistics) -> Gap:
         main = self.options.intervals[0]
-        main = "normal" if main == "bernstein" else main
+        make = bootstrap_interval if main == "bootstrap" else normal_interval
         return Gap(
             finish(difference, statistics),
-            self.interval(difference, statistics, main, self.options.confidence),
-            self.interval(difference, statistics, main, self.joint),
+            make(difference, statistics, self.options.confidence),
+            make(difference, statistics, self.joint),
         )
 
-    def comparisons(self) -> tuple[Comparison, ...]:
-        decider = self.options.decider
-        estimator = self.options.estimators[decider]
-        out = []
-        for a, b in combinations(range(len(self.sums.policies)), 2):
-            columns = self.columns(a, decider) + self.columns(b, decider)
-            gap = self.gap(Difference(estimator, estimator), self.terms.select(columns))
-            out.append(
-                Comparison(self.sums.policies[a], self.sums.policies[b], estimator.name, gap)
-            )
-        return tuple(out)
-
     def intervals(self, estimator: Estimator, statistics: Statistics) -> dict[str, Interval]:
-        out = {}
+        out, confidence = {}, self.options.confidence
         for method in self.options.intervals:
-            if method != "bernstein":
-                out[method] = self.interval(estimator, statistics, method, self.options.confidence)
+            if method == "normal":
+                out[method] = normal_interval(estimator, statistics, confidence)
+            elif method == "bootstrap":
+                out[method] = bootstrap_interval(estimator, statistics, confidence)
             elif self.independent and estimator.num_terms == 1:
                 bounds = estimator.bounds(self.options.reward_range, self.options.max_weight)
-                out[method] = bernstein_interval(
-                    estimator, replace(statistics, users=None), bounds, self.options.confidence
-                )
+                unclustered = replace(statistics, users=None)
+                out[method] = bernstein_interval(estimator, unclustered, bounds, confidence)
         return out
-
-    def interval(
-        self, functional: Functional, statistics: Statistics, method: str, confidence: float
-    ) -> Interval:
-        make = bootstrap_interval if method == "bootstrap" else normal_interval
-        return make(functional, statistics, confidence)
 
 
 def evaluate_rows(

@@ -29,7 +29,7 @@ from offtower.evaluation.scoring.pair_models import EXACT_PAIRS
 from offtower.evaluation.scoring.policy import PolicyScorer
 from offtower.evaluation.scoring.propensities import estimate_logged
 from offtower.evaluation.scoring.reward_models import RewardModelProvider
-from offtower.evaluation.scoring.rewards import RewardModels
+from offtower.evaluation.scoring.rewards import EvaluationModel, RewardModels
 from offtower.evaluation.selection import SelectionComparison
 from offtower.evaluation.selection_data import SelectionData, SelectionRows
 from offtower.mapping import Mapper, MergeTree, pieces
@@ -223,7 +223,8 @@ class Evaluator:
         options = self.config.evaluation
         provider = RewardModelProvider(self.runs, self.config, progress)
         main = provider.main()
-        models, notes = [] if main is None else [main], []
+        models: list[EvaluationModel] = [] if main is None else [main]
+        notes: list[str] = []
         if select is not None:
             models, notes = provider.for_selection(main)
         at_draws = options.expected_reward == "draws"

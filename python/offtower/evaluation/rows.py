@@ -88,7 +88,9 @@ class EvaluationRows:
     def take(self, index: Any) -> EvaluationRows:
         """Rows at `index`: positions, a mask or a slice."""
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        taken = {name: None if c is None else c[index] for name, c in columns.items()}
+        taken: dict[str, Any] = {
+            name: None if column is None else column[index] for name, column in columns.items()
+        }
         return EvaluationRows(**taken)
 
     @classmethod

@@ -26,7 +26,7 @@ def _join(values: list[Any]) -> Any:
         return np.concatenate(values)
     if isinstance(first, dict):
         return {key: _join([value[key] for value in values]) for key in first}
-    if is_dataclass(first):
+    if is_dataclass(first) and not isinstance(first, type):
         columns = {f.name: _join([getattr(v, f.name) for v in values]) for f in fields(first)}
         return type(first)(**columns)
     return first

@@ -123,14 +123,14 @@ class _Column:
     name: str = "mean"
 
     def combine(self, mean: Array) -> Array:
-        return mean[..., self.index]
+        return np.asarray(mean[..., self.index])
 
     def gradient(self, mean: Array) -> Array:
-        return np.eye(self.count)[self.index]
+        return np.asarray(np.eye(self.count)[self.index])
 
 
 def pareto_shape(largest: Array, n: int) -> float | None:
-    """Shape k of a generalised Pareto tail: beyond 0.5 the variance is infinite, 0.7 is too much.
+    """Shape k of a generalized Pareto tail: beyond 0.5 the variance is infinite, 0.7 is too much.
 
     largest: the largest weights of n, at least 3 sqrt(n) of them. Tail of min(n / 5, 3 sqrt(n))
     weights; fit of Zhang and Stephens (2009) with the prior of Vehtari, Simpson, Gelman, Yao and
@@ -152,7 +152,7 @@ def pareto_shape(largest: Array, n: int) -> float | None:
     profile = m * (np.log(-theta / shape) - shape - 1.0)
     mix = np.exp(profile - logsumexp(profile))
     k = float(np.log1p(-float(mix @ theta) * excess).mean())
-    return (m * k + 5.0) / (m + 10.0)
+    return float((m * k + 5.0) / (m + 10.0))
 
 
 @dataclass(frozen=True)

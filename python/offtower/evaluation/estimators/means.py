@@ -205,4 +205,4 @@ def cluster_weight(target: Array, behavior: Array, cluster: Array, action: Array
             f"the logging policy gives the logged cluster of row {int(np.argmax(below <= 0.0))} "
             "no probability; check behavior and cluster"
         )
-    return np.where(same, target, 0.0).sum(axis=1) / below
+    return np.asarray(np.where(same, target, 0.0).sum(axis=1) / below)

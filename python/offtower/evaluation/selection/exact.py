@@ -80,9 +80,8 @@ def solve_multiplier(weight: Array, probability: Array | None, share: float) -> 
 
 
 def _mean(values: Array, mass: Array | None) -> Array:
-    if mass is None:
-        return values.mean(axis=1)
-    return np.einsum("ij,ij->i", values, mass)
+    mean = values.mean(axis=1) if mass is None else np.einsum("ij,ij->i", values, mass)
+    return np.asarray(mean)
 
 
 def _solve_chunk(weight: Array, mass: Array | None, share: float) -> tuple[Array, Array]:

@@ -28,10 +28,9 @@ class NetworkOptions:
     tolerance: float = 0.02
 
     def __post_init__(self) -> None:
-        if not self.penalties or list(self.penalties) != sorted(set(self.penalties)):
-            raise OfftowerError(f"penalties must rise, each once, but are {self.penalties}")
-        if self.hidden < 1 or self.epochs < 1 or not self.learning_rate > 0.0:
-            raise OfftowerError("hidden and epochs must be at least 1, learning_rate above 0")
+        rising = list(self.penalties) == sorted(set(self.penalties)) != []
+        if not rising or min(self.hidden, self.epochs) < 1 or not self.learning_rate > 0.0:
+            raise OfftowerError(f"penalties must rise, all else be positive: {self}")
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ def fit_network(
     item_features: (A, e); for None, log behavior and log target of each pair stand for the item.
     Items are ordered by their features first, so renumbering them changes nothing.
     The penalty is the one of least weight error among those whose mean p(x) is within the tolerance
-    of k; where none qualifies, the one whose mean p(x) is nearest to k. A fit that went to NaN does
-    not count. Raises OfftowerError when every fit did, and for shapes that differ.
+    of k, else the one whose mean p(x) is nearest to k. Raises OfftowerError for shapes that differ,
+    and where every fit went to NaN.
     """
     n, n_items = behavior.shape
     items = n_items if item_features is None else item_features.shape[0]
@@ -72,8 +71,7 @@ def fit_network(
         )
     keys = [behavior[-1], target[-1], behavior[0], target[0]]
     order = np.lexsort(keys if item_features is None else [*keys, *item_features.T[::-1]])
-    rank = np.empty(n_items, dtype=np.int64)
-    rank[order] = np.arange(n_items)
+    rank = np.argsort(order)
     pi_b, pi_e = torch.from_numpy(behavior[:, order]), torch.from_numpy(target[:, order])
     logged = torch.from_numpy(rank[action])[:, None]
     weight = (pi_e.gather(1, logged) / pi_b.gather(1, logged)).squeeze(1)
@@ -107,10 +105,7 @@ def fit_network(
             kept = np.ascontiguousarray(rho.numpy()[:, rank])
             best = key, NetworkFit(kept, penalty, qualified)
     if best is None:
-        raise OfftowerError(
-            "network split: every lambda of the grid gave non-finite probabilities (weights too "
-            "large?). Use method='exact', or a smaller learning rate."
-        )
+        raise OfftowerError("network split: every lambda gave non-finite rho; use method='exact'")
     return best[1]
 
 
@@ -122,8 +117,7 @@ def _standardized(values: Array) -> Tensor:
 
 @dataclass(frozen=True)
 class FitProblem:
-    """behavior: (n, A). weight: (n,) target / behavior of the logged items. logged: (n,) their
-    numbers. context: (n, d). item: (A, e), or (n, A, e) inputs of each pair."""
+    """weight: target / behavior of the logged items. item: (A, e), or (n, A, e) of each pair."""
 
     behavior: Tensor
     weight: Tensor
@@ -146,7 +140,7 @@ class SplitNet(nn.Module):
     def forward(self, context: Tensor, item: Tensor) -> Tensor:
         """(n, A) logits of rho."""
         mixed = self.first_context(context)[:, None, :] + self.first_item(item)
-        return self.last(torch.relu(self.second(torch.relu(mixed)))).squeeze(-1)
+        return torch.squeeze(self.last(torch.relu(self.second(torch.relu(mixed)))), -1)
 
 
 class SplitTrainer:
@@ -168,8 +162,7 @@ class SplitTrainer:
         is exp(logit): nothing is subtracted from one). The loss is float64.
         """
         problem, net, n = self.problem, self.net, self.shape[0]
-        from_context = problem.context @ net.first_context.weight.T
-        from_context += net.first_context.bias
+        from_context = problem.context @ net.first_context.weight.T + net.first_context.bias
         from_item = problem.item @ net.first_item.weight.T
         torch.add(from_context[:, None, :], from_item, out=self.first.view(self.shape)).relu_()
         torch.addmm(net.second.bias, self.first, net.second.weight.T, out=self.second).relu_()
@@ -190,18 +183,19 @@ class SplitTrainer:
 
     def _backward(self, gradient: Tensor) -> None:
         net, item, flat = self.net, self.problem.item, gradient.reshape(-1, 1)
-        last = flat.T @ self.second
+        net.last.weight.grad, net.last.bias.grad = flat.T @ self.second, gradient.sum().reshape(1)
         torch.mul(flat, net.last.weight, out=self.back)
         _mask(self.back, self.second)
-        second, second_bias = self.back.T @ self.first, self.back.sum(dim=0)
+        net.second.weight.grad, net.second.bias.grad = (
+            self.back.T @ self.first,
+            self.back.sum(dim=0),
+        )
         # The second layer's output is not needed any more: its memory takes the gradient.
         torch.mm(self.back, net.second.weight, out=self.second)
         _mask(self.second, self.first)
         cube = self.second.view(self.shape)
         by_context = cube.sum(dim=1)
         by_item = cube.sum(dim=0) if item.dim() == 2 else self.second
-        net.last.weight.grad, net.last.bias.grad = last, gradient.sum().reshape(1)
-        net.second.weight.grad, net.second.bias.grad = second, second_bias
         net.first_context.weight.grad = by_context.T @ self.problem.context
         net.first_context.bias.grad = by_context.sum(dim=0)
         net.first_item.weight.grad = by_item.T @ item.reshape(-1, item.shape[-1])

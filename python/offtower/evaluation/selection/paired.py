@@ -126,7 +126,7 @@ def spike_slab_square(gap: Array, gap_variance: Array, spike: float, slab: float
     z2 = np.where(gap_variance > 0.0, square / safe, np.where(square > 0.0, np.inf, 0.0))
     bayes = np.sqrt(1.0 + slab) * np.exp(-0.5 * np.minimum(z2, 1e4) * shrink)
     null = spike * bayes / (spike * bayes + 1.0 - spike)
-    return (1.0 - null) * (shrink**2 * square + shrink * gap_variance)
+    return np.asarray((1.0 - null) * (shrink**2 * square + shrink * gap_variance))
 
 
 def _learned(log: SelectionLog, candidates: list[Candidate]) -> Array:
@@ -143,7 +143,7 @@ def _learned(log: SelectionLog, candidates: list[Candidate]) -> Array:
 
 def _noise(squares: Array) -> Array:
     """Standard error of the mean of each row of squared influences: (c, n) -> (c,)."""
-    return squares.std(axis=1) / np.sqrt(squares.shape[1])
+    return np.asarray(squares.std(axis=1) / np.sqrt(squares.shape[1]))
 
 
 def _order(
