@@ -15,10 +15,9 @@ from offtower.evaluation.rows import Array, IntArray
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """The published settings: two hidden layers of 100 units, Adam, the whole log per step.
+    """Settings of the published network; Adam steps on the whole log.
 
-    epochs: steps. penalties: the grid of lambda. tolerance: how far mean p(x) may be from the share
-    for a lambda to qualify.
+    penalties: grid of lambda. tolerance: of mean p(x) from the share, for a lambda to qualify.
     """
 
     hidden: int = 100
@@ -65,10 +64,8 @@ def fit_network(
     n, n_items = behavior.shape
     items = n_items if item_features is None else item_features.shape[0]
     if context.ndim != 2 or (context.shape[0], items, action.shape) != (n, n_items, (n,)):
-        raise OfftowerError(
-            f"network split: behavior has shape {(n, n_items)}, context {context.shape}, action "
-            f"{action.shape}, and there are features of {items} items; expected (n, d), (n,) and A."
-        )
+        shapes = f"{behavior.shape}, {context.shape}, {action.shape}; {items} items with features"
+        raise OfftowerError(f"network split: behavior, context and action do not match: {shapes}")
     keys = [behavior[-1], target[-1], behavior[0], target[0]]
     order = np.lexsort(keys if item_features is None else [*keys, *item_features.T[::-1]])
     rank = np.argsort(order)
@@ -167,7 +164,6 @@ class SplitTrainer:
         torch.add(from_context[:, None, :], from_item, out=self.first.view(self.shape)).relu_()
         torch.addmm(net.second.bias, self.first, net.second.weight.T, out=self.second).relu_()
         logit = (self.second @ net.last.weight[0]).view(self.shape[:2]) + net.last.bias
-
         logit, rows = logit.double(), torch.arange(n, device=logit.device)
         rho = torch.sigmoid(logit)
         p = (problem.behavior * rho).sum(dim=1)
