@@ -52,7 +52,7 @@ def variants(clone: str) -> dict[str, Settings]:
     warm = {"warm_start": clone}
     return {
         "random start": {},
-        "uniform start": {"training": {"start": "uniform"}},
+        "uniform start": {"training": {"initialization": "uniform"}},
         "warm start": {"training": warm},
         "temperature 4 to 1": temperature(4.0),
         "temperature 1/4 to 1": temperature(0.25),

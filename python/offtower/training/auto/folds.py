@@ -69,7 +69,8 @@ class Folds:
         """(n,) whether a row is in the sample of this share, a function of the row number."""
         if share >= 1.0:
             return np.ones(len(rows), dtype=bool)
-        return keyed_hash(rows.row, derive_seed(self.seed, "judged")) < np.uint64(share * 2**64)
+        seed = derive_seed(self.seed, "judged")  # wording: keep; it names a random stream
+        return keyed_hash(rows.row, seed) < np.uint64(share * 2**64)
 
 
 def context_key(rows: EncodedRows) -> NDArray[np.uint64]:
