@@ -272,6 +272,14 @@ def test_gradients_of_regularizers(seed: int) -> None:
             np.testing.assert_allclose(-(grad - without).numpy(), 0.7 * part, rtol=0, atol=1e-12)
 
 
+def test_regularized_objectives_keep_their_requirements() -> None:
+    for name in ("dr", "mixed_negatives", "weighted_likelihood"):
+        plain = make_objective(name).requirements
+        found = Regularized(make_objective(name), kl=1.0, entropy=1.0).requirements
+        wanted = replace(plain, pscore=True, entropy=True, rewarded_rows_only=False)
+        assert found == wanted
+
+
 def test_kl_estimate_is_unbiased_and_never_negative() -> None:
     """Over the logging policy the regularizer's mean is KL(pi || pi_0), action by action."""
     rng = np.random.default_rng(0)

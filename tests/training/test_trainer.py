@@ -86,6 +86,18 @@ def test_objectives_train_from_the_config(simulated: Path, tmp_path: Path, name:
     assert not (config.run_directory / "reward_model").exists()
 
 
+def test_step_lines_are_written_every_kth_step_or_never(simulated: Path, tmp_path: Path) -> None:
+    steps = {}
+    for every in (7, None):
+        name = f"every-{every}"
+        config = make_config(simulated, tmp_path, name, "objective.name=ips", "training.epochs=1")
+        config.training.log_every_steps = every
+        train_run(config)
+        lines = read_metrics(config.run_directory / "metrics.jsonl")
+        steps[every] = [line["step"] for line in lines if line["kind"] == "step"]
+    assert steps == {7: [1, 8, 15], None: []}
+
+
 def test_an_interrupt_ends_with_code_130_and_can_be_resumed(
     simulated: Path, tmp_path: Path
 ) -> None:

@@ -57,6 +57,8 @@ class Regularized(Objective):
             divergence=exact_kl and self.kl > 0.0,
             pscore=needs.pscore or (self.kl > 0.0 and not exact_kl),
             entropy=needs.entropy or self.entropy > 0.0,
+            # The added terms depend on rows without reward too.
+            rewarded_rows_only=False,
         )
 
     def __call__(self, rows: LoggedRows, reduction: Reduction) -> ObjectiveValue:
