@@ -1,4 +1,4 @@
-// What an operator is given and what it fills: plain pointers and sizes, nothing of torch.
+// Operands and results of an operator: plain pointers and sizes, independent of torch.
 //
 // Arrays are row-major and contiguous. "rows" are logged contexts, "items" the catalogue.
 #pragma once
@@ -18,7 +18,7 @@ struct PolicyOperands {
   const void* context;   // (rows, dim)
   const void* item;      // (items, dim)
   const void* item_bias; // (items,) or null
-  const int64_t* action; // (rows,); -1 where the row's item is not among these, null: for no row
+  const int64_t* action; // (rows,); -1 where the row's item is not among these; null if none is
   float temperature;
 
   RewardKind reward;
@@ -31,19 +31,20 @@ struct PolicyOperands {
 
 // (rows,) float32 each; null where not asked for.
 //
-// Sums over items are relative to the row's anchor, a logit, the largest or up to 1 below it:
-// total = sum_j exp(s_j - anchor), reward_sum = sum_j exp(s_j - anchor) q_j,
-// centred_sum = sum_j exp(s_j - anchor) (s_j - anchor). Sums over slices of items merge exactly.
+// Sums over items are relative to the row's reference_max, its largest logit or up to 1 less:
+// total = sum_j exp(s_j - reference_max), reward_sum = sum_j exp(s_j - reference_max) q_j,
+// centered_sum = sum_j exp(s_j - reference_max) (s_j - reference_max). Sums over slices of items
+// merge exactly.
 struct ForwardResults {
   float* log_prob;
   float* log_normalizer;
   float* expected_reward;
   float* action_reward;
   float* entropy;
-  float* anchor;
+  float* reference_max;
   float* total;
   float* reward_sum;
-  float* centred_sum;
+  float* centered_sum;
   float* action_logit;
 };
 
@@ -57,7 +58,8 @@ struct Cotangents {
 
 struct BackwardOperands {
   PolicyOperands policy;
-  const float* anchor; // of the forward pass; over all slices of items where there are several
+  const float*
+      reference_max; // of the forward pass; over all slices of items where there are several
   const float* total;
   const float* expected_reward; // null without its cotangent, and so is entropy
   const float* entropy;

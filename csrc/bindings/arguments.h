@@ -1,6 +1,5 @@
-// What the modules of both cores take: arrays as DLPack capsules, None for an absent one. Each core adds
-// its own last arguments (threads, or a stream) to the lists here. Their types for Python are in
-// ops/_cpu.pyi.
+// Arguments of the modules of both cores: arrays as DLPack capsules, None for an absent one. Each core
+// adds its own last arguments (threads, or a stream). ops/_cpu.pyi has their types for Python.
 #pragma once
 
 #include <type_traits>
@@ -103,24 +102,24 @@ void define_forward(py::module_& m, Run run, Names... names) {
       "forward",
       [run](const Operands& o, const Capsule& log_prob, const Capsule& log_normalizer,
             const Capsule& expected_reward, const Capsule& action_reward, const Capsule& entropy,
-            const Capsule& anchor, const Capsule& total, const Capsule& reward_sum,
-            const Capsule& centred_sum, const Capsule& action_logit, Rest... rest) {
+            const Capsule& reference_max, const Capsule& total, const Capsule& reward_sum,
+            const Capsule& centered_sum, const Capsule& action_logit, Rest... rest) {
         const ForwardResults results{o.of_rows(log_prob, "log_prob"),
                                      o.of_rows(log_normalizer, "log_normalizer"),
                                      o.of_rows(expected_reward, "expected_reward"),
                                      o.of_rows(action_reward, "action_reward"),
                                      o.of_rows(entropy, "entropy"),
-                                     o.of_rows(anchor, "anchor"),
+                                     o.of_rows(reference_max, "reference_max"),
                                      o.of_rows(total, "total"),
                                      o.of_rows(reward_sum, "reward_sum"),
-                                     o.of_rows(centred_sum, "centred_sum"),
+                                     o.of_rows(centered_sum, "centered_sum"),
                                      o.of_rows(action_logit, "action_logit")};
         return run(o, results, rest...);
       },
       py::arg("operands"), py::kw_only(), py::arg("log_prob") = none,
       py::arg("log_normalizer") = none, py::arg("expected_reward") = none,
-      py::arg("action_reward") = none, py::arg("entropy") = none, py::arg("anchor") = none,
-      py::arg("total") = none, py::arg("reward_sum") = none, py::arg("centred_sum") = none,
+      py::arg("action_reward") = none, py::arg("entropy") = none, py::arg("reference_max") = none,
+      py::arg("total") = none, py::arg("reward_sum") = none, py::arg("centered_sum") = none,
       py::arg("action_logit") = none, names...);
 }
 
@@ -130,7 +129,7 @@ void define_backward(py::module_& m, Run run, Names... names) {
   const auto none = py::none();
   m.def(
       "backward",
-      [run](const Operands& o, const py::capsule& anchor, const py::capsule& total,
+      [run](const Operands& o, const py::capsule& reference_max, const py::capsule& total,
             const Capsule& expected_reward, const Capsule& entropy, const Capsule& g_log_prob,
             const Capsule& g_log_normalizer, const Capsule& g_expected_reward,
             const Capsule& g_entropy, const Capsule& context, const Capsule& item,
@@ -141,21 +140,20 @@ void define_backward(py::module_& m, Run run, Names... names) {
         if (g_expected_reward && (!expected_reward || p.reward == RewardKind::none))
           throw std::invalid_argument("g_expected_reward needs expected_reward and a reward model");
         if (g_entropy && !entropy) throw std::invalid_argument("g_entropy needs entropy");
-        const BackwardOperands in{p,
-                                  o.of_rows(anchor, "anchor"),
-                                  o.of_rows(total, "total"),
-                                  o.of_rows(expected_reward, "expected_reward"),
-                                  o.of_rows(entropy, "entropy"),
-                                  {o.of_rows(g_log_prob, "g_log_prob"),
-                                   o.of_rows(g_log_normalizer, "g_log_normalizer"),
-                                   o.of_rows(g_expected_reward, "g_expected_reward"),
-                                   o.of_rows(g_entropy, "g_entropy")}};
+        const BackwardOperands in{
+            p,
+            o.of_rows(reference_max, "reference_max"),
+            o.of_rows(total, "total"),
+            o.of_rows(expected_reward, "expected_reward"),
+            o.of_rows(entropy, "entropy"),
+            {o.of_rows(g_log_prob, "g_log_prob"), o.of_rows(g_log_normalizer, "g_log_normalizer"),
+             o.of_rows(g_expected_reward, "g_expected_reward"), o.of_rows(g_entropy, "g_entropy")}};
         const BackwardResults results{o.at<void>(context, "context", {p.rows, p.dim}),
                                       o.at<void>(item, "item", {p.items, p.dim}),
                                       o.at<void>(item_bias, "item_bias", {p.items})};
         return run(o, in, results, rest...);
       },
-      py::arg("operands"), py::kw_only(), py::arg("anchor"), py::arg("total"),
+      py::arg("operands"), py::kw_only(), py::arg("reference_max"), py::arg("total"),
       py::arg("expected_reward") = none, py::arg("entropy") = none, py::arg("g_log_prob") = none,
       py::arg("g_log_normalizer") = none, py::arg("g_expected_reward") = none,
       py::arg("g_entropy") = none, py::arg("context") = none, py::arg("item") = none,
@@ -177,7 +175,8 @@ void define_top_k(py::module_& m, Run run, Names... names) {
                                   o.at<int64_t>(index, "index", {p.rows, k})};
         return run(o, results, rest...);
       },
-      py::arg("operands"), py::kw_only(), py::arg("k"), py::arg("score"), py::arg("index"), names...);
+      py::arg("operands"), py::kw_only(), py::arg("k"), py::arg("score"), py::arg("index"),
+      names...);
 }
 
 } // namespace offtower

@@ -1,5 +1,5 @@
-// Arrays that Python passes, as DLPack capsules: what a kernel reads or writes is checked here against
-// the array's own element type, shape, strides and device, whatever Python checked before.
+// Arrays from Python, as DLPack capsules. Element type, shape, strides and device are checked here, in
+// addition to the checks in Python, before a kernel reads or writes an array.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -43,23 +43,24 @@ enum class Element { float32, bfloat16, int64, uint8 };
 
 inline const char* name_of(Element element) {
   switch (element) {
-    case Element::float32: return "float32";
-    case Element::bfloat16: return "bfloat16";
-    case Element::int64: return "int64";
-    default: return "uint8";
+    case Element::float32:
+      return "float32";
+    case Element::bfloat16:
+      return "bfloat16";
+    case Element::int64:
+      return "int64";
+    default:
+      return "uint8";
   }
 }
 
 inline std::string text(const Shape& shape) {
   std::string all = "(";
-  for (size_t i = 0; i < shape.size(); ++i)
-    all += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  for (size_t i = 0; i < shape.size(); ++i) all += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
   return all + (shape.size() == 1 ? ",)" : ")");
 }
 
-inline std::string text(dlpack::Device device) {
-  return text(Shape{device.type, device.number});
-}
+inline std::string text(dlpack::Device device) { return text(Shape{device.type, device.number}); }
 
 class Array {
 public:
@@ -74,13 +75,18 @@ public:
   bool holds(Element element) const {
     constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4;
     const auto is = [&](uint8_t code, uint8_t bits) {
-      return tensor_->element.code == code && tensor_->element.bits == bits && tensor_->element.lanes == 1;
+      return tensor_->element.code == code && tensor_->element.bits == bits &&
+             tensor_->element.lanes == 1;
     };
     switch (element) {
-      case Element::float32: return is(kFloat, 32);
-      case Element::bfloat16: return is(kBfloat, 16);
-      case Element::int64: return is(kInt, 64);
-      default: return is(kUInt, 8);
+      case Element::float32:
+        return is(kFloat, 32);
+      case Element::bfloat16:
+        return is(kBfloat, 16);
+      case Element::int64:
+        return is(kInt, 64);
+      default:
+        return is(kUInt, 8);
     }
   }
 
@@ -91,8 +97,7 @@ public:
       refuse(std::string("must be ") + name_of(element) + ", but its DLPack type is (" +
              std::to_string(tensor_->element.code) + ", " + std::to_string(tensor_->element.bits) +
              " bits)");
-    if (shape() != wanted)
-      refuse("must have shape " + text(wanted) + ", but has " + text(shape()));
+    if (shape() != wanted) refuse("must have shape " + text(wanted) + ", but has " + text(shape()));
     if (!contiguous()) refuse("must be contiguous");
     if (device().type != on.type || device().number != on.number)
       refuse("must be on DLPack device " + text(on) + ", but is on " + text(device()));

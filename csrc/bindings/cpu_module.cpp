@@ -70,7 +70,7 @@ std::vector<std::string> isas() {
 std::vector<std::string> isas_here() {
   std::vector<std::string> names;
   for (const InstructionSet* set : built_sets())
-    if (set->runs_here()) names.emplace_back(set->name);
+    if (set->is_supported()) names.emplace_back(set->name);
   return names;
 }
 

@@ -28,8 +28,8 @@ int64_t run(const Operands& operands, int device, uintptr_t stream, const Capsul
   const Array room(*workspace, "workspace");
   const Shape shape = room.shape();
   if (shape.size() != 1 || shape[0] < bytes)
-    room.refuse("must have one dimension of at least " + std::to_string(bytes) + " bytes, but has shape " +
-                text(shape));
+    room.refuse("must have one dimension of at least " + std::to_string(bytes) +
+                " bytes, but has shape " + text(shape));
   void* const memory = room.data(Element::uint8, shape, {kMemory, device});
   return launch(Call{properties, reinterpret_cast<void*>(stream), memory});
 }
@@ -37,7 +37,8 @@ int64_t run(const Operands& operands, int device, uintptr_t stream, const Capsul
 } // namespace
 
 PYBIND11_MODULE(OFFTOWER_CUDA_MODULE, m) {
-  m.doc() = "CUDA operators of offtower. Without a workspace a call only counts the bytes it needs.";
+  m.doc() =
+      "CUDA operators of offtower. Without a workspace a call only counts the bytes it needs.";
   define_operands(m);
   const auto device = py::arg("device");
   const auto stream = py::arg("stream") = 0;

@@ -1,5 +1,5 @@
-// Aligned, zeroed memory. In an unnamed namespace on purpose: a translation unit that is compiled
-// for a wide instruction set must not give the linker code that the others would share.
+// Aligned, zeroed memory. In an unnamed namespace, so that the linker cannot share code between
+// translation units that are compiled for different instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ private:
   T* data_ = nullptr;
 };
 
-// A number of T, such as one for each worker, made by the calling thread before the work starts.
+// Several T, such as one per worker, constructed by the calling thread before the work starts.
 template <class T>
 class Objects {
 public:

@@ -18,12 +18,12 @@ Candidates::~Candidates() = default;
 
 float Candidates::push(float score, int64_t index) {
   kept_.push_back({score, index});
-  // Twice k and a few: shrinking costs O(k) and is done once in k pushes.
+  // Twice k and a few more: shrinking costs O(k) and happens once in k pushes.
   if (static_cast<int64_t>(kept_.size()) >= 2 * k_ + 64) shrink();
   return threshold_;
 }
 
-void Candidates::take_from(const Candidates& others) {
+void Candidates::merge(const Candidates& others) {
   kept_.insert(kept_.end(), others.kept_.begin(), others.kept_.end());
   shrink();
 }

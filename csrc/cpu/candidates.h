@@ -1,4 +1,4 @@
-// The k best (score, index) pairs of each row, gathered while scores stream by.
+// The k best (score, index) pairs of a row, collected from a stream of scores.
 //
 // Order: NaN first (as torch has it), then by falling score, then by rising index. It is total, so
 // the result does not depend on how the items were split.
@@ -19,12 +19,12 @@ public:
   explicit Candidates(int64_t k);
   ~Candidates();
 
-  // Scores at or below the threshold need not be pushed; it is NaN while every score must be.
+  // Scores at or below the threshold need not be pushed; NaN means that all must be.
   // Returns the threshold after the push. Indices must rise from push to push.
   float push(float score, int64_t index);
 
-  // The k best of these and the others, whose items all come after.
-  void take_from(const Candidates& others);
+  // Keeps the k best of these and the others, whose items all come later.
+  void merge(const Candidates& others);
   // Writes them in order.
   void write(float* score, int64_t* index);
 

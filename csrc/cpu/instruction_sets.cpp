@@ -17,7 +17,7 @@ const InstructionSet& choose_set(const char* name) {
   const std::string wanted = name;
   std::string names;
   for (const InstructionSet* set : built_sets()) {
-    if (!set->runs_here()) continue;
+    if (!set->is_supported()) continue;
     if (wanted.empty() || wanted == set->name) return *set;
     names += (names.empty() ? "" : ", ") + std::string(set->name);
   }

@@ -1,4 +1,4 @@
-// The table of instruction sets: one entry for each translation unit under isa/.
+// The table of instruction sets, one entry per translation unit under isa/.
 #pragma once
 
 #include <vector>
@@ -19,7 +19,7 @@ struct Kernels {
 
 struct InstructionSet {
   const char* name;
-  bool (*runs_here)();
+  bool (*is_supported)();
   Kernels float32, bfloat16;
 
   const Kernels& of(DType dtype) const { return dtype == DType::float32 ? float32 : bfloat16; }
@@ -35,7 +35,7 @@ const InstructionSet& avx512bf16();
 // Those that this library was built for, widest first.
 std::vector<const InstructionSet*> built_sets();
 
-// The widest that this machine runs, or the one called `name` ("" for none in particular).
+// The instruction set called `name`, or for "" the widest that this machine supports.
 // Throws std::invalid_argument for an unknown one or one that this machine lacks.
 const InstructionSet& choose_set(const char* name);
 

@@ -9,7 +9,7 @@ MergeTree::~MergeTree() = default;
 
 const float* MergeTree::sum() const { return root_; }
 
-float* MergeTree::take() {
+float* MergeTree::acquire() {
   float* array = nullptr;
   {
     const std::lock_guard<std::mutex> held(guard_);
@@ -24,11 +24,11 @@ float* MergeTree::take() {
   return array;
 }
 
-void MergeTree::give(int64_t leaf, float* array) {
+void MergeTree::add(int64_t leaf, float* array) {
   int64_t number = leaf, count = leaves_;
   for (int level = 0; count > 1; ++level, number /= 2, count = (count + 1) / 2) {
     const int64_t sibling = number ^ 1;
-    if (sibling >= count) continue; // The last of an odd number goes up alone.
+    if (sibling >= count) continue; // The last of an odd number has no sibling.
     float* other = nullptr;
     {
       const std::lock_guard<std::mutex> held(guard_);

@@ -1,8 +1,8 @@
-// Sums of partial arrays in a fixed order, whichever thread finishes first.
+// Sums partial arrays in a fixed order, whichever thread finishes first.
 //
 // Leaves 0..count-1 are added along a binary tree over their numbers, so the bits of the sum depend
-// on `count` alone. Leaves are handed out in order, so at most about threads + log2(count) arrays
-// exist at a time.
+// only on `count`. Leaves are started in order, so at most about threads + log2(count) arrays exist at
+// a time.
 #pragma once
 
 #include <cstdint>
@@ -20,10 +20,10 @@ public:
   ~MergeTree();
 
   // `length` zeros for a leaf; the tree owns them. Throws std::bad_alloc.
-  float* take();
-  // Adds a finished leaf; merges it with its neighbours as far as they are there.
-  void give(int64_t leaf, float* array);
-  // The sum, after all leaves were given.
+  float* acquire();
+  // Adds a finished leaf and merges it with the siblings that are finished.
+  void add(int64_t leaf, float* array);
+  // The sum, after all leaves were added.
   const float* sum() const;
 
 private:

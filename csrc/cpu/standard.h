@@ -1,6 +1,6 @@
-// All of the standard library that the kernels see. A unit under isa/ includes it before it sets
-// its target, so that no inline function of the library is compiled for a machine that may not be
-// this one.
+// All headers of the standard library that the kernels use. A unit under isa/ includes them before it
+// sets its target, so that no inline function of the library is compiled for an instruction set that
+// this machine may lack.
 #pragma once
 
 #include <atomic>
@@ -20,5 +20,5 @@
 #include "instruction_sets.h"
 #include "merge_tree.h"
 #include "../operands.h"
-#include "shown_items.h"
+#include "action_order.h"
 #include "workers.h"

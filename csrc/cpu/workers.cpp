@@ -12,7 +12,7 @@
 namespace offtower::cpu {
 namespace {
 
-// One run: what all of its threads share.
+// One run, shared by its threads.
 struct Job {
   Workers* workers;
   Workers::Task task;
@@ -29,7 +29,7 @@ struct Job {
 void work(void* shared) {
   Job& job = *static_cast<Job*>(shared);
   const int worker = std::this_thread::get_id() == job.caller ? 0 : 1 + job.helpers.fetch_add(1);
-  if (worker >= job.workers->threads()) return; // more than were asked for
+  if (worker >= job.workers->threads()) return; // more than requested
   try {
     for (int64_t index; !job.failed && !job.workers->stopped(worker) &&
                         (index = job.next.fetch_add(1)) < job.count;)
@@ -47,7 +47,7 @@ void run_on_own_threads(Job& job, int64_t wanted) {
   try {
     for (int64_t i = 1; i < wanted; ++i) helpers.emplace_back(work, &job);
   } catch (const std::system_error&) {
-    // No more threads to be had: those that started do the work. The result is the same.
+    // No more threads can be created: those that started do the work, with the same result.
   }
   work(&job);
   for (std::thread& helper : helpers) helper.join();
@@ -63,7 +63,7 @@ bool uses_torch_threads() { return torch_parallel() != nullptr; }
 
 Workers::Workers(int threads, bool (*interrupted)())
     : threads_(std::max(threads, 1)), interrupted_(interrupted),
-      asked_(std::chrono::steady_clock::now()) {}
+      last_poll_(std::chrono::steady_clock::now()) {}
 
 bool Workers::run(int64_t count, Task task, void* context) {
   Job job{this, task, context, count, std::this_thread::get_id(), {}, {}, {}, {}, {}};
@@ -83,8 +83,8 @@ bool Workers::stopped(int worker) {
   if (stop_) return true;
   if (worker != 0) return false;
   const auto now = std::chrono::steady_clock::now();
-  if (now - asked_ < std::chrono::milliseconds(20)) return false;
-  asked_ = now;
+  if (now - last_poll_ < std::chrono::milliseconds(20)) return false;
+  last_poll_ = now;
   if (interrupted_()) stop_ = true;
   return stop_;
 }

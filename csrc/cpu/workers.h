@@ -1,9 +1,9 @@
 // The threads of one call, and its interruption.
 //
-// They are torch's own where they can be found: its OpenMP threads spin for milliseconds after each
-// of its operators, and threads of ours would fight them for the cores (a third of the time of a
-// 10 ms call). Elsewhere, and in forked children, where an OpenMP pool is not to be used, they are
-// plain threads that end with the call. Results do not depend on it.
+// They are torch's OpenMP threads where its runtime is found: those spin for milliseconds after each
+// torch operator, and other threads would compete with them for the cores (a third of the time of a
+// 10 ms call). Elsewhere, and in forked children, where the parent's pool does not exist, they are
+// plain threads that end with the call. Results do not depend on the choice.
 #pragma once
 
 #include <atomic>
@@ -12,7 +12,7 @@
 
 namespace offtower::cpu {
 
-// Of a steady clock.
+// Time of a steady clock.
 double seconds();
 
 // Whether calls of this process run on torch's OpenMP threads.
@@ -20,24 +20,24 @@ bool uses_torch_threads();
 
 class Workers {
 public:
-  // `interrupted` is asked by the calling thread alone, at most every 20 ms; true ends the call.
+  // `interrupted` is called by the calling thread only, at most every 20 ms; true ends the call.
   Workers(int threads, bool (*interrupted)());
 
   int threads() const { return threads_; }
 
-  // task(context, index, worker) for every index below `count`, handed out in order; worker 0 is
+  // Calls task(context, index, worker) for every index below `count`, started in order; worker 0 is
   // the calling thread. Returns false if it was interrupted; rethrows the first exception of a task.
   using Task = void (*)(void* context, int64_t index, int worker);
   bool run(int64_t count, Task task, void* context);
 
-  // To be asked by a task every few milliseconds of work; when true, the task returns at once.
+  // Tasks call this every few milliseconds of work and return at once if it is true.
   bool stopped(int worker);
 
 private:
   const int threads_;
   bool (*const interrupted_)();
   std::atomic<bool> stop_{false};
-  std::chrono::steady_clock::time_point asked_;
+  std::chrono::steady_clock::time_point last_poll_;
 };
 
 } // namespace offtower::cpu

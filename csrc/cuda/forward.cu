@@ -31,7 +31,7 @@ int64_t run_forward(const PolicyOperands& o, const ForwardResults& results, cons
 } // namespace
 
 int64_t forward(const PolicyOperands& o, const ForwardResults& results, const Call& call) {
-  const bool entropy = results.entropy != nullptr || results.centred_sum != nullptr;
+  const bool entropy = results.entropy != nullptr || results.centered_sum != nullptr;
   return dispatch_dtype(o.dtype, [&](auto t) {
     return dispatch_reward(o.reward, [&](auto reward) {
       using T = decltype(t);

@@ -63,8 +63,15 @@ def test_operands_of_another_shape_or_type_are_refused(
         policy(**change)
 
 
-RESULTS = ("log_prob", "log_normalizer", "expected_reward", "action_reward", "entropy", "anchor")
-RESULTS += ("total", "reward_sum", "centred_sum", "action_logit")
+RESULTS = (
+    "log_prob",
+    "log_normalizer",
+    "expected_reward",
+    "action_reward",
+    "entropy",
+    "reference_max",
+)
+RESULTS += ("total", "reward_sum", "centered_sum", "action_logit")
 
 
 @pytest.mark.parametrize("name", RESULTS)
@@ -84,7 +91,7 @@ def test_forward_results_of_another_shape_or_type_are_refused(name: str) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"anchor": torch.zeros(ROWS - 1)}, r"anchor must have shape \(5,\)"),
+        ({"reference_max": torch.zeros(ROWS - 1)}, r"reference_max must have shape \(5,\)"),
         ({"total": torch.zeros(ROWS).double()}, "total must be float32"),
         ({"g_log_prob": torch.zeros(1)}, r"g_log_prob must have shape \(5,\)"),
         ({"g_entropy": torch.zeros(ROWS)}, "g_entropy needs entropy"),
@@ -97,7 +104,7 @@ def test_forward_results_of_another_shape_or_type_are_refused(name: str) -> None
 def test_backward_arrays_of_another_shape_or_type_are_refused(
     change: dict[str, Tensor], message: str
 ) -> None:
-    arrays = {"anchor": torch.zeros(ROWS), "total": torch.ones(ROWS), **change}
+    arrays = {"reference_max": torch.zeros(ROWS), "total": torch.ones(ROWS), **change}
     with pytest.raises(ValueError, match=message):
         call("backward", policy(), arrays)
 

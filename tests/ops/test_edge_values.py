@@ -1,4 +1,4 @@
-"""Masked items, impossible numbers, and actions that only the operator itself can see."""
+"""Masked items, NaN and infinite values, and actions that only the compiled operator can check."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def operands(rows: int, items: int, dim: int = 4) -> tuple[torch.Tensor, ...]:
     )
 
 
-def test_masked_items_are_as_if_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masked_items_equal_absent_items(monkeypatch: pytest.MonkeyPatch) -> None:
     # Chunks of 64 items; the first two hold nothing but masked items.
     monkeypatch.setattr("offtower.ops.reference.MAX_LOGITS", 1)
     u, v, action = operands(5, 200)
@@ -68,7 +68,7 @@ def test_a_masked_slice_merges() -> None:
 @pytest.mark.parametrize("isa", ops.available_instruction_sets())
 @pytest.mark.parametrize("value", [float("nan"), -float("nan"), INF])
 @pytest.mark.parametrize("item", [0, 5, 511, 1999])
-def test_native_core_hides_no_impossible_number(
+def test_native_core_propagates_nan_and_inf(
     isa: str, value: float, item: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OFFTOWER_CPU_ISA", isa)

@@ -1,7 +1,7 @@
 """The native core against float64, for every instruction set that this machine runs.
 
-The bar is what torch itself reaches in the same dtype: the same terms by stable eager torch
-(max-shifted; entropy as log Z - sum p (s - max)) from the same rounded inputs.
+The bound is twice the error of stable eager torch in the same dtype (max-shifted; entropy as
+log Z - sum p (s - max)) from the same rounded inputs.
 """
 
 from __future__ import annotations

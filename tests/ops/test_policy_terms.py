@@ -1,4 +1,4 @@
-"""`policy_terms` against float64 enumeration, a naive softmax, and torch's own checkers."""
+"""`policy_terms` against float64 enumeration, a naive softmax, opcheck and gradcheck."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def loss(values: list[Tensor | None], cotangents: list[Tensor]) -> Tensor:
 
 @pytest.fixture(params=[64, 1 << 22])
 def cells(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """With few logits at a time the items come in many chunks, with many in one."""
+    """Logits held at a time: few split the items into many chunks, many need one."""
     monkeypatch.setattr(reference, "MAX_LOGITS", request.param)
     return int(request.param)
 
@@ -144,7 +144,7 @@ def test_action_reward_is_the_models(kind: str) -> None:
 
 
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)])
-def test_only_asked_for_gradients_are_given(needs: tuple[int, int, int]) -> None:
+def test_only_requested_gradients_are_computed(needs: tuple[int, int, int]) -> None:
     p = Problem(4, 9, 3, "dense")
     leaves, naive = p.leaves(), p.leaves()
     for leaf, other, need in zip(leaves, naive, needs, strict=True):
@@ -192,7 +192,7 @@ def test_near_uniform_and_peaked_policies_in_low_precision(
 
 
 @pytest.mark.parametrize("logit", [1e4, -1e4])
-def test_huge_logits_overflow_nothing(logit: float) -> None:
+def test_huge_logits_do_not_overflow(logit: float) -> None:
     u = torch.tensor([[logit]])
     v = torch.tensor([[1.0], [1.0], [0.999]])
     terms = policy_terms(u, v, torch.tensor([0]), entropy=True)
@@ -203,7 +203,7 @@ def test_huge_logits_overflow_nothing(logit: float) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_torchs_own_checks(kind: str) -> None:
+def test_opcheck_and_gradcheck(kind: str) -> None:
     p = Problem(3, 5, 2, kind)
     u, v, b = p.leaves()
     x = Operands(u, v, p.action, 0.7, b, RewardOperands.of(p.reward))

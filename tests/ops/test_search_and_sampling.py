@@ -1,4 +1,4 @@
-"""`top_k`, `sample_softmax`, refusals, and memory."""
+"""`top_k`, `sample_softmax`, invalid arguments, and memory."""
 
 from __future__ import annotations
 
@@ -126,14 +126,14 @@ CASES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), CASES)
-def test_refusals(change: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_raise(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"context_embedding": U, "item_embedding": V, "action": A}
     with pytest.raises(OperatorError, match=message):
         policy_terms(**{**arguments, **change})
 
 
 @pytest.mark.parametrize("k", [0, 5])
-def test_top_k_refuses_k(k: int) -> None:
+def test_top_k_rejects_k_out_of_range(k: int) -> None:
     with pytest.raises(OperatorError, match=r"k must lie in \[1, 4\]"):
         top_k(U, V, k)
 

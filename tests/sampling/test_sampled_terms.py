@@ -126,7 +126,7 @@ def test_gradients_equal_those_of_the_exact_operator(
     cells: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through all outputs, into both embeddings and the bias, in chunks of any size."""
-    monkeypatch.setattr(sums_module, "CELLS_AT_ONCE", cells)
+    monkeypatch.setattr(sums_module, "CPU_CHUNK", cells)
     weights = normal(4, B, seed=11)
     found = []
     for function in (every_item_once, each_row_its_own, exact):
@@ -331,7 +331,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"sampled_item": torch.zeros(B, 4, dtype=torch.int64), "log_proposal": torch.zeros(B, 4)},
-        "draws of each row's own need sample_index",
+        "draws of shape .B, m. need sample_index",
     ),
 ]
 

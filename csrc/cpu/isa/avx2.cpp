@@ -14,13 +14,12 @@
 namespace offtower::cpu {
 const InstructionSet& avx2() {
   using A = Float32<Avx2>;
-  static const InstructionSet set{
-      "avx2",
-      [] {
-        __builtin_cpu_init();
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-      },
-      kernels<A, float>(), kernels<A, Bfloat16>()};
+  const auto is_supported = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  };
+  static const InstructionSet set{"avx2", is_supported, kernels<A, float>(),
+                                  kernels<A, Bfloat16>()};
   return set;
 }
 } // namespace offtower::cpu

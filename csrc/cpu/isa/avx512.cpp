@@ -4,7 +4,8 @@
 //
 #define OFFTOWER_REGISTER(x) "+v"(x)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
 #endif
@@ -14,14 +15,13 @@
 namespace offtower::cpu {
 const InstructionSet& avx512() {
   using A = Float32<Avx512>;
-  static const InstructionSet set{
-      "avx512",
-      [] {
-        __builtin_cpu_init();
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-      },
-      kernels<A, float>(), kernels<A, Bfloat16>()};
+  const auto is_supported = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  };
+  static const InstructionSet set{"avx512", is_supported, kernels<A, float>(),
+                                  kernels<A, Bfloat16>()};
   return set;
 }
 } // namespace offtower::cpu

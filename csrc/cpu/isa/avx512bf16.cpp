@@ -5,7 +5,9 @@
 #define OFFTOWER_REGISTER(x) "+v"(x)
 #define OFFTOWER_BFLOAT16_DOT
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), apply_to = function)
+#pragma clang attribute push(                                                     \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 #endif
@@ -14,13 +16,12 @@
 
 namespace offtower::cpu {
 const InstructionSet& avx512bf16() {
-  static const InstructionSet set{
-      "avx512bf16",
-      [] {
-        __builtin_cpu_init();
-        return avx512().runs_here() && __builtin_cpu_supports("avx512bf16");
-      },
-      avx512().float32, kernels<Bfloat16Dot, Bfloat16>()};
+  const auto is_supported = [] {
+    __builtin_cpu_init();
+    return avx512().is_supported() && __builtin_cpu_supports("avx512bf16");
+  };
+  static const InstructionSet set{"avx512bf16", is_supported, avx512().float32,
+                                  kernels<Bfloat16Dot, Bfloat16>()};
   return set;
 }
 } // namespace offtower::cpu

@@ -47,15 +47,16 @@ struct Bfloat16Dot : Avx512 {
   static Unit pack(Bfloat16 first, Bfloat16 second) {
     return first.bits | static_cast<uint32_t>(second.bits) << 16;
   }
-  // 32 values as 16 units of neighbours: (x0, x1), (x2, x3), ... then y.
-  static void store_neighbours(Unit* p, F x, F y) {
+  // 32 values as 16 units of neighbors: (x0, x1), (x2, x3), ... then y.
+  static void store_adjacent(Unit* p, F x, F y) {
     _mm512_storeu_ps(static_cast<void*>(p), reinterpret_cast<F>(_mm512_cvtne2ps_pbh(y, x)));
   }
   // 16 units (x_l, y_l) of lane l.
   static void store_pairs(Unit* p, F x, F y) {
     const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x));
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                           8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     _mm512_storeu_si512(static_cast<void*>(p), _mm512_permutexvar_epi16(order, both));
   }
 };

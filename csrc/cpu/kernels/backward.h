@@ -1,23 +1,23 @@
-// Backward: one pass that computes the logits again and from ds both gradients.
+// Backward: one pass that computes the logits again and both gradients from ds.
 //
-// A task is a segment of items with all rows. Of each tile of items it makes ds for a group of
-// rows, which stays in cache, and sums  dv_j += sum_i ds_ij u_i  and  du_i += sum_j ds_ij v_j.  dv
-// belongs to the task and is written once; each segment's du is added along a fixed tree. No
-// atomics; the bits do not depend on the number of threads.
+// A task is a segment of items with all rows. For each tile of items it computes ds of a group of
+// rows, which stays in cache, and sums  dv_j += sum_i ds_ij u_i  and  du_i += sum_j ds_ij v_j.  Only
+// this task writes its dv; the du of segments are added along a fixed tree. No atomics; the bits do
+// not depend on the number of threads.
 #pragma once
 
 #include <cmath>
 
 #include "../merge_tree.h"
-#include "../shown_items.h"
+#include "../action_order.h"
 #include "../workers.h"
 #include "cotangent_tile.h"
 
 namespace offtower::cpu {
 namespace {
 
-constexpr int64_t kTileItems = 96;  // a multiple of kGroup
-constexpr int64_t kTileRows = 128;  // a multiple of every block
+constexpr int64_t kTileItems = 96; // a multiple of kGroup
+constexpr int64_t kTileRows = 128; // a multiple of every block
 constexpr int64_t kBackwardSegments = 64;
 
 template <class A, class T>
@@ -28,7 +28,7 @@ public:
         columns_(ceil_div(o_.dim, A::kWidth) * A::kWidth),
         padded_rows_(problem_.blocks * kBlock<A>), cotangents_(padded_rows_),
         tiles_(ceil_div(o_.items, kTileItems)),
-        segment_tiles_(ceil_div(tiles_, least(tiles_, kBackwardSegments))),
+        segment_tiles_(ceil_div(tiles_, min(tiles_, kBackwardSegments))),
         segments_(ceil_div(tiles_, segment_tiles_)),
         tree_(segments_, out_.context == nullptr ? 0 : padded_rows_ * columns_),
         order_(in_.cotangents.log_prob == nullptr ? 0 : o_.rows) {
@@ -39,7 +39,7 @@ public:
     }
     fill_cotangents();
     if (in_.cotangents.log_prob != nullptr) sort_by_action(o_.action, o_.rows, order_.get());
-    scratch_.fill(least(workers.threads(), segments_), *this);
+    scratch_.fill(min(workers.threads(), segments_), *this);
   }
 
   bool run() {
@@ -56,8 +56,7 @@ private:
     explicit Scratch(const Backward& owner)
         : tile(owner.problem_, kTileItems), cotangents(kTileItems, kTileRows),
           item_gradient(kTileItems * owner.columns_),
-          items_packed(kTileItems / A::kPair * owner.columns_),
-          bias_sums(kTileItems * A::kWidth),
+          items_packed(kTileItems / A::kPair * owner.columns_), bias_sums(kTileItems * A::kWidth),
           dense(owner.o_.reward == RewardKind::dense ? kTileItems * kBlock<A> : 0) {}
     ItemTile<A, T> tile;
     CotangentTile<A> cotangents;
@@ -73,7 +72,7 @@ private:
     c.has_entropy = g.entropy != nullptr;
     for (int64_t row = 0; row < padded_rows_; ++row) {
       if (row >= o_.rows) {
-        c.anchor[row] = INFINITY;
+        c.reference_max[row] = INFINITY;
         continue;
       }
       const double total = in_.total[row];
@@ -81,7 +80,7 @@ private:
       if (g.log_prob != nullptr) base -= g.log_prob[row];
       if (g.log_normalizer != nullptr) base += g.log_normalizer[row];
       if (c.has_entropy) base -= static_cast<double>(g.entropy[row]) * in_.entropy[row];
-      c.anchor[row] = in_.anchor[row];
+      c.reference_max[row] = in_.reference_max[row];
       c.base[row] = static_cast<float>(base / total);
       c.log_total[row] = static_cast<float>(std::log(total));
       if (c.has_reward) {
@@ -93,14 +92,14 @@ private:
   }
 
   void segment(int64_t segment, int worker) {
-    float* const sum = out_.context == nullptr ? nullptr : tree_.take();
-    const int64_t end = least((segment + 1) * segment_tiles_, tiles_);
+    float* const sum = out_.context == nullptr ? nullptr : tree_.acquire();
+    const int64_t end = min((segment + 1) * segment_tiles_, tiles_);
     for (int64_t t = segment * segment_tiles_; t < end; ++t) {
       if (workers_.stopped(worker)) return;
       const int64_t begin = t * kTileItems;
-      tile(begin, least(kTileItems, o_.items - begin), scratch_[worker], sum);
+      tile(begin, min(kTileItems, o_.items - begin), scratch_[worker], sum);
     }
-    if (sum != nullptr) tree_.give(segment, sum);
+    if (sum != nullptr) tree_.add(segment, sum);
   }
 
   void tile(int64_t begin, int64_t count, Scratch& mine, float* context_gradient) {
@@ -110,7 +109,7 @@ private:
     const typename A::Unit* items = out_.context == nullptr ? nullptr : packed_items(mine);
     const int64_t registers = columns_ / A::kWidth, stride = mine.cotangents.row_stride();
     for (int64_t row = 0; row < padded_rows_; row += kTileRows) {
-      const int64_t rows = least(kTileRows, padded_rows_ - row);
+      const int64_t rows = min(kTileRows, padded_rows_ - row);
       for (int64_t r = 0; r < rows; r += kBlock<A>) block((row + r) / kBlock<A>, r, mine);
       if (out_.item != nullptr)
         accumulate<A, false>(mine.cotangents.by_row.get(), stride,
@@ -130,13 +129,17 @@ private:
     const RowCotangents& g = cotangents_;
     CotangentTile<A>& out = mine.cotangents;
     if (g.has_reward && g.has_entropy)
-      block_cotangents<A, T, true, true>(problem_, g, mine.tile, block, row_in_tile, dense, bias, out);
+      block_cotangents<A, T, true, true>(problem_, g, mine.tile, block, row_in_tile, dense, bias,
+                                         out);
     else if (g.has_reward)
-      block_cotangents<A, T, true, false>(problem_, g, mine.tile, block, row_in_tile, dense, bias, out);
+      block_cotangents<A, T, true, false>(problem_, g, mine.tile, block, row_in_tile, dense, bias,
+                                          out);
     else if (g.has_entropy)
-      block_cotangents<A, T, false, true>(problem_, g, mine.tile, block, row_in_tile, dense, bias, out);
+      block_cotangents<A, T, false, true>(problem_, g, mine.tile, block, row_in_tile, dense, bias,
+                                          out);
     else
-      block_cotangents<A, T, false, false>(problem_, g, mine.tile, block, row_in_tile, dense, bias, out);
+      block_cotangents<A, T, false, false>(problem_, g, mine.tile, block, row_in_tile, dense, bias,
+                                           out);
   }
 
   // The tile's items as right operand; in place where a row fills whole registers already.
@@ -147,7 +150,7 @@ private:
     return mine.items_packed.get();
   }
 
-  // dv and db of a tile: the dense part from scratch, and the rows that show its items.
+  // dv and db of a tile: the dense part from scratch, and the rows whose target is one of its items.
   void write_items(Scratch& mine) {
     const int64_t begin = mine.tile.begin, count = mine.tile.count;
     const T* context = static_cast<const T*>(o_.context);
@@ -155,17 +158,19 @@ private:
     float* bias = mine.bias_sums.get();
     if (out_.item_bias != nullptr)
       for (int64_t i = 0; i < count; ++i)
-        for (int lane = 1; lane < A::kWidth; ++lane) bias[i * A::kWidth] += bias[i * A::kWidth + lane];
+        for (int lane = 1; lane < A::kWidth; ++lane)
+          bias[i * A::kWidth] += bias[i * A::kWidth + lane];
     if (in_.cotangents.log_prob != nullptr) {
       const int64_t* order = order_.get();
-      for (int64_t at = first_showing(o_.action, order, o_.rows, begin);
+      for (int64_t at = first_row_of(o_.action, order, o_.rows, begin);
            at < o_.rows && o_.action[order[at]] < begin + count; ++at) {
         const int64_t row = order[at], item = o_.action[row] - begin;
         const float g = in_.cotangents.log_prob[row];
         if (out_.item_bias != nullptr) bias[item * A::kWidth] += g;
         if (out_.item == nullptr) continue;
         for (int64_t k = 0; k < o_.dim; ++k)
-          gradient[item * columns_ + k] += g * (to_float(context[row * o_.dim + k]) / problem_.divisor);
+          gradient[item * columns_ + k] +=
+              g * (to_float(context[row * o_.dim + k]) / problem_.divisor);
       }
     }
     T* to_bias = static_cast<T*>(out_.item_bias);
@@ -173,9 +178,9 @@ private:
       for (int64_t i = 0; i < count; ++i) to_bias[begin + i] = from_float<T>(bias[i * A::kWidth]);
     if (out_.item == nullptr) return;
     for (int64_t i = 0; i < count; ++i) {
-      T* target = static_cast<T*>(out_.item) + (begin + i) * o_.dim;
+      T* out = static_cast<T*>(out_.item) + (begin + i) * o_.dim;
       for (int64_t k = 0; k < o_.dim; ++k)
-        target[k] = from_float<T>(gradient[i * columns_ + k] * problem_.scale);
+        out[k] = from_float<T>(gradient[i * columns_ + k] * problem_.scale);
     }
   }
 
@@ -183,13 +188,13 @@ private:
     const T* item = static_cast<const T*>(o_.item);
     const float* g = in_.cotangents.log_prob;
     for (int64_t row = 0; row < o_.rows; ++row) {
-      T* target = static_cast<T*>(out_.context) + row * o_.dim;
+      T* out = static_cast<T*>(out_.context) + row * o_.dim;
       const float* dense = tree_.sum() + row * columns_;
-      const bool own = g != nullptr && o_.action[row] >= 0;
-      const T* shown = own ? item + o_.action[row] * o_.dim : nullptr;
+      const bool inside = g != nullptr && o_.action[row] >= 0;
+      const T* target_item = inside ? item + o_.action[row] * o_.dim : nullptr;
       for (int64_t k = 0; k < o_.dim; ++k) {
-        const float value = own ? dense[k] + g[row] * to_float(shown[k]) : dense[k];
-        target[k] = from_float<T>(value / o_.temperature);
+        const float value = inside ? dense[k] + g[row] * to_float(target_item[k]) : dense[k];
+        out[k] = from_float<T>(value / o_.temperature);
       }
     }
   }

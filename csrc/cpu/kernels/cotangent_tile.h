@@ -4,8 +4,8 @@
 // reward and entropy hold the row's cotangents over its total, and m the expected reward. The
 // 1[j = a_i] part is sparse and added later.
 //
-// float32: one array [item][row] serves both products. bfloat16: by_row has neighbouring rows in a
-// unit (summed over rows for dv), by_item neighbouring items (summed over items for du).
+// float32: one array [item][row] serves both products. bfloat16: by_row has neighboring rows in a
+// unit (summed over rows for dv), by_item neighboring items (summed over items for du).
 #pragma once
 
 #include "problem.h"
@@ -16,8 +16,9 @@ namespace {
 // Per row, over all rows up to a whole block; rows beyond the last have exp(s - inf) = 0.
 struct RowCotangents {
   explicit RowCotangents(int64_t rows)
-      : anchor(rows), base(rows), reward(rows), expected(rows), entropy(rows), log_total(rows) {}
-  Buffer<float> anchor, base, reward, expected, entropy, log_total;
+      : reference_max(rows), base(rows), reward(rows), expected(rows), entropy(rows),
+        log_total(rows) {}
+  Buffer<float> reference_max, base, reward, expected, entropy, log_total;
   bool has_reward = false, has_entropy = false;
 };
 
@@ -52,14 +53,15 @@ OFFTOWER_INLINE void store_cotangents(const Registers<A, M>& ds, int64_t item, i
     for (int m = 0; m < M; ++m) {
       OFFTOWER_UNROLL
       for (int v = 0; v < V; v += 2)
-        A::store_neighbours(by_row + m * out.row_stride() + v / 2 * W, ds[m][v], ds[m][v + 1]);
+        A::store_adjacent(by_row + m * out.row_stride() + v / 2 * W, ds[m][v], ds[m][v + 1]);
     }
     OFFTOWER_UNROLL
     for (int m = 0; m < M; m += 2) {
       typename A::Unit* pair = out.by_item.get() + (item + m) / 2 * out.rows + row;
       OFFTOWER_UNROLL
       for (int v = 0; v < V; ++v)
-        A::store_pairs(pair + v * W, ds[m][v], m + 1 < M ? ds[m + 1 < M ? m + 1 : m][v] : A::set(0.0f));
+        A::store_pairs(pair + v * W, ds[m][v],
+                       m + 1 < M ? ds[m + 1 < M ? m + 1 : m][v] : A::set(0.0f));
     }
   }
 }
@@ -78,14 +80,14 @@ OFFTOWER_INLINE void item_cotangents(const Problem<A, T>& problem, const RowCota
   alignas(64) float mass[kReward ? M * kBlock<A> : 1];
   OFFTOWER_UNROLL
   for (int v = 0; v < V; ++v) {
-    const auto anchor = A::load(g_rows.anchor.get() + row + v * W);
+    const auto reference_max = A::load(g_rows.reference_max.get() + row + v * W);
     const auto base = A::load(g_rows.base.get() + row + v * W);
-    constexpr int G = side_by_side(M);
+    constexpr int G = interleaved(M);
     OFFTOWER_UNROLL
     for (int m = 0; m < M; m += G) {
       typename A::F p[G];
       OFFTOWER_UNROLL
-      for (int g = 0; g < G; ++g) p[g] = below_anchor<A>(s[m + g][v], anchor);
+      for (int g = 0; g < G; ++g) p[g] = centered_log2<A>(s[m + g][v], reference_max);
       exp2<A, G>(p);
       OFFTOWER_UNROLL
       for (int g = 0; g < G; ++g) {
@@ -94,7 +96,8 @@ OFFTOWER_INLINE void item_cotangents(const Problem<A, T>& problem, const RowCota
                    A::mul(p[g], A::load(g_rows.reward.get() + row + v * W)));
         auto factor = base;
         if constexpr (kEntropy) {
-          const auto y = A::max(A::set(kNoMass), below_anchor<A>(s[m + g][v], anchor));
+          const auto y =
+              A::max(A::set(kLogProbFloor), centered_log2<A>(s[m + g][v], reference_max));
           const auto log_pi =
               A::fms(y, A::set(kLn2), A::load(g_rows.log_total.get() + row + v * W));
           factor = A::sub(base, A::mul(A::load(g_rows.entropy.get() + row + v * W), log_pi));
@@ -104,7 +107,7 @@ OFFTOWER_INLINE void item_cotangents(const Problem<A, T>& problem, const RowCota
     }
   }
   if constexpr (kReward) {
-    // The sums so far wait in memory: the registers are the reward product's.
+    // Spill the sums: the reward product needs the registers.
     alignas(64) float so_far[M * kBlock<A>];
     OFFTOWER_UNROLL
     for (int m = 0; m < M; ++m) {

@@ -1,4 +1,4 @@
-// float32 and bfloat16 as they lie in memory.
+// float32 and bfloat16 in memory.
 #pragma once
 
 #include <cstdint>
@@ -36,8 +36,8 @@ OFFTOWER_INLINE Bfloat16 from_float<Bfloat16>(float x) {
   return Bfloat16{static_cast<uint16_t>((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16)};
 }
 
-OFFTOWER_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-OFFTOWER_INLINE int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+OFFTOWER_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+OFFTOWER_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 OFFTOWER_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 } // namespace

@@ -8,13 +8,13 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
-constexpr float kNoMass = -1e4f * kLog2E; // stands for -inf in p log p, where 0 * inf would be NaN
+constexpr float kLogProbFloor = -1e4f * kLog2E; // clamps p log p, where 0 * -inf would be NaN
 
 // y = 2^y for y < 127; 0 below -126; NaN for NaN. Error 1.1 ulp.
 //
 // Adding 1.5 * 2^23 leaves the nearest integer n in the low bits. 2^(y - n) is the polynomial of
 // degree 6 of least relative error on [-1/2, 1/2] with value 1 at 0 (Remez; 2e-9, 1.6e-8 with its
-// coefficients rounded to float32). G exponentials go side by side: one alone is a chain of dependent
+// coefficients rounded to float32). G exponentials are interleaved: one alone is a chain of dependent
 // steps, and three fill the pipes (8 % less time than one after the other).
 template <class S, int G>
 OFFTOWER_INLINE void exp2(typename S::F (&y)[G]) {
@@ -43,13 +43,14 @@ OFFTOWER_INLINE typename S::F exp2(typename S::F y) {
   return one[0];
 }
 
-// How many of M to take side by side.
-constexpr int side_by_side(int m) { return m % 3 == 0 ? 3 : m % 2 == 0 ? 2 : 1; }
+// How many of M exponentials to interleave.
+constexpr int interleaved(int m) { return m % 3 == 0 ? 3 : m % 2 == 0 ? 2 : 1; }
 
-// (s - anchor) * log2(e): exactly 0 at the anchor, and as exact as s near it, however large both are.
+// (s - reference_max) * log2(e): 0 at the reference max, and as accurate as s near it, however large
+// both are.
 template <class S>
-OFFTOWER_INLINE typename S::F below_anchor(typename S::F s, typename S::F anchor) {
-  return S::mul(S::sub(s, anchor), S::set(kLog2E));
+OFFTOWER_INLINE typename S::F centered_log2(typename S::F s, typename S::F reference_max) {
+  return S::mul(S::sub(s, reference_max), S::set(kLog2E));
 }
 
 // 1 / (1 + e^-z), to a few ulp, without overflow; NaN for NaN.

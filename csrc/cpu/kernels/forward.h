@@ -1,9 +1,9 @@
 // Forward: per row log_prob, log_normalizer, expected_reward, action_reward and entropy, streaming
 // over items.
 //
-// Tasks are (segment of items) x (group of blocks). Within one, (sum, reward, centred) of kFold
-// items are float32; they are folded into float64, so errors do not grow with the number of items.
-// Segments merge in their order. Nothing depends on the number of threads.
+// A task is a (segment of items) x (group of blocks). Within it (sum, reward, centered) of kFold items
+// are float32 and then added to float64 sums, so errors do not grow with the number of items. Segments
+// merge in their order; no result depends on the number of threads.
 #pragma once
 
 #include <cmath>
@@ -19,14 +19,15 @@ constexpr int64_t kTileBytes = 192 << 10; // of items that stay in the second-le
 constexpr int64_t kSegments = 64;         // at most, over the items
 constexpr int64_t kSegmentFolds = 43;     // about: the merge of a shorter one costs over 1 %
 constexpr int64_t kGroupBlocks = 4;       // blocks that share a tile
-constexpr float kNoLogit = -1e38f;        // the anchor before any item
-constexpr float kAnchorSlack = 1.0f;      // a logit may exceed the anchor by this much: more would
-                                          // cost the entropy digits, none would move it too often
+constexpr float kInitialMax = -1e38f;     // before any item
+// A logit may exceed the reference max by this much: more would cost the entropy digits, less would
+// move the reference too often.
+constexpr float kReferenceMaxSlack = 1.0f;
 
 // Sums of one row over a segment.
 struct RowSums {
-  double total, reward, centred; // centred in units of log 2
-  float anchor;
+  double total, reward, centered; // centered in units of log 2
+  float reference_max;
 };
 
 template <class A>
@@ -35,61 +36,64 @@ struct BlockSums {
 
   void clear() {
     for (int lane = 0; lane < L; ++lane) {
-      anchor[lane] = base[lane] = kNoLogit;
-      limit[lane] = kNoLogit + kAnchorSlack;
-      sum[lane] = reward[lane] = centred[lane] = 0.0f;
-      totals[lane] = rewards[lane] = centreds[lane] = 0.0;
+      reference_max[lane] = base[lane] = kInitialMax;
+      limit[lane] = kInitialMax + kReferenceMaxSlack;
+      sum[lane] = reward[lane] = centered[lane] = 0.0f;
+      total64[lane] = reward64[lane] = centered64[lane] = 0.0;
     }
   }
 
-  // float32 sums of the last items into the float64 ones, which are relative to `base`.
+  // Adds the float32 sums of the last items to the float64 ones, which are relative to `base`.
   void fold() {
     bool moved = false;
-    for (int lane = 0; lane < L; ++lane) moved |= anchor[lane] != base[lane];
+    for (int lane = 0; lane < L; ++lane) moved |= reference_max[lane] != base[lane];
     if (moved) rebase();
     for (int lane = 0; lane < L; ++lane) {
-      totals[lane] += sum[lane];
-      rewards[lane] += reward[lane];
-      centreds[lane] += centred[lane];
-      sum[lane] = reward[lane] = centred[lane] = 0.0f;
+      total64[lane] += sum[lane];
+      reward64[lane] += reward[lane];
+      centered64[lane] += centered[lane];
+      sum[lane] = reward[lane] = centered[lane] = 0.0f;
     }
   }
 
   void rebase() {
     for (int lane = 0; lane < L; ++lane) {
-      if (anchor[lane] == base[lane]) continue;
-      const double shift = (static_cast<double>(base[lane]) - anchor[lane]) * kLog2E;
+      if (reference_max[lane] == base[lane]) continue;
+      const double shift = (static_cast<double>(base[lane]) - reference_max[lane]) * kLog2E;
       // Before the first item there is nothing to move, and the shift is -1e38.
-      const double factor = totals[lane] == 0.0 ? 0.0 : std::exp2(shift);
-      centreds[lane] = totals[lane] == 0.0 ? 0.0 : factor * (centreds[lane] + totals[lane] * shift);
-      totals[lane] *= factor;
-      rewards[lane] *= factor;
-      base[lane] = anchor[lane];
+      const double factor = total64[lane] == 0.0 ? 0.0 : std::exp2(shift);
+      centered64[lane] =
+          total64[lane] == 0.0 ? 0.0 : factor * (centered64[lane] + total64[lane] * shift);
+      total64[lane] *= factor;
+      reward64[lane] *= factor;
+      base[lane] = reference_max[lane];
     }
   }
 
-  alignas(64) float anchor[L], limit[L];
-  alignas(64) float sum[L], reward[L], centred[L];
+  alignas(64) float reference_max[L], limit[L];
+  alignas(64) float sum[L], reward[L], centered[L];
   alignas(64) float base[L];
-  alignas(64) double totals[L], rewards[L], centreds[L];
+  alignas(64) double total64[L], reward64[L], centered64[L];
 };
 
-// Raises the anchors of lanes whose largest new logit exceeds them by more than the slack, and moves
-// the float32 sums along. Rare after the first items of a segment.
+// Raises the reference max of lanes whose largest new logit exceeds it by more than the slack, and
+// rescales the float32 sums. Rare after the first items of a segment.
 template <class A>
-OFFTOWER_INLINE void raise_anchors(const typename A::F (&top)[A::kColumns], BlockSums<A>& sums) {
+OFFTOWER_INLINE void raise_reference_max(const typename A::F (&top)[A::kColumns],
+                                         BlockSums<A>& sums) {
   for (int v = 0; v < A::kColumns; ++v) {
     const int64_t at = v * A::kWidth;
-    const auto old = A::load(sums.anchor + at), sum = A::load(sums.sum + at);
-    const auto anchor = A::where_above(top[v], A::load(sums.limit + at), top[v], old);
-    const auto shift = below_anchor<A>(old, anchor); // -1e38 before the first item, when sum is 0
+    const auto old = A::load(sums.reference_max + at), sum = A::load(sums.sum + at);
+    const auto reference_max = A::where_above(top[v], A::load(sums.limit + at), top[v], old);
+    const auto shift =
+        centered_log2<A>(old, reference_max); // -1e38 before the first item, when sum is 0
     const auto factor = exp2<A>(shift);
-    const auto centred = A::fma(sum, shift, A::load(sums.centred + at));
-    A::store(sums.anchor + at, anchor);
-    A::store(sums.limit + at, A::add(anchor, A::set(kAnchorSlack)));
+    const auto centered = A::fma(sum, shift, A::load(sums.centered + at));
+    A::store(sums.reference_max + at, reference_max);
+    A::store(sums.limit + at, A::add(reference_max, A::set(kReferenceMaxSlack)));
     A::store(sums.sum + at, A::mul(sum, factor));
     A::store(sums.reward + at, A::mul(A::load(sums.reward + at), factor));
-    A::store(sums.centred + at, A::mul(centred, factor));
+    A::store(sums.centered + at, A::mul(centered, factor));
   }
 }
 
@@ -111,34 +115,35 @@ OFFTOWER_INLINE void add_items(const Problem<A, T>& problem, const ItemTile<A, T
     for (int m = 1; m < M; ++m) top[v] = A::max(top[v], s[m][v]);
     over |= A::above(top[v], A::load(sums.limit + v * W));
   }
-  if (__builtin_expect(over != 0, 0)) raise_anchors<A>(top, sums);
+  if (__builtin_expect(over != 0, 0)) raise_reference_max<A>(top, sums);
 
   alignas(64) float mass[kReward ? M * kBlock<A> : 1];
   OFFTOWER_UNROLL
   for (int v = 0; v < V; ++v) {
-    const auto anchor = A::load(sums.anchor + v * W);
-    // The M items first, then all before: two short sums err less than one long one.
-    auto sum = A::set(0.0f), centred = A::set(0.0f);
-    constexpr int G = side_by_side(M);
+    const auto reference_max = A::load(sums.reference_max + v * W);
+    // The M items are summed before they are added: two short sums have a smaller error than one
+    // long one.
+    auto sum = A::set(0.0f), centered = A::set(0.0f);
+    constexpr int G = interleaved(M);
     OFFTOWER_UNROLL
     for (int m = 0; m < M; m += G) {
       typename A::F p[G];
       OFFTOWER_UNROLL
-      for (int g = 0; g < G; ++g) p[g] = below_anchor<A>(s[m + g][v], anchor);
+      for (int g = 0; g < G; ++g) p[g] = centered_log2<A>(s[m + g][v], reference_max);
       exp2<A, G>(p);
       OFFTOWER_UNROLL
       for (int g = 0; g < G; ++g) {
         sum = A::add(sum, p[g]);
         if constexpr (kEntropy) {
-          const auto y = below_anchor<A>(s[m + g][v], anchor);
-          centred = A::fma(p[g], A::max(A::set(kNoMass), y), centred);
+          const auto y = centered_log2<A>(s[m + g][v], reference_max);
+          centered = A::fma(p[g], A::max(A::set(kLogProbFloor), y), centered);
         }
         if constexpr (kReward) A::store(mass + (m + g) * kBlock<A> + v * W, p[g]);
       }
     }
     A::store(sums.sum + v * W, A::add(A::load(sums.sum + v * W), sum));
     if constexpr (kEntropy)
-      A::store(sums.centred + v * W, A::add(A::load(sums.centred + v * W), centred));
+      A::store(sums.centered + v * W, A::add(A::load(sums.centered + v * W), centered));
   }
   if constexpr (kReward) {
     Registers<A, M> q;
@@ -155,10 +160,10 @@ OFFTOWER_INLINE void add_items(const Problem<A, T>& problem, const ItemTile<A, T
 }
 
 template <class A, class T, bool kReward, bool kEntropy>
-void add_tile(const Problem<A, T>& problem, const ItemTile<A, T>& tile, int64_t block,
-              float* dense, BlockSums<A>& sums) {
+void add_tile(const Problem<A, T>& problem, const ItemTile<A, T>& tile, int64_t block, float* dense,
+              BlockSums<A>& sums) {
   for (int64_t start = 0; start < tile.count; start += kFold) {
-    const int64_t stop = least(start + kFold, tile.count);
+    const int64_t stop = min(start + kFold, tile.count);
     const bool is_dense = kReward && !problem.factored;
     if (is_dense) load_dense<A, T>(problem.o, block, tile.begin + start, stop - start, dense);
     const auto at = [&](int64_t i) { return is_dense ? dense + (i - start) * kBlock<A> : nullptr; };
@@ -176,17 +181,17 @@ class Forward {
 public:
   Forward(const PolicyOperands& operands, const ForwardResults& results, Workers& workers)
       : problem_(operands), results_(results), workers_(workers),
-        entropy_(results.entropy != nullptr || results.centred_sum != nullptr) {
+        entropy_(results.entropy != nullptr || results.centered_sum != nullptr) {
     const int64_t items = operands.items, bytes = (operands.dim + operands.reward_dim) * 4;
-    tile_items_ = largest(kFold, kTileBytes / largest(bytes, 1) / kFold * kFold);
+    tile_items_ = max(kFold, kTileBytes / max(bytes, 1) / kFold * kFold);
     const int64_t folds = ceil_div(items, kFold);
     // From the sizes alone, so that the bits do not depend on the threads.
-    const int64_t wanted = largest(1, least(folds / kSegmentFolds, kSegments));
+    const int64_t wanted = max(1, min(folds / kSegmentFolds, kSegments));
     segment_items_ = ceil_div(folds, wanted) * kFold;
     segments_ = ceil_div(items, segment_items_);
     groups_ = ceil_div(problem_.blocks, kGroupBlocks);
     sums_.resize(segments_ * operands.rows);
-    scratch_.fill(least(workers.threads(), segments_ * groups_), problem_, tile_items_);
+    scratch_.fill(min(workers.threads(), segments_ * groups_), problem_, tile_items_);
   }
 
   bool run() {
@@ -205,7 +210,8 @@ private:
   struct Scratch {
     Scratch(const Problem<A, T>& problem, int64_t tile_items)
         : tile(problem, tile_items),
-          dense(problem.o.reward == RewardKind::dense ? kFold * kBlock<A> : 0), sums(kGroupBlocks) {}
+          dense(problem.o.reward == RewardKind::dense ? kFold * kBlock<A> : 0), sums(kGroupBlocks) {
+    }
     ItemTile<A, T> tile;
     Buffer<float> dense;
     Buffer<BlockSums<A>> sums;
@@ -215,12 +221,12 @@ private:
     const PolicyOperands& o = problem_.o;
     Scratch& mine = scratch_[worker];
     const int64_t first = group * kGroupBlocks;
-    const int64_t blocks = least(kGroupBlocks, problem_.blocks - first);
+    const int64_t blocks = min(kGroupBlocks, problem_.blocks - first);
     for (int64_t b = 0; b < blocks; ++b) mine.sums[b].clear();
-    const int64_t end = least((segment + 1) * segment_items_, o.items);
+    const int64_t end = min((segment + 1) * segment_items_, o.items);
     for (int64_t begin = segment * segment_items_; begin < end; begin += tile_items_) {
       if (workers_.stopped(worker)) return;
-      mine.tile.load(begin, least(tile_items_, end - begin));
+      mine.tile.load(begin, min(tile_items_, end - begin));
       for (int64_t b = 0; b < blocks; ++b) add(mine, first + b, mine.sums[b]);
     }
     for (int64_t b = 0; b < blocks; ++b) {
@@ -228,8 +234,8 @@ private:
       for (int64_t lane = 0; lane < kBlock<A>; ++lane) {
         const int64_t row = (first + b) * kBlock<A> + lane;
         if (row < o.rows)
-          sums_[segment * o.rows + row] = {sums.totals[lane], sums.rewards[lane],
-                                           sums.centreds[lane], sums.anchor[lane]};
+          sums_[segment * o.rows + row] = {sums.total64[lane], sums.reward64[lane],
+                                           sums.centered64[lane], sums.reference_max[lane]};
       }
     }
   }
@@ -237,44 +243,49 @@ private:
   void add(Scratch& mine, int64_t block, BlockSums<A>& sums) {
     const bool reward = problem_.o.reward != RewardKind::none;
     float* dense = mine.dense.get();
-    if (reward && entropy_) add_tile<A, T, true, true>(problem_, mine.tile, block, dense, sums);
-    else if (reward) add_tile<A, T, true, false>(problem_, mine.tile, block, dense, sums);
-    else if (entropy_) add_tile<A, T, false, true>(problem_, mine.tile, block, dense, sums);
-    else add_tile<A, T, false, false>(problem_, mine.tile, block, dense, sums);
+    if (reward && entropy_)
+      add_tile<A, T, true, true>(problem_, mine.tile, block, dense, sums);
+    else if (reward)
+      add_tile<A, T, true, false>(problem_, mine.tile, block, dense, sums);
+    else if (entropy_)
+      add_tile<A, T, false, true>(problem_, mine.tile, block, dense, sums);
+    else
+      add_tile<A, T, false, false>(problem_, mine.tile, block, dense, sums);
   }
 
   RowSums merged(int64_t row) const {
     RowSums whole = sums_[row];
     for (int64_t k = 1; k < segments_; ++k) {
       RowSums part = sums_[k * problem_.o.rows + row];
-      const float anchor = part.anchor > whole.anchor ? part.anchor : whole.anchor;
-      move(whole, anchor);
-      move(part, anchor);
+      const float reference_max =
+          part.reference_max > whole.reference_max ? part.reference_max : whole.reference_max;
+      move(whole, reference_max);
+      move(part, reference_max);
       whole.total += part.total;
       whole.reward += part.reward;
-      whole.centred += part.centred;
+      whole.centered += part.centered;
     }
     return whole;
   }
 
-  static void move(RowSums& sums, float anchor) {
-    if (sums.anchor == anchor) return;
-    const double shift = (static_cast<double>(sums.anchor) - anchor) * kLog2E;
+  static void move(RowSums& sums, float reference_max) {
+    if (sums.reference_max == reference_max) return;
+    const double shift = (static_cast<double>(sums.reference_max) - reference_max) * kLog2E;
     const double factor = sums.total == 0.0 ? 0.0 : std::exp2(shift);
-    sums.centred = sums.total == 0.0 ? 0.0 : factor * (sums.centred + sums.total * shift);
+    sums.centered = sums.total == 0.0 ? 0.0 : factor * (sums.centered + sums.total * shift);
     sums.total *= factor;
     sums.reward *= factor;
-    sums.anchor = anchor;
+    sums.reference_max = reference_max;
   }
 
-  // Logit and reward of row `lane` of a block for its own item, by the products of the tiles.
-  struct Own {
+  // Logit and reward of row `lane` of a block for its target, by the products of the tiles.
+  struct Target {
     float logit, reward;
   };
-  Own own(Scratch& mine, int64_t block, int64_t lane, int64_t action) {
+  Target target(Scratch& mine, int64_t block, int64_t lane, int64_t action) {
     alignas(64) float values[kBlock<A>];
     mine.tile.load(action, 1);
-    Own result{0.0f, 0.0f};
+    Target result{0.0f, 0.0f};
     Registers<A, 1> s;
     affine<A, 1>(mine.tile.rows, mine.tile.row_source.stride(), mine.tile.bias,
                  problem_.block(block), problem_.depth, problem_.scale, s);
@@ -298,29 +309,30 @@ private:
       if (array != nullptr) array[row] = static_cast<float>(value);
     };
     constexpr int64_t kRows = kGroupBlocks * kBlock<A>;
-    for (int64_t row = group * kRows; row < least((group + 1) * kRows, o.rows); ++row) {
+    for (int64_t row = group * kRows; row < min((group + 1) * kRows, o.rows); ++row) {
       const RowSums sums = merged(row);
       const double log_total = std::log(sums.total);
-      const double log_normalizer = sums.anchor + log_total;
+      const double log_normalizer = sums.reference_max + log_total;
       const int64_t action = o.action == nullptr ? -1 : o.action[row];
       if (action >= 0) {
-        const Own mine = own(scratch_[worker], row / kBlock<A>, row % kBlock<A>, action);
-        put(results_.log_prob, row, (static_cast<double>(mine.logit) - sums.anchor) - log_total);
-        put(results_.action_logit, row, mine.logit);
-        put(results_.action_reward, row, mine.reward);
+        const Target found = target(scratch_[worker], row / kBlock<A>, row % kBlock<A>, action);
+        put(results_.log_prob, row,
+            (static_cast<double>(found.logit) - sums.reference_max) - log_total);
+        put(results_.action_logit, row, found.logit);
+        put(results_.action_reward, row, found.reward);
       } else {
         put(results_.log_prob, row, -INFINITY);
         put(results_.action_logit, row, -INFINITY);
         put(results_.action_reward, row, 0.0);
       }
-      // All the mass of masked items is none: their total is 0 and their anchor stands for -inf.
+      // If all items are masked, the total is 0 and the reference max stands for -inf.
       put(results_.log_normalizer, row, sums.total == 0.0 ? -INFINITY : log_normalizer);
       put(results_.expected_reward, row, sums.reward / sums.total);
-      put(results_.entropy, row, log_total - sums.centred / sums.total / kLog2E);
-      put(results_.anchor, row, sums.total == 0.0 ? -INFINITY : sums.anchor);
+      put(results_.entropy, row, log_total - sums.centered / sums.total / kLog2E);
+      put(results_.reference_max, row, sums.total == 0.0 ? -INFINITY : sums.reference_max);
       put(results_.total, row, sums.total);
       put(results_.reward_sum, row, sums.reward);
-      put(results_.centred_sum, row, sums.centred / kLog2E);
+      put(results_.centered_sum, row, sums.centered / kLog2E);
     }
   }
 

@@ -36,7 +36,8 @@ void pack_blocks(const T* matrix, int64_t rows, int64_t dim, float divisor,
     typename A::Unit* target = out.get() + row / L * depth * L + row % L;
     for (int64_t k = 0; k < depth; ++k) {
       const bool pair = A::kPair == 2 && k * 2 + 1 < dim;
-      target[k * L] = divided(A::pack(source[k * A::kPair], pair ? source[k * 2 + 1] : T{}), divisor);
+      target[k * L] =
+          divided(A::pack(source[k * A::kPair], pair ? source[k * 2 + 1] : T{}), divisor);
     }
   }
 }
@@ -70,9 +71,7 @@ struct Problem {
                         reward_context);
   }
 
-  const typename A::Unit* block(int64_t b) const {
-    return context.get() + b * depth * kBlock<A>;
-  }
+  const typename A::Unit* block(int64_t b) const { return context.get() + b * depth * kBlock<A>; }
   const typename A::Unit* reward_block(int64_t b) const {
     return reward_context.get() + b * reward_depth * kBlock<A>;
   }
@@ -86,7 +85,7 @@ struct Problem {
   Buffer<typename A::Unit> context, reward_context;
 };
 
-// Rows of an items' matrix as units: in place where memory already looks like that.
+// Rows of a matrix over items as units: in place where the memory layout allows it.
 template <class A, class T>
 class ItemRows {
 public:
@@ -136,7 +135,7 @@ private:
   Buffer<float> copy_;
 };
 
-// A tile of items, and what the reward model knows of them.
+// A tile of items: embeddings, biases and their side of the reward model.
 template <class A, class T>
 struct ItemTile {
   ItemTile(const Problem<A, T>& problem, int64_t most)
@@ -174,7 +173,7 @@ struct ItemTile {
 
 // <item, context> * scale + bias for M items and a block. The bias comes last: a product summed on
 // top of it would round at the bias's size. Every caller gets the same bits for the same item and
-// context, so that a row's own logit is exactly the one inside its normalizer.
+// context, so that a row's target logit is exactly the one inside its normalizer.
 template <class A, int M>
 OFFTOWER_INLINE void affine(const typename A::Unit* rows, int64_t stride, const float* bias,
                             const typename A::Unit* block, int64_t depth, float scale,
@@ -205,7 +204,7 @@ OFFTOWER_INLINE void affine(const typename A::Unit* rows, int64_t stride, const 
 template <class A, class T>
 void load_dense(const PolicyOperands& o, int64_t block, int64_t begin, int64_t count, float* out) {
   constexpr int L = kBlock<A>;
-  const int64_t first = block * L, lanes = least(L, o.rows - first);
+  const int64_t first = block * L, lanes = min(L, o.rows - first);
   for (int64_t lane = 0; lane < lanes; ++lane) {
     const T* source = static_cast<const T*>(o.dense) + (first + lane) * o.items + begin;
     for (int64_t i = 0; i < count; ++i) out[i * L + lane] = to_float(source[i]);

@@ -1,8 +1,9 @@
-// The one inner loop: C (M x V registers) += A B, A broadcast value by value, B in registers.
+// The inner loop of all products: C (M x V registers) += A B, A broadcast value by value, B in
+// registers.
 //
-// M * V accumulators hide the latency of the multiply-adds, every value of A serves V of them and
-// every register of B serves M, so loads never bind. No sum over lanes is ever needed: the summed
-// dimension is the loop's.
+// M * V accumulators hide the latency of the multiply-adds. Every value of A is used by V of them and
+// every register of B by M, so loads are not the limit. The loop runs over the summed dimension, so
+// no sum over lanes is needed.
 #pragma once
 
 #include "arithmetic.h"
@@ -10,8 +11,8 @@
 namespace offtower::cpu {
 namespace {
 
-// kAcross: the M values of A lie side by side and its steps are `a_stride` apart; else the M rows
-// of A are `a_stride` apart and its steps side by side.
+// kAcross: the M values of A are adjacent and its steps are `a_stride` apart; otherwise the M rows
+// of A are `a_stride` apart and its steps adjacent.
 template <class A, int M, int V, bool kAcross>
 OFFTOWER_INLINE void multiply(const typename A::Unit* a, int64_t a_stride,
                               const typename A::Unit* b, int64_t b_stride, int64_t depth,
@@ -36,7 +37,7 @@ OFFTOWER_INLINE void multiply(const typename A::Unit* a, int64_t a_stride,
 }
 
 // c += A B for M rows and V registers. The tile is summed from zero and then added: two short sums
-// err less than one long one.
+// have a smaller error than one long one.
 template <class A, int M, int V, bool kAcross>
 void accumulate_tile(const typename A::Unit* a, int64_t a_stride, const typename A::Unit* b,
                      int64_t b_stride, int64_t depth, float* c, int64_t c_stride) {

@@ -1,4 +1,4 @@
-// The machine's limit: a loop of the widest multiply-adds that touches registers alone.
+// The machine's peak: a loop of the widest multiply-adds on registers alone.
 #pragma once
 
 #include "../workers.h"
@@ -22,7 +22,7 @@ double multiply_add_rate() {
   for (int64_t step = 0; step < kSteps; ++step) {
     OFFTOWER_UNROLL
     for (int i = 0; i < kChains; ++i) acc[i] = A::step(acc[i], x, y);
-    // The compiler must believe that the operands changed, or it would leave the loop out.
+    // Marks the operands as changed; otherwise the compiler would remove the loop.
     __asm__ volatile("" : OFFTOWER_REGISTER(x), OFFTOWER_REGISTER(y));
   }
   const double took = seconds() - begin;

@@ -1,4 +1,4 @@
-// What a translation unit puts into the table of instruction sets.
+// The entry of a translation unit in the table of instruction sets.
 #pragma once
 
 #include "../instruction_sets.h"

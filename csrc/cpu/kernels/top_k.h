@@ -1,5 +1,5 @@
-// The k largest logits of each row, streaming over items: a register of scores is compared with its
-// rows' thresholds, and only what lies above is looked at one by one.
+// The k largest logits of each row, streaming over items: a register of scores is compared with the
+// thresholds of its rows, and only scores above them are handled one by one.
 #pragma once
 
 #include "../candidates.h"
@@ -15,11 +15,12 @@ template <class A, class T>
 class TopK {
 public:
   TopK(const PolicyOperands& operands, const TopKResults& results, Workers& workers)
-      : problem_(operands), out_(results), workers_(workers), tiles_(ceil_div(operands.items, kTopKTile)),
+      : problem_(operands), out_(results), workers_(workers),
+        tiles_(ceil_div(operands.items, kTopKTile)),
         // The order of candidates is total: splits may follow the threads and change no result.
-        splits_(least(tiles_, ceil_div(workers.threads(), problem_.blocks))) {
+        splits_(min(tiles_, ceil_div(workers.threads(), problem_.blocks))) {
     found_.fill(splits_ * problem_.blocks * kBlock<A>, out_.k);
-    tile_.fill(least(workers.threads(), splits_ * problem_.blocks), problem_, kTopKTile);
+    tile_.fill(min(workers.threads(), splits_ * problem_.blocks), problem_, kTopKTile);
   }
 
   bool run() {
@@ -27,8 +28,10 @@ public:
       static_cast<TopK*>(self)->search(index, worker);
     };
     if (!workers_.run(splits_ * problem_.blocks, task, this)) return false;
-    const auto last = [](void* self, int64_t block, int) { static_cast<TopK*>(self)->write(block); };
-    return workers_.run(problem_.blocks, last, this);
+    const auto write = [](void* self, int64_t block, int) {
+      static_cast<TopK*>(self)->write(block);
+    };
+    return workers_.run(problem_.blocks, write, this);
   }
 
 private:
@@ -46,9 +49,10 @@ private:
     for (int64_t t = tiles_ * split / splits_; t < end; ++t) {
       if (workers_.stopped(worker)) return;
       const int64_t begin = t * kTopKTile;
-      tile.load(begin, least(kTopKTile, problem_.o.items - begin));
+      tile.load(begin, min(kTopKTile, problem_.o.items - begin));
       int64_t i = 0;
-      for (; i + kGroup <= tile.count; i += kGroup) compare<kGroup>(tile, i, block, index, threshold);
+      for (; i + kGroup <= tile.count; i += kGroup)
+        compare<kGroup>(tile, i, block, index, threshold);
       for (; i < tile.count; ++i) compare<1>(tile, i, block, index, threshold);
     }
   }
@@ -82,7 +86,7 @@ private:
     for (int64_t lane = 0; lane < L && block * L + lane < problem_.o.rows; ++lane) {
       Candidates& best = found_[block * L + lane];
       for (int64_t split = 1; split < splits_; ++split)
-        best.take_from(found_[(split * problem_.blocks + block) * L + lane]);
+        best.merge(found_[(split * problem_.blocks + block) * L + lane]);
       const int64_t at = (block * L + lane) * out_.k;
       best.write(out_.score + at, out_.index + at);
     }

@@ -34,7 +34,7 @@ struct BackwardPreprocess {
     if (g.log_prob != nullptr) base -= g.log_prob[i];
     if (g.log_normalizer != nullptr) base += g.log_normalizer[i];
     if (g.entropy != nullptr) base -= static_cast<double>(g.entropy[i]) * p.in.entropy[i];
-    const float reference_max = p.in.anchor[i];
+    const float reference_max = p.in.reference_max[i];
     put(kReferenceMaxStat, reference_max == -infinity() ? 0.0f : reference_max * kLog2E);
     put(kBaseStat, static_cast<float>(base / total));
     put(kRewardStat, g.expected_reward == nullptr ? 0.0f : static_cast<float>(g.expected_reward[i] / total));

@@ -64,10 +64,10 @@ struct ForwardCombine {
     put(r.log_normalizer, masked ? -infinity() : returned_max * kLn2d + log_total);
     put(r.expected_reward, s.reward / s.total);
     put(r.entropy, log_total - s.centered / s.total * kLn2d);
-    put(r.anchor, masked ? -infinity() : reference_max);
+    put(r.reference_max, masked ? -infinity() : reference_max);
     put(r.total, s.total);
     put(r.reward_sum, s.reward);
-    put(r.centred_sum, s.centered * kLn2d);
+    put(r.centered_sum, s.centered * kLn2d);
   }
 
 private:

@@ -26,10 +26,10 @@ class ForwardArrays(TypedDict, total=False):
     expected_reward: Capsule | None
     action_reward: Capsule | None
     entropy: Capsule | None
-    anchor: Capsule | None
+    reference_max: Capsule | None
     total: Capsule | None
     reward_sum: Capsule | None
-    centred_sum: Capsule | None
+    centered_sum: Capsule | None
     action_logit: Capsule | None
 
 class BackwardArrays(TypedDict, total=False):
@@ -64,7 +64,7 @@ def forward(
 def backward(
     operands: Operands,
     *,
-    anchor: Capsule,
+    reference_max: Capsule,
     total: Capsule,
     threads: int,
     isa: str,

@@ -14,7 +14,7 @@ def forward(
 def backward(
     operands: Operands,
     *,
-    anchor: Capsule,
+    reference_max: Capsule,
     total: Capsule,
     device: int,
     stream: int = 0,

@@ -1,4 +1,4 @@
-"""Refuse tensors that an operator cannot take, before anything is computed."""
+"""Checks of an operator's arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from offtower.errors import OperatorError
-from offtower.ops.types import DenseReward, FactoredReward, RewardTerms
+from offtower.ops.types import DenseReward, FactoredReward, RewardTerms, reward_in
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -19,7 +19,7 @@ def check_embeddings(
     temperature: float,
     item_bias: Tensor | None,
 ) -> None:
-    """u (B, d), v (N, d), bias (N,): shapes, dtypes, device, temperature."""
+    """Check u (B, d), v (N, d) and bias (N,): shapes, dtypes, device, temperature."""
     _check_matrix("context_embedding", context_embedding, "(B, d)")
     _check_matrix("item_embedding", item_embedding, "(N, d)")
     if context_embedding.shape[1] != item_embedding.shape[1]:
@@ -47,7 +47,7 @@ def check_embeddings(
 
 
 def check_action(action: Tensor, rows: int, items: int, device: torch.device) -> None:
-    """(B,) int64 in [0, N)."""
+    """Check that actions are (B,) int64 in [0, N)."""
     if action.dtype != torch.int64:
         raise OperatorError(f"action must be int64, but is {action.dtype}")
     if action.shape != (rows,):
@@ -55,12 +55,12 @@ def check_action(action: Tensor, rows: int, items: int, device: torch.device) ->
     if action.device != device:
         raise OperatorError(f"action is on {action.device}, but the embeddings are on {device}")
     if torch.compiler.is_compiling():
-        return  # Looking at values would break the graph; the operator itself looks.
+        return  # Reading values would break the graph; the operator checks them at run time.
     check_action_range(action, items)
 
 
 def check_action_range(action: Tensor, items: int) -> None:
-    """Every entry in [0, N). Looked at on the CPU only: elsewhere it would wait for the device."""
+    """Check that actions on the CPU are in [0, N). Elsewhere this would wait for the device."""
     if action.numel() and action.device.type == "cpu":
         low, high = torch.aminmax(action)
         if int(low) < 0 or int(high) >= items:
@@ -72,7 +72,7 @@ def check_action_range(action: Tensor, items: int) -> None:
 
 
 def check_reward(reward_model: RewardTerms, rows: int, items: int, like: Tensor) -> None:
-    """Shapes and dtypes of a reward model's parts."""
+    """Check shapes and dtypes of a reward model's parts."""
     if isinstance(reward_model, DenseReward):
         _check_like("DenseReward.values", reward_model.values, like)
         if reward_model.values.shape != (rows, items):
@@ -119,10 +119,9 @@ def under_autocast(
     item_bias: Tensor | None,
     reward_model: RewardTerms | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, RewardTerms | None]:
-    """Under torch.autocast, operands of mixed dtypes in float32; all others as they came.
+    """Under torch.autocast, bring operands of mixed dtypes to float32; leave all others unchanged.
 
-    Towers give bfloat16 there and tables stay float32. Nothing is rounded further: whether
-    embeddings lose precision is the towers' matter, not this operator's.
+    Towers give bfloat16 there while tables stay float32. The operator itself rounds nothing.
     """
     if not isinstance(context_embedding, Tensor) or not torch.is_autocast_enabled(
         context_embedding.device.type
@@ -133,16 +132,8 @@ def under_autocast(
     dtypes = {x.dtype for x in given if isinstance(x, Tensor)}
     if len(dtypes) == 1:
         return context_embedding, item_embedding, item_bias, reward_model
-    if isinstance(reward_model, DenseReward):
-        reward_model = DenseReward(reward_model.values.float())
-    elif isinstance(reward_model, FactoredReward):
-        bias = reward_model.item_bias
-        reward_model = FactoredReward(
-            reward_model.context.float(),
-            reward_model.item.float(),
-            None if bias is None else bias.float(),
-            reward_model.link,
-        )
+    if reward_model is not None:
+        reward_model = reward_in(reward_model, torch.float32)
     bias = None if item_bias is None else item_bias.float()
     return context_embedding.float(), item_embedding.float(), bias, reward_model
 

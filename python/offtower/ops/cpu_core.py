@@ -65,8 +65,10 @@ class CPUCore(NativeCore):
     def _run(
         self, function: str, x: Operands, arrays: Mapping[str, Tensor | None], **numbers: int
     ) -> None:
-        """Without effect on a result's bits, the threads are those of torch, but none for less
-        work than it costs to wake one. A forced instruction set does change bits."""
+        """Take as many threads as torch has, but none for less work than it costs to wake one.
+
+        Results do not depend on the number of threads, but on the instruction set.
+        """
         assert _MODULE is not None
         width = x.context.shape[1] + _EXPONENTIAL_COST
         if x.reward is not None and x.reward.context is not None:

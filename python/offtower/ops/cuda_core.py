@@ -3,13 +3,12 @@
 Nothing waits for the device; workspaces come from torch's allocator, so that calls can be captured
 into graphs.
 
-float32 is computed in float32, unless torch is told that its own products may be tf32, by
-`torch.set_float32_matmul_precision("high")` or
-`torch.backends.cuda.matmul.fp32_precision = "tf32"`: then the products of policy terms are tf32
-too, with sums and exponentials in float32. `top_k` never is.
+float32 operands are computed in float32, unless `torch.set_float32_matmul_precision("high")` or
+`torch.backends.cuda.matmul.fp32_precision = "tf32"` allows tf32 for torch's own products: then the
+products of policy terms are tf32 too, with sums and exponentials in float32. `top_k` never uses it.
 
-Numbers of a row must fill whole 16 bytes for the copies into shared memory: embeddings whose width
-does not are padded with zeros first (a copy), and their gradients cut.
+A row must be a multiple of 16 bytes for the copies into shared memory: other embeddings are padded
+with zeros first (a copy), and their gradients are narrowed.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _NO_REWARD, _DENSE, _IDENTITY, _SIGMOID = range(4)
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
-    """The library, or why there is none. Asked for by the first CUDA tensor, or by doctor."""
+    """The module, or why there is none."""
     if importlib.util.find_spec("offtower.ops._cuda") is None:
         record = Path(__file__).with_name("_cuda_build.txt")
         reason = record.read_text().strip() if record.exists() else "no record of a build"

@@ -32,7 +32,7 @@ POLICY_SCHEMA = (
 )
 _FORWARD_SCHEMA = f"bool entropy, str backend, {POLICY_SCHEMA}"
 _BACKWARD_SCHEMA = (
-    "Tensor anchor, Tensor total, Tensor? expected_reward, Tensor? entropy, "
+    "Tensor reference_max, Tensor total, Tensor? expected_reward, Tensor? entropy, "
     "Tensor? g_log_prob, Tensor? g_log_normalizer, Tensor? g_expected_reward, Tensor? g_entropy, "
     f"bool need_context, bool need_item, bool need_item_bias, str backend, {POLICY_SCHEMA}"
 )
@@ -120,12 +120,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     found = ForwardResults(*output)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        *(found.anchor, found.total, found.expected_reward, found.entropy), *tensors
+        *(found.reference_max, found.total, found.expected_reward, found.entropy), *tensors
     )
 
 
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    anchor, total, expected_reward, entropy, *tensors = ctx.saved_tensors
+    reference_max, total, expected_reward, entropy, *tensors = ctx.saved_tensors
     g_log_prob, g_log_normalizer, g_expected_reward, _, g_entropy, _, _ = gradients
     g = Cotangents(
         g_log_prob,
@@ -138,7 +138,7 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     found: dict[str, Tensor | None] = {}
     if any(needs) and any(cotangent is not None for cotangent in g):
         forward = ForwardStatistics(
-            anchor,
+            reference_max,
             total,
             None if g.expected_reward is None else expected_reward,
             None if g.entropy is None else entropy,

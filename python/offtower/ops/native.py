@@ -1,4 +1,4 @@
-"""What the native cores share: results are allocated here and filled by a core's module.
+"""Base of the native cores: allocates results, which a core's module fills.
 
 Operands have passed `checks` and the core's `refusal`: float32 or bfloat16 on the core's device.
 The modules take arrays as DLPack capsules and check them again (csrc/bindings/arguments.h).
@@ -50,10 +50,10 @@ class NativeCore(ABC):
         reward, action_reward = (None, None) if x.reward is None else (make(), make())
         centered = make() if entropy else None
         results = {
-            "anchor": top,
+            "reference_max": top,
             "total": total,
             "reward_sum": reward,
-            "centred_sum": centered,
+            "centered_sum": centered,
             "action_logit": action_logit,
             "action_reward": action_reward,
         }

@@ -76,7 +76,7 @@ class ReferenceCore:
             expected_reward=given(sums.expected_reward),
             action_reward=given(_action_reward(x)),
             entropy=given(sums.entropy),
-            anchor=sums.top,
+            reference_max=sums.top,
             total=sums.total,
         )
 
@@ -102,7 +102,7 @@ class ReferenceCore:
         du = torch.zeros_like(scaled) if needs.context else None
         dv = x.item.new_zeros(x.item.shape, dtype=dtype) if needs.item else None
         db = x.item.new_zeros(x.items, dtype=dtype) if needs.item_bias else None
-        anchor, total = finite_top(forward.anchor)[:, None], forward.total
+        reference_max, total = finite_top(forward.reference_max)[:, None], forward.total
         log_total = total.log()[:, None]
         base = torch.zeros_like(total)
         if g.log_prob is not None:
@@ -116,7 +116,7 @@ class ReferenceCore:
             assert forward.entropy is not None
             base = base - g.entropy * forward.entropy
         for start, stop in chunks(x):
-            shifted = logits(x, start, stop).sub_(anchor)
+            shifted = logits(x, start, stop).sub_(reference_max)
             factor = base[:, None].expand_as(shifted)
             if g.expected_reward is not None:
                 assert x.reward is not None

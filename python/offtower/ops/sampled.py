@@ -1,4 +1,4 @@
-"""`sampled_policy_terms`: the terms of the softmax policy from a few draws of the catalogue."""
+"""`sampled_policy_terms`: estimates of a softmax policy's terms from items drawn by a proposal."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def sampled_policy_terms(
         expected_reward  (1/Z^) sum exp(s_j - log(m Q(j))) q_j, the logged item included
         entropy          log Z^ - (1/Z^) sum exp(s_j - log(m Q(j))) s_j
 
-    so the gradient of expected_reward is the self-normalised covariance sum_j p^_j (q_j - m^) grad
+    so the gradient of expected_reward is the self-normalized covariance sum_j p^_j (q_j - m^) grad
     s_j. Draws need not be independent: m Q(a) must be the expected number of times that a is drawn.
 
     Bias and variance: Z^ is unbiased. With V = Var(Z^) / Z^2, for independent draws
@@ -140,19 +140,19 @@ def sampled_policy_terms(
         for weight, part in zip(share[1:], parts, strict=True):
             assert part.mean_reward is not None
             expected = expected + weight * part.mean_reward
-    spread: Tensor | None = None
+    entropies: Tensor | None = None
     if entropy:
-        # Log-probabilities, not logits, are averaged: nothing large cancels.
-        spread = -share[0] * log_share[0]
+        # Average log-probabilities, not logits, so that nothing large cancels.
+        entropies = -share[0] * log_share[0]
         for weight, log_weight, part in zip(share[1:], log_share[1:], parts, strict=True):
             assert part.mean_log is not None
-            spread = spread - weight * (part.mean_log + log_weight.clamp_min(LOG_PROB_FLOOR))
+            entropies = entropies - weight * (part.mean_log + log_weight.clamp_min(LOG_PROB_FLOOR))
     return PolicyTerms(
         log_prob=log_share[0],
         log_normalizer=log_normalizer,
         expected_reward=expected,
         action_reward=action_reward,
-        entropy=spread,
+        entropy=entropies,
     )
 
 
@@ -194,8 +194,8 @@ def _check(
             )
     if (action_bias is None) != (sampled_bias is None):
         raise OperatorError(
-            "action_bias and sampled_bias belong together: a bias on one side only would favour "
-            "or punish the logged items"
+            "action_bias and sampled_bias belong together: a bias on one side only shifts "
+            "the logged items against the sampled ones"
         )
     if action_bias is not None and action_bias.shape != (rows,):
         raise OperatorError(
@@ -208,8 +208,8 @@ def _check(
         )
     if sampled_item.dtype != torch.int64:
         raise OperatorError(f"sampled_item must be int64, but is {sampled_item.dtype}")
-    own = sampled_item.dim() == 2
-    if sampled_item.dim() not in (1, 2) or (own and sampled_item.shape[0] != rows):
+    per_row = sampled_item.dim() == 2
+    if sampled_item.dim() not in (1, 2) or (per_row and sampled_item.shape[0] != rows):
         raise OperatorError(
             f"sampled_item must have shape (m,), shared by all rows, or ({rows}, m), but has "
             f"{tuple(sampled_item.shape)}"
@@ -222,10 +222,9 @@ def _check(
             f"sampled_item, but is {log_proposal.dtype} of {tuple(log_proposal.shape)}"
         )
     if sample_index is None:
-        if own:
+        if per_row:
             raise OperatorError(
-                "draws of each row's own need sample_index, which says which row of "
-                "sampled_embedding each draw is"
+                "draws of shape (B, m) need sample_index, the row of sampled_embedding of each draw"
             )
         if sampled_embedding.shape[0] != sampled_item.shape[0]:
             raise OperatorError(
@@ -240,9 +239,9 @@ def _check(
             )
         _check_range("sample_index", sample_index, 0, sampled_embedding.shape[0])
     if log_proposal.device.type == "cpu" and not bool((log_proposal > float("-inf")).all()):
-        place = (~(log_proposal > float("-inf"))).nonzero()[0].tolist()
+        where = (~(log_proposal > float("-inf"))).nonzero()[0].tolist()
         raise OperatorError(
-            f"log_proposal at {place} is {float(log_proposal[tuple(place)])}: a proposal cannot "
+            f"log_proposal at {where} is {float(log_proposal[tuple(where)])}: a proposal cannot "
             "draw an item to which it gives probability 0"
         )
 
@@ -263,12 +262,12 @@ def _check_exact(
 
 
 def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
-    """Looked at on the CPU only: elsewhere it would wait for the device."""
+    """Check values on the CPU. Elsewhere this would wait for the device."""
     if values.numel() == 0 or values.device.type != "cpu":
         return
     least, most = (int(x) for x in torch.aminmax(values))
     if least < low or most >= high:
-        place = ((values < low) | (values >= high)).nonzero()[0].tolist()
+        where = ((values < low) | (values >= high)).nonzero()[0].tolist()
         raise OperatorError(
-            f"{name} at {place} is {int(values[tuple(place)])}, out of range [{low}, {high})"
+            f"{name} at {where} is {int(values[tuple(where)])}, out of range [{low}, {high})"
         )

@@ -1,7 +1,7 @@
-"""What one slice of the items adds to `sampled_policy_terms`, where draws lie on several workers.
+"""Sums of one slice of the items for `sampled_policy_terms`, where several workers hold the items.
 
-A draw, the logged item that it may hit and the items that a row counts exactly are of one slice or
-of none, so masks need no message; what the slices have merges as that of `partial_terms` does.
+A draw and the items that may mask it lie in one slice, so masks need no communication; the sums of
+slices merge as those of `partial_terms`.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def sampled_partial_terms(
             a row, -1 for none; and rows of `item_embedding` that hold them.
 
     Returns:
-        Differentiable in u, the item embeddings and biases. The logit and the reward of a row whose
-        item lies elsewhere are -inf and 0. A row for which nothing is in the slice has a top of
-        -inf.
+        Sums that are differentiable in u, the item embeddings and biases. The logit and the reward
+        of a row whose item lies elsewhere are -inf and 0. A row without any item in the slice has a
+        top of -inf.
     """
     dtype = torch.float64 if context_embedding.dtype == torch.float64 else torch.float32
     u, v = context_embedding.to(dtype), item_embedding.to(dtype)
@@ -61,10 +61,10 @@ def sampled_partial_terms(
     bias = None if item_bias is None else item_bias.to(dtype)
     log_count = log_count.to(dtype)
     here = (action >= 0).nonzero()[:, 0]
-    place = action_index[here]
-    logit = (u[here] * v[place]).sum(dim=1)
+    index = action_index[here]
+    logit = (u[here] * v[index]).sum(dim=1)
     if bias is not None:
-        logit = logit + bias[place]
+        logit = logit + bias[index]
     action_logit = u.new_full((len(u),), float("-inf")).index_put((here,), logit)
     action_reward: Tensor | None = None
     if reward_model is not None:
@@ -89,7 +89,7 @@ def sampled_partial_terms(
     counted_exactly = action[:, None]
     sets: list[Draws] = []
     if exact_item is not None and exact_index is not None and exact_item.numel():
-        # A slice without items of its own has nothing that an index could point to.
+        # No index is valid in an empty slice.
         if len(v):
             sets.append(exactly_counted(exact_item, exact_index, action, dtype))
         counted_exactly = torch.cat([counted_exactly, exact_item], dim=1)
@@ -103,6 +103,6 @@ def sampled_partial_terms(
 
 
 def _running(part: SampleSums) -> RunningSums:
-    """A set of draws whose mass is all at the log of its sum."""
+    """The running sums of a set of draws, relative to the log of its sum."""
     ones = torch.ones_like(part.log_sum)
     return RunningSums(part.log_sum, ones, part.mean_reward, part.mean_log)

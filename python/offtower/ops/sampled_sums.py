@@ -12,22 +12,22 @@ from torch.autograd.function import once_differentiable
 
 from offtower.ops.types import LOG_PROB_FLOOR, DenseReward, RewardTerms
 
-CELLS_AT_ONCE = 1 << 19
-"""Logits (or, with draws of each row's own, numbers of their embeddings) held at a time: few enough
-to stay in a core's cache, so that the passes over them do not wait for memory."""
-CELLS_ON_GPU = 1 << 25
-"""The same on a GPU, which wants few and large operations: 128 MiB."""
+CPU_CHUNK = 1 << 19
+"""Logits (or, with draws per row, elements of their embeddings) held at a time: few enough to stay
+in a core's cache."""
+GPU_CHUNK = 1 << 25
+"""The same on a GPU, where few large operations are faster: 128 MiB."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Draws shared by all rows (m,), or of each row's own (B, m).
+    """Draws shared by all rows (m,), or per row (B, m).
 
     log_count: log of the expected number of times that each draw's item is drawn; +inf for padding.
     index: rows of the embedding matrix; None where draw j is row j.
     masked: draws that do not count: (k, 2) pairs (row, draw), sorted, for shared draws; a (B, m)
-        mask for draws of each row's own. Shared draws on a GPU have the row's items (B, k) that do
-        not count: how many pairs there are could not be known without waiting for it.
+        mask for draws per row. Shared draws on a GPU have the row's items (B, k) that do not count,
+        because the number of pairs is not known without waiting for the device.
     """
 
     item: Tensor
@@ -59,23 +59,27 @@ def sample_sums(
     bias: Tensor | None,
     draws: Draws,
     reward_model: RewardTerms | None,
-    spread: bool,
+    entropy: bool,
 ) -> SampleSums:
-    """Differentiable in u (B, d), v (n, d) and bias (n,). A row whose draws are all masked has a
-    log_sum of -inf and means of 0."""
-    log_sum, mean_reward, mean_log = _SampleSums.apply(u, v, bias, draws, reward_model, spread)
+    """Sum over the draws of each row; differentiable in u (B, d), v (n, d) and bias (n,).
+
+    A row whose draws are all masked has a log_sum of -inf and means of 0.
+    """
+    log_sum, mean_reward, mean_log = _SampleSums.apply(u, v, bias, draws, reward_model, entropy)
     return SampleSums(
         log_sum,
         mean_reward if reward_model is not None else None,
-        mean_log if spread else None,
+        mean_log if entropy else None,
     )
 
 
 def exactly_counted(
     exact_item: Tensor, exact_index: Tensor, action: Tensor, dtype: torch.dtype
 ) -> Draws:
-    """Items (B, k) that each row counts once, -1 for none, as draws that are expected once; the
-    row's logged item, which is counted by itself, is left out."""
+    """Items (B, k) that each row counts once, -1 for none, as draws that are expected once.
+
+    The row's logged item is masked, since it is counted separately.
+    """
     absent = (exact_item < 0) | (exact_item == action[:, None])
     return Draws(
         exact_item.clamp_min(0),
@@ -86,7 +90,7 @@ def exactly_counted(
 
 
 def hits_of(sampled_item: Tensor, counted_exactly: Tensor) -> Tensor:
-    """Draws that hit one of their row's items (B, k): what `Draws.masked` holds.
+    """Find the draws that hit one of their row's items (B, k), as `Draws.masked` holds them.
 
     For shared draws by binary search, O((B k + m) log m): no (B, m) comparison. On a GPU the logits
     are compared with the items, chunk by chunk.
@@ -125,24 +129,24 @@ class _SampleSums(torch.autograd.Function):
         bias: Tensor | None,
         draws: Draws,
         reward_model: RewardTerms | None,
-        spread: bool,
+        entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         work = _Work(u.detach(), v.detach(), None if bias is None else bias.detach(), draws)
         rewards = None if reward_model is None else _Rewards(reward_model, draws, u.dtype)
         log_sum = u.new_empty(u.shape[0])
         mean_reward = u.new_zeros(u.shape[0] if rewards is not None else 0)
-        mean_log = u.new_zeros(u.shape[0] if spread else 0)
+        mean_log = u.new_zeros(u.shape[0] if entropy else 0)
         for rows in work.chunks():
             logits = work.logits(rows)
             top = _finite(logits.amax(dim=1))
-            p = torch.exp(logits - top[:, None]) if spread else logits.sub_(top[:, None]).exp_()
+            p = torch.exp(logits - top[:, None]) if entropy else logits.sub_(top[:, None]).exp_()
             total = p.sum(dim=1)
             log_sum[rows] = top + total.log()
             # Where nothing counts, 0 / 1 and not 0 / 0.
             divisor = total.masked_fill(total == 0, 1.0)
             if rewards is not None:
                 mean_reward[rows] = (p * rewards.of(rows)).sum(dim=1) / divisor
-            if spread:
+            if entropy:
                 logs = work.uncorrected(logits, rows).sub_(_finite(log_sum[rows])[:, None])
                 mean_log[rows] = (p * logs.clamp_min_(LOG_PROB_FLOOR)).sum(dim=1) / divisor
         ctx.draws, ctx.rewards = draws, rewards
@@ -183,14 +187,13 @@ class _SampleSums(torch.autograd.Function):
                 logs = logs.mul_(g_log[rows][:, None])
                 factor = logs.add_(base[rows][:, None] if factor is None else factor)
             p = logits.exp_()
-            # Without a factor a cell, the row's own is cheaper on the (rows, d) side.
             ds = p.mul_(base[rows][:, None]) if factor is None else p.mul_(factor)
             work.accumulate(ds, rows, du, dv, db)
         return du, dv, db, None, None, None
 
 
 class _Work:
-    """Logits of a chunk of rows, and what a chunk's cotangents add to the gradients."""
+    """Logits of a chunk of rows, and the gradients of a chunk."""
 
     def __init__(self, u: Tensor, v: Tensor, bias: Tensor | None, draws: Draws) -> None:
         self.u, self.v, self.draws = u, v, draws
@@ -204,13 +207,13 @@ class _Work:
                 # Row numbers of the masked pairs, to find those of a chunk.
                 self.hit_rows = draws.masked[:, 0].contiguous()
         self.bias = bias
-        # Padding is -inf by `shift`; here it must not turn into inf - inf.
+        # Padding is -inf by `shift`; here it must not become inf - inf.
         self.offset = draws.log_count.masked_fill(self.padding, 0.0)
 
     def chunks(self) -> Iterator[slice]:
         rows, draws = self.u.shape[0], self.draws.item.shape[-1]
         cells = draws if self.draws.shared else draws * max(1, self.u.shape[1])
-        most = CELLS_ON_GPU if self.u.is_cuda else CELLS_AT_ONCE
+        most = GPU_CHUNK if self.u.is_cuda else CPU_CHUNK
         step = max(1, most // max(1, cells))
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))

@@ -40,8 +40,8 @@ def shard_gradients(
         context_embedding: (B, d).
         item_embedding: (n, d), the slice; bias and reward model are of the slice too.
         action: (B,) number inside the slice, or -1 where the row's action lies elsewhere.
-        forward: (B,) over all slices: an anchor near each row's largest logit, the sum of
-            exp(s - anchor), and expected_reward and entropy where they have gradients.
+        forward: (B,) over all slices: an reference_max near each row's largest logit, the sum of
+            exp(s - reference_max), and expected_reward and entropy where they have gradients.
         g: gradients of the loss in each term, (B,); None where a term was not used.
         needs: which gradients to compute; that of a bias only where there is one.
 

@@ -11,8 +11,8 @@ def square_sum(
 ) -> Tensor:
     """(B,) sum over all N items of (<u, v_a> + b_a)^2, in O(N d^2 + B d^2) and no (B, N) array.
 
-    The items enter through V^T V, V^T b and b^T b alone. Differentiable in all that is given; sums
-    are float32, or wider where the embeddings are.
+    The items enter through V^T V, V^T b and b^T b only. Differentiable in all arguments; sums are
+    float32, or float64 for float64 embeddings.
 
     Args:
         context_embedding: (B, d). item_embedding: (N, d). item_bias: (N,).
@@ -20,7 +20,7 @@ def square_sum(
     wide = torch.promote_types(context_embedding.dtype, torch.float32)
     u, v = context_embedding.to(wide), item_embedding.to(wide)
     if item_bias is not None:
-        # A bias is an item's last coordinate where every context has a one.
+        # The bias becomes the last coordinate of an item, 1 that of every context.
         u = torch.cat([u, u.new_ones(len(u), 1)], dim=1)
         v = torch.cat([v, item_bias.to(wide).unsqueeze(1)], dim=1)
     return ((u @ (v.T @ v)) * u).sum(dim=1)

@@ -158,9 +158,9 @@ class Operands:
 class ForwardResults(NamedTuple):
     """What a forward pass computes, each (B,); empty where not asked for.
 
-    `anchor`, a number near each row's largest logit, and `total`, the sum of exp(s - anchor), are
-    for the backward pass: the log-normalizer alone, near 14 at a million items, would put its
-    rounding error on every probability.
+    `reference_max`, a number near each row's largest logit, and `total`, the sum of
+    exp(s - reference_max), are for the backward pass: the log-normalizer alone, near 14 at a
+    million items, would put its rounding error on every probability.
     """
 
     log_prob: Tensor
@@ -168,14 +168,14 @@ class ForwardResults(NamedTuple):
     expected_reward: Tensor
     action_reward: Tensor
     entropy: Tensor
-    anchor: Tensor
+    reference_max: Tensor
     total: Tensor
 
 
 class ForwardStatistics(NamedTuple):
     """Results of the forward pass that the backward pass reads, over all items of the policy."""
 
-    anchor: Tensor
+    reference_max: Tensor
     total: Tensor
     expected_reward: Tensor | None
     """Read where it has a cotangent; so is the entropy."""
@@ -220,13 +220,13 @@ class RunningSums:
     centered: Tensor | None
     """(B,) sum exp(s - top) (s - top), for the entropy without cancellation."""
 
-    def relative_to(self, anchor: Tensor) -> RunningSums:
-        """The same sums of exp(s - anchor) and (s - anchor); differentiable, in `top` too."""
-        scale = torch.exp(self.top - anchor)
+    def relative_to(self, reference: Tensor) -> RunningSums:
+        """The sums of exp(s - reference) and (s - reference); differentiable, also in `top`."""
+        scale = torch.exp(self.top - reference)
         # An empty sum has nothing to move: -inf times 0 would be NaN.
-        moved = (self.top - anchor).clamp_min(LOG_PROB_FLOOR)
+        moved = (self.top - reference).clamp_min(LOG_PROB_FLOOR)
         return RunningSums(
-            anchor,
+            reference,
             self.total * scale,
             None if self.reward is None else self.reward * scale,
             None if self.centered is None else scale * (self.centered + self.total * moved),

@@ -1,4 +1,4 @@
-#include "shown_items.h"
+#include "action_order.h"
 
 #include <algorithm>
 #include <numeric>
@@ -11,7 +11,7 @@ void sort_by_action(const int64_t* action, int64_t rows, int64_t* order) {
                    [action](int64_t a, int64_t b) { return action[a] < action[b]; });
 }
 
-int64_t first_showing(const int64_t* action, const int64_t* order, int64_t rows, int64_t item) {
+int64_t first_row_of(const int64_t* action, const int64_t* order, int64_t rows, int64_t item) {
   return std::lower_bound(order, order + rows, item,
                           [action](int64_t row, int64_t wanted) { return action[row] < wanted; }) -
          order;
