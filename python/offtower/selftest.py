@@ -49,16 +49,18 @@ class Check:
 def run_selftest(folder: Path) -> Iterator[Check]:
     """Run every check and yield its result; `folder` is a scratch directory."""
     # Training comes first: a child process is started before this one has many threads.
-    yield _timed("kill and resume", lambda: _kill_and_resume(folder))
-    yield _timed("damage is refused", lambda: _damage_is_refused(folder))
+    yield timed_check("kill and resume", lambda: check_kill_and_resume(folder))
+    yield timed_check("damage is refused", lambda: check_damage_is_refused(folder))
     for label, backend, isa, device in _targets():
         for dtype in _TOLERANCE:
             name = f"operators: {label}, {str(dtype).removeprefix('torch.')}"
             with _instruction_set(isa):
-                yield _timed(name, lambda b=backend, t=dtype, d=device: _operators(b, t, d))  # type: ignore[misc]
+                yield timed_check(
+                    name, lambda b=backend, t=dtype, d=device: check_operators(b, t, d)
+                )  # type: ignore[misc]
 
 
-def _timed(name: str, check: Callable[[], str]) -> Check:
+def timed_check(name: str, check: Callable[[], str]) -> Check:
     began = time.perf_counter()
     try:
         detail, passed = check(), True
@@ -89,7 +91,7 @@ def _instruction_set(isa: str) -> Iterator[None]:
             os.environ["OFFTOWER_CPU_ISA"] = before
 
 
-def _operators(backend: str, dtype: torch.dtype, device: str) -> str:
+def check_operators(backend: str, dtype: torch.dtype, device: str) -> str:
     """Values and gradients of `policy_terms`, and `top_k`, against dense float64 formulas."""
     worst = 0.0
     for rows, items, dim in ((1, 1, 1), (33, 1501, 48), (130, 700, 64)):
@@ -144,7 +146,7 @@ def _operators(backend: str, dtype: torch.dtype, device: str) -> str:
     return f"largest relative error {worst:.1e}"
 
 
-def _kill_and_resume(folder: Path) -> str:
+def check_kill_and_resume(folder: Path) -> str:
     """A run killed by SIGKILL and resumed has the weights of one that was not interrupted."""
     from offtower.training.run import train_run
 
@@ -164,7 +166,7 @@ def _kill_and_resume(folder: Path) -> str:
     return f"killed at step {KILL_AT_STEP}, resumed to the same bits"
 
 
-def _damage_is_refused(folder: Path) -> str:
+def check_damage_is_refused(folder: Path) -> str:
     """A policy with one flipped bit is refused when it is loaded."""
     from offtower.models.store import load_policy
 
@@ -223,9 +225,12 @@ class _Kill(Tracker):
 
 def _train_until_killed(path: str) -> None:
     """Entry point of the child process."""
-    from offtower.training.run import train_run
+    from offtower.run_claim import claim_run
+    from offtower.training.run import train_claimed
 
-    train_run(load_config(path), trackers=[_Kill()])
+    config = load_config(path)
+    with claim_run(config) as run:
+        train_claimed(run, config, trackers=[_Kill()])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 \b
 Example:
   offtower doctor --json
+  offtower doctor --selftest
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from typing import Any
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
-from offtower.cli.common import AsJson, messages, print_json, verb
+from offtower.cli.common import AsJson, escape, messages, print_json, verb
 
 _REQUIRED = (
     "torch",
@@ -39,8 +43,25 @@ _EXTRAS = {
 }
 
 
+EXIT_FAILED = 1
+"""A check of the selftest failed."""
+
+
 @verb
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    selftest: Annotated[
+        bool,
+        typer.Option(
+            "--selftest",
+            help="Check this machine: operators against float64 on every instruction set, a run "
+            "that is killed and resumed, a damaged file. About ten seconds.",
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    if selftest:
+        check(as_json)
+        return
     facts = examine()
     if as_json:
         print_json(facts)
@@ -60,6 +81,29 @@ def doctor(as_json: AsJson = False) -> None:
     table.add_row("objectives", ", ".join(facts["objectives"]))
     table.add_row("estimators", ", ".join(facts["estimators"]))
     console.print(table)
+
+
+def check(as_json: bool) -> None:
+    """Run the selftest, print each result, and exit with 1 where a check failed."""
+    from offtower.selftest import run_selftest
+
+    console, checks = messages(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for one in run_selftest(Path(folder)):
+            checks.append(one)
+            mark = "[green]passed[/]" if one.passed else "[bold red]FAILED[/]"
+            text = f"{mark} {one.name}: {escape(one.detail)} ({one.seconds:.1f} s)"
+            console.print(text, soft_wrap=True)
+    failed = [one.name for one in checks if not one.passed]
+    if as_json:
+        print_json({"checks": [vars(one) for one in checks], "passed": not failed})
+    elif failed:
+        console.print(
+            f"{len(failed)} of {len(checks)} checks failed. Reinstall offtower; if that does not "
+            "help, report this output together with that of 'offtower doctor --json'"
+        )
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
 
 
 def examine() -> dict[str, Any]:

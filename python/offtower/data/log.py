@@ -225,7 +225,7 @@ def write_log(
         group = next(groups, None)
         if group is None:
             raise DataError(f"no rows to write to '{directory}'")
-        footers = []
+        footers: list[Footer] = []
         while group is not None:
             in_file = itertools.islice(groups, max(1, rows_per_file // rows_per_group) - 1)
             number = len(footers)
