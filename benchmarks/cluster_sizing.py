@@ -1,7 +1,7 @@
-"""Memory and traffic of a worker by formulas, from a million to a billion items.
+"""Memory and traffic of a worker by formula, for a million to a billion items.
 
-Nothing is measured here: docs/reference/cluster.md explains the formulas and shows this table, and
-a test compares the two.
+Nothing is measured. docs/reference/cluster.md explains the formulas and contains this table; a test
+compares the two.
 
     python benchmarks/cluster_sizing.py --json cluster_sizing.json
 """
@@ -16,29 +16,32 @@ from typing import Any
 
 GIB = 2.0**30
 ID = 8
-"""Bytes of an item's id: integers. Text takes its own length."""
+"""Bytes of an integer item id."""
 INDEX = 0
-"""Bytes an item by which an id is found, beside the ids, and the vocabulary of an id table: none
-where ids are rising integers; otherwise 12, or 20 with such a table. Every process that reads a log
-holds them, and the ids."""
+"""Bytes per item of the id lookup and of an id table's vocabulary, in every process that reads a
+log: 0 for increasing integer ids, otherwise 12, or 20 with an id table."""
 CHECKPOINT = 2.6
-"""Copies of an id table, its moments included, while a checkpoint of it is written beside the
-training and as one file a worker: the most resident memory of 2 workers with 10^6 items, c = 64."""
+"""Additional copies of an id table and its moments while a checkpoint is written asynchronously,
+one file per worker; from the peak memory of 2 workers with 10^6 items and c = 64."""
 PROCESS = 0.5 * GIB
-"""A process with torch and Arrow, and a window of the log."""
+"""Bytes of a process with torch, Arrow and a window of the log."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A training.
+    """The sizes of a training run.
 
     Attributes:
-        items: N. workers: R. batch: B, rows of a step over all workers.
-        width: d, of the embeddings. features: bytes of an item's encoded features.
+        items: N.
+        workers: R.
+        batch: B, rows of a step over all workers.
+        width: d, width of the embeddings.
+        features: Bytes of an item's encoded features.
         id_width: c, width of the item-id table; 0 without one.
-        reward_width: e, of a factored reward model; 0 without one. folds: K, of it.
-        parameters: P, of both towers without the item-id table.
-        draws: m, of a step with sampled terms, shared by its rows.
+        reward_width: e, width of a factored reward model; 0 without one.
+        folds: K, folds of the reward model.
+        parameters: P, parameters of both towers without the item-id table.
+        draws: m, draws of a step with sampled terms, shared by its rows.
     """
 
     items: int
@@ -54,15 +57,15 @@ class Sizes:
 
     @property
     def index(self) -> float:
-        """Bytes that every process has, whatever R is: ids and their index."""
+        """Bytes of ids and their lookup, in every process."""
         return float(self.items) * (INDEX + ID)
 
     def memory(self, strategy: str, terms: str = "exact") -> float:
-        """Bytes of a worker: with `item_sharded` all but the index is divided by R."""
+        """Return the bytes of a worker; `item_sharded` divides all but the index by R."""
         item = self.features
         models = 0.0
         if self.reward_width:
-            # Embeddings of each fold's items; its towers have an id table of their own, whole.
+            # Item embeddings of each fold; the fold's towers hold a complete id table.
             item += 4 * self.folds * (self.reward_width + 1)
             models = 4.0 * self.folds * self.items * self.id_width
         table = 4 * 3 * self.id_width  # weights and two moments
@@ -73,7 +76,7 @@ class Sizes:
         else:
             item += 4 * (self.width + 1)  # embedding and bias, of validation
             touched = 4.0 * (self.draws + self.batch) * (2 * self.width + 4 * self.id_width)
-            # The step to which a row is up to date.
+            # The step of each row's last update.
             table += 8 if self.id_width else 0
         # An item's row of the id table, in the shard and in the catalogue.
         item += (1 + CHECKPOINT) * table + (16 if self.id_width else 0)
@@ -83,25 +86,25 @@ class Sizes:
         return own * item + self.index + models + beside
 
     def traffic(self, strategy: str) -> float:
-        """Bytes that a worker receives in a step (and sends as many), by ring algorithms."""
+        """Return the bytes that a worker receives per step, and sends, with ring algorithms."""
         share = (self.workers - 1) / self.workers
         reduced = 2.0 * share * self.parameters
         if strategy == "replicated":
             return 4.0 * (reduced + 2.0 * share * self.items * self.id_width)
         gathered = share * self.batch * (self.width + self.reward_width)
-        # The largest logit of each row, then four sums (two without a reward model).
+        # The maximum logit of each row, then four sums (two without a reward model).
         sums = 2.0 * share * self.batch * (1 + (4 if self.reward_width else 2))
         scattered = share * self.batch * self.width
         return 4.0 * (gathered + sums + scattered + reduced)
 
 
 def evaluation_store(items: int, width: int) -> float:
-    """Bytes of a node's object store that evaluation fills, once for all workers of the node."""
+    """Return the bytes of a node's object store that evaluation shares among its workers."""
     return float(items) * (4 * (width + 1) + max(INDEX, ID))
 
 
 def table(limit_gib: float = 32.0) -> list[dict[str, Any]]:
-    """For each catalogue the least power of two of workers whose memory is below the limit."""
+    """Return, per catalogue, the least power of two of workers whose memory fits the limit."""
     rows: list[dict[str, Any]] = []
     for items in (10**6, 10**7, 10**8, 10**9):
         found: dict[str, Any] = {}

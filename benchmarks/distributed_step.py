@@ -1,10 +1,10 @@
-"""A training step on several workers: its time, what it sends, and what that means for larger ones.
+"""Time and traffic of a training step on several workers, and a projection to GPU clusters.
 
-Workers are processes of this machine with one thread each, beside one process with as many threads.
-What is sent is read from the counters of the loopback device in a network namespace of the
-benchmark's own (Linux, as root; elsewhere the column is empty), and compared with the formula of
-docs/reference/cluster.md. The projection takes the fixed part of the measured steps, the formula
-for what is sent, and a network and a device as assumed by its arguments.
+Workers are processes of this machine with one thread each, compared with one process with as many
+threads. Traffic is read from the counters of the loopback device in a separate network namespace
+(Linux, as root; elsewhere the column is empty) and compared with the formula of
+docs/reference/cluster.md. The projection combines the fixed part of the measured steps, the formula
+and assumed rates of network and device, which are arguments.
 
     python benchmarks/distributed_step.py --items 10000 100000 1000000
     python benchmarks/distributed_step.py --terms sampled --items 100000 1000000 10000000
@@ -41,7 +41,7 @@ from offtower.training.setup import build_setup
 from offtower.training.workers import SINGLE_PROCESS, TorchWorkers, Workers
 
 EPOCHS = 4
-"""The first warms up."""
+"""Epochs per run; the first warms up."""
 FLOAT = 4
 STRATEGIES = ("replicated", "item_sharded")
 
@@ -53,10 +53,10 @@ def bytes_per_step(
 
     The formula is in docs/reference/cluster.md.
 
-    item_sharded: contexts are gathered and their gradients summed to their owners (each (R-1)/R B d
-    numbers), the largest logit, the normaliser's sum and the shown item's logit are summed over
-    workers (3 B), and so are the towers' gradients. Sampled terms send the same, whatever the
-    number of draws; a top-k proposal also each row's `candidates` scores to the row's owner, and
+    item_sharded: an all-gather of contexts and a reduce-scatter of their gradients ((R-1)/R B d
+    numbers each), all-reduces of the largest logit, the normalizer's sum and the logged item's
+    logit (3 B), and an all-reduce of the towers' gradients. Sampled terms send the same for any
+    number of draws. A top-k proposal adds each row's `candidates` scores to the row's owner, and
     one back.
     """
     share = (workers - 1) / workers
@@ -80,7 +80,7 @@ def own_network() -> bool:
 
 
 def sent() -> int:
-    """Bytes that the loopback device has sent."""
+    """Return the bytes sent by the loopback device so far."""
     for line in Path("/proc/net/dev").read_text(encoding="utf-8").splitlines():
         if line.strip().startswith("lo:"):
             return int(line.split(":")[1].split()[8])
@@ -88,7 +88,7 @@ def sent() -> int:
 
 
 def prepared(workers: Workers, items: int, mode: str, args: argparse.Namespace) -> Any:
-    """A catalogue of vectors in memory for exact terms; in files, with an id table, for sampled."""
+    """Return data in memory for exact terms; with an id table and in files for sampled terms."""
     if mode == "exact":
         log, catalogue = world.in_memory(args.batch * args.steps, items)
         return prepare(log, None, catalogue, Progress())
@@ -100,8 +100,12 @@ def prepared(workers: Workers, items: int, mode: str, args: argparse.Namespace) 
 def measure(
     workers: Workers, items: int, strategy: str, mode: str, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Seconds of a step, bytes of a step over all workers, parameters that all workers have, and
-    MiB of this worker: of tables and their optimiser state, anonymous memory, the most resident."""
+    """Train and return the figures of this worker.
+
+    seconds and bytes (of all workers) are per step, parameters counts those that all workers hold.
+    The MiB are those of id tables with their optimizer state, of anonymous memory and of peak
+    resident memory.
+    """
     config = world.config(mode, batch=args.batch, dim=args.dim, epochs=EPOCHS, strategy=strategy)
     began = time.monotonic()
     data = prepared(workers, items, mode, args)
@@ -132,16 +136,16 @@ def measure(
 
 
 def memory(name: str) -> float:
-    """MiB of this process by a name in /proc/self/status (Linux; 0 elsewhere)."""
-    place = Path("/proc/self/status")
-    for line in place.read_text(encoding="utf-8").splitlines() if place.exists() else []:
+    """Return the MiB of an entry in /proc/self/status (Linux; 0 elsewhere)."""
+    path = Path("/proc/self/status")
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) / 2**10
     return 0.0
 
 
 def enter(rank: int, size: int, port: int, case: Any, args: argparse.Namespace) -> None:
-    """One process of `size`; with one, it has as many threads as there are workers otherwise."""
+    """Run one of `size` processes; a single one has as many threads as there are workers."""
     torch.set_num_threads(1 if size > 1 else args.workers)
     workers = SINGLE_PROCESS
     if size > 1:
@@ -162,7 +166,7 @@ def enter(rank: int, size: int, port: int, case: Any, args: argparse.Namespace) 
 
 
 def in_processes(size: int, case: Any, args: argparse.Namespace) -> dict[str, float]:
-    """What `measure` finds in `size` new processes: the most of any of them."""
+    """Run `measure` in `size` new processes and return the maximum of each figure."""
     args.port += 1
     mp.spawn(enter, (size, args.port, case, args), nprocs=size)
     found: dict[str, float] = json.loads((Path(args.folder) / "found.json").read_text())
@@ -177,8 +181,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     strategies = STRATEGIES if exact else ("item_sharded",)
     for items in args.items:
         if not exact:
-            place = Path(args.folder) / str(items)
-            world.write(place, args.batch * args.steps, items, args.id_dim)
+            folder = Path(args.folder) / str(items)
+            world.write(folder, args.batch * args.steps, items, args.id_dim)
         for mode in modes:
             one = in_processes(1, (items, "replicated", mode), args)
             for strategy in strategies:
@@ -212,7 +216,7 @@ def line_of(
     found: dict[str, float],
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """A line of the report: several workers beside one process."""
+    """Return a line of the report, which compares the workers with one process."""
     candidates = SamplingConfig().top_k if mode == "top_k" else 0
     parameters = int(found["parameters"])
     return {
@@ -233,15 +237,18 @@ def line_of(
 
 
 def line_through(points: list[tuple[int, float]]) -> tuple[float, float]:
-    """(intercept, slope) by the ends: the fixed part of a step, and what an item adds."""
+    """Return (intercept, slope) of the line through the first and the last point."""
     (a, s), (b, t) = points[0], points[-1]
     slope = (t - s) / (b - a) if b > a else 0.0
     return max(s - slope * a, 0.0), slope
 
 
 def project(args: argparse.Namespace, fixed: float, parameters: int) -> list[dict[str, Any]]:
-    """Steps of `item_sharded` on GPUs: fixed part as measured here, terms at the assumed rate, and
-    messages over the assumed network (7 collectives, each log2 R latencies)."""
+    """Project `item_sharded` steps to GPUs.
+
+    The fixed part is measured here; terms and messages (7 collectives of log2 R latencies each) use
+    the assumed rates.
+    """
     lines = []
     for gpus in (8, 16, 32, 64, 128, 256, 512):
         terms = args.gpu_batch * args.gpu_items / gpus / args.gpu_cells
@@ -265,7 +272,7 @@ def project(args: argparse.Namespace, fixed: float, parameters: int) -> list[dic
 def show(report: dict[str, Any]) -> None:
     print(
         f"{report['workers']} workers of one thread, B = {report['batch']}, d = {report['dim']}; "
-        "milliseconds and bytes a step (bytes: sent by one worker)"
+        "milliseconds and bytes per step (bytes: sent by one worker)"
     )
     for line in report["steps"]:
         real = "-" if line["sent_bytes"] is None else f"{line['sent_bytes']:,.0f}"
@@ -277,8 +284,8 @@ def show(report: dict[str, Any]) -> None:
         for name in ("one_process", "worker"):
             of = line[name]
             print(
-                f"{name:>40}: MiB of id table and optimiser state {of['tables_mib']:.0f}, "
-                f"anonymous {of['anonymous_mib']:.0f}, most resident {of['peak_mib']:.0f}; "
+                f"{name:>40}: MiB of id table and optimizer state {of['tables_mib']:.0f}, "
+                f"anonymous {of['anonymous_mib']:.0f}, peak resident {of['peak_mib']:.0f}; "
                 f"{of['seconds_to_start']:.1f} s to the first step"
             )
     if "projection" not in report:
@@ -289,7 +296,7 @@ def show(report: dict[str, Any]) -> None:
             f"{line['gpus']:>5} GPUs  step {line['step_ms']:8.2f} ms (terms "
             f"{line['terms_ms']:.2f}, messages {line['messages_ms']:.2f}, fixed "
             f"{line['fixed_ms']:.2f})  {line['rows_per_second']:>12,.0f} rows/s  "
-            f"terms' share {line['efficiency']:.2f}"
+            f"efficiency {line['efficiency']:.2f}"
         )
 
 
@@ -297,11 +304,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--terms", choices=["exact", "sampled"], default="exact")
-    parser.add_argument("--proposals", nargs="+", default=["mixed"], help="of sampled terms")
-    parser.add_argument("--id-dim", type=int, default=16, help="of the id table, sampled terms")
+    parser.add_argument("--proposals", nargs="+", default=["mixed"], help="for sampled terms")
+    parser.add_argument(
+        "--id-dim", type=int, default=16, help="width of the id table with sampled terms"
+    )
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--steps", type=int, help="of an epoch; 4, or 16 of sampled terms")
+    parser.add_argument(
+        "--steps", type=int, help="per epoch; by default 4, or 16 with sampled terms"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--gpu-items", type=float, default=1e8)
     parser.add_argument("--gpu-batch", type=int, default=8192)
@@ -309,11 +320,11 @@ def main() -> None:
         "--gpu-cells",
         type=float,
         default=7.9e11,
-        help="rows x items that a device does in a second, forward and backward (an aim: 1024 x "
-        "1e6 in 1.3 ms; not measured)",
+        help="assumed rows x items per second of a device, forward and backward (1024 x 1e6 in "
+        "1.3 ms, a goal, not a measurement)",
     )
-    parser.add_argument("--bandwidth", type=float, default=40e9, help="bytes a second of a GPU")
-    parser.add_argument("--latency", type=float, default=15e-6, help="seconds of a message")
+    parser.add_argument("--bandwidth", type=float, default=40e9, help="bytes per second of a GPU")
+    parser.add_argument("--latency", type=float, default=15e-6, help="seconds per message")
     parser.add_argument("--json", help="file for the figures, - for standard output")
     args = parser.parse_args()
     args.steps = args.steps or (4 if args.terms == "exact" else 16)

@@ -1,17 +1,17 @@
-"""Estimator selection against truth from regenerated logs: the experiment of the PAS-IF paper.
+"""Regret of estimator selectors, with true errors from regenerated logs, as in the PAS-IF paper.
 
 10 actions, contexts of 10 dimensions, binary rewards, two logging policies with inverse
 temperatures -2 and 2 and 1,000 rounds each, targets with inverse temperatures -10, -5, 0, 5, 10.
 The candidates' true mean squared errors come from `--truth` regenerated logs, with the reward
-models refitted on each. A selector is judged by its relative regret mse(choice) / mse(best) - 1
-and by the rank correlation of its ranking, with standard errors over repetitions (the first
-`--repetitions` of those logs), beside every constant choice.
+models refitted on each. For each selector and each constant choice the relative regret,
+mse(choice) / mse(best) - 1, and the rank correlation of its ranking are reported, with standard
+errors over repetitions (the first `--repetitions` of those logs).
 
     python benchmarks/estimator_selection.py --worlds 100 101 102 --repetitions 200 --truth 1000
     python benchmarks/estimator_selection.py --selectors ablation --repetitions 100
 
-Worlds 0 to 39, 104, 105 and 200 to 211 were looked at while the selectors were designed; report
-others. A long run may be cut into pieces: --resume DIR --minutes 4, the same command again.
+Worlds 0 to 39, 104, 105 and 200 to 211 were used while the selectors were designed; report others.
+To split a long run, repeat the command with --resume DIR --minutes 4.
 """
 
 from __future__ import annotations
@@ -56,21 +56,21 @@ class World:
     logging: tuple[float, float] = (-2.0, 2.0)
 
     def expected_reward(self, context: Array) -> Array:
-        """q over all actions, (n, A)."""
+        """Return the (n, A) expected rewards of all actions."""
         rng = np.random.default_rng([7, self.seed])
         theta = rng.uniform(size=(self.n_actions, self.dim))
         shift = rng.uniform(size=self.n_actions)
         return 1.0 / (1.0 + np.exp(-(context @ theta.T + shift)))
 
     def truth(self, beta: float, contexts: int = 400_000) -> float:
-        """The target's value, by contexts that no log uses."""
+        """Return the target policy's value, a mean over contexts that are in no log."""
         q = self.expected_reward(
             np.random.default_rng([5, self.seed]).normal(size=(contexts, self.dim))
         )
         return float((policy(q, beta) * q).sum(axis=1).mean())
 
     def log(self, number: int) -> dict[str, Any]:
-        """Log `number` of this world, its reward models included."""
+        """Draw log `number` of this world and fit its reward models."""
         rng = np.random.default_rng([11, self.seed, number])
         n = 2 * self.rounds
         context = rng.normal(size=(n, self.dim))
@@ -94,7 +94,7 @@ class World:
 
 
 def policy(q: Array, beta: float) -> Array:
-    """softmax(beta q) over actions."""
+    """Return softmax(beta q) over actions."""
     z = np.exp(beta * q - (beta * q).max(axis=1, keepdims=True))
     return z / z.sum(axis=1, keepdims=True)
 
@@ -107,7 +107,7 @@ def fit_reward_models(
     seed: int,
     folds: int = 3,
 ) -> dict[str, Array]:
-    """Cross-fitted predictions (n, A) of a linear model and a forest on [context, one-hot item]."""
+    """Return cross-fitted (n, A) predictions of two models on [context, one-hot item]."""
     n = action.shape[0]
     fold = np.random.default_rng([13, seed]).permutation(n) % folds
     out = {"linear": np.empty((n, n_actions)), "forest": np.empty((n, n_actions))}
@@ -131,7 +131,7 @@ def fit_reward_models(
 
 
 def candidates() -> list[Candidate]:
-    """14 candidates: two without a model, six with each of the two reward models."""
+    """Return 14 candidates: two without a model, six with each of the two reward models."""
     out = [Candidate("IPS", e.IPS()), Candidate("SNIPS", e.SNIPS())]
     for model in ("linear", "forest"):
         for name, estimator in (
@@ -148,14 +148,12 @@ def candidates() -> list[Candidate]:
 
 @dataclass(frozen=True)
 class Selector:
-    """A selector under test."""
-
     method: str
     options: dict[str, Any] = field(default_factory=dict)
 
 
 def selectors(which: str, network: NetworkOptions) -> dict[str, Selector]:
-    """Named sets of selectors."""
+    """Return the selectors of one of three sets: main, network or ablation."""
     main = {
         "paired": Selector("paired"),
         "paired, overlap not charged": Selector("paired", {"overlap": 0.0}),
@@ -200,27 +198,26 @@ def selectors(which: str, network: NetworkOptions) -> dict[str, Selector]:
 
 @dataclass(frozen=True)
 class Store:
-    """Finished rankings in a folder, so that a long run can go on where it was stopped.
+    """Finished rankings in a folder, so that an interrupted run can resume.
 
-    deadline: time.time() after which no new ranking is begun.
+    deadline: time.time() after which no new ranking is started.
     """
 
     folder: str
     deadline: float = math.inf
 
     def get(self, key: str) -> tuple[list[Any], float] | None:
-        """A stored ranking (or estimates) and its seconds. Stops the program where it is late."""
+        """Return a stored ranking (or estimates) and its seconds; exit after the deadline."""
         path = os.path.join(self.folder, key + ".json")
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
                 content = json.load(file)
             return content["order"], content["seconds"]
         if time.time() > self.deadline:
-            raise SystemExit("time is up; the same command goes on from here")
+            raise SystemExit("stopped at the time limit; run the same command to resume")
         return None
 
     def put(self, key: str, order: list[Any], seconds: float) -> None:
-        """Store a ranking."""
         path = os.path.join(self.folder, key + ".json")
         os.makedirs(self.folder, exist_ok=True)
         with open(path + ".part", "w", encoding="utf-8") as file:
@@ -229,7 +226,7 @@ class Store:
 
 
 def run_log(task: tuple[World, int, dict[str, Selector], Store | None]) -> dict[str, Any]:
-    """One log: every candidate's estimate per target, and every selector's ranking."""
+    """Return every candidate's estimate and every selector's ranking per target on one log."""
     world, number, chosen, store = task
     pool = candidates()
     names = [c.name for c in pool]
@@ -282,25 +279,25 @@ def run_log(task: tuple[World, int, dict[str, Selector], Store | None]) -> dict[
 def summarize(
     mse: Array, orders: dict[str, NDArray[np.int64]], truth_errors: Array
 ) -> dict[str, dict[str, Any]]:
-    """Regret and rank correlation, mean and standard error over repetitions, by selector.
+    """Return mean and standard error of regret and rank correlation over repetitions, by selector.
 
     mse: (targets, candidates). orders: (repetitions, targets, candidates). truth_errors: (logs,
-    targets, candidates), for the uncertainty of the truth itself.
+    targets, candidates), resampled to include the uncertainty of the true errors.
     """
     best = mse.min(axis=1)
     constant = (mse / best[:, None] - 1.0).mean(axis=0)
-    champion = int(np.argmin(constant))
+    best_constant = int(np.argmin(constant))
     rng = np.random.default_rng(0)
     out = {}
     for name, order in orders.items():
         pick = order[:, :, 0]
         regret = np.take_along_axis(mse[None], pick[:, :, None], axis=2)[:, :, 0] / best - 1.0
-        places = np.argsort(order, axis=2)
+        ranks = np.argsort(order, axis=2)
         correlation = np.array(
-            [[spearmanr(row[t], mse[t])[0] for t in range(mse.shape[0])] for row in places]
+            [[spearmanr(row[t], mse[t])[0] for t in range(mse.shape[0])] for row in ranks]
         )
         reps = regret.shape[0]
-        # versus the champion among constants, over resampled logs (truth) and repetitions
+        # Bootstrap of the difference to the best constant over logs (true errors) and repetitions.
         differences = []
         for _ in range(200):
             truth = np.mean(
@@ -308,7 +305,7 @@ def summarize(
             )
             rows = rng.integers(0, reps, reps)
             picked = np.take_along_axis(truth[None], pick[rows][:, :, None], axis=2)[:, :, 0]
-            differences.append(np.mean((picked - truth[:, champion]) / truth.min(axis=1)))
+            differences.append(np.mean((picked - truth[:, best_constant]) / truth.min(axis=1)))
         out[name] = {
             "regret": regret.mean(axis=0).tolist(),
             "regret_se": (regret.std(axis=0, ddof=1) / np.sqrt(reps)).tolist(),
@@ -316,14 +313,14 @@ def summarize(
             "mean_regret_se": float(regret.mean(axis=1).std(ddof=1) / np.sqrt(reps)),
             "rank_correlation": correlation.mean(axis=0).tolist(),
             "rank_correlation_se": (correlation.std(axis=0, ddof=1) / np.sqrt(reps)).tolist(),
-            "minus_best_constant": float(regret.mean() - constant[champion]),
+            "minus_best_constant": float(regret.mean() - constant[best_constant]),
             "minus_best_constant_se": float(np.std(differences)),
         }
     return out
 
 
 def run_world(world: World, args: argparse.Namespace, map_: Callable[..., Any]) -> dict[str, Any]:
-    """Truth and selectors on one world."""
+    """Return true values and the figures of all selectors and constants on one world."""
     network = NetworkOptions(
         epochs=args.network_epochs,
         learning_rate=args.network_rate,
@@ -335,8 +332,9 @@ def run_world(world: World, args: argparse.Namespace, map_: Callable[..., Any]) 
     truth = np.array([world.truth(beta) for beta in TARGETS])
     errors = np.array([r["estimates"] for r in results]) - truth[None, :, None]
     mse = np.mean(errors**2, axis=0)
-    judged = results[: args.repetitions]
-    orders = {name: np.array([r["orders"][name] for r in judged]) for name in chosen}
+    repetitions = results[: args.repetitions]
+    orders = {name: np.array([r["orders"][name] for r in repetitions]) for name in chosen}
+    seconds = {name: np.mean([r["seconds"][name] for r in repetitions]) for name in chosen}
     names = [c.name for c in candidates()]
     relative = mse / mse.min(axis=1, keepdims=True) - 1.0
     return {
@@ -347,7 +345,7 @@ def run_world(world: World, args: argparse.Namespace, map_: Callable[..., Any]) 
             for j, name in enumerate(names)
         },
         "selectors": summarize(mse, orders, errors),
-        "seconds": {name: float(np.mean([r["seconds"][name] for r in judged])) for name in chosen},
+        "seconds": {name: float(mean) for name, mean in seconds.items()},
         "chosen": {
             name: {
                 str(beta): {
@@ -363,7 +361,7 @@ def run_world(world: World, args: argparse.Namespace, map_: Callable[..., Any]) 
 
 
 def combine(worlds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over worlds; the standard errors are those over worlds' repetitions, combined."""
+    """Return means over worlds; standard errors over repetitions are combined."""
     count = len(worlds)
     out: dict[str, Any] = {"selectors": {}, "constant": {}}
     for name in worlds[0]["selectors"]:
@@ -385,7 +383,7 @@ def combine(worlds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def print_table(total: dict[str, Any]) -> None:
-    """The combined table, selectors first, then the best constants."""
+    """Print a table of the selectors, then of the best constants."""
     head = "".join(f"{beta:>14g}" for beta in TARGETS)
     print(f"{'relative regret':38s}{head}{'mean':>16s}{'- constant':>18s}{'s/policy':>10s}")
     for name, row in total["selectors"].items():
@@ -411,7 +409,7 @@ def print_table(total: dict[str, Any]) -> None:
 
 
 def plot(total: dict[str, Any], path: str) -> None:
-    """Mean relative regret per selector and per good constant, on a logarithmic axis."""
+    """Plot the mean relative regret of selectors and the best constants on a log axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -421,17 +419,17 @@ def plot(total: dict[str, Any], path: str) -> None:
     constants = sorted(total["constant"].items(), key=lambda kv: kv[1]["mean_regret"])[:4]
     rows += [(f"always {n}", r["mean_regret"], 0.0) for n, r in constants]
     figure, axis = plt.subplots(figsize=(7, 0.4 * len(rows) + 1.2))
-    place = np.arange(len(rows))[::-1]
+    position = np.arange(len(rows))[::-1]
     axis.errorbar(
         [max(r[1], 1e-4) for r in rows],
-        place,
+        position,
         xerr=[2 * r[2] for r in rows],
         fmt="o",
         color="black",
     )
-    axis.axvline(0.05, linestyle="--", color="grey", linewidth=1)
+    axis.axvline(0.05, linestyle="--", color="gray", linewidth=1)
     axis.set_xscale("log")
-    axis.set_yticks(place, [r[0] for r in rows])
+    axis.set_yticks(position, [r[0] for r in rows])
     axis.set_xlabel("mean relative regret over five targets (bars: two standard errors)")
     figure.tight_layout()
     figure.savefig(path)

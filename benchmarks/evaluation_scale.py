@@ -1,17 +1,17 @@
-"""A whole evaluation at scale: values, intervals, diagnostics, verdict and estimator selection.
+"""Time, memory and accuracy of an evaluation with estimator selection on a large log.
 
-A simulated recommender whose truth is known logs `--rows` rows over `--items` items by popularity
-and exploration. A two-tower policy and a two-tower reward model (both of width `--dim`) are trained
-on a log of their own, and the policy is judged as `offtower evaluate --select all` judges it:
+A simulated recommender with known expected rewards logs `--rows` rows over `--items` items by
+popularity and exploration. A two-tower policy and a two-tower reward model (both of width `--dim`)
+are trained on another log, and the policy is evaluated as by `offtower evaluate --select all`:
 
     python benchmarks/evaluation_scale.py --rows 1000000 --items 100000
     python benchmarks/evaluation_scale.py --rows 1000000 --items 1000000 --draws 2 --batch 16384
 
-With --draws the expected reward is a mean over items drawn from the policy, for all reward models;
-without it that of the two towers is a sum over the catalogue, and only linear and tree models are
-read at draws. The judged process is measured alone. `--one-context` checks values against the
-closed form of one context, q(a) = a / (A - 1), pi_b ~ 1 / (a + 1), pi_e ~ exp(3 q), by draws;
-`--pasif` ranks estimators by PAS-IF from 100 draws of the logging policy for each context.
+With --draws, the expected reward of every reward model is a mean over items drawn from the policy.
+Without it, that of the two towers is a sum over the catalogue, and only linear and tree models use
+draws. The evaluation runs in its own process for the memory measurement. `--one-context` compares
+estimates with the closed form for one context, q(a) = a / (A - 1), pi_b ~ 1 / (a + 1) and
+pi_e ~ exp(3 q). `--pasif` ranks estimators by PAS-IF from 100 draws per context.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def world(args: argparse.Namespace) -> SimulatedWorld:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
-    """Catalogue, training log, judged log, run."""
+    """Write the catalogue, the training and the test log, and train a run."""
     simulated = world(args)
     schema = simulated.catalogue_schema
     write_catalogue(folder / "catalogue", simulated.catalogue_table(), schema)
@@ -85,8 +85,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     )
 
 
-def judge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The measured part: one evaluation with selection."""
+def evaluate(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run one evaluation with selection and return its figures, seconds and peak memory."""
     overrides = []
     if args.draws:
         overrides = ["evaluation.expected_reward=draws", f"evaluation.draws={args.draws}"]
@@ -117,7 +117,7 @@ def judge(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def truth(args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """The policy's true value over fresh contexts."""
+    """Return the policy's true value, a mean over new contexts."""
     from offtower.data.catalogue import Catalogue
     from offtower.data.encoding import to_tensors
     from offtower.evaluation.run_loading import open_run
@@ -144,7 +144,7 @@ def truth(args: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 
 def one_context(args: argparse.Namespace) -> dict[str, Any]:
-    """Each estimator's value against the exact sum, expected rewards by draws from the target."""
+    """Compare each estimate with its closed form; expected rewards are means over draws."""
     rng = np.random.default_rng(0)
     action = np.arange(args.items)
     q = action / (args.items - 1)
@@ -162,7 +162,7 @@ def one_context(args: argparse.Namespace) -> dict[str, Any]:
     rows = EvaluationRows(
         target[logged] / behavior[logged], reward, model[logged], model[drawn].mean(axis=1)
     )
-    out: dict[str, Any] = {"value": float(target @ q), "modelled": float(target @ model)}
+    out: dict[str, Any] = {"value": float(target @ q), "dm_value": float(target @ model)}
     for estimator in (
         estimators.IPS(),
         estimators.SNIPS(),
@@ -171,7 +171,7 @@ def one_context(args: argparse.Namespace) -> dict[str, Any]:
         estimators.SNDR(),
     ):
         found = estimator.estimate(rows)
-        exact = out["modelled"] if estimator.label == "dm" else out["value"]
+        exact = out["dm_value"] if estimator.label == "dm" else out["value"]
         out[estimator.label] = {
             **found.to_dict(),
             "z": (found.value - exact) / found.std_error,
@@ -181,7 +181,7 @@ def one_context(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def pasif(args: argparse.Namespace) -> dict[str, Any]:
-    """PAS-IF over a catalogue that no array of rounds x items could hold: 100 draws a context."""
+    """Run PAS-IF with 100 draws per context, for catalogues too large for rounds x items arrays."""
     from offtower.evaluation.selection import (
         SelectionLog,
         default_candidates,
@@ -232,8 +232,8 @@ def pasif(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The evaluation in a process of its own, so that its memory is its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--judge", str(folder)]
+    """Run the evaluation in its own process, so that peak memory is its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--evaluate", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     content: dict[str, Any] = json.loads(done.stdout)
     return content
@@ -251,13 +251,13 @@ def main() -> None:
     parser.add_argument("--no-selection", dest="select", action="store_false")
     parser.add_argument("--one-context", action="store_true")
     parser.add_argument("--pasif", action="store_true")
-    parser.add_argument("--folder", help="keep the data here and use it again")
-    parser.add_argument("--prepare", action="store_true", help="with --folder: make the data only")
-    parser.add_argument("--judge", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help="keep the data here, and reuse it")
+    parser.add_argument("--prepare", action="store_true", help="with --folder: write the data only")
+    parser.add_argument("--evaluate", help=argparse.SUPPRESS)
     parser.add_argument("--json", help="write all numbers here ('-' for standard output)")
     args = parser.parse_args()
-    if args.judge:
-        print(json.dumps(judge(args, Path(args.judge))))
+    if args.evaluate:
+        print(json.dumps(evaluate(args, Path(args.evaluate))))
         return
     if args.one_context or args.pasif:
         report = one_context(args) if args.one_context else pasif(args)
@@ -270,7 +270,7 @@ def main() -> None:
                 return
             report = measured(args, folder)
             report["truth"] = truth(args, folder) if args.truth_contexts else None
-    report = {"settings": {k: v for k, v in vars(args).items() if k != "judge"}, **report}
+    report = {"settings": {k: v for k, v in vars(args).items() if k != "evaluate"}, **report}
     text = json.dumps(report, indent=1)
     if args.json and args.json != "-":
         Path(args.json).write_text(text + "\n", encoding="utf-8")

@@ -1,8 +1,7 @@
-"""Peak memory of an export as the catalogue grows: vectors and Parquet, cells, a sharded index.
+"""Peak memory of an export by catalogue size: vectors and Parquet, cells, a sharded index.
 
-Each export runs in a process of its own. "own" is the most anonymous memory that it held (RssAnon)
-beyond what it began with; "resident" counts pages of mapped files too, which the system takes back
-when it needs them.
+Each export runs in its own process. "own" is the peak of its anonymous memory (RssAnon) minus that
+at the start; "resident" includes pages of mapped files, which the system can reclaim.
 
     python benchmarks/export_memory.py --items 100000 1000000 4000000 --json export_memory.json
 """
@@ -36,8 +35,8 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Watch(threading.Thread):
-    """Largest RssAnon and VmRSS seen, in MiB."""
+class MemoryMonitor(threading.Thread):
+    """Sample RssAnon and VmRSS, and keep their maxima in MiB."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -58,7 +57,7 @@ def status() -> dict[str, float]:
 
 
 def export(run: Path, catalogue: Path, part: str) -> dict[str, Any]:
-    before, watch = status()["RssAnon"], Watch()
+    before, watch = status()["RssAnon"], MemoryMonitor()
     began = time.perf_counter()
     path = export_run(run, ExportOptions(onnx=False, kept=1, **PARTS[part]), catalogue=catalogue)
     seconds = time.perf_counter() - began
@@ -77,7 +76,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--dim", type=int, default=16)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--folder", type=Path, help="where runs and catalogues go; kept")
+    parser.add_argument("--folder", type=Path, help="keep runs and catalogues here, and reuse them")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -97,12 +96,12 @@ def main() -> None:
         if not (config.run_directory / "policy").exists():
             train_run(config)
         for items in arguments.items:
-            place = folder / f"catalogue-{items}"
-            if not place.exists():
-                write_catalogue(place, world.make_items(items), world.catalogue_schema(None))
+            path = folder / f"catalogue-{items}"
+            if not path.exists():
+                write_catalogue(path, world.make_items(items), world.catalogue_schema(None))
             for part in arguments.parts:
                 command = [sys.executable, __file__, "--one"]
-                command += [str(config.run_directory), str(place), part]
+                command += [str(config.run_directory), str(path), part]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode != 0:
                     raise SystemExit(done.stderr[-2000:])

@@ -1,12 +1,12 @@
-"""Opening and reading a log whose files are far away.
+"""Time to open and read a log in a store with high latency.
 
     python benchmarks/far_log.py --files 10000 --delay 0.06
 
-The store is a folder of this machine where every opening of a file waits `--delay` seconds, for
-the two round trips (its size, its bytes) that a row group costs of a store; how many bytes a second
-a network carries is not in it. Opened: with the list of files in the manifest, and without it,
-where every footer is read. Read: all row groups in order, and the windows of a training (read,
-checked, encoded), by one thread and by those that run ahead. Medians.
+The store is a local folder in which opening a file takes `--delay` seconds, which stands for the
+two round trips (size, bytes) per row group; bandwidth is not simulated. Opening is measured with
+the file list of the manifest, and without it, where every footer is read. Reading is measured for
+all row groups in order and for an epoch of training batches (read, checked, encoded), with one
+thread and with read-ahead threads. Figures are medians.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from offtower.data.log import finish_log
 
 
 class Delayed(fs.FileSystemHandler):
-    """A folder whose files open late."""
+    """A folder in which opening a file takes `seconds`."""
 
     def __init__(self, folder: Path, seconds: float) -> None:
         self._inner = fs.SubTreeFileSystem(str(folder), fs.LocalFileSystem())
@@ -66,14 +66,14 @@ class Delayed(fs.FileSystemHandler):
         return path
 
     def _refused(self, *_: Any) -> Any:
-        raise NotImplementedError("for reading only")
+        raise NotImplementedError("this store is read-only")
 
     create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = _refused
     delete_file = move = copy_file = open_output_stream = open_append_stream = _refused
 
 
 def median(function: Callable[[], Any], repeats: int) -> float:
-    """Seconds."""
+    """Return the median seconds of a call."""
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -83,7 +83,7 @@ def median(function: Callable[[], Any], repeats: int) -> float:
 
 
 def opening(folder: Path, files: int, repeats: int) -> dict[str, float]:
-    """Seconds to open a log of many small files."""
+    """Return the seconds to open a log of many small files."""
     world = SimulatedWorld(100, 4, 4, 4, seed=0)
     write_log(folder / "one", world.log(1000, seed=1), world.log_schema)
     for name in ("many", "unlisted"):
@@ -93,14 +93,14 @@ def opening(folder: Path, files: int, repeats: int) -> dict[str, float]:
             os.link(folder / "one" / "part-00000.parquet", copy)
     finish_log(Location.of(folder / "many"), world.log_schema)
     return {
-        f"{where}, {name}": median(lambda p=place: ParquetLog.open(p, world.log_schema), repeats)
+        f"{where}, {name}": median(lambda p=path: ParquetLog.open(p, world.log_schema), repeats)
         for where, root in (("here", str(folder)), ("far", "delayed://store"))
-        for name, place in (("listed", f"{root}/many"), ("footers", f"{root}/unlisted"))
+        for name, path in (("listed", f"{root}/many"), ("footers", f"{root}/unlisted"))
     }
 
 
 def reading(folder: Path, rows: int, repeats: int) -> dict[str, float]:
-    """Rows a second."""
+    """Return rows per second of reading and of an epoch."""
     world = SimulatedWorld(1000, 16, 16, 16, seed=0)
     write_log(folder / "log", world.log(rows, seed=1), world.log_schema, 16_384, 16 * 16_384)
     catalogue = Catalogue.from_table(world.catalogue_table(), world.catalogue_schema)
@@ -114,13 +114,13 @@ def reading(folder: Path, rows: int, repeats: int) -> dict[str, float]:
 
     found: dict[str, float] = {}
     threads = parquet.READ_THREADS
-    for name, place, ahead in (
+    for name, path, ahead in (
         ("here", str(folder / "log"), threads),
         ("far, one thread", "delayed://store/log", 1),
         (f"far, {threads} threads", "delayed://store/log", threads),
     ):
         parquet.READ_THREADS = ahead
-        log = ParquetLog.open(place)
+        log = ParquetLog.open(path)
         found[f"{name}: read"] = rows / median(lambda f=log: list(map(len, f.tables())), repeats)
         found[f"{name}: epoch"] = rows / median(lambda f=log: epoch(f), repeats)
     parquet.READ_THREADS = threads

@@ -1,6 +1,6 @@
-"""Other ways to the same terms on a GPU, each the equal of one case of gpu_policy_terms.py.
+"""Other implementations of the terms on a GPU, for comparison with gpu_policy_terms.py.
 
-`peers_of` gives, by "case: peer", what makes a call; making it raises where the peer is missing.
+`peers_of` returns a factory per "case: peer"; the factory raises if the peer is not installed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NAMES = (
     f"{BACKWARD}: F.linear_cross_entropy",
     f"{BACKWARD}: torch.compile",
 )
-"""Of the peers, those that matter most first."""
+"""Cases and peers in the order to run them."""
 
 
 def eager(u: Tensor, v: Tensor, action: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def eager_dr(u: Tensor, v: Tensor, action: Tensor, e: Tensor, t: Tensor) -> Tens
 
 
 class _Chunked(torch.autograd.Function):
-    """log_prob by chunks of items, the logits computed again in the backward pass."""
+    """log_prob by chunks of items; the backward pass recomputes the logits."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, v: Tensor, action: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def peers_of(x: Any) -> dict[str, Callable[[], Callable[[], Any]]]:
-    """x: u (B, d), v (N, d), e, t, action."""
+    """Return call factories for operands `x`: u (B, d), v (N, d), e, t, action."""
     u, v = x.u, x.v
 
     def room(arrays: int) -> None:
@@ -103,7 +103,7 @@ def peers_of(x: Any) -> dict[str, Callable[[], Callable[[], Any]]]:
 
     def attention(operator: str) -> Callable[[], Callable[[], Any]]:
         def make() -> Callable[[], Any]:
-            # (batch, heads, length, d): one head; u asks, items answer with the reward's vectors.
+            # (batch, heads, length, d) with one head: queries u, keys v, values t.
             q, k, t = (z.detach()[None, None] for z in (u, v, x.t))
             if operator == "flash":
                 call = torch.ops.aten._scaled_dot_product_flash_attention

@@ -1,14 +1,14 @@
-"""The units of gpu_policy_terms.py: what is checked and timed, each by its name.
+"""The units of gpu_policy_terms.py, by name.
 
     check FAMILY DTYPE KIND          a kernel family against float64
-    ceilings                         the device's own rates
-    time d=D B=B CASE                our kernels of this device and the portable ones, in turn
-    portable d=D B=B CASE            the portable ones alone
-    peer d=D B=B CASE: PEER          another way to the same terms, ours in turn with it
-    memory d=D B=B                   what the cases hold at most beyond their operands
+    ceilings                         matrix product and copy rates of the device
+    time d=D B=B CASE                kernels for this device and portable ones, interleaved
+    portable d=D B=B CASE            portable kernels alone
+    peer d=D B=B CASE: PEER          another implementation and offtower, interleaved
+    memory d=D B=B                   peak memory of the cases beyond their operands
     test NAME [DTYPE] [BxNxD]        a test of tests/ops/test_cuda.py
 
-A rehearsal runs them on a CPU, where figures mean nothing.
+A rehearsal runs them on a CPU to test the script; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CHECKED = ((1, 1, 1), (17, 513, 33), (300, 5000, 64), (130, 3000, 128), (70, 900
 
 
 class Bench:
-    """Where and how large. `run` runs a unit."""
+    """Run units on one device; a rehearsal uses the CPU and small sizes."""
 
     def __init__(self, rehearsal: bool) -> None:
         self.rehearsal = rehearsal
@@ -72,7 +72,7 @@ class Bench:
         return self._peer(x, case, keep)
 
     def _check(self, family: str, dtype: str, kind: str) -> dict[str, Any]:
-        """Raises with the first shape whose error is beyond its bound."""
+        """Compare with float64; raise at the first shape whose error exceeds its bound."""
         from tests.ops.cases import check_errors
 
         torch.backends.cuda.matmul.fp32_precision = "ieee"
@@ -97,7 +97,7 @@ class Bench:
         return {}
 
     def _ceilings(self) -> dict[str, Any]:
-        """A square bfloat16 product and a copy, random contents."""
+        """Measure a square bfloat16 product and a copy of random data."""
         n, numbers = (64, 1 << 12) if self.rehearsal else (8192, 1 << 29)
         a, b = (torch.randn(n, n, device=self.device).bfloat16() for _ in range(2))
         big = torch.randn(numbers, device=self.device)
@@ -109,10 +109,10 @@ class Bench:
         }
 
     def _median_ms(self, calls: dict[str, Call], rounds: int) -> dict[str, float]:
-        """The calls take turns, and two first rounds are not counted.
+        """Return median milliseconds of interleaved calls; the first two rounds are warm-up.
 
-        The device sleeps a moment before each call, so that the host has queued it all by the time
-        the first event is reached: what is timed is the device's work.
+        The device sleeps before each call, so that the host has queued the whole call before the
+        first event is reached and only device time is measured.
         """
         times: dict[str, list[float]] = {name: [] for name in calls}
         for turn in range(rounds + 2):
@@ -170,21 +170,21 @@ class Bench:
         own = self._ours(x)[case]
         keep({"ms": self._median_ms({"own": own}, self.rounds)})
         if not self.rehearsal and torch.cuda.get_device_capability()[0] != 9:
-            return {}  # which are the portable ones
+            return {}  # this device has only portable kernels
         both = {"own": own, "portable": self._ours(x, "portable")[case]}
         return {"ms": self._median_ms(both, self.rounds)}
 
     def _peer(self, x: Operands, name: str, keep: Keep) -> dict[str, Any]:
         case = name.partition(":")[0]
         if not self.rehearsal:
-            torch.cuda.empty_cache()  # a peer looks for what is free before it takes it
+            torch.cuda.empty_cache()  # peers check free memory before they allocate
         call = peers_of(x)[name]()
         call()
         calls = {"own": self._ours(x)[case], "peer": call}
         return {"ms": self._median_ms(calls, 2 if self.rehearsal else 4)}
 
     def _peak_memory(self, call: Call) -> float:
-        """MiB that a call holds at most beyond what is there before it."""
+        """Return the peak MiB of a call beyond the memory allocated before it."""
         if self.rehearsal:
             call()
             return 0.0
@@ -211,7 +211,7 @@ class Operands:
 
 
 def spoils(error: Exception) -> bool:
-    """Whether the device serves this process no more, as after a kernel that went astray."""
+    """Return whether the error leaves the CUDA context unusable, as an illegal access does."""
     del error
     if not torch.cuda.is_available():
         return False

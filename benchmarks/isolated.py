@@ -1,8 +1,8 @@
-"""Units of a benchmark in a child process: a crash or a hang costs one unit and not the others.
+"""Run units of a benchmark in child processes, so that a crash or a hang ends only one unit.
 
-The parent gives the child names of units; the child runs one after the other and tells what comes
-of each through a file of JSON lines. Where the child dies, or a unit takes longer than it may, the
-parent kills it, writes down how that unit ended, and starts another child with those that are left.
+The child runs the named units in turn and reports each result in a file of JSON lines. If the child
+dies or a unit exceeds its limit, the parent kills the child, records the outcome of that unit, and
+starts another child for the remaining units.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 EVENTS = "OFFTOWER_BENCHMARK_EVENTS"
 POLL = 0.05  # seconds
-LEAVE = 10.0  # seconds for a killed child to go; one that a driver holds is left behind
-OUTPUT = 600  # characters of a dead child's last words
+LEAVE = 10.0  # seconds to wait for a killed child; one blocked in a driver is abandoned
+OUTPUT = 600  # characters of a dead child's output to keep
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Child:
     since: float = 0.0
 
     def events(self) -> list[dict[str, Any]]:
-        """Whole lines that are new."""
+        """Return new complete lines."""
         with (self.folder / "events").open("rb") as file:
             file.seek(self.read)
             new = file.read()
@@ -48,12 +48,12 @@ class _Child:
         self.read += len(whole)
         return [json.loads(line) for line in whole.splitlines()]
 
-    def last_words(self) -> str:
+    def output_tail(self) -> str:
         text = (self.folder / "output").read_text(errors="replace").strip()
         return text[-OUTPUT:]
 
     def kill(self) -> None:
-        """The child and all that it started."""
+        """Kill the child's process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -70,19 +70,20 @@ def run_units(
     say: Callable[[str], None] = print,
     why_not: Callable[[str, dict[str, dict[str, Any]]], str | None] = lambda name, outcomes: "",
 ) -> dict[str, dict[str, Any]]:
-    """What came of each unit, by name: "status", "seconds", and what the unit gave.
+    """Run units and return the outcome of each by name: "status", "seconds" and its result.
 
-    Statuses: "ok"; "error", the unit raised ("spoiled": and its process was lost); "crash", the
-    child died in it; "hang", it took longer than its limit and was killed; "skipped", there was no
-    time left or a reason.
+    Statuses: "ok"; "error", the unit raised ("spoiled": its process cannot continue); "crash", the
+    child died during the unit; "hang", the unit exceeded its limit and was killed; "skipped", no
+    time was left or `why_not` gave a reason.
 
     Args:
-        command: starts a child that calls `serve`; names of units are appended.
-        seconds: for all of them. A unit under way then is killed as if by its limit.
-        save: called with what there is after each unit.
-        start_limit: seconds from a child's start to its first unit.
-        why_not: asked before a child starts: "" to run a unit, a reason to skip it, None to leave
-            it for later, and out if that never changes.
+        command: Starts a child that calls `serve`; names of units are appended.
+        units: Units in the order to run them.
+        seconds: Limit for all units; the unit running then is killed.
+        save: Called with all outcomes after each unit.
+        start_limit: Seconds from a child's start to its first unit.
+        why_not: Called before a child starts. Returns "" to run a unit, a reason to skip it, or
+            None to decide before the next child; units that stay undecided have no outcome.
     """
     deadline = time.monotonic() + seconds
     outcomes: dict[str, dict[str, Any]] = {}
@@ -140,7 +141,7 @@ def _run_child(
 
     try:
         while True:
-            over = process.poll() is not None  # asked before the last events are read
+            over = process.poll() is not None  # checked before the last events are read
             for event in child.events():
                 if "begin" in event:
                     child.current, child.since = event["begin"], time.monotonic()
@@ -166,11 +167,11 @@ def _run_child(
             time.sleep(POLL)
     finally:
         child.kill()
-    # It went: in a unit, before its first, or by itself, for a fresh one to go on.
+    # The child ended during a unit, before its first one, or to be replaced by a new process.
     idle = all(u.name not in outcomes for u in units)
     if child.current or process.returncode or idle:
         name = child.current or _next(units, outcomes)
-        error = f"the process ended with {process.returncode}: {child.last_words() or 'silent'}"
+        error = f"the process ended with {process.returncode}: {child.output_tail() or 'no output'}"
         end(name, "crash", error=error)
 
 
@@ -183,25 +184,26 @@ def serve(
     run: Callable[[str, Callable[[dict[str, Any]], None]], dict[str, Any]],
     spoils: Callable[[Exception], bool],
 ) -> None:
-    """The child's side.
+    """Run units in a child process and report them to the parent.
 
     Args:
-        run: runs a unit and returns what is to be kept; the function that it is given keeps parts,
-            for the case that the unit does not come to its end.
-        spoils: whether after such an exception this process can compute nothing more.
+        names: Names of the units.
+        run: Runs a unit and returns its result. Its second argument is a function that records
+            partial results, which are kept if the unit does not finish.
+        spoils: Returns whether the process cannot continue after an exception.
     """
 
-    def tell(event: dict[str, Any]) -> None:
+    def report(event: dict[str, Any]) -> None:
         with Path(os.environ[EVENTS]).open("a") as file:
             file.write(json.dumps(event) + "\n")
 
     for name in names:
-        tell({"begin": name})
+        report({"begin": name})
         try:
-            what = run(name, lambda part, name=name: tell({"part": name, "what": part}))  # type: ignore[misc]
-            tell({"end": name, "status": "ok", "what": what})
+            what = run(name, lambda part, name=name: report({"part": name, "what": part}))  # type: ignore[misc]
+            report({"end": name, "status": "ok", "what": what})
         except Exception as error:
             what = {"error": f"{type(error).__name__}: {error}"[:OUTPUT], "spoiled": spoils(error)}
-            tell({"end": name, "status": "error", "what": what})
+            report({"end": name, "status": "error", "what": what})
             if what["spoiled"]:
                 os._exit(0)

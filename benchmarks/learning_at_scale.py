@@ -1,17 +1,16 @@
-"""What a policy is worth after so many seconds of training over a million items.
+"""True value of a policy against seconds of training, with a million items.
 
-A simulated world whose truth is known logs 100,000 rows over 1,000,000 items. Exact terms, sampled
-terms with each proposal, regression and, where it is installed, the two towers of torch-rechub
-learn from that log with the same towers, batches and learning rate. While they learn the clock is
-stopped now and then for the true value of the policy: the sum over all items, exactly, for the
-same contexts.
+A simulated world with known expected rewards logs 100,000 rows over 1,000,000 items. Exact terms,
+sampled terms with each proposal, regression and, if installed, the two towers of torch-rechub train
+on that log with the same towers, batch size and learning rate. The clock stops while the exact
+value of the policy is computed on the same contexts for all.
 
     python benchmarks/learning_at_scale.py --methods exact:180 torch-eager:180 uniform frequency \\
         in_batch mixed top_k regression torch-rechub --seconds 20 --json learning.json \\
         --figure learning.png
 
-`torch-eager` is the same model and objective in plain torch, the (rows, items) logits held. Results
-are added to what the JSON file holds already, so that methods can run one at a time.
+`torch-eager` is the same model and objective in plain torch, which materializes the (rows, items)
+logits. Results are added to those in the JSON file, so that methods can run one at a time.
 """
 
 from __future__ import annotations
@@ -47,12 +46,12 @@ METHODS = ("exact", "torch-eager", *SAMPLED, "regression", "torch-rechub")
 WIDTH, HIDDEN = 16, 64
 
 
-class Over(Exception):
-    """The budget of seconds is spent."""
+class BudgetSpent(Exception):
+    """The budget of training seconds is spent."""
 
 
 class Task:
-    """The world, its log, and the true value of item and context embeddings."""
+    """A world, its log, and the true value of a policy given by its embeddings."""
 
     def __init__(self, items: int, rows: int, contexts: int) -> None:
         self.world = SimulatedWorld(
@@ -80,7 +79,7 @@ class Task:
 
     @torch.no_grad()
     def value(self, u: Tensor, v: Tensor, bias: Tensor | None = None) -> dict[str, float]:
-        """Value of the softmax policy and of its most likely item, means over the contexts."""
+        """Return the values of the softmax policy and of its greedy policy."""
         first = torch.zeros(len(u), dtype=torch.int64)
         terms = ops.policy_terms(u, v, first, item_bias=bias, reward_model=self._q)
         best = ops.top_k(u, v, 1, item_bias=bias)[1][:, 0]
@@ -92,7 +91,7 @@ class Task:
 
 
 class Clock(Progress):
-    """Seconds of learning; stops for measurements, and ends when the budget is spent."""
+    """Count training seconds without measurements; raise `BudgetSpent` at the end."""
 
     def __init__(self, seconds: float, points: int, measure: Callable[[], dict[str, float]]):
         self.budget = seconds
@@ -113,7 +112,7 @@ class Clock(Progress):
             self.curve.append(point)
             print("   ", json.dumps(point), flush=True)
         if not self._due:
-            raise Over
+            raise BudgetSpent
         self._since = time.perf_counter()
 
 
@@ -159,7 +158,7 @@ def ours(task: Task, config: Config, seconds: float, points: int) -> Clock:
 
     clock = Clock(seconds, points, measure)
     trainer._progress = clock
-    with contextlib.suppress(Over):
+    with contextlib.suppress(BudgetSpent):
         trainer.fit()
     if trainer.step.proposal is not None:
         trainer.step.proposal.close()
@@ -169,7 +168,7 @@ def ours(task: Task, config: Config, seconds: float, points: int) -> Clock:
 def eager_terms(
     temperature: float, u: Tensor, items: ItemEmbeddings, action: Tensor, **unused: Any
 ) -> ops.PolicyTerms:
-    """What likelihood objectives need, as anybody would write it."""
+    """Compute the terms of likelihood objectives in plain torch."""
     logits = u @ items.embedding.T / temperature  # this model has no item bias
     normalizer = logits.logsumexp(dim=1)
     log_prob = logits.gather(1, action[:, None])[:, 0] - normalizer
@@ -177,10 +176,9 @@ def eager_terms(
 
 
 def torch_rechub(task: Task, config: Config, seconds: float, points: int) -> Clock:
-    """Its DSSM and trainer, in-batch sampled softmax over rewarded rows, without propensities.
+    """Train torch-rechub's DSSM on rewarded rows, with in-batch sampled softmax, no propensities.
 
-    Its embeddings have length 1; its training divides their products by a temperature, and so does
-    the softmax policy that is measured.
+    Its embeddings have norm 1. Training and the evaluated policy divide scores by a temperature.
     """
     from torch_rechub.basic.features import DenseFeature
     from torch_rechub.models.matching import DSSM
@@ -222,7 +220,7 @@ def torch_rechub(task: Task, config: Config, seconds: float, points: int) -> Clo
     generator = torch.Generator().manual_seed(0)
 
     class Rows:
-        """One epoch of shuffled batches; the clock sees each when the next one is asked for."""
+        """One epoch of shuffled batches; advances the clock after each batch."""
 
         def __len__(self) -> int:
             return len(users) // batch
@@ -235,14 +233,14 @@ def torch_rechub(task: Task, config: Config, seconds: float, points: int) -> Clo
                 yield x, torch.ones(batch)
                 clock.advance(batch)
 
-    with contextlib.suppress(Over), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.suppress(BudgetSpent), contextlib.redirect_stderr(io.StringIO()):
         while True:
             trainer.train_one_epoch(Rows(), log_interval=1_000_000_000)
     return clock
 
 
 def _vectors(table: pa.Table) -> Tensor:
-    """The one vector column of a side, (n, WIDTH)."""
+    """Return the only vector column of a table, (n, WIDTH)."""
     column = next(c for c in table.columns if pa.types.is_fixed_size_list(c.type))
     flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return torch.from_numpy(flat.reshape(-1, WIDTH).copy()).float()
@@ -258,7 +256,7 @@ def draw_figure(results: dict[str, Any], path: Path) -> None:
     for axes, key, what in zip(
         panels,
         ("value", "greedy"),
-        ("the softmax policy", "its most likely item"),
+        ("the softmax policy", "its greedy policy"),
         strict=True,
     ):
         for name, found in results["methods"].items():
@@ -271,7 +269,7 @@ def draw_figure(results: dict[str, Any], path: Path) -> None:
                 color="black" if name == "exact" else None,
                 linewidth=2.5 if name == "exact" else 1.5,
             )
-        axes.axhline(results["baselines"]["logging"], color="grey", linestyle=":", label="logging")
+        axes.axhline(results["baselines"]["logging"], color="gray", linestyle=":", label="logging")
         axes.set_xscale("log")
         axes.set_xlabel("seconds of training")
         axes.set_title(f"true value of {what}", loc="left", fontsize=10)
@@ -298,11 +296,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="NAME[:SECONDS]",
         help=f"of {', '.join(METHODS)}",
     )
-    parser.add_argument("--seconds", type=float, default=240.0, help="of learning, where not given")
-    parser.add_argument("--points", type=int, default=8, help="measurements a method")
+    parser.add_argument("--seconds", type=float, default=240.0, help="of training, by default")
+    parser.add_argument("--points", type=int, default=8, help="measurements per method")
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--contexts", type=int, default=1000, help="that the value is a mean of")
+    parser.add_argument("--contexts", type=int, default=1000, help="number of evaluation contexts")
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--draws", type=int, default=4096)

@@ -1,14 +1,15 @@
-"""The fused operators against the machine's limits and against other ways to the same terms.
+"""The fused operators on a CPU, compared with hardware limits and other implementations.
 
-    python benchmarks/policy_terms.py --json policy_terms.json            # shares of the limits
-    python benchmarks/policy_terms.py --peers --json peers.json           # beside other people's
-    python benchmarks/policy_terms.py --growth --json growth.json         # with N and with d
+    python benchmarks/policy_terms.py --json policy_terms.json            # fractions of the limits
+    python benchmarks/policy_terms.py --peers --json peers.json           # other implementations
+    python benchmarks/policy_terms.py --growth --json growth.json         # scaling with N and d
     python benchmarks/policy_terms.py --memory --json memory.json         # peak memory of a step
 
-Only the needed work is counted: 2BNd for log_prob forward, 8BNd with its backward, 12BNd for DR
-with a factored reward of the same width (exponentials and sigmoids are not counted). It is divided
-by two rates of the same run: a loop of the widest multiply-adds in registers on all threads, and
-torch's best square matrix product in that dtype. Variants take turns in one process; medians.
+Floating point operations are counted as 2BNd for log_prob forward, 8BNd with its backward, and
+12BNd for DR with a factored reward of the same width, without exponentials and sigmoids. Their rate
+is divided by two rates of the same run: multiply-adds in registers on all threads, and torch's
+best square matrix product in that dtype. Variants are interleaved in one process; figures are
+medians.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def calls_of_ours(x: Operands) -> dict[str, Callable[[], None]]:
 def rounds(
     calls: dict[str, Callable[[], None]], x: Operands, repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds of every call, once a round; a first round is not counted."""
+    """Return the seconds of every call in each round, without a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
@@ -89,7 +90,7 @@ def medians(calls: dict[str, Callable[[], None]], x: Operands, repeats: int) -> 
 
 
 class Limits:
-    """The machine's two rates, measured in every round: it may slow down between rounds."""
+    """The two limiting rates, measured in every round because clock rates change."""
 
     SIZE = 2048
 
@@ -111,7 +112,7 @@ class Limits:
         return {"registers": registers, "square": square}
 
     def shares(self, work: float, times: list[float]) -> dict[str, float]:
-        """Medians over rounds of rate / limit of that round."""
+        """Return the medians over rounds of rate / limit."""
         counted = len(times)
         return {
             name: statistics.median(
@@ -137,7 +138,7 @@ def _shares(dtype: str, rows: int, items: int, dim: int, repeats: int) -> list[d
     x, limits = Operands(rows, items, dim, DTYPES[dtype]), Limits(dtype)
     calls = calls_of_ours(x)
     if items > 2_000_000:
-        calls.pop("DR forward+backward")  # two more arrays of items x dim
+        calls.pop("DR forward+backward")  # needs two more arrays of items x dim
     times = rounds({**limits.calls(), **calls}, x, repeats)
     found = []
     for name in calls:
@@ -208,7 +209,7 @@ def _with_gradient(peer: Callable[..., Tensor], x: Operands) -> Callable[[], Non
 
 
 def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """B = 256: with N at d = 64, and with d at N = 200,000."""
+    """Measure B = 256 for several N at d = 64, and for several d at N = 200,000."""
     sizes = [(n, 64) for n in (10_000, 100_000, 1_000_000, 10_000_000)]
     sizes += [(200_000, d) for d in (16, 32, 48, 64, 100, 128, 256)]
     return [
@@ -219,7 +220,7 @@ def growth(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Peak of one step beyond its inputs and outputs, each variant in a process of its own."""
+    """Measure the peak memory of a step beyond its inputs and outputs, one process per variant."""
     found = []
     for variant in ("offtower", "offtower DR", "eager"):
         done = subprocess.run(
@@ -249,7 +250,7 @@ def memory_of(variant: str) -> float:
         "eager": lambda y: peers()["eager"](y.u, y.v, y.action).backward(),
     }[variant]
     step(small)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident memory
     before = _status("VmRSS")
     step(x)
     outputs = (x.u.numel() + x.v.numel()) * 4
@@ -257,7 +258,7 @@ def memory_of(variant: str) -> float:
 
 
 def _status(name: str) -> int:
-    """Bytes, of this process (Linux)."""
+    """Return the bytes of an entry in /proc/self/status (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
@@ -279,9 +280,9 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--gib", type=float, default=6.0, help="peers that need more are left out")
+    parser.add_argument("--gib", type=float, default=6.0, help="skip peers that need more memory")
     parser.add_argument("--peers", action="store_true")
-    parser.add_argument("--without", nargs="+", default=[], help="peers to leave out")
+    parser.add_argument("--without", nargs="+", default=[], help="peers to skip")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)

@@ -1,8 +1,7 @@
-"""What the fused operators are timed against: the same terms by other means.
+"""Other implementations of the terms on a CPU, for comparison with the fused operators.
 
-Each peer is a function of (u, v, action) that computes mean log pi(a_i|x_i), with gradients where u
-requires one. `scaled dot product attention` computes E[v] beside the log-normalizer, so its
-backward does more; it is here for its forward.
+Each peer is a function of (u, v, action) that computes mean log pi(a_i|x_i), with gradients if u
+requires them. `attention` also computes E[v], so only its forward is comparable.
 """
 
 from __future__ import annotations
@@ -19,23 +18,23 @@ CHUNKS = (1024, 4096, 16_384)
 
 
 def eager(u: Tensor, v: Tensor, action: Tensor) -> Tensor:
-    """The whole (B, N) matrix."""
+    """Materialize the (B, N) logits."""
     return torch.log_softmax(u @ v.T, 1).gather(1, action[:, None]).mean()
 
 
 def linear_cross_entropy(u: Tensor, v: Tensor, action: Tensor) -> Tensor:
-    """torch's own operator, with its default options."""
+    """torch's operator with default options."""
     return -F.linear_cross_entropy(u, v, action)
 
 
 def linear_cross_entropy_chunked(u: Tensor, v: Tensor, action: Tensor) -> Tensor:
-    """torch's own operator with its chunked implementation."""
+    """torch's operator with its chunked implementation."""
     options = torch.nn.LinearCrossEntropyOptions()
     return -F.linear_cross_entropy(u, v, action, options=options)
 
 
 def bare_product(u: Tensor, v: Tensor, action: Tensor) -> Tensor:
-    """u @ v.T alone."""
+    """Compute only u @ v.T."""
     return u @ v.T
 
 
@@ -89,7 +88,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def chunked(chunk: int) -> Peer:
-    """Online softmax over chunks in eager torch; the backward computes the logits again."""
+    """Online softmax over chunks in eager torch; the backward pass recomputes the logits."""
 
     def run(u: Tensor, v: Tensor, action: Tensor) -> Tensor:
         return _Chunked.apply(u, v, action, chunk, _chunk_sums, _chunk_gradients)  # type: ignore[no-any-return]
@@ -98,7 +97,7 @@ def chunked(chunk: int) -> Peer:
 
 
 def compiled(chunk: int) -> Peer:
-    """The same with each chunk's work compiled by torch.compile (inductor)."""
+    """`chunked` with the work of a chunk compiled by torch.compile (inductor)."""
     sums, gradients = torch.compile(_chunk_sums), torch.compile(_chunk_gradients)
 
     def run(u: Tensor, v: Tensor, action: Tensor) -> Tensor:
@@ -108,7 +107,7 @@ def compiled(chunk: int) -> Peer:
 
 
 def peers() -> dict[str, Peer]:
-    """By name; the chunked ones at several sizes, of which the fastest counts."""
+    """Return peers by name; chunked ones have several chunk sizes, of which the fastest counts."""
     found: dict[str, Peer] = {"eager": eager, "linear_cross_entropy": linear_cross_entropy}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         found["linear_cross_entropy, chunked"] = linear_cross_entropy_chunked

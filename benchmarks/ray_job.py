@@ -1,9 +1,9 @@
-"""`ray job submit` on a local cluster of two nodes: the Open Bandit sample, an ordinary config.
+"""Train, evaluate and export with `ray job submit` on a local cluster of two nodes.
 
-Ingests the sample, starts two Ray nodes on this machine (token authentication on), and submits
-three jobs as cluster/submit.sh does: train, evaluate, export. Then runs evaluate and export in one
-process and compares: the evaluation's numbers and the exported vectors must be the same bits.
-Reports seconds and peak memory (resident, summed over all processes of the cluster).
+Ingests the Open Bandit sample, starts two Ray nodes on this machine with token authentication, and
+submits three jobs as cluster/submit.sh does. Then runs evaluate and export in one process: the
+evaluation and the exported vectors must be bitwise equal. Reports seconds and peak memory
+(resident, summed over all processes of the cluster).
 
     python benchmarks/ray_job.py --json ray_job.json
 """
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def configure(folder: Path) -> Path:
-    """The ordinary configuration of the quickstart, its paths those of this folder."""
+    """Write the quickstart's configuration with paths below `folder`."""
     text = resources.files("offtower.quickstart").joinpath("open_bandit.yaml").read_text("utf-8")
     content: dict[str, Any] = yaml.safe_load(text)
     content |= {"name": "open-bandit", "runs": str(folder / "runs"), "objective": {"name": "dr"}}
@@ -46,7 +46,7 @@ def configure(folder: Path) -> Path:
 
 
 class Memory:
-    """Peak of the summed resident memory of this process's descendants."""
+    """Sample the summed resident memory of this process's descendants, and keep the peak."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -78,7 +78,7 @@ def offtower(*arguments: str | Path) -> list[str]:
 
 
 def run(command: list[str], codes: tuple[int, ...] = (0,)) -> tuple[str, float, float]:
-    """Standard output, seconds, GiB."""
+    """Run a command and return its standard output, seconds and peak GiB."""
     began = time.perf_counter()
     with Memory() as memory:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -88,13 +88,13 @@ def run(command: list[str], codes: tuple[int, ...] = (0,)) -> tuple[str, float, 
 
 
 def submit(*arguments: str | Path) -> tuple[str, float, float]:
-    """As cluster/submit.sh does; the command of this environment, and no working folder to pack."""
+    """Submit a job as cluster/submit.sh does, without a working directory to upload."""
     ray = str(Path(sys.executable).parent / "ray")
     return run([ray, "job", "submit", "--", *offtower(*arguments, "--ray", "auto")])
 
 
 def last_json(output: str) -> dict[str, Any]:
-    """The JSON object in a job's output, which carries Ray's lines before and after it."""
+    """Return the JSON object in a job's output, which Ray's log lines surround."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", output)
     start = plain.index("\n{\n")
     found, _ = json.JSONDecoder().raw_decode(plain[start + 1 :])
@@ -133,11 +133,11 @@ def measure(folder: Path, workers: int) -> dict[str, Any]:
             "idle_memory_gib": memory.peak / 2**30,
         }
         many = ("--workers", str(workers))
-        place = folder / "runs" / "open-bandit"
+        run_path = folder / "runs" / "open-bandit"
         jobs: dict[str, tuple[str | Path, ...]] = {
             "train": ("train", config, *many),
-            "evaluate": ("evaluate", place, "--json", "--exit-zero", *many),
-            "export": ("export", place, "--index", "none", "--json", *many),
+            "evaluate": ("evaluate", run_path, "--json", "--exit-zero", *many),
+            "export": ("export", run_path, "--index", "none", "--json", *many),
         }
         said = {}
         for name, arguments in jobs.items():
@@ -146,13 +146,13 @@ def measure(folder: Path, workers: int) -> dict[str, Any]:
     finally:
         cluster.shutdown()
         shutil.rmtree(sockets, ignore_errors=True)
-    alone, seconds, memory_gib = run(offtower("evaluate", place, "--json", "--exit-zero"))
+    alone, seconds, memory_gib = run(offtower("evaluate", run_path, "--json", "--exit-zero"))
     result["evaluate_in_one_process"] = {"seconds": seconds, "peak_memory_gib": memory_gib}
     one, two = json.loads(alone), last_json(said["evaluate"])
     snips = [found["policies"]["open-bandit"]["estimates"]["snips"] for found in (one, two)]
     result["snips"] = snips[1]["value"]
     result["same_evaluation"] = one == two
-    exported, *_ = run(offtower("export", place, "--index", "none", "--json"))
+    exported, *_ = run(offtower("export", run_path, "--index", "none", "--json"))
     files = [
         Path(found["export"]) / "vectors.npy"
         for found in (json.loads(exported), last_json(said["export"]))
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Both nodes and the jobs' drivers are started by this process, and get the token from it.
+    # Both nodes and the jobs' drivers inherit the token from this process.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     with tempfile.TemporaryDirectory() as temporary:
@@ -176,7 +176,7 @@ def main() -> None:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2))
     if not (result["same_evaluation"] and result["same_vectors"]):
-        raise SystemExit("one process and the cluster differ")
+        raise SystemExit("results of one process and of the cluster differ")
 
 
 if __name__ == "__main__":

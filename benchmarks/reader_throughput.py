@@ -1,9 +1,9 @@
-"""How fast a log is written and read, and in how much memory.
+"""Speed of writing and reading a log, and the reader's peak memory.
 
     python benchmarks/reader_throughput.py --rows 2000000 --json
 
-Writes a simulated log (unless --log names a directory that an earlier run wrote), then reads epochs
-of it in a process of its own, so that the peak memory is the reader's.
+Writes a simulated log (unless --log names one from an earlier run), then reads epochs of it in its
+own process, so that peak memory is the reader's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def write(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.items,
         dim_context=8,
         feature_kinds=arguments.features,
-        logging="popularity",  # drawing from a softmax over all items would be most of the time
+        logging="popularity",  # drawing from a softmax over all items would dominate the time
     )
     began = time.perf_counter()
     write_log(path / "log", world.log(arguments.rows), world.log_schema)
@@ -96,7 +96,7 @@ def read(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _peak() -> float:
-    """Largest resident set so far, MiB."""
+    """Return the peak resident memory in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work-ms", type=float, default=0.0, help="sleep after each batch")
     parser.add_argument("--no-prefetch", action="store_true")
-    parser.add_argument("--log", type=Path, help="directory to write to, or to read again")
+    parser.add_argument("--log", type=Path, help="keep the log in this directory, and reuse it")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--stage", choices=["all", "write", "read"], default="all")
     arguments = parser.parse_args()

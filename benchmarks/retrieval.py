@@ -1,7 +1,7 @@
 """Indices and draws with propensities over a million trained item vectors.
 
 Simulates a log over 20,000 items, trains a policy on it, and embeds a million items of the same
-world with its item tower, which reads features only. Gaussian vectors stand beside them.
+world with its item tower, which uses features only. Gaussian vectors are measured for comparison.
 
     python benchmarks/retrieval.py --json retrieval.json
 """
@@ -31,7 +31,7 @@ from offtower.training.run import train_run
 
 
 def trained(folder: Path, objective: str, items: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Item vectors (items, dim + 1) and queries (1000, dim + 1) of a trained policy."""
+    """Return item vectors (items, dim + 1) and queries (1000, dim + 1) of a trained policy."""
     if not (folder / "train").exists():
         small = SimulatedWorld(20_000, 16, 16, 16, seed=0, feature_kinds="all")
         write_catalogue(folder / "catalogue", small.catalogue_table(), small.catalogue_schema)
@@ -70,7 +70,7 @@ def trained(folder: Path, objective: str, items: int, dim: int) -> tuple[np.ndar
 
 
 def gaussian(items: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Independent normal vectors whose logits have deviation 1.75, as the trained ones have."""
+    """Return normal vectors whose logits have standard deviation 1.75, as the trained ones do."""
     rng = np.random.default_rng(5)
     vectors = rng.standard_normal((items, dim + 1), dtype=np.float32)
     vectors[:, dim] = 0.0
@@ -99,7 +99,7 @@ def measure_index(vectors: np.ndarray, queries: np.ndarray, kind: str) -> dict[s
 
 
 def measure_draws(vectors: np.ndarray, queries: np.ndarray) -> dict[str, Any]:
-    """Latency of each mode in turn for the same query, and the error of pscore."""
+    """Measure the latency of each mode, interleaved by query, and the error of pscore."""
     began = time.perf_counter()
     cells = build_cells(vectors, queries[:500])
     seconds = time.perf_counter() - began
@@ -138,13 +138,13 @@ def measure_draws(vectors: np.ndarray, queries: np.ndarray) -> dict[str, Any]:
 
 
 def _coverage(error: np.ndarray, stated: np.ndarray) -> dict[str, float]:
-    """Shares of the errors within one and two stated ones; an exact pscore is within rounding."""
+    """Return the fractions of errors within one and two stated ones; exact pscores round."""
     size = np.abs(error) / np.maximum(stated, 1e-6)
     return {f"within_{times}_stated": float(np.mean(size <= times)) for times in (1, 2)}
 
 
 def measure_errors(vectors: np.ndarray, queries: np.ndarray, scale: float) -> dict[str, float]:
-    """Errors of pscore where logits are `scale` times as large, near-uniform to very peaked."""
+    """Measure the errors of pscore with logits multiplied by `scale`."""
     sampler = PropensitySampler(build_cells(vectors, queries[:500]))
     rng = np.random.default_rng(1)
     errors, stated, rows = [], [], []
@@ -173,7 +173,9 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--scales", type=float, nargs="*", help="only errors of pscore, at these")
+    parser.add_argument(
+        "--scales", type=float, nargs="*", help="measure only errors of pscore, at these scales"
+    )
     parser.add_argument("--kinds", nargs="*", default=["flat", "ivf_flat", "ivf_sq8", "ivf_pq"])
     parser.add_argument("--vectors", nargs="*", default=["weighted_likelihood", "clipped_dr"])
     parser.add_argument(

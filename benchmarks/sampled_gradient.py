@@ -1,9 +1,9 @@
-"""How far the gradient from sampled terms is from the exact one, for each proposal.
+"""Error of the gradient of sampled terms for each proposal.
 
-A context's gradient in its embedding u, of log_prob (likelihood, IPS) and of expected_reward (the
-policy's own term of DR), over R independent sets of draws: relative root mean squared error
-sqrt(E |g^ - g|^2) / |g| and relative bias |E g^ - g| / |g| (with the noise of R repetitions taken
-out of its square, so it may come out as 0), pooled over contexts.
+The gradients of log_prob (likelihood, IPS) and of expected_reward (the direct part of DR) in the
+context embedding u are computed for R independent sets of draws. Reported are the relative root
+mean squared error sqrt(E |g^ - g|^2) / |g| and the relative bias |E g^ - g| / |g|, pooled over
+contexts. The variance of R repetitions is subtracted from the squared bias, so it can be 0.
 
     python benchmarks/sampled_gradient.py --items 2000 100000 1000000 --json sampled_gradient.json
 """
@@ -29,7 +29,7 @@ TERMS = ("log_prob", "expected_reward")
 
 
 class World:
-    """A reward model, a log of `ROWS` rows and a policy of the wanted sharpness."""
+    """A reward model, a log of `ROWS` rows, and a near-uniform or a peaked policy."""
 
     def __init__(self, items: int, dim: int, kind: str, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -47,9 +47,9 @@ class World:
         if kind == "near-uniform":
             self.u, self.v = 0.1 * normal(CONTEXTS, dim), normal(items, dim)
         else:
-            # What training drives a policy to: logits along the rewards', until the policy has an
-            # effective number of 20 items a context.
-            self.u, self.v = _sharpen(e, t, math.log(20.0)), t
+            # A trained policy: logits proportional to those of the reward, scaled to 20 effective
+            # items per context.
+            self.u, self.v = _scaled_to_entropy(e, t, math.log(20.0)), t
         self.action = self.logged[torch.randint(0, ROWS, (CONTEXTS,), generator=generator)]
         self.effective_items = float(
             policy_terms(self.u, self.v, self.action, entropy=True).entropy.mean().exp()
@@ -67,15 +67,15 @@ class World:
 
     def sampled(self, proposal: Proposal, seed: int, exact_item: Tensor | None) -> Any:
         rng = np.random.default_rng([seed, 1])
-        # A batch of 1,024: an own row and others drawn from the log. Were all contexts' own rows
-        # in it, the same in every repetition, they would look like bias.
+        # A batch of 1,024 with one of the contexts' rows. The rows of all contexts, the same in
+        # every repetition, would appear as bias.
         others = torch.from_numpy(rng.integers(ROWS, size=1023))
         draws = proposal.draw(seed, torch.cat([self.action[:1], self.logged[others]]))
         u = self.u.clone().requires_grad_()
         parts = [draws.item]
         if exact_item is not None:
             parts.append(exact_item.reshape(-1))
-        touched, place = torch.unique(torch.cat(parts), return_inverse=True)
+        touched, index = torch.unique(torch.cat(parts), return_inverse=True)
         m = len(draws.item)
         terms = sampled_policy_terms(
             u,
@@ -85,15 +85,15 @@ class World:
             draws.item,
             draws.log_proposal,
             reward_model=self.reward,
-            sample_index=place[:m],
+            sample_index=index[:m],
             exact_item=exact_item,
-            exact_index=None if exact_item is None else place[m:].view(exact_item.shape),
+            exact_index=None if exact_item is None else index[m:].view(exact_item.shape),
         )
         return self.gradients(terms, u)
 
 
-def _sharpen(e: Tensor, t: Tensor, entropy: float) -> Tensor:
-    """e times the factor at which the mean entropy is `entropy`, by bisection."""
+def _scaled_to_entropy(e: Tensor, t: Tensor, entropy: float) -> Tensor:
+    """Return `e` times the factor at which the mean entropy is `entropy`, found by bisection."""
     low, high = 0.0, 200.0
     action = torch.zeros(len(e), dtype=torch.int64)
     for _ in range(18):
@@ -104,7 +104,7 @@ def _sharpen(e: Tensor, t: Tensor, entropy: float) -> Tensor:
 
 
 def proposals(world: World, items: int, draws: int) -> dict[str, tuple[Proposal, Tensor | None]]:
-    """Proposals by name; those with batch rows have 1,024 more draws."""
+    """Return proposals and exact items by name; in-batch proposals have 1,024 more draws."""
     k = min(256, draws, items)
     best = top_k(world.u, world.v, k)[1]
     made: dict[str, tuple[Proposal, Tensor | None]] = {

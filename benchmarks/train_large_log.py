@@ -1,4 +1,4 @@
-"""An epoch over a log that is much larger than the memory it may use.
+"""Rows per second and peak memory of an epoch over a log larger than memory.
 
 Writes a simulated log (once), trains a policy for one epoch as `offtower train` does, and reports
 rows per second and the peak resident memory of the training process.
@@ -33,7 +33,7 @@ def write(folder: Path, rows: int, items: int) -> float:
 
 
 def train(folder: Path, objective: str, batch: int, threads: int) -> dict[str, Any]:
-    """Runs in a process of its own, so that its peak memory is that of training alone."""
+    """Train for one epoch; run in its own process, so that peak memory is that of training."""
     from offtower.metrics import read_metrics
     from offtower.training.run import train_run
 
@@ -95,7 +95,7 @@ def main() -> None:
     result |= {"rows": arguments.rows, "items": arguments.items, "batch": arguments.batch}
     print(
         f"{result['objective']}: {result['rows_per_second']:,.0f} rows/s in the epoch, "
-        f"{result['seconds_in_all']:.0f} s in all, waiting for data {result['waiting_share']:.1%}, "
+        f"{result['seconds_in_all']:.0f} s in total, data wait {result['waiting_share']:.1%}, "
         f"peak memory {result['peak_memory_gib']:.2f} GiB"
     )
     if arguments.json is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pyarrow import fs
 
-from offtower.data import lease, stores
+from offtower.data import lease_files, stores
 
 
 def failing_reads(monkeypatch: pytest.MonkeyPatch, every: int, text: str) -> Callable[[str], None]:
@@ -35,7 +35,7 @@ def mounted(monkeypatch: pytest.MonkeyPatch, filesystem: fs.FileSystem, name: st
     root = f"test://{name}"
     monkeypatch.setitem(stores._mounted, root, filesystem)
     monkeypatch.setattr(stores, "PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(lease_files, "SETTLE_SECONDS", 0.0)
     return root
 
 

@@ -1,10 +1,11 @@
-"""What a softmax loses to the greedy policy of its own scores, on worlds with known truth.
+"""Value of softmax policies by inverse temperature, compared with the greedy policy.
 
     python benchmarks/experiments/inverse_temperature.py --json inverse_temperature.json
 
-A linear two-tower regression of 1,000 rounds, cross-fitted and joined as objective=auto does it:
-the value of softmax(factor x logits) as a share of the optimum, for each of auto's sharpnesses (in
-units of the softest), for the logits as they are, and greedily.
+A linear two-tower regression on 1,000 simulated rounds is cross-fitted and ensembled as by auto.
+Reported is the true value of softmax(factor x logits) as a fraction of the optimum for each
+inverse temperature of auto (in units of the smallest), for the logits without a factor, and for the
+greedy policy.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def shares(actions: int, beta: float, seed: int) -> dict[str, float]:
     data = prepare(world.log, None, world.catalogue, Progress())
     config = parse_config(
         {
-            "name": "sharpness",
+            "name": "inverse-temperature",
             "seed": seed,
             "data": {"train": "memory", "catalogue": "memory"},
             "auto": {"candidates": [NAME], "refit": False},
@@ -45,10 +46,10 @@ def shares(actions: int, beta: float, seed: int) -> dict[str, float]:
         f"{o.inverse_temperature / first:g}": join(found.members[NAME], o.inverse_temperature)
         for o in options
     }
-    policies["as they are"] = join(found.members[NAME], 1.0)
+    policies["no factor"] = join(found.members[NAME], 1.0)
     best = world.baselines["optimum"]
     result = {k: value(world, p, data.items).softmax / best for k, p in policies.items()}
-    greedy = value(world, policies["as they are"], data.items).greedy / best
+    greedy = value(world, policies["no factor"], data.items).greedy / best
     return {**result, "greedy": greedy}
 
 

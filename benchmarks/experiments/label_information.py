@@ -1,12 +1,13 @@
-"""How much of a label set a log of bandit feedback holds, apart from how it is learned from.
+"""How much of a multi-label data set a log of bandit feedback contains, for any learner.
 
     python benchmarks/experiments/label_information.py --data PREFIX --long-tail --json labels.json
 
-Values of greedy ridge regressions on test examples, penalties chosen by the truth: of all labels;
-of as many positive labels as the log reveals, drawn at random; of all labels of as many examples
-as have that many; of what the log reveals (the reference `revealed_labels`). And what the labels
-that the log rewards in at least 1, 2, 5 and 10 contexts could be worth: to one that knows them
-all, and to the regression that sees all labels.
+Reports the true values of greedy ridge regressions on test examples, with the best penalty for
+each training set: all labels; as many random positive labels as the log reveals; all labels of as
+many examples as contain that number of positives; the labels that the log reveals
+(`revealed_labels`). For the labels that are rewarded in at least 1, 2, 5 and 10 contexts of the
+log, also reports the value of the optimal policy and of the regression on all labels, both
+restricted to these labels.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def information(labels: LabelSet, rounds: int, seed: int) -> dict[str, float]:
     x, test = ridge_design(labels.train_features), ridge_design(labels.test_features)
 
     def ridge(rows: sparse.csr_matrix, *targets: sparse.csr_matrix) -> list[list[Array]]:
-        """Scores of the test examples, by target and penalty."""
+        """Return scores of the test examples by target and penalty."""
         gram = (rows.T @ rows).toarray()
         found: list[list[Array]] = [[] for _ in targets]
         for penalty in PENALTIES:
@@ -86,7 +87,9 @@ def information(labels: LabelSet, rounds: int, seed: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="a label set's files, PREFIX-train.npz and PREFIX-test.npz")
-    parser.add_argument("--long-tail", action="store_true", help="the made-up set of 3,000 labels")
+    parser.add_argument(
+        "--long-tail", action="store_true", help="the simulated set of 3,000 labels"
+    )
     parser.add_argument("--rounds", type=int, default=50_000)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", type=Path)

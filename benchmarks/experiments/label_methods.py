@@ -1,12 +1,12 @@
-"""Ways to learn a linear two-tower policy from a log of labels: what helps, and what does not.
+"""Comparison of losses and settings for linear two-tower policies on label feedback.
 
     python benchmarks/experiments/label_methods.py --data PREFIX --json label_methods.json
 
-Plain torch and tokens alone, so that a variant takes seconds: embeddings of tokens (summed over the
-root of their number) times embeddings of labels plus a bias, three members with starts of their own
-that see all rows, Adam with decoupled weight decay, eight passes, linear decay. Values are those of
-the greedy policy on test examples: of the members (their mean) and of the sum of their log
-probabilities.
+Plain torch on tokens only, so that a variant takes seconds: the score is the product of summed
+token embeddings (divided by the square root of their number) and a label embedding, plus a bias.
+Three members with different initial weights train on all rows with AdamW, eight epochs and linear
+decay. Reported are true values of greedy policies on test examples: the mean of the members, and
+that of the sum of their log-probabilities.
 """
 
 from __future__ import annotations
@@ -30,29 +30,27 @@ from offtower.models.bag_sums import bag_sums
 
 
 @dataclass(frozen=True)
-class Way:
-    """A variant."""
-
+class Variant:
     loss: Literal["likelihood", "regression", "squared", "implicit"] = "likelihood"
     power: float = 1.0
-    """Weights of rewarded rows are min(1 / pscore^power, most)."""
+    """Rewarded rows have weight min(1 / pscore^power, most)."""
     most: float = 100.0
     unrewarded: float = 0.0
-    """Weight of -log(1 - pi(a|x)) of rows without reward, times min(1 / pscore, 3)."""
+    """Coefficient of -log(1 - pi(a|x)) min(1 / pscore, 3) in rows without reward."""
     alpha: float = 0.1
-    """implicit: weight of all labels' squared scores, in rewarded rows."""
+    """implicit: coefficient of the squared scores of all labels, in rewarded rows."""
     layers: bool = False
-    """A linear layer behind each table, as towers have it that read embeddings."""
+    """Whether a linear layer follows each embedding table."""
     dim: int = 64
     decay: float = 0.1
     passes: int = 8
     hidden: float = 0.0
-    """Share of tokens that are left out in a step."""
+    """Fraction of tokens that are dropped in a step."""
 
 
-PLAIN = Way()
-IMPLICIT = Way(loss="implicit", most=10.0, decay=1.0, dim=128)
-WAYS = {
+PLAIN = Variant()
+IMPLICIT = Variant(loss="implicit", most=10.0, decay=1.0, dim=128)
+VARIANTS = {
     "likelihood": PLAIN,
     "likelihood, a linear layer behind each table": replace(PLAIN, layers=True),
     "likelihood, weights to 10": replace(PLAIN, most=10.0),
@@ -85,7 +83,7 @@ class Rows:
         self.tokens, self.offsets = column.values.to_numpy(), column.offsets.to_numpy()
 
     def at(self, rows: NDArray[np.int64], left_out: float) -> tuple[Tensor, Tensor]:
-        """Tokens of some rows, and where each row's begin and end."""
+        """Return the tokens of some rows and the offsets of each row's tokens."""
         counts = (self.offsets[1:] - self.offsets[:-1])[rows]
         ends = np.concatenate([[0], np.cumsum(counts)])
         index = np.repeat(self.offsets[rows] - ends[:-1], counts) + np.arange(ends[-1])
@@ -98,13 +96,16 @@ class Rows:
 
 
 class Policy(nn.Module):
-    def __init__(self, tokens: int, labels: int, way: Way) -> None:
+    def __init__(self, tokens: int, labels: int, variant: Variant) -> None:
         super().__init__()
-        self.token = nn.Parameter(torch.randn(tokens, way.dim) * way.dim**-0.5)
-        self.label = nn.Parameter(torch.randn(labels, way.dim) * way.dim**-0.5)
+        self.token = nn.Parameter(torch.randn(tokens, variant.dim) * variant.dim**-0.5)
+        self.label = nn.Parameter(torch.randn(labels, variant.dim) * variant.dim**-0.5)
         self.bias = nn.Parameter(torch.zeros(labels))
-        layer = nn.Linear if way.layers else nn.Identity
-        self.of_context, self.of_label = layer(way.dim, way.dim), layer(way.dim, way.dim)
+        layer = nn.Linear if variant.layers else nn.Identity
+        self.of_context, self.of_label = (
+            layer(variant.dim, variant.dim),
+            layer(variant.dim, variant.dim),
+        )
 
     def forward(self, tokens: Tensor, offsets: Tensor) -> Tensor:
         count = (offsets[1:] - offsets[:-1]).clamp(min=1).float().unsqueeze(1)
@@ -112,39 +113,43 @@ class Policy(nn.Module):
         return functional.linear(context, self.of_label(self.label), self.bias)
 
 
-def learn(world: QualityWorld, width: int, way: Way, seed: int) -> Tensor:
-    """(test examples, labels) scores of one member."""
+def learn(world: QualityWorld, width: int, variant: Variant, seed: int) -> Tensor:
+    """Train one member and return its (test examples, labels) scores."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 13])
     table = world.log.table
     rows, action = Rows(table), torch.tensor(table["action"].to_numpy())
     reward = torch.tensor(table["reward"].to_numpy()).float()
     pscore = torch.tensor(table["pscore"].to_numpy()).float()
-    rewarded = way.loss == "implicit" or (way.loss == "likelihood" and way.unrewarded == 0.0)
+    rewarded = variant.loss == "implicit" or (
+        variant.loss == "likelihood" and variant.unrewarded == 0.0
+    )
     used = np.flatnonzero(reward.numpy()) if rewarded else np.arange(len(reward))
     size = 256 if rewarded else 512
-    weight = pscore.pow(-way.power).clamp(max=way.most)
-    pushed = way.unrewarded * (1.0 / pscore).clamp(max=3.0)
-    policy = Policy(width, world.catalogue.num_items, way)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=way.decay, fused=True)
-    steps, step = way.passes * -(-len(used) // size), 0
-    for _ in range(way.passes):
+    weight = pscore.pow(-variant.power).clamp(max=variant.most)
+    pushed = variant.unrewarded * (1.0 / pscore).clamp(max=3.0)
+    policy = Policy(width, world.catalogue.num_items, variant)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=1e-2, weight_decay=variant.decay, fused=True
+    )
+    steps, step = variant.passes * -(-len(used) // size), 0
+    for _ in range(variant.passes):
         for part in np.array_split(rng.permutation(used), -(-len(used) // size)):
             step += 1
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2 * min(step / (0.05 * steps), 1.0 - (step - 1) / steps)
-            score, at = policy(*rows.at(part, way.hidden)), torch.from_numpy(part)
+            score, at = policy(*rows.at(part, variant.hidden)), torch.from_numpy(part)
             own = score.gather(1, action[at].unsqueeze(1))[:, 0]
             r, w = reward[at], weight[at]
-            if way.loss == "likelihood":
+            if variant.loss == "likelihood":
                 log_prob = own - torch.logsumexp(score, dim=1)
                 other = torch.log1p(-log_prob.exp().clamp(max=0.999))
                 loss = -(w * r * log_prob + pushed[at] * (1.0 - r) * other).mean()
-            elif way.loss == "regression":
+            elif variant.loss == "regression":
                 each = functional.binary_cross_entropy_with_logits(own, r, reduction="none")
-                loss = ((w if way.unrewarded else torch.ones_like(w)) * each).mean()
-            elif way.loss == "implicit":
-                every = way.alpha * score.square().sum(dim=1)
+                loss = ((w if variant.unrewarded else torch.ones_like(w)) * each).mean()
+            elif variant.loss == "implicit":
+                every = variant.alpha * score.square().sum(dim=1)
                 loss = (every + w * r * (1.0 - own).square()).mean()
             else:
                 loss = (score.square().sum(dim=1) - 2.0 * w * r * own).mean()
@@ -156,7 +161,9 @@ def learn(world: QualityWorld, width: int, way: Way, seed: int) -> Tensor:
         return policy(*test.at(np.arange(len(test.offsets) - 1), 0.0))
 
 
-def measured(labels: LabelSet, rounds: int, seed: int, ways: dict[str, Way]) -> dict[str, object]:
+def measured(
+    labels: LabelSet, rounds: int, seed: int, variants: dict[str, Variant]
+) -> dict[str, object]:
     world = as_feedback(labels, rounds, seed)
     truth = torch.from_numpy(labels.test_labels.toarray())
     width = labels.train_features.shape[1]
@@ -166,9 +173,9 @@ def measured(labels: LabelSet, rounds: int, seed: int, ways: dict[str, Way]) -> 
         return float(truth.gather(1, scores.argmax(dim=1, keepdim=True)).mean())
 
     found: dict[str, object] = {"baselines": world.baselines}
-    for name, way in ways.items():
+    for name, variant in variants.items():
         began = time.perf_counter()
-        scores = [learn(world, width, way, member) for member in range(3)]
+        scores = [learn(world, width, variant, member) for member in range(3)]
         joined = torch.stack([torch.log_softmax(one, dim=1) for one in scores]).sum(dim=0)
         alone, seconds = (
             float(np.mean([greedy(one) for one in scores])),
@@ -182,17 +189,21 @@ def measured(labels: LabelSet, rounds: int, seed: int, ways: dict[str, Way]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="a label set's files, PREFIX-train.npz and PREFIX-test.npz")
-    parser.add_argument("--long-tail", action="store_true", help="the made-up set of 3,000 labels")
+    parser.add_argument(
+        "--long-tail", action="store_true", help="the simulated set of 3,000 labels"
+    )
     parser.add_argument("--rounds", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", help="ways whose names hold one of these texts")
+    parser.add_argument("--only", nargs="*", help="variants whose names contain one of these texts")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     sets = label_sets(arguments.data, arguments.long_tail, arguments.seed)
     only = arguments.only
-    ways = {k: w for k, w in WAYS.items() if only is None or any(text in k for text in only)}
-    summary = {one.name: measured(one, arguments.rounds, arguments.seed, ways) for one in sets}
+    variants = {
+        k: w for k, w in VARIANTS.items() if only is None or any(text in k for text in only)
+    }
+    summary = {one.name: measured(one, arguments.rounds, arguments.seed, variants) for one in sets}
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(summary, indent=2))
 

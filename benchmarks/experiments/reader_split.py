@@ -1,13 +1,12 @@
-"""Could a worker read less than every window of the log?
+"""Reading speed if each worker read only its own row groups.
 
     python benchmarks/experiments/reader_split.py --rows 2000000
 
-First the share of row groups in which a worker has a row of its own, in the training's order: a row
-group without one need not be read. Then what it would be to give the rows of a step to workers by
-row group, in place of even parts: rows of the largest part in even ones (a step waits for it), and
-what rows cost on one thread, read, checked and encoded whole, and in those columns alone that a
-worker needs of the other workers' rows (item, reward, propensity). From these, rows a second that R
-workers could be fed with at most.
+Reports the fraction of row groups that contain a row of a given worker in training order; other row
+groups need not be read. Then reports what assigning the rows of a step to workers by row group
+would change: the size of the largest part relative to an even one (a step waits for it), and the
+time per row on one thread, for all columns and for those that a worker needs of other workers' rows
+(item, reward, propensity). The result is an upper bound on rows per second for R workers.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ WORKERS = (2, 8, 64, 512)
 
 
 def share_of_groups(workers: int, batch: int, shuffle: bool) -> float:
-    """Of the row groups of a window, those with a row of the first worker."""
+    """Return the fraction of a window's row groups that contain a row of the first worker."""
     sizes = [GROUP] * (WINDOW // GROUP)
     order = EpochOrder(sizes, batch, seed=1, shuffle=shuffle, window_rows=WINDOW)
     touched: set[int] = set()
@@ -48,8 +47,10 @@ def share_of_groups(workers: int, batch: int, shuffle: bool) -> float:
 
 
 def largest_part(workers: int, batch: int) -> float:
-    """Rows of a step's largest part, were a window cut into one stretch of rows for each worker,
-    over those of an even part; mean of the window's steps."""
+    """Return the size of a step's largest part relative to an even one, a mean over steps.
+
+    A window is split into one contiguous range of rows per worker.
+    """
     order = EpochOrder([GROUP] * (WINDOW // GROUP), batch, seed=1, window_rows=WINDOW)
     found = [
         np.bincount(part.index * workers // WINDOW).max() * workers / part.index.size
@@ -59,7 +60,7 @@ def largest_part(workers: int, batch: int) -> float:
 
 
 def seconds_of(log: ParquetLog, catalogue: Catalogue, encoding: FeatureEncoding) -> dict[str, Any]:
-    """Seconds a million rows, whole and of the columns that all workers need; median of groups."""
+    """Return seconds per million rows, for all columns and for those that all workers need."""
     order = EpochOrder(log.row_group_sizes, 1024, seed=0)
     reader = BatchReader(log, catalogue, encoding, order, prefetch=False)
     schema = log.schema
@@ -118,28 +119,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--dim", type=int, default=8, help="numbers in a context's vector")
+    parser.add_argument("--dim", type=int, default=8, help="dimension of context vectors")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     report = run(args)
     if args.json:
         print(json.dumps(report))
         return
-    print("share of a window's row groups with rows of one worker")
+    print("fraction of a window's row groups with rows of one worker")
     for line in report["groups"]:
         print(
             f"{line['workers']:>6} workers  shuffled {line['shuffled']:.3f}"
-            f"  in the file's order {line['in_file_order']:.3f}"
-            f"  largest part by row group {line['largest_part']:.2f} of an even one"
+            f"  in file order {line['in_file_order']:.3f}"
+            f"  largest part by row group {line['largest_part']:.2f} x an even one"
         )
     seconds = report["seconds_a_million_rows"]
     print(
-        f"seconds a million rows on one thread: whole {seconds['whole']:.3f}, columns needed of "
-        f"others' rows {seconds['needed_of_others']:.3f}"
+        f"seconds per million rows on one thread: all columns {seconds['whole']:.3f}, columns "
+        f"needed of other workers' rows {seconds['needed_of_others']:.3f}"
     )
     for line in report["rows_per_second"]:
         print(
-            f"{line['workers']:>6} workers  fed with {line['every_window']:,.0f} rows/s at most, "
+            f"{line['workers']:>6} workers  at most {line['every_window']:,.0f} rows/s, "
             f"by row group {line['by_row_group']:,.0f}"
         )
 

@@ -1,12 +1,12 @@
-"""What the start, the temperature's course and a price on KL change, on worlds with known truth.
+"""Effects of the initial weights, the temperature schedule and a KL penalty on learned policies.
 
     python benchmarks/experiments/starts.py --json starts.json
 
-Logs of 1,000 rounds of the bilinear world of 10 actions, logged by softmax(beta q). `clipped_ips`
-and `clipped_dr` (weights clipped at 10) have the settings of `offtower benchmark quality` and keep
-the last weights; one thing at a time is changed. The clone is a run of `behavior_cloning` on the
-same log. What is stated is the exact value of the softmax policy on other contexts, and the mean
-KL of it to the policy that logged, which no learner is told.
+Logs have 1,000 rounds of the bilinear world of 10 actions, logged by softmax(beta q). `clipped_ips`
+and `clipped_dr` (weights clipped at 10) use the settings of `offtower benchmark quality`; one
+setting at a time is changed. The clone is a run of `behavior_cloning` on the same log. Reported are
+the exact value of the softmax policy on held-out contexts and its mean KL divergence from the true
+logging policy.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ EPOCHS = 50
 Settings = Mapping[str, Mapping[str, Any]]
 
 
-def ways(clone: str) -> dict[str, Settings]:
-    """By name, what differs from the plain run."""
+def variants(clone: str) -> dict[str, Settings]:
+    """Return the settings of each variant that differ from the default ones."""
 
     def temperature(begin: float) -> Settings:
         return {"training": {"initial_temperature": begin}}
 
     near: dict[str, Settings] = {}
-    for price in (0.05, 0.2, 1.0):
-        near[f"kl {price:g}, estimated"] = {"objective": {"kl": price}}
-        near[f"kl {price:g}, exact"] = {"objective": {"kl": price, "kl_policy": clone}}
+    for kl in (0.05, 0.2, 1.0):
+        near[f"kl {kl:g}, estimated"] = {"objective": {"kl": kl}}
+        near[f"kl {kl:g}, exact"] = {"objective": {"kl": kl, "kl_policy": clone}}
     warm = {"warm_start": clone}
     return {
         "random start": {},
@@ -62,9 +62,9 @@ def ways(clone: str) -> dict[str, Settings]:
 
 
 def learn(
-    data: PreparedData, seed: int, objective: str, way: Settings, epochs: int
+    data: PreparedData, seed: int, objective: str, variant: Settings, epochs: int
 ) -> TwoTowerPolicy:
-    """The last weights of one run."""
+    """Train a policy and return it with its last weights."""
     tower = {"hidden_layer_sizes": [64, 64]}
     arguments = {} if objective == "behavior_cloning" else {"max_weight": 10.0}
     config = parse_config(
@@ -77,7 +77,7 @@ def learn(
             "objective": {
                 "name": objective,
                 "arguments": arguments,
-                **way.get("objective", {}),
+                **variant.get("objective", {}),
             },
             "training": {
                 "epochs": epochs,
@@ -85,7 +85,7 @@ def learn(
                 "learning_rate": 3e-3,
                 "log_every_steps": None,
                 "measure_terms": False,
-                **way.get("training", {}),
+                **variant.get("training", {}),
             },
         }
     )
@@ -99,7 +99,7 @@ def learn(
 def divergence(
     policy: TwoTowerPolicy, quality: QualityWorld, world: BilinearWorld, data: PreparedData
 ) -> float:
-    """Mean KL(pi || pi_0) over the world's other contexts, pi_0 being the one that logged."""
+    """Return the mean KL(pi || pi_0) over held-out contexts."""
     table = quality.truth.contexts
     context = policy.embed_contexts(to_tensors(policy.context_encoding.encode(table)))
     items = policy.embed_items(data.items)
@@ -111,12 +111,12 @@ def divergence(
 
 
 def results(beta: float, seed: int, objectives: Sequence[str], clone_epochs: int) -> dict[str, Any]:
-    """Value and KL by objective and way, for one world."""
+    """Return values and KL divergences by objective and variant, for one world."""
     quality = bilinear(ACTIONS, beta, ROUNDS, seed)
     world = BilinearWorld(ACTIONS, beta, seed)
     data = prepare(quality.log, None, quality.catalogue, Progress())
 
-    def judged(policy: TwoTowerPolicy) -> list[float]:
+    def evaluate(policy: TwoTowerPolicy) -> list[float]:
         found = value(quality, policy, data.items)
         return [found.softmax, found.greedy, divergence(policy, quality, world, data)]
 
@@ -125,12 +125,12 @@ def results(beta: float, seed: int, objectives: Sequence[str], clone_epochs: int
         save_policy(Path(folder) / "clone", clone, {})
         found: dict[str, Any] = {
             "baselines": quality.baselines,
-            "clone": judged(clone),
+            "clone": evaluate(clone),
         }
         for objective in objectives:
             found[objective] = {
-                name: judged(learn(data, seed, objective, way, EPOCHS))
-                for name, way in ways(f"{folder}/clone").items()
+                name: evaluate(learn(data, seed, objective, variant, EPOCHS))
+                for name, variant in variants(f"{folder}/clone").items()
             }
     return found
 
@@ -169,7 +169,7 @@ def main() -> None:
 
 
 def _line(lines: list[list[float]]) -> str:
-    """Softmax value with its spread between seeds, greedy value, KL."""
+    """Format the softmax value with its spread over seeds, the greedy value and the KL."""
     softmax, greedy, far = (np.array([line[k] for line in lines]) for k in range(3))
     spread = softmax.std(ddof=1) if len(lines) > 1 else float("nan")
     return f"{softmax.mean():.3f} ({spread:.3f}) greedy {greedy.mean():.3f} KL {far.mean():.3f}"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offtower.config import Config
-from offtower.data.lease import FOLDER, Lease, LeaseKey
+from offtower.data.lease import Lease, LeaseKey
+from offtower.data.lease_files import FOLDER
 from offtower.errors import OfftowerError
 from offtower.mirror import Mirror
 from offtower.run_directory import RunDirectory

@@ -21,7 +21,7 @@ from offtower.config import (
     to_stored_dict,
     to_yaml,
 )
-from offtower.data import lease
+from offtower.data.lease_files import FOLDER as LEASE
 from offtower.errors import ConfigError, RunError
 from offtower.imports import check_code
 
@@ -97,7 +97,7 @@ class RunDirectory:
             return
         if not self.config_path.exists():  # It comes last.
             for path in self.path.iterdir():
-                if path.name in (lease.FOLDER, FETCHED):
+                if path.name in (LEASE, FETCHED):
                     continue
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -136,8 +136,7 @@ class RunDirectory:
         """Whether only a process that was killed before it wrote config.yaml can have been here."""
         names = [path.name for path in self.path.iterdir()]
         return FETCHED in names or all(
-            name == lease.FOLDER or (name.startswith(".") and name.endswith(".partial"))
-            for name in names
+            name == LEASE or (name.startswith(".") and name.endswith(".partial")) for name in names
         )
 
     def load_config(self, *, trust_code: Collection[str] = ()) -> Config:

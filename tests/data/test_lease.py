@@ -19,7 +19,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import fs
 
 from offtower.data import lease as module
-from offtower.data.lease import FOLDER, Lease, Owner
+from offtower.data.lease import Lease, Owner
+from offtower.data.lease_files import FOLDER, StoreLeaseFiles, open_lease_files
 from offtower.data.location import Location
 from offtower.errors import LeaseError
 from tests.stores import in_memory, mounted
@@ -204,7 +205,7 @@ def test_a_damaged_owner_file_is_waited_for(
 def test_the_owner_shows_that_it_is_alive(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.01)
     with Lease.acquire(folder) as lease:
-        files = module._files(Location.of(folder))
+        files = open_lease_files(Location.of(folder))
         name = module._heartbeat_name(lease.token, lease.key.owner)
         before, beaten = files.pulse(name), threading.Event()
         for _ in range(1000):
@@ -219,7 +220,7 @@ def test_the_last_of_two_writers_owns_a_token_without_conditional_put(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     place = Location.of(in_memory(monkeypatch) + "/runs/a")
-    files = module._StoreFiles(place)
+    files = StoreLeaseFiles(place)
     monkeypatch.setattr(
         "time.sleep", lambda seconds: (place / "000001.json").write_bytes(b"another")
     )

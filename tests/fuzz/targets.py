@@ -17,7 +17,7 @@ import yaml
 
 from offtower.config import load_config
 from offtower.data import Catalogue, ParquetLog, write_catalogue, write_log
-from offtower.data.ingest import ingest_files
+from offtower.data.ingest import IngestSource, ingest_files
 from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.errors import OfftowerError, OperatorError
 from offtower.ops import (
@@ -122,9 +122,8 @@ def rows(rng: np.random.Generator, folder: Path) -> None:
     table = _table(rng, int(rng.integers(1, 40)), faults=True)
     pq.write_table(table, folder / "log.parquet", row_group_size=int(rng.integers(1, 50)))
     try:
-        summary = ingest_files(
-            folder / "log.parquet", folder / "out", SCHEMA, on_bad_rows="quarantine"
-        )
+        source = IngestSource(folder / "log.parquet", SCHEMA)
+        summary = ingest_files(source, folder / "out", on_bad_rows="quarantine")
     except OfftowerError as error:
         assert str(error)
         return
@@ -197,7 +196,7 @@ def files(rng: np.random.Generator, folder: Path) -> None:
                         "context": SCHEMA.to_dict()["context"][:2],
                     }
                 )
-            ingest_files(path, folder / "out", schema)
+            ingest_files(IngestSource(path, schema), folder / "out")
     except OfftowerError as error:
         assert str(error)
 

@@ -18,7 +18,8 @@ import torch
 
 from offtower.config import Config, to_yaml
 from offtower.data import lease
-from offtower.data.lease import FOLDER, Lease
+from offtower.data.lease import Lease
+from offtower.data.lease_files import FOLDER
 from offtower.errors import DataError, LeaseError, RunError
 from offtower.models.store import policy_digest
 from offtower.retrieval.export import ExportOptions, export_run

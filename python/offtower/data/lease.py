@@ -29,7 +29,6 @@ there can still complete that one write. The next checkpoint of the owner remove
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
 import os
@@ -41,19 +40,16 @@ import uuid
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Self
 
-from pyarrow import fs
-
+from offtower.data.lease_files import LeaseFiles, open_lease_files
 from offtower.data.location import AnyPath, Location
 from offtower.errors import DataError, LeaseError
 
 logger = logging.getLogger("offtower.lease")
 
-FOLDER = ".lease"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
-SETTLE_SECONDS = 2.0
 _ATTEMPTS = 20
 
 _OWNER = re.compile(r"(\d{6,})\.json")
@@ -124,7 +120,7 @@ class Lease:
 
     def __init__(self, key: LeaseKey, *, owned: bool, interrupted: Owner | None = None) -> None:
         self.key, self.interrupted = key, interrupted
-        self._files = _files(Location.of(key.folder))
+        self._files = open_lease_files(Location.of(key.folder))
         self._owned = owned
         self._lost: str | None = None
         self._stop = threading.Event()
@@ -149,7 +145,7 @@ class Lease:
             DataError: the store cannot be used.
         """
         location = Location.of(folder).absolute()
-        files = _files(location)
+        files = open_lease_files(location)
         me = Owner.this_process()
         for _ in range(_ATTEMPTS):
             token, earlier = _current(files)
@@ -265,7 +261,7 @@ class Lease:
 
 
 def _refuse_living(
-    files: _Files, location: Location, token: int, owner: Owner, remedy: str
+    files: LeaseFiles, location: Location, token: int, owner: Owner, remedy: str
 ) -> None:
     """Return once the owner is known to be dead.
 
@@ -282,7 +278,7 @@ def _refuse_living(
     )
 
 
-def _is_stale(files: _Files, token: int, owner: Owner) -> bool:
+def _is_stale(files: LeaseFiles, token: int, owner: Owner) -> bool:
     """Whether the heartbeat has been missing for STALE_SECONDS, waiting for that long at most."""
     name = _heartbeat_name(token, owner) if owner.id else _owner_name(token)
     before = files.pulse(name)
@@ -303,7 +299,7 @@ def _is_stale(files: _Files, token: int, owner: Owner) -> bool:
     return True
 
 
-def _current(files: _Files) -> tuple[int, Owner | None]:
+def _current(files: LeaseFiles) -> tuple[int, Owner | None]:
     """The highest token, 0 without one, and its owner unless that released it."""
     names = files.names()
     token = _newest(names)
@@ -314,7 +310,7 @@ def _current(files: _Files) -> tuple[int, Owner | None]:
     return token, owner if held else None
 
 
-def _owner_of(files: _Files, token: int) -> Owner:
+def _owner_of(files: LeaseFiles, token: int) -> Owner:
     try:
         return Owner(**json.loads(files.read(_owner_name(token))))
     except (OSError, TypeError, ValueError):
@@ -326,7 +322,7 @@ def _newest(names: list[str]) -> int | None:
     return max(tokens, default=None)
 
 
-def _remove_older(files: _Files, token: int) -> None:
+def _remove_older(files: LeaseFiles, token: int) -> None:
     for name in files.names():
         number = name.partition(".")[0]
         if not number.isdigit() or int(number) < token:
@@ -340,179 +336,6 @@ def _owner_name(token: int) -> str:
 
 def _heartbeat_name(token: int, owner: Owner) -> str:
     return f"{token:06d}.{owner.id}.alive"
-
-
-class _Files(Protocol):
-    """The files of a lease, on this machine or in a store."""
-
-    remote: bool
-
-    @property
-    def place(self) -> object: ...
-
-    def names(self) -> list[str]:
-        """Names of all files; none where the folder does not exist."""
-
-    def create(self, name: str, content: bytes) -> bool:
-        """Write a file that does not exist yet; False where it does."""
-
-    def read(self, name: str) -> bytes: ...
-
-    def beat(self, name: str, *, create: bool = True) -> None:
-        """Renew a heartbeat; without `create` FileNotFoundError where it is gone."""
-
-    def pulse(self, name: str) -> object:
-        """What a heartbeat changes; None where it is gone."""
-
-    def age(self, name: str) -> float:
-        """Seconds since the last heartbeat by the storage's clock, 0 where it has none."""
-
-    def remove(self, name: str) -> None: ...
-
-    def remove_folder(self) -> None:
-        """Remove the folder if it is empty."""
-
-
-def _files(folder: Location) -> _Files:
-    if folder.local is not None:
-        return _LocalFiles(folder.local / FOLDER)
-    return _StoreFiles(folder / FOLDER)
-
-
-class _LocalFiles:
-    remote = False
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def names(self) -> list[str]:
-        try:
-            return os.listdir(self.place)
-        except FileNotFoundError:
-            return []
-
-    def create(self, name: str, content: bytes) -> bool:
-        path, beside = self.place / name, self.place / f".{uuid.uuid4().hex}"
-        try:
-            beside.write_bytes(content)
-            os.link(beside, path)
-            return True
-        except FileExistsError:
-            # An NFS server repeats a request whose answer was lost.
-            return os.stat(beside).st_nlink == 2
-        except FileNotFoundError:
-            raise
-        except OSError:
-            return self._create_without_links(path, content)
-        finally:
-            beside.unlink(missing_ok=True)
-
-    @staticmethod
-    def _create_without_links(path: Path, content: bytes) -> bool:
-        try:
-            with open(path, "xb") as file:
-                file.write(content)
-        except FileExistsError:
-            return False
-        return True
-
-    def read(self, name: str) -> bytes:
-        return (self.place / name).read_bytes()
-
-    def beat(self, name: str, *, create: bool = True) -> None:
-        path = self.place / name
-        if create:
-            self.place.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        os.utime(path)
-
-    def pulse(self, name: str) -> object:
-        try:
-            # Opened, since NFS asks its server then.
-            with open(self.place / name, "rb") as file:
-                return os.fstat(file.fileno()).st_mtime_ns
-        except FileNotFoundError:
-            return None
-
-    def age(self, name: str) -> float:
-        probe = self.place / f".{uuid.uuid4().hex}"
-        try:
-            probe.touch()
-            return probe.stat().st_mtime - (self.place / name).stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
-        finally:
-            probe.unlink(missing_ok=True)
-
-    def remove(self, name: str) -> None:
-        (self.place / name).unlink(missing_ok=True)
-
-    def remove_folder(self) -> None:
-        self.place.rmdir()
-
-
-class _StoreFiles:
-    remote = True
-
-    def __init__(self, place: Location) -> None:
-        self.place = place
-
-    def names(self) -> list[str]:
-        return [found.name for found in self.place.files()]
-
-    def create(self, name: str, content: bytes) -> bool:
-        location = self.place / name
-        put = _conditional_put(location.filesystem)
-        if put is not None:
-            try:
-                put(location.path, content, mode="create")
-            except FileExistsError:
-                return False
-            return True
-        if location.exists():
-            return False
-        location.write_bytes(content)
-        time.sleep(SETTLE_SECONDS)
-        return location.read_bytes() == content
-
-    def read(self, name: str) -> bytes:
-        return (self.place / name).read_bytes()
-
-    def beat(self, name: str, *, create: bool = True) -> None:
-        (self.place / name).write_bytes(uuid.uuid4().hex.encode())
-
-    def pulse(self, name: str) -> object:
-        try:
-            return self.read(name)
-        except FileNotFoundError:
-            return None
-
-    def age(self, name: str) -> float:
-        probe = self.place / f"clock.{uuid.uuid4().hex}"
-        try:
-            probe.write_bytes(b"")
-            now, then = (one.files()[0].mtime_ns for one in (probe, self.place / name))
-        except (FileNotFoundError, IndexError):
-            return 0.0
-        finally:
-            probe.remove()
-        return 0.0 if now is None or then is None else (now - then) / 1e9
-
-    def remove(self, name: str) -> None:
-        (self.place / name).remove()
-
-    def remove_folder(self) -> None:
-        if not self.names():
-            self.place.remove()
-
-
-def _conditional_put(store: fs.FileSystem | None) -> Any:
-    """fsspec's `pipe_file` where it can refuse to overwrite, else None."""
-    handler = getattr(store, "handler", None)
-    if not isinstance(handler, fs.FSSpecHandler):
-        return None
-    put = handler.fs.pipe_file
-    return put if "mode" in inspect.signature(put).parameters else None
 
 
 def _machine() -> str:
