@@ -156,7 +156,7 @@ def selectors(which: str, network: NetworkOptions) -> dict[str, Selector]:
     """Return the selectors of one of three sets: main, network or ablation."""
     main = {
         "paired": Selector("paired"),
-        "paired, overlap not charged": Selector("paired", {"overlap": 0.0}),
+        "paired, no overlap penalty": Selector("paired", {"overlap": 0.0}),
         "pasif exact, 10 splits": Selector("pasif", {"repetitions": 10, "ties": "none"}),
         "pasif exact, 100 splits": Selector("pasif", {"ties": "none"}),
         "pasif exact, ties by pairing": Selector("pasif"),
@@ -190,7 +190,7 @@ def selectors(which: str, network: NetworkOptions) -> dict[str, Selector]:
         "paired, no caution, no prior": Selector("paired", {"caution": 0.0, "tie_width": 0.0}),
         "paired, caution only": Selector("paired", {"tie_width": 0.0}),
         "paired, prior only": Selector("paired", {"caution": 0.0}),
-        "paired, overlap not charged": Selector("paired", {"overlap": 0.0}),
+        "paired, no overlap penalty": Selector("paired", {"overlap": 0.0}),
         "paired": Selector("paired"),
     }
     return {**pasif, **paired}
