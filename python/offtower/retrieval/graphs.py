@@ -7,6 +7,7 @@ torch cannot trace it, the manifest holds the reason.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import warnings
@@ -184,7 +185,10 @@ def _write_program(graph: _Graph, path: Path) -> None:
     program.example_inputs = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.export.save(program, path)
+        # Through memory: on a full disk torch's file writer aborts the process.
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def contract(tower: ContextTower, version: str) -> dict[str, Any]:
