@@ -75,7 +75,7 @@ def test_weighted_recall_is_that_of_all_wanted_pairs() -> None:
     contexts, items, k, logs, rows = 20, 30, 5, 300, 1000
     q = rng.random((contexts, items)) ** 3
     ranking = np.argsort(-(q + 0.3 * rng.random(q.shape)), axis=1)
-    behaviour = rng.dirichlet(np.full(items, 2.0), size=contexts) * 0.8 + 0.2 / items
+    behavior = rng.dirichlet(np.full(items, 2.0), size=contexts) * 0.8 + 0.2 / items
     inside = np.take_along_axis(q, ranking[:, :k], 1)
     truth = {"recall": inside.sum() / q.sum()}
     truth["ndcg"] = (inside / np.log2(2 + np.arange(k))).sum() / q.sum()
@@ -84,7 +84,7 @@ def test_weighted_recall_is_that_of_all_wanted_pairs() -> None:
     for _ in range(logs):
         x = rng.integers(contexts, size=rows)
         u = rng.random((rows, 1))
-        a = np.minimum((behaviour.cumsum(1)[x] < u).sum(1), items - 1)
+        a = np.minimum((behavior.cumsum(1)[x] < u).sum(1), items - 1)
         found = quality(
             Ranked(ranking),
             [k],
@@ -92,7 +92,7 @@ def test_weighted_recall_is_that_of_all_wanted_pairs() -> None:
             context=x,
             action=a,
             reward=rng.random(rows) < q[x, a],
-            pscore=behaviour[x, a],
+            pscore=behavior[x, a],
         )[0]
         for name, value in truth.items():
             error = getattr(found, f"{name}_error")

@@ -114,7 +114,7 @@ def assert_same(got: PolicyTerms, wanted: PolicyTerms, **tolerance: float) -> No
 @pytest.mark.parametrize("kind", ["none", "dense", "identity", "sigmoid"])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 40.0])
 def test_every_item_drawn_once_is_the_exact_operator(kind: str, scale: float) -> None:
-    """m Q = 1 for every item: no estimate is left, whatever the policy's sharpness."""
+    """m Q = 1 for every item: no estimate is left, at any temperature."""
     w, q = world(scale), reward(kind)
     assert_same(every_item_once(w, q), exact(w, q))
     assert_same(each_row_its_own(w, q), exact(w, q))

@@ -248,7 +248,7 @@ class SamplingConfig:
 
     proposal: Literal["mixed", "uniform", "frequency", "in_batch", "top_k"] = "mixed"
     """mixed: the batch's items and uniform draws; top_k: uniform draws, plus the most likely items
-    of each row under a recent policy, counted exactly. See docs/sampling.md."""
+    of each row under a recent policy, counted exactly. See docs/reference/sampling.md."""
     num_samples: int = Field(default=4096, ge=1)
     """Draws per step, shared by its rows, in addition to the batch's items."""
     power: float = Field(default=0.75, ge=0.0, le=1.0)

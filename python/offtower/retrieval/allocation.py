@@ -11,7 +11,7 @@ of exp removes most of the variance of narrow cells. g is positive for every s w
 b_c = exp(<u, m_c> + t) with t < 1, so W_c is positive.
 
 k_c and b_c depend on the export and the query only, never on the sample, which keeps W_c unbiased.
-The logits of a cell are modelled as normal with mean <u, m_c> and variance
+The logits of a cell are assumed normal with mean <u, m_c> and variance
 v_c = t_c u'Su / tr(MS), where t_c is the cell's expected variance and S the pooled covariance.
 """
 

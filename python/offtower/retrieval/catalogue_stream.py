@@ -1,4 +1,4 @@
-"""A catalogue that is never in memory as a whole: read a chunk, or a range of items, at a time."""
+"""Read a catalogue in chunks, or a range of its items, without loading it as a whole."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHUNK = 65_536
 
 
 class CatalogueStream:
-    """A catalogue directory read a chunk at a time, each chunk checked as a catalogue is."""
+    """A catalogue directory, read and validated in chunks."""
 
     def __init__(self, path: AnyPath, schema: CatalogueSchema | None = None) -> None:
         self.path = Location.of(path)
@@ -47,9 +47,10 @@ class CatalogueStream:
             raise DataError(f"the catalogue at '{self.path}' has no items")
 
     def chunks(self, rows: int = CHUNK, items: range | None = None) -> Iterator[Catalogue]:
-        """Items in chunks of `rows`, in order; the last chunk of a file may be shorter.
+        """Yield items in order, in chunks of `rows`; the last chunk of a file may be shorter.
 
-        items: numbers of the items to read, in place of all; its start is one of `starts`.
+        Args:
+            items: item numbers to read; all by default. Their start must be one of `starts`.
         """
         items = range(self.num_items) if items is None else items
         first = 0
@@ -60,7 +61,7 @@ class CatalogueStream:
             first += count
 
     def starts(self, rows: int = CHUNK) -> list[int]:
-        """Number of the first item of each chunk."""
+        """Return the number of the first item of each chunk."""
         found: list[int] = []
         first = 0
         for count in self.counts:
@@ -104,7 +105,7 @@ class CatalogueStream:
 
 
 def _cut(batches: Iterable[pa.RecordBatch], start: int, stop: int, rows: int) -> Iterator[pa.Table]:
-    """Rows start..stop-1 in tables of `rows`; the last may be shorter."""
+    """Yield rows start..stop-1 in tables of `rows`; the last may be shorter."""
     waiting: list[pa.RecordBatch] = []
     held, at = 0, 0
     for batch in batches:

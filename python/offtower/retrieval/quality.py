@@ -1,4 +1,4 @@
-"""How well retrieval finds what was rewarded, over the full catalogue."""
+"""Retrieval metrics over the full catalogue, weighted by inverse propensity."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class RetrievalQuality:
-    """Means over rewarded rows, each weighted by reward / pscore (self-normalised), at one k.
+    """Self-normalized means over rewarded rows, weighted by reward / pscore, at one k.
 
     Attributes:
-        recall: share of rewarded items that are among the k first. It estimates
-            sum q(x, a) over the k first / sum q(x, a) over all items, for the log's contexts.
+        recall: share of rewarded items among the k first. It estimates sum q(x, a) over the k first
+            divided by sum q(x, a) over all items, for the log's contexts.
         ndcg: mean of 1 / log2(1 + rank) of the rewarded item, 0 beyond k.
-        coverage: share of the catalogue that is among the k first of any of these contexts.
+        coverage: share of the catalogue among the k first of any context.
         recall_error, ndcg_error: standard errors (delta method).
         value_first, value_first_error: IPS value of always showing the first item, over all rows,
             and its standard error.
         index_recall: share of the exact k first that the index finds; None without an index.
-        rows, rewarded_rows: of the log.
+        rows, rewarded_rows: numbers of rows of the log.
     """
 
     k: int
@@ -61,14 +61,13 @@ def retrieval_quality(
     batch_rows: int = 1024,
     progress: Progress | None = None,
 ) -> list[RetrievalQuality]:
-    """Recall@k, NDCG@k and coverage on a held-out log, weighted by inverse propensity.
+    """Compute recall@k, NDCG@k and coverage on a held-out log.
 
-    A rewarded row says that its item was wanted; it is there because the logging policy showed it.
-    Weighting by 1 / pscore makes every wanted (context, item) pair count alike. Memory is 16 bytes
-    a rewarded row and a byte an item and k.
+    Rewarded rows are weighted by 1 / pscore, which corrects for the items that the logging policy
+    showed more often. Memory is 16 bytes per rewarded row, and a byte per item and k.
 
     Returns:
-        one of each k, rising.
+        One result per k, in ascending order.
 
     Raises:
         ConfigError: a k is not in [1, N].
@@ -77,7 +76,7 @@ def retrieval_quality(
     schema, progress = log.schema, progress or Progress()
     if schema.pscore is None:
         raise DataError(
-            "retrieval quality weighs rows by inverse propensity: the log has no pscore"
+            "retrieval quality weights rows by inverse propensity: the log has no pscore"
         )
     sizes = check_sizes(retriever, ks)
     seen = {k: np.zeros(retriever.num_items, dtype=bool) for k in sizes}
@@ -94,7 +93,7 @@ def retrieval_quality(
         shown = exact
         if retriever.index is not None:
             shown = _matrix(retriever.search(table, sizes[-1]).item, sizes[-1])
-        # An item that the export does not have is -1, which stands for nothing found as well.
+        # -1 is both an unknown item and padding.
         hit = (shown == action[:, None]) & (action >= 0)[:, None]
         rank = np.where(hit.any(axis=1), hit.argmax(axis=1), retriever.num_items)
         for k in sizes:
@@ -136,7 +135,11 @@ def retrieval_quality(
 
 
 def check_sizes(retriever: Retriever, ks: Iterable[int]) -> list[int]:
-    """The ks, rising, each once. Raises ConfigError for one that is not in [1, N], or for none."""
+    """Return the distinct ks in ascending order.
+
+    Raises:
+        ConfigError: there is none, or one is not in [1, N].
+    """
     sizes = sorted(set(ks))
     if not sizes or sizes[0] < 1 or sizes[-1] > retriever.num_items:
         raise ConfigError(
@@ -147,7 +150,7 @@ def check_sizes(retriever: Retriever, ks: Iterable[int]) -> list[int]:
 
 
 def _matrix(items: Sequence[IntArray], k: int) -> IntArray:
-    """(n, k) item numbers, -1 where fewer were found."""
+    """(n, k) item numbers, padded with -1."""
     out = np.full((len(items), k), -1, dtype=np.int64)
     for row, found in zip(out, items, strict=True):
         row[: len(found)] = found
@@ -155,7 +158,7 @@ def _matrix(items: Sequence[IntArray], k: int) -> IntArray:
 
 
 def _weighted(weight: FloatArray, value: FloatArray) -> tuple[float, float]:
-    """Self-normalised mean and its standard error."""
+    """Self-normalized mean and its standard error."""
     total = weight.sum()
     mean = float(weight @ value / total)
     return mean, float(np.sqrt(np.sum((weight * (value - mean)) ** 2)) / total)

@@ -1,4 +1,4 @@
-"""Served decisions as rows of a log, so that `offtower ingest` takes them back."""
+"""Served decisions as log rows for `offtower ingest`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ def decisions_table(
     round_id: pa.Array | None = None,
     served_at: datetime | None = None,
 ) -> pa.Table:
-    """One row a shown item: context, item, pscore, position, round, time, policy.
+    """Make one log row per shown item: context, item, pscore, position, round, time and policy.
 
-    Columns carry the names of the log that the policy learned from. `pscore_error` beside them is
-    the propensity's relative standard error.
+    Column names are those of the log that the policy was trained on. `pscore_error` is the relative
+    standard error of the propensity.
 
     Args:
-        contexts: the n rows that were served; columns beyond the context's (a user id) are kept.
-        round_id: (n,) text that joins rewards; made from the time and the row where it is None.
+        contexts: the n served rows; further columns, such as a user id, are kept.
+        round_id: (n,) text ids for joining rewards; made from time and row by default.
+
+    Raises:
+        DataError: contexts and served results differ in number.
     """
     schema = served_schema(retriever)
     n, k = served.item.shape
@@ -62,7 +65,7 @@ def decisions_table(
 
 
 def served_schema(retriever: Retriever) -> LogSchema:
-    """The schema of logs that this export's decisions make; what `offtower ingest` needs."""
+    """Return the log schema of `decisions_table`, for `offtower ingest`."""
     schema = LogSchema.from_dict(retriever.manifest["log_schema"])
     return replace(
         schema,
@@ -78,14 +81,14 @@ def served_schema(retriever: Retriever) -> LogSchema:
 def with_rewards(
     decisions: pa.Table, outcomes: pa.Table, schema: LogSchema, *, missing: float | None = 0.0
 ) -> pa.Table:
-    """Decisions joined with what came back, by round and position.
+    """Join decisions with outcomes by round and position.
 
     Args:
         outcomes: columns round_id, position and the schema's reward.
-        missing: reward of shown items without an outcome; None refuses them.
+        missing: reward of shown items without an outcome; None raises for them.
 
     Raises:
-        DataError: an outcome stands twice or belongs to no decision, or one is missing.
+        DataError: an outcome is duplicate, belongs to no decision, or is missing.
     """
     keys = [ROUND, POSITION]
     for name in (*keys, schema.reward):
@@ -93,7 +96,7 @@ def with_rewards(
             raise DataError(f"the outcomes have no column '{name}'")
     wanted = outcomes.select([*keys, schema.reward])
     if wanted.group_by(keys).aggregate([]).num_rows != wanted.num_rows:
-        raise DataError("an outcome stands twice: round_id and position must be given once")
+        raise DataError("duplicate outcomes: each round_id and position may appear once")
     if wanted.join(decisions.select(keys), keys, join_type="left anti").num_rows:
         raise DataError("some outcomes belong to no decision: their round_id was never served")
     order = decisions.append_column("_row", pa.array(np.arange(decisions.num_rows)))

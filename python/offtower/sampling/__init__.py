@@ -1,4 +1,4 @@
-"""Proposals of the sampled softmax: training steps that cost O(draws) in place of O(items)."""
+"""Proposals of the sampled softmax, whose training steps cost O(draws) instead of O(items)."""
 
 from offtower.sampling.alias import AliasTable
 from offtower.sampling.counts import ItemCounts, count_items

@@ -1,4 +1,4 @@
-"""Draws in O(1) from a fixed distribution over n values."""
+"""Constant-time draws from a fixed discrete distribution (alias method)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from numpy.typing import NDArray
 
 
 class AliasTable:
-    """Walker's alias method: each value keeps a share of its cell and lends the rest to another.
+    """Walker's alias table: cell i holds value i with probability kept_i, else value alias_i.
 
-    The table is built without a loop. With w = n p, light values (w <= 1) leave 1 - w of their cell
-    free and heavy ones give w - 1. Laid end to end in one order, what is free and what is given are
-    cut against each other: a light value borrows from the heavy one in whose stretch its own free
-    part begins; a heavy value that gives more than it has borrows the difference from the next one.
+    Built without a loop. With w = n p, light values (w <= 1) leave 1 - w of their cell free, and
+    heavy values have an excess of w - 1. Free parts and excesses are laid end to end. A light
+    value's alias is the heavy value whose excess covers the start of its free part. A heavy value
+    whose excess is overdrawn takes the next heavy value as its alias.
 
     Args:
-        weights: (n,) finite, not negative, not all zero.
+        weights: (n,) finite, non-negative, not all zero.
 
     Source: Walker 1977; Vose 1991, "A linear algorithm for generating random numbers with a given
     distribution"; the sweep as in Huebschle-Schneider and Sanders 2022, "Parallel weighted random
@@ -33,16 +33,14 @@ class AliasTable:
         if heavy.size:
             taken = np.cumsum(1.0 - scaled[light])
             given = np.cumsum(scaled[heavy] - 1.0)
-            # A light value borrows where the free parts before it end.
             before = np.concatenate([[0.0], taken[:-1]]) if light.size else taken
-            lender = np.searchsorted(given, before, side="right")
-            alias[light] = heavy[np.minimum(lender, heavy.size - 1)]
-            # The first light value that exhausts a heavy one leaves it short.
+            donor = np.searchsorted(given, before, side="right")
+            alias[light] = heavy[np.minimum(donor, heavy.size - 1)]
+            # The first light value beyond a heavy value's excess overdraws it.
             last = np.searchsorted(taken, given, side="left")
             short = last < light.size
-            short[-1] = False  # Rounding apart, the last one has all that is left.
+            short[-1] = False  # The last one covers the rest, up to rounding.
             overdrawn = taken[np.minimum(last, light.size - 1)] - given if light.size else given
-            # The shortfall is at most what that light value borrowed, so it lies in [0, 1].
             kept[heavy] = np.where(short, np.clip(1.0 - overdrawn, 0.0, 1.0), 1.0)
             following = np.append(heavy[1:], heavy[-1])
             alias[heavy] = np.where(short, following, heavy)
@@ -54,13 +52,13 @@ class AliasTable:
         return self._kept.size
 
     def probabilities(self) -> NDArray[np.float64]:
-        """(n,) probabilities that `draw` really has."""
+        """(n,) probabilities that the table represents."""
         result = self._kept.copy()
         np.add.at(result, self._alias, 1.0 - self._kept)
         return result / self.size
 
     def draw(self, uniform: NDArray[np.float64]) -> NDArray[np.int64]:
-        """One value for each of the (m, 2) independent uniform numbers in [0, 1)."""
+        """Draw m values from (m, 2) independent uniform numbers in [0, 1)."""
         cell = np.minimum((uniform[:, 0] * self.size).astype(np.int64), self.size - 1)
         borrowed = uniform[:, 1] >= self._kept[cell]
         return np.where(borrowed, self._alias[cell], cell)

@@ -1,5 +1,8 @@
-"""Approximate search by inner product in plain torch, for proposals: whatever it misses costs
-variance and no bias."""
+"""Approximate search by inner product in plain torch, for proposals.
+
+FAISS is an optional dependency and training must not need it. Missed items add variance to the
+sampled softmax, not bias.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,16 @@ _CELLS = 1 << 22
 
 
 class ClusterIndex:
-    """Items in clusters; a context looks into those whose centres fit it best.
+    """Inverted file: items in k-means clusters, of which a context probes the best.
 
     Args:
         embedding: (N, d) float32.
-        bias: (N,) or None; one more coordinate, against 1 in the context.
-        clusters: about sqrt(N) / 2 where None.
-        probes: clusters that a context looks into.
-        seed: of the k-means start; the same seed gives the same index.
+        bias: (N,) or None; appended as a coordinate, against 1 in the context.
+        clusters: number of clusters; about sqrt(N) / 2 by default.
+        probes: clusters searched per context.
+        seed: seed of the k-means start.
 
-    Source: the inverted file of Jegou, Douze and Schmid 2011, "Product quantization for nearest
-    neighbor search".
+    Source: Jegou, Douze and Schmid 2011, "Product quantization for nearest neighbor search".
     """
 
     def __init__(
@@ -45,8 +47,8 @@ class ClusterIndex:
         chosen = torch.randint(
             n, (min(n, clusters * _SAMPLE_PER_CLUSTER),), generator=generator, device="cpu"
         )
-        self._centres = _k_means(vectors[chosen.to(vectors.device)], clusters)
-        cluster = _nearest(vectors, self._centres)
+        self._centers = _k_means(vectors[chosen.to(vectors.device)], clusters)
+        cluster = _nearest(vectors, self._centers)
         self._item = torch.argsort(cluster, stable=True)
         self._vectors = vectors[self._item]
         sizes = torch.bincount(cluster, minlength=clusters)
@@ -55,18 +57,18 @@ class ClusterIndex:
         self.probes = min(probes, clusters)
 
     def search(self, context_embedding: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """(B, k) falling scores and item numbers; -inf and -1 where fewer were found."""
+        """Return descending scores (B, k) and item numbers (B, k), padded with -inf and -1."""
         u = context_embedding.float()
         if self._biased:
             u = torch.cat([u, u.new_ones(len(u), 1)], dim=1)
-        probed = torch.topk(u @ self._centres.T, self.probes, dim=1).indices
-        # Contexts of one cluster are scored together: one matrix product a cluster.
+        probed = torch.topk(u @ self._centers.T, self.probes, dim=1).indices
+        # One matrix product per cluster, for all contexts that probe it.
         flat = probed.reshape(-1)
         order = torch.argsort(flat, stable=True)
-        ends = torch.arange(len(self._centres) + 1, device=u.device)
+        ends = torch.arange(len(self._centers) + 1, device=u.device)
         bounds = torch.searchsorted(flat[order], ends).tolist()
         score = u.new_full((len(flat), k), float("-inf"))
-        place = flat.new_full((len(flat), k), -1)
+        row = flat.new_full((len(flat), k), -1)
         for cluster, (first, last) in enumerate(pairwise(bounds)):
             begin = self._ends[cluster - 1] if cluster else 0
             end = self._ends[cluster]
@@ -78,25 +80,25 @@ class ClusterIndex:
             best = torch.topk(s, min(k, end - begin), dim=1)
             width = best.values.shape[1]
             score[slots, :width] = best.values
-            place[slots, :width] = best.indices + begin
+            row[slots, :width] = best.indices + begin
         best = torch.topk(score.view(len(u), self.probes * k), k, dim=1)
-        found = place.view(len(u), self.probes * k).gather(1, best.indices)
+        found = row.view(len(u), self.probes * k).gather(1, best.indices)
         return best.values, torch.where(found < 0, -1, self._item[found.clamp_min(0)])
 
 
 def _k_means(sample: Tensor, clusters: int) -> Tensor:
-    centres = sample[:clusters].clone()
+    centers = sample[:clusters].clone()
     for _ in range(_ITERATIONS):
-        cluster = _nearest(sample, centres)
-        total = torch.zeros_like(centres).index_add_(0, cluster, sample)
+        cluster = _nearest(sample, centers)
+        total = torch.zeros_like(centers).index_add_(0, cluster, sample)
         count = torch.bincount(cluster, minlength=clusters)
-        # An empty cluster keeps its centre.
-        centres = torch.where(count[:, None] > 0, total / count.clamp_min(1)[:, None], centres)
-    return centres
+        # Empty clusters keep their center.
+        centers = torch.where(count[:, None] > 0, total / count.clamp_min(1)[:, None], centers)
+    return centers
 
 
-def _nearest(vectors: Tensor, centres: Tensor) -> Tensor:
-    half = centres.square().sum(dim=1) / 2
-    step = max(1, _CELLS // len(centres))
-    parts = [torch.addmm(-half, part, centres.T).argmax(dim=1) for part in vectors.split(step)]
+def _nearest(vectors: Tensor, centers: Tensor) -> Tensor:
+    half = centers.square().sum(dim=1) / 2
+    step = max(1, _CELLS // len(centers))
+    parts = [torch.addmm(-half, part, centers.T).argmax(dim=1) for part in vectors.split(step)]
     return torch.cat(parts)

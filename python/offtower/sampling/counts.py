@@ -1,4 +1,4 @@
-"""How often each item was logged."""
+"""Numbers of logged rows per item."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from offtower.progress import Progress
 
 @dataclass(frozen=True)
 class ItemCounts:
-    """Rows of each item that was logged at all: memory follows the log, not the catalogue.
+    """Row counts of the logged items; items without rows take no memory.
 
-    item: (k,) distinct item numbers, rising.  count: (k,) their rows, all positive.
-    elsewhere: rows of items that are not among them, where these are the counts of a part of the
-        catalogue.
+    Attributes:
+        item: (k,) distinct item numbers, ascending.
+        count: (k,) their rows, all positive.
+        elsewhere: rows of other items, if these are the counts of a part of the catalogue.
     """
 
     item: NDArray[np.int64]
@@ -29,31 +30,31 @@ class ItemCounts:
 
     @cached_property
     def rows(self) -> int:
-        """Of the whole log."""
+        """Rows of the whole log."""
         return int(self.count.sum()) + self.elsewhere
 
     def share(self, item: NDArray[np.int64]) -> NDArray[np.float64]:
-        """f(a), the share of the rows that show each of the items; 0 where none does."""
-        return self.found(item, self.count) / self.rows
+        """f(a), the share of rows of each item; 0 for items that were never logged."""
+        return self.lookup(item, self.count) / self.rows
 
-    def found(self, item: NDArray[np.int64], values: NDArray[Any]) -> NDArray[np.float64]:
-        """Of `values` (k,), one a logged item, those of the items asked for; 0 for others."""
+    def lookup(self, item: NDArray[np.int64], values: NDArray[Any]) -> NDArray[np.float64]:
+        """Take items from `values` (k,), which has one value per logged item; 0 for others."""
         if self.item.size == 0:
             return np.zeros(item.shape)
-        place = np.minimum(np.searchsorted(self.item, item), self.item.size - 1)
-        return np.where(self.item[place] == item, values[place], 0.0)
+        index = np.minimum(np.searchsorted(self.item, item), self.item.size - 1)
+        return np.where(self.item[index] == item, values[index], 0.0)
 
     @classmethod
     def of(cls, action: NDArray[np.int64]) -> ItemCounts:
-        """Counts of an array of item numbers."""
+        """Count an array of item numbers."""
         item, count = np.unique(action, return_counts=True)
         return cls(item.astype(np.int64), count.astype(np.int64))
 
     def merge(self, other: ItemCounts) -> ItemCounts:
-        """Counts of both logs in one."""
-        item, place = np.unique(np.concatenate([self.item, other.item]), return_inverse=True)
+        """Add the counts of another log."""
+        item, index = np.unique(np.concatenate([self.item, other.item]), return_inverse=True)
         count = np.zeros(item.size, dtype=np.int64)
-        np.add.at(count, place, np.concatenate([self.count, other.count]))
+        np.add.at(count, index, np.concatenate([self.count, other.count]))
         return ItemCounts(item, count, self.elsewhere + other.elsewhere)
 
 
@@ -63,12 +64,11 @@ def count_items(
     progress: Progress | None = None,
     within: tuple[int, int] | None = None,
 ) -> ItemCounts:
-    """One pass over the log's action column; rows of items that the catalogue lacks do not count
-    (the row check has refused or set them aside).
+    """Count the log's actions in one pass; rows of items outside the catalogue are ignored.
 
     Args:
-        within: (start, stop) of the items that are counted one by one; all where None. Rows of
-            others are counted together.
+        within: (start, stop) of the items that are counted one by one; all by default. Rows of
+            other items are counted together.
     """
     progress = progress or Progress()
     progress.start("counting the logged items", log.num_rows)
@@ -84,7 +84,7 @@ def count_items(
         waiting.append(known[(known >= start) & (known < stop)])
         size += len(waiting[-1])
         elsewhere += len(known) - len(waiting[-1])
-        # Joined when there is as much to join as there is already, so the work a row stays bounded.
+        # Merge when the new part is as large as the total: amortized constant work per row.
         if size > max(1 << 20, total.item.size):
             total, waiting, size = total.merge(ItemCounts.of(np.concatenate(waiting))), [], 0
         progress.advance(rows)

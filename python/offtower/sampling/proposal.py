@@ -1,4 +1,4 @@
-"""Proposals of the sampled softmax: what a step draws, and with which probability."""
+"""Proposals of the sampled softmax: the draws of a step and their log probabilities."""
 
 from __future__ import annotations
 
@@ -21,32 +21,31 @@ PROPOSALS = ("uniform", "frequency", "in_batch", "mixed", "top_k")
 
 @dataclass(frozen=True)
 class StepDraws:
-    """Draws of one step, shared by its rows, as `ops.sampled_policy_terms` takes them; on the
-    CPU."""
+    """Draws of one step, shared by its rows; inputs of `ops.sampled_policy_terms`, on the CPU."""
 
     item: Tensor
     """(m,) int64 item numbers."""
     log_proposal: Tensor
-    """(m,) float64; m exp(log_proposal) is the number of times that a draw's item is expected."""
+    """(m,) float64; m exp(log_proposal) is the expected count of a draw's item."""
     total: int
-    """m, the draws of the step, of which these may be those of a part of the catalogue."""
+    """m, all draws of the step; these may be the ones of a part of the catalogue."""
     exact_item: Tensor | None = None
-    """(B, k) items that each row counts exactly, -1 for none; of the rows passed to `draw`."""
+    """(B, k) items that each row passed to `draw` counts exactly, padded with -1."""
 
     @property
     def log_count(self) -> Tensor:
-        """(m,) log of how often each draw's item is expected."""
+        """(m,) log of the expected count of each draw's item."""
         return self.log_proposal + math.log(self.total)
 
 
 class Proposal:
-    """A union of sources. An item's expected counts add up, so log Q is exact for every union.
+    """A union of sources. Expected counts of an item add up, so log Q is exact for every union.
 
-    Draws are a function of the seed alone, which is a function of (seed, epoch, step's place):
-    every worker of a step draws the same items, and a resumed run repeats them.
+    Draws are a function of the seed, which is a function of (seed, epoch, step): every worker of a
+    step draws the same items, and a resumed run repeats them.
 
     Args:
-        sources: what is drawn from.
+        sources: sources of the draws.
         top_k: items of largest probability under a recent policy, which each row counts exactly.
     """
 
@@ -59,7 +58,7 @@ class Proposal:
         return self.top_k is not None and self.top_k.due(step)
 
     def at_step(self, step: int) -> None:
-        """Called before each step, with the number of steps taken so far."""
+        """Refresh the search if it is due; called before each step with the steps taken so far."""
         if self.top_k is not None:
             self.top_k.at_step(step)
 
@@ -69,16 +68,16 @@ class Proposal:
             self.top_k.close()
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps; empty for proposals that do not follow the policy."""
+        """State for a checkpoint; empty for proposals that do not depend on the policy."""
         return {} if self.top_k is None else self.top_k.state()
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Stand where the run stood that wrote `tensors`."""
+        """Restore the state of a checkpoint."""
         if self.top_k is not None:
             self.top_k.load_state(tensors)
 
     def size(self, batch_rows: int) -> int:
-        """Draws in a step of `batch_rows` rows over all workers."""
+        """Number of draws in a step of `batch_rows` rows over all workers."""
         return sum(source.size(batch_rows) for source in self.sources)
 
     def draw(
@@ -91,11 +90,10 @@ class Proposal:
         """Draw for one step.
 
         Args:
-            seed: of this step.
-            batch_action: (rows of the step over all workers,) their logged items, on the CPU.
-            context_embedding: (B, d) of this worker's rows, for the exact items; no gradient is
-                taken through them.
-            within: keep the draws of the items start..stop-1 only, of all m that are made.
+            seed: seed of this step.
+            batch_action: logged items of the step's rows over all workers, on the CPU.
+            context_embedding: (B, d) of this worker's rows, for the exact items; detached.
+            within: (start, stop) of the items whose draws are kept; all m are made.
         """
         action = batch_action.numpy()
         sequence = np.random.SeedSequence(seed)
@@ -117,7 +115,7 @@ class Proposal:
         return StepDraws(torch.from_numpy(item), log_proposal, total, exact)
 
     def log_prob(self, item: NDArray[np.int64], batch_rows: int) -> NDArray[np.float64]:
-        """log Q(a) = log(expected count of a / draws); -inf for an item that is never drawn."""
+        """log Q(a) = log(expected count of a / draws); -inf for items that are never drawn."""
         total = np.zeros(item.shape)
         for source in self.sources:
             total += source.expected_count(item, batch_rows)
@@ -135,20 +133,20 @@ def make_proposal(
     uniform_share: float = 0.25,
     top_k: PolicyTopK | None = None,
 ) -> Proposal:
-    """A proposal by name.
+    """Make a proposal by name.
 
-    uniform: every item alike. frequency: logged items by count^power, and a share of uniform draws,
-    which bounds every weight and reaches items that were never logged. in_batch: the batch's own
-    items and nothing else, so items outside the log have no part in the normaliser. mixed: the
-    batch's items and uniform draws (mixed negative sampling). top_k: uniform draws, and each row's
-    likely items exactly.
+    uniform: uniform draws. frequency: logged items by count^power and a share of uniform draws,
+    which bounds all weights and reaches items that were never logged. in_batch: the batch's own
+    items only, so items outside the log have no part in the normalizer. mixed: the batch's items
+    and uniform draws (mixed negative sampling). top_k: uniform draws, and the likely items of each
+    row exactly.
 
     Args:
-        num_samples: draws a step, beside the batch's own rows.
-        counts: of the training log, for frequency, in_batch and mixed.
-        power: of the counts, for frequency.
-        uniform_share: of the draws, for frequency; in (0, 1].
-        top_k: for top_k.
+        num_samples: draws per step, beside the batch's own rows.
+        counts: counts of the training log, for frequency, in_batch and mixed.
+        power: exponent of the counts, for frequency.
+        uniform_share: share of uniform draws in (0, 1], for frequency.
+        top_k: the search, for top_k.
 
     Raises:
         ConfigError: unknown name, or counts or top_k are missing.

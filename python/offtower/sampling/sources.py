@@ -1,4 +1,4 @@
-"""Where draws come from: each source knows how often it is expected to give each item."""
+"""Sources of draws, each with the expected count of every item."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from offtower.sampling.counts import ItemCounts
 
 
 class Source(ABC):
-    """Gives items, `expected_count` of each."""
+    """A source of draws."""
 
     @abstractmethod
     def size(self, batch_rows: int) -> int:
@@ -24,15 +24,15 @@ class Source(ABC):
 
     @abstractmethod
     def expected_count(self, item: NDArray[np.int64], batch_rows: int) -> NDArray[np.float64]:
-        """How often each item is expected among the draws that can hit it: those of other rows,
-        where rows of the batch are draws themselves."""
+        """Expected number of draws of each item, among the draws that can hit it. Where rows of the
+        batch are draws, those are the other rows."""
 
 
 class UniformSource(Source):
-    """m draws, one from each m-th of the catalogue, so that no part of it is left out by chance.
+    """m stratified uniform draws, one from each m-th of the catalogue.
 
-    Each item is expected m / N times, exactly as with independent draws, and the variance of sums
-    over the draws is never larger.
+    Expected counts are m / N, as for independent draws, and the variance of sums over the draws is
+    never larger.
     """
 
     def __init__(self, num_items: int, num_samples: int) -> None:
@@ -43,20 +43,20 @@ class UniformSource(Source):
 
     def draw(self, bits: np.random.Philox, batch_action: NDArray[np.int64]) -> NDArray[np.int64]:
         m = self.num_samples
-        place = (np.arange(m) + uniforms(bits, m)) * (self.num_items / max(m, 1))
-        return np.minimum(place.astype(np.int64), self.num_items - 1)
+        item = (np.arange(m) + uniforms(bits, m)) * (self.num_items / max(m, 1))
+        return np.minimum(item.astype(np.int64), self.num_items - 1)
 
     def expected_count(self, item: NDArray[np.int64], batch_rows: int) -> NDArray[np.float64]:
         return np.full(item.shape, self.num_samples / self.num_items)
 
 
 class FrequencySource(Source):
-    """m independent draws of logged items, proportional to count^power: O(1) each (alias table)."""
+    """m independent draws of logged items, proportional to count^power, by alias table."""
 
     def __init__(self, counts: ItemCounts, num_samples: int, power: float) -> None:
         self.num_samples = num_samples
         self._counts = counts
-        # Relative to the largest, so that no power overflows.
+        # Relative to the largest: no power overflows.
         weight: NDArray[np.float64] = (counts.count / counts.count.max()) ** power
         self._probability = weight / weight.sum()
         self._table = AliasTable(weight)
@@ -69,17 +69,17 @@ class FrequencySource(Source):
         return self._counts.item[self._table.draw(uniform)]
 
     def expected_count(self, item: NDArray[np.int64], batch_rows: int) -> NDArray[np.float64]:
-        return self.num_samples * self._counts.found(item, self._probability)
+        return self.num_samples * self._counts.lookup(item, self._probability)
 
 
 class BatchSource(Source):
     """The logged items of the batch's other rows.
 
-    A row's own item is counted exactly and its hits are masked, so what can hit another item is the
-    batch's B - 1 other rows: (B - 1) f(a) expected times, where f is the item's share of the log
-    and rows are drawn independently. Batches of a shuffled epoch take rows without replacement,
-    which multiplies this by n / (n - 1) and changes no expectation otherwise; where row groups are
-    shuffled in windows, or batches are of one fold, the expectation is over those too.
+    A row's own item is counted exactly and its hits are masked. Another item a is hit by the B - 1
+    other rows, (B - 1) f(a) times in expectation, where f(a) is its share of the log and rows are
+    drawn independently. Batches of a shuffled epoch are drawn without replacement, which multiplies
+    this by n / (n - 1). If row groups are shuffled in windows, or batches come from one fold, the
+    expectation is over those too.
     """
 
     def __init__(self, counts: ItemCounts) -> None:
@@ -96,5 +96,5 @@ class BatchSource(Source):
 
 
 def uniforms(bits: np.random.Philox, n: int) -> NDArray[np.float64]:
-    """(n,) in [0, 1), from raw output, which numpy promises never to change."""
+    """(n,) in [0, 1) from raw bits, whose stream numpy guarantees to be stable."""
     return (bits.random_raw(n) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,5 +1,5 @@
-"""Each row's most likely items under a recent policy, searched in a catalogue that is embedded
-again every so many steps, in the background."""
+"""Each row's most likely items under a recent policy, by search in periodically renewed embeddings
+of the catalogue."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ EXACT_SEARCH_ITEMS = 50_000
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """The item tower as it was at a step, and what is searched with it."""
+    """The item tower at one step, and the embeddings that are searched."""
 
     step: int
     tower: Tower
     temperature: float
-    """Of the policy at that step, for the bias."""
+    """The policy's temperature at that step, which scales the bias."""
     embedding: Tensor
     bias: Tensor | None
     index: ClusterIndex | None
 
 
 class PolicyTopK:
-    """The k items of largest probability for each context, as a recent item tower sees them.
+    """Search the k items of largest probability for each context, by a recent item tower.
 
-    At every `refresh_steps`-th step the item tower is copied and the catalogue is embedded with the
-    copy in another thread; the copy of the refresh before takes over at that step, and never
-    earlier or later, so what is found depends on no thread's speed. The staleness, up to twice
-    `refresh_steps`, and what an approximate search misses cost variance but no bias: the items
-    found are counted exactly, whichever they are, and the others have their part in the draws.
+    At every `refresh_steps`-th step the item tower is copied, and another thread embeds the
+    catalogue with the copy. The copy of the refresh before takes over at exactly that step, so
+    results do not depend on the thread's speed. Staleness, up to twice `refresh_steps`, and misses
+    of an approximate search add variance, not bias: the items found are counted exactly, and the
+    others are covered by the draws.
 
     Args:
-        policy: the policy that learns.
+        policy: the policy in training.
         items: features of the catalogue.
-        k: items a row; `wanted` keeps it where the catalogue, or this part of it, has fewer.
+        k: items per row; `wanted` keeps the number if the catalogue, or this part, has fewer.
         refresh_steps: steps between two embeddings of the catalogue.
-        seed: of the index.
+        seed: seed of the index.
         chunk: items embedded at a time.
     """
 
@@ -77,7 +77,7 @@ class PolicyTopK:
         return self._current is None or step % self.refresh_steps == 0
 
     def at_step(self, step: int) -> None:
-        """Called before each step, with the number of steps taken so far."""
+        """Refresh if due; called before each step with the number of steps taken so far."""
         if not self.due(step):
             return
         if self._pending is not None:
@@ -89,7 +89,7 @@ class PolicyTopK:
             self._pending = None
 
     def search(self, context_embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, k) scores, falling, and item numbers; -inf and -1 where the search found fewer."""
+        """Return descending scores (B, k) and item numbers (B, k), padded with -inf and -1."""
         snapshot = self._current
         assert snapshot is not None, "at_step comes before the first draw"
         if snapshot.index is not None:
@@ -98,7 +98,7 @@ class PolicyTopK:
         return top_k(u, snapshot.embedding, self.k, item_bias=snapshot.bias)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, so that a resumed run finds the same items."""
+        """State for a checkpoint, so that a resumed run finds the same items."""
         pending = None if self._pending is None else self._pending.result()
         tensors: dict[str, Tensor] = {}
         for name, snapshot in (("current", self._current), ("pending", pending)):
@@ -112,7 +112,7 @@ class PolicyTopK:
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Stand where the run stood that wrote `tensors`."""
+        """Restore the state of a checkpoint."""
         self._current, self._pending = None, None
         for name in ("current", "pending"):
             if f"{name}/step" not in tensors:
@@ -122,7 +122,7 @@ class PolicyTopK:
             tower.load_state_dict(
                 {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             )
-            # Checkpoints of before there was a course of it have none.
+            # Accept checkpoints written before temperature schedules existed.
             known = tensors.get(f"{name}/temperature")
             temperature = self._policy.temperature if known is None else float(known)
             built = self._start(int(tensors[f"{name}/step"]), tower, temperature)
@@ -151,5 +151,5 @@ class PolicyTopK:
             index = ClusterIndex(
                 items.embedding, bias, seed=derive_seed(self._seed, "top-k index", step)
             )
-        # The index holds the vectors in an order of its own.
+        # The index holds its own copy of the vectors.
         return _Snapshot(step, tower, temperature, items.embedding[:0], None, index)
