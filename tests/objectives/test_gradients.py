@@ -88,7 +88,7 @@ def snips(p: Problem) -> np.ndarray:
     return coefficients(p, p.weight * (p.reward - value)) * ROWS / p.weight.sum()
 
 
-CLIP = 1.5
+CLIP, K = 1.5, 3
 FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Problem], np.ndarray]]] = {
     "ips": ({}, lambda p: coefficients(p, p.weight * p.reward)),
     "clipped_ips": (
@@ -96,6 +96,16 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Problem], np.ndarray]]] = {
         lambda p: coefficients(p, np.minimum(p.weight, CLIP) * p.reward),
     ),
     "snips": ({}, snips),
+    "top_k_ips": (
+        {"k": K, "max_weight": CLIP},
+        lambda p: coefficients(
+            p,
+            np.minimum(p.weight, CLIP)
+            * K
+            * (1 - p.pi[np.arange(ROWS), p.action]) ** (K - 1)
+            * p.reward,
+        ),
+    ),
     "dr": ({}, lambda p: coefficients(p, p.weight * p.residual) + p.model_part() / ROWS),
     "clipped_dr": (
         {"max_weight": CLIP},
@@ -115,6 +125,7 @@ VALUES: dict[str, Callable[[Problem], float]] = {
     "ips": lambda p: (p.weight * p.reward).mean(),
     "clipped_ips": lambda p: (np.minimum(p.weight, CLIP) * p.reward).mean(),
     "snips": lambda p: (p.weight * p.reward).sum() / p.weight.sum(),
+    "top_k_ips": lambda p: (np.minimum(p.weight, CLIP) * p.reward).mean(),
     "dr": lambda p: (p.weight * p.residual + (p.pi * p.q).sum(1)).mean(),
     "clipped_dr": lambda p: (np.minimum(p.weight, CLIP) * p.residual + (p.pi * p.q).sum(1)).mean(),
     "weighted_likelihood": lambda p: (p.weight * p.reward).mean(),

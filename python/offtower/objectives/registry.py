@@ -21,6 +21,7 @@ from offtower.objectives.likelihood import (
 )
 from offtower.objectives.potec import Potec
 from offtower.objectives.regression import Regression
+from offtower.objectives.top_k import TopKCorrectedIPS
 
 OBJECTIVES: dict[str, type[Objective]] = {
     kind.name: kind
@@ -28,6 +29,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
         IPS,
         ClippedIPS,
         SNIPS,
+        TopKCorrectedIPS,
         DoublyRobust,
         ClippedDoublyRobust,
         Potec,
