@@ -16,8 +16,10 @@ from offtower.data import lease_files, stores
 
 
 def failing_reads(monkeypatch: pytest.MonkeyPatch, every: int, text: str) -> Callable[[str], None]:
-    """For `Unruly.before`: every so-manieth read fails, whosever it is; so that none may happen to
-    fail too often, more attempts are made."""
+    """Return a hook for `Unruly.before` that fails every k-th read, of any thread.
+
+    The number of attempts is raised, so that no read fails too often by chance.
+    """
     monkeypatch.setattr(stores, "ATTEMPTS", 30)
     count = 0
 

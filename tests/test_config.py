@@ -53,7 +53,7 @@ def test_yaml_round_trip() -> None:
         ({"data": {"catalogue": "x"}}, "'data.train' is required"),
     ],
 )
-def test_mistakes_name_their_place(content: dict[str, object], message: str) -> None:
+def test_errors_name_the_key(content: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config({**MINIMAL, **content}, source="c.yaml")
     assert message in str(caught.value)
@@ -64,7 +64,7 @@ def test_mistakes_name_their_place(content: dict[str, object], message: str) -> 
     ("text", "message"),
     [("- 1\n- 2\n", "top level is a list"), ("a: [", "not valid YAML"), ("\xff", "required")],
 )
-def test_files_that_are_no_configuration(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_files_raise(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError, match=message if text != "\xff" else "cannot be read"):

@@ -57,7 +57,7 @@ def run(names: list[str], tmp_path: Path, **options: Any) -> tuple[dict[str, Any
     return found, saved
 
 
-def test_what_fails_costs_only_itself(tmp_path: Path) -> None:
+def test_failures_end_only_their_unit(tmp_path: Path) -> None:
     names = ["a", "hang", "b", "crash", "leave", "c", "raise", "d", "spoil", "e", "child", "f"]
     found, saved = run(names, tmp_path)
     assert {name: what["status"] for name, what in found.items()} == {
@@ -78,7 +78,7 @@ def test_no_time_left(tmp_path: Path) -> None:
     assert {what["status"] for what in found.values()} == {"skipped"}
 
 
-def test_a_child_that_never_begins(tmp_path: Path) -> None:
+def test_a_child_that_starts_no_unit_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
     found = run_units(
         command, [Unit("a", 9), Unit("b", 9)], 60, lambda _: None, start_limit=0.3,
@@ -92,7 +92,7 @@ def test_a_child_that_never_begins(tmp_path: Path) -> None:
     assert found["a"]["status"] == "crash" and "no torch" in found["a"]["error"]
 
 
-def test_what_hangs_in_its_check_is_not_waited_for_again() -> None:
+def test_units_of_kernels_that_hang_are_skipped() -> None:
     """One kind's kernels hang: the others are timed, and the portable ones of that kind."""
     units = [u.name for u in bench.units(peers=True, rehearsal=False, only="")]
     outcomes = {"check own bfloat16 sigmoid": {"status": "hang"}}
@@ -123,7 +123,7 @@ def test_reasons_not_to_run(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_the_table_holds_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_partial_results(capsys: pytest.CaptureFixture[str]) -> None:
     shape = "d=64 B=1024"
     units = {
         f"time {shape} log_prob forward": {"status": "ok", "ms": {"own": 0.5, "portable": 0.9}},

@@ -79,7 +79,7 @@ def test_more_items_than_in_training_are_scored_from_features() -> None:
     assert fitted.predict_proba(TEST["context"][:5], more).shape == (5, 11, 1)
 
 
-def test_the_seed_decides_everything() -> None:
+def test_equal_seeds_give_equal_policies() -> None:
     one, two, other = (
         learner(objective="dr", random_state=s, dropout=0.1).fit(needed(TRAIN)) for s in (1, 1, 2)
     )
@@ -110,7 +110,7 @@ def test_validation_keeps_the_epoch_with_the_best_lower_bound() -> None:
     assert snips == pytest.approx(fitted.history_[best]["validation"]["value"], abs=1e-5)
 
 
-def test_truth_is_shown_and_never_used() -> None:
+def test_expected_rewards_are_reported_and_not_used() -> None:
     """A hook that lies about the truth changes nothing that is learned."""
     plain = learner(objective="ips").fit(needed(TRAIN), needed(VALIDATION))
     lied = learner(objective="ips").fit(
@@ -151,7 +151,7 @@ def without(key: str) -> dict[str, Any]:
         ),
     ],
 )
-def test_refusals(
+def test_invalid_arguments_raise(
     options: dict[str, Any], feedback: dict[str, Any], error: type[OfftowerError], message: str
 ) -> None:
     with pytest.raises(error, match=message):

@@ -99,7 +99,7 @@ def test_simulate_into_a_store(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert again.exit_code == 2 and "exists already" in again.output
 
 
-def test_what_is_not_there_is_said_with_its_address(
+def test_errors_of_missing_remote_files_name_the_address(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     _, root = unruly(monkeypatch, folder / "store")

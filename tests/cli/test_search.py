@@ -56,7 +56,7 @@ def contexts(run: Path) -> Path:
     return run.parents[1] / "logs" / "test"
 
 
-def test_what_people_read(run: Path, contexts: Path) -> None:
+def test_terminal_output_has_one_line_per_item(run: Path, contexts: Path) -> None:
     found = call("search", str(run), "--contexts", str(contexts), "-k", "3", "--exact")
     lines = found.stdout.splitlines()
     assert found.exit_code == 0
@@ -70,7 +70,7 @@ def test_what_people_read(run: Path, contexts: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["softmax", "cells", "exact"])
-def test_modes_and_their_log(run: Path, contexts: Path, tmp_path: Path, mode: str) -> None:
+def test_each_mode_writes_its_log(run: Path, contexts: Path, tmp_path: Path, mode: str) -> None:
     log = tmp_path / "served" / "day.parquet"
     arguments = ("search", str(run), "--contexts", str(contexts), "--sample", "-k", "3")
     arguments += ("--mode", mode, "--seed", "1")
@@ -89,7 +89,9 @@ def test_modes_and_their_log(run: Path, contexts: Path, tmp_path: Path, mode: st
     assert [p.name for p in log.parent.iterdir() if p.name.startswith(".")] == []
 
 
-def test_batches_do_not_show(run: Path, contexts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_the_batch_size(
+    run: Path, contexts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ("search", str(run), "--contexts", str(contexts), "--sample", "--seed", "4")
     whole = json.loads(call(*arguments, "--json").stdout)["contexts"]
     monkeypatch.setattr("offtower.cli.search._BATCH", 7)
@@ -152,7 +154,7 @@ def test_a_failure_leaves_no_log(run: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["contexts.parquet"]
 
 
-def test_filters_and_refusals(run: Path, contexts: Path) -> None:
+def test_filters_apply_and_invalid_arguments_raise(run: Path, contexts: Path) -> None:
     arguments = ("search", str(run), "--contexts", str(contexts))
     result = json.loads(call(*arguments, "-k", "60", "--exclude", "3, 17", "--json").stdout)
     assert all(set(row["items"]) == set(range(60)) - {3, 17} for row in result["contexts"])
@@ -161,7 +163,7 @@ def test_filters_and_refusals(run: Path, contexts: Path) -> None:
     assert "not valid JSON" in refused("search", str(run), "--contexts", "[1, 2]")
 
 
-def test_retrieval_quality_beside_the_policy_value(run: Path) -> None:
+def test_evaluate_reports_retrieval_quality(run: Path) -> None:
     result = call("evaluate", str(run), "--retrieval", "5", "--retrieval", "60", "--json")
     assert result.exit_code in (0, 1, 3), result.output
     five, all_items = json.loads(result.stdout)["retrieval"]["mine"]

@@ -52,7 +52,7 @@ def test_every_verb_helps_with_an_example(verb: str) -> None:
     assert "--json" in result.stdout
 
 
-def test_doctor_says_what_there_is() -> None:
+def test_doctor_lists_backends_and_packages() -> None:
     content = call_json("doctor")
     assert "reference" in content["available_backends"]
     assert {"ips", "dr", "regression"} <= set(content["objectives"])
@@ -145,7 +145,7 @@ def test_evaluate_gives_the_verdict_as_exit_code_and_a_report(trained: Path) -> 
     assert "go" in shown.output
 
 
-def test_evaluation_can_be_changed_and_nothing_else(trained: Path) -> None:
+def test_evaluate_overrides_only_the_evaluation_section(trained: Path) -> None:
     run = str(trained / "runs" / "own-log")
     wide = call_json("evaluate", run, "--set", "evaluation.confidence=0.9")
     narrow = call_json("evaluate", run, "--set", "evaluation.estimators=[snips]")
@@ -172,7 +172,7 @@ def test_an_estimator_is_selected_for_the_policy(trained: Path) -> None:
     assert call("evaluate", run, "--select", "oracle").exit_code == 2
 
 
-def test_evaluating_again_needs_nothing_but_the_policy(trained: Path) -> None:
+def test_evaluate_needs_only_the_policy_of_a_run(trained: Path) -> None:
     """Deleting checkpoints and encodings does no harm: policy/ holds all that evaluation reads."""
     import shutil
 
@@ -199,14 +199,16 @@ def test_evaluating_again_needs_nothing_but_the_policy(trained: Path) -> None:
         (("simulate", "--out", "/proc/x", "--rows", "5", "--items", "2"), ""),
     ],
 )
-def test_refusals_are_one_message_and_code_2(arguments: tuple[str, ...], message: str) -> None:
+def test_user_errors_print_one_message_and_exit_with_2(
+    arguments: tuple[str, ...], message: str
+) -> None:
     result = call(*arguments)
     assert result.exit_code == 2
     assert "Traceback" not in result.output
     assert message in result.output.replace("\n", " ")
 
 
-def test_a_bad_row_is_named_or_set_aside(own_log: Path, tmp_path: Path) -> None:
+def test_bad_rows_are_named_or_quarantined(own_log: Path, tmp_path: Path) -> None:
     text = (own_log / "clicks.csv").read_text().splitlines()
     text[7] = text[7].replace(f"{1 / 6}", "1.5")
     path = tmp_path / "bad.csv"
@@ -252,13 +254,11 @@ def test_simulate_logs_with_several_policies(tmp_path: Path) -> None:
     # Those of the quality benchmark are no runs; its own tests read them.
     sorted(p for p in (REPOSITORY / "configs").rglob("*.yaml") if p.parent.name != "quality"),
 )
-def test_ready_made_configs_are_valid(path: Path) -> None:
+def test_example_configs_are_valid(path: Path) -> None:
     assert load_config(path).name
 
 
-def test_what_was_trained_is_exported_found_drawn_and_learned_from_again(
-    trained: Path, tmp_path: Path
-) -> None:
+def test_train_export_search_and_retrain_end_to_end(trained: Path, tmp_path: Path) -> None:
     """Item 2 has reward .7 where others have .2; six items, so every figure can be checked."""
     run = str(trained / "runs" / "own-log")
     assert call("search", run, "--contexts", '{"age": 31, "country": "fr"}').exit_code == 2
@@ -301,7 +301,7 @@ def test_what_was_trained_is_exported_found_drawn_and_learned_from_again(
         assert message in " ".join(refused.output.split()), refused.output
 
 
-def test_the_operators_are_measured_beside_other_ways() -> None:
+def test_benchmark_ops_compares_implementations() -> None:
     sizes = ("--items", "300", "--steps", "2", "--batch", "16", "--dim", "8")
     results = call_json("benchmark", "ops", *sizes)["results"]
     ways = {line["way"] for line in results}
@@ -315,7 +315,7 @@ def test_the_operators_are_measured_beside_other_ways() -> None:
     assert "plain torch" in shown.output and "not run: arrays of 300 x 2,000,000" in shown.output
 
 
-def test_benchmark_measures_and_says_what_it_left_out() -> None:
+def test_benchmark_reports_measured_and_skipped_cases() -> None:
     content = call_json(
         *("benchmark", "train", "--items", "300", "--steps", "2", "--batch", "64", "--no-peers")
     )

@@ -43,7 +43,7 @@ def test_unknown_ids_and_ids_of_another_type() -> None:
     assert whole.index_of(pa.array([], pa.int64())).tolist() == []
 
 
-def test_against_a_dictionary_of_many() -> None:
+def test_lookup_of_many_ids_equals_a_dictionary() -> None:
     ids = np.random.default_rng(0).permutation(100_000)[:50_000]
     catalogue = Catalogue.from_arrays([f"item-{i}" for i in ids], {})
     place = {int(item): number for number, item in enumerate(ids)}
@@ -92,7 +92,7 @@ def in_parts(folder: Path, table: pa.Table, cuts: list[int], rows_per_group: int
     return folder
 
 
-def test_files_and_row_groups_make_no_difference(tmp_path: Path) -> None:
+def test_content_does_not_depend_on_files_and_row_groups(tmp_path: Path) -> None:
     """Every slice, the fingerprint and the index are those of the whole table in memory."""
     n = 200
     table = pa.table(

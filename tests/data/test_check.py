@@ -195,7 +195,7 @@ def test_quarantine_keeps_every_row_and_its_reason(tmp_path: Path) -> None:
     assert "9.0 (above 1)" in reasons and "0.0 (zero)" in reasons and "'boot'" in reasons
 
 
-def test_a_first_bad_vector_does_not_condemn_the_others() -> None:
+def test_an_invalid_first_vector_does_not_invalidate_others() -> None:
     schema = make_schema()
     free = type(schema).from_dict(
         {**schema.to_dict(), "context": [{"name": "taste", "kind": "vector"}]}

@@ -61,7 +61,7 @@ def test_the_same_catalogue_and_one_copy(
     assert handler.opened == {"items/_offtower.json": 1}
 
 
-def test_another_content_is_another_copy(
+def test_changed_content_gets_a_new_copy(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = in_memory(monkeypatch)
@@ -75,7 +75,7 @@ def test_another_content_is_another_copy(
     assert len(entries(cache)) == 2
 
 
-def test_the_longest_unused_goes_first_but_none_that_is_open(
+def test_the_least_recently_used_copy_that_is_closed_is_evicted(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = in_memory(monkeypatch)
@@ -106,7 +106,9 @@ def test_a_full_disk_is_not_filled(cache: Path, monkeypatch: pytest.MonkeyPatch)
         Catalogue.open(f"{root}/items")
 
 
-def test_a_place_that_takes_no_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_cache_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = in_memory(monkeypatch)
     write_catalogue(f"{root}/items", table(10), SCHEMA)
     (tmp_path / "file").write_text("in the way")

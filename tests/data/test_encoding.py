@@ -18,7 +18,7 @@ from offtower.errors import DataError
 from tests.data.conftest import make_schema, make_table
 
 
-def test_numbers_are_standardised_however_the_rows_are_cut() -> None:
+def test_standardization_does_not_depend_on_row_groups() -> None:
     table, specs = make_table(1000), make_schema().context
     whole = FeatureEncoding.fit(specs, [table])
     cut = FeatureEncoding.fit(specs, [table.slice(i, 70) for i in range(0, 1000, 70)])
@@ -87,7 +87,7 @@ def test_a_vocabulary_has_a_limit(monkeypatch: pytest.MonkeyPatch, kind: Any, mo
         FeatureEncoding.fit([spec], [pa.table({"c": values})])
 
 
-def test_hash_is_stable_and_does_not_look_at_neighbours() -> None:
+def test_hashes_are_stable_and_independent_of_other_rows() -> None:
     words = ["", "a", "abcdefgh", "abcdefghi", "naïve café", "x" * 100]
     code = (
         "import pyarrow as pa; from offtower.data.columns import hash_values;"
@@ -103,7 +103,7 @@ def test_hash_is_stable_and_does_not_look_at_neighbours() -> None:
 
 @settings(max_examples=50)
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=20), st.integers(0, 19))
-def test_equal_texts_and_only_they_hash_alike(words: list[str], start: int) -> None:
+def test_only_equal_texts_have_equal_hashes(words: list[str], start: int) -> None:
     keys = hash_values(pa.array(words))
     assert len(set(keys.tolist())) == len(set(words))
     part = pa.array(words).slice(start % len(words))

@@ -108,8 +108,7 @@ def test_a_listed_log_opens_with_two_requests(
     assert sum(handler.opened.values()) == 1 + 100 and 4 < handler.most <= 32
 
 
-def test_a_list_that_no_longer_fits(tmp_path: Path) -> None:
-    """A file that is missing is refused, more files are read as they are."""
+def test_missing_listed_files_are_refused_and_unlisted_ones_are_read(tmp_path: Path) -> None:
     write_log(tmp_path / "log", [make_table(90)], make_schema(), 30, 30)
     pq.write_table(make_table(5), tmp_path / "log" / "part-00003.parquet")
     assert ParquetLog.open(tmp_path / "log").num_rows == 95
@@ -118,11 +117,13 @@ def test_a_list_that_no_longer_fits(tmp_path: Path) -> None:
         ParquetLog.open(tmp_path / "log")
 
 
-def test_flaky_reads_are_tried_again(
+def test_transient_read_errors_are_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two of three openings of each file fail: nothing is lost, and it is told. (Threads share a
-    file's openings: so that chance lets none fail too often, there are more attempts.)"""
+    """Two of three openings of each file fail; all rows are read and the retries are logged.
+
+    Threads share the openings of a file, so more attempts are allowed than by default.
+    """
     monkeypatch.setattr(stores, "ATTEMPTS", 60)
     monkeypatch.setattr(stores, "PAUSE_SECONDS", 0.0)
     handler, root = unruly(monkeypatch, tmp_path)
@@ -141,7 +142,9 @@ def test_flaky_reads_are_tried_again(
     assert "SLOW_DOWN" in caplog.text and "trying again" in caplog.text
 
 
-def test_what_stays_broken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_persistent_read_errors_name_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     handler, root = unruly(monkeypatch, tmp_path)
     write_log(f"{root}/log", [make_table(300)], make_schema(), 50, 100)
     log = ParquetLog.open(f"{root}/log")
@@ -164,7 +167,7 @@ def test_what_stays_broken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert handler.opened["log/part-00001.parquet"] <= 3 * stores.ATTEMPTS
 
 
-def test_a_refusal_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_access_errors_are_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handler, root = unruly(monkeypatch, tmp_path)
     write_log(f"{root}/log", [make_table(30)], make_schema())
     log = ParquetLog.open(f"{root}/log")
@@ -194,10 +197,10 @@ def test_files_that_vanish_or_change(tmp_path: Path, monkeypatch: pytest.MonkeyP
         log.read_row_group(1)
 
 
-def test_a_store_that_says_nothing(
+def test_an_unresponsive_store_times_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The wait is told, and ends; a training that is left while it waits does not hang either."""
+    """The wait is logged and ends; closing a reader that waits does not hang."""
     handler, root = unruly(monkeypatch, tmp_path)
     write_log(f"{root}/log", [make_table(400)], make_schema(), 50, 50)
     log = ParquetLog.open(f"{root}/log")
@@ -223,7 +226,7 @@ def test_a_store_that_says_nothing(
         log.read_row_group(0)
 
 
-def test_nothing_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_log_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     root = in_memory(monkeypatch)
     with pytest.raises(DataError, match="there is no log at 'test://b/log'; check the bucket"):
         ParquetLog.open(f"{root}/log")
@@ -232,10 +235,10 @@ def test_nothing_there(monkeypatch: pytest.MonkeyPatch) -> None:
         ParquetLog.open(f"{root}/log")
 
 
-def test_an_output_that_was_not_finished(
+def test_an_unfinished_output_is_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A failed writer leaves nothing; of a killed one neither readers nor writers take the rest."""
+    """A failed writer leaves nothing; readers and writers refuse the files of a killed one."""
     root = in_memory(monkeypatch)
     table = make_table(100)
     other = table.set_column(0, "age", pa.array(["x"] * 100))
@@ -277,9 +280,7 @@ def test_a_split_and_a_check_in_a_store(tmp_path: Path, monkeypatch: pytest.Monk
     assert one.to_dict() == two.to_dict()
 
 
-def test_a_split_that_fails_takes_its_parts_along(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_split_removes_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handler, root = unruly(monkeypatch, tmp_path)
     write_log(f"{root}/log", [make_table(500)], make_schema(), 50, 100)
     seen = 0

@@ -90,7 +90,7 @@ def test_taking_over_stops_the_earlier_owner(folder: str) -> None:
         assert second.token == first.token + 1
 
 
-def test_a_lease_leaves_nothing_where_that_is_asked(folder: str) -> None:
+def test_release_can_remove_all_lease_files(folder: str) -> None:
     place = Location.of(folder)
     Lease.acquire(folder).release(remove=True)
     assert not place.files()
@@ -166,7 +166,7 @@ def test_a_process_number_that_is_used_again_is_another_process(
         Lease.acquire(tmp_path / "alive")
 
 
-def test_an_owner_elsewhere_is_alive_while_its_heart_beats(
+def test_a_remote_owner_is_alive_while_it_sends_heartbeats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "STALE_SECONDS", 30.0)
@@ -178,7 +178,7 @@ def test_an_owner_elsewhere_is_alive_while_its_heart_beats(
     beat.join()
 
 
-def test_an_owner_elsewhere_is_dead_without_a_heartbeat(
+def test_a_remote_owner_is_dead_without_heartbeats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     os.utime(as_if_elsewhere(tmp_path / "long"), (1e9, 1e9))

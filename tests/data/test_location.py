@@ -51,7 +51,7 @@ def test_text_opens_again(root: str, options: str, folder: str, name: str) -> No
         ("abfss://box@account.dfs.core.windows.net/logs", "box/logs", fs.AzureFileSystem),
     ],
 )
-def test_what_addresses_mean(address: str, path: str, kind: type) -> None:
+def test_addresses_resolve_to_file_systems_and_paths(address: str, path: str, kind: type) -> None:
     place = Location.of(address)
     assert place.path == path and isinstance(place.filesystem, kind) and place.local is None
 
@@ -90,7 +90,7 @@ def test_what_is_refused(address: str, message: str) -> None:
     assert "secret" not in str(error.value)
 
 
-def test_an_address_that_a_path_cut_short() -> None:
+def test_an_address_normalized_by_pathlib_is_refused() -> None:
     with pytest.raises(DataError, match=r"'s3:/bucket/x' was an address that Path\(\) has cut"):
         Location.of(Path("s3://bucket/x"))
 

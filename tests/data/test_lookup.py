@@ -26,7 +26,7 @@ def expected(values: list[Any], asked: list[Any]) -> list[int]:
 @settings(max_examples=60)
 @given(st.data())
 @pytest.mark.parametrize("kind, type_", [(INTEGERS, pa.int64()), (TEXT, pa.string())])
-def test_a_vocabulary_finds_what_a_dictionary_finds(kind: Any, type_: Any, data: Any) -> None:
+def test_lookups_equal_those_of_a_dictionary(kind: Any, type_: Any, data: Any) -> None:
     values = sorted(data.draw(st.lists(kind, unique=True, max_size=12)))
     asked = data.draw(st.lists(st.none() | kind | st.sampled_from(values or [None]), max_size=12))
     vocabulary = Vocabulary(pa.array(values, type_))
@@ -51,7 +51,7 @@ def test_rising_integers_take_no_memory() -> None:
     assert Lookup(pa.array([3, 1, 2]))._order is not None
 
 
-def test_equal_keys_are_told() -> None:
+def test_duplicate_keys_are_reported() -> None:
     assert Lookup(pa.array([4, 2, 9, 2])).twice == (1, 3)
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from offtower.data.check import check_table
+from offtower.data.log import TableOrigin
 from offtower.data.obd import _bundled_folder, import_open_bandit
 from offtower.errors import DataError, MissingExtraError
 
@@ -36,7 +37,7 @@ def test_campaigns(campaign: str) -> None:
 def test_the_sample_passes_the_row_check() -> None:
     batches, schema, catalogue = import_open_bandit("men")
     table = pa.concat_tables(batches)
-    assert check_table(table, schema, catalogue, ("sample", 0), 0) == []
+    assert check_table(table, schema, catalogue, TableOrigin("sample"), 0) == []
 
 
 def test_one_policy() -> None:
@@ -72,7 +73,7 @@ def test_a_folder_with_the_same_layout(tmp_path: Path) -> None:
     assert catalogue.num_items == 34
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_invalid_folders_raise(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="campaign must be one of"):
         import_open_bandit("children")
     with pytest.raises(DataError, match="behavior_policies"):
@@ -83,7 +84,7 @@ def test_refusals(tmp_path: Path) -> None:
         import_open_bandit("men", source=tmp_path)
     folder = tmp_path / "random" / "men"
     folder.mkdir(parents=True)
-    (folder / "item_context.csv").write_text("item_id,colour\n0,red\n")
+    (folder / "item_context.csv").write_text("item_id,color\n0,red\n")
     with pytest.raises(DataError, match="not a file of the Open Bandit Dataset"):
         import_open_bandit("men", source=tmp_path)
 

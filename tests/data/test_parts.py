@@ -173,8 +173,7 @@ def test_simulating_by_many_workers(
     assert content(tmp_path / "many") == content(tmp_path / "one")
 
 
-def test_a_catalogue_by_its_index_alone() -> None:
-    """What is sent to workers numbers items as the whole does."""
+def test_a_bare_catalogue_numbers_items_as_the_full_one() -> None:
     world = SimulatedWorld(30, string_ids=True)
     catalogue = world.catalogue()
     bare = catalogue.bare()

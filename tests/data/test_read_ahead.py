@@ -56,7 +56,7 @@ def test_order_and_room(sizes: list[int], threads: int, room: int) -> None:
     assert most <= room
 
 
-def test_an_error_comes_in_its_place_and_ends_the_rest() -> None:
+def test_an_error_is_raised_in_order_and_stops_reading() -> None:
     begun: list[int] = []
 
     def load(number: int) -> int:
@@ -72,7 +72,7 @@ def test_an_error_comes_in_its_place_and_ends_the_rest() -> None:
     assert ended() and len(begun) < 40
 
 
-def test_dropped_or_closed_it_ends() -> None:
+def test_threads_end_when_the_iterator_is_dropped_or_closed() -> None:
     dropped = InOrder(lambda n: n, range(1000), 4, str, 60.0)
     assert next(dropped) == 0
     assert running()

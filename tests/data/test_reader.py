@@ -293,7 +293,7 @@ def test_no_more_than_two_windows_are_in_memory(monkeypatch: pytest.MonkeyPatch)
     assert alive == 0
 
 
-def test_waiting_is_measured() -> None:
+def test_waiting_time_is_measured() -> None:
     reader = make_reader(make_log(200))
     assert reader.seconds_waiting == 0
     list(reader.epoch(0))

@@ -312,7 +312,7 @@ class TestObp:
             # action_context enters with coefficients in [0, 1], as the contexts do
             assert ((coefficients[:4] >= 0) & (coefficients[:4] <= 1)).all()
 
-    def test_the_dict_and_the_behaviour_policy(self) -> None:
+    def test_the_dict_and_the_logging_policy(self) -> None:
         feedback = obp_synthetic(500, n_actions=6, beta=3.0, seed=5)
         assert feedback["n_rounds"] == 500 and feedback["n_actions"] == 6
         assert feedback["position"] is None

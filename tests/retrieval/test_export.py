@@ -86,7 +86,7 @@ print(json.dumps([exact.item_id, [s.tolist() for s in exact.score], found.item_i
     assert np.mean(hits) > 0.95
 
 
-def test_the_manifest_says_what_was_measured(run: Path, exported: Path) -> None:
+def test_the_manifest_contains_the_measured_recall(run: Path, exported: Path) -> None:
     manifest = read_manifest(exported)
     assert manifest["index"]["recall"]["mean"] >= 0.97
     assert manifest["index"]["recall"]["contexts"] == 200
@@ -163,7 +163,7 @@ def test_columns_for_vector_databases(run: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "least"), [("float16", 0.99), ("int8", 0.9)])
-def test_less_precision_with_its_measured_loss(run: Path, dtype: str, least: float) -> None:
+def test_reduced_precision_reports_its_recall(run: Path, dtype: str, least: float) -> None:
     options = ExportOptions(dtype=dtype, index=None, onnx=False, contexts=100, kept=50)  # type: ignore[arg-type]
     path = export_run(run, options)
     measured = read_manifest(path)["vectors"]["precision"]

@@ -14,7 +14,7 @@ from offtower.retrieval import IndexOptions
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"])
-def test_every_index_finds_what_it_says(tmp_path: Path, kind: str) -> None:
+def test_every_index_reaches_its_stated_recall(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("faiss")
     from offtower.retrieval.index import open_index
     from offtower.retrieval.index_building import build_index
@@ -67,7 +67,7 @@ def test_faiss_and_torch_share_a_process() -> None:
         torch.set_num_threads(before)
 
 
-def test_a_graph_finds_the_largest_inner_products_of_vectors_of_unlike_length(
+def test_a_graph_index_finds_the_largest_inner_products_of_vectors_of_unequal_norm(
     tmp_path: Path,
 ) -> None:
     """Lengths that differ fourfold, and a bias; exact vectors and int8 ones."""

@@ -124,7 +124,7 @@ def test_an_export_against_the_policys_own_ranking(run: Path, exported: Path) ->
     assert 0.95 < with_index.index_recall <= 1.0  # type: ignore[operator]
 
 
-def test_refusals() -> None:
+def test_invalid_arguments_raise() -> None:
     columns = {"context": [0], "action": [1], "reward": [0.0], "pscore": [1.0]}
     ranked = Ranked(np.asarray([[0, 1, 2]]))
     for ks in ([4], [0], []):

@@ -136,7 +136,7 @@ def test_searches_against_replacements(
 
 
 @pytest.mark.parametrize("stage", ["read_manifest", "verify_files"])
-def test_opening_starts_again_with_the_new_version(
+def test_open_retries_with_the_new_version(
     exported: Path, export: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """The version is replaced and pruned twice while it is opened."""

@@ -210,7 +210,7 @@ def test_products_of_a_slates_propensities_are_unbiased(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["softmax", "cells", "exact"])
-def test_filters_renormalize(mode: str) -> None:
+def test_filters_renormalize_the_policy(mode: str) -> None:
     vectors, queries = world(4000, 6, 2.0)
     cells = build_cells(vectors, queries[:32])
     sampler = PropensitySampler(cells, relative_error=0.002)
@@ -228,7 +228,7 @@ def test_filters_renormalize(mode: str) -> None:
     assert last.pscore[-1] == pytest.approx(1.0)
 
 
-def test_a_slate_goes_on_where_the_rest_underflows() -> None:
+def test_a_slate_is_complete_when_remaining_probabilities_underflow() -> None:
     """One item holds all of the mass to double precision; the second position is still right."""
     vectors, queries = world(2000, 4, 1.0)
     vectors[7, -1] = 900.0
@@ -240,7 +240,7 @@ def test_a_slate_goes_on_where_the_rest_underflows() -> None:
     assert slate.pscore[1] == pytest.approx(truth[slate.item[1]], rel=1e-3)
 
 
-def test_refusals() -> None:
+def test_invalid_arguments_raise() -> None:
     vectors, queries = world(200, 4, 1.0)
     sampler = PropensitySampler(build_cells(vectors, queries))
     rng = np.random.default_rng(0)

@@ -71,7 +71,7 @@ def test_draws_have_the_stated_probabilities(name: str) -> None:
     chi_square(count, expected)
 
 
-def test_a_wrong_probability_is_noticed() -> None:
+def test_the_distribution_test_detects_a_wrong_probability() -> None:
     """The test above has power: log Q of another smoothing fails it."""
     actions = logged()
     drawn = make_proposal("frequency", N, num_samples=12, counts=ItemCounts.of(actions))
@@ -86,7 +86,7 @@ def test_a_wrong_probability_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("name", ["uniform", "frequency", "in_batch", "mixed"])
-def test_the_estimated_normaliser_is_unbiased(name: str) -> None:
+def test_the_estimated_normalizer_is_unbiased(name: str) -> None:
     """Through the operator, for a context whose own row is in the batch: Z^ averages to Z (over
     what the proposal can draw), within 4.5 standard errors. A batch of 4 shows a count of B in
     place of B - 1 as a bias of a fifth."""
@@ -245,7 +245,7 @@ def test_draws_of_parts_are_those_of_the_whole(name: str) -> None:
     assert sorted(found) == sorted(zip(whole.item.tolist(), whole.log_count.tolist(), strict=True))
 
 
-def test_refusals() -> None:
+def test_invalid_arguments_raise() -> None:
     with pytest.raises(ConfigError, match="unknown proposal 'mixd'; known: uniform"):
         make_proposal("mixd", N, num_samples=3)
     with pytest.raises(ConfigError, match="'mixed' needs the counts"):

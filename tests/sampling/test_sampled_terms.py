@@ -114,7 +114,7 @@ def assert_same(got: PolicyTerms, wanted: PolicyTerms, **tolerance: float) -> No
 @pytest.mark.parametrize("kind", ["none", "dense", "identity", "sigmoid"])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 40.0])
 def test_every_item_drawn_once_is_the_exact_operator(kind: str, scale: float) -> None:
-    """m Q = 1 for every item: no estimate is left, at any temperature."""
+    """m Q = 1 for every item, so the estimate is exact at every inverse temperature."""
     w, q = world(scale), reward(kind)
     assert_same(every_item_once(w, q), exact(w, q))
     assert_same(each_row_its_own(w, q), exact(w, q))
@@ -267,7 +267,7 @@ def test_smaller_dtypes_accumulate_in_float32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("draws", [8, 64])
-def test_the_normaliser_is_unbiased_and_the_rest_is_off_by_order_one_over_m(draws: int) -> None:
+def test_the_normalizer_is_unbiased_and_other_biases_are_of_order_one_over_m(draws: int) -> None:
     """Means over 8,000 independent draws of m. Z^: within 4.5 standard errors of Z in each of 7
     rows (false alarm below 1e-4). log Z^: the bias -V/2 of the docstring, to a third of it plus the
     same noise. V is computed from pi and Q, not from the draws."""
@@ -337,7 +337,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD)
-def test_refusals(change: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_raise(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {
         "context_embedding": torch.zeros(B, D),
         "action_embedding": torch.zeros(B, D),
