@@ -1,4 +1,4 @@
-"""Files and directories that are either there whole or not at all."""
+"""Atomic replacement of files and folders."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; at the end the file there takes that name, flushed.
+    """Yield a path beside `path` to write to; at the end the file is flushed and renamed to `path`.
 
-    If the block fails, what was there before stays and the new file is removed.
+    If the block fails, the old file stays and the new one is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
@@ -41,10 +41,9 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replace_directory(directory: Path) -> Iterator[Path]:
-    """Yield a new folder beside `directory`; at the end it takes that name.
+    """Yield a new folder beside `directory`; at the end it is flushed and renamed to `directory`.
 
-    An existing directory of that name is moved away first and removed last. If the block fails
-    (a full disk, an interrupt) the old one stays and the new one is removed.
+    If the block fails, an old folder of that name stays and the new one is removed.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(directory)
@@ -82,7 +81,7 @@ def _flush(path: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make a rename inside `directory` survive a power cut."""
+    """Flush renames inside `directory` to disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -97,7 +96,7 @@ def _beside(path: Path) -> Path:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what killed writers left in `directory`."""
+    """Remove temporary files of killed writers."""
     for path in directory.glob(".*.partial"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -106,6 +105,6 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Checksum of a file's content, in hexadecimal."""
+    """Return the sha256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What training and evaluation start from: opened logs, fitted encodings, facts on the rewards."""
+"""Opened logs, fitted encodings and facts about rewards, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from offtower.progress import Progress
 
 @dataclass(frozen=True)
 class LogFacts:
-    """What one pass over the training log tells."""
+    """Facts from one pass over the training log."""
 
     rows: int
     binary_reward: bool
@@ -45,7 +45,7 @@ class LogFacts:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Opened logs and catalogue, and what was fitted on them."""
+    """Opened logs and catalogue, and the encodings fitted on them."""
 
     train: Log
     validation: Log | None
@@ -55,7 +55,7 @@ class PreparedData:
     items: ItemFeatures
     facts: LogFacts
     quarantine: Path | None = None
-    """Folder for bad rows, where the config says to set them aside."""
+    """Folder for bad rows, with data.on_bad_rows=quarantine."""
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +110,7 @@ class PreparedData:
 
 
 def open_data(config: Config, progress: Progress, run_path: Path | None = None) -> PreparedData:
-    """Open what `config.data` names and fit the encodings, or reuse those of an earlier start."""
+    """Open the logs and catalogue of `config.data`; fit encodings or restore those of the run."""
     schema = log_schema(config)
     train = ParquetLog.open(config.data.train, schema)
     validation = (
@@ -183,13 +183,13 @@ def prepare(
 
 
 def log_schema(config: Config) -> LogSchema | None:
-    """The schema that the configuration states; None where the directory carries its own."""
+    """Return the log schema of the configuration; None to use the manifest's."""
     content = config.data.log_schema
     return None if content is None else LogSchema.from_dict(content)
 
 
 def catalogue_schema(config: Config) -> CatalogueSchema | None:
-    """As `log_schema`, of the catalogue."""
+    """Return the catalogue schema of the configuration; None to use the manifest's."""
     content = config.data.catalogue_schema
     return None if content is None else CatalogueSchema.from_dict(content)
 

@@ -206,7 +206,7 @@ def test_an_unresponsive_store_times_out(
     log = ParquetLog.open(f"{root}/log")
     hang = threading.Event()
     handler.before = lambda path: None if path.endswith("00000.parquet") else hang.wait() and None
-    monkeypatch.setattr(read_ahead_module, "SAID_AFTER", 0.05)
+    monkeypatch.setattr(read_ahead_module, "WARN_AFTER_SECONDS", 0.05)
     monkeypatch.setenv(stores.TIMEOUT, "0.3")
     try:
         tables = log.tables()

@@ -41,7 +41,7 @@ def test_integers_in_any_order(values: list[int], asked: list[int]) -> None:
     found = Lookup(pa.array(values, pa.int64()))
     keys = np.array(asked + values, dtype=np.int64)
     assert found.find(keys).tolist() == expected(values, asked + values)
-    assert found.twice is None
+    assert found.duplicate is None
 
 
 def test_rising_integers_take_no_memory() -> None:
@@ -52,7 +52,7 @@ def test_rising_integers_take_no_memory() -> None:
 
 
 def test_duplicate_keys_are_reported() -> None:
-    assert Lookup(pa.array([4, 2, 9, 2])).twice == (1, 3)
+    assert Lookup(pa.array([4, 2, 9, 2])).duplicate == (1, 3)
 
 
 def test_texts_with_one_hash(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,7 @@ def test_simulating_by_many_workers(
 def test_a_bare_catalogue_numbers_items_as_the_full_one() -> None:
     world = SimulatedWorld(30, string_ids=True)
     catalogue = world.catalogue()
-    bare = catalogue.bare()
+    bare = catalogue.index_only()
     assert bare.num_items == 30 and bare.text_ids
     ids = pa.chunked_array([["item-7", "item-29", "none", None]])
     assert bare.index_of(ids).tolist() == catalogue.index_of(ids).tolist() == [7, 29, -1, -1]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offtower.data.read_ahead import InOrder
+from offtower.data.read_ahead import ParallelReadAhead
 
 
 def running() -> int:
@@ -46,7 +46,9 @@ def test_order_and_room(sizes: list[int], threads: int, room: int) -> None:
         return number
 
     taken = []
-    parts = InOrder(load, range(len(sizes)), threads, str, 60.0, size=lambda n: sizes[n], room=room)
+    parts = ParallelReadAhead(
+        load, range(len(sizes)), threads, str, 60.0, size=lambda n: sizes[n], room=room
+    )
     for number in parts:
         taken.append(number)
         with lock:
@@ -65,7 +67,7 @@ def test_an_error_is_raised_in_order_and_stops_reading() -> None:
             raise ValueError("three")
         return number
 
-    found = InOrder(load, range(1000), 4, str, 60.0)
+    found = ParallelReadAhead(load, range(1000), 4, str, 60.0)
     assert [next(found) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="three"):
         next(found)
@@ -73,14 +75,14 @@ def test_an_error_is_raised_in_order_and_stops_reading() -> None:
 
 
 def test_threads_end_when_the_iterator_is_dropped_or_closed() -> None:
-    dropped = InOrder(lambda n: n, range(1000), 4, str, 60.0)
+    dropped = ParallelReadAhead(lambda n: n, range(1000), 4, str, 60.0)
     assert next(dropped) == 0
     assert running()
     del dropped
     gc.collect()
     assert ended()
     hang = threading.Event()
-    closed = InOrder(lambda n: hang.wait(), range(10), 2, str, 60.0)
+    closed = ParallelReadAhead(lambda n: hang.wait(), range(10), 2, str, 60.0)
     closer = threading.Timer(0.05, closed.close)
     closer.start()
     assert list(closed) == []  # Whoever waits is let go, whatever the store does.

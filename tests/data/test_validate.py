@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offtower.data import Finding, TableLog, ValidationReport, validate_log
-from offtower.data.log_sums import ItemSet, Moments, Repeats
+from offtower.data.log_sums import DuplicateCount, ItemSet, Moments
 from offtower.mapping import merge_all
 from tests.data.conftest import make_catalogue, make_schema, make_table
 from tests.mappers import BackwardsMapper
@@ -87,15 +87,15 @@ def test_repeats_in_bounded_memory() -> None:
     keys = np.arange(100_000, dtype=np.uint64)
     rows = np.concatenate([keys, keys[:30_000]])
     parts = np.array_split(rows, 50)
-    exact = merge_all(Repeats.of(part) for part in parts)
-    bounded = merge_all(Repeats.of(part, limit=4000) for part in parts)
+    exact = merge_all(DuplicateCount.of(part) for part in parts)
+    bounded = merge_all(DuplicateCount.of(part, limit=4000) for part in parts)
     assert exact.count() == 30_000 and exact.shift == 0
     # About 2,000 or more kept repeats: a standard error under 5 %, so 20 % fails by chance never.
     assert abs(bounded.count() - 30_000) < 6_000 and bounded.shift > 0
     # What is kept depends on the set of keys, not on how it was cut or in which order it came.
-    other = Repeats.of(rows[::-1], limit=4000)
+    other = DuplicateCount.of(rows[::-1], limit=4000)
     for cut in np.array_split(np.random.default_rng(0).permutation(rows), 7)[::-1]:
-        other = other.merge(Repeats.of(cut, limit=4000))
+        other = other.merge(DuplicateCount.of(cut, limit=4000))
     assert other.shift == bounded.shift
     assert np.array_equal(other.key, bounded.key)
 

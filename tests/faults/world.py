@@ -206,7 +206,7 @@ def search(root: Path) -> Any:
 def subjects() -> list[Subject]:
     """Every kind of file that offtower writes and reads again."""
     run = "runs/factored"
-    version = f"{run}/export/*"
+    version = f"{run}/export/[!.]*"
 
     def resumed(kind: str, name: str, *files: str) -> Subject:
         folder = f"runs/{name}-resumed"

@@ -1,6 +1,6 @@
 """Logs and catalogues: schema, Parquet reading and checking, encodings, order, simulators.
 
-Names are loaded when they are first asked for: importing this package costs nothing.
+Names are imported on first use, so that importing this package is cheap.
 """
 
 from __future__ import annotations
@@ -23,43 +23,22 @@ if TYPE_CHECKING:
     from offtower.data.split import split_log
     from offtower.data.validate import Finding, ValidationReport, validate_log
 
-_MODULES = {
-    "Catalogue": "catalogue",
-    "write_catalogue": "catalogue",
-    "BadRow": "check",
-    "BadRowsError": "check",
-    "RowChecker": "check",
-    "check_table": "check",
-    "from_bandit_feedback": "convert",
-    "to_bandit_feedback": "convert",
-    "BagArray": "encoding",
-    "BagTensor": "encoding",
-    "FeatureArrays": "encoding",
-    "FeatureEncoding": "encoding",
-    "Log": "log",
-    "ParquetLog": "log",
-    "TableLog": "log",
-    "write_log": "log",
-    "import_open_bandit": "obd",
-    "Batch": "order",
-    "Cursor": "order",
-    "EpochOrder": "order",
-    "fold_of": "order",
-    "BatchReader": "reader",
-    "scan": "reader",
-    "EncodedRows": "rows",
-    "encode_rows": "rows",
-    "CatalogueSchema": "schema",
-    "FeatureKind": "schema",
-    "FeatureSpec": "schema",
-    "LogSchema": "schema",
-    "SimulatedWorld": "simulate",
-    "obp_synthetic": "simulate",
-    "split_log": "split",
-    "Finding": "validate",
-    "ValidationReport": "validate",
-    "validate_log": "validate",
+_NAMES = {
+    "catalogue": "Catalogue write_catalogue",
+    "check": "BadRow BadRowsError RowChecker check_table",
+    "convert": "from_bandit_feedback to_bandit_feedback",
+    "encoding": "BagArray BagTensor FeatureArrays FeatureEncoding",
+    "log": "Log ParquetLog TableLog write_log",
+    "obd": "import_open_bandit",
+    "order": "Batch Cursor EpochOrder fold_of",
+    "reader": "BatchReader scan",
+    "rows": "EncodedRows encode_rows",
+    "schema": "CatalogueSchema FeatureKind FeatureSpec LogSchema",
+    "simulate": "SimulatedWorld obp_synthetic",
+    "split": "split_log",
+    "validate": "Finding ValidationReport validate_log",
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
     "BadRow",

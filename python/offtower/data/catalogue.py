@@ -1,4 +1,4 @@
-"""The items: ids, features, and the way from an id to its number."""
+"""The catalogue: item ids, features, and the index from ids to item numbers."""
 
 from __future__ import annotations
 
@@ -40,16 +40,15 @@ _FILE_NAME = "part-00000.parquet"
 class Catalogue:
     """N items in a fixed order; item number i is row i.
 
-    Ids and their index stay in memory. Features of a catalogue in files are read a row group at a
-    time, whenever they are asked for.
+    Ids and their index stay in memory. Features in files are read on demand, a row group at a time.
 
     Args:
         rows: one row per item.
-        schema: the id's column and the features.
-        fingerprint: of the content; computed where it is not given.
+        schema: names the column of ids and the features.
+        fingerprint: of the content; computed by default.
 
     Raises:
-        DataError: a column is missing or of a wrong type, an id is null or stands twice, a feature
+        DataError: a column is missing or of a wrong type, an id is null or a duplicate, a feature
             is not finite.
     """
 
@@ -74,8 +73,9 @@ class Catalogue:
 
     @classmethod
     def open(cls, path: AnyPath, schema: CatalogueSchema | None = None) -> Catalogue:
-        """A directory of Parquet files, in the order of their names. Those of a store are copied
-        once to this machine (`data.copies`), where they are memory-mapped.
+        """Open a directory of Parquet files, in the order of their names.
+
+        Files of a store are copied once to this machine (`data.copies`).
 
         Raises:
             DataError: as for the class, and where the files cannot be read.
@@ -98,7 +98,7 @@ class Catalogue:
 
     @classmethod
     def from_arrays(cls, item_id: Any, features: Mapping[str, np.ndarray]) -> Catalogue:
-        """Arrays in memory: 1-d numbers or text, 2-d vectors."""
+        """Make a catalogue from arrays: 1-d numbers or text, 2-d vectors."""
         columns: dict[str, Any] = {"item_id": pa.array(item_id)}
         specs = []
         for name, values in features.items():
@@ -118,20 +118,19 @@ class Catalogue:
         """Whether the ids are text; they are integers otherwise."""
         return self._index.text
 
-    def bare(self) -> Catalogue:
-        """Without ids and features: what checks and numbers a log's items, 16 bytes an item at
-        most, and no more to send to another process."""
+    def index_only(self) -> Catalogue:
+        """Return a copy without ids and features, for other processes: at most 16 bytes an item."""
         found = copy.copy(self)
         found._rows = TableRows(self._rows.schema.empty_table())
         found.item_ids = pa.nulls(0, self.item_ids.type)
         return found
 
     def table(self, start: int, stop: int) -> pa.Table:
-        """Rows of items start..stop-1."""
+        """Read the rows of items start..stop-1."""
         return self._rows.slice(start, stop)
 
     def index_of(self, ids: Column) -> NDArray[np.int64]:
-        """(n,) item numbers of ids; -1 where the catalogue has no such item or the id is null."""
+        """Find the (n,) item numbers of ids; -1 for null and unknown ids."""
         return self._index.find(ids)
 
 
@@ -148,7 +147,7 @@ def write_catalogue(directory: AnyPath, table: pa.Table, schema: CatalogueSchema
         with new_file(temporary / _FILE_NAME) as file:
             rows = catalogue.table(0, catalogue.num_items)
             pq.write_table(rows, file, row_group_size=SLICE_ROWS, write_page_checksum=True)
-            # Read again, for the fingerprint that whoever opens it will compute.
+            # Parquet may change types, so the fingerprint is that of the file as it is read.
             fingerprint = Catalogue.open(file, schema).fingerprint
             listed = [Footer.of_written(file).to_dict(_FILE_NAME)]
         write_manifest(temporary, schema.to_dict(), catalogue.num_items, fingerprint, listed)
@@ -156,7 +155,7 @@ def write_catalogue(directory: AnyPath, table: pa.Table, schema: CatalogueSchema
 
 
 class _IdIndex:
-    """From ids to item numbers, by 64-bit keys (see `Lookup`)."""
+    """Finds the item numbers of ids by 64-bit keys (see `Lookup`)."""
 
     def __init__(self, ids: pa.Array) -> None:
         if ids.null_count:
@@ -164,9 +163,9 @@ class _IdIndex:
             raise DataError(f"item {row} of the catalogue has a null id")
         self._lookup = Lookup(ids)
         self.text = self._lookup.text
-        if self._lookup.twice is None:
+        if self._lookup.duplicate is None:
             return
-        first, second = self._lookup.twice
+        first, second = self._lookup.duplicate
         if ids[first] == ids[second]:
             raise DataError(
                 f"item id {ids[first].as_py()!r} stands twice in the catalogue, "
@@ -180,13 +179,13 @@ class _IdIndex:
     def find(self, ids: Column) -> NDArray[np.int64]:
         if not is_category(ids.type) or is_text(ids.type) != self.text:
             return np.full(len(ids), -1, dtype=np.int64)
-        distinct, place = distinct_values(ids)
+        distinct, index = distinct_values(ids)
         of_distinct = self._lookup.find(self._lookup.keys(distinct))
-        return np.append(of_distinct, -1)[place]
+        return np.append(of_distinct, -1)[index]
 
 
 def _ids(column: pa.ChunkedArray) -> pa.Array:
-    """Ids as they are; integers as int64, but uint64 where they need it."""
+    """Return ids with integers as int64, or as uint64 if one exceeds the range of int64."""
     array = as_array(column)
     if pa.types.is_uint64(array.type) and (pc.max(array).as_py() or 0) >= 2**63:
         return array
@@ -221,10 +220,10 @@ def _check_types(arrow: pa.Schema, schema: CatalogueSchema) -> None:
 
 
 def _check_values(rows: CatalogueRows, schema: CatalogueSchema) -> str:
-    """One pass over all values: numbers must be finite, vectors of one length.
+    """Check in one pass that numbers are finite and vectors of one length.
 
     Returns:
-        sha256 of the schema and of every value, whatever the chunks.
+        sha256 of the schema and of every value, independent of the chunks.
     """
     digest = hashlib.sha256(repr(schema).encode())
     bad = {s.name: _BadItems(s) for s in schema.features if s.kind in ("numeric", "vector")}
@@ -232,21 +231,20 @@ def _check_values(rows: CatalogueRows, schema: CatalogueSchema) -> str:
     for table in rows.slices():
         for spec in schema.features:
             if spec.name in bad:
-                bad[spec.name].look(table.column(spec.source), first)
+                bad[spec.name].check(table.column(spec.source), first)
         first += table.num_rows
-        # Slices of fixed length, so that the chunks a file was read in do not matter.
         part = table.combine_chunks()
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, part.schema.remove_metadata()) as writer:
             writer.write_table(part.replace_schema_metadata(None))
         digest.update(sink.getvalue())
     for found in bad.values():
-        found.refuse_any()
+        found.raise_if_any()
     return digest.hexdigest()
 
 
 class _BadItems:
-    """Items whose numeric or vector feature is unusable: the first, and how many."""
+    """The first item whose numeric or vector feature is unusable, and the count of such items."""
 
     def __init__(self, spec: FeatureSpec) -> None:
         self._spec = spec
@@ -254,7 +252,7 @@ class _BadItems:
         self._first: tuple[int, Any] | None = None
         self._count = 0
 
-    def look(self, column: pa.ChunkedArray, first_item: int) -> None:
+    def check(self, column: pa.ChunkedArray, first_item: int) -> None:
         if self._spec.kind == "numeric":
             bad = np.flatnonzero(~np.isfinite(as_float_array(column)))
         else:
@@ -266,7 +264,7 @@ class _BadItems:
             self._first = (first_item + int(bad[0]), column[int(bad[0])].as_py())
         self._count += bad.size
 
-    def refuse_any(self) -> None:
+    def raise_if_any(self) -> None:
         if self._first is None:
             return
         item, value = self._first
@@ -274,7 +272,7 @@ class _BadItems:
         raise DataError(
             f"{_where(self._spec)}: item {item} has {value!r}, expected finite numbers"
             + (f" (a list of {dim})" if self._spec.kind == "vector" and dim else "")
-            + (f"; {self._count} items in all are like this" if self._count > 1 else "")
+            + (f"; {self._count} items in all have such values" if self._count > 1 else "")
         )
 
 

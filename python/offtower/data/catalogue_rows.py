@@ -1,4 +1,4 @@
-"""Where the rows of a catalogue are: a table in memory, or Parquet files read by row group."""
+"""Storage of a catalogue's rows: a table in memory, or Parquet files read by row group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from offtower.data.parquet import listed_footers, read_row_group
 from offtower.errors import DataError
 
 SLICE_ROWS = 65_536
-"""Rows that are looked at together."""
+"""Rows of a slice, and of a row group that offtower writes."""
 
 
 class CatalogueRows(ABC):
@@ -26,14 +26,14 @@ class CatalogueRows(ABC):
 
     @abstractmethod
     def slice(self, start: int, stop: int) -> pa.Table:
-        """Rows start..stop-1."""
+        """Read rows start..stop-1."""
 
     @abstractmethod
     def column(self, name: str) -> pa.ChunkedArray:
-        """One whole column."""
+        """Read a whole column."""
 
     def slices(self, rows: int = SLICE_ROWS) -> Iterator[pa.Table]:
-        """All rows, in pieces of one length, whatever the chunks or row groups they came in."""
+        """Read all rows in slices of equal length, independent of chunks and row groups."""
         for start in range(0, self.num_rows, rows):
             yield self.slice(start, min(start + rows, self.num_rows))
 
@@ -54,12 +54,12 @@ class TableRows(CatalogueRows):
 
 
 class ParquetRows(CatalogueRows):
-    """Files of one schema. The row group that was read last stays in memory.
+    """Parquet files of one schema; the row group read last stays in memory.
 
     Args:
         files: in the order of the items; those of a store are copied to this machine.
         columns: those that are read.
-        place: the directory, for messages.
+        directory: for messages.
         manifest: of the directory; None where it has none.
 
     Raises:
@@ -71,7 +71,7 @@ class ParquetRows(CatalogueRows):
         self,
         files: Sequence[ListedFile],
         columns: Sequence[str],
-        place: Location,
+        directory: Location,
         manifest: Mapping[str, Any] | None,
     ) -> None:
         self._files = LocalCopies(files)
@@ -79,7 +79,7 @@ class ParquetRows(CatalogueRows):
         self._groups: list[tuple[int, int]] = []
         sizes: list[int] = []
         copies = [Location.of(self._files.path(number)) for number in range(len(self._files))]
-        self._footers = listed_footers(place, files, manifest, copies)
+        self._footers = listed_footers(directory, files, manifest, copies)
         for number, footer in enumerate(self._footers):
             file, arrow = self._files.name(number), footer.columns
             missing = [name for name in self._columns if name not in arrow.names]
@@ -87,14 +87,14 @@ class ParquetRows(CatalogueRows):
                 raise DataError(
                     f"'{file}' has no column '{missing[0]}'; it has {', '.join(arrow.names)}"
                 )
-            # Types only: whether a column may hold nulls is no difference in content.
+            # Nullability is no difference in content.
             chosen = pa.schema([(name, arrow.field(name).type) for name in self._columns])
             if number == 0:
                 self.schema = chosen
             elif not chosen.equals(self.schema):
                 name = next(n for n in self._columns if chosen.field(n) != self.schema.field(n))
                 raise DataError(
-                    f"the files of '{place}' differ in their columns: '{name}' is "
+                    f"the files of '{directory}' differ in their columns: '{name}' is "
                     f"{chosen.field(name).type} in '{files[number].location.name}' and "
                     f"{self.schema.field(name).type} in '{files[0].location.name}'"
                 )
@@ -122,10 +122,10 @@ class ParquetRows(CatalogueRows):
             parts += self._read(number, group, [name]).column(name).chunks
         return pa.chunked_array(parts, self.schema.field(name).type)
 
-    def _row_group(self, place: int) -> pa.Table:
-        if self._last is None or self._last[0] != place:
-            self._last = None  # Before the next one is read: never two at a time.
-            self._last = (place, self._read(*self._groups[place], self._columns))
+    def _row_group(self, index: int) -> pa.Table:
+        if self._last is None or self._last[0] != index:
+            self._last = None  # Freed before the next one is read.
+            self._last = (index, self._read(*self._groups[index], self._columns))
         return self._last[1]
 
     def _read(self, number: int, group: int, columns: list[str]) -> pa.Table:

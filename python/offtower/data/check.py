@@ -1,7 +1,7 @@
-"""The check of every row: nothing bad passes, nothing good is refused or dropped in silence.
+"""Checks of every row of a log.
 
-A type that can never be right (text where a number must be) is refused for the whole file; a bad
-value is reported with file, row, column, value and what was expected.
+A wrong column type (text instead of numbers) is refused for the whole file. A bad value is reported
+with file, row, column, value and what was expected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from offtower.data.catalogue import Catalogue
 from offtower.data.location import AnyPath
 from offtower.data.log import TableOrigin
-from offtower.data.quarantine import REASON, write_aside
+from offtower.data.quarantine import REASON, write_quarantine
 from offtower.data.rules import Fault, find_faults
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _DETAILS = 10
-"""Bad rows that a message spells out."""
+"""Bad rows that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class BadRow:
     def __str__(self) -> str:
         inside = "" if self.file_row is None else f", row {self.file_row} of the file"
         inside += "" if self.row_group is None else f", row group {self.row_group}"
-        # Where the value is its own explanation (null, nan), it is not said twice.
+        # Do not repeat values that explain themselves (null, nan).
         plain = self.problem.lower() in (self.value.lower(), "wrong")
         why = "" if plain else f" ({self.problem})"
         return (
@@ -90,7 +90,7 @@ class BadRowsError(DataError):
     def __reduce__(
         self,
     ) -> tuple[type[BadRowsError], tuple[list[BadRow], Counter[tuple[str, str]]]]:
-        """So that a worker can send it."""
+        """Pickle by arguments, so that workers can raise it."""
         return BadRowsError, (self.rows, self.counts)
 
 
@@ -101,7 +101,7 @@ def check_table(
     origin: TableOrigin,
     first_row: int,
 ) -> list[BadRow]:
-    """Every bad value of a table, by row.
+    """Find every bad value of a table, by row.
 
     Args:
         table: rows with the schema's columns.
@@ -109,14 +109,14 @@ def check_table(
         first_row: number of the table's first row in the whole log.
 
     Raises:
-        DataError: a column is missing or has a type that can never be right.
+        DataError: a column is missing or has a wrong type.
     """
     faults = find_faults(table, schema, catalogue, origin.file)
     return first_bad_rows(table, faults, origin, first_row, limit=None)
 
 
 def count_faults(faults: Iterable[Fault]) -> Counter[tuple[str, str]]:
-    """Bad values by (column, problem)."""
+    """Count bad values by (column, problem)."""
     counts: Counter[tuple[str, str]] = Counter()
     for fault in faults:
         counts[fault.column, fault.problem] += int(fault.mask.sum())
@@ -130,7 +130,7 @@ def first_bad_rows(
     first_row: int,
     limit: int | None = _DETAILS,
 ) -> list[BadRow]:
-    """The first `limit` bad values (all without one), by row."""
+    """Return the first `limit` bad values (None: all), by row."""
     found = [
         _detail(table, fault, int(row), origin, first_row)
         for fault in faults
@@ -140,11 +140,11 @@ def first_bad_rows(
 
 
 class RowChecker:
-    """Checks tables one after the other; refuses bad rows or sets them aside.
+    """Checks tables in turn; refuses bad rows or writes them to a quarantine folder.
 
     Args:
-        schema, catalogue: what rows must keep. Vectors without a `dim` must keep the length of
-            those in the first table checked.
+        schema, catalogue: what rows must satisfy. Vectors without a `dim` must have the length of
+            the first good row's.
         quarantine: folder for bad rows, with a column `_reason`; None refuses them.
     """
 
@@ -160,21 +160,21 @@ class RowChecker:
 
     @property
     def schema(self) -> LogSchema:
-        """The schema, with the lengths of vectors learned so far."""
+        """The schema, with the lengths of vectors found so far."""
         return self._schema
 
     @property
     def bad_rows(self) -> int:
-        """Rows set aside so far, each counted once however often it was read."""
+        """Rows in quarantine so far, each counted once however often it was read."""
         return sum(self._seen.values())
 
     @property
     def counts(self) -> Counter[tuple[str, str]]:
-        """Values set aside so far by (column, problem); a row may have several."""
+        """Bad values in quarantine so far by (column, problem); a row may have several."""
         return Counter(self._counts)
 
     def check(self, table: pa.Table, origin: TableOrigin, first_row: int) -> pa.Table:
-        """The good rows of a table.
+        """Return the good rows of a table.
 
         Raises:
             BadRowsError: there is a bad row and no quarantine.
@@ -184,7 +184,7 @@ class RowChecker:
         return table if good.all() else table.filter(pa.array(good))
 
     def good_rows(self, table: pa.Table, origin: TableOrigin, first_row: int) -> NDArray[np.bool_]:
-        """(n,) mask of the good rows; the others are in quarantine when this returns."""
+        """Return the (n,) mask of good rows, after writing the others to quarantine."""
         faults = find_faults(table, self._schema, self._catalogue, origin.file)
         bad = np.zeros(table.num_rows, dtype=bool)
         for fault in faults:
@@ -229,7 +229,7 @@ class RowChecker:
         for found in first_bad_rows(table, faults, origin, first_row, limit=None):
             reasons.setdefault(found.row, []).append(str(found))
         rows = np.flatnonzero(bad)
-        write_aside(
+        write_quarantine(
             self._quarantine,
             table.take(pa.array(rows)),
             sorted(reasons),

@@ -1,4 +1,4 @@
-"""Arrow columns -> NumPy, one function a shape of column."""
+"""Conversion of Arrow columns to NumPy arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Column: TypeAlias = pa.Array | pa.ChunkedArray
 
 
 def as_array(column: Column) -> pa.Array:
-    """One contiguous array."""
+    """Return the column as one contiguous array."""
     if isinstance(column, pa.Array):
         return column
     if column.num_chunks == 1:
@@ -60,13 +60,13 @@ def is_category(kind: pa.DataType) -> bool:
 
 
 def as_float_array(column: Column) -> NDArray[np.float64]:
-    """Numbers (n,) as float64; null becomes NaN."""
+    """Convert numbers to (n,) float64; null becomes NaN."""
     array = pc.cast(as_array(column), pa.float64(), safe=False)
     return array.to_numpy(zero_copy_only=False)
 
 
 def as_float_matrix(column: Column, dim: int | None, name: str) -> NDArray[np.float32]:
-    """Lists of equal length -> (n, dim) float32.
+    """Convert lists of equal length to (n, dim) float32.
 
     Raises:
         DataError: a row is null or has another length than `dim` (or than the first row).
@@ -95,7 +95,7 @@ def as_float_matrix(column: Column, dim: int | None, name: str) -> NDArray[np.fl
 
 
 def list_parts(column: Column) -> tuple[pa.Array, NDArray[np.int64]]:
-    """Values of all lists, one after the other, and offsets (n + 1,); a null list is empty."""
+    """Return the concatenated values of all lists, and offsets (n + 1,); a null list is empty."""
     array = as_array(column)
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -103,7 +103,7 @@ def list_parts(column: Column) -> tuple[pa.Array, NDArray[np.int64]]:
 
 
 def category_values(column: Column) -> pa.Array:
-    """Text as string (or large_string), integers and booleans as int64; dictionaries decoded.
+    """Convert text to string (or large_string), integers and booleans to int64.
 
     Unsigned 64-bit integers keep their bits: those of 2**63 and more become negative.
     """
@@ -120,10 +120,10 @@ def category_values(column: Column) -> pa.Array:
 
 
 def distinct_values(column: Column) -> tuple[pa.Array, NDArray[np.int64]]:
-    """Distinct values, none of them null, and the place (n,) of each row's value among them.
+    """Return the distinct values without null, and the (n,) index of each row's value in them.
 
-    Null has the place `len(values)`, so that a row for it may be appended to whatever is computed
-    of the values. A column that is a dictionary already is not decoded.
+    Null has the index `len(values)`, so that results for the values can be extended by one for
+    null. Dictionary columns are not decoded.
     """
     array = as_array(column)
     if pa.types.is_dictionary(array.type) and array.dictionary.null_count == 0:
@@ -136,7 +136,7 @@ def distinct_values(column: Column) -> tuple[pa.Array, NDArray[np.int64]]:
 
 
 def hash_values(values: pa.Array) -> NDArray[np.uint64]:
-    """A stable 64-bit hash: the same on every machine, in every process and Python.
+    """Hash values to 64 bits, equally on every machine and in every process.
 
     Integers of any width hash by splitmix64 (Steele, Lea, Flood 2014) of their 64 bits. Text is
     cut into 8-byte little-endian words of its UTF-8 bytes, padded with zeros, and chained:
@@ -176,7 +176,7 @@ def hash_values(values: pa.Array) -> NDArray[np.uint64]:
 
 
 def splitmix64(key: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Mixes the bits of 64-bit keys (Steele, Lea, Flood 2014, "Fast splittable PRNGs")."""
+    """Mix the bits of 64-bit keys (Steele, Lea, Flood 2014, "Fast splittable PRNGs")."""
     with np.errstate(over="ignore"):
         z = key + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,4 +1,4 @@
-"""From and to the Open Bandit Pipeline's bandit-feedback dict."""
+"""Conversion from and to the bandit-feedback dict of Open Bandit Pipeline (OBP)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BanditFeedback = dict[str, Any]
 
 ITEM_VECTOR = "action_context"
 _TRUTH = ("expected_reward", "pi_b")
-"""Known in simulations only; kept as columns beside those of the schema."""
+"""Known in simulations only; additional columns of the log."""
 
 _MOST_COLUMNS = 100_000
 
@@ -30,19 +30,19 @@ def from_bandit_feedback(
     context_name: str = "context",
     reward_range: tuple[float, float] | None = None,
 ) -> tuple[TableLog, Catalogue]:
-    """OBP's dict -> an in-memory log and a catalogue with the actions 0 .. n_actions - 1.
+    """Convert OBP's dict to a log in memory and a catalogue of the actions 0 .. n_actions - 1.
 
     Args:
         feedback: `context` (n, d), `action` (n,), `reward` (n,), `pscore` (n,) or None,
             `action_context` (n_actions, k), and where present `position` (n,), `expected_reward`
             (n, n_actions), `pi_b` (n, n_actions[, 1]).
-        context_name: name of the log's one vector feature.
-        reward_range: smallest and largest possible reward. Where it is not given: (0, 1), widened
-            to the rewards that are there.
+        context_name: name of the log's only feature, a vector.
+        reward_range: smallest and largest possible reward; by default (0, 1), extended to the
+            rewards found.
 
     Raises:
-        DataError: a key is missing or an array has another shape. Values are not checked here; the
-            reader checks every row.
+        DataError: a key is missing or an array has another shape. Values are checked when rows are
+            read.
     """
     context = _matrix(feedback, "context")
     item_vectors = _matrix(feedback, "action_context")
@@ -99,20 +99,20 @@ def from_bandit_feedback(
 
 
 def to_bandit_feedback(log: Log, catalogue: Catalogue) -> BanditFeedback:
-    """A log in memory as OBP's dict; for logs and catalogues that fit into OBP's arrays.
+    """Convert a log that fits into memory to OBP's dict.
 
-    Features become columns in the schema's order: a number one, a vector its dimensions, a category
-    one per value (sorted), a bag the count of each value (sorted).
+    Features become columns in the schema's order: numbers as they are, vectors by dimension,
+    categories one-hot by sorted value, bags as counts by sorted value.
 
     Returns:
         n_rounds, n_actions, context (n, d) float64, action_context (n_actions, k) float64, action
         (n,) index into the catalogue, position (n,) or None, reward (n,), pscore (n,) or None, and
-        `expected_reward` (n, n_actions) and `pi_b` (n, n_actions, 1) where a log in memory
-        holds them.
+        `expected_reward` (n, n_actions) and `pi_b` (n, n_actions, 1) if the log is in memory and
+        has them.
 
     Raises:
-        DataError: an action is not in the catalogue, a number is missing, or the categories would
-            make too many columns.
+        DataError: an action is not in the catalogue, a number is missing, or categories have too
+            many values.
     """
     schema = log.schema
     columns = list(schema.columns)
@@ -143,14 +143,14 @@ def to_bandit_feedback(log: Log, catalogue: Catalogue) -> BanditFeedback:
     return feedback
 
 
-def _design(table: pa.Table, specs: Sequence[FeatureSpec], place: str) -> NDArray[np.float64]:
-    parts = [_feature_columns(table, spec, place) for spec in specs]
+def _design(table: pa.Table, specs: Sequence[FeatureSpec], side: str) -> NDArray[np.float64]:
+    parts = [_feature_columns(table, spec, side) for spec in specs]
     if not parts:
         return np.zeros((table.num_rows, 0))
     return np.concatenate(parts, axis=1)
 
 
-def _feature_columns(table: pa.Table, spec: FeatureSpec, place: str) -> NDArray[np.float64]:
+def _feature_columns(table: pa.Table, spec: FeatureSpec, side: str) -> NDArray[np.float64]:
     name = spec.source
     if spec.kind == "numeric":
         return _numbers(table, name).astype(np.float64)[:, None]
@@ -167,7 +167,7 @@ def _feature_columns(table: pa.Table, spec: FeatureSpec, place: str) -> NDArray[
     known = encoded.dictionary.drop_null()
     if len(known) > _MOST_COLUMNS:
         raise DataError(
-            f"feature '{spec.name}' of the {place} has {len(known)} values; as columns of a dense "
+            f"feature '{spec.name}' of the {side} has {len(known)} values; as columns of a dense "
             f"array at most {_MOST_COLUMNS} are possible"
         )
     rank = np.empty(len(known), dtype=np.int64)

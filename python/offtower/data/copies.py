@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from offtower.atomic import remove_leftovers, replace_directory, write_text
 from offtower.data.location import ListedFile
-from offtower.data.read_ahead import InOrder
+from offtower.data.read_ahead import ParallelReadAhead
 from offtower.data.stores import limit, retry
 from offtower.errors import DataError
 
@@ -199,7 +199,7 @@ def _copy(missing: Sequence[tuple[ListedFile, Path]], folder: Path) -> None:
         for one, _ in missing
         for start in range(0, one.size, _RANGE)
     ]
-    blocks = InOrder(
+    blocks = ParallelReadAhead(
         lambda part: _range(*part),
         parts,
         _THREADS,

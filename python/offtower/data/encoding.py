@@ -1,4 +1,4 @@
-"""The one place where raw columns become numbers that towers take."""
+"""Encoding of raw feature columns as arrays for the towers."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ __all__ = [
 ]
 
 MAX_VOCABULARY = 50_000_000
-"""Distinct texts of one feature; beyond, hashing is the way."""
+"""Most distinct texts of a feature with a vocabulary; more need hashing."""
 MAX_INTEGERS = 500_000_000
-"""The same of integers, which take 8 bytes each."""
+"""The same for integers, of 8 bytes each."""
 
 _FILE = "encoding.json"
 
 
 @dataclass(frozen=True)
 class _Moments:
-    """Count, mean and sum of squared deviations, which merge exactly (Chan et al. 1979)."""
+    """Count, mean and sum of squared deviations, mergeable (Chan et al. 1979)."""
 
     count: int
     mean: NDArray[np.float64]
@@ -88,17 +88,16 @@ class _Moments:
         )
 
     def scale(self) -> NDArray[np.float64]:
-        """Standard deviations; 1 where a column never varies."""
+        """Return standard deviations; 1 for constant columns."""
         deviation = np.sqrt(self.square / max(self.count, 1))
         return np.where(deviation > 1e-12 * np.maximum(np.abs(self.mean), 1.0), deviation, 1.0)
 
 
 class FeatureEncoding:
-    """Fitted encodings of one side's features.
+    """Fitted encodings of the features of contexts or of items.
 
-    numeric and vector features are standardised with the mean and deviation of the training rows;
-    categories and bags become indices into embedding tables, with 0 for values that are null or
-    were never seen.
+    Numeric and vector features are standardized with the mean and deviation of the training rows.
+    Categories and bags become indices into embedding tables; index 0 is null and unseen values.
 
     Args:
         specs: the features; every vector has its `dim`.
@@ -121,8 +120,10 @@ class FeatureEncoding:
 
     @classmethod
     def fit(cls, specs: Iterable[FeatureSpec], tables: Iterable[pa.Table]) -> FeatureEncoding:
-        """One pass over the tables, the same bits for the same tables; how the rows are cut
-        changes no vocabulary, and means and deviations by rounding only.
+        """Fit in one pass over the tables.
+
+        The same tables give the same bits. Other cuts of the same rows give the same vocabularies,
+        and means and deviations that differ by rounding.
 
         Raises:
             DataError: vectors of several lengths, or too many distinct values for a vocabulary.
@@ -165,24 +166,24 @@ class FeatureEncoding:
         )
 
     def encode(self, table: pa.Table) -> FeatureArrays:
-        """Columns of `table` -> arrays. Numbers must be finite: the row check has seen to that."""
+        """Encode the columns of checked rows."""
         return {spec.name: self._encode_one(spec, table) for spec in self.specs}
 
     def cardinality(self, name: str) -> int:
-        """Rows of the embedding table of a category or bag, the unknown one included."""
+        """Return the rows of the embedding table of a category or bag, with the unknown one."""
         spec = next(s for s in self.specs if s.name == name)
         if spec.encoding == "hash":
             return 1 + spec.buckets
         return 1 + len(self._vocabulary[name])
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it; `save` suits large vocabularies better."""
+        """Return everything as JSON content; `save` is for large vocabularies."""
         values = {name: array.to_pylist() for name, array in self._vocabulary.items()}
         return {**self.numbers(), "vocabulary": values}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> FeatureEncoding:
-        """What `to_dict` gave."""
+        """Restore what `to_dict` returned."""
         return cls._from_parts(
             content,
             {
@@ -192,7 +193,7 @@ class FeatureEncoding:
         )
 
     def save(self, directory: Path) -> None:
-        """JSON for numbers, one Parquet file a vocabulary; the JSON is written last."""
+        """Write a Parquet file per vocabulary, and last the rest as JSON."""
         directory.mkdir(parents=True, exist_ok=True)
         files = {name: f"vocabulary_{i}.parquet" for i, name in enumerate(self._vocabulary)}
         for name, file in files.items():
@@ -202,7 +203,7 @@ class FeatureEncoding:
 
     @classmethod
     def load(cls, directory: Path) -> FeatureEncoding:
-        """What `save` wrote.
+        """Read what `save` wrote.
 
         Raises:
             RunError: a file is missing or damaged.
@@ -220,15 +221,14 @@ class FeatureEncoding:
             raise RunError(f"the encoding at '{directory}' cannot be read: {error}") from error
 
     def share(self, values: pa.Array) -> None:
-        """Hold `values`, such as the ids of a catalogue, in place of a vocabulary that equals them:
-        once in memory, not twice."""
+        """Replace vocabularies equal to `values` (such as the catalogue's ids), to save memory."""
         for name, vocabulary in self._vocabulary.items():
             if vocabulary.equals(values):
                 self._vocabulary[name] = values
                 self._numbers[name] = Vocabulary(values)
 
     def numbers(self) -> dict[str, Any]:
-        """Specs, means and scales, as JSON takes them; `to_dict` without the vocabularies."""
+        """Return specs, means and scales as JSON content, without the vocabularies."""
         return {
             "specs": [spec_to_dict(spec) for spec in self.specs],
             "mean": {name: value.tolist() for name, value in self._mean.items()},
@@ -250,22 +250,22 @@ class FeatureEncoding:
         column = table.column(spec.source)
         if spec.kind == "numeric":
             values = as_float_array(column)
-            return self._standardise(spec.name, values.reshape(-1, 1)).reshape(-1)
+            return self._standardize(spec.name, values.reshape(-1, 1)).reshape(-1)
         if spec.kind == "vector":
-            return self._standardise(spec.name, as_float_matrix(column, spec.dim, spec.name))
+            return self._standardize(spec.name, as_float_matrix(column, spec.dim, spec.name))
         if spec.kind == "category":
             return self._index(spec, column)
         values, offsets = list_parts(column)
         return BagArray(self._index(spec, values), offsets)
 
-    def _standardise(self, name: str, values: NDArray[Any]) -> NDArray[np.float32]:
-        # In float64, so that large offsets (timestamps) keep their small differences.
+    def _standardize(self, name: str, values: NDArray[Any]) -> NDArray[np.float32]:
+        # float64 keeps small differences of large numbers (timestamps).
         standard = (values - self._mean[name]) / self._scale[name]
         return standard.astype(np.float32)
 
     def _index(self, spec: FeatureSpec, values: Column) -> NDArray[np.int64]:
-        """Values -> 1 + position in the vocabulary or hash bucket; null and unseen -> 0."""
-        distinct, place = distinct_values(values)
+        """Return 1 + the index in the vocabulary or hash bucket; 0 for null and unseen values."""
+        distinct, index = distinct_values(values)
         if spec.encoding == "hash":
             seed = np.uint64(zlib.crc32(spec.name.encode()))
             bucket = (hash_values(distinct) ^ seed) % np.uint64(spec.buckets)
@@ -273,7 +273,7 @@ class FeatureEncoding:
         else:
             vocabulary = self._numbers[spec.name]
             of_distinct = 1 + vocabulary.find(_like(distinct, vocabulary.values, spec.name))
-        return np.append(of_distinct, 0)[place]
+        return np.append(of_distinct, 0)[index]
 
 
 def _has_vocabulary(spec: FeatureSpec) -> bool:
@@ -281,8 +281,8 @@ def _has_vocabulary(spec: FeatureSpec) -> bool:
 
 
 class _Counter:
-    """How often each value occurs. Parts are joined when they outgrow what is joined already, so
-    the work per row does not grow with the number of tables."""
+    """Counts occurrences of values. Counts of new tables are merged once they outnumber the merged
+    ones, so that the work per row is constant."""
 
     def __init__(self, spec: FeatureSpec) -> None:
         self._spec = spec
@@ -305,7 +305,7 @@ class _Counter:
             self.table()
 
     def table(self) -> pa.Table:
-        """Columns value and count, each value once.
+        """Return the columns value and count, each value once.
 
         Raises:
             DataError: more distinct values than a vocabulary may have.
@@ -340,10 +340,10 @@ def _read_vocabulary(file: Path) -> pa.Array:
 
 
 def _like(values: pa.Array, vocabulary: pa.Array, name: str) -> pa.Array:
-    """Values in the vocabulary's type.
+    """Cast values to the vocabulary's type.
 
     Raises:
-        DataError: text that is no number, against a vocabulary of numbers.
+        DataError: the vocabulary has numbers and a text is none.
     """
     if values.type == vocabulary.type:
         return values

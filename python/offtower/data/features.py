@@ -1,5 +1,4 @@
-"""Encoded features: arrays and tensors by name, one row each. Dense ones are plain arrays; a bag is
-its values and offsets."""
+"""Encoded features by name: dense arrays, and bags as values and offsets."""
 
 from __future__ import annotations
 
@@ -42,12 +41,12 @@ FeatureArrays = dict[str, np.ndarray | BagArray]
 
 
 def num_rows(arrays: Mapping[str, np.ndarray | BagArray]) -> int:
-    """Rows that every feature has; 0 where there is no feature."""
+    """Return the number of rows; 0 without features."""
     return next((len(value) for value in arrays.values()), 0)
 
 
 def nbytes(arrays: Mapping[str, np.ndarray | BagArray]) -> int:
-    """Bytes that the arrays hold."""
+    """Return the size of the arrays in bytes."""
     return sum(
         value.values.nbytes + value.offsets.nbytes if isinstance(value, BagArray) else value.nbytes
         for value in arrays.values()
@@ -55,7 +54,7 @@ def nbytes(arrays: Mapping[str, np.ndarray | BagArray]) -> int:
 
 
 def take(arrays: Mapping[str, np.ndarray | BagArray], index: NDArray[np.int64]) -> FeatureArrays:
-    """Rows at `index`, in its order."""
+    """Select rows by index."""
     return {
         name: take_bag(value, index) if isinstance(value, BagArray) else value[index]
         for name, value in arrays.items()
@@ -65,14 +64,14 @@ def take(arrays: Mapping[str, np.ndarray | BagArray], index: NDArray[np.int64]) 
 def take_bag(bag: BagArray, index: NDArray[np.int64]) -> BagArray:
     lengths = bag.offsets[index + 1] - bag.offsets[index]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    # Position of each value: its row's start, plus its place inside the row.
+    # Position of each value: the start of its row plus its offset in the row.
     starts = bag.offsets[:-1][index]
     positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
     return BagArray(bag.values[positions], offsets)
 
 
 def concat(parts: Sequence[FeatureArrays]) -> FeatureArrays:
-    """All rows of all parts."""
+    """Concatenate the rows of all parts."""
     return {name: _concat_one([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -91,7 +90,7 @@ def _concat_one(values: Sequence[np.ndarray | BagArray]) -> np.ndarray | BagArra
 def to_tensors(
     arrays: Mapping[str, np.ndarray | BagArray], device: torch.device = CPU
 ) -> dict[str, Tensor | BagTensor]:
-    """The same as tensors; on the CPU dense arrays share their memory."""
+    """Convert to tensors, which share memory on the CPU."""
     return {
         name: BagTensor(tensor_of(value.values, device), tensor_of(value.offsets, device))
         if isinstance(value, BagArray)
@@ -101,16 +100,12 @@ def to_tensors(
 
 
 def tensor_of(array: np.ndarray, device: torch.device = CPU) -> Tensor:
-    """An array as a tensor; on the CPU it shares its memory."""
-    return sent(torch.from_numpy(array), device)
+    """Convert an array to a tensor, which shares memory on the CPU."""
+    return to_device(torch.from_numpy(array), device)
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on `device`.
-
-    To a GPU it goes through pinned memory, which torch keeps until the copy is done, so that the
-    host does not wait for it.
-    """
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a CPU tensor to `device`, to a GPU asynchronously through pinned memory."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)

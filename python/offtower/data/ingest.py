@@ -255,7 +255,9 @@ def _write(
 ) -> tuple[int, int]:
     """Write `out`; rows written, and rows set aside."""
     none = np.zeros(len(units), dtype=np.int64)
-    rows = CheckedUnits(units, schema, schema, len(units), catalogue.bare(), none, quarantine, none)
+    rows = CheckedUnits(
+        units, schema, schema, len(units), catalogue.index_only(), none, quarantine, none
+    )
     if not mapper.distributed:
         return _stream(out, rows, progress)
     # Numbers of rows, then of good rows, then the files, each of which is known by its numbers.

@@ -1,4 +1,4 @@
-"""Row groups of a log -> encoded rows: read, checked, encoded, in the order that was asked for."""
+"""Loading of row groups: read, checked and encoded, in the requested order."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ OnBadRows = Literal["error", "quarantine"]
 
 
 @contextmanager
-def ended(tables: Iterator[pa.Table]) -> Iterator[None]:
-    """Close an iterator that has threads of its own, also while another thread waits for it."""
+def closing_tables(tables: Iterator[pa.Table]) -> Iterator[None]:
+    """Close an iterator with threads of its own, even while another thread waits for it."""
     try:
         yield
     finally:
@@ -61,22 +61,21 @@ class Loader:
         return self._checker.bad_rows
 
     def tables(self, windows: Sequence[Sequence[int]]) -> Iterator[pa.Table]:
-        """The row groups of some windows, which `load` takes in this order: where they are far
-        away they are read ahead over the windows' ends."""
+        """Read the row groups of some windows, for `load`; those of a store are read ahead."""
         groups = [group for window in windows for group in window]
         return self._log.read_row_groups(groups, self._log.schema.columns)
 
     def load(
         self, groups: Sequence[int], tables: Iterator[pa.Table], stop: threading.Event
     ) -> EncodedRows | None:
-        """The rows of some row groups; None where `stop` was set meanwhile."""
+        """Encode the rows of some row groups; None if `stop` is set meanwhile."""
         parts = []
         for group in groups:
             if stop.is_set():
                 return None
             parts.append(self._encoded(group, next(tables)))
-        rows = joined_rows(parts)
-        # Arrow keeps what its tables held for the next ones; a window's worth is too much to keep.
+        rows = concat_rows(parts)
+        # Arrow would keep the memory of a whole window for the next tables.
         pa.default_memory_pool().release_unused()
         return rows
 
@@ -91,8 +90,8 @@ class Loader:
         return encode_rows(table, schema, self._catalogue, self._encoding, first_row, row)
 
 
-def joined_rows(parts: list[EncodedRows]) -> EncodedRows:
-    """`EncodedRows.concat`, freeing the parts column by column: `parts` is empty afterwards."""
+def concat_rows(parts: list[EncodedRows]) -> EncodedRows:
+    """Concatenate rows, emptying `parts` column by column to save memory."""
     if len(parts) == 1:
         return parts.pop()
     columns: list[dict[str, Any]] = [{f.name: getattr(p, f.name) for f in fields(p)} for p in parts]

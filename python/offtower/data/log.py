@@ -1,4 +1,4 @@
-"""A log: rows of shown items, read by row group and never as a whole."""
+"""Logs of shown items, read by row group."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TableOrigin(NamedTuple):
 
 
 class Log(ABC):
-    """Rows in row groups, the unit of reading and of shuffling."""
+    """Rows in row groups, the unit of reading and shuffling."""
 
     schema: LogSchema
     row_group_sizes: NDArray[np.int64]
@@ -53,35 +53,35 @@ class Log(ABC):
 
     @abstractmethod
     def read_row_group(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of one row group; all the schema's columns where none are named."""
+        """Read a row group; by default all columns of the schema."""
 
     @abstractmethod
     def location(self, index: int) -> TableOrigin:
-        """Where a row group is."""
+        """Return the origin of a row group."""
 
     @property
     def first_rows(self) -> NDArray[np.int64]:
-        """(g,) global number of each row group's first row."""
+        """(g,) number of each row group's first row in the log."""
         return np.concatenate([[0], np.cumsum(self.row_group_sizes)[:-1]]).astype(np.int64)
 
     def read_row_groups(
         self, indexes: Iterable[int], columns: Sequence[str] | None = None
     ) -> Iterator[pa.Table]:
-        """Some row groups in the order given; where they are far away they are read ahead. Where
-        the iterator has a `close`, any thread may call it."""
+        """Read row groups in the given order; those of a store are read ahead. If the iterator has
+        a `close`, any thread may call it."""
         return map(self.read_row_group, indexes, itertools.repeat(columns))
 
     def tables(self) -> Iterator[pa.Table]:
-        """All row groups, in order."""
+        """Read all row groups, in order."""
         return self.read_row_groups(range(len(self.row_group_sizes)))
 
 
 class ParquetLog(Log):
-    """A directory of Parquet files, in the order of their names; on this machine or in a store.
+    """A directory of Parquet files, in the order of their names.
 
     Args:
         files: in the order of the rows.
-        schema: the columns that count.
+        schema: the columns to use.
         footers: of the files, where they are known already.
     """
 
@@ -99,7 +99,7 @@ class ParquetLog(Log):
         known: list[Footer] = []
         seen: pa.Schema | None = None
         for file, footer in zip(self._files, footers, strict=True):
-            if footer.columns is not seen:  # Those of a list are one object.
+            if footer.columns is not seen:  # Listed files share one object.
                 seen, selected = footer.columns, _selected(file, footer.columns, schema)
             if first is None:
                 first = selected
@@ -120,8 +120,7 @@ class ParquetLog(Log):
 
     @classmethod
     def open(cls, path: AnyPath, schema: LogSchema | None = None) -> ParquetLog:
-        """Open a directory: its manifest is read, or the files' footers where it does not list
-        them.
+        """Open a directory by its manifest, or by the footers of files that it does not list.
 
         Raises:
             DataError: nothing is there, a file is not Parquet or truncated, files differ in their
@@ -160,7 +159,7 @@ class ParquetLog(Log):
 
 
 def _selected(file: Location, arrow: pa.Schema, schema: LogSchema) -> pa.Schema:
-    """Types of the schema's columns: whether one may hold nulls is no difference in content."""
+    """Return the types of the schema's columns; nullability is ignored."""
     missing = [name for name in schema.columns if name not in arrow.names]
     if missing:
         raise DataError(
@@ -207,11 +206,10 @@ def write_log(
     rows_per_group: int = ROWS_PER_GROUP,
     rows_per_file: int = ROWS_PER_FILE,
 ) -> dict[str, Any]:
-    """Write rows as a directory that `ParquetLog.open` reads; it appears whole or not at all. (In a
-    store files appear one by one: see `data.output`.)
+    """Write rows as a directory that `ParquetLog.open` reads, atomically (`data.output`).
 
-    Rows are regrouped, so the sizes of the incoming batches do not matter. Columns beyond the
-    schema's are kept. `data.parts.write_log_parts` writes the same files with many workers.
+    The files do not depend on the sizes of the incoming batches. Columns beyond the schema's are
+    kept. `data.parts.write_log_parts` writes the same files with many workers.
 
     Returns:
         The manifest: schema, num_rows, fingerprint.
@@ -266,7 +264,7 @@ def _file_name(number: int) -> str:
 def regroup(
     batches: Iterable[pa.Table | pa.RecordBatch], rows_per_group: int
 ) -> Iterator[pa.Table]:
-    """The same rows in tables of `rows_per_group`; the rest comes last."""
+    """Regroup rows into tables of `rows_per_group`; the last may be shorter."""
     first: pa.Schema | None = None
     waiting: list[pa.Table] = []
     rows = 0

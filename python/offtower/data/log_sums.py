@@ -1,4 +1,4 @@
-"""What validation keeps of a part of a log: sums that merge, and never the rows."""
+"""Mergeable sums over the rows of a log, for validation."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from offtower.data.schema import LogSchema
 Target = Callable[[pa.Table], NDArray[np.floating]]
 
 SHOWN_BAD_ROWS = 5
-REPEATS_LIMIT = 8_000_000
+DUPLICATE_KEYS = 8_000_000
 _HEAVY = 0.1
-"""Share of a sum in one value, above which its standard error is not to be believed."""
+"""Share of a sum in one value, above which its standard error is unreliable."""
 _NOISY = 0.25
-"""A standard error above this share of the expected number says nothing."""
+"""Largest informative ratio of a standard error to the expected number."""
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 """Bits set in each byte."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean, squared deviations, largest and smallest value."""
+    """Count, mean, sum of squared deviations, largest and smallest value."""
 
     count: int = 0
     mean: float = 0.0
@@ -56,7 +56,7 @@ class Moments:
         )
 
     def merge(self, other: Moments) -> Moments:
-        """Of both together (Chan, Golub and LeVeque 1979)."""
+        """Merge (Chan, Golub and LeVeque 1979)."""
         if not other.count or not self.count:
             return self if self.count else other
         count = self.count + other.count
@@ -76,56 +76,56 @@ class Moments:
         return math.sqrt(self.square / (self.count - 1) / self.count)
 
     def too_noisy(self, expected: float) -> bool:
-        """Whether the mean says nothing beside `expected`, or hangs on one value: then the
-        standard error itself is not to be believed."""
+        """Whether the standard error is large against `expected`, or unreliable because one value
+        dominates the mean."""
         heaviest = self.largest > _HEAVY * self.count * abs(self.mean)
         return not self.std_error <= _NOISY * expected or heaviest
 
 
 @dataclass(frozen=True, eq=False)
-class Repeats:
-    """How often keys occur, in bounded memory: beyond a limit only keys below a falling threshold
-    are kept, all occurrences of each, and the count is scaled up.
+class DuplicateCount:
+    """Counts repeated keys in bounded memory, by a hash sample of the keys beyond a limit.
 
-    The threshold depends on the set of keys alone, so that parts merge in any order.
+    The sample depends on the set of keys alone, so that parts merge in any order.
 
     Attributes:
-        key: (g,) mixed keys in order, without repetition. times: (g,) occurrences of each.
-        shift: keys whose first `shift` bits are 0 are kept.
+        key: (g,) hashed keys, sorted and distinct.
+        times: (g,) occurrences of each.
+        shift: keys whose first `shift` bits are 0 are kept, and the count is scaled by 2**shift.
     """
 
     key: NDArray[np.uint64]
     times: NDArray[np.int64]
     shift: int = 0
-    limit: int = REPEATS_LIMIT
+    limit: int = DUPLICATE_KEYS
 
     @classmethod
-    def of(cls, keys: NDArray[np.uint64], limit: int = REPEATS_LIMIT) -> Repeats:
+    def of(cls, keys: NDArray[np.uint64], limit: int = DUPLICATE_KEYS) -> DuplicateCount:
         key, times = np.unique(splitmix64(keys), return_counts=True)
         return cls(key, times, 0, limit)._bounded()
 
-    def merge(self, other: Repeats) -> Repeats:
-        """Of both together."""
+    def merge(self, other: DuplicateCount) -> DuplicateCount:
+        """Merge."""
         shift = max(self.shift, other.shift)
         one, two = self._above(shift), other._above(shift)
         key = np.concatenate([one.key, two.key])
-        order = np.argsort(key, kind="stable")  # Two runs in order are merged, not sorted.
+        order = np.argsort(key, kind="stable")
         key, times = key[order], np.concatenate([one.times, two.times])[order]
         first = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])) if key.size else order
         times = np.add.reduceat(times, first) if key.size else times
-        return Repeats(key[first], times, shift, self.limit)._bounded()
+        return DuplicateCount(key[first], times, shift, self.limit)._bounded()
 
     def count(self) -> int:
-        """Rows that repeat an earlier key; an estimate where `shift` is above 0."""
+        """Count rows that repeat an earlier key; an estimate if `shift` is above 0."""
         return int(self.times.sum() - self.key.size) << self.shift
 
-    def _above(self, shift: int) -> Repeats:
+    def _above(self, shift: int) -> DuplicateCount:
         if shift == self.shift:
             return self
         kept = self.key >> np.uint64(64 - shift) == 0
-        return Repeats(self.key[kept], self.times[kept], shift, self.limit)
+        return DuplicateCount(self.key[kept], self.times[kept], shift, self.limit)
 
-    def _bounded(self) -> Repeats:
+    def _bounded(self) -> DuplicateCount:
         found = self
         while found.key.size > found.limit:
             found = found._above(found.shift + 1)
@@ -134,7 +134,7 @@ class Repeats:
 
 @dataclass(frozen=True, eq=False)
 class ItemSet:
-    """Some of N items: their numbers in order, or one bit an item where there are many."""
+    """A set of item numbers: sorted, or as a bitmap if there are many."""
 
     num_items: int
     numbers: NDArray[np.int64] | None
@@ -145,7 +145,7 @@ class ItemSet:
         return cls(num_items, np.unique(numbers))._small()
 
     def merge(self, other: ItemSet) -> ItemSet:
-        """Items of either."""
+        """Return the union."""
         if self.numbers is not None and other.numbers is not None:
             return ItemSet(self.num_items, np.union1d(self.numbers, other.numbers))._small()
         return ItemSet(self.num_items, None, self._packed() | other._packed())
@@ -171,16 +171,16 @@ class ItemSet:
 
 @dataclass(frozen=True, eq=False)
 class LogSums:
-    """What is kept of some rows of a log.
+    """Sums over rows of a log.
 
     Attributes:
         rows: rows read.
-        bad, bad_counts: the first bad values, and all by (column, problem).
+        bad, bad_counts: the first bad values, and the counts of all by (column, problem).
         reward, pscore, weight: of the good rows; weight is target / pscore.
-        inverse: of 1/pscore: "" over all rows, and by behaviour policy.
-        shown: items that good rows show.
+        inverse: of 1/pscore by behavior policy, and "" for all rows.
+        shown: items in good rows.
         values: of each numeric or categorical feature, up to three of its values.
-        pairs: keys of (round, position), where the log has both.
+        pairs: of (round, position), if the log has both.
     """
 
     rows: int
@@ -192,7 +192,7 @@ class LogSums:
     inverse: dict[str, Moments]
     shown: ItemSet
     values: dict[str, frozenset[str]] = field(default_factory=dict)
-    pairs: Repeats | None = None
+    pairs: DuplicateCount | None = None
 
     @classmethod
     def of(
@@ -204,7 +204,7 @@ class LogSums:
         first_row: int,
         target: Target | None = None,
     ) -> LogSums:
-        """Of one table; its first row has the number `first_row` in the whole log."""
+        """Sum over a table whose first row has the number `first_row` in the log."""
         faults = find_faults(table, schema, catalogue, origin.file)
         bad: list[BadRow] = []
         good = table
@@ -220,7 +220,7 @@ class LogSums:
         pairs = None
         if schema.round_id is not None and schema.position is not None:
             key = splitmix64(hashed(good.column(schema.round_id)))
-            pairs = Repeats.of(key ^ hashed(good.column(schema.position)))
+            pairs = DuplicateCount.of(key ^ hashed(good.column(schema.position)))
         return cls(
             rows=table.num_rows,
             bad=tuple(bad),
@@ -241,7 +241,7 @@ class LogSums:
         )
 
     def merge(self, other: LogSums) -> LogSums:
-        """Of both; `other`'s rows come later in the log."""
+        """Merge with the sums of later rows."""
         names = list(dict.fromkeys([*self.inverse, *other.inverse]))
         features = list(dict.fromkeys([*self.values, *other.values]))
         pairs = self.pairs

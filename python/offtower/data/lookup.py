@@ -1,5 +1,4 @@
-"""From a value to its place among distinct values, by binary search: nothing is built anew for each
-question, as a hash table would be."""
+"""Indices of values among distinct values, by binary search."""
 
 from __future__ import annotations
 
@@ -14,18 +13,16 @@ from offtower.data.columns import category_values, hash_values, is_text
 
 
 class Lookup:
-    """Places of values in an array of n distinct ones.
+    """Finds the indices of values in an array of n distinct ones.
 
-    Integers that rise, such as a sorted vocabulary or numbered items, take no memory beside the
-    array itself; other values 12 bytes each (16 from 2^31 values on): sorted 64-bit keys, of text
-    its hashes, and where they stand.
+    Increasing integers need no memory beside the array. Other values need 12 bytes each (16 from
+    2^31 values on) for sorted 64-bit keys (hashes of text) and their indices.
 
     Args:
         values: integers or text, none of them null.
 
     Attributes:
-        twice: places of two values with one key, where there are such; then places found are not
-            to be trusted.
+        duplicate: indices of two values with the same key, or None; with one, `find` is unreliable.
     """
 
     def __init__(self, values: pa.Array) -> None:
@@ -37,28 +34,28 @@ class Lookup:
             keys = keys[order]
             self._order = order if len(keys) >= 2**31 else order.astype(np.int32)
         self._sorted = keys
-        self.twice: tuple[int, int] | None = None
+        self.duplicate: tuple[int, int] | None = None
         if self._order is not None:
             equal = np.flatnonzero(keys[1:] == keys[:-1])
             if equal.size:
-                self.twice = int(self._order[equal[0]]), int(self._order[equal[0] + 1])
+                self.duplicate = int(self._order[equal[0]]), int(self._order[equal[0] + 1])
 
     def find(self, keys: NDArray[Any]) -> NDArray[np.int64]:
-        """(k,) places of the values that have these keys; -1 where none has."""
+        """Return the (k,) indices of the values with these keys; -1 for unknown keys."""
         n = len(self._sorted)
         if n == 0:
             return np.full(len(keys), -1, dtype=np.int64)
         if not self.text and int(self._sorted[-1]) - int(self._sorted[0]) == n - 1:
-            # Integers without gaps need no search.
+            # Consecutive integers need no search.
             nearest = np.clip(keys - self._sorted[0], 0, n - 1)
         else:
             nearest = np.minimum(np.searchsorted(self._sorted, keys), n - 1)
-        place = nearest if self._order is None else self._order[nearest].astype(np.int64)
-        found: NDArray[np.int64] = np.where(self._sorted[nearest] == keys, place, -1)
+        index = nearest if self._order is None else self._order[nearest].astype(np.int64)
+        found: NDArray[np.int64] = np.where(self._sorted[nearest] == keys, index, -1)
         return found
 
     def keys(self, values: pa.Array) -> NDArray[Any]:
-        """64-bit keys by which values are found: integers themselves, hashes of text."""
+        """Return 64-bit keys: integers themselves, hashes of text."""
         if self.text:
             return hash_values(values)
         whole: NDArray[np.int64] = category_values(values).to_numpy(zero_copy_only=False)
@@ -66,7 +63,7 @@ class Lookup:
 
 
 class Vocabulary:
-    """Distinct values of a category and their numbers.
+    """Distinct values of a category and their indices.
 
     Args:
         values: sorted, as text or integers, none of them null.
@@ -77,20 +74,18 @@ class Vocabulary:
         self._lookup: Lookup | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process makes its own lookup."""
         return {"values": self.values, "_lookup": None}
 
     def find(self, values: pa.Array) -> NDArray[np.int64]:
-        """(k,) numbers of values of the vocabulary's type; -1 for null and for what is not there.
+        """Return the (k,) indices of values of the vocabulary's type; -1 for null and unknown ones.
 
-        Sound for any text: what a hash has found is compared, and a vocabulary in which two hashes
-        are equal is searched by Arrow.
+        Texts found by hash are compared; with colliding hashes in the vocabulary Arrow searches it.
         """
         if len(self.values) == 0:
             return np.full(len(values), -1, dtype=np.int64)
         if self._lookup is None:
             self._lookup = Lookup(self.values)
-        if self._lookup.twice is not None:
+        if self._lookup.duplicate is not None:
             known = pc.index_in(values, value_set=self.values, skip_nulls=True)
             return pc.fill_null(known, -1).to_numpy(zero_copy_only=False).astype(np.int64)
         present = pc.is_valid(values).to_numpy(zero_copy_only=False)

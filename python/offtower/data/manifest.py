@@ -1,4 +1,4 @@
-"""`_offtower.json`: what a directory that offtower wrote says of itself."""
+"""`_offtower.json`, the manifest of a log or catalogue that offtower wrote."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from offtower.paths import safe_relative
 
 FILE = "_offtower.json"
 WRITING = "_writing.json"
-"""In a store: the folder is being written, or its writer died. It goes when the manifest is there,
-so a folder with this file and no manifest is incomplete."""
+"""Marker in stores while a folder is written; removed after the manifest is written."""
 
 
 def write_manifest(
@@ -25,10 +24,11 @@ def write_manifest(
     fingerprint: str,
     files: Sequence[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Write what the directory is, with a checksum; returns it without files and checksum.
+    """Write the manifest with a checksum; returns it without files and checksum.
 
-    files: of each, what `Footer.to_dict` gives, so that whoever opens the directory need not read
-        their footers, and can verify what is read.
+    Args:
+        files: `Footer.to_dict` of each file, to open the folder without reading footers, and to
+            verify the files.
     """
     content = {
         "created_by": f"offtower {offtower.__version__}",
@@ -40,7 +40,7 @@ def write_manifest(
     listed = whole.pop("files", None)
     text = json.dumps(whole, indent=2)
     if listed is not None:
-        # A line a file: a log may have thousands.
+        # One line per file, since a log may have thousands.
         lines = ",\n".join(f"    {json.dumps(file)}" for file in listed)
         text = f'{text[:-2]},\n  "files": [\n{lines}\n  ]\n}}'
     (directory / FILE).write_bytes((text + "\n").encode())
@@ -48,7 +48,7 @@ def write_manifest(
 
 
 def read_manifest(directory: AnyPath) -> dict[str, Any] | None:
-    """The manifest, or None where the directory has none.
+    """Read the manifest; None if the directory has none.
 
     Raises:
         DataError: the file is damaged.
@@ -67,21 +67,16 @@ def read_manifest(directory: AnyPath) -> dict[str, Any] | None:
 
 
 def is_unfinished(names: Collection[str]) -> bool:
-    """Whether a folder with these files is being written, or its writer died."""
+    """Whether a folder with these files is still being written, or its writer died."""
     return WRITING in names and FILE not in names
 
 
-def parquet_files(path: AnyPath, what: str) -> list[Location]:
-    """Parquet files below a folder, sorted by name; or the file itself.
+def find_parquet_files(path: AnyPath, what: str) -> list[ListedFile]:
+    """List the Parquet files below a folder, sorted by name; or the file itself.
 
     Raises:
-        DataError: nothing is there, or no Parquet file is; or its writer has not finished.
+        DataError: there is none, or the folder is unfinished.
     """
-    return [found.location for found in find_parquet_files(path, what)]
-
-
-def find_parquet_files(path: AnyPath, what: str) -> list[ListedFile]:
-    """As `parquet_files`, with what the listing says of each."""
     place = Location.of(path)
     listed = place.files()
     if len(listed) == 1 and listed[0].location == place:

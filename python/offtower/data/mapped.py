@@ -1,4 +1,4 @@
-"""Encoded features on disk, memory-mapped: what is read of them is what is touched.
+"""Encoded features in memory-mapped files.
 
 <directory>/features.json   <number>.npy (dense)   <number>.values.npy, <number>.offsets.npy (bag)
 """
@@ -22,13 +22,13 @@ _FILE = "features.json"
 def write_mapped(
     directory: Path, parts: Iterable[FeatureArrays], num_rows: int, fingerprint: str
 ) -> None:
-    """Write features that arrive in parts, in memory for one part; whole or not at all.
+    """Write features that arrive in parts, atomically, in the memory of one part.
 
     Args:
         directory: replaced where it exists.
-        parts: all rows, in order; the names of the first are those of all.
+        parts: all rows, in order, with the same names.
         num_rows: rows of all parts.
-        fingerprint: of what was encoded.
+        fingerprint: of the encoded rows.
     """
     with checked_directory(directory) as temporary:
         writers: dict[str, _Dense | _Bag] = {}
@@ -54,7 +54,7 @@ def write_mapped(
 
 
 def open_mapped(directory: Path, fingerprint: str) -> FeatureArrays | None:
-    """The features as read-only memory maps; None where there are none of this fingerprint.
+    """Open the features as read-only memory maps; None if there are none of this fingerprint.
 
     Raises:
         RunError: a file is missing or damaged.
@@ -68,9 +68,9 @@ def open_mapped(directory: Path, fingerprint: str) -> FeatureArrays | None:
         if content["fingerprint"] != fingerprint:
             return None
         arrays: FeatureArrays = {}
-        for name, place in content["features"].items():
-            number = place["number"]
-            if place["bag"]:
+        for name, facts in content["features"].items():
+            number = facts["number"]
+            if facts["bag"]:
                 arrays[name] = BagArray(
                     _map(directory / f"{number}.values.npy"),
                     _map(directory / f"{number}.offsets.npy"),
@@ -86,7 +86,7 @@ def open_mapped(directory: Path, fingerprint: str) -> FeatureArrays | None:
 
 
 def is_mapped(arrays: FeatureArrays) -> bool:
-    """Whether the arrays are memory maps, which no tensor may share."""
+    """Whether the arrays are memory maps, whose memory tensors must not share."""
     for value in arrays.values():
         dense = value.offsets if isinstance(value, BagArray) else value
         return isinstance(dense, np.memmap)
@@ -94,7 +94,7 @@ def is_mapped(arrays: FeatureArrays) -> bool:
 
 
 def slice_arrays(arrays: FeatureArrays, start: int, stop: int) -> FeatureArrays:
-    """Copies of rows start..stop-1."""
+    """Copy rows start..stop-1."""
     result: FeatureArrays = {}
     for name, value in arrays.items():
         if isinstance(value, BagArray):
@@ -130,8 +130,7 @@ class _Dense:
 
 
 class _Bag:
-    """How many values there are is known at the end only: they are appended to a raw file, whose
-    .npy header has room for any length."""
+    """Appends values of unknown number to a raw file, and writes the .npy header at the end."""
 
     _HEADER = 128
 

@@ -1,7 +1,7 @@
 """The Open Bandit Dataset sample that ships inside the obp package, as a log and a catalogue.
 
 Source: Saito, Aihara, Matsutani and Narita, "Open Bandit Dataset and Pipeline", NeurIPS 2021
-(Datasets and Benchmarks). 10,000 impressions per campaign and behaviour policy ("random": uniform,
+(Datasets and Benchmarks). 10,000 impressions per campaign and behavior policy ("random": uniform,
 "bts": Bernoulli Thompson sampling). The CSV files are read with pyarrow; obp is not imported.
 
 What the files do not say, found by comparing them:
@@ -48,9 +48,9 @@ def import_open_bandit(
 
     Args:
         campaign: "men", "women" or "all".
-        behavior_policies: whose impressions to read, of "random" and "bts".
-        source: folder with the dataset's layout, `<policy>/<campaign>/<campaign>.csv`; the sample
-            inside the obp package where it is not given.
+        behavior_policies: policies to read, of "random" and "bts".
+        source: folder with the layout `<policy>/<campaign>/<campaign>.csv`; by default the sample
+            inside the obp package.
 
     Returns:
         Tables of rows in the order of time, the log's schema, and the catalogue.

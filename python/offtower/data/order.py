@@ -1,13 +1,11 @@
-"""The seeded global order of a log's rows: independent of the number of workers, and resumable.
+"""Seeded global order of a log's rows, independent of the number of workers and resumable.
 
 An epoch visits every row once. Row groups are shuffled and gathered into windows that fit in
-memory, the rows of a window are permuted, and the permuted rows are cut into batches. Everything is
-a function of (seed, epoch, window), so a worker that joins late, or another number of workers,
-finds the same batches: each worker takes its slice of every batch (`rank_slice`).
+memory, the rows of a window are permuted and cut into batches. Everything is a function of (seed,
+epoch, window), so any number of workers has the same batches; each takes its slice (`rank_slice`).
 
-Random numbers are raw Philox output (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011) sorted into a permutation: numpy promises that raw output never changes, which it does not
-promise of `Generator.permutation`, so a checkpoint resumes under another numpy.
+Permutations sort raw Philox output (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011), which numpy guarantees to be stable across versions, unlike `Generator.permutation`.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from offtower.data.columns import splitmix64
 from offtower.errors import ConfigError, DataError
 
 _ROW_GROUPS, _ROWS, _BATCHES = 1, 2, 3
-"""What a stream of random numbers is for; part of its key."""
+"""Purposes of random streams, part of their keys."""
 
 MAX_FOLDS = 127
 """Fold numbers are int8."""
@@ -31,7 +29,7 @@ MAX_FOLDS = 127
 
 @dataclass(frozen=True, order=True)
 class Cursor:
-    """A place in the order: the next batch to read.
+    """The next batch to read.
 
     Attributes:
         epoch: number of the epoch, from 0.
@@ -53,7 +51,7 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Positions of a batch's rows inside their window, and the fold they all belong to."""
+    """Positions of a batch's rows in their window, and their common fold."""
 
     index: NDArray[np.int64]
     fold: int
@@ -64,12 +62,11 @@ class EpochOrder:
 
     Args:
         row_group_sizes: (g,) rows of each row group, in file order.
-        batch_size: rows of a batch over all workers; no batch is larger, and the batches of one
-            window and fold differ by at most one row, so that there is no tiny last batch.
+        batch_size: largest number of rows of a batch over all workers. Batches of a window and fold
+            differ by at most one row, so that there is no small last batch.
         seed: any integer in [0, 2**64).
         shuffle: False keeps the order of the file.
-        window_rows: rows permuted together in memory. Row groups are never cut, so a row group with
-            more rows is a window by itself.
+        window_rows: rows permuted together in memory; a larger row group is a window of its own.
         num_folds: with more than one, every batch holds rows of a single fold.
 
     Raises:
@@ -113,8 +110,8 @@ class EpochOrder:
     def windows(self, epoch: int) -> list[tuple[int, ...]]:
         """Row groups of each window, in file order inside a window.
 
-        Every row group that has rows is in exactly one window. A window closes before it would
-        exceed `window_rows`; the last two share their row groups evenly.
+        Every row group with rows is in exactly one window of at most `window_rows`; the last two
+        windows share their row groups evenly.
         """
         if self._last_windows is None or self._last_windows[0] != epoch:
             self._last_windows = (epoch, self._windows(epoch))
@@ -145,7 +142,7 @@ class EpochOrder:
         Args:
             epoch: number of the epoch.
             window_number: number of the window in `windows(epoch)`.
-            n_rows: rows that the window has (after bad rows were taken out).
+            n_rows: good rows of the window.
             fold: (n_rows,) fold of each row, in [0, num_folds); needed with more than one fold.
 
         Returns:
@@ -173,17 +170,16 @@ class EpochOrder:
                 for part in _cut(rows[fold_in_order == number], self.batch_size)
             ]
         if self.shuffle:
-            # Mixes the folds, and the larger batches of a fold with its smaller ones.
+            # Mix folds, and the larger batches of a fold with the smaller ones.
             turn = _permutation(len(batches), self.seed, _BATCHES, epoch, window_number)
             return [batches[i] for i in turn.tolist()]
         return sorted(batches, key=lambda batch: int(batch.index[0]))
 
 
 def rank_slice(n_rows: int, rank: int, world_size: int) -> slice:
-    """The part of a batch of `n_rows` that belongs to worker `rank` of `world_size`.
+    """Return the slice of a batch of `n_rows` for worker `rank` of `world_size`.
 
-    Parts are contiguous, in rank order, and differ by at most one row (as `numpy.array_split`); a
-    batch with fewer rows than workers leaves the last ones an empty part.
+    Slices are contiguous, in rank order, and differ by at most one row (as `numpy.array_split`).
 
     Raises:
         ConfigError: rank is not in [0, world_size).
@@ -196,9 +192,7 @@ def rank_slice(n_rows: int, rank: int, world_size: int) -> slice:
 
 
 def fold_of(key: ArrayLike, num_folds: int, seed: int) -> NDArray[np.int8]:
-    """Fold of each row by a keyed hash of its user or row number.
-
-    The same key has the same fold in every file, on every worker and in every epoch.
+    """Assign rows to folds by a keyed hash of their user or row number.
 
     Args:
         key: (n,) integers: the user's code or the row's number in the log.
@@ -210,13 +204,13 @@ def fold_of(key: ArrayLike, num_folds: int, seed: int) -> NDArray[np.int8]:
     """
     if not 1 <= num_folds <= MAX_FOLDS:
         raise ConfigError(f"num_folds must lie in [1, {MAX_FOLDS}], but is {num_folds}")
-    # The upper 32 bits, scaled: no modulo bias worth speaking of, and no 64-bit overflow.
+    # Scale the upper 32 bits: negligible bias, no 64-bit overflow.
     upper = keyed_hash(key, seed) >> np.uint64(32)
     return ((upper * np.uint64(num_folds)) >> np.uint64(32)).astype(np.int8)
 
 
 def keyed_hash(key: ArrayLike, seed: int) -> NDArray[np.uint64]:
-    """Pseudo-random 64 bits per integer: the finaliser of splitmix64, keyed by `seed`.
+    """Hash integers to 64 bits with the finalizer of splitmix64, keyed by `seed`.
 
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
@@ -234,7 +228,7 @@ def _permutation(n: int, seed: int, *purpose: int) -> NDArray[np.int64]:
 
 
 def _cut(rows: NDArray[np.int64], batch_size: int) -> Sequence[NDArray[np.int64]]:
-    """Slices of `rows` whose lengths are at most `batch_size` and differ by at most one."""
+    """Cut `rows` into slices of at most `batch_size`, which differ by at most one."""
     parts = -(-rows.size // batch_size)
     small, larger = divmod(rows.size, max(parts, 1))
     starts = np.arange(parts + 1) * small + np.minimum(np.arange(parts + 1), larger)

@@ -1,8 +1,8 @@
-"""New files and folders that are whole, or not there, or say that they are not whole.
+"""Atomic creation of files and folders, on this machine and in stores.
 
-On this machine what is written takes its name by a rename. A store has none: files take their
-final names one by one, a marker (`manifest.WRITING`) comes first and the manifest last. A folder
-with the marker and without a manifest is incomplete, and readers refuse it.
+On this machine files and folders are written beside and renamed. Stores have no rename: a marker
+(`manifest.WRITING`) is written first and the manifest last. Readers refuse a folder with the marker
+and without a manifest as incomplete.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from offtower.errors import DataError
 
 
 def check_new(directory: Location) -> None:
-    """Refuse a folder that is there already.
+    """Refuse an existing folder.
 
     Raises:
-        DataError: it is.
+        DataError: it exists.
     """
     if directory.local is not None:
         if not directory.exists():
@@ -44,12 +44,12 @@ def check_new(directory: Location) -> None:
 
 @contextmanager
 def new_directory(directory: Location) -> Iterator[Location]:
-    """Yield where to write the files of a new folder, the manifest last; see the module.
+    """Yield the location of a new folder, to write its files and last the manifest.
 
-    If the block fails, what it wrote is removed; in a store as far as that still works.
+    If the block fails, its files are removed, in a store as far as possible.
 
     Raises:
-        DataError: the folder exists, or holds what another writer left.
+        DataError: the folder exists, or another writer left it unfinished.
     """
     check_new(directory)
     if directory.local is not None:
@@ -66,7 +66,7 @@ def new_directory(directory: Location) -> Iterator[Location]:
     try:
         yield directory
     except BaseException:
-        # The marker goes last: what cannot be removed stays marked.
+        # The marker is removed last, so that files that cannot be removed stay marked.
         with contextlib.suppress(Exception):
             for one in directory.files():
                 if one.location != marker:
@@ -79,12 +79,12 @@ def new_directory(directory: Location) -> Iterator[Location]:
 
 @contextmanager
 def new_file(file: Location) -> Iterator[Path]:
-    """Yield a path to write to; at the end the file is in its place, whole or not at all."""
+    """Yield a path to write to; at the end the file appears at its location atomically."""
     if file.local is not None:
         with replace_file(file.local) as temporary:
             yield temporary
         return
-    # Closing a stream to a store would keep half a file; a copy can also be tried again.
+    # A stream to a store would keep half a file on failure, and could not be retried.
     with tempfile.TemporaryDirectory(prefix="offtower-") as folder:
         path = Path(folder) / file.name
         yield path

@@ -1,4 +1,4 @@
-"""Parquet files, on this machine or in a store: their footers, and their rows by row group."""
+"""Reading of Parquet files on this machine and in stores: footers and row groups."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from offtower.data.parquet_checksums import (
     open_parquet,
     read_footer_bytes,
 )
-from offtower.data.read_ahead import InOrder
+from offtower.data.read_ahead import ParallelReadAhead
 from offtower.data.stores import ATTEMPTS, advice, first_line, limit, retry
 from offtower.errors import DataError
 
 FOOTER_THREADS = 32
-"""Footers of a store that are read at the same time: each is little but its way."""
+"""Footers of a store that are read at the same time."""
 READ_THREADS = 8
 READ_AHEAD_BYTES = 256 * 2**20
-"""Row groups of a store that are read ahead, uncompressed; one that is larger comes by itself."""
+"""Bytes of uncompressed row groups of a store that are read ahead; a larger one is read alone."""
 _BLOCK_BYTES = 8 * 2**20
 _FOOTER_BYTES = 64 * 2**20
 """Footers that are kept, so that a row group of a store is one request and not two."""
@@ -76,7 +76,7 @@ class Footer:
 
 
 def read_footer(file: Location) -> Footer:
-    """The footer of one file.
+    """Read the footer of a file.
 
     Raises:
         DataError: it is not Parquet, or cannot be read.
@@ -85,14 +85,14 @@ def read_footer(file: Location) -> Footer:
 
 
 def read_footers(files: Sequence[Location]) -> Iterator[Footer]:
-    """Footers, in order; those of a store by many threads.
+    """Read footers, in order; those of a store with many threads.
 
     Raises:
         DataError: a file is not Parquet, or cannot be read.
     """
     if not files or files[0].local is not None:
         return map(_footer, files)
-    return InOrder(_footer, files, FOOTER_THREADS, lambda file: f"'{file}'", limit())
+    return ParallelReadAhead(_footer, files, FOOTER_THREADS, lambda file: f"'{file}'", limit())
 
 
 def listed_footers(
@@ -101,8 +101,7 @@ def listed_footers(
     manifest: Mapping[str, Any] | None,
     copies: Sequence[Location] | None = None,
 ) -> list[Footer]:
-    """Footers as the manifest of a folder lists them; those of files that it does not list are
-    read.
+    """Return the footers listed in a folder's manifest; those of other files are read.
 
     Sizes are compared, and the footers of files on this machine verified. In a store one footer is
     read, since files that offtower wrote together have the same columns; the others are verified
@@ -215,7 +214,7 @@ def _sha256(file: Location) -> str:
 def read_row_group(
     file: Location, footer: Footer, group: int, columns: Sequence[str], name: str
 ) -> pa.Table:
-    """The rows of one row group of a file on this machine, verified where its checksums are known.
+    """Read a row group of a file on this machine, verified if its checksums are known.
 
     Args:
         name: of the file, for messages.
@@ -261,16 +260,14 @@ def _footer(file: Location) -> Footer:
 
 
 class RowGroups:
-    """Row groups of files, read one at a time or several ahead.
+    """Reads row groups of files, verified if the footers have checksums.
 
-    Local files are opened for each row group: a log of thousands of files must not hold them all
-    open. Those of a store are read by coalesced requests for the columns that are wanted, tried
-    again where a read fails, and compared with what they were when they were first read. Bytes are
-    verified where the footers have checksums.
+    Local files are opened for each row group, since a log may have thousands. Files of a store are
+    read by coalesced requests for the columns, retried on failure, and refused if they changed.
 
     Args:
         files: of the log.
-        footers: of each file.
+        footers: of the files.
     """
 
     def __init__(self, files: Sequence[Location], footers: Sequence[Footer]) -> None:
@@ -300,7 +297,7 @@ class RowGroups:
         return self.files[number], group
 
     def read(self, index: int, columns: Sequence[str]) -> pa.Table:
-        """The rows of one row group.
+        """Read a row group.
 
         Raises:
             DataError: they cannot be read or are damaged, or the file is another by now.
@@ -310,11 +307,10 @@ class RowGroups:
         return next(self.read_many([index], columns))
 
     def read_many(self, indexes: Sequence[int], columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Row groups in the order of `indexes`. Those of a store are read ahead, by several
-        threads, up to `READ_AHEAD_BYTES`."""
+        """Read row groups in order; those of a store ahead by threads, up to `READ_AHEAD_BYTES`."""
         if not indexes or self.files[self.places[indexes[0]][0]].local is not None:
             return map(self._read_here, indexes, repeat(columns))
-        return InOrder(
+        return ParallelReadAhead(
             lambda index: self._read_there(index, columns),
             indexes,
             READ_THREADS,
@@ -364,8 +360,7 @@ class RowGroups:
                 return opened.read_row_group(group, columns=list(columns))
 
     def _compare(self, number: int, source: pa.NativeFile) -> None:
-        """Refuse a file that is no longer what it was: by its size, and by the tag of its content
-        where the store gives one."""
+        """Refuse a file whose size, or entity tag in the store, has changed."""
         facts = {str(name).lower(): str(value) for name, value in source.metadata().items()}
         tag = facts.get("etag", "")
         now = (source.size(), tag)

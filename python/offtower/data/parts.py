@@ -1,8 +1,8 @@
-"""A log written by many workers, file by file: the bytes that one worker writes alone.
+"""Writing of logs by many workers, with the same bytes as by one.
 
-Rows come in units (row groups of a log, files of a source, chunks of a simulation). Once it is
-known how many rows each unit gives, each file of the log is a function of its number alone: the
-rows from number * rows_per_file on of all units joined. A file written twice is the same file.
+Rows come in units (row groups of a log, files of a source, chunks of a simulation). With known
+numbers of rows per unit, each file is a function of its number: the rows from number *
+rows_per_file on of all units. A file that is written twice is the same.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from offtower.progress import Progress, report_rows
 
 
 class RowSource(ABC):
-    """Rows in units; sent to workers, so it holds no rows."""
+    """A source of rows in units; pickled for workers, so it holds no rows."""
 
     counts: NDArray[np.int64]
-    """(u,) rows that each unit gives."""
+    """(u,) rows of each unit."""
 
     @abstractmethod
     def tables(self, unit: int) -> Iterator[pa.Table]:
-        """The rows of a unit, in order; the same at every call."""
+        """Read the rows of a unit, in order; the same at every call."""
 
     def rows(self, first: int, last: int) -> Iterator[pa.Table]:
-        """Rows first..last-1 of all units joined; only the units that hold them are read."""
+        """Read rows first..last-1 of all units; other units are not read."""
         ends = np.cumsum(self.counts)
         unit = int(np.searchsorted(ends, first, side="right"))
         while first < last:
@@ -72,7 +72,7 @@ def write_log_parts(
     progress: Progress | None = None,
     task: str = "writing",
 ) -> dict[str, Any]:
-    """`write_log` of a source, a file at a time wherever the mapper runs; the same bytes.
+    """Write a source as `write_log` would, a file at a time with a mapper.
 
     Returns:
         The manifest: schema, num_rows, fingerprint.
@@ -87,7 +87,7 @@ def write_log_parts(
         raise DataError(f"no rows to write to '{directory}'")
     rows_per_file = max(1, rows_per_file // rows_per_group) * rows_per_group
     with new_directory(directory) as temporary:
-        # Absolute: workers have a working folder of their own.
+        # Absolute, since workers have another working folder.
         write = partial(_write, source, temporary.absolute(), rows_per_group, rows_per_file)
         progress.start(task, total)
         numbers = range(-(-total // rows_per_file))

@@ -1,4 +1,4 @@
-"""Rows set aside: every bad row with all its columns and the reason, in Parquet."""
+"""Quarantine files: bad rows with all their columns and the reason, in Parquet."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from offtower.data.location import AnyPath, Location
 from offtower.data.output import new_file
 
 REASON = "_reason"
-"""Column that says what was wrong; `_row` has the row's number in the whole log."""
+"""Column with what is wrong; `_row` is the row's number in the whole log."""
 
 ROW = "_row"
 
 
-def write_aside(
+def write_quarantine(
     directory: AnyPath,
     rows: pa.Table,
     numbers: list[int],
@@ -24,12 +24,12 @@ def write_aside(
     source: str,
     first: int,
 ) -> Location:
-    """Write the bad rows of one table; writing the same table again gives the same file.
+    """Write the bad rows of one table, always to the same file.
 
     Args:
         rows: the bad rows, with their columns as read.
         numbers, reasons: of each row.
-        source: the file they came from, part of the name: logs may share a folder.
+        source: the file that they come from; part of the name, since logs may share a folder.
         first: number of the table's first row in the whole log.
     """
     aside = rows.append_column(ROW, pa.array(numbers, pa.int64()))
@@ -38,5 +38,5 @@ def write_aside(
         Location.of(directory) / f"rows-from-{first:012d}-{zlib.crc32(source.encode()):08x}.parquet"
     )
     with new_file(path) as temporary:
-        pq.write_table(aside, temporary)
+        pq.write_table(aside, temporary, write_page_checksum=True)
     return path

@@ -1,4 +1,4 @@
-"""Threads that load what is wanted next while the current piece is in use."""
+"""Threads that load the next pieces while the current one is in use."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Loaded = TypeVar("Loaded")
 T = TypeVar("T")
 
 IN_FLIGHT = 2
-"""The piece that is in use, and the next one."""
+"""The piece in use, and the next one."""
 
 
 class ReadAhead(Generic[Loaded]):
-    """Loads numbered pieces in a thread, never more than two that were not given back.
+    """Loads numbered pieces in a thread, at most two ahead of the consumer.
 
-    Iterating asks for the next piece, and by that gives the last one back. An error of `load` is
-    raised where the piece was asked for. Leaving the `with` block ends the thread.
+    Requesting the next piece releases the last one. An error of `load` is raised where the piece is
+    requested. Leaving the `with` block ends the thread.
 
     Args:
-        numbers: the pieces, in the order in which they are wanted.
-        load: number -> piece. The event is set when nobody wants pieces any more; `load` may then
-            return None early.
+        numbers: of the pieces, in the order of use.
+        load: returns a piece. The event is set when no more pieces are needed; `load` may then
+            return None.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ReadAhead(Generic[Loaded]):
         self._stop = threading.Event()
         self._permits = threading.Semaphore(IN_FLIGHT)
         self._loaded: SimpleQueue[Loaded | BaseException] = SimpleQueue()
-        # A daemon: an interpreter that exits in the middle of an epoch does not wait for it.
+        # A daemon, so that the interpreter can exit in the middle of an epoch.
         self._thread = threading.Thread(target=self._run, name="offtower-reader", daemon=True)
 
     def __enter__(self) -> ReadAhead[Loaded]:
@@ -52,7 +52,7 @@ class ReadAhead(Generic[Loaded]):
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._permits.release()
-        # The garbage collector may run this in the thread itself.
+        # The garbage collector may call this in the thread itself.
         if self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -80,28 +80,28 @@ class ReadAhead(Generic[Loaded]):
             self._loaded.put(error)
 
 
-SAID_AFTER = 15.0
-"""Seconds of waiting for one piece after which that is said; again each minute."""
-_AGAIN_AFTER = 60.0
+WARN_AFTER_SECONDS = 15.0
+"""Seconds of waiting for a piece before the first warning; later ones come each minute."""
+_WARN_EVERY_SECONDS = 60.0
 
 
-class InOrder(Iterator[Loaded]):
-    """load(part) of each part, in order, by several threads that run ahead.
+class ParallelReadAhead(Iterator[Loaded]):
+    """Iterates over load(part) in order, with several threads that run ahead.
 
-    Asking for the next result gives the last one back. The threads are daemons: one that hangs
-    keeps neither the caller nor the interpreter. They start with the first result asked for, and
-    end after their current part when the iterator is closed or dropped.
+    Requesting the next result releases the last one. The threads are daemons: one that hangs blocks
+    neither the caller nor the interpreter. They start at the first request, and end after their
+    current part when the iterator is closed or dropped.
 
     Args:
         load: called in any order, by several threads at once.
-        threads: parts that are loaded at the same time.
+        threads: parts loaded at the same time.
         name: of a part, for messages.
-        seconds: that one part may be waited for.
-        size: of a part's result; those that are loaded and not given back have at most `room`
-            together, but for one that is larger by itself.
+        seconds: longest wait for a part.
+        size: of a part's result; results that are loaded and not released have at most `room`
+            together, except for a single larger one.
 
     Raises:
-        DataError: a part took too long. Else what `load` raises, of the first part in order.
+        DataError: a part took too long. Otherwise the error of `load`, of the first part in order.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class InOrder(Iterator[Loaded]):
         size: Callable[[T], float] | None = None,
         room: float = 0.0,
     ) -> None:
-        # The threads know the run and not this object, so that dropping it ends them.
+        # The threads reference the run and not this object, so that dropping it ends them.
         self._run: _Run[Any, Loaded] = _Run(load, parts, size, room, 4 * threads)
         self._parts, self._threads = parts, threads
         self._name, self._seconds = name, seconds
@@ -126,7 +126,7 @@ class InOrder(Iterator[Loaded]):
         if number == 0:
             self._run.start(self._threads)
         else:
-            self._run.give_back(number - 1)
+            self._run.release(number - 1)
         if number == len(self._parts):
             self.close()
             raise StopIteration
@@ -138,7 +138,7 @@ class InOrder(Iterator[Loaded]):
             raise
 
     def close(self) -> None:
-        """End; any thread may call it, also while another waits for a result."""
+        """End the threads; may be called while another thread waits for a result."""
         self._run.stop()
 
     def __del__(self) -> None:
@@ -146,7 +146,7 @@ class InOrder(Iterator[Loaded]):
 
 
 class _Run(Generic[T, Loaded]):
-    """What the threads share."""
+    """State shared by the threads."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class _Run(Generic[T, Loaded]):
 
     def result(self, number: int, name: str, seconds: float) -> Loaded:
         began = time.monotonic()
-        say_at = SAID_AFTER
+        warn_at = WARN_AFTER_SECONDS
         with self._changed:
             while number not in self._done:
                 if self._stopped:
@@ -181,16 +181,16 @@ class _Run(Generic[T, Loaded]):
                         f"no answer for {waited:.0f} s: {name}. The store or the network hangs; "
                         "OFFTOWER_STORE_TIMEOUT=SECONDS in the environment allows more"
                     )
-                if waited >= say_at:
+                if waited >= warn_at:
                     logger.warning("waiting for %s, for %.0f s now", name, waited)
-                    say_at += _AGAIN_AFTER
-                self._changed.wait(min(say_at, seconds) - waited)
+                    warn_at += _WARN_EVERY_SECONDS
+                self._changed.wait(min(warn_at, seconds) - waited)
             loaded, error = self._done.pop(number)
         if error is not None:
             raise error
         return loaded  # type: ignore[return-value]
 
-    def give_back(self, number: int) -> None:
+    def release(self, number: int) -> None:
         with self._changed:
             self._returned += 1
             self._held -= self._size_of(number)
@@ -231,5 +231,5 @@ class _Run(Generic[T, Loaded]):
                 if not self._stopped:
                     self._done[number] = (loaded, error)
                 self._changed.notify_all()
-            # Nothing here may hold what was given back.
+            # Hold no reference to a released result.
             del loaded, error

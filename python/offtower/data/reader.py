@@ -1,4 +1,4 @@
-"""Batches of encoded rows from a log, read ahead by one thread, in an order that can be resumed."""
+"""Batches of encoded rows from a log, read ahead by a thread, in a resumable order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.encoding import FeatureEncoding
-from offtower.data.loading import Loader, OnBadRows, ended, joined_rows
+from offtower.data.loading import Loader, OnBadRows, closing_tables, concat_rows
 from offtower.data.location import AnyPath
 from offtower.data.log import Log
 from offtower.data.order import Batch, Cursor, EpochOrder, fold_of, rank_slice
@@ -41,11 +41,11 @@ class Step(_Step):
     """One step of an epoch: (cursor, rows, fold).
 
     Attributes:
-        cursor: the place after this batch.
+        cursor: the next batch.
         rows: this worker's rows of the batch.
         fold: fold of all rows of the batch; 0 without folds.
-        first: place of this worker's first row in the batch.
-        joined: rows of the batch over all workers, without their context.
+        first: position of this worker's first row in the batch.
+        joined: rows of the batch over all workers, without context features.
     """
 
     first: int
@@ -79,31 +79,29 @@ class _Window:
 class BatchReader:
     """Reads epochs of a log in the order of an `EpochOrder`.
 
-    A thread reads, checks and encodes the next window while the current one is consumed; no more
-    than two windows are in memory. Arrow tables are dropped row group by row group, and batches are
-    taken from the encoded window by index. A log of one window is encoded once and kept.
+    A thread reads, checks and encodes the next window while the current one is consumed; at most
+    two windows are in memory. A log of one window is encoded once and kept.
 
-    Every worker reads every window and takes its part of each batch, so that what is read does not
-    depend on the number of workers; and knows the actions, rewards and propensities of all rows
-    without a message.
+    Every worker reads every window and takes its slice of each batch, so that the rows do not
+    depend on the number of workers, and actions, rewards and propensities of all rows are known
+    without communication.
 
     Args:
         log: the log.
-        catalogue: items that the log may show.
+        catalogue: the items.
         context_encoding: fitted encoding of the context features.
-        order: the order; made from the log's row group sizes.
+        order: made from the log's row group sizes.
         prefetch: False reads in the calling thread.
         on_bad_rows: "error" raises BadRowsError at the first row group with a bad row;
-            "quarantine" takes bad rows out and writes them to the folder `quarantine`.
-        quarantine: folder for bad rows; needed with on_bad_rows="quarantine".
+            "quarantine" writes bad rows to the folder `quarantine` and leaves them out.
+        quarantine: folder for bad rows.
         fold: folds of encoded rows, (n,) int8; by default `row_folds` with the order's seed.
-        cache_bytes: largest size of a one-window log that is kept.
+        cache_bytes: largest size of a log of one window that is kept.
 
     Raises:
-        ConfigError: an argument does not fit the others.
+        ConfigError: arguments contradict each other.
 
-    Use it as a context manager, or call `close`, to end the thread of an epoch that was left early;
-    a generator that is dropped does so too.
+    Use it as a context manager, or call `close`, to end the thread of an unfinished epoch.
     """
 
     def __init__(
@@ -134,23 +132,23 @@ class BatchReader:
 
     @property
     def bad_rows(self) -> int:
-        """Rows taken out so far, each counted once."""
+        """Rows in quarantine so far, each counted once."""
         return self._loader.bad_rows
 
     def epoch(
         self, epoch: int, start: Cursor | None = None, rank: int = 0, world_size: int = 1
     ) -> Iterator[Step]:
-        """Batches of one epoch, from `start` on.
+        """Iterate over the batches of an epoch, from `start` on.
 
         Args:
             epoch: number of the epoch.
-            start: a cursor that an earlier `Step` of this epoch gave; the same batches follow.
+            start: the cursor of an earlier `Step` of this epoch.
             rank: number of this worker.
-            world_size: number of workers. Every worker gets the same number of steps; a batch with
-                fewer rows than workers gives some of them no rows.
+            world_size: number of workers. All get the same number of steps; a batch with fewer rows
+                than workers has no rows for some.
 
         Returns:
-            Steps; each unpacks into (cursor after the batch, this worker's rows, fold).
+            Steps, which unpack into (next cursor, this worker's rows, fold).
 
         Raises:
             ConfigError: `start` is of another epoch, or rank is not in [0, world_size).
@@ -165,7 +163,7 @@ class BatchReader:
         return steps
 
     def close(self) -> None:
-        """End the threads of epochs that were left before their end."""
+        """End the threads of unfinished epochs."""
         for steps in list(self._running):
             steps.close()
 
@@ -202,7 +200,7 @@ class BatchReader:
                     )
                     yield Step(cursor, rows, batch.fold, mine.start, joined)
                 first = 0
-                # The thread reads on when this window is given back: nothing here may hold it.
+                # Release the window, so that the thread can load the next one.
                 del window
 
     def _windows(self, epoch: int, first: int) -> Generator[_Window, None, None]:
@@ -223,15 +221,15 @@ class BatchReader:
             return self._window(epoch, number, rows)
 
         if not self.prefetch or len(numbers) < 2:
-            with ended(tables):
+            with closing_tables(tables):
                 for number in numbers:
                     window = load(number, threading.Event())
                     assert window is not None
                     yield window
                     del window
             return
-        # First the tables end, and with them what the thread may be waiting for.
-        with ReadAhead(numbers, load) as ahead, ended(tables):
+        # The tables are closed first, since the thread may wait for them.
+        with ReadAhead(numbers, load) as ahead, closing_tables(tables):
             yield from ahead
 
     def _window(self, epoch: int, number: int, rows: EncodedRows) -> _Window:
@@ -249,7 +247,7 @@ class BatchReader:
 
 
 def row_folds(rows: EncodedRows, num_folds: int, seed: int) -> NDArray[np.int8]:
-    """(n,) fold of each row: by user where the log knows users, else by global row number."""
+    """Assign (n,) folds: by user if the log has users, else by row number."""
     return fold_of(rows.row if rows.user_id is None else rows.user_id, num_folds, seed)
 
 
@@ -264,19 +262,19 @@ def scan(
     quarantine: AnyPath | None = None,
     prefetch: bool = True,
 ) -> Iterator[EncodedRows]:
-    """All rows of a log in the order of the file, `batch_rows` at a time; the rest comes last.
+    """Iterate over all rows of a log in file order, `batch_rows` at a time.
 
     Args:
-        rows: numbers of the rows to read, in place of all. Where they start and stop at multiples
-            of `batch_rows`, the batches are those of reading everything.
+        rows: numbers of the rows to read, all by default. If they start and stop at multiples of
+            `batch_rows`, batches are those of the whole log.
 
     Raises:
-        ConfigError: `batch_rows` is less than 1, `quarantine` is missing, or `rows` is given where
-            rows are taken out.
+        ConfigError: `batch_rows` is less than 1, `quarantine` is missing, or `rows` is given with
+            on_bad_rows="quarantine".
         BadRowsError: while iterating, with on_bad_rows="error".
     """
     if rows is not None and on_bad_rows != "error":
-        raise ConfigError("a range of rows is read of a log without bad rows only")
+        raise ConfigError("a range of rows can only be read with on_bad_rows='error'")
     loader = Loader(log, catalogue, context_encoding, on_bad_rows, quarantine)
     rows = range(log.num_rows) if rows is None else rows
     first = log.first_rows
@@ -306,7 +304,7 @@ def _scan(
     skip: int = 0,
     limit: int | None = None,
 ) -> Iterator[EncodedRows]:
-    """Batches of the rows of some windows, without the first `skip` rows, `limit` at most."""
+    """Iterate over rows of some windows, without the first `skip`, at most `limit`."""
     numbers = range(len(windows))
     rest: EncodedRows | None = None
     with ExitStack() as stack:
@@ -319,7 +317,7 @@ def _scan(
             loaded = iter(stack.enter_context(ahead))
         else:
             loaded = (loader.load(groups, tables, threading.Event()) for groups in windows)
-        stack.enter_context(ended(tables))
+        stack.enter_context(closing_tables(tables))
         for rows in loaded:
             assert rows is not None
             if skip or (limit is not None and len(rows) > limit):
@@ -329,7 +327,7 @@ def _scan(
             if limit is not None:
                 limit -= len(rows)
             if rest is not None:
-                rows = joined_rows([rest, rows])
+                rows = concat_rows([rest, rows])
             whole = len(rows) - len(rows) % batch_rows
             for start in range(0, whole, batch_rows):
                 yield rows.take(np.arange(start, start + batch_rows))

@@ -1,4 +1,4 @@
-"""Encoded rows of a log: all that training and evaluation need, as arrays."""
+"""Encoded rows of a log, as arrays for training and evaluation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from offtower.data.schema import LogSchema
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """n rows."""
+    """n rows of a log."""
 
     context: FeatureArrays
     action: NDArray[np.int64]
@@ -45,7 +45,7 @@ class EncodedRows:
         return nbytes(self.context) + sum(a.nbytes for a in arrays if a is not None)
 
     def take(self, index: NDArray[np.int64]) -> EncodedRows:
-        """Rows at `index`, in its order."""
+        """Select rows by index."""
         columns: dict[str, Any] = {
             f.name: None if getattr(self, f.name) is None else getattr(self, f.name)[index]
             for f in fields(self)
@@ -54,12 +54,12 @@ class EncodedRows:
         return EncodedRows(context=take(self.context, index), **columns)
 
     def without_context(self) -> EncodedRows:
-        """The same rows with no context features."""
+        """Return the rows without context features."""
         return replace(self, context={})
 
     @classmethod
     def concat(cls, parts: Sequence[EncodedRows]) -> EncodedRows:
-        """All rows of all parts."""
+        """Concatenate the rows of all parts."""
         columns: dict[str, Any] = {
             f.name: None
             if getattr(parts[0], f.name) is None
@@ -78,12 +78,12 @@ def encode_rows(
     first_row: int,
     row: NDArray[np.int64] | None = None,
 ) -> EncodedRows:
-    """Checked rows -> arrays.
+    """Encode checked rows.
 
     Args:
         table: rows that passed the row check.
         first_row: number of the table's first row in the whole log.
-        row: (n,) numbers of the rows, where some were taken out; else first_row, first_row + 1, ...
+        row: (n,) numbers of the rows if some were left out; consecutive by default.
     """
     if row is None:
         row = np.arange(first_row, first_row + table.num_rows, dtype=np.int64)
@@ -108,13 +108,13 @@ def encode_rows(
 
 
 def hashed(column: pa.ChunkedArray) -> NDArray[np.uint64]:
-    """A stable 64-bit key of each value; equal values, equal keys. Null has the key 0."""
-    distinct, place = distinct_values(column)
-    return np.append(hash_values(distinct), np.uint64(0))[place]
+    """Hash values to stable 64-bit keys; null has the key 0."""
+    distinct, index = distinct_values(column)
+    return np.append(hash_values(distinct), np.uint64(0))[index]
 
 
 def timestamps(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Times as int64: microseconds for timestamp columns, the number itself for numbers."""
+    """Convert times to int64: timestamps to microseconds, numbers as they are."""
     array = as_array(column)
     if pa.types.is_timestamp(array.type):
         array = pc.cast(array, pa.timestamp("us", tz=array.type.tz), safe=False)

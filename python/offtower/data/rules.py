@@ -1,4 +1,4 @@
-"""What each column must hold: masks of the rows that break a rule, by what is wrong with them."""
+"""Rules of each column, and masks of the rows that violate them by problem."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from offtower.errors import DataError
 
 @dataclass(frozen=True)
 class Fault:
-    """Rows of one table that break one rule in one way."""
+    """Rows of a table that violate a rule in the same way."""
 
     column: str
     problem: str
@@ -36,7 +36,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a column must hold; `bad` costs one pass, `kinds` is asked only where a row is bad."""
+    """What a column must hold; `kinds` classifies the rows that `bad` finds."""
 
     column: str
     expected: str
@@ -47,10 +47,10 @@ class Rule:
 
 
 def find_faults(table: pa.Table, schema: LogSchema, catalogue: Catalogue, file: str) -> list[Fault]:
-    """Broken rules, each with its rows; a table without faults costs a pass per column.
+    """Find the violated rules with their rows, in one pass per column if there are none.
 
     Raises:
-        DataError: a column is missing or has a type that can never be right.
+        DataError: a column is missing or has a wrong type.
     """
     found: list[Fault] = []
     for rule in _rules(schema, catalogue):

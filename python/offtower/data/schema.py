@@ -1,6 +1,6 @@
-"""Which columns a log and a catalogue have, and what they mean.
+"""Schemas of logs and catalogues: their columns and features.
 
-A directory that offtower wrote carries its schema in `_offtower.json`, so a config may omit it.
+Folders that offtower writes have their schema in `_offtower.json`, so a config may omit it.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ _STRICT = ConfigDict(extra="forbid")
 
 @dataclass(config=_STRICT, frozen=True)
 class FeatureSpec:
-    """One feature: a column and how it becomes numbers."""
+    """A feature: its column and encoding."""
 
     name: str
     kind: FeatureKind
     """numeric: a number; vector: a list of `dim` numbers; category: a string or integer;
     bag: a list of categories."""
     dim: int | None = Field(default=None, ge=1)
-    """Length of a vector; found from the data where it is not given."""
+    """Length of a vector; by default that of the data."""
     encoding: Literal["vocabulary", "hash"] = "vocabulary"
-    """Of categories and bags: the values seen in training, or a stable hash into `buckets`."""
+    """Of categories and bags: a vocabulary of training values, or a stable hash into `buckets`."""
     buckets: int = Field(default=2**20, ge=1)
     min_count: int = Field(default=1, ge=1)
-    """A value seen less often shares the row of unknown values."""
+    """Less frequent values are encoded as unknown."""
     embedding_dim: int | None = Field(default=None, ge=1)
-    """Width of the learned embedding of a category or bag; the tower's default without it."""
+    """Width of the embedding of a category or bag; the tower's default if None."""
     column: str | None = None
-    """Column of the file where it is not `name`."""
+    """Column of the file; `name` if None."""
 
     @property
     def source(self) -> str:
@@ -54,13 +54,13 @@ class FeatureSpec:
 
 @dataclass(config=_STRICT, frozen=True)
 class LogSchema:
-    """Columns of a log; every name but the features' may be changed."""
+    """Columns of a log."""
 
     context: tuple[FeatureSpec, ...] = ()
     action: str = "action"
     reward: str = "reward"
     pscore: str | None = "pscore"
-    """Column with pi_0(a|x) in (0, 1]; None where propensities were not logged."""
+    """Column with pi_0(a|x) in (0, 1]; None without propensities."""
     timestamp: str | None = None
     behavior_policy: str | None = None
     position: str | None = None
@@ -81,7 +81,7 @@ class LogSchema:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Every column that the schema names, each once, in a fixed order."""
+        """All columns of the schema, without repetition."""
         named = [spec.source for spec in self.context]
         named += [
             name

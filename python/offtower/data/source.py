@@ -22,7 +22,7 @@ from offtower.data.location import AnyPath, Location
 from offtower.data.log import TableOrigin
 from offtower.data.parquet import FOOTER_THREADS
 from offtower.data.parts import RowSource
-from offtower.data.read_ahead import InOrder
+from offtower.data.read_ahead import ParallelReadAhead
 from offtower.data.schema import LogSchema
 from offtower.data.stores import (
     ATTEMPTS,
@@ -127,7 +127,9 @@ class Units:
         found = (
             map(_row_groups, fragments)
             if here
-            else InOrder(_row_groups, fragments, FOOTER_THREADS, lambda f: f"'{f.path}'", limit())
+            else ParallelReadAhead(
+                _row_groups, fragments, FOOTER_THREADS, lambda f: f"'{f.path}'", limit()
+            )
         )
         for fragment, groups in zip(fragments, found, strict=True):
             self._add(fragment, groups)

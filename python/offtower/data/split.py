@@ -1,4 +1,4 @@
-"""Cut a log into parts by time, by user, by round or by row, streaming from and to disk."""
+"""Split a log by time, user, round or row, streaming from and to files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SplitBy = Literal["time", "user", "round", "row"]
 _BINS = 65_536
 
 Assign = Callable[[pa.Table, int], NDArray[np.int64]]
-"""A table and the global number of its first row -> the part of each row."""
+"""Maps a table and the number of its first row in the log to the part of each row."""
 
 
 def split_log(
@@ -49,26 +49,25 @@ def split_log(
 ) -> dict[str, int]:
     """Write each part of a log to `out`/<name>, keeping the order of rows and all columns.
 
-    Memory does not grow with the log: rows pass through one row group at a time. Row groups without
-    a row of a part are not read for it.
+    Memory is bounded: rows are read a row group at a time.
 
     Args:
         log: the log, or the directory of one.
         out: folder of the parts; it may exist, the parts may not.
-        by: "time" cuts at quantiles of the timestamp, so that later rows are tested (rows of one
-            timestamp stay together); "user" and "round" keep a user's or a round's rows together,
-            by a keyed hash; "row" draws each row by itself.
-        fractions: share of each part, adding up to 1.
+        by: "time" cuts at quantiles of the timestamp, so that later rows are for testing (rows of
+            equal times stay together); "user" and "round" assign users or rounds by a keyed hash;
+            "row" assigns single rows.
+        fractions: of each part; their sum is 1.
         names: name of each part.
         seed: key of the hash; another seed draws another split.
-        mapper: where row groups are read and files are written; the files are the same with any.
+        mapper: reads row groups and writes files; the files are the same with any.
 
     Returns:
         Rows of each part, by name.
 
     Raises:
-        DataError: the log lacks the column, a part exists or would be empty, or the shares do not
-            add up to 1. Nothing is left behind.
+        DataError: the log lacks the column, a part exists or would be empty, or the fractions do
+            not add up to 1. Nothing is left behind.
     """
     if not isinstance(log, Log):
         log = ParquetLog.open(log)
@@ -139,7 +138,7 @@ def _check_parts(fractions: Sequence[float], names: Sequence[str]) -> None:
 
 
 def _pieces(log: Log, mapper: Mapper) -> list[range]:
-    """Row groups in ranges of about a million rows."""
+    """Return ranges of row groups of about a million rows."""
     sizes = log.row_group_sizes
     return pieces(len(sizes), max(1, round(1_000_000 / sizes.mean())), mapper.workers)
 
@@ -153,7 +152,7 @@ def _tables(
 
 
 def _all_columns(log: Log) -> list[str]:
-    """The schema's columns, and those beside them that every file has with one type."""
+    """Return the schema's columns, and others that all files have with the same type."""
     if not isinstance(log, ParquetLog):
         return log.read_row_group(0).column_names
     schemas = [footer.columns for footer in log.footers()]
@@ -169,7 +168,7 @@ def _all_columns(log: Log) -> list[str]:
 
 
 class _Part(RowSource):
-    """The rows of one part, a row group a unit."""
+    """The rows of one part; a unit is a row group."""
 
     def __init__(
         self,
@@ -188,7 +187,7 @@ class _Part(RowSource):
 
 
 def _count(log: Log, assign: Assign, parts: int, mapper: Mapper) -> NDArray[np.int64]:
-    """(row groups, parts) rows."""
+    """Count the rows by row group and part."""
     schema = log.schema
     wanted = [c for c in (schema.timestamp, schema.user_id, schema.round_id) if c is not None]
     count = partial(_count_groups, log, wanted or [schema.action], assign, parts)
@@ -208,7 +207,7 @@ def _count_groups(
 
 @dataclass(frozen=True)
 class _ByRow:
-    """Each row by itself. bounds: share k of 2**64 lies below bounds[k]."""
+    """Assigns single rows; the hashes of part k are below bounds[k]."""
 
     bounds: NDArray[np.uint64]
     seed: int
@@ -220,7 +219,7 @@ class _ByRow:
 
 @dataclass(frozen=True)
 class _ByKey:
-    """Rows with the same value of a column together."""
+    """Assigns rows with equal values of a column to the same part."""
 
     column: str
     bounds: NDArray[np.uint64]
@@ -233,7 +232,7 @@ class _ByKey:
 
 @dataclass(frozen=True)
 class _ByTime:
-    """Before the first cut, between cuts, from the last cut on."""
+    """Assigns rows by their interval between cuts."""
 
     column: str
     cuts: NDArray[np.uint64]
@@ -271,10 +270,10 @@ def _keys(table: pa.Table, column: str) -> NDArray[np.uint64]:
 def _quantiles(
     log: Log, column: str, shares: NDArray[np.float64], mapper: Mapper | None = None
 ) -> NDArray[np.uint64]:
-    """The value at each share of the sorted column, exactly, in a few passes of bounded memory.
+    """Find exact quantiles of a column in at most five passes of bounded memory.
 
-    Each pass counts the values in 65,536 bins of every wanted value's interval and narrows the
-    interval to one bin; at most five passes over one column settle 64 bits.
+    Each pass counts the values in 65,536 bins of each quantile's interval and narrows the interval
+    to one bin.
     """
     mapper = mapper or Mapper()
     parts = _pieces(log, mapper)
@@ -299,7 +298,7 @@ def _quantiles(
 
 
 def _extent(log: Log, column: str, groups: range) -> tuple[int, int, int]:
-    """Least and largest value of some row groups, and their rows."""
+    """Return the smallest and largest value of some row groups, and the number of rows."""
     low, high, rows = 2**64 - 1, 0, 0
     for table, _ in _tables(log, [column], groups):
         if table.num_rows:
@@ -316,7 +315,7 @@ def _count_bins(
     widths: Sequence[int],
     groups: range,
 ) -> NDArray[np.int64]:
-    """(intervals, bins) values of some row groups."""
+    """Count the values of some row groups: (intervals, bins)."""
     counts = np.zeros((len(intervals), _BINS), dtype=np.int64)
     for table, _ in _tables(log, [column], groups):
         values = _sortable(table, column)
@@ -328,7 +327,7 @@ def _count_bins(
 
 
 def _sortable(table: pa.Table, column: str) -> NDArray[np.uint64]:
-    """Timestamps as unsigned integers in the same order (microseconds where they are times)."""
+    """Convert times to unsigned integers in the same order (timestamps: microseconds)."""
     values = table.column(column)
     if values.null_count:
         raise DataError(f"column '{column}' has nulls; a split by time needs every row's time")

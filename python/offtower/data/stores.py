@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from offtower.data.read_ahead import InOrder
+from offtower.data.read_ahead import ParallelReadAhead
 from offtower.errors import DataError
 from offtower.paths import HIDDEN, redact
 
@@ -166,7 +166,9 @@ def request(function: Callable[[], R], what: str, attempts: int | None = None) -
         DataError: the request timed out.
         OSError, ArrowInvalid: the last attempt failed.
     """
-    answers = InOrder(lambda f: retry(f, what, attempts), [function], 1, lambda _: what, limit())
+    answers = ParallelReadAhead(
+        lambda f: retry(f, what, attempts), [function], 1, lambda _: what, limit()
+    )
     return next(answers)
 
 

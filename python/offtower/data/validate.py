@@ -1,4 +1,4 @@
-"""What a log must satisfy row by row, and on average: one streaming pass, with standard errors."""
+"""Validation of a log in one streaming pass: every row, and averages with standard errors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from offtower.progress import Progress, report_rows
 Level = Literal["error", "warning", "info"]
 
 _PART_ROWS = 1_000_000
-"""Rows of a part of the log, about."""
+"""Approximate rows of a part of the log."""
 _ALARM = 4.0
-"""Standard errors between an average and what it must be, above which it is an error."""
+"""Standard errors of deviation from which an average is an error."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One statement about the log."""
+    """A result of the validation."""
 
     level: Level
     name: str
@@ -34,7 +34,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """All findings; `ok` where none is an error."""
+    """All findings; `ok` if none is an error."""
 
     rows: int
     findings: tuple[Finding, ...]
@@ -78,21 +78,19 @@ def validate_log(
     items are never shown.
 
     Args:
-        target: of a table with n rows, the (n,) probabilities pi(a_i|x_i) that a policy gives the
-            logged actions. The mean of pi/pscore is the share of the policy's mass that the log
-            can speak of; the rest has no support.
-        mapper: where the parts of the log are read; here, one after the other, without one. The
-            numbers are the same bits with any.
+        target: maps a table of n rows to (n,) probabilities pi(a_i|x_i) of the logged actions under
+            a policy. The mean of pi/pscore is the share of the policy's mass with support.
+        mapper: reads the parts of the log; the results have the same bits with any.
 
     Raises:
-        DataError: a column is missing or can never be right; a file cannot be read.
+        DataError: a column is missing or has a wrong type; a file cannot be read.
     """
     mapper, progress = mapper or Mapper(), progress or Progress()
     sizes = log.row_group_sizes
     groups = max(1, round(_PART_ROWS / max(1.0, float(sizes.mean()))))
     parts = pieces(len(sizes), groups, mapper.workers)
     progress.start("validating", log.num_rows)
-    found = mapper.map(partial(_sums_of, log, catalogue.bare(), target), parts, "validating")
+    found = mapper.map(partial(_sums_of, log, catalogue.index_only(), target), parts, "validating")
     sums = merge_all(report_rows(found, progress), empty="the log has no rows")
     progress.finish()
     return ValidationReport(log.num_rows, tuple(_Findings(sums, log.schema, catalogue).all()))
@@ -114,7 +112,7 @@ def _sums_of(log: Log, catalogue: Catalogue, target: Target | None, groups: rang
 
 
 class _Findings:
-    """What sums over a whole log say."""
+    """Findings from the sums over a log."""
 
     def __init__(self, sums: LogSums, schema: LogSchema, catalogue: Catalogue) -> None:
         self._sums = sums
@@ -150,7 +148,7 @@ class _Findings:
     def _mean_reward(self) -> Finding:
         reward = self._sums.reward
         if reward.count == 0:
-            return Finding("error", "reward", "no row is good, so nothing can be averaged")
+            return Finding("error", "reward", "no row is good, so there is no mean")
         mean, error = reward.mean, reward.std_error
         return Finding(
             "info" if reward.square > 0 else "warning",
@@ -158,7 +156,7 @@ class _Findings:
             f"mean reward {mean:.5g} (standard error {error:.2g}; 95% interval "
             f"{mean - 1.96 * error:.5g} to {mean + 1.96 * error:.5g}), "
             f"from {reward.smallest:g} to {reward.largest:g}"
-            + ("" if reward.square > 0 else ": every reward is the same, nothing to learn"),
+            + ("" if reward.square > 0 else ": all rewards are equal, nothing to learn"),
             {
                 "mean": mean,
                 "std_error": error,
@@ -192,8 +190,7 @@ class _Findings:
         return found + self._policies_agree(policies) + self._target_mass()
 
     def _policies_agree(self, policies: list[str]) -> list[Finding]:
-        """Whether the policies' means of 1/pscore are the same number, as those of policies that
-        can show the same items are."""
+        """Compare the policies' means of 1/pscore, which are equal for equal sets of items."""
         if len(policies) < 2:
             return []
         name = "behavior policies"
@@ -207,7 +204,7 @@ class _Findings:
         )
         numbers = {"difference": high.mean - low.mean, "std_error": error}
         if any(m.too_noisy(self._num_items) for m in (low, high)):
-            return [Finding("info", name, text + ". Too noisy to say more", numbers)]
+            return [Finding("info", name, text + ". Too noisy for a conclusion", numbers)]
         if high.mean - low.mean > _ALARM * error + 1e-6 * high.mean:
             text += ". They can show different items, or the propensities of one are wrong"
             return [Finding("warning", name, text, numbers)]
@@ -220,12 +217,12 @@ class _Findings:
         lost = 1.0 - weight.mean
         text = (
             f"mean weight of the target policy is {weight.mean:.4g} (standard error "
-            f"{weight.std_error:.2g}), so {max(lost, 0.0):.1%} of its mass is on items that the "
-            "log cannot speak of"
+            f"{weight.std_error:.2g}), so {max(lost, 0.0):.1%} of its mass is on items "
+            "without support in the log"
         )
         numbers = {"mean": weight.mean, "std_error": weight.std_error, "without_support": lost}
         if weight.too_noisy(1.0):
-            return [Finding("info", "target", text + ": too noisy to say anything", numbers)]
+            return [Finding("info", "target", text + ": too noisy for a conclusion", numbers)]
         slack = _ALARM * weight.std_error + 1e-6
         if weight.mean > 1.0 + slack:
             return [
@@ -250,7 +247,7 @@ class _Findings:
         name = "inverse pscore"
         if inverse.too_noisy(n_items):
             return Finding(
-                "info", name, text + ": too noisy to say anything about the propensities", numbers
+                "info", name, text + ": too noisy for a conclusion about the propensities", numbers
             )
         slack = _ALARM * inverse.std_error + 1e-6 * n_items
         if inverse.mean > n_items + slack:
@@ -265,7 +262,7 @@ class _Findings:
             return Finding(
                 "warning",
                 name,
-                text + ": the logging policy shows a part of the catalogue only, or propensities "
+                text + ": the logging policy shows only a part of the catalogue, or propensities "
                 "are too large",
                 numbers,
             )
@@ -278,7 +275,7 @@ class _Findings:
             "info" if share > 0.5 else "warning",
             "coverage",
             f"{shown:,} of {self._num_items:,} items are shown at least once "
-            f"({share:.1%})" + ("" if share > 0.5 else "; the log says nothing of the others"),
+            f"({share:.1%})" + ("" if share > 0.5 else "; nothing is known of the others"),
             {"shown": shown, "items": self._num_items},
         )
 

@@ -15,9 +15,9 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 def bad_vectors(column: Column, dim: int | None) -> Mask:
-    """(n,) rows whose list is null, of another length than `dim`, or not finite in float32.
+    """Return the (n,) mask of lists that are null, not of length `dim`, or not finite in float32.
 
-    Without a `dim` the commonest length is expected.
+    Without `dim` the most frequent length is expected.
     """
     bad = np.zeros(len(column), dtype=bool)
     for rows in vector_kinds(column, dim).values():
@@ -26,7 +26,7 @@ def bad_vectors(column: Column, dim: int | None) -> Mask:
 
 
 def vector_kinds(column: Column, dim: int | None) -> dict[str, Mask]:
-    """What is wrong with vectors, each with its rows."""
+    """Return masks of unusable vectors by problem."""
     array = as_array(column)
     n = len(array)
     # Null lists hide whatever their slot of a fixed-size list holds.

@@ -11,8 +11,8 @@ from offtower.data.features import (
     BagTensor,
     FeatureArrays,
     nbytes,
-    sent,
     take,
+    to_device,
     to_tensors,
 )
 from offtower.models.features import FeatureTensors
@@ -73,7 +73,7 @@ class DeviceItemFeatures(ItemFeatures):
         # Bag lengths are read on the CPU, which avoids a synchronization.
         bags: FeatureArrays = {k: v for k, v in self.arrays.items() if isinstance(v, BagArray)}
         found = to_tensors(take(bags, index.numpy()), self.device) if bags else {}
-        there = sent(index, self.device)
+        there = to_device(index, self.device)
         return {
             name: found[name] if isinstance(value, BagTensor) else value[there]
             for name, value in self._here.items()
@@ -90,9 +90,9 @@ class DeviceItemFeatures(ItemFeatures):
 
 def _sent(features: FeatureTensors, device: torch.device) -> FeatureTensors:
     return {
-        name: BagTensor(sent(value.values, device), sent(value.offsets, device))
+        name: BagTensor(to_device(value.values, device), to_device(value.offsets, device))
         if isinstance(value, BagTensor)
-        else sent(value, device)
+        else to_device(value, device)
         for name, value in features.items()
     }
 
@@ -109,7 +109,7 @@ def _filled(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.empty(array.shape, dtype=dtype, device=device)
     step = max(1, _BLOCK_BYTES * len(array) // max(1, array.nbytes))
     for start in range(0, len(array), step):
-        tensor[start : start + step] = sent(
+        tensor[start : start + step] = to_device(
             torch.from_numpy(np.array(array[start : start + step])), device
         )
     return tensor

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offtower.data.features import sent
+from offtower.data.features import to_device
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _ONE = 1 << 24
@@ -39,14 +39,16 @@ class RowDraws:
     ) -> Tensor:
         """(rows, width) bool on `device`, each True with probability `rate`."""
         if self.seed is None:
-            return sent(torch.rand(rows, width, dtype=torch.float32, device="cpu") < rate, device)
+            return to_device(
+                torch.rand(rows, width, dtype=torch.float32, device="cpu") < rate, device
+            )
         numbers = torch.arange(rows, device=device) if self.numbers is None else self.numbers
         return self.of(numbers, rate, purpose, width)
 
     def of(self, numbers: Tensor, rate: float, purpose: int, width: int = 1) -> Tensor:
         """Like `below`, for rows with the given `numbers` (k,)."""
         if self.seed is None:
-            return sent(
+            return to_device(
                 torch.rand(len(numbers), width, dtype=torch.float32, device="cpu") < rate,
                 numbers.device,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offtower.data.features import sent
+from offtower.data.features import to_device
 from offtower.models.features import FeatureTensors
 from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
@@ -73,6 +73,6 @@ def log_normalizer(
     item, bias = scores.item, scores.item_bias
     if drawn is None:
         return policy_terms(scores.context, item, action, item_bias=bias).log_normalizer
-    touched = sent(drawn.item, item.device)
+    touched = to_device(drawn.item, item.device)
     items = ItemEmbeddings(item[touched], None if bias is None else bias[touched])
     return drawn.terms(scores.context, items, temperature=1.0).log_normalizer

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from offtower.config import Config
-from offtower.data.features import sent
+from offtower.data.features import to_device
 from offtower.models.items import ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.objectives import Objective
@@ -130,14 +130,14 @@ class SampledTerms(PeriodicExact):
         item, index = torch.unique(torch.cat(parts), return_inverse=True)
         rows, drawn = len(action), len(draws.item)
         device = self.policy.device
-        index = sent(index, device)
-        exact = None if draws.exact_item is None else sent(draws.exact_item, device)
+        index = to_device(index, device)
+        exact = None if draws.exact_item is None else to_device(draws.exact_item, device)
         return TouchedItems(
             item,
-            sent(action, device),
+            to_device(action, device),
             index[:rows],
-            sent(draws.item, device),
-            sent(draws.log_proposal, device),
+            to_device(draws.item, device),
+            to_device(draws.log_proposal, device),
             index[rows : rows + drawn],
             exact,
             None if exact is None else index[rows + drawn :].view(exact.shape),
@@ -145,7 +145,7 @@ class SampledTerms(PeriodicExact):
 
     def embed(self, touched: TouchedItems) -> ItemEmbeddings:
         """Embed the distinct items; differentiable in the item tower."""
-        numbers = sent(touched.item, self.policy.device)
+        numbers = to_device(touched.item, self.policy.device)
         return ItemEmbeddings(*self.policy.item_tower(self.items.at(touched.item), numbers))
 
 

@@ -47,7 +47,7 @@ class LogSource:
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker needs only the catalogue's map from ids to item numbers."""
-        return {**self.__dict__, "catalogue": self.catalogue.bare()}
+        return {**self.__dict__, "catalogue": self.catalogue.index_only()}
 
 
 @dataclass(frozen=True)

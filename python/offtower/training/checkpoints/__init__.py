@@ -1,4 +1,4 @@
-"""All that a run needs to go on as if it had never stopped."""
+"""Checkpoints, from which a run resumes with the same bits."""
 
 from offtower.training.checkpoints.progression import Progression
 from offtower.training.checkpoints.state import OwnedRows

@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""Progress of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from offtower.data.order import Cursor
 
 @dataclass
 class Progression:
-    """Counters of a run; random numbers need none, being functions of (seed, place)."""
+    """Counters of a run. Random numbers need no state: they are functions of seed and cursor."""
 
     cursor: Cursor
     step: int = 0
@@ -23,7 +23,7 @@ class Progression:
     metrics_lines: int = 0
     """Lines of metrics.jsonl so far."""
     epoch_sums: dict[str, float] | None = None
-    """Running sums of the epoch under way, so that its metrics line is whole after a resumption."""
+    """Running sums of the current epoch, for its metrics line after a resumption."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

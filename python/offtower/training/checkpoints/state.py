@@ -1,9 +1,9 @@
-"""A run's tensors by name: as a worker has them, and as a checkpoint has them.
+"""Tensors of a run by name, in workers and in checkpoints.
 
 policy/<name>   optimizer/<number of the parameter>/<key>   extra/<name>
 
-A tensor with rows of its own on each worker is, in a checkpoint, one tensor over the whole
-catalogue in its order, and beside it row 0 as <name>.unknown; so any number of workers reads it.
+A tensor whose rows are divided among workers is stored over the whole catalogue in its order, with
+row 0 apart as <name>.unknown, so that any number of workers can read it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from offtower.errors import RunError
 
 _SHARED = ".unknown"
 _ROW_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "fresh_at", "sum", "momentum_buffer")
-"""What optimisers keep by row of a weight."""
+"""State of optimizers with a row per row of a weight."""
 _ITEM_TOWER = "item_tower."
 
 
 @dataclass(frozen=True)
 class OwnedRows:
-    """Which weights have rows that belong to this worker.
+    """Weights whose rows are divided among workers.
 
-    weights: names in the policy's state; row 0 is the value "unknown", then one row for each of the
-        worker's items. items: of this worker. total: of the whole catalogue.
+    Attributes:
+        weights: names in the policy's state; row 0 is the unknown item, then a row for each of the
+            worker's items.
+        items: of this worker.
+        total: of the whole catalogue.
     """
 
     weights: frozenset[str] = frozenset()
@@ -113,11 +116,11 @@ def extra_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def owned_names(
     owned: OwnedRows, policy: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> set[str]:
-    """Names of all tensors with a row for each of this worker's items."""
+    """Return the names of all tensors whose rows are divided among workers."""
     names = {f"policy/{name}" for name in owned.weights}
-    # What is averaged over steps goes with the weights.
+    # Averages of the weights over steps.
     names.update(f"extra/average/{name}" for name in owned.weights)
-    # So do the towers that a top-k proposal searches with.
+    # Towers of a top-k proposal.
     towers = [name.removeprefix(_ITEM_TOWER) for name in owned.weights if _ITEM_TOWER in name]
     names.update(f"extra/{when}/tower/{name}" for when in ("current", "pending") for name in towers)
     if optimizer is None or not owned.weights:
@@ -132,11 +135,11 @@ def owned_names(
 
 
 class Layout:
-    """Between a worker's tensors and those of a checkpoint.
+    """Converts between a worker's tensors and those of a checkpoint.
 
     Args:
         owned: rows of this worker.
-        mesh: over all workers; None for one worker, which has whole tensors.
+        mesh: over all workers; None for a single one.
     """
 
     def __init__(self, owned: OwnedRows, mesh: DeviceMesh | None) -> None:
@@ -145,11 +148,11 @@ class Layout:
     def to_checkpoint(
         self, tensors: Mapping[str, Tensor], names: Iterable[str]
     ) -> dict[str, Tensor]:
-        """`names`: of tensors with owned rows, as `owned_names` gives them."""
+        """Convert to a checkpoint's tensors; `names` are those of `owned_names`."""
         split = set(names)
         state: dict[str, Tensor] = {}
         for name, value in tensors.items():
-            # A checkpoint knows no device: what a GPU wrote, a CPU goes on from.
+            # Checkpoints are on the CPU, so that any device can resume.
             value = value.detach().cpu().contiguous()
             if name in split:
                 state[name + _SHARED] = value[:1].contiguous()
@@ -160,7 +163,7 @@ class Layout:
         return state
 
     def empty(self, entries: Mapping[str, Any], names: Iterable[str]) -> dict[str, Tensor]:
-        """Room for what a checkpoint has; entries: its metadata by name."""
+        """Allocate a checkpoint's tensors from its metadata by name."""
         split = set(names)
         state: dict[str, Tensor] = {}
         for name, entry in entries.items():

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: each worker writes what it has, any number of workers reads them.
+"""Checkpoints on disk, written and read by any number of workers.
 
 checkpoints/step_000000001234/   state.json (cursor, counters, checksums)   shard-*.safetensors
 checkpoints/best_000000001200/   the same, of the policy's weights at the best validation so far

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from offtower.data.encoding import tensor_of, to_tensors
-from offtower.data.features import sent
+from offtower.data.features import to_device
 from offtower.data.reader import Step
 from offtower.models.items import DEFAULT_CHUNK
 from offtower.models.policy import TwoTowerPolicy
@@ -152,7 +152,7 @@ class ShardedStep(TrainingStep):
         # On the CPU, so that the host does not wait for a GPU.
         local = self._shard.local(tensor_of(batch.joined.action))
         rows = (local >= 0).nonzero()[:, 0]
-        items, mine = self._shard.items.at(local[rows]), sent(rows, self.policy.device)
+        items, mine = self._shard.items.at(local[rows]), to_device(rows, self.policy.device)
         embedding, bias = self.policy.item_tower(items, mine)
         logit = (contexts[mine] * embedding).sum(dim=1)
         if bias is not None:
