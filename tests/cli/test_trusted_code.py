@@ -24,7 +24,7 @@ from offtower.errors import ConfigError, OfftowerError, UntrustedCodeError
 from offtower.imports import TRUST_CODE, check_code, load_class
 from offtower.jobs.connect import _without_working_folder
 from offtower.models import load_policy
-from offtower.models.reward.dense import make_estimator
+from offtower.models.reward.dense import fit_estimator, make_estimator
 from offtower.retrieval import Retriever
 from offtower.retrieval.manifest import read_manifest, write_manifest
 from offtower.run_directory import RunDirectory
@@ -294,6 +294,26 @@ def test_only_regressors_and_classifiers_are_called(path: str) -> None:
     arguments = {"memory": "cache"} if "Pipeline" in path or "cluster" in path else {}
     with pytest.raises(ConfigError, match=r"reward_model\.estimator"):
         make_estimator(RewardModelConfig("dense", estimator=path, arguments=arguments), 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments"),
+    [
+        ("sklearn.linear_model:Ridge", {"alpha": "x"}),
+        ("sklearn.ensemble:StackingRegressor", {"estimators": [["a", "drop"]]}),
+        (
+            "sklearn.neighbors:KNeighborsRegressor",
+            {"metric": "pyfunc", "metric_params": {"func": "os.system"}},
+        ),
+    ],
+)
+def test_arguments_that_an_estimator_refuses_are_an_error_for_users(
+    path: str, arguments: dict[str, Any]
+) -> None:
+    config = RewardModelConfig("dense", estimator=path, arguments=arguments)
+    pairs = np.arange(60.0).reshape(30, 2)
+    with pytest.raises(ConfigError, match=f"'{path}' cannot be fitted"):
+        fit_estimator(config, 0, pairs, pairs[:, 0])
 
 
 def test_no_accepted_estimator_takes_a_folder_or_a_function_by_name() -> None:

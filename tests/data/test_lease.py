@@ -22,7 +22,7 @@ from offtower.data import lease as module
 from offtower.data.lease import Lease, Owner
 from offtower.data.lease_files import FOLDER, StoreLeaseFiles, open_lease_files
 from offtower.data.location import Location
-from offtower.errors import LeaseError
+from offtower.errors import DataError, LeaseError
 from tests.stores import in_memory, mounted
 
 FOREIGN = Owner("elsewhere", 7, "1", "another machine", "2026-01-01T00:00:00+00:00", "f" * 32)
@@ -200,6 +200,43 @@ def test_a_damaged_owner_file_is_waited_for(
     (tmp_path / FOLDER / "000001.json").write_text("{")
     with Lease.acquire(tmp_path) as lease:
         assert lease.token == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        json.dumps({**asdict(FOREIGN), "id": "../../x"}),
+        json.dumps({**asdict(FOREIGN), "process": "a\0b", "machine": module._machine()}),
+    ],
+    ids=["deep", "a path for an id", "text for a process"],
+)
+def test_a_hostile_owner_file_has_an_unknown_owner(tmp_path: Path, content: str) -> None:
+    as_if_elsewhere(tmp_path)
+    file = tmp_path / FOLDER / "000001.json"
+    file.write_text(content)
+    os.utime(file, (0.0, 0.0))
+    with Lease.acquire(tmp_path) as lease:
+        assert lease.interrupted == Owner.unknown()
+
+
+def test_files_that_are_not_of_a_lease_stay(tmp_path: Path) -> None:
+    kept = [tmp_path / FOLDER / name for name in ("letter.txt", "2024.txt", ".profile")]
+    kept[0].parent.mkdir()
+    for path in kept:
+        path.touch()
+    with Lease.acquire(tmp_path):
+        pass
+    assert all(path.exists() for path in kept)
+
+
+def test_a_link_in_place_of_the_lease_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / FOLDER).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"\.lease' is a symbolic link"):
+        Lease.acquire(tmp_path / "run")
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_the_owner_shows_that_it_is_alive(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,8 +73,10 @@ def test_files_of_this_machine_stay_paths(tmp_path: Path) -> None:
     [
         (
             "nonsense://x/y",
-            "'nonsense://x' cannot be used .*addresses look like s3://bucket/folder",
+            "'nonsense://x' has an unknown scheme; addresses look like s3://bucket/folder",
         ),
+        ("fsspec+memory://x/y", "'fsspec\\+memory://x' has an unknown scheme"),
+        ("mock://x/y", "unknown scheme"),
         ("s3://key:secret@bucket/x", r"s3://\*\*\*@bucket/x carries credentials.*AWS_ACCESS_KEY"),
         ("s3://***@bucket/x", r"or did before it was stored.*AWS_ACCESS_KEY"),
         ("gs://bucket/x?access_token=secret", r"access_token=\*\*\* carries credentials"),

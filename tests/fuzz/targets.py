@@ -158,7 +158,7 @@ def _table(rng: np.random.Generator, n: int, *, faults: bool) -> pa.Table:
             continue
         place = int(rng.integers(n))
         value = columns[name][place]
-        if fault == 1:
+        if fault == 1 or value is None:
             columns[name][place] = None
         elif isinstance(value, float):
             columns[name][place] = _pick(rng, [np.nan, np.inf, -1.0, 0.0, 2.0, 1e300, 5e-324])

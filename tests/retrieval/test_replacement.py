@@ -187,6 +187,19 @@ def test_versions_are_pruned_by_number_and_age(tmp_path: Path) -> None:
     assert (tmp_path / ".half.partial").exists()
 
 
+def test_folders_that_are_no_export_are_not_pruned(tmp_path: Path) -> None:
+    """An `export` that links to a folder with other things must not lose them."""
+    write_manifest_at(tmp_path / "current", 300.0)
+    set_current(tmp_path, "current")
+    for number in range(5):
+        (tmp_path / f"project{number}").mkdir()
+        (tmp_path / f"project{number}" / "manifest.json").write_text('{"name": "mine"}')
+        os.utime(tmp_path / f"project{number}" / "manifest.json", (number, number))
+    before = sorted(tmp_path.iterdir())
+    prune_versions(tmp_path, kept=1, keep_seconds=0.0)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def write_manifest_at(folder: Path, seconds: float) -> None:
     folder.mkdir(exist_ok=True)
     write_manifest(folder, {})

@@ -24,7 +24,7 @@ from offtower.models.reward.dense import (
     DenseRewardModel,
     PairDesign,
     check_size,
-    make_estimator,
+    fit_estimator,
 )
 from offtower.models.reward.factored import FactoredRewardModel, Link, make_towers
 from offtower.objectives import LoggedRows, Reduction, Regression
@@ -159,8 +159,8 @@ def _fit_dense(
                 f"the log's {len(fold)} rows (or users) do not fill {config.folds} folds; "
                 "lower reward_model.folds"
             )
-        estimator = make_estimator(config, derive_seed(seed, "reward model", k))
-        estimators.append(estimator.fit(pairs[chosen], reward[chosen]))
+        fold_seed = derive_seed(seed, "reward model", k)
+        estimators.append(fit_estimator(config, fold_seed, pairs[chosen], reward[chosen]))
         progress.advance(1)
     progress.finish()
     rows = int(max(part.row.max() for part in parts)) + 1

@@ -52,7 +52,10 @@ HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 _ATTEMPTS = 20
 
-_OWNER = re.compile(r"(\d{6,})\.json")
+_OWNER = re.compile(r"([0-9]{6,})\.json")
+_ID = re.compile(r"[0-9a-f]{32}")
+_OLDER = re.compile(r"([0-9]{6,})\.(json|[0-9a-f]*\.alive)|\.[0-9a-f]{32}|clock\.[0-9a-f]{32}")
+"""Files of a lease; nothing else in its folder is ever removed."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,11 @@ class Lease:
             DataError: the store cannot be used.
         """
         location = Location.of(folder).absolute()
+        if location.local is not None and (location.local / FOLDER).is_symlink():
+            raise DataError(
+                f"'{location.local / FOLDER}' is a symbolic link, but a lease writes and removes "
+                "files there; remove the link"
+            )
         files = open_lease_files(location)
         me = Owner.this_process()
         for _ in range(_ATTEMPTS):
@@ -312,9 +320,12 @@ def _current(files: LeaseFiles) -> tuple[int, Owner | None]:
 
 def _owner_of(files: LeaseFiles, token: int) -> Owner:
     try:
-        return Owner(**json.loads(files.read(_owner_name(token))))
-    except (OSError, TypeError, ValueError):
+        owner = Owner(**json.loads(files.read(_owner_name(token))))
+    except (OSError, TypeError, ValueError, RecursionError):
         return Owner.unknown()
+    texts = (owner.host, owner.started, owner.machine, owner.since, owner.id)
+    fits = type(owner.process) is int and all(isinstance(text, str) for text in texts)
+    return owner if fits and _ID.fullmatch(owner.id) else Owner.unknown()
 
 
 def _newest(names: list[str]) -> int | None:
@@ -324,8 +335,8 @@ def _newest(names: list[str]) -> int | None:
 
 def _remove_older(files: LeaseFiles, token: int) -> None:
     for name in files.names():
-        number = name.partition(".")[0]
-        if not number.isdigit() or int(number) < token:
+        found = _OLDER.fullmatch(name)
+        if found and (found[1] is None or int(found[1]) < token):
             with contextlib.suppress(OSError, DataError):
                 files.remove(name)
 

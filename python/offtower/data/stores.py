@@ -37,6 +37,8 @@ SILENT_SECONDS = 20.0
 TIMEOUT = "OFFTOWER_STORE_TIMEOUT"
 """Environment variable: timeout of one answer with all its attempts, in seconds (default 600)."""
 
+_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+"""Of addresses without `mount`. pyarrow also opens any protocol of fsspec, such as http."""
 _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _FLAGS = ("anonymous", "allow_bucket_creation", "force_virtual_addressing")
 _S3 = ("region", "endpoint_override", "scheme", "tls_ca_file_path", *_FLAGS)
@@ -107,6 +109,8 @@ def connect(address: str) -> tuple[Connection, str]:
 @lru_cache(maxsize=64)
 def _connected(root: str, query: str) -> Connection:
     scheme = root.partition("://")[0]
+    if scheme not in _SCHEMES:
+        raise DataError(f"'{root}' has an unknown scheme; {_FORMS}")
     try:
         if scheme == "s3":
             made = request(lambda: _s3(root[5:], query), f"the bucket of '{root}'", attempts=1)

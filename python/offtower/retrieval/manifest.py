@@ -120,9 +120,12 @@ def prune_versions(export: Path, *, kept: int, keep_seconds: float) -> None:
     by a newer one less than `keep_seconds` ago: a reader may still be opening its files.
     """
     current = current_version(export)
-    manifests = [path for path in export.glob(f"*/{FILE}") if not path.parent.name.startswith(".")]
     # Ages are differences of the file system's own time stamps.
-    finished = {path.parent: path.stat().st_mtime for path in manifests}
+    finished = {
+        path.parent: path.stat().st_mtime
+        for path in export.glob(f"*/{FILE}")
+        if not path.parent.name.startswith(".") and _is_version(path.parent)
+    }
     versions = sorted(finished, key=lambda path: (finished[path], path.name))
     now = (export / CURRENT).stat().st_mtime
     for old, newer in itertools.pairwise(versions[: max(0, len(versions) + 1 - kept)]):
@@ -131,3 +134,12 @@ def prune_versions(export: Path, *, kept: int, keep_seconds: float) -> None:
             removed = old.with_name(f".{old.name}.partial")
             old.rename(removed)
             shutil.rmtree(removed, ignore_errors=True)
+
+
+def _is_version(directory: Path) -> bool:
+    """Whether it was written by an export: other folders with a manifest.json are left alone."""
+    try:
+        read_manifest(directory)
+    except (OSError, RunError):
+        return False
+    return True

@@ -17,7 +17,7 @@ from offtower.data.encoding import FeatureArrays, FeatureEncoding, take
 from offtower.data.order import EpochOrder
 from offtower.data.rows import EncodedRows
 from offtower.errors import RunError
-from offtower.models.reward.dense import flatten, make_estimator, predict
+from offtower.models.reward.dense import fit_estimator, flatten, predict
 from offtower.ops import DenseReward
 from offtower.prepare import PreparedData
 from offtower.seeds import derive_seed
@@ -126,8 +126,8 @@ def fit_pair_model(
     reward = np.concatenate(rewards)
     if np.unique(reward).size < 2:
         raise RunError("all rewards of the training log are equal: no reward model can be fitted")
-    estimator = make_estimator(config, derive_seed(seed, "pair model"))
-    estimator.fit(np.concatenate(matrices), reward)
+    model_seed = derive_seed(seed, "pair model")
+    estimator = fit_estimator(config, model_seed, np.concatenate(matrices), reward)
     return PairRewardModel(
         estimator, data.context_encoding, data.item_encoding, items, data.catalogue.num_items
     )

@@ -134,6 +134,24 @@ def make_estimator(config: RewardModelConfig, seed: int) -> Any:
     return estimator
 
 
+def fit_estimator(
+    config: RewardModelConfig, seed: int, pairs: np.ndarray, reward: np.ndarray
+) -> Any:
+    """Build the configured estimator and fit it.
+
+    Raises:
+        ConfigError: it refuses its settings or the data.
+    """
+    estimator = make_estimator(config, seed)
+    try:
+        return estimator.fit(pairs, reward)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"reward_model.estimator '{config.estimator}' cannot be fitted with these "
+            f"reward_model.arguments: {error}"
+        ) from error
+
+
 def _estimator_class(path: str) -> type[Any]:
     """A regressor or classifier class: others of scikit-learn may read pickles (`memory`)."""
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin

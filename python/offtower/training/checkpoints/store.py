@@ -47,7 +47,8 @@ from offtower.training.workers import SINGLE_PROCESS, Workers
 
 logger = logging.getLogger("offtower.checkpoints")
 
-_STEP = re.compile(r"step_(\d{12})")
+_STEP = re.compile(r"step_([0-9]{12})")
+_BEST = re.compile(r"best_[0-9]{12}")
 
 
 class CheckpointStore:
@@ -386,8 +387,8 @@ class CheckpointStore:
             except (OSError, RunError, KeyError, TypeError):
                 continue
         names = {self._best_path(step).name for step in needed if step is not None}
-        for path in self._directory.glob("best_*"):
-            if path.name not in names:
+        for path in self._directory.iterdir():
+            if _BEST.fullmatch(path.name) and path.name not in names:
                 shutil.rmtree(path, ignore_errors=True)
 
 
