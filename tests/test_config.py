@@ -130,6 +130,13 @@ def test_credentials_are_not_written() -> None:
     assert config_fingerprint(stored) == config_fingerprint(config)
 
 
+ALIAS_BOMB = b"a0: &a0 [x, x]\n" + b"".join(
+    b"a%d: &a%d [%s]\n" % (level, level, b", ".join([b"*a%d" % (level - 1)] * 10))
+    for level in range(1, 30)
+)
+"""30 lines that stand for 10^29 values."""
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -142,6 +149,7 @@ def test_credentials_are_not_written() -> None:
         b"a: &a [*a]",
         b"- 1",
         b"%YAML 9.9.9\n---\n",
+        ALIAS_BOMB,
     ],
 )
 def test_damage_is_an_error_that_names_the_file(tmp_path: Path, content: bytes) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from offtower.metrics import MetricsLog, read_metrics
 
 
@@ -36,6 +38,22 @@ def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
     assert len(read_metrics(path)) == 1
     MetricsLog(path).resume_at(step=5, epoch=0)
     assert path.read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "{}",
+        "[1]",
+        '{"kind": "epoch", "step": "x", "epoch": 0}',
+        '{"kind": [], "step": 1, "epoch": 0}',
+    ],
+)
+def test_a_hostile_line_is_left_out(tmp_path: Path, text: str) -> None:
+    good = '{"kind": "epoch", "step": 1, "epoch": 0}'
+    (tmp_path / "metrics.jsonl").write_text(f"{text}\n{good}\n")
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"kind": "epoch", "step": 1, "epoch": 0}]
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:

@@ -106,9 +106,11 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     try:
         line: dict[str, Any] = json.loads(text.decode("utf-8"))
         crc = line.pop(_CRC, None)
-    except (ValueError, AttributeError):
+        whole = crc in (None, _crc(line))
+        usable = isinstance(line["kind"], str) and line["step"] >= 0 and line["epoch"] >= 0
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
         return None
-    return line if crc in (None, _crc(line)) else None
+    return line if whole and usable else None
 
 
 def _kept(line: dict[str, Any], step: int, epoch: int) -> bool:

@@ -97,16 +97,10 @@ def read_schemas(path: Path | None) -> tuple[Any, Any]:
         raise ConfigError(
             "--schema is needed: a YAML file that names the log's columns (README, 'Your own log')"
         )
-    import yaml
-
+    from offtower.config import read_yaml
     from offtower.data import CatalogueSchema, LogSchema
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no schema file at '{path}'") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}' is not valid YAML: {error}") from error
+    content = read_yaml(path, "schema")
     if not isinstance(content, dict) or "log" not in content:
         raise ConfigError(f"'{path}' must have a section 'log' (and may have 'catalogue')")
     unknown = sorted(set(content) - {"log", "catalogue"})

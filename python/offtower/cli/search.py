@@ -226,7 +226,7 @@ def _batches(text: str) -> Iterator[pa.Table]:
         try:
             content = json.loads(text)
             table = pa.Table.from_pylist(content if isinstance(content, list) else [content])
-        except (json.JSONDecodeError, pa.ArrowInvalid, AttributeError, TypeError) as error:
+        except (ValueError, RecursionError, AttributeError, TypeError, OverflowError) as error:
             raise DataError(f"--contexts is not valid JSON of contexts: {error}") from error
         source: Iterable[pa.RecordBatch] = table.to_batches(max_chunksize=_BATCH)
     else:

@@ -18,6 +18,8 @@ from offtower.errors import ConfigError
 from offtower.paths import redact
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+_MAX_NODES = 1_000_000
+"""Limit of values in a YAML file: nested aliases of ten lines can stand for 10^9."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -29,15 +31,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file is missing or not YAML, a key is unknown, a value has a wrong type.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration file at '{path}'") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}' cannot be read: {error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # PyYAML raises ValueError for dates and numbers that do not exist.
-        raise ConfigError(f"'{path}' is not valid YAML: {error}") from error
+    content = read_yaml(path, "configuration")
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -45,6 +39,54 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             f"'{path}' must hold keys and values, but its top level is a {type(content).__name__}"
         )
     return parse_config(apply_overrides(content, overrides, str(path)), str(path))
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Read a YAML file of `what` (for messages).
+
+    Raises:
+        ConfigError: it is missing, cannot be read, or is not YAML.
+    """
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no {what} file at '{path}'") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{path}' cannot be read: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # PyYAML raises ValueError for dates and numbers that do not exist.
+        raise ConfigError(f"'{path}' is not valid YAML: {error}") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML with the safe loader, bounding what its aliases expand to.
+
+    Raises:
+        YAMLError, ValueError, RecursionError: it is not valid.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded_size(node, {}) > _MAX_NODES:
+            raise yaml.YAMLError(f"its aliases expand to more than {_MAX_NODES:,} values")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Number of nodes with every alias replaced by what it names; one that contains itself is 1."""
+    if id(node) not in sizes:
+        sizes[id(node)] = 1
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            children = node.value
+        elif isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
+    return sizes[id(node)]
 
 
 def parse_config(content: Mapping[str, Any], source: str = "configuration") -> Config:
@@ -71,7 +113,7 @@ def apply_overrides(
         if not sign or not key.strip():
             raise ConfigError(f"override '{override}' must look like section.key=value")
         try:
-            value = yaml.safe_load(text) if text.strip() else None
+            value = parse_yaml(text) if text.strip() else None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"override '{override}': the value is not YAML: {error}") from error
         parts = key.strip().split(".")

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from offtower.atomic import write_text
-from offtower.config import Config, apply_overrides, parse_config, to_dict, to_yaml
+from offtower.config import Config, apply_overrides, parse_config, read_yaml, to_dict, to_yaml
 from offtower.data.lease import Lease
 from offtower.errors import ConfigError, RunError
 from offtower.evaluation.intervals import simultaneous_confidence
@@ -82,12 +81,7 @@ def load_space(path: Path) -> dict[str, list[Any]]:
     Raises:
         ConfigError: the file is missing, or a key has no list.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"no space at '{path}': {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"'{path}' is not valid YAML: {error}") from error
+    content = read_yaml(path, "space")
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"'{path}' must hold dotted keys, each with a list of values")
     for key, values in content.items():

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from offtower.benchmarks.quality.bilinear import bilinear
 from offtower.benchmarks.quality.labels import as_feedback, digits, load_label_set, long_tail
 from offtower.benchmarks.quality.simulated import simulated
 from offtower.benchmarks.quality.world import QualityWorld
+from offtower.config import read_yaml
 from offtower.errors import ConfigError
 
 _STRICT = ConfigDict(extra="forbid")
@@ -105,12 +105,7 @@ def load_settings(path: Path) -> QualitySettings:
     Raises:
         ConfigError: The file cannot be read or has an invalid key or value.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"'{path}' cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"'{path}' is not valid YAML: {error}") from error
+    content = read_yaml(path, "settings")
     if not isinstance(content, dict):
         raise ConfigError(f"'{path}' must contain a mapping at the top level")
     content["worlds"] = [one for world in content.get("worlds", []) for one in _expand(world)]
