@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
 from offtower.checksums import (
+    FILE,
     check_text,
     checked_directory,
     checked_text,
@@ -108,6 +110,16 @@ def test_names_that_leave_their_folder_are_refused(tmp_path: Path, name: object)
     if isinstance(name, str):
         with pytest.raises(RunError, match="not a plain relative path"):
             verify_directory(tmp_path, "train again")
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"files": [1]}, {"files": 3}, {"files": {"a": 3}}, {"files": {"a": {}}}]
+)
+def test_a_list_of_files_of_another_form_is_damage(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "a").write_text("x")
+    write_checked_json(tmp_path / FILE, content)
+    with pytest.raises(RunError, match=r"checksums\.json"):
+        verify_directory(tmp_path, "restore it")
 
 
 def test_a_damaged_line_of_metrics_is_left_out_with_a_warning(

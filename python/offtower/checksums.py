@@ -161,12 +161,15 @@ def verify_directory(directory: Path, remedy: str) -> None:
     """
     try:
         files = read_checked_json(directory / FILE)["files"]
+        names = {safe_relative(name, directory / FILE, RunError): files[name] for name in files}
+        faults = (verify_file(directory / name, facts) for name, facts in names.items())
+        fault = next(filter(None, faults), "")
     except FileNotFoundError:
         raise RunError(f"'{directory}' has no {FILE}; {remedy}") from None
-    for name, facts in files.items():
-        fault = verify_file(directory / safe_relative(name, directory / FILE, RunError), facts)
-        if fault:
-            raise RunError(f"{fault}; {remedy}")
+    except (KeyError, TypeError) as error:
+        raise RunError(f"'{directory / FILE}' lacks or garbles {error}; {remedy}") from error
+    if fault:
+        raise RunError(f"{fault}; {remedy}")
 
 
 @contextmanager

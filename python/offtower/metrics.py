@@ -107,7 +107,8 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
         line: dict[str, Any] = json.loads(text.decode("utf-8"))
         crc = line.pop(_CRC, None)
         whole = crc in (None, _crc(line))
-        usable = isinstance(line["kind"], str) and line["step"] >= 0 and line["epoch"] >= 0
+        usable = isinstance(line["kind"], str) and line["step"] >= 0
+        usable = usable and (line["kind"] != "epoch" or line["epoch"] >= 0)
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
         return None
     return line if whole and usable else None

@@ -20,7 +20,7 @@ import offtower
 from offtower.checksums import describe_files, write_checked_json, write_checksums
 from offtower.cli import app
 from offtower.config import RewardModelConfig
-from offtower.errors import ConfigError, OfftowerError, UntrustedCodeError
+from offtower.errors import ConfigError, OfftowerError, RunError, UntrustedCodeError
 from offtower.imports import TRUST_CODE, check_code, load_class
 from offtower.jobs.connect import _without_working_folder
 from offtower.models import load_policy
@@ -367,6 +367,16 @@ def test_the_script_starts_children_without_the_working_folder(
     )
     del os.environ["PYTHONSAFEPATH"]  # monkeypatch would put it back
     assert done.returncode != 0 and "ran" not in done.stdout
+
+
+def test_a_policy_that_claims_more_memory_than_there_is_cannot_be_built(run: Path) -> None:
+    path = run / "policy" / "policy.json"
+    content = json.loads(path.read_text())
+    content["policy"]["embedding_dim"] = 10**12
+    write_checked_json(path, content)
+    write_checksums(run / "policy")
+    with pytest.raises(RunError, match=r"policy\.json' describes cannot be built"):
+        load_policy(run / "policy")
 
 
 def test_stored_configuration_is_compared_without_running_it(run: Path, marker: Path) -> None:

@@ -42,7 +42,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from offtower.data.lease_files import LeaseFiles, open_lease_files
+from offtower.data.lease_files import FOLDER, LeaseFiles, open_lease_files
 from offtower.data.location import AnyPath, Location
 from offtower.errors import DataError, LeaseError
 

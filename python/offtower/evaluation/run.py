@@ -194,5 +194,6 @@ def _curve(run: OpenRun) -> list[dict[str, Any]]:
     path = run.directory.metrics_path
     if not path.exists():
         return []
-    lines = read_metrics(path, run.directory.manifest().get("metrics_lines", 0))
+    wanted = run.directory.manifest().get("metrics_lines", 0)
+    lines = read_metrics(path, wanted if isinstance(wanted, int) else 0)
     return [line for line in lines if line["kind"] == "epoch"]

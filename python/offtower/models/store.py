@@ -77,11 +77,14 @@ def load_policy(
         raise
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise RunError(f"'{path}' is damaged: {error}") from error
-    policy = TwoTowerPolicy(
-        config,
+    encodings = (
         FeatureEncoding.load(directory / "context_encoding"),
         FeatureEncoding.load(directory / "item_encoding"),
     )
+    try:
+        policy = TwoTowerPolicy(config, *encodings)
+    except (RuntimeError, MemoryError) as error:
+        raise RunError(f"the policy that '{path}' describes cannot be built: {error}") from error
     load_weights(directory / "policy.safetensors", policy)
     policy.eval()
     return policy, content["facts"]

@@ -107,7 +107,11 @@ class ContextTower(nn.Module):
                 f"the context tower at '{directory}' is of version {found}, the items are of "
                 f"{version}: their inner products mean nothing; export again"
             )
-        tower = cls(config, FeatureEncoding.load(directory / "encoding"), 1.0)
+        encoding = FeatureEncoding.load(directory / "encoding")
+        try:
+            tower = cls(config, encoding, 1.0)
+        except (RuntimeError, MemoryError) as error:
+            raise RunError(f"the tower that '{path}' describes cannot be built: {error}") from error
         load_weights(directory / "tower.safetensors", tower)
         tower.eval()
         return tower

@@ -7,6 +7,7 @@ input gives the same bytes.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -81,17 +82,22 @@ def estimates(evaluation: LogEvaluation, width: float = WIDE) -> str:
         return _svg(figure, f"Estimates with intervals, {evaluation.title}")
 
 
+def _number(value: object) -> float:
+    """A stored number; NaN where the line holds something else."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
 def learning_curves(evaluation: LogEvaluation, width: float = WIDE) -> str:
     """Held-out estimate after each epoch with its interval, and the truth where it is known."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(2.9, width)
         for i, (name, lines) in enumerate(evaluation.curves.items()):
-            validated = [line for line in lines if line.get("validation")]
+            validated = [line for line in lines if isinstance(line.get("validation"), dict)]
             if validated:
                 epoch = [line["epoch"] + 1 for line in validated]
                 axes.plot(
                     epoch,
-                    [line["validation"]["value"] for line in validated],
+                    [_number(line["validation"].get("value")) for line in validated],
                     color=_color(i),
                     ls=DASHES[i % len(DASHES)],
                     marker=MARKERS[i % len(MARKERS)],
@@ -101,13 +107,13 @@ def learning_curves(evaluation: LogEvaluation, width: float = WIDE) -> str:
                 )
                 axes.fill_between(
                     epoch,
-                    [line["validation"]["low"] for line in validated],
-                    [line["validation"]["high"] for line in validated],
+                    [_number(line["validation"].get("low")) for line in validated],
+                    [_number(line["validation"].get("high")) for line in validated],
                     color=_color(i),
                     alpha=0.12,
                     lw=0,
                 )
-            known = [line for line in lines if line.get("true_value") is not None]
+            known = [line for line in lines if math.isfinite(_number(line.get("true_value")))]
             if known:
                 axes.plot(
                     [line["epoch"] + 1 for line in known],
