@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
 
 from offtower.ops.native import DTYPES, NativeCore, capsules, native_operands
 from offtower.ops.types import Operands, RewardOperands
@@ -130,7 +129,7 @@ class CUDACore(NativeCore):
         )
         with guard:
             workspace = torch.empty(call(), dtype=torch.uint8, device=device)
-            call(workspace=to_dlpack(workspace))
+            call(**capsules({"workspace": workspace}))
 
 
 def _tfloat32(x: Operands) -> bool:

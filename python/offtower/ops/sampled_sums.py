@@ -65,7 +65,9 @@ def sample_sums(
 
     A row whose draws are all masked has a log_sum of -inf and means of 0.
     """
-    log_sum, mean_reward, mean_log = _SampleSums.apply(u, v, bias, draws, reward_model, entropy)
+    log_sum, mean_reward, mean_log = _SampleSums.apply(  # type: ignore[no-untyped-call]
+        u, v, bias, draws, reward_model, entropy
+    )
     return SampleSums(
         log_sum,
         mean_reward if reward_model is not None else None,
