@@ -2,7 +2,7 @@
 #pragma once
 
 #include "hopper_plan.h"
-#include "kernels/backward_elementwise.h"
+#include "kernels/backward_statistics.h"
 #include "kernels/gradient.h"
 
 namespace offtower::cuda {

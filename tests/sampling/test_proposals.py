@@ -17,7 +17,7 @@ from offtower.data.log import TableLog
 from offtower.errors import ConfigError
 from offtower.ops import policy_terms, sampled_policy_terms
 from offtower.sampling import AliasTable, ItemCounts, count_items, make_proposal
-from offtower.sampling.sources import UniformSource
+from offtower.sampling.draw_sources import UniformSource
 
 N, ROWS = 40, 500
 ALPHA = 1e-5

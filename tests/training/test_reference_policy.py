@@ -25,7 +25,7 @@ from offtower.ops import DenseReward, FactoredReward, policy_terms
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.sampling import Proposal
-from offtower.sampling.sources import UniformSource
+from offtower.sampling.draw_sources import UniformSource
 from offtower.training.reference_policy import kl_divergence, log_normalizer
 from offtower.training.run import train_run
 from offtower.training.sampled import SampledTerms

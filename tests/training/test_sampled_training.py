@@ -16,7 +16,7 @@ from offtower.metrics import read_metrics
 from offtower.prepare import open_data
 from offtower.progress import Progress
 from offtower.sampling import Proposal
-from offtower.sampling.sources import UniformSource
+from offtower.sampling.draw_sources import UniformSource
 from offtower.training.epoch_metrics import EpochSums, StepMetricsQueue
 from offtower.training.run import build_trainer, train_run
 from offtower.training.sampled import SampledTerms

@@ -1,6 +1,6 @@
 // AVX2 with fused multiply-add.
 #if defined(__x86_64__)
-#include "../standard.h"
+#include "../standard_headers.h"
 //
 #define OFFTOWER_REGISTER(x) "+v"(x)
 #if defined(__clang__)

@@ -1,6 +1,6 @@
 // AVX-512 as servers have had it since 2017: F, BW, DQ, VL.
 #if defined(__x86_64__)
-#include "../standard.h"
+#include "../standard_headers.h"
 //
 #define OFFTOWER_REGISTER(x) "+v"(x)
 #if defined(__clang__)

@@ -1,6 +1,6 @@
 // AVX-512 with dot products of bfloat16 pairs.
 #if defined(__x86_64__)
-#include "../standard.h"
+#include "../standard_headers.h"
 //
 #define OFFTOWER_REGISTER(x) "+v"(x)
 #define OFFTOWER_BFLOAT16_DOT

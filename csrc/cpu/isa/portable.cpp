@@ -1,5 +1,5 @@
 // Any machine that the compiler knows, aarch64 included.
-#include "../standard.h"
+#include "../standard_headers.h"
 //
 #include "../simd/portable.h"
 #if defined(__aarch64__)

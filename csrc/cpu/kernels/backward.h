@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "../merge_tree.h"
-#include "../action_order.h"
+#include "../rows_by_action.h"
 #include "../workers.h"
 #include "cotangent_tile.h"
 

@@ -2,7 +2,7 @@
 // thresholds of its rows, and only scores above them are handled one by one.
 #pragma once
 
-#include "../candidates.h"
+#include "../top_k_buffer.h"
 #include "../workers.h"
 #include "problem.h"
 
@@ -84,7 +84,7 @@ private:
 
   void write(int64_t block) {
     for (int64_t lane = 0; lane < L && block * L + lane < problem_.o.rows; ++lane) {
-      Candidates& best = found_[block * L + lane];
+      TopKBuffer& best = found_[block * L + lane];
       for (int64_t split = 1; split < splits_; ++split)
         best.merge(found_[(split * problem_.blocks + block) * L + lane]);
       const int64_t at = (block * L + lane) * out_.k;
@@ -96,7 +96,7 @@ private:
   const TopKResults out_;
   Workers& workers_;
   const int64_t tiles_, splits_;
-  Objects<Candidates> found_; // [split][block][lane]
+  Objects<TopKBuffer> found_; // [split][block][lane]
   Objects<ItemTile<A, T>> tile_;
 };
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offtower.errors import ConfigError
-from offtower.sampling.counts import ItemCounts
-from offtower.sampling.sources import BatchSource, FrequencySource, Source, UniformSource
+from offtower.sampling.draw_sources import BatchSource, FrequencySource, Source, UniformSource
+from offtower.sampling.item_counts import ItemCounts
 from offtower.sampling.top_k import PolicyTopK
 
 PROPOSALS = ("uniform", "frequency", "in_batch", "mixed", "top_k")

@@ -16,9 +16,9 @@
 #include <utility>
 #include <vector>
 
-#include "candidates.h"
+#include "top_k_buffer.h"
 #include "instruction_sets.h"
 #include "merge_tree.h"
 #include "../operands.h"
-#include "action_order.h"
+#include "rows_by_action.h"
 #include "workers.h"

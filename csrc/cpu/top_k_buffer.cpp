@@ -1,11 +1,11 @@
-#include "candidates.h"
+#include "top_k_buffer.h"
 
 #include <algorithm>
 
 namespace offtower::cpu {
 namespace {
 
-bool comes_before(const Candidate& a, const Candidate& b) {
+bool comes_before(const ScoredItem& a, const ScoredItem& b) {
   const bool a_nan = a.score != a.score, b_nan = b.score != b.score;
   if (a_nan || b_nan) return a_nan == b_nan ? a.index < b.index : a_nan;
   return a.score != b.score ? a.score > b.score : a.index < b.index;
@@ -13,31 +13,31 @@ bool comes_before(const Candidate& a, const Candidate& b) {
 
 } // namespace
 
-Candidates::Candidates(int64_t k) : k_(k) {}
-Candidates::~Candidates() = default;
+TopKBuffer::TopKBuffer(int64_t k) : k_(k) {}
+TopKBuffer::~TopKBuffer() = default;
 
-float Candidates::push(float score, int64_t index) {
+float TopKBuffer::push(float score, int64_t index) {
   kept_.push_back({score, index});
   // Twice k and a few more: shrinking costs O(k) and happens once in k pushes.
   if (static_cast<int64_t>(kept_.size()) >= 2 * k_ + 64) shrink();
   return threshold_;
 }
 
-void Candidates::merge(const Candidates& others) {
+void TopKBuffer::merge(const TopKBuffer& others) {
   kept_.insert(kept_.end(), others.kept_.begin(), others.kept_.end());
   shrink();
 }
 
-void Candidates::write(float* score, int64_t* index) {
+void TopKBuffer::write(float* score, int64_t* index) {
   shrink();
   std::sort(kept_.begin(), kept_.end(), comes_before);
-  for (const Candidate& candidate : kept_) {
+  for (const ScoredItem& candidate : kept_) {
     *score++ = candidate.score;
     *index++ = candidate.index;
   }
 }
 
-void Candidates::shrink() {
+void TopKBuffer::shrink() {
   if (static_cast<int64_t>(kept_.size()) <= k_) return;
   const auto last = kept_.begin() + (k_ - 1);
   std::nth_element(kept_.begin(), last, kept_.end(), comes_before);

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offtower.sampling.alias import AliasTable
-from offtower.sampling.counts import ItemCounts
+from offtower.sampling.item_counts import ItemCounts
 
 
 class Source(ABC):

@@ -1,4 +1,4 @@
-#include "action_order.h"
+#include "rows_by_action.h"
 
 #include <algorithm>
 #include <numeric>

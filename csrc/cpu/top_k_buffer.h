@@ -9,22 +9,22 @@
 
 namespace offtower::cpu {
 
-struct Candidate {
+struct ScoredItem {
   float score;
   int64_t index;
 };
 
-class Candidates {
+class TopKBuffer {
 public:
-  explicit Candidates(int64_t k);
-  ~Candidates();
+  explicit TopKBuffer(int64_t k);
+  ~TopKBuffer();
 
   // Scores at or below the threshold need not be pushed; NaN means that all must be.
   // Returns the threshold after the push. Indices must rise from push to push.
   float push(float score, int64_t index);
 
   // Keeps the k best of these and the others, whose items all come later.
-  void merge(const Candidates& others);
+  void merge(const TopKBuffer& others);
   // Writes them in order.
   void write(float* score, int64_t* index);
 
@@ -33,7 +33,7 @@ private:
 
   const int64_t k_;
   float threshold_ = __builtin_nanf("");
-  std::vector<Candidate> kept_;
+  std::vector<ScoredItem> kept_;
 };
 
 } // namespace offtower::cpu
