@@ -29,7 +29,8 @@ from offtower.prepare import prepare
 from offtower.progress import Progress
 from offtower.training.auto import AutoTraining, train_auto
 from offtower.training.device import to_configured_device
-from offtower.training.run import build_trainer, uses_auto
+from offtower.training.run import build_trainer
+from offtower.training.setup import uses_auto
 from offtower.training.trainer import EpochHook, TrainingOutputs
 
 BanditFeedback = Mapping[str, Any]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,7 @@ def run_selftest(folder: Path) -> Iterator[Check]:
         for dtype in _TOLERANCE:
             name = f"operators: {label}, {str(dtype).removeprefix('torch.')}"
             with _instruction_set(isa):
-                yield timed_check(
-                    name, lambda b=backend, t=dtype, d=device: check_operators(b, t, d)
-                )  # type: ignore[misc]
+                yield timed_check(name, partial(check_operators, backend, dtype, device))
 
 
 def timed_check(name: str, check: Callable[[], str]) -> Check:

@@ -29,7 +29,7 @@ class Operands:
 
     def __init__(self, batch: int, items: int, dim: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        scale = dim**-0.25
+        scale: float = dim**-0.25
 
         def normal(rows: int) -> Tensor:
             return torch.randn(rows, dim, generator=generator) * scale

@@ -70,7 +70,7 @@ def rate(data: PreparedData, mode: str, settings: Settings) -> float:
     """Return the median rows per second of the epochs after the first."""
     config = world.config(mode, batch=settings.batch, dim=settings.dim, epochs=EPOCHS)
     result = build_trainer(config, data, None).fit()
-    return statistics.median(line["rows_per_second"] for line in result.history[1:])
+    return statistics.median(float(line["rows_per_second"]) for line in result.history[1:])
 
 
 def report(settings: Settings, line: dict[str, Any]) -> None:

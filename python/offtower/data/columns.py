@@ -62,7 +62,8 @@ def is_category(kind: pa.DataType) -> bool:
 def as_float_array(column: Column) -> NDArray[np.float64]:
     """Convert numbers to (n,) float64; null becomes NaN."""
     array = pc.cast(as_array(column), pa.float64(), safe=False)
-    return array.to_numpy(zero_copy_only=False)
+    numbers: NDArray[np.float64] = array.to_numpy(zero_copy_only=False)
+    return numbers
 
 
 def as_float_matrix(column: Column, dim: int | None, name: str) -> NDArray[np.float32]:
@@ -90,7 +91,8 @@ def as_float_matrix(column: Column, dim: int | None, name: str) -> NDArray[np.fl
                 f"expected {width}"
             )
         flat = array.flatten()
-    values = pc.cast(flat, pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+    array = pc.cast(flat, pa.float32(), safe=False)
+    values: NDArray[np.float32] = array.to_numpy(zero_copy_only=False)
     return values.reshape(n, width)
 
 

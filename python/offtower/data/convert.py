@@ -187,7 +187,8 @@ def _numbers(table: pa.Table, name: str) -> NDArray[Any]:
     column = table.column(name)
     if column.null_count:
         raise DataError(f"column '{name}' has {column.null_count} nulls")
-    return column.to_numpy()
+    numbers: NDArray[Any] = column.to_numpy()
+    return numbers
 
 
 def _array(feedback: Mapping[str, Any], key: str) -> NDArray[Any]:

@@ -87,7 +87,8 @@ class Vocabulary:
             self._lookup = Lookup(self.values)
         if self._lookup.duplicate is not None:
             known = pc.index_in(values, value_set=self.values, skip_nulls=True)
-            return pc.fill_null(known, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+            numbers = pc.fill_null(known, -1).to_numpy(zero_copy_only=False)
+            return np.asarray(numbers, dtype=np.int64)
         present = pc.is_valid(values).to_numpy(zero_copy_only=False)
         filled = pc.fill_null(values, "" if self._lookup.text else 0)
         found = np.where(present, self._lookup.find(self._lookup.keys(filled)), -1)

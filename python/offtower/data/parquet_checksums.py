@@ -168,7 +168,7 @@ class _SparseFile(io.RawIOBase):
         offset = start - self._starts[number]
         return self._blocks[number][offset : offset + length]
 
-    def read(self, size: int = -1) -> memoryview:  # type: ignore[override]
+    def read(self, size: int = -1) -> memoryview:
         found = self.view(self._at, size)
         self._at += len(found)
         return found

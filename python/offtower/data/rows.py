@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
-from offtower.data.columns import as_array, as_float_array, distinct_values, hash_values
+from offtower.data.columns import Column, as_array, as_float_array, distinct_values, hash_values
 from offtower.data.encoding import FeatureArrays, FeatureEncoding, concat, nbytes, take
 from offtower.data.schema import LogSchema
 
@@ -42,7 +42,7 @@ class EncodedRows:
     @property
     def nbytes(self) -> int:
         arrays = [getattr(self, f.name) for f in fields(self) if f.name != "context"]
-        return nbytes(self.context) + sum(a.nbytes for a in arrays if a is not None)
+        return nbytes(self.context) + sum(int(a.nbytes) for a in arrays if a is not None)
 
     def take(self, index: NDArray[np.int64]) -> EncodedRows:
         """Select rows by index."""
@@ -118,9 +118,10 @@ def timestamps(column: pa.ChunkedArray) -> NDArray[np.int64]:
     array = as_array(column)
     if pa.types.is_timestamp(array.type):
         array = pc.cast(array, pa.timestamp("us", tz=array.type.tz), safe=False)
-        return pc.cast(array, pa.int64()).to_numpy(zero_copy_only=False)
-    return pc.cast(array, pa.int64(), safe=False).to_numpy(zero_copy_only=False)
+    return integers(array)
 
 
-def integers(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    return pc.cast(as_array(column), pa.int64(), safe=False).to_numpy(zero_copy_only=False)
+def integers(column: Column) -> NDArray[np.int64]:
+    array = pc.cast(as_array(column), pa.int64(), safe=False)
+    numbers: NDArray[np.int64] = array.to_numpy(zero_copy_only=False)
+    return numbers

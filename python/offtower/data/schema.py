@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -147,7 +147,12 @@ def spec_from_dict(content: Mapping[str, Any]) -> FeatureSpec:
     return _parse(_SPEC, content, "feature", FeatureSpec)
 
 
-def _parse(adapter: TypeAdapter[Any], content: Mapping[str, Any], what: str, kind: type) -> Any:
+Parsed = TypeVar("Parsed")
+
+
+def _parse(
+    adapter: TypeAdapter[Parsed], content: Mapping[str, Any], what: str, kind: type
+) -> Parsed:
     if not isinstance(content, Mapping):
         raise ConfigError(f"{what} must be keys and values, got {type(content).__name__}")
     try:

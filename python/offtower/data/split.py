@@ -154,7 +154,8 @@ def _tables(
 def _all_columns(log: Log) -> list[str]:
     """Return the schema's columns, and others that all files have with the same type."""
     if not isinstance(log, ParquetLog):
-        return log.read_row_group(0).column_names
+        names: list[str] = log.read_row_group(0).column_names
+        return names
     schemas = [footer.columns for footer in log.footers()]
     return [
         field.name
@@ -340,8 +341,13 @@ def _sortable(table: pa.Table, column: str) -> NDArray[np.uint64]:
             raise DataError(f"column '{column}' has NaN; a split by time needs every row's time")
         bits = (numbers + 0.0).view(np.int64)  # + 0.0 turns -0.0 into 0.0
         signed = np.where(bits < 0, bits ^ np.int64(2**63 - 1), bits)
-        return signed.view(np.uint64) ^ np.uint64(2**63)
+        return _ordered_bits(signed)
     elif not pa.types.is_integer(kind):
         raise DataError(f"column '{column}' of type {kind} holds no times; cast it to a timestamp")
-    integers = pc.cast(values, pa.int64()).to_numpy()
-    return integers.view(np.uint64) ^ np.uint64(2**63)
+    return _ordered_bits(pc.cast(values, pa.int64()).to_numpy())
+
+
+def _ordered_bits(integers: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Unsigned integers in the order of the signed ones."""
+    bits: NDArray[np.uint64] = integers.view(np.uint64)
+    return bits ^ np.uint64(2**63)

@@ -25,7 +25,7 @@ def bag_sums(weight: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         (n, d) float32.
     """
-    total: Tensor = _BagSums.apply(weight, values, offsets)
+    total: Tensor = _BagSums.apply(weight, values, offsets)  # type: ignore[no-untyped-call]
     return total
 
 

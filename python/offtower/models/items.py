@@ -162,7 +162,7 @@ def embed_items(
     parameters = [p for p in tower.parameters() if p.requires_grad]
     if not parameters:
         return _embed_at_once(tower, features, chunk)
-    embedding, bias = _ChunkedTower.apply(tower, features, chunk, *parameters)
+    embedding, bias = _ChunkedTower.apply(tower, features, chunk, *parameters)  # type: ignore[no-untyped-call]
     return ItemEmbeddings(embedding, bias)
 
 

@@ -76,7 +76,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     if not sparse:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     values = [_values(p.grad) for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack([v.norm() for v in values]))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([v.norm() for v in values]))
     scale_down(values, norm, max_norm)
     return norm
 

@@ -51,7 +51,9 @@ def make_objective(name: str, arguments: Mapping[str, Any] | None = None) -> Obj
         ConfigError: unknown name (with the nearest known one) or unknown settings.
     """
     if ":" in name:
-        kind = load_class(name, "objective.name", Objective, "offtower.objectives.Objective")
+        kind: type[Objective] = load_class(
+            name, "objective.name", Objective, "offtower.objectives.Objective"
+        )
     elif name in OBJECTIVES:
         kind = OBJECTIVES[name]
     else:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
+from torch.utils.dlpack import to_dlpack
 
 from offtower.ops.types import (
     Cotangents,

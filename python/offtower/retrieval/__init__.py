@@ -1,8 +1,9 @@
 """Export, index, search, and draws with known propensities."""
 
+from offtower.retrieval.cell_sampling import ItemSample
 from offtower.retrieval.export import ExportOptions, export_run
 from offtower.retrieval.index import IndexOptions
-from offtower.retrieval.propensity_sampler import ItemSample, PropensitySampler
+from offtower.retrieval.propensity_sampler import PropensitySampler
 from offtower.retrieval.quality import RetrievalQuality, retrieval_quality
 from offtower.retrieval.retriever import Retriever, SampleResult, SearchResult
 from offtower.retrieval.served_log import decisions_table, served_schema, with_rewards

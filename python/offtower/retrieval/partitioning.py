@@ -33,7 +33,7 @@ _CELLS_PER_OUTLIERS = 256
 def default_num_cells(num_items: int) -> int:
     """About 4 sqrt(N), rounded to a power of two, with at least 16 items per cell."""
     wanted = min(4.0 * num_items**0.5, num_items / 16)
-    return max(1, 2 ** round(float(np.log2(max(wanted, 1.0)))))
+    return 1 << round(float(np.log2(max(wanted, 1.0))))
 
 
 def build_cells(

@@ -311,7 +311,7 @@ class Retriever:
         if exclude is None or len(exclude) == 0:
             return [nothing] * n
         if not isinstance(exclude[0], list | tuple | set | np.ndarray):
-            numbers = self.numbers_of(exclude)  # type: ignore[arg-type]
+            numbers = self.numbers_of(exclude)
             return [np.unique(numbers[numbers >= 0])] * n
         if len(exclude) != n:
             raise DataError(f"{len(exclude)} lists of ids to exclude for {n} contexts")

@@ -48,7 +48,8 @@ def _faiss() -> Any:
 def ranges(first: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.int64]:
     """Concatenated ranges: count[0] numbers from first[0], then count[1] from first[1], ..."""
     ends = np.cumsum(count)
-    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(first - (ends - count), count)
+    shift: NDArray[np.int64] = np.repeat(first - (ends - count), count)
+    return np.arange(len(shift)) + shift
 
 
 def runs(

@@ -263,7 +263,7 @@ def load_vectors(path: Path, count: int, dim: int, dtype: str) -> NDArray[Any]:
         RunError: the file is damaged, or shape or dtype differ from the manifest's.
     """
     try:
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+        vectors: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise RunError(f"'{path}' cannot be read: {error}; export again") from error
     if vectors.shape != (count, dim) or vectors.dtype != np.dtype(dtype):

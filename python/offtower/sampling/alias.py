@@ -49,13 +49,14 @@ class AliasTable:
 
     @property
     def size(self) -> int:
-        return self._kept.size
+        return len(self._kept)
 
     def probabilities(self) -> NDArray[np.float64]:
         """(n,) probabilities that the table represents."""
-        result = self._kept.copy()
+        result: NDArray[np.float64] = self._kept.copy()
         np.add.at(result, self._alias, 1.0 - self._kept)
-        return result / self.size
+        result /= self.size
+        return result
 
     def draw(self, uniform: NDArray[np.float64]) -> NDArray[np.int64]:
         """Draw m values from (m, 2) independent uniform numbers in [0, 1)."""

@@ -120,7 +120,8 @@ class Proposal:
         for source in self.sources:
             total += source.expected_count(item, batch_rows)
         with np.errstate(divide="ignore"):
-            return np.log(total) - np.log(self.size(batch_rows))
+            result: NDArray[np.float64] = np.log(total) - np.log(self.size(batch_rows))
+        return result
 
 
 def make_proposal(

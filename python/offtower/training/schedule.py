@@ -83,7 +83,7 @@ def temperature(progress: float, begin: float, end: float, until: float) -> floa
     """Geometric annealing: begin^(1 - p) end^p with p = progress / until, then end."""
     if progress >= until:
         return end
-    return begin * (end / begin) ** (progress / until)
+    return begin * math.pow(end / begin, progress / until)
 
 
 class WeightAverage:

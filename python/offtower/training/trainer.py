@@ -276,7 +276,7 @@ class Trainer:
         begin, written = workers.sum(flags).tolist()
         if written == workers.size:
             self._store.finish()
-        return begin > 0
+        return bool(begin > 0)
 
     def _close_epoch(self, progression: Progression) -> bool:
         """Validate, keep the best weights, write the epoch's line; True if patience ran out."""

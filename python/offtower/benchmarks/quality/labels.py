@@ -222,7 +222,8 @@ def _logging(score: Array, temperature: float, epsilon: float) -> NDArray[np.flo
     scaled = score.astype(np.float64) / temperature
     weight = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     pi: NDArray[np.float64] = weight / weight.sum(axis=1, keepdims=True)
-    return (1.0 - epsilon) * pi + epsilon / pi.shape[1]
+    pi = (1.0 - epsilon) * pi + epsilon / pi.shape[1]
+    return pi
 
 
 def _columns(labels: LabelSet, rows: sparse.csr_matrix) -> dict[str, pa.Array]:

@@ -202,7 +202,8 @@ def logistic_cv(world: QualityWorld, seed: int) -> MethodResult:
     items = _with_one(log["action_context"])
 
     def pairs(context: np.ndarray, item: np.ndarray) -> np.ndarray:
-        return (context[:, :, None] * item[:, None, :]).reshape(len(context), -1)
+        products: np.ndarray = context[:, :, None] * item[:, None, :]
+        return products.reshape(len(context), -1)
 
     model = LogisticRegressionCV(Cs=10, cv=5, scoring="neg_log_loss", max_iter=500)
     with warnings.catch_warnings():

@@ -119,7 +119,7 @@ class Side:
             DataError: a category or tag is not one of this world's.
         """
         vector = vector_matrix(_combined(table, self.names.vector), self.dim)
-        state = vector.astype(np.float64)
+        state: NDArray[np.float64] = vector.astype(np.float64)
         if self.kinds == "vector":
             return state
         number = _combined(table, self.names.number).to_numpy(zero_copy_only=False)
@@ -132,7 +132,8 @@ class Side:
         for coordinate in range(self.dim):
             total = np.bincount(row, self._tag_vectors[tags, coordinate], minlength=len(lengths))
             state[:, coordinate] += total / np.maximum(lengths, 1)
-        return state / np.sqrt(self._variance)
+        state /= np.sqrt(self._variance)
+        return state
 
     @property
     def _variance(self) -> float:
@@ -149,7 +150,8 @@ class Side:
         if index.null_count:
             unknown = values.filter(pc.is_null(index))[0].as_py()
             raise DataError(f"column '{column}' holds {unknown!r}, which this world never draws")
-        return index.to_numpy().astype(np.int64)
+        numbers: NDArray[np.int64] = index.to_numpy().astype(np.int64)
+        return numbers
 
 
 def vector_array(values: NDArray[np.floating]) -> pa.FixedSizeListArray:
@@ -163,7 +165,8 @@ def vector_matrix(column: pa.Array, dim: int) -> NDArray[np.floating]:
     flat = pc.list_flatten(column)
     if len(flat) != len(column) * dim:
         raise DataError(f"the vectors of this world have {dim} numbers, those of the column do not")
-    return flat.to_numpy(zero_copy_only=False).reshape(len(column), dim)
+    values: NDArray[np.floating] = flat.to_numpy(zero_copy_only=False)
+    return values.reshape(len(column), dim)
 
 
 def _combined(table: pa.Table, name: str) -> pa.Array:

@@ -40,7 +40,7 @@ class _GatheredRows(torch.autograd.Function):
 
 def gather_rows(rows: Tensor, counts: Sequence[int], workers: Workers) -> Tensor:
     """(n_k, ...) -> (sum of n_k, ...); the gradient of a row is summed over the workers."""
-    whole: Tensor = _GatheredRows.apply(rows, counts, workers)
+    whole: Tensor = _GatheredRows.apply(rows, counts, workers)  # type: ignore[no-untyped-call]
     return whole
 
 
@@ -60,7 +60,7 @@ class _SummedRows(torch.autograd.Function):
 
 def sum_rows(rows: Tensor, workers: Workers) -> Tensor:
     """Sum (..., B) parts of numbers that each worker needs in full."""
-    total: Tensor = _SummedRows.apply(rows, workers)
+    total: Tensor = _SummedRows.apply(rows, workers)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -157,7 +157,7 @@ def merged_terms(
         item_embedding: (n_k, d) of this worker's items; bias and reward model likewise.
         action: (B,) number among this worker's items, -1 for items of other workers.
     """
-    found = _MergedTerms.apply(
+    found = _MergedTerms.apply(  # type: ignore[no-untyped-call]
         context_embedding,
         item_embedding,
         item_bias,
