@@ -36,6 +36,7 @@ from offtower.data import (
 )
 from offtower.data.location import Location
 from offtower.data.log import finish_log
+from offtower.data.parquet import Footer
 
 
 class Delayed(fs.FileSystemHandler):
@@ -91,7 +92,8 @@ def opening(folder: Path, files: int, repeats: int) -> dict[str, float]:
         for number in range(files):
             copy = folder / name / f"part-{number:05d}.parquet"
             os.link(folder / "one" / "part-00000.parquet", copy)
-    finish_log(Location.of(folder / "many"), world.log_schema)
+    footer = Footer.of_written(folder / "one" / "part-00000.parquet")
+    finish_log(Location.of(folder / "many"), world.log_schema, [footer] * files)
     return {
         f"{where}, {name}": median(lambda p=path: ParquetLog.open(p, world.log_schema), repeats)
         for where, root in (("here", str(folder)), ("far", "delayed://store"))
