@@ -15,6 +15,7 @@ from offtower.errors import OperatorError
 from offtower.ops import (
     DenseReward,
     FactoredReward,
+    available_backends,
     policy_terms,
     reference,
     sample_softmax,
@@ -157,3 +158,16 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 250
+
+
+@pytest.mark.parametrize("backend", available_backends())
+def test_top_k_puts_nan_first_and_keeps_ties_in_order(backend: str) -> None:
+    nan = float("nan")
+    scores, index = top_k(
+        torch.ones(1, 1),
+        torch.tensor([[1.0], [nan], [3.0], [nan], [2.0]]),
+        4,
+        backend=backend,  # type: ignore[arg-type]
+    )
+    assert index.tolist() == [[1, 3, 2, 4]]
+    assert scores[0, :2].isnan().all() and scores[0, 2:].tolist() == [3.0, 2.0]

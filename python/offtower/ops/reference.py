@@ -222,11 +222,12 @@ def _first_k(scores: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest scores and their items, ties to the lowest item; `items` rises along a row.
 
     torch.topk alone may pick any of equal scores: whatever is above the k-th score is in, and ties
-    with it are taken in order.
+    with it are taken in order. NaN counts as largest, as in torch.topk, and ties with NaN.
     """
     threshold = torch.topk(scores, k, dim=1).values[:, -1:]
-    above = scores > threshold
-    ties = scores == threshold
+    is_nan, all_nan = scores.isnan(), threshold.isnan()
+    above = (scores > threshold) | (is_nan & ~all_nan)
+    ties = (scores == threshold) | (is_nan & all_nan)
     room = k - above.sum(1, keepdim=True)
     chosen = above | (ties & (torch.cumsum(ties, 1) <= room))
     column = chosen.nonzero()[:, 1].view(len(scores), k)
