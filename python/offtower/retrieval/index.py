@@ -114,18 +114,6 @@ class AnnIndex:
         order = np.lexsort((item, -scores), axis=1)[:, :k]
         return np.take_along_axis(scores, order, 1), np.take_along_axis(item, order, 1)
 
-    def to_gpu(self) -> AnnIndex:
-        """Copy the index to the first GPU if FAISS supports it; otherwise return self.
-
-        FAISS has no HNSW for GPUs.
-        """
-        faiss = import_faiss()
-        gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-        if not gpus or not hasattr(faiss, "StandardGpuResources") or self.facts["kind"] == "hnsw":
-            return self
-        moved = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, self.index)
-        return AnnIndex(moved, self.facts, self._vectors, self._scale)
-
 
 def open_index(
     directory: Path,

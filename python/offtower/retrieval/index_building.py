@@ -72,16 +72,15 @@ def build_index(
     directory.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     index, centroids = _trained(faiss, vectors, scale, options)
-    if options.kind == "hnsw":
+    if options.shard_rows is not None and options.shard_rows < len(vectors):
+        _build_shards(faiss, index, centroids, vectors, scale, directory, options.shard_rows)
+    elif options.kind == "hnsw":
         for part in _equal_norm(vectors, scale):
             index.add(part)
-        _guard(lambda: faiss.write_index(index, str(directory / FILE)), directory)
-    elif options.shard_rows is None or options.shard_rows >= len(vectors):
+    else:
         for part, first in _parts(vectors, scale, 0, len(vectors)):
             _add(faiss, index, centroids, part, first)
-        _guard(lambda: faiss.write_index(index, str(directory / FILE)), directory)
-    else:
-        _build_shards(faiss, index, centroids, vectors, scale, directory, options.shard_rows)
+    _guard(lambda: faiss.write_index(index, str(directory / FILE)), directory)
     seconds = time.perf_counter() - began
     facts: dict[str, Any] = {
         "version": version,
@@ -217,7 +216,6 @@ def _build_shards(
             "free. Free some space and export again; the previous export is unchanged"
         )
     _guard(lambda: merge_ondisk(trained, names, str(directory / LISTS)), directory)
-    _guard(lambda: faiss.write_index(trained, str(directory / FILE)), directory)
     for name in names:
         Path(name).unlink()
 

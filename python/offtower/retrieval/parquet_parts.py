@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +29,8 @@ def write_parquet(
     layout: Layout = "offtower",
     fixed_size: bool = True,
     metadata: Iterator[list[str]] | None = None,
-    rows_per_part: int = ROWS_PER_PART,
     chunk: int = CHUNK,
-) -> list[str]:
+) -> None:
     """Write Parquet parts with one row per item, for databases and vector stores.
 
     Args:
@@ -38,46 +38,30 @@ def write_parquet(
             metadata (JSON text).
         fixed_size: fixed-size lists; plain lists otherwise.
         metadata: JSON texts of the items in chunks of `chunk`, for "vector_db".
-
-    Returns:
-        Names of the parts.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    names: list[str] = []
-    dim = vectors.shape[1]
-    for start in range(0, len(vectors), rows_per_part):
-        name = f"part-{len(names):05d}.parquet"
-        names.append(name)
-        writer: pq.ParquetWriter | None = None
-        try:
-            for first in range(start, min(start + rows_per_part, len(vectors)), chunk):
-                last = min(first + chunk, start + rows_per_part, len(vectors))
-                part = np.ascontiguousarray(vectors[first:last])
-                flat = pa.array(part.reshape(-1))
-                column: pa.Array = pa.FixedSizeListArray.from_arrays(flat, dim)
-                if not fixed_size:
-                    column = column.cast(pa.list_(flat.type))
-                key = ids.slice(first, last - first).combine_chunks()
-                if layout == "offtower":
-                    table = pa.table({"item_id": key, "embedding": column})
-                else:
-                    texts = next(metadata) if metadata is not None else ["{}"] * (last - first)
-                    table = pa.table(
-                        {
-                            "id": pc.cast(key, pa.string()),
-                            "values": column,
-                            "metadata": pa.array(texts, pa.string()),
-                        }
-                    )
-                if writer is None:
-                    writer = pq.ParquetWriter(
-                        directory / name, table.schema, compression="zstd", use_dictionary=False
-                    )
-                writer.write_table(table)
-        finally:
-            if writer is not None:
-                writer.close()
-    return names
+
+    def table(first: int, last: int) -> pa.Table:
+        flat = pa.array(np.ascontiguousarray(vectors[first:last]).reshape(-1))
+        column: pa.Array = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+        if not fixed_size:
+            column = column.cast(pa.list_(flat.type))
+        key = ids.slice(first, last - first).combine_chunks()
+        if layout == "offtower":
+            return pa.table({"item_id": key, "embedding": column})
+        texts = next(metadata) if metadata is not None else ["{}"] * (last - first)
+        return pa.table({"id": pc.cast(key, pa.string()), "values": column, "metadata": texts})
+
+    for number, start in enumerate(range(0, len(vectors), ROWS_PER_PART)):
+        stop = min(start + ROWS_PER_PART, len(vectors))
+        tables = (table(first, min(first + chunk, stop)) for first in range(start, stop, chunk))
+        head = next(tables)
+        path = directory / f"part-{number:05d}.parquet"
+        with pq.ParquetWriter(
+            path, head.schema, compression="zstd", use_dictionary=False
+        ) as writer:
+            for part in chain([head], tables):
+                writer.write_table(part)
 
 
 def metadata_texts(catalogue: CatalogueStream, chunk: int = CHUNK) -> Iterator[list[str]]:
