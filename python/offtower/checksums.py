@@ -98,9 +98,14 @@ def checked_text(text: str) -> str:
     return f"{_LINE}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
 
 
+def is_checked_text(text: str) -> bool:
+    """Whether text has a checksum in its first line."""
+    return text.startswith(_LINE[:4])
+
+
 def check_text(text: str, name: object, error: type[OfftowerError] = RunError) -> None:
     """Compare text with the checksum in its first line; text without such a line passes."""
-    if not text.startswith(_LINE[:4]):
+    if not is_checked_text(text):
         return
     line, _, rest = text.partition("\n")
     if line != _LINE + hashlib.sha256(rest.encode()).hexdigest():

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from offtower.atomic import remove_leftovers, write_text
-from offtower.checksums import check_text, checked_text, read_checked_json, write_checked_json
+from offtower.checksums import (
+    check_text,
+    checked_text,
+    is_checked_text,
+    read_checked_json,
+    write_checked_json,
+)
 from offtower.config import (
     Config,
     config_fingerprint,
@@ -164,6 +170,25 @@ class RunDirectory:
             raise RunError(f"'{self.config_path}' cannot be read: {error}") from error
         except ConfigError as error:
             raise RunError(f"the stored configuration cannot be read: {error}") from error
+
+    def check_policy(self, config: Config, policy_facts: Mapping[str, Any]) -> None:
+        """Compare configuration and manifest with what the policy was trained with.
+
+        A configuration that the user edited, and so without its checksum line, is not compared.
+
+        Raises:
+            RunError: one of them belongs to another run.
+        """
+        of_policy = policy_facts.get("config_fingerprint")
+        found = {self.manifest_path: self.manifest().get("config_fingerprint")}
+        if is_checked_text(self.config_path.read_text(encoding="utf-8")):
+            found[self.config_path] = config_fingerprint(config)
+        for path, fingerprint in found.items():
+            if None not in (of_policy, fingerprint) and fingerprint != of_policy:
+                raise RunError(
+                    f"'{path}' and '{self.policy}' belong to different runs: their configurations "
+                    "differ. Copy the whole run directory from one place"
+                )
 
     def update_manifest(self, facts: Mapping[str, Any]) -> None:
         """Merge `facts` into manifest.json."""

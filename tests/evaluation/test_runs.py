@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -375,3 +376,17 @@ def test_a_pair_model_reads_any_items_alike(place: Path) -> None:
     np.testing.assert_allclose(
         model.at(rows, item), np.take_along_axis(every, item, axis=1), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("swapped", ["policy", "config.yaml", "manifest.json"])
+def test_parts_of_two_runs_are_refused(place: Path, tmp_path: Path, swapped: str) -> None:
+    """Each file is intact; together they are no run."""
+    shutil.copytree(place / "runs" / "a", tmp_path / "a")
+    source, target = place / "runs" / "b" / swapped, tmp_path / "a" / swapped
+    if source.is_dir():
+        shutil.rmtree(target)
+        shutil.copytree(source, target)
+    else:
+        shutil.copyfile(source, target)
+    with pytest.raises(OfftowerError, match="different runs"):
+        open_run(tmp_path / "a", Catalogue.open(place / "catalogue"))

@@ -34,11 +34,13 @@ class OpenRun:
 def open_run(path: Path, catalogue: Catalogue, trust_code: Collection[str] = ()) -> OpenRun:
     """Load a run.
 
-    Raises RunError where it is missing or not finished, or names code that may not run.
+    Raises RunError where it is missing, not finished, or put together from several runs, or names
+    code that may not run.
     """
     directory = RunDirectory(path)
     config = directory.load_config(trust_code=trust_code)
-    policy, _ = load_policy(directory.policy, trust_code=trust_code)
+    policy, facts = load_policy(directory.policy, trust_code=trust_code)
+    directory.check_policy(config, facts)
     items = ItemFeatures.from_catalogue(catalogue, policy.item_encoding)
     return OpenRun(directory, config, policy, items, trust_code)
 
