@@ -1,4 +1,4 @@
-"""offtower: learn, judge and serve two-tower retrieval policies from logged feedback."""
+"""offtower: learn, evaluate and serve two-tower retrieval policies from logged feedback."""
 
 import sys
 

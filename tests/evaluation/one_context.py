@@ -43,7 +43,7 @@ class OneContext:
         return float(self.behavior @ self.q)
 
     @property
-    def modelled_value(self) -> float:
+    def modeled_value(self) -> float:
         return float(self.target @ self.model)
 
     def rows(self, action: np.ndarray, reward: np.ndarray) -> EvaluationRows:
@@ -51,7 +51,7 @@ class OneContext:
             self.weight[action],
             reward,
             self.model[action],
-            np.full(action.size, self.modelled_value),
+            np.full(action.size, self.modeled_value),
         )
 
     def sample(self, n: int, rng: np.random.Generator) -> EvaluationRows:

@@ -18,13 +18,13 @@ def weighted(world: OneContext, f: np.ndarray) -> tuple[float, float]:
     return mean, np.sum(world.behavior * f**2 * world.q) - mean**2
 
 
-def modelled(world: OneContext, f: np.ndarray) -> tuple[float, float]:
+def modeled(world: OneContext, f: np.ndarray) -> tuple[float, float]:
     """Mean and variance of f (r - model) + E_pi_e model."""
     gap = world.q - world.model
     mean = np.sum(world.behavior * f * gap)
     square = world.q * (1.0 - world.model) ** 2 + (1.0 - world.q) * world.model**2
     return (
-        mean + world.modelled_value,
+        mean + world.modeled_value,
         np.sum(world.behavior * f**2 * square) - mean**2,
     )
 
@@ -55,7 +55,7 @@ def exact(world: OneContext, estimator: e.Estimator) -> tuple[float, float]:
         "sub_gaussian_dr": w / (1 - LAMBDA + LAMBDA * w),
     }
     f = maps[estimator.label]
-    return (modelled if estimator.needs_reward_model else weighted)(world, f)
+    return (modeled if estimator.needs_reward_model else weighted)(world, f)
 
 
 ALL = [

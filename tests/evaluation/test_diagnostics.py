@@ -68,7 +68,7 @@ def test_only_the_largest_weights_are_kept(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("k", [0.2, 0.5, 0.9])
 def test_pareto_shape_of_known_tails(k: float) -> None:
-    """Generalised Pareto weights: mean of 20 estimates within .1; the prior pulls towards .5."""
+    """Generalized Pareto weights: mean of 20 estimates within .1; the prior pulls towards .5."""
     rng = np.random.default_rng(3)
     got = [pareto_shape((rng.random(20_000) ** -k - 1.0) / k, 20_000) for _ in range(20)]
     assert np.mean(got) == pytest.approx(k, abs=0.1)

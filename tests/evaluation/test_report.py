@@ -257,5 +257,5 @@ def test_prints_on_paper(tmp_path: Path) -> None:
 
 
 def test_series_differ_in_more_than_color() -> None:
-    """Neighboring colors also differ in lightness on a grey printer, or in marker and dash."""
+    """Neighboring colors also differ in lightness on a gray printer, or in marker and dash."""
     assert len(set(MARKERS)) == len(set(map(str, DASHES))) == len(set(COLORS)) == 6

@@ -15,11 +15,9 @@ from offtower.evaluation.selection import (
 )
 
 
-def policies(
-    seed: int, n: int, items: int, sharpness: float = 1.0
-) -> tuple[np.ndarray, np.ndarray]:
+def policies(seed: int, n: int, items: int, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return rng.dirichlet(np.ones(items), n), rng.dirichlet(np.full(items, 1.0 / sharpness), n)
+    return rng.dirichlet(np.ones(items), n), rng.dirichlet(np.full(items, 1.0 / spread), n)
 
 
 def loss(rho: np.ndarray, behavior: np.ndarray, weight: np.ndarray, share: float) -> float:
@@ -28,9 +26,9 @@ def loss(rho: np.ndarray, behavior: np.ndarray, weight: np.ndarray, share: float
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize("items", [2, 3, 4])
-def test_no_optimiser_finds_a_better_split(items: int, share: float) -> None:
+def test_no_optimizer_finds_a_better_split(items: int, share: float) -> None:
     rng = np.random.default_rng(items)
-    behavior, target = policies(items, 1, items, sharpness=3.0)
+    behavior, target = policies(items, 1, items, spread=3.0)
     rho = fit_split(behavior, target, share)[0]
     weight = (target / behavior)[0]
     best = np.inf
@@ -50,10 +48,10 @@ def test_no_optimiser_finds_a_better_split(items: int, share: float) -> None:
     assert ours == pytest.approx(best, rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize("sharpness", [1.0, 5.0, 100.0])
-def test_constraint_and_stationarity(sharpness: float) -> None:
+@pytest.mark.parametrize("spread", [1.0, 5.0, 100.0])
+def test_constraint_and_stationarity(spread: float) -> None:
     share = 0.2
-    behavior, target = policies(1, 300, 12, sharpness)
+    behavior, target = policies(1, 300, 12, spread)
     rho = fit_split(behavior, target, share)
     assert np.all((rho > 0.0) & (rho < 1.0))
     np.testing.assert_allclose((behavior * rho).sum(axis=1), share, rtol=0, atol=1e-12)

@@ -154,8 +154,8 @@ def test_bootstrap_weights() -> None:
     assert abs(weight.var() - 1.0) < 5 * np.sqrt(3.0 / cells)
     between = np.corrcoef(weight.T)[np.triu_indices(40, 1)]
     assert np.abs(between).max() < 5 / np.sqrt(40_000)
-    neighbours = np.corrcoef(weight[:-1, 0], weight[1:, 0])[0, 1]
-    assert abs(neighbours) < 5 / np.sqrt(40_000)
+    neighbors = np.corrcoef(weight[:-1, 0], weight[1:, 0])[0, 1]
+    assert abs(neighbors) < 5 / np.sqrt(40_000)
     assert np.array_equal(weight[100:200], poisson_weights(key[100:200], 40, seed=1))
     assert np.array_equal(weight[:, :7], poisson_weights(key, 7, seed=1))
     assert (weight != poisson_weights(key, 40, seed=2)).mean() > 0.5

@@ -234,7 +234,7 @@ class Units:
 
 
 def _waited_for(batches: Iterator[pa.RecordBatch], name: str) -> Iterator[pa.RecordBatch]:
-    """The same batches; one that takes long is told, and ends at the limit."""
+    """Yield the batches; a slow one is reported, and times out at the limit."""
     while True:
         batch = request(lambda: next(batches, None), name, attempts=1)
         if batch is None:

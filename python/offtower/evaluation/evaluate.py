@@ -277,11 +277,11 @@ def _estimators(
     rows_by_policy: Mapping[str, EvaluationRows], given: Iterable[Estimator | str] | None
 ) -> tuple[Estimator, ...]:
     if given is None:
-        modelled = all(
+        modeled = all(
             rows.action_reward is not None and rows.expected_reward is not None
             for rows in rows_by_policy.values()
         )
-        given = ("ips", "snips", "dm", "dr") if modelled else ("ips", "snips")
+        given = ("ips", "snips", "dm", "dr") if modeled else ("ips", "snips")
     return tuple(make_estimator(e) if isinstance(e, str) else e for e in given)
 
 

@@ -4,7 +4,7 @@ Of `obp.dataset.SyntheticBanditDataset` 0.4.1 this uses the logistic reward func
 of contexts, actions and binary rewards, and adds:
 
 - vectors for actions in place of one-hot ones;
-- the behaviour policy pi_b = softmax(beta q), returned as `pi_b`;
+- the behavior policy pi_b = softmax(beta q), returned as `pi_b`;
 - a seed for the rounds apart from the seed of the world. OBP draws its coefficients and its first
   contexts from the same random numbers, and two logs of one world need a stream each;
 - the true value of a policy.
@@ -34,7 +34,7 @@ class ObpWorld:
         n_actions: number of actions, at least 2.
         dim_context: dimension of the context.
         dim_action_context: dimension of the actions' vectors.
-        beta: the behaviour policy is softmax(beta q(x, .)).
+        beta: the behavior policy is softmax(beta q(x, .)).
         seed: of the world.
 
     Raises:

@@ -77,7 +77,7 @@ def estimates(evaluation: LogEvaluation, width: float = WIDE) -> str:
                     line.set_label("truth")
         axes.set_yticks(range(len(names)), [_short(evaluation.labels[n], width) for n in names])
         axes.invert_yaxis()
-        axes.set_xlabel("value (grey: the logging policy's)")
+        axes.set_xlabel("value (gray: the logging policy's)")
         _legend(axes, len(labels) + 1, width)
         return _svg(figure, f"Estimates with intervals, {evaluation.title}")
 
@@ -261,7 +261,7 @@ def all_charts(evaluation: LogEvaluation) -> Sequence[tuple[str, str, str]]:
     charts: list[tuple[str, str, Any]] = [
         (
             "Estimates",
-            "A point is an estimate, its line the interval. The grey band is the interval of the "
+            "A point is an estimate, its line the interval. The gray band is the interval of the "
             "logging policy.",
             both(partial(estimates, evaluation)),
         )

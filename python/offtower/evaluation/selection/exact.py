@@ -6,7 +6,7 @@ E_{pi_b}[rho | x] = k imposed for every context, the pseudo weight is
     v = rho (1 - k) / ((1 - rho) k),        rho = k v / (1 - k + k v),
 
 and importance fitting (Udagawa et al., AAAI 2023, eq. 8) asks for the v nearest to the true weight
-w = pi_e / pi_b: minimise E_{pi_b}[(v - w)^2] subject to E_{pi_b}[rho] = k. Put u = 1 - k + k v and
+w = pi_e / pi_b: minimize E_{pi_b}[(v - w)^2] subject to E_{pi_b}[rho] = k. Put u = 1 - k + k v and
 b = 1 - k + k w, so that rho = 1 - (1 - k) / u. Stationarity is the cubic
 
     (u - b) u^2 = t,                        one t per context,

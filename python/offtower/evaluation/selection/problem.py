@@ -79,7 +79,7 @@ class Problem:
         return out
 
     def influence(self, candidates: Sequence[Candidate]) -> tuple[Array, Array]:
-        """Values (c,) and centred per-row contributions (c, n): value ~ truth + mean(influence).
+        """Values (c,) and centered per-row contributions (c, n): value ~ truth + mean(influence).
 
         mean(influence^2) / n is a candidate's variance, and the same of a difference of two rows is
         the variance of their paired difference.

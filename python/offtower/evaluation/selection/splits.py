@@ -34,7 +34,7 @@ def fit_split(
 
     behavior, target: (n, A) probabilities; rows of `behavior` sum to 1, rows of `target` to 1.
     share: k in (0, 1), the expected share of rows in the pseudo-target part.
-    method: "exact" minimises E_behavior[(w~ - w)^2] in every context subject to p(x) = k: the
+    method: "exact" minimizes E_behavior[(w~ - w)^2] in every context subject to p(x) = k: the
     global minimum, deterministic, independent of item numbering, identical policies give k.
     "network" is the published recipe (Udagawa et al., AAAI 2023, section 4 and appendix): it needs
     `context` (n, d), `action` (n,) the logged items, and takes `item_features` (A, e), `network`

@@ -86,7 +86,7 @@ class CheckpointStore:
         self._layout = Layout(self._owned, mesh)
         self._pending: tuple[Future[Any], Path, Path, dict[str, Any]] | None = None
         self.extra: dict[str, Tensor] = {}
-        """What `load_newest` found beside policy and optimiser."""
+        """What `load_newest` found beside policy and optimizer."""
         self.skipped: list[str] = []
         """What was wrong with checkpoints that could not be read."""
         if workers.first:
@@ -147,7 +147,7 @@ class CheckpointStore:
     def load_newest(
         self, policy: nn.Module, optimizer: torch.optim.Optimizer
     ) -> Progression | None:
-        """Fill policy and optimiser from the newest readable checkpoint; None where there is none.
+        """Fill policy and optimizer from the newest readable checkpoint; None where there is none.
 
         Damaged checkpoints are passed over, and named in `skipped`.
 
@@ -260,7 +260,7 @@ class CheckpointStore:
                     raise KeyboardInterrupt from None
                 future.set_exception(error)
         else:
-            # Copies, since the optimiser moves the originals while the thread writes. What came
+            # Copies, since the optimizer moves the originals while the thread writes. What came
             # from a GPU is one.
             copied = any(tensor.is_cuda for tensor in tensors.values())
             copies: dict[str, Any] = (
