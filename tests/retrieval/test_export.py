@@ -389,7 +389,7 @@ def test_a_full_disk_or_a_kill_leaves_the_earlier_export(run: Path, exported: Pa
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and killed.poll() is None:
-        if any(p.name.startswith(".") for p in export.iterdir()):
+        if any(p.name.endswith(".partial") for p in export.iterdir()):
             break
         time.sleep(0.001)
     killed.kill()
@@ -397,7 +397,7 @@ def test_a_full_disk_or_a_kill_leaves_the_earlier_export(run: Path, exported: Pa
     assert Retriever.open(run).search(contexts(run, 1), 3).item_id
     path = export_run(run, PLAIN)
     assert Retriever.open(run).version == path.name
-    assert not [p for p in export.iterdir() if p.name.startswith(".")]
+    assert not list(export.glob(".*.partial"))
 
 
 def test_items_embedded_elsewhere_have_the_same_bits(
