@@ -26,6 +26,7 @@ from offtower.evaluation.run_loading import open_run
 from offtower.evaluation.scoring.clusters import ItemClusters, item_clusters
 from offtower.evaluation.scoring.policy import PolicyScorer
 from offtower.models.policy import TwoTowerPolicy
+from offtower.retrieval.export import export_run
 from offtower.training.run import train_run
 from tests.mappers import BackwardsMapper
 
@@ -390,3 +391,5 @@ def test_parts_of_two_runs_are_refused(place: Path, tmp_path: Path, swapped: str
         shutil.copyfile(source, target)
     with pytest.raises(OfftowerError, match="different runs"):
         open_run(tmp_path / "a", Catalogue.open(place / "catalogue"))
+    with pytest.raises(OfftowerError, match="different runs"):
+        export_run(tmp_path / "a")

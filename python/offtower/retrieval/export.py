@@ -114,7 +114,7 @@ def export_run(
     If the export fails or is killed, the earlier version stays in place and current.
 
     Args:
-        run: run directory; only its config.yaml and policy/ are read.
+        run: run directory; only its config.yaml, manifest.json and policy/ are read.
         catalogue: items to export; those of the training catalogue by default. New items are
             embedded from their features.
         contexts: log to measure recall on; the run's test, validation or training log by default.
@@ -126,7 +126,8 @@ def export_run(
         The version's folder.
 
     Raises:
-        RunError: the run has no policy, files cannot be read or written, or the disk is full.
+        RunError: the run has no policy or is put together from several runs, files cannot be read
+            or written, or the disk is full.
         LeaseError: another process exports this run.
         DataError: the catalogue is bad, or a vector is not finite.
         ConfigError: an option is out of range, or no parameters reach the target recall.
@@ -135,6 +136,7 @@ def export_run(
     directory = RunDirectory(run)
     config = directory.load_config(trust_code=trust_code)
     policy, facts = load_policy(directory.policy, trust_code=trust_code)
+    directory.check_policy(config, facts)
     stream = CatalogueStream(catalogue or config.data.catalogue, catalogue_schema(config))
     export = directory.path / "export"
     export.mkdir(parents=True, exist_ok=True)
