@@ -124,6 +124,29 @@ def test_of_many_that_claim_at_once_one_succeeds(
         found[0].release()
 
 
+def test_an_owner_file_that_is_still_empty_belongs_to_a_living_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without links a file exists before its content; its time of change may stay the same."""
+    monkeypatch.setattr(module, "_FILL_SECONDS", 0.0)
+    monkeypatch.setattr(module, "STALE_SECONDS", 3.0)
+    owner = tmp_path / FOLDER / "000001.json"
+    with Lease.acquire(tmp_path):
+        content, time_of_change = owner.read_bytes(), owner.stat().st_mtime_ns
+
+        def fill() -> None:
+            owner.write_bytes(content)
+            os.utime(owner, ns=(time_of_change, time_of_change))
+
+        owner.write_bytes(b"")
+        os.utime(owner, ns=(time_of_change, time_of_change))
+        late = threading.Timer(0.2, fill)
+        late.start()
+        with pytest.raises(LeaseError, match="is being written"):
+            Lease.acquire(tmp_path)
+        late.join()
+
+
 def _no_links(*names: object) -> None:
     raise PermissionError(1, "Operation not permitted")
 

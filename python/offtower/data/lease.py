@@ -51,6 +51,7 @@ logger = logging.getLogger("offtower.lease")
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 _ATTEMPTS = 20
+_FILL_SECONDS = 1.0
 
 _OWNER = re.compile(r"([0-9]{6,})\.json")
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -276,6 +277,8 @@ def _refuse_living(
     Raises:
         LeaseError: it is alive.
     """
+    if not owner.id:
+        owner = _await_owner(files, token)
     running = owner.is_running()
     if running is False:
         return
@@ -284,6 +287,17 @@ def _refuse_living(
     raise LeaseError(
         f"'{location}' is being written by {owner}. Wait for it to end, or stop it" + remedy
     )
+
+
+def _await_owner(files: LeaseFiles, token: int) -> Owner:
+    """The owner, once the process that created its file has filled it; unknown after a second.
+
+    Where links are not supported, the file is empty for a moment after its creation.
+    """
+    deadline = time.monotonic() + _FILL_SECONDS
+    while not (owner := _owner_of(files, token)).id and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return owner
 
 
 def _is_stale(files: LeaseFiles, token: int, owner: Owner) -> bool:
@@ -304,6 +318,8 @@ def _is_stale(files: LeaseFiles, token: int, owner: Owner) -> bool:
         time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
         if files.pulse(name) != before:
             return files.pulse(name) is None  # Released, or beaten.
+        if not owner.id and _owner_of(files, token).id:
+            return False  # Filled late, by a process that is alive.
     return True
 
 
