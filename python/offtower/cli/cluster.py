@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -85,42 +86,49 @@ def cluster(address: str | None, workers: int, cpus: float) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def mapper_of(
-    address: str | None,
-    workers: int | None,
-    cpus: float,
-    memory: float,
-    wait: float,
-    progress: Progress,
-) -> Iterator[Mapper]:
-    """Make a mapper from the options; without --ray and --workers it runs in this process.
+@dataclass(frozen=True)
+class RayOptions:
+    """The options that run a verb's passes on Ray."""
 
-    Raises:
-        ClusterError: no cluster, or no room on it.
-        MissingExtraError: Ray is not installed.
-    """
-    if address is None:
-        if workers is None and (wait or memory or cpus != 1.0):
-            raise ConfigError(
-                "--worker-cpus, --worker-memory and --ray-wait are options of --ray; add --ray "
-                "local, auto or an ADDRESS"
-            )
-        if workers is None:
+    ray: RayAddress = None
+    workers: Workers = None
+    worker_cpus: WorkerCpus = 1.0
+    worker_memory: WorkerMemory = 0.0
+    ray_wait: RayWait = 0.0
+
+    @contextmanager
+    def mapper(self, progress: Progress) -> Iterator[Mapper]:
+        """Connect the options' mapper; without --ray and --workers it runs in this process.
+
+        Raises:
+            ConfigError: options of Ray without --ray.
+            ClusterError: no cluster, or no room on it.
+            MissingExtraError: Ray is not installed.
+        """
+        if self.ray is None and self.workers is None:
+            if self.ray_wait or self.worker_memory or self.worker_cpus != 1.0:
+                raise ConfigError(
+                    "--worker-cpus, --worker-memory and --ray-wait are options of --ray; add --ray "
+                    "local, auto or an ADDRESS"
+                )
             yield Mapper()
             return
-    from offtower.jobs.mapper import ray_mapper
+        from offtower.jobs.mapper import ray_mapper
 
-    # Ray prints lost workers on standard output, which is reserved for results.
-    with (
-        redirect_stdout(sys.stderr),
-        ray_mapper(
-            address or "local",
-            workers,
-            cpus=cpus,
-            memory=memory * 2**30,
-            wait=wait,
-            progress=progress,
-        ) as mapper,
-    ):
-        yield mapper
+        # Ray prints lost workers on standard output, which is reserved for results.
+        with (
+            redirect_stdout(sys.stderr),
+            ray_mapper(
+                self.ray or "local",
+                self.workers,
+                cpus=self.worker_cpus,
+                memory=self.worker_memory * 2**30,
+                wait=self.ray_wait,
+                progress=progress,
+            ) as mapper,
+        ):
+            yield mapper
+
+
+IN_PROCESS = RayOptions()
+"""No cluster: the default."""

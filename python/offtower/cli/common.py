@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, ParamSpec, TypeVar
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, get_type_hints
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as Bars
 
 from offtower.errors import OfftowerError
 from offtower.imports import TRUST_CODE, trusted_names
 from offtower.paths import redact
 from offtower.progress import Progress
+
+# rich is imported where something is printed, so that --help does not wait for it.
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
 
 EXIT_OK = 0
 EXIT_REFUSED = 2
@@ -54,6 +52,8 @@ R = TypeVar("R")
 
 def messages() -> Console:
     """Return a console on standard error, which leaves standard output to results."""
+    from rich.console import Console
+
     # rich would cut tables at 80 columns in a pipe.
     width = None if sys.stderr.isatty() else 120
     return Console(stderr=True, highlight=False, width=width)
@@ -66,11 +66,16 @@ def print_json(content: dict[str, Any]) -> None:
 def verb(function: Callable[P, R]) -> Callable[P, R]:
     """Print errors for users as one message with exit code 2; interrupts exit with 130.
 
-    The argument `trust_code` applies while the function runs, on its workers too.
+    The argument `trust_code` applies while the function runs, on its workers too. A parameter whose
+    type is a dataclass of options, such as `RayOptions`, becomes an option per field.
     """
+    signature, groups = _with_option_groups(function)
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name, kind in groups.items():
+            given = {one.name: kwargs.pop(one.name) for one in fields(kind) if one.name in kwargs}
+            kwargs[name] = kind(**given)
         try:
             with _trusting(kwargs.get("trust_code")):
                 return function(*args, **kwargs)
@@ -89,7 +94,32 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
             messages().print("interrupted; finished files are complete, use 'train --resume'")
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
+    wrapped.__signature__ = signature  # type: ignore[attr-defined]
     return wrapped
+
+
+def _with_option_groups(
+    function: Callable[..., Any],
+) -> tuple[inspect.Signature, dict[str, type[Any]]]:
+    """The signature with every dataclass replaced by its fields, and these dataclasses by name."""
+    hints = get_type_hints(function, include_extras=True)
+    signature = inspect.signature(function)
+    groups = {
+        name: kind for name, kind in hints.items() if isinstance(kind, type) and is_dataclass(kind)
+    }
+    parameters: list[inspect.Parameter] = []
+    for one in signature.parameters.values():
+        if one.name not in groups:
+            parameters.append(one.replace(annotation=hints[one.name], kind=one.KEYWORD_ONLY))
+            continue
+        kinds = get_type_hints(groups[one.name], include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, one.KEYWORD_ONLY, default=field.default, annotation=kinds[field.name]
+            )
+            for field in fields(groups[one.name])
+        ]
+    return signature.replace(parameters=parameters), groups
 
 
 @contextmanager
@@ -130,6 +160,15 @@ class DrawnProgress(Progress):
         self.finish()
         if not sys.stderr.isatty():
             return
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as Bars
+
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),

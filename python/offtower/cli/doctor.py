@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from offtower.cli.common import AsJson, escape, messages, print_json, verb
 
@@ -62,6 +61,8 @@ def doctor(
     if selftest:
         check(as_json)
         return
+    from rich.table import Table
+
     facts = examine()
     if as_json:
         print_json(facts)

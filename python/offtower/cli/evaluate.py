@@ -16,14 +16,7 @@ from typing import Annotated
 
 import typer
 
-from offtower.cli.cluster import (
-    RayAddress,
-    RayWait,
-    WorkerCpus,
-    WorkerMemory,
-    Workers,
-    mapper_of,
-)
+from offtower.cli.cluster import IN_PROCESS, RayOptions
 from offtower.cli.common import (
     AsJson,
     DrawnProgress,
@@ -69,11 +62,7 @@ def evaluate(
             help="Exit with 0 for every verdict, since schedulers take other codes for failures.",
         ),
     ] = False,
-    ray: RayAddress = None,
-    workers: Workers = None,
-    worker_cpus: WorkerCpus = 1.0,
-    worker_memory: WorkerMemory = 0.0,
-    ray_wait: RayWait = 0.0,
+    ray: RayOptions = IN_PROCESS,
     as_json: AsJson = False,
 ) -> None:
     from offtower.cli.tables import evaluation_table, retrieval_table, selection_table
@@ -83,7 +72,7 @@ def evaluate(
 
     exports = open_exports(runs, retrieval) if retrieval else []
     progress = DrawnProgress()
-    with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
+    with ray.mapper(progress) as mapper:
         evaluation = evaluate_runs(
             runs,
             log=log,

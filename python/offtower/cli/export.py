@@ -14,14 +14,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from offtower.cli.cluster import (
-    RayAddress,
-    RayWait,
-    WorkerCpus,
-    WorkerMemory,
-    Workers,
-    mapper_of,
-)
+from offtower.cli.cluster import IN_PROCESS, RayOptions
 from offtower.cli.common import AsJson, DrawnProgress, TrustCode, escape, messages, print_json, verb
 from offtower.jsonable import finite
 
@@ -59,11 +52,7 @@ def export(
         typer.Option(help="Log to measure recall on; the run's held-out log by default."),
     ] = None,
     trust_code: TrustCode = None,
-    ray: RayAddress = None,
-    workers: Workers = None,
-    worker_cpus: WorkerCpus = 1.0,
-    worker_memory: WorkerMemory = 0.0,
-    ray_wait: RayWait = 0.0,
+    ray: RayOptions = IN_PROCESS,
     as_json: AsJson = False,
 ) -> None:
     from offtower.retrieval.export import ExportOptions, export_run
@@ -77,7 +66,7 @@ def export(
         dtype=dtype, index=wanted, sampling=sampling, layout=layout, fixed_size=not plain_lists
     )
     progress = DrawnProgress()
-    with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
+    with ray.mapper(progress) as mapper:
         path = export_run(
             run,
             options,

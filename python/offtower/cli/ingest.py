@@ -17,14 +17,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from offtower.cli.cluster import (
-    RayAddress,
-    RayWait,
-    WorkerCpus,
-    WorkerMemory,
-    Workers,
-    mapper_of,
-)
+from offtower.cli.cluster import IN_PROCESS, RayOptions
 from offtower.cli.common import AsJson, DrawnProgress, messages, print_json, verb
 from offtower.errors import ConfigError, DataError
 
@@ -48,11 +41,7 @@ def ingest(
         Literal["error", "quarantine"], typer.Option(help="Fail, or move bad rows aside.")
     ] = "error",
     seed: Annotated[int, typer.Option(help="Seed of a split by user or row.")] = 0,
-    ray: RayAddress = None,
-    workers: Workers = None,
-    worker_cpus: WorkerCpus = 1.0,
-    worker_memory: WorkerMemory = 0.0,
-    ray_wait: RayWait = 0.0,
+    ray: RayOptions = IN_PROCESS,
     as_json: AsJson = False,
 ) -> None:
     from offtower.data.ingest import IngestSource, Split, ingest_files, ingest_open_bandit
@@ -62,7 +51,7 @@ def ingest(
     parts = None if split is None else Split(split, shares, seed)
     open_bandit = source.startswith("open-bandit:")
     schemas = None if open_bandit else read_schemas(schema)
-    with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
+    with ray.mapper(progress) as mapper:
         if schemas is None:
             campaign = source.partition(":")[2]
             summary = ingest_open_bandit(

@@ -15,14 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from offtower.cli.cluster import (
-    RayAddress,
-    RayWait,
-    WorkerCpus,
-    WorkerMemory,
-    Workers,
-    mapper_of,
-)
+from offtower.cli.cluster import IN_PROCESS, RayOptions
 from offtower.cli.common import AsJson, DrawnProgress, messages, print_json, verb
 from offtower.errors import DataError
 
@@ -50,11 +43,7 @@ def simulate(
         Literal["vector", "all"], typer.Option(help="Only vectors, or every kind of feature.")
     ] = "vector",
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    ray: RayAddress = None,
-    workers: Workers = None,
-    worker_cpus: WorkerCpus = 1.0,
-    worker_memory: WorkerMemory = 0.0,
-    ray_wait: RayWait = 0.0,
+    ray: RayOptions = IN_PROCESS,
     as_json: AsJson = False,
 ) -> None:
     from offtower.data import write_catalogue
@@ -85,7 +74,7 @@ def simulate(
     write_catalogue(folder / "catalogue", world.catalogue_table(), world.catalogue_schema)
     counts = {name: max(1, round(rows * share)) for name, share in _PARTS.items()}
     several = policies if len(policies) > 1 else None
-    with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
+    with ray.mapper(progress) as mapper:
         for number, (name, count) in enumerate(counts.items(), start=1):
             write_simulated_log(
                 world,

@@ -19,12 +19,12 @@ import typer
 from offtower.cli.cluster import (
     PANEL,
     RayAddress,
+    RayOptions,
     RayWait,
     TrainingWorkers,
     WorkerCpus,
     WorkerGpus,
     cluster,
-    mapper_of,
     worker_range,
 )
 from offtower.cli.common import (
@@ -38,7 +38,6 @@ from offtower.cli.common import (
 )
 from offtower.errors import ConfigError
 from offtower.jsonable import finite
-from offtower.run_directory import RunDirectory
 
 
 @verb
@@ -91,6 +90,7 @@ def train(
 ) -> None:
     from offtower.config import load_config
     from offtower.jobs.train import WorkerPlan, train_on_ray
+    from offtower.run_directory import RunDirectory
     from offtower.training.device import describe_device, resolve_device
     from offtower.training.run import train_run
 
@@ -108,7 +108,8 @@ def train(
                 "remove the option, or name an objective"
             )
         most = None if workers is None else WorkerPlan(worker_range(workers)).range[1]
-        with mapper_of(ray, most, worker_cpus, 0.0, ray_wait, progress) as mapper:
+        on_ray = RayOptions(ray, most, worker_cpus, 0.0, ray_wait)
+        with on_ray.mapper(progress) as mapper:
             train_run(settings, **claim, progress=progress, mapper=mapper)
     else:
         plan = WorkerPlan(

@@ -17,14 +17,7 @@ from typing import Annotated
 
 import typer
 
-from offtower.cli.cluster import (
-    RayAddress,
-    RayWait,
-    WorkerCpus,
-    WorkerMemory,
-    Workers,
-    mapper_of,
-)
+from offtower.cli.cluster import IN_PROCESS, RayOptions
 from offtower.cli.common import (
     AsJson,
     DrawnProgress,
@@ -58,11 +51,7 @@ def tune(
             help="Like --resume, also where another process runs this search; that one stops.",
         ),
     ] = False,
-    ray: RayAddress = None,
-    workers: Workers = None,
-    worker_cpus: WorkerCpus = 1.0,
-    worker_memory: WorkerMemory = 0.0,
-    ray_wait: RayWait = 0.0,
+    ray: RayOptions = IN_PROCESS,
     as_json: AsJson = False,
 ) -> None:
     from offtower.config import load_config
@@ -72,7 +61,7 @@ def tune(
     console = messages()
     settings = load_config(config, overrides or [])
     progress = DrawnProgress()
-    with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
+    with ray.mapper(progress) as mapper:
         found = search(
             settings,
             space=DEFAULT_SPACE if space is None else load_space(space),

@@ -13,14 +13,7 @@ from typing import Annotated
 
 import typer
 
-from offtower.cli.cluster import (
-    RayAddress,
-    RayWait,
-    WorkerCpus,
-    WorkerMemory,
-    Workers,
-    mapper_of,
-)
+from offtower.cli.cluster import IN_PROCESS, RayOptions
 from offtower.cli.common import AsJson, DrawnProgress, escape, messages, print_json, verb
 from offtower.jsonable import finite
 
@@ -34,11 +27,7 @@ def validate(
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every file with its sha256 first.")
     ] = False,
-    ray: RayAddress = None,
-    workers: Workers = None,
-    worker_cpus: WorkerCpus = 1.0,
-    worker_memory: WorkerMemory = 0.0,
-    ray_wait: RayWait = 0.0,
+    ray: RayOptions = IN_PROCESS,
     as_json: AsJson = False,
 ) -> None:
     from offtower.data import Catalogue, ParquetLog, validate_log
@@ -49,7 +38,7 @@ def validate(
         files = verify_files(log, "log") + verify_files(catalogue, "catalogue")
         messages().print(f"{files} files match their checksums")
     opened, items = ParquetLog.open(log), Catalogue.open(catalogue)
-    with mapper_of(ray, workers, worker_cpus, worker_memory, ray_wait, progress) as mapper:
+    with ray.mapper(progress) as mapper:
         report = validate_log(opened, items, mapper=mapper, progress=progress)
     if as_json:
         print_json(finite(report.to_dict()))
