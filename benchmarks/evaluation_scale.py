@@ -31,7 +31,7 @@ import torch
 
 from offtower.config import parse_config
 from offtower.data import write_catalogue, write_log
-from offtower.data.simulate import SimulatedWorld
+from offtower.data.simulate import LoggingPolicy, SimulatedWorld, WorldSettings
 from offtower.evaluation import EvaluationRows, estimators
 from offtower.evaluation.run import evaluate_runs
 from offtower.models.items import ItemFeatures
@@ -40,9 +40,8 @@ from offtower.training.run import train_run
 
 
 def world(args: argparse.Namespace) -> SimulatedWorld:
-    return SimulatedWorld(
-        args.items, 8, 8, 8, seed=0, logging="popularity", epsilon=0.5, intercept=-1.0
-    )
+    logging = LoggingPolicy("popularity", epsilon=0.5)
+    return SimulatedWorld(args.items, WorldSettings(8, 8, 8, intercept=-1.0), logging=logging)
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:

@@ -30,6 +30,7 @@ from offtower.data import (
     FeatureEncoding,
     ParquetLog,
     SimulatedWorld,
+    WorldSettings,
     parquet,
     stores,
     write_log,
@@ -85,7 +86,7 @@ def median(function: Callable[[], Any], repeats: int) -> float:
 
 def opening(folder: Path, files: int, repeats: int) -> dict[str, float]:
     """Return the seconds to open a log of many small files."""
-    world = SimulatedWorld(100, 4, 4, 4, seed=0)
+    world = SimulatedWorld(100, WorldSettings(4, 4, 4))
     write_log(folder / "one", world.log(1000, seed=1), world.log_schema)
     for name in ("many", "unlisted"):
         (folder / name).mkdir()
@@ -103,7 +104,7 @@ def opening(folder: Path, files: int, repeats: int) -> dict[str, float]:
 
 def reading(folder: Path, rows: int, repeats: int) -> dict[str, float]:
     """Return rows per second of reading and of an epoch."""
-    world = SimulatedWorld(1000, 16, 16, 16, seed=0)
+    world = SimulatedWorld(1000, WorldSettings(16, 16, 16))
     write_log(folder / "log", world.log(rows, seed=1), world.log_schema, 16_384, 16 * 16_384)
     catalogue = Catalogue.from_table(world.catalogue_table(), world.catalogue_schema)
     here = ParquetLog.open(folder / "log")

@@ -34,7 +34,7 @@ from offtower.config import Config, parse_config
 from offtower.data.catalogue import Catalogue
 from offtower.data.encoding import to_tensors
 from offtower.data.log import TableLog
-from offtower.data.simulate import SimulatedWorld
+from offtower.data.simulate import LoggingPolicy, SimulatedWorld, WorldSettings
 from offtower.models import TwoTowerPolicy
 from offtower.models.items import ItemEmbeddings
 from offtower.prepare import PreparedData, prepare
@@ -55,7 +55,7 @@ class Task:
 
     def __init__(self, items: int, rows: int, contexts: int) -> None:
         self.world = SimulatedWorld(
-            items, WIDTH, WIDTH, WIDTH, seed=0, logging="popularity", reward="binary"
+            items, WorldSettings(WIDTH, WIDTH, WIDTH), logging=LoggingPolicy("popularity")
         )
         table = pa.concat_tables(self.world.log(rows, seed=1))
         log = TableLog(table, self.world.log_schema)

@@ -25,13 +25,13 @@ import torch
 def write(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from offtower.data.catalogue import write_catalogue
     from offtower.data.log import write_log
-    from offtower.data.simulate import SimulatedWorld
+    from offtower.data.simulate import LoggingPolicy, SimulatedWorld, WorldSettings
 
     world = SimulatedWorld(
         arguments.items,
-        dim_context=8,
-        feature_kinds=arguments.features,
-        logging="popularity",  # drawing from a softmax over all items would dominate the time
+        WorldSettings(feature_kinds=arguments.features),
+        # Drawing from a softmax over all items would dominate the time.
+        logging=LoggingPolicy("popularity"),
     )
     began = time.perf_counter()
     write_log(path / "log", world.log(arguments.rows), world.log_schema)

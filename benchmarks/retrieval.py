@@ -21,7 +21,7 @@ import torch
 from offtower.config import parse_config
 from offtower.data import write_catalogue, write_log
 from offtower.data.encoding import to_tensors
-from offtower.data.simulate import SimulatedWorld
+from offtower.data.simulate import SimulatedWorld, WorldSettings
 from offtower.models import load_policy
 from offtower.retrieval import IndexOptions, PropensitySampler
 from offtower.retrieval.index_building import build_index
@@ -33,7 +33,7 @@ from offtower.training.run import train_run
 def trained(folder: Path, objective: str, items: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """Return item vectors (items, dim + 1) and queries (1000, dim + 1) of a trained policy."""
     if not (folder / "train").exists():
-        small = SimulatedWorld(20_000, 16, 16, 16, seed=0, feature_kinds="all")
+        small = SimulatedWorld(20_000, WorldSettings(16, 16, 16, feature_kinds="all"))
         write_catalogue(folder / "catalogue", small.catalogue_table(), small.catalogue_schema)
         write_log(folder / "train", small.log(60_000, seed=1), small.log_schema)
     tower = {"hidden_layer_sizes": [64]}
@@ -56,7 +56,7 @@ def trained(folder: Path, objective: str, items: int, dim: int) -> tuple[np.ndar
     if not (config.run_directory / "policy").exists():
         train_run(config)
     policy, _ = load_policy(config.run_directory / "policy")
-    world = SimulatedWorld(items, 16, 16, 16, seed=0, feature_kinds="all")
+    world = SimulatedWorld(items, WorldSettings(16, 16, 16, feature_kinds="all"))
     table = world.catalogue_table()
     vectors = np.empty((items, dim + 1), dtype=np.float32)
     with torch.no_grad():

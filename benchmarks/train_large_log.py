@@ -21,12 +21,13 @@ from typing import Any
 
 from offtower.config import parse_config
 from offtower.data import write_catalogue, write_log
-from offtower.data.simulate import SimulatedWorld
+from offtower.data.simulate import LoggingPolicy, SimulatedWorld, WorldSettings
 
 
 def write(folder: Path, rows: int, items: int) -> float:
     began = time.perf_counter()
-    world = SimulatedWorld(items, 8, 8, 8, seed=0, logging="popularity", feature_kinds="all")
+    settings = WorldSettings(8, 8, 8, feature_kinds="all")
+    world = SimulatedWorld(items, settings, logging=LoggingPolicy("popularity"))
     write_catalogue(folder / "catalogue", world.catalogue_table(), world.catalogue_schema)
     write_log(folder / "train", world.log(rows), world.log_schema)
     return time.perf_counter() - began

@@ -28,7 +28,7 @@ from offtower.data.encoding import FeatureEncoding
 from offtower.data.log import ParquetLog, write_log
 from offtower.data.order import EpochOrder, rank_slice
 from offtower.data.reader import BatchReader
-from offtower.data.simulate import SimulatedWorld
+from offtower.data.simulate import LoggingPolicy, SimulatedWorld, WorldSettings
 
 GROUP = 131_072
 WINDOW = 1_048_576
@@ -95,7 +95,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         }
         for workers in WORKERS
     ]
-    world = SimulatedWorld(1_000, args.dim, args.dim, feature_kinds="all", logging="popularity")
+    settings = WorldSettings(args.dim, args.dim, feature_kinds="all")
+    world = SimulatedWorld(1_000, settings, logging=LoggingPolicy("popularity"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_log(folder / "log", world.log(args.rows), world.log_schema, rows_per_group=GROUP)

@@ -185,9 +185,9 @@ def check_damage_is_refused(folder: Path) -> str:
 
 def _write_log(folder: Path) -> None:
     from offtower.data import write_catalogue, write_log
-    from offtower.data.simulate import SimulatedWorld
+    from offtower.data.simulate import SimulatedWorld, WorldSettings
 
-    world = SimulatedWorld(12, 4, 4, 4, seed=1, intercept=0.0)
+    world = SimulatedWorld(12, WorldSettings(4, 4, 4, intercept=0.0), seed=1)
     write_catalogue(folder / "catalogue", world.catalogue_table(), world.catalogue_schema)
     write_log(folder / "train", world.log(400, seed=0), world.log_schema, rows_per_group=100)
 

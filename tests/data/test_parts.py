@@ -18,7 +18,12 @@ from offtower.data.ingest import IngestSource, ingest_files
 from offtower.data.log import ParquetLog, write_log
 from offtower.data.parts import RowSource, write_log_parts
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
-from offtower.data.simulate import LoggingPolicy, SimulatedWorld, write_simulated_log
+from offtower.data.simulate import (
+    LoggingPolicy,
+    SimulatedWorld,
+    WorldSettings,
+    write_simulated_log,
+)
 from offtower.data.split import split_log
 from offtower.errors import DataError
 from tests.data.conftest import make_schema, make_table
@@ -161,7 +166,7 @@ def test_simulating_by_many_workers(
 ) -> None:
     """Two policies log a full chunk each and, at the end, parts of one."""
     monkeypatch.setattr("offtower.data.simulate.log_files.ROWS_PER_FILE", 65_536)
-    world = SimulatedWorld(20, 2, 2, 2, seed=3, feature_kinds="all")
+    world = SimulatedWorld(20, WorldSettings(2, 2, 2, feature_kinds="all"), seed=3)
     policies = {name: LoggingPolicy(beta=b) for name, b in (("low", -1.0), ("high", 1.0))}
     made_by = policies if several else None
     for name, mapper in (("one", None), ("many", BackwardsMapper())):
@@ -174,7 +179,7 @@ def test_simulating_by_many_workers(
 
 
 def test_a_bare_catalogue_numbers_items_as_the_full_one() -> None:
-    world = SimulatedWorld(30, string_ids=True)
+    world = SimulatedWorld(30, WorldSettings(string_ids=True))
     catalogue = world.catalogue()
     bare = catalogue.index_only()
     assert bare.num_items == 30 and bare.text_ids

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ from offtower.data.simulate import (
     LoggingPolicy,
     ObpWorld,
     SimulatedWorld,
+    WorldSettings,
     multi_policy_log,
     obp_synthetic,
     propensity_column,
@@ -36,13 +38,17 @@ def sigmoid(values: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-values))
 
 
-def drawn(world: SimulatedWorld, n: int, seed: int = 0, **arguments: float) -> pa.Table:
-    return pa.concat_tables(world.log(n, seed, **arguments)).combine_chunks()
+def drawn(
+    world: SimulatedWorld, n: int, seed: int = 0, policy: LoggingPolicy | None = None
+) -> pa.Table:
+    return pa.concat_tables(world.log(n, seed, policy=policy)).combine_chunks()
 
 
 @pytest.mark.parametrize("kinds", ["vector", "all"])
 def test_pscore_is_the_exact_probability(kinds: str) -> None:
-    world = SimulatedWorld(23, seed=4, beta=1.3, epsilon=0.2, feature_kinds=kinds)
+    world = SimulatedWorld(
+        23, WorldSettings(feature_kinds=kinds), seed=4, logging=LoggingPolicy(beta=1.3, epsilon=0.2)
+    )
     log = drawn(world, 3000, seed=1)
     policy = 0.8 * softmax(1.3 * all_logits(world, log)) + 0.2 / 23
     action = log["action"].to_numpy()
@@ -54,7 +60,9 @@ def test_pscore_is_the_exact_probability(kinds: str) -> None:
 @pytest.mark.parametrize("logging", ["contextual", "popularity"])
 def test_a_log_of_several_policies_knows_each_ones_probabilities(logging: str) -> None:
     """Against enumeration; rows in turn, also where the chunks of the policies differ in number."""
-    world = SimulatedWorld(11, 3, 3, 3, seed=4, logging=logging, string_ids=True)
+    world = SimulatedWorld(
+        11, WorldSettings(3, 3, 3, string_ids=True), seed=4, logging=LoggingPolicy(logging)
+    )
     policies = {
         name: LoggingPolicy(logging, beta, 0.1)
         for name, beta in (("low", -1.0), ("high", 2.0), ("flat", 0.0))
@@ -78,7 +86,7 @@ def test_a_log_of_several_policies_knows_each_ones_probabilities(logging: str) -
 
 
 def test_a_log_of_several_policies_needs_several() -> None:
-    world = SimulatedWorld(5, 2, 2, 2)
+    world = SimulatedWorld(5, WorldSettings(2, 2, 2))
     one, two = LoggingPolicy(), LoggingPolicy("popularity")
     for rows, policies in ((9, {"a": one}), (1, {"a": one, "b": one}), (9, {"a": one, "b": two})):
         with pytest.raises(ConfigError, match=r"two or more|this world's kind"):
@@ -87,7 +95,7 @@ def test_a_log_of_several_policies_needs_several() -> None:
 
 def test_actions_and_rewards_follow_their_probabilities() -> None:
     """z-scores of sums over 40,000 rounds; 5 standard deviations: false alarm 6e-7 per number."""
-    world = SimulatedWorld(7, seed=2, epsilon=0.3)
+    world = SimulatedWorld(7, seed=2, logging=LoggingPolicy(epsilon=0.3))
     log = drawn(world, 40_000, seed=9)
     logits = all_logits(world, log)
     policy = 0.7 * softmax(logits) + 0.3 / 7
@@ -107,7 +115,7 @@ def test_actions_and_rewards_follow_their_probabilities() -> None:
 
 
 def test_continuous_rewards_have_mean_q() -> None:
-    world = SimulatedWorld(7, seed=2, reward="continuous")
+    world = SimulatedWorld(7, WorldSettings(reward="continuous"), seed=2)
     log = drawn(world, 20_000)
     q = sigmoid(all_logits(world, log)[np.arange(20_000), log["action"].to_numpy()])
     error = log["reward"].to_numpy() - q
@@ -117,7 +125,7 @@ def test_continuous_rewards_have_mean_q() -> None:
 
 def test_the_popularity_policy() -> None:
     """z-scores over 40,000 rounds; 5 standard deviations: false alarm 6e-7 per number."""
-    world = SimulatedWorld(9, seed=2, logging="popularity", beta=2.0, epsilon=0.3)
+    world = SimulatedWorld(9, seed=2, logging=LoggingPolicy("popularity", 2.0, 0.3))
     log = drawn(world, 40_000)
     policy = 0.7 * softmax(2.0 * world.item_logit.numpy()[None, :])[0] + 0.3 / 9
     action = log["action"].to_numpy()
@@ -133,7 +141,7 @@ def test_the_popularity_policy() -> None:
 
 @pytest.mark.parametrize("kinds", ["vector", "all"])
 def test_policy_rewards_equal_enumeration(kinds: str) -> None:
-    world = SimulatedWorld(31, seed=5, feature_kinds=kinds)
+    world = SimulatedWorld(31, WorldSettings(feature_kinds=kinds), seed=5)
     contexts = world.contexts(50, seed=3)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 3, generator=generator)
@@ -156,7 +164,7 @@ def test_policy_rewards_equal_enumeration(kinds: str) -> None:
 
 
 def test_values_of_simple_policies_equal_enumeration() -> None:
-    world = SimulatedWorld(19, seed=5, beta=0.8, epsilon=0.25)
+    world = SimulatedWorld(19, seed=5, logging=LoggingPolicy(beta=0.8, epsilon=0.25))
     contexts = world.contexts(300, seed=1)
     logits = all_logits(world, contexts)
     q = sigmoid(logits)
@@ -186,12 +194,12 @@ def test_the_log_earns_the_value_of_its_policy() -> None:
 
 
 def test_importance_weights_average_to_one_between_policies() -> None:
-    world = SimulatedWorld(20, seed=3, epsilon=0.5)
+    world = SimulatedWorld(20, seed=3, logging=LoggingPolicy(epsilon=0.5))
     log = drawn(world, 30_000)
     other = 0.9 * softmax(-all_logits(world, log)) + 0.1 / 20
     weight = other[np.arange(30_000), log["action"].to_numpy()] / log["pscore"].to_numpy()
     assert abs(weight.mean() - 1) < 5 * weight.std() / np.sqrt(30_000)
-    second = drawn(world, 100, beta=-1.0, epsilon=0.1)
+    second = drawn(world, 100, policy=LoggingPolicy(beta=-1.0, epsilon=0.1))
     expected = 0.9 * softmax(-all_logits(world, second)) + 0.1 / 20
     np.testing.assert_allclose(
         second["pscore"].to_numpy(),
@@ -201,11 +209,13 @@ def test_importance_weights_average_to_one_between_policies() -> None:
 
 
 def test_logs_repeat_and_differ_by_seed() -> None:
-    world = SimulatedWorld(11, seed=1, feature_kinds="all")
-    again = SimulatedWorld(11, seed=1, feature_kinds="all")
+    world = SimulatedWorld(11, WorldSettings(feature_kinds="all"), seed=1)
+    again = SimulatedWorld(11, WorldSettings(feature_kinds="all"), seed=1)
     assert drawn(world, 5000, seed=4).equals(drawn(again, 5000, seed=4))
     assert not drawn(world, 50, seed=4).equals(drawn(world, 50, seed=5))
-    assert not drawn(world, 50).equals(drawn(SimulatedWorld(11, seed=2, feature_kinds="all"), 50))
+    assert not drawn(world, 50).equals(
+        drawn(SimulatedWorld(11, WorldSettings(feature_kinds="all"), seed=2), 50)
+    )
     assert world.contexts(40, 1).equals(again.contexts(40, 1))
     # two chunks of rows are different rows
     vectors = vector_matrix(drawn(world, 8192)["context"].combine_chunks(), 8)
@@ -213,7 +223,9 @@ def test_logs_repeat_and_differ_by_seed() -> None:
 
 
 def test_columns_of_the_log() -> None:
-    world = SimulatedWorld(11, seed=1, feature_kinds="all", n_users=5, string_ids=True)
+    world = SimulatedWorld(
+        11, WorldSettings(feature_kinds="all", n_users=5, string_ids=True), seed=1
+    )
     log = drawn(world, 100)
     assert set(world.log_schema.columns) <= set(log.column_names)
     assert set(log["action"].to_pylist()) <= set(world.catalogue_table()["item_id"].to_pylist())
@@ -232,7 +244,7 @@ def test_columns_of_the_log() -> None:
 
 
 def test_a_large_catalogue_needs_no_array_of_rounds_by_items() -> None:
-    world = SimulatedWorld(200_000, dim_item=4, latent_dim=4, seed=1)
+    world = SimulatedWorld(200_000, WorldSettings(dim_item=4, latent_dim=4), seed=1)
     log = drawn(world, 64)
     latent = world.context_latent(log)
     action = torch.from_numpy(log["action"].to_numpy().copy())
@@ -278,18 +290,19 @@ def test_vector_columns_round_trip() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("made", "message"),
     [
-        ({"n_items": 0}, "n_items"),
-        ({"epsilon": 1.5}, "epsilon"),
-        ({"reward": "rating"}, "reward"),
-        ({"logging": "random"}, "logging"),
-        ({"feature_kinds": "text"}, "feature_kinds"),
+        (lambda: SimulatedWorld(0), "n_items"),
+        (lambda: WorldSettings(latent_dim=0), "latent_dim"),
+        (lambda: LoggingPolicy(epsilon=1.5), "epsilon"),
+        (lambda: WorldSettings(reward="rating"), "reward"),
+        (lambda: LoggingPolicy("random"), "logging"),
+        (lambda: WorldSettings(feature_kinds="text"), "feature_kinds"),
     ],
 )
-def test_arguments_out_of_range(arguments: dict, message: str) -> None:
+def test_arguments_out_of_range(made: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        SimulatedWorld(**({"n_items": 3} | arguments))
+        made()
     with pytest.raises(ConfigError, match="number of rows"):
         SimulatedWorld(3).contexts(0)
 

@@ -21,7 +21,7 @@ from offtower.data.encoding import FeatureEncoding, to_tensors
 from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
 from offtower.data.schema import LogSchema
-from offtower.data.simulate import LoggingPolicy, SimulatedWorld, multi_policy_log
+from offtower.data.simulate import LoggingPolicy, SimulatedWorld, WorldSettings, multi_policy_log
 from offtower.errors import ConfigError, DataError, OfftowerError
 from offtower.evaluation import support_probe
 from offtower.evaluation.accumulators import EvaluationAccumulators
@@ -61,7 +61,9 @@ def renamed(table: pa.Table, name: object) -> pa.Table:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs `a` and `b`; `served`, a log that both made; `drawn`, one of two simulated policies."""
     folder = tmp_path_factory.mktemp("several")
-    world = SimulatedWorld(ITEMS, 4, 4, 4, seed=3, feature_kinds="all", intercept=0.0)
+    world = SimulatedWorld(
+        ITEMS, WorldSettings(4, 4, 4, feature_kinds="all", intercept=0.0), seed=3
+    )
     write_catalogue(folder / "catalogue", world.catalogue_table(), world.catalogue_schema)
     write_log(folder / "train", world.log(1500, seed=0), world.log_schema)
     several = {name: LoggingPolicy(beta=beta, epsilon=0.2) for name, beta in BETAS.items()}
@@ -421,7 +423,7 @@ def test_a_loose_tolerance_lets_rounded_propensities_pass(place: Path) -> None:
 
 
 def test_behavior_names_are_text_whatever_their_type(tmp_path: Path) -> None:
-    world = SimulatedWorld(5, 2, 2, 2, seed=0)
+    world = SimulatedWorld(5, WorldSettings(2, 2, 2))
     tables = [renamed(t, name) for name in (7, -3) for t in world.log(4, seed=0)]
     write_log(tmp_path / "log", [tables[0], tables[1], tables[0]], world.log_schema, 5)
     log = ParquetLog.open(tmp_path / "log")

@@ -18,7 +18,7 @@ from offtower.data.encoding import to_tensors
 from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
 from offtower.data.schema import LogSchema
-from offtower.data.simulate import SimulatedWorld
+from offtower.data.simulate import SimulatedWorld, WorldSettings
 from offtower.errors import ConfigError, DataError, OfftowerError
 from offtower.evaluation.decision.gate import GO, NO_GO
 from offtower.evaluation.run import LogEvaluation, evaluate_runs
@@ -73,7 +73,9 @@ def _features(catalogue: Catalogue, policy: TwoTowerPolicy) -> object:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small world, two trained runs, a log without propensities and one made by run `a`."""
     folder = tmp_path_factory.mktemp("runs")
-    world = SimulatedWorld(ITEMS, 4, 4, 4, seed=1, feature_kinds="all", intercept=0.0)
+    world = SimulatedWorld(
+        ITEMS, WorldSettings(4, 4, 4, feature_kinds="all", intercept=0.0), seed=1
+    )
     write_catalogue(folder / "catalogue", world.catalogue_table(), world.catalogue_schema)
     for seed, (name, rows) in enumerate({"train": 1500, "test": 800}.items()):
         write_log(folder / name, world.log(rows, seed=seed), world.log_schema)

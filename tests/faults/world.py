@@ -24,7 +24,7 @@ from offtower.data import (
     write_catalogue,
     write_log,
 )
-from offtower.data.simulate import SimulatedWorld
+from offtower.data.simulate import SimulatedWorld, WorldSettings
 from offtower.evaluation.run import evaluate_runs
 from offtower.jsonable import finite
 from offtower.models import ItemFeatures
@@ -33,7 +33,9 @@ from offtower.retrieval.catalogue_stream import CatalogueStream
 from offtower.run_directory import RunDirectory
 from offtower.training.run import train_run
 
-WORLD = SimulatedWorld(12, 4, 4, 4, seed=1, feature_kinds="all", intercept=0.0, string_ids=True)
+WORLD = SimulatedWorld(
+    12, WorldSettings(4, 4, 4, feature_kinds="all", intercept=0.0, string_ids=True), seed=1
+)
 FACTORED = {
     "kind": "factored",
     "embedding_dim": 4,

@@ -9,16 +9,15 @@ import torch
 
 from offtower.config import parse_config
 from offtower.data import write_catalogue, write_log
-from offtower.data.simulate import SimulatedWorld
+from offtower.data.simulate import SimulatedWorld, WorldSettings
 from offtower.retrieval import ExportOptions, IndexOptions, export_run
 from offtower.training.run import train_run
-
-WORLD = {"n_items": 3000, "dim_context": 6, "dim_item": 6, "latent_dim": 6, "seed": 3}
 
 
 @pytest.fixture(scope="session")
 def world() -> SimulatedWorld:
-    return SimulatedWorld(**WORLD, feature_kinds="all", string_ids=True)  # type: ignore[arg-type]
+    settings = WorldSettings(6, 6, 6, feature_kinds="all", string_ids=True)
+    return SimulatedWorld(3000, settings, seed=3)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from offtower.data import write_catalogue, write_log
 from offtower.data.columns import as_float_array
 from offtower.data.ingest import IngestSource, ingest_files
 from offtower.data.log import ParquetLog
-from offtower.data.simulate import SimulatedWorld
+from offtower.data.simulate import SimulatedWorld, WorldSettings
 from offtower.retrieval import (
     ExportOptions,
     Retriever,
@@ -55,7 +55,7 @@ def learn(folder: Path, log: Path, number: int) -> Retriever:
 
 
 def test_three_rounds_of_serving_and_learning(tmp_path: Path) -> None:
-    world = SimulatedWorld(2000, 6, 6, 6, seed=1, n_users=500)
+    world = SimulatedWorld(2000, WorldSettings(6, 6, 6, n_users=500), seed=1)
     write_catalogue(tmp_path / "catalogue", world.catalogue_table(), world.catalogue_schema)
     write_log(tmp_path / "log-0", world.log(ROWS, seed=1), world.log_schema)
     log = tmp_path / "log-0"

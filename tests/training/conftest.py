@@ -9,14 +9,14 @@ import pytest
 
 from offtower.config import Config, apply_overrides, parse_config
 from offtower.data import write_catalogue, write_log
-from offtower.data.simulate import SimulatedWorld
+from offtower.data.simulate import SimulatedWorld, WorldSettings
 
 
 @pytest.fixture(scope="session")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """600 rows of 12 items in row groups of 100, with every kind of feature."""
     folder = tmp_path_factory.mktemp("simulated")
-    world = SimulatedWorld(12, 4, 4, 4, seed=1, feature_kinds="all", intercept=0.0)
+    world = SimulatedWorld(12, WorldSettings(4, 4, 4, feature_kinds="all", intercept=0.0), seed=1)
     write_catalogue(folder / "catalogue", world.catalogue_table(), world.catalogue_schema)
     for seed, (name, rows) in enumerate({"train": 600, "validation": 300, "test": 300}.items()):
         write_log(folder / name, world.log(rows, seed=seed), world.log_schema, rows_per_group=100)

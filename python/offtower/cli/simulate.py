@@ -52,6 +52,7 @@ def simulate(
     from offtower.data.simulate import (
         LoggingPolicy,
         SimulatedWorld,
+        WorldSettings,
         propensity_column,
         write_simulated_log,
     )
@@ -69,7 +70,10 @@ def simulate(
         for number, one in enumerate(betas, start=1)
     }
     world = SimulatedWorld(
-        items, dim, dim, dim, seed=seed, beta=betas[0], epsilon=epsilon, feature_kinds=features
+        items,
+        WorldSettings(dim, dim, dim, feature_kinds=features),
+        seed=seed,
+        logging=next(iter(policies.values())),
     )
     write_catalogue(folder / "catalogue", world.catalogue_table(), world.catalogue_schema)
     counts = {name: max(1, round(rows * share)) for name, share in _PARTS.items()}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from offtower.data.reader import BatchReader, scan
     from offtower.data.rows import EncodedRows, encode_rows
     from offtower.data.schema import CatalogueSchema, FeatureKind, FeatureSpec, LogSchema
-    from offtower.data.simulate import SimulatedWorld, obp_synthetic
+    from offtower.data.simulate import SimulatedWorld, WorldSettings, obp_synthetic
     from offtower.data.split import split_log
     from offtower.data.validate import Finding, ValidationReport, validate_log
 
@@ -34,7 +34,7 @@ _NAMES = {
     "reader": "BatchReader scan",
     "rows": "EncodedRows encode_rows",
     "schema": "CatalogueSchema FeatureKind FeatureSpec LogSchema",
-    "simulate": "SimulatedWorld obp_synthetic",
+    "simulate": "SimulatedWorld WorldSettings obp_synthetic",
     "split": "split_log",
     "validate": "Finding ValidationReport validate_log",
 }
@@ -64,6 +64,7 @@ __all__ = [
     "SimulatedWorld",
     "TableLog",
     "ValidationReport",
+    "WorldSettings",
     "check_table",
     "encode_rows",
     "fold_of",

@@ -9,12 +9,12 @@ import numpy as np
 
 from offtower.data import write_catalogue, write_log
 from offtower.data.schema import FeatureSpec
-from offtower.data.simulate import SimulatedWorld
+from offtower.data.simulate import SimulatedWorld, WorldSettings
 
 
 def write_world(folder: Path) -> Path:
     """600 rows of 14 items in row groups of 100, with every kind of feature, and item ids."""
-    world = SimulatedWorld(14, 4, 4, 4, seed=1, feature_kinds="all", intercept=0.0)
+    world = SimulatedWorld(14, WorldSettings(4, 4, 4, feature_kinds="all", intercept=0.0), seed=1)
     schema = world.catalogue_schema
     ids = FeatureSpec(name="id", kind="category", column="item_id", embedding_dim=3)
     table = world.catalogue_table().take(np.random.default_rng(5).permutation(14))

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from offtower.benchmarks.quality.world import QualityWorld, Truth
 from offtower.data.log import TableLog
-from offtower.data.simulate import SimulatedWorld
+from offtower.data.simulate import LoggingPolicy, SimulatedWorld
 
 TEST_CONTEXTS = 1_000
 
 
 def simulated(items: int, rounds: int, seed: int) -> QualityWorld:
     """Return a world with logistic rewards in vectors, logged by a softmax over all items."""
-    world = SimulatedWorld(items, seed=seed, beta=2.0)
+    world = SimulatedWorld(items, seed=seed, logging=LoggingPolicy(beta=2.0))
     log = TableLog(pa.concat_tables(world.log(rounds, seed=seed)), world.log_schema)
     contexts = world.contexts(TEST_CONTEXTS, seed=seed)
     latent = world.context_latent(contexts)

@@ -7,7 +7,7 @@ from offtower.data.simulate.logging_policy import LoggingPolicy
 from offtower.data.simulate.multi_policy import multi_policy_log, propensity_column
 from offtower.data.simulate.obp_world import ObpWorld, obp_synthetic, true_value
 from offtower.data.simulate.policy_values import FixedItemValue, PolicyValue
-from offtower.data.simulate.world import SimulatedWorld
+from offtower.data.simulate.world import SimulatedWorld, WorldSettings
 
 __all__ = [
     "FixedItemValue",
@@ -15,6 +15,7 @@ __all__ = [
     "ObpWorld",
     "PolicyValue",
     "SimulatedWorld",
+    "WorldSettings",
     "multi_policy_log",
     "obp_synthetic",
     "propensity_column",

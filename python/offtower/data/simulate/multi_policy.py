@@ -73,8 +73,7 @@ def multi_policy_chunk(
             number,
             own[index],
             derive_seed(seed, "behavior policy", index),
-            beta=policy.beta,
-            epsilon=policy.epsilon,
+            policy=policy,
             behavior_policy=name,
         )
         for index, (name, policy) in enumerate(policies.items())

@@ -12,7 +12,8 @@ with states s(x), s(a) that the features of contexts and items determine (`featu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +24,11 @@ from torch import Tensor
 from offtower.data.catalogue import Catalogue
 from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.data.simulate.features import CONTEXT_NAMES, ITEM_NAMES, FeatureKinds, Side
-from offtower.data.simulate.logging_policy import LoggingKind, LoggingPolicy
+from offtower.data.simulate.logging_policy import LoggingPolicy
 from offtower.data.simulate.policy_values import PolicyValues
 from offtower.errors import ConfigError
+
+RewardKind = Literal["binary", "continuous"]
 
 _PARAMETERS, _ITEMS, _LOG, _CONTEXTS = 1, 2, 3, 4
 """Purposes of random streams, part of their keys."""
@@ -37,20 +40,15 @@ _START = np.datetime64("2026-01-01T00:00:00", "us")
 _BETA_CONCENTRATION = 4.0
 
 
-class SimulatedWorld(PolicyValues):
-    """Contexts, items, rewards and a logging policy with known probabilities.
+@dataclass(frozen=True)
+class WorldSettings:
+    """Sizes, rewards and data of a simulated world.
 
-    Args:
-        n_items: N, up to millions.
+    Attributes:
         dim_context: dimension of the context vector.
         dim_item: dimension of the item vector.
         latent_dim: rank of the interaction between contexts and items.
-        seed: of the world; logs and contexts are drawn from it with seeds of their own.
         reward: "binary" draws Bernoulli(q); "continuous" draws Beta(4q, 4(1-q)), mean q.
-        logging: "contextual" is the pi_0 above; "popularity" ignores the context, so that a draw
-            costs O(log N) instead of O(N).
-        beta: inverse temperature of the logging policy; negative values prefer bad items.
-        epsilon: share of uniform draws in the logging policy, in [0, 1].
         scale: standard deviation of the interaction in z.
         popularity: standard deviation of the item's own part of z.
         intercept: z of an average item in an average context.
@@ -59,66 +57,78 @@ class SimulatedWorld(PolicyValues):
         string_ids: item ids are strings.
 
     Raises:
-        ConfigError: an argument is out of its range.
+        ConfigError: a setting is out of its range.
+    """
+
+    dim_context: int = 8
+    dim_item: int = 8
+    latent_dim: int = 8
+    reward: RewardKind = "binary"
+    scale: float = 1.5
+    popularity: float = 0.5
+    intercept: float = -1.5
+    n_users: int = 10_000
+    feature_kinds: FeatureKinds = "vector"
+    string_ids: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("dim_context", "dim_item", "latent_dim", "n_users"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        if self.reward not in get_args(RewardKind):
+            raise ConfigError(f"reward must be 'binary' or 'continuous', but is {self.reward!r}")
+        if self.feature_kinds not in get_args(FeatureKinds):
+            raise ConfigError(
+                f"feature_kinds must be 'vector' or 'all', but is {self.feature_kinds!r}"
+            )
+
+
+class SimulatedWorld(PolicyValues):
+    """Contexts, items, rewards and a logging policy with known probabilities.
+
+    Args:
+        n_items: N, up to millions.
+        settings: sizes, rewards and data.
+        seed: of the world; logs and contexts are drawn from it with seeds of their own.
+        logging: pi_0 of the logs. Kind "popularity" ignores the context, so that a draw costs
+            O(log N) instead of O(N).
+
+    Raises:
+        ConfigError: there is no item.
     """
 
     def __init__(
         self,
         n_items: int,
-        dim_context: int = 8,
-        dim_item: int = 8,
-        latent_dim: int = 8,
-        seed: int = 0,
+        settings: WorldSettings = WorldSettings(),
         *,
-        reward: Literal["binary", "continuous"] = "binary",
-        logging: LoggingKind = "contextual",
-        beta: float = 1.0,
-        epsilon: float = 0.1,
-        scale: float = 1.5,
-        popularity: float = 0.5,
-        intercept: float = -1.5,
-        n_users: int = 10_000,
-        feature_kinds: FeatureKinds = "vector",
-        string_ids: bool = False,
+        seed: int = 0,
+        logging: LoggingPolicy = LoggingPolicy(),
     ) -> None:
-        for name, number in [
-            ("n_items", n_items),
-            ("dim_context", dim_context),
-            ("dim_item", dim_item),
-            ("latent_dim", latent_dim),
-            ("n_users", n_users),
-        ]:
-            if number < 1:
-                raise ConfigError(f"{name} must be at least 1, but is {number}")
-        if reward not in ("binary", "continuous"):
-            raise ConfigError(f"reward must be 'binary' or 'continuous', but is {reward!r}")
-        if feature_kinds not in ("vector", "all"):
-            raise ConfigError(f"feature_kinds must be 'vector' or 'all', but is {feature_kinds!r}")
+        if n_items < 1:
+            raise ConfigError(f"n_items must be at least 1, but is {n_items}")
         self.n_items = n_items
-        self.dim_context = dim_context
-        self.dim_item = dim_item
-        self.latent_dim = latent_dim
+        self.settings = settings
         self.seed = seed
-        self.reward = reward
-        self.logging_policy = LoggingPolicy(logging, beta, epsilon)
-        self.n_users = n_users
-        self.string_ids = string_ids
+        self.logging_policy = logging
+        dim_context, dim_item = settings.dim_context, settings.dim_item
         rng = _generator(seed, _PARAMETERS)
-        self._context_side = Side(CONTEXT_NAMES, dim_context, feature_kinds, rng)
-        self._item_side = Side(ITEM_NAMES, dim_item, feature_kinds, rng)
-        size = scale / np.sqrt(latent_dim)
+        self._context_side = Side(CONTEXT_NAMES, dim_context, settings.feature_kinds, rng)
+        self._item_side = Side(ITEM_NAMES, dim_item, settings.feature_kinds, rng)
+        latent_dim = settings.latent_dim
+        size = settings.scale / np.sqrt(latent_dim)
         self._context_map = size * rng.standard_normal((latent_dim, dim_context))
         self._context_map /= np.sqrt(dim_context)
         item_map = rng.standard_normal((latent_dim, dim_item)) / np.sqrt(dim_item)
-        taste = popularity * rng.standard_normal(dim_item) / np.sqrt(dim_item)
-        self._user_vectors = rng.standard_normal((n_users, dim_context)).astype(np.float32)
+        taste = settings.popularity * rng.standard_normal(dim_item) / np.sqrt(dim_item)
+        self._user_vectors = rng.standard_normal((settings.n_users, dim_context)).astype(np.float32)
         rng = _generator(seed, _ITEMS)
         vectors = rng.standard_normal((n_items, dim_item), dtype=np.float32)
         self._item_columns = self._item_side.columns(vectors, rng)
         item_state = self._item_side.state(pa.table(self._item_columns))
         self.item_latent = torch.from_numpy(item_state @ item_map.T)
         """(N, latent_dim) float64: z's item factor."""
-        self.item_logit = torch.from_numpy(item_state @ taste + intercept)
+        self.item_logit = torch.from_numpy(item_state @ taste + settings.intercept)
         """(N,) float64: z's item part."""
 
     @property
@@ -156,8 +166,7 @@ class SimulatedWorld(PolicyValues):
         n_rounds: int,
         seed: int = 0,
         *,
-        beta: float | None = None,
-        epsilon: float | None = None,
+        policy: LoggingPolicy | None = None,
         behavior_policy: str = "logging",
     ) -> Iterator[pa.Table]:
         """Draw a log, in tables of a few thousand rows with the columns of `log_schema`.
@@ -168,13 +177,12 @@ class SimulatedWorld(PolicyValues):
         Args:
             n_rounds: rows in all.
             seed: of this log.
-            beta: instead of the world's, for a second behavior policy.
-            epsilon: instead of the world's.
+            policy: instead of the world's, for a second behavior policy.
             behavior_policy: name written to that column.
         """
         for number in range(num_chunks(n_rounds)):
             yield self.log_chunk(
-                number, n_rounds, seed, beta=beta, epsilon=epsilon, behavior_policy=behavior_policy
+                number, n_rounds, seed, policy=policy, behavior_policy=behavior_policy
             )
 
     def log_chunk(
@@ -183,23 +191,17 @@ class SimulatedWorld(PolicyValues):
         n_rounds: int,
         seed: int = 0,
         *,
-        beta: float | None = None,
-        epsilon: float | None = None,
+        policy: LoggingPolicy | None = None,
         behavior_policy: str = "logging",
     ) -> pa.Table:
         """Draw table `number` of `log` with the same arguments, without the others."""
-        given = self.logging_policy
-        policy = LoggingPolicy(
-            given.kind,
-            given.beta if beta is None else beta,
-            given.epsilon if epsilon is None else epsilon,
-        )
+        policy = policy or self.logging_policy
         first, count, rng = self._chunk(number, n_rounds, _LOG, seed)
         columns, users = self._draw_contexts(count, rng)
         latent = self.context_latent(pa.table(columns))
         action, pscore = policy.draw(latent, self.item_latent, self.item_logit, rng)
         mean = torch.sigmoid(self._logit(latent, action)).numpy()
-        if self.reward == "binary":
+        if self.settings.reward == "binary":
             reward = (rng.random(count) < mean).astype(np.float32)
         else:
             # Beta needs positive parameters; q within 1e-12 of 0 or 1 is that far off.
@@ -236,13 +238,13 @@ class SimulatedWorld(PolicyValues):
         return first, min(CHUNK_ROWS, n - first), _generator(self.seed, purpose, seed, number)
 
     def _ids_of(self, number: NDArray[np.int64]) -> pa.Array:
-        return pa.array(np.char.mod("item-%d", number) if self.string_ids else number)
+        return pa.array(np.char.mod("item-%d", number) if self.settings.string_ids else number)
 
     def _draw_contexts(
         self, n: int, rng: np.random.Generator
     ) -> tuple[dict[str, pa.Array], NDArray[np.int64]]:
-        users = rng.integers(self.n_users, size=n)
-        own = rng.standard_normal((n, self.dim_context), dtype=np.float32)
+        users = rng.integers(self.settings.n_users, size=n)
+        own = rng.standard_normal((n, self.settings.dim_context), dtype=np.float32)
         vectors = np.float32(np.sqrt(0.5)) * (self._user_vectors[users] + own)
         return self._context_side.columns(vectors, rng), users
 
