@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chi2
 
 from offtower import ops
-from offtower.evaluation.scoring.sampling import rewards_at, terms_and_draws
+from offtower.models.item_draws import rewards_at, terms_and_draws
 from offtower.models.items import ItemEmbeddings
 
 

@@ -32,6 +32,7 @@ from offtower.config.learning import (
     TrainingConfig,
 )
 from offtower.config.run import Config
+from offtower.config.serving import ServingConfig
 
 __all__ = [
     "AutoConfig",
@@ -46,6 +47,7 @@ __all__ = [
     "SamplingConfig",
     "SelectionConfig",
     "SelectionModel",
+    "ServingConfig",
     "TowerConfig",
     "TrackingConfig",
     "TrainingConfig",

@@ -160,7 +160,8 @@ def config_fingerprint(config: Config) -> str:
         *("checkpoint_every_seconds", "checkpoints_kept"),
     ):
         content["training"].pop(machine_only)
-    # Evaluation and tracking do not change the policy.
+    # Evaluation, tracking and serving do not change the trained policy.
+    content.pop("serving")
     content.pop("evaluation")
     content.pop("tracking")
     content["data"].pop("test")

@@ -20,6 +20,7 @@ from offtower.config.learning import (
     TrackingConfig,
     TrainingConfig,
 )
+from offtower.config.serving import ServingConfig
 from offtower.config.strict import STRICT
 
 
@@ -46,6 +47,7 @@ class Config:
     auto: AutoConfig = field(default_factory=AutoConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

@@ -20,8 +20,8 @@ from offtower.evaluation.rows import Array, IntArray
 from offtower.evaluation.scoring.batches import ScoredBatch
 from offtower.evaluation.scoring.policy import ScoredRows
 from offtower.evaluation.scoring.rewards import BatchReward, EvaluationModel
-from offtower.evaluation.scoring.sampling import logits_at, terms_and_draws
 from offtower.evaluation.selection import BehaviorPolicies
+from offtower.models.item_draws import logits_at, terms_and_draws
 from offtower.models.reward.dense import flatten
 from offtower.seeds import derive_seed
 

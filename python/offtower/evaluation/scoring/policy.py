@@ -11,16 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from offtower.config import ServingConfig
 from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.rows import EncodedRows
 from offtower.errors import DataError
-from offtower.evaluation.rows import EvaluationRows, ModelPredictions
+from offtower.evaluation.rows import EvaluationRows, IntArray, ModelPredictions
 from offtower.evaluation.scoring.rewards import BatchReward, CatalogueReward
-from offtower.evaluation.scoring.sampling import terms_and_draws
 from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.ops import PolicyTerms
 from offtower.ops.types import RewardTerms
+from offtower.serving import ServedPolicy
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class ScoredRows:
         scorer: of the policy.
         weighted: weights and rewards, without a reward model.
         predictions: by reward model.
-        log_normalizer: (n,).
+        log_normalizer: (n,) of the policy's terms.
         context_embedding: (n, d).
+        position: (n,) positions of the rows in their rounds; None where the log has none.
     """
 
     scorer: PolicyScorer
@@ -40,6 +42,17 @@ class ScoredRows:
     predictions: dict[str, ModelPredictions]
     log_normalizer: Tensor
     context_embedding: Tensor
+    position: Tensor | None = None
+
+    def log_prob_at(self, item: Tensor, taken: IntArray | slice = slice(None)) -> Tensor:
+        """(m, S) float64 log-probabilities of items (m, S) in the rows `taken`."""
+        return self.scorer.served.log_prob_at(
+            self.context_embedding[taken],
+            self.scorer.items,
+            item,
+            self.log_normalizer[taken],
+            None if self.position is None else self.position[taken],
+        )
 
     def rows(self, model: str | None) -> EvaluationRows:
         """Rows for estimators, with the predictions of `model`, or without any for None."""
@@ -54,23 +67,40 @@ class ScoredRows:
 
 
 class PolicyScorer:
-    """Scores rows with a frozen policy; the catalogue is embedded once.
+    """Scores rows with a frozen policy as it is served; the catalogue is embedded once.
 
     Args:
         policy: in evaluation mode while it scores.
         items: features of the catalogue that the rows' actions index.
         item_chunk: items embedded at a time.
+        serving: how the policy is served; None is the trained policy itself.
     """
 
     def __init__(
-        self, policy: TwoTowerPolicy, items: ItemFeatures, item_chunk: int = DEFAULT_CHUNK
+        self,
+        policy: TwoTowerPolicy,
+        items: ItemFeatures,
+        item_chunk: int = DEFAULT_CHUNK,
+        serving: ServingConfig | None = None,
     ) -> None:
         self.policy = policy
+        self.serving = serving or ServingConfig()
         self._training = policy.training
         policy.eval()
         with torch.no_grad():
             self.items: ItemEmbeddings = policy.embed_items(items, chunk=item_chunk)
         policy.train(self._training)
+
+    @property
+    def served(self) -> ServedPolicy:
+        """The distribution that rows are scored with."""
+        return ServedPolicy(self.policy, self.serving)
+
+    def served_as(self, serving: ServingConfig) -> PolicyScorer:
+        """A scorer of the same policy served otherwise, with the same embedded items."""
+        other = copy.copy(self)
+        other.serving = serving
+        return other
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the item tower: the items are embedded already."""
@@ -117,6 +147,8 @@ class PolicyScorer:
         device = self.policy.device
         context = self.policy.embed_contexts(to_tensors(rows.context, device))
         action = tensor_of(rows.action, device)
+        position = None if rows.position is None else tensor_of(rows.position, device)
+        served = self.served
         summed = {
             name: reward.terms
             for name, reward in rewards.items()
@@ -126,17 +158,17 @@ class PolicyScorer:
         drawn = None
         if len(summed) < len(rewards):
             assert draws > 0 and generator is not None, "draws need a number and a generator"
-            terms, drawn = terms_and_draws(
+            terms, drawn = served.terms_and_draws(
                 context,
                 self.items,
                 action,
                 draws=draws,
                 generator=generator,
-                temperature=self.policy.temperature,
                 reward_model=first,
+                position=position,
             )
         else:
-            terms = self.policy.terms(context, self.items, action, reward_model=first)
+            terms = served.terms(context, self.items, action, reward_model=first, position=position)
         found: dict[str, ModelPredictions] = {}
         for name, reward in rewards.items():
             if name not in summed:
@@ -147,12 +179,13 @@ class PolicyScorer:
             elif summed[name] is first:
                 found[name] = _predictions(terms)
             else:
-                found[name] = _predictions(
-                    self.policy.terms(context, self.items, action, reward_model=summed[name])
+                other = served.terms(
+                    context, self.items, action, reward_model=summed[name], position=position
                 )
+                found[name] = _predictions(other)
         self.policy.train(self._training)
         weighted = weighted_rows(rows, terms.log_prob)
-        return ScoredRows(self, weighted, found, terms.log_normalizer, context)
+        return ScoredRows(self, weighted, found, terms.log_normalizer, context, position)
 
 
 def weighted_rows(rows: EncodedRows, log_prob: Tensor) -> EvaluationRows:

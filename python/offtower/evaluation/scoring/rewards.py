@@ -11,7 +11,7 @@ from torch import Tensor
 from offtower.data.rows import EncodedRows
 from offtower.evaluation.rows import Array
 from offtower.evaluation.scoring.pair_models import PairRewardModel
-from offtower.evaluation.scoring.sampling import rewards_at
+from offtower.models.item_draws import rewards_at
 from offtower.models.reward.base import RewardModel
 from offtower.ops.types import RewardTerms
 
