@@ -70,7 +70,7 @@ def parse_serving(content: dict[str, object], source: str) -> ServingConfig:
 
 
 def changed_serving(serving: ServingConfig, text: str) -> ServingConfig:
-    """Another way to serve the same policy: 'greedy', or changes such as 'temperature=.5,uniform=.1'.
+    """Another way to serve a policy: 'greedy', or changes like 'temperature=.5,uniform=.1'.
 
     greedy is mode top_k with the same k.
     Raises ConfigError for an unknown key or a wrong value.
