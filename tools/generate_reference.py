@@ -22,6 +22,12 @@ import typer
 
 from offtower.cli import app
 from offtower.config import Config
+from offtower.data.eligible_schema import (
+    AttributeForm,
+    EligibleSchema,
+    IntervalForm,
+    ListForm,
+)
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "reference"
@@ -99,6 +105,10 @@ def schema() -> str:
         ("log", LogSchema),
         ("catalogue", CatalogueSchema),
         ("feature", FeatureSpec),
+        ("log.eligible", EligibleSchema),
+        ("log.eligible.attribute", AttributeForm),
+        ("log.eligible.interval", IntervalForm),
+        ("log.eligible.exclude, candidates", ListForm),
     ):
         parts += _section(kind, title)
     return "\n".join(parts)
@@ -125,7 +135,8 @@ def _section(kind: Any, title: str) -> list[str]:
     rows = []
     for field in dataclasses.fields(kind):
         kind_of_key = _type(hints[field.name])
-        rows.append((f"`{field.name}`", kind_of_key, _default(field), texts.get(field.name, "")))
+        key = getattr(field.default, "alias", None) or field.name
+        rows.append((f"`{key}`", kind_of_key, _default(field), texts.get(field.name, "")))
     heading = f"## `{title}`\n" if title else "## Top level\n"
     return [
         heading,

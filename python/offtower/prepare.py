@@ -118,7 +118,9 @@ def open_data(config: Config, progress: Progress, run_path: Path | None = None) 
         if config.data.validation is not None
         else None
     )
-    catalogue = Catalogue.open(config.data.catalogue, catalogue_schema(config))
+    catalogue = Catalogue.open(
+        config.data.catalogue, catalogue_schema(config), log_schema=train.schema
+    )
     quarantine = (
         run_path / "quarantine"
         if run_path is not None and config.data.on_bad_rows == "quarantine"

@@ -37,7 +37,8 @@ def validate(
     if verify:
         files = verify_files(log, "log") + verify_files(catalogue, "catalogue")
         messages().print(f"{files} files match their checksums")
-    opened, items = ParquetLog.open(log), Catalogue.open(catalogue)
+    opened = ParquetLog.open(log)
+    items = Catalogue.open(catalogue, log_schema=opened.schema)
     with ray.mapper(progress) as mapper:
         report = validate_log(opened, items, mapper=mapper, progress=progress)
     if as_json:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,11 +30,13 @@ from offtower.data.lookup import Lookup
 from offtower.data.manifest import find_parquet_files, read_manifest, write_manifest
 from offtower.data.output import check_new, new_directory, new_file
 from offtower.data.parquet import Footer
-from offtower.data.schema import CatalogueSchema, FeatureKind, FeatureSpec
+from offtower.data.schema import CatalogueSchema, FeatureKind, FeatureSpec, LogSchema
 from offtower.data.vectors import bad_vectors
 from offtower.errors import DataError
 
 _FILE_NAME = "part-00000.parquet"
+
+Derived = TypeVar("Derived")
 
 
 class Catalogue:
@@ -69,13 +71,23 @@ class Catalogue:
             raise DataError("the catalogue has no items")
         self.num_items = len(self.item_ids)
         self._index = _IdIndex(self.item_ids)
+        self._derived: dict[Hashable, Any] = {}
         self.fingerprint = _check_values(rows, schema) if fingerprint is None else fingerprint
 
     @classmethod
-    def open(cls, path: AnyPath, schema: CatalogueSchema | None = None) -> Catalogue:
+    def open(
+        cls,
+        path: AnyPath,
+        schema: CatalogueSchema | None = None,
+        *,
+        log_schema: LogSchema | None = None,
+    ) -> Catalogue:
         """Open a directory of Parquet files, in the order of their names.
 
         Files of a store are copied once to this machine (`data.copies`).
+
+        Args:
+            log_schema: of the log that is read with it; its section `eligible` names columns.
 
         Raises:
             DataError: as for the class, and where the files cannot be read.
@@ -90,6 +102,8 @@ class Catalogue:
                     "data.catalogue_schema (item_id and features)"
                 )
             schema = CatalogueSchema.from_dict(manifest["schema"])
+        if log_schema is not None:
+            schema = schema.keeping(log_schema.eligible)
         return cls(ParquetRows(files, schema.columns, path, manifest), schema)
 
     @classmethod
@@ -123,7 +137,21 @@ class Catalogue:
         found = copy.copy(self)
         found._rows = TableRows(self._rows.schema.empty_table())
         found.item_ids = pa.nulls(0, self.item_ids.type)
+        found._derived = dict(self._derived)
         return found
+
+    def derived(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
+        """Return what `make` made of this catalogue under this key; it is made once and kept, also
+        in copies for other processes."""
+        if key not in self._derived:
+            assert len(self.item_ids) == self.num_items, "copies of the index have no columns"
+            self._derived[key] = make()
+        found: Derived = self._derived[key]
+        return found
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Read a whole column of the schema."""
+        return self._rows.column(name)
 
     def table(self, start: int, stop: int) -> pa.Table:
         """Read the rows of items start..stop-1."""

@@ -184,3 +184,17 @@ def splitmix64(key: NDArray[np.uint64]) -> NDArray[np.uint64]:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
+
+
+def timestamps(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Convert times to int64: timestamps to microseconds, numbers as they are."""
+    array = as_array(column)
+    if pa.types.is_timestamp(array.type):
+        array = pc.cast(array, pa.timestamp("us", tz=array.type.tz), safe=False)
+    return integers(array)
+
+
+def integers(column: Column) -> NDArray[np.int64]:
+    array = pc.cast(as_array(column), pa.int64(), safe=False)
+    numbers: NDArray[np.int64] = array.to_numpy(zero_copy_only=False)
+    return numbers

@@ -18,6 +18,7 @@ import pyarrow.dataset as ds
 from offtower.atomic import remove_leftovers
 from offtower.data.catalogue import Catalogue, write_catalogue
 from offtower.data.check import RowChecker
+from offtower.data.eligible import reading_index
 from offtower.data.lease import Lease
 from offtower.data.location import AnyPath, Location
 from offtower.data.log import write_log
@@ -116,10 +117,12 @@ def ingest_files(
     units = Units(dataset, log, source.schema.columns)
     with _claimed(out, split) as out:
         if source.catalogue is None:
+            _check_item_columns(source.schema)
             table, catalogue_schema = _shown_items(dataset, log, source.schema, mapper)
         else:
             table = read_source(source.catalogue)
             catalogue_schema = source.catalogue_schema or CatalogueSchema()
+            catalogue_schema = catalogue_schema.keeping(source.schema.eligible)
         catalogue = Catalogue.from_table(table, catalogue_schema)
         quarantine = (out / "quarantine").absolute() if on_bad_rows == "quarantine" else None
         rows, bad = _write(
@@ -228,6 +231,20 @@ def _remove_interrupted(out: Location, marker: Location) -> None:
     )
 
 
+def _check_item_columns(schema: LogSchema) -> None:
+    """Check that the section `eligible` needs no columns of a catalogue that is not given.
+
+    Raises:
+        DataError: it does.
+    """
+    names = () if schema.eligible is None else schema.eligible.item_columns
+    if names:
+        raise DataError(
+            f"the section 'eligible' of the log schema reads the catalogue's column '{names[0]}': "
+            "give the items' file with --catalogue"
+        )
+
+
 def _shown_items(
     source: ds.Dataset, place: Location, schema: LogSchema, mapper: Mapper
 ) -> tuple[pa.Table, CatalogueSchema]:
@@ -256,7 +273,7 @@ def _write(
     """Write `out`; rows written, and rows set aside."""
     none = np.zeros(len(units), dtype=np.int64)
     rows = CheckedUnits(
-        units, schema, schema, len(units), catalogue.index_only(), none, quarantine, none
+        units, schema, schema, len(units), reading_index(catalogue, schema), none, quarantine, none
     )
     if not mapper.distributed:
         return _stream(out, rows, progress)

@@ -16,7 +16,7 @@ from offtower.data.check import RowChecker
 from offtower.data.encoding import FeatureEncoding, concat
 from offtower.data.location import AnyPath
 from offtower.data.log import Log
-from offtower.data.rows import EncodedRows, encode_rows
+from offtower.data.rows import EncodedRows, encode_rows, joined_column
 from offtower.errors import ConfigError
 
 OnBadRows = Literal["error", "quarantine"]
@@ -104,5 +104,5 @@ def concat_rows(parts: list[EncodedRows]) -> EncodedRows:
     }
     for name in list(columns[0]):
         values = [column.pop(name) for column in columns]
-        joined[name] = None if values[0] is None else np.concatenate(values)
+        joined[name] = joined_column(values)
     return EncodedRows(**joined)

@@ -8,11 +8,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
-from offtower.data.columns import Column, as_array, as_float_array, distinct_values, hash_values
+from offtower.data.columns import (
+    as_float_array,
+    distinct_values,
+    hash_values,
+    integers,
+    timestamps,
+)
+from offtower.data.eligible import EligibleRows, eligible_items
 from offtower.data.encoding import FeatureArrays, FeatureEncoding, concat, nbytes, take
 from offtower.data.schema import LogSchema
 
@@ -35,6 +41,8 @@ class EncodedRows:
     round_id: NDArray[np.uint64] | None = None
     user_id: NDArray[np.uint64] | None = None
     """(n,) stable hash of the user's id."""
+    eligible: EligibleRows | None = None
+    """Which items could have been shown; None where every item could."""
 
     def __len__(self) -> int:
         return len(self.row)
@@ -47,7 +55,7 @@ class EncodedRows:
     def take(self, index: NDArray[np.int64]) -> EncodedRows:
         """Select rows by index."""
         columns: dict[str, Any] = {
-            f.name: None if getattr(self, f.name) is None else getattr(self, f.name)[index]
+            f.name: _taken(getattr(self, f.name), index)
             for f in fields(self)
             if f.name != "context"
         }
@@ -61,13 +69,26 @@ class EncodedRows:
     def concat(cls, parts: Sequence[EncodedRows]) -> EncodedRows:
         """Concatenate the rows of all parts."""
         columns: dict[str, Any] = {
-            f.name: None
-            if getattr(parts[0], f.name) is None
-            else np.concatenate([getattr(part, f.name) for part in parts])
+            f.name: joined_column([getattr(part, f.name) for part in parts])
             for f in fields(cls)
             if f.name != "context"
         }
         return cls(context=concat([part.context for part in parts]), **columns)
+
+
+def _taken(column: Any, index: NDArray[np.int64]) -> Any:
+    if isinstance(column, EligibleRows):
+        return column.take(index)
+    return None if column is None else column[index]
+
+
+def joined_column(parts: Sequence[Any]) -> Any:
+    """Concatenate one column of several parts; None where the parts have none."""
+    if parts[0] is None:
+        return None
+    if isinstance(parts[0], EligibleRows):
+        return EligibleRows.concat(parts)
+    return np.concatenate(parts)
 
 
 def encode_rows(
@@ -93,6 +114,7 @@ def encode_rows(
 
     position = schema.position
     timestamp = schema.timestamp
+    eligible = eligible_items(catalogue, schema)
     return EncodedRows(
         context=context_encoding.encode(table),
         action=catalogue.index_of(table.column(schema.action)),
@@ -104,6 +126,7 @@ def encode_rows(
         position=None if position is None else integers(table.column(position)),
         round_id=keys(schema.round_id),
         user_id=keys(schema.user_id),
+        eligible=None if eligible is None else eligible.encode(table),
     )
 
 
@@ -111,17 +134,3 @@ def hashed(column: pa.ChunkedArray) -> NDArray[np.uint64]:
     """Hash values to stable 64-bit keys; null has the key 0."""
     distinct, index = distinct_values(column)
     return np.append(hash_values(distinct), np.uint64(0))[index]
-
-
-def timestamps(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Convert times to int64: timestamps to microseconds, numbers as they are."""
-    array = as_array(column)
-    if pa.types.is_timestamp(array.type):
-        array = pc.cast(array, pa.timestamp("us", tz=array.type.tz), safe=False)
-    return integers(array)
-
-
-def integers(column: Column) -> NDArray[np.int64]:
-    array = pc.cast(as_array(column), pa.int64(), safe=False)
-    numbers: NDArray[np.int64] = array.to_numpy(zero_copy_only=False)
-    return numbers

@@ -19,6 +19,7 @@ from offtower.data.columns import (
     is_number,
     is_text,
 )
+from offtower.data.eligible import eligible_items
 from offtower.data.schema import FeatureSpec, LogSchema
 from offtower.data.vectors import LARGEST, Mask, bad_vectors, vector_kinds
 from offtower.errors import DataError
@@ -66,6 +67,12 @@ def find_faults(table: pa.Table, schema: LogSchema, catalogue: Catalogue, file: 
                 left &= ~hit
         if left.any():
             found.append(Fault(rule.column, "wrong", rule.expected, left))
+    eligible = eligible_items(catalogue, schema)
+    if eligible is not None:
+        # The timestamp has a rule of its own.
+        columns = eligible.faulty_columns(table, file)
+        found += [Fault(*one) for one in columns if one[0] != schema.timestamp]
+        found += [Fault(*one) for one in eligible.faulty_actions(table, schema.action)]
     return found
 
 

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from offtower.data.eligible_schema import (
+    AttributeForm,
+    EligibleSchema,
+    IntervalForm,
+    ListForm,
+)
 from offtower.errors import ConfigError
 
 FeatureKind = Literal["numeric", "vector", "category", "bag"]
@@ -68,9 +74,16 @@ class LogSchema:
     user_id: str | None = None
     reward_range: tuple[float, float] = (0.0, 1.0)
     """Smallest and largest possible reward; rows outside are refused."""
+    eligible: EligibleSchema | None = None
+    """Which items could have been shown for a row; None where every item could."""
 
     @model_validator(mode="after")
     def _check(self) -> LogSchema:
+        if self.eligible is not None:
+            if self.eligible.interval is not None and self.timestamp is None:
+                raise ValueError("eligible.interval needs the rows' times: name 'timestamp'")
+            if self.action in self.eligible.log_columns:
+                raise ValueError(f"eligible reads '{self.action}', which is the action's column")
         low, high = self.reward_range
         if not (low < high and abs(low) < 1e38 and abs(high) < 1e38):
             raise ValueError(
@@ -97,10 +110,11 @@ class LogSchema:
             )
             if name is not None
         ]
+        named += () if self.eligible is None else self.eligible.log_columns
         return tuple(dict.fromkeys(named))
 
     def to_dict(self) -> dict[str, Any]:
-        content: dict[str, Any] = _LOG.dump_python(self, mode="json")
+        content: dict[str, Any] = _LOG.dump_python(self, mode="json", by_alias=True)
         return content
 
     @classmethod
@@ -114,6 +128,8 @@ class CatalogueSchema:
 
     item_id: str = "item_id"
     features: tuple[FeatureSpec, ...] = ()
+    eligible: tuple[str, ...] = ()
+    """Columns that are kept for the log schema's section `eligible`; ingest names them."""
 
     @model_validator(mode="after")
     def _check(self) -> CatalogueSchema:
@@ -122,7 +138,15 @@ class CatalogueSchema:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([self.item_id, *(spec.source for spec in self.features)]))
+        features = [spec.source for spec in self.features]
+        return tuple(dict.fromkeys([self.item_id, *features, *self.eligible]))
+
+    def keeping(self, section: EligibleSchema | None) -> CatalogueSchema:
+        """Return the schema with the columns that a log schema's section `eligible` reads."""
+        if section is None or set(section.item_columns) <= set(self.eligible):
+            return self
+        names = dict.fromkeys([*self.eligible, *section.item_columns])
+        return replace(self, eligible=tuple(names))
 
     def to_dict(self) -> dict[str, Any]:
         content: dict[str, Any] = _CATALOGUE.dump_python(self, mode="json")
@@ -166,8 +190,7 @@ def _parse(
 def _explain(item: Any, kind: type) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        inside = FeatureSpec if len(item["loc"]) > 1 else kind
-        known = [f.name for f in fields(inside)]
+        known = _known_keys(item["loc"][:-1], kind)
         nearest = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(known)}"
         return f"unknown key '{where}'; {hint}"
@@ -175,6 +198,21 @@ def _explain(item: Any, kind: type) -> str:
         return f"'{where}' is required"
     message = item["msg"].removeprefix("Value error, ")
     return f"'{where}': {message}" if where else message
+
+
+def _known_keys(path: tuple[Any, ...], kind: type) -> list[str]:
+    """Keys of the section at a path inside a schema."""
+    if not path:
+        return [f.name for f in fields(kind)]
+    if path[0] != "eligible":
+        return [f.name for f in fields(FeatureSpec)]
+    inside: dict[str, list[str]] = {
+        "attribute": [f.name for f in fields(AttributeForm)],
+        "interval": ["from", *(f.name for f in fields(IntervalForm) if f.name != "start")],
+        "exclude": [f.name for f in fields(ListForm)],
+        "candidates": [f.name for f in fields(ListForm)],
+    }
+    return inside[path[1]] if len(path) > 1 else [f.name for f in fields(EligibleSchema)]
 
 
 def _unique_names(specs: tuple[FeatureSpec, ...]) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 from offtower.data.catalogue import Catalogue
+from offtower.data.eligible import reading_index
 from offtower.data.log import Log
 from offtower.data.log_sums import LogSums, Moments, Target
 from offtower.data.schema import LogSchema
@@ -90,7 +91,8 @@ def validate_log(
     groups = max(1, round(_PART_ROWS / max(1.0, float(sizes.mean()))))
     parts = pieces(len(sizes), groups, mapper.workers)
     progress.start("validating", log.num_rows)
-    found = mapper.map(partial(_sums_of, log, catalogue.index_only(), target), parts, "validating")
+    index = reading_index(catalogue, log.schema)
+    found = mapper.map(partial(_sums_of, log, index, target), parts, "validating")
     sums = merge_all(report_rows(found, progress), empty="the log has no rows")
     progress.finish()
     return ValidationReport(log.num_rows, tuple(_Findings(sums, log.schema, catalogue).all()))

@@ -134,7 +134,9 @@ def evaluate_runs(
     config = with_overrides(RunDirectory(paths[0]).load_config(trust_code=trust_code), overrides)
     opened, place = _open_log(paths[0], log, config)
     check_selection(select, opened, config.evaluation.selection)
-    catalogue = Catalogue.open(config.data.catalogue, catalogue_schema(config))
+    catalogue = Catalogue.open(
+        config.data.catalogue, catalogue_schema(config), log_schema=opened.schema
+    )
     runs = tuple(open_run(path, catalogue, trust_code) for path in paths)
     evaluator = Evaluator(runs, opened, catalogue, config)
     plan = evaluator.plan(select, progress)

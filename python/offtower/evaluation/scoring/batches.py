@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from offtower.data.catalogue import Catalogue
+from offtower.data.eligible import reading_index
 from offtower.data.encoding import FeatureEncoding
 from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
@@ -47,7 +48,7 @@ class LogSource:
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker needs only the catalogue's map from ids to item numbers."""
-        return {**self.__dict__, "catalogue": self.catalogue.index_only()}
+        return {**self.__dict__, "catalogue": reading_index(self.catalogue, self.log.schema)}
 
 
 @dataclass(frozen=True)
