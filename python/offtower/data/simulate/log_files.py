@@ -12,7 +12,11 @@ from offtower.data.location import AnyPath
 from offtower.data.log import write_log
 from offtower.data.parts import RowSource, write_log_parts
 from offtower.data.simulate.logging_policy import LoggingPolicy
-from offtower.data.simulate.multi_policy import multi_policy_chunk, multi_policy_log, rows_of_chunks
+from offtower.data.simulate.multi_policy import (
+    multi_policy_chunk,
+    multi_policy_log,
+    rounds_of_chunks,
+)
 from offtower.data.simulate.world import CHUNK_ROWS, SimulatedWorld, num_chunks
 from offtower.mapping import Mapper
 from offtower.progress import Progress
@@ -67,7 +71,7 @@ def write_simulated_log(
             yield table
             progress.advance(table.num_rows)
 
-    progress.start(task, n_rounds)
+    progress.start(task, n_rounds * world.slate_size)
     manifest = write_log(directory, drawn(), world.log_schema, rows_per_file=ROWS_PER_FILE)
     progress.finish()
     return manifest
@@ -85,10 +89,11 @@ class _Chunks(RowSource):
     ) -> None:
         self._world, self._rounds, self._seed, self._policies = world, n_rounds, seed, policies
         if policies is not None:
-            self.counts = rows_of_chunks(n_rounds, len(policies))
-            return
-        self.counts = np.full(num_chunks(n_rounds), CHUNK_ROWS, dtype=np.int64)
-        self.counts[-1] = n_rounds - CHUNK_ROWS * (len(self.counts) - 1)
+            rounds = rounds_of_chunks(n_rounds, len(policies))
+        else:
+            rounds = np.full(num_chunks(n_rounds), CHUNK_ROWS, dtype=np.int64)
+            rounds[-1] = n_rounds - CHUNK_ROWS * (len(rounds) - 1)
+        self.counts = rounds * world.slate_size
 
     def tables(self, unit: int) -> Iterator[pa.Table]:
         if self._policies is None:

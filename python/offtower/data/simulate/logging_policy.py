@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from offtower import ops
+from offtower.data.simulate.served import ServedDistribution
 from offtower.errors import ConfigError
 
 LoggingKind = Literal["contextual", "popularity"]
@@ -38,6 +39,11 @@ class LoggingPolicy:
             raise ConfigError(f"logging must be 'contextual' or 'popularity', but is {self.kind!r}")
         if not 0.0 <= self.epsilon <= 1.0:
             raise ConfigError(f"epsilon must lie in [0, 1], but is {self.epsilon}")
+
+    @property
+    def served(self) -> ServedDistribution:
+        """How logits beta z become probabilities, for arrays over all items."""
+        return ServedDistribution(uniform=self.epsilon)
 
     def context_factor(self, latent: Tensor) -> Tensor:
         """Return (B, d) context factors of the softmax's logits from z-factors `latent` (B, l)."""

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from offtower.data.simulate.logging_policy import LoggingPolicy
+from offtower.data.simulate.rounds import rounds_log_prob
 from offtower.data.simulate.world import CHUNK_ROWS, SimulatedWorld, num_chunks
 from offtower.errors import ConfigError
 from offtower.seeds import derive_seed
@@ -25,7 +26,7 @@ def multi_policy_log(
     each policy a float64 column (`propensity_column`) has its exact probability of the logged item.
 
     Args:
-        n_rounds: rows in all, at least one for each policy.
+        n_rounds: rounds in all, at least one for each policy.
         seed: of this log.
         policies: by name, each of the world's kind of logging policy.
 
@@ -41,7 +42,7 @@ def multi_policy_log(
     kind = world.logging_policy.kind
     if any(policy.kind != kind for policy in policies.values()):
         raise ConfigError(f"the policies must be of this world's kind, '{kind}'")
-    chunks = range(len(rows_of_chunks(n_rounds, count)))
+    chunks = range(len(rounds_of_chunks(n_rounds, count)))
     return (multi_policy_chunk(world, number, n_rounds, seed, policies) for number in chunks)
 
 
@@ -50,8 +51,8 @@ def propensity_column(name: str) -> str:
     return f"pscore_{name}"
 
 
-def rows_of_chunks(n_rounds: int, policies: int) -> NDArray[np.int64]:
-    """Count the rows of each table of `multi_policy_log`: (c,)."""
+def rounds_of_chunks(n_rounds: int, policies: int) -> NDArray[np.int64]:
+    """Count the rounds of each table of `multi_policy_log`: (c,)."""
     own = _rows_of_each(n_rounds, policies)
     first = np.arange(num_chunks(own[0]))[:, None] * CHUNK_ROWS
     rows: NDArray[np.int64] = np.clip(np.array(own) - first, 0, CHUNK_ROWS).sum(axis=1)
@@ -79,15 +80,32 @@ def multi_policy_chunk(
         for index, (name, policy) in enumerate(policies.items())
         if number < num_chunks(own[index])
     ]
-    turn = np.argsort(np.concatenate([np.arange(part.num_rows) for part in parts]), kind="stable")
-    table = pa.concat_tables(parts).take(pa.array(turn)).combine_chunks()
-    latent = world.context_latent(table)
+    size = world.slate_size
+    rounds = np.concatenate([np.arange(part.num_rows) // size for part in parts])
+    table = pa.concat_tables(parts).take(pa.array(np.argsort(rounds, kind="stable")))
+    table = table.combine_chunks()
     action = pc.index_in(table.column("action"), value_set=world.item_ids)
-    action = torch.from_numpy(action.to_numpy().astype(np.int64))
+    action = action.to_numpy().astype(np.int64)
     for name, policy in policies.items():
-        found = policy.probability(latent, world.item_latent, world.item_logit, action)
-        table = table.append_column(propensity_column(name), pa.array(found.numpy()))
+        found = _propensities(world, policy, table, action)
+        table = table.append_column(propensity_column(name), pa.array(found))
     return table
+
+
+def _propensities(
+    world: SimulatedWorld, policy: LoggingPolicy, table: pa.Table, action: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """(n,) of the rows of whole rounds; in a slate, conditional on the positions above."""
+    if world.slate is None and world.eligible is None:
+        latent = world.context_latent(table)
+        found: NDArray[np.float64] = policy.probability(
+            latent, world.item_latent, world.item_logit, torch.from_numpy(action)
+        ).numpy()
+        return found
+    size = world.slate_size
+    contexts = table.take(pa.array(np.arange(0, table.num_rows, size)))
+    slate = action.reshape(-1, size)
+    return np.exp(rounds_log_prob(world, policy, contexts, slate).reshape(-1))
 
 
 def _rows_of_each(n_rounds: int, policies: int) -> list[int]:

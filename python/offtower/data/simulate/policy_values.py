@@ -13,10 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offtower import ops
+from offtower.data.simulate.eligible_sets import EligibleSets
 from offtower.data.simulate.logging_policy import LoggingPolicy
+from offtower.data.simulate.plackett_luce import tile_rows
+from offtower.data.simulate.served import ServedDistribution
+from offtower.errors import ConfigError
 
 EmbedContexts = Callable[[pa.Table], Tensor]
 """Maps the context columns of B rows to (B, d) embeddings."""
+
+
+SingleDraw = Callable[[pa.Table], NDArray[np.float64]]
+"""Maps the context columns of B rows to (B, N) log-probabilities of a single draw."""
 
 
 class PolicyValue(NamedTuple):
@@ -42,12 +50,14 @@ class PolicyValues(ABC):
         item_latent: (N, latent_dim) float64, z's item factor.
         item_logit: (N,) float64, z's item part.
         logging_policy: that of the world's logs.
+        eligible: which items may be shown; None where every item may.
     """
 
     n_items: int
     item_latent: Tensor
     item_logit: Tensor
     logging_policy: LoggingPolicy
+    eligible: EligibleSets | None
 
     @abstractmethod
     def contexts(self, n: int, seed: int = 0) -> pa.Table:
@@ -93,6 +103,11 @@ class PolicyValues(ABC):
         """
         items = item_embedding.detach().double()
         bias = None if item_bias is None else item_bias.detach().double()
+        if self.eligible is not None:
+            single_draw = self.two_tower(
+                embed_contexts, items, temperature=temperature, item_bias=bias
+            )
+            return self._rewards_among_eligible(contexts, single_draw)
         parts = []
         with torch.no_grad():
             for start in range(0, contexts.num_rows, chunk_rows):
@@ -108,6 +123,31 @@ class PolicyValues(ABC):
                 assert terms.expected_reward is not None
                 parts.append(terms.expected_reward.numpy())
         return np.concatenate(parts) if parts else np.zeros(0)
+
+    def two_tower(
+        self,
+        embed_contexts: EmbedContexts,
+        item_embedding: Tensor,
+        *,
+        temperature: float = 1.0,
+        item_bias: Tensor | None = None,
+        served: ServedDistribution = ServedDistribution(),
+    ) -> SingleDraw:
+        """Return the single-draw log-probabilities of a served two-tower policy, in float64.
+
+        The other arguments are those of `policy_rewards`. Items that are not eligible have none.
+        """
+        items = item_embedding.detach().double()
+        bias = 0.0 if item_bias is None else item_bias.detach().double()
+
+        def log_prob(contexts: pa.Table) -> NDArray[np.float64]:
+            with torch.no_grad():
+                embedding = embed_contexts(contexts).detach().double()
+                score = (embedding @ items.T / temperature + bias).numpy()
+            eligible = None if self.eligible is None else self.eligible.mask(contexts)
+            return served.log_prob(score, eligible)
+
+        return log_prob
 
     def true_value(
         self,
@@ -151,6 +191,12 @@ class PolicyValues(ABC):
 
     def best_rewards(self, contexts: pa.Table, chunk_rows: int = 1024) -> NDArray[np.float64]:
         """Compute (n,) expected rewards of the best item in each context."""
+        if self.eligible is not None:
+            first = ServedDistribution(top=1)
+            best = self.two_tower(
+                self.context_latent, self.item_latent, item_bias=self.item_logit, served=first
+            )
+            return self._rewards_among_eligible(contexts, best)
         parts = []
         for start in range(0, contexts.num_rows, chunk_rows):
             latent = self.context_latent(contexts.slice(start, chunk_rows))
@@ -171,7 +217,13 @@ class PolicyValues(ABC):
         return _mean(self.best_rewards(self.contexts(n_contexts, seed)))
 
     def best_fixed_item(self, n_contexts: int = 2_000, seed: int = 0) -> FixedItemValue:
-        """Find the item with the highest mean reward; its value is from separate contexts."""
+        """Find the item with the highest mean reward; its value is from separate contexts.
+
+        Raises:
+            ConfigError: not every item may be shown in every context.
+        """
+        if self.eligible is not None:
+            raise ConfigError("no item is eligible in every context; compare with another policy")
         latent = self.context_latent(self.contexts(n_contexts, seed)).float()
         items, logit = self.item_latent.float(), self.item_logit.float()
         total = torch.zeros(self.n_items, dtype=torch.float64, device="cpu")
@@ -184,6 +236,18 @@ class PolicyValues(ABC):
         fresh = self.contexts(n_contexts, seed + 1)
         rewards_of_item = self.expected_reward(fresh, np.full(n_contexts, item))
         return FixedItemValue(item, *_mean(rewards_of_item))
+
+    def _rewards_among_eligible(
+        self, contexts: pa.Table, single_draw: SingleDraw
+    ) -> NDArray[np.float64]:
+        """(n,) sum_a pi(a|x_i) q(x_i, a), by arrays over all items."""
+        rows, parts = tile_rows(self.n_items), [np.zeros(0)]
+        for start in range(0, contexts.num_rows, rows):
+            chunk = contexts.slice(start, rows)
+            logit = self.context_latent(chunk) @ self.item_latent.T + self.item_logit
+            reward = torch.sigmoid(logit).numpy()
+            parts.append((np.exp(single_draw(chunk)) * reward).sum(axis=1))
+        return np.concatenate(parts)
 
     def _logit(self, latent: Tensor, action: Tensor) -> Tensor:
         return (latent * self.item_latent[action]).sum(dim=1) + self.item_logit[action]

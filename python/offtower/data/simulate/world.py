@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -23,21 +23,24 @@ from torch import Tensor
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.schema import CatalogueSchema, LogSchema
+from offtower.data.simulate.clicks import RewardKind, SlateSettings, draw_rewards
+from offtower.data.simulate.eligible_sets import (
+    PERIOD_DAYS,
+    START,
+    EligibilitySettings,
+    EligibleSets,
+)
 from offtower.data.simulate.features import CONTEXT_NAMES, ITEM_NAMES, FeatureKinds, Side
 from offtower.data.simulate.logging_policy import LoggingPolicy
 from offtower.data.simulate.policy_values import PolicyValues
+from offtower.data.simulate.rounds import draw_rounds
 from offtower.errors import ConfigError
 
-RewardKind = Literal["binary", "continuous"]
-
-_PARAMETERS, _ITEMS, _LOG, _CONTEXTS = 1, 2, 3, 4
+_PARAMETERS, _ITEMS, _LOG, _CONTEXTS, _ELIGIBLE = 1, 2, 3, 4, 5
 """Purposes of random streams, part of their keys."""
 
 CHUNK_ROWS = 4096
 """Rows drawn at a time. Another value draws other rows from the same seed."""
-
-_START = np.datetime64("2026-01-01T00:00:00", "us")
-_BETA_CONCENTRATION = 4.0
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,11 @@ class SimulatedWorld(PolicyValues):
         seed: of the world; logs and contexts are drawn from it with seeds of their own.
         logging: pi_0 of the logs. Kind "popularity" ignores the context, so that a draw costs
             O(log N) instead of O(N).
+        slate: size and rewards of slates; without it, rounds have one item.
+        eligible: which items may be shown; without it, every item may.
 
     Raises:
-        ConfigError: there is no item.
+        ConfigError: there are fewer items than a slate has.
     """
 
     def __init__(
@@ -104,13 +109,17 @@ class SimulatedWorld(PolicyValues):
         *,
         seed: int = 0,
         logging: LoggingPolicy = LoggingPolicy(),
+        slate: SlateSettings | None = None,
+        eligible: EligibilitySettings | None = None,
     ) -> None:
-        if n_items < 1:
-            raise ConfigError(f"n_items must be at least 1, but is {n_items}")
+        least = 1 if slate is None else slate.size
+        if n_items < least:
+            raise ConfigError(f"n_items must be at least {least}, but is {n_items}")
         self.n_items = n_items
         self.settings = settings
         self.seed = seed
         self.logging_policy = logging
+        self.slate = slate
         dim_context, dim_item = settings.dim_context, settings.dim_item
         rng = _generator(seed, _PARAMETERS)
         self._context_side = Side(CONTEXT_NAMES, dim_context, settings.feature_kinds, rng)
@@ -130,6 +139,15 @@ class SimulatedWorld(PolicyValues):
         """(N, latent_dim) float64: z's item factor."""
         self.item_logit = torch.from_numpy(item_state @ taste + settings.intercept)
         """(N,) float64: z's item part."""
+        self.eligible: EligibleSets | None = None
+        if eligible is not None:
+            popularity, rng = self.item_logit.numpy(), _generator(seed, _ELIGIBLE)
+            self.eligible = EligibleSets(eligible, self.item_ids, popularity, least, rng)
+
+    @property
+    def slate_size(self) -> int:
+        """Items of a round."""
+        return 1 if self.slate is None else self.slate.size
 
     @property
     def item_ids(self) -> pa.Array:
@@ -149,13 +167,18 @@ class SimulatedWorld(PolicyValues):
             pscore="pscore",
             timestamp="timestamp",
             behavior_policy="behavior_policy",
+            position=None if self.slate is None else "position",
+            round_id=None if self.slate is None else "round_id",
             user_id="user_id",
             reward_range=(0.0, 1.0),
         )
 
     def catalogue_table(self) -> pa.Table:
         """Return one row per item: `item_id` and the feature columns."""
-        return pa.table({"item_id": self.item_ids, **self._item_columns})
+        columns = {"item_id": self.item_ids, **self._item_columns}
+        if self.eligible is not None:
+            columns |= self.eligible.item_columns()
+        return pa.table(columns)
 
     def catalogue(self) -> Catalogue:
         """Return the items with their features."""
@@ -175,7 +198,7 @@ class SimulatedWorld(PolicyValues):
         logging policy each row costs O(N).
 
         Args:
-            n_rounds: rows in all.
+            n_rounds: rounds in all, each with one row for every item of its slate.
             seed: of this log.
             policy: instead of the world's, for a second behavior policy.
             behavior_policy: name written to that column.
@@ -196,18 +219,14 @@ class SimulatedWorld(PolicyValues):
     ) -> pa.Table:
         """Draw table `number` of `log` with the same arguments, without the others."""
         policy = policy or self.logging_policy
+        if self.slate is not None or self.eligible is not None:
+            return self._rounds_chunk(number, n_rounds, seed, policy, behavior_policy)
         first, count, rng = self._chunk(number, n_rounds, _LOG, seed)
         columns, users = self._draw_contexts(count, rng)
         latent = self.context_latent(pa.table(columns))
         action, pscore = policy.draw(latent, self.item_latent, self.item_logit, rng)
         mean = torch.sigmoid(self._logit(latent, action)).numpy()
-        if self.settings.reward == "binary":
-            reward = (rng.random(count) < mean).astype(np.float32)
-        else:
-            # Beta needs positive parameters; q within 1e-12 of 0 or 1 is that far off.
-            safe = np.clip(mean, 1e-12, 1.0 - 1e-12)
-            reward = rng.beta(_BETA_CONCENTRATION * safe, _BETA_CONCENTRATION * (1.0 - safe))
-            reward = reward.astype(np.float32)
+        reward = draw_rewards(mean, self.settings.reward, rng).astype(np.float32)
         seconds = np.arange(first, first + count).astype("timedelta64[s]")
         return pa.table(
             {
@@ -215,16 +234,82 @@ class SimulatedWorld(PolicyValues):
                 "action": self._ids_of(action.numpy()),
                 "reward": pa.array(reward),
                 "pscore": pa.array(pscore.numpy()),
-                "timestamp": pa.array(_START + seconds),
+                "timestamp": pa.array(START + seconds),
                 "behavior_policy": pa.repeat(behavior_policy, count),
                 "user_id": pa.array(users),
             }
         )
 
+    def _rounds_chunk(
+        self, number: int, n_rounds: int, seed: int, policy: LoggingPolicy, behavior_policy: str
+    ) -> pa.Table:
+        """`log_chunk` of a world with slates or eligible items."""
+        first, count, rng = self._chunk(number, n_rounds, _LOG, seed)
+        columns, users = self._draw_contexts(count, rng)
+        time = self._times(first, count, n_rounds)
+        columns["timestamp"] = pa.array(time)
+        if self.eligible is not None:
+            draws = _generator(self.seed, _ELIGIBLE, _LOG, seed, number)
+            columns |= self.eligible.row_columns(time, draws)
+        contexts = pa.table(columns)
+        size = self.slate_size
+        slate, log_prob = draw_rounds(self, policy, contexts, size, rng)
+        reward = self._draw_slate_rewards(contexts, slate, rng)
+        row = pa.array(np.repeat(np.arange(count), size))
+        shown = {
+            "action": self._ids_of(slate.reshape(-1)),
+            "reward": pa.array(reward.reshape(-1).astype(np.float32)),
+            "pscore": pa.array(np.exp(log_prob.reshape(-1))),
+            "behavior_policy": pa.repeat(behavior_policy, count * size),
+            "user_id": pa.array(np.repeat(users, size)),
+        }
+        if self.slate is not None:
+            name = np.char.mod(f"{behavior_policy}-{seed}-%d", np.arange(first, first + count))
+            shown["round_id"] = pa.array(name).take(row)
+            shown["position"] = pa.array(np.tile(np.arange(size), count))
+        return _with_columns(contexts.take(row), shown)
+
+    def slate_rewards(self, contexts: pa.Table, slate: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Compute the expected reward of each position of given slates.
+
+        Args:
+            contexts: n rows.
+            slate: (n, K) item numbers, in order.
+
+        Returns:
+            (n, K).
+        """
+        logit = self._slate_logit(contexts, slate)
+        return self._slate_settings.expected_rewards(logit, self.settings.intercept)
+
+    @property
+    def _slate_settings(self) -> SlateSettings:
+        return self.slate or SlateSettings(1, "independent")
+
+    def _slate_logit(self, contexts: pa.Table, slate: NDArray[np.int64]) -> NDArray[np.float64]:
+        latent, item = self.context_latent(contexts), torch.from_numpy(slate)
+        logit = torch.einsum("bl,bkl->bk", latent, self.item_latent[item]) + self.item_logit[item]
+        values: NDArray[np.float64] = logit.numpy()
+        return values
+
+    def _draw_slate_rewards(
+        self, contexts: pa.Table, slate: NDArray[np.int64], rng: np.random.Generator
+    ) -> NDArray[np.float64]:
+        logit = self._slate_logit(contexts, slate)
+        kind = self.settings.reward
+        return self._slate_settings.draw(logit, self.settings.intercept, kind, rng)
+
     def contexts(self, n: int, seed: int = 0) -> pa.Table:
-        """Draw n new contexts: a table of the context columns."""
-        chunks = (self._chunk(number, n, _CONTEXTS, seed) for number in range(num_chunks(n)))
-        tables = [pa.table(self._draw_contexts(count, rng)[0]) for _, count, rng in chunks]
+        """Draw n new contexts: the context columns, and those that say which items are eligible."""
+        tables = []
+        for number in range(num_chunks(n)):
+            first, count, rng = self._chunk(number, n, _CONTEXTS, seed)
+            columns = self._draw_contexts(count, rng)[0]
+            if self.eligible is not None:
+                time = self._times(first, count, n)
+                draws = _generator(self.seed, _ELIGIBLE, _CONTEXTS, seed, number)
+                columns |= {"timestamp": pa.array(time), **self.eligible.row_columns(time, draws)}
+            tables.append(pa.table(columns))
         return pa.concat_tables(tables).combine_chunks()
 
     def context_latent(self, contexts: pa.Table) -> Tensor:
@@ -237,6 +322,15 @@ class SimulatedWorld(PolicyValues):
         first = number * CHUNK_ROWS
         return first, min(CHUNK_ROWS, n - first), _generator(self.seed, purpose, seed, number)
 
+    def _times(self, first: int, count: int, n_rounds: int) -> NDArray[np.datetime64]:
+        """(count,) times of rounds: a second apart, or spread over the period in which items come
+        and go."""
+        number = np.arange(first, first + count)
+        if self.eligible is None or self.eligible.settings.days is None:
+            return START + number.astype("timedelta64[s]")
+        period = PERIOD_DAYS * 86_400_000_000
+        return START + (number * (period / n_rounds)).astype("timedelta64[us]")
+
     def _ids_of(self, number: NDArray[np.int64]) -> pa.Array:
         return pa.array(np.char.mod("item-%d", number) if self.settings.string_ids else number)
 
@@ -247,6 +341,12 @@ class SimulatedWorld(PolicyValues):
         own = rng.standard_normal((n, self.settings.dim_context), dtype=np.float32)
         vectors = np.float32(np.sqrt(0.5)) * (self._user_vectors[users] + own)
         return self._context_side.columns(vectors, rng), users
+
+
+def _with_columns(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table
 
 
 def num_chunks(n_rounds: int) -> int:
