@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offtower.ops import DenseReward, FactoredReward, policy_terms
+from offtower.ops import DenseReward, Eligibility, FactoredReward, policy_terms
 from offtower.ops.types import Backend
+from tests.ops.eligible_sets import draw_eligible
 
 KINDS = ("none", "dense", "identity", "sigmoid")
 NAMES = ("log_prob", "log_normalizer", "expected_reward", "entropy", "du", "dv", "db")
@@ -19,10 +20,12 @@ NAMES = ("log_prob", "log_normalizer", "expected_reward", "entropy", "du", "dv",
 
 @dataclass(frozen=True)
 class Variant:
-    """Optional parts of a case: the entropy term, and biases of logits and factored rewards."""
+    """Optional parts of a case: the entropy term, biases of logits and factored rewards, and forms
+    of eligible items (`eligible_sets.FORMS`; "" for all items)."""
 
     entropy: bool = True
     bias: bool = True
+    eligible: str = ""
 
 
 class Case:
@@ -61,6 +64,10 @@ class Case:
                 kind,  # type: ignore[arg-type]
             )
         self.cotangents = torch.randn(4, rows, dtype=torch.float64, generator=g).to(device)
+        self.eligible: Eligibility | None = None
+        if variant.eligible:
+            self.eligible, mask = draw_eligible(self.action.cpu(), items, variant.eligible, g)
+            self.eligible, self.mask = self.eligible.to(device), mask.to(device)
 
     def _results(self, outputs: list[Tensor | None], leaves: list[Tensor]) -> dict[str, Tensor]:
         there = [(o, c) for o, c in zip(outputs, self.cotangents, strict=True) if o is not None]
@@ -82,7 +89,8 @@ class Case:
         leaves = self._leaves(self.u.dtype)
         t = policy_terms(
             leaves[0], leaves[1], self.action, temperature=0.7, item_bias=self._bias(leaves),
-            reward_model=self.reward, entropy=self.variant.entropy, backend=backend,
+            reward_model=self.reward, entropy=self.variant.entropy, eligible=self.eligible,
+            backend=backend,
         )  # fmt: skip
         return self._results([t.log_prob, t.log_normalizer, t.expected_reward, t.entropy], leaves)
 
@@ -93,8 +101,12 @@ class Case:
         s = leaves[0] @ leaves[1].T / 0.7
         if bias is not None:
             s = s + bias
+        if self.eligible is not None:
+            s = s.masked_fill(~self.mask, float("-inf"))
         shifted = s - s.detach().amax(1, keepdim=True)
         mass = shifted.exp()
+        if self.eligible is not None:
+            shifted = shifted.masked_fill(~self.mask, 0.0)
         total = mass.sum(1)
         pi = mass / total[:, None]
         lse = s.detach().amax(1) + total.log()

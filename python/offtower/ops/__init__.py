@@ -8,11 +8,20 @@ from offtower.ops.cores import (
 from offtower.ops.policy import merge_partials, partial_terms, policy_terms, top_k
 from offtower.ops.sampled import sampled_policy_terms
 from offtower.ops.softmax_sampling import sample_softmax
-from offtower.ops.types import DenseReward, FactoredReward, PartialTerms, PolicyTerms
+from offtower.ops.types import (
+    DenseReward,
+    Eligibility,
+    FactoredReward,
+    ItemLists,
+    PartialTerms,
+    PolicyTerms,
+)
 
 __all__ = [
     "DenseReward",
+    "Eligibility",
     "FactoredReward",
+    "ItemLists",
     "PartialTerms",
     "PolicyTerms",
     "available_backends",

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from offtower.errors import OperatorError
+from offtower.ops.candidates import CandidateCore, ListProducts, TorchListProducts
 from offtower.ops.cpu_core import CPUCore, available_instruction_sets
 from offtower.ops.cuda_core import CUDACore
 from offtower.ops.reference import ReferenceCore
@@ -69,6 +70,7 @@ class Core(Protocol):
 
 
 _REFERENCE = ReferenceCore()
+_PRODUCTS: dict[str, ListProducts] = {}
 _CORES: dict[str, Core] = {core.name: core for core in (_REFERENCE, CPUCore(), CUDACore())}
 
 
@@ -105,4 +107,14 @@ def choose_core(backend: str, x: Operands, k: int = 0) -> Core:
     refusal = core.refusal(x, k)
     if refusal and backend != "auto":
         raise OperatorError(f"backend '{backend}' {refusal}; use backend='reference' or 'auto'")
-    return _REFERENCE if refusal or x.rows == 0 else core
+    chosen = _REFERENCE if refusal or x.rows == 0 else core
+    if x.candidates is None:
+        return chosen
+    return CandidateCore(chosen.name, _PRODUCTS.get(chosen.name, TorchListProducts()))
+
+
+def candidate_core(x: Operands) -> CandidateCore:
+    """The core that computes the logits of candidate lists."""
+    core = choose_core("auto", x)
+    assert isinstance(core, CandidateCore)
+    return core

@@ -60,6 +60,8 @@ class CPUCore(NativeCore):
                 "takes float32 and bfloat16 tensors on the CPU, got "
                 f"{x.context.dtype} on {x.context.device}"
             )
+        if x.eligible is not None and x.candidates is None:
+            return "does not take bitmaps or excluded items yet"
         return ""
 
     def _run(

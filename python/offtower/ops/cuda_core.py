@@ -77,6 +77,8 @@ class CUDACore(NativeCore):
                 "takes float32 and bfloat16 tensors on NVIDIA GPUs, got "
                 f"{x.context.dtype} on {x.context.device}"
             )
+        if x.eligible is not None and x.candidates is None:
+            return "does not take bitmaps or excluded items yet"
         return self.kernel_refusal(x, k)
 
     def kernel_refusal(self, x: Operands, k: int = 0) -> str:

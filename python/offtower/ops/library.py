@@ -15,11 +15,14 @@ from torch import Tensor
 
 from offtower.ops import cores
 from offtower.ops.checks import check_action_range
+from offtower.ops.eligibility_checks import check_eligible_action
 from offtower.ops.types import (
     Cotangents,
+    Eligibility,
     ForwardResults,
     ForwardStatistics,
     Gradients,
+    ItemLists,
     Needs,
     Operands,
     RewardOperands,
@@ -27,8 +30,9 @@ from offtower.ops.types import (
 
 POLICY_SCHEMA = (
     "Tensor context, Tensor item, Tensor action, Tensor? item_bias, Tensor? reward_dense, "
-    "Tensor? reward_context, Tensor? reward_item, Tensor? reward_bias, bool sigmoid, "
-    "float temperature"
+    "Tensor? reward_context, Tensor? reward_item, Tensor? reward_bias, Tensor? group, "
+    "Tensor? bitmap, Tensor? excluded_offsets, Tensor? excluded_items, "
+    "Tensor? candidate_offsets, Tensor? candidate_items, bool sigmoid, float temperature"
 )
 _FORWARD_SCHEMA = f"bool entropy, str backend, {POLICY_SCHEMA}"
 _BACKWARD_SCHEMA = (
@@ -43,11 +47,14 @@ Fields = TypeVar("Fields", ForwardStatistics, Cotangents, Needs)
 
 def policy_arguments(x: Operands) -> tuple[Any, ...]:
     """Operands in the order of POLICY_SCHEMA."""
-    reward = x.reward or RewardOperands()
+    reward, eligible = x.reward or RewardOperands(), x.eligible or Eligibility()
     return (
         *(x.context, x.item, x.action, x.item_bias),
-        *(reward.dense, reward.context, reward.item, reward.item_bias, reward.sigmoid),
-        x.temperature,
+        *(reward.dense, reward.context, reward.item, reward.item_bias),
+        *(eligible.group, eligible.bitmap),
+        *_arrays(eligible.excluded),
+        *_arrays(eligible.candidates),
+        *(reward.sigmoid, x.temperature),
     )
 
 
@@ -75,6 +82,7 @@ def policy_terms_op(entropy: bool, backend: str, *policy: Any) -> tuple[Tensor, 
     """-> `ForwardResults`."""
     x = _operands(*policy)
     check_action_range(x.action, x.items)
+    check_eligible_action(x.eligible, x.action, x.items)
     return tuple(cores.choose_core(backend, x).forward(x, entropy))
 
 
@@ -154,10 +162,24 @@ policy_terms_op.register_autograd(_backward, setup_context=_setup_context)
 def _operands(
     context: Tensor, item: Tensor, action: Tensor, item_bias: Tensor | None, *rest: Any
 ) -> Operands:
-    *parts, temperature = rest
-    reward = RewardOperands(*parts)
-    absent = reward.dense is None and reward.context is None
-    return Operands(context, item, action, temperature, item_bias, None if absent else reward)
+    *parts, sigmoid, temperature = rest
+    dense, reward_context, reward_item, reward_bias, *sets = parts
+    reward = RewardOperands(dense, reward_context, reward_item, reward_bias, sigmoid)
+    group, bitmap, *lists = sets
+    eligible = Eligibility(group, bitmap, _lists(*lists[:2]), _lists(*lists[2:]))
+    return Operands(
+        *(context, item, action, temperature, item_bias),
+        None if reward.dense is None and reward.context is None else reward,
+        None if all(part is None for part in sets) else eligible,
+    )
+
+
+def _arrays(lists: ItemLists | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if lists is None else (lists.offsets, lists.items)
+
+
+def _lists(offsets: Tensor | None, items: Tensor | None) -> ItemLists | None:
+    return None if offsets is None or items is None else ItemLists(offsets, items)
 
 
 def _take(kind: type[Fields], values: Iterator[Any]) -> Fields:

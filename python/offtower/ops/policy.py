@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,9 +12,15 @@ from offtower.errors import OperatorError
 from offtower.ops import cores
 from offtower.ops.checks import check_action, check_embeddings, check_reward, under_autocast
 from offtower.ops.cores import check_backend
+from offtower.ops.eligibility_checks import (
+    check_eligible_action,
+    check_found,
+    checked_eligibility,
+)
 from offtower.ops.library import policy_terms_forward
 from offtower.ops.types import (
     Backend,
+    Eligibility,
     Operands,
     PartialTerms,
     PolicyTerms,
@@ -31,6 +38,7 @@ def policy_terms(
     item_bias: Tensor | None = None,
     reward_model: RewardTerms | None = None,
     entropy: bool = False,
+    eligible: Eligibility | None = None,
     backend: Backend = "auto",
 ) -> PolicyTerms:
     """Per-row terms of the softmax policy with logits s_a = <u, v_a> / temperature + b_a.
@@ -52,14 +60,18 @@ def policy_terms(
         item_bias: b, (N,).
         reward_model: q(x, a), for expected_reward and action_reward.
         entropy: compute the entropy too.
+        eligible: the items that each row may choose; all others have a logit of -inf, in every term
+            and gradient. A row with one eligible item has a log_prob of 0.
         backend: "auto", or one of `available_backends()`.
 
     Returns:
         Terms of length B, in float32 (float64 for float64 inputs).
 
     Raises:
-        OperatorError: shapes, dtypes or devices do not fit, an action is out of range (its row is
-            named), the temperature is not positive and finite, or there are no items.
+        OperatorError: shapes, dtypes or devices do not fit, an action is out of range or not
+            eligible, or a row has no eligible item (the row is named), the temperature is not
+            positive and finite, or there are no items. On a GPU an action that is not eligible has
+            a log_prob of NaN instead.
     """
     context_embedding, item_embedding, item_bias, reward_model = under_autocast(
         context_embedding, item_embedding, item_bias, reward_model
@@ -68,11 +80,18 @@ def policy_terms(
         context_embedding, item_embedding, action, temperature, item_bias, reward_model
     )
     check_action(action, x.rows, x.items, x.context.device)
+    x = with_eligible(x, eligible)
     check_backend(backend)
     found = policy_terms_forward(x, entropy, backend)
     has_reward = reward_model is not None
+    log_prob = found.log_prob
+    if x.eligible is not None and x.context.device.type != "cpu":
+        # Nothing waits for the device; on the CPU the operator has raised an error.
+        row = torch.arange(x.rows, dtype=torch.int64, device=action.device)
+        there = x.eligible.contains(row, action.clamp(0, x.items - 1))
+        log_prob = log_prob.masked_fill(~there, float("nan"))
     return PolicyTerms(
-        log_prob=found.log_prob,
+        log_prob=log_prob,
         log_normalizer=found.log_normalizer,
         expected_reward=found.expected_reward if has_reward else None,
         action_reward=found.action_reward.detach() if has_reward else None,
@@ -90,6 +109,7 @@ def partial_terms(
     item_bias: Tensor | None = None,
     reward_model: RewardTerms | None = None,
     entropy: bool = False,
+    eligible: Eligibility | None = None,
     backend: Backend = "auto",
 ) -> PartialTerms:
     """Terms of one slice of the items, without gradient.
@@ -97,12 +117,16 @@ def partial_terms(
     Args:
         item_embedding: (n, d), the slice; bias and reward model are of the slice too.
         action: (B,) number inside the slice, or -1 where the row's action lies elsewhere.
+        eligible: of the slice, numbered from its first item (`Eligibility.slice_items`). A row may
+            have none in it: its sums are then empty.
         others: as in `policy_terms`.
     """
     x = checked_operands(
         context_embedding, item_embedding, action, temperature, item_bias, reward_model
     )
     check_action(action.clamp_min(0), x.rows, x.items, x.context.device)
+    x = with_eligible(x, eligible)
+    check_eligible_action(x.eligible, action, x.items)
     check_backend(backend)
     return cores.choose_core(backend, x).partial(x, entropy)
 
@@ -125,22 +149,29 @@ def top_k(
     *,
     temperature: float = 1.0,
     item_bias: Tensor | None = None,
+    eligible: Eligibility | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The k items of largest score s_a = <u, v_a> / temperature + b_a.
 
     Returns:
         scores (B, k), falling, float32 (float64 for float64 operands), and item numbers (B, k)
-        int64; ties go to the lowest number. NaN counts as largest.
+        int64; ties go to the lowest number. NaN counts as largest. A row with fewer than k eligible
+        items ends with scores of -inf and item numbers of -1.
 
     Raises:
-        OperatorError: as for `policy_terms`, or k is not in [1, N].
+        OperatorError: as for `policy_terms`, or k is not in [1, N]. On a GPU a row without eligible
+            items has -1 alone.
     """
     x = logit_operands(context_embedding, item_embedding, temperature, item_bias)
+    x = with_eligible(x, eligible)
     if not 1 <= k <= x.items:
         raise OperatorError(f"k must lie in [1, {x.items}], the number of items, got {k}")
     check_backend(backend)
-    return cores.choose_core(backend, x, k).top_k(x, k)
+    score, index = cores.choose_core(backend, x, k).top_k(x, k)
+    if x.eligible is not None:
+        check_found(index)
+    return score, index
 
 
 def checked_operands(
@@ -173,3 +204,10 @@ def logit_operands(
     check_embeddings(context_embedding, item_embedding, temperature, item_bias)
     action = context_embedding.new_zeros(context_embedding.shape[0], dtype=torch.int64)
     return Operands(context_embedding, item_embedding, action, float(temperature), item_bias)
+
+
+def with_eligible(x: Operands, eligible: Eligibility | None) -> Operands:
+    """Checked operands restricted to eligible items."""
+    if eligible is None:
+        return x
+    return replace(x, eligible=checked_eligibility(eligible, x.rows, x.items, x.context.device))

@@ -7,10 +7,12 @@ chunks. The backward pass computes the logits again. Accumulation is at least fl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from offtower.ops.eligibility import WORD, ItemMask
 from offtower.ops.types import (
     LOG_PROB_FLOOR,
     Cotangents,
@@ -30,8 +32,10 @@ MAX_LOGITS = 1 << 22
 
 
 def chunks(x: Operands) -> Iterator[tuple[int, int]]:
-    """Ranges of items whose logits are held at a time."""
+    """Ranges of items whose logits are held at a time; whole words of a bitmap, if there is one."""
     size = max(64, MAX_LOGITS // max(1, x.rows))
+    if x.eligible is not None:
+        size = size // WORD * WORD
     for start in range(0, x.items, size):
         yield start, min(start + size, x.items)
 
@@ -42,11 +46,22 @@ def scaled_context(x: Operands) -> Tensor:
     return u if x.temperature == 1.0 else u / x.temperature
 
 
-def logits(x: Operands, start: int, stop: int) -> Tensor:
-    """(B, stop - start)."""
-    dtype = x.accumulation_dtype
-    s = scaled_context(x) @ x.item[start:stop].to(dtype).T
-    return s if x.item_bias is None else s.add_(x.item_bias[start:stop].to(dtype))
+class Logits:
+    """Logits of ranges of items, -inf where an item is not eligible."""
+
+    def __init__(self, x: Operands) -> None:
+        self.x, self.dtype = x, x.accumulation_dtype
+        self.context = scaled_context(x)
+        self.mask = None if x.eligible is None else ItemMask(x.eligible)
+
+    def of(self, start: int, stop: int) -> Tensor:
+        """(B, stop - start), a new tensor; `start` is one of `chunks` or a multiple of 64."""
+        s = self.context @ self.x.item[start:stop].to(self.dtype).T
+        if self.x.item_bias is not None:
+            s = s.add_(self.x.item_bias[start:stop].to(self.dtype))
+        if self.mask is not None:
+            s.masked_fill_(self.mask.ineligible(start, stop, self.x.rows), float("-inf"))
+        return s
 
 
 class ReferenceCore:
@@ -64,14 +79,19 @@ class ReferenceCore:
         return ""
 
     def forward(self, x: Operands, entropy: bool) -> ForwardResults:
-        sums = _running_sums(x, entropy)
+        sums, action_logit = _running_sums(x, entropy)
         log_normalizer = sums.log_normalizer
+        if x.eligible is None:
+            log_prob = action_logit - log_normalizer
+        else:
+            # Exactly 0 where one item is eligible.
+            log_prob = (action_logit - finite_top(sums.top)) - sums.total.log()
 
         def given(value: Tensor | None) -> Tensor:
             return sums.total.new_empty(0) if value is None else value
 
         return ForwardResults(
-            log_prob=_action_logit(x) - log_normalizer,
+            log_prob=log_prob,
             log_normalizer=log_normalizer,
             expected_reward=given(sums.expected_reward),
             action_reward=given(_action_reward(x)),
@@ -82,13 +102,12 @@ class ReferenceCore:
 
     def partial(self, x: Operands, entropy: bool) -> PartialTerms:
         elsewhere = x.action < 0
-        inside = Operands(
-            x.context, x.item, x.action.clamp_min(0), x.temperature, x.item_bias, x.reward
-        )
+        inside = replace(x, action=x.action.clamp_min(0))
         reward = _action_reward(inside)
+        sums, action_logit = _running_sums(inside, entropy)
         return PartialTerms(
-            _running_sums(x, entropy),
-            _action_logit(inside).masked_fill(elsewhere, float("-inf")),
+            sums,
+            action_logit.masked_fill(elsewhere, float("-inf")),
             None if reward is None else reward.masked_fill(elsewhere, 0.0),
         )
 
@@ -115,8 +134,9 @@ class ReferenceCore:
         if g.entropy is not None:
             assert forward.entropy is not None
             base = base - g.entropy * forward.entropy
+        logits = Logits(x)
         for start, stop in chunks(x):
-            shifted = logits(x, start, stop).sub_(reference_max)
+            shifted = logits.of(start, stop).sub_(reference_max)
             factor = base[:, None].expand_as(shifted)
             if g.expected_reward is not None:
                 assert x.reward is not None
@@ -153,13 +173,16 @@ class ReferenceCore:
     def top_k(self, x: Operands, k: int) -> tuple[Tensor, Tensor]:
         best: Tensor | None = None
         index: Tensor | None = None
+        logits = Logits(x)
         for start, stop in chunks(x):
-            scores = logits(x, start, stop)
+            scores = logits.of(start, stop)
             items = torch.arange(start, stop, dtype=torch.int64, device=scores.device)
             items = items.expand(x.rows, -1)
+            if logits.mask is not None:
+                items = items.masked_fill(logits.mask.ineligible(start, stop, x.rows), -1)
             if best is not None and index is not None:
                 scores, items = torch.cat([best, scores], 1), torch.cat([index, items], 1)
-            best, index = _first_k(scores, items, min(k, scores.shape[1]))
+            best, index = first_k(scores, items, min(k, scores.shape[1]))
         assert best is not None and index is not None
         return best, index
 
@@ -196,41 +219,57 @@ def _action_reward(x: Operands) -> Tensor | None:
     return q.sigmoid() if reward.sigmoid else q
 
 
-def _running_sums(x: Operands, entropy: bool) -> RunningSums:
-    """Sums over all items of `x`."""
+def _running_sums(x: Operands, entropy: bool) -> tuple[RunningSums, Tensor]:
+    """Sums over all items of `x`, and the logits of the actions."""
+    logits = Logits(x)
     sums: RunningSums | None = None
+    action_logit = None if x.eligible is not None else _action_logit(x)
     for start, stop in chunks(x):
-        part = _chunk_sums(x, start, stop, entropy)
+        s = logits.of(start, stop)
+        if x.eligible is not None:
+            # The very logits of the sums, so that ineligible actions have -inf.
+            inside = (x.action - start).clamp(0, stop - start - 1)
+            found = s.gather(1, inside[:, None])[:, 0]
+            found = found.masked_fill(inside + start != x.action, float("-inf"))
+            action_logit = found if action_logit is None else torch.maximum(action_logit, found)
+        part = _chunk_sums(x, s, (start, stop), entropy)
         sums = part if sums is None else sums.merge(part)
-    assert sums is not None
-    return sums
+    assert sums is not None and action_logit is not None
+    return sums, action_logit
 
 
-def _chunk_sums(x: Operands, start: int, stop: int, entropy: bool) -> RunningSums:
-    s = logits(x, start, stop)
+def _chunk_sums(x: Operands, s: Tensor, chunk: tuple[int, int], entropy: bool) -> RunningSums:
+    """Sums over the items of a chunk with logits `s`, which are overwritten."""
     top = s.amax(1)
     shifted = s.sub_(finite_top(top)[:, None])
     p = shifted.exp()
     reward = None
     if x.reward is not None:
-        reward = (p * _rewards(x.reward, start, stop, x.accumulation_dtype)).sum(1)
+        reward = (p * _rewards(x.reward, *chunk, x.accumulation_dtype)).sum(1)
     centered = (p * shifted.clamp_min_(LOG_PROB_FLOOR)).sum(1) if entropy else None
     return RunningSums(top, p.sum(1), reward, centered)
 
 
-def _first_k(scores: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def first_k(scores: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest scores and their items, ties to the lowest item; `items` rises along a row.
 
     torch.topk alone may pick any of equal scores: whatever is above the k-th score is in, and ties
-    with it are taken in order. NaN counts as largest, as in torch.topk, and ties with NaN.
+    with it are taken in order. NaN counts as largest, as in torch.topk, and ties with NaN. Items
+    of -1 stand for none: they have a score of -inf and come after all others.
     """
     threshold = torch.topk(scores, k, dim=1).values[:, -1:]
     is_nan, all_nan = scores.isnan(), threshold.isnan()
     above = (scores > threshold) | (is_nan & ~all_nan)
     ties = (scores == threshold) | (is_nan & all_nan)
     room = k - above.sum(1, keepdim=True)
-    chosen = above | (ties & (torch.cumsum(ties, 1) <= room))
+    absent = items < 0
+    late = ties & absent
+    rank = torch.cumsum(ties & ~absent, 1)
+    rank = torch.where(late, rank[:, -1:] + torch.cumsum(late, 1), rank)
+    chosen = above | (ties & (rank <= room))
     column = chosen.nonzero()[:, 1].view(len(scores), k)
-    picked = scores.gather(1, column)
+    picked, found = scores.gather(1, column), items.gather(1, column)
+    first = torch.argsort((found < 0).byte(), dim=1, stable=True)
+    picked, found = picked.gather(1, first), found.gather(1, first)
     order = torch.argsort(picked, dim=1, descending=True, stable=True)
-    return picked.gather(1, order), items.gather(1, column).gather(1, order)
+    return picked.gather(1, order), found.gather(1, order)

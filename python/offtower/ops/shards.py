@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from offtower.ops.library import policy_terms_backward
-from offtower.ops.policy import checked_operands
+from offtower.ops.policy import checked_operands, with_eligible
 from offtower.ops.types import (
     Backend,
     Cotangents,
+    Eligibility,
     ForwardStatistics,
     Gradients,
     Needs,
@@ -28,6 +29,7 @@ def shard_gradients(
     temperature: float = 1.0,
     item_bias: Tensor | None = None,
     reward_model: RewardTerms | None = None,
+    eligible: Eligibility | None = None,
     needs: Needs = Needs(True, True, True),
     backend: Backend = "auto",
 ) -> Gradients:
@@ -43,6 +45,7 @@ def shard_gradients(
         forward: (B,) over all slices: an reference_max near each row's largest logit, the sum of
             exp(s - reference_max), and expected_reward and entropy where they have gradients.
         g: gradients of the loss in each term, (B,); None where a term was not used.
+        eligible: of the slice, as in `partial_terms`.
         needs: which gradients to compute; that of a bias only where there is one.
 
     Returns:
@@ -53,5 +56,6 @@ def shard_gradients(
         None if item_bias is None else item_bias.detach(),
         reward_model,
     )
+    x = with_eligible(x, eligible)
     needs = needs._replace(item_bias=needs.item_bias and item_bias is not None)
     return policy_terms_backward(x, forward, g, needs, backend)

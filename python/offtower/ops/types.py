@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from offtower.errors import OperatorError
+from offtower.ops.eligibility import Eligibility as Eligibility
+from offtower.ops.eligibility import ItemLists as ItemLists
 
 Link = Literal["identity", "sigmoid"]
 Backend = Literal["auto", "reference", "cpu", "cuda"]
@@ -116,6 +118,12 @@ class Operands:
     item_bias: Tensor | None = None
     """b, (N,)."""
     reward: RewardOperands | None = None
+    eligible: Eligibility | None = None
+    """s_a = -inf for other items; with `candidates`, lists alone (`Eligibility.resolved`)."""
+
+    @property
+    def candidates(self) -> ItemLists | None:
+        return None if self.eligible is None else self.eligible.candidates
 
     @property
     def rows(self) -> int:
@@ -152,6 +160,7 @@ class Operands:
             self.temperature,
             changed(self.item_bias),
             reward,
+            None if self.eligible is None else self.eligible.map(change),
         )
 
 
@@ -282,7 +291,9 @@ class PartialTerms:
         """
         if bool(torch.isinf(self.action_logit).any()):
             row = int(torch.isinf(self.action_logit).nonzero()[0])
-            raise OperatorError(f"the action of row {row} is in none of the merged slices")
+            raise OperatorError(
+                f"the action of row {row} is in none of the merged slices, or not eligible"
+            )
         return self.terms()
 
     def terms(self) -> PolicyTerms:
