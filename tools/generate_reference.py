@@ -28,7 +28,7 @@ from offtower.data.eligible_schema import (
     IntervalForm,
     ListForm,
 )
-from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
+from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema, Outcomes
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "reference"
 NOTE = "<!-- Written by tools/generate_reference.py; do not edit. -->\n"
@@ -103,6 +103,7 @@ def schema() -> str:
     )
     for title, kind in (
         ("log", LogSchema),
+        ("log.outcomes", Outcomes),
         ("catalogue", CatalogueSchema),
         ("feature", FeatureSpec),
         ("log.eligible", EligibleSchema),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from typer.testing import CliRunner
 
 from offtower.checksums import describe_files
 from offtower.cli import app
+from offtower.errors import DataError
+from offtower.retrieval import Retriever, decisions_table
 from offtower.retrieval.manifest import read_manifest, write_manifest
 
 ONE = '{"x": [0.5, -1.0, 0.25]}'
@@ -87,6 +90,73 @@ def test_each_mode_writes_its_log(run: Path, contexts: Path, tmp_path: Path, mod
     assert len({tuple(row["items"]) for row in content["contexts"]}) > rows / 2
     assert "exists already" in refused(*arguments, "--log", str(log))
     assert [p.name for p in log.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_decisions_have_no_outcome_of_the_old_log(
+    run: Path, contexts: Path, tmp_path: Path
+) -> None:
+    """Contexts out of a log bring its rewards, which belong to the items that it showed."""
+    log = tmp_path / "day.parquet"
+    arguments = ("--contexts", str(contexts), "--sample", "--seed", "1", "--log", str(log))
+    assert call("search", str(run), *arguments).exit_code == 0
+    old, new = pq.read_table(contexts), pq.read_table(log)
+    assert {"reward", "pscore"} <= set(old.column_names) and "reward" not in new.column_names
+    schema = yaml.safe_load((tmp_path / "day.schema.yaml").read_text())
+    catalogue = read_manifest_of(run)["catalogue"]["schema"]
+    assert schema["catalogue"] == catalogue and catalogue["features"]
+    items = run.parents[1] / "logs" / "catalogue"
+    ingest = ("ingest", str(log), "--schema", str(tmp_path / "day.schema.yaml"))
+    ingest += ("--catalogue", str(items / "part-00000.parquet"), "--out", str(tmp_path / "taken"))
+    assert "no outcome was joined" in refused(*ingest)
+
+    # Joined with clicks of some rounds, it is taken, with the catalogue's features.
+    clicks = new.select(["round_id", "position"]).slice(0, 40)
+    pq.write_table(clicks, tmp_path / "clicks.parquet")
+    joined = ("join", str(log), str(tmp_path / "clicks.parquet"), "--rule", "any")
+    joined += ("--out", str(tmp_path / "joined.parquet"))
+    made = call(*joined)
+    assert made.exit_code == 0, made.output
+    joined_schema = tmp_path / "joined.schema.yaml"
+    content = yaml.safe_load(joined_schema.read_text())
+    content["log"]["outcomes"] = {"maturity": "0s", "missing": 0}
+    joined_schema.write_text(yaml.safe_dump(content))
+    ingest = (
+        "ingest",
+        str(tmp_path / "joined.parquet"),
+        "--schema",
+        str(joined_schema),
+        *ingest[4:],
+    )
+    taken = call(*ingest, "--json")
+    assert taken.exit_code == 0, taken.output
+    assert json.loads(taken.stdout)["notes"] == []
+    reward = pq.read_table(tmp_path / "taken" / "log").column("reward").to_numpy()
+    assert reward.sum() == 40 and len(reward) == old.num_rows
+
+
+def test_two_calls_at_one_time_share_no_round(run: Path, contexts: Path) -> None:
+    retriever = Retriever.open(run)
+    table = pq.read_table(contexts).slice(0, 4)
+    parts = [
+        decisions_table(
+            retriever, table, retriever.sample(table, 2, seed=seed), served_at=datetime(2026, 1, 1)
+        )
+        for seed in (1, 2)
+    ]
+    rounds = pa.concat_tables(parts).column("round_id").to_pylist()
+    assert len(set(rounds)) == 8 and all(rounds.count(one) == 2 for one in rounds)
+    with pytest.raises(DataError, match="4 distinct round ids"):
+        decisions_table(
+            retriever,
+            table,
+            retriever.sample(table, 2, seed=1),
+            round_id=pa.array(["a", "a", "b", "c"]),
+        )
+
+
+def read_manifest_of(run: Path) -> dict[str, Any]:
+    export = run / "export"
+    return read_manifest(export / (export / "CURRENT").read_text().strip())
 
 
 def test_results_do_not_depend_on_the_batch_size(

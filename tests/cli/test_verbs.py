@@ -32,6 +32,7 @@ def call_json(*arguments: str, code: int = 0) -> dict[str, Any]:
 VERBS = (
     "doctor",
     "simulate",
+    "join",
     "ingest",
     "validate",
     "train",

@@ -7,6 +7,7 @@ in every round in four other worlds too.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from offtower.config import parse_config
 from offtower.data import write_catalogue, write_log
 from offtower.data.columns import as_float_array
 from offtower.data.ingest import IngestSource, ingest_files
+from offtower.data.join import JoinedReward, JoinPlan, join_tables
 from offtower.data.log import ParquetLog
+from offtower.data.schema import Outcomes
 from offtower.data.simulate import SimulatedWorld, WorldSettings
 from offtower.retrieval import (
     ExportOptions,
@@ -27,7 +30,6 @@ from offtower.retrieval import (
     export_run,
     retrieval_quality,
     served_schema,
-    with_rewards,
 )
 from offtower.training.run import train_run
 
@@ -79,7 +81,12 @@ def test_three_rounds_of_serving_and_learning(tmp_path: Path) -> None:
         ).filter(pa.array(reward > 0))
         schema = served_schema(retriever)
         source = tmp_path / f"served-{number}.parquet"
-        pq.write_table(with_rewards(decisions, outcomes, schema), source)
+        plan = JoinPlan(
+            (("round_id", "round_id"), ("position", "position")), (JoinedReward("reward"),)
+        )
+        pq.write_table(join_tables(decisions, outcomes, plan), source)
+        # All outcomes are here already: no waiting, and no outcome means 0.
+        schema = replace(schema, outcomes=Outcomes(maturity="0s", missing=0.0))
         done = ingest_files(
             IngestSource(
                 source,

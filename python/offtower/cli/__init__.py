@@ -14,6 +14,7 @@ from offtower.cli import (
     evaluate,
     export,
     ingest,
+    join,
     quickstart,
     search,
     simulate,
@@ -52,6 +53,7 @@ def _options(
 for verb in (
     doctor,
     simulate,
+    join,
     ingest,
     validate,
     train,

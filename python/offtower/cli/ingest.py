@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from offtower.cli.cluster import IN_PROCESS, RayOptions
-from offtower.cli.common import AsJson, DrawnProgress, messages, print_json, verb
+from offtower.cli.common import AsJson, DrawnProgress, escape, messages, print_json, verb
 from offtower.errors import ConfigError, DataError
 
 
@@ -40,6 +40,13 @@ def ingest(
     on_bad_rows: Annotated[
         Literal["error", "quarantine"], typer.Option(help="Fail, or move bad rows aside.")
     ] = "error",
+    accept_moved_mean: Annotated[
+        bool,
+        typer.Option(
+            "--accept-moved-mean",
+            help="Confirm a quarantine that moves the mean reward by more than chance.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of a split by user or row.")] = 0,
     ray: RayOptions = IN_PROCESS,
     as_json: AsJson = False,
@@ -62,6 +69,7 @@ def ingest(
                 IngestSource(source, schemas[0], catalogue, schemas[1]),
                 out,
                 on_bad_rows=on_bad_rows,
+                moved_mean="accept" if accept_moved_mean else "error",
                 split=parts,
                 mapper=mapper,
                 progress=progress,
@@ -76,6 +84,15 @@ def ingest(
         console.print(
             f"[yellow]{summary.quarantined:,} bad rows in {summary.log.parent / 'quarantine'}[/]"
         )
+    if summary.outcomes is not None:
+        counts = summary.outcomes
+        console.print(
+            f"{counts.young:,} rows left out as younger than the maturity "
+            f"({counts.young_rewarded:,} of them rewarded); {counts.late:,} late outcomes ignored; "
+            f"{counts.missing:,} rows without an outcome took outcomes.missing"
+        )
+    for note in summary.notes:
+        console.print(f"[yellow]note[/]  {escape(note)}", soft_wrap=True)
     for name, rows in summary.splits.items():
         console.print(f"{rows:,} rows in {summary.log.parent / name}")
 

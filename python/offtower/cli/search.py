@@ -100,7 +100,8 @@ def search(
     if target is not None:
         schema = escape(str(_schema_path(target)))
         messages().print(
-            f"decisions in {escape(str(log))}; add rewards and ingest with {schema}",
+            f"decisions in {escape(str(log))} with their schema {schema}; add outcomes with "
+            "offtower join, then ingest",
             soft_wrap=True,
         )
 
@@ -121,30 +122,24 @@ def _sample(
     log: Location | None,
 ) -> Iterator[list[Row]]:
     """Draw in batches; the log appears when it is complete."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
     import yaml
 
     from offtower.data.output import new_file
-    from offtower.retrieval import decisions_table, served_schema
+    from offtower.retrieval import catalogue_section, decisions_table, served_schema
 
-    now, first = datetime.now(UTC), 0
+    now = datetime.now(UTC)
     with ExitStack() as stack:
         writer: pq.ParquetWriter | None = None
         file = None if log is None else stack.enter_context(new_file(log))
         for table in _batches(contexts):
             served = draw(table)
             if file is not None:
-                numbers = range(first, first + table.num_rows)
-                rounds = pa.array([f"{now:%Y%m%dT%H%M%S%f}-{row}" for row in numbers])
-                decisions = decisions_table(
-                    retriever, table, served, round_id=rounds, served_at=now
-                )
+                decisions = decisions_table(retriever, table, served, served_at=now)
                 if writer is None:
                     writer = pq.ParquetWriter(file, decisions.schema)
                     stack.callback(writer.close)
                 writer.write_table(decisions)
-            first += table.num_rows
             yield [
                 {"items": ids, "pscore": pscore.tolist(), "relative_error": error.tolist()}
                 for ids, pscore, error in zip(
@@ -153,7 +148,10 @@ def _sample(
             ]
         if log is not None:
             # The schema comes first, so that a log is never without it.
-            content = {"log": served_schema(retriever).to_dict()}
+            content = {
+                "log": served_schema(retriever).to_dict(),
+                "catalogue": catalogue_section(retriever).to_dict(),
+            }
             text = yaml.safe_dump(content, sort_keys=False)
             _schema_path(log).write_bytes(text.encode())
 

@@ -16,8 +16,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
+from offtower.data.columns import as_float_array
 from offtower.data.location import AnyPath
 from offtower.data.log import TableOrigin
+from offtower.data.moments import Moments, QuarantineEffect
+from offtower.data.outcomes import OutcomeCounts, settle
 from offtower.data.quarantine import REASON, write_quarantine
 from offtower.data.rules import Fault, find_faults
 from offtower.data.schema import LogSchema
@@ -69,9 +72,12 @@ class BadRow:
 class BadRowsError(DataError):
     """Bad rows were found; `rows` holds the first ones, `counts` all by (column, problem)."""
 
-    def __init__(self, rows: list[BadRow], counts: Counter[tuple[str, str]]) -> None:
+    def __init__(
+        self, rows: list[BadRow], counts: Counter[tuple[str, str]], remedy: str = ""
+    ) -> None:
         self.rows = rows
         self.counts = counts
+        self.remedy = remedy
         total = sum(counts.values())
         lines = [f"{total:,} bad value{'s' if total > 1 else ''} in the log:"]
         lines += [f"  {row}" for row in rows[:_DETAILS]]
@@ -81,6 +87,8 @@ class BadRowsError(DataError):
                 f"    {count:,} x column '{column}' is {problem}"
                 for (column, problem), count in sorted(counts.items())
             ]
+        if remedy:
+            lines.append(remedy)
         lines.append(
             "Correct the log, or set such rows aside with --on-bad-rows quarantine "
             "(data.on_bad_rows=quarantine)"
@@ -89,9 +97,9 @@ class BadRowsError(DataError):
 
     def __reduce__(
         self,
-    ) -> tuple[type[BadRowsError], tuple[list[BadRow], Counter[tuple[str, str]]]]:
+    ) -> tuple[type[BadRowsError], tuple[list[BadRow], Counter[tuple[str, str]], str]]:
         """Pickle by arguments, so that workers can raise it."""
-        return BadRowsError, (self.rows, self.counts)
+        return BadRowsError, (self.rows, self.counts, self.remedy)
 
 
 def check_table(
@@ -156,7 +164,20 @@ class RowChecker:
         self._quarantine = quarantine
         self._seen: dict[tuple[TableOrigin, int], int] = {}
         self._counts: Counter[tuple[str, str]] = Counter()
+        self._outcomes = OutcomeCounts()
+        self._effect = QuarantineEffect()
+        self._rewards_of: set[tuple[TableOrigin, int]] = set()
         self._lock = threading.Lock()
+
+    @property
+    def quarantined(self) -> QuarantineEffect:
+        """What the quarantine did to the rewards so far."""
+        return self._effect
+
+    @property
+    def outcomes(self) -> OutcomeCounts:
+        """What the schema's section `outcomes` did to the rows checked so far."""
+        return self._outcomes
 
     @property
     def schema(self) -> LogSchema:
@@ -174,34 +195,73 @@ class RowChecker:
         return Counter(self._counts)
 
     def check(self, table: pa.Table, origin: TableOrigin, first_row: int) -> pa.Table:
-        """Return the good rows of a table.
+        """Return the good rows of a table, with the schema's `outcomes` those that are mature.
 
         Raises:
             BadRowsError: there is a bad row and no quarantine.
             DataError: see `check_table`.
         """
-        good = self.good_rows(table, origin, first_row)
+        mature = None
+        if self._schema.outcomes is not None:
+            settled = settle(table, self._schema)
+            table, mature = settled.table, settled.mature
+            self._outcomes += settled.counts
+        good = self.good_rows(table, origin, first_row, mature)
         return table if good.all() else table.filter(pa.array(good))
 
-    def good_rows(self, table: pa.Table, origin: TableOrigin, first_row: int) -> NDArray[np.bool_]:
-        """Return the (n,) mask of good rows, after writing the others to quarantine."""
+    def good_rows(
+        self,
+        table: pa.Table,
+        origin: TableOrigin,
+        first_row: int,
+        wanted: NDArray[np.bool_] | None = None,
+    ) -> NDArray[np.bool_]:
+        """Return the (n,) mask of good rows, after writing bad ones to quarantine.
+
+        Args:
+            wanted: (n,) rows to check and return; all by default.
+        """
         faults = find_faults(table, self._schema, self._catalogue, origin.file)
+        if wanted is not None:
+            faults = [replace(fault, mask=fault.mask & wanted) for fault in faults]
+            faults = [fault for fault in faults if fault.mask.any()]
         bad = np.zeros(table.num_rows, dtype=bool)
         for fault in faults:
             bad |= fault.mask
-        self._learn_lengths(table, bad)
+        good = ~bad if wanted is None else ~bad & wanted
+        self._learn_lengths(table, ~good)
+        if self._quarantine is not None:
+            self._add_rewards(table, good, wanted, (origin, first_row))
         if not faults:
-            return ~bad
+            return good
         if self._quarantine is None:
             rows = first_bad_rows(table, faults, origin, first_row)
-            raise BadRowsError(rows, count_faults(faults))
+            raise BadRowsError(
+                rows, count_faults(faults), reward_remedy(table, faults, self._schema)
+            )
         key = (origin, first_row)
         with self._lock:
             if key not in self._seen:
                 self._set_aside(table, faults, bad, origin, first_row)
                 self._seen[key] = int(bad.sum())
                 self._counts.update(count_faults(faults))
-        return ~bad
+        return good
+
+    def _add_rewards(
+        self,
+        table: pa.Table,
+        good: NDArray[np.bool_],
+        wanted: NDArray[np.bool_] | None,
+        key: tuple[TableOrigin, int],
+    ) -> None:
+        reward = as_float_array(table.column(self._schema.reward))
+        known = np.isfinite(reward) if wanted is None else np.isfinite(reward) & wanted
+        with self._lock:
+            if key not in self._rewards_of:
+                self._rewards_of.add(key)
+                self._effect += QuarantineEffect(
+                    Moments.of(reward[known]), Moments.of(reward[good])
+                )
 
     def _learn_lengths(self, table: pa.Table, bad: NDArray[np.bool_]) -> None:
         specs = self._schema.context
@@ -237,6 +297,27 @@ class RowChecker:
             origin.file,
             first_row,
         )
+
+
+def reward_remedy(table: pa.Table, faults: Iterable[Fault], schema: LogSchema) -> str:
+    """Return what to do about bad rewards; empty where none is bad."""
+    problems = {fault.problem for fault in faults if fault.column == schema.reward}
+    lines = []
+    if "null" in problems:
+        lines.append(
+            "A null reward is a pending outcome, never 0: add the section 'outcomes' to the "
+            "schema (maturity, and missing: 0 if no outcome means 0)"
+        )
+    if problems & {f"below {schema.reward_range[0]:g}", f"above {schema.reward_range[1]:g}"}:
+        reward = as_float_array(table.column(schema.reward))
+        reward = reward[np.isfinite(reward)]
+        low, high = min(0.0, float(reward.min())), float(reward.max())
+        lines.append(
+            f"If these rewards are right, say so in the schema: reward_range: [{low:g}, {high:g}] "
+            "covers those read so far (state the range that is possible). To set them aside "
+            "would change the mean reward"
+        )
+    return "\n".join(lines)
 
 
 def _detail(table: pa.Table, fault: Fault, row: int, origin: TableOrigin, first_row: int) -> BadRow:

@@ -7,8 +7,9 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +24,24 @@ from offtower.data.lease import Lease
 from offtower.data.location import AnyPath, Location
 from offtower.data.log import write_log
 from offtower.data.obd import import_open_bandit
+from offtower.data.outcomes import (
+    OutcomeCounts,
+    check_outcome_columns,
+    collected_at,
+    newest_time,
+    stored_schema,
+)
 from offtower.data.output import check_new
 from offtower.data.parts import write_log_parts
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
-from offtower.data.source import CheckedUnits, Units, joined_values, open_source, read_source
+from offtower.data.source import (
+    CheckedUnits,
+    Units,
+    UnitTally,
+    joined_values,
+    open_source,
+    read_source,
+)
 from offtower.data.split import SplitBy, split_log
 from offtower.errors import DataError
 from offtower.mapping import Mapper
@@ -48,6 +63,10 @@ class IngestSummary:
     items: int
     quarantined: int
     splits: dict[str, int] = field(default_factory=dict)
+    outcomes: OutcomeCounts | None = None
+    """Rows left out or filled by the schema's section `outcomes`; None without one."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about the result."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -57,6 +76,8 @@ class IngestSummary:
             "items": self.items,
             "quarantined": self.quarantined,
             "splits": self.splits,
+            "outcomes": None if self.outcomes is None else self.outcomes.to_dict(),
+            "notes": list(self.notes),
         }
 
 
@@ -92,6 +113,7 @@ def ingest_files(
     out: AnyPath,
     *,
     on_bad_rows: str = "error",
+    moved_mean: Literal["error", "accept"] = "error",
     split: Split | None = None,
     mapper: Mapper | None = None,
     progress: Progress | None = None,
@@ -102,18 +124,21 @@ def ingest_files(
 
     Args:
         on_bad_rows: "error", or "quarantine" to set them aside in `out`/quarantine.
+        moved_mean: whether to refuse a quarantine that moves the mean reward by more than chance.
         mapper: where the source is read and files are written; the files are the same with any. One
             that is distributed reads the source once more, to count its rows, and needs a path that
             every worker sees.
 
     Raises:
-        DataError: no such source, an unknown format, a bad row (unless quarantined), or `out` holds
-            a log already.
+        DataError: no such source, an unknown format, a bad row (unless quarantined), a source
+            without rewards, a log of which no row is mature, a quarantine that moves the mean
+            reward, or `out` holds a log already.
         LeaseError: another process writes to `out`.
     """
     mapper, progress = mapper or Mapper(), progress or Progress()
     log = Location.of(source.log)
     dataset = open_source(log)
+    check_outcome_columns(dataset.schema.names, source.schema, str(log))
     units = Units(dataset, log, source.schema.columns)
     with _claimed(out, split) as out:
         if source.catalogue is None:
@@ -125,12 +150,21 @@ def ingest_files(
             catalogue_schema = catalogue_schema.keeping(source.schema.eligible)
         catalogue = Catalogue.from_table(table, catalogue_schema)
         quarantine = (out / "quarantine").absolute() if on_bad_rows == "quarantine" else None
-        rows, bad = _write(
-            out / "log", units, source.schema, catalogue, quarantine, mapper, progress
-        )
+        schema = _dated(source.schema, units, mapper)
+        found = _write(out / "log", units, schema, catalogue, quarantine, mapper, progress)
+        notes = [*_catalogue_notes(catalogue_schema), *_quarantine_notes(found, moved_mean)]
         write_catalogue(out / "catalogue", table, catalogue_schema)
         splits = _split(out, split, mapper, progress)
-    return IngestSummary(out / "log", out / "catalogue", rows, catalogue.num_items, bad, splits)
+    return IngestSummary(
+        out / "log",
+        out / "catalogue",
+        found.good,
+        catalogue.num_items,
+        found.bad,
+        splits,
+        None if schema.outcomes is None else found.outcomes,
+        tuple(notes),
+    )
 
 
 def ingest_open_bandit(
@@ -261,6 +295,58 @@ def _shown_items(
     )
 
 
+def _dated(schema: LogSchema, units: Units, mapper: Mapper) -> LogSchema:
+    """Return the schema with the time at which outcomes were collected."""
+    outcomes = schema.outcomes
+    if outcomes is None or outcomes.as_of is not None:
+        return schema
+    assert schema.timestamp is not None
+    columns = [name for name in (schema.timestamp, outcomes.time) if name is not None]
+    found = mapper.map(
+        partial(_newest, units, columns), range(len(units)), "finding the newest row"
+    )
+    newest = [one for one in found if one is not None]
+    kind = units.schema.field(schema.timestamp).type
+    dated = collected_at(outcomes, max(newest) if newest else None, not pa.types.is_timestamp(kind))
+    return replace(schema, outcomes=dated)
+
+
+def _newest(units: Units, columns: list[str], unit: int) -> int | None:
+    return newest_time(
+        pa.chunked_array([batch.column(name)])
+        for batch in units.batches(unit, columns)
+        for name in columns
+    )
+
+
+def _catalogue_notes(schema: CatalogueSchema) -> list[str]:
+    if schema.features and schema.features != (FeatureSpec(name="item_id", kind="category"),):
+        return []
+    return [
+        "the catalogue has no features besides the ids: the item tower learns each item alone, and "
+        "nothing about items that the log does not show. If the items have features, name them in "
+        "the schema's section catalogue and pass --catalogue"
+    ]
+
+
+def _quarantine_notes(found: UnitTally, moved_mean: str) -> list[str]:
+    effect = found.effect
+    if not effect.moves_mean:
+        return []
+    text = (
+        f"the quarantine moves the mean reward from {effect.every.mean:.5g} (all "
+        f"{effect.every.count:,} rows with a reward) to {effect.good.mean:.5g} "
+        f"({effect.good.count:,} good rows)"
+    )
+    if moved_mean == "accept":
+        return [text]
+    raise DataError(
+        f"{text}. Rewards from {effect.every.smallest:g} to {effect.every.largest:g} were read: if "
+        "they are right, state reward_range in the schema; if the bad rows are to be left out all "
+        "the same, confirm it with --accept-moved-mean"
+    )
+
+
 def _write(
     out: Location,
     units: Units,
@@ -269,8 +355,8 @@ def _write(
     quarantine: Location | None,
     mapper: Mapper,
     progress: Progress,
-) -> tuple[int, int]:
-    """Write `out`; rows written, and rows set aside."""
+) -> UnitTally:
+    """Write `out`; what was written, and what was set aside or left out."""
     none = np.zeros(len(units), dtype=np.int64)
     rows = CheckedUnits(
         units, schema, schema, len(units), reading_index(catalogue, schema), none, quarantine, none
@@ -287,20 +373,23 @@ def _write(
     counted = np.asarray(counts, dtype=np.int64)
     rows.first_rows, rows.counts = np.cumsum(counted) - counted, counted
     rows.learned_in, rows.learned = _learned(rows)
-    bad = 0
-    if quarantine is not None:
+    found = UnitTally(int(counted.sum()), 0)
+    if quarantine is not None or schema.outcomes is not None:
         progress.start("checking rows", int(counted.sum()))
         tallies = list(
             report_rows(mapper.map(rows.tally, range(len(units)), "checking rows"), progress)
         )
         progress.finish()
-        bad = sum(one.bad for one in tallies)
+        found = sum(tallies, UnitTally(0, 0))
         rows.counts = np.asarray([one.good for one in tallies], dtype=np.int64)
-    manifest = write_log_parts(out, rows, schema, mapper, progress=progress, task="writing rows")
-    return int(manifest["num_rows"]), bad
+    _check_some_mature(found, schema)
+    write_log_parts(
+        out, rows, stored_schema(schema), mapper, progress=progress, task="writing rows"
+    )
+    return found
 
 
-def _stream(out: Location, rows: CheckedUnits, progress: Progress) -> tuple[int, int]:
+def _stream(out: Location, rows: CheckedUnits, progress: Progress) -> UnitTally:
     """The same in one pass."""
     progress.start("reading the log", None)
     checker = RowChecker(rows.schema, rows.catalogue, quarantine=rows.quarantine)
@@ -313,10 +402,23 @@ def _stream(out: Location, rows: CheckedUnits, progress: Progress) -> tuple[int,
                 yield checker.check(table, origin, first_row)
                 first_row += batch.num_rows
                 progress.advance(batch.num_rows)
+        good = first_row - checker.bad_rows - checker.outcomes.young
+        _check_some_mature(UnitTally.of(good, checker), rows.schema)
 
-    manifest = write_log(out, tables(), rows.schema)
+    manifest = write_log(out, tables(), stored_schema(rows.schema))
     progress.finish()
-    return int(manifest["num_rows"]), checker.bad_rows
+    return UnitTally.of(int(manifest["num_rows"]), checker)
+
+
+def _check_some_mature(found: UnitTally, schema: LogSchema) -> None:
+    young = found.outcomes.young
+    if found.good or not young or schema.outcomes is None:
+        return
+    raise DataError(
+        f"all {young:,} rows are younger than outcomes.maturity ({schema.outcomes.maturity}) at "
+        f"{schema.outcomes.as_of}, so no outcome is final. If the outcomes were collected later "
+        "than the newest row, state when: outcomes.as_of"
+    )
 
 
 def _learned(rows: CheckedUnits) -> tuple[int, LogSchema]:

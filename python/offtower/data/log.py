@@ -91,6 +91,11 @@ class ParquetLog(Log):
         schema: LogSchema,
         footers: Iterable[Footer] | None = None,
     ) -> None:
+        if schema.outcomes is not None:
+            raise DataError(
+                "the log schema has a section 'outcomes': rows may be pending. Ingest the log with "
+                "this schema (offtower ingest), and use the log that it writes"
+            )
         self.schema = schema
         self._files = [Location.of(file) for file in files]
         digest = hashlib.sha256(repr(schema).encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.check import BadRow, count_faults, first_bad_rows
 from offtower.data.columns import as_float_array, category_values, splitmix64
 from offtower.data.log import TableOrigin
+from offtower.data.moments import Moments
 from offtower.data.rows import hashed
 from offtower.data.rules import find_faults
 from offtower.data.schema import LogSchema
@@ -24,62 +24,8 @@ Target = Callable[[pa.Table], NDArray[np.floating]]
 
 SHOWN_BAD_ROWS = 5
 DUPLICATE_KEYS = 8_000_000
-_HEAVY = 0.1
-"""Share of a sum in one value, above which its standard error is unreliable."""
-_NOISY = 0.25
-"""Largest informative ratio of a standard error to the expected number."""
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 """Bits set in each byte."""
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Count, mean, sum of squared deviations, largest and smallest value."""
-
-    count: int = 0
-    mean: float = 0.0
-    square: float = 0.0
-    largest: float = -math.inf
-    smallest: float = math.inf
-
-    @classmethod
-    def of(cls, values: NDArray[np.float64]) -> Moments:
-        if values.size == 0:
-            return cls()
-        mean = float(values.mean())
-        return cls(
-            values.size,
-            mean,
-            float(np.square(values - mean).sum()),
-            float(values.max()),
-            float(values.min()),
-        )
-
-    def merge(self, other: Moments) -> Moments:
-        """Merge (Chan, Golub and LeVeque 1979)."""
-        if not other.count or not self.count:
-            return self if self.count else other
-        count = self.count + other.count
-        shift = other.mean - self.mean
-        return Moments(
-            count,
-            self.mean + shift * other.count / count,
-            self.square + other.square + shift**2 * self.count * other.count / count,
-            max(self.largest, other.largest),
-            min(self.smallest, other.smallest),
-        )
-
-    @property
-    def std_error(self) -> float:
-        if self.count < 2:
-            return math.inf
-        return math.sqrt(self.square / (self.count - 1) / self.count)
-
-    def too_noisy(self, expected: float) -> bool:
-        """Whether the standard error is large against `expected`, or unreliable because one value
-        dominates the mean."""
-        heaviest = self.largest > _HEAVY * self.count * abs(self.mean)
-        return not self.std_error <= _NOISY * expected or heaviest
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from datetime import datetime
 from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from offtower.data.durations import parse_duration
 from offtower.data.eligible_schema import (
     AttributeForm,
     EligibleSchema,
@@ -59,6 +61,31 @@ class FeatureSpec:
 
 
 @dataclass(config=_STRICT, frozen=True)
+class Outcomes:
+    """When a missing reward is final. A null reward is pending, never 0."""
+
+    maturity: str | float
+    """Time after the decision in which its outcome can come: 7d, 12h, 30min; a number, in the
+    column's unit, where the timestamp is a number. Younger rows are left out, rewarded or not."""
+    missing: Literal["error"] | float = "error"
+    """Reward of older rows without an outcome: a number such as 0, or refuse them."""
+    time: str | None = None
+    """Column with the time of the outcome; outcomes after the maturity are ignored."""
+    as_of: datetime | float | None = None
+    """When the outcomes were collected (UTC if it names no zone); the newest timestamp if None."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Outcomes:
+        if isinstance(self.maturity, str):
+            parse_duration(self.maturity, "maturity")
+        elif not 0.0 <= self.maturity < float("inf"):
+            raise ValueError(f"maturity must not be negative, but is {self.maturity:g}")
+        if isinstance(self.missing, float) and not abs(self.missing) < float("inf"):
+            raise ValueError(f"missing must be error or a finite number, but is {self.missing}")
+        return self
+
+
+@dataclass(config=_STRICT, frozen=True)
 class LogSchema:
     """Columns of a log."""
 
@@ -76,6 +103,8 @@ class LogSchema:
     """Smallest and largest possible reward; rows outside are refused."""
     eligible: EligibleSchema | None = None
     """Which items could have been shown for a row; None where every item could."""
+    outcomes: Outcomes | None = None
+    """For logs with pending rewards, at ingest; without it a null reward is a bad row."""
 
     @model_validator(mode="after")
     def _check(self) -> LogSchema:
@@ -90,6 +119,8 @@ class LogSchema:
                 f"reward_range must be two finite numbers, low < high, got {low, high}"
             )
         _unique_names(self.context)
+        if self.outcomes is not None and self.timestamp is None:
+            raise ValueError("outcomes need a timestamp: name the column with the decision's time")
         return self
 
     @property
@@ -107,11 +138,17 @@ class LogSchema:
                 self.position,
                 self.round_id,
                 self.user_id,
+                None if self.outcomes is None else self.outcomes.time,
             )
             if name is not None
         ]
         named += () if self.eligible is None else self.eligible.log_columns
         return tuple(dict.fromkeys(named))
+
+    @property
+    def reward_columns(self) -> tuple[str, ...]:
+        """Columns of the source that hold outcomes."""
+        return (self.reward,)
 
     def to_dict(self) -> dict[str, Any]:
         content: dict[str, Any] = _LOG.dump_python(self, mode="json", by_alias=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
 from offtower.data.location import AnyPath, Location
 from offtower.data.log import TableOrigin
+from offtower.data.moments import QuarantineEffect
+from offtower.data.outcomes import OutcomeCounts
 from offtower.data.parquet import FOOTER_THREADS
 from offtower.data.parts import RowSource
 from offtower.data.read_ahead import ParallelReadAhead
@@ -310,16 +312,38 @@ class CheckedUnits(RowSource):
         good, checker = 0, None
         for table, checker in self.checked(unit):  # noqa: B007 - the last one counts
             good += table.num_rows
-        return UnitTally(good, 0 if checker is None else checker.bad_rows)
+        return UnitTally(good, 0) if checker is None else UnitTally.of(good, checker)
 
 
 @dataclass(frozen=True)
 class UnitTally:
-    """Rows of a unit."""
+    """Rows of a unit.
+
+    Attributes:
+        good: rows to write.
+        bad: rows in quarantine.
+        outcomes: rows left out as too young, and filled.
+        effect: of the quarantine on the mean reward.
+    """
 
     good: int
     bad: int
+    outcomes: OutcomeCounts = field(default_factory=OutcomeCounts)
+    effect: QuarantineEffect = field(default_factory=QuarantineEffect)
+
+    @classmethod
+    def of(cls, good: int, checker: RowChecker) -> UnitTally:
+        """Return what a checker found, beside `good` rows."""
+        return cls(good, checker.bad_rows, checker.outcomes, checker.quarantined)
 
     @property
     def rows(self) -> int:
-        return self.good + self.bad
+        return self.good + self.bad + self.outcomes.young
+
+    def __add__(self, other: UnitTally) -> UnitTally:
+        return UnitTally(
+            self.good + other.good,
+            self.bad + other.bad,
+            self.outcomes + other.outcomes,
+            self.effect + other.effect,
+        )

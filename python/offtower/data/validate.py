@@ -10,7 +10,8 @@ from typing import Any, Literal
 from offtower.data.catalogue import Catalogue
 from offtower.data.eligible import reading_index
 from offtower.data.log import Log
-from offtower.data.log_sums import LogSums, Moments, Target
+from offtower.data.log_sums import LogSums, Target
+from offtower.data.moments import Moments
 from offtower.data.schema import LogSchema
 from offtower.mapping import Mapper, merge_all, pieces
 from offtower.progress import Progress, report_rows

@@ -6,7 +6,7 @@ from offtower.retrieval.index import IndexOptions
 from offtower.retrieval.propensity_sampler import PropensitySampler
 from offtower.retrieval.quality import RetrievalQuality, retrieval_quality
 from offtower.retrieval.retriever import Retriever, SampleResult, SearchResult
-from offtower.retrieval.served_log import decisions_table, served_schema, with_rewards
+from offtower.retrieval.served_log import catalogue_section, decisions_table, served_schema
 
 __all__ = [
     "ExportOptions",
@@ -17,9 +17,9 @@ __all__ = [
     "Retriever",
     "SampleResult",
     "SearchResult",
+    "catalogue_section",
     "decisions_table",
     "export_run",
     "retrieval_quality",
     "served_schema",
-    "with_rewards",
 ]

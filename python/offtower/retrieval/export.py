@@ -291,6 +291,7 @@ class _Writer:
                 "path": str(self.catalogue.path),
                 "fingerprint": written.fingerprint,
                 "ids_sha256": written.ids_sha256,
+                "schema": self.catalogue.schema.to_dict(),
             },
             "log_schema": log.schema.to_dict(),
             "measured_on": {"part": part, "contexts": len(queries), "fingerprint": log.fingerprint},

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from offtower.data.schema import LogSchema
+from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.errors import DataError
 from offtower.retrieval.retriever import Retriever, SampleResult
 
@@ -27,14 +27,17 @@ def decisions_table(
     """Make one log row per shown item: context, item, pscore, position, round, time and policy.
 
     Column names are those of the log that the policy was trained on. `pscore_error` is the relative
-    standard error of the propensity.
+    standard error of the propensity. The rows have no reward: `offtower.data.join` adds it.
 
     Args:
-        contexts: the n served rows; further columns, such as a user id, are kept.
-        round_id: (n,) text ids for joining rewards; made from time and row by default.
+        contexts: the n served rows; further columns, such as a user id, are kept. Columns that the
+            log schema names for something other than the context or the user (the reward or the
+            weight of an old log) belong to other decisions and are left out.
+        round_id: (n,) distinct text ids for joining outcomes; by default made from the time, a
+            random number for each call, and the row, so that no two calls share one.
 
     Raises:
-        DataError: contexts and served results differ in number.
+        DataError: contexts and served results differ in number, or round ids repeat.
     """
     schema = served_schema(retriever)
     n, k = served.item.shape
@@ -42,9 +45,12 @@ def decisions_table(
         raise DataError(f"{contexts.num_rows} contexts, but {n} were served")
     now = served_at or datetime.now(UTC)
     if round_id is None:
-        round_id = pa.array([f"{now:%Y%m%dT%H%M%S%f}-{row}" for row in range(n)])
+        call = f"{now:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:16]}"
+        round_id = pa.array([f"{call}-{row}" for row in range(n)])
+    elif len(round_id.unique()) != n:
+        raise DataError(f"{n} contexts need {n} distinct round ids, got {len(round_id.unique())}")
     row = pa.array(np.repeat(np.arange(n), k))
-    table = contexts.take(row)
+    table = _without_old_decisions(contexts, schema).take(row)
     columns = {
         schema.action: retriever.item_ids.take(pa.array(served.item.reshape(-1))),
         schema.pscore or "pscore": pa.array(served.pscore.reshape(-1)),
@@ -78,34 +84,13 @@ def served_schema(retriever: Retriever) -> LogSchema:
     )
 
 
-def with_rewards(
-    decisions: pa.Table, outcomes: pa.Table, schema: LogSchema, *, missing: float | None = 0.0
-) -> pa.Table:
-    """Join decisions with outcomes by round and position.
+def catalogue_section(retriever: Retriever) -> CatalogueSchema:
+    """Return the schema of the exported catalogue, for `offtower ingest`."""
+    return CatalogueSchema.from_dict(retriever.manifest["catalogue"]["schema"])
 
-    Args:
-        outcomes: columns round_id, position and the schema's reward.
-        missing: reward of shown items without an outcome; None raises for them.
 
-    Raises:
-        DataError: an outcome is duplicate, belongs to no decision, or is missing.
-    """
-    keys = [ROUND, POSITION]
-    for name in (*keys, schema.reward):
-        if name not in outcomes.column_names:
-            raise DataError(f"the outcomes have no column '{name}'")
-    wanted = outcomes.select([*keys, schema.reward])
-    if wanted.group_by(keys).aggregate([]).num_rows != wanted.num_rows:
-        raise DataError("duplicate outcomes: each round_id and position may appear once")
-    if wanted.join(decisions.select(keys), keys, join_type="left anti").num_rows:
-        raise DataError("some outcomes belong to no decision: their round_id was never served")
-    order = decisions.append_column("_row", pa.array(np.arange(decisions.num_rows)))
-    reward = order.select([*keys, "_row"]).join(wanted, keys, join_type="left outer")
-    column = reward.sort_by("_row").column(schema.reward)
-    if column.null_count:
-        if missing is None:
-            raise DataError(f"{column.null_count} shown items have no outcome")
-        column = pc.fill_null(pc.cast(column, pa.float64()), missing)
-    if schema.reward in decisions.column_names:
-        decisions = decisions.drop_columns([schema.reward])
-    return decisions.append_column(schema.reward, column)
+def _without_old_decisions(contexts: pa.Table, schema: LogSchema) -> pa.Table:
+    """Drop the columns of a logged decision: reward, propensity, item and the like."""
+    kept = {spec.source for spec in schema.context} | {schema.user_id}
+    old = (set(schema.columns) | {"pscore_error"}) - kept
+    return contexts.drop_columns([name for name in contexts.column_names if name in old])
