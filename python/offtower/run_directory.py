@@ -120,7 +120,9 @@ class RunDirectory:
         """
         if self.config_path.exists():
             stored = self._stored_config()
-            if config_fingerprint(stored) != config_fingerprint(config):
+            # Validation keeps the best epoch of the policy as it is served.
+            changed = stored.serving != config.serving
+            if changed or config_fingerprint(stored) != config_fingerprint(config):
                 raise RunError(
                     f"'{self.path}' holds a run whose configuration differs in: "
                     f"{', '.join(differences(to_stored_dict(stored), to_stored_dict(config)))}. "

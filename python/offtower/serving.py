@@ -23,6 +23,7 @@ from offtower.ops import (
     DenseReward,
     FactoredReward,
     PolicyTerms,
+    partial_terms,
     policy_terms,
     sample_softmax,
     top_k,
@@ -260,14 +261,14 @@ class ServedPolicy:
             score = best.score.double().masked_fill(~inside, -math.inf)
             log_mass = torch.logsumexp(score, 1) - log_normalizer.double()
         else:
-            part = policy_terms(
+            part = partial_terms(
                 context_embedding,
                 served.embedding[member],
-                torch.zeros(rows, dtype=torch.int64, device=member.device),
+                torch.full((rows,), -1, dtype=torch.int64, device=member.device),
                 temperature=self.temperature,
                 item_bias=None if served.bias is None else served.bias[member],
             )
-            log_mass = part.log_normalizer.double() - log_normalizer.double()
+            log_mass = part.sums.log_normalizer.double() - log_normalizer.double()
         if self.serving.uniform == 0.0:
             return log_mass
         share = math.log(len(member) / items.embedding.shape[0])

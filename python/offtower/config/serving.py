@@ -49,9 +49,17 @@ class ServingConfig:
         return self
 
     @property
-    def is_softmax(self) -> bool:
-        """Whether this is a softmax over all items, without uniform draws."""
-        return self.mode == "sample" and self.uniform == 0.0 and self.top is None
+    def is_trained_policy(self) -> bool:
+        """Whether an item is drawn from the very policy that was trained."""
+        plain = (self.mode, self.temperature, self.uniform, self.top)
+        return plain == ("sample", 1.0, 0.0, None)
+
+    @property
+    def text(self) -> str:
+        """The settings that differ from the defaults, as `changed_serving` reads them."""
+        default = asdict(ServingConfig())
+        changed = {name: v for name, v in asdict(self).items() if v != default[name]}
+        return ", ".join(f"{name}={value}" for name, value in changed.items()) or "no changes"
 
 
 _ADAPTER: TypeAdapter[ServingConfig] = TypeAdapter(ServingConfig)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from offtower.config import Config
 from offtower.data.catalogue import Catalogue
@@ -21,7 +21,7 @@ from offtower.evaluation.options import (
 )
 from offtower.evaluation.result import EvaluationResult
 from offtower.evaluation.rows import Array, EvaluationRows
-from offtower.evaluation.run_loading import OpenRun, distinct_names
+from offtower.evaluation.run_loading import EvaluatedPolicy, OpenRun, evaluated_policies
 from offtower.evaluation.samples import joined
 from offtower.evaluation.scoring.batches import BatchScorer, LogSource
 from offtower.evaluation.scoring.clusters import ClusterWeights, ItemClusters, item_clusters
@@ -107,15 +107,22 @@ def evaluate_part(
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates the policies of `runs` on a log.
+    """Evaluates the policies of `runs` on a log, as they are served.
 
     config: its section `evaluation` says how; its seed is that of all draws.
+    also: further ways to serve each policy, as in `evaluated_policies`.
     """
 
     runs: tuple[OpenRun, ...]
     log: ParquetLog
     catalogue: Catalogue
     config: Config
+    also: tuple[str, ...] = ()
+
+    @cached_property
+    def policies(self) -> dict[str, EvaluatedPolicy]:
+        """By name, the evaluated policies: those that are served first."""
+        return evaluated_policies(self.runs, self.also)
 
     def plan(self, select: str | None, progress: Progress) -> EvaluationPlan:
         """Fit reward models, estimate propensities, choose parameters by SLOPE on the first rows.
@@ -125,10 +132,7 @@ class Evaluator:
         config, options = self.config, self.config.evaluation
         encoding = self.runs[0].policy.context_encoding
         source = LogSource(self.log, self.catalogue, options.batch_rows)
-        policies = {
-            name: PolicyScorer(run.policy, run.items)
-            for name, run in zip(distinct_names(self.runs), self.runs, strict=True)
-        }
+        policies = self._scorers()
         behavior = BehaviorPlan.of(select, source, config, self.runs[0])
         rewards, notes = self._reward_models(select, progress)
         estimators, left_out = usable_estimators(options, has_reward_model=rewards.main is not None)
@@ -216,6 +220,18 @@ class Evaluator:
             == self.log.fingerprint
             for run in self.runs
         )
+
+    def _scorers(self) -> dict[str, PolicyScorer]:
+        """By name; policies of one run share its embedded items."""
+        of_run: dict[int, PolicyScorer] = {}
+        found = {}
+        for name, one in self.policies.items():
+            scorer = of_run.get(id(one.run))
+            if scorer is None:
+                scorer = PolicyScorer(one.run.policy, one.run.items, serving=one.serving)
+                of_run[id(one.run)] = scorer
+            found[name] = scorer.served_as(one.serving)
+        return found
 
     def _reward_models(
         self, select: str | None, progress: Progress

@@ -39,7 +39,8 @@ def add_retrieval_quality(
     trust_code: Collection[str] = (),
 ) -> None:
     """Measure each export on the log of `evaluation`; note exports of an earlier policy."""
-    for name, export, run in zip(evaluation.objectives, exports, runs, strict=True):
+    served = [name for name in evaluation.objectives if name not in evaluation.also]
+    for name, export, run in zip(served, exports, runs, strict=True):
         directory = RunDirectory(run)
         weights = sha256_file(directory.policy / "policy.safetensors")
         if export.manifest["policy"]["weights_sha256"] != weights:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from offtower.data.log import ParquetLog
 from offtower.errors import ConfigError, DataError
 from offtower.evaluation.accumulators import HISTOGRAM_EDGES
 from offtower.evaluation.decision.coverage import ItemCoverage, coverage_notes
+from offtower.evaluation.decision.gate import best_exit_code
 from offtower.evaluation.decision.pscore_calibration import PscoreCalibration
 from offtower.evaluation.evaluator import Evaluator
 from offtower.evaluation.result import EvaluationResult
-from offtower.evaluation.run_loading import OpenRun, open_run, with_overrides
+from offtower.evaluation.run_loading import EvaluatedPolicy, OpenRun, open_run, with_overrides
 from offtower.evaluation.selection import SelectionComparison
 from offtower.evaluation.selection_data import check_selection
 from offtower.mapping import Mapper
@@ -58,6 +59,10 @@ class LogEvaluation:
     pscore_calibration: PscoreCalibration | None = None
     retrieval: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """By policy, retrieval quality of its export at each k, where requested."""
+    serving: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By policy, how it is served."""
+    also: tuple[str, ...] = ()
+    """Names of the policies that no run serves; the verdict of the whole leaves them out."""
 
     @property
     def labels(self) -> dict[str, str]:
@@ -70,7 +75,9 @@ class LogEvaluation:
 
     @property
     def exit_code(self) -> int:
-        return self.result.exit_code
+        """That of the best verdict on a policy that is served."""
+        served = self.result.policies.items()
+        return best_exit_code([one.verdict for name, one in served if name not in self.also])
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -86,7 +93,10 @@ class LogEvaluation:
                 None if self.pscore_calibration is None else self.pscore_calibration.to_dict()
             ),
             "retrieval": self.retrieval,
+            "serving": self.serving,
+            "also": list(self.also),
             **self.result.to_dict(),
+            "exit_code": self.exit_code,
         }
 
 
@@ -97,6 +107,7 @@ def evaluate_runs(
     overrides: Sequence[str] = (),
     trust_code: Collection[str] = (),
     select: str | None = None,
+    also: Sequence[str] = (),
     title: str | None = None,
     progress: Progress | None = None,
     mapper: Mapper | None = None,
@@ -118,6 +129,8 @@ def evaluate_runs(
         select: also choose an estimator for each policy, by one selector ("paired", "pasif",
             "heuristic", "ocv", "slope") or by "all" of them, compared. Keeps a few numbers a row in
             memory, for logs of up to evaluation.selection.max_rows rows.
+        also: further ways to serve each run's policy, evaluated beside the way in which it is
+            served: 'greedy', or changes of the section serving such as 'temperature=0.5'.
         title: of the report's section.
         mapper: where the log is evaluated; every number has the same bits with any. Reward models
             are fitted, and estimators selected, in this process.
@@ -138,7 +151,7 @@ def evaluate_runs(
         config.data.catalogue, catalogue_schema(config), log_schema=opened.schema
     )
     runs = tuple(open_run(path, catalogue, trust_code) for path in paths)
-    evaluator = Evaluator(runs, opened, catalogue, config)
+    evaluator = Evaluator(runs, opened, catalogue, config, tuple(also))
     plan = evaluator.plan(select, progress)
     result, accumulated = evaluator.run(plan, mapper or Mapper(), progress)
     coverage = accumulated.coverage.coverage()
@@ -150,7 +163,9 @@ def evaluate_runs(
     refusal = plan.behavior.refusal(accumulated.behavior)
     if refusal is not None:
         notes.append(refusal)
-    by_name = dict(zip(plan.scorer.policies, runs, strict=True))
+    policies = evaluator.policies
+    served = {name: one.run for name, one in policies.items() if one.also is None}
+    notes += serving_notes(policies, result)
     return LogEvaluation(
         title=title or f"{place}",
         result=result,
@@ -160,17 +175,19 @@ def evaluate_runs(
             "items": catalogue.num_items,
             "fingerprint": opened.fingerprint,
         },
-        objectives={name: run.config.objective.name for name, run in by_name.items()},
+        objectives={name: one.run.config.objective.name for name, one in policies.items()},
         histograms={name: counts.tolist() for name, counts in accumulated.histograms.items()},
-        curves={name: _curve(run) for name, run in by_name.items()},
+        curves={name: _curve(run) for name, run in served.items()},
         truth={
-            name: truth(run.policy, run.items) for name, run in by_name.items() if truth is not None
+            name: truth(run.policy, run.items) for name, run in served.items() if truth is not None
         },
         baselines=dict(baselines or {}),
         notes=notes,
         selection=evaluator.select(plan, accumulated, progress),
         coverage=coverage,
         pscore_calibration=calibration,
+        serving={name: asdict(one.serving) for name, one in policies.items()},
+        also=tuple(name for name, one in policies.items() if one.also is not None),
     )
 
 
@@ -190,6 +207,23 @@ def _open_log(run: Path, log: AnyPath | None, config: Config) -> tuple[ParquetLo
             "them (catalogues of up to 5,000 items); every output then says so"
         )
     return opened, place
+
+
+def serving_notes(policies: Mapping[str, EvaluatedPolicy], result: EvaluationResult) -> list[str]:
+    """Say how policies are served, where not as trained, and what that means for estimates."""
+    notes = []
+    for name, one in policies.items():
+        if one.serving.mode == "top_k":
+            weights = result.policies[name].weights
+            matching = round((1.0 - weights.zero_share) * weights.n)
+            notes.append(
+                f"{name} always shows its {one.serving.k} best items: only the {matching:,} of "
+                f"{weights.n:,} rows that logged the very item it would show at their position say "
+                "anything about it. A log of its own would support no other policy"
+            )
+        elif one.also is None and not one.serving.is_trained_policy:
+            notes.append(f"{name} is served, and evaluated, with {one.serving.text}")
+    return notes
 
 
 def _curve(run: OpenRun) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from offtower.config import Config, apply_overrides, parse_config, to_dict
+from offtower.config import Config, ServingConfig, apply_overrides, parse_config, to_dict
+from offtower.config.serving import changed_serving
 from offtower.data.catalogue import Catalogue
 from offtower.errors import ConfigError
 from offtower.models.items import ItemFeatures
@@ -57,6 +58,40 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
                 "can be overridden here"
             )
     return parse_config(apply_overrides(to_dict(config), overrides), source="--set")
+
+
+@dataclass(frozen=True)
+class EvaluatedPolicy:
+    """A run's policy, served in one way.
+
+    also: how it is served instead, as given to --also; None is as the run serves it.
+    """
+
+    run: OpenRun
+    serving: ServingConfig
+    also: str | None = None
+
+
+def evaluated_policies(runs: Sequence[OpenRun], also: Sequence[str]) -> dict[str, EvaluatedPolicy]:
+    """By name: the policy of each run as it is served, then those that `also` asks for.
+
+    also: each 'greedy', or changes of the section serving such as 'temperature=0.5'.
+    Raises ConfigError for a wrong one, a policy that is already there, or a run named twice.
+    """
+    names = distinct_names(runs)
+    found = {
+        name: EvaluatedPolicy(run, run.config.serving)
+        for name, run in zip(names, runs, strict=True)
+    }
+    for name, run in zip(names, runs, strict=True):
+        for text in also:
+            serving = changed_serving(run.config.serving, text)
+            if any(one.run is run and one.serving == serving for one in found.values()):
+                raise ConfigError(
+                    f"--also {text}: '{name}' is evaluated in this way already; leave it out"
+                )
+            found[f"{name} {text}"] = EvaluatedPolicy(run, serving, text)
+    return found
 
 
 def distinct_names(runs: Sequence[OpenRun]) -> list[str]:

@@ -178,6 +178,14 @@ def _item_sharded(inputs: SetupInputs) -> TrainingSetup:
             "training.warm_start reads a policy over the whole catalogue: set "
             "training.strategy=replicated"
         )
+    if data.validation is not None and (
+        config.serving.mode == "top_k" or config.serving.top is not None
+    ):
+        raise ConfigError(
+            "training.strategy=item_sharded cannot search the best items for validations: unset "
+            "serving.top and serving.mode for training and set them afterwards, unset "
+            "data.validation, or set training.strategy=replicated"
+        )
     shard = make_shard(config.policy, data, workers)
     seed_torch(config.seed, "policy")
     policy = sharded_policy(config.policy, data, shard)
@@ -205,7 +213,11 @@ def _item_sharded(inputs: SetupInputs) -> TrainingSetup:
         owned=[parameters[name] for name in owned],
     )
     validate = _validator(
-        inputs, model, lambda policy: ShardedScorer(policy, shard, workers, chunk)
+        inputs,
+        model,
+        lambda policy: ShardedScorer(
+            policy, shard, workers, item_chunk=chunk, serving=config.serving
+        ),
     )
     rows = OwnedRows(frozenset(owned), shard.size, shard.num_items)
     return TrainingSetup(config, data, step, validate, shard, rows)
@@ -221,8 +233,7 @@ def _validator(
         return None
     return Validator(
         inputs.data,
-        inputs.config.training,
-        inputs.config.evaluation.confidence,
+        inputs.config,
         reward_model,
         inputs.workers,
         collective_scorer,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from offtower.config import TrainingConfig
+from offtower.config import Config
 from offtower.data.rows import EncodedRows
 from offtower.evaluation.estimators import make_estimator
 from offtower.evaluation.rows import EvaluationRows
@@ -40,12 +40,11 @@ class RowScorer(Protocol):
 
 
 class Validator:
-    """Scores policies on the validation log; with several workers, each scores its share.
+    """Scores policies, as they are served, on the validation log; with several workers, each scores its share.
 
     Args:
         data: its `validation` log must exist and have propensities.
-        config: names the estimator.
-        confidence: of the interval.
+        config: names the estimator, the confidence of the interval, and how policies are served.
         reward_model: for estimators that need one.
         workers: call it together.
         collective_scorer: policy -> a scorer that needs all workers for each batch; None scores
@@ -55,20 +54,21 @@ class Validator:
     def __init__(
         self,
         data: PreparedData,
-        config: TrainingConfig,
-        confidence: float,
+        config: Config,
         reward_model: RewardModel | None,
         workers: Workers = SINGLE_PROCESS,
         collective_scorer: Callable[[TwoTowerPolicy], RowScorer] | None = None,
     ) -> None:
         self._data = data
-        self._config = config
-        self._confidence = confidence
-        self._estimator = make_estimator(config.validation_estimator)
+        self._confidence = config.evaluation.confidence
+        self._estimator_name = config.training.validation_estimator
+        self._estimator = make_estimator(self._estimator_name)
         self._reward_model = reward_model if self._estimator.needs_reward_model else None
         self._workers = workers
         self._scorer = collective_scorer or (
-            lambda policy: PolicyScorer(policy, data.items, config.item_chunk)
+            lambda policy: PolicyScorer(
+                policy, data.items, config.training.item_chunk, config.serving
+            )
         )
         self._spread = workers.size > 1 and collective_scorer is None
         assert data.validation is not None
@@ -100,6 +100,6 @@ class Validator:
             value=estimate.value,
             low=interval.low,
             high=interval.high,
-            estimator=self._config.validation_estimator,
+            estimator=self._estimator_name,
             effective_sample_size=float(weight.sum()) ** 2 / square if square > 0 else 0.0,
         )

@@ -67,7 +67,9 @@ class LoggingPolicies:
         else:
             return None
         runs = [open_run(Path(one), catalogue, trust_code) for one in path]
-        scorers = tuple(PolicyScorer(run.policy, run.items) for run in runs)
+        scorers = tuple(
+            PolicyScorer(run.policy, run.items, serving=run.config.serving) for run in runs
+        )
         return cls(path, scorers, names, options.logging_tolerance)
 
     @torch.no_grad()
@@ -102,7 +104,23 @@ class LoggingPolicies:
     def terms(self, number: int, context: Tensor, rows: EncodedRows) -> PolicyTerms:
         """The policy's terms of rows with embedded contexts (n, d)."""
         scorer = self.scorers[number]
-        return scorer.policy.terms(context, scorer.items, torch.from_numpy(rows.action))
+        return scorer.served.terms(
+            context, scorer.items, torch.from_numpy(rows.action), position=self.position(rows)
+        )
+
+    def log_prob_at(
+        self, number: int, context: Tensor, item: Tensor, terms: PolicyTerms, rows: EncodedRows
+    ) -> Tensor:
+        """(n, S) float64 log-probabilities of items (n, S) in rows with these terms."""
+        scorer = self.scorers[number]
+        return scorer.served.log_prob_at(
+            context, scorer.items, item, terms.log_normalizer, self.position(rows)
+        )
+
+    @staticmethod
+    def position(rows: EncodedRows) -> Tensor | None:
+        """(n,) positions of the rows; None where the log has none."""
+        return None if rows.position is None else torch.from_numpy(rows.position)
 
     def check(self, number: int, rows: EncodedRows, log_prob: Array) -> Array:
         """Compare a policy's log-probabilities (n,) of rows that it logged with the logged ones.

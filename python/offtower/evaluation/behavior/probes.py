@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offtower import ops
 from offtower.config import SelectionConfig
 from offtower.data.encoding import FeatureEncoding
 from offtower.data.rows import EncodedRows
@@ -21,7 +20,6 @@ from offtower.evaluation.scoring.batches import ScoredBatch
 from offtower.evaluation.scoring.policy import ScoredRows
 from offtower.evaluation.scoring.rewards import BatchReward, EvaluationModel
 from offtower.evaluation.selection import BehaviorPolicies
-from offtower.models.item_draws import logits_at, terms_and_draws
 from offtower.models.reward.dense import flatten
 from offtower.seeds import derive_seed
 
@@ -71,19 +69,17 @@ class SupportProbe:
         drawn, log_target = {}, {}
         for index, (name, one) in enumerate(scored.items()):
             seed = derive_seed(self.seed, "support draws", index, number)
-            drawn[name], log_prob = ops.sample_softmax(
+            drawn[name], log_prob = one.scorer.served.draw(
                 one.context_embedding[taken],
-                one.scorer.items.embedding,
-                temperature=one.scorer.policy.temperature,
-                item_bias=one.scorer.items.bias,
-                generator=torch.Generator().manual_seed(seed),
-                num_samples=SUPPORT_DRAWS,
+                one.scorer.items,
+                SUPPORT_DRAWS,
+                torch.Generator().manual_seed(seed),
             )
             log_target[name] = log_prob.double().numpy()
         log_behavior = {name: np.empty(items.shape) for name, items in drawn.items()}
         owner = self.policies.owner(behavior[0].take(taken))
         difference = np.empty(len(owner))
-        for index, (batch, scorer) in enumerate(zip(behavior, self.policies.scorers, strict=True)):
+        for index, batch in enumerate(behavior):
             own = np.flatnonzero(owner == index)
             if own.size == 0:
                 continue
@@ -92,8 +88,9 @@ class SupportProbe:
             terms = self.policies.terms(index, context, rows)
             difference[own] = self.policies.check(index, rows, terms.log_prob.double().numpy())
             for name, items in drawn.items():
-                logit = logits_at(context, scorer.items, items[own], scorer.policy.temperature)
-                log_behavior[name][own] = logit - terms.log_normalizer[:, None].double()
+                log_behavior[name][own] = self.policies.log_prob_at(
+                    index, context, items[own], terms, rows
+                )
         return SupportSample(difference, log_target, log_behavior)
 
 
@@ -180,9 +177,7 @@ class PasifSampler:
         }
         weight, target = {}, {}
         for name, one in batch.scored.items():
-            scorer, embedding = one.scorer, one.context_embedding[taken]
-            logit = logits_at(embedding, scorer.items, item, scorer.policy.temperature)
-            log_target = logit - one.log_normalizer[taken][:, None].double()
+            log_target = one.log_prob_at(item, taken)
             weight[name] = torch.exp(log_target - log_behavior).float().numpy()
             if self.sampling.all_items:
                 target[name] = torch.softmax(log_target, dim=1).numpy()
@@ -202,28 +197,27 @@ class PasifSampler:
         item = torch.empty(len(owner), sampling.draws, dtype=torch.int64, device="cpu")
         log_behavior = torch.empty_like(item, dtype=torch.float64)
         difference = np.empty(len(owner))
-        for index, (batch, scorer) in enumerate(zip(behavior, self.policies.scorers, strict=True)):
+        for index, batch in enumerate(behavior):
             own = np.flatnonzero(owner == index)
             if own.size == 0:
                 continue
-            rows, policy = batch.take(own), scorer.policy
+            rows = batch.take(own)
             context = self.policies.embed(index, rows)
             if sampling.all_items:
                 terms = self.policies.terms(index, context, rows)
                 found = torch.arange(sampling.draws, device="cpu").expand(len(rows), -1)
             else:
-                terms, found = terms_and_draws(
+                terms, found = self.policies.scorers[index].served.terms_and_draws(
                     context,
-                    scorer.items,
+                    self.policies.scorers[index].items,
                     torch.from_numpy(rows.action),
                     draws=sampling.draws,
                     generator=generator,
-                    temperature=policy.temperature,
+                    position=self.policies.position(rows),
                 )
             difference[own] = self.policies.check(index, rows, terms.log_prob.double().numpy())
-            logit = logits_at(context, scorer.items, found, policy.temperature)
             item[own] = found
-            log_behavior[own] = logit - terms.log_normalizer[:, None].double()
+            log_behavior[own] = self.policies.log_prob_at(index, context, found, terms, rows)
         return item, log_behavior, difference
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offtower import ops
 from offtower.data.rows import EncodedRows
 from offtower.evaluation.decision.pscore_calibration import PscoreCalibration, pscore_calibration
 from offtower.evaluation.scoring.policy import ScoredRows
@@ -69,13 +68,11 @@ class CoverageAccumulator:
     def probe(self, policy: str, scored: ScoredRows) -> None:
         """Draw items from a policy on a batch, the log's first."""
         scorer = scored.scorer
-        drawn, _ = ops.sample_softmax(
+        drawn, _ = scorer.served.draw(
             scored.context_embedding[:PROBED_ROWS],
-            scorer.items.embedding,
-            temperature=scorer.policy.temperature,
-            item_bias=scorer.items.bias,
-            generator=torch.Generator().manual_seed(self._seed),
-            num_samples=PROBED_DRAWS,
+            scorer.items,
+            PROBED_DRAWS,
+            torch.Generator().manual_seed(self._seed),
         )
         self._drawn[policy] = drawn.numpy().reshape(-1)
 

@@ -98,11 +98,19 @@ class BatchScorer:
         self, numbers: range, behavior: Sequence[FeatureEncoding] = ()
     ) -> Iterator[ScoredBatch]:
         """The batches with these numbers. behavior: encodings of the known logging policies."""
-        encodings = [scorer.policy.context_encoding for scorer in self.policies.values()]
+        # Policies of one run share its encoding, and rows are encoded once for them.
+        by_id = {
+            id(scorer.policy.context_encoding): scorer.policy.context_encoding
+            for scorer in self.policies.values()
+        }
+        encodings, keys = list(by_id.values()), list(by_id)
+        owner = [
+            keys.index(id(scorer.policy.context_encoding)) for scorer in self.policies.values()
+        ]
         for number, batch in self.source.batches(numbers, [*encodings, *behavior]):
             if self.propensities is not None:
                 batch = tuple(self.propensities.filled(rows) for rows in batch)
-            encoded = batch[: len(encodings)]
+            encoded = tuple(batch[index] for index in owner)
             rewards = self.rewards.on(encoded)
             scored = {}
             for i, (name, scorer) in enumerate(self.policies.items()):

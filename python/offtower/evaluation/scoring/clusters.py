@@ -14,7 +14,6 @@ from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError
 from offtower.evaluation.scoring.policy import PolicyScorer, ScoredRows
 from offtower.evaluation.scoring.propensities import LoggedProbability
-from offtower.ops import partial_terms
 
 MAX_CLUSTERS = 5000
 
@@ -71,15 +70,10 @@ class ItemClusters:
         for cluster in np.unique(logged):
             rows = np.flatnonzero(logged == cluster)
             member = torch.from_numpy(self._members[cluster])
-            part = partial_terms(
-                scored.context_embedding[rows],
-                items.embedding[member],
-                torch.full((rows.size,), -1, dtype=torch.int64, device="cpu"),
-                temperature=scored.scorer.policy.temperature,
-                item_bias=None if items.bias is None else items.bias[member],
+            log_mass = scored.scorer.served.log_mass(
+                scored.context_embedding[rows], items, member, scored.log_normalizer[rows]
             )
-            of_cluster = part.sums.log_normalizer.double().numpy()
-            out[rows] = of_cluster - scored.log_normalizer[rows].double().numpy()
+            out[rows] = log_mass.numpy()
         return out
 
 

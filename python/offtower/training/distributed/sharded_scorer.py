@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from offtower.config import ServingConfig
 from offtower.data.encoding import take, tensor_of, to_tensors
 from offtower.data.rows import EncodedRows
 from offtower.errors import DataError
@@ -16,6 +17,7 @@ from offtower.models.items import DEFAULT_CHUNK
 from offtower.models.policy import TwoTowerPolicy
 from offtower.ops import FactoredReward
 from offtower.ops.types import RewardTerms
+from offtower.serving import ServedPolicy, mix_uniform
 from offtower.training.distributed.item_shard import ItemShard
 from offtower.training.distributed.sharded_terms import gather_rows, merged_terms
 from offtower.training.workers import Workers
@@ -29,6 +31,7 @@ class ShardedScorer:
         shard: this worker's items, embedded once.
         workers: hold the other items.
         item_chunk: items embedded at a time.
+        serving: how the policy is served, without `top` and mode top_k.
     """
 
     def __init__(
@@ -36,9 +39,12 @@ class ShardedScorer:
         policy: TwoTowerPolicy,
         shard: ItemShard,
         workers: Workers,
+        *,
         item_chunk: int = DEFAULT_CHUNK,
+        serving: ServingConfig | None = None,
     ) -> None:
         self._policy, self._shard, self._workers = policy, shard, workers
+        self._served = ServedPolicy(policy, serving or ServingConfig())
         self._training = policy.training
         policy.eval()
         with torch.no_grad():
@@ -60,15 +66,29 @@ class ShardedScorer:
         context = gather_rows(
             self._policy.embed_contexts(mine), self._workers.counts(len(rows)), self._workers
         )
+        action = self._shard.local(tensor_of(rows.action, device))
+        items = self._served.items(self._items)
         terms = merged_terms(
             context,
-            self._items.embedding,
-            self._items.bias,
-            self._shard.local(tensor_of(rows.action, device)),
+            items.embedding,
+            items.bias,
+            action,
             self._workers,
-            temperature=self._policy.temperature,
+            temperature=self._served.temperature,
             reward_model=reward,
         )
+        uniform = self._served.serving.uniform
+        if uniform > 0.0:
+            over_all = merged_terms(
+                context.new_zeros(len(context), 1),
+                items.embedding.new_zeros(len(items.embedding), 1),
+                None,
+                action,
+                self._workers,
+                temperature=1.0,
+                reward_model=reward,
+            )
+            terms = mix_uniform(terms, over_all, uniform)
         self._policy.train(self._training)
         scored = weighted_rows(rows, terms.log_prob)
         if terms.expected_reward is None or terms.action_reward is None:
