@@ -1,12 +1,14 @@
-"""Evaluate trained policies off-policy on a held-out log, against the policy that logged it.
+"""Evaluate trained policies, as they are served, off-policy on a held-out log, against the policy
+that logged it.
 
 Exit code 0: go. 1: no-go. 3: not enough evidence. 2: refused. With several runs the code is that of
-the best verdict; --exit-zero makes it 0 unless refused. --set changes the section `evaluation`:
-evaluation.confidence=0.9.
+the best verdict, without the rows of --also; --exit-zero makes it 0 unless refused. --set changes
+the section `evaluation`: evaluation.confidence=0.9.
 
 \b
 Example:
   offtower evaluate runs/mine --log logs/mine/test
+  offtower evaluate runs/mine --also greedy --also temperature=0.5
 """
 
 from __future__ import annotations
@@ -45,6 +47,15 @@ def evaluate(
             help="Choose the estimator by a selector: paired, pasif, heuristic, ocv, slope, or all."
         ),
     ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--also",
+            metavar="SERVING",
+            help="Also evaluate the policies served otherwise: greedy (the k best items), or "
+            "settings such as temperature=0.5,uniform=0.1; may be repeated.",
+        ),
+    ] = None,
     retrieval: Annotated[
         list[int] | None,
         typer.Option(
@@ -78,6 +89,7 @@ def evaluate(
             log=log,
             overrides=overrides or [],
             select=select,
+            also=also or [],
             progress=progress,
             mapper=mapper,
         )

@@ -45,7 +45,7 @@ def evaluation_table(evaluation: LogEvaluation) -> Table:
         table.add_row(
             evaluation.labels[name],
             *[_value(e.estimate.value, e.interval) for e in policy.estimates.values()],
-            *[f"{truth[column]:.4f}" for column in truth_columns],
+            *[f"{truth[column]:.4f}" if column in truth else "" for column in truth_columns],
             f"{policy.weights.effective_sample_size:,.0f}",
             f"[{_COLOR[decision]}]{decision}[/]",
         )

@@ -40,7 +40,7 @@ class RowScorer(Protocol):
 
 
 class Validator:
-    """Scores policies, as they are served, on the validation log; with several workers, each scores its share.
+    """Scores policies, as they are served, on the validation log; workers score their shares.
 
     Args:
         data: its `validation` log must exist and have propensities.
