@@ -21,7 +21,9 @@ from offtower.data.simulate import (
     SlateSettings,
     WorldSettings,
     fixed_slate_value,
+    logging_value,
     multi_policy_log,
+    parse_eligibility,
     propensity_column,
     slate_value,
 )
@@ -336,6 +338,9 @@ def test_rounds_repeat_and_chunks_stand_alone() -> None:
         (lambda: SlateSettings(2, "cascade", interaction=1.5), "interaction"),
         (lambda: EligibilitySettings(), "at least one of"),
         (lambda: EligibilitySettings(regions=0), "regions"),
+        (lambda: parse_eligibility(["region=3"]), "'region=3': give each of regions"),
+        (lambda: parse_eligibility(["seen=3", "seen=4"]), "at most once"),
+        (lambda: parse_eligibility(["days=1.5"]), "with a number"),
         (lambda: SimulatedWorld(3, slate=SlateSettings(4)), "at least 4"),
         (lambda: ServedDistribution(temperature=0.0), "temperature"),
     ],
@@ -357,3 +362,30 @@ def test_columns_of_another_world_are_refused() -> None:
         world.eligible.mask(contexts.set_column(column, "seen", pa.array([[99], [0]])))
     with pytest.raises(ConfigError, match="no item is eligible in every context"):
         world.best_fixed_item(10)
+
+
+def test_a_log_earns_the_value_of_its_policy() -> None:
+    """Mean sum of a round's rewards against the exact value in the log's own contexts; 5 standard
+    errors: false alarm 6e-7."""
+    eligible = parse_eligibility(["regions=3", "seen=2"])
+    assert eligible == EligibilitySettings(regions=3, seen=2)
+    world = SimulatedWorld(9, SMALL, seed=6, slate=SlateSettings(3), eligible=eligible)
+    log = drawn(world, 4000)
+    with np.errstate(divide="ignore"):
+        found = slate_value(
+            world, lambda chunk: np.log(single_draw_fast(world, chunk)), rounds(log, 3)
+        )
+    reward = log["reward"].to_numpy().reshape(-1, 3).sum(axis=1)
+    assert abs(reward.mean() - found.value) < 5 * reward.std() / 4000**0.5
+    new = logging_value(world)
+    assert abs(new.value - found.value) < 5 * np.hypot(new.std_error, found.std_error)
+
+
+def single_draw_fast(world: SimulatedWorld, table: pa.Table) -> np.ndarray:
+    assert world.eligible is not None
+    logit = (world.context_latent(table) @ world.item_latent.T + world.item_logit).numpy()
+    mask = world.eligible.mask(table)
+    weight = np.exp(world.logging_policy.beta * logit) * mask
+    softmax = weight / weight.sum(axis=1, keepdims=True)
+    epsilon = world.logging_policy.epsilon
+    return (1 - epsilon) * softmax + epsilon * mask / mask.sum(axis=1, keepdims=True)

@@ -1,12 +1,14 @@
 """Draw a log from a simulated recommender whose every probability is known.
 
 Writes OUT/catalogue and OUT/train, OUT/validation, OUT/test. A million items need no rounds x items
-array; the logged propensities are exact.
+array; the logged propensities are exact. --slate logs slates, drawn without replacement, with the
+propensity of each item given those above it. --eligible restricts which items may be shown.
 
 \b
 Example:
   offtower simulate --items 10000 --rows 100000 --out logs/simulated
   offtower simulate --items 1000 --beta -1 --beta 2 --out logs/two-policies
+  offtower simulate --slate 5 --eligible regions=20 --out logs/slates
 """
 
 from __future__ import annotations
@@ -42,6 +44,24 @@ def simulate(
     features: Annotated[
         Literal["vector", "all"], typer.Option(help="Only vectors, or every kind of feature.")
     ] = "vector",
+    slate: Annotated[
+        int | None, typer.Option(min=1, help="Items of a round; --rows still counts rows.")
+    ] = None,
+    structure: Annotated[
+        Literal["independent", "cascade", "standard"],
+        typer.Option(
+            help="What a reward in a slate depends on: its own item; also the items above; the "
+            "whole slate."
+        ),
+    ] = "cascade",
+    eligible: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Restrict the items of a round: regions=R, days=D, seen=S or candidates=C; may be "
+            "repeated.",
+            metavar="FORM=NUMBER",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     ray: RayOptions = IN_PROCESS,
     as_json: AsJson = False,
@@ -52,7 +72,10 @@ def simulate(
     from offtower.data.simulate import (
         LoggingPolicy,
         SimulatedWorld,
+        SlateSettings,
         WorldSettings,
+        logging_value,
+        parse_eligibility,
         propensity_column,
         write_simulated_log,
     )
@@ -69,17 +92,22 @@ def simulate(
         f"logging-{number}": LoggingPolicy("contextual", one, epsilon)
         for number, one in enumerate(betas, start=1)
     }
+    behavior = "the logging policy" if len(policies) == 1 else "logging-1"
     world = SimulatedWorld(
         items,
         WorldSettings(dim, dim, dim, feature_kinds=features),
         seed=seed,
         logging=next(iter(policies.values())),
+        slate=None if slate is None else SlateSettings(slate, structure),
+        eligible=None if eligible is None else parse_eligibility(eligible),
     )
     write_catalogue(folder / "catalogue", world.catalogue_table(), world.catalogue_schema)
-    counts = {name: max(1, round(rows * share)) for name, share in _PARTS.items()}
+    rounds = {
+        name: max(1, round(rows * share / world.slate_size)) for name, share in _PARTS.items()
+    }
     several = policies if len(policies) > 1 else None
     with ray.mapper(progress) as mapper:
-        for number, (name, count) in enumerate(counts.items(), start=1):
+        for number, (name, count) in enumerate(rounds.items(), start=1):
             write_simulated_log(
                 world,
                 folder / name,
@@ -90,6 +118,7 @@ def simulate(
                 progress=progress,
                 task=f"drawing {name}",
             )
+    counts = {name: count * world.slate_size for name, count in rounds.items()}
     facts: dict[str, Any] = {
         "catalogue": str(folder / "catalogue"),
         "items": items,
@@ -98,6 +127,9 @@ def simulate(
     columns = {name: propensity_column(name) for name in several or ()}
     if columns:
         facts["logging_columns"] = columns
+    value = None if slate is None and eligible is None else logging_value(world)
+    if value is not None:
+        facts["logging_value"] = {"value": value.value, "std_error": value.std_error}
     if as_json:
         print_json(facts)
         return
@@ -105,6 +137,11 @@ def simulate(
     console.print(f"{items:,} items in {folder / 'catalogue'}")
     for name, count in counts.items():
         console.print(f"{count:,} rows in {folder / name}")
+    if value is not None:
+        console.print(
+            f"value of {behavior} in new contexts: {value.value:.5f} ± {value.std_error:.5f} "
+            "(expected sum of a round's rewards, standard error)"
+        )
     if columns:
         named = ", ".join(f"{name}: {column}" for name, column in columns.items())
         console.print(

@@ -4,14 +4,19 @@ and OBP's synthetic bandit feedback."""
 from __future__ import annotations
 
 from offtower.data.simulate.clicks import SlateSettings
-from offtower.data.simulate.eligible_sets import EligibilitySettings
+from offtower.data.simulate.eligible_sets import EligibilitySettings, parse_eligibility
 from offtower.data.simulate.log_files import write_simulated_log
 from offtower.data.simulate.logging_policy import LoggingPolicy
 from offtower.data.simulate.multi_policy import multi_policy_log, propensity_column
 from offtower.data.simulate.obp_world import ObpWorld, obp_synthetic, true_value
 from offtower.data.simulate.policy_values import FixedItemValue, PolicyValue
 from offtower.data.simulate.served import ServedDistribution
-from offtower.data.simulate.slate_values import SlateValue, fixed_slate_value, slate_value
+from offtower.data.simulate.slate_values import (
+    SlateValue,
+    fixed_slate_value,
+    logging_value,
+    slate_value,
+)
 from offtower.data.simulate.world import SimulatedWorld, WorldSettings
 
 __all__ = [
@@ -26,8 +31,10 @@ __all__ = [
     "SlateValue",
     "WorldSettings",
     "fixed_slate_value",
+    "logging_value",
     "multi_policy_log",
     "obp_synthetic",
+    "parse_eligibility",
     "propensity_column",
     "slate_value",
     "true_value",

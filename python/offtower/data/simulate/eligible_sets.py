@@ -13,6 +13,7 @@ row has enough items for a slate of K.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -21,6 +22,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from offtower.data.columns import as_array
+from offtower.data.eligible_schema import AttributeForm, EligibleSchema, IntervalForm, ListForm
 from offtower.errors import ConfigError, DataError
 
 IntArray = NDArray[np.int64]
@@ -64,6 +66,25 @@ class EligibilitySettings:
         for name, number in given.items():
             if number is not None and number < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {number}")
+
+
+def parse_eligibility(texts: Sequence[str]) -> EligibilitySettings:
+    """Read settings such as "regions=20".
+
+    Raises:
+        ConfigError: a form is unknown or named twice, or its number is not one.
+    """
+    known = [f.name for f in fields(EligibilitySettings)]
+    found: dict[str, int] = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        if name not in known or name in found or not number.isdecimal():
+            raise ConfigError(
+                f"eligible items '{text}': give each of {', '.join(known)} at most once, with a "
+                "number, such as regions=20"
+            )
+        found[name] = int(number)
+    return EligibilitySettings(**found)
 
 
 class EligibleSets:
@@ -115,11 +136,15 @@ class EligibleSets:
         self._popular: IntArray = popular[: max(1, _POPULAR * (settings.seen or 1))]
 
     @property
-    def context_columns(self) -> tuple[str, ...]:
-        """Columns of the log that say which items are eligible, without the time."""
-        given = {REGION: self.settings.regions, SEEN: self.settings.seen}
-        given[CANDIDATES] = self.settings.candidates
-        return tuple(name for name, number in given.items() if number is not None)
+    def section(self) -> EligibleSchema:
+        """The section `eligible` of the log schema."""
+        given = self.settings
+        return EligibleSchema(
+            attribute=() if given.regions is None else (AttributeForm(REGIONS, REGION),),
+            interval=None if given.days is None else IntervalForm(LISTED, DELISTED),
+            exclude=None if given.seen is None else ListForm(SEEN),
+            candidates=None if given.candidates is None else ListForm(CANDIDATES),
+        )
 
     def item_columns(self) -> dict[str, pa.Array]:
         """Return the columns of the catalogue that the forms read."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +22,14 @@ from offtower.data.simulate.plackett_luce import (
     tile_rows,
 )
 from offtower.data.simulate.policy_values import SingleDraw
+from offtower.data.simulate.rounds import single_draw
 from offtower.data.simulate.world import SimulatedWorld
 
 Array = NDArray[np.float64]
 EXACT_SLATES = 5_000
 """Slates of a catalogue up to which values are sums over all of them."""
+_SCORED = 1_000_000
+"""Pairs of contexts and items scored for `logging_value`."""
 DRAWS = 16
 """Slates drawn for each context in a larger catalogue."""
 
@@ -94,6 +98,13 @@ def fixed_slate_value(
 ) -> SlateValue:
     """Compute the value of a policy that shows slate i (n, K) in context i, such as the k best."""
     return _value(world.slate_rewards(contexts, slates), np.zeros(contexts.num_rows), True)
+
+
+def logging_value(world: SimulatedWorld, seed: int = 0) -> SlateValue:
+    """Estimate the value of the world's logging policy over new contexts: 1,000 of them, or fewer
+    in catalogues of more than a thousand items, which bounds the time."""
+    contexts = world.contexts(max(50, min(1_000, _SCORED // world.n_items)), seed)
+    return slate_value(world, partial(single_draw, world, world.logging_policy), contexts)
 
 
 def _value(by_context: Array, variance: Array, exact: bool) -> SlateValue:

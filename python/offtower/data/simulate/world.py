@@ -156,7 +156,8 @@ class SimulatedWorld(PolicyValues):
 
     @property
     def catalogue_schema(self) -> CatalogueSchema:
-        return CatalogueSchema(item_id="item_id", features=self._item_side.specs)
+        schema = CatalogueSchema(item_id="item_id", features=self._item_side.specs)
+        return schema if self.eligible is None else schema.keeping(self.eligible.section)
 
     @property
     def log_schema(self) -> LogSchema:
@@ -171,6 +172,7 @@ class SimulatedWorld(PolicyValues):
             round_id=None if self.slate is None else "round_id",
             user_id="user_id",
             reward_range=(0.0, 1.0),
+            eligible=None if self.eligible is None else self.eligible.section,
         )
 
     def catalogue_table(self) -> pa.Table:
