@@ -22,6 +22,7 @@ def make_schema() -> LogSchema:
         timestamp="time",
         behavior_policy="policy",
         position="position",
+        pscore_kind="marginal",
         round_id="round",
         user_id="user",
     )

@@ -37,9 +37,8 @@ _REMEDY = "restore the folder from a copy, or remove it: the reward model is the
 
 
 def reward_folds(rows: EncodedRows, folds: int, seed: int) -> np.ndarray:
-    """(n,) fold of each row, by user where the log has users, else by row number."""
-    key = rows.row if rows.user_id is None else rows.user_id
-    return fold_of(key, folds, derive_seed(seed, "folds"))
+    """(n,) fold of each row, by user where the log has users, else by round or row number."""
+    return fold_of(rows.unit_key, folds, derive_seed(seed, "folds"))
 
 
 def obtain_reward_model(

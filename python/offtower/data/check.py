@@ -22,6 +22,7 @@ from offtower.data.log import TableOrigin
 from offtower.data.moments import Moments, QuarantineEffect
 from offtower.data.outcomes import OutcomeCounts, settle
 from offtower.data.quarantine import REASON, write_quarantine
+from offtower.data.round_tables import ordered, whole_rounds
 from offtower.data.rules import Fault, find_faults
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
@@ -197,6 +198,8 @@ class RowChecker:
     def check(self, table: pa.Table, origin: TableOrigin, first_row: int) -> pa.Table:
         """Return the good rows of a table, with the schema's `outcomes` those that are mature.
 
+        Rows of a round of slates are in the order of their positions.
+
         Raises:
             BadRowsError: there is a bad row and no quarantine.
             DataError: see `check_table`.
@@ -206,8 +209,9 @@ class RowChecker:
             settled = settle(table, self._schema)
             table, mature = settled.table, settled.mature
             self._outcomes += settled.counts
+            mature = ~whole_rounds(~mature, table, self._schema)
         good = self.good_rows(table, origin, first_row, mature)
-        return table if good.all() else table.filter(pa.array(good))
+        return ordered(table if good.all() else table.filter(pa.array(good)), self._schema)
 
     def good_rows(
         self,
@@ -217,6 +221,8 @@ class RowChecker:
         wanted: NDArray[np.bool_] | None = None,
     ) -> NDArray[np.bool_]:
         """Return the (n,) mask of good rows, after writing bad ones to quarantine.
+
+        A round of slates with a bad row is bad as a whole.
 
         Args:
             wanted: (n,) rows to check and return; all by default.
@@ -228,6 +234,7 @@ class RowChecker:
         bad = np.zeros(table.num_rows, dtype=bool)
         for fault in faults:
             bad |= fault.mask
+        bad = whole_rounds(bad, table, self._schema)
         good = ~bad if wanted is None else ~bad & wanted
         self._learn_lengths(table, ~good)
         if self._quarantine is not None:
@@ -289,6 +296,8 @@ class RowChecker:
         for found in first_bad_rows(table, faults, origin, first_row, limit=None):
             reasons.setdefault(found.row, []).append(str(found))
         rows = np.flatnonzero(bad)
+        for row in rows.tolist():
+            reasons.setdefault(first_row + row, ["another row of its round is bad"])
         write_quarantine(
             self._quarantine,
             table.take(pa.array(rows)),

@@ -83,6 +83,7 @@ def from_bandit_feedback(
         context=(FeatureSpec(name=context_name, kind="vector", dim=context.shape[1]),),
         pscore=optional.get("pscore"),
         position=optional.get("position"),
+        pscore_kind="marginal" if "position" in optional else None,
         reward_range=reward_range,
     )
     items = pa.table(

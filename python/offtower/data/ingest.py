@@ -33,6 +33,7 @@ from offtower.data.outcomes import (
 )
 from offtower.data.output import check_new
 from offtower.data.parts import write_log_parts
+from offtower.data.round_tables import whole_round_tables
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
 from offtower.data.source import (
     CheckedUnits,
@@ -138,8 +139,9 @@ def ingest_files(
     mapper, progress = mapper or Mapper(), progress or Progress()
     log = Location.of(source.log)
     dataset = open_source(log)
-    check_outcome_columns(dataset.schema.names, source.schema, str(log))
-    units = Units(dataset, log, source.schema.columns)
+    schema = source.schema
+    check_outcome_columns(dataset.schema.names, schema, str(log))
+    units = Units(dataset, log, schema.columns, whole_files=schema.slates)
     with _claimed(out, split) as out:
         if source.catalogue is None:
             _check_item_columns(source.schema)
@@ -397,11 +399,11 @@ def _stream(out: Location, rows: CheckedUnits, progress: Progress) -> UnitTally:
     def tables() -> Iterator[pa.Table]:
         first_row = 0
         for unit in range(len(rows.units)):
-            for batch, origin in rows.units.located(unit):
-                table = pa.Table.from_batches([batch])
+            located = rows.units.located(unit)
+            for table, origin in whole_round_tables(located, rows.schema):
                 yield checker.check(table, origin, first_row)
-                first_row += batch.num_rows
-                progress.advance(batch.num_rows)
+                first_row += table.num_rows
+                progress.advance(table.num_rows)
         good = first_row - checker.bad_rows - checker.outcomes.young
         _check_some_mature(UnitTally.of(good, checker), rows.schema)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +15,7 @@ from offtower.data.check import RowChecker
 from offtower.data.encoding import FeatureEncoding, concat
 from offtower.data.location import AnyPath
 from offtower.data.log import Log
-from offtower.data.rows import EncodedRows, encode_rows, joined_column
+from offtower.data.rows import COLUMNS, EncodedRows, encode_rows, joined_column
 from offtower.errors import ConfigError
 
 OnBadRows = Literal["error", "quarantine"]
@@ -94,7 +93,9 @@ def concat_rows(parts: list[EncodedRows]) -> EncodedRows:
     """Concatenate rows, emptying `parts` column by column to save memory."""
     if len(parts) == 1:
         return parts.pop()
-    columns: list[dict[str, Any]] = [{f.name: getattr(p, f.name) for f in fields(p)} for p in parts]
+    kind = parts[0].pscore_kind
+    names = ("context", *COLUMNS)
+    columns: list[dict[str, Any]] = [{name: getattr(p, name) for name in names} for p in parts]
     parts.clear()
     joined: dict[str, Any] = {}
     contexts = [column.pop("context") for column in columns]
@@ -105,4 +106,4 @@ def concat_rows(parts: list[EncodedRows]) -> EncodedRows:
     for name in list(columns[0]):
         values = [column.pop(name) for column in columns]
         joined[name] = joined_column(values)
-    return EncodedRows(**joined)
+    return EncodedRows(pscore_kind=kind, **joined)

@@ -17,6 +17,7 @@ from offtower.data.location import AnyPath, Location
 from offtower.data.manifest import find_parquet_files, read_manifest, write_manifest
 from offtower.data.output import new_directory, new_file
 from offtower.data.parquet import Footer, RowGroups, listed_footers, read_footers
+from offtower.data.round_tables import cut_rounds, table_cuts
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
 
@@ -188,16 +189,15 @@ class TableLog(Log):
             raise DataError("the log has no rows")
         self.schema = schema
         self.table = table
-        self._rows_per_group = rows_per_group
-        starts = np.arange(0, table.num_rows, rows_per_group)
-        self.row_group_sizes = np.minimum(rows_per_group, table.num_rows - starts).astype(np.int64)
+        self._edges = table_cuts(table, schema, rows_per_group)
+        self.row_group_sizes = np.diff(self._edges).astype(np.int64)
         digest = hashlib.sha256(repr(schema).encode())
         for batch in table.select(list(schema.columns)).combine_chunks().to_batches():
             digest.update(batch.serialize())
         self.fingerprint = digest.hexdigest()
 
     def read_row_group(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
-        part = self.table.slice(index * self._rows_per_group, self._rows_per_group)
+        part = self.table.slice(self._edges[index], int(self.row_group_sizes[index]))
         return part if columns is None else part.select(list(columns))
 
     def location(self, index: int) -> TableOrigin:
@@ -224,7 +224,7 @@ def write_log(
     """
     directory = Location.of(directory)
     with new_directory(directory) as temporary:
-        groups = regroup(batches, rows_per_group)
+        groups = regroup(batches, rows_per_group, schema)
         group = next(groups, None)
         if group is None:
             raise DataError(f"no rows to write to '{directory}'")
@@ -267,19 +267,26 @@ def _file_name(number: int) -> str:
 
 
 def regroup(
-    batches: Iterable[pa.Table | pa.RecordBatch], rows_per_group: int
+    batches: Iterable[pa.Table | pa.RecordBatch],
+    rows_per_group: int,
+    schema: LogSchema,
+    first_row: int = 0,
 ) -> Iterator[pa.Table]:
-    """Regroup rows into tables of `rows_per_group`; the last may be shorter."""
-    first: pa.Schema | None = None
+    """Regroup rows into tables of `rows_per_group`; the last may be shorter.
+
+    Rounds of slates stay whole: a table begins with the first round at or after each multiple of
+    `rows_per_group`, counted from the log's first row.
+
+    Args:
+        first_row: number in the log of the first row.
+    """
+    alike = _of_one_type(batches)
+    if schema.slates:
+        yield from cut_rounds(alike, schema, rows_per_group, first_row)
+        return
     waiting: list[pa.Table] = []
     rows = 0
-    for batch in batches:
-        table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
-        table = table.replace_schema_metadata(None)
-        if first is None:
-            first = table.schema
-        elif table.schema != first:
-            raise DataError(f"the tables to write differ: {_difference(first, table.schema)}")
+    for table in alike:
         start = 0
         while start < table.num_rows:
             piece = table.slice(start, min(rows_per_group - rows, table.num_rows - start))
@@ -291,6 +298,18 @@ def regroup(
                 waiting, rows = [], 0
     if rows:
         yield pa.concat_tables(waiting).combine_chunks()
+
+
+def _of_one_type(batches: Iterable[pa.Table | pa.RecordBatch]) -> Iterator[pa.Table]:
+    first: pa.Schema | None = None
+    for batch in batches:
+        table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
+        table = table.replace_schema_metadata(None)
+        if first is None:
+            first = table.schema
+        elif table.schema != first:
+            raise DataError(f"the tables to write differ: {_difference(first, table.schema)}")
+        yield table
 
 
 def _difference(first: pa.Schema, other: pa.Schema) -> str:

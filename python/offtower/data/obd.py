@@ -93,6 +93,7 @@ def _schema(num_items: int) -> LogSchema:
         timestamp="timestamp",
         behavior_policy="behavior_policy",
         position="position",
+        pscore_kind="marginal",
         reward_range=(0.0, 1.0),
     )
 

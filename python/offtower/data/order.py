@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from offtower.data.columns import splitmix64
+from offtower.data.rounds import Rounds
 from offtower.errors import ConfigError, DataError
 
 _ROW_GROUPS, _ROWS, _BATCHES = 1, 2, 3
@@ -51,10 +52,21 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Positions of a batch's rows in their window, and their common fold."""
+    """Positions of a batch's rows in their window, and their common fold.
+
+    edges: first rows in the batch of its rounds, and its number of rows; None without rounds.
+    """
 
     index: NDArray[np.int64]
     fold: int
+    edges: NDArray[np.int64] | None = None
+
+    def part(self, rank: int, world_size: int) -> slice:
+        """The batch's rows for worker `rank` of `world_size`: `rank_slice` of whole rounds."""
+        if self.edges is None:
+            return rank_slice(self.index.size, rank, world_size)
+        mine = rank_slice(self.edges.size - 1, rank, world_size)
+        return slice(int(self.edges[mine.start]), int(self.edges[mine.stop]))
 
 
 class EpochOrder:
@@ -135,7 +147,12 @@ class EpochOrder:
         return [tuple(np.sort(groups[start:stop]).tolist()) for start, stop in pairwise(cuts)]
 
     def batches(
-        self, epoch: int, window_number: int, n_rows: int, fold: NDArray[np.int8] | None = None
+        self,
+        epoch: int,
+        window_number: int,
+        n_rows: int,
+        fold: NDArray[np.int8] | None = None,
+        rounds: Rounds | None = None,
     ) -> list[Batch]:
         """Cut the rows of a window into batches.
 
@@ -144,6 +161,7 @@ class EpochOrder:
             window_number: number of the window in `windows(epoch)`.
             n_rows: good rows of the window.
             fold: (n_rows,) fold of each row, in [0, num_folds); needed with more than one fold.
+            rounds: of the rows, which batches then keep whole, in the order of their positions.
 
         Returns:
             Batches that hold every position in [0, n_rows) exactly once.
@@ -151,6 +169,8 @@ class EpochOrder:
         Raises:
             DataError: `fold` is missing, of another length, or outside [0, num_folds).
         """
+        if rounds is not None:
+            return self._round_batches(epoch, window_number, fold, rounds)
         if self.shuffle:
             rows = _permutation(n_rows, self.seed, _ROWS, epoch, window_number)
         else:
@@ -174,6 +194,33 @@ class EpochOrder:
             turn = _permutation(len(batches), self.seed, _BATCHES, epoch, window_number)
             return [batches[i] for i in turn.tolist()]
         return sorted(batches, key=lambda batch: int(batch.index[0]))
+
+    def _round_batches(
+        self, epoch: int, window_number: int, fold: NDArray[np.int8] | None, rounds: Rounds
+    ) -> list[Batch]:
+        """Batches of whole rounds: as many rounds as rows of `batch_size` hold on average."""
+        count = len(rounds)
+        mean_length = rounds.num_rows / max(count, 1)
+        size = max(1, int(self.batch_size / max(mean_length, 1.0)))
+        by_round = replaced(self, batch_size=size)
+        folds = None if fold is None else fold[rounds.first]
+        made = []
+        for batch in by_round.batches(epoch, window_number, count, folds):
+            edges = np.concatenate([[0], np.cumsum(rounds.lengths[batch.index])]).astype(np.int64)
+            made.append(Batch(rounds.rows_of(batch.index), batch.fold, edges))
+        return made
+
+
+def replaced(order: EpochOrder, *, batch_size: int) -> EpochOrder:
+    """The same order with another batch size."""
+    return EpochOrder(
+        order.row_group_sizes,
+        batch_size,
+        order.seed,
+        order.shuffle,
+        order.window_rows,
+        order.num_folds,
+    )
 
 
 def rank_slice(n_rows: int, rank: int, world_size: int) -> slice:

@@ -7,6 +7,7 @@ rows_per_file on of all units. A file that is written twice is the same.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from offtower.data.location import AnyPath, Location
 from offtower.data.log import ROWS_PER_FILE, ROWS_PER_GROUP, finish_log, regroup, write_log_file
 from offtower.data.output import check_new, new_directory
 from offtower.data.parquet import Footer
+from offtower.data.round_tables import rounds_between
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
 from offtower.mapping import Mapper
@@ -58,7 +60,8 @@ class RowSource(ABC):
 @dataclass(frozen=True)
 class _Written:
     rows: int
-    footer: Footer
+    footer: Footer | None
+    """None where no round begins in the file's rows."""
 
 
 def write_log_parts(
@@ -88,20 +91,33 @@ def write_log_parts(
     rows_per_file = max(1, rows_per_file // rows_per_group) * rows_per_group
     with new_directory(directory) as temporary:
         # Absolute, since workers have another working folder.
-        write = partial(_write, source, temporary.absolute(), rows_per_group, rows_per_file)
+        sizes = (rows_per_group, rows_per_file)
+        write = partial(_write, source, schema, temporary.absolute(), sizes)
         progress.start(task, total)
         numbers = range(-(-total // rows_per_file))
         written = list(report_rows(mapper.map(write, numbers, task), progress))
         progress.finish()
         if temporary.local is not None:
             remove_leftovers(temporary.local)
-        return finish_log(temporary, schema, [one.footer for one in written])
+        footers = [one.footer for one in written if one.footer is not None]
+        return finish_log(temporary, schema, footers)
 
 
 def _write(
-    source: RowSource, directory: Location, rows_per_group: int, rows_per_file: int, number: int
+    source: RowSource, schema: LogSchema, directory: Location, sizes: tuple[int, int], number: int
 ) -> _Written:
+    rows_per_group, rows_per_file = sizes
+    total = int(source.counts.sum())
     first = number * rows_per_file
-    last = min(first + rows_per_file, int(source.counts.sum()))
-    groups = regroup(source.rows(first, last), rows_per_group)
+    last = min(first + rows_per_file, total)
+    if not schema.slates:
+        groups = regroup(source.rows(first, last), rows_per_group, schema, first)
+        return _Written(last - first, write_log_file(directory, number, groups))
+    rounds = rounds_between(source.rows(first, total), schema, first, last)
+    begin = next(rounds, None)
+    if begin is None:  # The last rounds began in the file before.
+        return _Written(last - first, None)
+    at, table = begin
+    tables = itertools.chain([table], (later for _, later in rounds))
+    groups = regroup(tables, rows_per_group, schema, at)
     return _Written(last - first, write_log_file(directory, number, groups))

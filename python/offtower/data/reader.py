@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import pairwise
 from types import TracebackType
 from typing import NamedTuple
 
@@ -188,7 +189,7 @@ class BatchReader:
                 last = len(window.batches)
                 for turn in range(first, last):
                     batch = window.batches[turn]
-                    mine = rank_slice(batch.index.size, rank, world_size)
+                    mine = batch.part(rank, world_size)
                     cursor = (
                         Cursor(epoch, number, turn + 1)
                         if turn + 1 < last
@@ -238,7 +239,8 @@ class BatchReader:
             folds = self._folds(rows) if self._kept_folds is None else self._kept_folds
             if rows is self._kept:
                 self._kept_folds = folds
-        return _Window(rows, self.order.batches(epoch, number, len(rows), folds))
+        batches = self.order.batches(epoch, number, len(rows), folds, rows.rounds)
+        return _Window(rows, batches)
 
     def _folds(self, rows: EncodedRows) -> NDArray[np.int8]:
         if self._fold is not None:
@@ -247,8 +249,8 @@ class BatchReader:
 
 
 def row_folds(rows: EncodedRows, num_folds: int, seed: int) -> NDArray[np.int8]:
-    """Assign (n,) folds: by user if the log has users, else by row number."""
-    return fold_of(rows.row if rows.user_id is None else rows.user_id, num_folds, seed)
+    """Assign (n,) folds: by user if the log has users, else by round or row number."""
+    return fold_of(rows.unit_key, num_folds, seed)
 
 
 def scan(
@@ -263,6 +265,9 @@ def scan(
     prefetch: bool = True,
 ) -> Iterator[EncodedRows]:
     """Iterate over all rows of a log in file order, `batch_rows` at a time.
+
+    Rounds of slates stay whole: batch b has the rounds that begin with rows b * batch_rows to
+    (b + 1) * batch_rows - 1, and batches in which no round begins are left out.
 
     Args:
         rows: numbers of the rows to read, all by default. If they start and stop at multiples of
@@ -290,6 +295,8 @@ def scan(
         window_rows=_SCAN_WINDOW_ROWS,
     )
     windows = [[groups.start + int(g) for g in window] for window in order.windows(0)]
+    if log.schema.slates:
+        return _by_rounds(_loaded(loader, windows, prefetch), batch_rows, rows)
     if on_bad_rows != "error":
         return _scan(loader, windows, batch_rows, prefetch)
     before = rows.start - int(first[groups.start])
@@ -305,8 +312,31 @@ def _scan(
     limit: int | None = None,
 ) -> Iterator[EncodedRows]:
     """Iterate over rows of some windows, without the first `skip`, at most `limit`."""
-    numbers = range(len(windows))
     rest: EncodedRows | None = None
+    with closing(_loaded(loader, windows, prefetch)) as loaded:
+        for rows in loaded:
+            if skip or (limit is not None and len(rows) > limit):
+                stop = len(rows) if limit is None else min(len(rows), skip + limit)
+                rows = rows.take(np.arange(min(skip, stop), stop))
+                skip = 0
+            if limit is not None:
+                limit -= len(rows)
+            if rest is not None:
+                rows = concat_rows([rest, rows])
+            whole = len(rows) - len(rows) % batch_rows
+            for start in range(0, whole, batch_rows):
+                yield rows.take(np.arange(start, start + batch_rows))
+            rest = rows.take(np.arange(whole, len(rows))) if whole < len(rows) else None
+            del rows
+    if rest is not None:
+        yield rest
+
+
+def _loaded(
+    loader: Loader, windows: list[list[int]], prefetch: bool
+) -> Generator[EncodedRows, None, None]:
+    """Iterate over the rows of windows, the next one read ahead by a thread."""
+    numbers = range(len(windows))
     with ExitStack() as stack:
         loaded: Iterator[EncodedRows | None]
         tables = loader.tables(windows)
@@ -320,18 +350,31 @@ def _scan(
         stack.enter_context(closing_tables(tables))
         for rows in loaded:
             assert rows is not None
-            if skip or (limit is not None and len(rows) > limit):
-                stop = len(rows) if limit is None else min(len(rows), skip + limit)
-                rows = rows.take(np.arange(min(skip, stop), stop))
-                skip = 0
-            if limit is not None:
-                limit -= len(rows)
+            yield rows
+            del rows
+
+
+def _by_rounds(
+    loaded: Generator[EncodedRows, None, None], batch_rows: int, wanted: range
+) -> Iterator[EncodedRows]:
+    """Iterate over the rounds that begin in `wanted`, by batch."""
+    rest: EncodedRows | None = None
+    with closing(loaded):
+        for rows in loaded:
             if rest is not None:
                 rows = concat_rows([rest, rows])
-            whole = len(rows) - len(rows) % batch_rows
-            for start in range(0, whole, batch_rows):
-                yield rows.take(np.arange(start, start + batch_rows))
-            rest = rows.take(np.arange(whole, len(rows))) if whole < len(rows) else None
+            rounds = rows.rounds
+            assert rounds is not None, "callers have a log of slates"
+            begin = rows.row[rounds.first]
+            edges = np.flatnonzero(np.diff(begin // batch_rows, prepend=-1))
+            for start, stop in pairwise([*edges.tolist(), len(rounds)]):
+                batch = range(int(rounds.offsets[start]), int(rounds.offsets[stop]))
+                if begin[start] < wanted.start or begin[start] >= wanted.stop:
+                    rest = None
+                    continue
+                rest = rows.take(np.arange(batch.start, batch.stop))
+                if stop < len(rounds):
+                    yield rest
             del rows
     if rest is not None:
         yield rest

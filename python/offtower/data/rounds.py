@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,8 +31,7 @@ class Rounds:
             DataError: the positions (n,) of a round are not 0, 1, 2, ...
         """
         key = np.asarray(round_id)
-        starts = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]])) if key.size else []
-        rounds = cls(np.append(np.asarray(starts, dtype=np.int64), key.size))
+        rounds = cls(np.append(np.flatnonzero(key_starts(key)), key.size).astype(np.int64))
         if position is not None:
             wrong = np.asarray(position) != rounds.position
             if wrong.any():
@@ -128,23 +126,3 @@ def cut_before(starts: NDArray[np.bool_], size: int) -> list[int]:
             cut = int(first[later])
         edges.append(cut)
     return [*edges, starts.size]
-
-
-def regrouped(parts: Iterable[Any], starts_of: Any, joined: Any, sliced: Any) -> Iterator[Any]:
-    """Move the last, perhaps incomplete, round of each part to the part that follows.
-
-    Args:
-        parts: consecutive pieces of rows.
-        starts_of: (part) -> (n,) bool, whether each row begins a round.
-        joined: ([part, part]) -> part. sliced: (part, start, stop) -> part.
-    """
-    rest = None
-    for part in parts:
-        whole = part if rest is None else joined([rest, part])
-        starts = np.flatnonzero(starts_of(whole))
-        last = int(starts[-1]) if starts.size else 0
-        if last:
-            yield sliced(whole, 0, last)
-        rest = sliced(whole, last, len(starts_of(whole)))
-    if rest is not None:
-        yield rest

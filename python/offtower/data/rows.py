@@ -20,7 +20,9 @@ from offtower.data.columns import (
 )
 from offtower.data.eligible import EligibleRows, eligible_items
 from offtower.data.encoding import FeatureArrays, FeatureEncoding, concat, nbytes, take
-from offtower.data.schema import LogSchema
+from offtower.data.round_tables import position_order
+from offtower.data.rounds import Rounds
+from offtower.data.schema import LogSchema, PscoreKind
 
 
 @dataclass(frozen=True)
@@ -43,23 +45,37 @@ class EncodedRows:
     """(n,) stable hash of the user's id."""
     eligible: EligibleRows | None = None
     """Which items could have been shown; None where every item could."""
+    pscore_kind: PscoreKind | None = None
+    """Set where the rows are whole rounds of a log of slates, each in the order of positions."""
+
+    @property
+    def rounds(self) -> Rounds | None:
+        """The rounds of a log of slates; None for other logs."""
+        if self.pscore_kind is None:
+            return None
+        assert self.position is not None, "a log of slates has positions"
+        return Rounds.of_positions(self.position)
+
+    @property
+    def unit_key(self) -> NDArray[np.int64] | NDArray[np.uint64]:
+        """(n,) key of the rows that a fold keeps together: user, else round, else the row alone."""
+        if self.user_id is not None:
+            return self.user_id
+        return self.row if self.round_id is None else self.round_id
 
     def __len__(self) -> int:
         return len(self.row)
 
     @property
     def nbytes(self) -> int:
-        arrays = [getattr(self, f.name) for f in fields(self) if f.name != "context"]
+        arrays = [getattr(self, name) for name in COLUMNS]
         return nbytes(self.context) + sum(int(a.nbytes) for a in arrays if a is not None)
 
     def take(self, index: NDArray[np.int64]) -> EncodedRows:
         """Select rows by index."""
-        columns: dict[str, Any] = {
-            f.name: _taken(getattr(self, f.name), index)
-            for f in fields(self)
-            if f.name != "context"
-        }
-        return EncodedRows(context=take(self.context, index), **columns)
+        columns: dict[str, Any] = {name: _taken(getattr(self, name), index) for name in COLUMNS}
+        context = take(self.context, index)
+        return EncodedRows(context=context, pscore_kind=self.pscore_kind, **columns)
 
     def without_context(self) -> EncodedRows:
         """Return the rows without context features."""
@@ -69,11 +85,14 @@ class EncodedRows:
     def concat(cls, parts: Sequence[EncodedRows]) -> EncodedRows:
         """Concatenate the rows of all parts."""
         columns: dict[str, Any] = {
-            f.name: joined_column([getattr(part, f.name) for part in parts])
-            for f in fields(cls)
-            if f.name != "context"
+            name: joined_column([getattr(part, name) for part in parts]) for name in COLUMNS
         }
-        return cls(context=concat([part.context for part in parts]), **columns)
+        context = concat([part.context for part in parts])
+        return cls(context=context, pscore_kind=parts[0].pscore_kind, **columns)
+
+
+COLUMNS = tuple(f.name for f in fields(EncodedRows) if f.name not in ("context", "pscore_kind"))
+"""Fields of `EncodedRows` that are arrays of length n."""
 
 
 def _taken(column: Any, index: NDArray[np.int64]) -> Any:
@@ -112,6 +131,10 @@ def encode_rows(
     def keys(name: str | None) -> NDArray[np.uint64] | None:
         return None if name is None else hashed(table.column(name))
 
+    if schema.slates:
+        order = position_order(table, schema)
+        if order is not None:
+            table, row = table.take(pa.array(order)), row[order]
     position = schema.position
     timestamp = schema.timestamp
     eligible = eligible_items(catalogue, schema)
@@ -127,6 +150,7 @@ def encode_rows(
         round_id=keys(schema.round_id),
         user_id=keys(schema.user_id),
         eligible=None if eligible is None else eligible.encode(table),
+        pscore_kind=schema.pscore_kind if schema.slates else None,
     )
 
 

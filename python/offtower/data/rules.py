@@ -20,6 +20,7 @@ from offtower.data.columns import (
     is_text,
 )
 from offtower.data.eligible import eligible_items
+from offtower.data.round_tables import round_faults
 from offtower.data.schema import FeatureSpec, LogSchema
 from offtower.data.vectors import LARGEST, Mask, bad_vectors, vector_kinds
 from offtower.errors import DataError
@@ -73,6 +74,13 @@ def find_faults(table: pa.Table, schema: LogSchema, catalogue: Catalogue, file: 
         columns = eligible.faulty_columns(table, file)
         found += [Fault(*one) for one in columns if one[0] != schema.timestamp]
         found += [Fault(*one) for one in eligible.faulty_actions(table, schema.action)]
+    if schema.slates and table.num_rows:
+        item = catalogue.index_of(table.column(schema.action))
+        # A null key or position is reported as such.
+        known = ~(_null(table.column(schema.round_id)) | _null(table.column(schema.position)))
+        for name, problem, expected, mask in round_faults(table, schema, item):
+            if (mask := mask & known).any():
+                found.append(Fault(name, problem, expected, mask))
     return found
 
 

@@ -24,6 +24,7 @@ from offtower.data.eligible_schema import (
 from offtower.errors import ConfigError
 
 FeatureKind = Literal["numeric", "vector", "category", "bag"]
+PscoreKind = Literal["marginal", "conditional", "slate"]
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -97,6 +98,11 @@ class LogSchema:
     timestamp: str | None = None
     behavior_policy: str | None = None
     position: str | None = None
+    """Column with the position of the item in its round, from 0."""
+    pscore_kind: PscoreKind | None = None
+    """What pscore is where the log has positions: marginal, pi_0(a|x) of the item at its position;
+    conditional, pi_0(a_k|x, a_1..a_{k-1}) given the items above; slate, the probability of the
+    whole slate, the same in each of its rows."""
     round_id: str | None = None
     user_id: str | None = None
     reward_range: tuple[float, float] = (0.0, 1.0)
@@ -118,10 +124,36 @@ class LogSchema:
             raise ValueError(
                 f"reward_range must be two finite numbers, low < high, got {low, high}"
             )
+        self._check_slates()
         _unique_names(self.context)
         if self.outcomes is not None and self.timestamp is None:
             raise ValueError("outcomes need a timestamp: name the column with the decision's time")
         return self
+
+    def _check_slates(self) -> None:
+        kind = self.pscore_kind
+        if self.position is None and kind is not None and kind != "marginal":
+            raise ValueError(f"pscore_kind '{kind}' needs the columns position and round_id")
+        if self.position is None or self.pscore is None:
+            return
+        if kind is None:
+            raise ValueError(
+                "a log with positions must state what its pscore is. Set pscore_kind to "
+                "'marginal' (probability of the item at its position, whatever the other "
+                "positions show), 'conditional' (given the items above it in the round, as "
+                "`offtower search --sample` writes), or 'slate' (of the whole slate, the same in "
+                "each of its rows)"
+            )
+        if kind != "marginal" and self.round_id is None:
+            raise ValueError(f"pscore_kind '{kind}' needs the column round_id")
+
+    @property
+    def slates(self) -> bool:
+        """Whether rows form slates: rounds that are kept, weighted and evaluated as a whole.
+
+        Rows with marginal pscores stand for themselves.
+        """
+        return self.pscore_kind in ("conditional", "slate")
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from offtower.data.outcomes import OutcomeCounts
 from offtower.data.parquet import FOOTER_THREADS
 from offtower.data.parts import RowSource
 from offtower.data.read_ahead import ParallelReadAhead
+from offtower.data.round_tables import whole_round_tables
 from offtower.data.schema import LogSchema
 from offtower.data.stores import (
     ATTEMPTS,
@@ -105,12 +106,20 @@ class Units:
         source: an opened source.
         place: its path, for messages.
         columns: those that are read.
+        whole_files: do not cut Parquet files either, since rounds may cross their row groups.
 
     Raises:
         DataError: the source lacks one of the columns.
     """
 
-    def __init__(self, source: ds.Dataset, place: AnyPath, columns: Sequence[str]) -> None:
+    def __init__(
+        self,
+        source: ds.Dataset,
+        place: AnyPath,
+        columns: Sequence[str],
+        *,
+        whole_files: bool = False,
+    ) -> None:
         place = Location.of(place)
         self.place, self.columns, self.schema = place, list(columns), source.schema
         missing = [name for name in columns if name not in source.schema.names]
@@ -134,9 +143,11 @@ class Units:
             )
         )
         for fragment, groups in zip(fragments, found, strict=True):
-            self._add(fragment, groups)
+            self._add(fragment, groups, None if whole_files else _UNIT_ROWS)
 
-    def _add(self, fragment: Any, groups: list[tuple[int, int]] | None) -> None:
+    def _add(
+        self, fragment: Any, groups: list[tuple[int, int]] | None, unit_rows: int | None
+    ) -> None:
         if groups is None:
             self.fragments.append(fragment)
             self.known.append(None)
@@ -147,7 +158,8 @@ class Units:
         for number, (group, count) in enumerate(groups):
             waiting.append(group)
             rows += count
-            if rows >= _UNIT_ROWS or number == len(groups) - 1:
+            full = unit_rows is not None and rows >= unit_rows
+            if full or number == len(groups) - 1:
                 self.fragments.append(fragment.subset(row_group_ids=waiting))
                 self.known.append(rows)
                 self.first_rows.append(first)
@@ -298,10 +310,9 @@ class CheckedUnits(RowSource):
         schema = self.learned if unit > self.learned_in else self.schema
         checker = RowChecker(schema, self.catalogue, quarantine=self.quarantine)
         first = int(self.first_rows[unit])
-        for batch, origin in self.units.located(unit):
-            table = pa.Table.from_batches([batch])
+        for table, origin in whole_round_tables(self.units.located(unit), schema):
             yield checker.check(table, origin, first), checker
-            first += batch.num_rows
+            first += table.num_rows
 
     def tables(self, unit: int) -> Iterator[pa.Table]:
         for table, _ in self.checked(unit):

@@ -23,7 +23,9 @@ from offtower.data.log import Log, ParquetLog
 from offtower.data.order import keyed_hash
 from offtower.data.output import check_new
 from offtower.data.parts import RowSource, write_log_parts
+from offtower.data.round_tables import table_rounds
 from offtower.data.rows import hashed
+from offtower.data.schema import LogSchema
 from offtower.errors import DataError
 from offtower.mapping import Mapper, pieces
 from offtower.progress import Progress
@@ -184,13 +186,15 @@ class _Part(RowSource):
 
     def tables(self, unit: int) -> Iterator[pa.Table]:
         for table, first_row in _tables(self._log, self._columns, [unit]):
-            yield table.filter(pa.array(self._assign(table, first_row) == self._part))
+            assigned = _assigned(self._log.schema, self._assign, table, first_row)
+            yield table.filter(pa.array(assigned == self._part))
 
 
 def _count(log: Log, assign: Assign, parts: int, mapper: Mapper) -> NDArray[np.int64]:
     """Count the rows by row group and part."""
     schema = log.schema
-    wanted = [c for c in (schema.timestamp, schema.user_id, schema.round_id) if c is not None]
+    names = (schema.timestamp, schema.user_id, schema.round_id, schema.position)
+    wanted = [name for name in names if name is not None]
     count = partial(_count_groups, log, wanted or [schema.action], assign, parts)
     return np.concatenate(list(mapper.map(count, _pieces(log, mapper), "counting")))
 
@@ -200,10 +204,21 @@ def _count_groups(
 ) -> NDArray[np.int64]:
     return np.stack(
         [
-            np.bincount(assign(table, first_row), minlength=parts)
+            np.bincount(_assigned(log.schema, assign, table, first_row), minlength=parts)
             for table, first_row in _tables(log, columns, groups)
         ]
     )
+
+
+def _assigned(
+    schema: LogSchema, assign: Assign, table: pa.Table, first_row: int
+) -> NDArray[np.int64]:
+    """(n,) part of each row; a round of slates goes where its first row goes."""
+    part = assign(table, first_row)
+    if not schema.slates:
+        return part
+    rounds = table_rounds(table, schema)
+    return np.repeat(part[rounds.first], rounds.lengths)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ def served_schema(retriever: Retriever) -> LogSchema:
         timestamp=schema.timestamp or "timestamp",
         behavior_policy=schema.behavior_policy or "behavior_policy",
         position=POSITION,
+        pscore_kind="conditional",
         round_id=ROUND,
         user_id=schema.user_id,
     )

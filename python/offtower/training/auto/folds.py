@@ -28,7 +28,7 @@ class Folds:
         number: of folds.
         held_out: fold that each member does not see.
         seed: of the split.
-        by_row: split by row instead of by user or context.
+        by_row: split by row, or round, instead of by user or context.
     """
 
     number: int
@@ -46,7 +46,7 @@ class Folds:
     def key(self, rows: EncodedRows) -> NDArray[np.uint64]:
         """(n,) key of the user or context; rows with equal keys share a fold."""
         if self.by_row:
-            return rows.row.astype(np.uint64)
+            return (rows.row if rows.round_id is None else rows.round_id).astype(np.uint64)
         return context_key(rows) if rows.user_id is None else rows.user_id
 
     def balanced(self, parts: Iterable[EncodedRows]) -> Folds:
@@ -66,11 +66,12 @@ class Folds:
         return replace(self, held_out=tuple(NOTHING + k for k in range(len(self.held_out))))
 
     def sampled(self, rows: EncodedRows, share: float) -> NDArray[np.bool_]:
-        """(n,) whether a row is in the sample of this share, a function of the row number."""
+        """(n,) whether a row is in the sample of this share, a function of its number or round."""
         if share >= 1.0:
             return np.ones(len(rows), dtype=bool)
         seed = derive_seed(self.seed, "judged")  # wording: keep; it names a random stream
-        return keyed_hash(rows.row, seed) < np.uint64(share * 2**64)
+        key = rows.row if rows.round_id is None else rows.round_id
+        return keyed_hash(key, seed) < np.uint64(share * 2**64)
 
 
 def context_key(rows: EncodedRows) -> NDArray[np.uint64]:
