@@ -169,6 +169,7 @@ class SimulatedWorld(PolicyValues):
             timestamp="timestamp",
             behavior_policy="behavior_policy",
             position=None if self.slate is None else "position",
+            pscore_kind=None if self.slate is None else "conditional",
             round_id=None if self.slate is None else "round_id",
             user_id="user_id",
             reward_range=(0.0, 1.0),
