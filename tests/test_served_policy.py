@@ -17,6 +17,7 @@ from offtower.config.serving import changed_serving, parse_serving
 from offtower.errors import ConfigError
 from offtower.models.items import ItemEmbeddings
 from offtower.ops import DenseReward, FactoredReward
+from offtower.ops.types import Eligibility, ItemLists
 from offtower.serving import ServedPolicy
 
 ROWS, ITEMS, DIM = 7, 50, 6
@@ -56,13 +57,16 @@ class World:
         raw = self.factored.context.double() @ self.factored.item.double().T
         self.q = torch.sigmoid(raw).numpy()
 
-    def probability(self, serving: ServingConfig) -> np.ndarray:
-        """(B, N)."""
-        score = self.score / serving.temperature
+    def probability(self, serving: ServingConfig, allowed: np.ndarray | None = None) -> np.ndarray:
+        """(B, N); allowed: (B, N), which items are eligible."""
+        if allowed is None:
+            allowed = np.ones_like(self.score, dtype=bool)
+        score = np.where(allowed, self.score / serving.temperature, -np.inf)
         if serving.top is not None:
             worst = -np.sort(-score, axis=1)[:, min(serving.top, ITEMS) - 1, None]
             score = np.where(score >= worst, score, -np.inf)
-        return (1 - serving.uniform) * softmax(score, axis=1) + serving.uniform / ITEMS
+        share = allowed / allowed.sum(1, keepdims=True)
+        return (1 - serving.uniform) * softmax(score, axis=1) + serving.uniform * share
 
     def served(self, **serving: Any) -> ServedPolicy:
         return ServedPolicy(self.policy, ServingConfig(**serving))
@@ -94,6 +98,74 @@ def test_terms_equal_enumeration(setting: dict[str, Any]) -> None:
     member = torch.tensor([3, 4, 9, 30])
     mass = served.log_mass(world.context, world.items, member, found.log_normalizer)
     np.testing.assert_allclose(mass.exp().numpy(), p[:, member].sum(1), rtol=1e-10, atol=1e-300)
+
+
+def restrictions(world: World) -> tuple[dict[str, Eligibility], dict[str, np.ndarray]]:
+    """Bitmaps of three groups with excluded items, and candidate lists; and both as (B, N)."""
+    rng = np.random.default_rng(5)
+    bits, group = rng.random((3, ITEMS)) < 0.5, rng.integers(3, size=ROWS)
+    own = world.action.numpy()
+    bits[group, own] = True
+    packed = np.packbits(np.pad(bits, ((0, 0), (0, -ITEMS % 64))), axis=1, bitorder="little")
+    bitmap = torch.from_numpy(packed.view("<i8").astype(np.int64))
+    lists = []
+    for share in (0.1, 0.3):
+        picked = rng.random((ROWS, ITEMS)) < share
+        picked[np.arange(ROWS), own] = share == 0.3
+        offsets = torch.from_numpy(np.append(0, picked.sum(1).cumsum()))
+        lists.append((picked, ItemLists(offsets, torch.from_numpy(np.nonzero(picked)[1]))))
+    (excluded, excluded_lists), (candidates, candidate_lists) = lists
+    groups = torch.from_numpy(group.astype(np.int32))
+    by_group = bits[group] & ~excluded
+    return (
+        {
+            "groups": Eligibility(groups, bitmap, excluded_lists),
+            "candidates": Eligibility(groups, bitmap, None, candidate_lists),
+        },
+        {"groups": by_group, "candidates": bits[group] & candidates},
+    )
+
+
+@pytest.mark.parametrize("form", ["groups", "candidates"])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_terms_over_eligible_items_equal_enumeration(setting: dict[str, Any], form: str) -> None:
+    world = World()
+    served = world.served(**setting)
+    eligible, allowed = (found[form] for found in restrictions(world))
+    p = world.probability(served.serving, allowed)
+    found = served.terms(
+        world.context,
+        world.items,
+        world.action,
+        reward_model=world.factored,
+        entropy=True,
+        eligible=eligible,
+    )
+    own = p[np.arange(ROWS), world.action.numpy()]
+    np.testing.assert_allclose(found.log_prob.exp().numpy(), own, rtol=1e-10)
+    assert found.expected_reward is not None and found.entropy is not None
+    np.testing.assert_allclose(found.expected_reward.numpy(), (p * world.q).sum(1), rtol=1e-10)
+    entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0).sum(1)
+    np.testing.assert_allclose(found.entropy.numpy(), entropy, rtol=1e-9, atol=1e-12)
+    every = torch.arange(ITEMS).expand(ROWS, -1)
+    arguments = (world.context, world.items, every, found.log_normalizer)
+    log_prob = served.log_prob_at(*arguments, eligible=eligible)
+    np.testing.assert_allclose(log_prob.exp().numpy(), p, rtol=1e-10, atol=1e-300)
+    item, log_prob = served.draw(
+        world.context, world.items, 300, torch.Generator().manual_seed(1), eligible
+    )
+    at = np.take_along_axis(p, item.numpy(), 1)
+    assert (at > 0.0).all()
+    np.testing.assert_allclose(log_prob.exp().numpy(), at, rtol=1e-9)
+    # Chi-square of each row at 1e-6: 7e-6 a setting and form.
+    count = np.stack([np.bincount(row, minlength=ITEMS) for row in item.numpy()])
+    for row in range(ROWS):
+        large = p[row] * 300 >= 5.0
+        observed = np.append(count[row][large], count[row][~large].sum())
+        expected = 300 * np.append(p[row][large], p[row][~large].sum())
+        keep = expected > 1e-9
+        if keep.sum() > 1:
+            assert chisquare(observed[keep], expected[keep]).pvalue > 1e-6
 
 
 @pytest.mark.parametrize("uniform", [1e-12, 1e-3, 1 - 1e-12])

@@ -29,6 +29,7 @@ from offtower.ops import (
     top_k,
 )
 from offtower.ops.categorical import draw_categorical
+from offtower.ops.eligibility import Eligibility, ItemMask
 
 _MAX_PROBABILITIES = 1 << 22
 """Probabilities held at a time for the entropy of a mixture."""
@@ -76,7 +77,7 @@ class ServedPolicy:
         *,
         reward_model: DenseReward | FactoredReward | None = None,
         entropy: bool = False,
-        eligible: Any = None,
+        eligible: Eligibility | None = None,
         position: Tensor | None = None,
     ) -> PolicyTerms:
         """Per-row terms of the served policy, as `TwoTowerPolicy.terms`.
@@ -90,7 +91,7 @@ class ServedPolicy:
             context_embedding: (B, d). items: N of them. action: (B,) logged items.
             reward_model: q, for expected_reward and action_reward.
             entropy: compute the entropy, in nats.
-            eligible: items that each row may show (`offtower.ops.types.Eligibility`); None is all.
+            eligible: the items that each row may show; None is all.
             position: (B,) positions from 0, read in mode top_k only; None is 0 for each row.
 
         Returns:
@@ -100,14 +101,14 @@ class ServedPolicy:
         Raises:
             OperatorError: as `policy_terms`.
         """
-        served, allowed = self.items(items), _keyword(eligible)
+        served = self.items(items)
         if self.deterministic:
             return self._shown_terms(
-                context_embedding, served, action, reward_model, position, allowed
+                context_embedding, served, action, reward_model, position, eligible
             )
         uniform = self.serving.uniform
         if self.serving.top is not None:
-            best = self._best(context_embedding, served, self.serving.top, allowed)
+            best = self._best(context_embedding, served, self.serving.top, eligible)
             terms = best.terms(action, reward_model)
         else:
             terms = policy_terms(
@@ -118,7 +119,7 @@ class ServedPolicy:
                 item_bias=served.bias,
                 reward_model=reward_model,
                 entropy=entropy and uniform == 0.0,
-                **allowed,
+                eligible=eligible,
             )
         if uniform == 0.0:
             return terms
@@ -128,7 +129,9 @@ class ServedPolicy:
             return replace(mixed, entropy=None)
         if self.serving.top is not None:
             return replace(mixed, entropy=best.mixture_entropy(uniform, over_all.log_normalizer))
-        found = self._mixture_entropy(context_embedding, served, terms.log_normalizer, eligible)
+        found = self._mixture_entropy(
+            context_embedding, served, terms.log_normalizer, over_all, eligible
+        )
         return replace(mixed, entropy=found)
 
     def terms_and_draws(
@@ -140,6 +143,7 @@ class ServedPolicy:
         draws: int,
         generator: torch.Generator,
         reward_model: DenseReward | FactoredReward | None = None,
+        eligible: Eligibility | None = None,
         position: Tensor | None = None,
     ) -> tuple[PolicyTerms, Tensor]:
         """As `terms`, and S items (B, S) drawn with replacement for each row.
@@ -147,15 +151,20 @@ class ServedPolicy:
         In mode top_k these are S times the item that is shown at the row's position.
         """
         served = self.items(items)
-        if self.deterministic:
+        if self.deterministic or self.serving.top is not None or eligible is not None:
             terms = self.terms(
-                context_embedding, items, action, reward_model=reward_model, position=position
+                context_embedding,
+                items,
+                action,
+                reward_model=reward_model,
+                eligible=eligible,
+                position=position,
             )
-            shown, _ = self._shown(context_embedding, served, position, {})
+        if self.deterministic:
+            shown, _ = self._shown(context_embedding, served, position, eligible)
             return terms, shown[:, None].expand(-1, draws)
-        if self.serving.top is not None:
-            terms = self.terms(context_embedding, items, action, reward_model=reward_model)
-            return terms, self.draw(context_embedding, items, draws, generator)[0]
+        if self.serving.top is not None or eligible is not None:
+            return terms, self.draw(context_embedding, items, draws, generator, eligible)[0]
         terms, drawn = terms_and_draws(
             context_embedding,
             served,
@@ -169,7 +178,9 @@ class ServedPolicy:
         if uniform == 0.0:
             return terms, drawn
         over_all = uniform_terms(context_embedding, served, action, reward_model)
-        return mix_uniform(terms, over_all, uniform), self._with_uniform(drawn, items, generator)
+        return mix_uniform(terms, over_all, uniform), self._with_uniform(
+            drawn, items, generator, None
+        )
 
     @torch.no_grad()
     def draw(
@@ -178,6 +189,7 @@ class ServedPolicy:
         items: ItemEmbeddings,
         num_samples: int,
         generator: torch.Generator,
+        eligible: Eligibility | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw S items (B, S) for each row, with replacement, and their log-probabilities (B, S).
 
@@ -185,7 +197,7 @@ class ServedPolicy:
         """
         served = self.items(items)
         if self.deterministic:
-            shown = self._best(context_embedding, served, self.serving.k, {}).item
+            shown = self._best(context_embedding, served, self.serving.k, eligible).item
             turn = (
                 torch.arange(num_samples, dtype=torch.int64, device=shown.device) % shown.shape[1]
             )
@@ -196,18 +208,28 @@ class ServedPolicy:
                 served.embedding,
                 temperature=self.temperature,
                 item_bias=served.bias,
+                eligible=eligible,
                 generator=generator,
                 num_samples=num_samples,
             )
             if self.serving.uniform == 0.0:
                 return drawn, log_prob
-            log_normalizer = self._log_normalizer(context_embedding, served)
+            log_normalizer = policy_terms(
+                context_embedding,
+                served.embedding,
+                drawn[:, 0],
+                temperature=self.temperature,
+                item_bias=served.bias,
+                eligible=eligible,
+            ).log_normalizer
         else:
-            best = self._best(context_embedding, served, self.serving.top, {})
+            best = self._best(context_embedding, served, self.serving.top, eligible)
             drawn, log_normalizer = best.draw(num_samples, generator), best.log_normalizer
         if self.serving.uniform > 0.0:
-            drawn = self._with_uniform(drawn, items, generator)
-        return drawn, self.log_prob_at(context_embedding, items, drawn, log_normalizer)
+            drawn = self._with_uniform(drawn, items, generator, eligible)
+        return drawn, self.log_prob_at(
+            context_embedding, items, drawn, log_normalizer, eligible=eligible
+        )
 
     @torch.no_grad()
     def log_prob_at(
@@ -216,6 +238,8 @@ class ServedPolicy:
         items: ItemEmbeddings,
         item: Tensor,
         log_normalizer: Tensor,
+        *,
+        eligible: Eligibility | None = None,
         position: Tensor | None = None,
     ) -> Tensor:
         """(B, S) float64 log-probabilities of the items (B, S).
@@ -226,17 +250,23 @@ class ServedPolicy:
         """
         served = self.items(items)
         if self.deterministic:
-            shown, exists = self._shown(context_embedding, served, position, {})
+            shown, exists = self._shown(context_embedding, served, position, eligible)
             return _certain((item == shown[:, None]) & exists[:, None])
         logit = logits_at(context_embedding, served, item, self.temperature)
         log_prob = logit - log_normalizer[:, None].double()
+        log_share = logit.new_full((len(item), 1), -math.log(items.embedding.shape[0]))
+        if eligible is not None:
+            log_share = -eligible.count(items.embedding.shape[0]).double().log()[:, None]
+            row = torch.arange(len(item), dtype=torch.int64, device=item.device)
+            there = eligible.contains(row[:, None].expand_as(item).flatten(), item.flatten())
+            log_share = log_share.expand_as(log_prob).masked_fill(~there.view_as(item), -math.inf)
+            log_prob = log_prob.masked_fill(~there.view_as(item), -math.inf)
         if self.serving.top is not None:
-            best = self._best(context_embedding, served, self.serving.top, {})
+            best = self._best(context_embedding, served, self.serving.top, eligible)
             log_prob = log_prob.masked_fill(~best.contains(item), -math.inf)
         if self.serving.uniform == 0.0:
             return log_prob
-        log_share = -math.log(items.embedding.shape[0])
-        return _log_mixture(log_prob, torch.full_like(log_prob, log_share), self.serving.uniform)
+        return _log_mixture(log_prob, log_share, self.serving.uniform)
 
     @torch.no_grad()
     def log_mass(
@@ -245,49 +275,40 @@ class ServedPolicy:
         items: ItemEmbeddings,
         member: Tensor,
         log_normalizer: Tensor,
+        *,
+        eligible: Eligibility | None = None,
+        position: Tensor | None = None,
     ) -> Tensor:
-        """(B,) float64 log-probability of a set of items, `member` (m,), of which one is shown.
+        """(B,) float64 log-probability that the item is one of a set, `member` (m,).
 
-        log_normalizer: (B,) of the rows' `terms`.
+        log_normalizer: (B,) of the rows' `terms`; the others as in `log_prob_at`.
         """
-        served, rows = self.items(items), len(context_embedding)
-        if self.deterministic or self.serving.top is not None:
-            count = self.serving.k if self.deterministic else self.serving.top
-            assert count is not None
-            best = self._best(context_embedding, served, count, {})
-            inside = torch.isin(best.item, member)
-            if self.deterministic:
-                return _certain(inside[:, 0])
-            score = best.score.double().masked_fill(~inside, -math.inf)
-            log_mass = torch.logsumexp(score, 1) - log_normalizer.double()
-        else:
-            part = partial_terms(
+        rows, served = len(context_embedding), self.items(items)
+        if not self.serving.is_softmax or eligible is not None:
+            every = self.log_prob_at(
                 context_embedding,
-                served.embedding[member],
-                torch.full((rows,), -1, dtype=torch.int64, device=member.device),
-                temperature=self.temperature,
-                item_bias=None if served.bias is None else served.bias[member],
+                items,
+                member.expand(rows, -1),
+                log_normalizer,
+                eligible=eligible,
+                position=position,
             )
-            log_mass = part.sums.log_normalizer.double() - log_normalizer.double()
-        if self.serving.uniform == 0.0:
-            return log_mass
-        share = math.log(len(member) / items.embedding.shape[0])
-        return _log_mixture(log_mass, torch.full_like(log_mass, share), self.serving.uniform)
-
-    def _log_normalizer(self, context_embedding: Tensor, served: ItemEmbeddings) -> Tensor:
-        action = torch.zeros(
-            len(context_embedding), dtype=torch.int64, device=context_embedding.device
-        )
-        return policy_terms(
+            return torch.logsumexp(every, 1)
+        part = partial_terms(
             context_embedding,
-            served.embedding,
-            action,
+            served.embedding[member],
+            torch.full((rows,), -1, dtype=torch.int64, device=member.device),
             temperature=self.temperature,
-            item_bias=served.bias,
-        ).log_normalizer
+            item_bias=None if served.bias is None else served.bias[member],
+        )
+        return part.sums.log_normalizer.double() - log_normalizer.double()
 
     def _best(
-        self, context_embedding: Tensor, served: ItemEmbeddings, count: int, allowed: dict[str, Any]
+        self,
+        context_embedding: Tensor,
+        served: ItemEmbeddings,
+        count: int,
+        eligible: Eligibility | None,
     ) -> _Best:
         score, item = top_k(
             context_embedding.detach(),
@@ -295,7 +316,7 @@ class ServedPolicy:
             min(count, served.embedding.shape[0]),
             temperature=self.temperature,
             item_bias=None if served.bias is None else served.bias.detach(),
-            **allowed,
+            eligible=eligible,
         )
         return _Best(score, item)
 
@@ -304,10 +325,10 @@ class ServedPolicy:
         context_embedding: Tensor,
         served: ItemEmbeddings,
         position: Tensor | None,
-        allowed: dict[str, Any],
+        eligible: Eligibility | None,
     ) -> tuple[Tensor, Tensor]:
         """(B,) items at the rows' positions in mode top_k, and whether there is one."""
-        best = self._best(context_embedding, served, self.serving.k, allowed)
+        best = self._best(context_embedding, served, self.serving.k, eligible)
         if position is None:
             position = best.item.new_zeros(len(best.item))
         last = best.item.shape[1] - 1
@@ -322,9 +343,9 @@ class ServedPolicy:
         action: Tensor,
         reward_model: DenseReward | FactoredReward | None,
         position: Tensor | None,
-        allowed: dict[str, Any],
+        eligible: Eligibility | None,
     ) -> PolicyTerms:
-        shown, exists = self._shown(context_embedding, served, position, allowed)
+        shown, exists = self._shown(context_embedding, served, position, eligible)
         double = context_embedding.dtype == torch.float64
         dtype = torch.float64 if double else torch.float32
         log_prob = _certain((shown == action) & exists).to(dtype)
@@ -336,12 +357,26 @@ class ServedPolicy:
         return PolicyTerms(log_prob, zero, expected, action_reward, zero)
 
     def _with_uniform(
-        self, drawn: Tensor, items: ItemEmbeddings, generator: torch.Generator
+        self,
+        drawn: Tensor,
+        items: ItemEmbeddings,
+        generator: torch.Generator,
+        eligible: Eligibility | None,
     ) -> Tensor:
-        """Replace each draw by one from all items, with probability `uniform`."""
+        """Replace each draw by one from all eligible items, with probability `uniform`."""
         options: dict[str, Any] = {"generator": generator, "device": generator.device}
         coin = torch.rand(drawn.shape, dtype=torch.float64, **options).to(drawn.device)
-        other = torch.randint(items.embedding.shape[0], drawn.shape, **options).to(drawn.device)
+        rows, count = len(drawn), items.embedding.shape[0]
+        if eligible is None:
+            other = torch.randint(count, drawn.shape, **options).to(drawn.device)
+        else:
+            other, _ = sample_softmax(
+                items.embedding.new_zeros(rows, 1),
+                items.embedding.new_zeros(count, 1),
+                eligible=eligible,
+                generator=generator,
+                num_samples=drawn.shape[1],
+            )
         return torch.where(coin < self.serving.uniform, other, drawn)
 
     def _mixture_entropy(
@@ -349,23 +384,31 @@ class ServedPolicy:
         context_embedding: Tensor,
         served: ItemEmbeddings,
         log_normalizer: Tensor,
-        eligible: Any,
+        over_all: PolicyTerms,
+        eligible: Eligibility | None,
     ) -> Tensor:
         """(B,) entropy of the mixture, summed over all items a block at a time."""
-        if eligible is not None:
-            raise NotImplementedError("the entropy of a mixture over eligible items")
         rows, count = len(context_embedding), served.embedding.shape[0]
+        shift, log_share = log_normalizer[:, None].double(), -over_all.log_normalizer[:, None]
         total = context_embedding.new_zeros(rows, dtype=torch.float64)
-        share = -math.log(count)
-        size = max(1, _MAX_PROBABILITIES // max(1, rows))
+        if eligible is not None:
+            eligible = eligible.resolved()
+        if eligible is not None and eligible.candidates is not None:
+            row, item = eligible.candidates.entry_rows(), eligible.candidates.items
+            logit = logits_at(context_embedding[row], served, item[:, None], self.temperature)
+            entropy = _entropy_terms(logit - shift[row], log_share[row], self.serving.uniform)
+            return total.index_add(0, row, entropy[:, 0]).to(log_normalizer.dtype)
+        mask = None if eligible is None else ItemMask(eligible)
+        size = max(64, _MAX_PROBABILITIES // max(1, rows) // 64 * 64)
         for start in range(0, count, size):
-            part = slice(start, start + size)
+            part = slice(start, min(start + size, count))
             score = (context_embedding @ served.embedding[part].T).double() / self.temperature
             if served.bias is not None:
                 score = score + served.bias[part].double()
-            softmax = score - log_normalizer[:, None].double()
-            log_prob = _log_mixture(softmax, torch.full_like(softmax, share), self.serving.uniform)
-            total = total - (log_prob.exp() * log_prob).sum(1)
+            entropy = _entropy_terms(score - shift, log_share, self.serving.uniform)
+            if mask is not None:
+                entropy = entropy.masked_fill(mask.ineligible(start, part.stop, rows), 0.0)
+            total = total + entropy.sum(1)
         return total.to(log_normalizer.dtype)
 
 
@@ -408,10 +451,8 @@ class _Best:
         """(B,) entropy of the mixture with uniform draws over exp(log_count) (B,) items."""
         log_count = log_count.double()
         found = torch.isfinite(self.score)
-        log_prob = _log_mixture(
-            self.log_prob, -log_count[:, None].expand_as(self.log_prob), uniform
-        )
-        inside = torch.where(found, -log_prob.exp() * log_prob, 0.0).sum(1)
+        entropy = _entropy_terms(self.log_prob, -log_count[:, None], uniform)
+        inside = entropy.masked_fill(~found, 0.0).sum(1)
         each = math.log(uniform) - log_count
         others = (log_count.exp() - found.sum(1)).clamp_min(0.0)
         return (inside - others * each.exp() * each).to(self.score.dtype)
@@ -433,24 +474,28 @@ def uniform_terms(
     items: ItemEmbeddings,
     action: Tensor,
     reward_model: DenseReward | FactoredReward | None,
-    eligible: Any = None,
+    eligible: Eligibility | None = None,
 ) -> PolicyTerms:
     """Terms of the policy that shows every eligible item with the same probability.
 
-    A pass with zero logits; without reward model and restriction none is needed.
+    A reward model takes a pass with zero logits.
     """
     rows, count = len(context_embedding), items.embedding.shape[0]
-    if reward_model is None and eligible is None:
-        log_count = context_embedding.new_full((rows,), math.log(count))
-        return PolicyTerms(-log_count, log_count, None, None, log_count)
-    return policy_terms(
-        context_embedding.new_zeros(rows, 1),
-        items.embedding.new_zeros(count, 1),
-        action,
-        reward_model=reward_model,
-        entropy=True,
-        **_keyword(eligible),
-    )
+    if reward_model is not None:
+        return policy_terms(
+            context_embedding.new_zeros(rows, 1),
+            items.embedding.new_zeros(count, 1),
+            action,
+            reward_model=reward_model,
+            eligible=eligible,
+        )
+    log_count = context_embedding.new_full((rows,), math.log(count))
+    log_prob = -log_count
+    if eligible is not None:
+        log_count = eligible.count(count).double().log().to(log_count.dtype)
+        row = torch.arange(rows, dtype=torch.int64, device=action.device)
+        log_prob = (-log_count).masked_fill(~eligible.contains(row, action), -math.inf)
+    return PolicyTerms(log_prob, log_count, None, None, None)
 
 
 def mix_uniform(terms: PolicyTerms, over_all: PolicyTerms, uniform: float) -> PolicyTerms:
@@ -477,12 +522,14 @@ def _log_mixture(log_softmax: Tensor, log_uniform: Tensor, uniform: float) -> Te
     return torch.logaddexp(log_softmax + rest, log_uniform + math.log(uniform))
 
 
+def _entropy_terms(log_softmax: Tensor, log_uniform: Tensor, uniform: float) -> Tensor:
+    """-p log p of the mixture."""
+    log_prob = _log_mixture(log_softmax, log_uniform, uniform)
+    return -log_prob.exp() * log_prob
+
+
 def _certain(event: Tensor) -> Tensor:
     """log 1 where the event holds, log 0 elsewhere."""
     return torch.zeros(event.shape, dtype=torch.float64, device=event.device).masked_fill(
         ~event, -math.inf
     )
-
-
-def _keyword(eligible: Any) -> dict[str, Any]:
-    return {} if eligible is None else {"eligible": eligible}

@@ -55,6 +55,11 @@ class ServingConfig:
         return plain == ("sample", 1.0, 0.0, None)
 
     @property
+    def is_softmax(self) -> bool:
+        """Whether this is a softmax over all items, at any temperature, without uniform draws."""
+        return self.mode == "sample" and self.uniform == 0.0 and self.top is None
+
+    @property
     def text(self) -> str:
         """The settings that differ from the defaults, as `changed_serving` reads them."""
         default = asdict(ServingConfig())

@@ -114,7 +114,7 @@ class LoggingPolicies:
         """(n, S) float64 log-probabilities of items (n, S) in rows with these terms."""
         scorer = self.scorers[number]
         return scorer.served.log_prob_at(
-            context, scorer.items, item, terms.log_normalizer, self.position(rows)
+            context, scorer.items, item, terms.log_normalizer, position=self.position(rows)
         )
 
     @staticmethod

@@ -71,7 +71,11 @@ class ItemClusters:
             rows = np.flatnonzero(logged == cluster)
             member = torch.from_numpy(self._members[cluster])
             log_mass = scored.scorer.served.log_mass(
-                scored.context_embedding[rows], items, member, scored.log_normalizer[rows]
+                scored.context_embedding[rows],
+                items,
+                member,
+                scored.log_normalizer[rows],
+                position=None if scored.position is None else scored.position[rows],
             )
             out[rows] = log_mass.numpy()
         return out

@@ -51,7 +51,7 @@ class ScoredRows:
             self.scorer.items,
             item,
             self.log_normalizer[taken],
-            None if self.position is None else self.position[taken],
+            position=None if self.position is None else self.position[taken],
         )
 
     def rows(self, model: str | None) -> EvaluationRows:
