@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -303,6 +304,23 @@ def test_a_run_that_did_not_make_the_log_is_found_out(place: Path) -> None:
 def test_evaluation_on_the_training_log_is_noted(place: Path) -> None:
     assert any("optimistic" in note for note in evaluate(place, log=place / "train").notes)
     assert not any("optimistic" in note for note in evaluate(place).notes)
+
+
+def test_a_changed_catalogue_is_noted_without_a_reward_model(place: Path, tmp_path: Path) -> None:
+    assert not any("catalogue changed" in note for note in evaluate(place).notes)
+    catalogue = Catalogue.open(place / "catalogue")
+    table = catalogue.table(0, catalogue.num_items)
+    name = next(spec.source for spec in catalogue.schema.features if spec.kind == "numeric")
+    dearer = pc.add(pc.cast(table.column(name), pa.float64()), 100.0)
+    table = table.set_column(table.column_names.index(name), name, dearer)
+    (place / "catalogue").rename(tmp_path / "kept")
+    try:
+        write_catalogue(place / "catalogue", table, catalogue.schema)
+        notes = evaluate(place, "estimators=[ips,snips]").notes
+    finally:
+        shutil.rmtree(place / "catalogue")
+        (tmp_path / "kept").rename(place / "catalogue")
+    assert any("the catalogue changed since a was trained" in note for note in notes)
 
 
 def test_coverage_and_calibration_are_reported(place: Path) -> None:

@@ -215,11 +215,17 @@ class Evaluator:
 
     def learned_from_log(self) -> bool:
         """Whether some policy was trained on the evaluated log."""
-        return any(
-            run.directory.manifest().get("data_fingerprint", {}).get("train")
-            == self.log.fingerprint
-            for run in self.runs
-        )
+        return any(_trained_on(run).get("train") == self.log.fingerprint for run in self.runs)
+
+    def changed_catalogue(self) -> list[str]:
+        """Names of the runs that were trained with another catalogue than this one."""
+        names = distinct_names(self.runs)
+        return [
+            name
+            for name, run in zip(names, self.runs, strict=True)
+            if _trained_on(run).get("catalogue", self.catalogue.fingerprint)
+            != self.catalogue.fingerprint
+        ]
 
     def _scorers(self) -> dict[str, PolicyScorer]:
         """By name; policies of one run share its embedded items."""
@@ -260,6 +266,12 @@ class Evaluator:
             return None
         n, encoding = self.catalogue.num_items, self.runs[0].policy.item_encoding
         return flatten(encoding, encoding.encode(self.catalogue.table(0, n)), n, "catalogue")
+
+
+def _trained_on(run: OpenRun) -> dict[str, str]:
+    """Fingerprints of the logs and the catalogue of the training, by name."""
+    found: dict[str, str] = run.directory.manifest().get("data_fingerprint", {})
+    return found
 
 
 def _pilot_rows(scorer: BatchScorer) -> dict[str, EvaluationRows]:

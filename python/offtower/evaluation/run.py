@@ -159,6 +159,13 @@ def evaluate_runs(
     notes = [*plan.notes]
     if evaluator.learned_from_log():
         notes.append("the policies were trained on this log: every value is optimistic")
+    changed = evaluator.changed_catalogue()
+    if changed:
+        notes.append(
+            f"the catalogue changed since {', '.join(changed)} was trained (its fingerprint "
+            "differs): items or their features are others, and the policy is evaluated with the "
+            "features of today. If that is not meant, evaluate with the catalogue of the training"
+        )
     notes += coverage_notes(coverage, calibration)
     refusal = plan.behavior.refusal(accumulated.behavior)
     if refusal is not None:
