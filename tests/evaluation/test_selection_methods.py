@@ -466,3 +466,14 @@ def test_comparison_explains_each_disagreement_and_takes_a_log_for_one_method() 
     part = compare_selectors(log, pool, methods=["paired", "pasif"], logs={"pasif": small})
     assert not part.results["paired"].skipped
     assert "pasif" in part.failed  # that log has no reward model
+
+
+def test_values_that_differ_by_rounding_are_no_difference() -> None:
+    """With all weights 1, IPS, SNIPS, DR and SNDR are the mean reward, up to rounding."""
+    reward = (np.random.default_rng(1).random(300) < 0.3) * 1.0
+    constant = np.full(300, 0.3)
+    log = SelectionLog.from_rows({"m": EvaluationRows(np.ones(300), reward, constant, constant)})
+    wanted = {"IPS", "SNIPS", "DR[m]", "SNDR[m]"}
+    candidates = [c for c in default_candidates(log.problem) if c.name in wanted]
+    found = compare_selectors(log, candidates)
+    assert found.spread == 0.0 and "standard errors of the difference" not in found.verdict

@@ -27,6 +27,8 @@ METHODS: dict[str, Callable[..., SelectionResult]] = {
 }
 RECOMMENDED = ("paired", "pasif", "ocv", "slope", "heuristic")
 """The first of these that ran is recommended."""
+_ROUNDING = 1e-12
+"""Share of values and influences within which two values are equal."""
 _SEEDED = {"pasif", "heuristic", "ocv"}
 
 _CAVEATS = {
@@ -150,6 +152,8 @@ def _spread(
     by_name = {candidate.name: candidate for candidate in candidates}
     values, influence = log.problem.influence([by_name[name] for name in dict.fromkeys(names)])
     gap = np.abs(values - values[0])
+    # A difference of rounding is none, whatever its standard error.
+    gap[gap <= _ROUNDING * (np.abs(values).max() + np.abs(influence).max())] = 0.0
     own = np.sqrt(np.mean(influence[0] ** 2) / log.problem.n)
     paired = np.sqrt(np.mean((influence - influence[0]) ** 2, axis=1) / log.problem.n)
     return _largest_ratio(gap, np.full_like(gap, own)), _largest_ratio(gap, paired)
