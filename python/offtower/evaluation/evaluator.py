@@ -21,7 +21,12 @@ from offtower.evaluation.options import (
 )
 from offtower.evaluation.result import EvaluationResult
 from offtower.evaluation.rows import Array, EvaluationRows
-from offtower.evaluation.run_loading import EvaluatedPolicy, OpenRun, evaluated_policies
+from offtower.evaluation.run_loading import (
+    EvaluatedPolicy,
+    OpenRun,
+    distinct_names,
+    evaluated_policies,
+)
 from offtower.evaluation.samples import joined
 from offtower.evaluation.scoring.batches import BatchScorer, LogSource
 from offtower.evaluation.scoring.clusters import ClusterWeights, ItemClusters, item_clusters
