@@ -60,6 +60,30 @@ def test_errors_name_the_key(content: dict[str, object], message: str) -> None:
     assert str(caught.value).startswith("c.yaml: ")
 
 
+@pytest.mark.parametrize("name", ["auto", "clipped_ips", "my.package:Objective"])
+def test_an_objective_may_be_its_name_alone(name: str) -> None:
+    short = parse_config({**MINIMAL, "objective": name})
+    assert short == parse_config({**MINIMAL, "objective": {"name": name}})
+    assert parse_config(yaml.safe_load(to_yaml(short))) == short
+    # An override of one of its keys finds a section.
+    changed = parse_config(apply_overrides({**MINIMAL, "objective": name}, ["objective.kl=0.5"]))
+    assert (changed.objective.name, changed.objective.kl) == (name, 0.5)
+    assert parse_config(apply_overrides(MINIMAL, [f"objective={name}"])) == short
+
+
+@pytest.mark.parametrize("value", [5, True, None, ["auto"], 1.5])
+def test_an_objective_that_is_no_name_is_explained(value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**MINIMAL, "objective": value}, source="c.yaml")
+    text = str(caught.value)
+    assert text.startswith(
+        f"c.yaml: 'objective' = {value!r}: must be a name, such as objective: auto"
+    )
+    assert "keys name, arguments, kl" in text
+    with pytest.raises(ConfigError, match=r"'training' = .*: must be a section with .* epochs"):
+        parse_config({**MINIMAL, "training": value if value != ["auto"] else "fast"})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("- 1\n- 2\n", "top level is a list"), ("a: [", "not valid YAML"), ("\xff", "required")],

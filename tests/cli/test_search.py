@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -244,3 +246,24 @@ def test_evaluate_reports_retrieval_quality(run: Path) -> None:
     shown = call("evaluate", str(run), "--retrieval", "5")
     assert "NDCG" in shown.output and "coverage" in shown.output
     assert "must lie in [1, 60]" in refused("evaluate", str(run), "--retrieval", "61")
+
+
+_IMPORTED = """
+import json, sys
+from offtower.cli import app
+try:
+    app(sys.argv[1:])
+finally:
+    names = ("pandas", "scipy", "sklearn", "matplotlib", "jinja2", "ray", "faiss", "obp", "onnx")
+    print(json.dumps([name for name in names if name in sys.modules]), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("given", ["json", "file"])
+def test_a_search_imports_no_package_it_does_not_use(run: Path, contexts: Path, given: str) -> None:
+    vector = json.dumps({"context": [0.5] * 8})
+    wanted = vector if given == "json" else str(contexts)
+    command = [sys.executable, "-c", _IMPORTED, "search", str(run), "--contexts", wanted]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("context 0\n")
+    assert json.loads(done.stderr.splitlines()[-1]) == []

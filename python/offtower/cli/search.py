@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
+from importlib.abc import MetaPathFinder
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -68,6 +69,7 @@ def search(
 ) -> None:
     import numpy as np
 
+    _skip_pandas()
     from offtower.data.location import Location
     from offtower.retrieval import Retriever
 
@@ -104,6 +106,29 @@ def search(
             "offtower join, then ingest",
             soft_wrap=True,
         )
+
+
+class _NoPandas(MetaPathFinder):
+    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+        if name == "pandas":
+            raise ImportError("a search has no use for pandas")
+
+
+def _skip_pandas() -> None:
+    """Keep pyarrow's first array from importing pandas, which takes half a second.
+
+    pyarrow looks once for pandas, to recognize its objects. A search has none.
+    """
+    if "pandas" in sys.modules:
+        return
+    import pyarrow as pa
+
+    finder = _NoPandas()
+    sys.meta_path.insert(0, finder)
+    try:
+        pa.array([])
+    finally:
+        sys.meta_path.remove(finder)
 
 
 def _search(find: Callable[[pa.Table], SearchResult], contexts: str) -> Iterator[list[Row]]:
@@ -218,8 +243,6 @@ def _batches(text: str) -> Iterator[pa.Table]:
     """Contexts in tables of up to _BATCH rows; files are read in parts."""
     import pyarrow as pa
 
-    from offtower.data.source import Units, open_source
-
     if text.lstrip().startswith(("{", "[")):
         try:
             content = json.loads(text)
@@ -228,6 +251,8 @@ def _batches(text: str) -> Iterator[pa.Table]:
             raise DataError(f"--contexts is not valid JSON of contexts: {error}") from error
         source: Iterable[pa.RecordBatch] = table.to_batches(max_chunksize=_BATCH)
     else:
+        from offtower.data.source import Units, open_source
+
         opened = open_source(text)
         units = Units(opened, text, opened.schema.names)
         source = chain.from_iterable(

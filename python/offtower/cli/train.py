@@ -91,10 +91,12 @@ def train(
     from offtower.config import load_config
     from offtower.jobs.train import WorkerPlan, train_on_ray
     from offtower.run_directory import RunDirectory
+    from offtower.training.checks import check_run
     from offtower.training.device import describe_device, resolve_device
     from offtower.training.run import train_run
 
     settings = load_config(config, overrides or [])
+    check_run(settings, resume=resume or take_over)
     progress = DrawnProgress()
     claim: dict[str, Any] = {"resume": resume, "take_over": take_over, "mirror": mirror}
     if ray is None and workers is None:

@@ -55,11 +55,13 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     from offtower.config import load_config
+    from offtower.training.checks import check_paths
     from offtower.training.tune import DEFAULT_SPACE, load_space
     from offtower.training.tune import tune as search
 
     console = messages()
     settings = load_config(config, overrides or [])
+    check_paths(settings)
     progress = DrawnProgress()
     with ray.mapper(progress) as mapper:
         found = search(

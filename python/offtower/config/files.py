@@ -18,6 +18,8 @@ from offtower.errors import ConfigError
 from offtower.paths import redact
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+_NAMED = ("objective",)
+"""Sections that their `name` alone may stand for."""
 _MAX_NODES = 1_000_000
 """Limit of values in a YAML file: nested aliases of ten lines can stand for 10^9."""
 
@@ -120,6 +122,8 @@ def apply_overrides(
         place = result
         for part in parts[:-1]:
             inner = place.setdefault(part, {})
+            if part in _NAMED and isinstance(inner, str):
+                inner = place[part] = {"name": inner}
             if not isinstance(inner, dict):
                 raise ConfigError(f"override '{override}': '{part}' is a value, not a section")
             place = inner
@@ -180,6 +184,10 @@ def _explain(item: Any) -> str:
     if item["type"] in ("missing", "missing_argument"):
         return f"'{dotted}' is required"
     given = item.get("input")
+    if item["type"] == "dataclass_type":
+        short = f"a name, such as {dotted}: auto, or " if dotted in _NAMED else ""
+        keys = ", ".join(_known_keys(where))
+        return f"'{dotted}' = {given!r}: must be {short}a section with some of the keys {keys}"
     return f"'{dotted}' = {given!r}: {item['msg'].lower()}"
 
 

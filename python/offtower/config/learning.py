@@ -103,7 +103,7 @@ class RewardModelConfig:
 
 @dataclass(config=STRICT)
 class ObjectiveConfig:
-    """The objective that training maximizes."""
+    """The objective that training maximizes. Its name alone is short for {name: auto}."""
 
     name: str = "auto"
     """A registered name (`offtower doctor` lists them) or an import path "package.module:Class"."""
@@ -118,6 +118,11 @@ class ObjectiveConfig:
     """Coefficient of the log-likelihood of all logged items, that is of -KL(pi_0 || pi)."""
     entropy: float = Field(default=0.0, ge=0.0)
     """Coefficient of the policy's entropy."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, content: Any) -> Any:
+        return {"name": content} if isinstance(content, str) else content
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveConfig:

@@ -136,14 +136,15 @@ def usable_estimators(
             kept.append(one)
     if not kept:
         raise ConfigError(
-            "every estimator of evaluation.estimators needs a reward model, and the configuration "
-            "names none"
+            "every estimator of evaluation.estimators needs a reward model, and the run has none: "
+            "set evaluation.reward_model.kind=factored"
         )
     if not left_out:
         return kept, []
     return kept, [
-        f"{', '.join(left_out)} left out: the configuration names no reward model "
-        "(reward_model.kind or evaluation.reward_model.kind)"
+        f"{', '.join(left_out)} left out: the run has no reward model. To fit one for the "
+        "evaluation, set evaluation.reward_model.kind=factored (any catalogue) or dense (a small "
+        "one)"
     ]
 
 

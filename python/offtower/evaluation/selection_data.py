@@ -40,8 +40,8 @@ def check_selection(select: str | None, log: ParquetLog, options: SelectionConfi
     if log.num_rows > options.max_rows:
         raise ConfigError(
             f"estimator selection keeps numbers of every row in memory, and this log has "
-            f"{log.num_rows:,} rows; pass a part of it with --log (data.split_log cuts one), or "
-            f"raise evaluation.selection.max_rows ({options.max_rows:,})"
+            f"{log.num_rows:,} rows; pass a part of it with --log (offtower.data.split_log cuts "
+            f"one), or raise evaluation.selection.max_rows ({options.max_rows:,})"
         )
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
 
@@ -32,6 +31,9 @@ def bag_sums(weight: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
 class _BagSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
+        # Imported here, since only training on bags needs it.
+        from scipy import sparse
+
         ones = np.ones(len(values), dtype=np.float32)
         shape = len(offsets) - 1, weight.shape[0]
         counts = sparse.csr_matrix((ones, values.numpy(), offsets.numpy()), shape=shape)

@@ -57,9 +57,10 @@ def make_objective(name: str, arguments: Mapping[str, Any] | None = None) -> Obj
     elif name in OBJECTIVES:
         kind = OBJECTIVES[name]
     else:
-        nearest = difflib.get_close_matches(name, OBJECTIVES, n=1)
+        known = ["auto", *OBJECTIVES]
+        nearest = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
-        raise ConfigError(f"unknown objective '{name}'.{hint} Known: {', '.join(OBJECTIVES)}")
+        raise ConfigError(f"unknown objective '{name}'.{hint} Known: {', '.join(known)}")
     try:
         return kind(**(arguments or {}))
     except TypeError as error:

@@ -5,11 +5,44 @@ from __future__ import annotations
 from pathlib import Path
 
 from offtower.config import Config, TrainingConfig
-from offtower.errors import ConfigError
+from offtower.data.manifest import find_parquet_files
+from offtower.errors import ConfigError, DataError
 from offtower.evaluation.scoring.clusters import MAX_CLUSTERS
 from offtower.models.reward.base import RewardModel
-from offtower.objectives import Objective, Potec
+from offtower.objectives import Objective, Potec, make_objective
 from offtower.prepare import PreparedData
+from offtower.run_directory import RunDirectory
+
+
+def check_run(config: Config, *, resume: bool = False) -> None:
+    """Check what needs no data to be read, before a cluster starts or anything is written.
+
+    Raises:
+        RunError: see `RunDirectory.check`.
+        DataError: a log or the catalogue is missing.
+        ConfigError: an unknown objective or setting of it, or a missing stored policy.
+    """
+    RunDirectory(config.run_directory).check(config, resume=resume)
+    check_paths(config)
+    if config.objective.name != "auto":
+        make_objective(config.objective.name, config.objective.arguments)
+    _check_stored_policies(config)
+
+
+def check_paths(config: Config) -> None:
+    """Check that the logs and the catalogue of `config.data` exist.
+
+    Raises:
+        DataError: one is missing or unfinished; names its setting.
+    """
+    for key in ("train", "validation", "test", "catalogue"):
+        path = getattr(config.data, key)
+        if path is None:
+            continue
+        try:
+            find_parquet_files(path, "catalogue" if key == "catalogue" else "log")
+        except DataError as error:
+            raise DataError(f"data.{key}: {error}") from None
 
 
 def check_data(objective: Objective, data: PreparedData, reward_model: RewardModel | None) -> None:

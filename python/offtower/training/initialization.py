@@ -72,7 +72,7 @@ def initialize_uniform(policy: TwoTowerPolicy) -> None:
 def _output_weights(tower: Tower) -> Iterator[torch.Tensor]:
     """Views of the weights that map to the outputs of each body, with one row per output."""
     for body in tower.bodies:
-        assert isinstance(body, MLPBody), "training.checks refuses other modules"
+        assert isinstance(body, MLPBody), "see offtower.training.checks"
         if len(body.layers):
             last = body.layers[-1]
             assert isinstance(last, nn.Linear)

@@ -29,6 +29,7 @@ from offtower.run_claim import ClaimedRun, claim_run
 from offtower.tracking import Tracker, make_trackers
 from offtower.training.auto import train_auto
 from offtower.training.checkpoints import CheckpointStore
+from offtower.training.checks import check_run
 from offtower.training.device import describe_device, to_configured_device
 from offtower.training.setup import build_setup, checked_objective, uses_auto
 from offtower.training.trainer import EpochHook, Trainer, TrainingOutputs, TrainingResult
@@ -65,6 +66,7 @@ def train_run(
 
         def claim() -> None:
             nonlocal run
+            check_run(config, resume=resume or take_over)
             run = held.enter_context(
                 claim_run(config, resume=resume, take_over=take_over, mirror=mirror)
             )
