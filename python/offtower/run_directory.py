@@ -173,6 +173,17 @@ class RunDirectory:
         except ConfigError as error:
             raise RunError(f"the stored configuration cannot be read: {error}") from error
 
+    def check_finished(self) -> None:
+        """Check that training has written a policy.
+
+        Raises:
+            RunError: there is none.
+        """
+        if not (self.policy / "policy.json").exists():
+            raise RunError(
+                f"no policy at '{self.policy}': policy.json is missing. Did training finish?"
+            )
+
     def check_policy(self, config: Config, policy_facts: Mapping[str, Any]) -> None:
         """Compare configuration and manifest with what the policy was trained with.
 

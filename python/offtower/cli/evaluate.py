@@ -79,8 +79,9 @@ def evaluate(
     from offtower.cli.tables import evaluation_table, retrieval_table, selection_table
     from offtower.evaluation.exports import add_retrieval_quality, open_exports
     from offtower.evaluation.report import write_report
-    from offtower.evaluation.run import evaluate_runs
+    from offtower.evaluation.run import check_log, evaluate_runs
 
+    check_log(runs, log, overrides or [])
     exports = open_exports(runs, retrieval) if retrieval else []
     progress = DrawnProgress()
     with ray.mapper(progress) as mapper:

@@ -198,6 +198,25 @@ def evaluate_runs(
     )
 
 
+def check_log(
+    paths: Sequence[Path],
+    log: AnyPath | None = None,
+    overrides: Sequence[str] = (),
+    trust_code: Collection[str] = (),
+) -> None:
+    """Check the runs' policies and the log, reading no row and starting nothing.
+
+    Raises:
+        RunError, ConfigError, DataError: those of `evaluate_runs`.
+    """
+    for path in paths:
+        run = RunDirectory(path)
+        run.load_config(trust_code=trust_code)
+        run.check_finished()
+    config = with_overrides(RunDirectory(paths[0]).load_config(trust_code=trust_code), overrides)
+    _open_log(paths[0], log, config)
+
+
 def _open_log(run: Path, log: AnyPath | None, config: Config) -> tuple[ParquetLog, Location]:
     place = log or config.data.test
     if place is None:
