@@ -44,8 +44,11 @@ class SlateWorld:
     mean: Array
 
     @classmethod
-    def make(cls, seed: int, contexts: int = 4, *, beyond: float = 0.0) -> SlateWorld:
-        """beyond: effect of the item below on a position's reward, which breaks the cascade."""
+    def make(
+        cls, seed: int, contexts: int = 4, *, beyond: float = 0.0, distance: float = 1.0
+    ) -> SlateWorld:
+        """beyond: effect of the item below on a position's reward, which breaks the cascade.
+        distance: of the target from the logging policy, 0 for the same."""
         rng = np.random.default_rng(seed)
         logging = softmax(rng.normal(size=(contexts, ITEMS)))
         target = softmax(1.5 * rng.normal(size=(contexts, ITEMS)))
@@ -59,6 +62,8 @@ class SlateWorld:
                     mean[:, s, k] += synergy[slate[k - 1], item]
                 if k + 1 < POSITIONS:
                     mean[:, s, k] += beyond * synergy[slate[k + 1], item]
+        target = logging ** (1.0 - distance) * target**distance
+        target /= target.sum(axis=-1, keepdims=True)
         return cls(logging, target, mean.clip(0.01, 0.99))
 
     @property
@@ -79,6 +84,9 @@ class SlateWorld:
         x = rng.integers(self.contexts, size=rounds)
         cumulative = self.slate_probability(self.logging).cumsum(axis=-1)
         cumulative[:, -1] = 1.0
-        slate = (rng.random(rounds)[:, None] > cumulative[x]).sum(axis=1)
+        uniform, slate = rng.random(rounds), np.empty(rounds, dtype=np.int64)
+        for context in range(self.contexts):
+            own = x == context
+            slate[own] = np.searchsorted(cumulative[context], uniform[own])
         reward = (rng.random((rounds, POSITIONS)) < self.mean[x, slate]).astype(np.float64)
         return x, slate, reward

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
 
+from offtower.data.rounds import cut_before, key_starts
 from offtower.errors import OfftowerError
 from offtower.evaluation.decision.diagnostics import (
     CalibrationSums,
+    PositionSums,
     SupportDiagnostics,
     WeightSums,
     support_probe,
@@ -57,6 +59,8 @@ class EvaluationSums:
     weights: tuple[WeightSums, ...]
     calibration: tuple[CalibrationSums | None, ...]
     smoothing: tuple[SmoothingSums, ...]
+    positions: tuple[PositionSums | None, ...]
+    """By policy, weights by position; None for rows that are no slates."""
 
     @classmethod
     def of(
@@ -88,7 +92,8 @@ class EvaluationSums:
             ),
             tuple(WeightSums.of(rows, by_user) for rows in every),
             tuple(CalibrationSums.of(rows) for rows in every),
-            tuple(SmoothingSums.of(rows, options.reward_range) for rows in every),
+            tuple(SmoothingSums.of(rows.by_row(), options.reward_range) for rows in every),
+            tuple(PositionSums.of(rows) for rows in every),
         )
 
     def merge(self, other: EvaluationSums) -> EvaluationSums:
@@ -105,6 +110,10 @@ class EvaluationSums:
                 for a, b in zip(self.calibration, other.calibration, strict=True)
             ),
             tuple(a.merge(b) for a, b in zip(self.smoothing, other.smoothing, strict=True)),
+            tuple(
+                a.merge(b) if a is not None and b is not None else None
+                for a, b in zip(self.positions, other.positions, strict=True)
+            ),
         )
 
     def finish(self, support: Mapping[str, SupportDiagnostics] | None = None) -> EvaluationResult:
@@ -130,7 +139,8 @@ class _Finisher:
         users = sums.terms.users
         self.terms = sums.terms if users is None else replace(sums.terms, users=users.compact())
         self.users = None if users is None else users.count
-        self.independent = self.users in (None, sums.terms.n)
+        slates = sums.positions[0] is not None
+        self.independent = not slates and self.users in (None, sums.terms.n)
 
     def columns(self, policy: int, estimator: int) -> list[int]:
         base = policy * self.starts[-1]
@@ -164,6 +174,8 @@ class _Finisher:
         results = [self.estimate(index, i) for i in range(len(options.estimators))]
         weights = sums.weights[index].finish()
         calibration, smoothing = sums.calibration[index], sums.smoothing[index]
+        positions = sums.positions[index]
+        by_position = () if positions is None else positions.finish()
         chosen = options.estimators[options.decider]
         gap = results[options.decider].difference
         assert gap is not None
@@ -178,6 +190,7 @@ class _Finisher:
             options.propensities_estimated,
             smoothing.mean_weight() if self.independent else None,
             self.users,
+            by_position,
         )
         value, difference = smoothing.value, smoothing.difference
         return PolicyEvaluation(
@@ -189,6 +202,7 @@ class _Finisher:
             calibration=None if calibration is None else calibration.finish(),
             support=support,
             verdict=decide(evidence, options.gate),
+            positions=by_position,
         )
 
     def estimate(self, policy: int, index: int) -> EstimatorResult:
@@ -249,7 +263,8 @@ def evaluate_rows(
     Args:
         rows_by_policy: per policy the rows as it sees them, in the same order.
         estimators: objects, or names that need no parameter; by default IPS and SNIPS, and DM and
-            DR where every policy's rows have a reward model's terms.
+            DR where every policy's rows have a reward model's terms (of slates DR alone, where they
+            have the weights of earlier positions).
         support: by policy, the logging probabilities of items drawn from that policy
             (`diagnostics.support_probe`).
         options: the other fields of `EvaluationOptions`.
@@ -281,7 +296,13 @@ def _estimators(
             rows.action_reward is not None and rows.expected_reward is not None
             for rows in rows_by_policy.values()
         )
-        given = ("ips", "snips", "dm", "dr") if modeled else ("ips", "snips")
+        slates = any(rows.round is not None for rows in rows_by_policy.values())
+        if slates:
+            modeled = modeled and all(
+                rows.earlier_weight is not None for rows in rows_by_policy.values()
+            )
+        direct = () if slates else ("dm",)
+        given = ("ips", "snips", *direct, "dr") if modeled else ("ips", "snips")
     return tuple(make_estimator(e) if isinstance(e, str) else e for e in given)
 
 
@@ -293,8 +314,13 @@ def _shards(rows_by_policy: Mapping[str, EvaluationRows]) -> Iterator[dict[str, 
     n = next(iter(sizes.values()), 0)
     if rows_by_policy and n < 2:
         raise OfftowerError(f"an evaluation needs at least two rows; there are {n}")
-    for start in range(0, max(n, 1), CHUNK_ROWS):
-        part = slice(start, min(n, start + CHUNK_ROWS))
+    first = next(iter(rows_by_policy.values()), None)
+    if first is None or first.round is None:
+        edges = [*range(0, max(n, 1), CHUNK_ROWS), n]
+    else:
+        edges = cut_before(key_starts(first.round), CHUNK_ROWS)
+    for start, stop in pairwise(edges):
+        part = slice(start, stop)
         key = np.arange(part.start, part.stop, dtype=np.int64)
         yield {
             name: shard if shard.row is not None else replace(shard, row=key)

@@ -7,6 +7,7 @@ from typing import Any
 
 from offtower.evaluation.decision.diagnostics import (
     Calibration,
+    PositionWeight,
     SupportDiagnostics,
     WeightDiagnostics,
 )
@@ -75,6 +76,8 @@ class PolicyEvaluation:
     calibration: Calibration | None
     support: SupportDiagnostics | None
     verdict: Verdict
+    positions: tuple[PositionWeight, ...] = ()
+    """Mean weights by position; empty for rows that are no slates."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -86,6 +89,7 @@ class PolicyEvaluation:
                 "weights": self.weights.to_dict(),
                 "calibration": _dict(self.calibration),
                 "support": _dict(self.support),
+                "positions": [one.to_dict() for one in self.positions],
             },
             "verdict": self.verdict.to_dict(),
         }
@@ -114,7 +118,7 @@ class EvaluationResult:
     """Policies on one log.
 
     Attributes:
-        n, users: rows, and users where intervals are by user.
+        n, users: rows (rounds, for slates), and users where intervals are by user.
         logging: the logging policy's own value, the mean reward.
         decide_by: name of the estimator of the verdicts.
         policies: by name, in the order given. comparisons: of each two of them.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offtower.data.rounds import Rounds
 from offtower.errors import DataError
 
 Array = NDArray[np.float64]
@@ -31,6 +33,13 @@ class EvaluationRows:
         log_weight: log w_i.
         cluster_weight: pi_e(c_i|x_i) / pi_0(c_i|x_i) with c_i the cluster of the logged item, for
             marginalised IPS; `estimators.cluster_weight` makes it from probabilities.
+        round: integer key of the slate of each row; consecutive rows with one key are a slate, in
+            the order of its positions. Values are then means over rounds of sums over positions,
+            and every statistic counts rounds. Weights are those of the items down to the row's
+            position, prod_{j<=k} rho_j (cascade), or another interaction's; with a reward model
+            expected_reward is E_pi[q | x, a_<k].
+        earlier_weight: prod_{j<k} rho_j, 1 at position 0; with `round`, for DR.
+        slate_weight: prod_j rho_j over the whole slate, for the interaction `standard`.
 
     Raises:
         DataError: lengths differ, a number is NaN or infinite, a weight is negative, a key is not
@@ -45,6 +54,9 @@ class EvaluationRows:
     row: IntArray | None = None
     log_weight: Array | None = None
     cluster_weight: Array | None = None
+    round: IntArray | None = None
+    earlier_weight: Array | None = None
+    slate_weight: Array | None = None
 
     def __post_init__(self) -> None:
         if self.importance_weight is None:
@@ -59,12 +71,12 @@ class EvaluationRows:
                 if field.name == "reward":
                     raise DataError("rows need rewards; reward is missing")
                 continue
-            if field.name in ("user", "row"):
+            if field.name in ("user", "row", "round"):
                 value = _keys(value, field.name)
             else:
                 value = _numbers(value, field.name, infinite=field.name == "log_weight")
             object.__setattr__(self, field.name, value)
-        for name in ("importance_weight", "cluster_weight"):
+        for name in ("importance_weight", "cluster_weight", "earlier_weight", "slate_weight"):
             weight = getattr(self, name)
             if weight is not None:
                 _refuse(weight < 0.0, weight, name, "a number that is not negative")
@@ -84,6 +96,43 @@ class EvaluationRows:
 
     def __len__(self) -> int:
         return self.n
+
+    @cached_property
+    def rounds(self) -> Rounds | None:
+        """The slates; None where every row stands for itself."""
+        return None if self.round is None else Rounds.of(self.round)
+
+    @property
+    def units(self) -> int:
+        """Number of rounds of slates, else of rows: what a value is a mean over."""
+        return self.n if self.rounds is None else len(self.rounds)
+
+    def summed(self, values: Array) -> Array:
+        """Sums over the positions of each round, (n, ...) -> (units, ...)."""
+        return values if self.rounds is None else self.rounds.sum(values)
+
+    def of_unit(self, column: IntArray) -> IntArray:
+        """A key (n,) of each unit: that of a round's first row."""
+        return column if self.rounds is None else column[self.rounds.first]
+
+    @cached_property
+    def mean_weight(self) -> Array:
+        """(n,) weights divided by the positions of their round: summed, a unit's mean weight."""
+        if self.rounds is None:
+            return self.importance_weight
+        return self.importance_weight / np.repeat(self.rounds.lengths, self.rounds.lengths)
+
+    def standard(self) -> EvaluationRows:
+        """The rows weighted by whole slates. Raises DataError without `slate_weight`."""
+        if self.slate_weight is None:
+            raise DataError(
+                "the interaction 'standard' needs the weights of whole slates (slate_weight)"
+            )
+        return replace(self, importance_weight=self.slate_weight, log_weight=None)
+
+    def by_row(self) -> EvaluationRows:
+        """The same rows without their rounds."""
+        return replace(self, round=None, earlier_weight=None, slate_weight=None)
 
     def take(self, index: Any) -> EvaluationRows:
         """Rows at `index`: positions, a mask or a slice."""

@@ -64,11 +64,11 @@ class WeightSums:
 
     @classmethod
     def of(cls, rows: EvaluationRows, by_user: bool = False) -> WeightSums:
-        """Sums over a shard."""
-        weight = rows.importance_weight
-        terms = [weight]
+        """Sums over a shard; of slates, of each round's mean weight over its positions."""
+        terms = [rows.mean_weight]
         if rows.action_reward is not None and rows.expected_reward is not None:
-            terms.append(weight * (rows.action_reward - rows.expected_reward))
+            terms.append(_balance(rows, rows.action_reward, rows.expected_reward))
+        weight = rows.summed(rows.mean_weight)
         return cls(
             collect(np.stack(terms, axis=1), rows, by_user=by_user),
             float(weight @ weight),
@@ -112,6 +112,72 @@ class WeightSums:
             balance_std_error=balance_error,
             balance_z=None if balance is None else _z(balance, balance_error),
         )
+
+
+def _balance(rows: EvaluationRows, action_reward: Array, expected_reward: Array) -> Array:
+    """(n,) terms of mean 0 for any q; of slates w_{1:k} q_k - w_{1:k-1} E_pi[q | x, a_<k]."""
+    weight = rows.importance_weight
+    if rows.rounds is None or rows.earlier_weight is None:
+        return np.asarray(weight * (action_reward - expected_reward))
+    return np.asarray(weight * action_reward - rows.earlier_weight * expected_reward)
+
+
+@dataclass(frozen=True)
+class PositionWeight:
+    """Mean importance weight of one position of the slates: 1 in expectation.
+
+    n: rounds that have the position. z: distance of the mean from 1 in standard errors.
+    """
+
+    position: int
+    n: int
+    mean: float
+    std_error: float | None
+    z: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class PositionSums:
+    """Mergeable sums of weights by position: rounds, mean, and squared deviations, each (K,)."""
+
+    n: Array
+    mean: Array
+    scatter: Array
+
+    @classmethod
+    def of(cls, rows: EvaluationRows) -> PositionSums | None:
+        """Sums over a shard; None for rows that are no slates."""
+        if rows.rounds is None:
+            return None
+        position, weight = rows.rounds.position, rows.importance_weight
+        n = np.bincount(position).astype(np.float64)
+        mean = np.bincount(position, weight) / n
+        return cls(n, mean, np.bincount(position, (weight - mean[position]) ** 2))
+
+    def merge(self, other: PositionSums) -> PositionSums:
+        """Sums over both shards (Chan, Golub and LeVeque 1983)."""
+        size = max(self.n.size, other.n.size)
+        a, b = self._padded(size), other._padded(size)
+        n = a.n + b.n
+        gap = b.mean - a.mean
+        mean = a.mean + gap * b.n / n
+        return PositionSums(n, mean, a.scatter + b.scatter + gap**2 * a.n * b.n / n)
+
+    def finish(self) -> tuple[PositionWeight, ...]:
+        """By position."""
+        found = []
+        for k in range(self.n.size):
+            n, mean = int(self.n[k]), float(self.mean[k])
+            error = math.sqrt(float(self.scatter[k]) / (n - 1) / n) if n > 1 else None
+            found.append(PositionWeight(k, n, mean, error, _z(mean - 1.0, error)))
+        return tuple(found)
+
+    def _padded(self, size: int) -> PositionSums:
+        more = (0, size - self.n.size)
+        return PositionSums(*(np.pad(x, more) for x in (self.n, self.mean, self.scatter)))
 
 
 @dataclass(frozen=True)
@@ -206,7 +272,8 @@ class CalibrationSums:
 
     @classmethod
     def of(cls, rows: EvaluationRows) -> CalibrationSums | None:
-        """Sums over a shard; None without a reward model."""
+        """Sums over a shard, by row; None without a reward model."""
+        rows = rows.by_row()
         q, r = rows.action_reward, rows.reward
         if q is None:
             return None

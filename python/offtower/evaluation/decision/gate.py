@@ -7,7 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from offtower.config import GateOptions
-from offtower.evaluation.decision.diagnostics import SupportDiagnostics, WeightDiagnostics
+from offtower.evaluation.decision.diagnostics import (
+    PositionWeight,
+    SupportDiagnostics,
+    WeightDiagnostics,
+)
 from offtower.evaluation.intervals.methods import Interval
 from offtower.evaluation.intervals.statistics import Estimate
 
@@ -67,6 +71,7 @@ class Evidence:
         mean_weight_low: lower bound on the mean weight at any tail
             (`SmoothingSums.mean_weight`); above 1 the propensities are wrong.
         users: number of users where the interval is by user.
+        positions: mean weights by position, for slates.
     """
 
     difference: Estimate
@@ -79,6 +84,7 @@ class Evidence:
     propensities_estimated: bool = False
     mean_weight_low: float | None = None
     users: int | None = None
+    positions: tuple[PositionWeight, ...] = ()
 
 
 def decide(evidence: Evidence, options: GateOptions | None = None) -> Verdict:
@@ -169,6 +175,22 @@ def _propensity_doubts(evidence: Evidence, options: GateOptions) -> list[Reason]
                 "mean_weight",
                 f"the mean importance weight is at least {evidence.mean_weight_low:.4g}, and the "
                 "mean of a ratio of probabilities is at most 1: wrong propensities",
+            )
+        )
+    off_positions = [
+        one
+        for one in evidence.positions
+        if abs(one.z or 0.0) > options.max_mean_weight_z
+        and abs(one.mean - 1.0) > options.max_mean_weight_error
+    ]
+    if off_positions:
+        listed = ", ".join(f"{one.mean:.4g} at position {one.position}" for one in off_positions)
+        doubts.append(
+            _doubt(
+                "position_weight",
+                f"the mean importance weight is {listed}, more than "
+                f"{options.max_mean_weight_z:g} standard errors from 1: propensities of another "
+                "kind than the log's pscore_kind, or items that the log cannot show",
             )
         )
     distance = abs(evidence.difference.value - options.margin)

@@ -23,6 +23,7 @@ from offtower.evaluation.estimators.means import (
 )
 from offtower.evaluation.estimators.paired import Difference, MeanReward
 from offtower.evaluation.estimators.self_normalized import SNDR, SNIPS
+from offtower.evaluation.estimators.slates import Standard
 from offtower.evaluation.estimators.tuning import Tuning, slope_choice, tune
 from offtower.evaluation.intervals.statistics import Estimate, Statistics
 
@@ -81,6 +82,7 @@ __all__ = [
     "Estimator",
     "LogSmoothing",
     "MeanReward",
+    "Standard",
     "Statistics",
     "SubGaussianDR",
     "SubGaussianIPS",

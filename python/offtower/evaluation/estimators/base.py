@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -62,12 +63,12 @@ class Estimator(ABC):
         return np.ones(1)
 
     def contributions(self, rows: EvaluationRows) -> Array:
-        """(n,) numbers whose mean is the value and whose spread gives its variance.
+        """(units,) numbers whose mean is the value and whose spread gives its variance.
 
         For a mean these are its terms; for a ratio, value + gradient . (terms - means).
         """
-        terms = self.terms(rows)
-        mean = collect(terms, rows).mean
+        terms = rows.summed(self.terms(rows))
+        mean = collect(self.terms(rows), rows).mean
         self._check_support(float(rows.importance_weight.sum()))
         return self.combine(mean) + (terms - mean) @ self.gradient(mean)
 
@@ -127,6 +128,11 @@ class Estimator(ABC):
             return bootstrap_interval(self, statistics, confidence)
         if reward_range is None:
             raise OfftowerError("a bernstein interval needs reward_range=(low, high)")
+        if rows.rounds is not None:
+            raise OfftowerError(
+                "a bernstein interval bounds the terms of rows, not their sums over the positions "
+                "of slates; use 'normal' or 'bootstrap'"
+            )
         bounds = self.bounds(check_range(reward_range), max_weight)
         return bernstein_interval(self, statistics, bounds, confidence)
 
@@ -151,10 +157,10 @@ class Estimator(ABC):
                 f"the log_smoothing interval uses weights and rewards only, not {self.name}; "
                 "ask IPS or LogSmoothing for it"
             )
-        if reward_range is None or by_user:
+        if reward_range is None or by_user or rows.rounds is not None:
             raise OfftowerError(
                 "a log_smoothing interval needs reward_range=(low, high) and independent rows "
-                "(no form by user)"
+                "(no form by user or by round)"
             )
         return SmoothingSums.of(rows, reward_range).value(confidence)
 
@@ -182,6 +188,24 @@ def reward_terms(rows: EvaluationRows, label: str) -> tuple[Array, Array]:
             "without one, such as snips"
         )
     return rows.action_reward, rows.expected_reward
+
+
+def expected_terms(
+    rows: EvaluationRows, expected_reward: Array, weight: Callable[[Array], Array]
+) -> Array:
+    """(n,) m_i; in a slate f(w_{1:k-1}) E_pi[q | x, a_<k], the weight of position 0 being 1.
+
+    weight: the map f. Raises OfftowerError for slates without the weights of earlier positions.
+    """
+    if rows.rounds is None:
+        return expected_reward
+    if rows.earlier_weight is None:
+        raise OfftowerError(
+            "doubly robust estimators of slates need earlier_weight, the weights of the positions "
+            "above each row: log conditional pscores"
+        )
+    earlier = np.where(rows.rounds.position == 0, 1.0, weight(rows.earlier_weight))
+    return earlier * expected_reward
 
 
 def need_max_weight(label: str, max_weight: float | None) -> float:

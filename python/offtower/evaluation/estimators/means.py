@@ -12,7 +12,12 @@ from typing import ClassVar
 import numpy as np
 
 from offtower.errors import OfftowerError
-from offtower.evaluation.estimators.base import Estimator, need_max_weight, reward_terms
+from offtower.evaluation.estimators.base import (
+    Estimator,
+    expected_terms,
+    need_max_weight,
+    reward_terms,
+)
 from offtower.evaluation.estimators.weight_maps import (
     Clipped,
     Identity,
@@ -38,14 +43,19 @@ class WeightedMean(Identity):
 
 
 class DoublyRobustMean(Identity):
-    """mean f(w_i) (r_i - q_i) + m_i for a weight map f."""
+    """mean f(w_i) (r_i - q_i) + m_i for a weight map f.
+
+    Of slates: mean over rounds of sum_k f(w_{1:k}) (r_k - q_k) + f(w_{1:k-1}) E_pi[q_k | x, a_<k],
+    the cascade DR of Kiyohara et al. (WSDM 2022) with a reward model of each position.
+    """
 
     needs_reward_model: ClassVar[bool] = True
 
     def terms(self, rows: EvaluationRows) -> Array:
         action_reward, expected_reward = reward_terms(rows, self.label)
         weight = self.weight(rows.importance_weight)
-        return (weight * (rows.reward - action_reward) + expected_reward)[:, None]
+        expected = expected_terms(rows, expected_reward, self.weight)
+        return (weight * (rows.reward - action_reward) + expected)[:, None]
 
     def bounds(
         self, reward_range: tuple[float, float], max_weight: float | None
@@ -130,6 +140,11 @@ class DM(Estimator):
     uses_weight: ClassVar[bool] = False
 
     def terms(self, rows: EvaluationRows) -> Array:
+        if rows.rounds is not None:
+            raise OfftowerError(
+                "dm has no form for slates: the expected reward of a position is over slates of "
+                "the evaluated policy, and the log has those of another; use dr"
+            )
         return reward_terms(rows, self.label)[1][:, None]
 
     def bounds(

@@ -6,12 +6,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from offtower.evaluation.estimators.base import Estimator, reward_terms
+from offtower.evaluation.estimators.base import Estimator, expected_terms, reward_terms
 from offtower.evaluation.rows import Array, EvaluationRows
 
 
 class SNIPS(Estimator):
-    """V = sum w r / sum w (Swaminathan and Joachims, NeurIPS 2015)."""
+    """V = sum w r / sum w (Swaminathan and Joachims, NeurIPS 2015).
+
+    Of slates the sum of weights counts a round once: it sums their mean over the positions.
+    """
 
     label: ClassVar[str] = "snips"
     num_terms: ClassVar[int] = 2
@@ -19,7 +22,7 @@ class SNIPS(Estimator):
 
     def terms(self, rows: EvaluationRows) -> Array:
         weight = rows.importance_weight
-        return np.stack([weight, weight * rows.reward], axis=1)
+        return np.stack([rows.mean_weight, weight * rows.reward], axis=1)
 
     def combine(self, mean: Array) -> Array:
         return mean[..., 1] / mean[..., 0]
@@ -39,10 +42,16 @@ class SNDR(Estimator):
     def terms(self, rows: EvaluationRows) -> Array:
         action_reward, expected_reward = reward_terms(rows, self.label)
         weight = rows.importance_weight
-        return np.stack([weight, weight * (rows.reward - action_reward), expected_reward], axis=1)
+        residual = weight * (rows.reward - action_reward)
+        expected = expected_terms(rows, expected_reward, _identity)
+        return np.stack([rows.mean_weight, residual, expected], axis=1)
 
     def combine(self, mean: Array) -> Array:
         return mean[..., 1] / mean[..., 0] + mean[..., 2]
 
     def gradient(self, mean: Array) -> Array:
         return np.array([-mean[1] / mean[0] ** 2, 1.0 / mean[0], 1.0])
+
+
+def _identity(weight: Array) -> Array:
+    return weight

@@ -236,7 +236,7 @@ def collect(
     replicates: int = 0,
     seed: int = 0,
 ) -> Statistics:
-    """Statistics of terms (n, k) of a shard.
+    """Statistics of terms (n, k) of a shard; of their sums over each round of slates.
 
     by_user: also keep sums by user, and let bootstrap weights belong to users.
     replicates: number of bootstrap replicates to carry, 0 for none.
@@ -246,12 +246,13 @@ def collect(
         raise OfftowerError(
             "an interval by user needs the 'user' column of the rows (user_id in the log's schema)"
         )
+    terms = rows.summed(terms)
     n, k = terms.shape
     total = terms.sum(axis=0)
     centered = terms - (total / n if n else total)
     users = None
     if by_user and rows.user is not None:
-        users = UserSums.of(rows.user, terms)
+        users = UserSums.of(rows.of_unit(rows.user), terms)
     return Statistics(
         n,
         total,
@@ -270,11 +271,10 @@ def _replicates(
 ) -> Replicates:
     key = rows.user if by_user else rows.row
     keyed = key is not None
-    if key is None:
-        key = np.arange(rows.n, dtype=np.int64)
+    key = np.arange(terms.shape[0], dtype=np.int64) if key is None else rows.of_unit(key)
     weight, total = np.zeros(count), np.zeros((count, terms.shape[1]))
     step = max(1, _BLOCK_CELLS // count)
-    for start in range(0, rows.n, step):
+    for start in range(0, terms.shape[0], step):
         drawn = poisson_weights(key[start : start + step], count, seed).astype(np.float64)
         weight += drawn.sum(axis=0)
         total += drawn.T @ terms[start : start + step]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ def default_candidates(problem: Problem, models: Iterable[str] | None = None) ->
     IPS, SNIPS, clipped, sub-Gaussian and logarithmically smoothed IPS (the last only where no
     reward is negative); per model DM, DR, SNDR, Switch-DR, DRos, clipped and sub-Gaussian DR,
     named like "DR[trees]".
+    Of slates these are the cascade forms, without DM; IPS, SNIPS and DR with the weights of whole
+    slates are added as "IPS (standard)", and are the consistent ones.
     problem: the log's rows (`SelectionLog.problem`), on which SLOPE chooses the parameters.
     models: names of reward models, all of the problem's by default.
     """
@@ -30,6 +33,9 @@ def default_candidates(problem: Problem, models: Iterable[str] | None = None) ->
     smooth = np.concatenate([[1e-4], np.geomspace(1e-3, 1.0, 7)])
     top = max(float(problem.weight.max()), 1e-12) ** 2
     shrink = top * np.geomspace(1e3, 1e-3, 10)
+    slates = problem.slates
+    if slates is not None and slates.earlier_weight is None:
+        names = []  # Without conditional propensities a doubly robust estimator has no weights.
     out = [Candidate("IPS", e.IPS()), Candidate("SNIPS", e.SNIPS())]
     free: list[tuple[str, Maker, Array]] = [
         ("ClippedIPS", lambda v: e.ClippedIPS(max_weight=v), clip),
@@ -40,7 +46,9 @@ def default_candidates(problem: Problem, models: Iterable[str] | None = None) ->
     out += [_tuned(problem, name, make, grid, None) for name, make, grid in free]
     for model in names:
         out += [
-            Candidate(f"{kind.__name__}[{model}]", kind(), model) for kind in (e.DM, e.DR, e.SNDR)
+            Candidate(f"{kind.__name__}[{model}]", kind(), model)
+            for kind in (e.DM, e.DR, e.SNDR)
+            if slates is None or kind is not e.DM
         ]
         based: list[tuple[str, Maker, Array]] = [
             ("SwitchDR", lambda v: e.SwitchDR(threshold=v), clip),
@@ -51,7 +59,17 @@ def default_candidates(problem: Problem, models: Iterable[str] | None = None) ->
         out += [
             _tuned(problem, f"{name}[{model}]", make, grid, model) for name, make, grid in based
         ]
-    return out
+    if slates is None or slates.earlier_weight is None:
+        return out
+    cascade = [
+        replace(one, consistent=False, assumes=True) if one.is_consistent else one for one in out
+    ]
+    standard = [
+        Candidate(f"{one.name} (standard)", e.Standard(one.estimator), one.model)
+        for one in out
+        if one.is_consistent
+    ]
+    return cascade + standard
 
 
 def _tuned(problem: Problem, name: str, make: Maker, grid: Array, model: str | None) -> Candidate:

@@ -11,6 +11,8 @@ noise. For each candidate j and the consistent candidate c of least variance,
   model that learned from the same log: its errors share the log's noise, and d looks too small;
 - where the candidate's reward model is declared independent of the log, the prior has a spike:
   b = 0 with probability `spike`, else b ~ N(0, slab s^2). Then a perfect reward model can win.
+  The same prior holds for an estimator of slates that is consistent if rewards do not depend on
+  later items (`Candidate.assumes`).
 
 A reward model that was cross-fitted on this very log may hide variance: fold k's model learned
 from the rows of the other folds, so the folds' estimates can be correlated, which a variance over
@@ -77,7 +79,7 @@ def select_paired(
     reference = int(np.argmin(np.where(consistent, variance, np.inf)))
     gap = values - values[reference]
     gap_variance = np.mean((influence - influence[reference]) ** 2, axis=1) / n
-    independent = np.array([c.model in log.independent_models for c in ranked])
+    independent = np.array([c.assumes or c.model in log.independent_models for c in ranked])
     bias = np.where(
         independent,
         spike_slab_square(gap, gap_variance, spike, slab),

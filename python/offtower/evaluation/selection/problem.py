@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from offtower.data.rounds import Rounds
 from offtower.errors import OfftowerError
 from offtower.evaluation.rows import Array, EvaluationRows, IntArray, ModelPredictions
 
@@ -18,12 +20,15 @@ class Candidate:
 
     name: unique among the candidates. consistent: whether its bias vanishes with n given true
     propensities and full support; None asks the estimator (true for IPS, SNIPS, DR and SNDR).
+    assumes: consistent under an assumption that may hold exactly, such as that rewards in a slate
+    do not depend on later items; the prior on its bias then has a spike at 0.
     """
 
     name: str
     estimator: Any
     model: str | None = None
     consistent: bool | None = None
+    assumes: bool = False
 
     @property
     def is_consistent(self) -> bool:
@@ -38,20 +43,39 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class SlateColumns:
+    """Columns of `EvaluationRows` for the slates of a problem's n rows."""
+
+    round: IntArray
+    earlier_weight: Array | None
+    slate_weight: Array
+
+    @cached_property
+    def rounds(self) -> Rounds:
+        return Rounds.of(self.round)
+
+
+@dataclass(frozen=True)
 class Problem:
-    """One off-policy problem by rows: weight (n,), reward (n,), terms of each reward model."""
+    """One off-policy problem by rows: weight (n,), reward (n,), terms of each reward model.
+
+    slates: where the rows form rounds; `n` and every index then count rounds.
+    """
 
     weight: Array
     reward: Array
     models: Mapping[str, ModelPredictions] = field(default_factory=dict)
+    slates: SlateColumns | None = None
 
     @property
     def n(self) -> int:
-        """Number of rows."""
-        return int(self.reward.shape[0])
+        """Number of rows, or of rounds of slates."""
+        return int(self.reward.shape[0]) if self.slates is None else len(self.slates.rounds)
 
     def rows(self, model: str | None, index: IntArray | None = None) -> EvaluationRows:
         """Rows for an estimator; `index` (m,) picks some, with repetition where it repeats."""
+        if self.slates is not None:
+            return self._slate_rows(model, index, self.slates)
         weight, reward = self.weight, self.reward
         action = expected = None
         if model is not None:
@@ -66,6 +90,25 @@ class Problem:
             reward=reward,
             action_reward=action,
             expected_reward=expected,
+        )
+
+    def _slate_rows(
+        self, model: str | None, index: IntArray | None, slates: SlateColumns
+    ) -> EvaluationRows:
+        rounds = slates.rounds
+        taken = np.arange(len(rounds)) if index is None else index
+        row = rounds.rows_of(taken)
+        terms = None if model is None else self.models[model]
+        earlier = slates.earlier_weight
+        return EvaluationRows(
+            importance_weight=self.weight[row],
+            reward=self.reward[row],
+            action_reward=None if terms is None else terms.action_reward[row],
+            expected_reward=None if terms is None else terms.expected_reward[row],
+            # A repeated round counts as often as it is repeated.
+            round=np.repeat(np.arange(taken.size), rounds.lengths[taken]),
+            earlier_weight=None if earlier is None else earlier[row],
+            slate_weight=slates.slate_weight[row],
         )
 
     def values(self, candidates: Sequence[Candidate], index: IntArray | None = None) -> Array:
