@@ -13,7 +13,7 @@ from offtower.data.encoding import FeatureEncoding
 from offtower.models.features import FeatureTensors
 from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures, embed_items
 from offtower.models.towers import Tower
-from offtower.ops import DenseReward, FactoredReward, PolicyTerms, policy_terms
+from offtower.ops import DenseReward, Eligibility, FactoredReward, PolicyTerms, policy_terms
 from offtower.seeds import derive_seed
 
 
@@ -106,6 +106,7 @@ class TwoTowerPolicy(nn.Module):
         *,
         reward_model: DenseReward | FactoredReward | None = None,
         entropy: bool = False,
+        eligible: Eligibility | None = None,
     ) -> PolicyTerms:
         """Fused per-row terms of the policy (see `offtower.ops.policy_terms`)."""
         return policy_terms(
@@ -116,6 +117,7 @@ class TwoTowerPolicy(nn.Module):
             item_bias=items.bias,
             reward_model=reward_model,
             entropy=entropy,
+            eligible=eligible,
         )
 
     def action_logit(

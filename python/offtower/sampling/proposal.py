@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offtower.errors import ConfigError
+from offtower.ops import Eligibility
 from offtower.sampling.draw_sources import BatchSource, FrequencySource, Source, UniformSource
 from offtower.sampling.item_counts import ItemCounts
 from offtower.sampling.top_k import PolicyTopK
@@ -86,6 +87,7 @@ class Proposal:
         batch_action: Tensor,
         context_embedding: Tensor | None = None,
         within: tuple[int, int] | None = None,
+        eligible: Eligibility | None = None,
     ) -> StepDraws:
         """Draw for one step.
 
@@ -94,6 +96,8 @@ class Proposal:
             batch_action: logged items of the step's rows over all workers, on the CPU.
             context_embedding: (B, d) of this worker's rows, for the exact items; detached.
             within: (start, stop) of the items whose draws are kept; all m are made.
+            eligible: of this worker's rows, for the exact items. Draws are shared by all rows, so
+                each row masks those that it may not choose (`ops.sampled_policy_terms`).
         """
         action = batch_action.numpy()
         sequence = np.random.SeedSequence(seed)
@@ -110,7 +114,7 @@ class Proposal:
             item = item[(item >= within[0]) & (item < within[1])]
         exact = None
         if self.top_k is not None and context_embedding is not None:
-            exact = self.top_k.search(context_embedding.detach())[1].cpu()
+            exact = self.top_k.search(context_embedding.detach(), eligible)[1].cpu()
         log_proposal = torch.from_numpy(self.log_prob(item, len(action)))
         return StepDraws(torch.from_numpy(item), log_proposal, total, exact)
 

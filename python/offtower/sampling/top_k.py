@@ -14,7 +14,7 @@ from torch import Tensor
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures, embed_items
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.towers import Tower
-from offtower.ops import top_k
+from offtower.ops import Eligibility, top_k
 from offtower.sampling.cluster_index import ClusterIndex
 from offtower.seeds import derive_seed
 
@@ -88,14 +88,21 @@ class PolicyTopK:
             self._current = self._pending.result()
             self._pending = None
 
-    def search(self, context_embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Return descending scores (B, k) and item numbers (B, k), padded with -inf and -1."""
+    def search(
+        self, context_embedding: Tensor, eligible: Eligibility | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return descending scores (B, k) and item numbers (B, k), padded with -inf and -1.
+
+        An approximate search may find fewer than k eligible items; those that it misses are left
+        to the draws.
+        """
         snapshot = self._current
         assert snapshot is not None, "at_step comes before the first draw"
         if snapshot.index is not None:
-            return snapshot.index.search(context_embedding, self.k)
+            found = snapshot.index.search(context_embedding, self.k)
+            return found if eligible is None else _eligible_first(*found, eligible)
         u = context_embedding.to(snapshot.embedding.dtype)
-        return top_k(u, snapshot.embedding, self.k, item_bias=snapshot.bias)
+        return top_k(u, snapshot.embedding, self.k, item_bias=snapshot.bias, eligible=eligible)
 
     def state(self) -> dict[str, Tensor]:
         """State for a checkpoint, so that a resumed run finds the same items."""
@@ -153,3 +160,13 @@ class PolicyTopK:
             )
         # The index holds its own copy of the vectors.
         return _Snapshot(step, tower, temperature, items.embedding[:0], None, index)
+
+
+def _eligible_first(score: Tensor, item: Tensor, eligible: Eligibility) -> tuple[Tensor, Tensor]:
+    """Scores and items (B, k) without those that are not eligible, which are padded at the end."""
+    rows, k = item.shape
+    row = torch.arange(rows, dtype=torch.int64, device=item.device).repeat_interleave(k)
+    there = eligible.contains(row, item.clamp_min(0).reshape(-1)).view(rows, k) & (item >= 0)
+    order = torch.argsort(~there, dim=1, stable=True)
+    score = score.masked_fill(~there, float("-inf")).gather(1, order)
+    return score, item.masked_fill(~there, -1).gather(1, order)

@@ -9,7 +9,8 @@ from offtower.data.features import to_device
 from offtower.models.features import FeatureTensors
 from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
-from offtower.ops import FactoredReward, PolicyTerms, policy_terms
+from offtower.ops import Eligibility, FactoredReward, PolicyTerms, policy_terms
+from offtower.training.candidate_terms import CandidateItems
 from offtower.training.sampled import TouchedItems
 
 
@@ -60,19 +61,26 @@ def kl_divergence(terms: PolicyTerms, log_normalizer: Tensor) -> Tensor:
 
 @torch.no_grad()
 def log_normalizer(
-    scores: FactoredReward, action: Tensor, drawn: TouchedItems | None = None
+    scores: FactoredReward,
+    action: Tensor,
+    touched: TouchedItems | CandidateItems | None = None,
+    eligible: Eligibility | None = None,
 ) -> Tensor:
-    """(B,) log sum_a exp s0.
+    """(B,) log sum_a exp s0 over the items that pi's terms are of.
 
     With the draws that pi's terms are estimated from, the divergence is that of two policies on the
     drawn items, and never negative.
 
     Args:
         action: (B,) logged items.
+        touched: the draws or candidates; None for terms over the catalogue.
+        eligible: of the rows, for terms over the catalogue.
     """
     item, bias = scores.item, scores.item_bias
-    if drawn is None:
-        return policy_terms(scores.context, item, action, item_bias=bias).log_normalizer
-    touched = to_device(drawn.item, item.device)
-    items = ItemEmbeddings(item[touched], None if bias is None else bias[touched])
-    return drawn.terms(scores.context, items, temperature=1.0).log_normalizer
+    if touched is None:
+        return policy_terms(
+            scores.context, item, action, item_bias=bias, eligible=eligible
+        ).log_normalizer
+    index = to_device(touched.item, item.device)
+    items = ItemEmbeddings(item[index], None if bias is None else bias[index])
+    return touched.terms(scores.context, items, temperature=1.0).log_normalizer

@@ -12,7 +12,13 @@ from offtower.data.features import to_device
 from offtower.models.items import ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.objectives import Objective
-from offtower.ops import DenseReward, FactoredReward, PolicyTerms, sampled_policy_terms
+from offtower.ops import (
+    DenseReward,
+    Eligibility,
+    FactoredReward,
+    PolicyTerms,
+    sampled_policy_terms,
+)
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.sampling import PolicyTopK, Proposal, count_items, make_proposal
@@ -52,6 +58,9 @@ class TouchedItems:
     exact_item: Tensor | None
     """(B, k) items that each row counts exactly, -1 for none."""
     exact_index: Tensor | None
+    eligible: Eligibility | None = None
+    """Draws that a row may not choose do not count in it; the draws' expected counts stay those of
+    the whole catalogue, so the sums over eligible items are estimated without bias."""
 
     def terms(
         self,
@@ -84,6 +93,7 @@ class TouchedItems:
             sample_index=self.sample_index,
             exact_item=self.exact_item,
             exact_index=self.exact_index,
+            eligible=self.eligible,
         )
 
 
@@ -112,6 +122,7 @@ class SampledTerms(PeriodicExact):
         action: Tensor,
         seed: int,
         batch_action: Tensor | None = None,
+        eligible: Eligibility | None = None,
     ) -> TouchedItems:
         """Draw the items of (B,) rows; `seed` is the step's, the same on every worker.
 
@@ -120,9 +131,13 @@ class SampledTerms(PeriodicExact):
         Args:
             action: (B,) logged items, on the CPU.
             batch_action: logged items of the step over all workers, if these are not all rows.
+            eligible: of the rows, on the policy's device.
         """
         draws = self.proposal.draw(
-            seed, action if batch_action is None else batch_action, context_embedding
+            seed,
+            action if batch_action is None else batch_action,
+            context_embedding,
+            eligible=eligible,
         )
         parts = [action, draws.item]
         if draws.exact_item is not None:
@@ -141,12 +156,18 @@ class SampledTerms(PeriodicExact):
             index[rows : rows + drawn],
             exact,
             None if exact is None else index[rows + drawn :].view(exact.shape),
+            eligible,
         )
 
     def embed(self, touched: TouchedItems) -> ItemEmbeddings:
         """Embed the distinct items; differentiable in the item tower."""
-        numbers = to_device(touched.item, self.policy.device)
-        return ItemEmbeddings(*self.policy.item_tower(self.items.at(touched.item), numbers))
+        return embed_some(self.policy, self.items, touched.item)
+
+
+def embed_some(policy: TwoTowerPolicy, items: ItemFeatures, item: Tensor) -> ItemEmbeddings:
+    """Embed the items with numbers (n,), on the CPU; differentiable in the item tower."""
+    numbers = to_device(item, policy.device)
+    return ItemEmbeddings(*policy.item_tower(items.at(item), numbers))
 
 
 def build_proposal(

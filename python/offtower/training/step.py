@@ -18,12 +18,13 @@ from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.objectives import LoggedRows, Objective, ObjectiveValue, Reduction
-from offtower.ops import PolicyTerms
+from offtower.ops import Eligibility, PolicyTerms
 from offtower.ops.square_sum import square_sum
 from offtower.ops.types import RewardTerms, reward_in
 from offtower.sampling import Proposal
+from offtower.training.candidate_terms import CandidateItems
 from offtower.training.reference_policy import ReferencePolicy, kl_divergence, log_normalizer
-from offtower.training.sampled import SampledTerms, TouchedItems
+from offtower.training.sampled import SampledTerms, TouchedItems, embed_some
 from offtower.training.workers import SINGLE_PROCESS, Workers
 
 
@@ -227,18 +228,28 @@ class ReplicatedStep(TrainingStep):
     ) -> tuple[PolicyTerms, Tensor | None]:
         """Terms of this worker's rows, and their divergence from the reference policy if any."""
         u = self.policy.embed_contexts(context, numbers)
-        action = tensor_of(batch.rows.action, self.policy.device)
+        device, sets = self.policy.device, batch.rows.eligible
+        action = tensor_of(batch.rows.action, device)
+        eligible: Eligibility | None = None
         terms_of: Callable[..., PolicyTerms]
-        drawn: TouchedItems | None = None
-        if sampled:
+        touched: TouchedItems | CandidateItems | None = None
+        if sets is not None and sets.candidates is not None:
+            # Few items, so exact terms cost less than draws.
+            touched = CandidateItems.of(sets.on(), tensor_of(batch.rows.action), device)
+            items = embed_some(self.policy, self.trained.items, touched.item)
+            terms_of = partial(touched.terms, temperature=self.policy.temperature)
+        elif sampled:
             assert self._sampled is not None
-            all_actions = tensor_of(batch.joined.action)
-            drawn = self._sampled.touched(u, tensor_of(batch.rows.action), seed, all_actions)
-            items = self._sampled.embed(drawn)
-            terms_of = partial(drawn.terms, temperature=self.policy.temperature)
+            touched = self._sampled.touched(
+                *(u, tensor_of(batch.rows.action), seed, tensor_of(batch.joined.action)),
+                None if sets is None else sets.on(device),
+            )
+            items = self._sampled.embed(touched)
+            terms_of = partial(touched.terms, temperature=self.policy.temperature)
         else:
+            eligible = None if sets is None else sets.on(device)
             items = self.policy.embed_items(self.trained.items, chunk=self._item_chunk)
-            terms_of = partial(self.policy.terms, action=action)
+            terms_of = partial(self.policy.terms, action=action, eligible=eligible)
         if reward_model is not None and u.dtype != torch.float32:
             reward_model = reward_in(reward_model, u.dtype)
         if self.reference is None:
@@ -249,7 +260,7 @@ class ReplicatedStep(TrainingStep):
             terms = replace(against, expected_reward=None, action_reward=None)
         else:
             terms = terms_of(u, items, reward_model=reward_model, entropy=entropy)
-        return terms, kl_divergence(against, log_normalizer(scores, action, drawn))
+        return terms, kl_divergence(against, log_normalizer(scores, action, touched, eligible))
 
 
 def row_numbers(batch: Step, device: torch.device) -> Tensor:
