@@ -102,7 +102,20 @@ class PolicyTopK:
             found = snapshot.index.search(context_embedding, self.k)
             return found if eligible is None else _eligible_first(*found, eligible)
         u = context_embedding.to(snapshot.embedding.dtype)
-        return top_k(u, snapshot.embedding, self.k, item_bias=snapshot.bias, eligible=eligible)
+        if eligible is None:
+            return top_k(u, snapshot.embedding, self.k, item_bias=snapshot.bias)
+        # In a part of the catalogue a row may have no eligible item.
+        some = eligible.count(self._items.num_items).nonzero()[:, 0]
+        score = u.new_full((len(u), self.k), float("-inf"), dtype=torch.float32)
+        item = torch.full_like(score, -1, dtype=torch.int64)
+        if len(some):
+            found = top_k(
+                *(u[some], snapshot.embedding, self.k),
+                item_bias=snapshot.bias,
+                eligible=eligible.take(some),
+            )
+            score[some], item[some] = found[0].to(score.dtype), found[1]
+        return score, item
 
     def state(self) -> dict[str, Tensor]:
         """State for a checkpoint, so that a resumed run finds the same items."""

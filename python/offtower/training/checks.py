@@ -49,9 +49,15 @@ def check_data(objective: Objective, data: PreparedData, reward_model: RewardMod
     """Check that the log and the reward model meet the objective's requirements.
 
     Raises:
-        ConfigError: propensities or a reward model are missing, or rewards may be negative.
+        ConfigError: propensities or a reward model are missing, rewards may be negative, or the
+            objective cannot be restricted to eligible items.
     """
     requirements = objective.requirements
+    if requirements.square_sum and data.train.schema.eligible is not None:
+        raise ConfigError(
+            f"objective '{objective.name}' sums squares over all items, whichever are eligible in "
+            "a row: use objective.name=weighted_likelihood, which sums over the eligible ones"
+        )
     if requirements.reward_model and reward_model is None:
         raise ConfigError(
             f"objective '{objective.name}' needs a reward model: set reward_model.kind to dense "

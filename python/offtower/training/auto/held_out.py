@@ -159,6 +159,7 @@ class HeldOutEvaluator:
             embedded = {n: side.policies[k].embed_contexts(context) for n, side in members.items()}
             q = None if best is None else _reward(embedded[best], members[best].items[k], binary)
             assert rows.pscore is not None, "auto requires propensities"
+            eligible = None if rows.eligible is None else rows.eligible.on(self._data.device)
             log_pscore = tensor_of(rows.pscore, self._data.device).log()
             inverse += float(np.reciprocal(rows.pscore.astype(np.float64)).sum())
             reward.append(rows.reward.astype(np.float64))
@@ -174,6 +175,7 @@ class HeldOutEvaluator:
                     if items.bias is None
                     else items.bias * policy.inverse_temperature,
                     reward_model=q,
+                    eligible=eligible,
                 )
                 log_weight = terms.log_prob.double() - log_pscore
                 weight[policy].append(log_weight.exp().cpu().numpy())

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from offtower.config import PolicyConfig
+from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError
 from offtower.models.features import UNKNOWN, FeatureEncoder, initial_rows
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.towers import MLPBody
+from offtower.ops import Eligibility
 from offtower.prepare import PreparedData
 from offtower.training.workers import Workers
 
@@ -47,6 +49,12 @@ class ItemShard:
         """Numbers within the shard; -1 for items of other workers."""
         here = (action >= self.start) & (action < self.stop)
         return torch.where(here, action - self.start, -1)
+
+    def eligible(self, rows: EncodedRows, device: torch.device) -> Eligibility | None:
+        """The eligible items of rows among the shard's items, numbered within it."""
+        if rows.eligible is None:
+            return None
+        return rows.eligible.on(device).slice_items(self.start, self.stop)
 
 
 def item_range(num_items: int, rank: int, size: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from offtower.models.policy import TwoTowerPolicy
-from offtower.ops import FactoredReward, PolicyTerms
+from offtower.ops import Eligibility, FactoredReward, PolicyTerms
 from offtower.ops.sampled_partial import sampled_partial_terms
 from offtower.sampling import Proposal
 from offtower.training.distributed.item_shard import ItemShard
@@ -50,6 +50,7 @@ class ShardedSampledTerms(PeriodicExact):
         *,
         reward_model: FactoredReward | None = None,
         entropy: bool = False,
+        eligible: Eligibility | None = None,
     ) -> PolicyTerms:
         """Return the terms of all rows of the step, the same on every worker; collective.
 
@@ -58,11 +59,12 @@ class ShardedSampledTerms(PeriodicExact):
             action: (B,) item numbers in the catalogue, on the CPU, where draws are made.
             seed: the step's, the same on every worker.
             reward_model: over the shard's items, for all rows.
+            eligible: of the shard's items, for all rows.
         """
         shard, device = self.shard, context_embedding.device
         draws = self.proposal.draw(seed, action, within=(shard.start, shard.stop))
         local, drawn = shard.local(action), draws.item - shard.start
-        exact = self._exact(context_embedding)
+        exact = self._exact(context_embedding, eligible)
         parts = [local[local >= 0], drawn]
         if exact is not None:
             parts.append(exact[exact >= 0])
@@ -89,15 +91,16 @@ class ShardedSampledTerms(PeriodicExact):
             entropy=entropy,
             exact_item=None if exact is None else exact.to(device),
             exact_index=None if exact is None else index_of(exact),
+            **({} if eligible is None else {"eligible": eligible}),
         )
         return merge_over_workers(part, logged >= 0, self.workers).terms()
 
-    def _exact(self, context_embedding: Tensor) -> Tensor | None:
+    def _exact(self, context_embedding: Tensor, eligible: Eligibility | None) -> Tensor | None:
         """(B, w) local numbers of the shard's items that each row counts exactly, -1 for none."""
         top_k = self.proposal.top_k
         if top_k is None:
             return None
-        score, item = top_k.search(context_embedding.detach())
+        score, item = top_k.search(context_embedding.detach(), eligible)
         least = self._least_score(score, min(top_k.wanted, self.shard.num_items))
         item = item.masked_fill(score < least[:, None], -1).cpu()
         # Scores descend along a row, so the items that count come first.

@@ -76,6 +76,7 @@ class ShardedScorer:
             self._workers,
             temperature=self._served.temperature,
             reward_model=reward,
+            eligible=self._shard.eligible(rows, device),
         )
         uniform = self._served.serving.uniform
         if uniform > 0.0:

@@ -105,6 +105,7 @@ class ShardedStep(TrainingStep):
     ) -> PolicyTerms:
         """Sampled terms of all rows, or exact ones without `sample_seed`."""
         action = tensor_of(batch.joined.action)
+        eligible = self._shard.eligible(batch.joined, self.policy.device)
         if sample_seed is not None:
             assert self._sampled is not None
             return self._sampled(
@@ -113,6 +114,7 @@ class ShardedStep(TrainingStep):
                 sample_seed,
                 reward_model=reward_model,
                 entropy=entropy,
+                eligible=eligible,
             )
         items = self.policy.embed_items(self._shard.items, chunk=self._item_chunk)
         return merged_terms(
@@ -124,6 +126,7 @@ class ShardedStep(TrainingStep):
             temperature=self.policy.temperature,
             reward_model=reward_model,
             entropy=entropy,
+            eligible=eligible,
         )
 
     def _contexts(self, batch: Step, *, scaled: bool = True) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offtower.ops import FactoredReward, PartialTerms, PolicyTerms, partial_terms
+from offtower.ops import Eligibility, FactoredReward, PartialTerms, PolicyTerms, partial_terms
 from offtower.ops.shards import shard_gradients
 from offtower.ops.types import (
     Cotangents,
@@ -104,6 +104,7 @@ class _MergedTerms(torch.autograd.Function):
         temperature: float,
         reward: FactoredReward | None,
         entropy: bool,
+        eligible: Eligibility | None,
         workers: Workers,
     ) -> tuple[Tensor | None, ...]:
         part = partial_terms(
@@ -114,12 +115,13 @@ class _MergedTerms(torch.autograd.Function):
             item_bias=bias,
             reward_model=reward,
             entropy=entropy,
+            eligible=eligible,
         )
         merged = merge_over_workers(part, action >= 0, workers)
         sums, terms = merged.sums, merged.terms()
         forward = ForwardStatistics(sums.top, sums.total, terms.expected_reward, terms.entropy)
         ctx.save_for_backward(u, v, bias, action, *forward)
-        ctx.temperature, ctx.reward = temperature, reward
+        ctx.temperature, ctx.reward, ctx.eligible = temperature, reward, eligible
         ctx.set_materialize_grads(False)
         return tuple(getattr(terms, name) for name in _NAMES)
 
@@ -134,9 +136,10 @@ class _MergedTerms(torch.autograd.Function):
             temperature=ctx.temperature,
             item_bias=bias,
             reward_model=ctx.reward,
+            eligible=ctx.eligible,
             needs=Needs(need_u, need_v, need_bias),
         )
-        return du, dv, db, None, None, None, None, None
+        return du, dv, db, None, None, None, None, None, None
 
 
 def merged_terms(
@@ -149,6 +152,7 @@ def merged_terms(
     temperature: float,
     reward_model: FactoredReward | None = None,
     entropy: bool = False,
+    eligible: Eligibility | None = None,
 ) -> PolicyTerms:
     """Compute terms over the items of all workers; every worker gets the same terms.
 
@@ -156,6 +160,7 @@ def merged_terms(
         context_embedding: (B, d) of all rows of the step, from `gather_rows`.
         item_embedding: (n_k, d) of this worker's items; bias and reward model likewise.
         action: (B,) number among this worker's items, -1 for items of other workers.
+        eligible: of this worker's items (`ItemShard.eligible`).
     """
     found = _MergedTerms.apply(  # type: ignore[no-untyped-call]
         context_embedding,
@@ -165,6 +170,7 @@ def merged_terms(
         temperature,
         reward_model,
         entropy,
+        eligible,
         workers,
     )
     return PolicyTerms(**dict(zip(_NAMES, found, strict=True)))

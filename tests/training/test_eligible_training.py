@@ -1,0 +1,146 @@
+"""Training over eligible items, against a masked softmax in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from offtower.config import Config, parse_config
+from offtower.crossfit.reward_model import obtain_reward_model
+from offtower.data.encoding import BagArray, to_tensors
+from offtower.data.order import EpochOrder
+from offtower.data.reader import Step
+from offtower.errors import ConfigError
+from offtower.models.reward.base import RewardModel
+from offtower.prepare import PreparedData
+from offtower.progress import Progress
+from offtower.training.setup import TrainingSetup, build_setup
+from offtower.training.step import ReplicatedStep
+from offtower.training.workers import SINGLE_PROCESS
+from tests.training.eligible_data import prepared
+
+SETS = [("attribute",), ("interval", "exclude"), ("attribute", "exclude", "candidates")]
+
+
+def config_of(objective: str, **training: Any) -> Config:
+    tower = {"hidden_layer_sizes": [6], "unknown_rate": 0.0}
+    return parse_config(
+        {
+            "name": "eligible",
+            "data": {"train": "in-memory", "catalogue": "in-memory"},
+            "policy": {
+                "embedding_dim": 4,
+                "context_tower": tower,
+                "item_tower": tower,
+                "item_bias": True,
+                "temperature": 0.5,
+            },
+            "reward_model": {"kind": "factored", "folds": 2, "epochs": 1, "tower": tower},
+            "objective": {"name": objective},
+            "training": {"batch_size": 64, "item_chunk": 32, "threads": 1, **training},
+        },
+        source="test",
+    )
+
+
+def setup_of(
+    objective: str, forms: tuple[str, ...], **training: Any
+) -> tuple[TrainingSetup, PreparedData, RewardModel, np.ndarray]:
+    data, sets = prepared(160, *forms)
+    config = config_of(objective, **training)
+    model = obtain_reward_model(config.reward_model, data, 0, Progress())
+    assert model is not None
+    setup = build_setup(config, data, model, SINGLE_PROCESS, Progress())
+    return setup, data, model, sets
+
+
+def batch_of(data: PreparedData) -> Step:
+    order = EpochOrder(data.train.row_group_sizes, 64, 0, num_folds=2)
+    with data.batches(order) as reader:
+        return next(iter(reader.epoch(0)))
+
+
+def dense_terms(
+    setup: TrainingSetup, batch: Step, sets: np.ndarray, model: RewardModel
+) -> dict[str, Tensor]:
+    """Terms of the batch from (B, N) arrays in float64; differentiable in the weights."""
+    policy = setup.policy
+    u = policy.embed_contexts(to_tensors(batch.rows.context)).double()
+    items = policy.embed_items(setup.data.items)
+    assert items.bias is not None
+    score = u @ items.embedding.double().T / policy.temperature + items.bias.double()
+    mask = torch.from_numpy(sets[batch.rows.row])
+    log_pi = torch.log_softmax(score.masked_fill(~mask, float("-inf")), dim=1)
+    reward = model.for_training_rows(batch.rows, batch.fold)
+    q = torch.sigmoid(
+        reward.context.double() @ reward.item.double().T + reward.item_bias.double()  # type: ignore
+    )
+    pi = log_pi.exp()
+    action = torch.from_numpy(batch.rows.action)[:, None]
+    return {
+        "log_prob": log_pi.gather(1, action)[:, 0],
+        "expected": (pi * q).sum(dim=1),
+        "logged": q.gather(1, action)[:, 0],
+        "entropy": -(pi * log_pi.masked_fill(~mask, 0.0)).sum(dim=1),
+    }
+
+
+@pytest.mark.parametrize("forms", SETS)
+def test_the_gradient_of_dr_is_that_of_the_masked_softmax(forms: tuple[str, ...]) -> None:
+    setup, data, model, sets = setup_of("dr", forms)
+    assert isinstance(setup.step, ReplicatedStep)
+    batch = batch_of(data)
+    value, diagnostics = setup.step.loss(batch, diagnose=True)
+    parameters = dict(setup.policy.named_parameters())
+    found = torch.autograd.grad(value.loss, parameters.values(), allow_unused=True)
+    terms = dense_terms(setup, batch, sets, model)
+    assert batch.rows.pscore is not None and diagnostics is not None
+    weight = terms["log_prob"].exp() / torch.from_numpy(batch.rows.pscore)
+    error = torch.from_numpy(batch.rows.reward).double() - terms["logged"]
+    wanted_value = (weight * error + terms["expected"]).mean()
+    assert float(value.value.detach()) == pytest.approx(wanted_value.item(), abs=1e-6)
+    wanted = torch.autograd.grad(-wanted_value, parameters.values(), allow_unused=True)
+    scale = max(float(w.abs().max()) for w in wanted if w is not None)
+    assert scale > 1e-4
+    for name, one, other in zip(parameters, found, wanted, strict=True):
+        if other is not None:
+            assert one is not None, name
+            assert float((one - other).abs().max()) < 2e-5 * scale, name
+    assert diagnostics.entropy == pytest.approx(float(terms["entropy"].mean()), rel=1e-5)
+    assert diagnostics.entropy < float(np.log(sets.sum(axis=1)).mean())
+
+
+def test_candidates_are_all_that_a_step_embeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup, data, _, _ = setup_of("ips", ("candidates",))
+    batch = batch_of(data)
+
+    def refused(*args: Any, **options: Any) -> None:
+        raise AssertionError("the whole catalogue is embedded")
+
+    monkeypatch.setattr(type(setup.policy), "embed_items", refused)
+    setup.step.loss(batch)
+
+
+def test_a_row_with_one_eligible_item_has_probability_one() -> None:
+    setup, data, _, _ = setup_of("ips", ("attribute", "candidates"))
+    batch = batch_of(data)
+    sets = batch.rows.eligible
+    assert sets is not None
+    only = BagArray(batch.rows.action, np.arange(len(batch.rows) + 1))
+    alone = replace(batch.rows, eligible=replace(sets, candidates=only))
+    step = setup.step
+    assert isinstance(step, ReplicatedStep)
+    found = step.diagnostics(Step(batch.cursor, alone, batch.fold))
+    assert found.entropy == 0.0
+    assert found.largest_weight == pytest.approx(float(1.0 / batch.rows.pscore.min()))
+
+
+def test_objectives_that_sum_over_all_items_are_refused() -> None:
+    data, _ = prepared(60, "attribute")
+    with pytest.raises(ConfigError, match="sums squares over all items"):
+        build_setup(config_of("implicit_squares"), data, None, SINGLE_PROCESS, Progress())
