@@ -105,13 +105,13 @@ def test_the_gradient_of_dr_is_that_of_the_masked_softmax(forms: tuple[str, ...]
     wanted_value = (weight * error + terms["expected"]).mean()
     assert float(value.value.detach()) == pytest.approx(wanted_value.item(), abs=1e-6)
     wanted = torch.autograd.grad(-wanted_value, parameters.values(), allow_unused=True)
-    scale = max(float(w.abs().max()) for w in wanted if w is not None)
+    scale = max(w.abs().max().item() for w in wanted if w is not None)
     assert scale > 1e-4
     for name, one, other in zip(parameters, found, wanted, strict=True):
         if other is not None:
             assert one is not None, name
             assert float((one - other).abs().max()) < 2e-5 * scale, name
-    assert diagnostics.entropy == pytest.approx(float(terms["entropy"].mean()), rel=1e-5)
+    assert diagnostics.entropy == pytest.approx(terms["entropy"].mean().item(), rel=1e-5)
     assert diagnostics.entropy < float(np.log(sets.sum(axis=1)).mean())
 
 
