@@ -66,7 +66,7 @@ def ingest(
             )
         else:
             summary = ingest_files(
-                IngestSource(source, schemas[0], catalogue, schemas[1]),
+                IngestSource(source, schemas[0], catalogue, schemas[1], schemas[2]),
                 out,
                 on_bad_rows=on_bad_rows,
                 moved_mean="accept" if accept_moved_mean else "error",
@@ -97,25 +97,29 @@ def ingest(
         console.print(f"{rows:,} rows in {summary.log.parent / name}")
 
 
-def read_schemas(path: Path | None) -> tuple[Any, Any]:
-    """Parse the sections `log` and `catalogue` of a schema file."""
+def read_schemas(path: Path | None) -> tuple[Any, Any, Any]:
+    """Parse the sections `log`, `catalogue` and `format` of a schema file."""
     if path is None:
         raise ConfigError(
             "--schema is needed: a YAML file that names the log's columns (README, 'Your own log')"
         )
     from offtower.config import read_yaml
     from offtower.data import CatalogueSchema, LogSchema
+    from offtower.data.formats.options import SourceFormats
 
     content = read_yaml(path, "schema")
     if not isinstance(content, dict) or "log" not in content:
         raise ConfigError(f"'{path}' must have a section 'log' (and may have 'catalogue')")
-    unknown = sorted(set(content) - {"log", "catalogue"})
+    unknown = sorted(set(content) - {"log", "catalogue", "format"})
     if unknown:
-        raise ConfigError(f"'{path}': unknown section '{unknown[0]}'; known: log, catalogue")
+        raise ConfigError(
+            f"'{path}': unknown section '{unknown[0]}'; known: log, catalogue, format"
+        )
     catalogue = content.get("catalogue")
     return (
         LogSchema.from_dict(content["log"]),
         None if catalogue is None else CatalogueSchema.from_dict(catalogue),
+        SourceFormats.from_dict(content.get("format")),
     )
 
 

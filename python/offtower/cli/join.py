@@ -86,11 +86,11 @@ def join(
     )
 
     beside = schema_beside(decisions)
-    log, catalogue = None, None
+    log, catalogue, formats = None, None, None
     if schema is not None:
-        log, catalogue = read_schemas(schema)
+        log, catalogue, formats = read_schemas(schema)
     elif beside.local is not None and beside.exists():
-        log, catalogue = read_schemas(beside.local)
+        log, catalogue, formats = read_schemas(beside.local)
     if window is not None and time is None:
         raise ConfigError("--window needs --time, the time column of the outcomes")
     span = _number(window)
@@ -105,7 +105,7 @@ def join(
     wanted = _number(missing)
     if isinstance(wanted, str) and wanted != "error":
         raise ConfigError(f"--missing must be a number or error, got '{missing}'")
-    counts = join_files(decisions, outcomes, out, plan)
+    counts = join_files(decisions, outcomes, out, plan, formats)
     place = None
     if log is not None:
         section = outcomes_section(

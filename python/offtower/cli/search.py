@@ -87,7 +87,8 @@ def search(
         draw = partial(retriever.sample, k=k, mode=mode, exclude=excluded, seed=rng)
         answers = _sample(retriever, draw, contexts, target)
     else:
-        answers = _search(partial(retriever.search, k=k, exclude=excluded, exact=exact), contexts)
+        find = partial(retriever.search, k=k, exclude=excluded, exact=exact)
+        answers = _search(retriever, find, contexts)
     # No progress bar on a terminal that shows the results.
     progress = DrawnProgress() if as_json or not sys.stdout.isatty() else Progress()
     progress.start("contexts", None)
@@ -131,8 +132,10 @@ def _skip_pandas() -> None:
         sys.meta_path.remove(finder)
 
 
-def _search(find: Callable[[pa.Table], SearchResult], contexts: str) -> Iterator[list[Row]]:
-    for table in _batches(contexts):
+def _search(
+    retriever: Retriever, find: Callable[[pa.Table], SearchResult], contexts: str
+) -> Iterator[list[Row]]:
+    for table in _batches(contexts, retriever):
         found = find(table)
         yield [
             {"items": ids, "score": score.tolist()}
@@ -157,7 +160,7 @@ def _sample(
     with ExitStack() as stack:
         writer: pq.ParquetWriter | None = None
         file = None if log is None else stack.enter_context(new_file(log))
-        for table in _batches(contexts):
+        for table in _batches(contexts, retriever):
             served = draw(table)
             if file is not None:
                 decisions = decisions_table(retriever, table, served, served_at=now)
@@ -239,7 +242,7 @@ def _ids(text: str, retriever: Retriever) -> list[Any]:
         raise DataError(f"--exclude '{text}': this export's ids are integers") from None
 
 
-def _batches(text: str) -> Iterator[pa.Table]:
+def _batches(text: str, retriever: Retriever) -> Iterator[pa.Table]:
     """Contexts in tables of up to _BATCH rows; files are read in parts."""
     import pyarrow as pa
 
@@ -251,10 +254,11 @@ def _batches(text: str) -> Iterator[pa.Table]:
             raise DataError(f"--contexts is not valid JSON of contexts: {error}") from error
         source: Iterable[pa.RecordBatch] = table.to_batches(max_chunksize=_BATCH)
     else:
-        from offtower.data.source import Units, open_source
+        from offtower.data.formats.kinds import feature_kinds
+        from offtower.data.source import open_source
 
-        opened = open_source(text)
-        units = Units(opened, text, opened.schema.names)
+        kinds = feature_kinds(retriever.tower.encoding.specs)
+        units = open_source(text, kinds, further=True)
         source = chain.from_iterable(
             units.batches(unit, most_rows=_BATCH) for unit in range(len(units))
         )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.columns import as_float_array
+from offtower.data.formats.types import shown
 from offtower.data.location import AnyPath
 from offtower.data.log import TableOrigin
 from offtower.data.moments import Moments, QuarantineEffect
@@ -57,16 +58,21 @@ class BadRow:
     problem: str
     """What is wrong, in a word or two: "null", "NaN", "above 1", "an unknown item"."""
     expected: str
+    line: int | None = None
+    """Of a text file, from 1, where the row begins; None where this is not known."""
 
     def __str__(self) -> str:
         inside = "" if self.file_row is None else f", row {self.file_row} of the file"
+        if self.line is not None:
+            inside = f", line {self.line}"
         inside += "" if self.row_group is None else f", row group {self.row_group}"
         # Do not repeat values that explain themselves (null, nan).
         plain = self.problem.lower() in (self.value.lower(), "wrong")
         why = "" if plain else f" ({self.problem})"
+        what = f"column '{self.column}'" if self.column else "it"
         return (
             f"{self.file}{inside}, row {self.row} of the log: "
-            f"column '{self.column}' is {self.value}{why}, expected {self.expected}"
+            f"{what} is {self.value}{why}, expected {self.expected}"
         )
 
 
@@ -85,7 +91,7 @@ class BadRowsError(DataError):
         if total > min(len(rows), _DETAILS):
             lines.append("  in all, in what was read so far:")
             lines += [
-                f"    {count:,} x column '{column}' is {problem}"
+                f"    {count:,} x " + (f"column '{column}' is {problem}" if column else problem)
                 for (column, problem), count in sorted(counts.items())
             ]
         if remedy:
@@ -140,12 +146,18 @@ def first_bad_rows(
     limit: int | None = _DETAILS,
 ) -> list[BadRow]:
     """Return the first `limit` bad values (None: all), by row."""
-    found = [
-        _detail(table, fault, int(row), origin, first_row)
-        for fault in faults
-        for row in np.flatnonzero(fault.mask)[:limit]
+    found = sorted(
+        (
+            (int(row), number)
+            for number, fault in enumerate(faults)
+            for row in np.flatnonzero(fault.mask)[:limit]
+        )
+    )[:limit]
+    lines = origin.lines([row for row, _ in found])
+    return [
+        _detail(table, faults[number], row, origin, first_row, line)
+        for (row, number), line in zip(found, lines, strict=True)
     ]
-    return sorted(found, key=lambda bad: bad.row)[:limit]
 
 
 class RowChecker:
@@ -227,7 +239,8 @@ class RowChecker:
         Args:
             wanted: (n,) rows to check and return; all by default.
         """
-        faults = find_faults(table, self._schema, self._catalogue, origin.file)
+        bad_cells = origin.bad_cells_of(table.num_rows)
+        faults = find_faults(table, self._schema, self._catalogue, origin.file, bad_cells)
         if wanted is not None:
             faults = [replace(fault, mask=fault.mask & wanted) for fault in faults]
             faults = [fault for fault in faults if fault.mask.any()]
@@ -238,7 +251,7 @@ class RowChecker:
         good = ~bad if wanted is None else ~bad & wanted
         self._learn_lengths(table, ~good)
         if self._quarantine is not None:
-            self._add_rewards(table, good, wanted, (origin, first_row))
+            self._add_rewards(table, good, wanted, (origin.key, first_row))
         if not faults:
             return good
         if self._quarantine is None:
@@ -246,7 +259,7 @@ class RowChecker:
             raise BadRowsError(
                 rows, count_faults(faults), reward_remedy(table, faults, self._schema)
             )
-        key = (origin, first_row)
+        key = (origin.key, first_row)
         with self._lock:
             if key not in self._seen:
                 self._set_aside(table, faults, bad, origin, first_row)
@@ -329,16 +342,18 @@ def reward_remedy(table: pa.Table, faults: Iterable[Fault], schema: LogSchema) -
     return "\n".join(lines)
 
 
-def _detail(table: pa.Table, fault: Fault, row: int, origin: TableOrigin, first_row: int) -> BadRow:
-    value = table.column(fault.column)[row].as_py()
-    text = repr(value)
+def _detail(
+    table: pa.Table, fault: Fault, row: int, origin: TableOrigin, first_row: int, line: int | None
+) -> BadRow:
+    value = table.column(fault.column)[row].as_py() if fault.values is None else fault.values[row]
     return BadRow(
         file=origin.file,
         row_group=origin.row_group,
         file_row=None if origin.file_row is None else origin.file_row + row,
         row=first_row + row,
         column=fault.column,
-        value="null" if value is None else (text if len(text) <= 80 else text[:77] + "..."),
+        value=shown(value),
         problem=fault.problem,
         expected=fault.expected,
+        line=line,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -66,8 +66,8 @@ def as_float_array(column: Column) -> NDArray[np.float64]:
     return numbers
 
 
-def as_float_matrix(column: Column, dim: int | None, name: str) -> NDArray[np.float32]:
-    """Convert lists of equal length to (n, dim) float32.
+def as_float_matrix(column: Column, dim: int | None, name: str) -> NDArray[Any]:
+    """Convert lists of equal length to (n, dim) float32 where they hold such, else to float64.
 
     Raises:
         DataError: a row is null or has another length than `dim` (or than the first row).
@@ -91,8 +91,9 @@ def as_float_matrix(column: Column, dim: int | None, name: str) -> NDArray[np.fl
                 f"expected {width}"
             )
         flat = array.flatten()
-    array = pc.cast(flat, pa.float32(), safe=False)
-    values: NDArray[np.float32] = array.to_numpy(zero_copy_only=False)
+    narrow = pa.types.is_float32(flat.type) or pa.types.is_float16(flat.type)
+    array = pc.cast(flat, pa.float32() if narrow else pa.float64(), safe=False)
+    values: NDArray[Any] = array.to_numpy(zero_copy_only=False)
     return values.reshape(n, width)
 
 
@@ -119,6 +120,105 @@ def category_values(column: Column) -> pa.Array:
     if pa.types.is_large_string(array.type) and array.nbytes >= 2**31:
         return array
     return pc.cast(array, pa.string())
+
+
+CategoryType = Literal["text", "int64", "uint64", "bool"]
+"""Types that categories and ids have; 5, "5" and 5.0 are one value in each of the first three."""
+
+_INTEGER = r"^(?:0|-?[1-9][0-9]{0,19})$"
+"""Integers as they are written without choice: 007 is none."""
+
+
+def category_type(kind: pa.DataType) -> CategoryType | None:
+    """Type of the categories of a column; None where it says none."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if is_text(kind) or pa.types.is_string_view(kind):
+        return "text"
+    if pa.types.is_uint64(kind):
+        return "uint64"
+    if pa.types.is_boolean(kind):
+        return "bool"
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return "int64"
+    return None
+
+
+def as_categories(column: Column, wanted: CategoryType) -> tuple[pa.Array, NDArray[np.bool_]]:
+    """Cast values to a type of categories.
+
+    Returns:
+        (n,) values as `category_values` has them, null where a value has no equal of the type; and
+        the (n,) mask of those: texts such as 007 and fractions as integers, integers out of range.
+    """
+    array = as_array(column)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    found = array.type
+    none = np.zeros(len(array), dtype=bool)
+    if is_category(found) and (category_type(found), wanted) in _ALIKE:
+        return category_values(array), none
+    valid = pc.is_valid(array)
+    if pa.types.is_floating(found):
+        # NaN is how pandas writes a missing integer.
+        valid = pc.invert(pc.is_nan(pc.fill_null(array, float("nan"))))
+        whole = pc.and_(pc.equal(pc.round(array), array), pc.less(pc.abs(array), 2.0**53))
+        array = pc.cast(pc.if_else(whole, array, pa.scalar(None, found)), pa.int64())
+    elif pa.types.is_decimal(found):
+        numbers = [None if n is None or n != int(n) else str(int(n)) for n in array.to_pylist()]
+        array = pa.array(numbers, pa.string())
+    elif pa.types.is_string_view(found):
+        array = pc.cast(array, pa.string())
+    values = pc.cast(array, _CATEGORIES[wanted]) if pa.types.is_null(found) else None
+    if values is None:
+        from_text = is_text(array.type)
+        values = (_from_text if from_text else _from_integers)(array, wanted)
+    bad: NDArray[np.bool_] = pc.and_(valid, pc.is_null(values)).to_numpy(zero_copy_only=False)
+    return category_values(values), bad
+
+
+_CATEGORIES: dict[CategoryType, pa.DataType] = {
+    "text": pa.string(),
+    "int64": pa.int64(),
+    "uint64": pa.uint64(),
+    "bool": pa.bool_(),
+}
+_ALIKE = {(kind, kind) for kind in _CATEGORIES} | {("bool", "int64")}
+
+
+def _from_text(values: pa.Array, wanted: CategoryType) -> pa.Array:
+    kind = _CATEGORIES[wanted]
+    if wanted == "text":
+        return values
+    null = pa.scalar(None, values.type)
+    if wanted == "bool":
+        lower = pc.ascii_lower(values)
+        known = pc.is_in(lower, value_set=pa.array(["true", "false"], lower.type))
+        return pc.cast(pc.if_else(known, lower, null), kind)
+    kept = pc.if_else(pc.match_substring_regex(values, _INTEGER), values, null)
+    try:
+        return pc.cast(kept, kind)
+    except pa.ArrowInvalid:
+        low, high = (-(2**63), 2**63) if wanted == "int64" else (0, 2**64)
+        numbers = [None if text is None else int(text) for text in kept.to_pylist()]
+        return pa.array([n if n is not None and low <= n < high else None for n in numbers], kind)
+
+
+def _from_integers(values: pa.Array, wanted: CategoryType) -> pa.Array:
+    kind = _CATEGORIES[wanted]
+    if wanted == "text":
+        return pc.cast(values, kind)
+    if pa.types.is_boolean(values.type):
+        return pc.cast(pc.cast(values, pa.int64()), kind)
+    if wanted == "bool":
+        inside = pc.or_(pc.equal(values, 0), pc.equal(values, 1))
+    elif pa.types.is_uint64(values.type):
+        inside = pc.less_equal(values, pa.scalar(2**63 - 1, pa.uint64()))
+    elif wanted == "uint64":
+        inside = pc.greater_equal(values, 0)
+    else:
+        return pc.cast(values, kind)
+    return pc.cast(pc.if_else(inside, values, pa.scalar(None, values.type)), kind)
 
 
 def distinct_values(column: Column) -> tuple[pa.Array, NDArray[np.int64]]:

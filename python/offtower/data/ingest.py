@@ -14,12 +14,13 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 
 from offtower.atomic import remove_leftovers
 from offtower.data.catalogue import Catalogue, write_catalogue
 from offtower.data.check import RowChecker
 from offtower.data.eligible import reading_index
+from offtower.data.formats.kinds import catalogue_kinds, log_kinds
+from offtower.data.formats.options import SourceFormats
 from offtower.data.lease import Lease
 from offtower.data.location import AnyPath, Location
 from offtower.data.log import write_log
@@ -37,8 +38,9 @@ from offtower.data.round_tables import whole_round_tables
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
 from offtower.data.source import (
     CheckedUnits,
-    Units,
+    Source,
     UnitTally,
+    column_names,
     joined_values,
     open_source,
     read_source,
@@ -88,12 +90,14 @@ class IngestSource:
 
     Attributes:
         catalogue: the items; without it those that the log shows, known by their ids alone.
+        formats: how the files write their values.
     """
 
     log: AnyPath
     schema: LogSchema
     catalogue: AnyPath | None = None
     catalogue_schema: CatalogueSchema | None = None
+    formats: SourceFormats = field(default_factory=SourceFormats)
 
 
 @dataclass(frozen=True)
@@ -138,19 +142,21 @@ def ingest_files(
     """
     mapper, progress = mapper or Mapper(), progress or Progress()
     log = Location.of(source.log)
-    dataset = open_source(log)
     schema = source.schema
-    check_outcome_columns(dataset.schema.names, schema, str(log))
-    units = Units(dataset, log, schema.columns, whole_files=schema.slates)
+    written = source.formats.log
+    check_outcome_columns(column_names(log, written), schema, str(log))
+    units = open_source(log, log_kinds(schema), written, whole_files=schema.slates)
     with _claimed(out, split) as out:
         if source.catalogue is None:
             _check_item_columns(source.schema)
-            table, catalogue_schema = _shown_items(dataset, log, source.schema, mapper)
+            table, catalogue_schema = _shown_items(units, source.schema, mapper)
         else:
-            table = read_source(source.catalogue)
             catalogue_schema = source.catalogue_schema or CatalogueSchema()
+            kinds = catalogue_kinds(catalogue_schema, schema.eligible)
+            table = read_source(source.catalogue, kinds, source.formats.catalogue)
             catalogue_schema = catalogue_schema.keeping(source.schema.eligible)
         catalogue = Catalogue.from_table(table, catalogue_schema)
+        units = units.like_catalogue(schema, table, catalogue_schema)
         quarantine = (out / "quarantine").absolute() if on_bad_rows == "quarantine" else None
         schema = _dated(source.schema, units, mapper)
         found = _write(out / "log", units, schema, catalogue, quarantine, mapper, progress)
@@ -282,11 +288,11 @@ def _check_item_columns(schema: LogSchema) -> None:
 
 
 def _shown_items(
-    source: ds.Dataset, place: Location, schema: LogSchema, mapper: Mapper
+    units: Source, schema: LogSchema, mapper: Mapper
 ) -> tuple[pa.Table, CatalogueSchema]:
-    units = Units(source, place, [schema.action])
     seen: pa.Array | None = None
-    for _, values in mapper.map(units.distinct, range(len(units)), "finding items"):
+    distinct = partial(units.distinct, column=schema.action)
+    for _, values in mapper.map(distinct, range(len(units)), "finding items"):
         seen = joined_values(seen, values)
     if seen is None or len(seen) == 0:
         raise DataError("the log shows no item, so no catalogue can be made from it")
@@ -297,7 +303,7 @@ def _shown_items(
     )
 
 
-def _dated(schema: LogSchema, units: Units, mapper: Mapper) -> LogSchema:
+def _dated(schema: LogSchema, units: Source, mapper: Mapper) -> LogSchema:
     """Return the schema with the time at which outcomes were collected."""
     outcomes = schema.outcomes
     if outcomes is None or outcomes.as_of is not None:
@@ -313,7 +319,7 @@ def _dated(schema: LogSchema, units: Units, mapper: Mapper) -> LogSchema:
     return replace(schema, outcomes=dated)
 
 
-def _newest(units: Units, columns: list[str], unit: int) -> int | None:
+def _newest(units: Source, columns: list[str], unit: int) -> int | None:
     return newest_time(
         pa.chunked_array([batch.column(name)])
         for batch in units.batches(unit, columns)
@@ -351,7 +357,7 @@ def _quarantine_notes(found: UnitTally, moved_mean: str) -> list[str]:
 
 def _write(
     out: Location,
-    units: Units,
+    units: Source,
     schema: LogSchema,
     catalogue: Catalogue,
     quarantine: Location | None,

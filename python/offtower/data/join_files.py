@@ -12,20 +12,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from offtower.data.columns import is_text
+from offtower.data.formats.kinds import ColumnKind, joined_kinds
+from offtower.data.formats.options import SourceFormats
 from offtower.data.join import JoinCounts, JoinPlan, join_outcomes
 from offtower.data.location import AnyPath, Location
 from offtower.data.output import new_file
 from offtower.data.schema import CatalogueSchema, LogSchema, Outcomes
-from offtower.data.source import Units, open_source
+from offtower.data.source import Source, column_names, open_source
 from offtower.errors import DataError
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def join_files(decisions: AnyPath, outcomes: AnyPath, out: AnyPath, plan: JoinPlan) -> JoinCounts:
+def join_files(
+    decisions: AnyPath,
+    outcomes: AnyPath,
+    out: AnyPath,
+    plan: JoinPlan,
+    formats: SourceFormats | None = None,
+) -> JoinCounts:
     """Join two files or folders into one Parquet file, in the order of the decisions.
 
     Memory is bounded: temporary files take about 32 bytes a decision and 56 an outcome.
+
+    Args:
+        formats: how both sides write their values, as `log` and `outcomes`.
 
     Raises:
         DataError: `out` exists, a file cannot be read, or as `join_outcomes`.
@@ -34,15 +46,15 @@ def join_files(decisions: AnyPath, outcomes: AnyPath, out: AnyPath, plan: JoinPl
     if out.exists():
         raise DataError(f"'{out}' exists already; choose another file")
 
-    def read(path: AnyPath) -> Iterator[pa.Table]:
-        opened = open_source(path)
-        units = Units(opened, path, opened.schema.names)
-        for unit in range(len(units)):
-            for batch in units.batches(unit):
+    shown, came = _open_sides(decisions, outcomes, plan, formats or SourceFormats())
+
+    def read(source: Source) -> Iterator[pa.Table]:
+        for unit in range(len(source)):
+            for batch in source.batches(unit):
                 yield pa.Table.from_batches([batch])
 
     with tempfile.TemporaryDirectory(prefix="offtower-join-") as folder, new_file(out) as file:
-        joined = join_outcomes(lambda: read(decisions), lambda: read(outcomes), plan, Path(folder))
+        joined = join_outcomes(lambda: read(shown), lambda: read(came), plan, Path(folder))
         writer: pq.ParquetWriter | None = None
         try:
             for table in joined.tables:
@@ -55,6 +67,23 @@ def join_files(decisions: AnyPath, outcomes: AnyPath, out: AnyPath, plan: JoinPl
             if writer is not None:
                 writer.close()
     return joined.counts
+
+
+def _open_sides(
+    decisions: AnyPath, outcomes: AnyPath, plan: JoinPlan, formats: SourceFormats
+) -> tuple[Source, Source]:
+    """Open both sides; keys are text or integers in both, as the decisions have them."""
+    mine: list[tuple[str, ColumnKind]] = [(name, "text") for name, _ in plan.keys]
+    theirs: list[tuple[str, ColumnKind]] = [(name, "text") for _, name in plan.keys]
+    mine += [] if plan.decided is None else [(plan.decided, "time")]
+    theirs += [] if plan.came is None else [(plan.came, "time")]
+    there = set(column_names(outcomes, formats.outcomes))
+    theirs += [(one.source, "number") for one in plan.rewards if one.source in there]
+    shown = open_source(decisions, joined_kinds(mine), formats.log, further=True)
+    came = open_source(outcomes, joined_kinds(theirs), formats.outcomes, further=True)
+    for one, other in plan.keys:
+        came = came.with_ids(other, is_text(shown.schema.field(one).type))
+    return shown, came
 
 
 def schema_beside(file: AnyPath) -> Location:

@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from offtower.data.formats.streams import TextFile
+from offtower.data.formats.types import BadCells
 from offtower.data.location import AnyPath, Location
 from offtower.data.manifest import find_parquet_files, read_manifest, write_manifest
 from offtower.data.output import new_directory, new_file
@@ -32,11 +34,44 @@ class TableOrigin(NamedTuple):
         file: its name.
         row_group: in the file; None where this is not known.
         file_row: number in the file of the table's first row; None where the rows are in memory.
+        text: the file where it is text, whose lines can be counted.
+        bad_cells: cells that could not be read, by their rows in the file.
     """
 
     file: str
     row_group: int | None = None
     file_row: int | None = None
+    text: TextFile | None = None
+    bad_cells: tuple[BadCells, ...] = ()
+
+    @property
+    def key(self) -> TableOrigin:
+        """The origin without bad cells, which can be hashed."""
+        return self._replace(bad_cells=())
+
+    def bad_cells_of(self, rows: int) -> list[BadCells]:
+        """Bad cells of a table of that many rows, by their rows in it."""
+        if self.file_row is None or not self.bad_cells:
+            return []
+        found = [one.between(self.file_row, self.file_row + rows) for one in self.bad_cells]
+        return [one for one in found if one.rows.size]
+
+    def lines(self, rows: Sequence[int]) -> list[int | None]:
+        """Lines of the file where rows of the table begin, from 1; None where they are not known.
+
+        Args:
+            rows: increasing.
+        """
+        if self.text is None or self.file_row is None:
+            return [None] * len(rows)
+        return self.text.lines([self.file_row + row for row in rows])
+
+    def place(self, row: int) -> str:
+        """File and line of a row of the table, or its number in the file."""
+        line = self.lines([row])[0]
+        if line is not None:
+            return f"{self.file}, line {line}"
+        return self.file if self.file_row is None else f"{self.file}, row {self.file_row + row}"
 
 
 class Log(ABC):

@@ -151,7 +151,11 @@ def whole_round_tables(
         if not schema.slates:
             yield table, place
             continue
-        waiting, origin = [*waiting, table], place if origin is None else origin
+        waiting = [*waiting, table]
+        if origin is None:
+            origin = place
+        else:
+            origin = origin._replace(bad_cells=(*origin.bad_cells, *place.bad_cells))
         table = pa.concat_tables(waiting).combine_chunks()
         last = int(np.flatnonzero(round_starts(table, schema))[-1])
         if last:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from offtower.data.columns import (
     is_text,
 )
 from offtower.data.eligible import eligible_items
+from offtower.data.formats.types import BadCells
 from offtower.data.round_tables import round_faults
 from offtower.data.schema import FeatureSpec, LogSchema
 from offtower.data.vectors import LARGEST, Mask, bad_vectors, vector_kinds
@@ -34,6 +36,8 @@ class Fault:
     problem: str
     expected: str
     mask: Mask
+    values: Mapping[int, Any] | None = None
+    """The cells of the rows as they stand in the file, where the table has null for them."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,29 @@ class Rule:
     kinds: Callable[[Column], dict[str, Mask]]
 
 
-def find_faults(table: pa.Table, schema: LogSchema, catalogue: Catalogue, file: str) -> list[Fault]:
+def find_faults(
+    table: pa.Table,
+    schema: LogSchema,
+    catalogue: Catalogue,
+    file: str,
+    bad_cells: Sequence[BadCells] = (),
+) -> list[Fault]:
     """Find the violated rules with their rows, in one pass per column if there are none.
+
+    Args:
+        bad_cells: cells that could not be read, which are null in the table.
 
     Raises:
         DataError: a column is missing or has a wrong type.
     """
-    found: list[Fault] = []
+    found = [_unreadable(one, table.num_rows) for one in bad_cells]
+    unreadable = {fault.column: fault.mask for fault in found}
     for rule in _rules(schema, catalogue):
         column = _column(table, rule, file)
         mask = rule.bad(column)
+        for name in ("", rule.column):
+            if name in unreadable:
+                mask = mask & ~unreadable[name]
         if not mask.any():
             continue
         left = mask.copy()
@@ -82,6 +99,13 @@ def find_faults(table: pa.Table, schema: LogSchema, catalogue: Catalogue, file: 
             if (mask := mask & known).any():
                 found.append(Fault(name, problem, expected, mask))
     return found
+
+
+def _unreadable(cells: BadCells, rows: int) -> Fault:
+    mask = np.zeros(rows, dtype=bool)
+    mask[cells.rows] = True
+    values = dict(zip(cells.rows.tolist(), cells.values.to_pylist(), strict=True))
+    return Fault(cells.column, cells.problem, cells.expected, mask, values)
 
 
 def _rules(schema: LogSchema, catalogue: Catalogue) -> Iterator[Rule]:

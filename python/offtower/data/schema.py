@@ -188,7 +188,7 @@ class LogSchema:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> LogSchema:
-        return _parse(_LOG, content, "log schema", cls)
+        return parse_section(_LOG, content, "log schema", cls)
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -223,7 +223,7 @@ class CatalogueSchema:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> CatalogueSchema:
-        return _parse(_CATALOGUE, content, "catalogue schema", cls)
+        return parse_section(_CATALOGUE, content, "catalogue schema", cls)
 
 
 _LOG: TypeAdapter[LogSchema] = TypeAdapter(LogSchema)
@@ -237,13 +237,13 @@ def spec_to_dict(spec: FeatureSpec) -> dict[str, Any]:
 
 
 def spec_from_dict(content: Mapping[str, Any]) -> FeatureSpec:
-    return _parse(_SPEC, content, "feature", FeatureSpec)
+    return parse_section(_SPEC, content, "feature", FeatureSpec)
 
 
 Parsed = TypeVar("Parsed")
 
 
-def _parse(
+def parse_section(
     adapter: TypeAdapter[Parsed], content: Mapping[str, Any], what: str, kind: type
 ) -> Parsed:
     if not isinstance(content, Mapping):

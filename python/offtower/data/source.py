@@ -1,24 +1,34 @@
-"""Files as they come: opened, cut into units that can be read apart, checked unit by unit."""
+"""Sources of rows: files opened with the kinds of their columns, cut into units and checked."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 from numpy.typing import NDArray
-from pyarrow import fs
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
-from offtower.data.location import AnyPath, Location
+from offtower.data.columns import is_list, is_text
+from offtower.data.formats.files import (
+    RawBatch,
+    SourceFile,
+    common_schema,
+    find_files,
+    found_names,
+    open_file,
+)
+from offtower.data.formats.kinds import ColumnKind
+from offtower.data.formats.options import FileFormat
+from offtower.data.formats.types import Conversion
+from offtower.data.location import AnyPath, ListedFile, Location
 from offtower.data.log import TableOrigin
 from offtower.data.moments import QuarantineEffect
 from offtower.data.outcomes import OutcomeCounts
@@ -26,7 +36,7 @@ from offtower.data.parquet import FOOTER_THREADS
 from offtower.data.parts import RowSource
 from offtower.data.read_ahead import ParallelReadAhead
 from offtower.data.round_tables import whole_round_tables
-from offtower.data.schema import LogSchema
+from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.data.stores import (
     ATTEMPTS,
     PAUSE_SECONDS,
@@ -35,165 +45,201 @@ from offtower.data.stores import (
     is_transient,
     limit,
     request,
-    retry,
 )
 from offtower.errors import DataError
 
 logger = logging.getLogger("offtower.stores")
 
-_FORMATS = {".csv": "csv", ".parquet": "parquet", ".arrow": "ipc", ".feather": "feather"}
 _UNIT_ROWS = 262_144
 _BATCH_ROWS = 131_072
 """pyarrow's own."""
 
 
-def open_source(path: AnyPath) -> ds.Dataset:
-    """A file, or a folder of files of one format.
-
-    Raises:
-        DataError: nothing is there, the format is unknown, or it cannot be read.
-    """
-    path = Location.of(path)
-    kind_of_place = path.kind()
-    if kind_of_place is None:
-        raise DataError(f"there is no file or folder at '{path}'")
-    sample = path
-    if kind_of_place == "folder":
-        files = [one.location for one in path.files() if one.location.suffix in _FORMATS]
-        if not files:
-            raise DataError(f"'{path}' holds no {', '.join(_FORMATS)} file")
-        sample = files[0]
-    kind = _FORMATS.get(sample.suffix)
-    if kind is None:
-        raise DataError(
-            f"'{sample}' has an unknown ending '{sample.suffix}'; known: {', '.join(_FORMATS)}"
-        )
-    try:
-        if path.local is not None:
-            opened = ds.dataset(path.local, format=kind)
-        else:
-            opened = request(
-                lambda: ds.dataset(path.path, format=kind, filesystem=path.filesystem), f"'{path}'"
-            )
-        _ = opened.schema.names  # Column names that are not UTF-8 fail here.
-        return opened
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        more = advice(error)
-        raise DataError(
-            f"'{path}' cannot be read as {kind}: {error}" + (f"; {more}" if more else "")
-        ) from error
-
-
-def read_source(path: AnyPath) -> pa.Table:
-    """All of a file or folder, as `open_source` opens it.
-
-    Raises:
-        DataError: as there, or a file is damaged.
-    """
-    path, source = Location.of(path), open_source(path)
-    if path.local is not None:
-        return source.to_table()
-    units = Units(source, path, source.schema.names)
-    batches = [batch for unit in range(len(units)) for batch in units.batches(unit)]
-    return pa.Table.from_batches(batches, source.schema)
-
-
-class Units:
-    """A source in units: some row groups of a Parquet file; a whole file of another format, which
-    cannot be cut. Batches are those of reading the source at once.
+def open_source(
+    path: AnyPath,
+    kinds: Mapping[str, ColumnKind],
+    file_format: FileFormat | None = None,
+    *,
+    further: bool = False,
+    whole_files: bool = False,
+) -> Source:
+    """Open a file, or a folder of files of one type, which may be partitioned as Hive does it.
 
     Args:
-        source: an opened source.
-        place: its path, for messages.
-        columns: those that are read.
+        path: CSV, TSV or JSON Lines (also compressed), Parquet or Arrow.
+        kinds: the columns to read and their kinds (`formats.kinds`).
+        file_format: how text files write values; by default as RFC 4180 and ISO 8601 say.
+        further: also read the file's other columns, those of text files as text.
         whole_files: do not cut Parquet files either, since rounds may cross their row groups.
 
     Raises:
-        DataError: the source lacks one of the columns.
+        DataError: nothing is there, a file is of an unknown type or cannot be read, lacks a column
+            or holds one that cannot be of its kind, or files differ in the types of a column.
+    """
+    place, written = Location.of(path), file_format or FileFormat()
+    listed = find_files(place, written)
+    if further:
+        kinds = {**kinds, **{n: "any" for n in found_names(listed[0], written) if n not in kinds}}
+    return Source(place, listed, kinds, written, None if whole_files else _UNIT_ROWS)
+
+
+def column_names(path: AnyPath, file_format: FileFormat | None = None) -> list[str]:
+    """Names of the columns of a file, or of a folder's first file.
+
+    Raises:
+        DataError: see `open_source`.
+    """
+    written = file_format or FileFormat()
+    return found_names(find_files(Location.of(path), written)[0], written)
+
+
+def read_source(
+    path: AnyPath, kinds: Mapping[str, ColumnKind], file_format: FileFormat | None = None
+) -> pa.Table:
+    """All of a file or folder, as `open_source` opens it.
+
+    Raises:
+        DataError: as there, or a cell is bad, or a file is damaged.
+    """
+    source = open_source(path, kinds, file_format)
+    batches = [batch for unit in range(len(source)) for batch in source.batches(unit)]
+    return pa.Table.from_batches(batches, source.schema)
+
+
+class Source:
+    """Files in units: some row groups of a Parquet file; a whole file of another type, which cannot
+    be cut.
+
+    Attributes:
+        place: path of the file or folder.
+        schema: types of the columns.
+        known: rows of each unit, where the file says so.
+        first_rows: number in its file of each unit's first row.
     """
 
     def __init__(
         self,
-        source: ds.Dataset,
-        place: AnyPath,
-        columns: Sequence[str],
-        *,
-        whole_files: bool = False,
+        place: Location,
+        listed: Sequence[ListedFile],
+        kinds: Mapping[str, ColumnKind],
+        file_format: FileFormat,
+        unit_rows: int | None,
     ) -> None:
-        place = Location.of(place)
-        self.place, self.columns, self.schema = place, list(columns), source.schema
-        missing = [name for name in columns if name not in source.schema.names]
-        if missing:
-            raise DataError(
-                f"'{place}' has no column {', '.join(repr(m) for m in missing)}; "
-                f"it has {', '.join(source.schema.names)}"
+        self.place, self.kinds = place, dict(kinds)
+        opening = partial(open_file, kinds=self.kinds, file_format=file_format)
+        if place.local is not None:
+            files = list(map(opening, listed))
+        else:
+            files = list(
+                ParallelReadAhead(
+                    opening, listed, FOOTER_THREADS, lambda one: f"'{one.location}'", limit()
+                )
             )
-        self.fragments: list[Any] = []
+        self.schema = common_schema(place, files, self.kinds)
+        self._convert = Conversion(self.kinds, self.schema, file_format)
         self.known: list[int | None] = []
-        """Rows of each unit, where the file says so."""
         self.first_rows: list[int] = []
-        """Number in its file of each unit's first row."""
-        fragments = list(source.get_fragments())
-        here = place.local is not None
-        found = (
-            map(_row_groups, fragments)
-            if here
-            else ParallelReadAhead(
-                _row_groups, fragments, FOOTER_THREADS, lambda f: f"'{f.path}'", limit()
-            )
-        )
-        for fragment, groups in zip(fragments, found, strict=True):
-            self._add(fragment, groups, None if whole_files else _UNIT_ROWS)
+        self._units: list[SourceFile] = []
+        for file in files:
+            self._add(file, unit_rows)
 
-    def _add(
-        self, fragment: Any, groups: list[tuple[int, int]] | None, unit_rows: int | None
-    ) -> None:
-        if groups is None:
-            self.fragments.append(fragment)
+    def _add(self, file: SourceFile, unit_rows: int | None) -> None:
+        if file.row_groups is None:
+            self._units.append(file)
             self.known.append(None)
             self.first_rows.append(0)
             return
         waiting: list[int] = []
         rows = first = 0
-        for number, (group, count) in enumerate(groups):
+        for number, (group, count) in enumerate(file.row_groups):
             waiting.append(group)
             rows += count
             full = unit_rows is not None and rows >= unit_rows
-            if full or number == len(groups) - 1:
-                self.fragments.append(fragment.subset(row_group_ids=waiting))
+            if full or number == len(file.row_groups) - 1:
+                self._units.append(file.subset(waiting))
                 self.known.append(rows)
                 self.first_rows.append(first)
                 first += rows
                 waiting, rows = [], 0
 
     def __len__(self) -> int:
-        return len(self.fragments)
+        return len(self._units)
+
+    def like_catalogue(
+        self, schema: LogSchema, items: pa.Table, catalogue: CatalogueSchema
+    ) -> Source:
+        """The source of a log with its ids as text or integers, as the catalogue has them; what has
+        no equal there, such as 007 among integers, becomes a bad cell."""
+        named = {schema.action: catalogue.item_id}
+        if schema.eligible is not None:
+            named |= dict.fromkeys(schema.eligible.lists, catalogue.item_id)
+            named |= {form.context: form.item for form in schema.eligible.attribute}
+        source = self
+        for column, other in named.items():
+            kind = items.schema.field(other).type
+            source = source.with_ids(column, is_text(kind.value_type if is_list(kind) else kind))
+        return source
+
+    def with_ids(self, column: str, text: bool) -> Source:
+        """The source with a column of ids as text or as integers; see `like_catalogue`."""
+        source = copy(self)
+        source._convert = self._convert.with_ids(column, "text" if text else "int64")
+        source.schema = source._convert.schema
+        return source
 
     def batches(
         self, unit: int, columns: Sequence[str] | None = None, most_rows: int = _BATCH_ROWS
     ) -> Iterator[pa.RecordBatch]:
-        """The unit's rows, in order, without empty batches, `most_rows` at a time.
+        """The unit's rows, in order, without empty batches, at most `most_rows` at a time.
+
+        Raises:
+            DataError: the file is damaged, or a cell is bad.
+        """
+        for batch, origin in self.located(unit, columns, most_rows):
+            for bad in origin.bad_cells_of(batch.num_rows):
+                raise DataError(f"{origin.place(int(bad.rows[0]))}: {bad.describe()}")
+            yield batch
+
+    def located(
+        self, unit: int, columns: Sequence[str] | None = None, most_rows: int = _BATCH_ROWS
+    ) -> Iterator[tuple[pa.RecordBatch, TableOrigin]]:
+        """The same, each with the file, the row in it where it begins, and its bad cells.
 
         Raises:
             DataError: the file is damaged.
         """
-        fragment, done = self.fragments[unit], 0
-        wanted = self.columns if columns is None else list(columns)
+        file = self._units[unit]
+        convert = self._convert
+        if columns is not None:
+            chosen = pa.schema([self.schema.field(name) for name in columns])
+            convert = replace(convert, schema=chosen)
+        name = str(self.place / file.name if file.name else self.place)
+        row = self.first_rows[unit]
+        for raw, marked in self._raw(unit, convert.schema.names, most_rows):
+            batch, bad = convert(raw)
+            cells = tuple(replace(one, rows=one.rows + row) for one in (*marked, *bad))
+            yield batch, TableOrigin(name, None, row, file.text, cells)
+            row += batch.num_rows
+
+    def _raw(self, unit: int, names: Sequence[str], most_rows: int) -> Iterator[RawBatch]:
+        file, done = self._units[unit], 0
         pause = PAUSE_SECONDS
         for attempt in range(1, ATTEMPTS + 1):
             at = 0
             try:
-                batches = fragment.to_batches(
-                    schema=self.schema, columns=wanted, batch_size=most_rows
-                )
+                batches = file.batches(names, most_rows)
                 if self.place.local is None:
-                    batches = _waited_for(batches, f"'{fragment.path}'")
-                for batch in batches:
-                    new = batch.slice(min(max(done - at, 0), batch.num_rows))
+                    batches = _waited_for(batches, f"'{file.location}'")
+                for batch, bad in batches:
+                    known = min(max(done - at, 0), batch.num_rows)
                     at += batch.num_rows
-                    if new.num_rows:
-                        done = at
-                        yield new
+                    for first in range(known, batch.num_rows, most_rows):
+                        part = slice(first, min(first + most_rows, batch.num_rows))
+                        done += part.stop - part.start
+                        yield (
+                            batch.slice(part.start, part.stop - part.start),
+                            tuple(one.between(part.start, part.stop) for one in bad),
+                        )
                 return
             except (pa.ArrowInvalid, OSError) as error:
                 here = self.place.local is not None
@@ -203,71 +249,41 @@ class Units:
                 if here or attempt == ATTEMPTS or not is_transient(error):
                     more = "" if here else advice(error)
                     raise DataError(
-                        f"'{fragment.path}' cannot be read after row {done} of its unit {unit}: "
+                        f"'{file.location}' cannot be read after row {done} of its unit {unit}: "
                         f"{error}" + (f"; {more}" if more else "")
                     ) from error
                 logger.warning(
                     "'%s' after row %d of its unit %d: %s; trying again in %.1f s",
-                    *(fragment.path, done, unit, first_line(error), pause),
+                    *(file.location, done, unit, first_line(error), pause),
                 )
             # Rows that were given already are read again, and passed over.
             time.sleep(pause)
             pause *= 2
-
-    def located(self, unit: int) -> Iterator[tuple[pa.RecordBatch, TableOrigin]]:
-        """`batches`, each with the file and the row in it where it begins."""
-        first_row = self.first_rows[unit]
-        file = self._file(self.fragments[unit].path)
-        for batch in self.batches(unit):
-            yield batch, TableOrigin(file, file_row=first_row)
-            first_row += batch.num_rows
-
-    def _file(self, path: str) -> str:
-        """A fragment's file below the source, as the user knows it."""
-        local = self.place.local
-        root = self.place.path if local is None else str(local.resolve())
-        path = path if local is None else str(Path(path).resolve())
-        below = path.removeprefix(root).strip("/") if path.startswith(root) else ""
-        return str(self.place / below if below else self.place)
 
     def count(self, unit: int) -> int:
         """Rows of a unit; a file that does not say so is read for it."""
         known = self.known[unit]
         if known is not None:
             return known
-        return sum(batch.num_rows for batch in self.batches(unit, self.columns[:1]))
+        return sum(batch.num_rows for batch, _ in self.located(unit, self.schema.names[:1]))
 
-    def distinct(self, unit: int) -> tuple[int, pa.Array | None]:
-        """Rows of a unit and the distinct values of its first column; None where all are null."""
+    def distinct(self, unit: int, column: str) -> tuple[int, pa.Array | None]:
+        """Rows of a unit and the distinct values of a column; None where all are null."""
         seen: pa.Array | None = None
         rows = 0
-        for batch in self.batches(unit, self.columns[:1]):
+        for batch, _ in self.located(unit, [column]):
             rows += batch.num_rows
             seen = joined_values(seen, batch.column(0))
         return rows, seen
 
 
-def _waited_for(batches: Iterator[pa.RecordBatch], name: str) -> Iterator[pa.RecordBatch]:
+def _waited_for(batches: Iterator[RawBatch], name: str) -> Iterator[RawBatch]:
     """Yield the batches; a slow one is reported, and times out at the limit."""
     while True:
         batch = request(lambda: next(batches, None), name, attempts=1)
         if batch is None:
             return
         yield batch
-
-
-def _row_groups(fragment: Any) -> list[tuple[int, int]] | None:
-    """(number, rows) of each row group; None where the file has none, being no Parquet."""
-    if not isinstance(fragment, ds.ParquetFileFragment):
-        return None
-    try:
-        return retry(
-            lambda: [(group.id, group.num_rows) for group in fragment.row_groups],
-            f"'{fragment.path}'",
-            attempts=1 if isinstance(fragment.filesystem, fs.LocalFileSystem) else None,
-        )
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"'{fragment.path}' cannot be read: {error}") from error
 
 
 def joined_values(seen: pa.Array | None, more: pa.Array | None) -> pa.Array | None:
@@ -292,7 +308,7 @@ class CheckedUnits(RowSource):
         quarantine: folder for bad rows; None refuses them.
     """
 
-    units: Units
+    units: Source
     schema: LogSchema
     learned: LogSchema
     learned_in: int

@@ -1,0 +1,156 @@
+"""Rows of CSV and TSV files, read by pyarrow with every cell as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pc_csv
+
+from offtower.data.formats.streams import TextFile
+from offtower.data.formats.types import BadCells
+
+_BLOCK_BYTES = 4 * 2**20
+_PEEK_BYTES = 2**16
+_MAX_BLOCK_BYTES = 2**30
+
+
+@dataclass
+class _Misfits:
+    """Rows with too few or too many cells, as the parser reports them."""
+
+    skip: bool
+    rows: dict[int, tuple[int, int, str]] = field(default_factory=dict)
+
+    def __call__(self, row: pc_csv.InvalidRow) -> str:
+        if not self.skip:
+            return "error"
+        # pyarrow counts the header as row 1.
+        self.rows[row.number - 2] = (row.actual_columns, row.expected_columns, row.text)
+        return "skip"
+
+
+def read_header(file: TextFile) -> tuple[list[str], pa.RecordBatch | None]:
+    """Names of the columns as they stand, and the first rows as bytes; None without rows.
+
+    Raises:
+        pa.ArrowInvalid: the file is empty.
+        UnicodeDecodeError: the names are not UTF-8.
+    """
+    size = _PEEK_BYTES
+    while True:
+        try:
+            with file.open() as stream:
+                names = list(_reader(stream, file, size, None, _Misfits(skip=True)).schema.names)
+            with file.open() as stream:
+                reader = _reader(stream, file, size, names, _Misfits(skip=True))
+                return names, next(iter(reader), None)
+        except pa.ArrowInvalid as error:
+            if "straddling" not in str(error) or size >= _MAX_BLOCK_BYTES:
+                raise
+            size *= 16
+
+
+def read_batches(
+    file: TextFile, names: Sequence[str]
+) -> Iterator[tuple[pa.RecordBatch, BadCells | None]]:
+    """Rows as they stand, as bytes; a row with another number of cells is null in every column.
+
+    Args:
+        names: columns to read, as the header has them.
+
+    Raises:
+        pa.ArrowInvalid: the file cannot be split into rows.
+    """
+    done = 0
+    for skip in (False, True):
+        misfits = _Misfits(skip)
+        try:
+            first = 0
+            for batch, bad in _whole(file, names, misfits):
+                if first >= done:
+                    done += batch.num_rows
+                    yield batch, bad
+                first += batch.num_rows
+            return
+        except pa.ArrowInvalid as error:
+            # Rows have numbers only in one thread; most files need none.
+            if skip or "Expected" not in str(error):
+                raise
+
+
+def _whole(
+    file: TextFile, names: Sequence[str], misfits: _Misfits
+) -> Iterator[tuple[pa.RecordBatch, BadCells | None]]:
+    row = 0
+    with file.open() as stream:
+        for batch in _reader(stream, file, _BLOCK_BYTES, names, misfits):
+            whole, bad = _with_misfits(batch, row, misfits)
+            row += whole.num_rows
+            if whole.num_rows:
+                yield whole, bad
+    if misfits.rows:
+        # Those after the last row: one null row ends the batch, and is cut off again.
+        last = pa.RecordBatch.from_arrays([pa.nulls(1, pa.binary()) for _ in names], list(names))
+        whole, bad = _with_misfits(last, row, misfits)
+        assert bad is not None
+        yield whole.slice(0, whole.num_rows - 1), bad
+
+
+def _with_misfits(
+    batch: pa.RecordBatch, first: int, misfits: _Misfits
+) -> tuple[pa.RecordBatch, BadCells | None]:
+    """Insert the misfits that stand before the batch's last row; batches are the same whenever the
+    file is read, since those after it go to the next one."""
+    places: list[int] = []
+    end = first + batch.num_rows
+    for row in sorted(misfits.rows):
+        if row >= end:
+            break
+        places.append(row - first)
+        end += 1
+    if not places:
+        return batch, None
+    found = [misfits.rows.pop(first + place) for place in places]
+    n = batch.num_rows + len(places)
+    mask = np.zeros(n, dtype=bool)
+    mask[places] = True
+    index = np.cumsum(~mask) - 1
+    whole = batch.take(pa.array(index, pa.int64(), mask=mask))
+    actual, expected, _ = found[0]
+    texts = pa.array([text for _, _, text in found], pa.string())
+    why = (f"{actual} cells", f"{expected} cells, as the header has")
+    return whole, BadCells("", np.asarray(places, dtype=np.int64), texts, *why)
+
+
+def _reader(
+    stream: pa.NativeFile,
+    file: TextFile,
+    size: int,
+    names: Sequence[str] | None,
+    misfits: _Misfits,
+) -> pc_csv.CSVStreamingReader:
+    options = file.file_format
+    chosen = [] if names is None else list(names)
+    return pc_csv.open_csv(
+        stream,
+        read_options=pc_csv.ReadOptions(block_size=size, use_threads=not misfits.skip),
+        parse_options=pc_csv.ParseOptions(
+            delimiter=options.delimiter_of(file.kind),
+            quote_char=options.quote or False,
+            double_quote=options.quote is not None,
+            escape_char=options.escape or False,
+            newlines_in_values=True,
+            invalid_row_handler=misfits,
+        ),
+        convert_options=pc_csv.ConvertOptions(
+            check_utf8=False,
+            column_types=dict.fromkeys(chosen, pa.binary()),
+            include_columns=chosen or None,
+            null_values=list(options.null_words),
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        ),
+    )
