@@ -257,7 +257,7 @@ class SimulatedWorld(PolicyValues):
         contexts = pa.table(columns)
         size = self.slate_size
         slate, log_prob = draw_rounds(self, policy, contexts, size, rng)
-        reward = self._draw_slate_rewards(contexts, slate, rng)
+        reward = self.draw_slate_rewards(contexts, slate, rng)
         row = pa.array(np.repeat(np.arange(count), size))
         shown = {
             "action": self._ids_of(slate.reshape(-1)),
@@ -295,9 +295,10 @@ class SimulatedWorld(PolicyValues):
         values: NDArray[np.float64] = logit.numpy()
         return values
 
-    def _draw_slate_rewards(
+    def draw_slate_rewards(
         self, contexts: pa.Table, slate: NDArray[np.int64], rng: np.random.Generator
     ) -> NDArray[np.float64]:
+        """Draw the rewards (n, K) of given slates; the arguments are those of `slate_rewards`."""
         logit = self._slate_logit(contexts, slate)
         kind = self.settings.reward
         return self._slate_settings.draw(logit, self.settings.intercept, kind, rng)
