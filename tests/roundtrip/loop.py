@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from offtower.config import Config, ServingConfig, parse_config
+from offtower.config import ServingConfig, parse_config
 from offtower.config.evaluation import EstimatorConfig
 from offtower.data import Catalogue, ParquetLog, write_catalogue, write_log
 from offtower.data.columns import as_float_array
@@ -34,7 +34,6 @@ from offtower.mapping import Mapper
 from offtower.progress import Progress
 from offtower.retrieval import (
     ExportOptions,
-    IndexOptions,
     Retriever,
     decisions_table,
     export_run,
@@ -73,9 +72,7 @@ class Loop:
     retriever: Retriever
 
     @classmethod
-    def make(
-        cls, folder: Path, items: int, eligible: EligibilitySettings | None, index: bool
-    ) -> Loop:
+    def make(cls, folder: Path, items: int, eligible: EligibilitySettings | None) -> Loop:
         """Train for an epoch on a log of the world, and export."""
         settings = WorldSettings(4, 4, 4, intercept=0.0, n_users=50)
         world = SimulatedWorld(
@@ -112,7 +109,7 @@ class Loop:
         )
         train_run(config)
         options = ExportOptions(
-            index=IndexOptions(kind="ivf_flat", k=20) if index else None,
+            index=None,
             onnx=False,
             parquet=False,
             contexts=100,
@@ -140,9 +137,8 @@ class Loop:
         """(n, N) eligible items, by the world; None where all are."""
         return None if self.world.eligible is None else self.world.eligible.mask(contexts)
 
-    def temperature(self, perplexity: float, uniform: float = 0.0) -> float:
-        """The serving temperature at which the softmax has this mean perplexity."""
-        del uniform
+    def temperature(self, perplexity: float) -> float:
+        """The serving temperature at which the softmax over all items has this perplexity."""
         scores = self.scores(self.contexts(50, seed=999))
         low, high = -12.0, 12.0
         for _ in range(40):
@@ -229,6 +225,3 @@ def round_trip(
     decisions = decisions_table(retriever, contexts, served, served_at=at)
     log = loop.log(contexts, decisions, served.item, seed)
     return contexts, served, loop.evaluate(log, serving, serving.k)
-
-
-__all__ = ["Config", "Evaluated", "Loop", "at_time", "round_trip"]

@@ -1,0 +1,61 @@
+"""Frequencies of draws from 8 items against enumerated propensities.
+
+Chi-square over all slates of three items, cells of low expected count joined. The false-alarm rate
+is 1e-4 in total: each test has an equal part of it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy import stats
+
+from offtower.config import ServingConfig
+from offtower.data.simulate import ServedDistribution
+from offtower.data.simulate.plackett_luce import all_slates, slate_probabilities
+from tests.roundtrip.conftest import MakeLoop
+
+ITEMS, DRAWS = 8, 3000
+CASES = [
+    ("all items", ServingConfig(k=1)),
+    ("all items", ServingConfig(k=3)),
+]
+ALPHA = 1e-4 / (2 * len(CASES))
+
+
+@pytest.mark.parametrize(("forms", "serving"), CASES, ids=str)
+@pytest.mark.parametrize("mode", ["exact", "softmax"])
+def test_draws_have_their_propensities(
+    loop_of: MakeLoop, forms: str, serving: ServingConfig, mode: str
+) -> None:
+    loop = loop_of(forms, ITEMS)
+    context = loop.contexts(1, seed=5)
+    slates = all_slates(ITEMS, serving.k)
+    distribution = ServedDistribution(serving.temperature, serving.uniform, serving.top)
+    log_prob = distribution.log_prob(loop.scores(context), loop.mask(context))
+    probability = slate_probabilities(log_prob, slates)[0]
+    assert probability.sum() == pytest.approx(1.0, abs=1e-12)
+    same = context.take(pa.array(np.zeros(DRAWS, dtype=np.int64)))
+    served = loop.serving(serving).sample(same, serving.k, mode=mode, seed=7)
+    base = ITEMS ** np.arange(serving.k)
+    keys = slates @ base
+    place = {int(key): i for i, key in enumerate(keys)}
+    number = np.array([place[int(key)] for key in served.item @ base])
+    np.testing.assert_allclose(np.prod(served.pscore, axis=1), probability[number], rtol=1e-5)
+    assert pvalue(np.bincount(number, minlength=len(slates)), probability) > ALPHA
+
+
+def pvalue(count: np.ndarray, probability: np.ndarray, least: float = 8.0) -> float:
+    """Of a chi-square test; cells are joined, rarest first, until each expects `least`."""
+    impossible = probability == 0.0
+    assert not count[impossible].any(), "an item was drawn that cannot be"
+    order = np.argsort(probability[~impossible])
+    expected = (probability[~impossible] * count.sum())[order]
+    count = count[~impossible][order]
+    cell = np.minimum(np.cumsum(expected) // least, (expected.sum() - least) // least)
+    large = expected >= least
+    cell = np.where(large, cell.max() + 1 + np.cumsum(large), cell).astype(np.int64)
+    _, cell = np.unique(cell, return_inverse=True)
+    joined = np.bincount(cell, expected)
+    return float(stats.chisquare(np.bincount(cell, count), joined).pvalue)

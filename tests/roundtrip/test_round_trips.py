@@ -1,0 +1,65 @@
+"""A log that a policy served, evaluated with the policy that served it, has weights of 1.
+
+The propensities are also compared with the simulators' own formulas, so that an error that serving
+and evaluation share is seen; so are the frequencies of draws, in `test_frequencies.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from offtower.config import ServingConfig
+from offtower.data.simulate import ServedDistribution
+from offtower.data.simulate.plackett_luce import conditional_log_prob
+from tests.roundtrip.configurations import ITEMS, QUICK, Configuration
+from tests.roundtrip.conftest import MakeLoop
+from tests.roundtrip.loop import Loop, round_trip
+
+ROUNDS = 60
+
+
+def check(loop: Loop, configuration: Configuration, seed: int) -> None:
+    served_as = serving_of(loop, configuration)
+    contexts, served, found = round_trip(
+        loop, served_as, rounds=ROUNDS, seed=seed, mode=configuration.draws
+    )
+    if configuration.mode == "top_k":
+        np.testing.assert_array_equal(served.pscore, 1.0)
+        best = np.argsort(-masked_scores(loop, contexts), axis=1, kind="stable")
+        np.testing.assert_array_equal(served.item, best[:, : configuration.k])
+    else:
+        distribution = ServedDistribution(served_as.temperature, served_as.uniform, served_as.top)
+        log_prob = distribution.log_prob(loop.scores(contexts), loop.mask(contexts))
+        truth = np.exp(conditional_log_prob(log_prob, served.item))
+        assert (np.abs(served.pscore / truth - 1.0) < tolerance(served.relative_error)).all()
+    assert (np.abs(found.weight - 1.0) < tolerance(served.relative_error)).all()
+    value = found.rewards.sum(axis=1).mean()
+    assert found.values["ips"] == pytest.approx(value, rel=tolerance(served.relative_error).max())
+
+
+def tolerance(relative_error: np.ndarray) -> np.ndarray:
+    """1e-5; where pscore is an estimate, 6 of its standard errors more (false alarm 2e-9)."""
+    return 1e-5 + 6.0 * relative_error
+
+
+def masked_scores(loop: Loop, contexts: object) -> np.ndarray:
+    scores, mask = loop.scores(contexts), loop.mask(contexts)
+    return scores if mask is None else np.where(mask, scores, -np.inf)
+
+
+def serving_of(loop: Loop, configuration: Configuration) -> ServingConfig:
+    if configuration.mode == "top_k":
+        return ServingConfig(k=configuration.k, mode="top_k")
+    perplexity = configuration.perplexity
+    return ServingConfig(
+        k=configuration.k,
+        temperature=1.0 if perplexity is None else loop.temperature(perplexity),
+        uniform=configuration.uniform,
+        top=configuration.top,
+    )
+
+
+@pytest.mark.parametrize("configuration", QUICK, ids=str)
+def test_weights_are_one(loop_of: MakeLoop, configuration: Configuration) -> None:
+    check(loop_of(configuration.forms, ITEMS), configuration, QUICK.index(configuration))
