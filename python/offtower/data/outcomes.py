@@ -12,9 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from offtower.data.columns import as_array, as_float_array
+from offtower.data.columns import as_array, as_float_array, timestamps
 from offtower.data.durations import parse_duration
-from offtower.data.rows import timestamps
 from offtower.data.schema import LogSchema, Outcomes
 from offtower.errors import DataError
 

@@ -21,7 +21,7 @@ from offtower.evaluation.behavior.names import BehaviorNames, check_logged, chec
 from offtower.evaluation.rows import Array, IntArray
 from offtower.evaluation.run_loading import open_run
 from offtower.evaluation.scoring.policy import PolicyScorer
-from offtower.ops import PolicyTerms
+from offtower.ops import Eligibility, PolicyTerms
 
 WRONG_PROPENSITY = 0.01
 """Median distance of log-probabilities beyond which a single run did not make the log."""
@@ -105,7 +105,11 @@ class LoggingPolicies:
         """The policy's terms of rows with embedded contexts (n, d)."""
         scorer = self.scorers[number]
         return scorer.served.terms(
-            context, scorer.items, torch.from_numpy(rows.action), position=self.position(rows)
+            context,
+            scorer.items,
+            torch.from_numpy(rows.action),
+            eligible=self.eligible(rows),
+            position=self.position(rows),
         )
 
     def log_prob_at(
@@ -114,8 +118,18 @@ class LoggingPolicies:
         """(n, S) float64 log-probabilities of items (n, S) in rows with these terms."""
         scorer = self.scorers[number]
         return scorer.served.log_prob_at(
-            context, scorer.items, item, terms.log_normalizer, position=self.position(rows)
+            context,
+            scorer.items,
+            item,
+            terms.log_normalizer,
+            eligible=self.eligible(rows),
+            position=self.position(rows),
         )
+
+    @staticmethod
+    def eligible(rows: EncodedRows) -> Eligibility | None:
+        """What the rows could show; None where every item could be shown."""
+        return None if rows.eligible is None else rows.eligible.on()
 
     @staticmethod
     def position(rows: EncodedRows) -> Tensor | None:

@@ -74,6 +74,7 @@ class SupportProbe:
                 one.scorer.items,
                 SUPPORT_DRAWS,
                 torch.Generator().manual_seed(seed),
+                one.eligible_at(taken),
             )
             log_target[name] = log_prob.double().numpy()
         log_behavior = {name: np.empty(items.shape) for name, items in drawn.items()}
@@ -178,7 +179,10 @@ class PasifSampler:
         weight, target = {}, {}
         for name, one in batch.scored.items():
             log_target = one.log_prob_at(item, taken)
-            weight[name] = torch.exp(log_target - log_behavior).float().numpy()
+            # An item that neither policy may show has weight 0, not exp(inf - inf).
+            never = torch.isinf(log_target)
+            log_weight = (log_target - log_behavior).masked_fill(never, -torch.inf)
+            weight[name] = torch.exp(log_weight).float().numpy()
             if self.sampling.all_items:
                 target[name] = torch.softmax(log_target, dim=1).numpy()
         behavior = torch.softmax(log_behavior, dim=1).numpy() if self.sampling.all_items else None
@@ -213,6 +217,7 @@ class PasifSampler:
                     torch.from_numpy(rows.action),
                     draws=sampling.draws,
                     generator=generator,
+                    eligible=self.policies.eligible(rows),
                     position=self.policies.position(rows),
                 )
             difference[own] = self.policies.check(index, rows, terms.log_prob.double().numpy())

@@ -68,11 +68,13 @@ class CoverageAccumulator:
     def probe(self, policy: str, scored: ScoredRows) -> None:
         """Draw items from a policy on a batch, the log's first."""
         scorer = scored.scorer
+        context = scored.context_embedding[:PROBED_ROWS]
         drawn, _ = scorer.served.draw(
-            scored.context_embedding[:PROBED_ROWS],
+            context,
             scorer.items,
             PROBED_DRAWS,
             torch.Generator().manual_seed(self._seed),
+            scored.eligible_at(np.arange(len(context))),
         )
         self._drawn[policy] = drawn.numpy().reshape(-1)
 

@@ -75,6 +75,7 @@ class ItemClusters:
                 items,
                 member,
                 scored.log_normalizer[rows],
+                eligible=scored.eligible_at(rows),
                 position=None if scored.position is None else scored.position[rows],
             )
             out[rows] = log_mass.numpy()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from offtower.config import ServingConfig
+from offtower.data.eligible import EligibleRows
 from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.rows import EncodedRows
 from offtower.errors import DataError
@@ -19,7 +20,7 @@ from offtower.evaluation.rows import EvaluationRows, IntArray, ModelPredictions
 from offtower.evaluation.scoring.rewards import BatchReward, CatalogueReward
 from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
-from offtower.ops import PolicyTerms
+from offtower.ops import Eligibility, PolicyTerms
 from offtower.ops.types import RewardTerms
 from offtower.serving import ServedPolicy
 
@@ -35,6 +36,7 @@ class ScoredRows:
         log_normalizer: (n,) of the policy's terms.
         context_embedding: (n, d).
         position: (n,) positions of the rows in their rounds; None where the log has none.
+        eligible: items that each row could show; None where every item could.
     """
 
     scorer: PolicyScorer
@@ -43,14 +45,24 @@ class ScoredRows:
     log_normalizer: Tensor
     context_embedding: Tensor
     position: Tensor | None = None
+    eligible: EligibleRows | None = None
 
-    def log_prob_at(self, item: Tensor, taken: IntArray | slice = slice(None)) -> Tensor:
-        """(m, S) float64 log-probabilities of items (m, S) in the rows `taken`."""
+    def eligible_at(self, taken: IntArray) -> Eligibility | None:
+        """The eligible items of the rows `taken` (m,), on the policy's device."""
+        if self.eligible is None:
+            return None
+        return self.eligible.take(taken).on(self.scorer.policy.device)
+
+    def log_prob_at(self, item: Tensor, taken: IntArray | None = None) -> Tensor:
+        """(m, S) float64 log-probabilities of items (m, S) in the rows `taken`, by default all."""
+        if taken is None:
+            taken = np.arange(len(self.context_embedding))
         return self.scorer.served.log_prob_at(
             self.context_embedding[taken],
             self.scorer.items,
             item,
             self.log_normalizer[taken],
+            eligible=self.eligible_at(taken),
             position=None if self.position is None else self.position[taken],
         )
 
@@ -148,6 +160,7 @@ class PolicyScorer:
         context = self.policy.embed_contexts(to_tensors(rows.context, device))
         action = tensor_of(rows.action, device)
         position = None if rows.position is None else tensor_of(rows.position, device)
+        eligible = None if rows.eligible is None else rows.eligible.on(device)
         served = self.served
         summed = {
             name: reward.terms
@@ -165,10 +178,18 @@ class PolicyScorer:
                 draws=draws,
                 generator=generator,
                 reward_model=first,
+                eligible=eligible,
                 position=position,
             )
         else:
-            terms = served.terms(context, self.items, action, reward_model=first, position=position)
+            terms = served.terms(
+                context,
+                self.items,
+                action,
+                reward_model=first,
+                eligible=eligible,
+                position=position,
+            )
         found: dict[str, ModelPredictions] = {}
         for name, reward in rewards.items():
             if name not in summed:
@@ -180,12 +201,19 @@ class PolicyScorer:
                 found[name] = _predictions(terms)
             else:
                 other = served.terms(
-                    context, self.items, action, reward_model=summed[name], position=position
+                    context,
+                    self.items,
+                    action,
+                    reward_model=summed[name],
+                    eligible=eligible,
+                    position=position,
                 )
                 found[name] = _predictions(other)
         self.policy.train(self._training)
         weighted = weighted_rows(rows, terms.log_prob)
-        return ScoredRows(self, weighted, found, terms.log_normalizer, context, position)
+        return ScoredRows(
+            self, weighted, found, terms.log_normalizer, context, position, rows.eligible
+        )
 
 
 def weighted_rows(rows: EncodedRows, log_prob: Tensor) -> EvaluationRows:

@@ -68,6 +68,7 @@ class ShardedScorer:
         )
         action = self._shard.local(tensor_of(rows.action, device))
         items = self._served.items(self._items)
+        eligible = self._shard.eligible(rows, device)
         terms = merged_terms(
             context,
             items.embedding,
@@ -76,7 +77,7 @@ class ShardedScorer:
             self._workers,
             temperature=self._served.temperature,
             reward_model=reward,
-            eligible=self._shard.eligible(rows, device),
+            eligible=eligible,
         )
         uniform = self._served.serving.uniform
         if uniform > 0.0:
@@ -88,6 +89,7 @@ class ShardedScorer:
                 self._workers,
                 temperature=1.0,
                 reward_model=reward,
+                eligible=eligible,
             )
             terms = mix_uniform(terms, over_all, uniform)
         self._policy.train(self._training)
