@@ -29,7 +29,8 @@ from offtower.ops import (
     top_k,
 )
 from offtower.ops.categorical import draw_categorical
-from offtower.ops.eligibility import Eligibility, ItemMask
+from offtower.ops.eligibility import Eligibility, ItemLists, ItemMask
+from offtower.slates import Rest
 
 _MAX_PROBABILITIES = 1 << 22
 """Probabilities held at a time for the entropy of a mixture."""
@@ -303,6 +304,68 @@ class ServedPolicy:
         )
         return part.sums.log_normalizer.double() - log_normalizer.double()
 
+    @torch.no_grad()
+    def rest(
+        self,
+        context_embedding: Tensor,
+        items: ItemEmbeddings,
+        shown: Tensor,
+        log_normalizer: Tensor,
+        *,
+        reward_model: DenseReward | FactoredReward | None = None,
+        eligible: Eligibility | None = None,
+    ) -> Rest:
+        """Probability and mean reward of the items that a round does not show, for a single draw.
+
+        A sum over those items, without the cancellation of 1 - sum p. Not for mode top_k.
+
+        Args:
+            shown: (B, K) items of each round; -1 beyond its last position.
+            log_normalizer: (B,) of the rows' `terms`; the others as there.
+        """
+        served, uniform = self.items(items), self.serving.uniform
+        without = _excluding(shown, eligible)
+        if self.serving.top is not None:
+            best = self._best(context_embedding, served, self.serving.top, eligible)
+            hidden = (best.item[:, :, None] == shown[:, None, :]).any(2)
+            log_prob = best.log_prob.masked_fill(hidden, -math.inf)
+            log_mass, mean = torch.logsumexp(log_prob, 1), None
+            if reward_model is not None:
+                reward = rewards_at(reward_model, best.item.clamp_min(0)).double()
+                mean = (log_prob.exp() * reward).sum(1) / log_mass.exp()
+        else:
+            part = partial_terms(
+                context_embedding,
+                served.embedding,
+                torch.full_like(shown[:, 0], -1),
+                temperature=self.temperature,
+                item_bias=served.bias,
+                reward_model=reward_model,
+                eligible=without,
+            ).sums
+            log_mass = part.log_normalizer.double() - log_normalizer.double()
+            mean = None if part.expected_reward is None else part.expected_reward.double()
+        if uniform == 0.0:
+            return Rest(log_mass, mean)
+        count = items.embedding.shape[0]
+        over_all = partial_terms(
+            context_embedding.new_zeros(len(shown), 1),
+            items.embedding.new_zeros(count, 1),
+            torch.full_like(shown[:, 0], -1),
+            reward_model=reward_model,
+            eligible=without,
+        ).sums
+        log_count = torch.full_like(log_mass, math.log(count))
+        if eligible is not None:
+            log_count = eligible.count(count).double().log()
+        log_share = over_all.log_normalizer.double() - log_count
+        mixed = _log_mixture(log_mass, log_share, uniform)
+        if mean is not None and over_all.expected_reward is not None:
+            drawn = (1.0 - uniform) * torch.where(torch.isneginf(log_mass), 0.0, mean)
+            spread = uniform * log_share.exp() * over_all.expected_reward.double()
+            mean = (drawn * log_mass.exp() + spread) / mixed.exp()
+        return Rest(mixed, mean)
+
     def _best(
         self,
         context_embedding: Tensor,
@@ -467,6 +530,20 @@ class _Best:
         ordered = self.item.sort(1).values
         index = torch.searchsorted(ordered, item.contiguous()).clamp_max(ordered.shape[1] - 1)
         return ordered.gather(1, index) == item
+
+
+def _excluding(shown: Tensor, eligible: Eligibility | None) -> Eligibility:
+    """The eligible items without those shown, (B, K) with -1 for none."""
+    rows = torch.arange(len(shown), dtype=torch.int64, device=shown.device)
+    row, item = rows[:, None].expand_as(shown)[shown >= 0], shown[shown >= 0]
+    if eligible is not None and eligible.excluded is not None:
+        row = torch.cat([row, eligible.excluded.entry_rows()])
+        item = torch.cat([item, eligible.excluded.items])
+    entry = torch.unique(torch.stack([row, item], 1), dim=0)
+    lengths = torch.bincount(entry[:, 0], minlength=len(shown))
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    excluded = ItemLists(offsets, entry[:, 1].contiguous())
+    return replace(eligible or Eligibility(), excluded=excluded)
 
 
 def uniform_terms(

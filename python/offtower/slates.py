@@ -32,7 +32,7 @@ _PAD = -1e30
 """Log-probability beyond a round's last position; finite, so that no gradient is NaN."""
 _LEAST_MASS = 2.0**-40
 """Least remaining mass without a `Rest`, the rounding error of a sum of probabilities."""
-CANCELLATION = 0.05
+CANCELLATION = 0.2
 """Remaining mass below which a float32 log_prob needs a `Rest`: the relative error of the mass is
 about 1e-7 over it."""
 MAX_MARGINAL_WORK = 2e7
@@ -51,7 +51,7 @@ class Rest:
     expected_reward: Tensor | None = None
 
 
-def padded(values: Tensor, rounds: Rounds, fill: float = 0.0) -> Tensor:
+def padded(values: Tensor, rounds: Rounds, fill: float | int = 0) -> Tensor:
     """(n,) -> (R, K) with K the longest round; `fill` beyond the last position."""
     out = values.new_full((len(rounds), rounds.longest), fill)
     return out.index_put(_index(rounds, values), values)

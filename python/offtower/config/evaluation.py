@@ -67,6 +67,9 @@ class EstimatorConfig:
     """dros."""
     lambda_: float | Literal["slope"] | None = None
     """sub_gaussian_ips, sub_gaussian_dr, log_smoothing."""
+    interaction: Literal["auto", "standard", "cascade", "independent"] = "auto"
+    """What a reward in a slate may depend on: the whole slate, the items down to its position, its
+    own item alone. auto is cascade for conditional pscores, standard for those of whole slates."""
 
     @model_validator(mode="before")
     @classmethod

@@ -37,6 +37,7 @@ from offtower.evaluation.scoring.reward_models import RewardModelProvider
 from offtower.evaluation.scoring.rewards import EvaluationModel, RewardModels
 from offtower.evaluation.selection import SelectionComparison
 from offtower.evaluation.selection_data import SelectionData, SelectionRows
+from offtower.evaluation.slate_options import slate_note
 from offtower.mapping import Mapper, MergeTree, pieces
 from offtower.models.reward.dense import flatten
 from offtower.progress import Progress, report_rows
@@ -86,10 +87,10 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class PartialEvaluation:
-    """Sums over a part of the log."""
+    """Sums over a part of the log; None where no round of slates begins in it."""
 
     rows: int
-    sums: EvaluationSums
+    sums: EvaluationSums | None
     accumulated: EvaluationAccumulators
 
 
@@ -107,7 +108,7 @@ def evaluate_part(
         sums.add(EvaluationSums.of(batch.rows, plan.options))
         count += len(batch)
         advance(len(batch))
-    return PartialEvaluation(count, sums.merged(), accumulated)
+    return PartialEvaluation(count, sums.merged() if count else None, accumulated)
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,13 @@ class Evaluator:
         policies = self._scorers()
         behavior = BehaviorPlan.of(select, source, config, self.runs[0])
         rewards, notes = self._reward_models(select, progress)
-        estimators, left_out = usable_estimators(options, has_reward_model=rewards.main is not None)
+        kind = self.log.schema.pscore_kind if self.log.schema.slates else None
+        estimators, left_out = usable_estimators(
+            options, has_reward_model=rewards.main is not None, pscore_kind=kind
+        )
         notes += left_out
+        if kind is not None:
+            notes.append(slate_note(kind))
         estimate = partial(
             estimate_logged, self.log, self.catalogue, encoding, seed=config.seed, progress=progress
         )
@@ -185,10 +191,12 @@ class Evaluator:
             parts = mapper.map(partial(evaluate_part, plan), ranges, "evaluating")
             for part in report_rows(parts, progress):
                 accumulated.merge(part.accumulated)
-                sums.add(part.sums)
+                if part.sums is not None:
+                    sums.add(part.sums)
             merged = sums.merged()
         else:
             whole = evaluate_part(plan, range(batches), progress.advance)
+            assert whole.sums is not None, "a log has rows"
             accumulated, merged = whole.accumulated, whole.sums
         progress.finish()
         return merged.finish(plan.behavior.found_support(accumulated.behavior)), accumulated

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from offtower.config import EstimatorConfig, EvaluationConfig, GateOptions
+from offtower.data.schema import PscoreKind
 from offtower.errors import ConfigError, OfftowerError
-from offtower.evaluation.estimators import ESTIMATORS, Estimator, make_estimator
+from offtower.evaluation.estimators import ESTIMATORS, Estimator, Standard, make_estimator
 from offtower.evaluation.estimators.tuning import tune_together
 from offtower.evaluation.intervals.methods import check_confidence, simultaneous_confidence
 from offtower.evaluation.intervals.smoothing_bound import check_range
 from offtower.evaluation.rows import EvaluationRows
+from offtower.evaluation.slate_options import check_interaction, has_form
 
 PARAMETERS = ("max_weight", "threshold", "shrinkage", "lambda_")
 SLOPE = "slope"
@@ -112,13 +114,14 @@ def evaluation_options(
 
 
 def usable_estimators(
-    config: EvaluationConfig, *, has_reward_model: bool
+    config: EvaluationConfig, *, has_reward_model: bool, pscore_kind: PscoreKind | None = None
 ) -> tuple[list[EstimatorConfig], list[str]]:
     """The configured estimators that can run, and a note on those without their reward model.
 
+    pscore_kind: of a log of slates; None for other logs.
     Raises ConfigError for an unknown name, a missing or unknown parameter, or if none is left.
     """
-    kept, left_out = [], []
+    kept, left_out, formless = [], [], []
     for one in config.estimators:
         given = _parameters(one)
         if SLOPE in given.values():
@@ -130,22 +133,35 @@ def usable_estimators(
                 "the estimator mips needs evaluation.clusters: a category of the catalogue, or a "
                 "number of clusters"
             )
-        if ESTIMATORS[one.name].needs_reward_model and not has_reward_model:
+        check_interaction(one, pscore_kind)
+        if not has_form(one, pscore_kind):
+            formless.append(one.name)
+        elif ESTIMATORS[one.name].needs_reward_model and not has_reward_model:
             left_out.append(one.name)
         else:
             kept.append(one)
+    if not kept and formless:
+        raise ConfigError(
+            f"{', '.join(formless)}: no form for slates with {pscore_kind} pscores; add ips to "
+            "evaluation.estimators"
+        )
     if not kept:
         raise ConfigError(
             "every estimator of evaluation.estimators needs a reward model, and the run has none: "
             "set evaluation.reward_model.kind=factored"
         )
-    if not left_out:
-        return kept, []
-    return kept, [
-        f"{', '.join(left_out)} left out: the run has no reward model. To fit one for the "
-        "evaluation, set evaluation.reward_model.kind=factored (any catalogue) or dense (a small "
-        "one)"
-    ]
+    notes = []
+    if left_out:
+        notes.append(
+            f"{', '.join(left_out)} left out: the run has no reward model. To fit one for the "
+            "evaluation, set evaluation.reward_model.kind=factored (any catalogue) or dense (a "
+            "small one)"
+        )
+    if formless:
+        notes.append(
+            f"{', '.join(formless)} left out: no form for slates with {pscore_kind} pscores"
+        )
+    return kept, notes
 
 
 def needs_pilot(estimators: Sequence[EstimatorConfig]) -> bool:
@@ -161,12 +177,22 @@ def make_estimators(
     for one in estimators:
         given = _parameters(one)
         if SLOPE not in given.values():
-            made.append(make_estimator(one.name, **given))
+            made.append(_interacting(one, make_estimator(one.name, **given)))
             continue
         rows = list(pilot.values())
-        made.append(tune_together(ESTIMATORS[one.name], rows))
+        if _is_standard(one):
+            rows = [rows_of_policy.standard() for rows_of_policy in rows]
+        made.append(_interacting(one, tune_together(ESTIMATORS[one.name], rows)))
         notes.append(f"{made[-1].name}: parameter chosen by SLOPE on {rows[0].n:,} rows")
     return tuple(made), notes
+
+
+def _is_standard(one: EstimatorConfig) -> bool:
+    return one.interaction == "standard"
+
+
+def _interacting(one: EstimatorConfig, estimator: Estimator) -> Estimator:
+    return Standard(estimator) if _is_standard(one) else estimator
 
 
 def _parameters(one: EstimatorConfig) -> dict[str, float | str]:

@@ -89,7 +89,7 @@ class PolicyEvaluation:
                 "weights": self.weights.to_dict(),
                 "calibration": _dict(self.calibration),
                 "support": _dict(self.support),
-                "positions": [one.to_dict() for one in self.positions],
+                **({"positions": [p.to_dict() for p in self.positions]} if self.positions else {}),
             },
             "verdict": self.verdict.to_dict(),
         }

@@ -12,7 +12,7 @@ from offtower.config import SelectionConfig
 from offtower.data.log import ParquetLog
 from offtower.errors import ConfigError
 from offtower.evaluation.behavior.probes import PasifSample
-from offtower.evaluation.rows import Array, IntArray, ModelPredictions
+from offtower.evaluation.rows import Array, EvaluationRows, IntArray, ModelPredictions
 from offtower.evaluation.scoring.batches import ScoredBatch
 from offtower.evaluation.selection import (
     METHODS,
@@ -26,6 +26,7 @@ from offtower.evaluation.selection import (
     compare_selectors,
     default_candidates,
 )
+from offtower.evaluation.selection.problem import SlateColumns
 
 
 def check_selection(select: str | None, log: ParquetLog, options: SelectionConfig) -> None:
@@ -56,6 +57,8 @@ class SelectionRows:
     reward: Array
     weight: dict[str, Array]
     predictions: dict[str, dict[str, ModelPredictions]]
+    slates: dict[str, SlateColumns] | None = None
+    """By policy, for a log of slates."""
 
     @classmethod
     def of(cls, batch: ScoredBatch) -> SelectionRows:
@@ -66,6 +69,9 @@ class SelectionRows:
             first.reward,
             {name: one.weighted.importance_weight for name, one in batch.scored.items()},
             {name: one.predictions for name, one in batch.scored.items()},
+            None
+            if first.round is None
+            else {name: _slate_columns(one.weighted) for name, one in batch.scored.items()},
         )
 
     def problem(self, policy: str, row: IntArray | None = None) -> Problem:
@@ -75,7 +81,13 @@ class SelectionRows:
             name: ModelPredictions(one.action_reward[index], one.expected_reward[index])
             for name, one in self.predictions[policy].items()
         }
-        return Problem(self.weight[policy][index], self.reward[index], models)
+        slates = None if self.slates is None else self.slates[policy]
+        return Problem(self.weight[policy][index], self.reward[index], models, slates)
+
+
+def _slate_columns(rows: EvaluationRows) -> SlateColumns:
+    assert rows.round is not None and rows.slate_weight is not None
+    return SlateColumns(rows.round, rows.earlier_weight, rows.slate_weight)
 
 
 @dataclass(frozen=True)
@@ -111,6 +123,10 @@ class SelectionData:
                 pasif["network"] = NetworkOptions(epochs=options.network_steps)
         refusal = self.heuristic_refusal
         methods = list(METHODS) if select == "all" else [select]
+        failed = {} if refusal is None else {"heuristic": refusal}
+        if problem.slates is not None:
+            methods = [m for m in methods if m != "pasif"]
+            failed = {"heuristic": refusal or "", "pasif": refusal or ""}
         found = compare_selectors(
             log,
             default_candidates(log.problem),
@@ -119,9 +135,7 @@ class SelectionData:
             options={"pasif": pasif},
             logs=logs,
         )
-        if refusal is None:
-            return found
-        return replace(found, failed={**found.failed, "heuristic": refusal})
+        return replace(found, failed={**found.failed, **failed}) if failed else found
 
     def _source(self, policy: str, sample: PasifSample) -> DensePolicies | BehaviorDraws:
         predictions: Mapping[str, Any] = sample.predictions

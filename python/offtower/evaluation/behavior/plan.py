@@ -68,6 +68,8 @@ class BehaviorPlan:
         options, log = config.evaluation.selection, source.log
         network = options.importance_fit == "network"
         selects_pasif, selects_heuristic = (select in (m, "all") for m in ("pasif", "heuristic"))
+        if log.schema.slates:
+            return _of_slates(select, config, log.num_rows)
         columns = options.logging_columns is not None
         named = columns or options.logging_runs is not None
         _check_exclusive(config)
@@ -137,6 +139,28 @@ class BehaviorPlan:
             )
             for name, target in sample.log_target.items()
         }
+
+
+def _of_slates(select: str | None, config: Config, num_rows: int) -> BehaviorPlan:
+    """Nothing is measured on the logging policies of slates.
+
+    Raises ConfigError where the selector or the configuration asks for it.
+    """
+    options = config.evaluation.selection
+    if select in ("pasif", "heuristic"):
+        raise ConfigError(f"--select {select}: {_SLATE_REFUSAL}")
+    if options.logging_columns is not None or options.logging_runs is not None:
+        raise ConfigError(
+            "evaluation.selection.logging_runs and logging_columns are not read for a log of "
+            "slates; remove them"
+        )
+    return BehaviorPlan(None, None, None, None, _SLATE_REFUSAL, num_rows)
+
+
+_SLATE_REFUSAL = (
+    "it splits single draws by the policies that made them, and has no form for slates; use "
+    "paired, ocv or slope"
+)
 
 
 def _check_exclusive(config: Config) -> None:

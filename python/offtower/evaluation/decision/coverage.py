@@ -62,6 +62,10 @@ class CoverageAccumulator:
         self._rows += len(rows)
         assert rows.pscore is not None
         taken = rows.row % self._stride == 0
+        if rows.pscore_kind == "slate":
+            return
+        if rows.position is not None and rows.pscore_kind == "conditional":
+            taken = rows.position == 0  # Only there it is the probability of a single draw.
         self._pscore.append(rows.pscore[taken])
         self._action.append(rows.action[taken])
 
@@ -111,7 +115,7 @@ class CoverageAccumulator:
 
     def calibration(self) -> PscoreCalibration | None:
         """Of the logged propensities; None for a log of one row."""
-        pscore = np.concatenate(self._pscore)
+        pscore = np.concatenate([np.zeros(0), *self._pscore])
         if pscore.size < 2:
             return None
         return pscore_calibration(pscore, np.concatenate(self._action), self._seen.size)

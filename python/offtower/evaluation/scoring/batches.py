@@ -16,7 +16,7 @@ from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows
 from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.scoring.clusters import ClusterWeights
-from offtower.evaluation.scoring.policy import PolicyScorer, ScoredRows
+from offtower.evaluation.scoring.policy import PolicyScorer, ScoredRows, context_rows
 from offtower.evaluation.scoring.propensities import LoggedProbability
 from offtower.evaluation.scoring.rewards import BatchReward, RewardModels
 from offtower.seeds import derive_seed
@@ -37,14 +37,18 @@ class LogSource:
     def batches(
         self, numbers: range, encodings: Sequence[FeatureEncoding]
     ) -> Iterator[tuple[int, tuple[EncodedRows, ...]]]:
-        """(number, the batch in each of the encodings)."""
+        """(number, the batch in each of the encodings).
+
+        Batches of slates hold whole rounds (`scan`); those in which none begins are left out.
+        """
         last = min(numbers.stop * self.batch_rows, self.log.num_rows)
         rows = range(numbers.start * self.batch_rows, last)
         streams = [
             scan(self.log, self.catalogue, encoding, self.batch_rows, rows=rows)
             for encoding in encodings
         ]
-        yield from zip(numbers, zip(*streams, strict=True), strict=True)
+        for parts in zip(*streams, strict=True):
+            yield int(parts[0].row[0]) // self.batch_rows, parts
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker needs only the catalogue's map from ids to item numbers."""
@@ -111,7 +115,7 @@ class BatchScorer:
             if self.propensities is not None:
                 batch = tuple(self.propensities.filled(rows) for rows in batch)
             encoded = tuple(batch[index] for index in owner)
-            rewards = self.rewards.on(encoded)
+            rewards = self.rewards.on(tuple(context_rows(rows) for rows in encoded))
             scored = {}
             for i, (name, scorer) in enumerate(self.policies.items()):
                 seed = derive_seed(self.seed, "target draws", i, number)

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from offtower.config import ServingConfig
 from offtower.data.eligible import EligibleRows
 from offtower.data.encoding import tensor_of, to_tensors
+from offtower.data.rounds import Rounds
 from offtower.data.rows import EncodedRows
 from offtower.errors import DataError
 from offtower.evaluation.rows import EvaluationRows, IntArray, ModelPredictions
 from offtower.evaluation.scoring.rewards import BatchReward, CatalogueReward
+from offtower.evaluation.scoring.slates import SlateScorer, score_slates
 from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.ops import Eligibility, PolicyTerms
 from offtower.ops.types import RewardTerms
 from offtower.serving import ServedPolicy
+from offtower.slates import conditional_log_prob, slate_weights
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class ScoredRows:
         scorer: of the policy.
         weighted: weights and rewards, without a reward model.
         predictions: by reward model.
-        log_normalizer: (n,) of the policy's terms.
-        context_embedding: (n, d).
+        log_normalizer: (n,) of the policy's terms; of slates (R,), one for each round.
+        context_embedding: (n, d), of slates (R, d).
         position: (n,) positions of the rows in their rounds; None where the log has none.
         eligible: items that each row could show; None where every item could.
     """
@@ -69,6 +72,8 @@ class ScoredRows:
     def rows(self, model: str | None) -> EvaluationRows:
         """Rows for estimators, with the predictions of `model`, or without any for None."""
         if model is None:
+            return self.weighted
+        if model not in self.predictions:  # Slates whose pscores leave no doubly robust form.
             return self.weighted
         found = self.predictions[model]
         return replace(
@@ -155,6 +160,8 @@ class PolicyScorer:
                 "off-policy evaluation needs the logged propensities: "
                 "name their column as 'pscore' in the log's schema"
             )
+        if rows.rounds is not None:
+            return self._score_slates(rows, rows.rounds, rewards, draws, generator)
         self.policy.eval()
         device = self.policy.device
         context = self.policy.embed_contexts(to_tensors(rows.context, device))
@@ -215,15 +222,74 @@ class PolicyScorer:
             self, weighted, found, terms.log_normalizer, context, position, rows.eligible
         )
 
+    def _score_slates(
+        self,
+        rows: EncodedRows,
+        rounds: Rounds,
+        rewards: Mapping[str, BatchReward],
+        draws: int,
+        generator: torch.Generator | None,
+    ) -> ScoredRows:
+        """Score whole rounds, with one pass over the catalogue for each round.
+
+        rewards: on the rows of `context_rows`.
+        """
+        self.policy.eval()
+        device = self.policy.device
+        context = self.policy.embed_contexts(to_tensors(context_rows(rows).context, device))
+        scorer = SlateScorer(
+            self.served, self.items, context, rounds, tensor_of(rows.action, device)
+        )
+        found = score_slates(scorer, rewards, draws=draws, generator=generator)
+        self.policy.train(self._training)
+        return ScoredRows(
+            self,
+            slate_rows(rows, rounds, found.conditional),
+            found.predictions if rows.pscore_kind == "conditional" else {},
+            found.log_normalizer,
+            context,
+        )
+
+
+def context_rows(rows: EncodedRows) -> EncodedRows:
+    """The rows whose contexts a policy and a reward model read: the first of each round."""
+    rounds = rows.rounds
+    return rows if rounds is None else replace(rows.take(rounds.first), pscore_kind=None)
+
+
+def slate_rows(rows: EncodedRows, rounds: Rounds, conditional: Tensor) -> EvaluationRows:
+    """Whole rounds with their weights under a policy of log pi(a_k|x, a_<k) `conditional` (n,)."""
+    assert rows.pscore is not None and rows.pscore_kind is not None
+    log_pscore = torch.from_numpy(np.log(rows.pscore))
+    weights = slate_weights(conditional.cpu(), log_pscore, rounds, rows.pscore_kind)
+    log_weight = weights.slate if weights.cascade is None else weights.cascade
+    return EvaluationRows(
+        importance_weight=np.exp(log_weight.numpy()),
+        reward=rows.reward.astype(np.float64),
+        user=None if rows.user_id is None else rows.user_id.view(np.int64),
+        row=rows.row,
+        log_weight=log_weight.numpy(),
+        round=np.repeat(rows.row[rounds.first], rounds.lengths),
+        earlier_weight=None if weights.earlier is None else np.exp(weights.earlier.numpy()),
+        slate_weight=np.exp(weights.slate.numpy()),
+    )
+
 
 def weighted_rows(rows: EncodedRows, log_prob: Tensor) -> EvaluationRows:
-    """Logged rows with their importance weights under a policy that gives them `log_prob` (n,)."""
+    """Logged rows with their importance weights under a policy that gives them `log_prob` (n,).
+
+    Rows of one round are correlated: without users, intervals are clustered by round.
+    """
     assert rows.pscore is not None, "callers check that the log has propensities"
+    if rows.rounds is not None:
+        conditional = conditional_log_prob(log_prob.cpu(), rows.rounds)
+        return slate_rows(rows, rows.rounds, conditional)
+    cluster = rows.round_id if rows.user_id is None else rows.user_id
     log_weight = log_prob.double().cpu().numpy() - np.log(rows.pscore)
     return EvaluationRows(
         importance_weight=np.exp(log_weight),
         reward=rows.reward.astype(np.float64),
-        user=None if rows.user_id is None else rows.user_id.view(np.int64),
+        user=None if cluster is None else cluster.view(np.int64),
         row=rows.row,
         log_weight=log_weight,
     )

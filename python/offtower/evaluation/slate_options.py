@@ -1,0 +1,62 @@
+"""Which estimators a log of slates permits, and under which interactions."""
+
+from __future__ import annotations
+
+from offtower.config import EstimatorConfig
+from offtower.data.schema import PscoreKind
+from offtower.errors import ConfigError
+from offtower.evaluation.estimators import ESTIMATORS
+
+_PERMITTED = (("conditional", "cascade"), ("conditional", "standard"), ("slate", "standard"))
+"""Interactions by pscore_kind."""
+
+
+def slate_note(kind: PscoreKind) -> str:
+    """For the reader of a report on slates."""
+    text = "values are means over rounds of the sum of rewards over their positions"
+    if kind == "slate":
+        return (
+            f"{text}; the pscores of whole slates permit the interaction 'standard' only, whose "
+            "weights are products over all positions"
+        )
+    return (
+        f"{text}. The interaction 'cascade' assumes that a reward does not depend on later items; "
+        "'standard' assumes nothing, at a larger variance. 'independent' is not offered: it needs "
+        "marginal probabilities of each position, and is biased wherever a reward depends on the "
+        "items above"
+    )
+
+
+def has_form(one: EstimatorConfig, kind: PscoreKind | None) -> bool:
+    """Whether an estimator has a form for slates with pscores of this kind; None is no slates."""
+    if kind is None:
+        return True
+    if one.name in ("dm", "mips"):
+        return False
+    return kind == "conditional" or not ESTIMATORS[one.name].needs_reward_model
+
+
+def check_interaction(one: EstimatorConfig, kind: PscoreKind | None) -> None:
+    """Refuse an interaction that the log's pscores do not permit.
+
+    Raises:
+        ConfigError: it says which are permitted and why.
+    """
+    wanted = one.interaction
+    if wanted == "auto" or (kind, wanted) in _PERMITTED:
+        return
+    if kind is None:
+        raise ConfigError(
+            f"the estimator {one.name} asks for the interaction '{wanted}', and the log has no "
+            "slates: its schema needs round_id, position and pscore_kind conditional or slate"
+        )
+    permitted = " or ".join(f"'{way}'" for own, way in _PERMITTED if own == kind)
+    reason = (
+        "it needs each position's marginal probability, which a log of slates does not have"
+        if wanted == "independent"
+        else "it needs the conditional probability of each position"
+    )
+    raise ConfigError(
+        f"the estimator {one.name} asks for the interaction '{wanted}', but pscore_kind '{kind}' "
+        f"permits {permitted}: {reason}"
+    )
