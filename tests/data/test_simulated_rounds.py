@@ -75,11 +75,18 @@ def single_draw_by_loops(world: SimulatedWorld, table: pa.Table) -> np.ndarray:
     return (1 - policy.epsilon) * softmax + policy.epsilon * mask / mask.sum(axis=1, keepdims=True)
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("kind", ["contextual", "popularity"])
 @pytest.mark.parametrize("eligible", [None, ALL_FORMS])
 def test_propensities_are_conditional_on_the_positions_above(
-    kind: str, eligible: EligibilitySettings | None
+    kind: str,
+    eligible: EligibilitySettings | None,
+    large: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """As a small catalogue, and as a large one, which no array over all items is made for."""
+    if large:
+        monkeypatch.setattr("offtower.data.simulate.rounds.DENSE_ITEMS", 1)
     world = SimulatedWorld(
         11,
         WorldSettings(3, 3, 3, string_ids=True),
@@ -273,9 +280,14 @@ def test_slates_that_hold_nearly_all_mass_keep_exact_propensities() -> None:
     assert set(slate[:, 2]) == {2, 3, 4}
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("kind", ["contextual", "popularity"])
-def test_slates_are_drawn_with_their_probabilities(kind: str) -> None:
+def test_slates_are_drawn_with_their_probabilities(
+    kind: str, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Chi-square of 24 slates over 40,000 rounds of one context: false alarm 1e-5."""
+    if large:
+        monkeypatch.setattr("offtower.data.simulate.rounds.DENSE_ITEMS", 1)
     world = SimulatedWorld(
         4,
         WorldSettings(1, 2, 1, scale=0.0),
@@ -292,7 +304,12 @@ def test_slates_are_drawn_with_their_probabilities(kind: str) -> None:
     assert stats.chisquare(count, 40_000 * np.array(expected)).pvalue > 1e-5
 
 
-def test_slates_of_several_policies_know_each_ones_probabilities() -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_slates_of_several_policies_know_each_ones_probabilities(
+    large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        monkeypatch.setattr("offtower.data.simulate.rounds.DENSE_ITEMS", 1)
     world = SimulatedWorld(
         7,
         SMALL,

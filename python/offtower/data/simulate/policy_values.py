@@ -67,6 +67,10 @@ class PolicyValues(ABC):
     def context_latent(self, contexts: pa.Table) -> Tensor:
         """Return z's context factor, (B, latent_dim) float64, scale included."""
 
+    @abstractmethod
+    def eligibility(self, contexts: pa.Table) -> ops.Eligibility | None:
+        """Return the eligible items of these contexts for the operators; None where all are."""
+
     def reward_model(self, contexts: pa.Table) -> ops.FactoredReward:
         """Return q of these contexts and all items."""
         return ops.FactoredReward(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import get_args
 
 import numpy as np
@@ -21,7 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offtower import ops
 from offtower.data.catalogue import Catalogue
+from offtower.data.eligible import eligible_items
 from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.data.simulate.clicks import RewardKind, SlateSettings, draw_rewards
 from offtower.data.simulate.eligible_sets import (
@@ -182,6 +185,14 @@ class SimulatedWorld(PolicyValues):
         if self.eligible is not None:
             columns |= self.eligible.item_columns()
         return pa.table(columns)
+
+    def eligibility(self, contexts: pa.Table) -> ops.Eligibility | None:
+        items = eligible_items(self._catalogue, self.log_schema)
+        return None if items is None else items.encode(contexts).on()
+
+    @cached_property
+    def _catalogue(self) -> Catalogue:
+        return self.catalogue()
 
     def catalogue(self) -> Catalogue:
         """Return the items with their features."""
