@@ -8,6 +8,7 @@ from itertools import chain
 import pyarrow as pa
 
 from offtower.data.catalogue import Catalogue
+from offtower.data.eligible_schema import EligibleSchema
 from offtower.data.location import AnyPath, Location
 from offtower.data.manifest import find_parquet_files, read_manifest
 from offtower.data.parquet import RowGroups, listed_footers
@@ -45,6 +46,11 @@ class CatalogueStream:
         self.num_items = sum(self.counts)
         if self.num_items == 0:
             raise DataError(f"the catalogue at '{self.path}' has no items")
+
+    def keeping(self, section: EligibleSchema | None) -> CatalogueStream:
+        """Return the stream with the columns that a log schema's section `eligible` reads."""
+        schema = self.schema.keeping(section)
+        return self if schema is self.schema else CatalogueStream(self.path, schema)
 
     def chunks(self, rows: int = CHUNK, items: range | None = None) -> Iterator[Catalogue]:
         """Yield items in order, in chunks of `rows`; the last chunk of a file may be shorter.

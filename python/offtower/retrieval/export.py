@@ -30,6 +30,7 @@ from offtower.models.store import load_policy
 from offtower.prepare import catalogue_schema
 from offtower.progress import Progress
 from offtower.retrieval.catalogue_stream import CatalogueStream
+from offtower.retrieval.eligible import write_eligible
 from offtower.retrieval.exact import exact_top_k, recall
 from offtower.retrieval.graphs import write_graphs
 from offtower.retrieval.index import IndexOptions, import_faiss
@@ -231,6 +232,9 @@ class _Writer:
             chunk=options.chunk,
             mapper=self.mapper,
             progress=self.progress,
+        )
+        write_eligible(
+            self.catalogue.keeping(log.schema.eligible), log.schema, folder, chunk=options.chunk
         )
         exact = np.load(folder / "vectors.npy", mmap_mode="r")
         name, scale, precision = "vectors.npy", None, None

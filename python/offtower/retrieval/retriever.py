@@ -16,6 +16,7 @@ from offtower.errors import ConfigError, DataError, OfftowerError, RunError
 from offtower.paths import safe_relative
 from offtower.retrieval.cell_sampling import ItemSample
 from offtower.retrieval.cells import Cells
+from offtower.retrieval.eligible import open_eligible
 from offtower.retrieval.exact import exact_top_k
 from offtower.retrieval.index import AnnIndex, open_index
 from offtower.retrieval.manifest import (
@@ -93,6 +94,8 @@ class Retriever:
         if facts["dtype"] == "int8":
             self.scale = load_scale(directory / "scale.npy", facts["dim"])
         self.item_ids = load_ids(directory / "ids.arrow", self.num_items)
+        self.eligible = open_eligible(directory, manifest, self.item_ids)
+        """Which items each context may be shown; None where every item may."""
         self.index: AnnIndex | None = None
         if manifest["index"] is not None:
             self.index = open_index(directory / "index", self.version, self.vectors, self.scale)
