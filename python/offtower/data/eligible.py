@@ -208,9 +208,9 @@ class EligibleItems:
             DataError: a column is missing or of a wrong type, a value is null, a candidate is no
                 item of the catalogue, or a row has no eligible item; names the row.
         """
-        interval = self._interval
-        if interval is not None and self._timestamp not in table.column_names:
-            table = table.append_column(self._timestamp, _times(at, table.num_rows, interval.kind))
+        times = self.times(table, at)
+        if times is not None and self._timestamp not in table.column_names:
+            table = table.append_column(self._timestamp, times)
         for column, problem, expected, mask in self.faulty_columns(table, "the contexts"):
             row = int(np.flatnonzero(mask)[0])
             raise DataError(
@@ -220,6 +220,19 @@ class EligibleItems:
         rows = self.encode(table)
         self.check_not_empty(rows, "the contexts")
         return rows
+
+    def times(self, table: pa.Table, at: datetime | None = None) -> pa.Array | None:
+        """(n,) times by which the items of contexts are eligible, for a log of what was served;
+        None without `interval`. The arguments are those of `of_contexts`.
+
+        Raises:
+            DataError: there is no column of times, and the unit of the catalogue's is not known.
+        """
+        if self._interval is None:
+            return None
+        if self._timestamp in table.column_names:
+            return as_array(table.column(self._timestamp))
+        return _times(at, table.num_rows, self._interval.kind)
 
     def check_not_empty(self, rows: EligibleRows, where: str, first_row: int = 0) -> None:
         """Check that every row has an eligible item.

@@ -57,9 +57,7 @@ def decisions_table(
         "pscore_error": pa.array(served.relative_error.reshape(-1)),
         POSITION: pa.array(np.tile(np.arange(k, dtype=np.int64), n)),
         ROUND: round_id.take(row),
-        schema.timestamp or "timestamp": pa.array(
-            np.full(n * k, now.replace(tzinfo=None), dtype="datetime64[us]")
-        ),
+        schema.timestamp or "timestamp": _times(retriever, contexts, now).take(row),
         schema.behavior_policy or "behavior_policy": pa.repeat(f"export {served.version}", n * k),
     }
     for name, column in columns.items():
@@ -90,8 +88,19 @@ def catalogue_section(retriever: Retriever) -> CatalogueSchema:
     return CatalogueSchema.from_dict(retriever.manifest["catalogue"]["schema"])
 
 
+def _times(retriever: Retriever, contexts: pa.Table, now: datetime) -> pa.Array:
+    """(n,) times of the rows: those by which items were eligible, or the time of serving."""
+    eligible = retriever.eligible
+    times = None if eligible is None else eligible.times(contexts, now)
+    if times is None:
+        naive = np.full(contexts.num_rows, now.replace(tzinfo=None), dtype="datetime64[us]")
+        times = pa.array(naive)
+    return times
+
+
 def _without_old_decisions(contexts: pa.Table, schema: LogSchema) -> pa.Table:
     """Drop the columns of a logged decision: reward, propensity, item and the like."""
     kept = {spec.source for spec in schema.context} | {schema.user_id}
+    kept |= set() if schema.eligible is None else set(schema.eligible.log_columns)
     old = (set(schema.columns) | {"pscore_error"}) - kept
     return contexts.drop_columns([name for name in contexts.column_names if name in old])

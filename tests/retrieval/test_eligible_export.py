@@ -1,0 +1,90 @@
+"""Eligible items from a run through its export to the log of what was served."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from offtower.config import parse_config
+from offtower.data.catalogue import Catalogue, write_catalogue
+from offtower.data.eligible import EligibleItems
+from offtower.data.log import write_log
+from offtower.errors import RunError
+from offtower.retrieval import ExportOptions, Retriever, decisions_table, export_run, served_schema
+from offtower.retrieval.eligible import FILE
+from offtower.retrieval.retriever import SampleResult
+from offtower.training.run import train_run
+from tests.training.eligible_data import N, items, log, schemas
+
+FORMS = ("attribute", "interval", "exclude", "candidates")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("eligible")
+    table, _ = log(300, FORMS)
+    log_schema, catalogue_schema = schemas(*FORMS)
+    write_log(folder / "log", [table], log_schema)
+    write_catalogue(folder / "catalogue", items(), catalogue_schema)
+    config = parse_config(
+        {
+            "name": "run",
+            "runs": str(folder / "runs"),
+            "data": {"train": str(folder / "log"), "catalogue": str(folder / "catalogue")},
+            "policy": {"embedding_dim": 4},
+            "objective": {"name": "ips"},
+            "training": {"epochs": 1, "threads": 1},
+        },
+        source="test",
+    )
+    train_run(config)
+    export_run(config.run_directory, ExportOptions(index=None, onnx=False, contexts=50))
+    return config.run_directory
+
+
+def test_an_export_gives_contexts_the_sets_of_the_log(run: Path) -> None:
+    table, sets = log(300, FORMS)
+    eligible = Retriever.open(run).eligible
+    assert isinstance(eligible, EligibleItems)
+    rows = eligible.of_contexts(table.drop_columns(["action", "reward", "pscore"]))
+    for item in range(N):
+        np.testing.assert_array_equal(rows.contains(np.full(len(rows), item)), sets[:, item])
+
+
+def test_the_log_of_what_was_served_keeps_the_columns(run: Path) -> None:
+    retriever = Retriever.open(run)
+    table, sets = log(300, FORMS)
+    contexts = table.take(pa.array([4, 9, 20]))
+    shown = np.array([[np.flatnonzero(sets[i])[0]] for i in (4, 9, 20)])
+    ones = np.ones((3, 1))
+    served = SampleResult(
+        item_id=[], item=shown, pscore=ones, relative_error=ones, conditional_pscore=ones,
+        slate=False, version="1", mode="exact",
+    )  # fmt: skip
+    found = decisions_table(retriever, contexts, served, served_at=datetime.now(UTC))
+    for name in ("region", "seen", "shortlist", "time"):
+        assert found.column(name).to_pylist() == contexts.column(name).to_pylist()
+    # So the log's own sets are those that the items were chosen from.
+    catalogue = Catalogue(items(), schemas(*FORMS)[1])
+    rows = EligibleItems(catalogue, served_schema(retriever)).encode(found)
+    np.testing.assert_array_equal(rows.count(), sets[[4, 9, 20]].sum(axis=1))
+
+
+def test_a_lost_file_is_reported(run: Path, tmp_path: Path) -> None:
+    retriever = Retriever.open(run)
+    file = retriever.directory / FILE
+    content = pq.read_table(file)
+    try:
+        pq.write_table(content.slice(1), file)
+        with pytest.raises(RunError, match=r"has 69 rows for 70 items; export again"):
+            Retriever(retriever.directory, retriever.manifest)
+        file.unlink()
+        with pytest.raises(RunError, match="cannot be read"):
+            Retriever(retriever.directory, retriever.manifest)
+    finally:
+        pq.write_table(content, file)
