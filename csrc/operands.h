@@ -11,6 +11,24 @@ namespace offtower {
 enum class DType : int32_t { float32 = 0, bfloat16 = 1, tfloat32 = 2 };
 enum class RewardKind : int32_t { none = 0, dense = 1, identity = 2, sigmoid = 3 };
 
+// Lists of item numbers, one a row: row i has items[offsets[i]] to items[offsets[i + 1] - 1], rising.
+struct ItemLists {
+  int64_t rows;
+  const int64_t* offsets; // (rows + 1,); null if there are no lists
+  const int64_t* items;
+};
+
+// The items that each row may choose: those in the bitmap of its group, if there is one, that are not
+// excluded. All others have a logit of -inf.
+struct Eligibility {
+  const int32_t* group; // (rows,) or null
+  int64_t groups, words;
+  const uint64_t* bitmap; // (groups, words): bit a % 64 of word a / 64 is item a
+  ItemLists excluded;
+
+  bool restricts() const { return bitmap != nullptr || excluded.offsets != nullptr; }
+};
+
 // Logits s_ij = <context_i, item_j> / temperature + item_bias_j, and a frozen reward model q_ij.
 struct PolicyOperands {
   DType dtype;
@@ -27,6 +45,29 @@ struct PolicyOperands {
   const void* reward_context; // (rows, reward_dim)
   const void* reward_item;    // (items, reward_dim)
   const void* reward_bias;    // (items,) or null
+
+  Eligibility eligible;
+};
+
+// Products over the entries e of lists, for candidate lists; in the order of the entries.
+//
+// dots[e] = <rows_i, matrix_a> for the entries (i, a) of the lists.
+struct ListDots {
+  DType dtype;
+  int64_t dim;
+  const void* rows;   // (lists.rows, dim)
+  const void* matrix; // (?, dim)
+  ItemLists lists;
+  float* dots;
+};
+// sums_i = sum of weight[e] matrix_a over the entries e = (i, a) of list i.
+struct ListSums {
+  DType dtype;
+  int64_t dim;
+  const float* weight;
+  const void* matrix;
+  ItemLists lists;
+  float* sums; // (lists.rows, dim)
 };
 
 // (rows,) float32 each; null where not asked for.
@@ -75,8 +116,8 @@ struct BackwardResults {
 
 struct TopKResults {
   int64_t k;
-  float* score;   // (rows, k), falling
-  int64_t* index; // (rows, k); of equal scores the lowest comes first
+  float* score;   // (rows, k), falling; -inf beyond the number of eligible items
+  int64_t* index; // (rows, k); of equal scores the lowest comes first; -1 beyond that number
 };
 
 } // namespace offtower

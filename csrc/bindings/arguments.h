@@ -15,7 +15,8 @@ public:
   Operands(const py::capsule& context, const py::capsule& item, const Capsule& item_bias,
            const Capsule& action, double temperature, const Capsule& dense,
            const Capsule& reward_context, const Capsule& reward_item, const Capsule& reward_bias,
-           bool sigmoid, bool tfloat32) {
+           const Capsule& group, const Capsule& bitmap, const Capsule& excluded_offsets,
+           const Capsule& excluded_items, bool sigmoid, bool tfloat32) {
     const Array u(context, "context"), v(item, "item");
     device_ = u.device();
     element_ = u.holds(Element::bfloat16) ? Element::bfloat16 : Element::float32;
@@ -49,9 +50,11 @@ public:
     } else if (reward_context || reward_item || reward_bias) {
       throw std::invalid_argument("reward_context and reward_item must be given together");
     }
+    keep_eligible(group, bitmap, excluded_offsets, excluded_items);
   }
 
   const PolicyOperands& policy() const { return policy_; }
+  int64_t excluded_count() const { return excluded_count_; }
   // Throws std::invalid_argument unless the arrays are on this device.
   void require_device(dlpack::Device device) const {
     if (device_.type != device.type || device_.number != device.number)
@@ -77,7 +80,36 @@ private:
     return Array(*array, name).data(element, shape, device_);
   }
 
+  void keep_eligible(const Capsule& group, const Capsule& bitmap, const Capsule& offsets,
+                     const Capsule& items) {
+    if (group.has_value() != bitmap.has_value())
+      throw std::invalid_argument("group and bitmap must be given together");
+    if (offsets.has_value() != items.has_value())
+      throw std::invalid_argument("excluded_offsets and excluded_items must be given together");
+    Eligibility& e = policy_.eligible;
+    if (bitmap) {
+      const Array words(*bitmap, "bitmap");
+      if (words.shape().size() != 2) words.refuse("must have two dimensions");
+      e.groups = words.shape()[0];
+      e.words = (policy_.items + 63) / 64;
+      e.group = static_cast<const int32_t*>(keep(group, "group", Element::int32, {policy_.rows}));
+      e.bitmap = static_cast<const uint64_t*>(
+          keep(bitmap, "bitmap", Element::int64, {e.groups, e.words}));
+    }
+    if (offsets) {
+      const Array array(*items, "excluded_items");
+      if (array.shape().size() != 1) array.refuse("must have one dimension");
+      e.excluded.rows = policy_.rows;
+      e.excluded.offsets = static_cast<const int64_t*>(
+          keep(offsets, "excluded_offsets", Element::int64, {policy_.rows + 1}));
+      e.excluded.items = static_cast<const int64_t*>(
+          keep(items, "excluded_items", Element::int64, array.shape()));
+      excluded_count_ = array.shape()[0];
+    }
+  }
+
   PolicyOperands policy_{};
+  int64_t excluded_count_ = 0;
   Element element_ = Element::float32;
   dlpack::Device device_{};
   std::vector<py::object> kept_;
@@ -87,11 +119,14 @@ inline void define_operands(py::module_& m) {
   const auto none = py::none();
   py::class_<Operands>(m, "Operands", py::module_local())
       .def(py::init<const py::capsule&, const py::capsule&, const Capsule&, const Capsule&, double,
-                    const Capsule&, const Capsule&, const Capsule&, const Capsule&, bool, bool>(),
+                    const Capsule&, const Capsule&, const Capsule&, const Capsule&, const Capsule&,
+                    const Capsule&, const Capsule&, const Capsule&, bool, bool>(),
            py::kw_only(), py::arg("context"), py::arg("item"), py::arg("item_bias") = none,
            py::arg("action") = none, py::arg("temperature") = 1.0, py::arg("dense") = none,
            py::arg("reward_context") = none, py::arg("reward_item") = none,
-           py::arg("reward_bias") = none, py::arg("sigmoid") = false, py::arg("tfloat32") = false);
+           py::arg("reward_bias") = none, py::arg("group") = none, py::arg("bitmap") = none,
+           py::arg("excluded_offsets") = none, py::arg("excluded_items") = none,
+           py::arg("sigmoid") = false, py::arg("tfloat32") = false);
 }
 
 // `run(Operands, ForwardResults, rest...)`; `names`: of the rest.

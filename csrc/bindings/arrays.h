@@ -39,7 +39,7 @@ struct Tensor {
 using Capsule = std::optional<py::capsule>;
 using Shape = std::vector<int64_t>;
 
-enum class Element { float32, bfloat16, int64, uint8 };
+enum class Element { float32, bfloat16, int64, int32, uint8 };
 
 inline const char* name_of(Element element) {
   switch (element) {
@@ -49,6 +49,8 @@ inline const char* name_of(Element element) {
       return "bfloat16";
     case Element::int64:
       return "int64";
+    case Element::int32:
+      return "int32";
     default:
       return "uint8";
   }
@@ -85,6 +87,8 @@ public:
         return is(kBfloat, 16);
       case Element::int64:
         return is(kInt, 64);
+      case Element::int32:
+        return is(kInt, 32);
       default:
         return is(kUInt, 8);
     }

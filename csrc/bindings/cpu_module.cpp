@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../cpu/instruction_sets.h"
-#include "arguments.h"
+#include "list_arguments.h"
 
 using namespace offtower;
 using namespace offtower::cpu;
@@ -31,8 +31,8 @@ void run(int threads, Call call) {
   if (!finished) throw py::error_already_set();
 }
 
-// Throws std::invalid_argument if the operands are not on the CPU, an action is beyond the items, or
-// the instruction set is not there.
+// Throws std::invalid_argument if the operands are not on the CPU, an action, a group or an excluded
+// item is out of range, or the instruction set is not there.
 const Kernels& kernels_for(const Operands& operands, const std::string& isa) {
   operands.require_device({dlpack::kCPU, 0});
   const PolicyOperands& o = operands.policy();
@@ -42,7 +42,25 @@ const Kernels& kernels_for(const Operands& operands, const std::string& isa) {
       throw std::invalid_argument("action " + std::to_string(o.action[row]) + " in row " +
                                   std::to_string(row) + " is out of range: there are " +
                                   std::to_string(o.items) + " items");
+  const Eligibility& e = o.eligible;
+  for (int64_t row = 0; e.group != nullptr && row < o.rows; ++row)
+    if (e.group[row] < 0 || e.group[row] >= e.groups)
+      throw std::invalid_argument("group " + std::to_string(e.group[row]) + " of row " +
+                                  std::to_string(row) + " is out of range: the bitmap has " +
+                                  std::to_string(e.groups) + " rows");
+  if (e.excluded.offsets != nullptr)
+    check_lists("excluded", e.excluded, operands.excluded_count(), o.items);
   return choose_set(isa.c_str()).of(o.dtype);
+}
+
+// As above, for lists with `entries` of a matrix of `limit` rows.
+const Kernels& kernels_for(const ItemLists& lists, DType dtype, dlpack::Device device,
+                           int64_t entries, int64_t limit, const std::string& isa) {
+  if (device.type != dlpack::kCPU)
+    throw std::invalid_argument("the lists must be on the CPU, but are on DLPack device " +
+                                text(device));
+  check_lists("the lists", lists, entries, limit);
+  return choose_set(isa.c_str()).of(dtype);
 }
 
 double multiply_add_rate(int dtype, int threads, const std::string& isa) {
@@ -100,6 +118,22 @@ PYBIND11_MODULE(_cpu, m) {
       [](const Operands& o, const TopKResults& results, int count, const std::string& set) {
         const Kernels& kernels = kernels_for(o, set);
         run(count, [&](Workers& workers) { return kernels.top_k(o.policy(), results, workers); });
+      },
+      threads, isa);
+  define_list_dots<int, const std::string&>(
+      m,
+      [](const ListDots& x, dlpack::Device device, int64_t entries, int64_t limit, int count,
+         const std::string& set) {
+        const Kernels& kernels = kernels_for(x.lists, x.dtype, device, entries, limit, set);
+        run(count, [&](Workers& workers) { return kernels.list_dots(x, workers); });
+      },
+      threads, isa);
+  define_list_sums<int, const std::string&>(
+      m,
+      [](const ListSums& x, dlpack::Device device, int64_t entries, int64_t limit, int count,
+         const std::string& set) {
+        const Kernels& kernels = kernels_for(x.lists, x.dtype, device, entries, limit, set);
+        run(count, [&](Workers& workers) { return kernels.list_sums(x, workers); });
       },
       threads, isa);
   m.def("multiply_add_rate", &multiply_add_rate, py::arg("dtype"), py::arg("threads"),

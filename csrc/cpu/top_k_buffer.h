@@ -25,6 +25,8 @@ public:
 
   // Keeps the k best of these and the others, whose items all come later.
   void merge(const TopKBuffer& others);
+  // How many there are: fewer than k where fewer were pushed.
+  int64_t found() const { return static_cast<int64_t>(kept_.size()); }
   // Writes them in order.
   void write(float* score, int64_t* index);
 

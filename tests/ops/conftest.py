@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 
+from offtower.ops import available_instruction_sets
 from tests.ops import cuda_emulation
 
 
@@ -13,3 +14,10 @@ from tests.ops import cuda_emulation
 def module() -> ModuleType:
     """The CUDA kernels on an emulated thread block."""
     return cuda_emulation.build()
+
+
+@pytest.fixture(params=available_instruction_sets())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set that this machine runs, in turn."""
+    monkeypatch.setenv("OFFTOWER_CPU_ISA", request.param)
+    return str(request.param)

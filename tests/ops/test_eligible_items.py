@@ -31,7 +31,7 @@ from offtower.ops.types import (
     Operands,
     RewardOperands,
 )
-from tests.ops.cases import KINDS, Case, Variant
+from tests.ops.cases import KINDS, Case, Variant, check_errors
 from tests.ops.eligible_sets import FORMS, draw_eligible, item_lists, packed
 
 SHAPES = [(1, 1, 1), (1, 300, 16), (7, 64, 3), (17, 513, 9)]
@@ -290,3 +290,16 @@ def test_draws_from_an_empty_set_are_refused() -> None:
     ):
         with pytest.raises(OperatorError, match="row 1 has no eligible item"):
             sample_softmax(U, V, eligible=eligible)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("forms", FORMS)
+def test_errors_of_the_native_core_are_within_twice_those_of_torch(
+    isa: str, forms: str, kind: str, dtype: torch.dtype
+) -> None:
+    """Ragged shapes, near-uniform to peaked; every instruction set."""
+    for shape, scale in (((1, 1, 1), 1.0), ((17, 513, 33), 1e-3), ((130, 700, 20), 6.0)):
+        for entropy in (False, True):
+            variant = Variant(entropy=entropy, eligible=forms)
+            check_errors(shape, kind, dtype, scale, Case.native, seeds=range(2), variant=variant)

@@ -20,11 +20,12 @@ constexpr int64_t kTileItems = 96; // a multiple of kGroup
 constexpr int64_t kTileRows = 128; // a multiple of every block
 constexpr int64_t kBackwardSegments = 64;
 
-template <class A, class T>
+template <class A, class T, bool kMasked>
 class Backward {
 public:
   Backward(const BackwardOperands& operands, const BackwardResults& results, Workers& workers)
       : in_(operands), o_(operands.policy), out_(results), workers_(workers), problem_(o_),
+        eligible_(o_),
         columns_(ceil_div(o_.dim, A::kWidth) * A::kWidth),
         padded_rows_(problem_.blocks * kBlock<A>), cotangents_(padded_rows_),
         tiles_(ceil_div(o_.items, kTileItems)),
@@ -57,12 +58,15 @@ private:
         : tile(owner.problem_, kTileItems), cotangents(kTileItems, kTileRows),
           item_gradient(kTileItems * owner.columns_),
           items_packed(kTileItems / A::kPair * owner.columns_), bias_sums(kTileItems * A::kWidth),
-          dense(owner.o_.reward == RewardKind::dense ? kTileItems * kBlock<A> : 0) {}
+          dense(owner.o_.reward == RewardKind::dense ? kTileItems * kBlock<A> : 0),
+          cursor(kMasked ? owner.padded_rows_ : 0) {}
     ItemTile<A, T> tile;
     CotangentTile<A> cotangents;
     Buffer<float> item_gradient;
     Buffer<typename A::Unit> items_packed;
     Buffer<float> bias_sums, dense;
+    EligibleTile<A> eligible;
+    Buffer<int64_t> cursor; // of all rows
   };
 
   void fill_cotangents() {
@@ -94,6 +98,9 @@ private:
   void segment(int64_t segment, int worker) {
     float* const sum = out_.context == nullptr ? nullptr : tree_.acquire();
     const int64_t end = min((segment + 1) * segment_tiles_, tiles_);
+    for (int64_t block = 0; kMasked && block < problem_.blocks; ++block)
+      eligible_.seek(block, segment * segment_tiles_ * kTileItems,
+                     scratch_[worker].cursor.get() + block * kBlock<A>);
     for (int64_t t = segment * segment_tiles_; t < end; ++t) {
       if (workers_.stopped(worker)) return;
       const int64_t begin = t * kTileItems;
@@ -110,7 +117,9 @@ private:
     const int64_t registers = columns_ / A::kWidth, stride = mine.cotangents.row_stride();
     for (int64_t row = 0; row < padded_rows_; row += kTileRows) {
       const int64_t rows = min(kTileRows, padded_rows_ - row);
-      for (int64_t r = 0; r < rows; r += kBlock<A>) block((row + r) / kBlock<A>, r, mine);
+      bool any = false;
+      for (int64_t r = 0; r < rows; r += kBlock<A>) any |= block((row + r) / kBlock<A>, r, mine);
+      if (kMasked && !any) continue;
       if (out_.item != nullptr)
         accumulate<A, false>(mine.cotangents.by_row.get(), stride,
                              context_rows_.get() + row / A::kPair * columns_, columns_,
@@ -123,23 +132,30 @@ private:
     write_items(mine);
   }
 
-  void block(int64_t block, int64_t row_in_tile, Scratch& mine) {
+  // Returns whether a row of the block has an eligible item in the tile.
+  bool block(int64_t block, int64_t row_in_tile, Scratch& mine) {
+    if (kMasked && !eligible_.load(block, mine.tile.begin, mine.tile.count,
+                                   mine.cursor.get() + block * kBlock<A>, mine.eligible)) {
+      mine.cotangents.clear(mine.tile.count, row_in_tile, kBlock<A>);
+      return false;
+    }
     float* bias = out_.item_bias == nullptr ? nullptr : mine.bias_sums.get();
     float* dense = mine.dense.get();
     const RowCotangents& g = cotangents_;
     CotangentTile<A>& out = mine.cotangents;
     if (g.has_reward && g.has_entropy)
-      block_cotangents<A, T, true, true>(problem_, g, mine.tile, block, row_in_tile, dense, bias,
-                                         out);
+      block_cotangents<A, T, true, true, kMasked>(problem_, g, mine.tile, block, row_in_tile, dense,
+                                                  bias, mine.eligible, out);
     else if (g.has_reward)
-      block_cotangents<A, T, true, false>(problem_, g, mine.tile, block, row_in_tile, dense, bias,
-                                          out);
+      block_cotangents<A, T, true, false, kMasked>(problem_, g, mine.tile, block, row_in_tile, dense,
+                                                   bias, mine.eligible, out);
     else if (g.has_entropy)
-      block_cotangents<A, T, false, true>(problem_, g, mine.tile, block, row_in_tile, dense, bias,
-                                          out);
+      block_cotangents<A, T, false, true, kMasked>(problem_, g, mine.tile, block, row_in_tile, dense,
+                                                   bias, mine.eligible, out);
     else
-      block_cotangents<A, T, false, false>(problem_, g, mine.tile, block, row_in_tile, dense, bias,
-                                           out);
+      block_cotangents<A, T, false, false, kMasked>(problem_, g, mine.tile, block, row_in_tile, dense,
+                                                    bias, mine.eligible, out);
+    return true;
   }
 
   // The tile's items as right operand; in place where a row fills whole registers already.
@@ -208,6 +224,7 @@ private:
   const BackwardResults out_;
   Workers& workers_;
   const Problem<A, T> problem_;
+  const EligibleRows<A> eligible_;
   const int64_t columns_, padded_rows_;
   RowCotangents cotangents_;
   const int64_t tiles_, segment_tiles_, segments_;
@@ -219,7 +236,9 @@ private:
 
 template <class A, class T>
 bool backward(const BackwardOperands& operands, const BackwardResults& results, Workers& workers) {
-  return Backward<A, T>(operands, results, workers).run();
+  if (operands.policy.eligible.restricts())
+    return Backward<A, T, true>(operands, results, workers).run();
+  return Backward<A, T, false>(operands, results, workers).run();
 }
 
 } // namespace

@@ -8,7 +8,7 @@
 // unit (summed over rows for dv), by_item neighboring items (summed over items for du).
 #pragma once
 
-#include "problem.h"
+#include "eligible.h"
 
 namespace offtower::cpu {
 namespace {
@@ -31,6 +31,13 @@ struct CotangentTile {
     if (A::kPair == 2) by_item.resize(items / 2 * rows);
   }
   int64_t row_stride() const { return rows / A::kPair; } // units from one item to the next
+  // Zeros for `lanes` rows of all items.
+  void clear(int64_t items, int64_t row, int64_t lanes) {
+    for (int64_t i = 0; i < items; ++i)
+      for (int64_t k = 0; k < lanes / A::kPair; ++k) by_row[i * row_stride() + row / A::kPair + k] = 0;
+    for (int64_t i = 0; A::kPair == 2 && i < items; i += 2)
+      for (int64_t k = 0; k < lanes; ++k) by_item[i / 2 * rows + row + k] = 0;
+  }
   Unit* for_items() { return A::kPair == 2 ? by_item.get() : by_row.get(); }
 
   const int64_t rows;
@@ -66,17 +73,32 @@ OFFTOWER_INLINE void store_cotangents(const Registers<A, M>& ds, int64_t item, i
   }
 }
 
-template <class A, class T, int M, bool kReward, bool kEntropy>
+template <class A, int M>
+OFFTOWER_INLINE const Registers<A, M>& zeros(Registers<A, M>& s) {
+  OFFTOWER_UNROLL
+  for (int m = 0; m < M; ++m) {
+    OFFTOWER_UNROLL
+    for (int v = 0; v < A::kColumns; ++v) s[m][v] = A::set(0.0f);
+  }
+  return s;
+}
+
+template <class A, class T, int M, bool kReward, bool kEntropy, bool kMasked>
 OFFTOWER_INLINE void item_cotangents(const Problem<A, T>& problem, const RowCotangents& g_rows,
                                      const ItemTile<A, T>& tile, int64_t item, int64_t block,
                                      int64_t row_in_tile, const float* dense, float* bias_sums,
-                                     CotangentTile<A>& out) {
+                                     const EligibleTile<A>& eligible, CotangentTile<A>& out) {
   constexpr int V = A::kColumns, W = A::kWidth;
   const int64_t row = block * kBlock<A>;
   Registers<A, M> s;
+  if (kMasked && !eligible.any_of(item, M)) {
+    store_cotangents<A, M>(zeros<A, M>(s), item, row_in_tile, out);
+    return;
+  }
   const int64_t stride = tile.row_source.stride();
   affine<A, M>(tile.rows + item * stride, stride, tile.bias_at(item), problem.block(block),
                problem.depth, problem.scale, s);
+  if constexpr (kMasked) mask<A, M>(eligible, item, s);
   alignas(64) float mass[kReward ? M * kBlock<A> : 1];
   OFFTOWER_UNROLL
   for (int v = 0; v < V; ++v) {
@@ -140,23 +162,23 @@ OFFTOWER_INLINE void item_cotangents(const Problem<A, T>& problem, const RowCota
 
 // ds of all items of the tile for one block of rows. `bias_sums` (items, kWidth), or null, collects
 // its sum over rows.
-template <class A, class T, bool kReward, bool kEntropy>
+template <class A, class T, bool kReward, bool kEntropy, bool kMasked>
 void block_cotangents(const Problem<A, T>& problem, const RowCotangents& g,
                       const ItemTile<A, T>& tile, int64_t block, int64_t row_in_tile, float* dense,
-                      float* bias_sums, CotangentTile<A>& out) {
+                      float* bias_sums, const EligibleTile<A>& eligible, CotangentTile<A>& out) {
   const bool is_dense = kReward && !problem.factored;
   if (is_dense) load_dense<A, T>(problem.o, block, tile.begin, tile.count, dense);
   const auto at = [&](int64_t i) { return is_dense ? dense + i * kBlock<A> : nullptr; };
   int64_t i = 0;
   for (; i + kGroup <= tile.count; i += kGroup)
-    item_cotangents<A, T, kGroup, kReward, kEntropy>(problem, g, tile, i, block, row_in_tile, at(i),
-                                                     bias_sums, out);
+    item_cotangents<A, T, kGroup, kReward, kEntropy, kMasked>(problem, g, tile, i, block, row_in_tile,
+                                                              at(i), bias_sums, eligible, out);
   for (; i + 2 <= tile.count; i += 2)
-    item_cotangents<A, T, 2, kReward, kEntropy>(problem, g, tile, i, block, row_in_tile, at(i),
-                                                bias_sums, out);
+    item_cotangents<A, T, 2, kReward, kEntropy, kMasked>(problem, g, tile, i, block, row_in_tile,
+                                                         at(i), bias_sums, eligible, out);
   if (i < tile.count)
-    item_cotangents<A, T, 1, kReward, kEntropy>(problem, g, tile, i, block, row_in_tile, at(i),
-                                                bias_sums, out);
+    item_cotangents<A, T, 1, kReward, kEntropy, kMasked>(problem, g, tile, i, block, row_in_tile,
+                                                         at(i), bias_sums, eligible, out);
 }
 
 } // namespace

@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "../workers.h"
-#include "problem.h"
+#include "eligible.h"
 
 namespace offtower::cpu {
 namespace {
@@ -97,15 +97,17 @@ OFFTOWER_INLINE void raise_reference_max(const typename A::F (&top)[A::kColumns]
   }
 }
 
-template <class A, class T, int M, bool kReward, bool kEntropy>
+// `eligible` has the bits of the items from `first` of the tile on; null without restriction.
+template <class A, class T, int M, bool kReward, bool kEntropy, bool kMasked>
 OFFTOWER_INLINE void add_items(const Problem<A, T>& problem, const ItemTile<A, T>& tile,
                                int64_t item, int64_t block, const float* dense,
-                               BlockSums<A>& sums) {
+                               BlockSums<A>& sums, const EligibleTile<A>* eligible, int64_t first) {
   constexpr int V = A::kColumns, W = A::kWidth;
   Registers<A, M> s;
   const int64_t stride = tile.row_source.stride();
   affine<A, M>(tile.rows + item * stride, stride, tile.bias_at(item), problem.block(block),
                problem.depth, problem.scale, s);
+  if constexpr (kMasked) mask<A, M>(*eligible, item - first, s);
   typename A::F top[V];
   uint32_t over = 0;
   OFFTOWER_UNROLL
@@ -159,28 +161,45 @@ OFFTOWER_INLINE void add_items(const Problem<A, T>& problem, const ItemTile<A, T
   }
 }
 
-template <class A, class T, bool kReward, bool kEntropy>
+// Of a block's eligible items: the bits of a fold, and the next excluded item of each lane.
+template <class A>
+struct BlockEligible {
+  EligibleTile<A> tile;
+  int64_t cursor[kBlock<A>];
+};
+
+template <class A, class T, bool kReward, bool kEntropy, bool kMasked>
 void add_tile(const Problem<A, T>& problem, const ItemTile<A, T>& tile, int64_t block, float* dense,
-              BlockSums<A>& sums) {
+              BlockSums<A>& sums, const EligibleRows<A>* rows, BlockEligible<A>* eligible) {
   for (int64_t start = 0; start < tile.count; start += kFold) {
     const int64_t stop = min(start + kFold, tile.count);
+    const EligibleTile<A>* bits = nullptr;
+    if constexpr (kMasked) {
+      bits = &eligible->tile;
+      if (!rows->load(block, tile.begin + start, stop - start, eligible->cursor, eligible->tile))
+        continue;
+    }
     const bool is_dense = kReward && !problem.factored;
     if (is_dense) load_dense<A, T>(problem.o, block, tile.begin + start, stop - start, dense);
     const auto at = [&](int64_t i) { return is_dense ? dense + (i - start) * kBlock<A> : nullptr; };
     int64_t i = start;
-    for (; i + kGroup <= stop; i += kGroup)
-      add_items<A, T, kGroup, kReward, kEntropy>(problem, tile, i, block, at(i), sums);
+    for (; i + kGroup <= stop; i += kGroup) {
+      if (kMasked && !bits->any_of(i - start, kGroup)) continue;
+      add_items<A, T, kGroup, kReward, kEntropy, kMasked>(problem, tile, i, block, at(i), sums,
+                                                          bits, start);
+    }
     for (; i < stop; ++i)
-      add_items<A, T, 1, kReward, kEntropy>(problem, tile, i, block, at(i), sums);
+      add_items<A, T, 1, kReward, kEntropy, kMasked>(problem, tile, i, block, at(i), sums, bits,
+                                                     start);
     sums.fold();
   }
 }
 
-template <class A, class T>
+template <class A, class T, bool kMasked>
 class Forward {
 public:
   Forward(const PolicyOperands& operands, const ForwardResults& results, Workers& workers)
-      : problem_(operands), results_(results), workers_(workers),
+      : problem_(operands), eligible_(operands), results_(results), workers_(workers),
         entropy_(results.entropy != nullptr || results.centered_sum != nullptr) {
     const int64_t items = operands.items, bytes = (operands.dim + operands.reward_dim) * 4;
     tile_items_ = max(kFold, kTileBytes / max(bytes, 1) / kFold * kFold);
@@ -210,11 +229,12 @@ private:
   struct Scratch {
     Scratch(const Problem<A, T>& problem, int64_t tile_items)
         : tile(problem, tile_items),
-          dense(problem.o.reward == RewardKind::dense ? kFold * kBlock<A> : 0), sums(kGroupBlocks) {
-    }
+          dense(problem.o.reward == RewardKind::dense ? kFold * kBlock<A> : 0), sums(kGroupBlocks),
+          eligible(kMasked ? kGroupBlocks : 0) {}
     ItemTile<A, T> tile;
     Buffer<float> dense;
     Buffer<BlockSums<A>> sums;
+    Buffer<BlockEligible<A>> eligible;
   };
 
   void segment(int64_t segment, int64_t group, int worker) {
@@ -222,12 +242,15 @@ private:
     Scratch& mine = scratch_[worker];
     const int64_t first = group * kGroupBlocks;
     const int64_t blocks = min(kGroupBlocks, problem_.blocks - first);
-    for (int64_t b = 0; b < blocks; ++b) mine.sums[b].clear();
+    for (int64_t b = 0; b < blocks; ++b) {
+      mine.sums[b].clear();
+      if (kMasked) eligible_.seek(first + b, segment * segment_items_, mine.eligible[b].cursor);
+    }
     const int64_t end = min((segment + 1) * segment_items_, o.items);
     for (int64_t begin = segment * segment_items_; begin < end; begin += tile_items_) {
       if (workers_.stopped(worker)) return;
       mine.tile.load(begin, min(tile_items_, end - begin));
-      for (int64_t b = 0; b < blocks; ++b) add(mine, first + b, mine.sums[b]);
+      for (int64_t b = 0; b < blocks; ++b) add(mine, first, b);
     }
     for (int64_t b = 0; b < blocks; ++b) {
       const BlockSums<A>& sums = mine.sums[b];
@@ -240,17 +263,20 @@ private:
     }
   }
 
-  void add(Scratch& mine, int64_t block, BlockSums<A>& sums) {
+  void add(Scratch& mine, int64_t first, int64_t b) {
+    BlockSums<A>& sums = mine.sums[b];
+    BlockEligible<A>* const bits = kMasked ? &mine.eligible[b] : nullptr;
+    const int64_t block = first + b;
     const bool reward = problem_.o.reward != RewardKind::none;
     float* dense = mine.dense.get();
     if (reward && entropy_)
-      add_tile<A, T, true, true>(problem_, mine.tile, block, dense, sums);
+      add_tile<A, T, true, true, kMasked>(problem_, mine.tile, block, dense, sums, &eligible_, bits);
     else if (reward)
-      add_tile<A, T, true, false>(problem_, mine.tile, block, dense, sums);
+      add_tile<A, T, true, false, kMasked>(problem_, mine.tile, block, dense, sums, &eligible_, bits);
     else if (entropy_)
-      add_tile<A, T, false, true>(problem_, mine.tile, block, dense, sums);
+      add_tile<A, T, false, true, kMasked>(problem_, mine.tile, block, dense, sums, &eligible_, bits);
     else
-      add_tile<A, T, false, false>(problem_, mine.tile, block, dense, sums);
+      add_tile<A, T, false, false, kMasked>(problem_, mine.tile, block, dense, sums, &eligible_, bits);
   }
 
   RowSums merged(int64_t row) const {
@@ -337,6 +363,7 @@ private:
   }
 
   const Problem<A, T> problem_;
+  const EligibleRows<A> eligible_;
   const ForwardResults results_;
   Workers& workers_;
   const bool entropy_;
@@ -347,7 +374,8 @@ private:
 
 template <class A, class T>
 bool forward(const PolicyOperands& operands, const ForwardResults& results, Workers& workers) {
-  return Forward<A, T>(operands, results, workers).run();
+  if (operands.eligible.restricts()) return Forward<A, T, true>(operands, results, workers).run();
+  return Forward<A, T, false>(operands, results, workers).run();
 }
 
 } // namespace

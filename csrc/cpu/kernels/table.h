@@ -4,6 +4,7 @@
 #include "../instruction_sets.h"
 #include "backward.h"
 #include "forward.h"
+#include "lists.h"
 #include "rate.h"
 #include "top_k.h"
 
@@ -13,7 +14,8 @@ namespace {
 // By arithmetic A on arrays of T.
 template <class A, class T>
 constexpr Kernels kernels() {
-  return {forward<A, T>, backward<A, T>, top_k<A, T>, multiply_add_rate<A>};
+  return {forward<A, T>,   backward<A, T>,  top_k<A, T>,
+          list_dots<A, T>, list_sums<A, T>, multiply_add_rate<A>};
 }
 
 } // namespace

@@ -30,6 +30,10 @@ struct Avx2 {
   static F where_above(F a, F b, F yes, F no) {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
   }
+  static uint32_t having(const uint32_t* words, uint32_t bit) { return bits(lanes(words, bit)); }
+  static F where_having(const uint32_t* words, uint32_t bit, F yes, F no) {
+    return _mm256_blendv_ps(no, yes, lanes(words, bit));
+  }
   static F scale_exponent(F p, F shifted, F y) {
     const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
     const F scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), n));
@@ -37,6 +41,11 @@ struct Avx2 {
   }
 
 private:
+  static F lanes(const uint32_t* words, uint32_t bit) {
+    const __m256i wanted = _mm256_set1_epi32(static_cast<int>(bit));
+    const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(word, wanted), wanted));
+  }
   static uint32_t bits(F mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask)); }
 };
 

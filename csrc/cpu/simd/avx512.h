@@ -33,6 +33,14 @@ struct Avx512 {
   static F where_above(F a, F b, F yes, F no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
   }
+  // A bit a lane: the word of the lane has `bit`.
+  static uint32_t having(const uint32_t* words, uint32_t bit) {
+    return _mm512_test_epi32_mask(_mm512_loadu_si512(words),
+                                  _mm512_set1_epi32(static_cast<int>(bit)));
+  }
+  static F where_having(const uint32_t* words, uint32_t bit, F yes, F no) {
+    return _mm512_mask_blend_ps(static_cast<__mmask16>(having(words, bit)), no, yes);
+  }
   static F scale_exponent(F p, F shifted, F y) {
     const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
     const __mmask16 there = _mm512_cmp_ps_mask(y, set(-126.0f), _CMP_NLT_UQ);

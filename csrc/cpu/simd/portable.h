@@ -36,6 +36,11 @@ struct Portable {
   static uint32_t above(F a, F b) { return bits(a > b); }
   static uint32_t not_below_or_equal(F a, F b) { return bits(~(a <= b)); }
   static F where_above(F a, F b, F yes, F no) { return a > b ? yes : no; }
+  // The word of the lane has `bit`.
+  static uint32_t having(const uint32_t* words, uint32_t bit) { return bits(lanes(words, bit)); }
+  static F where_having(const uint32_t* words, uint32_t bit, F yes, F no) {
+    return lanes(words, bit) ? yes : no;
+  }
   // p * 2^n, n the integer in the low bits of `shifted`; 0 where y < -126.
   static F scale_exponent(F p, F shifted, F y) {
     U a, n;
@@ -47,6 +52,11 @@ struct Portable {
   }
 
 private:
+  static I lanes(const uint32_t* words, uint32_t bit) {
+    U word;
+    std::memcpy(&word, words, sizeof(word));
+    return (word & U{bit, bit, bit, bit}) != U{0, 0, 0, 0};
+  }
   static uint32_t bits(I mask) {
     uint32_t found = 0;
     for (int lane = 0; lane < kWidth; ++lane) found |= (mask[lane] & 1u) << lane;

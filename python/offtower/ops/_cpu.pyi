@@ -9,7 +9,8 @@ Capsule = object
 
 class PolicyArrays(TypedDict, total=False):
     """Optional arrays of a policy: `item_bias`, `reward_bias` (N,), `action` (B,) int64,
-    `dense` (B, N), `reward_context` (B, e), `reward_item` (N, e)."""
+    `dense` (B, N), `reward_context` (B, e), `reward_item` (N, e); eligible items as in
+    `offtower.ops.Eligibility`."""
 
     item_bias: Capsule | None
     action: Capsule | None
@@ -17,6 +18,10 @@ class PolicyArrays(TypedDict, total=False):
     reward_context: Capsule | None
     reward_item: Capsule | None
     reward_bias: Capsule | None
+    group: Capsule | None
+    bitmap: Capsule | None
+    excluded_offsets: Capsule | None
+    excluded_items: Capsule | None
 
 class ForwardArrays(TypedDict, total=False):
     """Filled by the forward pass."""
@@ -72,6 +77,26 @@ def backward(
 ) -> None: ...
 def top_k(
     operands: Operands, *, k: int, score: Capsule, index: Capsule, threads: int, isa: str
+) -> None: ...
+def list_dots(
+    *,
+    rows: Capsule,
+    matrix: Capsule,
+    offsets: Capsule,
+    items: Capsule,
+    dots: Capsule,
+    threads: int,
+    isa: str,
+) -> None: ...
+def list_sums(
+    *,
+    weight: Capsule,
+    matrix: Capsule,
+    offsets: Capsule,
+    items: Capsule,
+    sums: Capsule,
+    threads: int,
+    isa: str,
 ) -> None: ...
 def multiply_add_rate(dtype: int, threads: int, isa: str = "") -> float: ...
 def isas() -> list[str]: ...

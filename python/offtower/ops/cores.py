@@ -70,8 +70,9 @@ class Core(Protocol):
 
 
 _REFERENCE = ReferenceCore()
-_PRODUCTS: dict[str, ListProducts] = {}
-_CORES: dict[str, Core] = {core.name: core for core in (_REFERENCE, CPUCore(), CUDACore())}
+_CPU = CPUCore()
+_CORES: dict[str, Core] = {core.name: core for core in (_REFERENCE, _CPU, CUDACore())}
+_PRODUCTS: dict[str, ListProducts] = {_CPU.name: _CPU}
 
 
 def available_backends() -> tuple[str, ...]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 from offtower.ops.native import DTYPES, NativeCore, capsules, native_operands
-from offtower.ops.types import Operands
+from offtower.ops.types import ItemLists, Operands
 
 _MIN_WORK_PER_THREAD = 1 << 22
 """In multiply-adds: some 50 microseconds of one thread."""
@@ -60,26 +62,50 @@ class CPUCore(NativeCore):
                 "takes float32 and bfloat16 tensors on the CPU, got "
                 f"{x.context.dtype} on {x.context.device}"
             )
-        if x.eligible is not None and x.candidates is None:
-            return "does not take bitmaps or excluded items yet"
         return ""
 
     def _run(
         self, function: str, x: Operands, arrays: Mapping[str, Tensor | None], **numbers: int
     ) -> None:
-        """Take as many threads as torch has, but none for less work than it costs to wake one.
-
-        Results do not depend on the number of threads, but on the instruction set.
-        """
         assert _MODULE is not None
         width = x.context.shape[1] + _EXPONENTIAL_COST
         if x.reward is not None and x.reward.context is not None:
             width += x.reward.context.shape[1]
-        worth = x.rows * x.items * width // _MIN_WORK_PER_THREAD
         getattr(_MODULE, function)(
             native_operands(x, _MODULE.Operands),
             **capsules(arrays),
             **numbers,
-            threads=max(1, min(torch.get_num_threads(), worth)),
-            isa=os.environ.get("OFFTOWER_CPU_ISA", ""),
+            **_threads(x.rows * x.items * width),
         )
+
+    def list_dots(self, rows: Tensor, items: Tensor, lists: ItemLists) -> Tensor:
+        found = rows.new_empty(lists.items.shape, dtype=torch.float32)
+        self._run_lists("list_dots", lists, rows=rows, matrix=items, dots=found)
+        return found
+
+    def list_sums(self, weight: Tensor, matrix: Tensor, lists: ItemLists) -> Tensor:
+        found = weight.new_empty(lists.rows, matrix.shape[1], dtype=torch.float32)
+        self._run_lists("list_sums", lists, weight=weight, matrix=matrix, sums=found)
+        return found
+
+    def _run_lists(self, function: str, lists: ItemLists, **arrays: Tensor) -> None:
+        assert _MODULE is not None
+        arrays |= {"offsets": lists.offsets, "items": lists.items}
+        # Most of the time is waiting for rows from memory.
+        work = 4 * lists.items.shape[0] * arrays["matrix"].shape[1]
+        given = {name: to_dlpack(self._prepare_array(array)) for name, array in arrays.items()}
+        getattr(_MODULE, function)(**given, **_threads(work))
+
+
+def _threads(work: int) -> dict[str, Any]:
+    """As many threads as torch has, but none for less work than it costs to wake one.
+
+    Results do not depend on the number of threads, but on the instruction set.
+
+    Args:
+        work: in multiply-adds.
+    """
+    return {
+        "threads": max(1, min(torch.get_num_threads(), work // _MIN_WORK_PER_THREAD)),
+        "isa": os.environ.get("OFFTOWER_CPU_ISA", ""),
+    }

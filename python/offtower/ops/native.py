@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.dlpack import to_dlpack
 
 from offtower.ops.types import (
     Cotangents,
+    Eligibility,
     ForwardResults,
     ForwardStatistics,
     Gradients,
@@ -35,6 +37,33 @@ class NativeCore(ABC):
     """A core whose kernels live in a compiled module."""
 
     def forward(self, x: Operands, entropy: bool) -> ForwardResults:
+        by_group = _ByGroup(x)
+        found = self._forward(by_group.operands, entropy)
+        return ForwardResults(*(by_group.restored(value) for value in found))
+
+    def partial(self, x: Operands, entropy: bool) -> PartialTerms:
+        by_group = _ByGroup(x)
+        return self._partial(by_group.operands, entropy).map(by_group.restored)
+
+    def backward(
+        self, x: Operands, forward: ForwardStatistics, g: Cotangents, needs: Needs
+    ) -> Gradients:
+        by_group = _ByGroup(x)
+        found = self._backward(
+            by_group.operands,
+            ForwardStatistics(*(by_group.of_rows(part) for part in forward)),  # type: ignore[arg-type]
+            Cotangents(*(by_group.of_rows(part) for part in g)),
+            needs,
+        )
+        context = None if found.context is None else by_group.restored(found.context)
+        return found._replace(context=context)
+
+    def top_k(self, x: Operands, k: int) -> tuple[Tensor, Tensor]:
+        by_group = _ByGroup(x)
+        score, index = self._top_k(by_group.operands, k)
+        return by_group.restored(score), by_group.restored(index)
+
+    def _forward(self, x: Operands, entropy: bool) -> ForwardResults:
         make = functools.partial(x.context.new_empty, dtype=torch.float32)
         rows, reward = x.rows, 0 if x.reward is None else x.rows
         results = ForwardResults(
@@ -44,7 +73,7 @@ class NativeCore(ABC):
         self._run("forward", self._prepare(x), results._asdict())
         return results
 
-    def partial(self, x: Operands, entropy: bool) -> PartialTerms:
+    def _partial(self, x: Operands, entropy: bool) -> PartialTerms:
         make = functools.partial(x.context.new_empty, x.rows, dtype=torch.float32)
         top, total, action_logit = make(), make(), make()
         reward, action_reward = (None, None) if x.reward is None else (make(), make())
@@ -60,7 +89,7 @@ class NativeCore(ABC):
         self._run("forward", self._prepare(x), results)
         return PartialTerms(RunningSums(top, total, reward, centered), action_logit, action_reward)
 
-    def backward(
+    def _backward(
         self, x: Operands, forward: ForwardStatistics, g: Cotangents, needs: Needs
     ) -> Gradients:
         prepared = self._prepare(x)
@@ -85,7 +114,7 @@ class NativeCore(ABC):
             found.item_bias,
         )
 
-    def top_k(self, x: Operands, k: int) -> tuple[Tensor, Tensor]:
+    def _top_k(self, x: Operands, k: int) -> tuple[Tensor, Tensor]:
         score = x.context.new_empty(x.rows, k, dtype=torch.float32)
         index = x.context.new_empty(x.rows, k, dtype=torch.int64)
         self._run("top_k", self._prepare(x), {"score": score, "index": index}, k=k)
@@ -105,9 +134,48 @@ class NativeCore(ABC):
         """Call a function of the module; empty arrays count as absent."""
 
 
+class _ByGroup:
+    """Operands with rows sorted by group, so that the kernels' blocks of rows share eligible items.
+
+    Rows keep their order without groups, and where a dense reward's (B, N) array would be copied.
+    """
+
+    def __init__(self, x: Operands) -> None:
+        self.operands = x
+        self.order: Tensor | None = None
+        dense = x.reward is not None and x.reward.dense is not None
+        if x.eligible is None or x.eligible.group is None or x.rows < 2 or dense:
+            return
+        order = torch.argsort(x.eligible.group, stable=True)
+        reward = x.reward
+        if reward is not None and reward.context is not None:
+            reward = replace(reward, context=reward.context[order])
+        self.order = order
+        self.operands = replace(
+            x,
+            context=x.context[order],
+            action=x.action[order],
+            reward=reward,
+            eligible=x.eligible.take(order),
+        )
+
+    def of_rows(self, values: Tensor | None) -> Tensor | None:
+        """Given values of the rows, in the order of the operands."""
+        return values if values is None or self.order is None else values[self.order]
+
+    def restored(self, values: Tensor) -> Tensor:
+        """Results of the operands, in the order of the given rows; empty ones stay empty."""
+        if self.order is None or not values.numel():
+            return values
+        found = torch.empty_like(values)
+        found[self.order] = values
+        return found
+
+
 def native_operands(x: Operands, make: Callable[..., Any], **options: bool) -> Any:
     """A module's own operands; `make` is their constructor."""
-    reward = x.reward or RewardOperands()
+    reward, eligible = x.reward or RewardOperands(), x.eligible or Eligibility()
+    excluded = eligible.excluded
     arrays = {
         "context": x.context,
         "item": x.item,
@@ -117,6 +185,10 @@ def native_operands(x: Operands, make: Callable[..., Any], **options: bool) -> A
         "reward_context": reward.context,
         "reward_item": reward.item,
         "reward_bias": reward.item_bias,
+        "group": eligible.group,
+        "bitmap": eligible.bitmap,
+        "excluded_offsets": None if excluded is None else excluded.offsets,
+        "excluded_items": None if excluded is None else excluded.items,
     }
     capsules = {name: to_dlpack(array) for name, array in arrays.items() if array is not None}
     return make(**capsules, temperature=x.temperature, sigmoid=reward.sigmoid, **options)

@@ -276,6 +276,21 @@ class PartialTerms:
     action_reward: Tensor | None
     """(B,); 0 where the row's action is not in the slice."""
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> PartialTerms:
+        """The same terms with every tensor changed."""
+
+        def changed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        sums = self.sums
+        return PartialTerms(
+            RunningSums(
+                change(sums.top), change(sums.total), changed(sums.reward), changed(sums.centered)
+            ),
+            change(self.action_logit),
+            changed(self.action_reward),
+        )
+
     def merge(self, other: PartialTerms) -> PartialTerms:
         return PartialTerms(
             self.sums.merge(other.sums),
