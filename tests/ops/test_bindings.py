@@ -52,6 +52,20 @@ OPERANDS: list[tuple[dict[str, Tensor | None], str]] = [
     ({"reward_bias": torch.zeros(1)}, r"reward_bias must have shape \(9,\)"),
     ({"reward_item": None}, "must be given together"),
     ({"dense": torch.zeros(ROWS, ITEMS - 1)}, r"dense must have shape \(5, 9\)"),
+    ({"group": torch.zeros(ROWS, dtype=torch.int32)}, "group and bitmap must be given together"),
+    (
+        {"group": torch.zeros(ROWS).long(), "bitmap": torch.zeros(1, 1).long()},
+        "group must be int32",
+    ),
+    (
+        {"group": torch.zeros(ROWS).int(), "bitmap": torch.zeros(1, 2).long()},
+        r"bitmap must have shape \(1, 1\), but has \(1, 2\)",
+    ),
+    ({"excluded_items": torch.zeros(3).long()}, "excluded_offsets and excluded_items must be"),
+    (
+        {"excluded_offsets": torch.zeros(ROWS).long(), "excluded_items": torch.zeros(0).long()},
+        r"excluded_offsets must have shape \(6,\)",
+    ),
 ]
 
 
@@ -136,6 +150,76 @@ def test_actions_beyond_the_items_are_refused() -> None:
     operands = policy(action=torch.tensor([0, 1, ITEMS, 0, -1]))
     with pytest.raises(ValueError, match="action 9 in row 2 is out of range: there are 9 items"):
         call("forward", operands, {"log_prob": torch.empty(ROWS)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"group": torch.tensor([0, 0, 2, 0, 0]).int(), "bitmap": torch.zeros(2, 1).long()},
+            "group 2 of row 2 is out of range: the bitmap has 2 rows",
+        ),
+        (
+            {
+                "excluded_offsets": torch.tensor([0, 0, 2, 1, 2, 2]),
+                "excluded_items": torch.arange(2),
+            },
+            "excluded must have rising offsets, but they fall after row 2",
+        ),
+        (
+            {
+                "excluded_offsets": torch.tensor([0, 0, 0, 0, 0, 3]),
+                "excluded_items": torch.arange(2),
+            },
+            "excluded must have offsets from 0 to 2",
+        ),
+        (
+            {
+                "excluded_offsets": torch.tensor([0, 0, 0, 0, 0, 1]),
+                "excluded_items": torch.tensor([9]),
+            },
+            "excluded has item 9, out of range: there are 9",
+        ),
+    ],
+)
+def test_values_of_eligible_items_that_point_elsewhere_are_refused(
+    change: dict[str, Tensor | None], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call("forward", policy(**change), {"log_prob": torch.empty(ROWS)})
+
+
+LISTS: list[tuple[dict[str, Tensor], str]] = [
+    ({"matrix": torch.zeros(ITEMS, DIM + 1)}, r"matrix must have shape \(9, 4\)"),
+    ({"matrix": torch.zeros(ITEMS, DIM).double()}, "must be float32"),
+    ({"offsets": torch.zeros(ROWS).long()}, r"offsets must have shape \(6,\)"),
+    ({"items": torch.full((7,), ITEMS)}, "has item 9, out of range: there are 9"),
+    ({"items": torch.zeros(6).long()}, "must have"),
+    ({"offsets": torch.tensor([0, 1, 3, 2, 3, 7])}, "rising offsets, but they fall after row 2"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), LISTS)
+@pytest.mark.parametrize("function", ["list_dots", "list_sums"])
+def test_lists_that_point_elsewhere_are_refused(
+    function: str, change: dict[str, Tensor], message: str
+) -> None:
+    arrays = {
+        "matrix": torch.zeros(ITEMS, DIM),
+        "offsets": torch.tensor([0, 1, 3, 3, 5, 7]),
+        "items": torch.zeros(7, dtype=torch.int64),
+    }
+    if function == "list_dots":
+        arrays |= {"rows": torch.zeros(ROWS, DIM), "dots": torch.empty(7)}
+    else:
+        width = change.get("matrix", arrays["matrix"]).shape[1]
+        if width != DIM:
+            message = r"sums must have shape \(5, 5\)"
+        arrays |= {"weight": torch.zeros(7), "sums": torch.empty(ROWS, DIM)}
+    arrays |= change
+    given: Any = {key: to_dlpack(array) for key, array in arrays.items()}
+    with pytest.raises(ValueError, match=message):
+        getattr(_cpu, function)(**given, threads=1, isa="")
 
 
 def test_a_capsule_is_used_once() -> None:

@@ -53,15 +53,16 @@ def test_reference_terms_and_gradients_are_those_of_masked_logits(forms: str, ki
     items=st.integers(1, 200),
     forms=st.sampled_from(FORMS),
     density=st.sampled_from([0.02, 0.5, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 10_000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_slices_of_any_bounds_merge_to_the_whole(
-    rows: int, items: int, forms: str, density: float, seed: int
+    rows: int, items: int, forms: str, density: float, dtype: torch.dtype, seed: int
 ) -> None:
     g = torch.Generator().manual_seed(seed)
-    u = torch.randn(rows, 3, dtype=torch.float64, generator=g)
-    v = torch.randn(items, 3, dtype=torch.float64, generator=g)
+    u = torch.randn(rows, 3, dtype=dtype, generator=g)
+    v = torch.randn(items, 3, dtype=dtype, generator=g)
     action = torch.randint(0, items, (rows,), generator=g)
     eligible, mask = draw_eligible(action, items, forms, g, density)
     reward = FactoredReward(u, v)
@@ -83,8 +84,10 @@ def test_slices_of_any_bounds_merge_to_the_whole(
         )
     merged = merge_partials(parts).finish()
     for name in ("log_prob", "log_normalizer", "expected_reward", "action_reward", "entropy"):
-        torch.testing.assert_close(getattr(merged, name), getattr(whole, name).detach())
-    cotangent = torch.randn(3, rows, dtype=torch.float64, generator=g)
+        torch.testing.assert_close(
+            getattr(merged, name), getattr(whole, name).detach(), rtol=1e-5, atol=1e-5
+        )
+    cotangent = torch.randn(3, rows, dtype=dtype, generator=g)
     assert whole.expected_reward is not None and whole.entropy is not None
     terms = (whole.log_prob, whole.expected_reward, whole.entropy)
     sum((c * t).sum() for c, t in zip(cotangent, terms, strict=True)).backward()  # type: ignore[union-attr]
@@ -104,8 +107,8 @@ def test_slices_of_any_bounds_merge_to_the_whole(
         assert found.context is not None and found.item is not None
         du += found.context
         dv.append(found.item)
-    torch.testing.assert_close(du, leaves[0].grad)
-    torch.testing.assert_close(torch.cat(dv), leaves[1].grad)
+    torch.testing.assert_close(du, leaves[0].grad, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(torch.cat(dv), leaves[1].grad, rtol=1e-4, atol=2e-5)
 
 
 @given(
@@ -299,7 +302,50 @@ def test_errors_of_the_native_core_are_within_twice_those_of_torch(
     isa: str, forms: str, kind: str, dtype: torch.dtype
 ) -> None:
     """Ragged shapes, near-uniform to peaked; every instruction set."""
-    for shape, scale in (((1, 1, 1), 1.0), ((17, 513, 33), 1e-3), ((130, 700, 20), 6.0)):
-        for entropy in (False, True):
-            variant = Variant(entropy=entropy, eligible=forms)
-            check_errors(shape, kind, dtype, scale, Case.native, seeds=range(2), variant=variant)
+    for shape, scale in (((1, 1, 1), 1.0), ((17, 513, 33), 1e-3), ((130, 300, 20), 6.0)):
+        variant = Variant(entropy=scale > 1, eligible=forms)
+        check_errors(shape, kind, dtype, scale, Case.native, seeds=range(2), variant=variant)
+
+
+@pytest.mark.parametrize("forms", ["bitmap excluded", "candidates"])
+def test_bits_do_not_depend_on_the_threads(isa: str, forms: str) -> None:
+    """Many blocks, tiles and segments, of which some have no eligible item."""
+    case = Case(140, 9000, 16, "sigmoid", torch.float32, variant=Variant(eligible=forms))
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            score, index = top_k(case.u, case.v, 9, item_bias=case.b, eligible=case.eligible)
+            results.append([*case.native("auto").values(), score, index])
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_ranges_without_eligible_items_are_skipped_exactly() -> None:
+    """Groups with ranges of their own: most blocks and tiles have no eligible item."""
+    g = torch.Generator().manual_seed(0)
+    rows, items, groups = 200, 5000, 8
+    u, v = torch.randn(rows, 8, generator=g), torch.randn(items, 8, generator=g)
+    group = torch.randint(0, groups, (rows,), generator=g, dtype=torch.int32)
+    own = torch.arange(items) * groups // items == torch.arange(groups)[:, None]
+    action = torch.stack([own[i].nonzero()[:, 0][i % 7] for i in group.tolist()])
+    eligible = Eligibility(group, packed(own))
+    found = []
+    for backend, dtype in (("auto", torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (u, v)]
+        terms = policy_terms(
+            leaves[0],
+            leaves[1],
+            action,
+            entropy=True,
+            eligible=eligible,
+            backend=backend,  # type: ignore[arg-type]
+        )
+        assert terms.entropy is not None
+        (terms.log_prob + terms.entropy).sum().backward()
+        found.append([terms.log_prob, terms.entropy, leaves[0].grad, leaves[1].grad])
+    for mine, wanted in zip(*found, strict=True):
+        assert mine is not None and wanted is not None
+        torch.testing.assert_close(mine.double(), wanted, rtol=1e-5, atol=2e-5)
