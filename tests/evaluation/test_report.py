@@ -16,6 +16,7 @@ import pytest
 from offtower.evaluation import EvaluationRows
 from offtower.evaluation.evaluate import evaluate_rows
 from offtower.evaluation.report import write_report
+from offtower.evaluation.report.answer import answer_of
 from offtower.evaluation.report.plots import COLORS, DASHES, MARKERS
 from offtower.evaluation.report.render import number
 from offtower.evaluation.run import HISTOGRAM_EDGES, LogEvaluation
@@ -116,13 +117,97 @@ def test_nothing_known_and_tiny_rewards(tmp_path: Path) -> None:
     assert "nan" not in html.lower().replace("pronan", "")
 
 
-def test_two_policies_of_one_objective_have_different_labels(tmp_path: Path) -> None:
+def test_a_policy_has_one_name_everywhere(tmp_path: Path) -> None:
+    """The run's name, also where runs share an objective."""
     one = evaluation(names=("first", "second", "third"))
-    one.objectives = {"first": "dr", "second": "dr", "third": "ips"}
-    assert list(one.labels.values()) == ["first (dr)", "second (dr)", "ips"]
+    one.objectives = {"first": "dr-7", "second": "dr-7", "third": "ips-7"}
     html = render(tmp_path / "r.html", one)
-    for label in one.labels.values():
-        assert f"<h3>{label}</h3>" in html
+    assert "dr-7" not in html and "ips-7" not in html
+    for name in one.objectives:
+        assert f"<h3>{name}: " in html and f"<tr><td>{name}</td>" in html
+
+
+def answered(
+    difference: float, noise: float, *, n: int = 40_000, weight: float = 1.0, n_policies: int = 1
+) -> LogEvaluation:
+    """An evaluation by IPS whose difference to the logging policy is known exactly."""
+    reward = (np.arange(n) % 5 == 0).astype(float)
+    # Mean weight 1, and mean weight * reward .2 + difference; the noise sums to zero.
+    weights = np.where(reward > 0.0, 1 + 5 * difference, 1 - 1.25 * difference)
+    weights = weights * (1 + noise * np.where(np.arange(n) // 5 % 2 == 0, 1.0, -1.0))
+    rows = {
+        f"p{i}": EvaluationRows(importance_weight=weights * weight, reward=reward)
+        for i in range(n_policies)
+    }
+    result = evaluate_rows(rows, ["ips"], reward_range=(0.0, 1.0), intervals=("normal",))
+    return LogEvaluation(
+        title="t",
+        result=result,
+        log={"path": "a log", "catalogue": "items", "rows": n, "items": 9, "reward": "click"},
+        objectives=dict.fromkeys(rows, "dr"),
+        histograms={name: [1] * (len(HISTOGRAM_EDGES) - 1) for name in rows},
+        curves={name: [] for name in rows},
+        runs={name: f"runs/{name}" for name in rows},
+    )
+
+
+def test_a_better_policy_is_answered_with_yes_and_its_figures() -> None:
+    answer = answer_of(answered(0.05, 0.3))
+    assert answer.headline == "Yes: serve p0" and answer.decision == "go"
+    assert "250 per 1,000 requests instead of today's 200: 50 more" in answer.sentence
+    low, high = (float(x) for x in re.findall(r"[\d.]+", answer.interval)[1:3])
+    assert low < 50.0 < high and answer.figure == "+50"
+    assert answer.remedy is None and answer.command == "offtower export runs/p0"
+
+
+def test_a_worse_policy_is_answered_with_no() -> None:
+    answer = answer_of(answered(-0.05, 0.3))
+    assert answer.headline == "No: keep what is served today"
+    assert "150 per 1,000 requests instead of today's 200: 50 less" in answer.sentence
+    assert "less than today" in answer.interval and answer.figure == "−50"
+
+
+def test_an_undecided_log_says_how_many_rows_would_decide() -> None:
+    one = answered(0.002, 0.9)
+    gap = one.result.policies["p0"].estimates["ips"].difference
+    assert gap is not None
+    answer = answer_of(one)
+    assert answer.headline == "Not yet: this log cannot decide"
+    half = (gap.simultaneous.high - gap.simultaneous.low) / 2
+    needed = 40_000 * (half / abs(gap.estimate.value)) ** 2
+    found = re.search(r"About ([\d,]+) rows", answer.remedy or "")
+    assert found is not None
+    assert needed <= int(found[1].replace(",", "")) <= 1.11 * needed
+    assert answer.command == (
+        "offtower search runs/p0 --contexts CONTEXTS --sample --log served.parquet"
+    )
+
+
+def test_wrong_propensities_are_named_before_anything_else() -> None:
+    answer = answer_of(answered(0.0, 0.1, weight=3.0))
+    assert answer.decision == "not enough evidence"
+    assert "probabilities look wrong" in answer.sentence
+    assert answer.command == "offtower validate 'a log' --catalogue items"
+
+
+def test_rows_of_too_little_overlap_ask_for_exploration() -> None:
+    n = 4000
+    weights = np.zeros(n)
+    weights[:40] = 100.0
+    rows = {"p": EvaluationRows(importance_weight=weights, reward=(np.arange(n) % 2) * 1.0)}
+    one = answered(0.0, 0.1)
+    one.result = evaluate_rows(rows, ["ips"], reward_range=(0.0, 1.0), intervals=("normal",))
+    answer = answer_of(one)
+    assert "hardly any results" in answer.sentence and "exploration" in (answer.remedy or "")
+
+
+def test_the_first_screen_has_no_statistics(tmp_path: Path) -> None:
+    """A product manager reads it: none of these words stand above the folded details."""
+    html = render(tmp_path / "r.html", answered(0.002, 0.9, n_policies=2))
+    first = re.sub(r"<style>.*?</style>|<svg.*?</svg>", "", html.split("<details>")[0], flags=re.S)
+    words = r"estimator|importance|propensit|pareto|variance|off-policy|\bips\b|V\(new\)|gate"
+    assert not re.search(words, first, flags=re.I)
+    assert "Not yet" in first and "per 1,000 requests" in first
 
 
 def test_names_are_no_formulas(tmp_path: Path) -> None:
@@ -222,7 +307,8 @@ def test_a_selection_shows_its_ranking_and_its_disagreements(tmp_path: Path) -> 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_page_never_scrolls_sideways(tmp_path: Path, width: int) -> None:
     """The page, laid out in a frame of that width, is no wider; only boxes inside it may scroll."""
-    page = framed(tmp_path, render(tmp_path / "report.html", selected()), width, 900)
+    html = render(tmp_path / "report.html", selected()).replace("<details", "<details open")
+    page = framed(tmp_path, html, width, 900)
     printed = chromium(tmp_path, page, "--dump-dom")
     found = re.search(r"width (\d+) of (\d+)", printed)
     assert found is not None
@@ -235,7 +321,8 @@ def test_page_never_scrolls_sideways(tmp_path: Path, width: int) -> None:
 @pytest.mark.parametrize("width", [390, 1280])
 def test_screenshot_has_ink_in_every_part_and_a_margin(tmp_path: Path, width: int) -> None:
     """Phone and desktop: charts are drawn (their colors are there), nothing touches the edges."""
-    page = framed(tmp_path, render(tmp_path / "report.html", selected()), width, 3000)
+    html = render(tmp_path / "report.html", selected()).replace("<details", "<details open")
+    page = framed(tmp_path, html, width, 3000)
     shot = tmp_path / "shot.png"
     chromium(tmp_path, page, f"--screenshot={shot}", f"--window-size={max(width, 800)},3000")
     image = plt.imread(shot)[:3000, :width, :3]

@@ -43,7 +43,7 @@ def evaluation_table(evaluation: LogEvaluation) -> Table:
         truth = evaluation.truth.get(name, {})
         decision = policy.verdict.decision
         table.add_row(
-            evaluation.labels[name],
+            escape(name),
             *[_value(e.estimate.value, e.interval) for e in policy.estimates.values()],
             *[f"{truth[column]:.4f}" if column in truth else "" for column in truth_columns],
             f"{policy.weights.effective_sample_size:,.0f}",
@@ -65,7 +65,7 @@ def retrieval_table(evaluation: LogEvaluation) -> Table:
         for one in found:
             index = one["index_recall"]
             table.add_row(
-                evaluation.labels[name],
+                escape(name),
                 f"{one['k']:,}",
                 f"{one['recall']:.4f} ±{one['recall_error']:.4f}",
                 f"{one['ndcg']:.4f} ±{one['ndcg_error']:.4f}",

@@ -215,6 +215,7 @@ class _Finisher:
             estimator.finish(own),
             self.intervals(estimator, own),
             self.gap(Difference(estimator, LOGGING), paired),
+            estimator.consistent,
         )
 
     def comparison(self, first: int, second: int) -> Comparison:

@@ -37,13 +37,17 @@ class Gap:
 
 @dataclass(frozen=True)
 class EstimatorResult:
-    """One estimator on one policy; `difference` is to the logging policy."""
+    """One estimator on one policy.
+
+    difference: to the logging policy. consistent: whether its bias vanishes with more rows.
+    """
 
     name: str
     label: str
     estimate: Estimate
     intervals: dict[str, Interval]
     difference: Gap | None = None
+    consistent: bool = True
 
     @property
     def interval(self) -> Interval:
@@ -57,6 +61,7 @@ class EstimatorResult:
             **self.estimate.to_dict(),
             "intervals": {method: i.to_dict() for method, i in self.intervals.items()},
             "difference": None if self.difference is None else self.difference.to_dict(),
+            "consistent": self.consistent,
         }
 
 

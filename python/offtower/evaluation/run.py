@@ -17,7 +17,7 @@ from offtower.evaluation.decision.coverage import ItemCoverage, coverage_notes
 from offtower.evaluation.decision.gate import best_exit_code
 from offtower.evaluation.decision.pscore_calibration import PscoreCalibration
 from offtower.evaluation.evaluator import Evaluator
-from offtower.evaluation.result import EvaluationResult
+from offtower.evaluation.result import EstimatorResult, EvaluationResult
 from offtower.evaluation.run_loading import EvaluatedPolicy, OpenRun, open_run, with_overrides
 from offtower.evaluation.selection import SelectionComparison
 from offtower.evaluation.selection_data import check_selection
@@ -63,15 +63,10 @@ class LogEvaluation:
     """By policy, how it is served."""
     also: tuple[str, ...] = ()
     """Names of the policies that no run serves; the verdict of the whole leaves them out."""
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """By policy, its objective, or its name and objective where two share one."""
-        objectives = list(self.objectives.values())
-        return {
-            name: objective if objectives.count(objective) == 1 else f"{name} ({objective})"
-            for name, objective in self.objectives.items()
-        }
+    runs: dict[str, str] = field(default_factory=dict)
+    """By policy, the directory of its run, where it has one."""
+    baseline_values: dict[str, EstimatorResult] = field(default_factory=dict)
+    """By baseline policy, its estimated value on the log."""
 
     @property
     def exit_code(self) -> int:
@@ -95,6 +90,8 @@ class LogEvaluation:
             "retrieval": self.retrieval,
             "serving": self.serving,
             "also": list(self.also),
+            "runs": self.runs,
+            "baseline_values": {name: one.to_dict() for name, one in self.baseline_values.items()},
             **self.result.to_dict(),
             "exit_code": self.exit_code,
         }
@@ -181,6 +178,8 @@ def evaluate_runs(
             "rows": opened.num_rows,
             "items": catalogue.num_items,
             "fingerprint": opened.fingerprint,
+            "catalogue": str(config.data.catalogue),
+            "reward": opened.schema.reward,
         },
         objectives={name: one.run.config.objective.name for name, one in policies.items()},
         histograms={name: counts.tolist() for name, counts in accumulated.histograms.items()},
@@ -195,6 +194,7 @@ def evaluate_runs(
         pscore_calibration=calibration,
         serving={name: asdict(one.serving) for name, one in policies.items()},
         also=tuple(name for name, one in policies.items() if one.also is not None),
+        runs={name: str(run.directory.path) for name, run in served.items()},
     )
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -20,11 +19,21 @@ matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from offtower.evaluation.report.answer import PER
+from offtower.evaluation.result import EstimatorResult
 from offtower.evaluation.run import HISTOGRAM_EDGES, LogEvaluation
 from offtower.evaluation.selection import SelectionComparison
 
-INK, FAINT = "#222222", "#8a8a8a"
+INK, FAINT, BAND = "#222222", "#8a8a8a", "#e8e8e8"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_VARIABLES = {
+    INK: "var(--ink)",
+    FAINT: "var(--faint)",
+    BAND: "var(--band)",
+    "#ffffff": "var(--page)",
+    COLORS[0].lower(): "var(--blue)",
+}
+"""Colors that follow the page, so that charts can be read in dark mode."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
 WIDE, NARROW = 7.2, 4.4
 """Inches of a chart on a desktop and on a phone."""
@@ -44,8 +53,33 @@ _STYLE: Any = {
 }
 
 
+def answer(evaluation: LogEvaluation, width: float = WIDE) -> str:
+    """Each policy's value per 1,000 requests by the deciding estimator, with its interval."""
+    result = evaluation.result
+    rows = [
+        (name, found.estimates[result.decide_by], "o", COLORS[0])
+        for name, found in result.policies.items()
+    ]
+    rows += [(name, found, "s", FAINT) for name, found in evaluation.baseline_values.items()]
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(0.75 + 0.3 * len(rows), width)
+        band = result.logging.interval
+        axes.axvspan(PER * band.low, PER * band.high, color=BAND, lw=0, zorder=0)
+        axes.axvline(PER * result.logging.estimate.value, color=FAINT, lw=1.2, zorder=1)
+        for i, (_, found, marker, color) in enumerate(rows):
+            axes.hlines(i, PER * found.interval.low, PER * found.interval.high, color=color, lw=2)
+            axes.plot(PER * found.estimate.value, i, marker, color=color, ms=6)
+        axes.set_yticks(range(len(rows)), [_short(name, width) for name, *_ in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlabel(f"per {PER:,} requests; gray: what is served today")
+        return _svg(figure, f"Value of each policy with its interval, {evaluation.title}")
+
+
 def estimates(evaluation: LogEvaluation, width: float = WIDE) -> str:
-    """Each policy's estimates with intervals, against the logging policy's value and the truth."""
+    """Each policy's estimates with intervals, against the logging policy's value and the truth.
+
+    The deciding estimator is drawn filled, one whose bias does not vanish hollow and dashed.
+    """
     result = evaluation.result
     labels = list(next(iter(result.policies.values())).estimates)
     names = list(result.policies)
@@ -53,21 +87,30 @@ def estimates(evaluation: LogEvaluation, width: float = WIDE) -> str:
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(height, width)
         band = result.logging.interval
-        axes.axvspan(band.low, band.high, color="#e8e8e8", lw=0, zorder=0)
+        axes.axvspan(band.low, band.high, color=BAND, lw=0, zorder=0)
         axes.axvline(result.logging.estimate.value, color=FAINT, lw=1.2, zorder=1)
         offsets = np.linspace(-0.3, 0.3, len(labels)) if len(labels) > 1 else np.zeros(1)
         for i, label in enumerate(labels):
+            decides = label == result.decide_by
             for j, name in enumerate(names):
                 found = result.policies[name].estimates[label]
                 y = j + offsets[i]
-                axes.hlines(y, found.interval.low, found.interval.high, color=_color(i), lw=1.8)
+                axes.hlines(
+                    y,
+                    found.interval.low,
+                    found.interval.high,
+                    color=_color(i),
+                    lw=3.0 if decides else 1.5,
+                    ls="-" if found.consistent else (0, (2, 1.5)),
+                )
                 axes.plot(
                     found.estimate.value,
                     y,
                     MARKERS[i % len(MARKERS)],
                     color=_color(i),
-                    ms=5,
-                    label=label if j == 0 else None,
+                    markerfacecolor=_color(i) if found.consistent else "white",
+                    ms=7 if decides else 5,
+                    label=label + _role(label, result.decide_by, found) if j == 0 else None,
                 )
         for j, name in enumerate(names):
             known = evaluation.truth.get(name, {}).get("true_value")
@@ -75,11 +118,17 @@ def estimates(evaluation: LogEvaluation, width: float = WIDE) -> str:
                 line = axes.vlines(known, j - 0.42, j + 0.42, color=INK, lw=2)
                 if j == 0:
                     line.set_label("truth")
-        axes.set_yticks(range(len(names)), [_short(evaluation.labels[n], width) for n in names])
+        axes.set_yticks(range(len(names)), [_short(name, width) for name in names])
         axes.invert_yaxis()
         axes.set_xlabel("value (gray: the logging policy's)")
         _legend(axes, len(labels) + 1, width)
         return _svg(figure, f"Estimates with intervals, {evaluation.title}")
+
+
+def _role(label: str, decide_by: str, found: EstimatorResult) -> str:
+    if label == decide_by:
+        return " (decides)"
+    return "" if found.consistent else " (may be biased)"
 
 
 def _number(value: object) -> float:
@@ -103,7 +152,7 @@ def learning_curves(evaluation: LogEvaluation, width: float = WIDE) -> str:
                     marker=MARKERS[i % len(MARKERS)],
                     ms=3,
                     lw=1.4,
-                    label=_short(evaluation.labels[name], width),
+                    label=_short(name, width),
                 )
                 axes.fill_between(
                     epoch,
@@ -121,7 +170,7 @@ def learning_curves(evaluation: LogEvaluation, width: float = WIDE) -> str:
                     color=_color(i),
                     lw=0.9,
                     alpha=0.9,
-                    label=f"{_short(evaluation.labels[name], width)}, truth",
+                    label=f"{_short(name, width)}, truth",
                 )
         axes.set_xlabel("epoch")
         axes.locator_params(axis="x", integer=True)
@@ -143,7 +192,7 @@ def weights(evaluation: LogEvaluation, width: float = WIDE) -> str:
                 color=_color(i),
                 ls=DASHES[i % len(DASHES)],
                 lw=1.5,
-                label=_short(evaluation.labels[name], width),
+                label=_short(name, width),
             )
         axes.axvline(1.0, color=FAINT, lw=0.8)
         axes.set_xscale("log")
@@ -253,43 +302,6 @@ def _svg(figure: Figure, description: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, variable)
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
-
-
-def all_charts(evaluation: LogEvaluation) -> Sequence[tuple[str, str, str]]:
-    """(heading, how to read it, SVG)."""
-    charts: list[tuple[str, str, Any]] = [
-        (
-            "Estimates",
-            "A point is an estimate, its line the interval. The gray band is the interval of the "
-            "logging policy.",
-            both(partial(estimates, evaluation)),
-        )
-    ]
-    if any(evaluation.curves.values()):
-        charts.append(
-            (
-                "Learning",
-                "The off-policy estimate on the validation log after each epoch; the epoch with "
-                "the best lower end is kept.",
-                both(partial(learning_curves, evaluation)),
-            )
-        )
-    charts.append(
-        (
-            "Weights",
-            "Large weights: few rows dominate the estimate. Small weights: rows that the policy "
-            "would rarely show.",
-            both(partial(weights, evaluation)),
-        )
-    )
-    if any(p.calibration is not None for p in evaluation.result.policies.values()):
-        charts.append(
-            (
-                "Reward model",
-                "On the dashed line predictions equal observations. The chart covers logged items "
-                "only; it says nothing about predictions of others.",
-                both(partial(calibration, evaluation)),
-            )
-        )
-    return charts

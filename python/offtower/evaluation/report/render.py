@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 
 import offtower
 from offtower.atomic import write_text
-from offtower.evaluation.report.plots import all_charts, both, ranking
+from offtower.evaluation.report import plots
+from offtower.evaluation.report.answer import answer_of
 from offtower.evaluation.run import LogEvaluation
 from offtower.evaluation.selection import SelectionComparison
 from offtower.jsonable import finite
@@ -73,20 +74,30 @@ def _section(evaluation: LogEvaluation) -> dict[str, Any]:
     from markupsafe import Markup
 
     result = evaluation.result
+
+    def drawn(chart: Callable[..., str]) -> Markup:
+        # Made by matplotlib from escaped text: the one place where markup is not escaped.
+        return Markup(plots.both(partial(chart, evaluation)))
+
+    calibrated = any(p.calibration is not None for p in result.policies.values())
     return {
         "evaluation": evaluation,
         "result": result,
+        "answer": answer_of(evaluation),
         "digits": _digits(result.logging.estimate.value),
-        "sentence": _sentences(evaluation),
-        # Made by matplotlib from escaped text: the one place where markup is not escaped.
-        "charts": [(head, text, Markup(svg)) for head, text, svg in all_charts(evaluation)],
+        "charts": {
+            "answer": drawn(plots.answer),
+            "estimates": drawn(plots.estimates),
+            "learning": drawn(plots.learning_curves) if any(evaluation.curves.values()) else None,
+            "weights": drawn(plots.weights),
+            "calibration": drawn(plots.calibration) if calibrated else None,
+        },
         "rankings": {
-            name: Markup(both(partial(ranking, found, evaluation.labels[name])))
+            name: Markup(plots.both(partial(plots.ranking, found, name)))
             for name, found in evaluation.selection.items()
         },
         "ranks": {name: _ranks(found) for name, found in evaluation.selection.items()},
         "truth_columns": list(next(iter(evaluation.truth.values()), {})),
-        "calibration": any(p.calibration is not None for p in result.policies.values()),
     }
 
 
@@ -111,22 +122,3 @@ def _ranks(found: SelectionComparison, shown: int = 8) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _sentences(evaluation: LogEvaluation) -> dict[str, str]:
-    """By policy, one sentence for a reader without statistics."""
-    result = evaluation.result
-    sentences = {}
-    for name, policy in result.policies.items():
-        decider = next(e for e in policy.estimates.values() if e.name == result.decide_by)
-        gap = decider.difference
-        base = result.logging.estimate.value
-        if gap is None or base == 0:
-            sentences[name] = ""
-            continue
-        low, high = gap.simultaneous.low / base, gap.simultaneous.high / base
-        sentences[name] = (
-            f"Estimated {decider.estimate.value:.4g} per row against {base:.4g} for the logging "
-            f"policy: between {low:+.0%} and {high:+.0%}."
-        ).replace("-", "−")
-    return sentences

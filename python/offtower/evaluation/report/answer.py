@@ -1,0 +1,262 @@
+"""The first screen of a report: the answer in plain words, for the person who decides."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import dataclass
+
+from offtower.evaluation.decision.gate import GO, NO_GO, NOT_ENOUGH, Reason
+from offtower.evaluation.result import Gap, PolicyEvaluation
+from offtower.evaluation.run import LogEvaluation
+
+PER = 1000
+"""Requests that the figures are stated for."""
+
+_PROPENSITIES = "the logged probabilities look wrong"
+_SUPPORT = "the log has hardly any results for what the new policy would show"
+_CAUSES = {
+    "mean_weight": _PROPENSITIES,
+    "balance": _PROPENSITIES,
+    "no_support": _SUPPORT,
+    "effective_sample_size": _SUPPORT,
+    "support": _SUPPORT,
+    "hidden_support": _SUPPORT,
+    "weight_tail": "a few rows of the log decide the whole estimate",
+    "too_few_rows": "the log is too small",
+    "too_few_users": "the log has too few users",
+    "no_variation": "the log cannot tell the two policies apart",
+}
+_ANSWERS = {GO: "yes", NO_GO: "no", NOT_ENOUGH: "not yet"}
+_MOST_ROWS = 100
+"""A log of more than this many times the rows is not recommended."""
+
+
+@dataclass(frozen=True)
+class PolicyAnswer:
+    """What the log says about one policy.
+
+    Attributes:
+        name: of the policy, the same everywhere in the report.
+        decision: of the gate. answer: the same in a word. served: whether a run serves it so.
+        value: its figure per 1,000 requests. difference: to the logging policy, likewise.
+        interval: of the difference, in words.
+        remedy: what would make the answer certain; None where it is certain.
+    """
+
+    name: str
+    decision: str
+    answer: str
+    served: bool
+    value: str
+    difference: str
+    interval: str
+    remedy: str | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer of one evaluation.
+
+    Attributes:
+        question: that the evaluation answers. headline: the answer in a few words.
+        sentence: the answer with its figures.
+        figure, figure_unit: the difference that matters most, and what it counts.
+        interval: of that figure, in words.
+        remedy: what would make it certain. command: to run next.
+        policies: the answer for each policy.
+    """
+
+    question: str
+    headline: str
+    decision: str
+    sentence: str
+    figure: str
+    figure_unit: str
+    interval: str
+    remedy: str | None
+    command: str | None
+    policies: tuple[PolicyAnswer, ...]
+
+
+def answer_of(evaluation: LogEvaluation) -> Answer:
+    """The first screen of an evaluation: its best policy's answer, and each policy's."""
+    result = evaluation.result
+    names = [name for name in result.policies if name not in evaluation.also]
+    order = {GO: 0, NOT_ENOUGH: 1, NO_GO: 2}
+
+    def rank(name: str) -> tuple[int, float]:
+        policy = result.policies[name]
+        return order[policy.verdict.decision], -_gap(evaluation, policy).estimate.value
+
+    best = min(names, key=rank)
+    policy = result.policies[best]
+    gap, decision = _gap(evaluation, policy), policy.verdict.decision
+    logged = result.logging.estimate.value
+    scale = max(abs(logged), abs(gap.estimate.value), 1e-300) * PER
+    change = _more(gap.estimate.value, scale)
+    between = _between(gap, scale)
+    if decision == GO:
+        headline = f"Yes: serve {best}"
+        sentence = (
+            f"{best} would earn {per_requests(logged + gap.estimate.value, scale)} per {PER:,} "
+            f"requests instead of today's {per_requests(logged, scale)}: {change}."
+        )
+    elif decision == NO_GO:
+        headline = "No: keep what is served today"
+        sentence = (
+            f"{_subject(names, best)} would earn "
+            f"{per_requests(logged + gap.estimate.value, scale)} per {PER:,} requests instead of "
+            f"today's {per_requests(logged, scale)}: {change}."
+        )
+    else:
+        headline = "Not yet: this log cannot decide"
+        sentence = (
+            f"What is served today earns {per_requests(logged, scale)} per {PER:,} requests. "
+            f"{_subject(names, best)} may earn {between} that: {_cause(policy)}."
+        )
+    return Answer(
+        question=_question(names),
+        headline=headline,
+        decision=decision,
+        sentence=sentence,
+        figure=_signed(gap.estimate.value, scale),
+        figure_unit=_unit(evaluation),
+        interval=f"{_percent(gap.simultaneous.confidence)} confidence: {between} today",
+        remedy=_remedy(evaluation, policy),
+        command=_command(evaluation, best, policy),
+        policies=tuple(_policy(evaluation, name, scale) for name in result.policies),
+    )
+
+
+def per_requests(value: float, scale: float) -> str:
+    """A value per request as one per 1,000 requests, with about three digits of `scale`."""
+    digits = min(9, max(0, 2 - math.floor(math.log10(scale))))
+    return f"{value * PER:,.{digits}f}".replace("-", "−")
+
+
+def _policy(evaluation: LogEvaluation, name: str, scale: float) -> PolicyAnswer:
+    policy = evaluation.result.policies[name]
+    gap = _gap(evaluation, policy)
+    logged = evaluation.result.logging.estimate.value
+    return PolicyAnswer(
+        name=name,
+        decision=policy.verdict.decision,
+        answer=_ANSWERS[policy.verdict.decision],
+        served=name not in evaluation.also,
+        value=per_requests(logged + gap.estimate.value, scale),
+        difference=_signed(gap.estimate.value, scale),
+        interval=(
+            f"{_signed(gap.simultaneous.low, scale)} to {_signed(gap.simultaneous.high, scale)}"
+        ),
+        remedy=_remedy(evaluation, policy),
+    )
+
+
+def _gap(evaluation: LogEvaluation, policy: PolicyEvaluation) -> Gap:
+    gap = policy.estimates[evaluation.result.decide_by].difference
+    assert gap is not None, "every policy is compared with the logging policy"
+    return gap
+
+
+def _question(names: list[str]) -> str:
+    if len(names) == 1:
+        return f"Should {names[0]} replace what is served today?"
+    return f"Should one of these {len(names)} policies replace what is served today?"
+
+
+def _subject(names: list[str], best: str) -> str:
+    return best if len(names) == 1 else f"The best of {len(names)} policies, {best},"
+
+
+def _unit(evaluation: LogEvaluation) -> str:
+    reward = evaluation.log.get("reward")
+    return f"per {PER:,} requests" + ("" if reward is None else f" (reward: {reward})")
+
+
+def _signed(value: float, scale: float) -> str:
+    text = per_requests(value, scale)
+    return text if text.startswith("−") else f"+{text}"
+
+
+def _more(value: float, scale: float) -> str:
+    word = "more" if value >= 0.0 else "less"
+    return f"{per_requests(abs(value), scale)} {word}"
+
+
+def _between(gap: Gap, scale: float) -> str:
+    """The interval of a difference: 'from 3 less to 21 more than'."""
+    low, high = gap.simultaneous.low, gap.simultaneous.high
+    if low < 0.0 < high:
+        return f"from {_more(low, scale)} to {_more(high, scale)} than"
+    near, far = sorted((abs(low), abs(high)))
+    word = "more" if low >= 0.0 else "less"
+    return f"{per_requests(near, scale)} to {per_requests(far, scale)} {word} than"
+
+
+def _percent(confidence: float) -> str:
+    return f"{100 * confidence:.3g} %"
+
+
+def _doubts(policy: PolicyEvaluation) -> list[Reason]:
+    return [one for one in policy.verdict.reasons if one.kind == "doubt"]
+
+
+def _cause(policy: PolicyEvaluation) -> str:
+    for reason in _doubts(policy):
+        if reason.code in _CAUSES:
+            return _CAUSES[reason.code]
+    return "more data is needed"
+
+
+def _remedy(evaluation: LogEvaluation, policy: PolicyEvaluation) -> str | None:
+    """What would make an undecided answer certain."""
+    if policy.verdict.decision in (GO, NO_GO):
+        return None
+    causes = {_CAUSES.get(reason.code) for reason in _doubts(policy)}
+    if _PROPENSITIES in causes:
+        return (
+            "Mend the logged probabilities first: no number of rows makes up for wrong ones. "
+            "The check of the log says which items are affected."
+        )
+    if _SUPPORT in causes or _CAUSES["weight_tail"] in causes:
+        return (
+            "Log with more exploration: show the new policy's items to a small share of requests, "
+            "with known probabilities. More rows of the same log help little."
+        )
+    gap, n = _gap(evaluation, policy), evaluation.result.n
+    distance = abs(gap.estimate.value)
+    half = 0.5 * (gap.simultaneous.high - gap.simultaneous.low)
+    if distance <= 0.0 or not math.isfinite(half / distance):
+        return "The two policies earn the same on this log: no number of rows separates them."
+    needed = n * (half / distance) ** 2
+    if needed <= n:
+        return f"A larger log: this one has {n:,} rows."
+    if needed > _MOST_ROWS * n:
+        return (
+            f"Even {_MOST_ROWS} times this log of {n:,} rows would not separate the two policies, "
+            "if they differ by as little as estimated."
+        )
+    unit = 10.0 ** max(0, math.floor(math.log10(needed)) - 1)
+    rows = int(math.ceil(needed / unit) * unit)
+    return (
+        f"About {rows:,} rows like these would decide it, if the difference is as estimated. "
+        f"This log has {n:,}."
+    )
+
+
+def _command(evaluation: LogEvaluation, name: str, policy: PolicyEvaluation) -> str | None:
+    run = evaluation.runs.get(name)
+    if run is None:
+        return None
+    run = shlex.quote(run)
+    if policy.verdict.decision == GO:
+        return f"offtower export {run}"
+    causes = {_CAUSES.get(reason.code) for reason in _doubts(policy)}
+    if _PROPENSITIES in causes:
+        catalogue = evaluation.log.get("catalogue", "CATALOGUE")
+        path = shlex.quote(evaluation.log["path"])
+        return f"offtower validate {path} --catalogue {shlex.quote(catalogue)}"
+    if policy.verdict.decision == NO_GO:
+        return f"offtower evaluate {run} --also temperature=2 --also greedy"
+    return f"offtower search {run} --contexts CONTEXTS --sample --log served.parquet"
