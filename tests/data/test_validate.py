@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offtower.data import Finding, TableLog, ValidationReport, validate_log
-from offtower.data.log_sums import DuplicateCount, ItemSet
+from offtower.data.findings.sketches import DuplicateCount, ItemSet
 from offtower.data.moments import Moments
 from offtower.mapping import merge_all
 from tests.data.conftest import make_catalogue, make_schema, make_table

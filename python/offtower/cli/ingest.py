@@ -19,7 +19,9 @@ import typer
 
 from offtower.cli.cluster import IN_PROCESS, RayOptions
 from offtower.cli.common import AsJson, DrawnProgress, escape, messages, print_json, verb
+from offtower.cli.findings import print_findings
 from offtower.errors import ConfigError, DataError
+from offtower.jsonable import finite
 
 
 @verb
@@ -75,7 +77,7 @@ def ingest(
                 progress=progress,
             )
     if as_json:
-        print_json(summary.to_dict())
+        print_json(finite(summary.to_dict()))
         return
     console = messages()
     console.print(f"{summary.rows:,} rows in {summary.log}")
@@ -95,6 +97,10 @@ def ingest(
         console.print(f"[yellow]note[/]  {escape(note)}", soft_wrap=True)
     for name, rows in summary.splits.items():
         console.print(f"{rows:,} rows in {summary.log.parent / name}")
+    if summary.report is not None:
+        remarks = summary.report.remarks
+        console.print("nothing looks wrong" if not remarks else "what looks wrong:")
+        print_findings(remarks)
 
 
 def read_schemas(path: Path | None) -> tuple[Any, Any, Any]:

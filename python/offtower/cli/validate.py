@@ -9,21 +9,25 @@ Example:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from offtower.cli.cluster import IN_PROCESS, RayOptions
-from offtower.cli.common import AsJson, DrawnProgress, escape, messages, print_json, verb
+from offtower.cli.common import AsJson, DrawnProgress, messages, print_json, verb
+from offtower.cli.findings import print_findings
 from offtower.jsonable import finite
-
-_COLORS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
 @verb
 def validate(
     log: Annotated[str, typer.Argument(help="Directory of the log, or its address (s3://...).")],
     catalogue: Annotated[str, typer.Option(help="Directory of the catalogue, or its address.")],
+    split_from: Annotated[
+        str | None,
+        typer.Option(help="Another part of the same split: users in both are counted."),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every file with its sha256 first.")
     ] = False,
@@ -31,6 +35,7 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     from offtower.data import Catalogue, ParquetLog, validate_log
+    from offtower.data.findings.users import users_in_both
     from offtower.data.parquet import verify_files
 
     progress = DrawnProgress()
@@ -41,13 +46,14 @@ def validate(
     items = Catalogue.open(catalogue, log_schema=opened.schema)
     with ray.mapper(progress) as mapper:
         report = validate_log(opened, items, mapper=mapper, progress=progress)
+    if split_from is not None:
+        parts = {split_from: ParquetLog.open(split_from), log: opened}
+        report = replace(report, findings=(*report.findings, *users_in_both(parts)))
     if as_json:
         print_json(finite(report.to_dict()))
     else:
         console = messages()
-        for finding in report.findings:
-            color = _COLORS[finding.level]
-            console.print(f"[{color}]{finding.level:>7}[/]  {escape(finding.message)}")
+        print_findings(report.findings)
         console.print("[green]ok[/]" if report.ok else "[bold red]the log has errors[/]")
     if not report.ok:
         raise typer.Exit(1)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from offtower.data.check import BadRow, BadRowsError, RowChecker, check_table
     from offtower.data.convert import from_bandit_feedback, to_bandit_feedback
     from offtower.data.encoding import BagArray, BagTensor, FeatureArrays, FeatureEncoding
+    from offtower.data.findings import Finding
     from offtower.data.log import Log, ParquetLog, TableLog, write_log
     from offtower.data.obd import import_open_bandit
     from offtower.data.order import Batch, Cursor, EpochOrder, fold_of
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
     from offtower.data.schema import CatalogueSchema, FeatureKind, FeatureSpec, LogSchema
     from offtower.data.simulate import SimulatedWorld, WorldSettings, obp_synthetic
     from offtower.data.split import split_log
-    from offtower.data.validate import Finding, ValidationReport, validate_log
+    from offtower.data.validate import ValidationReport, validate_log
 
 _NAMES = {
     "catalogue": "Catalogue write_catalogue",
     "check": "BadRow BadRowsError RowChecker check_table",
     "convert": "from_bandit_feedback to_bandit_feedback",
+    "findings": "Finding",
     "encoding": "BagArray BagTensor FeatureArrays FeatureEncoding",
     "log": "Log ParquetLog TableLog write_log",
     "obd": "import_open_bandit",
@@ -36,7 +38,7 @@ _NAMES = {
     "schema": "CatalogueSchema FeatureKind FeatureSpec LogSchema",
     "simulate": "SimulatedWorld WorldSettings obp_synthetic",
     "split": "split_log",
-    "validate": "Finding ValidationReport validate_log",
+    "validate": "ValidationReport validate_log",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

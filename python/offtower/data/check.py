@@ -257,7 +257,7 @@ class RowChecker:
         if self._quarantine is None:
             rows = first_bad_rows(table, faults, origin, first_row)
             raise BadRowsError(
-                rows, count_faults(faults), reward_remedy(table, faults, self._schema)
+                rows, count_faults(faults), fault_remedy(table, faults, self._schema)
             )
         key = (origin.key, first_row)
         with self._lock:
@@ -321,25 +321,41 @@ class RowChecker:
         )
 
 
-def reward_remedy(table: pa.Table, faults: Iterable[Fault], schema: LogSchema) -> str:
-    """Return what to do about bad rewards; empty where none is bad."""
-    problems = {fault.problem for fault in faults if fault.column == schema.reward}
+def fault_remedy(table: pa.Table, faults: Iterable[Fault], schema: LogSchema) -> str:
+    """Return what to do about bad rewards and propensities; empty where none is bad."""
+    problems: dict[str, set[str]] = {}
+    for fault in faults:
+        problems.setdefault(fault.column, set()).add(fault.problem)
     lines = []
-    if "null" in problems:
+    low, high = schema.reward_range
+    of_reward = problems.get(schema.reward, set())
+    if "null" in of_reward:
         lines.append(
             "A null reward is a pending outcome, never 0: add the section 'outcomes' to the "
             "schema (maturity, and missing: 0 if no outcome means 0)"
         )
-    if problems & {f"below {schema.reward_range[0]:g}", f"above {schema.reward_range[1]:g}"}:
-        reward = as_float_array(table.column(schema.reward))
-        reward = reward[np.isfinite(reward)]
-        low, high = min(0.0, float(reward.min())), float(reward.max())
+    if of_reward & {f"below {low:g}", f"above {high:g}"}:
+        reward = _finite(table, schema.reward)
+        found = min(0.0, float(reward.min())), float(reward.max())
         lines.append(
-            f"If these rewards are right, say so in the schema: reward_range: [{low:g}, {high:g}] "
-            "covers those read so far (state the range that is possible). To set them aside "
-            "would change the mean reward"
+            "If these rewards are right, say so in the schema: reward_range: "
+            f"[{found[0]:g}, {found[1]:g}] covers those read so far (state the range that is "
+            "possible). To set them aside would change the mean reward"
         )
+    if schema.pscore is not None and problems.get(schema.pscore, set()) & {"above 1", "negative"}:
+        pscore = _finite(table, schema.pscore)
+        if pscore.max(initial=0.0) <= 0.0:
+            lines.append("No propensity is positive: they look like logarithms. Write exp of them")
+        elif pscore.min(initial=0.0) >= 0.0 and pscore.max() <= 100.0:
+            lines.append(
+                f"Propensities reach {pscore.max():g}: they look like percent. Divide them by 100"
+            )
     return "\n".join(lines)
+
+
+def _finite(table: pa.Table, name: str) -> NDArray[np.float64]:
+    values = as_float_array(table.column(name))
+    return values[np.isfinite(values)]
 
 
 def _detail(

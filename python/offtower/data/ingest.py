@@ -19,11 +19,12 @@ from offtower.atomic import remove_leftovers
 from offtower.data.catalogue import Catalogue, write_catalogue
 from offtower.data.check import RowChecker
 from offtower.data.eligible import reading_index
+from offtower.data.findings.users import users_in_both
 from offtower.data.formats.kinds import catalogue_kinds, log_kinds
 from offtower.data.formats.options import SourceFormats
 from offtower.data.lease import Lease
 from offtower.data.location import AnyPath, Location
-from offtower.data.log import write_log
+from offtower.data.log import ParquetLog, write_log
 from offtower.data.obd import import_open_bandit
 from offtower.data.outcomes import (
     OutcomeCounts,
@@ -46,6 +47,7 @@ from offtower.data.source import (
     read_source,
 )
 from offtower.data.split import SplitBy, split_log
+from offtower.data.validate import ValidationReport, validate_log
 from offtower.errors import DataError
 from offtower.mapping import Mapper
 from offtower.progress import Progress, report_rows
@@ -70,6 +72,8 @@ class IngestSummary:
     """Rows left out or filled by the schema's section `outcomes`; None without one."""
     notes: tuple[str, ...] = ()
     """What the user should know about the result."""
+    report: ValidationReport | None = None
+    """What looks wrong in the log, and in its split."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -81,6 +85,7 @@ class IngestSummary:
             "splits": self.splits,
             "outcomes": None if self.outcomes is None else self.outcomes.to_dict(),
             "notes": list(self.notes),
+            "report": None if self.report is None else self.report.to_dict(),
         }
 
 
@@ -163,6 +168,7 @@ def ingest_files(
         notes = [*_catalogue_notes(catalogue_schema), *_quarantine_notes(found, moved_mean)]
         write_catalogue(out / "catalogue", table, catalogue_schema)
         splits = _split(out, split, mapper, progress)
+    report = _report(out, catalogue, split, mapper, progress)
     return IngestSummary(
         out / "log",
         out / "catalogue",
@@ -172,6 +178,7 @@ def ingest_files(
         splits,
         None if schema.outcomes is None else found.outcomes,
         tuple(notes),
+        report,
     )
 
 
@@ -197,7 +204,20 @@ def ingest_open_bandit(
         write_catalogue(out / "catalogue", catalogue.table(0, items), catalogue.schema)
         splits = _split(out, split, mapper, progress)
     rows = int(manifest["num_rows"])
-    return IngestSummary(out / "log", out / "catalogue", rows, items, 0, splits)
+    report = _report(out, catalogue, split, mapper or Mapper(), progress or Progress())
+    return IngestSummary(out / "log", out / "catalogue", rows, items, 0, splits, report=report)
+
+
+def _report(
+    out: Location, catalogue: Catalogue, split: Split | None, mapper: Mapper, progress: Progress
+) -> ValidationReport:
+    """Validate the written log, and look for users in both parts of the split."""
+    log = ParquetLog.open(out / "log")
+    report = validate_log(log, catalogue, mapper=mapper, progress=progress)
+    if split is None or log.schema.user_id is None:
+        return report
+    parts = {name: ParquetLog.open(out / name) for name in split.names}
+    return replace(report, findings=(*report.findings, *users_in_both(parts, split.by)))
 
 
 def _split(

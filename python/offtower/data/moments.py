@@ -64,8 +64,12 @@ class Moments:
     def too_noisy(self, expected: float) -> bool:
         """Whether the standard error is large against `expected`, or unreliable because one value
         dominates the mean."""
-        heaviest = self.largest > _HEAVY * self.count * abs(self.mean)
-        return not self.std_error <= _NOISY * expected or heaviest
+        return not self.std_error <= _NOISY * expected or self.dominated
+
+    @property
+    def dominated(self) -> bool:
+        """Whether one value makes up so much of the sum that its standard error is unreliable."""
+        return self.largest > _HEAVY * self.count * abs(self.mean)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,183 @@
+"""Bad rows, repeated rounds, and rows that stand twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from offtower.data.check import BadRow, count_faults, fault_remedy, first_bad_rows
+from offtower.data.columns import (
+    as_array,
+    as_float_array,
+    is_category,
+    is_list,
+    is_number,
+    list_parts,
+    splitmix64,
+)
+from offtower.data.findings.base import Check, Finding, LogFacts, LogPart, rows_text
+from offtower.data.findings.sketches import DuplicateCount
+from offtower.data.rows import hashed
+from offtower.data.schema import LogSchema
+
+_SHOWN_BAD_ROWS = 5
+
+
+@dataclass(frozen=True)
+class BadRows(Check):
+    """The first bad values, the counts of all by (column, problem), and what to do about them."""
+
+    first: tuple[BadRow, ...]
+    counts: Counter[tuple[str, str]]
+    remedies: tuple[str, ...]
+
+    @classmethod
+    def of(cls, part: LogPart) -> Self:
+        if not part.faults:
+            return cls((), Counter(), ())
+        rows = first_bad_rows(part.table, part.faults, part.origin, part.first_row, _SHOWN_BAD_ROWS)
+        remedy = fault_remedy(part.table, part.faults, part.schema)
+        return cls(tuple(rows), count_faults(part.faults), (remedy,) if remedy else ())
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(
+            (self.first + other.first)[:_SHOWN_BAD_ROWS],
+            self.counts + other.counts,
+            (self.remedies + other.remedies)[:1],
+        )
+
+    def findings(self, facts: LogFacts) -> list[Finding]:
+        if not self.counts:
+            return [Finding("info", "rows", f"all {facts.rows:,} rows keep the schema")]
+        kinds = "; ".join(
+            f"{count:,} x column '{column}' is {problem}"
+            for (column, problem), count in sorted(self.counts.items())
+        )
+        return [
+            Finding(
+                "error",
+                "rows",
+                f"bad values: {kinds}",
+                {"bad": sum(self.counts.values())},
+                remedy="".join(self.remedies),
+            ),
+            *(Finding("error", "row", str(row)) for row in self.first),
+        ]
+
+
+@dataclass(frozen=True)
+class RepeatedRounds(Check):
+    """Rows that repeat a (round, position)."""
+
+    pairs: DuplicateCount | None
+
+    @classmethod
+    def of(cls, part: LogPart) -> Self:
+        schema, good = part.schema, part.good
+        if schema.round_id is None or schema.position is None:
+            return cls(None)
+        key = splitmix64(hashed(good.column(schema.round_id)))
+        key = key ^ hashed(good.column(schema.position))
+        return cls(DuplicateCount.of(key, row=part.row))
+
+    def merge(self, other: Self) -> Self:
+        if self.pairs is None or other.pairs is None:
+            return self
+        return type(self)(self.pairs.merge(other.pairs))
+
+    def findings(self, facts: LogFacts) -> list[Finding]:
+        pairs = self.pairs
+        twice = 0 if pairs is None else pairs.count()
+        if pairs is None or twice == 0:
+            return []
+        return [
+            Finding(
+                "error",
+                "repeats",
+                f"{'about ' if pairs.shift else ''}{twice:,} rows repeat a (round, position) "
+                "that another row has",
+                {"rows": twice},
+                rows_text(pairs.examples()),
+                "make round ids unique, or remove the repeated rows",
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class DoubledRows(Check):
+    """Rows that equal an earlier one in every column of the schema.
+
+    Rows are compared by 64-bit hashes; beyond 8 million distinct rows a hash sample of them is
+    kept, and the count is an estimate.
+    """
+
+    rows: DuplicateCount
+
+    @classmethod
+    def of(cls, part: LogPart) -> Self:
+        return cls(DuplicateCount.of(row_keys(part.table, part.schema), row=_numbers(part)))
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(self.rows.merge(other.rows))
+
+    def findings(self, facts: LogFacts) -> list[Finding]:
+        twice = self.rows.count()
+        if twice == 0:
+            return []
+        schema = facts.schema
+        # Without a time or an id, equal rows are what two users in the same situation make.
+        named = [n for n in (schema.timestamp, schema.round_id, schema.user_id) if n is not None]
+        about = "about " if self.rows.shift else ""
+        return [
+            Finding(
+                "warning" if named else "info",
+                "doubled rows",
+                f"{about}{twice:,} rows equal an earlier one in every column"
+                + ("" if named else " (there is no time, round or user to tell them apart)"),
+                {"rows": twice},
+                rows_text(self.rows.examples()),
+                "remove what was written twice (a retried job, two exports of one day); each copy "
+                "counts as evidence of its own, so intervals are too narrow"
+                if named
+                else "",
+            )
+        ]
+
+
+def row_keys(table: pa.Table, schema: LogSchema) -> NDArray[np.uint64]:
+    """(n,) hashes of the rows over all columns of the schema."""
+    key = np.zeros(table.num_rows, dtype=np.uint64)
+    for name in schema.columns:
+        key = splitmix64(key ^ _column_keys(table.column(name)))
+    return key
+
+
+def _column_keys(column: pa.ChunkedArray) -> NDArray[np.uint64]:
+    if is_category(column.type):
+        return splitmix64(hashed(column))
+    if is_list(column.type):
+        values, offsets = list_parts(column)
+        inner = _column_keys(pa.chunked_array([values])) if len(values) else _NONE
+        # A sum over keys that depend on the place in the list.
+        place = np.arange(len(inner)) - np.repeat(offsets[:-1], np.diff(offsets))
+        mixed = splitmix64(inner ^ splitmix64(place.astype(np.uint64)))
+        total = np.concatenate([[np.uint64(0)], np.cumsum(mixed, dtype=np.uint64)])
+        return np.asarray(total[offsets[1:]] - total[offsets[:-1]], dtype=np.uint64)
+    if is_number(column.type):
+        return splitmix64(as_float_array(column).view(np.uint64))
+    if pa.types.is_temporal(column.type):
+        numbers = as_array(column).cast(pa.int64()).fill_null(0)
+        return splitmix64(numbers.to_numpy(zero_copy_only=False).view(np.uint64))
+    return np.zeros(len(column), dtype=np.uint64)
+
+
+_NONE = np.zeros(0, dtype=np.uint64)
+
+
+def _numbers(part: LogPart) -> NDArray[np.int64]:
+    return np.arange(part.first_row, part.first_row + part.table.num_rows)
