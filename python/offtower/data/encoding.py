@@ -16,15 +16,18 @@ from numpy.typing import NDArray
 
 from offtower.checksums import read_checked_json, write_checked_json
 from offtower.data.columns import (
+    CategoryType,
     Column,
     as_float_array,
     as_float_matrix,
+    category_type,
     category_values,
     distinct_values,
     hash_values,
     is_text,
     list_parts,
 )
+from offtower.data.feature_columns import feature_column, fitted_categories
 from offtower.data.features import (
     BagArray,
     BagTensor,
@@ -103,6 +106,8 @@ class FeatureEncoding:
         specs: the features; every vector has its `dim`.
         mean, scale: of numeric and vector features, by name.
         vocabulary: of categories and bags with a vocabulary, by name: distinct values, sorted.
+        types: of the categories and bags that it was fitted on, by name; values of other types are
+            cast to them.
     """
 
     def __init__(
@@ -111,11 +116,13 @@ class FeatureEncoding:
         mean: Mapping[str, NDArray[np.float64]],
         scale: Mapping[str, NDArray[np.float64]],
         vocabulary: Mapping[str, pa.Array],
+        types: Mapping[str, CategoryType],
     ) -> None:
         self.specs = specs
         self._mean = dict(mean)
         self._scale = dict(scale)
         self._vocabulary = dict(vocabulary)
+        self._types = dict(types)
         self._numbers = {name: Vocabulary(values) for name, values in vocabulary.items()}
 
     @classmethod
@@ -131,9 +138,10 @@ class FeatureEncoding:
         specs = tuple(specs)
         moments: dict[str, _Moments] = {}
         counts: dict[str, _Counter] = {}
+        types: dict[str, CategoryType] = {}
         for table in tables:
             for spec in specs:
-                column = table.column(spec.source)
+                column = feature_column(spec, table.column(spec.source))
                 if spec.kind in ("numeric", "vector"):
                     values = (
                         as_float_array(column)
@@ -148,7 +156,9 @@ class FeatureEncoding:
                             f"{found.mean.size} numbers"
                         )
                     moments[spec.name] = found if before is None else before.merge(found)
-                elif spec.encoding == "vocabulary":
+                    continue
+                _note_type(types, spec, column)
+                if spec.encoding == "vocabulary":
                     counts.setdefault(spec.name, _Counter(spec)).add(column)
         fitted = tuple(
             replace(spec, dim=int(moments[spec.name].mean.size))
@@ -163,10 +173,15 @@ class FeatureEncoding:
             {name: m.mean for name, m in moments.items()},
             {name: m.scale() for name, m in moments.items()},
             {spec.name: _vocabulary(spec, counts) for spec in specs if _has_vocabulary(spec)},
+            types,
         )
 
     def encode(self, table: pa.Table) -> FeatureArrays:
-        """Encode the columns of checked rows."""
+        """Encode the columns of checked rows, or of contexts.
+
+        Raises:
+            DataError: a column is of a type, or holds a value, that is none of the feature's kind.
+        """
         return {spec.name: self._encode_one(spec, table) for spec in self.specs}
 
     def cardinality(self, name: str) -> int:
@@ -228,11 +243,12 @@ class FeatureEncoding:
                 self._numbers[name] = Vocabulary(values)
 
     def numbers(self) -> dict[str, Any]:
-        """Return specs, means and scales as JSON content, without the vocabularies."""
+        """Return specs, means, scales and types as JSON content, without the vocabularies."""
         return {
             "specs": [spec_to_dict(spec) for spec in self.specs],
             "mean": {name: value.tolist() for name, value in self._mean.items()},
             "scale": {name: value.tolist() for name, value in self._scale.items()},
+            "types": self._types,
         }
 
     @classmethod
@@ -244,10 +260,11 @@ class FeatureEncoding:
             {name: np.asarray(value) for name, value in content["mean"].items()},
             {name: np.asarray(value) for name, value in content["scale"].items()},
             vocabulary,
+            content["types"],
         )
 
     def _encode_one(self, spec: FeatureSpec, table: pa.Table) -> np.ndarray | BagArray:
-        column = table.column(spec.source)
+        column = feature_column(spec, table.column(spec.source))
         if spec.kind == "numeric":
             values = as_float_array(column)
             return self._standardize(spec.name, values.reshape(-1, 1)).reshape(-1)
@@ -265,19 +282,41 @@ class FeatureEncoding:
 
     def _index(self, spec: FeatureSpec, values: Column) -> NDArray[np.int64]:
         """Return 1 + the index in the vocabulary or hash bucket; 0 for null and unseen values."""
-        distinct, index = distinct_values(values)
+        fitted = self._types.get(spec.name)
+        distinct, index = distinct_values(
+            values if fitted is None else fitted_categories(spec, values, fitted)
+        )
         if spec.encoding == "hash":
             seed = np.uint64(zlib.crc32(spec.name.encode()))
             bucket = (hash_values(distinct) ^ seed) % np.uint64(spec.buckets)
             of_distinct = 1 + bucket.astype(np.int64)
         else:
             vocabulary = self._numbers[spec.name]
-            of_distinct = 1 + vocabulary.find(_like(distinct, vocabulary.values, spec.name))
+            # Without a value in the vocabulary no type was found.
+            known = len(vocabulary.values) > 0
+            of_distinct = (
+                1 + vocabulary.find(pc.cast(distinct, vocabulary.values.type))
+                if known
+                else np.zeros(len(distinct), dtype=np.int64)
+            )
         return np.append(of_distinct, 0)[index]
 
 
 def _has_vocabulary(spec: FeatureSpec) -> bool:
     return spec.kind in ("category", "bag") and spec.encoding == "vocabulary"
+
+
+def _note_type(types: dict[str, CategoryType], spec: FeatureSpec, column: Column) -> None:
+    kind = column.type.value_type if spec.kind == "bag" else column.type
+    found = category_type(kind)
+    if found is None or column.null_count == len(column):
+        return
+    before = types.setdefault(spec.name, found)
+    if before != found:
+        raise DataError(
+            f"feature '{spec.name}' holds {before} in one file and {found} in another; write all "
+            "files alike"
+        )
 
 
 class _Counter:
@@ -337,22 +376,3 @@ def _vocabulary(spec: FeatureSpec, counts: Mapping[str, _Counter]) -> pa.Array:
 
 def _read_vocabulary(file: Path) -> pa.Array:
     return pq.read_table(file).column("value").combine_chunks()
-
-
-def _like(values: pa.Array, vocabulary: pa.Array, name: str) -> pa.Array:
-    """Cast values to the vocabulary's type.
-
-    Raises:
-        DataError: the vocabulary has numbers and a text is none.
-    """
-    if values.type == vocabulary.type:
-        return values
-    if len(vocabulary) == 0:
-        return pa.nulls(len(values), vocabulary.type)
-    try:
-        return pc.cast(values, vocabulary.type)
-    except pa.ArrowInvalid as error:
-        raise DataError(
-            f"feature '{name}' holds text, but integers in the rows that its vocabulary was "
-            f"fitted on ({error}); write the column with one type"
-        ) from error

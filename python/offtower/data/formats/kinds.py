@@ -14,7 +14,7 @@ ColumnKind = Literal["text", "number", "integer", "time", "vector", "bag", "labe
 vector: lists of numbers; bag: lists of categories; labels: text, or a bag where the file has lists;
 any: as it stands."""
 
-_FEATURES: dict[str, ColumnKind] = {
+FEATURE_KINDS: dict[str, ColumnKind] = {
     "numeric": "number",
     "category": "text",
     "vector": "vector",
@@ -112,4 +112,4 @@ def joined_kinds(named: Iterable[tuple[str, ColumnKind]]) -> dict[str, ColumnKin
 
 
 def _features(specs: Iterable[FeatureSpec]) -> list[tuple[str, ColumnKind]]:
-    return [(spec.source, _FEATURES[spec.kind]) for spec in specs]
+    return [(spec.source, FEATURE_KINDS[spec.kind]) for spec in specs]
