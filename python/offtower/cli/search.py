@@ -246,18 +246,23 @@ def _batches(text: str, retriever: Retriever) -> Iterator[pa.Table]:
     """Contexts in tables of up to _BATCH rows; files are read in parts."""
     import pyarrow as pa
 
+    from offtower.data.formats.kinds import feature_kinds
+
+    kinds = feature_kinds(retriever.tower.encoding.specs)
     if text.lstrip().startswith(("{", "[")):
+        from offtower.data.formats.json_lines import objects_table
+
         try:
             content = json.loads(text)
-            table = pa.Table.from_pylist(content if isinstance(content, list) else [content])
-        except (ValueError, RecursionError, AttributeError, TypeError, OverflowError) as error:
+            table = objects_table(content if isinstance(content, list) else [content], kinds)
+        except DataError as error:
+            raise DataError(f"--contexts: {error}") from None
+        except (ValueError, RecursionError, TypeError, OverflowError) as error:
             raise DataError(f"--contexts is not valid JSON of contexts: {error}") from error
         source: Iterable[pa.RecordBatch] = table.to_batches(max_chunksize=_BATCH)
     else:
-        from offtower.data.formats.kinds import feature_kinds
         from offtower.data.source import open_source
 
-        kinds = feature_kinds(retriever.tower.encoding.specs)
         units = open_source(text, kinds, further=True)
         source = chain.from_iterable(
             units.batches(unit, most_rows=_BATCH) for unit in range(len(units))

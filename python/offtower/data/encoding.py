@@ -106,8 +106,8 @@ class FeatureEncoding:
         specs: the features; every vector has its `dim`.
         mean, scale: of numeric and vector features, by name.
         vocabulary: of categories and bags with a vocabulary, by name: distinct values, sorted.
-        types: of the categories and bags that it was fitted on, by name; values of other types are
-            cast to them.
+        types: of the categories and bags that it was fitted on, by name, to which values of other
+            types are cast; none are cast by default.
     """
 
     def __init__(
@@ -116,13 +116,13 @@ class FeatureEncoding:
         mean: Mapping[str, NDArray[np.float64]],
         scale: Mapping[str, NDArray[np.float64]],
         vocabulary: Mapping[str, pa.Array],
-        types: Mapping[str, CategoryType],
+        types: Mapping[str, CategoryType] | None = None,
     ) -> None:
         self.specs = specs
         self._mean = dict(mean)
         self._scale = dict(scale)
         self._vocabulary = dict(vocabulary)
-        self._types = dict(types)
+        self._types = dict(types or {})
         self._numbers = {name: Vocabulary(values) for name, values in vocabulary.items()}
 
     @classmethod

@@ -293,7 +293,8 @@ class Retriever:
         """
         text = bool(self.manifest["vectors"]["text_ids"])
         try:
-            values = pa.array(list(ids), pa.string() if text else pa.int64())
+            whole = pa.uint64() if pa.types.is_uint64(self.item_ids.type) else pa.int64()
+            values = pa.array(list(ids), pa.string() if text else whole)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             raise DataError(
                 f"item ids of this export are {'text' if text else 'integers'}: {error}"

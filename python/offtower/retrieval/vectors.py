@@ -98,13 +98,15 @@ def write_vectors(
             ids, text = part.ids, is_text(part.ids.type)
             keys[part.first : part.first + part.rows] = id_keys(ids)
             if writer is None:
-                kind = pa.large_string() if text else pa.int64()
+                unsigned = pa.types.is_uint64(ids.type)
+                kind = pa.large_string() if text else pa.uint64() if unsigned else pa.int64()
                 writer = pa.ipc.new_file(sink, pa.schema([("item_id", kind)]))
             elif text != pa.types.is_large_string(kind):
                 raise DataError(
                     "item ids are text in one file of the catalogue, numbers in another"
                 )
-            column = pc.cast(category_values(ids), kind)
+            # As they are: `category_values` has large unsigned integers as negative ones.
+            column = pc.cast(ids if kind == pa.uint64() else category_values(ids), kind)
             writer.write_batch(pa.record_batch([column], names=["item_id"]))
     finally:
         if writer is not None:

@@ -14,6 +14,8 @@ from offtower.data.formats.cells import bag_values, category_text, vector_values
 from offtower.data.formats.kinds import ColumnKind
 from offtower.data.formats.streams import TextFile
 from offtower.data.formats.types import BadCells
+from offtower.data.vectors import Mask
+from offtower.errors import DataError
 
 _BLOCK_BYTES = 4 * 2**20
 _PEEK_LINES = 1000
@@ -53,6 +55,33 @@ def peek(file: TextFile, names: Mapping[str, ColumnKind]) -> dict[str, list[str]
                         values.append(_text(row[name]))
         break
     return found
+
+
+def objects_table(objects: list[Any], kinds: Mapping[str, ColumnKind]) -> pa.Table:
+    """Parsed JSON objects as a table, with a column for every key that occurs.
+
+    Columns with a kind are text, or lists, for a conversion to it; others as pyarrow types them.
+
+    Raises:
+        DataError: a value is none of its column's kind.
+        TypeError: something is no object.
+    """
+    for row, found in enumerate(objects):
+        if not isinstance(found, dict):
+            raise TypeError(f"row {row} is {_text(found):.80}, expected a JSON object")
+    columns: dict[str, pa.Array] = {}
+    for name in dict.fromkeys(key for found in objects for key in found):
+        cells = [found.get(name) for found in objects]
+        if name not in kinds:
+            columns[name] = pa.array(cells)
+            continue
+        columns[name], wrong = _column(kinds[name], cells)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise DataError(
+                f"'{name}' is {_text(cells[row]):.80} in row {row}, expected {_WANTED[kinds[name]]}"
+            )
+    return pa.table(columns)
 
 
 def read_batches(
@@ -135,7 +164,7 @@ def _choice(kind: ColumnKind, cells: list[Any]) -> int:
     return 0
 
 
-def _column(kind: ColumnKind, cells: list[Any]) -> tuple[pa.Array, np.ndarray]:
+def _column(kind: ColumnKind, cells: list[Any]) -> tuple[pa.Array, Mask]:
     """Cells as text, or as lists; and the mask of those that are neither."""
     values: list[Any] = [None] * len(cells)
     wrong = np.zeros(len(cells), dtype=bool)
