@@ -149,6 +149,15 @@ def test_sets_are_those_of_the_definition(forms: tuple[str, ...]) -> None:
     np.testing.assert_array_equal(dense(encoded), wanted)
 
 
+@pytest.mark.parametrize("forms", [("attribute",), ("exclude",), ("attribute", "exclude"), FORMS])
+def test_eligible_items_are_counted_by_cluster(forms: tuple[str, ...]) -> None:
+    items, rows = items_table(), rows_table(40)
+    encoded = EligibleItems(catalogue_of(items), schema_of(*forms)).encode(rows)
+    label = np.random.default_rng(7).integers(0, 5, N)
+    found = encoded.items.cluster_counts(encoded, label, 6)
+    np.testing.assert_array_equal(found, truth(items, rows, forms) @ np.eye(6, dtype=int)[label])
+
+
 def test_bitmaps_of_any_order_of_groups_are_the_same() -> None:
     # Neighboring segments are reached by flipping bits, forwards, backwards and from afar.
     items, rows = items_table(), rows_table(60)

@@ -119,3 +119,43 @@ def test_what_cannot_be_estimated_is_refused() -> None:
         estimate_propensities(context[:5], action[:5], 4)
     with pytest.raises(DataError, match=r"context must be \(100, p\)"):
         estimate_propensities(context[:, 0], action, 4)
+
+
+def restricted_log(n: int, items: int, seed: int) -> tuple[np.ndarray, ...]:
+    """Rows with eligible items of their own: contexts, actions, true probabilities and sets."""
+    rng = np.random.default_rng(seed)
+    context = rng.normal(size=(n, 3))
+    eligible = rng.random((n, items)) < np.linspace(0.15, 0.9, items)
+    eligible[np.arange(n), rng.integers(0, items, n)] = True
+    score = np.where(eligible, context @ rng.normal(size=(3, items)), -np.inf)
+    policy = softmax(score)
+    action = (policy.cumsum(axis=1) < rng.random((n, 1))).sum(axis=1).clip(max=items - 1)
+    return context, action, policy[np.arange(n), action], eligible
+
+
+def test_propensities_are_estimated_over_eligible_items() -> None:
+    """Where items are eligible in few rows, a model over all items is far off."""
+    context, action, truth, eligible = restricted_log(1500, 6, 0)
+    found = estimate_propensities(context, action, 6, eligible=eligible)
+    error = np.abs(np.log(found.pscore) - np.log(truth))
+    over_all = estimate_propensities(context, action, 6)
+    assert np.median(error) < 0.15 < np.median(np.abs(np.log(over_all.pscore) - np.log(truth)))
+    assert abs(found.mean_inverse - 1.0) < 0.1
+    assert found.log_loss < found.marginal_log_loss
+    alone = eligible.sum(axis=1) == 1
+    assert alone.any()
+    np.testing.assert_allclose(found.pscore[alone], 1.0)
+
+
+def test_the_conditional_logit_is_the_multinomial_one_where_every_item_is_eligible() -> None:
+    context, action, _ = log(400, 5, 3)
+    plain = estimate_propensities(context, action, 5)
+    every = estimate_propensities(context, action, 5, eligible=np.ones((400, 5), dtype=bool))
+    np.testing.assert_allclose(every.pscore, plain.pscore, rtol=2e-3)
+
+
+def test_an_action_that_is_not_eligible_is_refused() -> None:
+    context, action, _, eligible = restricted_log(50, 4, 1)
+    eligible[7, action[7]] = False
+    with pytest.raises(DataError, match="rules out an action"):
+        estimate_propensities(context, action, 4, eligible=eligible)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 from torch import Tensor
 
 from offtower.config import Config, parse_config
@@ -21,6 +22,7 @@ from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.training.setup import TrainingSetup, build_setup
 from offtower.training.step import ReplicatedStep
+from offtower.training.two_stage import LoggedClusterWeights
 from offtower.training.workers import SINGLE_PROCESS
 from tests.training.eligible_data import prepared
 
@@ -138,6 +140,42 @@ def test_a_row_with_one_eligible_item_has_probability_one() -> None:
     found = step.diagnostics(Step(batch.cursor, alone, batch.fold))
     assert found.entropy == 0.0
     assert found.largest_weight == pytest.approx(float(1.0 / batch.rows.pscore.min()))
+
+
+@pytest.mark.parametrize("forms", SETS[:2])
+def test_cluster_weights_of_potec_are_over_eligible_items(forms: tuple[str, ...]) -> None:
+    data, sets = prepared(160, *forms)
+    config = config_of("potec")
+    config = replace(
+        config,
+        policy=replace(config.policy, temperature=1.0),
+        objective=replace(config.objective, arguments={"clusters": 3, "inverse_temperature": 2.0}),
+    )
+    model = obtain_reward_model(config.reward_model, data, 0, Progress())
+    setup = build_setup(config, data, model, SINGLE_PROCESS, Progress())
+    step, batch = setup.step, batch_of(data)
+    assert isinstance(step, ReplicatedStep) and batch.rows.eligible is not None
+    weights = step.trained.cluster_weights
+    assert isinstance(weights, LoggedClusterWeights)
+    policy, context = setup.policy.eval(), to_tensors(batch.rows.context)
+    rows, action = np.arange(len(batch.rows)), torch.from_numpy(batch.rows.action)
+    mask, label = sets[batch.rows.row], weights._cluster.numpy()
+    with torch.no_grad():
+        u, items = policy.embed_contexts(context), policy.embed_items(data.items)
+        assert items.bias is not None
+        score = (u @ items.embedding.T + items.bias).double().numpy()
+        pi = softmax(np.where(mask, score, -np.inf), axis=1)
+        present = mask @ np.eye(label.max() + 1)[label] > 0
+        logging = weights._logging[batch.fold](context)[0].double().numpy()
+        logging = softmax(np.where(present, logging, -np.inf), axis=1)
+        terms = policy.terms(u, items, action, eligible=batch.rows.eligible.on())
+        found = weights(batch, context, terms)
+    logged = label[batch.rows.action]
+    first = np.array([pi[i, label == logged[i]].sum() for i in rows])
+    wanted = np.log(first) - np.log(logging[rows, logged])
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-6, atol=2e-5)
+    value, _ = step.loss(batch)
+    assert torch.isfinite(value.loss)
 
 
 def test_objectives_that_sum_over_all_items_are_refused() -> None:

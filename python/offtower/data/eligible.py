@@ -283,6 +283,40 @@ class EligibleItems:
             count = count - np.bincount(row[also], minlength=len(rows))
         return count
 
+    def cluster_counts(
+        self, rows: EligibleRows, label: Numbers, num_clusters: int
+    ) -> NDArray[np.int64]:
+        """(n, C) numbers of eligible items of each cluster, in O(N) for each group of the rows.
+
+        Args:
+            label: (N,) cluster of each item, from 0 to C - 1.
+        """
+
+        def by_row(lists: BagArray, kept: Mask) -> NDArray[np.int64]:
+            key = entry_rows(lists)[kept] * np.int64(num_clusters) + label[lists.values[kept]]
+            flat = np.bincount(key, minlength=len(lists) * num_clusters)
+            return flat.reshape(len(lists), num_clusters).astype(np.int64)
+
+        if rows.candidates is not None:
+            allowed = self._allowed(rows)
+            return by_row(allowed, np.ones(allowed.values.size, dtype=bool))
+        if rows.group is None:
+            index = np.zeros(len(rows), dtype=np.int64)
+            groups = np.bincount(label, minlength=num_clusters)[None].astype(np.int64)
+        else:
+            keys, index = np.unique(rows.group, return_inverse=True)
+            groups = np.stack(
+                [
+                    np.bincount(label[self._group_items(int(key))], minlength=num_clusters)
+                    for key in keys
+                ]
+            ).astype(np.int64)
+        counts: NDArray[np.int64] = groups[index]
+        if rows.excluded is not None:
+            row = entry_rows(rows.excluded)
+            counts -= by_row(rows.excluded, self._in_group(rows, row, rows.excluded.values))
+        return counts
+
     def refusals(self, rows: EligibleRows, item: Numbers) -> dict[str, Mask]:
         """By form, the (n,) rows for which the form rules out the row's item (n,)."""
         every = np.arange(len(rows), dtype=np.int64)
@@ -497,6 +531,12 @@ class EligibleItems:
             words = bits if words is None else words & bits
         assert words is not None, "a group has an attribute or an interval"
         return words
+
+    def _group_items(self, key: int) -> Numbers:
+        """The items of a group."""
+        with self._lock:
+            bits = self._one(key, CPU).numpy().view(np.uint8)
+        return np.flatnonzero(np.unpackbits(bits, count=self.num_items, bitorder="little"))
 
     def _group_count(self, key: int) -> int:
         with self._lock:

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from offtower.config import Config
 from offtower.crossfit.loop import FitStep, ModelLoss, fit_out_of_fold
 from offtower.crossfit.reward_model import fit_plan, fold_models
+from offtower.data.eligible import EligibleRows
 from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.reader import Step
 from offtower.models.features import FeatureTensors
@@ -27,7 +29,7 @@ from offtower.models.two_stage import (
     two_stage_policy,
 )
 from offtower.objectives import Objective, Potec
-from offtower.ops import PolicyTerms, partial_terms
+from offtower.ops import Eligibility, PolicyTerms, partial_terms
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.seeds import derive_seed, seed_torch
@@ -35,6 +37,8 @@ from offtower.training.step import TrainedPolicy
 
 _KMEANS_ITEMS = 1 << 18
 """Centroids are fitted on at most this many random items."""
+_BLOCK_LOGITS = 1 << 22
+"""Logits held at a time for the second stage over eligible items."""
 
 
 def build_two_stage(
@@ -88,7 +92,7 @@ class LoggedClusterWeights:
         self, contexts: TwoStageContexts, frozen: Tensor, cluster: Tensor, logging: list[Tower]
     ) -> None:
         self._contexts, self._frozen, self._logging = contexts, frozen, logging
-        self._cluster = cluster
+        self._cluster, self._label = cluster, cluster.cpu().numpy()
         self._order = torch.argsort(cluster, stable=True)
         self._rank = torch.empty_like(self._order)
         self._rank[self._order] = torch.arange(len(cluster), device=cluster.device)
@@ -99,21 +103,31 @@ class LoggedClusterWeights:
     @torch.no_grad()
     def __call__(self, batch: Step, context: FeatureTensors, terms: PolicyTerms) -> Tensor:
         action = tensor_of(batch.rows.action, self._cluster.device)
-        log_second = self.log_within(context, action)
+        log_second = self.log_within(context, action, batch.rows.eligible)
         logit = self._logging[batch.fold](context)[0]
+        logit = _over_eligible(logit, batch.rows.eligible, self._label, logit.shape[1])
         log_logging = functional.log_softmax(logit, dim=1)
         logged = log_logging.gather(1, self._cluster[action].unsqueeze(1)).squeeze(1)
         return terms.log_prob.detach() - log_second - logged
 
     @torch.no_grad()
-    def log_within(self, context: FeatureTensors, action: Tensor) -> Tensor:
-        """(B,) log pi(a|x, c) of the logged items."""
+    def log_within(
+        self, context: FeatureTensors, action: Tensor, eligible: EligibleRows | None = None
+    ) -> Tensor:
+        """(B,) log pi(a|x, c) of the logged items, over the cluster's eligible items."""
         u = self._contexts.frozen(context)
         logged, found = self._cluster[action], u.new_empty(len(u))
         for cluster in torch.unique(logged).tolist():
             rows = torch.nonzero(logged == cluster).squeeze(1)
             first = self._first[cluster]
-            of_cluster = self._frozen[self._order[first : first + self._count[cluster]]]
+            member = self._order[first : first + self._count[cluster]]
+            of_cluster = self._frozen[member]
+            if eligible is not None:
+                index = rows.cpu().numpy()
+                sets = eligible.take(index).on(u.device)
+                place = self._rank[action[rows]] - first
+                found[rows] = _log_softmax_at(u[rows], of_cluster, place, sets, member)
+                continue
             part = partial_terms(
                 u[rows],
                 of_cluster[:, :-1].contiguous(),
@@ -141,17 +155,54 @@ def fit_logging_clusters(
         seed_torch(seed, "logging clusters", k)
         towers.append(Tower(data.context_encoding, num_clusters, kind).to(data.device))
 
+    label = cluster.numpy()
+
     def losses(step: FitStep) -> ModelLoss:
         rows = step.batch.rows
         context = to_tensors(rows.context, data.device)
         logged = cluster[tensor_of(rows.action)].to(data.device)
-        return lambda k: functional.cross_entropy(towers[k](context)[0], logged)
+
+        def loss_of(k: int) -> Tensor:
+            logit = _over_eligible(towers[k](context)[0], rows.eligible, label, num_clusters)
+            return functional.cross_entropy(logit, logged)
+
+        return loss_of
 
     plan = fit_plan(
         settings, data, seed, "logging clusters", "fitting the logging policy over clusters"
     )
     fit_out_of_fold(data, plan, fold_models(towers, settings), losses, progress)
     return [tower.eval().requires_grad_(False) for tower in towers]
+
+
+def _over_eligible(
+    logit: Tensor, eligible: EligibleRows | None, label: NDArray[np.int64], num_clusters: int
+) -> Tensor:
+    """Logits (B, C) of clusters, -inf for those without an eligible item."""
+    if eligible is None:
+        return logit
+    counts = eligible.items.cluster_counts(eligible, label, num_clusters)
+    return logit.masked_fill(tensor_of(counts == 0, logit.device), float("-inf"))
+
+
+def _log_softmax_at(
+    context: Tensor, items: Tensor, index: Tensor, eligible: Eligibility, member: Tensor
+) -> Tensor:
+    """(B,) log-probabilities of the items at `index` among the eligible ones, a block at a time.
+
+    items: (m, d + 1) embeddings and biases of the items `member` (m,).
+    """
+    out = context.new_empty(len(context))
+    step = max(1, _BLOCK_LOGITS // len(member))
+    for start in range(0, len(context), step):
+        part = torch.arange(start, min(start + step, len(context)), device=context.device)
+        logit = (context[part] @ items[:, :-1].T + items[:, -1]).double()
+        there = eligible.contains(
+            part.repeat_interleave(len(member)), member.repeat(len(part))
+        ).view(logit.shape)
+        log_probability = torch.log_softmax(logit.masked_fill(~there, float("-inf")), dim=1)
+        out[part] = log_probability.gather(1, index[part, None])[:, 0].to(out.dtype)
+    return out
 
 
 @torch.no_grad()

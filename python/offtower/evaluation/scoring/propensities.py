@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
 from scipy.special import logsumexp
 
 from offtower.data.catalogue import Catalogue
@@ -75,6 +75,7 @@ def estimate_propensities(
     num_items: int,
     *,
     user: ArrayLike | None = None,
+    eligible: ArrayLike | None = None,
     folds: int = 5,
     seed: int = 0,
 ) -> EstimatedPropensities:
@@ -84,7 +85,9 @@ def estimate_propensities(
     divided by a temperature fitted on the held-out rows (Guo, Pleiss, Sun, Weinberger, ICML 2017).
     An action that a fold's training part lacks gets a smoothed frequency.
 
-    context: (n, p) numbers. action: (n,) in [0, num_items). At most 5,000 items.
+    context: (n, p) numbers. action: (n,) in [0, num_items). At most 5,000 items. eligible:
+    (n, num_items) which items a row could show; the model is then a conditional logit (McFadden
+    1974), whose softmax runs over the row's eligible items.
     Raises OfftowerError for a larger catalogue, DataError for malformed arrays.
     """
     from sklearn.linear_model import LogisticRegression
@@ -104,6 +107,14 @@ def estimate_propensities(
         raise DataError(
             f"actions must be at least {2 * folds} integers in [0, {num_items}) for {folds} folds"
         )
+    allowed = None if eligible is None else np.asarray(eligible, dtype=bool)
+    if allowed is not None and not (
+        allowed.shape == (a.size, num_items) and allowed[np.arange(a.size), a].all()
+    ):
+        raise DataError(
+            f"eligible must be ({a.size}, {num_items}) and hold every logged action, but has shape "
+            f"{allowed.shape} or rules out an action"
+        )
     fold = _folds(np.arange(a.size) if user is None else np.asarray(user), folds, seed)
     logits = np.empty((a.size, num_items))
     marginal = np.empty(a.size)
@@ -114,16 +125,28 @@ def estimate_propensities(
         seen = np.unique(a[kept])
         frequency = (np.bincount(a[kept], minlength=num_items) + 1.0) / (kept.sum() + num_items)
         marginal[held] = frequency[a[held]]
+        if allowed is not None:
+            marginal[held] /= allowed[held] @ frequency
         if seen.size < 2:
             logits[held] = np.log(frequency)
             continue
-        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-        model.fit(x[kept], a[kept])
+        if allowed is None:
+            model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+            model.fit(x[kept], a[kept])
+            probability = model.predict_proba(x[held])
+        else:
+            scaler = StandardScaler().fit(x[kept])
+            probability = _conditional_logit(
+                (scaler.transform(x[kept]), np.searchsorted(seen, a[kept]), allowed[kept][:, seen]),
+                (scaler.transform(x[held]), allowed[held][:, seen]),
+            )
         # Unseen actions share their smoothed frequency, the seen ones the rest.
         part = np.tile(np.log(frequency), (int(held.sum()), 1))
         rest = np.log(frequency[seen].sum())
-        part[:, seen] = np.log(np.maximum(model.predict_proba(x[held]), _FLOOR)) + rest
+        part[:, seen] = np.log(np.maximum(probability, _FLOOR)) + rest
         logits[held] = part
+    if allowed is not None:
+        logits[~allowed] = -np.inf
 
     def loss(log_temperature: float) -> float:
         return -float(_log_prob(logits, a, np.exp(log_temperature)).mean())
@@ -136,8 +159,50 @@ def estimate_propensities(
         temperature,
         -float(log_prob.mean()),
         -float(np.log(marginal).mean()),
-        float(np.mean(1.0 / pscore)) / num_items,
+        float(np.mean(1.0 / pscore)) / (num_items if allowed is None else _mean_count(allowed)),
     )
+
+
+def _mean_count(allowed: NDArray[np.bool_]) -> float:
+    return float(allowed.sum(axis=1).mean())
+
+
+def _conditional_logit(
+    fitted: tuple[Array, IntArray, NDArray[np.bool_]], wanted: tuple[Array, NDArray[np.bool_]]
+) -> Array:
+    """Fit a multinomial logit over each row's eligible items; probabilities (m, k) of other rows.
+
+    Weights are penalized by half their square, as scikit-learn's LogisticRegression with C=1.
+
+    fitted: (n, p) contexts, (n,) items, (n, k) eligible items. wanted: (m, p) and (m, k).
+    """
+    x, a, allowed = fitted
+    every, (p, k) = np.arange(len(a)), (x.shape[1], allowed.shape[1])
+
+    def scores(weights: Array, context: Array, mask: NDArray[np.bool_]) -> Array:
+        matrix = weights.reshape(p + 1, k)
+        return np.where(mask, context @ matrix[:p] + matrix[p], -np.inf)
+
+    def loss(weights: Array) -> tuple[float, Array]:
+        score = scores(weights, x, allowed)
+        log_probability = score - logsumexp(score, axis=1, keepdims=True)
+        error = np.exp(log_probability)
+        error[every, a] -= 1.0
+        slope = weights.reshape(p + 1, k).copy()
+        slope[p] = 0.0
+        penalty = 0.5 * float(np.square(slope).sum())
+        slope[:p] += x.T @ error
+        slope[p] = error.sum(axis=0)
+        return penalty - float(log_probability[every, a].sum()), slope.ravel()
+
+    found = minimize(
+        loss, np.zeros((p + 1) * k), jac=True, method="L-BFGS-B", options={"maxiter": 500}
+    )
+    score = scores(found.x, *wanted)
+    top = score.max(axis=1, keepdims=True)
+    mass = np.exp(score - np.where(np.isfinite(top), top, 0.0))
+    # A row may have none of the items that the fitted rows showed.
+    return np.asarray(mass / np.maximum(mass.sum(axis=1, keepdims=True), _FLOOR))
 
 
 def _log_prob(logits: Array, action: IntArray, temperature: float) -> Array:
@@ -189,19 +254,25 @@ def estimate_logged(
             f"{log.num_rows:,}; log them, or pass a part of the log with --log"
         )
     progress.start("estimating propensities", None)
-    contexts, actions, users, rows = [], [], [], []
+    contexts, actions, users, rows, allowed = [], [], [], [], []
+    num_items = catalogue.num_items if label is None else int(label.max()) + 1
+    clusters = np.arange(catalogue.num_items, dtype=np.int64) if label is None else label
     for batch in scan(log, catalogue, encoding, _SCAN_ROWS):
         contexts.append(flatten(encoding, batch.context, len(batch), "log").astype(np.float32))
         actions.append(batch.action)
         rows.append(batch.row)
         if batch.user_id is not None:
             users.append(batch.user_id)
+        if batch.eligible is not None:
+            counts = batch.eligible.items.cluster_counts(batch.eligible, clusters, num_items)
+            allowed.append(counts > 0)
     action = np.concatenate(actions)
     estimated = estimate_propensities(
         np.concatenate(contexts),
         action if label is None else label[action],
-        catalogue.num_items if label is None else int(label.max()) + 1,
+        num_items,
         user=np.concatenate(users) if users else None,
+        eligible=np.concatenate(allowed) if allowed else None,
         seed=seed,
     )
     progress.finish()
