@@ -236,10 +236,11 @@ class PolicyScorer:
         """
         self.policy.eval()
         device = self.policy.device
-        context = self.policy.embed_contexts(to_tensors(context_rows(rows).context, device))
-        scorer = SlateScorer(
-            self.served, self.items, context, rounds, tensor_of(rows.action, device)
-        )
+        first = context_rows(rows)
+        context = self.policy.embed_contexts(to_tensors(first.context, device))
+        eligible = None if first.eligible is None else first.eligible.on(device)
+        action = tensor_of(rows.action, device)
+        scorer = SlateScorer(self.served, self.items, context, rounds, action, eligible)
         found = score_slates(scorer, rewards, draws=draws, generator=generator)
         self.policy.train(self._training)
         return ScoredRows(
@@ -248,6 +249,7 @@ class PolicyScorer:
             found.predictions if rows.pscore_kind == "conditional" else {},
             found.log_normalizer,
             context,
+            eligible=first.eligible,
         )
 
 
