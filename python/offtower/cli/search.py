@@ -48,10 +48,11 @@ def search(
     run: Annotated[Path, typer.Argument(help="Run directory or export.", metavar="RUN")],
     contexts: Annotated[str, typer.Option(help="File, folder, or one context as JSON.")],
     k: Annotated[
-        int | None, typer.Option("-k", help="Items per context: 100, or 1 with --sample.")
+        int | None, typer.Option("-k", help="Items per context: 100; serving.k with --sample.")
     ] = None,
     sample: Annotated[
-        bool, typer.Option("--sample", help="Draw a slate from the policy, with propensities.")
+        bool,
+        typer.Option("--sample", help="Serve: draw from the served policy, with propensities."),
     ] = False,
     mode: Annotated[
         Mode, typer.Option(help="How to draw; see docs/reference/retrieval.md.")
@@ -79,8 +80,10 @@ def search(
     if target is not None and target.exists():
         raise DataError(f"'{log}' exists already; choose another --log")
     retriever = Retriever.open(run)
+    for note in _notes(run, retriever, sample=sample):
+        messages().print(f"[yellow]note[/]: {escape(note)}", soft_wrap=True)
     if k is None:
-        k = 1 if sample else min(100, retriever.num_items)
+        k = retriever.serving.k if sample else min(100, retriever.num_items)
     excluded = None if exclude is None else _ids(exclude, retriever)
     if sample:
         rng = np.random.default_rng(seed)
@@ -130,6 +133,27 @@ def _skip_pandas() -> None:
         pa.array([])
     finally:
         sys.meta_path.remove(finder)
+
+
+def _notes(run: Path, retriever: Retriever, *, sample: bool) -> list[str]:
+    """What a user should know where results are not those of the served policy of the run."""
+    from offtower.run_directory import RunDirectory
+
+    notes = []
+    directory = RunDirectory(run)
+    if directory.config_path.exists():
+        serving = directory.load_config().serving
+        if serving != retriever.serving:
+            notes.append(
+                f"the run's section serving ({serving.text}) has changed since it was exported "
+                f"({retriever.serving.text}): export again to serve what is evaluated"
+            )
+    if not sample and retriever.serving.mode == "sample":
+        notes.append(
+            "these are the best items; 'offtower evaluate' reports the served policy, which draws "
+            "(--sample). To serve the best items always, set serving.mode to top_k"
+        )
+    return notes
 
 
 def _search(

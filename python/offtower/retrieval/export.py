@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -165,6 +165,7 @@ def export_run(
                 "created": now.isoformat(timespec="seconds"),
                 "offtower": offtower.__version__,
                 "run": directory.path.name,
+                "serving": asdict(config.serving),
                 "policy": {
                     **facts,
                     "weights_sha256": sha256_file(directory.policy / "policy.safetensors"),

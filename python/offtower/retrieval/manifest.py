@@ -20,7 +20,7 @@ from offtower.checksums import read_checked_json, verify_file, write_checked_jso
 from offtower.errors import RunError
 from offtower.paths import safe_relative
 
-FORMAT = 1
+FORMAT = 2
 FILE = "manifest.json"
 CURRENT = "CURRENT"
 

@@ -19,6 +19,11 @@ Mode `softmax` has these properties for any index and budget:
    (`conditional_pscore`), which is positive for every item. It is a valid propensity too, with more
    variance.
 3. pscore is the softmax probability up to the error of Z^; its standard error is `relative_error`.
+
+`serving` scales the logits by its temperature in every mode. A uniform share eps mixes draws that
+are uniform over the items with these, and pscore is the probability of the mixture; in mode
+`softmax` property 1 then holds up to the square of `relative_error`. `top` needs every item's
+logit, so that mode `softmax` is then as `exact`, and mode `cells` is refused.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from offtower.config import ServingConfig
 from offtower.errors import ConfigError, DataError
 from offtower.retrieval.cell_sampling import ItemSample, sample_slate, sample_with_replacement
 from offtower.retrieval.cell_weights import (
@@ -37,6 +43,7 @@ from offtower.retrieval.cell_weights import (
     model_weights,
 )
 from offtower.retrieval.cells import Cells
+from offtower.retrieval.mixture_sampling import mixed_draws, mixed_slate, served_weights
 
 Mode = Literal["softmax", "cells", "exact"]
 IntArray = NDArray[np.int64]
@@ -51,16 +58,22 @@ class PropensitySampler:
     Args:
         cells: the partitioned catalogue.
         relative_error: target standard error of pscore in mode `softmax`, as a share of pscore.
+        serving: temperature, uniform share and limit of the draws; None draws from the softmax.
 
     Raises:
-        ConfigError: relative_error is not in (0, 1).
+        ConfigError: relative_error is not in (0, 1), or serving.mode is top_k, which draws nothing.
     """
 
-    def __init__(self, cells: Cells, *, relative_error: float = 0.002) -> None:
+    def __init__(
+        self, cells: Cells, *, relative_error: float = 0.002, serving: ServingConfig | None = None
+    ) -> None:
         if not 0.0 < relative_error < 1.0:
             raise ConfigError(f"relative_error must lie in (0, 1), got {relative_error}")
         self.cells = cells
         self.relative_error = relative_error
+        self.serving = serving or ServingConfig()
+        if self.serving.mode == "top_k":
+            raise ConfigError("serving.mode top_k draws nothing: search for the k best items")
 
     def draw(
         self,
@@ -83,7 +96,10 @@ class PropensitySampler:
             ConfigError: unknown mode.
             DataError: the query is not finite, or no item is left.
         """
-        return sample_with_replacement(self.weights(query, rng, mode, exclude), rng, size)
+        weights = self.weights(query, rng, mode, exclude)
+        if self.serving.uniform > 0.0 and weights.all_logits is None:
+            return mixed_draws(weights, rng, size, self.serving.uniform)
+        return sample_with_replacement(weights, rng, size)
 
     def slate(
         self,
@@ -106,7 +122,13 @@ class PropensitySampler:
             ConfigError: unknown mode, or size is below 1.
             DataError: fewer than n items are left, or the query is not finite.
         """
-        return sample_slate(self.weights(query, rng, mode, exclude, positions=size), rng, size)
+        weights = self.weights(query, rng, mode, exclude, positions=size)
+        if self.serving.uniform > 0.0 and weights.all_logits is None:
+            found = mixed_slate(weights, rng, size, self.serving.uniform)
+            if found is not None:
+                return found
+            weights = self.weights(query, rng, "exact", exclude, positions=size)
+        return sample_slate(weights, rng, size)
 
     def weights(
         self,
@@ -116,7 +138,11 @@ class PropensitySampler:
         exclude: IntArray | None = None,
         positions: int = 1,
     ) -> CellWeights:
-        """Cell weights that `draw` and `slate` sample from."""
+        """Cell weights that `draw` and `slate` sample from.
+
+        Weights with the logits of all items are those of the served policy; others lack its uniform
+        share, which the draws add.
+        """
         cells = self.cells
         if mode not in get_args(Mode):
             raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got '{mode}'")
@@ -126,20 +152,29 @@ class PropensitySampler:
                 f"a context embedding must be {cells.vectors.shape[1]} finite numbers, got "
                 f"shape {query.shape}"
             )
+        if mode == "cells" and self.serving.top is not None:
+            raise ConfigError(
+                "mode cells scores only the items of the drawn cells, and serving.top is the best "
+                "of all: choose mode softmax or exact"
+            )
         if positions < 1:
             raise ConfigError(f"the number of positions must be at least 1, got {positions}")
         excluded = self._excluded_rows(exclude)
         num_items = len(cells.item_of_row)
         left = num_items - len(excluded)
+        if self.serving.top is not None and self.serving.uniform == 0.0:
+            left = min(left, self.serving.top)
         if left < positions:
             raise DataError(
-                f"{positions} items were asked for, but filters leave {left} of {num_items:,}"
+                f"{positions} items were asked for, but filters and serving.top leave {left} of "
+                f"{num_items:,}"
             )
+        query = query / np.float32(self.serving.temperature)
         if mode == "cells":
             return model_weights(cells, query, excluded)
-        if mode == "exact" or left * _FEW < num_items:
-            return exact_weights(cells, query, excluded)
-        return estimated_weights(
+        if mode == "exact" or self.serving.top is not None or left * _FEW < num_items:
+            return served_weights(exact_weights(cells, query, excluded), self.serving)
+        weights = estimated_weights(
             cells,
             query,
             rng,
@@ -147,6 +182,7 @@ class PropensitySampler:
             positions=positions,
             relative_error=self.relative_error,
         )
+        return served_weights(weights, self.serving)
 
     def _excluded_rows(self, exclude: IntArray | None) -> IntArray:
         """Sorted, distinct rows of excluded items."""

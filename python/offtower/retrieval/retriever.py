@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from offtower.config import ServingConfig
+from offtower.config.serving import parse_serving
 from offtower.data.columns import Column
 from offtower.errors import ConfigError, DataError, OfftowerError, RunError
 from offtower.paths import safe_relative
@@ -66,6 +68,8 @@ class SampleResult:
     slate: bool
     version: str
     mode: Mode
+    policy: str
+    """Name of the policy for the log: the export's version, and `serving` where it was changed."""
 
 
 class Retriever:
@@ -76,10 +80,19 @@ class Retriever:
     """
 
     def __init__(
-        self, directory: Path, manifest: dict[str, Any], trust_code: Collection[str] = ()
+        self,
+        directory: Path,
+        manifest: dict[str, Any],
+        trust_code: Collection[str] = (),
+        serving: ServingConfig | None = None,
     ) -> None:
         self.directory, self.manifest = directory, manifest
         self.version = str(manifest["version"])
+        exported = parse_serving(manifest["serving"], f"'{directory / FILE}': serving")
+        self.serving = serving or exported
+        self.policy_name = f"export {self.version}"
+        if self.serving != exported:
+            self.policy_name += f" with {self.serving.text}"
         facts = manifest["vectors"]
         self.num_items = int(facts["count"])
         self.tower = ContextTower.load(directory / "context_tower", self.version, trust_code)
@@ -117,6 +130,7 @@ class Retriever:
         verify: Verify = "auto",
         index: bool = True,
         trust_code: Collection[str] = (),
+        serving: ServingConfig | None = None,
     ) -> Retriever:
         """Open the current export of a run, or the version at `path`.
 
@@ -128,6 +142,8 @@ class Retriever:
                 exports of up to 4 GiB.
             index: False searches exactly even if there is an index.
             trust_code: import paths of code that the export may name, as in `load_policy`.
+            serving: serve otherwise than the run's configuration said when it was exported; such a
+                log is of another policy than the run's.
 
         Raises:
             UntrustedCodeError: the export names other code.
@@ -138,7 +154,7 @@ class Retriever:
         for _ in range(_ATTEMPTS):
             directory = find_version(path)
             try:
-                return cls._open_version(directory, verify, index, trust_code)
+                return cls._open_version(directory, verify, index, trust_code, serving)
             except OfftowerError:
                 if find_version(path) == directory:
                     raise
@@ -146,14 +162,19 @@ class Retriever:
 
     @classmethod
     def _open_version(
-        cls, directory: Path, verify: Verify, index: bool, trust_code: Collection[str]
+        cls,
+        directory: Path,
+        verify: Verify,
+        index: bool,
+        trust_code: Collection[str],
+        serving: ServingConfig | None,
     ) -> Retriever:
         manifest = read_manifest(directory)
         try:
             verify_files(directory, manifest, verify)
             if not index:
                 manifest = {**manifest, "index": None}
-            return cls(directory, manifest, trust_code)
+            return cls(directory, manifest, trust_code, serving)
         except OSError as error:
             raise RunError(f"the export at '{directory}' cannot be read: {error}") from error
         except (KeyError, TypeError, AttributeError) as error:
@@ -230,7 +251,7 @@ class Retriever:
     def sample(
         self,
         contexts: pa.Table,
-        k: int = 1,
+        k: int | None = None,
         *,
         slate: bool = True,
         mode: Mode = "softmax",
@@ -238,11 +259,14 @@ class Retriever:
         relative_error: float = 0.002,
         seed: int | np.random.Generator | None = None,
     ) -> SampleResult:
-        """Draw k items for each context, with their propensities.
+        """Draw k items for each context from the served policy, with their propensities.
+
+        `Retriever.serving` says how the policy is served. In mode top_k these are the k best items,
+        with a propensity of 1, found by the index; mode "exact" scores every item.
 
         Args:
             contexts: n rows with the context columns.
-            k: positions of a slate without replacement, or independent draws.
+            k: positions of a slate without replacement, or independent draws; None is serving.k.
             slate: False draws independently.
             mode: "softmax", "cells" or "exact"; see `retrieval.propensity_sampler`.
             exclude: ids that must not be drawn; propensities are renormalized over the others.
@@ -254,10 +278,13 @@ class Retriever:
             DataError: filters leave fewer than k items, or see `embed`.
             RunError: the export was made without sampling.
         """
+        k = self.serving.k if k is None else k
         self._check_k(k)
+        if self.serving.mode == "top_k":
+            return self._show_best(contexts, k, slate, mode, exclude)
         queries = self.embed(contexts)
         excluded = self._excluded(exclude, len(queries))
-        sampler = PropensitySampler(self.cells, relative_error=relative_error)
+        sampler = PropensitySampler(self.cells, relative_error=relative_error, serving=self.serving)
         rng = np.random.default_rng(seed)
         draw = sampler.slate if slate else sampler.draw
         drawn: list[ItemSample] = [
@@ -278,6 +305,28 @@ class Retriever:
             slate,
             self.version,
             mode,
+            self.policy_name,
+        )
+
+    def _show_best(
+        self, contexts: pa.Table, k: int, slate: bool, mode: Mode, exclude: Filter | None
+    ) -> SampleResult:
+        """The k best items of each context, each with probability 1."""
+        if not slate and k > 1:
+            raise ConfigError(
+                "serving.mode top_k shows the k best items; it has no independent draws (slate)"
+            )
+        best = self.search(contexts, k, exclude=exclude, exact=mode == "exact")
+        for row, found in enumerate(best.item):
+            if len(found) < k:
+                raise DataError(
+                    f"context {row}: {k} items were asked for, but filters and the index leave "
+                    f"{len(found)}"
+                )
+        item = np.stack(best.item) if best.item else np.zeros((0, k), dtype=np.int64)
+        one, zero = np.ones(item.shape), np.zeros(item.shape)
+        return SampleResult(
+            best.item_id, item, one, zero, one, slate, self.version, mode, self.policy_name
         )
 
     def ids_of(self, item: IntArray) -> list[Any]:

@@ -58,7 +58,7 @@ def decisions_table(
         POSITION: pa.array(np.tile(np.arange(k, dtype=np.int64), n)),
         ROUND: round_id.take(row),
         schema.timestamp or "timestamp": _times(retriever, contexts, now).take(row),
-        schema.behavior_policy or "behavior_policy": pa.repeat(f"export {served.version}", n * k),
+        schema.behavior_policy or "behavior_policy": pa.repeat(served.policy, n * k),
     }
     for name, column in columns.items():
         if name in table.column_names:
