@@ -158,7 +158,7 @@ def test_settings_that_exclude_each_other() -> None:
     top = PropensitySampler(cells, serving=ServingConfig(top=4))
     with pytest.raises(ConfigError, match="mode cells"):
         top.draw(queries[0], rng, mode="cells")
-    with pytest.raises(DataError, match=r"serving\.top leave 4"):
+    with pytest.raises(DataError, match=r"serving\.top leaves 4"):
         top.slate(queries[0], rng, size=5)
     with pytest.raises(ConfigError, match="top_k draws nothing"):
         PropensitySampler(cells, serving=ServingConfig(mode="top_k"))

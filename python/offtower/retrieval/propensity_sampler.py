@@ -161,13 +161,13 @@ class PropensitySampler:
             raise ConfigError(f"the number of positions must be at least 1, got {positions}")
         excluded = self._excluded_rows(exclude)
         num_items = len(cells.item_of_row)
-        left = num_items - len(excluded)
+        left, limit = num_items - len(excluded), "filters leave"
         if self.serving.top is not None and self.serving.uniform == 0.0:
-            left = min(left, self.serving.top)
+            if self.serving.top < left:
+                left, limit = self.serving.top, "serving.top leaves"
         if left < positions:
             raise DataError(
-                f"{positions} items were asked for, but filters and serving.top leave {left} of "
-                f"{num_items:,}"
+                f"{positions} items were asked for, but {limit} {left} of {num_items:,}"
             )
         query = query / np.float32(self.serving.temperature)
         if mode == "cells":
