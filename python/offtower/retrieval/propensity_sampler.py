@@ -162,9 +162,9 @@ class PropensitySampler:
         excluded = self._excluded_rows(exclude)
         num_items = len(cells.item_of_row)
         left, limit = num_items - len(excluded), "filters leave"
-        if self.serving.top is not None and self.serving.uniform == 0.0:
-            if self.serving.top < left:
-                left, limit = self.serving.top, "serving.top leaves"
+        top = self.serving.top
+        if top is not None and self.serving.uniform == 0.0 and top < left:
+            left, limit = top, "serving.top leaves"
         if left < positions:
             raise DataError(
                 f"{positions} items were asked for, but {limit} {left} of {num_items:,}"
