@@ -54,4 +54,9 @@ class Configuration:
         return ", ".join([*parts, self.draws])
 
 
-QUICK = [Configuration(), Configuration(draws="softmax")]
+QUICK = [
+    Configuration(),
+    Configuration(draws="softmax"),
+    Configuration(k=3, draws="softmax"),
+    Configuration(k=10),
+]

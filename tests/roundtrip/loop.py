@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,10 +34,12 @@ from offtower.progress import Progress
 from offtower.retrieval import (
     ExportOptions,
     Retriever,
+    SampleResult,
     decisions_table,
     export_run,
     served_schema,
 )
+from offtower.retrieval.propensity_sampler import Mode
 from offtower.training.run import train_run
 
 START = datetime(2026, 1, 3, 12, 0, tzinfo=UTC)
@@ -50,7 +51,7 @@ class Evaluated:
     """What an evaluation found on a served log of n rounds of k items."""
 
     weight: np.ndarray
-    """(n, k) conditional importance weights."""
+    """(n, k) importance weights: products over the positions down to each."""
     rewards: np.ndarray
     """(n, k)."""
     values: dict[str, float]
@@ -211,17 +212,21 @@ def at_time(contexts: pa.Table, seed: int) -> tuple[pa.Table, datetime]:
     return contexts.set_column(column, "timestamp", times), at
 
 
-def round_trip(
-    loop: Loop, serving: ServingConfig, *, rounds: int, seed: int, **draw: Any
-) -> tuple[pa.Table, Any, Evaluated]:
-    """Serve, log, ingest and evaluate the same policy.
+@dataclass(frozen=True)
+class ServedLog:
+    """The contexts (n) of a served log, what was shown, and where the ingested log is."""
 
-    Returns:
-        contexts (n), what was served, and the evaluation.
-    """
+    contexts: pa.Table
+    served: SampleResult
+    log: Path
+
+
+def served_log(
+    loop: Loop, serving: ServingConfig, *, rounds: int, seed: int, mode: Mode = "exact"
+) -> ServedLog:
+    """Serve, log and ingest."""
     contexts, at = at_time(loop.contexts(rounds, seed), seed)
     retriever = loop.serving(serving)
-    served = retriever.sample(contexts, serving.k, seed=seed, **draw)
+    served = retriever.sample(contexts, serving.k, seed=seed, mode=mode)
     decisions = decisions_table(retriever, contexts, served, served_at=at)
-    log = loop.log(contexts, decisions, served.item, seed)
-    return contexts, served, loop.evaluate(log, serving, serving.k)
+    return ServedLog(contexts, served, loop.log(contexts, decisions, served.item, seed))

@@ -14,16 +14,16 @@ from offtower.data.simulate import ServedDistribution
 from offtower.data.simulate.plackett_luce import conditional_log_prob
 from tests.roundtrip.configurations import ITEMS, QUICK, Configuration
 from tests.roundtrip.conftest import MakeLoop
-from tests.roundtrip.loop import Loop, round_trip
+from tests.roundtrip.loop import Loop, served_log
 
 ROUNDS = 60
 
 
 def check(loop: Loop, configuration: Configuration, seed: int) -> None:
     served_as = serving_of(loop, configuration)
-    contexts, served, found = round_trip(
-        loop, served_as, rounds=ROUNDS, seed=seed, mode=configuration.draws
-    )
+    logged = served_log(loop, served_as, rounds=ROUNDS, seed=seed, mode=configuration.draws)
+    contexts, served = logged.contexts, logged.served
+    found = loop.evaluate(logged.log, served_as, configuration.k)
     if configuration.mode == "top_k":
         np.testing.assert_array_equal(served.pscore, 1.0)
         best = np.argsort(-masked_scores(loop, contexts), axis=1, kind="stable")
@@ -33,9 +33,12 @@ def check(loop: Loop, configuration: Configuration, seed: int) -> None:
         log_prob = distribution.log_prob(loop.scores(contexts), loop.mask(contexts))
         truth = np.exp(conditional_log_prob(log_prob, served.item))
         assert (np.abs(served.pscore / truth - 1.0) < tolerance(served.relative_error)).all()
-    assert (np.abs(found.weight - 1.0) < tolerance(served.relative_error)).all()
+    # Weights of a position are products over those above.
+    allowed = tolerance(served.relative_error.cumsum(axis=1))
+    assert (np.abs(found.weight - 1.0) < allowed).all()
     value = found.rewards.sum(axis=1).mean()
-    assert found.values["ips"] == pytest.approx(value, rel=tolerance(served.relative_error).max())
+    assert found.values["ips"] == pytest.approx(value, rel=allowed.max())
+    assert found.logging_value == pytest.approx(value, rel=1e-12)
 
 
 def tolerance(relative_error: np.ndarray) -> np.ndarray:
