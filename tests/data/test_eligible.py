@@ -13,6 +13,7 @@ import pytest
 from offtower.data.catalogue import Catalogue
 from offtower.data.check import BadRowsError, RowChecker
 from offtower.data.eligible import EligibleItems, EligibleRows, eligible_items, reading_index
+from offtower.data.eligible_groups import BitmapLimits
 from offtower.data.encoding import FeatureEncoding
 from offtower.data.ingest import IngestSource, ingest_files
 from offtower.data.loading import concat_rows
@@ -163,7 +164,7 @@ def test_bitmaps_of_any_order_of_groups_are_the_same() -> None:
     items, rows = items_table(), rows_table(60)
     wanted = truth(items, rows, ("attribute", "interval"))
     eligible = EligibleItems(
-        catalogue_of(items), schema_of("attribute", "interval"), cache_bytes=100
+        catalogue_of(items), schema_of("attribute", "interval"), BitmapLimits(cache_bytes=100)
     )
     encoded = eligible.encode(rows)
     rng = np.random.default_rng(5)
@@ -379,7 +380,7 @@ def test_wrong_sections_are_refused(section: dict[str, Any], said: str) -> None:
 
 def test_a_batch_of_too_many_groups_is_refused() -> None:
     eligible = EligibleItems(
-        catalogue_of(), schema_of("attribute", "interval"), batch_bytes=10 * 24
+        catalogue_of(), schema_of("attribute", "interval"), BitmapLimits(batch_bytes=10 * 24)
     )
     rows = eligible.encode(rows_table(40))
     with pytest.raises(DataError, match=r"make training\.batch_size"):

@@ -88,7 +88,7 @@ def find_faults(
     eligible = eligible_items(catalogue, schema)
     if eligible is not None:
         # The timestamp has a rule of its own.
-        columns = eligible.faulty_columns(table, file)
+        columns = eligible.checks.columns(table, file)
         found += [Fault(*one) for one in columns if one[0] != schema.timestamp]
         found += [Fault(*one) for one in eligible.faulty_actions(table, schema.action)]
     if schema.slates and table.num_rows:
