@@ -68,7 +68,7 @@ def every_item_once(w: dict[str, Any], q: Any, **kwargs: Any) -> PolicyTerms:
     )
 
 
-def each_row_its_own(w: dict[str, Any], q: Any, padding: int = 0) -> PolicyTerms:
+def each_row_its_own(w: dict[str, Any], q: Any, padding: int = 0, **kwargs: Any) -> PolicyTerms:
     order = torch.stack([torch.randperm(N, generator=generator(i)) for i in range(B)])
     log_q = torch.full((B, N), -math.log(N + padding), dtype=torch.float64)
     if padding:
@@ -87,6 +87,7 @@ def each_row_its_own(w: dict[str, Any], q: Any, padding: int = 0) -> PolicyTerms
         reward_model=q,
         entropy=True,
         temperature=0.7,
+        **kwargs,
     )
 
 

@@ -109,6 +109,8 @@ class Eligibility:
 
     def contains(self, row: Tensor, item: Tensor) -> Tensor:
         """Whether each item is eligible in its row; (n,) bool for row and item (n,) int64."""
+        if self.bitmap is not None and not self.bitmap.shape[1]:
+            return torch.zeros_like(row, dtype=torch.bool)  # A slice without items.
         found = torch.ones_like(row, dtype=torch.bool)
         if self.group is not None and self.bitmap is not None:
             word = self.bitmap[self.group[row].long(), item // WORD]

@@ -10,11 +10,14 @@ from offtower.ops.eligibility import WORD, Eligibility, ItemLists
 
 
 def checked_eligibility(
-    eligible: Eligibility | None, rows: int, items: int, device: torch.device
+    eligible: Eligibility | None, rows: int, items: int | None, device: torch.device
 ) -> Eligibility | None:
     """Eligible items that fit B rows and N items; candidates as lists alone (`resolved`).
 
     Values are read on the CPU alone: elsewhere that would wait for the device.
+
+    Args:
+        items: N; None where it is not known.
 
     Raises:
         OperatorError: shapes, dtypes or devices do not fit, or on the CPU a number is out of range
@@ -37,7 +40,7 @@ def checked_eligibility(
     return eligible.resolved()
 
 
-def check_eligible_action(eligible: Eligibility | None, action: Tensor, items: int) -> None:
+def check_eligible_action(eligible: Eligibility | None, action: Tensor, items: int | None) -> None:
     """Check that each row's action on the CPU is eligible; negative ones lie elsewhere."""
     if eligible is None or action.device.type != "cpu" or not action.numel():
         return
@@ -45,7 +48,8 @@ def check_eligible_action(eligible: Eligibility | None, action: Tensor, items: i
     wrong = ~eligible.contains(rows, action.clamp_min(0)) & (action >= 0)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
-        if not int(eligible.take(torch.tensor([row], dtype=torch.int64)).count(items)):
+        one = eligible.take(torch.tensor([row], dtype=torch.int64))
+        if items is not None and not int(one.count(items)):
             raise OperatorError(_empty(row))
         raise OperatorError(
             f"action {int(action[row])} of row {row} is not among the row's eligible items; "
@@ -64,8 +68,10 @@ def _empty(row: int) -> str:
 
 
 def _check_bitmap(
-    group: Tensor, bitmap: Tensor, rows: int, items: int, device: torch.device
+    group: Tensor, bitmap: Tensor, rows: int, items: int | None, device: torch.device
 ) -> None:
+    if items is None:
+        items = bitmap.shape[-1] * WORD
     words = -(-items // WORD)
     if group.dtype != torch.int32 or group.shape != (rows,):
         raise OperatorError(
@@ -96,7 +102,9 @@ def _check_bitmap(
         )
 
 
-def _check_lists(name: str, lists: ItemLists, rows: int, items: int, device: torch.device) -> None:
+def _check_lists(
+    name: str, lists: ItemLists, rows: int, items: int | None, device: torch.device
+) -> None:
     offsets, item = lists.offsets, lists.items
     if offsets.dtype != torch.int64 or offsets.shape != (rows + 1,):
         raise OperatorError(
@@ -119,13 +127,13 @@ def _check_lists(name: str, lists: ItemLists, rows: int, items: int, device: tor
         )
     if not item.numel():
         return
-    outside = (item < 0) | (item >= items)
+    outside = item < 0 if items is None else (item < 0) | (item >= items)
     # An entry may be at or below the one before it only where a row starts.
     fall = torch.ones_like(outside)
     torch.le(item[1:], item[:-1], out=fall[1:])
     fall[offsets[:-1][length > 0]] = False
     for wrong, why in (
-        (outside, f"out of range: there are {items} items"),
+        (outside, f"out of range: there are {items} items" if items else "out of range"),
         (fall, "not above the one before it; sort each row's items and drop repeats"),
     ):
         if bool(wrong.any()):

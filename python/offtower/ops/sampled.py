@@ -9,8 +9,16 @@ from torch import Tensor
 
 from offtower.errors import OperatorError
 from offtower.ops.checks import FLOATS, check_embeddings, check_reward
-from offtower.ops.sampled_sums import Draws, exactly_counted, hits_of, sample_sums
-from offtower.ops.types import LOG_PROB_FLOOR, DenseReward, PolicyTerms, RewardTerms
+from offtower.ops.eligibility import WORD
+from offtower.ops.eligibility_checks import check_eligible_action, checked_eligibility
+from offtower.ops.sampled_sums import Draws, exactly_counted, make_draws, sample_sums
+from offtower.ops.types import (
+    LOG_PROB_FLOOR,
+    DenseReward,
+    Eligibility,
+    PolicyTerms,
+    RewardTerms,
+)
 
 
 def sampled_policy_terms(
@@ -29,6 +37,7 @@ def sampled_policy_terms(
     sample_index: Tensor | None = None,
     exact_item: Tensor | None = None,
     exact_index: Tensor | None = None,
+    eligible: Eligibility | None = None,
 ) -> PolicyTerms:
     r"""Estimates of `policy_terms` from m draws of a proposal Q, at O(m) a row in place of O(N).
 
@@ -69,6 +78,9 @@ def sampled_policy_terms(
         exact_item: (B, k) int64 items that each row counts exactly, such as those of largest
             probability; distinct in a row, -1 for none.
         exact_index: (B, k) int64 rows of `sampled_embedding` that hold them.
+        eligible: the items that each row may choose. A draw of another item does not count in the
+            row; log_proposal stays that of all items, so Z^ over the eligible ones is unbiased. Few
+            eligible items mean few draws that count: then exact terms, or `exact_item`, are better.
 
     Returns:
         Terms of length B, in float32 (float64 for float64 inputs), differentiable in the context,
@@ -105,6 +117,7 @@ def sampled_policy_terms(
         check_reward(reward_model, rows, items, context_embedding)
         _check_range("action", action, 0, items)
         _check_range("sampled_item", sampled_item, 0, items)
+    eligible = eligible_draws(eligible, action, sampled_item)
     dtype = torch.float64 if context_embedding.dtype == torch.float64 else torch.float32
     u = context_embedding.to(dtype)
     u = u if temperature == 1.0 else u / temperature
@@ -116,9 +129,9 @@ def sampled_policy_terms(
     if exact_item is not None:
         exact_item, exact_index = _check_exact(exact_item, exact_index, rows, v.shape[0])
         counted_exactly = torch.cat([counted_exactly, exact_item], dim=1)
-        exact = exactly_counted(exact_item, exact_index, action, dtype)
+        exact = exactly_counted(exact_item, exact_index, action, dtype, eligible)
     log_count = log_proposal.detach().to(dtype) + math.log(sampled_item.shape[-1])
-    draws = Draws(sampled_item, log_count, sample_index, hits_of(sampled_item, counted_exactly))
+    draws = make_draws(sampled_item, log_count, sample_index, counted_exactly, eligible)
 
     logit = (u * action_embedding.to(dtype)).sum(dim=1)
     if action_bias is not None:
@@ -133,6 +146,9 @@ def sampled_policy_terms(
     log_normalizer = torch.logsumexp(logs, dim=0)
     # (sets, B) log share of the logged item and of each set of draws.
     log_share = logs - log_normalizer
+    if eligible is not None and action.device.type != "cpu":
+        row = torch.arange(rows, dtype=torch.int64, device=action.device)
+        log_share = log_share.masked_fill(~eligible.contains(row, action), float("nan"))
     share = log_share.exp()
     expected: Tensor | None = None
     if action_reward is not None:
@@ -154,6 +170,19 @@ def sampled_policy_terms(
         action_reward=action_reward,
         entropy=entropies,
     )
+
+
+def eligible_draws(
+    eligible: Eligibility | None, action: Tensor, sampled_item: Tensor
+) -> Eligibility | None:
+    """Checked eligible items of the rows of `action`, (B,) with -1 for one that lies elsewhere."""
+    if eligible is None:
+        return None
+    found = checked_eligibility(eligible, len(action), None, action.device)
+    check_eligible_action(found, action, None)
+    if found is not None and found.bitmap is not None:
+        _check_range("sampled_item", sampled_item, 0, found.bitmap.shape[1] * WORD)
+    return found
 
 
 def action_reward_of(reward_model: RewardTerms, action: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,9 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offtower.ops.sampled import action_reward_of
-from offtower.ops.sampled_sums import Draws, SampleSums, exactly_counted, hits_of, sample_sums
-from offtower.ops.types import FactoredReward, PartialTerms, RunningSums
+from offtower.ops.sampled import action_reward_of, eligible_draws
+from offtower.ops.sampled_sums import (
+    Draws,
+    SampleSums,
+    exactly_counted,
+    make_draws,
+    sample_sums,
+)
+from offtower.ops.types import Eligibility, FactoredReward, PartialTerms, RunningSums
 
 
 def sampled_partial_terms(
@@ -29,6 +35,7 @@ def sampled_partial_terms(
     entropy: bool = False,
     exact_item: Tensor | None = None,
     exact_index: Tensor | None = None,
+    eligible: Eligibility | None = None,
 ) -> PartialTerms:
     """Sums of the logged items, the draws and the exactly counted items that lie in the slice.
 
@@ -49,6 +56,7 @@ def sampled_partial_terms(
         entropy: add what the entropy needs.
         exact_item, exact_index: (B, k) items of the slice that each row counts exactly, distinct in
             a row, -1 for none; and rows of `item_embedding` that hold them.
+        eligible: of the slice, numbered from its first item; as in `sampled_policy_terms`.
 
     Returns:
         Sums that are differentiable in u, the item embeddings and biases. The logit and the reward
@@ -60,6 +68,7 @@ def sampled_partial_terms(
     u = u if temperature == 1.0 else u / temperature
     bias = None if item_bias is None else item_bias.to(dtype)
     log_count = log_count.to(dtype)
+    eligible = eligible_draws(eligible, action, sampled_item)
     here = (action >= 0).nonzero()[:, 0]
     index = action_index[here]
     logit = (u[here] * v[index]).sum(dim=1)
@@ -91,11 +100,10 @@ def sampled_partial_terms(
     if exact_item is not None and exact_index is not None and exact_item.numel():
         # No index is valid in an empty slice.
         if len(v):
-            sets.append(exactly_counted(exact_item, exact_index, action, dtype))
+            sets.append(exactly_counted(exact_item, exact_index, action, dtype, eligible))
         counted_exactly = torch.cat([counted_exactly, exact_item], dim=1)
     if len(sampled_item):
-        hits = hits_of(sampled_item, counted_exactly)
-        sets.append(Draws(sampled_item, log_count, sample_index, hits))
+        sets.append(make_draws(sampled_item, log_count, sample_index, counted_exactly, eligible))
     for draws in sets:
         part = sample_sums(u, v, bias, draws, reward_model, entropy)
         sums = sums.merge(_running(part))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from offtower.ops.draw_masks import EligibleDraws, are_eligible, hits_of, rows_of
+from offtower.ops.eligibility import Eligibility
 from offtower.ops.types import LOG_PROB_FLOOR, DenseReward, RewardTerms
 
 CPU_CHUNK = 1 << 19
@@ -34,6 +36,8 @@ class Draws:
     log_count: Tensor
     index: Tensor | None
     masked: Tensor
+    eligible: EligibleDraws | None = None
+    """Of shared draws; those per row are masked where they are not eligible."""
 
     @property
     def shared(self) -> bool:
@@ -76,13 +80,19 @@ def sample_sums(
 
 
 def exactly_counted(
-    exact_item: Tensor, exact_index: Tensor, action: Tensor, dtype: torch.dtype
+    exact_item: Tensor,
+    exact_index: Tensor,
+    action: Tensor,
+    dtype: torch.dtype,
+    eligible: Eligibility | None = None,
 ) -> Draws:
     """Items (B, k) that each row counts once, -1 for none, as draws that are expected once.
 
-    The row's logged item is masked, since it is counted separately.
+    The row's logged item is masked, since it is counted separately, and so are ineligible items.
     """
     absent = (exact_item < 0) | (exact_item == action[:, None])
+    if eligible is not None:
+        absent |= ~are_eligible(exact_item.clamp_min(0), eligible)
     return Draws(
         exact_item.clamp_min(0),
         torch.zeros(exact_item.shape, dtype=dtype, device=exact_item.device),
@@ -91,30 +101,21 @@ def exactly_counted(
     )
 
 
-def hits_of(sampled_item: Tensor, counted_exactly: Tensor) -> Tensor:
-    """Find the draws that hit one of their row's items (B, k), as `Draws.masked` holds them.
-
-    For shared draws by binary search, O((B k + m) log m): no (B, m) comparison. On a GPU the logits
-    are compared with the items, chunk by chunk.
-    """
+def make_draws(
+    sampled_item: Tensor,
+    log_count: Tensor,
+    index: Tensor | None,
+    counted_exactly: Tensor,
+    eligible: Eligibility | None,
+) -> Draws:
+    """Draws of which those count that are eligible in a row, and not counted exactly (B, k)."""
+    masked = hits_of(sampled_item, counted_exactly)
+    if eligible is None:
+        return Draws(sampled_item, log_count, index, masked)
     if sampled_item.dim() == 2:
-        mask = torch.zeros(sampled_item.shape, dtype=torch.bool, device=sampled_item.device)
-        for column in counted_exactly.unbind(dim=1):
-            mask |= sampled_item == column[:, None]
-        return mask
-    if sampled_item.is_cuda:
-        return counted_exactly
-    ordered, place = torch.sort(sampled_item, stable=True)
-    wanted = counted_exactly.reshape(-1)
-    first = torch.searchsorted(ordered, wanted)
-    times = torch.searchsorted(ordered, wanted, right=True) - first
-    total = torch.cumsum(times, 0)
-    which = torch.repeat_interleave(times)
-    inside = (
-        torch.arange(len(which), dtype=torch.int64, device=which.device) - (total - times)[which]
-    )
-    row = which // counted_exactly.shape[1]
-    return torch.stack([row, place[first[which] + inside]], dim=1)
+        masked |= ~are_eligible(sampled_item, eligible)
+        return Draws(sampled_item, log_count, index, masked)
+    return Draws(sampled_item, log_count, index, masked, EligibleDraws(eligible, sampled_item))
 
 
 class _SampleSums(torch.autograd.Function):
@@ -205,9 +206,6 @@ class _Work:
             drawn_bias = bias if bias is None or draws.index is None else bias[draws.index]
             # (m,) added to every row's logits.
             self.shift = -draws.log_count if drawn_bias is None else drawn_bias - draws.log_count
-            if not draws.masked_by_item:
-                # Row numbers of the masked pairs, to find those of a chunk.
-                self.hit_rows = draws.masked[:, 0].contiguous()
         self.bias = bias
         # Padding is -inf by `shift`; here it must not become inf - inf.
         self.offset = draws.log_count.masked_fill(self.padding, 0.0)
@@ -228,13 +226,10 @@ class _Work:
             if draws.masked_by_item:
                 for item in draws.masked[rows].unbind(dim=1):
                     s.masked_fill_(draws.item == item[:, None], float("-inf"))
-                return s
-            first, last = torch.searchsorted(
-                self.hit_rows,
-                torch.tensor([rows.start, rows.stop], dtype=torch.int64, device=s.device),
-            ).tolist()
-            hits = draws.masked[first:last]
-            s[hits[:, 0] - rows.start, hits[:, 1]] = float("-inf")
+            else:
+                s[rows_of(draws.masked, rows)] = float("-inf")
+            if draws.eligible is not None:
+                s.masked_fill_(draws.eligible.refused(rows), float("-inf"))
             return s
         assert draws.index is not None
         index = draws.index[rows]

@@ -93,7 +93,7 @@ class TouchedItems:
             sample_index=self.sample_index,
             exact_item=self.exact_item,
             exact_index=self.exact_index,
-            **({} if self.eligible is None else {"eligible": self.eligible}),
+            eligible=self.eligible,
         )
 
 

@@ -91,7 +91,7 @@ class ShardedSampledTerms(PeriodicExact):
             entropy=entropy,
             exact_item=None if exact is None else exact.to(device),
             exact_index=None if exact is None else index_of(exact),
-            **({} if eligible is None else {"eligible": eligible}),
+            eligible=eligible,
         )
         return merge_over_workers(part, logged >= 0, self.workers).terms()
 
