@@ -17,10 +17,11 @@ from offtower.data.eligible_groups import BitmapLimits
 from offtower.data.encoding import FeatureEncoding
 from offtower.data.ingest import IngestSource, ingest_files
 from offtower.data.loading import concat_rows
-from offtower.data.log import ParquetLog, TableOrigin
+from offtower.data.log import ParquetLog, TableLog, TableOrigin
 from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows, encode_rows
 from offtower.data.schema import CatalogueSchema, LogSchema
+from offtower.data.validate import validate_log
 from offtower.errors import ConfigError, DataError
 
 N = 150
@@ -436,3 +437,42 @@ def test_numbers_without_time_zones_serve_as_times() -> None:
         [0, 1, 0],
         [0, 0, 0],
     ]
+
+
+def uniform_log(n: int, *forms: str) -> TableLog:
+    """Rows that show their eligible items with equal probabilities."""
+    items, rows = items_table(), rows_table(2 * n)
+    sets = truth(items, rows, forms)
+    kept = np.flatnonzero(sets.any(axis=1))[:n]
+    rng = np.random.default_rng(3)
+    action = [f"i{rng.choice(np.flatnonzero(sets[i]))}" for i in kept]
+    table = rows.take(pa.array(kept)).set_column(0, "action", pa.array(action))
+    return TableLog(
+        table.set_column(2, "pscore", pa.array(1.0 / sets[kept].sum(axis=1))), schema_of(*forms)
+    )
+
+
+def test_validation_compares_inverse_propensities_with_the_eligible_items() -> None:
+    log = uniform_log(80, "attribute", "exclude")
+    found = {one.name: one for one in validate_log(log, catalogue_of()).findings}
+    inverse = found["inverse pscore"]
+    assert inverse.level == "info" and "eligible items a row" in inverse.message
+    assert inverse.numbers["mean"] == pytest.approx(inverse.numbers["items"])
+    assert inverse.numbers["items"] < N / 3
+    halved = log.table.set_column(2, "pscore", pa.array(np.asarray(log.table.column("pscore")) / 2))
+    wrong = validate_log(TableLog(halved, log.schema), catalogue_of())
+    assert {one.name: one.level for one in wrong.findings}["inverse pscore"] == "error"
+
+
+def test_validation_counts_excluded_ids_that_the_catalogue_lacks() -> None:
+    log = uniform_log(60, "exclude")
+    gone = sum(row.count("gone") for row in log.table.column("seen").to_pylist())
+    assert gone > 0
+    found = {one.name: one for one in validate_log(log, catalogue_of()).findings}
+    assert found["excluded items"].numbers["unknown"] == gone
+    assert found["excluded items"].level == "info"
+    lost = pa.array([["x"]] * log.num_rows)
+    table = log.table.set_column(log.table.column_names.index("seen"), "seen", lost)
+    lost_log = TableLog(table, log.schema)
+    found = {one.name: one for one in validate_log(lost_log, catalogue_of()).findings}
+    assert found["excluded items"].level == "warning"

@@ -2,6 +2,7 @@
 
 from offtower.data.findings.base import Check, Finding, Level, LogFacts, LogPart, Target
 from offtower.data.findings.coverage import ConstantColumns, Coverage
+from offtower.data.findings.eligible import ExcludedItems
 from offtower.data.findings.propensities import Propensities
 from offtower.data.findings.reward import MeanReward
 from offtower.data.findings.rows import BadRows, DoubledRows, RepeatedRounds
@@ -13,6 +14,7 @@ CHECKS: tuple[type[Check], ...] = (
     BadRows,
     MeanReward,
     Propensities,
+    ExcludedItems,
     Coverage,
     ConstantColumns,
     RepeatedRounds,

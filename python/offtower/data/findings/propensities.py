@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from offtower.data.columns import as_float_array, category_values
+from offtower.data.eligible import eligible_items
 from offtower.data.findings.base import Check, Finding, Level, LogFacts, LogPart
 from offtower.data.moments import Moments
 from offtower.data.schema import LogSchema
@@ -29,12 +30,15 @@ class Propensities(Check):
         inverse: of 1/pscore by behavior policy, and "" for all rows.
         weight: of a target policy's probability over pscore.
         ones: rows with pscore 1.
+        eligible: of the rows' numbers of eligible items, by policy as `inverse`; empty where every
+            item is eligible.
     """
 
     pscore: Moments
     inverse: dict[str, Moments]
     weight: Moments
     ones: int
+    eligible: dict[str, Moments] = field(default_factory=dict)
 
     @classmethod
     def of(cls, part: LogPart) -> Self:
@@ -47,21 +51,19 @@ class Propensities(Check):
             weight = Moments.of(np.asarray(part.target(good), dtype=np.float64) / logged)
         return cls(
             Moments.of(logged),
-            _inverse(good, logged, schema),
+            _by_policy(good, 1.0 / logged, schema),
             weight,
             int(np.count_nonzero(logged == 1.0)),
+            _eligible(part),
         )
 
     def merge(self, other: Self) -> Self:
-        names = dict.fromkeys([*self.inverse, *other.inverse])
         return type(self)(
             self.pscore.merge(other.pscore),
-            {
-                name: self.inverse.get(name, Moments()).merge(other.inverse.get(name, Moments()))
-                for name in names
-            },
+            _merged(self.inverse, other.inverse),
             self.weight.merge(other.weight),
             self.ones + other.ones,
+            _merged(self.eligible, other.eligible),
         )
 
     def findings(self, facts: LogFacts) -> list[Finding]:
@@ -90,7 +92,12 @@ class Propensities(Check):
         policies = [name for name in self.inverse if name] or [""]
         if facts.schema.pscore_kind == "slate":
             return found  # Their inverses count slates, not items.
-        found += [_inverse_mean(name, self.inverse[name], facts) for name in policies]
+        for name in policies:
+            allowed = self.eligible.get(name)
+            items = float(facts.num_items) if allowed is None else allowed.mean
+            found.append(
+                _inverse_mean(name, self.inverse[name], items, eligible=allowed is not None)
+            )
         return found + _policies_agree(self.inverse, policies, facts) + _target_mass(self.weight)
 
 
@@ -106,18 +113,19 @@ def _all_ones(rows: int) -> Finding:
     )
 
 
-def _inverse_mean(policy: str, inverse: Moments, facts: LogFacts) -> Finding:
+def _inverse_mean(policy: str, inverse: Moments, n_items: float, *, eligible: bool) -> Finding:
     """Compare the mean of 1/pscore with the number of items that it estimates.
 
     E[1/pi_0(a|x)] is the number of items with positive probability: at most N, and N where every
-    item can be shown. A deviation of more than 4 standard errors is not chance (6e-5 for a normal
-    mean; nothing is concluded where one row dominates the mean).
+    item can be shown; with eligible items N is the mean of the rows' numbers. A deviation of more
+    than 4 standard errors is not chance (6e-5 for a normal mean; nothing is concluded where one row
+    dominates the mean).
     """
-    n_items = facts.num_items
+    of = f"{n_items:.4g} eligible items a row" if eligible else f"{n_items:,.0f} items"
     whose = f" of behavior policy '{policy}'" if policy else ""
     text = (
         f"mean of 1/pscore{whose} is {inverse.mean:.4g} (standard error "
-        f"{inverse.std_error:.2g}); with {n_items:,} items it must be at most that"
+        f"{inverse.std_error:.2g}); with {of} it must be at most that"
     )
     numbers = {
         "mean": inverse.mean,
@@ -127,7 +135,7 @@ def _inverse_mean(policy: str, inverse: Moments, facts: LogFacts) -> Finding:
     }
     name = "inverse pscore"
     slack = _ALARM * inverse.std_error + 1e-6 * n_items
-    if _looks_like_percent(inverse, facts):
+    if _looks_like_percent(inverse, n_items):
         return Finding(
             "error",
             name,
@@ -151,11 +159,12 @@ def _inverse_mean(policy: str, inverse: Moments, facts: LogFacts) -> Finding:
             remedy="state pscore_kind in the schema if they are of slates; check the catalogue, "
             "which may lack items that the policy shows",
         )
-    if inverse.mean < 0.5 * n_items - slack and facts.schema.eligible is None:
+    if inverse.mean < 0.5 * n_items - slack:
+        whole = "eligible items" if eligible else "catalogue"
         return Finding(
             "warning",
             name,
-            text + ": the logging policy shows only a part of the catalogue, or propensities "
+            text + f": the logging policy shows only a part of the {whole}, or propensities "
             "are too large",
             numbers,
             remedy="if a request can show only some items, name them in the schema's section "
@@ -164,14 +173,14 @@ def _inverse_mean(policy: str, inverse: Moments, facts: LogFacts) -> Finding:
     return Finding("info", name, text + ": consistent", numbers)
 
 
-def _looks_like_percent(inverse: Moments, facts: LogFacts) -> bool:
+def _looks_like_percent(inverse: Moments, n_items: float) -> bool:
     """Whether the mean of 1/pscore is far too small, and a hundred times as much would fit."""
-    if facts.schema.eligible is not None or inverse.dominated:
+    if inverse.dominated:
         return False
     slack = _ALARM * inverse.std_error
     low, high = inverse.mean - slack, inverse.mean + slack
-    half = 0.5 * facts.num_items
-    return high < half and 100.0 * high >= half and 100.0 * low <= facts.num_items
+    half = 0.5 * n_items
+    return high < half and 100.0 * high >= half and 100.0 * low <= n_items
 
 
 def _policies_agree(
@@ -217,11 +226,26 @@ def _target_mass(weight: Moments) -> list[Finding]:
     return [Finding(level, "target", text, numbers)]
 
 
-def _inverse(table: pa.Table, pscore: NDArray[np.float64], schema: LogSchema) -> dict[str, Moments]:
-    if not pscore.size:
+def _eligible(part: LogPart) -> dict[str, Moments]:
+    sets = eligible_items(part.catalogue, part.schema)
+    if sets is None:
         return {}
-    inverse = 1.0 / pscore
-    found = {"": Moments.of(inverse)}
+    count = sets.encode(part.good).count().astype(np.float64)
+    return _by_policy(part.good, count, part.schema)
+
+
+def _merged(one: dict[str, Moments], other: dict[str, Moments]) -> dict[str, Moments]:
+    names = dict.fromkeys([*one, *other])
+    return {name: one.get(name, Moments()).merge(other.get(name, Moments())) for name in names}
+
+
+def _by_policy(
+    table: pa.Table, values: NDArray[np.float64], schema: LogSchema
+) -> dict[str, Moments]:
+    """Moments of values (n,) by behavior policy, and under "" of all."""
+    if not values.size:
+        return {}
+    found = {"": Moments.of(values)}
     if schema.behavior_policy is None:
         return found
     names = pc.dictionary_encode(
@@ -229,5 +253,5 @@ def _inverse(table: pa.Table, pscore: NDArray[np.float64], schema: LogSchema) ->
     )
     place = names.indices.to_numpy(zero_copy_only=False)
     for number, name in enumerate(names.dictionary.to_pylist()):
-        found[name] = Moments.of(inverse[place == number])
+        found[name] = Moments.of(values[place == number])
     return found
