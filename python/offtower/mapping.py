@@ -63,6 +63,10 @@ class MergeTree(Generic[M]):
     def __init__(self) -> None:
         self._waiting: list[tuple[int, M]] = []
 
+    def __bool__(self) -> bool:
+        """Whether anything was added."""
+        return bool(self._waiting)
+
     def add(self, sums: M) -> None:
         """Add the next sums in order."""
         level, merged = 0, sums

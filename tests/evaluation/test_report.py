@@ -201,6 +201,17 @@ def test_rows_of_too_little_overlap_ask_for_exploration() -> None:
     assert "hardly any results" in answer.sentence and "exploration" in (answer.remedy or "")
 
 
+def test_a_simpler_policy_that_would_earn_more_is_named() -> None:
+    one = answered(0.05, 0.3)
+    better = answered(0.07, 0.3).result.policies["p0"].estimates["ips"]
+    worse = answered(0.01, 0.3).result.policies["p0"].estimates["ips"]
+    one.baseline_values = {"uniform": worse}
+    assert answer_of(one).simpler is None
+    assert answer_of(one).baselines == (("uniform", "210", "+10"),)
+    one.baseline_values = {"uniform": worse, "most rewarded items": better}
+    assert "'most rewarded items' for everybody would earn 270" in (answer_of(one).simpler or "")
+
+
 def test_the_first_screen_has_no_statistics(tmp_path: Path) -> None:
     """A product manager reads it: none of these words stand above the folded details."""
     html = render(tmp_path / "r.html", answered(0.002, 0.9, n_policies=2))

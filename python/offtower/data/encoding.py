@@ -184,6 +184,15 @@ class FeatureEncoding:
         """
         return {spec.name: self._encode_one(spec, table) for spec in self.specs}
 
+    def only(self, name: str) -> FeatureEncoding:
+        """The encoding of one of the features."""
+        return FeatureEncoding(
+            tuple(spec for spec in self.specs if spec.name == name),
+            {key: value for key, value in self._mean.items() if key == name},
+            {key: value for key, value in self._scale.items() if key == name},
+            {key: value for key, value in self._vocabulary.items() if key == name},
+        )
+
     def cardinality(self, name: str) -> int:
         """Return the rows of the embedding table of a category or bag, with the unknown one."""
         spec = next(s for s in self.specs if s.name == name)

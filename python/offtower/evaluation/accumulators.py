@@ -9,9 +9,11 @@ from numpy.typing import NDArray
 
 from offtower.evaluation.behavior.plan import BehaviorSample
 from offtower.evaluation.decision.coverage import CoverageAccumulator
+from offtower.evaluation.evaluate import EvaluationSums
 from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.scoring.batches import LogSource, ScoredBatch
 from offtower.evaluation.selection_data import SelectionRows
+from offtower.mapping import MergeTree
 
 HISTOGRAM_EDGES = np.linspace(-4.0, 4.0, 49)
 """Bins of log10 of the importance weight; weights beyond count in the first and last."""
@@ -25,6 +27,7 @@ class EvaluationAccumulators:
         histograms: by policy, rows by bin of HISTOGRAM_EDGES.
         behavior: measurements on the logging policies, by batch.
         selection: by batch, the rows of an estimator selection.
+        baselines: the sums of the baseline policies.
     """
 
     def __init__(self, policies: Sequence[str], source: LogSource, seed: int) -> None:
@@ -33,6 +36,7 @@ class EvaluationAccumulators:
         self.histograms = {name: np.zeros(bins, dtype=np.int64) for name in policies}
         self.behavior: list[BehaviorSample] = []
         self.selection: list[SelectionRows] = []
+        self.baselines: MergeTree[EvaluationSums] = MergeTree()
 
     def add(
         self, batch: ScoredBatch, behavior: BehaviorSample, selection: SelectionRows | None
@@ -55,6 +59,8 @@ class EvaluationAccumulators:
             self.histograms[name] += counts
         self.behavior += later.behavior
         self.selection += later.selection
+        if later.baselines:
+            self.baselines.add(later.baselines.merged())
 
 
 def _histogram(rows: EvaluationRows) -> NDArray[np.int64]:

@@ -126,6 +126,16 @@ class EvaluationSums:
             raise OfftowerError(f"a support probe for unknown policies: {sorted(unknown)}")
         return _Finisher(self).result(support or {})
 
+    def estimates(self, min_effective_rows: float) -> dict[str, EstimatorResult | None]:
+        """By policy its value by the first estimator; None for a policy of fewer effective rows."""
+        finisher = _Finisher(self)
+        return {
+            name: finisher.estimate(i, 0)
+            if self.weights[i].finish().effective_sample_size >= min_effective_rows
+            else None
+            for i, name in enumerate(self.policies)
+        }
+
 
 class _Finisher:
     """Computes a result from sums."""

@@ -8,8 +8,11 @@ from functools import cached_property, partial
 
 from offtower.config import Config
 from offtower.data.catalogue import Catalogue
+from offtower.data.encoding import FeatureEncoding
 from offtower.data.log import ParquetLog
+from offtower.errors import DataError
 from offtower.evaluation.accumulators import EvaluationAccumulators
+from offtower.evaluation.baselines import Baselines, baseline_options
 from offtower.evaluation.behavior.plan import BehaviorPlan
 from offtower.evaluation.evaluate import EvaluationSums
 from offtower.evaluation.options import (
@@ -40,6 +43,7 @@ from offtower.evaluation.selection_data import SelectionData, SelectionRows
 from offtower.evaluation.slate_options import slate_note
 from offtower.mapping import Mapper, MergeTree, pieces
 from offtower.models.reward.dense import flatten
+from offtower.prepare import log_schema
 from offtower.progress import Progress, report_rows
 
 PILOT_ROWS = 65_536
@@ -57,6 +61,7 @@ class EvaluationPlan:
         scorer: scores batches with the evaluated policies.
         behavior: what is measured on the policies that made the log.
         options: estimators, intervals, gate.
+        baselines: simple policies to compare with.
         select: estimator selector to run; None for none.
         notes: for the reader of the report.
     """
@@ -64,6 +69,7 @@ class EvaluationPlan:
     scorer: BatchScorer
     behavior: BehaviorPlan
     options: EvaluationOptions
+    baselines: Baselines
     select: str | None
     notes: tuple[str, ...]
 
@@ -106,6 +112,8 @@ def evaluate_part(
             None if plan.select is None else SelectionRows.of(batch),
         )
         sums.add(EvaluationSums.of(batch.rows, plan.options))
+        baselines = plan.baselines.rows(batch.encoded[0])
+        accumulated.baselines.add(EvaluationSums.of(baselines, baseline_options(plan.options)))
         count += len(batch)
         advance(len(batch))
     return PartialEvaluation(count, sums.merged() if count else None, accumulated)
@@ -174,7 +182,9 @@ class Evaluator:
             config.seed,
             propensities_estimated=propensities is not None,
         )
-        return EvaluationPlan(scorer, behavior, evaluation, select, tuple(notes + tuning_notes))
+        baselines, missing = self._baselines(encoding, progress)
+        notes += tuning_notes + missing
+        return EvaluationPlan(scorer, behavior, evaluation, baselines, select, tuple(notes))
 
     def run(
         self, plan: EvaluationPlan, mapper: Mapper, progress: Progress
@@ -239,6 +249,20 @@ class Evaluator:
             if _trained_on(run).get("catalogue", self.catalogue.fingerprint)
             != self.catalogue.fingerprint
         ]
+
+    def _baselines(
+        self, encoding: FeatureEncoding, progress: Progress
+    ) -> tuple[Baselines, list[str]]:
+        """Baselines from the training log, or uniform alone where it is no longer there."""
+        try:
+            train = ParquetLog.open(self.config.data.train, log_schema(self.config))
+            return Baselines.fit(train, self.catalogue, encoding, progress), []
+        except DataError as error:
+            note = (
+                "the reports' lists of most rewarded items are missing, since the training log "
+                f"cannot be read: {error}"
+            )
+            return Baselines(self.catalogue.num_items), [note]
 
     def _scorers(self) -> dict[str, PolicyScorer]:
         """By name; policies of one run share its embedded items."""

@@ -13,6 +13,7 @@ from offtower.data.location import AnyPath, Location
 from offtower.data.log import ParquetLog
 from offtower.errors import ConfigError, DataError
 from offtower.evaluation.accumulators import HISTOGRAM_EDGES
+from offtower.evaluation.baselines import baseline_values
 from offtower.evaluation.decision.coverage import ItemCoverage, coverage_notes
 from offtower.evaluation.decision.gate import best_exit_code
 from offtower.evaluation.decision.pscore_calibration import PscoreCalibration
@@ -170,6 +171,8 @@ def evaluate_runs(
     policies = evaluator.policies
     served = {name: one.run for name, one in policies.items() if one.also is None}
     notes += serving_notes(policies, result)
+    values, missing = baseline_values(accumulated.baselines.merged())
+    notes += missing
     return LogEvaluation(
         title=title or f"{place}",
         result=result,
@@ -194,6 +197,7 @@ def evaluate_runs(
         pscore_calibration=calibration,
         serving={name: asdict(one.serving) for name, one in policies.items()},
         also=tuple(name for name, one in policies.items() if one.also is not None),
+        baseline_values=values,
         runs={name: str(run.directory.path) for name, run in served.items()},
     )
 

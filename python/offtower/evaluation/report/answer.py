@@ -63,6 +63,7 @@ class Answer:
         sentence: the answer with its figures.
         figure, figure_unit: the difference that matters most, and what it counts.
         interval: of that figure, in words.
+        simpler: names a simple policy that would earn more; None where there is none.
         remedy: what would make it certain. command: to run next.
         policies: the answer for each policy.
     """
@@ -74,9 +75,12 @@ class Answer:
     figure: str
     figure_unit: str
     interval: str
+    simpler: str | None
     remedy: str | None
     command: str | None
     policies: tuple[PolicyAnswer, ...]
+    baselines: tuple[tuple[str, str, str], ...]
+    """(name, value per 1,000 requests, difference to today) of simple policies."""
 
 
 def answer_of(evaluation: LogEvaluation) -> Answer:
@@ -123,9 +127,18 @@ def answer_of(evaluation: LogEvaluation) -> Answer:
         figure=_signed(gap.estimate.value, scale),
         figure_unit=_unit(evaluation),
         interval=f"{_percent(gap.simultaneous.confidence)} confidence: {between} today",
+        simpler=_simpler(evaluation, best, logged + gap.estimate.value, scale),
         remedy=_remedy(evaluation, policy),
         command=_command(evaluation, best, policy),
         policies=tuple(_policy(evaluation, name, scale) for name in result.policies),
+        baselines=tuple(
+            (
+                name,
+                per_requests(one.estimate.value, scale),
+                _signed(one.estimate.value - logged, scale),
+            )
+            for name, one in evaluation.baseline_values.items()
+        ),
     )
 
 
@@ -242,6 +255,20 @@ def _remedy(evaluation: LogEvaluation, policy: PolicyEvaluation) -> str | None:
     return (
         f"About {rows:,} rows like these would decide it, if the difference is as estimated. "
         f"This log has {n:,}."
+    )
+
+
+def _simpler(evaluation: LogEvaluation, name: str, value: float, scale: float) -> str | None:
+    """The best simple policy, where its estimate is above that of the policy `name`."""
+    best = max(
+        evaluation.baseline_values.items(), key=lambda one: one[1].estimate.value, default=None
+    )
+    if best is None or best[1].estimate.value <= value:
+        return None
+    return (
+        f"Something simpler may do better: '{best[0]}' for everybody would earn "
+        f"{per_requests(best[1].estimate.value, scale)} per {PER:,} requests, and {name} "
+        f"{per_requests(value, scale)}."
     )
 
 
