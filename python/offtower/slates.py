@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offtower.data.rounds import Rounds
+from offtower.data.rounds import Rounds as Rounds
 from offtower.errors import OfftowerError
 
 Interaction = Literal["standard", "cascade", "independent"]

@@ -152,3 +152,44 @@ def test_pscores_of_whole_slates_permit_standard_only(served, tmp_path) -> None:
             log=tmp_path / "log",
             overrides=["evaluation.estimators=[{name: ips, interaction: cascade}]"],
         )
+
+
+@pytest.mark.parametrize("name", ["ips", "clipped_dr"])
+def test_training_on_served_slates(served, name) -> None:
+    run, log, reward = served
+    arguments = {"max_weight": 20.0} if name == "clipped_dr" else {}
+    config = parse_config(
+        {
+            "name": name,
+            "runs": str(run.parent),
+            "data": {
+                "train": str(log),
+                "validation": str(log),
+                "catalogue": str(run.parent.parent / "catalogue"),
+            },
+            "policy": {
+                "embedding_dim": 8,
+                "context_tower": {"hidden_layer_sizes": [16]},
+                "item_tower": {"hidden_layer_sizes": [16]},
+            },
+            "reward_model": {"kind": "factored", "epochs": 1, "folds": 2},
+            "objective": {"name": name, "arguments": arguments},
+            "training": {
+                "epochs": 12,
+                "batch_size": 500,
+                "learning_rate": 0.02,
+            },
+        }
+    )
+    train_run(config)
+    policy = next(iter(evaluate_runs([config.run_directory], log=log).result.policies.values()))
+    # On its own training log the objective's value rises above the logged mean.
+    assert policy.estimates["snips"].estimate.value > reward.sum(axis=1).mean()
+    assert policy.estimates["snips"].estimate.n == ROUNDS
+
+
+def test_auto_names_objectives_for_slates(served) -> None:
+    run, log, _ = served
+    data = {"train": str(log), "catalogue": str(run.parent.parent / "catalogue")}
+    with pytest.raises(ConfigError, match="holds slates"):
+        train_run(parse_config({"name": "auto", "runs": str(run.parent), "data": data}))

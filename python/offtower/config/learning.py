@@ -118,6 +118,9 @@ class ObjectiveConfig:
     """Coefficient of the log-likelihood of all logged items, that is of -KL(pi_0 || pi)."""
     entropy: float = Field(default=0.0, ge=0.0)
     """Coefficient of the policy's entropy."""
+    interaction: Literal["auto", "standard", "cascade"] = "auto"
+    """What a reward in a slate may depend on: the whole slate, or the items down to its position.
+    auto is cascade for conditional pscores, standard for those of whole slates."""
 
     @model_validator(mode="before")
     @classmethod

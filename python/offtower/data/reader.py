@@ -70,6 +70,12 @@ class Step(_Step):
         """Rows of the batch over all workers."""
         return len(self.joined)
 
+    @property
+    def batch_units(self) -> int:
+        """Rounds of the batch in a log of slates, else its rows; over all workers."""
+        rounds = self.joined.rounds
+        return len(self.joined) if rounds is None else len(rounds)
+
 
 @dataclass
 class _Window:

@@ -21,6 +21,7 @@ from offtower.objectives.potec import Potec
 from offtower.objectives.registry import OBJECTIVES, make_objective
 from offtower.objectives.regression import Regression
 from offtower.objectives.regularized import Regularized
+from offtower.objectives.slates import SlateObjective
 
 __all__ = [
     "IPS",
@@ -41,6 +42,7 @@ __all__ = [
     "Regression",
     "Regularized",
     "Requirements",
+    "SlateObjective",
     "Softmax",
     "WeightedLikelihood",
     "make_objective",

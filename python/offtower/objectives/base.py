@@ -12,6 +12,7 @@ from torch import Tensor
 
 from offtower.errors import ConfigError
 from offtower.ops import PolicyTerms
+from offtower.slates import Rounds
 
 Value = TypeVar("Value")
 
@@ -38,6 +39,20 @@ class Requirements:
     exact and sampled terms to the configuration."""
     policy: Literal["two_tower", "two_stage"] = "two_tower"
     """The policy that the objective trains; `two_stage` also provides `log_cluster_weight`."""
+    slates: Literal["joint", "conditional", "rows"] | None = "joint"
+    """Of what log pi(a|x) is in a log of slates: the items down to a position (or the whole slate),
+    the item given those above it, or a single draw. None: the objective has no form for slates."""
+
+
+@dataclass(frozen=True)
+class EarlierPositions:
+    """The items above each row in its slate, (B,) each; 0 at position 0.
+
+    log_prob: log pi(a_1..a_{k-1}|x). log_weight: the same minus that of pi_0.
+    """
+
+    log_prob: Tensor
+    log_weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,12 @@ class LoggedRows:
     """(B,) KL(pi(.|x) || pi_ref(.|x)) in nats, differentiable."""
     log_cluster_weight: Tensor | None = None
     """(B,) log of pi(c|x) / pi_0(c|x) for the logged item's cluster c, without gradient."""
+    rounds: Rounds | None = None
+    """Of a log of slates, whose rounds the rows hold whole."""
+    joint_log_pscore: Tensor | None = None
+    """(B,) float64 log of pi_0 for the items that `terms.log_prob` is of, in a slate."""
+    earlier: EarlierPositions | None = None
+    """Of doubly robust objectives over slates."""
 
     def policy_terms(self) -> PolicyTerms:
         return provided(self.terms, "terms")
@@ -68,6 +89,8 @@ class LoggedRows:
     def log_weight(self) -> Tensor:
         """(B,) log of pi(a|x) / pscore, differentiable through log pi."""
         log_prob = self.policy_terms().log_prob
+        if self.joint_log_pscore is not None:
+            return log_prob - self.joint_log_pscore
         return log_prob - provided(self.pscore, "pscore").log().to(log_prob.dtype)
 
     def weight(self) -> Tensor:
@@ -79,11 +102,31 @@ class LoggedRows:
         return self.reward - provided(self.policy_terms().action_reward, "action_reward").detach()
 
     def expected_reward(self) -> Tensor:
-        """(B,) sum_a pi(a|x) q(x, a), differentiable."""
-        return provided(self.policy_terms().expected_reward, "expected_reward")
+        """(B,) sum_a pi(a|x) q(x, a), differentiable.
+
+        In a slate w_{1:k-1} E_pi[q | x, a_<k].
+        """
+        expected = provided(self.policy_terms().expected_reward, "expected_reward")
+        return expected if self.earlier is None else self.earlier.log_weight.exp() * expected
+
+    def clipped_expected_reward(self, max_weight: float) -> tuple[Tensor, Tensor]:
+        """(B,) the expected reward with a clipped constant weight of the items above, for a loss
+        and as a value; without slates `expected_reward` twice."""
+        expected = provided(self.policy_terms().expected_reward, "expected_reward")
+        if self.earlier is None:
+            return expected, expected
+        weight = clipped(self.earlier.log_weight.exp(), max_weight)
+        # Position 0 has no items above it and a weight of 1, which is not clipped.
+        position = torch.from_numpy(provided(self.rounds, "rounds").position)
+        weight = torch.where(position.to(weight.device) == 0, 1.0, weight)
+        chosen = expected + expected.detach() * self.earlier.log_prob
+        return weight * chosen, weight * expected
 
     def inverse_propensity(self, power: float, max_weight: float) -> Tensor:
         """(B,) min(1 / pscore^power, max_weight) in the reward's dtype."""
+        if self.joint_log_pscore is not None:
+            weight = torch.exp(-power * self.joint_log_pscore).clamp(max=max_weight)
+            return weight.to(self.reward.dtype)
         weight = provided(self.pscore, "pscore").pow(-power).clamp(max=max_weight)
         return weight.to(self.reward.dtype)
 
@@ -108,7 +151,7 @@ class Reduction:
     """
 
     rows: int
-    """Rows of the step over all workers."""
+    """Rows of the step over all workers; in a log of slates its rounds."""
     all_reduce: Callable[[Tensor], Tensor] = _local
     """Sums a detached tensor over the workers."""
 

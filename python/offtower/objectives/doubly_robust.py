@@ -49,16 +49,21 @@ class ClippedDoublyRobust(Objective):
         self.max_weight = positive("max_weight", max_weight)
 
     def __call__(self, rows: LoggedRows, reduction: Reduction) -> ObjectiveValue:
-        return dr_with_constant_weight(clipped(rows.weight(), self.max_weight), rows, reduction)
+        weight = clipped(rows.weight(), self.max_weight)
+        return dr_with_constant_weight(weight, rows, reduction, self.max_weight)
 
 
 def dr_with_constant_weight(
-    weight: Tensor, rows: LoggedRows, reduction: Reduction
+    weight: Tensor, rows: LoggedRows, reduction: Reduction, max_weight: float = float("inf")
 ) -> ObjectiveValue:
-    """DR with weights (B,) held constant: mean_i [ w_i (r_i - q_i) log pi(a_i|x_i) + m_i ]."""
-    residual, expected = rows.residual(), rows.expected_reward()
+    """DR with weights (B,) held constant: mean_i [ w_i (r_i - q_i) log pi(a_i|x_i) + m_i ].
+
+    max_weight: of the items above a row in a slate.
+    """
+    residual = rows.residual()
+    expected, value = rows.clipped_expected_reward(max_weight)
     log_prob = rows.policy_terms().log_prob
     return ObjectiveValue(
         -reduction.mean(weight * residual * log_prob + expected),
-        reduction.average(weight * residual + expected),
+        reduction.average(weight * residual + value),
     )

@@ -39,7 +39,11 @@ class ImplicitSquares(Objective):
 
     name = "implicit_squares"
     requirements = Requirements(
-        policy_terms=False, nonnegative_reward=True, square_sum=True, rewarded_rows_only=True
+        policy_terms=False,
+        nonnegative_reward=True,
+        square_sum=True,
+        rewarded_rows_only=True,
+        slates=None,
     )
 
     def __init__(

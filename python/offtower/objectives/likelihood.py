@@ -73,7 +73,7 @@ class BehaviorCloning(_Likelihood):
     """
 
     name = "behavior_cloning"
-    requirements = Requirements(pscore=False)
+    requirements = Requirements(pscore=False, slates="conditional")
 
     def coefficient(self, rows: LoggedRows) -> Tensor:
         return torch.ones_like(rows.reward)
@@ -90,7 +90,9 @@ class Softmax(_Likelihood):
     """
 
     name = "softmax"
-    requirements = Requirements(pscore=False, nonnegative_reward=True, rewarded_rows_only=True)
+    requirements = Requirements(
+        pscore=False, nonnegative_reward=True, rewarded_rows_only=True, slates="rows"
+    )
 
     def coefficient(self, rows: LoggedRows) -> Tensor:
         return rows.reward
@@ -107,7 +109,11 @@ class InBatchSoftmax(Softmax):
 
     name = "in_batch_softmax"
     requirements = Requirements(
-        pscore=False, nonnegative_reward=True, rewarded_rows_only=True, proposal="in_batch"
+        pscore=False,
+        nonnegative_reward=True,
+        rewarded_rows_only=True,
+        proposal="in_batch",
+        slates="rows",
     )
 
 
@@ -121,5 +127,9 @@ class MixedNegatives(Softmax):
 
     name = "mixed_negatives"
     requirements = Requirements(
-        pscore=False, nonnegative_reward=True, rewarded_rows_only=True, proposal="mixed"
+        pscore=False,
+        nonnegative_reward=True,
+        rewarded_rows_only=True,
+        proposal="mixed",
+        slates="rows",
     )

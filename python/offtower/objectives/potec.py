@@ -43,7 +43,7 @@ class Potec(Objective):
     """
 
     name = "potec"
-    requirements = Requirements(pscore=False, reward_model=True, policy="two_stage")
+    requirements = Requirements(pscore=False, reward_model=True, policy="two_stage", slates=None)
 
     def __init__(
         self,

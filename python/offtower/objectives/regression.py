@@ -31,7 +31,7 @@ class Regression(Objective):
     """
 
     name = "regression"
-    requirements = Requirements(policy_terms=False, pscore=False)
+    requirements = Requirements(policy_terms=False, pscore=False, slates="rows")
 
     def __init__(self, loss: Literal["auto", "cross_entropy", "squared_error"] = "auto") -> None:
         if loss not in ("auto", "cross_entropy", "squared_error"):

@@ -9,6 +9,7 @@ from offtower.objectives.base import (
     Objective,
     ObjectiveValue,
     Reduction,
+    Requirements,
     clipped,
     positive,
 )
@@ -32,6 +33,7 @@ class TopKCorrectedIPS(Objective):
     """
 
     name = "top_k_ips"
+    requirements = Requirements(slates="rows")
 
     def __init__(self, k: int = 10, max_weight: float = 100.0) -> None:
         self.k = int(positive("k", k))

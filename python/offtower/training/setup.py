@@ -13,7 +13,7 @@ from offtower.errors import ConfigError
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.factored import FactoredRewardModel
-from offtower.objectives import Objective, Regularized, make_objective
+from offtower.objectives import Objective, Regularized, SlateObjective, make_objective
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.seeds import seed_torch
@@ -241,7 +241,17 @@ def _validator(
 
 
 def uses_auto(config: Config, data: PreparedData) -> bool:
-    """Whether the run chooses between candidates: objective.name=auto on a log with pscore."""
+    """Whether the run chooses between candidates: objective.name=auto on a log with pscore.
+
+    Raises:
+        ConfigError: it is a log of slates.
+    """
+    if config.objective.name == "auto" and data.train.schema.slates:
+        raise ConfigError(
+            "objective.name=auto chooses between candidates by single draws, and the training log "
+            "holds slates: name an objective, such as clipped_ips, clipped_dr or "
+            "weighted_likelihood"
+        )
     return config.objective.name == "auto" and data.train.schema.pscore is not None
 
 
@@ -272,6 +282,14 @@ def checked_objective(config: Config, data: PreparedData) -> Objective:
             imitation=settings.imitation,
             entropy=settings.entropy,
             exact_kl=settings.kl_policy is not None,
+        )
+    schema = data.train.schema
+    if schema.slates and schema.pscore_kind is not None:
+        objective = SlateObjective(objective, schema.pscore_kind, settings.interaction)
+    elif settings.interaction != "auto":
+        raise ConfigError(
+            f"objective.interaction={settings.interaction} is for logs of slates; the training "
+            "log's schema has no conditional or slate pscores"
         )
     check_terms(objective, config.training)
     check_start_and_temperature(config, objective)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.reader import Step
+from offtower.data.rows import EncodedRows
 from offtower.models.features import FeatureTensors
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
@@ -22,6 +23,7 @@ from offtower.ops import Eligibility, PolicyTerms
 from offtower.ops.square_sum import square_sum
 from offtower.ops.types import RewardTerms, reward_in
 from offtower.sampling import Proposal
+from offtower.slates import conditional_log_prob, slate_weights
 from offtower.training.candidate_terms import CandidateItems
 from offtower.training.reference_policy import ReferencePolicy, kl_divergence, log_normalizer
 from offtower.training.sampled import SampledTerms, TouchedItems, embed_some
@@ -157,7 +159,7 @@ class ReplicatedStep(TrainingStep):
         self, batch: Step, *, diagnose: bool = False, key: StepKey = FIRST_STEP
     ) -> tuple[ObjectiveValue, StepDiagnostics | None]:
         rows, requirements = batch.rows, self.objective.requirements
-        reduction = Reduction(batch.batch_rows, all_reduce=self.workers.sum)
+        reduction = Reduction(batch.batch_units, all_reduce=self.workers.sum)
         device = self.policy.device
         context, numbers = to_tensors(rows.context, device), row_numbers(batch, device)
         reward = tensor_of(rows.reward, device)
@@ -181,11 +183,13 @@ class ReplicatedStep(TrainingStep):
             pscore=pscore,
             divergence=divergence,
             log_cluster_weight=None if weights is None else weights(batch, context, terms),
+            rounds=rows.rounds,
         )
         value = self.objective(logged, reduction)
         if not diagnose:
             return value, None
-        return value, compute_diagnostics(terms, pscore, self.workers, divergence)
+        log_weight = logged_weight(terms, rows, device)
+        return value, compute_diagnostics(terms, log_weight, self.workers, divergence)
 
     @torch.no_grad()
     def diagnostics(self, batch: Step, seed: int = 0) -> StepDiagnostics:
@@ -194,8 +198,8 @@ class ReplicatedStep(TrainingStep):
         terms, divergence = self._terms(
             *(batch, context, numbers, seed, None), sampled=self._sampled is not None, entropy=True
         )
-        pscore = None if rows.pscore is None else tensor_of(rows.pscore, device)
-        return compute_diagnostics(terms, pscore, self.workers, divergence)
+        log_weight = logged_weight(terms, rows, device)
+        return compute_diagnostics(terms, log_weight, self.workers, divergence)
 
     def total_loss(self, loss: Tensor) -> Tensor:
         return self.workers.sum(loss)
@@ -268,13 +272,30 @@ def row_numbers(batch: Step, device: torch.device) -> Tensor:
     return torch.arange(batch.first, batch.first + len(batch.rows), device=device)
 
 
+def logged_weight(terms: PolicyTerms, rows: EncodedRows, device: torch.device) -> Tensor | None:
+    """(B,) float64 logs of importance weights; None without propensities.
+
+    In a slate those of the items down to each position, or of the slate where only its pscore is
+    known.
+    """
+    if rows.pscore is None:
+        return None
+    log_prob = terms.log_prob.detach().double()
+    log_pscore = tensor_of(rows.pscore, device).double().log()
+    if rows.rounds is None or rows.pscore_kind is None:
+        return log_prob - log_pscore
+    conditional = conditional_log_prob(log_prob, rows.rounds)
+    weights = slate_weights(conditional, log_pscore, rows.rounds, rows.pscore_kind)
+    return weights.slate if weights.cascade is None else weights.cascade
+
+
 def compute_diagnostics(
     terms: PolicyTerms,
-    pscore: Tensor | None,
+    log_weight: Tensor | None,
     workers: Workers = SINGLE_PROCESS,
     divergence: Tensor | None = None,
 ) -> StepDiagnostics:
-    """Diagnostics over the rows of all workers."""
+    """Diagnostics over the rows of all workers. log_weight: (B,) of `logged_weight`."""
     log_prob = terms.log_prob.detach().double()
     sums = log_prob.new_zeros(5)
     sums[0] = len(log_prob)
@@ -283,8 +304,7 @@ def compute_diagnostics(
     if divergence is not None:
         sums[4] = divergence.detach().double().sum()
     largest: Tensor | None = None
-    if pscore is not None:
-        log_weight = log_prob - pscore.double().log()
+    if log_weight is not None:
         largest = log_prob.new_full((1,), float("-inf"))
         if len(log_weight):
             largest[0] = log_weight.max()

@@ -24,6 +24,7 @@ from offtower.training.step import (
     StepKey,
     TrainingStep,
     compute_diagnostics,
+    logged_weight,
     row_numbers,
 )
 from offtower.training.workers import Workers
@@ -71,7 +72,7 @@ class ShardedStep(TrainingStep):
     def loss(
         self, batch: Step, *, diagnose: bool = False, key: StepKey = FIRST_STEP
     ) -> tuple[ObjectiveValue, StepDiagnostics | None]:
-        reduction = Reduction(batch.batch_rows)
+        reduction = Reduction(batch.batch_units)
         reward = tensor_of(batch.joined.reward, self.policy.device)
         pscore = self._pscore(batch)
         requirements = self.objective.requirements
@@ -84,13 +85,18 @@ class ShardedStep(TrainingStep):
             self._reward(batch),
             entropy=diagnose or requirements.entropy,
         )
-        value = self.objective(LoggedRows(reward, terms=terms, pscore=pscore), reduction)
-        return value, compute_diagnostics(terms, pscore) if diagnose else None
+        rounds = batch.joined.rounds
+        logged = LoggedRows(reward, terms=terms, pscore=pscore, rounds=rounds)
+        value = self.objective(logged, reduction)
+        return value, self._diagnostics(batch, terms) if diagnose else None
 
     @torch.no_grad()
     def diagnostics(self, batch: Step, seed: int = 0) -> StepDiagnostics:
         terms = self._terms(batch, None if self._sampled is None else seed, None, entropy=True)
-        return compute_diagnostics(terms, self._pscore(batch))
+        return self._diagnostics(batch, terms)
+
+    def _diagnostics(self, batch: Step, terms: PolicyTerms) -> StepDiagnostics:
+        return compute_diagnostics(terms, logged_weight(terms, batch.joined, self.policy.device))
 
     def total_loss(self, loss: Tensor) -> Tensor:
         return loss
