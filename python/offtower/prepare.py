@@ -25,7 +25,7 @@ from offtower.data.encoding import FeatureEncoding
 from offtower.data.log import Log, ParquetLog
 from offtower.data.order import EpochOrder
 from offtower.data.reader import BatchReader, FoldOf, scan
-from offtower.data.rows import EncodedRows
+from offtower.data.rows import EncodedRows, row_weights
 from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.errors import ConfigError, RunError
 from offtower.models.device_items import items_to_device
@@ -41,6 +41,8 @@ class LogFacts:
     binary_reward: bool
     mean_reward: float
     smallest_pscore: float | None
+    mean_row_weight: float = 1.0
+    """Of the rows' weights; 1 where they have none."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,7 @@ class _FactCollector:
         self._schema = schema
         self._rows = 0
         self._sum = 0.0
+        self._weight = 0.0
         self._binary = True
         self._smallest = np.inf
 
@@ -218,7 +221,9 @@ class _FactCollector:
         for table in tables:
             reward = table.column(self._schema.reward).to_numpy().astype(np.float64)
             self._rows += len(reward)
-            self._sum += float(reward.sum())
+            weight = row_weights(table, self._schema)
+            self._sum += float(reward.sum() if weight is None else weight @ reward)
+            self._weight += float(len(reward) if weight is None else weight.sum())
             self._binary = self._binary and bool(np.isin(reward, (0.0, 1.0)).all())
             if self._schema.pscore is not None:
                 pscore = table.column(self._schema.pscore).to_numpy()
@@ -229,7 +234,8 @@ class _FactCollector:
         return LogFacts(
             rows=self._rows,
             binary_reward=self._binary,
-            mean_reward=self._sum / max(self._rows, 1),
+            mean_reward=self._sum / (self._weight or 1.0),
+            mean_row_weight=self._weight / self._rows if self._rows else 1.0,
             smallest_pscore=None if np.isinf(self._smallest) else self._smallest,
         )
 

@@ -14,7 +14,7 @@ from offtower.config import RewardModelConfig
 from offtower.crossfit.loop import FitPlan, FitStep, FoldModel, ModelLoss, fit_out_of_fold
 from offtower.data.encoding import FeatureEncoding, take, tensor_of, to_tensors
 from offtower.data.order import EpochOrder, fold_of
-from offtower.data.rows import EncodedRows
+from offtower.data.rows import EncodedRows, relative_weights
 from offtower.errors import RunError
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.models.optimizer import make_optimizer
@@ -149,6 +149,9 @@ def _fit_dense(
     pairs = np.concatenate([design.logged(part) for part in parts])
     reward = np.concatenate([part.reward for part in parts]).astype(np.float64)
     fold = np.concatenate([reward_folds(part, config.folds, seed) for part in parts])
+    weight = None
+    if parts[0].row_weight is not None:
+        weight = np.concatenate([part.row_weight for part in parts if part.row_weight is not None])
     progress.start("fitting the reward model", config.folds)
     estimators = []
     for k in range(config.folds):
@@ -159,7 +162,10 @@ def _fit_dense(
                 "lower reward_model.folds"
             )
         fold_seed = derive_seed(seed, "reward model", k)
-        estimators.append(fit_estimator(config, fold_seed, pairs[chosen], reward[chosen]))
+        chosen_weight = None if weight is None else weight[chosen]
+        estimators.append(
+            fit_estimator(config, fold_seed, pairs[chosen], reward[chosen], chosen_weight)
+        )
         progress.advance(1)
     progress.finish()
     rows = int(max(part.row.max() for part in parts)) + 1
@@ -190,7 +196,9 @@ def _fit_factored(
         rows = step.batch.rows
         context = to_tensors(rows.context, data.device)
         item = data.items.at(tensor_of(rows.action))
-        reward, reduction = tensor_of(rows.reward, data.device), Reduction(rows=len(rows))
+        reward = tensor_of(rows.reward, data.device)
+        weight = relative_weights(rows, data.facts.mean_row_weight, data.device)
+        reduction = Reduction(rows=len(rows), row_weight=weight)
 
         def loss_of(k: int) -> Tensor:
             logit = towers[k].action_logit(context, item)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +19,21 @@ from offtower.data.columns import (
     timestamps,
 )
 from offtower.data.eligible import EligibleRows, eligible_items
-from offtower.data.encoding import FeatureArrays, FeatureEncoding, concat, nbytes, take
+from offtower.data.encoding import (
+    FeatureArrays,
+    FeatureEncoding,
+    concat,
+    nbytes,
+    take,
+    tensor_of,
+)
 from offtower.data.round_tables import position_order
 from offtower.data.rounds import Rounds
 from offtower.data.schema import LogSchema, PscoreKind
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,8 @@ class EncodedRows:
     """(n,) stable hash of the user's id."""
     eligible: EligibleRows | None = None
     """Which items could have been shown; None where every item could."""
+    row_weight: NDArray[np.float64] | None = None
+    """(n,) known weights, 1 / sampling rate; None where every row counts once."""
     pscore_kind: PscoreKind | None = None
     """Set where the rows are whole rounds of a log of slates, each in the order of positions."""
 
@@ -149,9 +162,23 @@ def encode_rows(
         position=None if position is None else integers(table.column(position)),
         round_id=keys(schema.round_id),
         user_id=keys(schema.user_id),
+        row_weight=row_weights(table, schema),
         eligible=None if eligible is None else eligible.encode(table),
         pscore_kind=schema.pscore_kind if schema.slates else None,
     )
+
+
+def relative_weights(rows: EncodedRows, mean: float, device: torch.device) -> Tensor | None:
+    """(n,) weights of the rows over the log's mean weight; None where rows have none."""
+    return None if rows.row_weight is None else tensor_of(rows.row_weight / mean, device)
+
+
+def row_weights(table: pa.Table, schema: LogSchema) -> NDArray[np.float64] | None:
+    """(n,) weights of the rows of a down-sampled log; None where the schema names none."""
+    if schema.weight is None:
+        return None
+    values = as_float_array(table.column(schema.weight))
+    return values if schema.weight_kind == "weight" else 1.0 / values
 
 
 def hashed(column: pa.ChunkedArray) -> NDArray[np.uint64]:

@@ -139,6 +139,20 @@ def _rules(schema: LogSchema, catalogue: Catalogue) -> Iterator[Rule]:
                 "zero": as_float_array(column) == 0.0,
             },
         )
+    if schema.weight is not None:
+        top = 1.0 if schema.weight_kind == "sampling_rate" else LARGEST
+        expected = "a sampling rate in (0, 1]" if top == 1.0 else "a weight above 0"
+        yield Rule(
+            schema.weight,
+            expected,
+            is_number,
+            "numbers",
+            lambda column: _outside(column, 0.0, top) | (as_float_array(column) == 0.0),
+            lambda column: {
+                **_number_kinds(column, 0.0, top, "negative"),
+                "zero": as_float_array(column) == 0.0,
+            },
+        )
     for spec in schema.context:
         yield _feature_rule(spec)
     if schema.timestamp is not None:

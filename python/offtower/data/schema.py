@@ -107,6 +107,12 @@ class LogSchema:
     user_id: str | None = None
     reward_range: tuple[float, float] = (0.0, 1.0)
     """Smallest and largest possible reward; rows outside are refused."""
+    weight: str | None = None
+    """Column with the known weight of each row, for a log that was down-sampled; None where every
+    row counts once."""
+    weight_kind: Literal["sampling_rate", "weight"] = "sampling_rate"
+    """What `weight` holds: the share of such rows that the log kept, in (0, 1], so that a row
+    counts as 1 / it; or the weight itself."""
     eligible: EligibleSchema | None = None
     """Which items could have been shown for a row; None where every item could."""
     outcomes: Outcomes | None = None
@@ -125,6 +131,8 @@ class LogSchema:
                 f"reward_range must be two finite numbers, low < high, got {low, high}"
             )
         self._check_slates()
+        if self.weight is not None and self.slates:
+            raise ValueError("weight: rows of slates cannot have weights")
         _unique_names(self.context)
         if self.outcomes is not None and self.timestamp is None:
             raise ValueError("outcomes need a timestamp: name the column with the decision's time")
@@ -170,6 +178,7 @@ class LogSchema:
                 self.position,
                 self.round_id,
                 self.user_id,
+                self.weight,
                 None if self.outcomes is None else self.outcomes.time,
             )
             if name is not None

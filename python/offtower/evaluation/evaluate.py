@@ -150,7 +150,8 @@ class _Finisher:
         self.terms = sums.terms if users is None else replace(sums.terms, users=users.compact())
         self.users = None if users is None else users.count
         slates = sums.positions[0] is not None
-        self.independent = not slates and self.users in (None, sums.terms.n)
+        weighted = sums.terms.row_weights is not None
+        self.independent = not slates and not weighted and self.users in (None, sums.terms.n)
 
     def columns(self, policy: int, estimator: int) -> list[int]:
         base = policy * self.starts[-1]

@@ -40,6 +40,8 @@ class EvaluationRows:
             expected_reward is E_pi[q | x, a_<k].
         earlier_weight: prod_{j<k} rho_j, 1 at position 0; with `round`, for DR.
         slate_weight: prod_j rho_j over the whole slate, for the interaction `standard`.
+        row_weight: known weight of each row, 1 / the share of such rows that a down-sampled log
+            kept; means are self-normalized by it (`intervals.statistics.Statistics`).
 
     Raises:
         DataError: lengths differ, a number is NaN or infinite, a weight is negative, a key is not
@@ -57,6 +59,7 @@ class EvaluationRows:
     round: IntArray | None = None
     earlier_weight: Array | None = None
     slate_weight: Array | None = None
+    row_weight: Array | None = None
 
     def __post_init__(self) -> None:
         if self.importance_weight is None:
@@ -80,6 +83,11 @@ class EvaluationRows:
             weight = getattr(self, name)
             if weight is not None:
                 _refuse(weight < 0.0, weight, name, "a number that is not negative")
+        if self.row_weight is not None:
+            weight = self.row_weight
+            _refuse(weight <= 0.0, weight, "row_weight", "a number above 0")
+            if self.round is not None:
+                raise DataError("rows of slates cannot have weights (row_weight)")
         n = self.reward.shape[0]
         for field in fields(self):
             value = getattr(self, field.name)

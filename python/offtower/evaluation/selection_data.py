@@ -38,6 +38,11 @@ def check_selection(select: str | None, log: ParquetLog, options: SelectionConfi
         return
     if select not in (*METHODS, "all"):
         raise ConfigError(f"--select must be one of {', '.join(METHODS)} or all, got '{select}'")
+    if log.schema.weight is not None:
+        raise ConfigError(
+            f"--select has no form for rows with weights (column '{log.schema.weight}'); evaluate "
+            "without it, or on a log that was not down-sampled"
+        )
     if log.num_rows > options.max_rows:
         raise ConfigError(
             f"estimator selection keeps numbers of every row in memory, and this log has "

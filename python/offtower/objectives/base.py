@@ -154,10 +154,14 @@ class Reduction:
     """Rows of the step over all workers; in a log of slates its rounds."""
     all_reduce: Callable[[Tensor], Tensor] = _local
     """Sums a detached tensor over the workers."""
+    row_weight: Tensor | None = None
+    """(B,) known weight of each row over the mean weight of the log, for down-sampled logs: sums
+    are then sum_i v_i l_i, so that the mean over an epoch is self-normalized,
+    sum_i v_i l_i / sum_i v_i. None where every row counts once."""
 
     def sum(self, per_row: Tensor) -> Tensor:
         """This worker's part of the sum over all rows; differentiable."""
-        return per_row.sum()
+        return self._weighted(per_row).sum()
 
     def mean(self, per_row: Tensor) -> Tensor:
         """This worker's part of the mean over all rows; differentiable."""
@@ -165,11 +169,14 @@ class Reduction:
 
     def total(self, per_row: Tensor) -> Tensor:
         """The sum over all workers, without gradient."""
-        return self.all_reduce(per_row.detach().sum())
+        return self.all_reduce(self._weighted(per_row.detach()).sum())
 
     def average(self, per_row: Tensor) -> Tensor:
         """The mean over all workers, without gradient."""
         return self.total(per_row) / self.rows
+
+    def _weighted(self, per_row: Tensor) -> Tensor:
+        return per_row if self.row_weight is None else per_row * self.row_weight.to(per_row.dtype)
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,7 @@ def _replicated(inputs: SetupInputs) -> TrainingSetup:
         else SampledTerms(policy, data.items, proposal, config.sampling.exact_every),
         workers=inputs.workers,
         reference=_reference(inputs, policy),
+        mean_row_weight=data.facts.mean_row_weight,
     )
     return TrainingSetup(config, data, step, _validator(inputs, inputs.reward_model))
 
@@ -211,6 +212,7 @@ def _item_sharded(inputs: SetupInputs) -> TrainingSetup:
         if proposal is None
         else ShardedSampledTerms(policy, shard, proposal, workers, config.sampling.exact_every),
         owned=[parameters[name] for name in owned],
+        mean_row_weight=data.facts.mean_row_weight,
     )
     validate = _validator(
         inputs,
@@ -244,13 +246,18 @@ def uses_auto(config: Config, data: PreparedData) -> bool:
     """Whether the run chooses between candidates: objective.name=auto on a log with pscore.
 
     Raises:
-        ConfigError: it is a log of slates.
+        ConfigError: it is a log of slates, or its rows have weights.
     """
     if config.objective.name == "auto" and data.train.schema.slates:
         raise ConfigError(
             "objective.name=auto chooses between candidates by single draws, and the training log "
             "holds slates: name an objective, such as clipped_ips, clipped_dr or "
             "weighted_likelihood"
+        )
+    if config.objective.name == "auto" and data.train.schema.weight is not None:
+        raise ConfigError(
+            f"objective.name=auto has no form for rows with weights (column "
+            f"'{data.train.schema.weight}'): name an objective, such as dr or clipped_ips"
         )
     return config.objective.name == "auto" and data.train.schema.pscore is not None
 

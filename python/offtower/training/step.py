@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.reader import Step
-from offtower.data.rows import EncodedRows
+from offtower.data.rows import EncodedRows, relative_weights
 from offtower.models.features import FeatureTensors
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
@@ -83,6 +83,7 @@ class TrainingStep(ABC):
         proposal: of sampled terms; None for exact terms.
         workers: share every batch.
         owned: parameters of which each worker holds its own rows.
+        mean_row_weight: of the training log, where its rows have weights.
     """
 
     def __init__(
@@ -94,7 +95,9 @@ class TrainingStep(ABC):
         proposal: Proposal | None,
         workers: Workers,
         owned: Sequence[nn.Parameter] = (),
+        mean_row_weight: float = 1.0,
     ) -> None:
+        self.mean_row_weight = mean_row_weight
         self.policy = policy
         self.objective = objective
         self.reward_model = reward_model if objective.requirements.reward_model else None
@@ -130,6 +133,7 @@ class ReplicatedStep(TrainingStep):
         item_chunk: items embedded at a time.
         sampled: estimates terms from draws; None computes exact terms.
         reference: used if the objective requires the KL divergence from it.
+        mean_row_weight: of the training log, where its rows have weights.
     """
 
     def __init__(
@@ -142,6 +146,7 @@ class ReplicatedStep(TrainingStep):
         sampled: SampledTerms | None = None,
         workers: Workers = SINGLE_PROCESS,
         reference: ReferencePolicy | None = None,
+        mean_row_weight: float = 1.0,
     ) -> None:
         super().__init__(
             trained.policy,
@@ -149,6 +154,7 @@ class ReplicatedStep(TrainingStep):
             reward_model,
             proposal=None if sampled is None else sampled.proposal,
             workers=workers,
+            mean_row_weight=mean_row_weight,
         )
         self.reference = reference if objective.requirements.divergence else None
         self.trained = trained
@@ -159,8 +165,9 @@ class ReplicatedStep(TrainingStep):
         self, batch: Step, *, diagnose: bool = False, key: StepKey = FIRST_STEP
     ) -> tuple[ObjectiveValue, StepDiagnostics | None]:
         rows, requirements = batch.rows, self.objective.requirements
-        reduction = Reduction(batch.batch_units, all_reduce=self.workers.sum)
         device = self.policy.device
+        row_weight = relative_weights(rows, self.mean_row_weight, device)
+        reduction = Reduction(batch.batch_units, self.workers.sum, row_weight)
         context, numbers = to_tensors(rows.context, device), row_numbers(batch, device)
         reward = tensor_of(rows.reward, device)
         pscore = None if rows.pscore is None else tensor_of(rows.pscore, device)

@@ -16,6 +16,7 @@ from offtower.crossfit.reward_model import fit_plan, fold_models
 from offtower.data.eligible import EligibleRows
 from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.reader import Step
+from offtower.data.rows import relative_weights
 from offtower.models.features import FeatureTensors
 from offtower.models.items import ItemFeatures
 from offtower.models.reward.factored import FactoredRewardModel
@@ -161,10 +162,14 @@ def fit_logging_clusters(
         rows = step.batch.rows
         context = to_tensors(rows.context, data.device)
         logged = cluster[tensor_of(rows.action)].to(data.device)
+        weight = relative_weights(rows, data.facts.mean_row_weight, data.device)
 
         def loss_of(k: int) -> Tensor:
             logit = _over_eligible(towers[k](context)[0], rows.eligible, label, num_clusters)
-            return functional.cross_entropy(logit, logged)
+            if weight is None:
+                return functional.cross_entropy(logit, logged)
+            loss = functional.cross_entropy(logit, logged, reduction="none")
+            return (loss * weight.to(loss.dtype)).mean()
 
         return loss_of
 

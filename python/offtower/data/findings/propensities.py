@@ -92,6 +92,9 @@ class Propensities(Check):
         policies = [name for name in self.inverse if name] or [""]
         if facts.schema.pscore_kind == "slate":
             return found  # Their inverses count slates, not items.
+        if facts.schema.weight is not None:
+            text = "rows have weights: the mean of 1/pscore of a down-sampled log is not tested"
+            return [*found, Finding("info", "inverse pscore", text)]
         for name in policies:
             allowed = self.eligible.get(name)
             items = float(facts.num_items) if allowed is None else allowed.mean

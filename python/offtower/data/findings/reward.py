@@ -33,7 +33,7 @@ class MeanReward(Check):
             Finding(
                 "warning" if equal else "info",
                 "reward",
-                f"mean reward {mean:.5g} (standard error {error:.2g}; 95% interval "
+                f"mean reward {'of the kept rows ' if facts.schema.weight else ''}{mean:.5g} (standard error {error:.2g}; 95% interval "
                 f"{mean - 1.96 * error:.5g} to {mean + 1.96 * error:.5g}), "
                 f"from {reward.smallest:g} to {reward.largest:g}"
                 + (": all rewards are equal, nothing to learn" if equal else ""),

@@ -49,6 +49,7 @@ def log_kinds(schema: LogSchema) -> dict[str, ColumnKind]:
         (schema.position, "integer"),
         (schema.round_id, "text"),
         (schema.user_id, "text"),
+        (schema.weight, "number"),
     ]
     named += [(name, kind) for name, kind in optional if name is not None]
     if schema.outcomes is not None and schema.outcomes.time is not None:

@@ -62,8 +62,8 @@ class CoverageAccumulator:
         self._rows += len(rows)
         assert rows.pscore is not None
         taken = rows.row % self._stride == 0
-        if rows.pscore_kind == "slate":
-            return
+        if rows.pscore_kind == "slate" or rows.row_weight is not None:
+            return  # Bounds on a mean of 1 / pscore have no form for rows with weights.
         if rows.position is not None and rows.pscore_kind == "conditional":
             taken = rows.position == 0  # Only there it is the probability of a single draw.
         self._pscore.append(rows.pscore[taken])

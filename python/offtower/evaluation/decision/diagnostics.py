@@ -21,7 +21,7 @@ TOP_SHARE = 0.001
 
 @dataclass(frozen=True)
 class WeightDiagnostics:
-    """Diagnostics of the importance weights.
+    """Diagnostics of the importance weights; w stands for w_i v_i / mean v of rows with weights.
 
     Attributes:
         effective_sample_size: (sum w)^2 / sum w^2 (Kish 1965), and as a share of n.
@@ -69,6 +69,8 @@ class WeightSums:
         if rows.action_reward is not None and rows.expected_reward is not None:
             terms.append(_balance(rows, rows.action_reward, rows.expected_reward))
         weight = rows.summed(rows.mean_weight)
+        if rows.row_weight is not None:
+            weight = weight * rows.row_weight
         return cls(
             collect(np.stack(terms, axis=1), rows, by_user=by_user),
             float(weight @ weight),
@@ -89,7 +91,7 @@ class WeightSums:
         """The diagnostics. Raises OfftowerError without rows."""
         sums = self.statistics
         mean = sums.mean
-        n, total = sums.n, float(mean[0]) * sums.n
+        n, total = sums.n, float(mean[0]) * sums.count
         error = standard_error(_Column(0, mean.size), sums)
         count = min(self.top.size, max(1, math.ceil(TOP_SHARE * n)))
         ess = total**2 / self.square if self.square > 0.0 else 0.0
@@ -104,7 +106,7 @@ class WeightSums:
             mean=float(mean[0]),
             mean_std_error=error,
             mean_z=_z(float(mean[0]) - 1.0, error),
-            max=float(self.top.max(initial=0.0)),
+            max=float(self.top.max(initial=0.0)) * (n / sums.count),
             top_share=float(_largest(self.top, count).sum()) / total if total > 0.0 else 0.0,
             pareto_k=pareto_shape(self.top, n),
             zero_share=self.zeros / n,
@@ -262,7 +264,8 @@ class Calibration:
 class CalibrationSums:
     """Mergeable sums by prediction, rounded to 8 bits of mantissa (0.4 %).
 
-    key (g,): the rounded predictions. sums (g, 5): rows, q, r, r^2, w (r - q).
+    key (g,): the rounded predictions. sums (g, 5): rows, q, r, r^2, w (r - q), each times the row's
+    weight where rows have weights.
     pair: statistics of (r - q, q, r).
     """
 
@@ -279,6 +282,8 @@ class CalibrationSums:
             return None
         bits = np.ascontiguousarray(q, dtype=np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
         columns = [np.ones_like(r), q, r, r * r, rows.importance_weight * (r - q)]
+        if rows.row_weight is not None:
+            columns = [rows.row_weight * column for column in columns]
         pair = collect(np.stack([r - q, q, r], axis=1), rows)
         return cls(
             *_by_key(bits.view(np.float32).astype(np.float64), np.stack(columns, axis=1)), pair
@@ -294,9 +299,12 @@ class CalibrationSums:
     def finish(self, bins: int = 10) -> Calibration:
         """The calibration, its keys gathered into `bins` bins of about equal size."""
         n = self.pair.n
-        place = np.cumsum(self.sums[:, 0]) - 0.5 * self.sums[:, 0]
+        by_key = self.sums
+        if self.pair.row_weights is not None:  # Weights of mean 1, so that bins count rows.
+            by_key = by_key * (n / self.pair.count)
+        place = np.cumsum(by_key[:, 0]) - 0.5 * by_key[:, 0]
         group = np.minimum((place * bins / max(n, 1)).astype(np.int64), bins - 1)
-        _, sums = _by_key(group.astype(np.float64), self.sums)
+        _, sums = _by_key(group.astype(np.float64), by_key)
         made = tuple(_bin(row) for row in sums)
         scatter = self.pair.scatter
         weight_sum = self.pair.weight_sum

@@ -65,12 +65,16 @@ class Estimator(ABC):
     def contributions(self, rows: EvaluationRows) -> Array:
         """(units,) numbers whose mean is the value and whose spread gives its variance.
 
-        For a mean these are its terms; for a ratio, value + gradient . (terms - means).
+        For a mean these are its terms; for a ratio, value + gradient . (terms - means), the latter
+        times the row's weight over the mean one where rows have weights.
         """
         terms = rows.summed(self.terms(rows))
         mean = collect(self.terms(rows), rows).mean
         self._check_support(float(rows.importance_weight.sum()))
-        return self.combine(mean) + (terms - mean) @ self.gradient(mean)
+        influence = (terms - mean) @ self.gradient(mean)
+        if rows.row_weight is not None:
+            influence = influence * (rows.row_weight / rows.row_weight.mean())
+        return self.combine(mean) + influence
 
     def statistics(
         self,
@@ -161,6 +165,11 @@ class Estimator(ABC):
             raise OfftowerError(
                 "a log_smoothing interval needs reward_range=(low, high) and independent rows "
                 "(no form by user or by round)"
+            )
+        if rows.row_weight is not None:
+            raise OfftowerError(
+                "a log_smoothing interval has no form for rows with weights; use 'normal' or "
+                "'bootstrap'"
             )
         return SmoothingSums.of(rows, reward_range).value(confidence)
 

@@ -86,7 +86,7 @@ def check_aligned(first: EvaluationRows, second: EvaluationRows) -> None:
             f"a paired difference needs the same rows for both policies; one has {first.n}, the "
             f"other {second.n}"
         )
-    for name in ("row", "user", "reward"):
+    for name in ("row", "user", "reward", "row_weight"):
         a, b = getattr(first, name), getattr(second, name)
         if a is not None and b is not None and not np.array_equal(a, b):
             where = int(np.argmax(a != b))

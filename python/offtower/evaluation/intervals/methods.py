@@ -162,6 +162,10 @@ def _need_rows(statistics: Statistics) -> None:
 
 
 def _independent(statistics: Statistics, method: str) -> None:
+    if statistics.row_weights is not None:
+        raise OfftowerError(
+            f"a {method} interval has no form for rows with weights; use 'normal' or 'bootstrap'"
+        )
     if statistics.users is not None:
         raise OfftowerError(
             f"a {method} interval assumes independent rows and has no form by user; "

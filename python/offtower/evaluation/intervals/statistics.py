@@ -80,9 +80,11 @@ class UserSums:
     runs: tuple[_Run, ...]
 
     @classmethod
-    def of(cls, user: IntArray, terms: Array) -> UserSums:
-        """Sum the rows of each user."""
-        return cls((_Run.of(user, np.ones(user.size), terms),))
+    def of(cls, user: IntArray, terms: Array, row_weight: Array | None = None) -> UserSums:
+        """Sum the rows of each user; with row weights, their weighted terms and their weights."""
+        if row_weight is None:
+            return cls((_Run.of(user, np.ones(user.size), terms),))
+        return cls((_Run.of(user, row_weight, row_weight[:, None] * terms),))
 
     def merge(self, other: UserSums) -> UserSums:
         """Sums over both shards."""
@@ -141,14 +143,39 @@ class Replicates:
 
 
 @dataclass(frozen=True, eq=False)
+class RowWeightSums:
+    """What statistics of rows with weights v hold beside their sums.
+
+    total, square: sums of v and of v^2. cross: (k,) sum of v^2 (t - mean).
+    """
+
+    total: float
+    square: float
+    cross: Array
+
+    def around(self, scatter: Array, shift: Array) -> tuple[Array, Array]:
+        """Scatter and cross around another mean, `shift` below this one."""
+        mixed = np.outer(self.cross, shift)
+        moved = scatter + mixed + mixed.T + self.square * np.outer(shift, shift)
+        return moved, self.cross + self.square * shift
+
+
+@dataclass(frozen=True, eq=False)
 class Statistics:
     """Mergeable sums of k terms over n rows.
 
+    Rows may have known weights v_i, such as 1 / the share of such rows that a down-sampled log
+    kept. Means are then self-normalized (Hajek 1971), and their covariance is that of a ratio:
+
+        mean = sum_i v_i t_i / sum_i v_i
+        var(mean) = n / (n - 1) sum_i v_i^2 (t_i - mean)(t_i - mean)^T / (sum_i v_i)^2
+
     Attributes:
         n: number of rows.
-        total, carry: (k,) sum of the terms and its rounding error so far (Neumaier 1974), so that
-            the value does not depend on the order and number of shards.
-        scatter: (k, k) sum of (t - mean)(t - mean)^T, merged as in Chan, Golub and LeVeque (1983).
+        total, carry: (k,) sum of the (weighted) terms and its rounding error so far (Neumaier
+            1974), so that the value does not depend on the order and number of shards.
+        scatter: (k, k) sum of (t - mean)(t - mean)^T, merged as in Chan, Golub and LeVeque (1983);
+            times v^2 where rows have weights.
         weight_sum: sum of the importance weights; 0 means a log without support.
         low, high: (k,) least and largest term.
         users: sums by user, or None; memory grows with the number of users.
@@ -164,26 +191,38 @@ class Statistics:
     high: Array
     users: UserSums | None = None
     replicates: Replicates | None = None
+    row_weights: RowWeightSums | None = None
+    """Of rows with weights; None where every row counts once."""
+
+    @property
+    def count(self) -> float:
+        """Sum of the rows' weights; their number where they have none."""
+        return self.n if self.row_weights is None else self.row_weights.total
 
     @property
     def mean(self) -> Array:
         """(k,) means of the terms."""
         if self.n == 0:
             raise OfftowerError("there are no rows to estimate from")
-        return (self.total + self.carry) / self.n
+        return (self.total + self.carry) / self.count
 
     @property
     def covariance(self) -> Array:
-        """(k, k) sample covariance (divided by n - 1); NaN for a single row."""
+        """(k, k) n times the covariance of the means (the sample covariance of rows without
+        weights); NaN for a single row."""
         if self.n < 2:
             return np.full_like(self.scatter, np.nan)
-        return self.scatter / (self.n - 1)
+        covariance = self.scatter / (self.n - 1)
+        if self.row_weights is None:
+            return covariance
+        return np.asarray(covariance * (self.n / self.row_weights.total) ** 2)
 
     def select(self, columns: list[int], weight_sum: float | None = None) -> Statistics:
         """Statistics of some of the terms, in the order given."""
-        users, replicates = self.users, self.replicates
+        users, replicates, weights = self.users, self.replicates, self.row_weights
         return replace(
             self,
+            row_weights=None if weights is None else replace(weights, cross=weights.cross[columns]),
             total=self.total[columns],
             carry=self.carry[columns],
             scatter=self.scatter[np.ix_(columns, columns)],
@@ -200,6 +239,8 @@ class Statistics:
         """Statistics of both shards' rows together."""
         if self.total.shape != other.total.shape:
             raise OfftowerError("statistics of different estimators cannot be merged")
+        if (self.row_weights is None) != (other.row_weights is None):
+            raise OfftowerError("all shards need the same options: rows with or without weights")
         if (self.users is None) != (other.users is None) or (self.replicates is None) != (
             other.replicates is None
         ):
@@ -207,7 +248,10 @@ class Statistics:
         total, error = _two_sum(self.total, other.total)
         n = self.n + other.n
         scatter = self.scatter + other.scatter
-        if self.n and other.n:
+        row_weights = None
+        if self.row_weights is not None and other.row_weights is not None:
+            scatter, row_weights = _merged_weights(self, other)
+        elif self.n and other.n:
             gap = self.mean - other.mean
             scatter = scatter + np.outer(gap, gap) * (self.n * other.n / n)
         users, replicates = self.users, self.replicates
@@ -225,7 +269,23 @@ class Statistics:
             np.maximum(self.high, other.high),
             users,
             replicates,
+            row_weights,
         )
+
+
+def _merged_weights(one: Statistics, two: Statistics) -> tuple[Array, RowWeightSums]:
+    """Scatter and weights of both around their common mean."""
+    assert one.row_weights is not None and two.row_weights is not None
+    if not (one.n and two.n):
+        full = one if one.n else two
+        assert full.row_weights is not None
+        return full.scatter, full.row_weights
+    total = one.row_weights.total + two.row_weights.total
+    mean = (one.total + one.carry + two.total + two.carry) / total
+    scatter, cross = one.row_weights.around(one.scatter, one.mean - mean)
+    more, crossed = two.row_weights.around(two.scatter, two.mean - mean)
+    square = one.row_weights.square + two.row_weights.square
+    return scatter + more, RowWeightSums(total, square, cross + crossed)
 
 
 def collect(
@@ -238,6 +298,7 @@ def collect(
 ) -> Statistics:
     """Statistics of terms (n, k) of a shard; of their sums over each round of slates.
 
+    Rows count by their `row_weight`, where they have one.
     by_user: also keep sums by user, and let bootstrap weights belong to users.
     replicates: number of bootstrap replicates to carry, 0 for none.
     Raises OfftowerError for by_user where the rows have no users.
@@ -248,21 +309,32 @@ def collect(
         )
     terms = rows.summed(terms)
     n, k = terms.shape
-    total = terms.sum(axis=0)
-    centered = terms - (total / n if n else total)
+    weight = rows.row_weight
+    row_weights = None
+    importance = float(rows.importance_weight.sum())
+    if weight is None:
+        total = terms.sum(axis=0)
+        centered = terms - (total / n if n else total)
+    else:
+        # Equal columns have equal sums, which a matrix product does not promise.
+        total, mass = (weight[:, None] * terms).sum(axis=0), float(weight.sum())
+        centered = weight[:, None] * (terms - (total / mass if n else total))
+        row_weights = RowWeightSums(mass, float(weight @ weight), weight @ centered)
+        importance = float(weight @ rows.importance_weight)
     users = None
     if by_user and rows.user is not None:
-        users = UserSums.of(rows.of_unit(rows.user), terms)
+        users = UserSums.of(rows.of_unit(rows.user), terms, weight)
     return Statistics(
         n,
         total,
         np.zeros(k),
         centered.T @ centered,
-        float(rows.importance_weight.sum()),
+        importance,
         terms.min(axis=0, initial=np.inf),
         terms.max(axis=0, initial=-np.inf),
         users,
         _replicates(terms, rows, replicates, seed, by_user) if replicates else None,
+        row_weights,
     )
 
 
@@ -276,6 +348,8 @@ def _replicates(
     step = max(1, _BLOCK_CELLS // count)
     for start in range(0, terms.shape[0], step):
         drawn = poisson_weights(key[start : start + step], count, seed).astype(np.float64)
+        if rows.row_weight is not None:
+            drawn *= rows.row_weight[start : start + step, None]
         weight += drawn.sum(axis=0)
         total += drawn.T @ terms[start : start + step]
     return Replicates(weight, total, seed, by_user, keyed)
@@ -295,7 +369,7 @@ def standard_error(functional: Functional, statistics: Statistics) -> float:
     mean = statistics.mean
     slope = functional.gradient(mean)
     if statistics.users is not None:
-        return _clustered_error(slope, mean, statistics.users, statistics.n)
+        return _clustered_error(slope, mean, statistics.users, statistics.count)
     covariance = statistics.covariance
     variance = float(slope @ covariance @ slope)
     # What is left of terms that cancel, such as those of two equal policies, is rounding.
@@ -303,8 +377,9 @@ def standard_error(functional: Functional, statistics: Statistics) -> float:
     return float(np.sqrt(variance / statistics.n)) if variance > _ROUNDING * scale else 0.0
 
 
-def _clustered_error(slope: Array, mean: Array, users: UserSums, n: int) -> float:
-    """Root of G/(G-1) sum_u S_u^2 / n^2, S_u the sum of a user's influences."""
+def _clustered_error(slope: Array, mean: Array, users: UserSums, n: float) -> float:
+    """Root of G/(G-1) sum_u S_u^2 / n^2, S_u the sum of a user's influences (by row weights, as n
+    is then their sum)."""
     run = users.compact().runs[0]
     groups = run.key.size
     if groups < 2:

@@ -109,7 +109,7 @@ def fit_pair_model(
     order = EpochOrder(
         data.train.row_group_sizes, _FIT_BATCH, seed=derive_seed(seed, "pair model rows")
     )
-    matrices, rewards, count = [], [], 0
+    matrices, rewards, weights, count = [], [], [], 0
     with data.batches(order) as reader:
         for _, rows, _ in reader.epoch(0):
             every = np.arange(len(rows), dtype=np.int64)
@@ -120,6 +120,8 @@ def fit_pair_model(
                 )
             )
             rewards.append(rows.reward.astype(np.float64))
+            if rows.row_weight is not None:
+                weights.append(rows.row_weight)
             count += len(rows)
             if count >= max_rows:
                 break
@@ -127,7 +129,8 @@ def fit_pair_model(
     if np.unique(reward).size < 2:
         raise RunError("all rewards of the training log are equal: no reward model can be fitted")
     model_seed = derive_seed(seed, "pair model")
-    estimator = fit_estimator(config, model_seed, np.concatenate(matrices), reward)
+    weight = np.concatenate(weights) if weights else None
+    estimator = fit_estimator(config, model_seed, np.concatenate(matrices), reward, weight)
     return PairRewardModel(
         estimator, data.context_encoding, data.item_encoding, items, data.catalogue.num_items
     )

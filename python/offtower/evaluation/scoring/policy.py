@@ -294,6 +294,7 @@ def weighted_rows(rows: EncodedRows, log_prob: Tensor) -> EvaluationRows:
         user=None if cluster is None else cluster.view(np.int64),
         row=rows.row,
         log_weight=log_weight,
+        row_weight=rows.row_weight,
     )
 
 

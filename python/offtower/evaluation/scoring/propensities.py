@@ -248,6 +248,11 @@ def estimate_logged(
     Raises ConfigError for a log of more than MAX_ROWS rows, OfftowerError for more than MAX_ITEMS
     items.
     """
+    if log.schema.weight is not None:
+        raise ConfigError(
+            "propensities cannot be estimated from rows with weights (column "
+            f"'{log.schema.weight}'): log them, or use a log that was not down-sampled"
+        )
     if log.num_rows > MAX_ROWS:
         raise ConfigError(
             f"propensities are estimated from up to {MAX_ROWS:,} rows, and this log has "

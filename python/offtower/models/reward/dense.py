@@ -135,16 +135,24 @@ def make_estimator(config: RewardModelConfig, seed: int) -> Any:
 
 
 def fit_estimator(
-    config: RewardModelConfig, seed: int, pairs: np.ndarray, reward: np.ndarray
+    config: RewardModelConfig,
+    seed: int,
+    pairs: np.ndarray,
+    reward: np.ndarray,
+    row_weight: np.ndarray | None = None,
 ) -> Any:
     """Build the configured estimator and fit it.
 
+    Args:
+        row_weight: (n,) weights of the rows of a down-sampled log, as `sample_weight`.
+
     Raises:
-        ConfigError: it refuses its settings or the data.
+        ConfigError: it refuses its settings or the data, or takes no weights.
     """
     estimator = make_estimator(config, seed)
+    more = {} if row_weight is None else {"sample_weight": row_weight / row_weight.mean()}
     try:
-        return estimator.fit(pairs, reward)
+        return estimator.fit(pairs, reward, **more)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"reward_model.estimator '{config.estimator}' cannot be fitted with these "

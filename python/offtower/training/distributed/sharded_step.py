@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.features import to_device
 from offtower.data.reader import Step
+from offtower.data.rows import relative_weights
 from offtower.models.items import DEFAULT_CHUNK
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.factored import FactoredRewardModel
@@ -43,6 +44,7 @@ class ShardedStep(TrainingStep):
         item_chunk: items embedded at a time.
         sampled: estimates terms from draws; None computes exact terms.
         owned: parameters that hold the shard's rows.
+        mean_row_weight: of the training log, where its rows have weights.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class ShardedStep(TrainingStep):
         item_chunk: int = DEFAULT_CHUNK,
         sampled: ShardedSampledTerms | None = None,
         owned: Sequence[nn.Parameter] = (),
+        mean_row_weight: float = 1.0,
     ) -> None:
         super().__init__(
             policy,
@@ -64,6 +67,7 @@ class ShardedStep(TrainingStep):
             proposal=None if sampled is None else sampled.proposal,
             workers=workers,
             owned=owned,
+            mean_row_weight=mean_row_weight,
         )
         self._shard = shard
         self._sampled = sampled
@@ -72,8 +76,10 @@ class ShardedStep(TrainingStep):
     def loss(
         self, batch: Step, *, diagnose: bool = False, key: StepKey = FIRST_STEP
     ) -> tuple[ObjectiveValue, StepDiagnostics | None]:
-        reduction = Reduction(batch.batch_units)
-        reward = tensor_of(batch.joined.reward, self.policy.device)
+        device = self.policy.device
+        weight = relative_weights(batch.joined, self.mean_row_weight, device)
+        reduction = Reduction(batch.batch_units, row_weight=weight)
+        reward = tensor_of(batch.joined.reward, device)
         pscore = self._pscore(batch)
         requirements = self.objective.requirements
         if not requirements.policy_terms:
