@@ -29,11 +29,12 @@ class MeanReward(Check):
             return [Finding("error", "reward", "no row is good, so there is no mean")]
         mean, error = reward.mean, reward.std_error
         equal = reward.square == 0
+        kept = "" if facts.schema.weight is None else "of the kept rows "
         return [
             Finding(
                 "warning" if equal else "info",
                 "reward",
-                f"mean reward {'of the kept rows ' if facts.schema.weight else ''}{mean:.5g} (standard error {error:.2g}; 95% interval "
+                f"mean reward {kept}{mean:.5g} (standard error {error:.2g}; 95% interval "
                 f"{mean - 1.96 * error:.5g} to {mean + 1.96 * error:.5g}), "
                 f"from {reward.smallest:g} to {reward.largest:g}"
                 + (": all rewards are equal, nothing to learn" if equal else ""),
