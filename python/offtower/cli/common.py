@@ -17,12 +17,22 @@ import typer
 from offtower.errors import OfftowerError
 from offtower.imports import TRUST_CODE, trusted_names
 from offtower.paths import redact
-from offtower.progress import Progress
+from offtower.progress import DrawnProgress
 
 # rich is imported where something is printed, so that --help does not wait for it.
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as Bars
+
+__all__ = [
+    "AsJson",
+    "DrawnProgress",
+    "Overrides",
+    "TrustCode",
+    "escape",
+    "messages",
+    "print_json",
+    "verb",
+]
 
 EXIT_OK = 0
 EXIT_REFUSED = 2
@@ -147,46 +157,3 @@ def escape(text: str) -> str:
     from rich.markup import escape as rich_escape
 
     return rich_escape(text)
-
-
-class DrawnProgress(Progress):
-    """Progress bars on standard error, if it is a terminal."""
-
-    def __init__(self) -> None:
-        self._bars: Bars | None = None
-        self._task: Any = None
-
-    def start(self, task: str, total: int | None) -> None:
-        self.finish()
-        if not sys.stderr.isatty():
-            return
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Progress as Bars
-
-        self._bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=messages(),
-            transient=True,
-        )
-        self._bars.start()
-        self._task = self._bars.add_task(task, total=total, note="")
-
-    def advance(self, amount: int, note: str = "") -> None:
-        if self._bars is not None:
-            self._bars.update(self._task, advance=amount, note=note)
-
-    def finish(self) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None

@@ -1,0 +1,487 @@
+"""The learner."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from sklearn.exceptions import NotFittedError as SklearnNotFittedError
+from sklearn.utils.validation import check_array, validate_data
+
+from offtower.crossfit.reward_model import obtain_reward_model
+from offtower.data.catalogue import Catalogue
+from offtower.data.check import RowChecker
+from offtower.data.convert import ITEM_VECTOR
+from offtower.data.encoding import to_tensors
+from offtower.data.log import Log
+from offtower.data.rows import encode_rows
+from offtower.data.schema import CatalogueSchema, LogSchema
+from offtower.errors import ConfigError, DataError, OfftowerError
+from offtower.evaluation import EvaluationRows, evaluate_rows
+from offtower.evaluation.result import EvaluationResult
+from offtower.learner.feedback import (
+    COLUMNS,
+    CONTEXT,
+    InputForms,
+    as_table,
+    check_range,
+    feature_column,
+    is_feedback,
+    is_frame,
+    joined_table,
+    log_of_arrays,
+    log_of_table,
+    numeric_matrix,
+    split_feedback,
+    with_logged,
+)
+from offtower.learner.scoring import OffPolicyScorer
+from offtower.learner.settings import LearnerSettings
+from offtower.models.items import ItemFeatures
+from offtower.models.policy import TwoTowerPolicy
+from offtower.models.reward.base import RewardModel
+from offtower.ops import policy_terms
+from offtower.prepare import PreparedData, prepare
+from offtower.training.auto import AutoTraining, train_auto
+from offtower.training.device import to_configured_device
+from offtower.training.run import build_trainer
+from offtower.training.setup import uses_auto
+from offtower.training.trainer import EpochHook, TrainingOutputs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_FLOATS = [np.float64, np.float32]
+"""Accepted as they are; other numbers become float64."""
+
+
+class NotFittedError(ConfigError, SklearnNotFittedError):  # type: ignore[misc]
+    """A learner that was not fitted yet."""
+
+
+class TwoTowerPolicyLearner(LearnerSettings):
+    """Learn a two-tower softmax policy from logged bandit feedback.
+
+    A scikit-learn estimator: `get_params`, `set_params`, `clone` and `GridSearchCV` work. Settings
+    are checked when the object is made, and again by `fit`.
+
+    Contexts are a matrix (rows, features), or a data frame of pandas, polars or Arrow. A data frame
+    of numbers is a matrix whose column names are checked; with `schema` its columns are read as the
+    log's features, and `fit` finds action, reward and pscore in it too.
+
+    Args:
+        dim_context_features: width of the context vectors; None takes that of the fit.
+        dim_action_features: width of the action (item) vectors; None takes that of the fit.
+        embedding_dim: d, width of both towers' embeddings.
+        hidden_layer_sizes: of both towers.
+        activation: elu, relu, tanh, gelu or silu.
+        temperature: of the softmax.
+        item_bias: give each action a bias beside its embedding.
+        objective: a name of `offtower.objectives.OBJECTIVES`, or "auto": several candidates are
+            cross-fitted, one is chosen on held-out rows, and the policy is the ensemble of its
+            members (see docs/reference/objectives.md). The embedding then has `embedding_dim`
+            numbers per member, and the training settings below do not apply. A `context` of zeros
+            and ones, mostly zeros, is read as a bag of tokens, and a one-hot `action_context` as
+            item ids.
+        auto: settings of `offtower.config.AutoConfig`, such as {"folds": 5}.
+        objective_arguments: settings of the objective, such as {"max_weight": 100}.
+        reward_model: settings of `offtower.config.RewardModelConfig`, such as
+            {"kind": "dense", "estimator": "sklearn.linear_model:LogisticRegression"}; None uses
+            two towers ("factored") for objectives that require a model, and no model otherwise.
+        optimizer: this and the arguments up to validation_estimator are those of
+            `offtower.config.TrainingConfig`.
+        random_state: seed.
+        device: for training, as `training.device`; the fitted policy is on the CPU.
+        progress: True draws bars on standard error if it is a terminal; an object gets the reports.
+        schema: the section `log` of a schema file, or a `LogSchema`: columns of data frames.
+        catalogue_schema: the section `catalogue`, or a `CatalogueSchema`: columns of a data frame
+            of items, passed as `action_context`.
+
+    Raises:
+        ConfigError: a setting is unknown or has a wrong value.
+
+    Example:
+        >>> learner = TwoTowerPolicyLearner(objective="ips").fit(bandit_feedback)
+        >>> action_dist = learner.predict_proba(context, action_context)
+    """
+
+    policy_: TwoTowerPolicy
+    reward_model_: RewardModel | None
+    auto_: AutoTraining
+    """With objective="auto": the candidates and the evidence for the choice."""
+    history_: list[dict[str, Any]]
+    """One mapping per epoch: loss, value estimate, weights, entropy, validation."""
+    data_: PreparedData
+    catalogue_: Catalogue
+    """The items of the fit, scored where no `action_context` is given."""
+    forms_: InputForms
+
+    def fit(
+        self,
+        X: Any,
+        y: Any = None,
+        reward: Any = None,
+        pscore: Any = None,
+        *,
+        action_context: Any = None,
+        validation: Any = None,
+        on_epoch_end: EpochHook | None = None,
+    ) -> TwoTowerPolicyLearner:
+        """Fit on logged feedback, in one of four forms.
+
+        - a bandit-feedback dict (context, action, reward, pscore, action_context);
+        - contexts `X`, the numbers of the logged actions as `y`, reward and pscore, (rows,) each;
+          `y` may join the three (`logged_feedback`), for scikit-learn's model selection;
+        - with `schema`, a data frame with the schema's columns;
+        - a pair (`offtower.data.Log`, `offtower.data.Catalogue`).
+
+        Args:
+            X: feedback or contexts.
+            y, reward, pscore: see above. Objectives that need no propensities accept None.
+            action_context: features of the actions, a matrix (n_actions, features), or with
+                `schema` a data frame of items with the columns of `catalogue_schema`. Without it
+                actions are known by their numbers alone.
+            validation: feedback as a dict, data frame, pair, or (contexts, y): the weights of the
+                epoch with the best lower bound of an off-policy estimate are kept. May be the
+                second argument after a dict.
+            on_epoch_end: adds numbers to each epoch's history.
+
+        `pi_b` and `expected_reward` of a dict are not read.
+
+        Raises:
+            ConfigError: a setting does not fit the data.
+            DataError: a value or a shape is wrong.
+        """
+        if is_feedback(y) or (isinstance(y, tuple) and isinstance(y[0], Log)):
+            validation, y = y, None
+        config = self.config
+        log, catalogue, forms = self._open(X, (y, reward, pscore), action_context, None)
+        held_out = None
+        if validation is not None:
+            given = validation if isinstance(validation, tuple) else (validation,)
+            if isinstance(given[0], Log):
+                held_out = given[0]
+            else:
+                y = given[1] if len(given) > 1 else None
+                held_out = self._open(given[0], (y, None, None), action_context, forms)[0]
+        progress = self._reports()
+        self.forms_ = forms
+        self.data_ = prepare(log, held_out, catalogue, progress)
+        self.catalogue_ = catalogue
+        self.reward_model_ = None
+        data = to_configured_device(self.data_, config.training)
+        if uses_auto(config, data):
+            outputs = TrainingOutputs(progress=progress, on_epoch_end=on_epoch_end)
+            self.auto_ = train_auto(config, data, outputs=outputs)
+            self.policy_ = self.auto_.policy
+            self.history_ = self.auto_.result.history
+            return self
+        self.reward_model_ = obtain_reward_model(config.reward_model, data, config.seed, progress)
+        trainer = build_trainer(
+            config, data, self.reward_model_, progress=progress, on_epoch_end=on_epoch_end
+        )
+        self.history_ = trainer.fit().history
+        self.policy_ = trainer.policy.cpu()
+        return self
+
+    def predict(self, X: Any, action_context: Any = None) -> np.ndarray:
+        """(n_rounds,) the most likely action of each context, by number or, with `schema`, id."""
+        best: np.ndarray = self.predict_proba(X, action_context)[:, :, 0].argmax(axis=1)
+        if self.forms_.items != "columns" or action_context is not None:
+            return best
+        ids: np.ndarray = self.catalogue_.item_ids.take(pa.array(best)).to_numpy(False)
+        return ids
+
+    def predict_proba(self, X: Any, action_context: Any = None) -> np.ndarray:
+        """(n_rounds, n_actions, 1) probabilities of all actions, as in Open Bandit Pipeline.
+
+        Args:
+            X: contexts, in the form of the fit.
+            action_context: features of the actions, in the form of the fit; by default its actions.
+        """
+        u = torch.from_numpy(self.embed_contexts(X))
+        v, bias = self._embed_items(action_context)
+        policy = self._fitted()
+        logits = (u @ v.T).double() / policy.temperature
+        if bias is not None:
+            logits = logits + bias
+        return torch.softmax(logits, dim=1).numpy()[:, :, np.newaxis]
+
+    def log_prob(self, X: Any, action: np.ndarray, action_context: Any = None) -> np.ndarray:
+        """(n_rounds,) log pi(a_i|x_i) of action numbers, without a rounds x actions array."""
+        u = torch.from_numpy(self.embed_contexts(X))
+        v, bias = self._embed_items(action_context)
+        terms = policy_terms(
+            u,
+            v,
+            torch.as_tensor(np.asarray(action), dtype=torch.int64, device="cpu"),
+            temperature=self._fitted().temperature,
+            item_bias=bias,
+        )
+        return terms.log_prob.numpy()
+
+    def evaluate(
+        self,
+        X: Any,
+        y: Any = None,
+        reward: Any = None,
+        pscore: Any = None,
+        *,
+        action_context: Any = None,
+        reward_range: tuple[float, float] | None = None,
+        **options: Any,
+    ) -> EvaluationResult:
+        """Evaluate the policy off-policy on feedback that it was not fitted on.
+
+        Args:
+            X, y, reward, pscore, action_context: as in `fit`.
+            reward_range: smallest and largest possible reward; by default that of the schema, or
+                (0, 1) extended to the rewards found.
+            options: others of `offtower.evaluation.evaluate_rows`, such as confidence.
+
+        Returns:
+            Values by IPS and SNIPS with intervals, the logging policy's value, diagnostics and a
+            verdict, under the policy name "learner".
+
+        Raises:
+            DataError: there are no propensities, or a value is wrong.
+        """
+        policy = self._fitted()
+        log, catalogue, _ = self._open(X, (y, reward, pscore), action_context, self.forms_)
+        if log.schema.pscore is None:
+            raise DataError(
+                "off-policy evaluation needs the logged propensities: pass pscore, or name their "
+                "column in the schema"
+            )
+        if isinstance(X, tuple):
+            items = self._embed_table(catalogue.table(0, catalogue.num_items))
+        else:
+            if action_context is None and is_feedback(X):
+                action_context = X.get("action_context")
+            items = self._embed_items(action_context)
+            if action_context is None:
+                catalogue = self.catalogue_
+        table = RowChecker(log.schema, catalogue).check(joined_table(log), log.location(0), 0)
+        rows = encode_rows(table, log.schema, catalogue, policy.context_encoding, 0)
+        u = policy.embed_contexts(to_tensors(rows.context)).detach()
+        v, bias = items
+        terms = policy_terms(
+            u, v, torch.from_numpy(rows.action), temperature=policy.temperature, item_bias=bias
+        )
+        assert rows.pscore is not None
+        weighted = EvaluationRows(
+            importance_weight=None,  # type: ignore[arg-type]
+            reward=rows.reward.astype(np.float64),
+            user=None if rows.user_id is None else rows.user_id.view(np.int64),
+            log_weight=terms.log_prob.double().numpy() - np.log(rows.pscore),
+        )
+        options.setdefault("reward_range", reward_range or log.schema.reward_range)
+        return evaluate_rows({"learner": weighted}, **options)
+
+    def score(self, X: Any, y: Any = None, reward: Any = None, pscore: Any = None) -> float:
+        """The SNIPS estimate of the policy's value on held-out feedback, given as to `fit`."""
+        return OffPolicyScorer("snips")(self, X, y, reward, pscore)
+
+    def plot_history(self, ax: Axes | None = None) -> Axes:
+        """Draw the loss of each epoch and, with validation feedback, the value with its interval.
+
+        Args:
+            ax: where to draw; a new figure by default.
+        """
+        from offtower.learner.plots import draw_history
+
+        self._fitted()
+        return draw_history(self.history_, ax)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the fitted learner to a new folder, as JSON, Parquet and safetensors.
+
+        `data_`, `auto_` and `reward_model_` are not stored.
+
+        Raises:
+            ConfigError: a setting cannot be written as JSON.
+        """
+        from offtower.learner.store import save_learner
+
+        self._fitted()
+        save_learner(Path(directory), self)
+
+    @classmethod
+    def load(
+        cls, directory: str | Path, *, trust_code: Collection[str] = ()
+    ) -> TwoTowerPolicyLearner:
+        """Read what `save` wrote; nothing is unpickled.
+
+        Args:
+            trust_code: import paths "package.module:Class" that the folder may name, besides
+                offtower's towers and scikit-learn's estimators.
+
+        Raises:
+            RunError: a file is missing or damaged.
+            UntrustedCodeError: other code is named.
+        """
+        from offtower.learner.store import load_learner
+
+        return load_learner(Path(directory), cls, trust_code)
+
+    @torch.no_grad()
+    def embed_contexts(self, X: Any) -> np.ndarray:
+        """(n_rounds, embedding_dim) float32."""
+        policy = self._fitted()
+        if self.forms_.context == "columns":
+            table = as_table(X)
+            for spec in policy.context_encoding.specs:
+                _check_column(table, spec.source)
+        else:
+            matrix = self._contexts(X, reset=False)
+            table = pa.table({CONTEXT: feature_column(matrix, self.forms_.context)})
+        encoded = policy.context_encoding.encode(table)
+        return policy.embed_contexts(to_tensors(encoded)).numpy()
+
+    def embed_items(self, action_context: Any = None) -> np.ndarray:
+        """(n_actions, embedding_dim) float32."""
+        return self._embed_items(action_context)[0].numpy()
+
+    def _embed_items(self, action_context: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        policy = self._fitted()
+        if action_context is None:
+            table = self.catalogue_.table(0, self.catalogue_.num_items)
+        elif self.forms_.items == "columns":
+            table = as_table(action_context)
+            for spec in policy.item_encoding.specs:
+                _check_column(table, spec.source)
+        elif self.forms_.items == "numbers":
+            raise DataError(
+                "the learner was fitted without action_context and knows its actions by their "
+                "numbers: leave it out here too"
+            )
+        else:
+            matrix = self._matrix(action_context, self._item_width, "action_context")
+            if matrix.dtype.kind == "f" and not np.isfinite(matrix).all():
+                raise DataError("'action_context' contains NaN or infinity")
+            check_range(matrix, "action_context")
+            table = pa.table({ITEM_VECTOR: feature_column(matrix, self.forms_.items)})
+        return self._embed_table(table)
+
+    @torch.no_grad()
+    def _embed_table(self, table: pa.Table) -> tuple[torch.Tensor, torch.Tensor | None]:
+        policy = self._fitted()
+        encoded = policy.item_encoding.encode(table)
+        items = policy.embed_items(ItemFeatures(encoded, table.num_rows))
+        return items.embedding, items.bias
+
+    @property
+    def _item_width(self) -> int | None:
+        if self.dim_action_features is not None or self.forms_.items != "vectors":
+            return self.dim_action_features
+        return self._fitted().item_encoding.specs[0].dim
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "policy_")
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        return tags
+
+    def _fitted(self) -> TwoTowerPolicy:
+        if not hasattr(self, "policy_"):
+            raise NotFittedError("this learner is not fitted yet; call fit(bandit_feedback) first")
+        return self.policy_
+
+    def _open(
+        self, X: Any, logged: tuple[Any, Any, Any], action_context: Any, fitted: InputForms | None
+    ) -> tuple[Log, Catalogue, InputForms]:
+        """The log and the catalogue of feedback in any form, and the forms of its inputs.
+
+        Args:
+            logged: y, reward, pscore.
+            fitted: forms of the fit; None to choose them.
+        """
+        if isinstance(X, tuple):
+            return X[0], X[1], COLUMNS
+        if is_frame(X) and self.schema is not None:
+            schema, item_schema = self.schema, self.catalogue_schema
+            if not isinstance(schema, LogSchema):
+                schema = LogSchema.from_dict(schema)
+            if item_schema is not None and not isinstance(item_schema, CatalogueSchema):
+                item_schema = CatalogueSchema.from_dict(item_schema)
+            table = with_logged(as_table(X), schema, logged)
+            items = None if action_context is None else as_table(action_context)
+            return *log_of_table(table, schema, items, item_schema), COLUMNS
+        feedback = self._feedback(X, logged, action_context, reset=fitted is None)
+        return log_of_arrays(feedback, fitted, detect=self.objective == "auto")
+
+    def _feedback(
+        self, X: Any, logged: tuple[Any, Any, Any], action_context: Any, *, reset: bool
+    ) -> dict[str, Any]:
+        """A bandit-feedback dict of arrays given as one or apart."""
+        if is_feedback(X):
+            feedback = dict(X)
+            if feedback.get("context") is None:
+                raise DataError(f"the bandit feedback has no 'context'; it has {', '.join(X)}")
+            if reset:
+                # What an earlier fit on a data frame left.
+                self.__dict__.pop("feature_names_in_", None)
+                self.n_features_in_ = np.asarray(feedback["context"]).shape[-1]
+        else:
+            context = self._contexts(X, reset=reset)
+            action, reward, pscore = split_feedback(*logged)
+            feedback = {"context": context, "action": action, "reward": reward, "pscore": pscore}
+        if action_context is not None:
+            feedback["action_context"] = action_context
+        self._matrix(feedback["context"], self.dim_context_features, "context")
+        if feedback.get("action_context") is not None:
+            self._matrix(feedback["action_context"], self.dim_action_features, "action_context")
+        return feedback
+
+    def _contexts(self, X: Any, *, reset: bool) -> np.ndarray:
+        """A matrix of contexts, checked as scikit-learn does."""
+        try:
+            if is_frame(X) and not hasattr(X, "iloc"):
+                matrix = self._columns(as_table(X), reset=reset)
+            else:
+                matrix = validate_data(self, X, reset=reset, dtype=_FLOATS)
+        except OfftowerError:
+            raise
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        check_range(matrix, "context")
+        return matrix
+
+    def _columns(self, table: pa.Table, *, reset: bool) -> np.ndarray:
+        """A matrix of a data frame that scikit-learn does not read."""
+        names = table.column_names
+        if reset:
+            self.feature_names_in_ = np.asarray(names, dtype=object)
+            self.n_features_in_ = len(names)
+        known = list(getattr(self, "feature_names_in_", names))
+        if names != known or len(names) != self.n_features_in_:
+            raise DataError(
+                f"the columns are {', '.join(names)}, but the learner was fitted on "
+                f"{', '.join(known)}"
+            )
+        matrix: np.ndarray = check_array(numeric_matrix(table), dtype=_FLOATS, estimator=self)
+        return matrix
+
+    @staticmethod
+    def _matrix(values: Any, width: int | None, name: str) -> np.ndarray:
+        matrix: np.ndarray = np.asarray(values)
+        if matrix.ndim != 2 or width not in (None, matrix.shape[1]):
+            raise DataError(
+                f"'{name}' must have shape (rows, {width or 'features'}), the width that the "
+                f"learner was built with, but has shape {matrix.shape}"
+            )
+        return matrix
+
+
+def _check_column(table: pa.Table, name: str) -> None:
+    if name not in table.column_names:
+        raise DataError(
+            f"the data frame has no column '{name}', which the schema names; it has "
+            f"{', '.join(table.column_names)}"
+        )
