@@ -154,7 +154,8 @@ def feature_column(matrix: NDArray[Any], form: str) -> pa.Array:
         return as_tokens(matrix)
     if form == "ids":
         return as_ids(matrix)
-    return vector_array(matrix.astype(np.float32, copy=False))
+    # As in the fit: float32 stays, other numbers are float64 until they are standardized.
+    return vector_array(matrix if matrix.dtype == np.float32 else matrix.astype(np.float64))
 
 
 def log_of_arrays(
