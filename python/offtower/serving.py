@@ -9,6 +9,7 @@ of its first item; the others follow by sampling without replacement (Plackett a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,26 @@ _MAX_PROBABILITIES = 1 << 22
 """Probabilities held at a time for the entropy of a mixture."""
 
 
+class SharedTerms:
+    """Terms of a batch, computed once for policies that serve the same scores differently."""
+
+    def __init__(self) -> None:
+        # The operands are kept, so that no other object takes over the id of one of them.
+        self._found: dict[tuple[Any, ...], tuple[Any, PolicyTerms]] = {}
+
+    def get(
+        self,
+        setting: tuple[Any, ...],
+        operands: tuple[Any, ...],
+        compute: Callable[[], PolicyTerms],
+    ) -> PolicyTerms:
+        """The terms of a setting on these very operands."""
+        key = (*setting, *map(id, operands))
+        if key not in self._found:
+            self._found[key] = (operands, compute())
+        return self._found[key][1]
+
+
 @dataclass(frozen=True)
 class ServedPolicy:
     """The distribution from which a trained policy is served.
@@ -45,10 +66,12 @@ class ServedPolicy:
     Attributes:
         policy: the trained policy, in evaluation mode.
         serving: how it is served.
+        shared: of the batch that is scored; None computes everything.
     """
 
     policy: TwoTowerPolicy
     serving: ServingConfig
+    shared: SharedTerms | None = None
 
     @property
     def temperature(self) -> float:
@@ -112,19 +135,28 @@ class ServedPolicy:
             best = self._best(context_embedding, served, self.serving.top, eligible)
             terms = best.terms(action, reward_model)
         else:
-            terms = policy_terms(
-                context_embedding,
-                served.embedding,
-                action,
-                temperature=self.temperature,
-                item_bias=served.bias,
-                reward_model=reward_model,
-                entropy=entropy and uniform == 0.0,
-                eligible=eligible,
+            softmax_entropy = entropy and uniform == 0.0
+            terms = self._shared(
+                ("softmax", self.temperature, softmax_entropy),
+                (context_embedding, items, action, reward_model, eligible),
+                lambda: policy_terms(
+                    context_embedding,
+                    served.embedding,
+                    action,
+                    temperature=self.temperature,
+                    item_bias=served.bias,
+                    reward_model=reward_model,
+                    entropy=softmax_entropy,
+                    eligible=eligible,
+                ),
             )
         if uniform == 0.0:
             return terms
-        over_all = uniform_terms(context_embedding, served, action, reward_model, eligible)
+        over_all = self._shared(
+            ("uniform",),
+            (context_embedding, items, action, reward_model, eligible),
+            lambda: uniform_terms(context_embedding, served, action, reward_model, eligible),
+        )
         mixed = mix_uniform(terms, over_all, uniform)
         if not entropy:
             return replace(mixed, entropy=None)
@@ -365,6 +397,16 @@ class ServedPolicy:
             spread = uniform * log_share.exp() * over_all.expected_reward.double()
             mean = (drawn * log_mass.exp() + spread) / mixed.exp()
         return Rest(mixed, mean)
+
+    def _shared(
+        self,
+        setting: tuple[Any, ...],
+        operands: tuple[Any, ...],
+        compute: Callable[[], PolicyTerms],
+    ) -> PolicyTerms:
+        if self.shared is None:
+            return compute()
+        return self.shared.get(setting, operands, compute)
 
     def _best(
         self,

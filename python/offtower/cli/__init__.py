@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import offtower
 from offtower.cli import (
@@ -20,11 +21,24 @@ from offtower.cli import (
     simulate,
     train,
     tune,
+    tune_serving,
     validate,
 )
 
+
+class _Verbs(TyperGroup):
+    """Finds verbs of two words: 'tune serving'."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = " ".join(args[:2])
+        if len(args) > 1 and name in self.commands:
+            return name, self.commands[name], args[2:]
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="offtower",
+    cls=_Verbs,
     help="Learn two-tower retrieval policies from logged feedback, and evaluate them offline.",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -58,6 +72,7 @@ for verb in (
     validate,
     train,
     tune,
+    tune_serving,
     evaluate,
     export,
     search,
@@ -65,7 +80,7 @@ for verb in (
     quickstart,
 ):
     name = verb.__name__.rsplit(".", 1)[-1]
-    app.command(name, help=verb.__doc__)(getattr(verb, name))
+    app.command(name.replace("_", " "), help=verb.__doc__)(getattr(verb, name))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from offtower.evaluation.frontier import ServingFrontier
 from offtower.evaluation.intervals import Interval
 from offtower.evaluation.run import LogEvaluation
 from offtower.evaluation.selection import SelectionComparison
@@ -48,6 +49,30 @@ def evaluation_table(evaluation: LogEvaluation) -> Table:
             *[f"{truth[column]:.4f}" if column in truth else "" for column in truth_columns],
             f"{policy.weights.effective_sample_size:,.0f}",
             f"[{_COLOR[decision]}]{decision}[/]",
+        )
+    return table
+
+
+def frontier_table(found: ServingFrontier) -> Table:
+    """One row per way to serve the policy; the recommended one is marked."""
+    result = found.evaluation.result
+    table = _table(
+        f"ways to serve the policy, on {result.n:,} rows of {found.evaluation.title}",
+        caption=f"value by {result.decide_by} ± half of the interval of all settings at once; "
+        "perplexity: equally likely items that explore as much",
+    )
+    table.add_column("serving", no_wrap=True)
+    for column in ("value", "ESS", "perplexity"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for point in found.points:
+        chosen = point is found.recommended
+        table.add_row(
+            escape(point.serving.text),
+            f"{point.value:.4f} ±{(point.high - point.low) / 2:.4f}".replace("±0.", "±."),
+            f"{point.effective_sample_size:,.0f}",
+            f"{point.perplexity:,.1f}",
+            "[green]recommended[/]" if chosen else "" if point.obstacle is None else "not judged",
         )
     return table
 

@@ -29,11 +29,14 @@ class ItemCoverage:
         unlogged: share of them that the log shows nowhere.
         logging_unlogged: the share that is expected of the logging policy itself, by Good and
             Turing: items seen once, over the rows.
+        perplexity: exp of the policy's mean entropy, from the draws: the number of equally likely
+            items that explore as much.
     """
 
     draws: int
     unlogged: float
     logging_unlogged: float
+    perplexity: float
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -53,6 +56,7 @@ class CoverageAccumulator:
         self._pscore: list[NDArray[np.float64]] = []
         self._action: list[NDArray[np.int64]] = []
         self._drawn: dict[str, NDArray[np.int64]] = {}
+        self._entropy: dict[str, float] = {}
         self._seed = seed
 
     def add(self, rows: EncodedRows) -> None:
@@ -73,7 +77,7 @@ class CoverageAccumulator:
         """Draw items from a policy on a batch, the log's first."""
         scorer = scored.scorer
         context = scored.context_embedding[:PROBED_ROWS]
-        drawn, _ = scorer.served.draw(
+        drawn, log_prob = scorer.served.draw(
             context,
             scorer.items,
             PROBED_DRAWS,
@@ -81,6 +85,7 @@ class CoverageAccumulator:
             scored.eligible_at(np.arange(len(context))),
         )
         self._drawn[policy] = drawn.numpy().reshape(-1)
+        self._entropy[policy] = -float(log_prob.double().mean())
 
     def merge(self, later: CoverageAccumulator) -> None:
         """Add what was accumulated on later rows."""
@@ -90,6 +95,7 @@ class CoverageAccumulator:
         self._pscore += later._pscore
         self._action += later._action
         self._drawn = {**later._drawn, **self._drawn}
+        self._entropy = {**later._entropy, **self._entropy}
 
     def _add_seen(self, item: NDArray[np.int64], times: NDArray[np.uint8]) -> None:
         self._seen[item] = np.minimum(self._seen[item] + times, 2)
@@ -109,7 +115,12 @@ class CoverageAccumulator:
         """By policy."""
         own = float(np.count_nonzero(self._seen == 1)) / max(1, self._rows)
         return {
-            name: ItemCoverage(drawn.size, float(np.mean(self._seen[drawn] == 0)), own)
+            name: ItemCoverage(
+                drawn.size,
+                float(np.mean(self._seen[drawn] == 0)),
+                own,
+                float(np.exp(self._entropy[name])),
+            )
             for name, drawn in self._drawn.items()
         }
 

@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from offtower.evaluation.frontier import ServingFrontier
 from offtower.evaluation.report.answer import PER
 from offtower.evaluation.result import EstimatorResult
 from offtower.evaluation.run import HISTOGRAM_EDGES, LogEvaluation
@@ -250,6 +251,63 @@ def ranking(
         axes.invert_yaxis()
         axes.set_xlabel("root mean squared error, estimated")
         return _svg(figure, f"Ranking of estimators by {comparison.recommended}, {title}")
+
+
+def frontier(
+    found: ServingFrontier, against: Literal["effective_sample_size", "perplexity"], width: float
+) -> str:
+    """Value of each way to serve the policy, against one of its other qualities."""
+    label = {
+        "effective_sample_size": "effective sample size on this log",
+        "perplexity": "perplexity: equally likely items that explore as much",
+    }[against]
+    shares = sorted({point.serving.uniform for point in found.points})
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(3.4, width)
+        logging = found.evaluation.result.logging
+        axes.axhspan(logging.interval.low, logging.interval.high, color=BAND, lw=0, zorder=0)
+        axes.axhline(logging.estimate.value, color=FAINT, lw=1.2, zorder=1)
+        for i, share in enumerate(shares):
+            points = [point for point in found.points if point.serving.uniform == share]
+            points.sort(key=lambda point: getattr(point, against))
+            x = [max(getattr(point, against), 1.0) for point in points]
+            axes.plot(x, [p.value for p in points], color=_color(i), lw=0.8, alpha=0.6)
+            for at, point in zip(x, points, strict=True):
+                judged = point.obstacle is None
+                axes.vlines(
+                    at, point.low, point.high, color=_color(i), lw=1.6 if judged else 0.8, alpha=0.7
+                )
+                axes.plot(
+                    at,
+                    point.value,
+                    MARKERS[i % len(MARKERS)],
+                    color=_color(i),
+                    markerfacecolor=_color(i) if judged else "white",
+                    ms=5,
+                    label=f"uniform {share:g}" if point is points[0] else None,
+                )
+        if found.recommended is not None:
+            axes.plot(
+                max(getattr(found.recommended, against), 1.0),
+                found.recommended.value,
+                "o",
+                color=INK,
+                markerfacecolor="none",
+                ms=12,
+                mew=1.6,
+                label="recommended",
+            )
+        # Intervals of settings that cannot be judged would hide all others.
+        judged_points = [point for point in found.points if point.obstacle is None]
+        shown = judged_points or list(found.points)
+        low = min([point.low for point in shown] + [logging.interval.low])
+        high = max([point.high for point in shown] + [logging.interval.high])
+        axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+        axes.set_xscale("log")
+        axes.set_xlabel(label)
+        axes.set_ylabel("value")
+        _legend(axes, len(shares) + 1, width)
+        return _svg(figure, f"Value of ways to serve the policy against the {label}")
 
 
 def both(chart: Callable[[float], str]) -> str:

@@ -33,6 +33,20 @@ def write_report(
         title: of the page.
         command: that made it, shown so that it can be repeated.
     """
+    html = render_page(
+        "report.html.j2",
+        title=title,
+        command=command,
+        sections=[_section(evaluation) for evaluation in evaluations],
+    )
+    write_text(path, html)
+    content = {"title": title, "logs": [evaluation.to_dict() for evaluation in evaluations]}
+    write_text(path.with_suffix(".json"), json.dumps(finite(content), indent=2) + "\n")
+    return path
+
+
+def render_page(template: str, **content: Any) -> str:
+    """Render a template of this package; `versions` is added to its content."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("offtower.evaluation.report"),
         autoescape=True,
@@ -43,17 +57,11 @@ def write_report(
     environment.filters["number"] = number
     environment.filters["root"] = lambda square: math.sqrt(square) if square >= 0 else None
     environment.filters["count"] = lambda value: f"{value:,.0f}"
-    html = environment.get_template("report.html.j2").render(
-        title=title,
-        command=command,
-        sections=[_section(evaluation) for evaluation in evaluations],
-        versions=f"offtower {offtower.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
+    versions = (
+        f"offtower {offtower.__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}"
     )
-    write_text(path, html)
-    content = {"title": title, "logs": [evaluation.to_dict() for evaluation in evaluations]}
-    write_text(path.with_suffix(".json"), json.dumps(finite(content), indent=2) + "\n")
-    return path
+    return environment.get_template(template).render(versions=versions, **content)
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -24,7 +24,7 @@ from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.ops import Eligibility, PolicyTerms
 from offtower.ops.types import RewardTerms
-from offtower.serving import ServedPolicy
+from offtower.serving import ServedPolicy, SharedTerms
 from offtower.slates import conditional_log_prob, slate_weights
 
 
@@ -83,6 +83,37 @@ class ScoredRows:
         )
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What every policy with the same items reads of a batch, and the terms that they share."""
+
+    rows: EncodedRows
+    context: Tensor
+    action: Tensor
+    eligible: Eligibility | None
+    shared: SharedTerms
+
+
+class _Batches:
+    """The batch that is scored now; made once for the policies that score it in turn."""
+
+    def __init__(self) -> None:
+        self._now: _Batch | None = None
+
+    def of(self, policy: TwoTowerPolicy, rows: EncodedRows) -> _Batch:
+        """The batch of these very rows. policy: in evaluation mode."""
+        if self._now is None or self._now.rows is not rows:
+            first = context_rows(rows)
+            self._now = _Batch(
+                rows,
+                policy.embed_contexts(to_tensors(first.context, policy.device)),
+                tensor_of(rows.action, policy.device),
+                None if first.eligible is None else first.eligible.on(policy.device),
+                SharedTerms(),
+            )
+        return self._now
+
+
 class PolicyScorer:
     """Scores rows with a frozen policy as it is served; the catalogue is embedded once.
 
@@ -102,6 +133,7 @@ class PolicyScorer:
     ) -> None:
         self.policy = policy
         self.serving = serving or ServingConfig()
+        self._batches = _Batches()
         self._training = policy.training
         policy.eval()
         with torch.no_grad():
@@ -114,16 +146,20 @@ class PolicyScorer:
         return ServedPolicy(self.policy, self.serving)
 
     def served_as(self, serving: ServingConfig) -> PolicyScorer:
-        """A scorer of the same policy served otherwise, with the same embedded items."""
-        other = copy.copy(self)
-        other.serving = serving
+        """A scorer of the same policy served otherwise, with the same embedded items.
+
+        Policies that share items share the pass over them too, batch by batch.
+        """
+        # Not copy.copy, which leaves out what a pickle does.
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, serving=serving)
         return other
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the item tower: the items are embedded already."""
         policy = copy.copy(self.policy)
         policy._modules = {**policy._modules, "item_tower": nn.Identity()}
-        return {**self.__dict__, "policy": policy}
+        return {**self.__dict__, "policy": policy, "_batches": _Batches()}
 
     def score(self, rows: EncodedRows, reward: RewardTerms | None = None) -> EvaluationRows:
         """Weights, rewards and reward-model predictions of a batch of logged rows.
@@ -164,11 +200,10 @@ class PolicyScorer:
             return self._score_slates(rows, rows.rounds, rewards, draws, generator)
         self.policy.eval()
         device = self.policy.device
-        context = self.policy.embed_contexts(to_tensors(rows.context, device))
-        action = tensor_of(rows.action, device)
+        batch = self._batches.of(self.policy, rows)
+        context, action, eligible = batch.context, batch.action, batch.eligible
         position = None if rows.position is None else tensor_of(rows.position, device)
-        eligible = None if rows.eligible is None else rows.eligible.on(device)
-        served = self.served
+        served = replace(self.served, shared=batch.shared)
         summed = {
             name: reward.terms
             for name, reward in rewards.items()
@@ -235,12 +270,10 @@ class PolicyScorer:
         rewards: on the rows of `context_rows`.
         """
         self.policy.eval()
-        device = self.policy.device
-        first = context_rows(rows)
-        context = self.policy.embed_contexts(to_tensors(first.context, device))
-        eligible = None if first.eligible is None else first.eligible.on(device)
-        action = tensor_of(rows.action, device)
-        scorer = SlateScorer(self.served, self.items, context, rounds, action, eligible)
+        batch, first = self._batches.of(self.policy, rows), context_rows(rows)
+        context = batch.context
+        served = replace(self.served, shared=batch.shared)
+        scorer = SlateScorer(served, self.items, context, rounds, batch.action, batch.eligible)
         found = score_slates(scorer, rewards, draws=draws, generator=generator)
         self.policy.train(self._training)
         return ScoredRows(
