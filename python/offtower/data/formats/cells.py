@@ -45,13 +45,13 @@ def decode(column: pa.Array) -> Parsed:
         return each_cell(column, lambda value: bytes(value).decode(), pa.string())
 
 
-def parse_text(column: pa.Array, file_format: FileFormat) -> Parsed:
-    """Text as it stands, without the spaces around it if the format says so."""
+def parse_text(column: pa.Array, file_format: FileFormat) -> pa.Array:
+    """Text as it stands, or without the spaces around it if the format says so."""
     if not file_format.trim:
-        return column, None
+        return column
     trimmed = pc.utf8_trim_whitespace(column)
     null = pc.is_in(trimmed, value_set=pa.array(file_format.null_words, trimmed.type))
-    return pc.if_else(null, pa.scalar(None, trimmed.type), trimmed), None
+    return pc.if_else(null, pa.scalar(None, trimmed.type), trimmed)
 
 
 def parse_numbers(column: pa.Array, file_format: FileFormat) -> Parsed:
@@ -303,18 +303,39 @@ def localized(values: pa.Array, zone: str) -> tuple[pa.Array, pa.Array]:
     first = pc.assume_timezone(values, zone, ambiguous="earliest", nonexistent="earliest")
     last = pc.assume_timezone(values, zone, ambiguous="earliest", nonexistent="latest")
     skipped = pc.fill_null(pc.not_equal(first, last), False)
-    first = pc.if_else(skipped, pa.scalar(None, first.type), first)
-    return pc.cast(first, ZONED), skipped
+    instants = pc.cast(pc.if_else(skipped, pa.scalar(None, first.type), first), ZONED)
+    # Arrow ends where the transitions of the zone's file end, and ignores the rule after them.
+    late = pc.fill_null(pc.greater(pc.year(values), _LAST_TRANSITION), False)
+    if pc.any(late).as_py():
+        there = pc.if_else(late, values, pa.scalar(None, values.type))
+        exact, bad = each_cell(there, lambda local: _instant(local, zone), ZONED)
+        instants = pc.if_else(late, exact, instants)
+        if bad is not None:
+            skipped = pc.or_(skipped, pa.array(bad))
+    return instants, skipped
+
+
+_LAST_TRANSITION = 2036
+
+
+def _instant(local: datetime, zone: str) -> datetime:
+    """The instant of a wall clock time.
+
+    Raises:
+        ValueError: the clocks skipped it.
+    """
+    there = ZoneInfo(zone)
+    instant = local.replace(tzinfo=there).astimezone(UTC)
+    if instant.astimezone(there).replace(tzinfo=None) != local:
+        raise ValueError("the clocks skipped this time")
+    return instant
 
 
 def _time(text: str, pattern: str | None, zone: str | None, zoned: bool) -> datetime:
     text = text.strip()
     parsed = datetime.strptime(text, pattern) if pattern else datetime.fromisoformat(text)
     if parsed.tzinfo is None and zone is not None:
-        local = parsed.replace(tzinfo=ZoneInfo(zone))
-        if local.astimezone(UTC).astimezone(local.tzinfo).replace(tzinfo=None) != parsed:
-            raise ValueError("the clocks skipped this time")
-        parsed = local
+        parsed = _instant(parsed, zone)
     if (parsed.tzinfo is not None) != zoned:
         raise ValueError("another form")
     if not zoned:

@@ -64,29 +64,34 @@ def read_batches(
     Raises:
         pa.ArrowInvalid: the file cannot be split into rows.
     """
-    done = 0
-    for skip in (False, True):
-        misfits = _Misfits(skip)
+    done, size, skip = 0, _BLOCK_BYTES, False
+    while True:
+        at = 0
         try:
-            first = 0
-            for batch, bad in _whole(file, names, misfits):
-                if first >= done:
-                    done += batch.num_rows
-                    yield batch, bad
-                first += batch.num_rows
+            for batch, bad in _whole(file, names, size, _Misfits(skip)):
+                rows = batch.num_rows
+                first = min(max(done - at, 0), rows)
+                at += rows
+                if first < rows:
+                    done = at
+                    yield batch.slice(first), None if bad is None else bad.between(first, rows)
             return
         except pa.ArrowInvalid as error:
-            # Rows have numbers only in one thread; most files need none.
-            if skip or "Expected" not in str(error):
+            if "straddling" in str(error) and size < _MAX_BLOCK_BYTES:
+                size *= 16
+            elif "Expected" in str(error) and not skip:
+                # Rows have numbers only in one thread, which most files do not need.
+                skip = True
+            else:
                 raise
 
 
 def _whole(
-    file: TextFile, names: Sequence[str], misfits: _Misfits
+    file: TextFile, names: Sequence[str], size: int, misfits: _Misfits
 ) -> Iterator[tuple[pa.RecordBatch, BadCells | None]]:
     row = 0
     with file.open() as stream:
-        for batch in _reader(stream, file, _BLOCK_BYTES, names, misfits):
+        for batch in _reader(stream, file, size, names, misfits):
             whole, bad = _with_misfits(batch, row, misfits)
             row += whole.num_rows
             if whole.num_rows:

@@ -402,7 +402,8 @@ def _time_form(
     cells: Sequence[str | None], name: str, where: str, file_format: FileFormat
 ) -> TimeForm | None:
     """Form of the first cell that is a time; None where there is no cell."""
-    content = [cell for cell in cells if cell is not None and cell.strip()]
+    absent = {"", *(file_format.null_words if file_format.trim else ())}
+    content = [cell for cell in cells if cell is not None and cell.strip() not in absent]
     for cell in content:
         form = time_form(cell, file_format)
         if form is not None:

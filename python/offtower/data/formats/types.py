@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -187,6 +187,14 @@ def plain_type(kind: ColumnKind) -> pa.DataType:
     }[kind]
 
 
+_PARSERS: dict[ColumnKind, Callable[[pa.Array, FileFormat], Parsed]] = {
+    "number": parse_numbers,
+    "integer": parse_integers,
+    "vector": parse_vectors,
+    "bag": parse_bags,
+}
+
+
 @dataclass(frozen=True)
 class Conversion:
     """Converts the columns of batches to their kinds.
@@ -238,7 +246,7 @@ class Conversion:
         if name in self.ids:
             text, broken = _as_string(column) if is_string(column.type) else (column, None)
             if is_string(column.type):
-                text, _ = parse_text(text, self.file_format)
+                text = parse_text(text, self.file_format)
             values, bad = as_categories(text, self.ids[name])
             return pc.cast(values, kind), bad if broken is None else bad | broken
         if pa.types.is_null(column.type):
@@ -266,19 +274,14 @@ class Conversion:
 
     def _parse(self, name: str, column: pa.Array, kind: pa.DataType) -> Parsed:
         text, broken = _as_string(column)
+        text = parse_text(text, self.file_format)
         what = self.kinds[name]
         if what == "time":
             values, bad = parse_times(text, kind, self.file_format)
+        elif what in _PARSERS:
+            values, bad = _PARSERS[what](text, self.file_format)
         else:
-            values, bad = {
-                "text": parse_text,
-                "number": parse_numbers,
-                "integer": parse_integers,
-                "vector": parse_vectors,
-                "bag": parse_bags,
-                "labels": parse_text,
-                "any": parse_text,
-            }[what](text, self.file_format)
+            values, bad = text, None
         if values.type != kind:
             values = pc.cast(values, kind)
         return values, broken if bad is None else bad if broken is None else bad | broken
