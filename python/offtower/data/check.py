@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
-from offtower.data.columns import as_float_array
+from offtower.data.columns import as_float_array, is_text
 from offtower.data.formats.types import shown
 from offtower.data.location import AnyPath
 from offtower.data.log import TableOrigin
@@ -321,8 +322,8 @@ class RowChecker:
         )
 
 
-def fault_remedy(table: pa.Table, faults: Iterable[Fault], schema: LogSchema) -> str:
-    """Return what to do about bad rewards and propensities; empty where none is bad."""
+def fault_remedy(table: pa.Table, faults: Sequence[Fault], schema: LogSchema) -> str:
+    """Return what to do about bad rewards, propensities and ids; empty where none is bad."""
     problems: dict[str, set[str]] = {}
     for fault in faults:
         problems.setdefault(fault.column, set()).add(fault.problem)
@@ -350,12 +351,31 @@ def fault_remedy(table: pa.Table, faults: Iterable[Fault], schema: LogSchema) ->
             lines.append(
                 f"Propensities reach {pscore.max():g}: they look like percent. Divide them by 100"
             )
+    lines += filter(None, [_id_remedy(table, faults, schema)])
     return "\n".join(lines)
 
 
 def _finite(table: pa.Table, name: str) -> NDArray[np.float64]:
     values = as_float_array(table.column(name))
     return values[np.isfinite(values)]
+
+
+def _id_remedy(table: pa.Table, faults: Sequence[Fault], schema: LogSchema) -> str:
+    """Return what to do about ids written as floating-point numbers; empty where none is."""
+    for fault in faults:
+        if fault.column != schema.action or fault.values is not None:
+            continue
+        ids = table.column(schema.action).filter(pa.array(fault.mask))
+        if not is_text(ids.type):
+            continue
+        floats = ids.filter(pc.match_substring_regex(ids, r"^[0-9]+\.0$"))
+        if len(floats):
+            return (
+                f"Ids such as {floats[0].as_py()!r} look like integers that became floating-point "
+                "numbers, as in pandas beside missing values, and text is compared as it stands. "
+                f"Write the column as integers: frame['{schema.action}'].astype('Int64')"
+            )
+    return ""
 
 
 def _detail(

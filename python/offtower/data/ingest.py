@@ -149,7 +149,9 @@ def ingest_files(
     log = Location.of(source.log)
     schema = source.schema
     written = source.formats.log
-    check_outcome_columns(column_names(log, written), schema, str(log))
+    names = column_names(log, written)
+    if schema.action in names:
+        check_outcome_columns(names, schema, str(log))
     units = open_source(log, log_kinds(schema), written, whole_files=schema.slates)
     with _claimed(out, split) as out:
         if source.catalogue is None:
@@ -399,6 +401,7 @@ def _write(
         progress.advance(1)
     progress.finish()
     counted = np.asarray(counts, dtype=np.int64)
+    _check_some_rows(int(counted.sum()), units)
     rows.first_rows, rows.counts = np.cumsum(counted) - counted, counted
     rows.learned_in, rows.learned = _learned(rows)
     found = UnitTally(int(counted.sum()), 0)
@@ -430,12 +433,18 @@ def _stream(out: Location, rows: CheckedUnits, progress: Progress) -> UnitTally:
                 yield checker.check(table, origin, first_row)
                 first_row += table.num_rows
                 progress.advance(table.num_rows)
+        _check_some_rows(first_row, rows.units)
         good = first_row - checker.bad_rows - checker.outcomes.young
         _check_some_mature(UnitTally.of(good, checker), rows.schema)
 
     manifest = write_log(out, tables(), stored_schema(rows.schema))
     progress.finish()
     return UnitTally.of(int(manifest["num_rows"]), checker)
+
+
+def _check_some_rows(rows: int, source: Source) -> None:
+    if rows == 0:
+        raise DataError(f"'{source.place}' has no rows, only names of columns")
 
 
 def _check_some_mature(found: UnitTally, schema: LogSchema) -> None:

@@ -25,7 +25,6 @@ from offtower.data.formats.cells import (
     ZONED,
     Parsed,
     TimeForm,
-    bag_values,
     decode,
     each_cell,
     epoch_times,
@@ -263,14 +262,8 @@ class Conversion:
         if is_string(column.type):
             column, bad = self._parse(name, column, pa.list_(pa.string()))
         values, wrong = as_categories(column.flatten(), self.ids[name])
-        lists = _relisted(column, pc.cast(values, kind.value_type))
-        if not wrong.any():
-            return lists, bad
-        rows = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)[wrong]
-        mask = np.zeros(len(column), dtype=bool)
-        mask[rows] = True
-        lists = pc.if_else(pa.array(mask), pa.scalar(None, kind), lists)
-        return lists, mask if bad is None else mask | bad
+        lists, mask = _relisted(column, pc.cast(values, kind.value_type), wrong)
+        return lists, mask if bad is None else bad if mask is None else mask | bad
 
     def _parse(self, name: str, column: pa.Array, kind: pa.DataType) -> Parsed:
         text, broken = _as_string(column)
@@ -357,12 +350,13 @@ def _converted(column: pa.Array, kind: pa.DataType, file_format: FileFormat) -> 
             return pc.cast(column, kind), None
         except pa.ArrowInvalid:
             return each_cell(column, _whole_number, kind)
-    if is_list(kind) and is_category(kind.value_type) and not pa.types.is_integer(found):
-        lists = column if is_list(found) else pc.cast(column, pa.list_(found.value_type))
-        values, bad = _converted(lists.flatten(), kind.value_type, file_format)
-        if bad is None:
-            return pc.cast(_relisted(lists, values), kind), None
-        return each_cell(lists, bag_values, kind)
+    if _is_view(found):
+        # pyarrow's own cast gives lists without offsets.
+        column, found = _relisted(column, column.flatten(), None)[0], pa.list_(found.value_type)
+    if is_list(kind) and is_category(kind.value_type):
+        values, bad = _converted(column.flatten(), kind.value_type, file_format)
+        relisted, mask = _relisted(column, values, bad)
+        return pc.cast(relisted, kind), mask
     return pc.cast(column, kind, safe=False), None
 
 
@@ -379,11 +373,18 @@ def _converted_times(column: pa.Array, kind: pa.DataType, file_format: FileForma
     return pc.cast(column, kind, safe=False), None
 
 
-def _relisted(lists: pa.Array, values: pa.Array) -> pa.Array:
+def _relisted(lists: pa.Array, values: pa.Array, bad: Mask | None) -> Parsed:
+    """Lists with other values; a list with a bad one is null, and bad as a whole."""
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-    mask = pc.is_null(lists) if lists.null_count else None
-    return pa.ListArray.from_arrays(offsets, values, mask=mask)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    wrong: Mask | None = None
+    null = pc.is_null(lists).to_numpy(zero_copy_only=False)
+    if bad is not None and bad.any():
+        wrong = np.zeros(len(lists), dtype=bool)
+        wrong[np.repeat(np.arange(len(lists)), lengths)[bad]] = True
+        null = null | wrong
+    mask = pa.array(null) if null.any() else None
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, mask=mask), wrong
 
 
 def _whole_numbers(column: pa.Array, kind: pa.DataType) -> Parsed:
