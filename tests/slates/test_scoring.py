@@ -23,9 +23,9 @@ class Policy:
     temperature = 1.0
 
 
-def world(seed=0, sharpness=1.0, rounds=6):
+def world(seed=0, scale=1.0, rounds=6):
     generator = torch.Generator().manual_seed(seed)
-    context = sharpness * torch.randn(rounds, D, generator=generator)
+    context = scale * torch.randn(rounds, D, generator=generator)
     items = ItemEmbeddings(
         torch.randn(N, D, generator=generator), 0.3 * torch.randn(N, generator=generator)
     )
@@ -69,11 +69,11 @@ SERVINGS = {
 
 
 @pytest.mark.parametrize("serving", SERVINGS.values(), ids=SERVINGS)
-@pytest.mark.parametrize("sharpness", [0.5, 8.0])
+@pytest.mark.parametrize("scale", [0.5, 8.0])
 @pytest.mark.parametrize("restricted", [False, True])
-def test_weights_and_expected_rewards_equal_their_definition(serving, sharpness, restricted):
-    # At sharpness 8 the first items of a round hold nearly all mass.
-    context, items = world(1, sharpness)
+def test_weights_and_expected_rewards_equal_their_definition(serving, scale, restricted):
+    # At scale 8 the first items of a round hold nearly all mass.
+    context, items = world(1, scale)
     lengths = np.array([6, 1, 5, 6, 3, 6])
     rounds, allowed, eligible = Rounds.of_lengths(lengths), None, None
     if restricted:

@@ -37,10 +37,10 @@ def rest_of(probability, q=None):
     return Rest(torch.from_numpy(np.log(mass)), mean)
 
 
-@pytest.mark.parametrize("sharpness", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize("inverse_temperature", [0.0, 1.0, 5.0])
 @pytest.mark.parametrize("with_rest", [False, True])
-def test_conditional_probabilities_equal_enumeration(sharpness, with_rest):
-    p = softmax(sharpness * np.random.default_rng(0).normal(size=ITEMS))
+def test_conditional_probabilities_equal_enumeration(inverse_temperature, with_rest):
+    p = softmax(inverse_temperature * np.random.default_rng(0).normal(size=ITEMS))
     rest = rest_of(p) if with_rest else None
     found = conditional_log_prob(all_rows(p), ROUNDS, rest).numpy().reshape(-1, POSITIONS)
     truth = np.log(conditionals(p))
@@ -106,7 +106,7 @@ def test_gradients_are_exact(with_rest):
     assert torch.autograd.gradcheck(outputs, (logits, q))
 
 
-def test_all_items_shown_leaves_no_mass_and_finite_gradients():
+def test_a_round_of_all_items_has_a_certain_last_position_and_finite_gradients():
     logits = torch.tensor([[0.3, -0.2, 0.9]], dtype=torch.float64, requires_grad=True)
     rounds = Rounds.of_lengths([3])
     rest = Rest(torch.tensor([float("-inf")], dtype=torch.float64))

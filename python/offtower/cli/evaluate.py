@@ -76,7 +76,12 @@ def evaluate(
     ray: RayOptions = IN_PROCESS,
     as_json: AsJson = False,
 ) -> None:
-    from offtower.cli.tables import evaluation_table, retrieval_table, selection_table
+    from offtower.cli.tables import (
+        evaluation_table,
+        position_table,
+        retrieval_table,
+        selection_table,
+    )
     from offtower.evaluation.exports import add_retrieval_quality, open_exports
     from offtower.evaluation.report import write_report
     from offtower.evaluation.run import check_log, evaluate_runs
@@ -108,6 +113,9 @@ def evaluate(
     else:
         console = messages()
         console.print(evaluation_table(evaluation))
+        positions = position_table(evaluation)
+        if positions is not None:
+            console.print(positions)
         if evaluation.retrieval:
             console.print(retrieval_table(evaluation))
         for note in evaluation.notes:

@@ -19,8 +19,9 @@ def evaluation_table(evaluation: LogEvaluation) -> Table:
     """One row per policy: estimates with intervals, the truth where it is known, the verdict."""
     result = evaluation.result
     first = next(iter(result.policies.values()))
+    unit = "rounds" if first.positions else "rows"
     table = _table(
-        f"{evaluation.title}: {result.n:,} held-out rows, {evaluation.log['items']:,} items",
+        f"{evaluation.title}: {result.n:,} held-out {unit}, {evaluation.log['items']:,} items",
         caption=f"± half of the {result.confidence:.0%} interval; verdict by {result.decide_by}",
     )
     table.add_column("policy", no_wrap=True)
@@ -74,6 +75,25 @@ def frontier_table(found: ServingFrontier) -> Table:
             f"{point.perplexity:,.1f}",
             "[green]recommended[/]" if chosen else "" if point.obstacle is None else "not judged",
         )
+    return table
+
+
+def position_table(evaluation: LogEvaluation) -> Table | None:
+    """Mean weight of each position of the slates, one row per policy; None without slates."""
+    policies = evaluation.result.policies
+    positions = next(iter(policies.values())).positions
+    if not positions:
+        return None
+    table = _table("mean weight by position", caption="1 is expected; ± is one standard error")
+    table.add_column("policy", no_wrap=True)
+    for one in positions:
+        table.add_column(str(one.position), justify="right", no_wrap=True)
+    for name, policy in policies.items():
+        cells = [
+            f"{one.mean:.3f}" + ("" if one.std_error is None else f" ±{one.std_error:.3f}")
+            for one in policy.positions
+        ]
+        table.add_row(escape(name), *cells)
     return table
 
 

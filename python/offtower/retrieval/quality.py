@@ -64,7 +64,8 @@ def retrieval_quality(
     """Compute recall@k, NDCG@k and coverage on a held-out log.
 
     Rewarded rows are weighted by 1 / pscore, which corrects for the items that the logging policy
-    showed more often. Memory is 16 bytes per rewarded row, and a byte per item and k.
+    showed more often. Of slates with conditional propensities these are the rows of position 0.
+    Memory is 16 bytes per rewarded row, and a byte per item and k.
 
     Returns:
         One result per k, in ascending order.
@@ -78,6 +79,11 @@ def retrieval_quality(
         raise DataError(
             "retrieval quality weights rows by inverse propensity: the log has no pscore"
         )
+    if schema.pscore_kind == "slate":
+        raise DataError(
+            "retrieval quality weights rows by the propensity of their item, and pscore is that of "
+            "whole slates (pscore_kind: slate)"
+        )
     sizes = check_sizes(retriever, ks)
     seen = {k: np.zeros(retriever.num_items, dtype=bool) for k in sizes}
     found = dict.fromkeys(sizes, 0.0)
@@ -86,6 +92,8 @@ def retrieval_quality(
     first_sum, first_square, rows = 0.0, 0.0, 0
     progress.start("retrieval", None)
     for table in _batches(log, batch_rows):
+        if schema.slates:
+            table = table.filter(pa.array(as_float_array(table.column(schema.position)) == 0.0))
         reward = as_float_array(table.column(schema.reward))
         weight = reward / as_float_array(table.column(schema.pscore))
         action = retriever.numbers_of(table.column(schema.action).to_pylist())

@@ -157,7 +157,8 @@ class PositionSums:
         position, weight = rows.rounds.position, rows.importance_weight
         n = np.bincount(position).astype(np.float64)
         mean = np.bincount(position, weight) / n
-        return cls(n, mean, np.bincount(position, (weight - mean[position]) ** 2))
+        scatter = np.bincount(position, (weight - mean[position]) ** 2)
+        return cls(n, mean, scatter.astype(np.float64))
 
     def merge(self, other: PositionSums) -> PositionSums:
         """Sums over both shards (Chan, Golub and LeVeque 1983)."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import logsumexp
@@ -19,6 +20,7 @@ from offtower.errors import ConfigError, DataError, OfftowerError
 from offtower.evaluation.rows import Array, IntArray
 from offtower.models.reward.dense import flatten
 from offtower.progress import Progress
+from offtower.slates import conditional_log_prob, round_sum
 
 MAX_ITEMS = 5000
 """Largest catalogue for which a dense model of the logging policy is fitted."""
@@ -76,6 +78,7 @@ def estimate_propensities(
     *,
     user: ArrayLike | None = None,
     eligible: ArrayLike | None = None,
+    fitted: ArrayLike | None = None,
     folds: int = 5,
     seed: int = 0,
 ) -> EstimatedPropensities:
@@ -87,7 +90,8 @@ def estimate_propensities(
 
     context: (n, p) numbers. action: (n,) in [0, num_items). At most 5,000 items. eligible:
     (n, num_items) which items a row could show; the model is then a conditional logit (McFadden
-    1974), whose softmax runs over the row's eligible items.
+    1974), whose softmax runs over the row's eligible items. fitted: (n,) bool, the rows that the
+    model and its temperature learn from; all by default.
     Raises OfftowerError for a larger catalogue, DataError for malformed arrays.
     """
     from sklearn.linear_model import LogisticRegression
@@ -115,11 +119,12 @@ def estimate_propensities(
             f"eligible must be ({a.size}, {num_items}) and hold every logged action, but has shape "
             f"{allowed.shape} or rules out an action"
         )
+    learned = np.ones(a.size, dtype=bool) if fitted is None else np.asarray(fitted, dtype=bool)
     fold = _folds(np.arange(a.size) if user is None else np.asarray(user), folds, seed)
     logits = np.empty((a.size, num_items))
     marginal = np.empty(a.size)
     for k in range(folds):
-        held, kept = fold == k, fold != k
+        held, kept = fold == k, (fold != k) & learned
         if not held.any():
             continue
         seen = np.unique(a[kept])
@@ -149,7 +154,7 @@ def estimate_propensities(
         logits[~allowed] = -np.inf
 
     def loss(log_temperature: float) -> float:
-        return -float(_log_prob(logits, a, np.exp(log_temperature)).mean())
+        return -float(_log_prob(logits, a, np.exp(log_temperature))[learned].mean())
 
     temperature = float(np.exp(minimize_scalar(loss, bounds=(-2.0, 3.0), method="bounded").x))
     log_prob = _log_prob(logits, a, temperature)
@@ -157,9 +162,10 @@ def estimate_propensities(
     return EstimatedPropensities(
         pscore,
         temperature,
-        -float(log_prob.mean()),
-        -float(np.log(marginal).mean()),
-        float(np.mean(1.0 / pscore)) / (num_items if allowed is None else _mean_count(allowed)),
+        -float(log_prob[learned].mean()),
+        -float(np.log(marginal[learned]).mean()),
+        float(np.mean(1.0 / pscore[learned]))
+        / (num_items if allowed is None else _mean_count(allowed[learned])),
     )
 
 
@@ -230,8 +236,15 @@ class LoggedProbability:
         return self.estimated.pscore[np.searchsorted(self.row, rows.row)]
 
     def filled(self, rows: EncodedRows) -> EncodedRows:
-        """The batch with these as its propensities."""
-        return replace(rows, pscore=self.of(rows))
+        """The batch with these as its propensities, of the kind that the schema states."""
+        pscore = self.of(rows)
+        if rows.rounds is not None:
+            single = torch.from_numpy(np.log(pscore))
+            conditional = conditional_log_prob(single, rows.rounds)
+            if rows.pscore_kind == "slate":
+                conditional = round_sum(conditional, rows.rounds)
+            pscore = np.exp(conditional.numpy())
+        return replace(rows, pscore=pscore)
 
 
 def estimate_logged(
@@ -243,6 +256,9 @@ def estimate_logged(
     progress: Progress,
 ) -> LoggedProbability:
     """A calibrated model of the logging policy, cross-fitted on the evaluated log.
+
+    Of slates (pscore_kind conditional, pscore null) it is the model of a single draw, fitted on
+    position 0; the conditional probabilities of the others follow.
 
     label: (N,) cluster of each item, to estimate the clusters' probabilities; None for the items'.
     Raises ConfigError for a log of more than MAX_ROWS rows, OfftowerError for more than MAX_ITEMS
@@ -259,15 +275,17 @@ def estimate_logged(
             f"{log.num_rows:,}; log them, or pass a part of the log with --log"
         )
     progress.start("estimating propensities", None)
-    contexts, actions, users, rows, allowed = [], [], [], [], []
+    contexts, actions, users, rows, allowed, firsts = [], [], [], [], [], []
     num_items = catalogue.num_items if label is None else int(label.max()) + 1
     clusters = np.arange(catalogue.num_items, dtype=np.int64) if label is None else label
     for batch in scan(log, catalogue, encoding, _SCAN_ROWS):
         contexts.append(flatten(encoding, batch.context, len(batch), "log").astype(np.float32))
         actions.append(batch.action)
         rows.append(batch.row)
-        if batch.user_id is not None:
-            users.append(batch.user_id)
+        if batch.user_id is not None or batch.rounds is not None:
+            users.append(batch.unit_key)
+        if batch.rounds is not None:
+            firsts.append(batch.rounds.position == 0)
         if batch.eligible is not None:
             counts = batch.eligible.items.cluster_counts(batch.eligible, clusters, num_items)
             allowed.append(counts > 0)
@@ -278,6 +296,8 @@ def estimate_logged(
         num_items,
         user=np.concatenate(users) if users else None,
         eligible=np.concatenate(allowed) if allowed else None,
+        # Items below position 0 are draws from what the ones above have left.
+        fitted=np.concatenate(firsts) if firsts else None,
         seed=seed,
     )
     progress.finish()
