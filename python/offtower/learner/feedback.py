@@ -20,6 +20,7 @@ from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
 from offtower.data.simulate.features import vector_array
 from offtower.data.vectors import LARGEST
 from offtower.errors import DataError
+from offtower.learner.eligible import COLUMN, with_candidates
 
 CONTEXT = "context"
 """Column of a matrix of contexts."""
@@ -206,6 +207,8 @@ def log_of_arrays(
             pa.table({"item_id": ids, ITEM_VECTOR: column}),
             CatalogueSchema(item_id="item_id", features=(feature,)),
         )
+    if feedback.get(COLUMN) is not None:
+        log = with_candidates(log, feedback[COLUMN])
     return log, catalogue, forms
 
 
@@ -224,7 +227,8 @@ def log_of_table(
             item_schema = CatalogueSchema(features=(by_id,))
         shown = distinct_values(table.column(schema.action))[0]
         items = pa.table({item_schema.item_id: shown.take(pc.sort_indices(shown))})
-    return log, Catalogue.from_table(items, item_schema or CatalogueSchema())
+    item_schema = (item_schema or CatalogueSchema()).keeping(schema.eligible)
+    return log, Catalogue.from_table(items, item_schema)
 
 
 def with_logged(table: pa.Table, schema: LogSchema, logged: tuple[Any, Any, Any]) -> pa.Table:

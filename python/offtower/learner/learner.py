@@ -23,6 +23,7 @@ from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.errors import ConfigError, DataError, OfftowerError
 from offtower.evaluation import EvaluationRows, evaluate_rows
 from offtower.evaluation.result import EvaluationResult
+from offtower.learner.eligible import masked, of_mask, of_table
 from offtower.learner.feedback import (
     COLUMNS,
     CONTEXT,
@@ -44,7 +45,7 @@ from offtower.learner.settings import LearnerSettings
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
-from offtower.ops import policy_terms
+from offtower.ops import Eligibility, policy_terms
 from offtower.prepare import PreparedData, prepare
 from offtower.training.auto import AutoTraining, train_auto
 from offtower.training.device import to_configured_device
@@ -133,7 +134,8 @@ class TwoTowerPolicyLearner(LearnerSettings):
     ) -> TwoTowerPolicyLearner:
         """Fit on logged feedback, in one of four forms.
 
-        - a bandit-feedback dict (context, action, reward, pscore, action_context);
+        - a bandit-feedback dict (context, action, reward, pscore, action_context, and `eligible`,
+          (n_rounds, n_actions) true for the actions that a round could show);
         - contexts `X`, the numbers of the logged actions as `y`, reward and pscore, (rows,) each;
           `y` may join the three (`logged_feedback`), for scikit-learn's model selection;
         - with `schema`, a data frame with the schema's columns;
@@ -188,20 +190,29 @@ class TwoTowerPolicyLearner(LearnerSettings):
         self.policy_ = trainer.policy.cpu()
         return self
 
-    def predict(self, X: Any, action_context: Any = None) -> np.ndarray:
-        """(n_rounds,) the most likely action of each context, by number or, with `schema`, id."""
-        best: np.ndarray = self.predict_proba(X, action_context)[:, :, 0].argmax(axis=1)
+    def predict(self, X: Any, action_context: Any = None, *, eligible: Any = None) -> np.ndarray:
+        """(n_rounds,) the most likely action of each context, by number or, with `schema`, id.
+
+        The arguments are those of `predict_proba`.
+        """
+        probability = self.predict_proba(X, action_context, eligible=eligible)
+        best: np.ndarray = probability[:, :, 0].argmax(axis=1)
         if self.forms_.items != "columns" or action_context is not None:
             return best
         ids: np.ndarray = self.catalogue_.item_ids.take(pa.array(best)).to_numpy(False)
         return ids
 
-    def predict_proba(self, X: Any, action_context: Any = None) -> np.ndarray:
+    def predict_proba(
+        self, X: Any, action_context: Any = None, *, eligible: Any = None
+    ) -> np.ndarray:
         """(n_rounds, n_actions, 1) probabilities of all actions, as in Open Bandit Pipeline.
 
         Args:
             X: contexts, in the form of the fit.
             action_context: features of the actions, in the form of the fit; by default its actions.
+            eligible: (n_rounds, n_actions) true for the actions that a round may show; others have
+                probability 0. With a schema that has a section `eligible`, the actions of the fit
+                are restricted by its columns of X.
         """
         u = torch.from_numpy(self.embed_contexts(X))
         v, bias = self._embed_items(action_context)
@@ -209,10 +220,16 @@ class TwoTowerPolicyLearner(LearnerSettings):
         logits = (u @ v.T).double() / policy.temperature
         if bias is not None:
             logits = logits + bias
+        logits = masked(logits, self._eligible(X, action_context, eligible, len(u)))
         return torch.softmax(logits, dim=1).numpy()[:, :, np.newaxis]
 
-    def log_prob(self, X: Any, action: np.ndarray, action_context: Any = None) -> np.ndarray:
-        """(n_rounds,) log pi(a_i|x_i) of action numbers, without a rounds x actions array."""
+    def log_prob(
+        self, X: Any, action: np.ndarray, action_context: Any = None, *, eligible: Any = None
+    ) -> np.ndarray:
+        """(n_rounds,) log pi(a_i|x_i) of action numbers, without a rounds x actions array.
+
+        The other arguments are those of `predict_proba`.
+        """
         u = torch.from_numpy(self.embed_contexts(X))
         v, bias = self._embed_items(action_context)
         terms = policy_terms(
@@ -221,6 +238,7 @@ class TwoTowerPolicyLearner(LearnerSettings):
             torch.as_tensor(np.asarray(action), dtype=torch.int64, device="cpu"),
             temperature=self._fitted().temperature,
             item_bias=bias,
+            eligible=self._eligible(X, action_context, eligible, len(u)),
         )
         return terms.log_prob.numpy()
 
@@ -270,7 +288,12 @@ class TwoTowerPolicyLearner(LearnerSettings):
         u = policy.embed_contexts(to_tensors(rows.context)).detach()
         v, bias = items
         terms = policy_terms(
-            u, v, torch.from_numpy(rows.action), temperature=policy.temperature, item_bias=bias
+            u,
+            v,
+            torch.from_numpy(rows.action),
+            temperature=policy.temperature,
+            item_bias=bias,
+            eligible=None if rows.eligible is None else rows.eligible.on(),
         )
         assert rows.pscore is not None
         weighted = EvaluationRows(
@@ -373,6 +396,17 @@ class TwoTowerPolicyLearner(LearnerSettings):
         encoded = policy.item_encoding.encode(table)
         items = policy.embed_items(ItemFeatures(encoded, table.num_rows))
         return items.embedding, items.bias
+
+    def _eligible(self, X: Any, action_context: Any, mask: Any, rounds: int) -> Eligibility | None:
+        """The sets of contexts, from a mask or from the schema's columns."""
+        if mask is not None:
+            return of_mask(mask, rounds)
+        if self.schema is None or action_context is not None or not is_frame(X):
+            return None
+        schema = self.schema
+        if not isinstance(schema, LogSchema):
+            schema = LogSchema.from_dict(schema)
+        return of_table(as_table(X), schema, self.catalogue_)
 
     @property
     def _item_width(self) -> int | None:
