@@ -28,7 +28,7 @@ from offtower.data.eligible_schema import (
     IntervalForm,
     ListForm,
 )
-from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema, Outcomes
+from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema, NamedReward, Outcomes
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "reference"
 NOTE = "<!-- Written by tools/generate_reference.py; do not edit. -->\n"
@@ -104,6 +104,7 @@ def schema() -> str:
     for title, kind in (
         ("log", LogSchema),
         ("log.outcomes", Outcomes),
+        ("log.rewards", NamedReward),
         ("catalogue", CatalogueSchema),
         ("feature", FeatureSpec),
         ("log.eligible", EligibleSchema),

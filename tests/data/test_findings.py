@@ -147,7 +147,7 @@ def test_placeholder_propensities_are_an_error() -> None:
     assert (found.level, found.name) == ("error", "all propensities 1")
 
 
-def test_percent_is_recognised_by_the_mean_of_the_inverse() -> None:
+def test_percent_is_recognized_by_the_mean_of_the_inverse() -> None:
     """A softmax-like policy over 300 items; times 100 no propensity exceeds 1."""
     rng = np.random.default_rng(5)
     policy = rng.dirichlet(np.full(ITEMS, 4.0))

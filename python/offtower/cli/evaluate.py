@@ -80,6 +80,7 @@ def evaluate(
         evaluation_table,
         position_table,
         retrieval_table,
+        rewards_table,
         selection_table,
     )
     from offtower.evaluation.exports import add_retrieval_quality, open_exports
@@ -116,6 +117,8 @@ def evaluate(
         positions = position_table(evaluation)
         if positions is not None:
             console.print(positions)
+        if evaluation.result.logging_rewards:
+            console.print(rewards_table(evaluation))
         if evaluation.retrieval:
             console.print(retrieval_table(evaluation))
         for note in evaluation.notes:

@@ -97,6 +97,33 @@ def position_table(evaluation: LogEvaluation) -> Table | None:
     return table
 
 
+def rewards_table(evaluation: LogEvaluation) -> Table:
+    """One row per policy and named reward: its value against the logging policy's."""
+    result = evaluation.result
+    first = next(iter(next(iter(result.policies.values())).rewards.values()))
+    table = _table(
+        "each reward by itself",
+        caption=f"by {first.name}; ± half of the {result.confidence:.0%} interval",
+    )
+    for column in ("policy", "reward"):
+        table.add_column(column, no_wrap=True)
+    for column in ("value", "logging", "difference"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, policy in result.policies.items():
+        for reward, found in policy.rewards.items():
+            logging = result.logging_rewards[reward]
+            assert found.difference is not None
+            gap = found.difference
+            table.add_row(
+                escape(name),
+                escape(reward),
+                _value(found.estimate.value, found.interval),
+                _value(logging.estimate.value, logging.interval),
+                _value(gap.estimate.value, gap.interval),
+            )
+    return table
+
+
 def retrieval_table(evaluation: LogEvaluation) -> Table:
     """One row per policy and k: retrieval quality of its export."""
     table = _table(

@@ -25,6 +25,7 @@ from offtower.data.moments import Moments, QuarantineEffect
 from offtower.data.outcomes import OutcomeCounts, settle
 from offtower.data.quarantine import REASON, write_quarantine
 from offtower.data.round_tables import ordered, whole_rounds
+from offtower.data.rows import with_summed_reward
 from offtower.data.rules import Fault, find_faults
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
@@ -223,6 +224,7 @@ class RowChecker:
             table, mature = settled.table, settled.mature
             self._outcomes += settled.counts
             mature = ~whole_rounds(~mature, table, self._schema)
+        table = with_summed_reward(table, self._schema)
         good = self.good_rows(table, origin, first_row, mature)
         return ordered(table if good.all() else table.filter(pa.array(good)), self._schema)
 

@@ -198,6 +198,11 @@ def check_outcome_columns(names: list[str], schema: LogSchema, file: str) -> Non
     Raises:
         DataError: a column of the reward is missing.
     """
+    if schema.rewards and schema.reward in names:
+        raise DataError(
+            f"'{file}' has a column '{schema.reward}', which ingest would make of the weighted sum "
+            "of the schema's rewards: name another one in `reward`"
+        )
     missing = [name for name in schema.reward_columns if name not in names]
     if not missing:
         return

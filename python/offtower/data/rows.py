@@ -56,6 +56,8 @@ class EncodedRows:
     """(n,) stable hash of the user's id."""
     eligible: EligibleRows | None = None
     """Which items could have been shown; None where every item could."""
+    rewards: NDArray[np.float64] | None = None
+    """(n, R) the schema's named rewards, whose weighted sum `reward` is; None without them."""
     row_weight: NDArray[np.float64] | None = None
     """(n,) known weights, 1 / sampling rate; None where every row counts once."""
     pscore_kind: PscoreKind | None = None
@@ -162,6 +164,7 @@ def encode_rows(
         position=None if position is None else integers(table.column(position)),
         round_id=keys(schema.round_id),
         user_id=keys(schema.user_id),
+        rewards=named_rewards(table, schema),
         row_weight=row_weights(table, schema),
         eligible=None if eligible is None else eligible.encode(table),
         pscore_kind=schema.pscore_kind if schema.slates else None,
@@ -171,6 +174,22 @@ def encode_rows(
 def relative_weights(rows: EncodedRows, mean: float, device: torch.device) -> Tensor | None:
     """(n,) weights of the rows over the log's mean weight; None where rows have none."""
     return None if rows.row_weight is None else tensor_of(rows.row_weight / mean, device)
+
+
+def named_rewards(table: pa.Table, schema: LogSchema) -> NDArray[np.float64] | None:
+    """(n, R) named rewards, null as NaN; None where the schema has none."""
+    if not schema.rewards:
+        return None
+    return np.stack([as_float_array(table.column(one.source)) for one in schema.rewards], axis=1)
+
+
+def with_summed_reward(table: pa.Table, schema: LogSchema) -> pa.Table:
+    """Return the table with the weighted sum of the named rewards, null where one of them is."""
+    rewards = named_rewards(table, schema)
+    if rewards is None or schema.reward in table.column_names:
+        return table
+    total = rewards @ np.array([one.weight for one in schema.rewards])
+    return table.append_column(schema.reward, pa.array(total, mask=np.isnan(total)))
 
 
 def row_weights(table: pa.Table, schema: LogSchema) -> NDArray[np.float64] | None:

@@ -139,6 +139,15 @@ def _rules(schema: LogSchema, catalogue: Catalogue) -> Iterator[Rule]:
                 "zero": as_float_array(column) == 0.0,
             },
         )
+    for one in schema.rewards:
+        yield Rule(
+            one.source,
+            "a finite number",
+            is_number,
+            "numbers",
+            lambda column: _outside(column, -LARGEST, LARGEST),
+            lambda column: _number_kinds(column, -LARGEST, LARGEST, "infinite", "infinite"),
+        )
     if schema.weight is not None:
         top = 1.0 if schema.weight_kind == "sampling_rate" else LARGEST
         expected = "a sampling rate in (0, 1]" if top == 1.0 else "a weight above 0"

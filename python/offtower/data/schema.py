@@ -87,6 +87,28 @@ class Outcomes:
 
 
 @dataclass(config=_STRICT, frozen=True)
+class NamedReward:
+    """One of several rewards of a row, such as click, purchase and revenue."""
+
+    name: str
+    weight: float = 1.0
+    """Factor in the row's reward, the weighted sum of all."""
+    column: str | None = None
+    """Column of the file; `name` if None."""
+
+    @property
+    def source(self) -> str:
+        """The column that holds the reward."""
+        return self.column or self.name
+
+    @model_validator(mode="after")
+    def _check(self) -> NamedReward:
+        if not abs(self.weight) < float("inf"):
+            raise ValueError(f"reward '{self.name}': weight must be finite, got {self.weight}")
+        return self
+
+
+@dataclass(config=_STRICT, frozen=True)
 class LogSchema:
     """Columns of a log."""
 
@@ -105,8 +127,11 @@ class LogSchema:
     whole slate, the same in each of its rows."""
     round_id: str | None = None
     user_id: str | None = None
+    rewards: tuple[NamedReward, ...] = ()
+    """Several rewards with weights; `reward` is then the column that ingest makes of their weighted
+    sum, and an evaluation reports each of them beside it."""
     reward_range: tuple[float, float] = (0.0, 1.0)
-    """Smallest and largest possible reward; rows outside are refused."""
+    """Smallest and largest possible reward (of the weighted sum); rows outside are refused."""
     weight: str | None = None
     """Column with the known weight of each row, for a log that was down-sampled; None where every
     row counts once."""
@@ -134,6 +159,12 @@ class LogSchema:
         if self.weight is not None and self.slates:
             raise ValueError("weight: rows of slates cannot have weights")
         _unique_names(self.context)
+        _unique_names(self.rewards)
+        if self.reward in {one.source for one in self.rewards}:
+            raise ValueError(
+                f"'{self.reward}' is the column of the weighted sum of `rewards`, and of one of "
+                "them: name the sum's column in `reward`, such as reward: value"
+            )
         if self.outcomes is not None and self.timestamp is None:
             raise ValueError("outcomes need a timestamp: name the column with the decision's time")
         return self
@@ -172,6 +203,7 @@ class LogSchema:
             for name in (
                 self.action,
                 self.reward,
+                *(one.source for one in self.rewards),
                 self.pscore,
                 self.timestamp,
                 self.behavior_policy,
@@ -189,7 +221,13 @@ class LogSchema:
     @property
     def reward_columns(self) -> tuple[str, ...]:
         """Columns of the source that hold outcomes."""
-        return (self.reward,)
+        return tuple(dict.fromkeys(one.source for one in self.rewards)) or (self.reward,)
+
+    @property
+    def source_columns(self) -> tuple[str, ...]:
+        """Columns of the source: all but the sum of several rewards, which ingest makes."""
+        made = {self.reward} if self.rewards else set()
+        return tuple(name for name in self.columns if name not in made)
 
     def to_dict(self) -> dict[str, Any]:
         content: dict[str, Any] = _LOG.dump_python(self, mode="json", by_alias=True)
@@ -293,8 +331,9 @@ def _known_keys(path: tuple[Any, ...], kind: type) -> list[str]:
     return inside[path[1]] if len(path) > 1 else [f.name for f in fields(EligibleSchema)]
 
 
-def _unique_names(specs: tuple[FeatureSpec, ...]) -> None:
+def _unique_names(specs: tuple[FeatureSpec, ...] | tuple[NamedReward, ...]) -> None:
     names = [spec.name for spec in specs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"feature '{twice[0]}' is named twice")
+        what = "feature" if isinstance(specs[0], FeatureSpec) else "reward"
+        raise ValueError(f"{what} '{twice[0]}' is named twice")

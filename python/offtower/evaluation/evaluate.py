@@ -61,6 +61,8 @@ class EvaluationSums:
     smoothing: tuple[SmoothingSums, ...]
     positions: tuple[PositionSums | None, ...]
     """By policy, weights by position; None for rows that are no slates."""
+    named: Statistics | None = None
+    """Terms of each named reward: under each policy, then the reward itself; None without them."""
 
     @classmethod
     def of(
@@ -94,6 +96,7 @@ class EvaluationSums:
             tuple(CalibrationSums.of(rows) for rows in every),
             tuple(SmoothingSums.of(rows.by_row(), options.reward_range) for rows in every),
             tuple(PositionSums.of(rows) for rows in every),
+            _named_statistics(every, options, by_user),
         )
 
     def merge(self, other: EvaluationSums) -> EvaluationSums:
@@ -114,6 +117,7 @@ class EvaluationSums:
                 a.merge(b) if a is not None and b is not None else None
                 for a, b in zip(self.positions, other.positions, strict=True)
             ),
+            None if self.named is None or other.named is None else self.named.merge(other.named),
         )
 
     def finish(self, support: Mapping[str, SupportDiagnostics] | None = None) -> EvaluationResult:
@@ -135,6 +139,28 @@ class EvaluationSums:
             else None
             for i, name in enumerate(self.policies)
         }
+
+
+def _named_statistics(
+    every: tuple[EvaluationRows, ...], options: EvaluationOptions, by_user: bool
+) -> Statistics | None:
+    """Statistics of the named rewards, one after the other."""
+    names, first = options.reward_names, every[0]
+    if not names:
+        return None
+    if first.rewards is None or first.rewards.shape[1] != len(names):
+        raise OfftowerError(f"rows need {len(names)} named rewards ({', '.join(names)})")
+    columns = []
+    for index in range(len(names)):
+        columns += [options.named_estimator.terms(rows.with_reward(index)) for rows in every]
+        columns.append(LOGGING.terms(first.with_reward(index)))
+    return collect(
+        np.concatenate(columns, axis=1),
+        first,
+        by_user=by_user,
+        replicates=options.bootstrap_replicates(len(every)),
+        seed=options.seed,
+    )
 
 
 class _Finisher:
@@ -178,7 +204,52 @@ class _Finisher:
                 self.comparison(a, b) for a, b in combinations(range(len(policies)), 2)
             ),
             propensities_estimated=options.propensities_estimated,
+            logging_rewards={
+                name: self.named_logging(i) for i, name in enumerate(options.reward_names)
+            },
         )
+
+    def named_logging(self, reward: int) -> EstimatorResult:
+        """The logging policy's mean of a named reward."""
+        assert self.sums.named is not None
+        column = [self.named_columns(reward, 0).stop - 1]
+        statistics = self.sums.named.select(column)
+        estimate = finish(LOGGING, statistics)
+        intervals = self.named_intervals(LOGGING, statistics)
+        return EstimatorResult(LOGGING.name, LOGGING.label, estimate, intervals)
+
+    def named_value(self, policy: int, reward: int) -> EstimatorResult:
+        """A policy's value in a named reward."""
+        assert self.sums.named is not None
+        estimator = self.options.named_estimator
+        every = self.named_columns(reward, policy)
+        own = list(range(every.start, every.start + estimator.num_terms))
+        statistics = self.sums.named.select(own, self.sums.weights[policy].statistics.weight_sum)
+        return EstimatorResult(
+            estimator.name,
+            estimator.label,
+            estimator.finish(statistics),
+            self.named_intervals(estimator, statistics),
+            self.gap(
+                Difference(estimator, LOGGING), self.sums.named.select([*own, every.stop - 1])
+            ),
+            estimator.consistent,
+        )
+
+    def named_columns(self, reward: int, policy: int) -> range:
+        """Columns of a named reward from a policy's terms to the reward itself."""
+        width, policies = self.options.named_estimator.num_terms, len(self.sums.policies)
+        start = reward * (policies * width + 1)
+        return range(start + policy * width, start + policies * width + 1)
+
+    def named_intervals(self, estimator: Estimator, statistics: Statistics) -> dict[str, Interval]:
+        """Intervals that need no range: that of a named reward is not known."""
+        make = {"normal": normal_interval, "bootstrap": bootstrap_interval}
+        return {
+            method: make[method](estimator, statistics, self.options.confidence)
+            for method in self.options.intervals
+            if method in make
+        }
 
     def policy(self, index: int, name: str, support: SupportDiagnostics | None) -> PolicyEvaluation:
         options, sums = self.options, self.sums
@@ -214,6 +285,9 @@ class _Finisher:
             support=support,
             verdict=decide(evidence, options.gate),
             positions=by_position,
+            rewards={
+                reward: self.named_value(index, i) for i, reward in enumerate(options.reward_names)
+            },
         )
 
     def estimate(self, policy: int, index: int) -> EstimatorResult:

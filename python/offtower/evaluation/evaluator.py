@@ -181,6 +181,7 @@ class Evaluator:
             self.log.schema.reward_range,
             config.seed,
             propensities_estimated=propensities is not None,
+            reward_names=tuple(one.name for one in self.log.schema.rewards),
         )
         baselines, missing = self._baselines(encoding, progress)
         notes += tuning_notes + missing

@@ -10,7 +10,13 @@ import numpy as np
 from offtower.config import EstimatorConfig, EvaluationConfig, GateOptions
 from offtower.data.schema import PscoreKind
 from offtower.errors import ConfigError, OfftowerError
-from offtower.evaluation.estimators import ESTIMATORS, Estimator, Standard, make_estimator
+from offtower.evaluation.estimators import (
+    ESTIMATORS,
+    SNIPS,
+    Estimator,
+    Standard,
+    make_estimator,
+)
 from offtower.evaluation.estimators.tuning import tune_together
 from offtower.evaluation.intervals.methods import check_confidence, simultaneous_confidence
 from offtower.evaluation.intervals.smoothing_bound import check_range
@@ -38,6 +44,7 @@ class EvaluationOptions:
         max_weight: largest possible weight, for "bernstein".
         gate: what a verdict requires.
         propensities_estimated: the log had no propensities; verdicts say so.
+        reward_names: of the rows' named rewards, each evaluated beside their weighted sum.
     """
 
     estimators: tuple[Estimator, ...]
@@ -51,6 +58,7 @@ class EvaluationOptions:
     max_weight: float | None = None
     gate: GateOptions = field(default_factory=GateOptions)
     propensities_estimated: bool = False
+    reward_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_range(self.reward_range)
@@ -77,6 +85,13 @@ class EvaluationOptions:
                 return i
         raise OfftowerError(f"decide_by={self.decide_by!r} is none of {', '.join(labels)}")
 
+    @property
+    def named_estimator(self) -> Estimator:
+        """Estimator of the named rewards: that of the verdicts, or SNIPS where it needs a reward
+        model, which predicts their sum only."""
+        chosen = self.estimators[self.decider]
+        return SNIPS() if chosen.needs_reward_model else chosen
+
     def bootstrap_replicates(self, policies: int) -> int:
         """Replicates to carry for intervals of all policies."""
         if "bootstrap" not in self.intervals:
@@ -96,6 +111,7 @@ def evaluation_options(
     seed: int,
     *,
     propensities_estimated: bool,
+    reward_names: tuple[str, ...] = (),
 ) -> EvaluationOptions:
     """Options as the configuration says."""
     return EvaluationOptions(
@@ -110,6 +126,7 @@ def evaluation_options(
         max_weight=config.max_weight,
         gate=config.gate,
         propensities_estimated=propensities_estimated,
+        reward_names=reward_names,
     )
 
 

@@ -83,6 +83,8 @@ class PolicyEvaluation:
     verdict: Verdict
     positions: tuple[PositionWeight, ...] = ()
     """Mean weights by position; empty for rows that are no slates."""
+    rewards: dict[str, EstimatorResult] = field(default_factory=dict)
+    """By named reward, the policy's value in it; empty without named rewards."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -97,6 +99,7 @@ class PolicyEvaluation:
                 **({"positions": [p.to_dict() for p in self.positions]} if self.positions else {}),
             },
             "verdict": self.verdict.to_dict(),
+            **_named(self.rewards, "rewards"),
         }
 
 
@@ -139,6 +142,8 @@ class EvaluationResult:
     policies: dict[str, PolicyEvaluation]
     comparisons: tuple[Comparison, ...] = field(default_factory=tuple)
     propensities_estimated: bool = False
+    logging_rewards: dict[str, EstimatorResult] = field(default_factory=dict)
+    """By named reward, the logging policy's mean."""
 
     @property
     def exit_code(self) -> int:
@@ -155,10 +160,16 @@ class EvaluationResult:
             "propensities_estimated": self.propensities_estimated,
             "decide_by": self.decide_by,
             "logging": self.logging.to_dict(),
+            **_named(self.logging_rewards, "logging_rewards"),
             "policies": {name: policy.to_dict() for name, policy in self.policies.items()},
             "comparisons": [comparison.to_dict() for comparison in self.comparisons],
             "exit_code": self.exit_code,
         }
+
+
+def _named(rewards: dict[str, EstimatorResult], key: str) -> dict[str, Any]:
+    """The key only where there are named rewards."""
+    return {key: {name: one.to_dict() for name, one in rewards.items()}} if rewards else {}
 
 
 def _dict(value: Any) -> dict[str, Any] | None:

@@ -42,6 +42,7 @@ class EvaluationRows:
         slate_weight: prod_j rho_j over the whole slate, for the interaction `standard`.
         row_weight: known weight of each row, 1 / the share of such rows that a down-sampled log
             kept; means are self-normalized by it (`intervals.statistics.Statistics`).
+        rewards: (n, R) named rewards, whose weighted sum `reward` is; each is evaluated beside it.
 
     Raises:
         DataError: lengths differ, a number is NaN or infinite, a weight is negative, a key is not
@@ -60,6 +61,7 @@ class EvaluationRows:
     earlier_weight: Array | None = None
     slate_weight: Array | None = None
     row_weight: Array | None = None
+    rewards: Array | None = None
 
     def __post_init__(self) -> None:
         if self.importance_weight is None:
@@ -76,6 +78,8 @@ class EvaluationRows:
                 continue
             if field.name in ("user", "row", "round"):
                 value = _keys(value, field.name)
+            elif field.name == "rewards":
+                value = np.stack([_numbers(one, "rewards") for one in np.transpose(value)], axis=1)
             else:
                 value = _numbers(value, field.name, infinite=field.name == "log_weight")
             object.__setattr__(self, field.name, value)
@@ -137,6 +141,11 @@ class EvaluationRows:
                 "the interaction 'standard' needs the weights of whole slates (slate_weight)"
             )
         return replace(self, importance_weight=self.slate_weight, log_weight=None)
+
+    def with_reward(self, index: int) -> EvaluationRows:
+        """The rows with the named reward of this number in place of their sum."""
+        assert self.rewards is not None, "callers check that there are named rewards"
+        return replace(self, reward=self.rewards[:, index])
 
     def by_row(self) -> EvaluationRows:
         """The same rows without their rounds."""

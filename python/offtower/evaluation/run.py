@@ -165,6 +165,7 @@ def evaluate_runs(
             "features of today. If that is not meant, evaluate with the catalogue of the training"
         )
     notes += coverage_notes(coverage, calibration)
+    notes += reward_notes(result)
     refusal = plan.behavior.refusal(accumulated.behavior)
     if refusal is not None:
         notes.append(refusal)
@@ -219,6 +220,22 @@ def check_log(
         run.check_finished()
     config = with_overrides(RunDirectory(paths[0]).load_config(trust_code=trust_code), overrides)
     _open_log(paths[0], log, config)
+
+
+def reward_notes(result: EvaluationResult) -> list[str]:
+    """Named rewards in which a policy loses against the logging policy."""
+    notes = []
+    for name, policy in result.policies.items():
+        for reward, found in policy.rewards.items():
+            gap = found.difference
+            if gap is not None and gap.interval.high < 0.0:
+                notes.append(
+                    f"{name} loses in the reward '{reward}': {gap.estimate.value:.4g} per row "
+                    f"against the logging policy ({result.confidence:.0%} interval "
+                    f"{gap.interval.low:.4g} to {gap.interval.high:.4g}), whatever the weighted "
+                    "sum says"
+                )
+    return notes
 
 
 def _open_log(run: Path, log: AnyPath | None, config: Config) -> tuple[ParquetLog, Location]:

@@ -34,14 +34,14 @@ _BOTH: dict[frozenset[str], ColumnKind] = {
 
 
 def log_kinds(schema: LogSchema) -> dict[str, ColumnKind]:
-    """Kinds of the columns of a log, in the order of `LogSchema.columns`.
+    """Kinds of the columns of a log, in the order of `LogSchema.source_columns`.
 
     Raises:
         ConfigError: a column is named as two kinds that exclude each other.
     """
     named = _features(schema.context)
     named.append((schema.action, "text"))
-    named.append((schema.reward, "number"))
+    named += [(name, "number") for name in schema.reward_columns]
     optional: list[tuple[str | None, ColumnKind]] = [
         (schema.pscore, "number"),
         (schema.timestamp, "time"),
@@ -58,7 +58,7 @@ def log_kinds(schema: LogSchema) -> dict[str, ColumnKind]:
         named += [(form.context, "text") for form in schema.eligible.attribute]
         named += [(name, "bag") for name in schema.eligible.lists]
     kinds = joined_kinds(named)
-    return {name: kinds[name] for name in schema.columns}
+    return {name: kinds[name] for name in schema.source_columns}
 
 
 def catalogue_kinds(

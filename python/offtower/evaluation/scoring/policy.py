@@ -307,6 +307,7 @@ def slate_rows(rows: EncodedRows, rounds: Rounds, conditional: Tensor) -> Evalua
         round=np.repeat(rows.row[rounds.first], rounds.lengths),
         earlier_weight=None if weights.earlier is None else np.exp(weights.earlier.numpy()),
         slate_weight=np.exp(weights.slate.numpy()),
+        rewards=rows.rewards,
     )
 
 
@@ -328,6 +329,7 @@ def weighted_rows(rows: EncodedRows, log_prob: Tensor) -> EvaluationRows:
         row=rows.row,
         log_weight=log_weight,
         row_weight=rows.row_weight,
+        rewards=rows.rewards,
     )
 
 
