@@ -52,7 +52,7 @@ def test_a_mask_restricts_learning_prediction_and_evaluation() -> None:
     assert (best[mask[:, 5]] == 5).mean() > 0.9  # The best action, though it is rarely eligible.
     result = learner.evaluate(test)
     weight = p[np.arange(400), action] / test["pscore"]
-    ips = result.policies["learner"].estimates["ips"].value
+    ips = result.policies["learner"].estimates["ips"].estimate.value
     assert ips == pytest.approx(float((weight * test["reward"]).mean()), rel=1e-5)
 
 
@@ -66,7 +66,7 @@ def test_a_schema_restricts_predictions_by_the_columns() -> None:
     p = learner.predict_proba(table)[:, :, 0]
     assert p.shape == (len(sets), N)
     np.testing.assert_array_equal(p > 0.0, sets)
-    action = np.array(table.column("action"))
+    action = table.column("action").to_numpy().copy()
     found = learner.log_prob(table, action)
     np.testing.assert_allclose(found, np.log(p[np.arange(len(sets)), action]), atol=1e-5)
 
