@@ -32,9 +32,9 @@ _PAD = -1e30
 """Log-probability beyond a round's last position; finite, so that no gradient is NaN."""
 _LEAST_MASS = 2.0**-40
 """Least remaining mass without a `Rest`, the rounding error of a sum of probabilities."""
-CANCELLATION = 0.2
-"""Remaining mass below which a float32 log_prob needs a `Rest`: the relative error of the mass is
-about 1e-7 over it."""
+CANCELLATION = 0.5
+"""Remaining mass m below which a float32 log_prob needs a `Rest`: an error e of log_prob, 5e-6 at
+logits of 60, becomes e (1 - m) / m in the log of the mass."""
 MAX_MARGINAL_WORK = 2e7
 """Ordered prefixes times items that an enumeration of marginals visits for a context, at most."""
 

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
 from offtower.data.simulate import EligibilitySettings
 
 ITEMS = 2000
-FORMS: dict[str, EligibilitySettings | None] = {
-    "all items": None,
-    "regions": EligibilitySettings(regions=4),
-    "days": EligibilitySettings(days=10),
-    "seen": EligibilitySettings(seen=30),
-    "candidates": EligibilitySettings(candidates=60),
-    "regions, seen": EligibilitySettings(regions=4, seen=30),
-    "all forms": EligibilitySettings(regions=4, days=20, seen=10, candidates=60),
-}
-FEW = EligibilitySettings(regions=2, seen=2)
-"""For 8 items."""
+FORMS: dict[str, EligibilitySettings | None] = {"all items": None}
 
 
 @dataclass(frozen=True)
@@ -54,9 +45,34 @@ class Configuration:
         return ", ".join([*parts, self.draws])
 
 
+def _all() -> list[Configuration]:
+    found = [
+        Configuration(forms, k, perplexity, uniform, top)
+        for forms, k, perplexity, (uniform, top) in itertools.product(
+            FORMS,
+            (1, 3, 10),
+            (2.0, 20.0, 200.0, 1000.0),
+            ((0.0, None), (0.1, None), (0.05, 25)),
+        )
+    ]
+    found += [Configuration(forms, k, top=25) for forms in FORMS for k in (1, 3)]
+    found += [Configuration(forms, k, mode="top_k") for forms in FORMS for k in (1, 10)]
+    found += [
+        Configuration(forms, k, perplexity, uniform, draws="softmax")
+        for forms, k, perplexity, uniform in itertools.product(
+            ("all items",), (1, 3, 10), (2.0, 200.0), (0.0, 0.1)
+        )
+    ]
+    return found
+
+
+CONFIGURATIONS = _all()
+
 QUICK = [
     Configuration(),
-    Configuration(draws="softmax"),
-    Configuration(k=3, draws="softmax"),
-    Configuration(k=10),
+    Configuration(k=3, perplexity=2.0, uniform=0.1),
+    Configuration(k=10, perplexity=200.0, top=25),
+    Configuration(k=3, perplexity=1000.0, draws="softmax"),
+    Configuration(k=10, mode="top_k"),
 ]
+"""A few of each kind."""

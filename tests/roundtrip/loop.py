@@ -75,7 +75,7 @@ class Loop:
     @classmethod
     def make(cls, folder: Path, items: int, eligible: EligibilitySettings | None) -> Loop:
         """Train for an epoch on a log of the world, and export."""
-        settings = WorldSettings(4, 4, 4, intercept=0.0, n_users=50)
+        settings = WorldSettings(16, 16, 4, intercept=0.0, n_users=50)
         world = SimulatedWorld(
             items,
             settings,
@@ -98,11 +98,11 @@ class Loop:
                 "runs": str(folder / "runs"),
                 "data": {"train": str(folder / "train"), "catalogue": str(folder / "catalogue")},
                 "policy": {
-                    "embedding_dim": 8,
+                    "embedding_dim": 16,
                     "item_bias": True,
-                    "temperature": 0.5,
-                    "context_tower": {"hidden_layer_sizes": [16]},
-                    "item_tower": {"hidden_layer_sizes": [16]},
+                    "temperature": 0.1,
+                    "context_tower": {"hidden_layer_sizes": [], "normalize": True},
+                    "item_tower": {"hidden_layer_sizes": [], "normalize": True},
                 },
                 "objective": {"name": "weighted_likelihood"},
                 "training": {"epochs": 1, "learning_rate": 0.01, "threads": 1},
@@ -139,7 +139,8 @@ class Loop:
         return None if self.world.eligible is None else self.world.eligible.mask(contexts)
 
     def temperature(self, perplexity: float) -> float:
-        """The serving temperature at which the softmax over all items has this perplexity."""
+        """The serving temperature at which the softmax has this perplexity, exp of its mean
+        entropy over all items."""
         scores = self.scores(self.contexts(50, seed=999))
         low, high = -12.0, 12.0
         for _ in range(40):

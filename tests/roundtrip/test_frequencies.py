@@ -14,21 +14,33 @@ from scipy import stats
 from offtower.config import ServingConfig
 from offtower.data.simulate import ServedDistribution
 from offtower.data.simulate.plackett_luce import all_slates, slate_probabilities
+from offtower.retrieval.propensity_sampler import Mode
 from tests.roundtrip.conftest import MakeLoop
 
-ITEMS, DRAWS = 8, 3000
+ITEMS, DRAWS = 8, 2000
 CASES = [
     ("all items", ServingConfig(k=1)),
-    ("all items", ServingConfig(k=3)),
+    ("all items", ServingConfig(k=3, temperature=0.5)),
+    ("all items", ServingConfig(k=3, temperature=0.3, uniform=0.2)),
+    ("all items", ServingConfig(k=3, top=5)),
+    ("all items", ServingConfig(k=2, top=4, uniform=0.1)),
 ]
 ALPHA = 1e-4 / (2 * len(CASES))
 
 
-@pytest.mark.parametrize(("forms", "serving"), CASES, ids=str)
-@pytest.mark.parametrize("mode", ["exact", "softmax"])
-def test_draws_have_their_propensities(
-    loop_of: MakeLoop, forms: str, serving: ServingConfig, mode: str
-) -> None:
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_draws_have_their_propensities(loop_of: MakeLoop, number: int) -> None:
+    check(loop_of, number, "exact")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_softmax_draws_have_their_propensities(loop_of: MakeLoop, number: int) -> None:
+    check(loop_of, number, "softmax")
+
+
+def check(loop_of: MakeLoop, number: int, mode: Mode) -> None:
+    forms, serving = CASES[number]
     loop = loop_of(forms, ITEMS)
     context = loop.contexts(1, seed=5)
     slates = all_slates(ITEMS, serving.k)
