@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from scipy import sparse
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -20,6 +21,7 @@ from offtower.checksums import read_json, write_checked_json, write_checksums
 from offtower.data.simulate import ObpWorld
 from offtower.errors import ConfigError, DataError, RunError, UntrustedCodeError
 from offtower.learner import OffPolicyScorer, logged_feedback
+from offtower.learner.feedback import counted_tokens
 
 WORLD = ObpWorld(8, 4, 3, beta=1.0, seed=142)
 TRAIN, VALIDATION, TEST = (WORLD.sample(n, s) for s, n in enumerate((600, 400, 1000), 1))
@@ -307,3 +309,58 @@ def test_progress_reaches_an_object() -> None:
 
     small(progress=Heard()).fit(needed(TRAIN))
     assert any("log" in task for task in tasks)
+
+
+def documents(rows: int, seed: int, columns: int = 5000) -> tuple[sparse.csr_array, dict[str, Any]]:
+    """Counts of words; one of the first three words, thrice in a row, decides which item pays."""
+    rng = np.random.default_rng(seed)
+    word = np.column_stack([rng.integers(0, 3, rows), rng.integers(3, 60, (rows, 2))])
+    shape, row = (rows, columns), np.repeat(np.arange(rows), 3)
+    times = np.tile([3.0, 1.0, 1.0], rows)
+    counts = sparse.coo_array((times, (row, word.ravel())), shape=shape).tocsr()
+    action = rng.integers(0, 3, rows)
+    reward = (action == word[:, 0]) * (rng.random(rows) < 0.9)
+    return counts, {"action": action, "reward": reward, "pscore": np.full(rows, 1 / 3)}
+
+
+def test_sparse_counts_are_learned_without_a_dense_matrix(tmp_path: Path) -> None:
+    x, logged = documents(3000, 1)
+    other, held_out = documents(2000, 2)
+    assert x.max() == 3 and x.nnz <= 3 * 3000
+    x.toarray = x.todense = refuse_dense  # type: ignore[method-assign]
+    options: dict[str, Any] = {"objective": "regression", "epochs": 8, "learning_rate": 0.03}
+    fitted = small(**options).fit(x, joined(logged))
+    again = small(**options).fit({"context": x, **logged})
+    pi = fitted.predict_proba(other)
+    # Training is deterministic, and the dict is the same feedback.
+    np.testing.assert_array_equal(again.predict_proba(other), pi)
+    best = np.asarray(other[:, [0, 1, 2]].argmax(axis=1)).ravel()
+    assert (pi[:, :, 0].argmax(1) == best).mean() > 0.95
+    assert fitted.score(other, joined(held_out)) > 0.4
+    np.testing.assert_array_equal(fitted.predict_proba(other[:20].toarray()), pi[:20])
+    fitted.save(tmp_path / "learner")
+    loaded = TwoTowerPolicyLearner.load(tmp_path / "learner")
+    np.testing.assert_array_equal(loaded.predict_proba(other), pi)
+
+
+def refuse_dense(*_: Any, **__: Any) -> None:
+    raise AssertionError("made dense")
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0, 101.0, np.nan, np.inf])
+def test_sparse_values_that_are_no_counts_are_refused(value: float) -> None:
+    x, logged = documents(50, 1)
+    fitted = small(epochs=1).fit(x, joined(logged))
+    x.data[7] = value
+    for attempt in (lambda: small(epochs=1).fit(x, joined(logged)), lambda: fitted.predict(x)):
+        with pytest.raises(DataError, match=r"counts|NaN|infinity"):
+            attempt()
+    dense = small(epochs=1).fit(needed(TRAIN))
+    with pytest.raises(DataError, match="fitted on a dense matrix"):
+        dense.predict(sparse.csr_array(TEST["context"]))
+
+
+def test_counts_are_repeated_columns() -> None:
+    matrix = sparse.csr_array(np.array([[0, 2, 0, 1], [0, 0, 0, 0], [1, 0, 0, 3]]))
+    assert counted_tokens(matrix).to_pylist() == [[1, 1, 3], [], [0, 3, 3, 3]]
+    assert counted_tokens(matrix.tocoo()).to_pylist() == counted_tokens(matrix).to_pylist()

@@ -130,3 +130,19 @@ def test_ids_are_held_once() -> None:
     assert encoding.cardinality("other") == 3
     for name, value in encoding.encode(table).items():
         np.testing.assert_array_equal(value, before[name])
+
+
+@pytest.mark.parametrize("width", [1, 2, 256, 257, 700])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_moments_of_wide_vectors_are_those_of_the_whole_matrix(width: int, kind: type) -> None:
+    """Summed by blocks of columns, to the bit."""
+    values = (np.random.default_rng(width).normal(5.0, 1e3, (601, width))).astype(kind)
+    wide = values.astype(np.float64)
+    encoding = FeatureEncoding.fit(
+        [FeatureSpec(name="x", kind="vector")],
+        [pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), width)})],
+    )
+    found = encoding.numbers()
+    assert found["mean"]["x"] == wide.mean(axis=0).tolist()
+    square = np.square(wide - wide.mean(axis=0)).sum(axis=0)
+    assert found["scale"]["x"] == np.sqrt(square / 601).tolist()

@@ -63,6 +63,8 @@ MAX_INTEGERS = 500_000_000
 """The same for integers, of 8 bytes each."""
 
 _FILE = "encoding.json"
+_COLUMNS_AT_ONCE = 256
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,17 @@ class _Moments:
 
     @classmethod
     def of(cls, values: NDArray[Any]) -> _Moments:
-        wide = values.astype(np.float64).reshape(len(values), -1)
-        mean = wide.mean(axis=0) if len(wide) else np.zeros(wide.shape[1])
-        return cls(len(wide), mean, np.square(wide - mean).sum(axis=0))
+        wide = values.reshape(len(values), -1)
+        mean, square = np.zeros(wide.shape[1]), np.zeros(wide.shape[1])
+        # Some columns at a time: the temporary arrays of wide vectors would be the largest ones.
+        # Even parts, since numpy adds a single column in another order.
+        count = max(1, -(-wide.shape[1] // _COLUMNS_AT_ONCE))
+        ends = [wide.shape[1] * part // count for part in range(count + 1)]
+        for some in map(slice, ends[:-1], ends[1:]):
+            block = wide[:, some].astype(np.float64)
+            mean[some] = block.mean(axis=0)
+            square[some] = np.square(block - mean[some]).sum(axis=0)
+        return cls(len(wide), mean, square)
 
     def merge(self, other: _Moments) -> _Moments:
         count = self.count + other.count
@@ -286,8 +296,11 @@ class FeatureEncoding:
 
     def _standardize(self, name: str, values: NDArray[Any]) -> NDArray[np.float32]:
         # float64 keeps small differences of large numbers (timestamps).
-        standard = (values - self._mean[name]) / self._scale[name]
-        return standard.astype(np.float32)
+        standard = np.empty(values.shape, dtype=np.float32)
+        for start in range(0, len(values), _ROWS_AT_ONCE):
+            some = slice(start, start + _ROWS_AT_ONCE)
+            standard[some] = (values[some] - self._mean[name]) / self._scale[name]
+        return standard
 
     def _index(self, spec: FeatureSpec, values: Column) -> NDArray[np.int64]:
         """Return 1 + the index in the vocabulary or hash bucket; 0 for null and unseen values."""

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from scipy import sparse
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.columns import distinct_values
@@ -25,9 +26,12 @@ from offtower.learner.eligible import COLUMN, with_candidates
 CONTEXT = "context"
 """Column of a matrix of contexts."""
 
-ContextForm = Literal["vectors", "tokens", "columns"]
+ContextForm = Literal["vectors", "tokens", "counts", "columns"]
+"""tokens: zeros and ones; counts: a sparse matrix of whole numbers; columns: of a table."""
 ItemForm = Literal["vectors", "ids", "numbers", "columns"]
-"""ids: one-hot rows; numbers: the actions have no features; columns: of a table."""
+"""ids: one-hot rows; numbers: the actions have no features."""
+
+_LARGEST_COUNT = 100
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,29 @@ def numeric_matrix(table: pa.Table) -> NDArray[Any]:
     return np.column_stack(columns) if columns else np.zeros((table.num_rows, 0))
 
 
+def counted_tokens(matrix: Any) -> pa.Array:
+    """Return (rows,) lists of columns, each as often as its count in a sparse matrix.
+
+    Memory is proportional to the sum of the counts; nothing is dense.
+
+    Raises:
+        DataError: a value is no whole number from 0 to 100.
+    """
+    csr = sparse.csr_array(matrix)
+    csr.sum_duplicates()
+    count = csr.data.astype(np.int64) if np.isfinite(csr.data).all() else csr.data
+    if not ((count == csr.data) & (count >= 0) & (count <= _LARGEST_COUNT)).all():
+        raise DataError(
+            "a sparse context matrix must hold counts, whole numbers from 0 to "
+            f"{_LARGEST_COUNT}: round or bin its values, or pass a dense matrix (X.toarray())"
+        )
+    ends = np.concatenate([[0], np.cumsum(count)])[csr.indptr]
+    kind = pa.int32() if ends[-1] < 2**31 else pa.int64()
+    make = pa.ListArray if kind == pa.int32() else pa.LargeListArray
+    values = pa.array(np.repeat(csr.indices.astype(np.int64), count))
+    return make.from_arrays(pa.array(ends, kind), values)
+
+
 def check_range(matrix: NDArray[Any], name: str) -> None:
     """Refuse numbers that float32 cannot hold.
 
@@ -149,10 +176,18 @@ def check_range(matrix: NDArray[Any], name: str) -> None:
         raise DataError(f"'{name}' holds a value too large for dtype('float32')")
 
 
-def feature_column(matrix: NDArray[Any], form: str) -> pa.Array:
-    """A matrix of contexts or items as the column that a learner of this form encodes."""
+def feature_column(matrix: Any, form: str) -> pa.Array:
+    """A matrix of contexts or items as the column that a learner of this form encodes.
+
+    Raises:
+        DataError: a sparse matrix, and the learner was fitted on a dense one.
+    """
+    if form == "counts":
+        return counted_tokens(matrix)
+    if sparse.issparse(matrix):
+        raise DataError("the learner was fitted on a dense matrix, and this one is sparse")
     if form == "tokens":
-        return as_tokens(matrix)
+        return as_tokens(np.asarray(matrix))
     if form == "ids":
         return as_ids(matrix)
     # As in the fit: float32 stays, other numbers are float64 until they are standardized.
@@ -175,14 +210,19 @@ def log_of_arrays(
     context, items = feedback.get("context"), feedback.get("action_context")
     if forms is None:
         by_id = detect and items is not None and is_one_hot(np.asarray(items))
+        form: ContextForm = "counts" if sparse.issparse(context) else "vectors"
+        if form == "vectors" and detect and is_indicator(np.asarray(context)):
+            form = "tokens"
         forms = InputForms(
-            "tokens" if detect and is_indicator(np.asarray(context)) else "vectors",
+            form,
             "numbers" if items is None else "ids" if by_id else "vectors",
         )
     plain = dict(feedback)
     # Features that become ids or tokens are not copied as numbers first.
-    if forms.context == "tokens":
-        plain["context"] = np.zeros((len(np.asarray(context)), 1), dtype=np.float32)
+    if forms.context != "vectors":
+        shaped: Any = context if sparse.issparse(context) else np.asarray(context)
+        rows = shaped.shape[0]
+        plain["context"] = np.zeros((rows, 1), dtype=np.float32)
     if items is None:
         action = np.asarray(feedback.get("action"))
         if action.dtype.kind not in "iu":
@@ -194,9 +234,10 @@ def log_of_arrays(
     elif forms.items == "ids":
         plain["action_context"] = np.zeros((len(np.asarray(items)), 1))
     log, catalogue = from_bandit_feedback(plain, CONTEXT)
-    if forms.context == "tokens":
+    if forms.context != "vectors":
         column = log.table.column_names.index(CONTEXT)
-        table = log.table.set_column(column, CONTEXT, as_tokens(np.asarray(context)))
+        tokens = feature_column(context, forms.context)
+        table = log.table.set_column(column, CONTEXT, tokens)
         bag = FeatureSpec(name=CONTEXT, kind="bag")
         log = TableLog(table, replace(log.schema, context=(bag,)))
     if items is None or forms.items == "ids":

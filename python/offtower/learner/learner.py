@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
+from scipy import sparse
 from sklearn.exceptions import NotFittedError as SklearnNotFittedError
 from sklearn.utils.validation import check_array, validate_data
 
@@ -70,7 +71,9 @@ class TwoTowerPolicyLearner(LearnerSettings):
     A scikit-learn estimator: `get_params`, `set_params`, `clone` and `GridSearchCV` work. Settings
     are checked when the object is made, and again by `fit`.
 
-    Contexts are a matrix (rows, features), or a data frame of pandas, polars or Arrow. A data frame
+    Contexts are a matrix (rows, features), or a data frame of pandas, polars or Arrow. A sparse
+    matrix of counts (scipy) is read as bags of columns, each as often as its count, and the
+    embeddings of a row's columns are averaged; nothing is made dense. A data frame
     of numbers is a matrix whose column names are checked; with `schema` its columns are read as the
     log's features, and `fit` finds action, reward and pscore in it too.
 
@@ -461,7 +464,7 @@ class TwoTowerPolicyLearner(LearnerSettings):
             if reset:
                 # What an earlier fit on a data frame left.
                 self.__dict__.pop("feature_names_in_", None)
-                self.n_features_in_ = np.asarray(feedback["context"]).shape[-1]
+                self.n_features_in_ = _array(feedback["context"]).shape[-1]
         else:
             context = self._contexts(X, reset=reset)
             action, reward, pscore = split_feedback(*logged)
@@ -473,18 +476,19 @@ class TwoTowerPolicyLearner(LearnerSettings):
             self._matrix(feedback["action_context"], self.dim_action_features, "action_context")
         return feedback
 
-    def _contexts(self, X: Any, *, reset: bool) -> np.ndarray:
+    def _contexts(self, X: Any, *, reset: bool) -> Any:
         """A matrix of contexts, checked as scikit-learn does."""
         try:
             if is_frame(X) and not hasattr(X, "iloc"):
                 matrix = self._columns(as_table(X), reset=reset)
             else:
-                matrix = validate_data(self, X, reset=reset, dtype=_FLOATS)
+                matrix = validate_data(self, X, reset=reset, dtype=_FLOATS, accept_sparse="csr")
         except OfftowerError:
             raise
         except ValueError as error:
             raise DataError(str(error)) from None
-        check_range(matrix, "context")
+        if not sparse.issparse(matrix):
+            check_range(matrix, "context")
         return matrix
 
     def _columns(self, table: pa.Table, *, reset: bool) -> np.ndarray:
@@ -503,14 +507,19 @@ class TwoTowerPolicyLearner(LearnerSettings):
         return matrix
 
     @staticmethod
-    def _matrix(values: Any, width: int | None, name: str) -> np.ndarray:
-        matrix: np.ndarray = np.asarray(values)
+    def _matrix(values: Any, width: int | None, name: str) -> Any:
+        matrix = _array(values)
         if matrix.ndim != 2 or width not in (None, matrix.shape[1]):
             raise DataError(
                 f"'{name}' must have shape (rows, {width or 'features'}), the width that the "
                 f"learner was built with, but has shape {matrix.shape}"
             )
         return matrix
+
+
+def _array(values: Any) -> Any:
+    """A dense array; a sparse one stays as it is."""
+    return values if sparse.issparse(values) else np.asarray(values)
 
 
 def _check_column(table: pa.Table, name: str) -> None:
