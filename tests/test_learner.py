@@ -30,6 +30,23 @@ def value(fitted: TwoTowerPolicyLearner) -> float:
     return float((pi * TEST["expected_reward"]).sum(1).mean())
 
 
+def test_probabilities_are_those_of_the_served_policy() -> None:
+    serving = {"temperature": 2.0, "uniform": 0.25}
+    plain = learner(objective="ips").fit(TRAIN)
+    served = learner(objective="ips", serving=serving).fit(TRAIN)
+    x, a = TEST["context"], TEST["action_context"]
+    trained, found = plain.predict_proba(x, a)[:, :, 0], served.predict_proba(x, a)[:, :, 0]
+    soft = np.sqrt(trained)
+    n = trained.shape[1]
+    wanted = 0.75 * soft / soft.sum(1, keepdims=True) + 0.25 / n
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    action = TEST["action"]
+    own = served.log_prob(x, action, a)
+    np.testing.assert_allclose(np.exp(own), wanted[np.arange(len(action)), action], rtol=1e-5)
+    with pytest.raises(ConfigError, match="uniform"):
+        learner(serving={"uniform": 2.0})
+
+
 @pytest.mark.parametrize("objective", [*sorted({*OBJECTIVES} - {"behavior_cloning"}), "auto"])
 def test_every_objective_beats_the_logging_policy(objective: str) -> None:
     """Learning from 1,500 rows; the logging policy is worth what softmax(q) is."""

@@ -18,7 +18,7 @@ from offtower.errors import ConfigError
 from offtower.models.items import ItemEmbeddings
 from offtower.ops import DenseReward, FactoredReward
 from offtower.ops.types import Eligibility, ItemLists
-from offtower.serving import ServedPolicy
+from offtower.serving import ServedPolicy, served_probabilities
 
 ROWS, ITEMS, DIM = 7, 50, 6
 SETTINGS = [
@@ -147,6 +147,10 @@ def test_terms_over_eligible_items_equal_enumeration(setting: dict[str, Any], fo
     np.testing.assert_allclose(found.expected_reward.numpy(), (p * world.q).sum(1), rtol=1e-10)
     entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0).sum(1)
     np.testing.assert_allclose(found.entropy.numpy(), entropy, rtol=1e-9, atol=1e-12)
+    logits = torch.from_numpy(np.where(allowed, world.score, -np.inf))
+    np.testing.assert_allclose(
+        served_probabilities(logits, served.serving).numpy(), p, rtol=1e-10, atol=1e-300
+    )
     every = torch.arange(ITEMS).expand(ROWS, -1)
     arguments = (world.context, world.items, every, found.log_normalizer)
     log_prob = served.log_prob_at(*arguments, eligible=eligible)

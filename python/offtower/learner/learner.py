@@ -43,11 +43,12 @@ from offtower.learner.feedback import (
 )
 from offtower.learner.scoring import OffPolicyScorer
 from offtower.learner.settings import LearnerSettings
-from offtower.models.items import ItemFeatures
+from offtower.models.items import ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
-from offtower.ops import Eligibility, policy_terms
+from offtower.ops import Eligibility
 from offtower.prepare import PreparedData, prepare
+from offtower.serving import ServedPolicy, served_probabilities
 from offtower.training.auto import AutoTraining, train_auto
 from offtower.training.device import to_configured_device
 from offtower.training.run import build_trainer
@@ -98,6 +99,8 @@ class TwoTowerPolicyLearner(LearnerSettings):
             two towers ("factored") for objectives that require a model, and no model otherwise.
         optimizer: this and the arguments up to validation_estimator are those of
             `offtower.config.TrainingConfig`.
+        serving: settings of `offtower.config.ServingConfig`, such as {"uniform": 0.1}: how the
+            policy is served, and so validated, evaluated and predicted.
         random_state: seed.
         device: for training, as `training.device`; the fitted policy is on the CPU.
         progress: True draws bars on standard error if it is a terminal; an object gets the reports.
@@ -210,6 +213,8 @@ class TwoTowerPolicyLearner(LearnerSettings):
     ) -> np.ndarray:
         """(n_rounds, n_actions, 1) probabilities of all actions, as in Open Bandit Pipeline.
 
+        They are those of the policy as it is served (setting `serving`).
+
         Args:
             X: contexts, in the form of the fit.
             action_context: features of the actions, in the form of the fit; by default its actions.
@@ -219,12 +224,12 @@ class TwoTowerPolicyLearner(LearnerSettings):
         """
         u = torch.from_numpy(self.embed_contexts(X))
         v, bias = self._embed_items(action_context)
-        policy = self._fitted()
+        policy, serving = self._fitted(), self.config.serving
         logits = (u @ v.T).double() / policy.temperature
         if bias is not None:
             logits = logits + bias
         logits = masked(logits, self._eligible(X, action_context, eligible, len(u)))
-        return torch.softmax(logits, dim=1).numpy()[:, :, np.newaxis]
+        return served_probabilities(logits, serving).numpy()[:, :, np.newaxis]
 
     def log_prob(
         self, X: Any, action: np.ndarray, action_context: Any = None, *, eligible: Any = None
@@ -235,14 +240,9 @@ class TwoTowerPolicyLearner(LearnerSettings):
         """
         u = torch.from_numpy(self.embed_contexts(X))
         v, bias = self._embed_items(action_context)
-        terms = policy_terms(
-            u,
-            v,
-            torch.as_tensor(np.asarray(action), dtype=torch.int64, device="cpu"),
-            temperature=self._fitted().temperature,
-            item_bias=bias,
-            eligible=self._eligible(X, action_context, eligible, len(u)),
-        )
+        number = torch.as_tensor(np.asarray(action), dtype=torch.int64, device="cpu")
+        allowed = self._eligible(X, action_context, eligible, len(u))
+        terms = self._served().terms(u, ItemEmbeddings(v, bias), number, eligible=allowed)
         return terms.log_prob.numpy()
 
     def evaluate(
@@ -289,14 +289,9 @@ class TwoTowerPolicyLearner(LearnerSettings):
         table = RowChecker(log.schema, catalogue).check(joined_table(log), log.location(0), 0)
         rows = encode_rows(table, log.schema, catalogue, policy.context_encoding, 0)
         u = policy.embed_contexts(to_tensors(rows.context)).detach()
-        v, bias = items
-        terms = policy_terms(
-            u,
-            v,
-            torch.from_numpy(rows.action),
-            temperature=policy.temperature,
-            item_bias=bias,
-            eligible=None if rows.eligible is None else rows.eligible.on(),
+        allowed = None if rows.eligible is None else rows.eligible.on()
+        terms = self._served().terms(
+            u, ItemEmbeddings(*items), torch.from_numpy(rows.action), eligible=allowed
         )
         assert rows.pscore is not None
         weighted = EvaluationRows(
@@ -424,6 +419,9 @@ class TwoTowerPolicyLearner(LearnerSettings):
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
         return tags
+
+    def _served(self) -> ServedPolicy:
+        return ServedPolicy(self._fitted(), self.config.serving)
 
     def _fitted(self) -> TwoTowerPolicy:
         if not hasattr(self, "policy_"):

@@ -46,6 +46,7 @@ class LearnerSettings(BaseEstimator):  # type: ignore[misc]
         patience: int | None = None,
         validation_estimator: str = "snips",
         auto: Mapping[str, Any] | None = None,
+        serving: Mapping[str, Any] | None = None,
         random_state: int = 0,
         device: str = "cpu",
         progress: Progress | bool | None = True,
@@ -75,6 +76,7 @@ class LearnerSettings(BaseEstimator):  # type: ignore[misc]
         self.patience = patience
         self.validation_estimator = validation_estimator
         self.auto = auto
+        self.serving = serving
         self.random_state = random_state
         self.device = device
         self.progress = progress
@@ -115,6 +117,7 @@ class LearnerSettings(BaseEstimator):  # type: ignore[misc]
                 },
                 "reward_model": reward_model,
                 "auto": self.auto or {},
+                "serving": self.serving or {},
                 "objective": {
                     "name": self.objective,
                     "arguments": self.objective_arguments or {},
