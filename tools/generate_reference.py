@@ -28,6 +28,7 @@ from offtower.data.eligible_schema import (
     IntervalForm,
     ListForm,
 )
+from offtower.data.formats.options import FileFormat
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema, NamedReward, Outcomes
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "reference"
@@ -99,7 +100,8 @@ def schema() -> str:
     parts = [NOTE, "# Schema of a log and a catalogue\n"]
     parts.append(
         "`offtower ingest --schema FILE` reads a YAML file with a section `log` and, where items "
-        "have features, a section `catalogue`. A directory that offtower wrote has its schema.\n"
+        "have features, a section `catalogue`; a section `format` says how text files write their "
+        "values. A directory that offtower wrote has its schema.\n"
     )
     for title, kind in (
         ("log", LogSchema),
@@ -111,8 +113,13 @@ def schema() -> str:
         ("log.eligible.attribute", AttributeForm),
         ("log.eligible.interval", IntervalForm),
         ("log.eligible.exclude, candidates", ListForm),
+        ("format", FileFormat),
     ):
         parts += _section(kind, title)
+    parts.append(
+        "The keys of `format` hold for every file. The sections `format.log`, `format.catalogue`, "
+        "`format.outcomes` and `format.contexts` override them for one.\n"
+    )
     return "\n".join(parts)
 
 

@@ -1,8 +1,9 @@
 """Convert files into a checked log and catalogue.
 
-SOURCE is a file or a folder (CSV, Parquet, Arrow), local or in a store (s3://bucket/clicks), or
-open-bandit:CAMPAIGN for the sample of the Open Bandit Dataset in the package obp (extra
-'obp'; campaigns men, women, all). The schema file names the columns; see README, "Your own log".
+SOURCE is a file or a folder (CSV, TSV, JSON Lines, Parquet, Arrow), local or in a store
+(s3://bucket/clicks), or open-bandit:CAMPAIGN for the sample of the Open Bandit Dataset in the
+package obp (extra 'obp'; campaigns men, women, all). The schema file names the columns and how
+text files write their values; see docs/how-to/prepare-a-log.md.
 
 \b
 Example:
@@ -127,6 +128,17 @@ def read_schemas(path: Path | None) -> tuple[Any, Any, Any]:
         None if catalogue is None else CatalogueSchema.from_dict(catalogue),
         SourceFormats.from_dict(content.get("format")),
     )
+
+
+def read_formats(path: Path) -> Any:
+    """Parse the section `format` of a schema file, whose other sections may be missing."""
+    from offtower.config import read_yaml
+    from offtower.data.formats.options import SourceFormats
+
+    content = read_yaml(path, "schema")
+    if not isinstance(content, dict):
+        raise ConfigError(f"'{path}' must hold keys and values")
+    return SourceFormats.from_dict(content.get("format"))
 
 
 def _fractions(text: str) -> tuple[float, ...]:

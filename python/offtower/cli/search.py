@@ -1,7 +1,7 @@
 """Search an export, or draw from the policy with known propensities.
 
---contexts is a file (CSV, Parquet, Arrow), a folder of them, or one context as JSON. Files are
-read, answered and printed a thousand contexts at a time.
+--contexts is a file (CSV, TSV, JSON Lines, Parquet, Arrow), a folder of them, or one context as
+JSON. Files are read, answered and printed a thousand contexts at a time.
 
 \b
 Example:
@@ -18,7 +18,6 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from importlib.abc import MetaPathFinder
-from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -65,14 +64,20 @@ def search(
     log: Annotated[
         str | None, typer.Option(help="Parquet file for the decisions of --sample.")
     ] = None,
+    schema: Annotated[
+        Path | None,
+        typer.Option(help="YAML whose section `format` says how the contexts' files are written."),
+    ] = None,
     trust_code: TrustCode = None,
     as_json: AsJson = False,
 ) -> None:
     import numpy as np
 
     _skip_pandas()
+    from offtower.cli.ingest import read_formats
     from offtower.data.location import Location
     from offtower.retrieval import Retriever
+    from offtower.retrieval.contexts import read_contexts
 
     if log is not None and not sample:
         raise DataError("--log writes decisions with propensities: it needs --sample")
@@ -85,13 +90,15 @@ def search(
     if k is None:
         k = retriever.serving.k if sample else min(100, retriever.num_items)
     excluded = None if exclude is None else _ids(exclude, retriever)
+    written = None if schema is None else read_formats(schema).contexts
+    tables = read_contexts(contexts, retriever, written, rows=_BATCH)
     if sample:
         rng = np.random.default_rng(seed)
         draw = partial(retriever.sample, k=k, mode=mode, exclude=excluded, seed=rng)
-        answers = _sample(retriever, draw, contexts, target)
+        answers = _sample(retriever, draw, tables, target)
     else:
         find = partial(retriever.search, k=k, exclude=excluded, exact=exact)
-        answers = _search(retriever, find, contexts)
+        answers = _search(find, tables)
     # No progress bar on a terminal that shows the results.
     progress = DrawnProgress() if as_json or not sys.stdout.isatty() else Progress()
     progress.start("contexts", None)
@@ -157,9 +164,9 @@ def _notes(run: Path, retriever: Retriever, *, sample: bool) -> list[str]:
 
 
 def _search(
-    retriever: Retriever, find: Callable[[pa.Table], SearchResult], contexts: str
+    find: Callable[[pa.Table], SearchResult], tables: Iterable[pa.Table]
 ) -> Iterator[list[Row]]:
-    for table in _batches(contexts, retriever):
+    for table in tables:
         found = find(table)
         yield [
             {"items": ids, "score": score.tolist()}
@@ -170,7 +177,7 @@ def _search(
 def _sample(
     retriever: Retriever,
     draw: Callable[[pa.Table], SampleResult],
-    contexts: str,
+    tables: Iterable[pa.Table],
     log: Location | None,
 ) -> Iterator[list[Row]]:
     """Draw in batches; the log appears when it is complete."""
@@ -184,7 +191,7 @@ def _sample(
     with ExitStack() as stack:
         writer: pq.ParquetWriter | None = None
         file = None if log is None else stack.enter_context(new_file(log))
-        for table in _batches(contexts, retriever):
+        for table in tables:
             served = draw(table)
             if file is not None:
                 decisions = decisions_table(retriever, table, served, served_at=now)
@@ -264,40 +271,3 @@ def _ids(text: str, retriever: Retriever) -> list[Any]:
         return [int(part) for part in ids]
     except ValueError:
         raise DataError(f"--exclude '{text}': this export's ids are integers") from None
-
-
-def _batches(text: str, retriever: Retriever) -> Iterator[pa.Table]:
-    """Contexts in tables of up to _BATCH rows; files are read in parts."""
-    import pyarrow as pa
-
-    from offtower.data.formats.kinds import feature_kinds
-
-    kinds = feature_kinds(retriever.tower.encoding.specs)
-    if text.lstrip().startswith(("{", "[")):
-        from offtower.data.formats.json_lines import objects_table
-
-        try:
-            content = json.loads(text)
-            table = objects_table(content if isinstance(content, list) else [content], kinds)
-        except DataError as error:
-            raise DataError(f"--contexts: {error}") from None
-        except (ValueError, RecursionError, TypeError, OverflowError) as error:
-            raise DataError(f"--contexts is not valid JSON of contexts: {error}") from error
-        source: Iterable[pa.RecordBatch] = table.to_batches(max_chunksize=_BATCH)
-    else:
-        from offtower.data.source import open_source
-
-        units = open_source(text, kinds, further=True)
-        source = chain.from_iterable(
-            units.batches(unit, most_rows=_BATCH) for unit in range(len(units))
-        )
-    empty = True
-    try:
-        for batch in source:
-            if batch.num_rows:
-                empty = False
-                yield pa.Table.from_batches([batch])
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"the contexts in '{text}' cannot be read: {error}") from error
-    if empty:
-        raise DataError("--contexts has no rows")

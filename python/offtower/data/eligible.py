@@ -115,6 +115,11 @@ class EligibleItems:
         self._groups = ItemGroups(catalogue, schema, limits)
         self.checks = EligibleChecks(schema.eligible, self._groups, self._catalogue)
 
+    def id_columns(self) -> dict[str, bool]:
+        """Columns of the log with ids or categories, and whether these are text or integers."""
+        found = {form.form.context: form.text for form in self._groups.attributes}
+        return found | dict.fromkeys(self.section.lists, self._catalogue.text_ids)
+
     def encode(self, table: pa.Table) -> EligibleRows:
         """Encode the columns that the section reads; a null list is empty.
 

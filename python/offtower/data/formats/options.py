@@ -109,11 +109,12 @@ _FORMAT: TypeAdapter[FileFormat] = TypeAdapter(FileFormat)
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True)
 class SourceFormats:
-    """Formats of the files of a log, its catalogue and its outcomes."""
+    """Formats of the files of a log, its catalogue, its outcomes, and contexts to search for."""
 
     log: FileFormat = field(default_factory=FileFormat)
     catalogue: FileFormat = field(default_factory=FileFormat)
     outcomes: FileFormat = field(default_factory=FileFormat)
+    contexts: FileFormat = field(default_factory=FileFormat)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any] | None) -> SourceFormats:
@@ -136,4 +137,4 @@ class SourceFormats:
         return cls(**{name: FileFormat.from_dict({**shared, **own[name]}) for name in _SOURCES})
 
 
-_SOURCES = ("log", "catalogue", "outcomes")
+_SOURCES = ("log", "catalogue", "outcomes", "contexts")

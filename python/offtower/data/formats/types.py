@@ -262,7 +262,7 @@ class Conversion:
         if is_string(column.type):
             column, bad = self._parse(name, column, pa.list_(pa.string()))
         values, wrong = as_categories(column.flatten(), self.ids[name])
-        lists, mask = _relisted(column, pc.cast(values, kind.value_type), wrong)
+        lists, mask = relisted(column, pc.cast(values, kind.value_type), wrong)
         return lists, mask if bad is None else bad if mask is None else mask | bad
 
     def _parse(self, name: str, column: pa.Array, kind: pa.DataType) -> Parsed:
@@ -352,11 +352,11 @@ def _converted(column: pa.Array, kind: pa.DataType, file_format: FileFormat) -> 
             return each_cell(column, _whole_number, kind)
     if _is_view(found):
         # pyarrow's own cast gives lists without offsets.
-        column, found = _relisted(column, column.flatten(), None)[0], pa.list_(found.value_type)
+        column, found = relisted(column, column.flatten(), None)[0], pa.list_(found.value_type)
     if is_list(kind) and is_category(kind.value_type):
         values, bad = _converted(column.flatten(), kind.value_type, file_format)
-        relisted, mask = _relisted(column, values, bad)
-        return pc.cast(relisted, kind), mask
+        lists, mask = relisted(column, values, bad)
+        return pc.cast(lists, kind), mask
     return pc.cast(column, kind, safe=False), None
 
 
@@ -373,7 +373,7 @@ def _converted_times(column: pa.Array, kind: pa.DataType, file_format: FileForma
     return pc.cast(column, kind, safe=False), None
 
 
-def _relisted(lists: pa.Array, values: pa.Array, bad: Mask | None) -> Parsed:
+def relisted(lists: pa.Array, values: pa.Array, bad: Mask | None) -> Parsed:
     """Lists with other values; a list with a bad one is null, and bad as a whole."""
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
