@@ -219,8 +219,7 @@ def position_marginals(log_prob: Tensor, position: int) -> Tensor:
         raise OfftowerError(
             f"the marginal probability of an item at position {position} sums over {prefixes:.3g} "
             f"ordered sets of earlier items, for {items:,} items: too many to enumerate. Log "
-            "conditional pscores, or estimate the marginals from drawn slates "
-            "(evaluation.slate_draws)"
+            "conditional pscores, or estimate the marginals from drawn slates"
         )
     total = torch.zeros_like(prob)
     for prefix in permutations(range(items), position):
