@@ -22,6 +22,7 @@ from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.sampling import Proposal
 from offtower.sampling.draw_sources import UniformSource
+from offtower.training.auto.candidates import make_candidates
 from offtower.training.sampled import SampledTerms
 from offtower.training.setup import TrainingSetup, build_setup
 from offtower.training.step import ReplicatedStep
@@ -231,3 +232,8 @@ def test_objectives_that_sum_over_all_items_are_refused() -> None:
     data, _ = prepared(60, "attribute")
     with pytest.raises(ConfigError, match="sums squares over all items"):
         build_setup(config_of("implicit_squares"), data, None, SINGLE_PROCESS, Progress())
+    config = config_of("auto")
+    assert "implicit_linear" not in [one.name for one in make_candidates(config, data)]
+    config = replace(config, auto=replace(config.auto, candidates=("implicit_linear",)))
+    with pytest.raises(ConfigError, match="sums squares over all items"):
+        make_candidates(config, data)

@@ -53,11 +53,7 @@ def check_data(objective: Objective, data: PreparedData, reward_model: RewardMod
             objective cannot be restricted to eligible items.
     """
     requirements = objective.requirements
-    if requirements.square_sum and data.train.schema.eligible is not None:
-        raise ConfigError(
-            f"objective '{objective.name}' sums squares over all items, whichever are eligible in "
-            "a row: use objective.name=weighted_likelihood, which sums over the eligible ones"
-        )
+    check_eligible(objective, data)
     if requirements.reward_model and reward_model is None:
         raise ConfigError(
             f"objective '{objective.name}' needs a reward model: set reward_model.kind to dense "
@@ -73,6 +69,19 @@ def check_data(objective: Objective, data: PreparedData, reward_model: RewardMod
         raise ConfigError(
             f"objective '{objective.name}' is defined for rewards of zero or more, but the log's "
             f"reward_range begins at {reward_range[0]}; shift the rewards, or use another objective"
+        )
+
+
+def check_eligible(objective: Objective, data: PreparedData) -> None:
+    """Check that an objective can be restricted to eligible items, where the log names them.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if objective.requirements.square_sum and data.train.schema.eligible is not None:
+        raise ConfigError(
+            f"objective '{objective.name}' sums squares over all items, whichever are eligible in "
+            "a row: use objective.name=weighted_likelihood, which sums over the eligible ones"
         )
 
 

@@ -170,7 +170,10 @@ def _inverse_mean(policy: str, inverse: Moments, n_items: float, *, eligible: bo
             text + f": the logging policy shows only a part of the {whole}, or propensities "
             "are too large",
             numbers,
-            remedy="if a request can show only some items, name them in the schema's section "
+            remedy="check the propensities, and that the section eligible rules out all that the "
+            "policy never shows"
+            if eligible
+            else "if a request can show only some items, name them in the schema's section "
             "eligible",
         )
     return Finding("info", name, text + ": consistent", numbers)

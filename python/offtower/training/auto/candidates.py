@@ -12,7 +12,7 @@ from offtower.errors import ConfigError
 from offtower.objectives import ImplicitSquares, Objective, Regression, WeightedLikelihood
 from offtower.prepare import PreparedData
 from offtower.training.auto.prior_order import prior_order
-from offtower.training.checks import check_terms
+from offtower.training.checks import check_eligible, check_terms
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,17 @@ def make_candidates(config: Config, data: PreparedData) -> list[PolicyCandidate]
         if name not in known:
             raise ConfigError(f"auto.candidates: unknown '{name}'; known: {', '.join(known)}")
     negative = data.train.schema.reward_range[0] < 0.0
-    sampled_default = config.auto.candidates is None and config.training.terms == "sampled"
+    no_square_sums = config.auto.candidates is None and (
+        config.training.terms == "sampled" or data.train.schema.eligible is not None
+    )
     made = []
     for one in (known[name] for name in names):
         needs = one.objective.requirements
-        if (negative and needs.nonnegative_reward) or (sampled_default and needs.square_sum):
+        if (negative and needs.nonnegative_reward) or (no_square_sums and needs.square_sum):
             continue
         # Members read the whole catalogue under every strategy.
         check_terms(one.objective, replace(config.training, strategy="replicated"))
+        check_eligible(one.objective, data)
         made.append(one)
     if not made:
         raise ConfigError(

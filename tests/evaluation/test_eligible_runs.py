@@ -1,0 +1,122 @@
+"""Whole runs over eligible items: trained, chosen by auto, evaluated on a log that a run served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from offtower.config import parse_config
+from offtower.data.catalogue import Catalogue, write_catalogue
+from offtower.data.encoding import to_tensors
+from offtower.data.log import write_log
+from offtower.data.rows import encode_rows
+from offtower.evaluation.run import LogEvaluation, evaluate_runs
+from offtower.evaluation.run_loading import open_run
+from offtower.evaluation.scoring.policy import PolicyScorer
+from offtower.training.run import train_run
+from tests.mappers import BackwardsMapper
+from tests.training.eligible_data import N, items, log, schemas
+
+FORMS = ("attribute", "exclude")
+ROWS = 1200
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs `ips` and `auto`, and a log `served` that the first one made."""
+    folder = tmp_path_factory.mktemp("eligible_runs")
+    log_schema, catalogue_schema = schemas(*FORMS)
+    table, _ = log(ROWS, FORMS, seed=5)
+    write_log(folder / "train", [table], log_schema, rows_per_group=300)
+    write_catalogue(folder / "catalogue", items(), catalogue_schema)
+    for name in ("ips", "auto"):
+        train_run(
+            parse_config(
+                {
+                    "name": name,
+                    "runs": str(folder),
+                    "data": {
+                        "train": str(folder / "train"),
+                        "validation": str(folder / "train"),
+                        "catalogue": str(folder / "catalogue"),
+                    },
+                    "policy": {"embedding_dim": 4, "temperature": 0.7},
+                    "reward_model": {"kind": "factored", "embedding_dim": 4, "epochs": 1},
+                    "objective": {"name": name},
+                    "auto": {"folds": 2, "candidates": ["regression", "likelihood"]},
+                    "training": {"epochs": 1, "batch_size": 128, "threads": 1},
+                    "evaluation": {"batch_rows": 256, "selection": {"models": ["linear"]}},
+                },
+                source="test",
+            )
+        )
+    write_log(folder / "served", [_served(folder, table)], log_schema, rows_per_group=300)
+    return folder
+
+
+def _served(folder: Path, table: pa.Table) -> pa.Table:
+    """Draws of the run `ips` from the eligible items of each row, by enumeration."""
+    catalogue = Catalogue.open(folder / "catalogue")
+    run = open_run(folder / "ips", catalogue)
+    rows = encode_rows(table, schemas(*FORMS)[0], catalogue, run.policy.context_encoding, 0)
+    sets = log(ROWS, FORMS, seed=5)[1]
+    scorer = PolicyScorer(run.policy, run.items)
+    with torch.no_grad():
+        u = run.policy.embed_contexts(to_tensors(rows.context)).double()
+        score = u @ scorer.items.embedding.double().T / run.policy.temperature
+    p = torch.softmax(score.masked_fill(~torch.from_numpy(sets), -torch.inf), dim=1).numpy()
+    rng = np.random.default_rng(6)
+    action = np.array([rng.choice(N, p=row / row.sum()) for row in p])
+    reward = (rng.random(len(action)) < 0.2 + 0.6 * (action % 3 == 0)).astype(np.float32)
+    for name, values in {
+        "action": action,
+        "reward": reward,
+        "pscore": p[np.arange(len(action)), action],
+    }.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(values))
+    return table
+
+
+def evaluated(place: Path, *, backwards: bool = False) -> LogEvaluation:
+    return evaluate_runs(
+        [place / "ips", place / "auto"],
+        log=place / "served",
+        overrides=[f"evaluation.selection.logging_run={place / 'ips'}"],
+        select="pasif",
+        mapper=BackwardsMapper() if backwards else None,
+    )
+
+
+def test_the_policy_that_served_a_log_has_weight_one(place: Path) -> None:
+    found = evaluated(place)
+    own, other = (found.result.policies[name] for name in ("ips", "auto"))
+    assert own.weights.mean == pytest.approx(1.0, abs=1e-5)
+    assert own.weights.max == pytest.approx(1.0, abs=1e-4)
+    # The weights of another policy average to 1 within 4 standard errors (6e-5).
+    assert abs(other.weights.mean - 1.0) < 4.0 * other.weights.mean_std_error
+    assert not any("did not make this log" in note for note in found.notes)
+    for policy in (own, other):
+        assert policy.support is not None and policy.support.missing == 0.0
+    assert set(found.selection) == {"ips", "auto"}
+
+
+def test_parts_on_other_machines_give_the_same_bits(place: Path) -> None:
+    here, there = evaluated(place), evaluated(place, backwards=True)
+    for name in ("ips", "auto"):
+        one, other = (found.result.policies[name] for found in (here, there))
+        assert one.weights == other.weights and one.estimates == other.estimates
+
+
+def test_estimated_propensities_keep_to_eligible_items(place: Path) -> None:
+    found = evaluate_runs(
+        [place / "ips"], log=place / "train", overrides=["evaluation.propensities=estimate"]
+    )
+    # The log is uniform over eligible items, so the estimate has hardly anything to learn.
+    note = next(one for one in found.notes if "THE PROPENSITIES ARE ESTIMATES" in one)
+    assert "the number of items" in note
+    weight = found.result.policies["ips"].weights
+    assert weight.mean == pytest.approx(1.0, abs=0.15)
