@@ -124,7 +124,7 @@ std::string refusal(const PolicyOperands& o, const Device& device) {
     using T = decltype(t);
     // dv needs the most shared memory: eight statistics of each streamed context.
     const PassShape pass{padded_dim(o.dim), factored_width(o, reward), 1, 1, 0};
-    return plan_pass(device, footprint<Gradient<T, true, Reward::factored, 256>, T>(), pass).fits;
+    return plan_pass(device, footprint<Gradient<T, true, Reward::factored, 256, false>, T>(), pass).fits;
   });
   return fits ? "" : "tiles of these widths do not fit the shared memory of device " +
                          std::to_string(device.number);
@@ -151,12 +151,12 @@ std::vector<PassPlan> plans(const PolicyOperands& o, const Device& device) {
         constexpr bool kItemsResident = decltype(side)::value;
         const PassVariant variant{kItemsResident, kReward, padded_dim(o.dim)};
         return describe(kItemsResident ? "dv" : "du", plan_hopper_gradient(o, variant, device),
-                        plan_pass(device, footprint<Gradient<T, kItemsResident, kReward, 256>, T>(),
+                        plan_pass(device, footprint<Gradient<T, kItemsResident, kReward, 256, false>, T>(),
                                   gradient_pass(o, variant)));
       };
       return std::vector<PassPlan>{
           describe("forward", plan_hopper_forward(o, kReward, device),
-                   plan_pass(device, footprint<Forward<T, kReward, false>, T>(), forward_pass(o, kReward))),
+                   plan_pass(device, footprint<Forward<T, kReward, false, false>, T>(), forward_pass(o, kReward))),
           gradient(std::false_type{}), gradient(std::true_type{})};
     });
   });

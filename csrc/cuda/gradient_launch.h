@@ -13,10 +13,10 @@ void context_gradient(const BackwardOperands& in, const BackwardResults& results
 void item_gradient(const BackwardOperands& in, const BackwardResults& results,
                    const BackwardPreprocessParams& prepared, Workspace& workspace, const Call& call);
 
-template <class T, bool kItemsResident, Reward kReward, int kDim>
+template <class T, bool kItemsResident, Reward kReward, int kDim, bool kMasked>
 void run_gradient(const BackwardOperands& in, const BackwardResults& results,
                   const BackwardPreprocessParams& prepared, Workspace& workspace, const Call& call) {
-  using Kernel = Gradient<T, kItemsResident, kReward, kDim>;
+  using Kernel = Gradient<T, kItemsResident, kReward, kDim, kMasked>;
   const PolicyOperands& o = in.policy;
   const PassVariant variant{kItemsResident, kReward, kDim};
   const int64_t rows = kItemsResident ? o.items : o.rows;
@@ -26,6 +26,7 @@ void run_gradient(const BackwardOperands& in, const BackwardResults& results,
   const int splits = hopper.fits ? hopper.splits : plan.splits;
   GradientParams p{};
   p.policy = make_policy_params(o, variant, splits, hopper.fits ? hopper.stages : plan.stages);
+  p.eligible = make_eligible_params(o);
   p.stats = prepared.stats;
   p.padded_contexts = prepared.padded_contexts;
   p.has_entropy = in.cotangents.entropy != nullptr;
@@ -66,10 +67,16 @@ void run_gradient(const BackwardOperands& in, const BackwardResults& results,
     dispatch_reward(kind, [&](auto reward) {
       using T = decltype(t);
       constexpr Reward kReward = decltype(reward)::value;
-      const int dim = padded_dim(in.policy.dim);
-      if (dim == 64) run_gradient<T, kItemsResident, kReward, 64>(in, results, prepared, workspace, call);
-      else if (dim == 128) run_gradient<T, kItemsResident, kReward, 128>(in, results, prepared, workspace, call);
-      else run_gradient<T, kItemsResident, kReward, 256>(in, results, prepared, workspace, call);
+      dispatch_mask(in.policy, [&](auto mask) {
+        constexpr bool kMasked = decltype(mask)::value;
+        const int dim = padded_dim(in.policy.dim);
+        if (dim == 64)
+          run_gradient<T, kItemsResident, kReward, 64, kMasked>(in, results, prepared, workspace, call);
+        else if (dim == 128)
+          run_gradient<T, kItemsResident, kReward, 128, kMasked>(in, results, prepared, workspace, call);
+        else
+          run_gradient<T, kItemsResident, kReward, 256, kMasked>(in, results, prepared, workspace, call);
+      });
     });
   });
 }

@@ -53,6 +53,7 @@ inline TensorMap make_tensor_map(const Matrix& m, int box_rows) {
 // Rewards that are biases alone have no matrix for TMA and run on the portable kernels.
 inline bool hopper_accepts(const PolicyOperands& o, Reward reward) {
   if (o.dtype != DType::bfloat16 || reward == Reward::dense) return false;
+  if (o.eligible.restricts()) return false; // the portable kernels mask items
   return reward == Reward::none || o.reward_dim > 0;
 }
 

@@ -102,6 +102,21 @@ inline PassShape gradient_pass(const PolicyOperands& o, const PassVariant& varia
   return {variant.dim, factored_width(o, variant.reward), resident, streamed, resident * o.dim * 4};
 }
 
+// Calls `use(MaskTag<...>{})`: whether a bitmap restricts the items.
+template <bool kMasked>
+struct MaskTag {
+  static constexpr bool value = kMasked;
+};
+template <class Use>
+auto dispatch_mask(const PolicyOperands& o, Use use) {
+  if (o.eligible.bitmap != nullptr) return use(MaskTag<true>{});
+  return use(MaskTag<false>{});
+}
+
+inline EligibleParams make_eligible_params(const PolicyOperands& o) {
+  return {o.eligible.group, o.eligible.bitmap, o.eligible.words};
+}
+
 inline PolicyParams make_policy_params(const PolicyOperands& o, const PassVariant& variant, int splits,
                                        int stages) {
   const Matrix context{o.context, o.rows, static_cast<int>(o.dim)};

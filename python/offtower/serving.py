@@ -30,7 +30,7 @@ from offtower.ops import (
     top_k,
 )
 from offtower.ops.categorical import draw_categorical
-from offtower.ops.eligibility import Eligibility, ItemLists, ItemMask
+from offtower.ops.eligibility import Eligibility, ItemMask
 from offtower.slates import Rest
 
 _MAX_PROBABILITIES = 1 << 22
@@ -578,14 +578,7 @@ def _excluding(shown: Tensor, eligible: Eligibility | None) -> Eligibility:
     """The eligible items without those shown, (B, K) with -1 for none."""
     rows = torch.arange(len(shown), dtype=torch.int64, device=shown.device)
     row, item = rows[:, None].expand_as(shown)[shown >= 0], shown[shown >= 0]
-    if eligible is not None and eligible.excluded is not None:
-        row = torch.cat([row, eligible.excluded.entry_rows()])
-        item = torch.cat([item, eligible.excluded.items])
-    entry = torch.unique(torch.stack([row, item], 1), dim=0)
-    lengths = torch.bincount(entry[:, 0], minlength=len(shown))
-    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    excluded = ItemLists(offsets, entry[:, 1].contiguous())
-    return replace(eligible or Eligibility(), excluded=excluded)
+    return (eligible or Eligibility()).excluding(row, item, len(shown))
 
 
 def served_probabilities(logits: Tensor, serving: ServingConfig) -> Tensor:

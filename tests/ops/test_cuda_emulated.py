@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offtower.ops import FactoredReward, merge_partials, partial_terms, policy_terms, top_k
 from offtower.ops.cuda_core import CUDACore
+from offtower.ops.reference import ReferenceCore
 from offtower.ops.types import Operands
 from tests.ops import cuda_emulation
 from tests.ops.cases import KINDS, Case, Variant, check_errors
@@ -314,3 +315,53 @@ def test_plans_fit_and_fill_the_device(
                         assert plan["splits"] * stay * dim * 4 <= 256 << 20
                     if facts == H200 and dtype == 1 and kind != 1 and dim + reward_dim <= 256:
                         assert plan["hopper"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_eligible_items(device: str, dtype: torch.dtype, kind: str) -> None:
+    """Bitmaps of groups; Hopper's devices run the portable kernels."""
+    variant = Variant(eligible="bitmap", entropy=kind != "none")
+    for shape in ((1, 1, 1), (5, 9, 2), (140, 520, 40)):
+        check_errors(
+            shape, kind, dtype, 1.0, emulated, seeds=range(1), roundings=2, variant=variant
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_top_k_of_eligible_items(device: str, dtype: torch.dtype) -> None:
+    """Rows with fewer eligible items than k end with -inf and -1."""
+    case = Case(40, 300, 24, "none", dtype, variant=Variant(eligible="bitmap"))
+    found = top_k(case.u, case.v, 200, item_bias=case.b, eligible=case.eligible)
+    wanted = ReferenceCore().top_k(
+        Operands(case.u, case.v, case.action, item_bias=case.b, eligible=case.eligible), 200
+    )
+    assert bool((wanted[1] < 0).any())
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+    chosen = found[1].clamp_min(0)
+    assert torch.equal(found[1] < 0, wanted[1] < 0)
+    assert bool((case.mask.gather(1, chosen) | (found[1] < 0)).all())
+
+
+@pytest.mark.parametrize("device_name", ["sm_80", "sm_90"])
+def test_slices_of_eligible_items_merge(
+    device_name: str, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slice may have no eligible item for a row."""
+    case = Case(40, 300, 24, "identity", torch.float32, variant=Variant(eligible="bitmap"))
+    assert case.eligible is not None
+    whole = policy_terms(
+        case.u, case.v, case.action, item_bias=case.b, eligible=case.eligible, backend="reference"
+    )
+    cuda_emulation.put_in_place(module, device_name, monkeypatch)
+    parts = []
+    for start, stop in ((0, 100), (100, 101), (101, 300)):
+        inside = (case.action >= start) & (case.action < stop)
+        parts.append(
+            partial_terms(
+                case.u, case.v[start:stop], torch.where(inside, case.action - start, -1),
+                item_bias=case.b[start:stop], eligible=case.eligible.slice_items(start, stop),
+            )
+        )  # fmt: skip
+    merged = merge_partials(parts).finish()
+    torch.testing.assert_close(merged.log_prob, whole.log_prob, rtol=1e-5, atol=1e-5)

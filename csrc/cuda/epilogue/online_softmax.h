@@ -6,7 +6,7 @@
 // normalizer, so log_prob <= 0 holds exactly.
 #pragma once
 
-#include "../mma/warp_gemm.h"
+#include "eligible.h"
 
 namespace offtower::cuda {
 
@@ -23,6 +23,7 @@ struct ForwardParams {
   RowSums* sums;         // (splits, contexts)
   float* target_score;   // (contexts,): y of the logged item, where it is among the items
   float* target_reward;
+  EligibleParams eligible; // of masked kernels
 };
 
 // `reference_max` must not be below that of the sums.

@@ -8,7 +8,7 @@
 // when the splits are reduced.
 #pragma once
 
-#include "../mma/warp_gemm.h"
+#include "eligible.h"
 
 namespace offtower::cuda {
 
@@ -21,6 +21,7 @@ struct GradientParams {
   void* gradient;      // (resident rows, width) of T, if items are resident and there is one split
   float* partial;      // else (splits, resident rows, width)
   float* bias_partial; // (splits, items) sums of ds, or null; if items are resident
+  EligibleParams eligible; // of masked kernels
 };
 
 template <class T, bool kItemsResident, Reward kReward, int kMmaN, int kMmaD>

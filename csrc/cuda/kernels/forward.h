@@ -6,7 +6,7 @@
 
 namespace offtower::cuda {
 
-template <class T, Reward kReward, bool kEntropy>
+template <class T, Reward kReward, bool kEntropy, bool kMasked>
 struct Forward {
   using Params = ForwardParams;
   static constexpr int kBlockN = kBlockNOf<T>, kMmaN = kBlockN / 8;
@@ -31,6 +31,8 @@ struct Forward {
           float y[kMmaM][kMmaN][4], q[kMmaM][Epilogue::kRewardMmaN][4];
           score_gemm(T{}, shared + l.resident + warp_row * l.resident_pitch, stage, l.resident_pitch,
                      (l.resident_pitch - 16) / kStepBytes, y);
+          if constexpr (kMasked)
+            mask_items(p.eligible, work.first_row + warp_row, o.resident.rows, first, y);
           if constexpr (kReward == Reward::factored)
             score_gemm(T{}, shared + l.reward_resident + warp_row * l.reward_pitch,
                        stage + l.reward_streamed, l.reward_pitch, (l.reward_pitch - 16) / kStepBytes, q);

@@ -9,7 +9,7 @@
 
 namespace offtower::cuda {
 
-template <class T, bool kItemsResident, Reward kReward, int kDim>
+template <class T, bool kItemsResident, Reward kReward, int kDim, bool kMasked>
 struct Gradient {
   using Params = GradientParams;
   static constexpr int kBlockN = kBlockNOf<T>, kMmaN = kBlockN / 8;
@@ -40,6 +40,7 @@ struct Gradient {
           const float* vectors = reinterpret_cast<const float*>(stage + l.vectors);
           float y[1][kMmaN][4], q[1][Epilogue::kRewardMmaN][4];
           score_gemm(T{}, shared + l.resident + warp_row * l.resident_pitch, stage, l.resident_pitch, steps, y);
+          if constexpr (kMasked) mask(p, work.first_row + warp_row, first, y);
           if constexpr (kReward == Reward::factored)
             score_gemm(T{}, shared + l.reward_resident + warp_row * l.reward_pitch,
                        stage + l.reward_streamed, l.reward_pitch, (l.reward_pitch - 16) / kStepBytes, q);
@@ -56,6 +57,12 @@ struct Gradient {
   }
 
 private:
+  static OFFTOWER_DEVICE void mask(const Params& p, int64_t row, int64_t first, float (&y)[1][kMmaN][4]) {
+    const PolicyParams& o = p.policy;
+    if constexpr (kItemsResident) mask_contexts(p.eligible, row, o.items, first, o.streamed.rows, y);
+    else mask_items(p.eligible, row, o.resident.rows, first, y);
+  }
+
   static OFFTOWER_DEVICE void load_row_stats(const Params& p, int64_t first, float* vectors) {
     constexpr int kChunks = kBlockN / 4; // of 16 bytes
     for (int i = thread_idx(); i < kRowStats * kChunks; i += block_dim()) {

@@ -4,8 +4,8 @@
 // order of arrival nor on the splits.
 #pragma once
 
+#include "../epilogue/eligible.h"
 #include "../mainloop/cp_async_mainloop.h"
-#include "../mma/warp_gemm.h"
 
 namespace offtower::cuda {
 
@@ -55,9 +55,10 @@ struct TopKParams {
   float inverse_temperature;
   int64_t k, capacity;
   uint64_t* lists; // (splits, contexts, capacity)
+  EligibleParams eligible; // of masked kernels
 };
 
-template <class T>
+template <class T, bool kMasked>
 struct TopK {
   using Params = TopKParams;
   static constexpr int kBlockN = kBlockNOf<T>, kMmaN = kBlockN / 8;
@@ -99,6 +100,16 @@ private:
     score_gemm(T{}, shared + l.resident + warp_idx() * kWarpM * l.resident_pitch, stage, l.resident_pitch,
                (l.resident_pitch - 16) / kStepBytes, s);
     const float limit[2] = {threshold[g], threshold[g + 8]};
+    uint64_t eligible[2] = {}; // of the thread's rows, from the tile's first item on
+    if constexpr (kMasked) {
+      OFFTOWER_UNROLL
+      for (int h = 0; h < 2; ++h)
+        if (row + g + h * 8 < o.resident.rows)
+          eligible[h] = p.eligible.items_from(row + g + h * 8, first);
+    }
+    const auto admits = [&](int n, int e) {
+      return !kMasked || (eligible[e / 2] >> (n * 8 + 2 * t + e % 2) & 1) != 0;
+    };
     bool any = false;
     OFFTOWER_UNROLL
     for (int n = 0; n < kMmaN; ++n) {
@@ -106,7 +117,7 @@ private:
       for (int e = 0; e < 4; ++e) {
         // In nats, unlike in the other kernels: scores are returned as they are.
         s[0][n][e] = fma(s[0][n][e], p.inverse_temperature, bias[n * 8 + 2 * t + e % 2]);
-        any |= !(s[0][n][e] <= limit[e / 2]);
+        any |= !(s[0][n][e] <= limit[e / 2]) && admits(n, e);
       }
     }
     if (ballot_sync(any) == 0) return;
@@ -117,6 +128,7 @@ private:
         const int r = g + e / 2 * 8;
         const int64_t item = first + n * 8 + 2 * t + e % 2;
         if (s[0][n][e] <= limit[e / 2] || item >= o.items || row + r >= o.resident.rows) continue;
+        if (!admits(n, e)) continue;
         lists[r * p.capacity + atomic_add(&count[r], 1)] = candidate_key(s[0][n][e], item);
       }
     }
@@ -154,6 +166,7 @@ struct TopKCombineParams {
   int64_t* index;
 };
 
+template <bool kMasked>
 struct TopKCombine {
   using Params = TopKCombineParams;
   static constexpr int kMaxThreadsPerBlock = 128, kMinBlocksPerMultiprocessor = 1;
@@ -169,8 +182,9 @@ struct TopKCombine {
       sort_list(list, p.capacity);
     }
     for (int64_t i = lane_idx(); i < p.k; i += 32) {
-      p.score[row * p.k + i] = score_of_key(list[i]);
-      p.index[row * p.k + i] = item_of_key(list[i]);
+      const bool none = kMasked && list[i] == 0; // padding
+      p.score[row * p.k + i] = none ? -infinity() : score_of_key(list[i]);
+      p.index[row * p.k + i] = none ? -1 : item_of_key(list[i]);
     }
   }
 };

@@ -12,6 +12,7 @@ from offtower.imports import load_by_path
 
 SUITES: Mapping[str, str] = {
     "ops": "offtower.benchmarks.operators:run",
+    "eligible": "offtower.benchmarks.eligible:run",
     "train": "offtower.benchmarks.train:run",
     "memory": "offtower.benchmarks.memory:run",
     "quality": "offtower.benchmarks.quality.suite:run",

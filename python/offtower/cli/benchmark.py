@@ -1,8 +1,9 @@
-"""Measure operators (ops), training's speed (train), its memory (memory), or learning (quality).
+"""Measure operators (ops, eligible), training (train, memory), or learning (quality).
 
 \b
 Example:
   offtower benchmark ops --items 200000 --dim 64 --batch 256
+  offtower benchmark eligible --items 1000000 --dim 64
   offtower benchmark train --items 10000 --items 1000000 --dim 32
   offtower benchmark quality --config configs/quality/table.yaml --out results/table
 """
@@ -20,7 +21,9 @@ from offtower.jsonable import finite
 
 @verb
 def benchmark(
-    suite: Annotated[str, typer.Argument(help="ops, train, memory or quality.", metavar="SUITE")],
+    suite: Annotated[
+        str, typer.Argument(help="ops, eligible, train, memory or quality.", metavar="SUITE")
+    ],
     items: Annotated[
         list[int] | None,
         typer.Option("--items", help="Items of the catalogue; may be given several times.", min=2),

@@ -5,6 +5,7 @@ from offtower.ops.cores import (
     available_instruction_sets,
     backend_status,
 )
+from offtower.ops.eligibility import bit_counts
 from offtower.ops.policy import merge_partials, partial_terms, policy_terms, top_k
 from offtower.ops.sampled import sampled_policy_terms
 from offtower.ops.softmax_sampling import sample_softmax
@@ -27,6 +28,7 @@ __all__ = [
     "available_backends",
     "available_instruction_sets",
     "backend_status",
+    "bit_counts",
     "merge_partials",
     "partial_terms",
     "policy_terms",

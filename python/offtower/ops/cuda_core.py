@@ -77,8 +77,6 @@ class CUDACore(NativeCore):
                 "takes float32 and bfloat16 tensors on NVIDIA GPUs, got "
                 f"{x.context.dtype} on {x.context.device}"
             )
-        if x.eligible is not None and x.candidates is None:
-            return "does not take bitmaps or excluded items yet"
         return self.kernel_refusal(x, k)
 
     def kernel_refusal(self, x: Operands, k: int = 0) -> str:
@@ -86,6 +84,8 @@ class CUDACore(NativeCore):
         module, found = _load()
         if module is None:
             return f"is {found}"
+        if x.eligible is not None and x.eligible.excluded is not None:
+            return "takes bitmaps of eligible items, not lists of excluded ones"
         if k > module.most_k:
             return f"finds the {module.most_k} best items at most, and k is {k}"
         reward = x.reward or RewardOperands()

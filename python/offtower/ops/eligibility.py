@@ -6,7 +6,7 @@ The forms combine by AND. An item that is not eligible has a logit of -inf.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -154,6 +154,16 @@ class Eligibility:
             None if self.excluded is None else self.excluded.take(row),
             None if self.candidates is None else self.candidates.take(row),
         )
+
+    def excluding(self, row: Tensor, item: Tensor, rows: int) -> Eligibility:
+        """The sets of B rows without further items, (n,) pairs of a row and an item number."""
+        if self.excluded is not None:
+            row = torch.cat([row, self.excluded.entry_rows()])
+            item = torch.cat([item, self.excluded.items])
+        entry = torch.unique(torch.stack([row, item], 1), dim=0)
+        offsets = torch.zeros(rows + 1, dtype=torch.int64, device=row.device)
+        torch.cumsum(torch.bincount(entry[:, 0], minlength=rows), 0, out=offsets[1:])
+        return replace(self, excluded=ItemLists(offsets, entry[:, 1].contiguous()))
 
     def slice_items(self, start: int, stop: int) -> Eligibility:
         """The sets among items [start, stop), numbered from 0; bitmaps are shifted where needed."""

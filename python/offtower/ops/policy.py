@@ -165,13 +165,32 @@ def top_k(
     """
     x = logit_operands(context_embedding, item_embedding, temperature, item_bias)
     x = with_eligible(x, eligible)
-    if not 1 <= k <= x.items:
-        raise OperatorError(f"k must lie in [1, {x.items}], the number of items, got {k}")
-    check_backend(backend)
-    score, index = cores.choose_core(backend, x, k).top_k(x, k)
+    score, index = _top_k(x, k, backend)
     if x.eligible is not None:
         check_found(index)
     return score, index
+
+
+@torch.no_grad()
+def slice_top_k(
+    context_embedding: Tensor,
+    item_embedding: Tensor,
+    k: int,
+    eligible: Eligibility,
+    *,
+    temperature: float = 1.0,
+    item_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `top_k` of one slice of the items, in which rows may have no eligible item."""
+    x = logit_operands(context_embedding, item_embedding, temperature, item_bias)
+    return _top_k(with_eligible(x, eligible), k, "auto")
+
+
+def _top_k(x: Operands, k: int, backend: Backend) -> tuple[Tensor, Tensor]:
+    if not 1 <= k <= x.items:
+        raise OperatorError(f"k must lie in [1, {x.items}], the number of items, got {k}")
+    check_backend(backend)
+    return cores.choose_core(backend, x, k).top_k(x, k)
 
 
 def checked_operands(

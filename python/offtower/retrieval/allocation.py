@@ -17,7 +17,7 @@ v_c = t_c u'Su / tr(MS), where t_c is the cell's expected variance and S the poo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,19 @@ class CellModel:
     """(C,) log b_c; -inf for none."""
     variation: FloatArray
     """(C,) predicted coefficient of variation of g(s_a) inside the cell."""
+
+    def thinned(self, share: FloatArray) -> CellModel:
+        """The model where items count with probability `share` (C,), whatever their logits.
+
+        A product with an independent 0 or 1 of mean p has a squared coefficient of variation of
+        (1 + v^2) / p - 1.
+        """
+        some = share > 0.0
+        kept = np.where(some, share, 1.0)
+        squared = np.where(some, (1.0 + self.variation**2) / kept - 1.0, 0.0)
+        with np.errstate(divide="ignore"):
+            log_mass = self.log_mass + np.log(share)
+        return replace(self, log_mass=log_mass, variation=np.sqrt(squared))
 
 
 def model_cells(

@@ -48,7 +48,7 @@ def sample_with_replacement(
     total = float(cumulative[-1])
     if not total > TINY:
         scored = weights.rows_scored
-        weights = exact_weights(weights.cells, weights.query, weights.excluded)
+        weights = exact_weights(weights.cells, weights.query, weights.filter)
         weights.rows_scored += scored
         return sample_with_replacement(weights, rng, size)
     drawn = _invert(cumulative, np.zeros(size), np.full(size, total), rng.random(size))
@@ -195,7 +195,7 @@ def _sample_from_all_items(weights: CellWeights, rng: np.random.Generator, size:
     """Draw a slate from the logits of all items, in log space."""
     scored = weights.rows_scored
     if weights.all_logits is None:
-        fresh = exact_weights(weights.cells, weights.query, weights.excluded)
+        fresh = exact_weights(weights.cells, weights.query, weights.filter)
         scored += fresh.rows_scored
         weights = fresh
     weights.rows_scored = scored

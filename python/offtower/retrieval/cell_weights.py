@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from offtower.retrieval.allocation import CellModel, allocate, model_cells, predicted_variance
 from offtower.retrieval.cells import Cells
-from offtower.retrieval.scoring import contains, ranges, runs, score_rows
+from offtower.retrieval.row_filter import RowFilter
+from offtower.retrieval.scoring import ranges, runs, score_rows
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -35,8 +36,8 @@ class CellWeights:
 
     cells: Cells
     query: NDArray[np.float32]
-    excluded: IntArray
-    """Rows of items that must not be drawn, sorted."""
+    filter: RowFilter
+    """Rows of items that may be drawn."""
     weight: FloatArray
     """(C,) W_c."""
     variance: FloatArray
@@ -71,42 +72,41 @@ class CellWeights:
         if self.all_logits is not None:
             logit = self.all_logits[rows]
         else:
-            logit = _logits_of(self.cells, self.query, rows, self.excluded)
+            logit = _logits_of(self.cells, self.query, rows, self.filter)
             self.rows_scored += len(rows)
         return rows, logit, np.cumsum(size) - size
 
 
-def model_weights(cells: Cells, query: NDArray[np.float32], excluded: IntArray) -> CellWeights:
+def model_weights(cells: Cells, query: NDArray[np.float32], allowed: RowFilter) -> CellWeights:
     """Weights by the cells' model, without scoring any item."""
     log_mass = model_cells(cells, query).log_mass
-    if len(excluded):
-        gone = np.bincount(cells.cell_of(excluded), minlength=cells.num_cells)
+    if allowed.gone.any():
         with np.errstate(divide="ignore"):
-            log_mass = log_mass + np.log1p(-gone / cells.size)
+            log_mass = log_mass + np.log1p(-allowed.gone / cells.size)
     shift = float(log_mass.max())
     weight = np.exp(log_mass - shift)
     # Keep every cell's probability positive: another policy may prefer an item of any of them.
     weight[(weight < TINY) & np.isfinite(log_mass)] = TINY
     return CellWeights(
-        cells, query, excluded, weight, np.zeros(len(weight)), shift, 0, by_softmax=False
+        cells, query, allowed, weight, np.zeros(len(weight)), shift, 0, by_softmax=False
     )
 
 
-def exact_weights(cells: Cells, query: NDArray[np.float32], excluded: IntArray) -> CellWeights:
+def exact_weights(cells: Cells, query: NDArray[np.float32], allowed: RowFilter) -> CellWeights:
     """Every item scored."""
     logit = (cells.vectors @ query).astype(np.float64)
-    logit[excluded] = -np.inf
+    allowed.mask(logit)
     shift = float(logit.max())
     weight = np.add.reduceat(np.exp(logit - shift), cells.start[:-1])
     nothing = np.zeros(len(weight))
-    return CellWeights(cells, query, excluded, weight, nothing, shift, len(logit), all_logits=logit)
+    return CellWeights(cells, query, allowed, weight, nothing, shift, len(logit), all_logits=logit)
 
 
 def estimated_weights(
     cells: Cells,
     query: NDArray[np.float32],
     rng: np.random.Generator,
-    excluded: IntArray,
+    allowed: RowFilter,
     *,
     positions: int,
     relative_error: float,
@@ -114,16 +114,18 @@ def estimated_weights(
     """Score the dominant cells whole and a random sample of every other cell.
 
     Args:
-        excluded: rows of items that must not be drawn, sorted.
+        allowed: rows that may be drawn.
         positions: positions of the slate that is to be drawn.
         relative_error: target standard error of sum W_c, as a share of it.
     """
     size = cells.size
-    touched = np.unique(cells.cell_of(excluded)) if len(excluded) else None
+    touched = np.flatnonzero(allowed.gone) if allowed.gone.any() else None
     model = model_cells(cells, query, touched)
-    head = _score_head(cells, query, excluded, model)
+    if allowed.bits is not None:
+        model = model.thinned(1.0 - allowed.gone / size)
+    head = _score_head(cells, query, allowed, model)
     if head is None:
-        return exact_weights(cells, query, excluded)
+        return exact_weights(cells, query, allowed)
     rest = np.ones(cells.num_cells, dtype=bool)
     rest[head.cell] = False
     mass = np.where(rest, np.exp(np.minimum(model.log_mass - head.shift, 0.0)), 0.0)
@@ -135,15 +137,15 @@ def estimated_weights(
     target = relative_error * (float(value.sum()) + float(mass.sum()))
     count = allocate(mass, model.variation, size, target, head.cell)
     if count.sum() > _SCAN_SHARE * len(cells.item_of_row):
-        return exact_weights(cells, query, excluded)
+        return exact_weights(cells, query, allowed)
     predicted = predicted_variance(mass, model.variation, size, count)
     k, n = count[rest], size[rest]
     first = np.where(k < n, rng.integers(0, n), 0)
     rows = runs(cells.start[:-1][rest], n, first, k)
-    logit = _logits_of(cells, query, rows, excluded)
+    logit = _logits_of(cells, query, rows, allowed)
     shift = max(float(head.logit.max(initial=-np.inf)), float(logit.max(initial=-np.inf)))
     if not np.isfinite(shift):
-        return exact_weights(cells, query, excluded)
+        return exact_weights(cells, query, allowed)
     weight, variance = np.zeros(cells.num_cells), np.zeros(cells.num_cells)
     bounds = np.cumsum(size[head.cell]) - size[head.cell]
     weight[head.cell] = np.add.reduceat(np.exp(head.logit - shift), bounds)
@@ -162,7 +164,7 @@ def estimated_weights(
     return CellWeights(
         cells,
         query,
-        excluded,
+        allowed,
         weight,
         variance,
         shift,
@@ -186,7 +188,7 @@ class _Head:
 
 
 def _score_head(
-    cells: Cells, query: NDArray[np.float32], excluded: IntArray, model: CellModel
+    cells: Cells, query: NDArray[np.float32], allowed: RowFilter, model: CellModel
 ) -> _Head | None:
     """Score the outlier cells and those of the largest predicted mass; None where nothing is left.
 
@@ -204,7 +206,7 @@ def _score_head(
     while True:
         rest[scored] = False
         rows = ranges(cells.start[scored], cells.size[scored])
-        logit = np.concatenate([logit, _logits_of(cells, query, rows, excluded)])
+        logit = np.concatenate([logit, _logits_of(cells, query, rows, allowed)])
         left = model.log_mass[rest]
         shift = max(float(logit.max(initial=-np.inf)), float(left.max(initial=-np.inf)))
         if not np.isfinite(shift):
@@ -217,10 +219,10 @@ def _score_head(
 
 
 def _logits_of(
-    cells: Cells, query: NDArray[np.float32], rows: IntArray, excluded: IntArray
+    cells: Cells, query: NDArray[np.float32], rows: IntArray, allowed: RowFilter
 ) -> FloatArray:
     logit = score_rows(cells.vectors, query, rows)
-    logit[contains(excluded, rows)] = -np.inf
+    logit[allowed.refuses(rows)] = -np.inf
     return logit
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from offtower.checksums import read_json
 from offtower.errors import ConfigError, MissingExtraError, RunError
+from offtower.ops import bit_counts
 
 Kind = Literal["flat", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -85,16 +87,46 @@ class AnnIndex:
         Args:
             parameters: nprobe, ef_search or refine, overriding the tuned values.
         """
-        chosen = {**self.parameters, **parameters}
+        return self._search(queries, k, {**self.parameters, **parameters}, None)
+
+    def search_among(
+        self, queries: NDArray[np.float32], k: int, words: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return what `search` does, among the items of a bitmap.
+
+        The tuned effort grows with 1 / the share of these items, so that as many of them are scored
+        as items in a search without a bitmap.
+
+        Args:
+            words: (ceil(N / 64),), as in `Eligibility.bitmap`.
+        """
+        count = int(bit_counts(torch.from_numpy(words[None]))[0])
+        share = max(1, count) / len(self._vectors)
+        chosen = dict(self.parameters)
+        for name, most in (
+            ("nprobe", getattr(self.index, "nlist", 1)),
+            ("ef_search", self.index.ntotal),
+        ):
+            if name in chosen:
+                chosen[name] = min(most, math.ceil(chosen[name] / share))
+        selector = import_faiss().IDSelectorBitmap(words.view(np.uint8))
+        return self._search(queries, k, chosen, selector)
+
+    def _search(
+        self, queries: NDArray[np.float32], k: int, chosen: dict[str, int], selector: Any
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         wanted = min(k * chosen.get("refine", 1), self.index.ntotal)
         kind = self.facts["kind"]
         faiss = import_faiss()
         settings = None
         if kind.startswith("ivf"):
-            settings = faiss.SearchParametersIVF(nprobe=chosen["nprobe"])
+            settings = faiss.SearchParametersIVF(nprobe=chosen["nprobe"], sel=selector)
         elif kind == "hnsw":
-            settings = faiss.SearchParametersHNSW(efSearch=max(chosen["ef_search"], wanted))
+            effort = max(chosen["ef_search"], wanted)
+            settings = faiss.SearchParametersHNSW(efSearch=effort, sel=selector)
+        elif selector is not None:
+            settings = faiss.SearchParameters(sel=selector)
         padded = pad(queries, self.index.d)
         score, item = self.index.search(padded, wanted, params=settings)
         if kind != "flat":

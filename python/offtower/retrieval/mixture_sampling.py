@@ -79,7 +79,7 @@ def mixed_slate(
     weights: CellWeights, rng: np.random.Generator, size: int, uniform: float
 ) -> ItemSample | None:
     """Draw `size` positions without replacement; None where that would take too many draws."""
-    count = _num_eligible(weights)
+    count = weights.filter.left
     if uniform * (1.0 - (size - 1) / count) * _MAX_DRAWS < size:
         return None
     weights = _usable(weights)
@@ -122,23 +122,16 @@ def _best(logit: FloatArray, item: NDArray[np.integer], count: int) -> IntArray:
 def _usable(weights: CellWeights) -> CellWeights:
     if float(weights.weight.sum()) > TINY:
         return weights
-    fresh = exact_weights(weights.cells, weights.query, weights.excluded)
+    fresh = exact_weights(weights.cells, weights.query, weights.filter)
     fresh.rows_scored += weights.rows_scored
     return fresh
-
-
-def _num_eligible(weights: CellWeights) -> int:
-    return len(weights.cells.item_of_row) - len(weights.excluded)
 
 
 def _rows(weights: CellWeights, rng: np.random.Generator, size: int, uniform: float) -> IntArray:
     """(n,) rows drawn with replacement."""
     from_cells = sample_with_replacement(weights, rng, size)
     row = weights.cells.row_of_item[from_cells.item].astype(np.int64)
-    other = rng.integers(_num_eligible(weights), size=size)
-    # The i-th row that is not excluded is i plus the number of excluded rows before it.
-    skipped = weights.excluded - np.arange(len(weights.excluded))
-    other = other + np.searchsorted(skipped, other, side="right")
+    other = weights.filter.uniform(rng, size)
     return np.asarray(np.where(rng.random(size) < uniform, other, row))
 
 
@@ -160,7 +153,7 @@ def _log_probabilities(weights: CellWeights, row: IntArray) -> tuple[FloatArray,
 
 
 def _mixed(log_softmax: FloatArray, weights: CellWeights, uniform: float) -> FloatArray:
-    return np.asarray((1.0 - uniform) * np.exp(log_softmax) + uniform / _num_eligible(weights))
+    return np.asarray((1.0 - uniform) * np.exp(log_softmax) + uniform / weights.filter.left)
 
 
 def _before(value: FloatArray) -> FloatArray:

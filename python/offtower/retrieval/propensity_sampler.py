@@ -44,11 +44,12 @@ from offtower.retrieval.cell_weights import (
 )
 from offtower.retrieval.cells import Cells
 from offtower.retrieval.mixture_sampling import mixed_draws, mixed_slate, served_weights
+from offtower.retrieval.row_filter import RowBits, RowFilter, listed_cells
 
 Mode = Literal["softmax", "cells", "exact"]
 IntArray = NDArray[np.int64]
 
-_FEW = 20
+FEW = 20
 """Where filters leave fewer than one item in 20, those are scored exactly."""
 
 
@@ -83,6 +84,7 @@ class PropensitySampler:
         size: int = 1,
         mode: Mode = "softmax",
         exclude: IntArray | None = None,
+        among: RowBits | IntArray | None = None,
     ) -> ItemSample:
         """Draw with replacement for one context.
 
@@ -91,12 +93,14 @@ class PropensitySampler:
             size: n draws; they share the sampled rows.
             mode: see the module.
             exclude: item numbers that must not be drawn; propensities are renormalized.
+            among: the only items that may be drawn: bits of a group of contexts, or a list of item
+                numbers, which alone are then scored.
 
         Raises:
             ConfigError: unknown mode.
             DataError: the query is not finite, or no item is left.
         """
-        weights = self.weights(query, rng, mode, exclude)
+        weights = self.weights(query, rng, mode, exclude, among=among)
         if self.serving.uniform > 0.0 and weights.all_logits is None:
             return mixed_draws(weights, rng, size, self.serving.uniform)
         return sample_with_replacement(weights, rng, size)
@@ -109,6 +113,7 @@ class PropensitySampler:
         size: int,
         mode: Mode = "softmax",
         exclude: IntArray | None = None,
+        among: RowBits | IntArray | None = None,
     ) -> ItemSample:
         """Draw a slate without replacement (Plackett-Luce), top position first.
 
@@ -122,12 +127,12 @@ class PropensitySampler:
             ConfigError: unknown mode, or size is below 1.
             DataError: fewer than n items are left, or the query is not finite.
         """
-        weights = self.weights(query, rng, mode, exclude, positions=size)
+        weights = self.weights(query, rng, mode, exclude, positions=size, among=among)
         if self.serving.uniform > 0.0 and weights.all_logits is None:
             found = mixed_slate(weights, rng, size, self.serving.uniform)
             if found is not None:
                 return found
-            weights = self.weights(query, rng, "exact", exclude, positions=size)
+            weights = self.weights(query, rng, "exact", exclude, positions=size, among=among)
         return sample_slate(weights, rng, size)
 
     def weights(
@@ -137,6 +142,7 @@ class PropensitySampler:
         mode: Mode = "softmax",
         exclude: IntArray | None = None,
         positions: int = 1,
+        among: RowBits | IntArray | None = None,
     ) -> CellWeights:
         """Cell weights that `draw` and `slate` sample from.
 
@@ -159,9 +165,14 @@ class PropensitySampler:
             )
         if positions < 1:
             raise ConfigError(f"the number of positions must be at least 1, got {positions}")
-        excluded = self._excluded_rows(exclude)
         num_items = len(cells.item_of_row)
-        left, limit = num_items - len(excluded), "filters leave"
+        excluded = self._rows_of(exclude)
+        if among is None or isinstance(among, RowBits):
+            allowed = RowFilter(cells, excluded, among)
+        else:
+            cells = listed_cells(cells, np.setdiff1d(self._rows_of(among), excluded, True))
+            allowed = RowFilter(cells, excluded[:0])
+        left, limit = allowed.left, "filters leave"
         top = self.serving.top
         if top is not None and self.serving.uniform == 0.0 and top < left:
             left, limit = top, "serving.top leaves"
@@ -170,28 +181,31 @@ class PropensitySampler:
                 f"{positions} items were asked for, but {limit} {left} of {num_items:,}"
             )
         query = query / np.float32(self.serving.temperature)
+        if cells is not self.cells:
+            return served_weights(exact_weights(cells, query, allowed), self.serving)
         if mode == "cells":
-            return model_weights(cells, query, excluded)
-        if mode == "exact" or self.serving.top is not None or left * _FEW < num_items:
-            return served_weights(exact_weights(cells, query, excluded), self.serving)
+            return model_weights(cells, query, allowed)
+        if mode == "exact" or self.serving.top is not None or left * FEW < num_items:
+            return served_weights(exact_weights(cells, query, allowed), self.serving)
         weights = estimated_weights(
             cells,
             query,
             rng,
-            excluded,
+            allowed,
             positions=positions,
             relative_error=self.relative_error,
         )
         return served_weights(weights, self.serving)
 
-    def _excluded_rows(self, exclude: IntArray | None) -> IntArray:
-        """Sorted, distinct rows of excluded items."""
-        if exclude is None or len(exclude) == 0:
+    def _rows_of(self, items: IntArray | None) -> IntArray:
+        """Sorted, distinct rows of listed items."""
+        if items is None or len(items) == 0:
             return np.zeros(0, dtype=np.int64)
-        exclude = np.asarray(exclude, dtype=np.int64)
-        if exclude.min() < 0 or exclude.max() >= len(self.cells.item_of_row):
+        items = np.asarray(items, dtype=np.int64)
+        if items.min() < 0 or items.max() >= len(self.cells.item_of_row):
             raise DataError(
-                f"item numbers to exclude must lie in [0, {len(self.cells.item_of_row) - 1}], got "
-                f"{int(exclude.min())} to {int(exclude.max())}"
+                "item numbers to exclude, or to draw among, must lie in "
+                f"[0, {len(self.cells.item_of_row) - 1}], got {int(items.min())} to "
+                f"{int(items.max())}"
             )
-        return np.unique(self.cells.row_of_item[exclude])
+        return np.unique(self.cells.row_of_item[items])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from offtower.paths import safe_relative
 from offtower.retrieval.cell_sampling import ItemSample
 from offtower.retrieval.cells import Cells
 from offtower.retrieval.eligible import open_eligible
+from offtower.retrieval.eligible_search import ContextSets, RowSets, search_among
 from offtower.retrieval.exact import exact_top_k
 from offtower.retrieval.index import AnnIndex, open_index
 from offtower.retrieval.manifest import (
@@ -121,6 +123,7 @@ class Retriever:
                     f"export has {(self.num_items, self.tower.query_dim)}; export again"
                 )
         self._keys: tuple[NDArray[np.uint64], IntArray] | None = None
+        self._row_sets: RowSets | None = None
 
     @classmethod
     def open(
@@ -220,29 +223,42 @@ class Retriever:
         *,
         exclude: Filter | None = None,
         exact: bool = False,
+        at: datetime | None = None,
     ) -> SearchResult:
-        """Find the k items of largest logit.
+        """Find the k items of largest logit among those that each context may be shown.
 
         Args:
-            contexts: n rows with the context columns.
+            contexts: n rows with the context columns, and those that the log schema's section
+                `eligible` reads.
             exclude: ids that must not be returned; unknown ids are ignored.
             exact: score every item even if there is an index.
+            at: time of serving, as for `EligibleItems.of_contexts`.
 
         Raises:
             ConfigError: k is not in [1, N].
-            DataError: see `embed`.
+            DataError: see `embed` and `EligibleItems.of_contexts`.
         """
         self._check_k(k)
         queries = self.embed(contexts)
         excluded = self._excluded(exclude, len(queries))
+        if self.eligible is not None:
+            sets = ContextSets(self.eligible.of_contexts(contexts, at=at), excluded)
+            index = None if exact else self.index
+            score, item = search_among(queries, k, sets, self.vectors, self.scale, index)
+            return self._result(score, item, [np.zeros(0, dtype=np.int64)] * len(queries), k)
         # Search deeper by the number of items that the filter may remove.
         deeper = min(self.num_items, k + max((len(h) for h in excluded), default=0))
         if exact or self.index is None:
             score, item = exact_top_k(queries, self.vectors, deeper, self.scale)
         else:
             score, item = self.index.search(queries, deeper)
+        return self._result(score, item, excluded, k)
+
+    def _result(
+        self, score: NDArray[np.float32], item: IntArray, excluded: list[IntArray], k: int
+    ) -> SearchResult:
         items, scores = [], []
-        for row in range(len(queries)):
+        for row in range(len(item)):
             keep = (item[row] >= 0) & ~np.isin(item[row], excluded[row])
             items.append(item[row][keep][:k])
             scores.append(score[row][keep][:k])
@@ -258,6 +274,7 @@ class Retriever:
         exclude: Filter | None = None,
         relative_error: float = 0.002,
         seed: int | np.random.Generator | None = None,
+        at: datetime | None = None,
     ) -> SampleResult:
         """Draw k items for each context from the served policy, with their propensities.
 
@@ -272,6 +289,7 @@ class Retriever:
             exclude: ids that must not be drawn; propensities are renormalized over the others.
             relative_error: target standard error of "softmax", as a share of pscore.
             seed: seed or generator; None takes fresh randomness.
+            at: time of serving; only items that a context may be shown then are drawn.
 
         Raises:
             ConfigError: k, mode or relative_error is out of range.
@@ -281,15 +299,18 @@ class Retriever:
         k = self.serving.k if k is None else k
         self._check_k(k)
         if self.serving.mode == "top_k":
-            return self._show_best(contexts, k, slate, mode, exclude)
+            return self._show_best(contexts, k, slate, mode, exclude, at)
         queries = self.embed(contexts)
-        excluded = self._excluded(exclude, len(queries))
+        rows = None if self.eligible is None else self.eligible.of_contexts(contexts, at=at)
+        sets = ContextSets(rows, self._excluded(exclude, len(queries)))
+        if self._row_sets is None:
+            self._row_sets = RowSets(self.cells)
         sampler = PropensitySampler(self.cells, relative_error=relative_error, serving=self.serving)
         rng = np.random.default_rng(seed)
         draw = sampler.slate if slate else sampler.draw
         drawn: list[ItemSample] = [
-            draw(query, rng, size=k, mode=mode, exclude=skip)
-            for query, skip in zip(queries, excluded, strict=True)
+            draw(query, rng, size=k, mode=mode, exclude=skip, among=among)
+            for query, (skip, among) in zip(queries, self._row_sets.of(sets), strict=True)
         ]
 
         def stacked(name: str) -> Any:
@@ -309,14 +330,20 @@ class Retriever:
         )
 
     def _show_best(
-        self, contexts: pa.Table, k: int, slate: bool, mode: Mode, exclude: Filter | None
+        self,
+        contexts: pa.Table,
+        k: int,
+        slate: bool,
+        mode: Mode,
+        exclude: Filter | None,
+        at: datetime | None,
     ) -> SampleResult:
         """The k best items of each context, each with probability 1."""
         if not slate and k > 1:
             raise ConfigError(
                 "serving.mode top_k shows the k best items; it has no independent draws (slate)"
             )
-        best = self.search(contexts, k, exclude=exclude, exact=mode == "exact")
+        best = self.search(contexts, k, exclude=exclude, exact=mode == "exact", at=at)
         for row, found in enumerate(best.item):
             if len(found) < k:
                 raise DataError(
