@@ -73,16 +73,26 @@ class Loop:
     retriever: Retriever
 
     @classmethod
-    def make(cls, folder: Path, items: int, eligible: EligibilitySettings | None) -> Loop:
-        """Train for an epoch on a log of the world, and export."""
+    def make(
+        cls,
+        folder: Path,
+        items: int,
+        eligible: EligibilitySettings | None,
+        slate: SlateSettings | None = None,
+    ) -> Loop:
+        """Train for an epoch on a log of the world, and export.
+
+        slate: of the world; by default none, or 10 items where the forms must leave as many.
+        """
+        if slate is None and eligible is not None:
+            slate = SlateSettings(min(10, items // 2))
         settings = WorldSettings(16, 16, 4, intercept=0.0, n_users=50)
         world = SimulatedWorld(
             items,
             settings,
             seed=items,
             logging=LoggingPolicy(epsilon=0.5),
-            # The least number of eligible items is that of the largest slates.
-            slate=None if eligible is None else SlateSettings(min(10, items // 2)),
+            slate=slate,
             eligible=eligible,
         )
         log, schema = world.log(400, seed=1), world.log_schema
