@@ -9,12 +9,14 @@ the section `evaluation`: evaluation.confidence=0.9.
 Example:
   offtower evaluate runs/mine --log logs/mine/test
   offtower evaluate runs/mine --also greedy --also temperature=0.5
+  offtower evaluate --policy-column p_new --log logs/mine/test --catalogue logs/mine/catalogue
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,17 +26,22 @@ from offtower.cli.common import (
     DrawnProgress,
     Overrides,
     TrustCode,
-    escape,
-    messages,
     print_json,
     verb,
 )
+from offtower.errors import ConfigError
 from offtower.jsonable import finite
+
+if TYPE_CHECKING:
+    from offtower.evaluation.run import LogEvaluation
+    from offtower.mapping import Mapper
 
 
 @verb
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories.", metavar="RUN...")],
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Run directories.", metavar="RUN...")
+    ] = None,
     log: Annotated[
         str | None, typer.Option(help="Log to evaluate on; the runs' data.test without it.")
     ] = None,
@@ -64,6 +71,27 @@ def evaluate(
             help="Also recall@K, NDCG@K and coverage of the runs' exports; may be repeated.",
         ),
     ] = None,
+    policy_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy-column",
+            metavar="COLUMN[,Q,EXPECTED]",
+            help="Instead of runs: a column of the log with another policy's probability of the "
+            "logged item, and optionally those of a reward model; may be repeated.",
+        ),
+    ] = None,
+    embeddings: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            "--embeddings",
+            metavar="CONTEXTS ITEMS",
+            help="Instead of runs: .npy files with another model's embeddings of the log's rows "
+            "and of the catalogue's items.",
+        ),
+    ] = None,
+    catalogue: Annotated[
+        str | None, typer.Option(help="Directory of the catalogue, without runs.")
+    ] = None,
     overrides: Overrides = None,
     trust_code: TrustCode = None,
     exit_zero: Annotated[
@@ -76,61 +104,129 @@ def evaluate(
     ray: RayOptions = IN_PROCESS,
     as_json: AsJson = False,
 ) -> None:
-    from offtower.cli.tables import (
-        evaluation_table,
-        position_table,
-        retrieval_table,
-        rewards_table,
-        selection_table,
-    )
-    from offtower.evaluation.exports import add_retrieval_quality, open_exports
+    from offtower.cli.tables import print_evaluation
     from offtower.evaluation.report import write_report
+
+    others = _Others(policy_column or [], embeddings, catalogue)
+    others.check(runs or [], log, retrieval)
+    progress = DrawnProgress()
+    if runs:
+        evaluation = _of_runs(
+            runs, log, overrides or [], select, also or [], retrieval or [], ray, progress
+        )
+    else:
+        assert log is not None, "checked above"
+        with ray.mapper(progress) as mapper:
+            evaluation = others.evaluate(log, also or [], overrides or [], select, progress, mapper)
+    names = [run.name for run in runs or []] or list(evaluation.result.policies)
+    path = write_report(
+        report or (runs[0] / "report.html" if runs else Path("report.html")),
+        [evaluation],
+        title=f"Evaluation of {', '.join(names)}",
+        command="offtower evaluate " + " ".join(map(str, runs or others.arguments(log))),
+    )
+    if as_json:
+        print_json(finite({"report": str(path), **evaluation.to_dict()}))
+    else:
+        print_evaluation(evaluation, path)
+    raise typer.Exit(0 if exit_zero else evaluation.exit_code)
+
+
+def _of_runs(
+    runs: list[Path],
+    log: str | None,
+    overrides: list[str],
+    select: str | None,
+    also: list[str],
+    retrieval: list[int],
+    ray: RayOptions,
+    progress: DrawnProgress,
+) -> LogEvaluation:
+    from offtower.evaluation.exports import add_retrieval_quality, open_exports
     from offtower.evaluation.run import check_log, evaluate_runs
 
-    check_log(runs, log, overrides or [])
+    check_log(runs, log, overrides)
     exports = open_exports(runs, retrieval) if retrieval else []
-    progress = DrawnProgress()
     with ray.mapper(progress) as mapper:
         evaluation = evaluate_runs(
             runs,
             log=log,
-            overrides=overrides or [],
+            overrides=overrides,
             select=select,
-            also=also or [],
+            also=also,
             progress=progress,
             mapper=mapper,
         )
     if retrieval:
         # Exports are memory-mapped, so this runs in this process, after the workers.
         add_retrieval_quality(evaluation, runs, exports, retrieval, progress)
-    path = write_report(
-        report or runs[0] / "report.html",
-        [evaluation],
-        title=f"Evaluation of {', '.join(run.name for run in runs)}",
-        command="offtower evaluate " + " ".join(str(run) for run in runs),
-    )
-    if as_json:
-        print_json(finite({"report": str(path), **evaluation.to_dict()}))
-    else:
-        console = messages()
-        console.print(evaluation_table(evaluation))
-        positions = position_table(evaluation)
-        if positions is not None:
-            console.print(positions)
-        if evaluation.result.logging_rewards:
-            console.print(rewards_table(evaluation))
-        if evaluation.retrieval:
-            console.print(retrieval_table(evaluation))
-        for note in evaluation.notes:
-            console.print(f"[yellow]note[/]: {escape(note)}", soft_wrap=True)
-        for name, found in evaluation.selection.items():
-            console.print(selection_table(name, found))
-            console.print(escape(found.verdict), soft_wrap=True)
-            for method, text in found.disagreements.items():
-                console.print(f"  [bold]{method}[/] {escape(text)}", soft_wrap=True)
-            for method, text in found.remarks:
-                console.print(f"  [dim]{method}: {escape(text)}[/]", soft_wrap=True)
-            for method, reason in found.failed.items():
-                console.print(f"  [dim]{method} could not run: {escape(reason)}[/]", soft_wrap=True)
-        console.print(f"report: {path}")
-    raise typer.Exit(0 if exit_zero else evaluation.exit_code)
+    return evaluation
+
+
+@dataclass(frozen=True)
+class _Others:
+    """The options that name policies which offtower did not train."""
+
+    columns: list[str]
+    embeddings: tuple[Path, Path] | None
+    catalogue: str | None
+
+    def check(self, runs: list[Path], log: str | None, retrieval: list[int] | None) -> None:
+        ways = [bool(runs), bool(self.columns), self.embeddings is not None]
+        if sum(ways) != 1:
+            raise ConfigError(
+                "name what to evaluate: run directories, or --policy-column, or --embeddings, and "
+                "one of these only"
+            )
+        if not runs and (log is None or self.catalogue is None):
+            raise ConfigError("policies of others need --log and --catalogue")
+        if runs and self.catalogue is not None:
+            raise ConfigError("runs name their catalogue: leave out --catalogue")
+        if not runs and retrieval:
+            raise ConfigError("--retrieval measures the exports of runs")
+
+    def evaluate(
+        self,
+        log: str,
+        also: list[str],
+        overrides: list[str],
+        select: str | None,
+        progress: DrawnProgress,
+        mapper: Mapper,
+    ) -> LogEvaluation:
+        from offtower.evaluation.external import (
+            evaluate_columns,
+            evaluate_embeddings,
+            parse_columns,
+        )
+
+        assert self.catalogue is not None, "checked before"
+        if self.embeddings is not None:
+            return evaluate_embeddings(
+                log,
+                self.catalogue,
+                *self.embeddings,
+                also=also,
+                overrides=overrides,
+                select=select,
+                progress=progress,
+                mapper=mapper,
+            )
+        if also:
+            raise ConfigError("--also needs scores of all items: runs, or --embeddings")
+        return evaluate_columns(
+            log,
+            self.catalogue,
+            [parse_columns(text) for text in self.columns],
+            overrides=overrides,
+            select=select,
+            progress=progress,
+            mapper=mapper,
+        )
+
+    def arguments(self, log: str | None) -> list[str]:
+        """As typed, for the report."""
+        typed = [f"--policy-column {one}" for one in self.columns]
+        if self.embeddings is not None:
+            typed.append(f"--embeddings {self.embeddings[0]} {self.embeddings[1]}")
+        return [*typed, f"--log {log}", f"--catalogue {self.catalogue}"]

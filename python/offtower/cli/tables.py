@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from offtower.cli.common import messages
 from offtower.evaluation.frontier import ServingFrontier
 from offtower.evaluation.intervals import Interval
+from offtower.evaluation.report.answer import answer_of
 from offtower.evaluation.run import LogEvaluation
 from offtower.evaluation.selection import SelectionComparison
 
 _TRUTH = {"true_value": "truth", "true_value_greedy": "greedy"}
 _COLOR = {"go": "green", "no-go": "red", "not enough evidence": "yellow"}
+
+
+def print_evaluation(evaluation: LogEvaluation, report: Path) -> None:
+    """Print the tables, the notes and the answer of an evaluation."""
+    console = messages()
+    console.print(evaluation_table(evaluation))
+    positions = position_table(evaluation)
+    if positions is not None:
+        console.print(positions)
+    if evaluation.result.logging_rewards:
+        console.print(rewards_table(evaluation))
+    if evaluation.retrieval:
+        console.print(retrieval_table(evaluation))
+    for note in evaluation.notes:
+        console.print(f"[yellow]note[/]: {escape(note)}", soft_wrap=True)
+    for name, found in evaluation.selection.items():
+        console.print(selection_table(name, found))
+        console.print(escape(found.verdict), soft_wrap=True)
+        for method, text in found.disagreements.items():
+            console.print(f"  [bold]{method}[/] {escape(text)}", soft_wrap=True)
+        for method, text in found.remarks:
+            console.print(f"  [dim]{method}: {escape(text)}[/]", soft_wrap=True)
+        for method, reason in found.failed.items():
+            console.print(f"  [dim]{method} could not run: {escape(reason)}[/]", soft_wrap=True)
+    answer = answer_of(evaluation)
+    console.print(f"[bold]{escape(answer.headline)}.[/] {escape(answer.sentence)}", soft_wrap=True)
+    if answer.command is not None:
+        console.print(f"next: {escape(answer.command)}", soft_wrap=True)
+    console.print(f"report: {report}")
 
 
 def evaluation_table(evaluation: LogEvaluation) -> Table:

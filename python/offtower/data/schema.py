@@ -140,6 +140,9 @@ class LogSchema:
     counts as 1 / it; or the weight itself."""
     eligible: EligibleSchema | None = None
     """Which items could have been shown for a row; None where every item could."""
+    keep: tuple[str, ...] = ()
+    """Further columns of numbers that ingest keeps, such as the probability of the logged item
+    under another policy (`offtower evaluate --policy-column`)."""
     outcomes: Outcomes | None = None
     """For logs with pending rewards, at ingest; without it a null reward is a bad row."""
 
@@ -216,6 +219,7 @@ class LogSchema:
             if name is not None
         ]
         named += () if self.eligible is None else self.eligible.log_columns
+        named += self.keep
         return tuple(dict.fromkeys(named))
 
     @property

@@ -45,7 +45,8 @@ class EvaluationAccumulators:
         self.coverage.add(batch.encoded[0])
         if batch.number == 0:
             for name, scored in batch.scored.items():
-                self.coverage.probe(name, scored)
+                if scored.drawn_by is not None:
+                    self.coverage.probe(name, scored)
         for name, rows in batch.rows.items():
             self.histograms[name] += _histogram(rows)
         self.behavior.append(behavior)

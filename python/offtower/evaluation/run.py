@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from offtower.evaluation.baselines import baseline_values
 from offtower.evaluation.decision.coverage import ItemCoverage, coverage_notes
 from offtower.evaluation.decision.gate import best_exit_code
 from offtower.evaluation.decision.pscore_calibration import PscoreCalibration
-from offtower.evaluation.evaluator import Evaluator
+from offtower.evaluation.evaluator import EvaluationPlan, Evaluator
 from offtower.evaluation.result import EstimatorResult, EvaluationResult
 from offtower.evaluation.run_loading import EvaluatedPolicy, OpenRun, open_run, with_overrides
 from offtower.evaluation.selection import SelectionComparison
@@ -149,12 +149,69 @@ def evaluate_runs(
         config.data.catalogue, catalogue_schema(config), log_schema=opened.schema
     )
     runs = tuple(open_run(path, catalogue, trust_code) for path in paths)
+    data = replace(config.data, test=str(place))
+    config = replace(config, data=data)
     evaluator = Evaluator(runs, opened, catalogue, config, tuple(also))
     plan = evaluator.plan(select, progress)
-    result, accumulated = evaluator.run(plan, mapper or Mapper(), progress)
+    found = evaluate_plan(evaluator, plan, title or str(place), mapper or Mapper(), progress)
+    policies = evaluator.policies
+    served = {name: one.run for name, one in policies.items() if one.also is None}
+    return replace(
+        found,
+        objectives={name: one.run.config.objective.name for name, one in policies.items()},
+        curves={name: _curve(run) for name, run in served.items()},
+        truth={
+            name: truth(run.policy, run.items) for name, run in served.items() if truth is not None
+        },
+        baselines=dict(baselines or {}),
+        notes=[*_training_notes(evaluator), *found.notes, *serving_notes(policies, found.result)],
+        serving={name: asdict(one.serving) for name, one in policies.items()},
+        also=tuple(name for name, one in policies.items() if one.also is not None),
+        runs={name: str(run.directory.path) for name, run in served.items()},
+    )
+
+
+def evaluate_plan(
+    evaluator: Evaluator, plan: EvaluationPlan, title: str, mapper: Mapper, progress: Progress
+) -> LogEvaluation:
+    """Evaluate by a plan. Its policies have neither objective nor learning curve yet."""
+    result, accumulated = evaluator.run(plan, mapper, progress)
     coverage = accumulated.coverage.coverage()
     calibration = accumulated.coverage.calibration()
-    notes = [*plan.notes]
+    refusal = plan.behavior.refusal(accumulated.behavior)
+    values, missing = baseline_values(accumulated.baselines.merged())
+    log, names = evaluator.log, list(result.policies)
+    return LogEvaluation(
+        title=title,
+        result=result,
+        log={
+            "path": str(evaluator.config.data.test),
+            "rows": log.num_rows,
+            "items": evaluator.catalogue.num_items,
+            "fingerprint": log.fingerprint,
+            "catalogue": str(evaluator.config.data.catalogue),
+            "reward": log.schema.reward,
+        },
+        objectives=dict.fromkeys(names, ""),
+        histograms={name: counts.tolist() for name, counts in accumulated.histograms.items()},
+        curves={name: [] for name in names},
+        notes=[
+            *plan.notes,
+            *coverage_notes(coverage, calibration),
+            *reward_notes(result),
+            *([] if refusal is None else [refusal]),
+            *missing,
+        ],
+        selection=evaluator.select(plan, accumulated, progress),
+        coverage=coverage,
+        pscore_calibration=calibration,
+        baseline_values=values,
+    )
+
+
+def _training_notes(evaluator: Evaluator) -> list[str]:
+    """Say where a policy was trained on the evaluated log, or with another catalogue."""
+    notes = []
     if evaluator.learned_from_log():
         notes.append("the policies were trained on this log: every value is optimistic")
     changed = evaluator.changed_catalogue()
@@ -164,43 +221,7 @@ def evaluate_runs(
             "differs): items or their features are others, and the policy is evaluated with the "
             "features of today. If that is not meant, evaluate with the catalogue of the training"
         )
-    notes += coverage_notes(coverage, calibration)
-    notes += reward_notes(result)
-    refusal = plan.behavior.refusal(accumulated.behavior)
-    if refusal is not None:
-        notes.append(refusal)
-    policies = evaluator.policies
-    served = {name: one.run for name, one in policies.items() if one.also is None}
-    notes += serving_notes(policies, result)
-    values, missing = baseline_values(accumulated.baselines.merged())
-    notes += missing
-    return LogEvaluation(
-        title=title or f"{place}",
-        result=result,
-        log={
-            "path": str(place),
-            "rows": opened.num_rows,
-            "items": catalogue.num_items,
-            "fingerprint": opened.fingerprint,
-            "catalogue": str(config.data.catalogue),
-            "reward": opened.schema.reward,
-        },
-        objectives={name: one.run.config.objective.name for name, one in policies.items()},
-        histograms={name: counts.tolist() for name, counts in accumulated.histograms.items()},
-        curves={name: _curve(run) for name, run in served.items()},
-        truth={
-            name: truth(run.policy, run.items) for name, run in served.items() if truth is not None
-        },
-        baselines=dict(baselines or {}),
-        notes=notes,
-        selection=evaluator.select(plan, accumulated, progress),
-        coverage=coverage,
-        pscore_calibration=calibration,
-        serving={name: asdict(one.serving) for name, one in policies.items()},
-        also=tuple(name for name, one in policies.items() if one.also is not None),
-        baseline_values=values,
-        runs={name: str(run.directory.path) for name, run in served.items()},
-    )
+    return notes
 
 
 def check_log(

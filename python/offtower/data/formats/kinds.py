@@ -57,6 +57,7 @@ def log_kinds(schema: LogSchema) -> dict[str, ColumnKind]:
     if schema.eligible is not None:
         named += [(form.context, "text") for form in schema.eligible.attribute]
         named += [(name, "bag") for name in schema.eligible.lists]
+    named += [(name, "number") for name in schema.keep]
     kinds = joined_kinds(named)
     return {name: kinds[name] for name in schema.source_columns}
 

@@ -16,6 +16,7 @@ from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows
 from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.scoring.clusters import ClusterWeights
+from offtower.evaluation.scoring.external import ColumnScorer
 from offtower.evaluation.scoring.policy import PolicyScorer, ScoredRows, context_rows
 from offtower.evaluation.scoring.propensities import LoggedProbability
 from offtower.evaluation.scoring.rewards import BatchReward, RewardModels
@@ -92,7 +93,7 @@ class BatchScorer:
     """
 
     source: LogSource
-    policies: Mapping[str, PolicyScorer]
+    policies: Mapping[str, PolicyScorer | ColumnScorer]
     rewards: RewardModels
     propensities: LoggedProbability | None
     clusters: ClusterWeights | None
@@ -104,13 +105,11 @@ class BatchScorer:
         """The batches with these numbers. behavior: encodings of the known logging policies."""
         # Policies of one run share its encoding, and rows are encoded once for them.
         by_id = {
-            id(scorer.policy.context_encoding): scorer.policy.context_encoding
+            id(scorer.context_encoding): scorer.context_encoding
             for scorer in self.policies.values()
         }
         encodings, keys = list(by_id.values()), list(by_id)
-        owner = [
-            keys.index(id(scorer.policy.context_encoding)) for scorer in self.policies.values()
-        ]
+        owner = [keys.index(id(scorer.context_encoding)) for scorer in self.policies.values()]
         for number, batch in self.source.batches(numbers, [*encodings, *behavior]):
             if self.propensities is not None:
                 batch = tuple(self.propensities.filled(rows) for rows in batch)

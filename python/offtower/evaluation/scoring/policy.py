@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from offtower.config import ServingConfig
 from offtower.data.eligible import EligibleRows
-from offtower.data.encoding import tensor_of, to_tensors
+from offtower.data.encoding import FeatureEncoding, tensor_of, to_tensors
 from offtower.data.rounds import Rounds
 from offtower.data.rows import EncodedRows
-from offtower.errors import DataError
+from offtower.errors import ConfigError, DataError
 from offtower.evaluation.rows import EvaluationRows, IntArray, ModelPredictions
 from offtower.evaluation.scoring.rewards import BatchReward, CatalogueReward
 from offtower.evaluation.scoring.slates import SlateScorer, score_slates
@@ -33,7 +33,7 @@ class ScoredRows:
     """A batch of n logged rows under one policy.
 
     Attributes:
-        scorer: of the policy.
+        drawn_by: scorer of the policy; None where only its probabilities are known.
         weighted: weights and rewards, without a reward model.
         predictions: by reward model.
         log_normalizer: (n,) of the policy's terms; of slates (R,), one for each round.
@@ -42,13 +42,27 @@ class ScoredRows:
         eligible: items that each row could show; None where every item could.
     """
 
-    scorer: PolicyScorer
+    drawn_by: PolicyScorer | None
     weighted: EvaluationRows
     predictions: dict[str, ModelPredictions]
     log_normalizer: Tensor
     context_embedding: Tensor
     position: Tensor | None = None
     eligible: EligibleRows | None = None
+
+    @property
+    def scorer(self) -> PolicyScorer:
+        """Of the policy.
+
+        Raises:
+            ConfigError: only the policy's probabilities of logged items are known.
+        """
+        if self.drawn_by is None:
+            raise ConfigError(
+                "a policy that is given by a column of probabilities cannot be drawn from; this "
+                "needs its embeddings (--embeddings)"
+            )
+        return self.drawn_by
 
     def eligible_at(self, taken: IntArray) -> Eligibility | None:
         """The eligible items of the rows `taken` (m,), on the policy's device."""
@@ -94,21 +108,22 @@ class _Batch:
     shared: SharedTerms
 
 
-class _Batches:
+class Batches:
     """The batch that is scored now; made once for the policies that score it in turn."""
 
     def __init__(self) -> None:
         self._now: _Batch | None = None
 
-    def of(self, policy: TwoTowerPolicy, rows: EncodedRows) -> _Batch:
-        """The batch of these very rows. policy: in evaluation mode."""
+    def of(self, scorer: PolicyScorer, rows: EncodedRows) -> _Batch:
+        """The batch of these very rows. scorer: its policy is in evaluation mode."""
+        device = scorer.policy.device
         if self._now is None or self._now.rows is not rows:
             first = context_rows(rows)
             self._now = _Batch(
                 rows,
-                policy.embed_contexts(to_tensors(first.context, policy.device)),
-                tensor_of(rows.action, policy.device),
-                None if first.eligible is None else first.eligible.on(policy.device),
+                scorer.embed_contexts(first),
+                tensor_of(rows.action, device),
+                None if first.eligible is None else first.eligible.on(device),
                 SharedTerms(),
             )
         return self._now
@@ -133,7 +148,7 @@ class PolicyScorer:
     ) -> None:
         self.policy = policy
         self.serving = serving or ServingConfig()
-        self._batches = _Batches()
+        self._batches = Batches()
         self._training = policy.training
         policy.eval()
         with torch.no_grad():
@@ -141,11 +156,20 @@ class PolicyScorer:
         policy.train(self._training)
 
     @property
+    def context_encoding(self) -> FeatureEncoding:
+        """In which the policy reads rows."""
+        return self.policy.context_encoding
+
+    def embed_contexts(self, rows: EncodedRows) -> Tensor:
+        """(n, d) embeddings of the rows' contexts."""
+        return self.policy.embed_contexts(to_tensors(rows.context, self.policy.device))
+
+    @property
     def served(self) -> ServedPolicy:
         """The distribution that rows are scored with."""
         return ServedPolicy(self.policy, self.serving)
 
-    def served_as(self, serving: ServingConfig) -> PolicyScorer:
+    def served_as(self, serving: ServingConfig) -> Self:
         """A scorer of the same policy served otherwise, with the same embedded items.
 
         Policies that share items share the pass over them too, batch by batch.
@@ -159,7 +183,7 @@ class PolicyScorer:
         """Leave out the item tower: the items are embedded already."""
         policy = copy.copy(self.policy)
         policy._modules = {**policy._modules, "item_tower": nn.Identity()}
-        return {**self.__dict__, "policy": policy, "_batches": _Batches()}
+        return {**self.__dict__, "policy": policy, "_batches": Batches()}
 
     def score(self, rows: EncodedRows, reward: RewardTerms | None = None) -> EvaluationRows:
         """Weights, rewards and reward-model predictions of a batch of logged rows.
@@ -200,7 +224,7 @@ class PolicyScorer:
             return self._score_slates(rows, rows.rounds, rewards, draws, generator)
         self.policy.eval()
         device = self.policy.device
-        batch = self._batches.of(self.policy, rows)
+        batch = self._batches.of(self, rows)
         context, action, eligible = batch.context, batch.action, batch.eligible
         position = None if rows.position is None else tensor_of(rows.position, device)
         served = replace(self.served, shared=batch.shared)
@@ -270,7 +294,7 @@ class PolicyScorer:
         rewards: on the rows of `context_rows`.
         """
         self.policy.eval()
-        batch, first = self._batches.of(self.policy, rows), context_rows(rows)
+        batch, first = self._batches.of(self, rows), context_rows(rows)
         context = batch.context
         served = replace(self.served, shared=batch.shared)
         scorer = SlateScorer(served, self.items, context, rounds, batch.action, batch.eligible)

@@ -1,0 +1,203 @@
+"""Evaluate policies that offtower did not train, by the same estimators, intervals and gate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from offtower.config import Config, ServingConfig, parse_config
+from offtower.config.serving import changed_serving
+from offtower.data.catalogue import Catalogue
+from offtower.data.location import AnyPath, Location
+from offtower.data.log import ParquetLog
+from offtower.errors import ConfigError, DataError
+from offtower.evaluation.baselines import Baselines
+from offtower.evaluation.behavior.plan import BehaviorPlan
+from offtower.evaluation.evaluator import EvaluationPlan, Evaluator
+from offtower.evaluation.options import (
+    evaluation_options,
+    make_estimators,
+    needs_pilot,
+    usable_estimators,
+)
+from offtower.evaluation.run import LogEvaluation, evaluate_plan
+from offtower.evaluation.run_loading import with_overrides
+from offtower.evaluation.scoring.batches import BatchScorer, LogSource
+from offtower.evaluation.scoring.external import (
+    COLUMNS_MODEL,
+    ColumnScorer,
+    EmbeddingScorer,
+    PolicyColumns,
+    columns_encoding,
+)
+from offtower.evaluation.scoring.rewards import RewardModels
+from offtower.evaluation.selection_data import check_selection
+from offtower.evaluation.slate_options import slate_note
+from offtower.mapping import Mapper
+from offtower.progress import Progress
+
+Scorers = Mapping[str, ColumnScorer | EmbeddingScorer]
+
+_NO_BEHAVIOR = "the policy that made the log is read from runs, and none is evaluated"
+
+
+def evaluate_columns(
+    log: AnyPath,
+    catalogue: AnyPath,
+    columns: Sequence[PolicyColumns],
+    *,
+    overrides: Sequence[str] = (),
+    select: str | None = None,
+    progress: Progress | None = None,
+    mapper: Mapper | None = None,
+) -> LogEvaluation:
+    """Evaluate policies whose probabilities of the logged items are columns of the log.
+
+    DM, DR and their relatives are left out unless a policy's columns include predictions. The
+    columns are read in float32.
+
+    Args:
+        log: directory of an ingested log; its schema names the columns under `keep`.
+        columns: of each policy; the policy has the name of its column of probabilities.
+        overrides, select, progress, mapper: as in `offtower.evaluation.run.evaluate_runs`.
+
+    Raises:
+        ConfigError: no column, one that is named twice, or a wrong option.
+        DataError: the log has no propensities or lacks a column, or a probability is none.
+    """
+    if not columns or len({one.probability for one in columns}) < len(columns):
+        raise ConfigError("name some columns of probabilities, each once")
+    opened, place = _open(log)
+    encoding = columns_encoding(list(columns))
+    missing = [spec.source for spec in encoding.specs if spec.source not in opened.schema.columns]
+    if missing:
+        raise DataError(
+            f"the log at '{place}' has no column '{missing[0]}': name it under 'keep' in the "
+            "section 'log' of the schema, and ingest the log again"
+        )
+    opened = ParquetLog.open(place, replace(opened.schema, context=encoding.specs))
+    scorers = {one.probability: ColumnScorer(one, encoding) for one in columns}
+    modeled = [one.action_reward is not None for one in columns]
+    if any(modeled) and not all(modeled):
+        raise ConfigError(
+            "give predictions (--policy-column PROBABILITY,Q,EXPECTED) for every policy or for none"
+        )
+    config = _config(place, catalogue, overrides)
+    main = COLUMNS_MODEL if all(modeled) else None
+    return _evaluate(opened, config, scorers, main, select, progress, mapper)
+
+
+def evaluate_embeddings(
+    log: AnyPath,
+    catalogue: AnyPath,
+    contexts: Path,
+    items: Path,
+    *,
+    also: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    select: str | None = None,
+    progress: Progress | None = None,
+    mapper: Mapper | None = None,
+) -> LogEvaluation:
+    """Evaluate the softmax policy, or another served policy, of another trainer's two towers.
+
+    The scores are inner products; multiply one side to change the temperature, and append a
+    constant 1 to it for item biases.
+
+    Args:
+        log, catalogue: directories that `offtower ingest` wrote.
+        contexts: .npy file of (rows of the log, d) floats, in the order of the log.
+        items: .npy file of (items of the catalogue, d) floats, in the order of the catalogue.
+        also: further ways to serve the policy, as in `evaluate_runs`.
+        overrides, select, progress, mapper: as in `evaluate_runs`.
+
+    Raises:
+        ConfigError: a wrong option.
+        DataError: the log has no propensities, or the arrays do not fit.
+    """
+    opened, place = _open(log)
+    config = _config(place, catalogue, overrides)
+    opened = ParquetLog.open(place, replace(opened.schema, context=()))
+    found = Catalogue.open(config.data.catalogue, log_schema=opened.schema)
+    name = contexts.stem if contexts.stem != items.stem else contexts.parent.name
+    base = EmbeddingScorer(contexts, items, opened.num_rows, found.num_items, ServingConfig())
+    scorers = {name: base}
+    for text in also:
+        serving = changed_serving(base.serving, text)
+        scorers[f"{name} {text}"] = base.served_as(serving)
+    return _evaluate(opened, config, scorers, None, select, progress, mapper)
+
+
+def _open(log: AnyPath) -> tuple[ParquetLog, Location]:
+    place = Location.of(log)
+    opened = ParquetLog.open(place)
+    if opened.schema.pscore is None:
+        raise DataError(
+            f"the log at '{place}' has no propensities: off-policy evaluation needs the column "
+            "'pscore' in its schema"
+        )
+    return opened, place
+
+
+def _config(place: Location, catalogue: AnyPath, overrides: Sequence[str]) -> Config:
+    """Defaults. No training log is read; the evaluated one stands in its place."""
+    data = {"train": str(place), "test": str(place), "catalogue": str(catalogue)}
+    config = parse_config({"name": "external", "data": data}, source="evaluate")
+    return with_overrides(config, overrides)
+
+
+def _evaluate(
+    log: ParquetLog,
+    config: Config,
+    scorers: Scorers,
+    reward_model: str | None,
+    select: str | None,
+    progress: Progress | None,
+    mapper: Mapper | None,
+) -> LogEvaluation:
+    progress, options = progress or Progress(), config.evaluation
+    check_selection(select, log, options.selection)
+    catalogue = Catalogue.open(config.data.catalogue, log_schema=log.schema)
+    kind = log.schema.pscore_kind if log.schema.slates else None
+    chosen, notes = usable_estimators(
+        options, has_reward_model=reward_model is not None, pscore_kind=kind
+    )
+    if needs_pilot(chosen):
+        raise ConfigError(
+            "parameters by SLOPE are chosen for runs only; give numbers in evaluation.estimators"
+        )
+    if kind is not None:
+        notes.append(slate_note(kind))
+    estimators, _ = make_estimators(chosen, {})
+    source = LogSource(log, catalogue, options.batch_rows)
+    plan = EvaluationPlan(
+        BatchScorer(
+            source,
+            scorers,
+            RewardModels((), reward_model, False, False, options.draws),
+            None,
+            None,
+            config.seed,
+        ),
+        BehaviorPlan(None, None, None, None, _NO_BEHAVIOR, log.num_rows),
+        evaluation_options(
+            options, estimators, log.schema.reward_range, config.seed, propensities_estimated=False
+        ),
+        Baselines(catalogue.num_items),
+        select,
+        tuple(notes),
+    )
+    evaluator = Evaluator((), log, catalogue, config)
+    return evaluate_plan(evaluator, plan, str(config.data.test), mapper or Mapper(), progress)
+
+
+def parse_columns(text: str) -> PolicyColumns:
+    """Parse 'PROBABILITY' or 'PROBABILITY,Q,EXPECTED'. Raises ConfigError for anything else."""
+    names = [name.strip() for name in text.split(",")]
+    if len(names) not in (1, 3) or not all(names):
+        raise ConfigError(
+            f"--policy-column '{text}' must be the name of a column of probabilities, or "
+            "PROBABILITY,Q,EXPECTED with those of a reward model's predictions"
+        )
+    return PolicyColumns(*names)
