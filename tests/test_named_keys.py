@@ -81,10 +81,11 @@ def test_named_values_are_accepted() -> None:
 
 
 def test_what_evaluate_says_can_be_set_when_evaluating() -> None:
-    """`evaluate --set` accepts keys of the section evaluation only; the paths of logs are replaced by --log."""
+    """`evaluate --set` accepts keys of the section evaluation only; --log replaces logs' paths."""
     keys = {key for _, key in named_keys(PACKAGE / "evaluation")}
     assert len(keys) > 10
-    assert {key for key in keys if not key.startswith("evaluation.")} <= {"data.test", "data.validation"}
+    others = {key for key in keys if not key.startswith("evaluation.")}
+    assert others <= {"data.test", "data.validation"}
 
 
 @pytest.mark.parametrize(
