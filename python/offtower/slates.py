@@ -205,7 +205,7 @@ def position_marginals(log_prob: Tensor, position: int) -> Tensor:
         (R, N) float64.
 
     Raises:
-        OfftowerError: too many prefixes to enumerate; draw slates instead.
+        OfftowerError: too many orders of earlier items to enumerate.
     """
     prob = log_prob.double().exp()
     items = prob.shape[1]
@@ -214,13 +214,7 @@ def position_marginals(log_prob: Tensor, position: int) -> Tensor:
     if position == 1:
         ratio = prob / (1.0 - prob).clamp(min=_LEAST_MASS)
         return prob * (ratio.sum(1, keepdim=True) - ratio)
-    prefixes = float(np.prod([float(items - j) for j in range(position)]))
-    if prefixes * items > MAX_MARGINAL_WORK:
-        raise OfftowerError(
-            f"the marginal probability of an item at position {position} sums over {prefixes:.3g} "
-            f"ordered sets of earlier items, for {items:,} items: too many to enumerate. Log "
-            "conditional pscores, or estimate the marginals from drawn slates"
-        )
+    check_marginals(items, position)
     total = torch.zeros_like(prob)
     for prefix in permutations(range(items), position):
         chain, mass = torch.ones_like(prob[:, 0]), torch.ones_like(prob[:, 0])
@@ -231,6 +225,22 @@ def position_marginals(log_prob: Tensor, position: int) -> Tensor:
         rest[:, list(prefix)] = 0.0
         total += rest * (chain / mass.clamp(min=_LEAST_MASS))[:, None]
     return total
+
+
+def check_marginals(items: int, position: int) -> None:
+    """Refuse marginals of too many orders to enumerate.
+
+    Raises:
+        OfftowerError: as `position_marginals`.
+    """
+    prefixes = float(np.prod([float(items - j) for j in range(position)]))
+    if position > 1 and prefixes * items > MAX_MARGINAL_WORK:
+        raise OfftowerError(
+            f"the marginal probability of an item at position {position} sums over {prefixes:.3g} "
+            f"orders of the items above it, for {items:,} items: too many to enumerate. Log the "
+            "conditional probability of each position (pscore_kind: conditional), or evaluate the "
+            "rows of positions 0 and 1 alone"
+        )
 
 
 def _index(rounds: Rounds, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 import torch
 
 from offtower.config import ServingConfig
 from offtower.data.rounds import Rounds
+from offtower.errors import OfftowerError
 from offtower.evaluation.scoring.rewards import CatalogueReward
-from offtower.evaluation.scoring.slates import SlateScorer, score_slates
+from offtower.evaluation.scoring.slates import SlateScorer, position_log_prob, score_slates
 from offtower.models.items import ItemEmbeddings
 from offtower.ops import Eligibility, FactoredReward, ItemLists
 from offtower.serving import ServedPolicy
+from offtower.slates import check_marginals
 
 N, D = 40, 6
 
@@ -156,3 +160,27 @@ def test_expected_rewards_over_draws_are_unbiased():
     truth = (left * np.arange(N) / N).sum() / left.sum()
     # Standard error below .29 / sqrt(200,000) over the mass left, about .001; five of them.
     assert found.predictions["m"].expected_reward[2] == pytest.approx(truth, abs=0.005)
+
+
+def test_marginal_pscores_weigh_each_position_by_its_own_marginal():
+    context, items = world(7, 1.0, rounds=4)
+    few = ItemEmbeddings(items.embedding[:6], items.bias[:6])
+    serving = ServingConfig(k=3, uniform=0.1)
+    p = single_draw(serving, context, few)
+    action, position = torch.tensor([2, 5, 0, 3]), torch.tensor([0, 1, 2, 1])
+    served = ServedPolicy(Policy(), serving)
+    log_prob = served.terms(context, few, action).log_prob
+    found = position_log_prob(served, few, (context, action, position), log_prob, None)
+    for row in range(4):
+        truth = 0.0
+        for slate in permutations(range(6), 3):
+            if slate[position[row]] != action[row]:
+                continue
+            left, chance = 1.0, 1.0
+            for item in slate:
+                chance *= p[row, item] / left
+                left -= p[row, item]
+            truth += chance
+        assert found[row].exp().item() == pytest.approx(truth, rel=1e-5)
+    with pytest.raises(OfftowerError, match="too many to enumerate"):
+        check_marginals(10_000, 2)

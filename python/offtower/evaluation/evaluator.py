@@ -40,7 +40,7 @@ from offtower.evaluation.scoring.reward_models import RewardModelProvider
 from offtower.evaluation.scoring.rewards import EvaluationModel, RewardModels
 from offtower.evaluation.selection import SelectionComparison
 from offtower.evaluation.selection_data import SelectionData, SelectionRows
-from offtower.evaluation.slate_options import slate_note
+from offtower.evaluation.slate_options import rounds_kind, slate_note
 from offtower.mapping import Mapper, MergeTree, pieces
 from offtower.models.reward.dense import flatten
 from offtower.prepare import log_schema
@@ -149,7 +149,7 @@ class Evaluator:
         policies = self._scorers()
         behavior = BehaviorPlan.of(select, source, config, self.runs[0])
         rewards, notes = self._reward_models(select, progress)
-        kind = self.log.schema.pscore_kind if self.log.schema.slates else None
+        kind = rounds_kind(self.log)
         estimators, left_out = usable_estimators(
             options, has_reward_model=rewards.main is not None, pscore_kind=kind
         )

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import pyarrow.compute as pc
+
 from offtower.config import EstimatorConfig
+from offtower.data.log import Log
 from offtower.data.schema import PscoreKind
 from offtower.errors import ConfigError
 from offtower.evaluation.estimators import ESTIMATORS
 
-_PERMITTED = (("conditional", "cascade"), ("conditional", "standard"), ("slate", "standard"))
+_PERMITTED = (
+    ("conditional", "cascade"),
+    ("conditional", "standard"),
+    ("slate", "standard"),
+    ("marginal", "independent"),
+)
 """Interactions by pscore_kind."""
 
 
 def slate_note(kind: PscoreKind) -> str:
     """For the reader of a report on slates."""
+    if kind == "marginal":
+        return (
+            "the propensities are marginal, so each position has the policy's marginal probability "
+            "(interaction 'independent'), and values are means over shown items. It assumes that a "
+            "reward depends on the item at its position alone; 'cascade' and 'standard' need "
+            "conditional propensities"
+        )
     text = "values are means over rounds of the sum of rewards over their positions"
     if kind == "slate":
         return (
@@ -25,6 +40,20 @@ def slate_note(kind: PscoreKind) -> str:
         "marginal probabilities of each position, and is biased wherever a reward depends on the "
         "items above"
     )
+
+
+def rounds_kind(log: Log) -> PscoreKind | None:
+    """The pscore_kind of a log with rounds of several items; None for other logs.
+
+    Reads the column of positions up to the first that is not 0.
+    """
+    schema = log.schema
+    if schema.position is None or schema.round_id is None:
+        return None
+    for table in log.read_row_groups(range(len(log.row_group_sizes)), [schema.position]):
+        if pc.max(table.column(schema.position)).as_py() > 0:
+            return schema.pscore_kind
+    return None
 
 
 def has_form(one: EstimatorConfig, kind: PscoreKind | None) -> bool:
@@ -48,7 +77,7 @@ def check_interaction(one: EstimatorConfig, kind: PscoreKind | None) -> None:
     if kind is None:
         raise ConfigError(
             f"the estimator {one.name} asks for the interaction '{wanted}', and the log has no "
-            "slates: its schema needs round_id, position and pscore_kind conditional or slate"
+            "rounds of several items: its schema needs round_id, position and pscore_kind"
         )
     permitted = " or ".join(f"'{way}'" for own, way in _PERMITTED if own == kind)
     reason = (

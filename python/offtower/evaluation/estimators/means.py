@@ -140,7 +140,7 @@ class DM(Estimator):
     uses_weight: ClassVar[bool] = False
 
     def terms(self, rows: EvaluationRows) -> Array:
-        if rows.rounds is not None:
+        if rows.rounds is not None and rows.rounds.longest > 1:
             raise OfftowerError(
                 "dm has no form for slates: the expected reward of a position is over slates of "
                 "the evaluated policy, and the log has those of another; use dr"

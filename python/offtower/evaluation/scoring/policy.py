@@ -19,7 +19,12 @@ from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError, DataError
 from offtower.evaluation.rows import EvaluationRows, IntArray, ModelPredictions
 from offtower.evaluation.scoring.rewards import BatchReward, CatalogueReward
-from offtower.evaluation.scoring.slates import SlateScorer, score_slates
+from offtower.evaluation.scoring.slates import (
+    SlateScorer,
+    in_rounds,
+    position_log_prob,
+    score_slates,
+)
 from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.ops import Eligibility, PolicyTerms
@@ -87,7 +92,7 @@ class ScoredRows:
         """Rows for estimators, with the predictions of `model`, or without any for None."""
         if model is None:
             return self.weighted
-        if model not in self.predictions:  # Slates whose pscores leave no doubly robust form.
+        if model not in self.predictions:  # Positions whose pscores leave no doubly robust form.
             return self.weighted
         found = self.predictions[model]
         return replace(
@@ -276,7 +281,14 @@ class PolicyScorer:
                 )
                 found[name] = _predictions(other)
         self.policy.train(self._training)
-        weighted = weighted_rows(rows, terms.log_prob)
+        log_prob = terms.log_prob
+        if in_rounds(rows) and not served.deterministic:
+            assert position is not None
+            log_prob = position_log_prob(
+                self.served, self.items, (context, action, position), log_prob, eligible
+            )
+            found = {}  # The expected rewards are those of a single draw, not of a position.
+        weighted = weighted_rows(rows, log_prob)
         return ScoredRows(
             self, weighted, found, terms.log_normalizer, context, position, rows.eligible
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from offtower.data.rounds import Rounds
+from offtower.data.rows import EncodedRows
 from offtower.evaluation.rows import ModelPredictions
 from offtower.evaluation.scoring.rewards import BatchReward, CatalogueReward
 from offtower.models.items import ItemEmbeddings
@@ -25,12 +26,16 @@ from offtower.serving import ServedPolicy
 from offtower.slates import (
     CANCELLATION,
     Rest,
+    check_marginals,
     conditional_log_prob,
     padded,
+    position_marginals,
     remaining_expected_reward,
     unpadded,
 )
 
+_CELLS = 1 << 20
+"""Probabilities of items held at a time."""
 _NOTHING = -1
 """Item number beyond a round's last position."""
 
@@ -235,6 +240,54 @@ def _score_certain(scorer: SlateScorer, rewards: Mapping[str, BatchReward]) -> S
         found[name] = ModelPredictions(own, np.where(item.cpu().numpy() >= 0, best, 0.0))
     normalizer = torch.zeros(len(scorer.rounds), device=item.device)
     return ScoredSlates(zero.masked_fill(~same, -math.inf), found, normalizer)
+
+
+def in_rounds(rows: EncodedRows) -> bool:
+    """Whether rows with marginal pscores are positions of rounds, some of them below others."""
+    if rows.pscore_kind is not None or rows.round_id is None or rows.position is None:
+        return False
+    return bool((rows.position > 0).any())
+
+
+def position_log_prob(
+    served: ServedPolicy,
+    items: ItemEmbeddings,
+    rows: tuple[Tensor, Tensor, Tensor],
+    log_prob: Tensor,
+    eligible: Eligibility | None,
+) -> Tensor:
+    """(n,) float64 log-probabilities of the shown items at their positions, by enumeration.
+
+    For marginal pscores: the probability that the item is at its position, whatever the items
+    above it are (the independent weights of Li et al., KDD 2018).
+
+    Args:
+        rows: context embeddings (n, d), shown items (n,), positions (n,).
+        log_prob: (n,) of a single draw, right at position 0.
+
+    Raises:
+        OfftowerError: too many orders of earlier items to enumerate.
+    """
+    context, action, position = rows
+    found, count = log_prob.double().clone(), items.embedding.shape[0]
+    every = torch.arange(count, dtype=torch.int64, device=action.device)
+    for k in torch.unique(position[position > 0]).tolist():
+        check_marginals(count, k)
+        index = torch.nonzero(position == k)[:, 0]
+        for part in index.split(max(1, _CELLS // count)):
+            own = None if eligible is None else eligible.take(part)
+            # Any eligible item will do for the normalizer.
+            terms = served.terms(context[part], items, action[part], eligible=own)
+            all_items = served.log_prob_at(
+                context[part],
+                items,
+                every.expand(len(part), -1),
+                terms.log_normalizer,
+                eligible=own,
+            )
+            marginal = position_marginals(all_items, k)
+            found[part] = marginal.gather(1, action[part][:, None])[:, 0].log()
+    return found
 
 
 def _of_rows(reward: RewardTerms, row: Tensor) -> RewardTerms:
