@@ -1,4 +1,4 @@
-"""Whole runs over eligible items: trained, chosen by auto, evaluated on a log that a run served."""
+"""Whole runs over eligible items, evaluated on a log that one of them served."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from tests.mappers import BackwardsMapper
 from tests.training.eligible_data import N, items, log, schemas
 
 FORMS = ("attribute", "exclude")
-ROWS = 1200
+ROWS = 700
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs `ips` and `auto`, and a log `served` that the first one made."""
+    """Runs `ips` and `dr`, and a log `served` that the first one made."""
     folder = tmp_path_factory.mktemp("eligible_runs")
     log_schema, catalogue_schema = schemas(*FORMS)
     table, _ = log(ROWS, FORMS, seed=5)
     write_log(folder / "train", [table], log_schema, rows_per_group=300)
     write_catalogue(folder / "catalogue", items(), catalogue_schema)
-    for name in ("ips", "auto"):
+    for name in ("ips", "dr"):
         train_run(
             parse_config(
                 {
@@ -47,7 +47,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     "policy": {"embedding_dim": 4, "temperature": 0.7},
                     "reward_model": {"kind": "factored", "embedding_dim": 4, "epochs": 1},
                     "objective": {"name": name},
-                    "auto": {"folds": 2, "candidates": ["regression", "likelihood"]},
                     "training": {"epochs": 1, "batch_size": 128, "threads": 1},
                     "evaluation": {"batch_rows": 256, "selection": {"models": ["linear"]}},
                 },
@@ -83,7 +82,7 @@ def _served(folder: Path, table: pa.Table) -> pa.Table:
 
 def evaluated(place: Path, *, backwards: bool = False) -> LogEvaluation:
     return evaluate_runs(
-        [place / "ips", place / "auto"],
+        [place / "ips", place / "dr"],
         log=place / "served",
         overrides=[f"evaluation.selection.logging_run={place / 'ips'}"],
         select="pasif",
@@ -93,7 +92,7 @@ def evaluated(place: Path, *, backwards: bool = False) -> LogEvaluation:
 
 def test_the_policy_that_served_a_log_has_weight_one(place: Path) -> None:
     found = evaluated(place)
-    own, other = (found.result.policies[name] for name in ("ips", "auto"))
+    own, other = (found.result.policies[name] for name in ("ips", "dr"))
     assert own.weights.mean == pytest.approx(1.0, abs=1e-5)
     assert own.weights.max == pytest.approx(1.0, abs=1e-4)
     # The weights of another policy average to 1 within 4 standard errors (6e-5).
@@ -101,12 +100,12 @@ def test_the_policy_that_served_a_log_has_weight_one(place: Path) -> None:
     assert not any("did not make this log" in note for note in found.notes)
     for policy in (own, other):
         assert policy.support is not None and policy.support.missing == 0.0
-    assert set(found.selection) == {"ips", "auto"}
+    assert set(found.selection) == {"ips", "dr"}
 
 
 def test_parts_on_other_machines_give_the_same_bits(place: Path) -> None:
     here, there = evaluated(place), evaluated(place, backwards=True)
-    for name in ("ips", "auto"):
+    for name in ("ips", "dr"):
         one, other = (found.result.policies[name] for found in (here, there))
         assert one.weights == other.weights and one.estimates == other.estimates
 

@@ -64,7 +64,7 @@ def test_the_log_of_what_was_served_keeps_the_columns(run: Path) -> None:
     ones = np.ones((3, 1))
     served = SampleResult(
         item_id=[], item=shown, pscore=ones, relative_error=ones, conditional_pscore=ones,
-        slate=False, version="1", mode="exact",
+        slate=False, version="1", mode="exact", policy="one",
     )  # fmt: skip
     found = decisions_table(retriever, contexts, served, served_at=datetime.now(UTC))
     for name in ("region", "seen", "shortlist", "time"):

@@ -17,12 +17,15 @@ from offtower.data.encoding import BagArray, to_tensors
 from offtower.data.order import EpochOrder
 from offtower.data.reader import Step
 from offtower.errors import ConfigError
+from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.sampling import Proposal
 from offtower.sampling.draw_sources import UniformSource
 from offtower.training.auto.candidates import make_candidates
+from offtower.training.auto.folds import Folds
+from offtower.training.auto.held_out import SCAN_ROWS, HeldOutEvaluator
 from offtower.training.sampled import SampledTerms
 from offtower.training.setup import TrainingSetup, build_setup
 from offtower.training.step import ReplicatedStep
@@ -226,6 +229,36 @@ def test_cluster_weights_of_potec_are_over_eligible_items(forms: tuple[str, ...]
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-6, atol=2e-5)
     value, _ = step.loss(batch)
     assert torch.isfinite(value.loss)
+
+
+def test_auto_weighs_held_out_rows_over_eligible_items() -> None:
+    data, sets = prepared(160, "attribute", "exclude")
+    config, policies = config_of("auto"), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        policies.append(TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding))
+        policies[-1].eval().requires_grad_(False)
+    folds = Folds(2, (0, 1), 0)
+    found = HeldOutEvaluator(data, folds, 1000, 64).evaluate({"a": policies}, [], binary=True)
+    parts = []
+    for rows in data.scan(SCAN_ROWS):
+        fold = folds.of(rows)
+        for member in (0, 1):
+            parts.append((member, rows.take(np.flatnonzero(fold == member))))
+    for one in found.policies("a"):
+        wanted = []
+        for member, rows in parts:
+            policy = policies[member]
+            with torch.no_grad():
+                u = policy.embed_contexts(to_tensors(rows.context)).double()
+                items = policy.embed_items(data.items)
+                assert items.bias is not None and rows.pscore is not None
+                score = u @ items.embedding.double().T + items.bias.double()
+            score = one.inverse_temperature * score.numpy()
+            pi = softmax(np.where(sets[rows.row], score, -np.inf), axis=1)
+            wanted.append(pi[np.arange(len(rows)), rows.action] / rows.pscore)
+        weight = found.terms[one].weight
+        np.testing.assert_allclose(weight, np.concatenate(wanted), rtol=1e-4, atol=1e-9)
 
 
 def test_objectives_that_sum_over_all_items_are_refused() -> None:
