@@ -110,7 +110,7 @@ def test_the_served_policy_is_evaluated(place: Path) -> None:
     assert all(abs(one.mean_z or 0.0) < 4.0 for one in others)
     assert found.serving["a"] == {"k": 1, "mode": "sample", "top": None, **SERVING}
     assert found.also == tuple(names[1:])
-    assert any("always shows its 1 best items" in note for note in found.notes)
+    assert any("always shows its best item" in note for note in found.notes)
     assert any("temperature=2.0, uniform=0.2" in note for note in found.notes)
     assert found.exit_code == served.verdict.exit_code == found.to_dict()["exit_code"]
     perplexity = [found.coverage[name].perplexity for name in names]
@@ -195,12 +195,16 @@ def test_recommendation() -> None:
     flat = point(0.30, 2500.0, 40.0, temperature=4.0)
     every = (sharp, good, near, flat)
     size = FrontierBounds(100.0)
-    # Lower bounds: .184, .350, .357, .280; the first cannot be judged.
+    # Lower bounds: .184, .350, .357, .280; the first is not reliable.
     assert recommend(every, size)[0] is near
     assert recommend(every, FrontierBounds(100.0, 0.0))[0] is near
     assert recommend(every, FrontierBounds(100.0, 0.3))[0] is flat
     none, reason = recommend((sharp,), size)
-    assert none is None and "can judge no setting" in reason and "temperature=0.1" in reason
+    assert (
+        none is None
+        and "no reliable estimate of any setting" in reason
+        and "temperature=0.1" in reason
+    )
     for wrong in ({"max_loss": 1.0}, {"min_effective_sample_size": 0.0}):
         with pytest.raises(ConfigError):
             FrontierBounds(**wrong)
@@ -230,12 +234,12 @@ def test_tune_serving_writes_the_recommendation(place: Path, tmp_path: Path) -> 
     assert again.serving["a"] == best
 
 
-def test_tune_serving_says_when_nothing_can_be_judged(place: Path, tmp_path: Path) -> None:
+def test_tune_serving_says_when_no_estimate_is_reliable(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "runs" / "a", tmp_path / "a")
     arguments = ["tune", "serving", str(tmp_path / "a"), "--log", str(place / "log")]
     done = CliRunner().invoke(app, [*arguments, "--temperature", "0.01", "--keep-ess", "1000"])
     assert done.exit_code == 3
-    assert "can judge no setting" in done.output.replace("\n", " ")
+    assert "no reliable estimate of any setting" in done.output.replace("\n", " ")
     assert RunDirectory(tmp_path / "a").load_config().serving == ServingConfig(**SERVING)
     with pytest.raises(ConfigError, match="at most 200"):
         serving_frontier(tmp_path / "a", log=place / "log", temperatures=np.arange(1, 300).tolist())

@@ -106,7 +106,7 @@ def frontier_table(found: ServingFrontier) -> Table:
             f"{point.value:.4f} ±{(point.high - point.low) / 2:.4f}".replace("±0.", "±."),
             f"{point.effective_sample_size:,.0f}",
             f"{point.perplexity:,.1f}",
-            "[green]recommended[/]" if chosen else "" if point.obstacle is None else "not judged",
+            "[green]recommended[/]" if chosen else "" if point.obstacle is None else "not reliable",
         )
     return table
 

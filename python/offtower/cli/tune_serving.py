@@ -2,7 +2,7 @@
 
 Value, effective sample size and exploration of every setting are estimated on a log. The
 recommended one is written to the section serving of the run; export again to serve it.
-Exit code 0: recommended. 3: the log can judge no setting. 2: refused.
+Exit code 0: recommended. 3: no setting has a reliable estimate. 2: refused.
 
 \b
 Example:

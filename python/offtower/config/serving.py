@@ -64,7 +64,7 @@ class ServingConfig:
         """The settings that differ from the defaults, as `changed_serving` reads them."""
         default = asdict(ServingConfig())
         changed = {name: v for name, v in asdict(self).items() if v != default[name]}
-        return ", ".join(f"{name}={value}" for name, value in changed.items()) or "no changes"
+        return ", ".join(f"{name}={value}" for name, value in changed.items()) or "as trained"
 
 
 _ADAPTER: TypeAdapter[ServingConfig] = TypeAdapter(ServingConfig)

@@ -34,7 +34,7 @@ _DOUBTS = (
     *("too_few_rows", "too_few_users", "mean_weight", "balance", "no_support"),
     *("weight_tail", "support", "hidden_support"),
 )
-"""Codes of the gate's reasons with which the log cannot judge a setting."""
+"""Codes of the gate's reasons with which the estimate of a setting is not reliable."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class FrontierPoint:
         effective_sample_size: of the importance weights on the log.
         pareto_k: tail of the weights; None without one.
         perplexity: number of equally likely items that explore as much.
-        obstacle: why the log cannot judge it; None where it can.
+        obstacle: why its estimate is not reliable; None where it is.
     """
 
     serving: ServingConfig
@@ -90,7 +90,7 @@ class ServingFrontier:
 
     Attributes:
         points: the setting in force first, then the grid.
-        recommended: None where the log can judge no setting.
+        recommended: None where no setting has a reliable estimate.
         reason: one sentence on the recommendation, or on why there is none.
         bounds: that it was chosen under.
         evaluation: the evaluation behind the points.
@@ -168,6 +168,8 @@ def serving_frontier(
         _point(evaluation, name, one, bounds) for name, one in evaluation.result.policies.items()
     )
     recommended, reason = recommend(points, bounds)
+    if recommended is not None and recommended.serving.temperature == min(temperatures):
+        reason += f"; no temperature below {min(temperatures):g} was tried"
     return ServingFrontier(points, recommended, reason, bounds, evaluation)
 
 
@@ -176,26 +178,27 @@ def recommend(
 ) -> tuple[FrontierPoint | None, str]:
     """The recommended setting and the reason for it.
 
-    Among settings that the log can judge: the highest lower bound of the value, whose intervals
+    Among settings with a reliable estimate: the highest lower bound of the value, whose intervals
     hold for all settings at once; with `max_loss`, the largest perplexity among those whose
     estimate is within that share of it.
     """
-    judged = [point for point in points if point.obstacle is None]
-    if not judged:
+    reliable = [point for point in points if point.obstacle is None]
+    if not reliable:
         largest = max(points, key=lambda point: point.effective_sample_size)
         return None, (
-            f"this log can judge no setting, not even {largest.serving.text}, which agrees with it "
-            f"most: {largest.obstacle}. Log more rows, serve what the log shows more often, or "
-            "restrict the change to a share of the traffic and log that"
+            "this log gives no reliable estimate of any setting, not even "
+            f"{largest.serving.text}, which agrees with it most: {largest.obstacle}. Log more "
+            "rows, serve what the log shows more often, or restrict the change to a share of the "
+            "traffic and log that"
         )
-    best = max(judged, key=lambda point: point.low)
+    best = max(reliable, key=lambda point: point.low)
     if bounds.max_loss is None:
         return best, (
             f"{best.serving.text}: the highest lower bound of the value ({best.low:.4g}) among the "
-            f"{len(judged)} of {len(points)} settings that this log can judge"
+            f"{len(reliable)} of {len(points)} settings with a reliable estimate"
         )
     least = best.value - bounds.max_loss * abs(best.value)
-    kept = [point for point in judged if point.value >= least]
+    kept = [point for point in reliable if point.value >= least]
     found = max(kept, key=lambda point: point.perplexity)
     return found, (
         f"{found.serving.text}: explores most (perplexity {found.perplexity:.4g}) among the "

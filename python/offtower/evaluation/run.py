@@ -284,8 +284,9 @@ def serving_notes(policies: Mapping[str, EvaluatedPolicy], result: EvaluationRes
         if one.serving.mode == "top_k":
             weights = result.policies[name].weights
             matching = round((1.0 - weights.zero_share) * weights.n)
+            shows = "its best item" if one.serving.k == 1 else f"its {one.serving.k} best items"
             notes.append(
-                f"{name} always shows its {one.serving.k} best items: only the {matching:,} of "
+                f"{name} always shows {shows}: only the {matching:,} of "
                 f"{weights.n:,} rows that logged the very item it would show at their position say "
                 "anything about it. A log of its own would support no other policy"
             )

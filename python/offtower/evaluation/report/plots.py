@@ -18,6 +18,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from offtower.evaluation.frontier import ServingFrontier
 from offtower.evaluation.report.answer import PER
@@ -269,20 +270,25 @@ def frontier(
         axes.axhline(logging.estimate.value, color=FAINT, lw=1.2, zorder=1)
         for i, share in enumerate(shares):
             points = [point for point in found.points if point.serving.uniform == share]
-            points.sort(key=lambda point: getattr(point, against))
+            points.sort(key=lambda point: point.serving.temperature)
             x = [max(getattr(point, against), 1.0) for point in points]
             axes.plot(x, [p.value for p in points], color=_color(i), lw=0.8, alpha=0.6)
             for at, point in zip(x, points, strict=True):
-                judged = point.obstacle is None
+                reliable = point.obstacle is None
                 axes.vlines(
-                    at, point.low, point.high, color=_color(i), lw=1.6 if judged else 0.8, alpha=0.7
+                    at,
+                    point.low,
+                    point.high,
+                    color=_color(i),
+                    lw=1.6 if reliable else 0.8,
+                    alpha=0.7,
                 )
                 axes.plot(
                     at,
                     point.value,
                     MARKERS[i % len(MARKERS)],
                     color=_color(i),
-                    markerfacecolor=_color(i) if judged else "white",
+                    markerfacecolor=_color(i) if reliable else "white",
                     ms=5,
                     label=f"uniform {share:g}" if point is points[0] else None,
                 )
@@ -297,13 +303,16 @@ def frontier(
                 mew=1.6,
                 label="recommended",
             )
-        # Intervals of settings that cannot be judged would hide all others.
-        judged_points = [point for point in found.points if point.obstacle is None]
-        shown = judged_points or list(found.points)
+        # Wide intervals of unreliable estimates would hide all others.
+        reliable_points = [point for point in found.points if point.obstacle is None]
+        shown = reliable_points or list(found.points)
         low = min([point.low for point in shown] + [logging.interval.low])
         high = max([point.high for point in shown] + [logging.interval.high])
         axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
         axes.set_ylabel("value")
         _legend(axes, len(shares) + 1, width)
