@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,8 +16,9 @@ from offtower.config import parse_config
 from offtower.data.catalogue import Catalogue, write_catalogue
 from offtower.data.eligible import EligibleItems
 from offtower.data.log import write_log
-from offtower.errors import RunError
+from offtower.errors import DataError, RunError
 from offtower.retrieval import ExportOptions, Retriever, decisions_table, export_run, served_schema
+from offtower.retrieval.contexts import read_contexts
 from offtower.retrieval.eligible import FILE
 from offtower.retrieval.retriever import SampleResult
 from offtower.training.run import train_run
@@ -88,3 +91,28 @@ def test_a_lost_file_is_reported(run: Path, tmp_path: Path) -> None:
             Retriever(retriever.directory, retriever.manifest)
     finally:
         pq.write_table(content, file)
+
+
+def test_contexts_in_files_have_the_sets_of_the_log(run: Path, tmp_path: Path) -> None:
+    table, sets = log(300, FORMS)
+    retriever = Retriever.open(run)
+    assert retriever.eligible is not None
+    contexts = table.drop_columns(["action", "reward", "pscore"]).slice(0, 40)
+    text = json.dumps(contexts.to_pylist())
+    columns = {
+        name: [json.dumps(cell) if isinstance(cell, list) else cell for cell in column]
+        for name, column in contexts.to_pydict().items()
+    }
+    pa_csv.write_csv(pa.table(columns), tmp_path / "contexts.csv")
+    for source in (text, str(tmp_path / "contexts.csv")):
+        read = pa.concat_tables(read_contexts(source, retriever, rows=16))
+        rows = retriever.eligible.of_contexts(read)
+        for item in range(N):
+            found = rows.contains(np.full(len(rows), item))
+            np.testing.assert_array_equal(found, sets[:40, item])
+    wrong = contexts.to_pylist()
+    wrong[3]["seen"] = ["no item", 1.5]
+    with pytest.raises(
+        DataError, match=r"'seen' is .* in row 3, expected a list of text and whole"
+    ):
+        next(read_contexts(json.dumps(wrong), retriever, rows=16))

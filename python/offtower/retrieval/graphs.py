@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from offtower.atomic import write_text
 from offtower.data.columns import as_float_array, as_float_matrix
 from offtower.data.encoding import BagTensor, FeatureEncoding
+from offtower.data.feature_columns import feature_column
 from offtower.errors import MissingExtraError
 from offtower.models.features import FeatureTensors
 from offtower.models.towers import MLPBody
@@ -100,10 +101,12 @@ def graph_inputs(encoding: FeatureEncoding, contexts: pa.Table) -> dict[str, np.
     for index, spec in enumerate(encoding.specs):
         value = encoded[spec.name]
         if spec.kind == "numeric":
-            inputs[_input_name(index)] = as_float_array(contexts.column(spec.source))
+            numbers = feature_column(spec, contexts.column(spec.source))
+            inputs[_input_name(index)] = as_float_array(numbers)
         elif spec.kind == "vector":
-            inputs[_input_name(index)] = as_float_matrix(
-                contexts.column(spec.source), spec.dim, spec.name
+            vectors = feature_column(spec, contexts.column(spec.source))
+            inputs[_input_name(index)] = as_float_matrix(vectors, spec.dim, spec.name).astype(
+                np.float64
             )
         elif spec.kind == "category":
             assert isinstance(value, np.ndarray)
@@ -204,7 +207,7 @@ def contract(tower: ContextTower, version: str) -> dict[str, Any]:
         if spec.kind == "numeric":
             entry |= {"dtype": "float64", "shape": ["rows"], "value": "the number as it is"}
         elif spec.kind == "vector":
-            entry |= {"dtype": "float32", "shape": ["rows", spec.dim], "value": "as it is"}
+            entry |= {"dtype": "float64", "shape": ["rows", spec.dim], "value": "as it is"}
         else:
             shape = ["rows"] if spec.kind == "category" else ["rows", "longest bag"]
             entry |= {"dtype": "int64", "shape": shape, "unknown": 0, "encoding": spec.encoding}
@@ -281,7 +284,7 @@ def _examples(
         elif spec.kind == "vector":
             assert spec.dim is not None
             tensors.append(
-                torch.randn(rows, spec.dim, generator=generator, dtype=torch.float32, device="cpu")
+                torch.randn(rows, spec.dim, generator=generator, dtype=torch.float64, device="cpu")
             )
         else:
             size = encoding.cardinality(spec.name)
