@@ -91,7 +91,11 @@ class Relearning:
                 "policy": {"embedding_dim": 16, "context_tower": tower, "item_tower": tower},
                 "objective": {"name": args.objective},
                 "serving": {"k": args.slate, "uniform": args.uniform},
-                "training": {"epochs": args.epochs, "batch_size": 256, "learning_rate": 0.01},
+                "training": {
+                    "epochs": args.epochs,
+                    "batch_size": args.batch_size,
+                    "learning_rate": args.learning_rate,
+                },
             }
         )
         train_run(config)
@@ -176,6 +180,8 @@ def main() -> None:
     parser.add_argument("--uniform", type=float, default=0.1, help="share of uniform draws")
     parser.add_argument("--objective", default="weighted_likelihood")
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--learning-rate", type=float, default=0.02)
     parser.add_argument("--hidden", type=int, default=32)
     parser.add_argument("--dim", type=int, default=6)
     parser.add_argument("--contexts", type=int, default=500, help="on which values are computed")

@@ -9,7 +9,17 @@ from typing import Literal
 from offtower.data.simulate import EligibilitySettings
 
 ITEMS = 2000
-FORMS: dict[str, EligibilitySettings | None] = {"all items": None}
+FORMS: dict[str, EligibilitySettings | None] = {
+    "all items": None,
+    "regions": EligibilitySettings(regions=4),
+    "days": EligibilitySettings(days=10),
+    "seen": EligibilitySettings(seen=30),
+    "candidates": EligibilitySettings(candidates=60),
+    "regions, seen": EligibilitySettings(regions=4, seen=30),
+    "all forms": EligibilitySettings(regions=4, days=20, seen=10, candidates=60),
+}
+FEW = EligibilitySettings(regions=2, seen=2)
+"""For 8 items."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +70,23 @@ def _all() -> list[Configuration]:
     found += [
         Configuration(forms, k, perplexity, uniform, draws="softmax")
         for forms, k, perplexity, uniform in itertools.product(
-            ("all items",), (1, 3, 10), (2.0, 200.0), (0.0, 0.1)
+            ("all items", "regions, seen"), (1, 3, 10), (2.0, 200.0), (0.0, 0.1)
         )
     ]
     return found
 
 
 CONFIGURATIONS = _all()
+"""304 of them."""
 
 QUICK = [
     Configuration(),
     Configuration(k=3, perplexity=2.0, uniform=0.1),
     Configuration(k=10, perplexity=200.0, top=25),
     Configuration(k=3, perplexity=1000.0, draws="softmax"),
+    Configuration("all forms", k=1, perplexity=2.0, uniform=0.1),
+    Configuration("all forms", k=10, perplexity=2.0),
+    Configuration("all forms", k=3, perplexity=20.0, uniform=0.05, top=25),
     Configuration(k=10, mode="top_k"),
 ]
 """A few of each kind."""

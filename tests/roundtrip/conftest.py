@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.roundtrip.configurations import FORMS
+from tests.roundtrip.configurations import FEW, FORMS
 from tests.roundtrip.loop import Loop
 
 MakeLoop = Callable[[str, int], Loop]
@@ -18,7 +18,7 @@ def loop_of(tmp_path_factory: pytest.TempPathFactory) -> MakeLoop:
     def loop(forms: str, items: int) -> Loop:
         if (forms, items) not in made:
             folder = tmp_path_factory.mktemp("roundtrip")
-            made[forms, items] = Loop.make(folder, items, FORMS[forms])
+            made[forms, items] = Loop.make(folder, items, {**FORMS, "few": FEW}[forms])
         return made[forms, items]
 
     return loop

@@ -24,6 +24,8 @@ CASES = [
     ("all items", ServingConfig(k=3, temperature=0.3, uniform=0.2)),
     ("all items", ServingConfig(k=3, top=5)),
     ("all items", ServingConfig(k=2, top=4, uniform=0.1)),
+    ("few", ServingConfig(k=3, uniform=0.1)),
+    ("few", ServingConfig(k=2, top=3, uniform=0.2)),
 ]
 ALPHA = 1e-4 / (2 * len(CASES))
 
@@ -45,7 +47,9 @@ def check(loop_of: MakeLoop, number: int, mode: Mode) -> None:
     context = loop.contexts(1, seed=5)
     slates = all_slates(ITEMS, serving.k)
     distribution = ServedDistribution(serving.temperature, serving.uniform, serving.top)
-    log_prob = distribution.log_prob(loop.scores(context), loop.mask(context))
+    mask = loop.mask(context)
+    assert mask is None or not mask.all()
+    log_prob = distribution.log_prob(loop.scores(context), mask)
     probability = slate_probabilities(log_prob, slates)[0]
     assert probability.sum() == pytest.approx(1.0, abs=1e-12)
     same = context.take(pa.array(np.zeros(DRAWS, dtype=np.int64)))

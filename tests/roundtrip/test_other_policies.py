@@ -21,6 +21,9 @@ PAIRS = [
     ("all items", 3, {"uniform": 0.3}, {"uniform": 0.1}),
     ("all items", 3, {"uniform": 0.3}, {"uniform": 0.3, "top": 100}),
     ("all items", 10, {"uniform": 0.3}, {"uniform": 0.1, "softer": 0.8}),
+    ("all forms", 1, {"uniform": 0.5}, {}),
+    ("all forms", 3, {"uniform": 0.3}, {"uniform": 0.1, "softer": 1.3}),
+    ("all forms", 3, {"uniform": 0.5}, {"uniform": 0.2, "top": 20}),
 ]
 POSITIONS = sum(k for _, k, _, _ in PAIRS)
 LARGEST = float(stats.norm.isf(0.5e-4 / POSITIONS))
