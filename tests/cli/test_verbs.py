@@ -287,6 +287,10 @@ def test_train_export_search_and_retrain_end_to_end(trained: Path, tmp_path: Pat
     assert [row["items"] for row in call_json(*sample)["contexts"]] == [r["items"] for r in drawn]
     assert served.exists() and served.with_suffix(".schema.yaml").exists()
 
+    unseen = call_json("search", run, "--contexts", '{"age": 31, "country": "never seen"}')
+    assert unseen["unknown_values"] == {"country": {"rows": 1, "unknown": 1, "missing": 0}}
+    assert call_json("search", run, "--contexts", one)["unknown_values"] == {}
+
     left = call_json("search", run, "--contexts", one, "-k", "5", "--exclude", "item-2")
     assert "item-2" not in left["contexts"][0]["items"]
     for arguments, message in (

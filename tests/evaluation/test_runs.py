@@ -306,6 +306,24 @@ def test_evaluation_on_the_training_log_is_noted(place: Path) -> None:
     assert not any("optimistic" in note for note in evaluate(place).notes)
 
 
+def test_values_that_training_did_not_see_are_counted(place: Path) -> None:
+    stored = ParquetLog.open(place / "test")
+    table = pa.concat_tables(stored.tables())
+    spec = next(spec for spec in stored.schema.context if spec.kind == "category")
+    values = table.column(spec.source).to_pylist()
+    values[:10] = [10_000 if isinstance(values[0], int) else "never seen"] * 10
+    column = pa.array(values, table.schema.field(spec.source).type)
+    write_log(
+        place / "unseen",
+        [table.set_column(table.column_names.index(spec.source), spec.source, column)],
+        stored.schema,
+    )
+    known, found = evaluate(place), evaluate(place, log=place / "unseen")
+    assert known.unknown_values == {}
+    assert found.unknown_values == {"a": {spec.name: {"rows": 800, "unknown": 10, "missing": 0}}}
+    assert any("10 of 800 rows" in note for note in found.notes)
+
+
 def test_a_changed_catalogue_is_noted_without_a_reward_model(place: Path, tmp_path: Path) -> None:
     assert not any("catalogue changed" in note for note in evaluate(place).notes)
     catalogue = Catalogue.open(place / "catalogue")

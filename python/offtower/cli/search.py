@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from offtower.data.location import Location
+    from offtower.data.unknown import UnknownValues
     from offtower.retrieval import Retriever, SampleResult, SearchResult
 
 Mode = Literal["softmax", "cells", "exact"]
@@ -76,6 +77,7 @@ def search(
     _skip_pandas()
     from offtower.cli.ingest import read_formats
     from offtower.data.location import Location
+    from offtower.data.unknown import UnknownValues
     from offtower.retrieval import Retriever
     from offtower.retrieval.contexts import read_contexts
 
@@ -89,9 +91,10 @@ def search(
         messages().print(f"[yellow]note[/]: {escape(note)}", soft_wrap=True)
     if k is None:
         k = retriever.serving.k if sample else min(100, retriever.num_items)
+    unknown = UnknownValues()
     excluded = None if exclude is None else _ids(exclude, retriever)
     written = None if schema is None else read_formats(schema).contexts
-    tables = read_contexts(contexts, retriever, written, rows=_BATCH)
+    tables = _counted(read_contexts(contexts, retriever, written, rows=_BATCH), retriever, unknown)
     if sample:
         rng = np.random.default_rng(seed)
         draw = partial(retriever.sample, k=k, mode=mode, exclude=excluded, seed=rng)
@@ -102,7 +105,7 @@ def search(
     # No progress bar on a terminal that shows the results.
     progress = DrawnProgress() if as_json or not sys.stdout.isatty() else Progress()
     progress.start("contexts", None)
-    write = _as_json(retriever.version) if as_json else _as_text()
+    write = _as_json(retriever.version, unknown) if as_json else _as_text()
     try:
         for rows in answers:
             write(rows)
@@ -110,6 +113,8 @@ def search(
     finally:
         progress.finish()
     write(None)
+    for sentence in unknown.sentences("contexts"):
+        messages().print(f"[yellow]note[/]: {escape(sentence)}", soft_wrap=True)
     if target is not None:
         schema = escape(str(_schema_path(target)))
         messages().print(
@@ -161,6 +166,15 @@ def _notes(run: Path, retriever: Retriever, *, sample: bool) -> list[str]:
             "(--sample). To serve the best items always, set serving.mode to top_k"
         )
     return notes
+
+
+def _counted(
+    tables: Iterable[pa.Table], retriever: Retriever, unknown: UnknownValues
+) -> Iterator[pa.Table]:
+    """The contexts; after each table is answered, its unknown values are counted."""
+    for table in tables:
+        yield table
+        unknown.add_table(retriever.tower.encoding, table)
 
 
 def _search(
@@ -247,8 +261,8 @@ def _printable(item: Any) -> str:
     return json.dumps(text).replace("\x7f", "\\u007f")
 
 
-def _as_json(version: str) -> Write:
-    """One JSON object, written row by row."""
+def _as_json(version: str, unknown: UnknownValues) -> Write:
+    """One JSON object, written row by row; counts of unknown values come last."""
     begun = False
 
     def write(rows: list[Row] | None) -> None:
@@ -258,7 +272,7 @@ def _as_json(version: str) -> Write:
             typer.echo(f"{head}\n{json.dumps(row, allow_nan=False)}", nl=False)
             begun = True
         if rows is None:
-            typer.echo("\n]}")
+            typer.echo(f'\n], "unknown_values": {json.dumps(unknown.to_dict())}}}')
 
     return write
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from offtower.data.unknown import UnknownValues
 from offtower.evaluation.behavior.plan import BehaviorSample
 from offtower.evaluation.decision.coverage import CoverageAccumulator
 from offtower.evaluation.evaluate import EvaluationSums
@@ -28,6 +29,7 @@ class EvaluationAccumulators:
         behavior: measurements on the logging policies, by batch.
         selection: by batch, the rows of an estimator selection.
         baselines: the sums of the baseline policies.
+        unknown: by policy, rows with context values that its training did not see.
     """
 
     def __init__(self, policies: Sequence[str], source: LogSource, seed: int) -> None:
@@ -37,6 +39,7 @@ class EvaluationAccumulators:
         self.behavior: list[BehaviorSample] = []
         self.selection: list[SelectionRows] = []
         self.baselines: MergeTree[EvaluationSums] = MergeTree()
+        self.unknown = {name: UnknownValues() for name in policies}
 
     def add(
         self, batch: ScoredBatch, behavior: BehaviorSample, selection: SelectionRows | None
@@ -49,6 +52,10 @@ class EvaluationAccumulators:
                     self.coverage.probe(name, scored)
         for name, rows in batch.rows.items():
             self.histograms[name] += _histogram(rows)
+        for (name, scored), encoded in zip(batch.scored.items(), batch.encoded, strict=True):
+            if scored.drawn_by is not None:  # Columns and embeddings of others encode nothing.
+                encoding = scored.drawn_by.context_encoding
+                self.unknown[name].add(encoding, encoded.context, len(encoded))
         self.behavior.append(behavior)
         if selection is not None:
             self.selection.append(selection)
@@ -58,6 +65,8 @@ class EvaluationAccumulators:
         self.coverage.merge(later.coverage)
         for name, counts in later.histograms.items():
             self.histograms[name] += counts
+        for name, values in later.unknown.items():
+            self.unknown[name].merge(values)
         self.behavior += later.behavior
         self.selection += later.selection
         if later.baselines:

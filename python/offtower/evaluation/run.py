@@ -11,6 +11,7 @@ from offtower.config import Config
 from offtower.data.catalogue import Catalogue
 from offtower.data.location import AnyPath, Location
 from offtower.data.log import ParquetLog
+from offtower.data.unknown import UnknownValues
 from offtower.errors import ConfigError, DataError
 from offtower.evaluation.accumulators import HISTOGRAM_EDGES
 from offtower.evaluation.baselines import baseline_values
@@ -24,7 +25,7 @@ from offtower.evaluation.selection import SelectionComparison
 from offtower.evaluation.selection_data import check_selection
 from offtower.mapping import Mapper
 from offtower.metrics import read_metrics
-from offtower.models.items import ItemFeatures
+from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.prepare import catalogue_schema, log_schema
 from offtower.progress import Progress
@@ -60,6 +61,8 @@ class LogEvaluation:
     pscore_calibration: PscoreCalibration | None = None
     retrieval: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """By policy, retrieval quality of its export at each k, where requested."""
+    unknown_values: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    """By policy and feature, rows with a context value that training did not see."""
     serving: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By policy, how it is served."""
     also: tuple[str, ...] = ()
@@ -89,6 +92,7 @@ class LogEvaluation:
                 None if self.pscore_calibration is None else self.pscore_calibration.to_dict()
             ),
             "retrieval": self.retrieval,
+            "unknown_values": self.unknown_values,
             "serving": self.serving,
             "also": list(self.also),
             "runs": self.runs,
@@ -199,6 +203,7 @@ def evaluate_plan(
             *plan.notes,
             *coverage_notes(coverage, calibration),
             *reward_notes(result),
+            *unknown_notes(accumulated.unknown),
             *([] if refusal is None else [refusal]),
             *missing,
         ],
@@ -206,6 +211,9 @@ def evaluate_plan(
         coverage=coverage,
         pscore_calibration=calibration,
         baseline_values=values,
+        unknown_values={
+            name: one.to_dict() for name, one in accumulated.unknown.items() if one.unknown
+        },
     )
 
 
@@ -215,6 +223,8 @@ def _training_notes(evaluator: Evaluator) -> list[str]:
     if evaluator.learned_from_log():
         notes.append("the policies were trained on this log: every value is optimistic")
     changed = evaluator.changed_catalogue()
+    runs = [run for run in evaluator.runs if run.name in changed]
+    notes += unseen_items(evaluator.catalogue, runs)
     if changed:
         notes.append(
             f"the catalogue changed since {', '.join(changed)} was trained (its fingerprint "
@@ -241,6 +251,27 @@ def check_log(
         run.check_finished()
     config = with_overrides(RunDirectory(paths[0]).load_config(trust_code=trust_code), overrides)
     _open_log(paths[0], log, config)
+
+
+def unseen_items(catalogue: Catalogue, runs: Sequence[OpenRun]) -> list[str]:
+    """Items of a changed catalogue with values that the training of these runs did not see."""
+    notes = []
+    for run in runs:
+        found, encoding = UnknownValues(), run.policy.item_encoding
+        for start in range(0, catalogue.num_items, DEFAULT_CHUNK):
+            stop = min(start + DEFAULT_CHUNK, catalogue.num_items)
+            found.add_table(encoding, catalogue.table(start, stop))
+        notes += [f"{run.name}: {sentence}" for sentence in found.sentences("items")]
+    return notes
+
+
+def unknown_notes(unknown: Mapping[str, UnknownValues]) -> list[str]:
+    """Context values that a policy's training did not see."""
+    return [
+        f"{name}: {sentence}"
+        for name, values in unknown.items()
+        for sentence in values.sentences("rows")
+    ]
 
 
 def reward_notes(result: EvaluationResult) -> list[str]:
