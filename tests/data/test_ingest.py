@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from offtower.data import stores
 from offtower.data.ingest import IngestSource, Split, ingest_files
 from offtower.data.lease import Lease
 from offtower.data.location import AnyPath, Location
+from offtower.data.log import ParquetLog
 from offtower.data.schema import FeatureSpec, LogSchema
 from offtower.errors import DataError, LeaseError
 from tests.mappers import content
@@ -148,3 +150,17 @@ def test_a_damaged_marker_is_named(source: IngestSource, tmp_path: Path) -> None
     (Location.of(tmp_path) / ".ingest.json").write_bytes(b"{")
     with pytest.raises(DataError, match=r"\.ingest\.json' of an interrupted ingest is damaged"):
         ingest_files(source, tmp_path)
+
+
+def test_a_log_without_the_column_pscore_has_no_propensities(
+    source: IngestSource, tmp_path: Path
+) -> None:
+    """Only where the schema does not name another column, whose absence is a fault."""
+    table = pq.read_table(source.log).drop_columns(["pscore"])
+    pq.write_table(table, tmp_path / "blind.parquet")
+    found = ingest_files(IngestSource(tmp_path / "blind.parquet", SCHEMA), tmp_path / "out")
+    assert ParquetLog.open(tmp_path / "out" / "log").schema.pscore is None
+    assert any("no propensities" in note for note in found.notes)
+    named = replace(SCHEMA, pscore="propensity")
+    with pytest.raises(DataError, match="propensity"):
+        ingest_files(IngestSource(tmp_path / "blind.parquet", named), tmp_path / "other")

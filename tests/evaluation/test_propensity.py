@@ -159,3 +159,13 @@ def test_an_action_that_is_not_eligible_is_refused() -> None:
     eligible[7, action[7]] = False
     with pytest.raises(DataError, match="rules out an action"):
         estimate_propensities(context, action, 4, eligible=eligible)
+
+
+def test_the_gain_over_frequencies_has_its_standard_error() -> None:
+    rng = np.random.default_rng(0)
+    action = rng.choice(3, 4000, p=[0.9, 0.05, 0.05])
+    got = estimate_propensities(rng.normal(size=(4000, 2)), action, 3)
+    assert abs(got.gain_z) < 5.0  # Features without information: neither better nor worse.
+    context = np.zeros((4000, 1))
+    context[:, 0] = np.where(action == 0, 0.0, 1.0)
+    assert estimate_propensities(context, action, 3).gain_z > 5.0

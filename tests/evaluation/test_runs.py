@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from offtower.errors import ConfigError, DataError, OfftowerError
 from offtower.evaluation.decision.gate import GO, NO_GO
 from offtower.evaluation.run import LogEvaluation, evaluate_runs
 from offtower.evaluation.run_loading import open_run
+from offtower.evaluation.scoring import propensities
 from offtower.evaluation.scoring.clusters import ItemClusters, item_clusters
 from offtower.evaluation.scoring.policy import PolicyScorer
 from offtower.models.policy import TwoTowerPolicy
@@ -190,6 +192,17 @@ def test_without_propensities_it_refuses_or_estimates_loudly(place: Path) -> Non
     logged = evaluate(place)
     error = np.hypot(estimate(logged, "snips").std_error, estimate(found, "snips").std_error)
     assert abs(estimate(found, "snips").value - estimate(logged, "snips").value) < 4 * error
+
+
+def test_estimates_worse_than_the_frequencies_are_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = propensities.estimate_propensities
+    monkeypatch.setattr(
+        propensities, "estimate_propensities", lambda *a, **k: replace(made(*a, **k), gain_z=-6.0)
+    )
+    with pytest.raises(DataError, match=r"worse than the items' frequencies .* 6\.0 standard err"):
+        evaluate(place, "propensities=estimate", log=place / "bare")
 
 
 @pytest.mark.parametrize("clusters", ["genre", "4"])

@@ -105,6 +105,13 @@ class IngestSource:
     formats: SourceFormats = field(default_factory=SourceFormats)
 
 
+_NO_PROPENSITIES = (
+    "the log has no propensities (no column pscore): policies can be learned from it by regression "
+    "and likelihood, but whether one is better than today's rests on estimates; "
+    "docs/how-to/without-propensities.md says what can be done"
+)
+
+
 @dataclass(frozen=True)
 class Split:
     """How to split the ingested log into train, validation and, given three fractions, test."""
@@ -150,6 +157,11 @@ def ingest_files(
     schema = source.schema
     written = source.formats.log
     names = column_names(log, written)
+    blind = schema.pscore == LogSchema().pscore and schema.pscore not in names
+    if blind:
+        # The key was not set, and the file has no such column: a log without propensities.
+        schema = replace(schema, pscore=None)
+        source = replace(source, schema=schema)
     if schema.action in names:
         check_outcome_columns(names, schema, str(log))
     units = open_source(log, log_kinds(schema), written, whole_files=schema.slates)
@@ -167,7 +179,8 @@ def ingest_files(
         quarantine = (out / "quarantine").absolute() if on_bad_rows == "quarantine" else None
         schema = _dated(source.schema, units, mapper)
         found = _write(out / "log", units, schema, catalogue, quarantine, mapper, progress)
-        notes = [*_catalogue_notes(catalogue_schema), *_quarantine_notes(found, moved_mean)]
+        notes = [_NO_PROPENSITIES] if schema.pscore is None else []
+        notes += [*_catalogue_notes(catalogue_schema), *_quarantine_notes(found, moved_mean)]
         write_catalogue(out / "catalogue", table, catalogue_schema)
         splits = _split(out, split, mapper, progress)
     report = _report(out, catalogue, split, mapper, progress)

@@ -19,6 +19,7 @@ from offtower.evaluation.decision.diagnostics import (
     support_probe,
 )
 from offtower.evaluation.decision.gate import Evidence, decide
+from offtower.evaluation.decision.sensitivity import SensitivitySums
 from offtower.evaluation.estimators import Difference, Estimator, MeanReward, make_estimator
 from offtower.evaluation.estimators.paired import check_aligned
 from offtower.evaluation.intervals.methods import (
@@ -61,6 +62,8 @@ class EvaluationSums:
     smoothing: tuple[SmoothingSums, ...]
     positions: tuple[PositionSums | None, ...]
     """By policy, weights by position; None for rows that are no slates."""
+    sensitivity: tuple[SensitivitySums, ...] = ()
+    """By policy; empty unless the propensities are estimates, and for slates."""
     named: Statistics | None = None
     """Terms of each named reward: under each policy, then the reward itself; None without them."""
 
@@ -96,6 +99,11 @@ class EvaluationSums:
             tuple(CalibrationSums.of(rows) for rows in every),
             tuple(SmoothingSums.of(rows.by_row(), options.reward_range) for rows in every),
             tuple(PositionSums.of(rows) for rows in every),
+            tuple(
+                SensitivitySums.of(rows, options.reward_range)
+                for rows in every
+                if options.propensities_estimated and rows.round is None
+            ),
             _named_statistics(every, options, by_user),
         )
 
@@ -117,6 +125,7 @@ class EvaluationSums:
                 a.merge(b) if a is not None and b is not None else None
                 for a, b in zip(self.positions, other.positions, strict=True)
             ),
+            tuple(a.merge(b) for a, b in zip(self.sensitivity, other.sensitivity, strict=True)),
             None if self.named is None or other.named is None else self.named.merge(other.named),
         )
 
@@ -273,6 +282,7 @@ class _Finisher:
             smoothing.mean_weight() if self.independent else None,
             self.users,
             by_position,
+            self.sensitivity(index, gap),
         )
         value, difference = smoothing.value, smoothing.difference
         return PolicyEvaluation(
@@ -285,10 +295,20 @@ class _Finisher:
             support=support,
             verdict=decide(evidence, options.gate),
             positions=by_position,
+            sensitivity=evidence.sensitivity,
             rewards={
                 reward: self.named_value(index, i) for i, reward in enumerate(options.reward_names)
             },
         )
+
+    def sensitivity(self, policy: int, gap: Gap) -> float | None:
+        """By which factor estimated propensities may be wrong before the policy's side changes."""
+        if not self.sums.sensitivity:
+            return None
+        logging = finish(LOGGING, self.terms.select(self.reward_column)).value
+        half_width = 0.5 * (gap.simultaneous.high - gap.simultaneous.low)
+        margin = self.options.gate.margin
+        return self.sums.sensitivity[policy].largest_factor(logging, half_width, margin)
 
     def estimate(self, policy: int, index: int) -> EstimatorResult:
         estimator, columns = self.options.estimators[index], self.columns(policy, index)

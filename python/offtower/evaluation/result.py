@@ -81,6 +81,8 @@ class PolicyEvaluation:
     calibration: Calibration | None
     support: SupportDiagnostics | None
     verdict: Verdict
+    sensitivity: float | None = None
+    """Factor by which estimated propensities may be wrong before the estimate leaves its side."""
     positions: tuple[PositionWeight, ...] = ()
     """Mean weights by position; empty for rows that are no slates."""
     rewards: dict[str, EstimatorResult] = field(default_factory=dict)
@@ -99,6 +101,7 @@ class PolicyEvaluation:
                 **({"positions": [p.to_dict() for p in self.positions]} if self.positions else {}),
             },
             "verdict": self.verdict.to_dict(),
+            "sensitivity": self.sensitivity,
             **_named(self.rewards, "rewards"),
         }
 

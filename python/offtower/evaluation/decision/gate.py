@@ -71,6 +71,8 @@ class Evidence:
         mean_weight_low: lower bound on the mean weight at any tail
             (`SmoothingSums.mean_weight`); above 1 the propensities are wrong.
         users: number of users where the interval is by user.
+        sensitivity: factor by which estimated propensities may be wrong before the estimate leaves
+            its side of the margin (`SensitivitySums.largest_factor`).
         positions: mean weights by position, for slates.
     """
 
@@ -85,6 +87,7 @@ class Evidence:
     mean_weight_low: float | None = None
     users: int | None = None
     positions: tuple[PositionWeight, ...] = ()
+    sensitivity: float | None = None
 
 
 def decide(evidence: Evidence, options: GateOptions | None = None) -> Verdict:
@@ -265,6 +268,12 @@ def _notes(evidence: Evidence) -> list[Reason]:
             "error"
         )
         notes.append(Reason("propensities_estimated", text, "note"))
+        if evidence.sensitivity is not None:
+            text = (
+                "the estimate stays on its side of the margin while no estimated propensity is "
+                f"wrong by more than a factor of {evidence.sensitivity:.3g}"
+            )
+            notes.append(Reason("sensitivity", text, "note"))
     if not evidence.consistent:
         text = f"{evidence.estimator} may be biased, and its interval does not cover the bias"
         notes.append(Reason("biased_estimator", text, "note"))

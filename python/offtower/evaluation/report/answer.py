@@ -63,6 +63,7 @@ class Answer:
         sentence: the answer with its figures.
         figure, figure_unit: the difference that matters most, and what it counts.
         interval: of that figure, in words.
+        sensitivity: how wrong estimated probabilities may be; None where they were logged.
         simpler: names a simple policy that would earn more; None where there is none.
         remedy: what would make it certain. command: to run next.
         policies: the answer for each policy.
@@ -75,6 +76,7 @@ class Answer:
     figure: str
     figure_unit: str
     interval: str
+    sensitivity: str | None
     simpler: str | None
     remedy: str | None
     command: str | None
@@ -127,6 +129,7 @@ def answer_of(evaluation: LogEvaluation) -> Answer:
         figure=_signed(gap.estimate.value, scale),
         figure_unit=_unit(evaluation),
         interval=f"{_percent(gap.simultaneous.confidence)} confidence: {between} today",
+        sensitivity=_sensitivity(evaluation, policy),
         simpler=_simpler(evaluation, best, logged + gap.estimate.value, scale),
         remedy=_remedy(evaluation, policy),
         command=_command(evaluation, best, policy),
@@ -255,6 +258,21 @@ def _remedy(evaluation: LogEvaluation, policy: PolicyEvaluation) -> str | None:
     return (
         f"About {rows:,} rows like these would decide it, if the difference is as estimated. "
         f"This log has {n:,}."
+    )
+
+
+def _sensitivity(evaluation: LogEvaluation, policy: PolicyEvaluation) -> str | None:
+    if not evaluation.result.propensities_estimated:
+        return None
+    text = (
+        "This log has no recorded probabilities. They are estimates, and no interval here covers "
+        "their error."
+    )
+    if policy.sensitivity is None:
+        return text
+    return (
+        f"{text} The answer would change if they were wrong by a factor of "
+        f"{policy.sensitivity:.2g} or more."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,9 @@ MAX_ROWS = 2_000_000
 """Longest log from which propensities are estimated: its contexts are held in memory."""
 _SCAN_ROWS = 8192
 _FLOOR = 1e-12
+_WORSE_Z = -4.0
+"""Standard errors below the frequencies at which estimates are refused: of true frequencies, one
+log in 30,000."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class EstimatedPropensities:
         temperature: by which the model's logits were divided; far from 1 the model was over- or
             underconfident.
         log_loss, marginal_log_loss: of the logged actions, held out; of the actions' frequencies.
+        gain_z: mean gain in log-probability over the frequencies, in its standard errors; clearly
+            below 0 the model is worse than they are.
         mean_inverse: mean of 1 / pscore over the number of items: 1 in expectation if true.
     """
 
@@ -48,6 +54,7 @@ class EstimatedPropensities:
     log_loss: float
     marginal_log_loss: float
     mean_inverse: float
+    gain_z: float = 0.0
 
     @property
     def warning(self) -> str:
@@ -159,6 +166,8 @@ def estimate_propensities(
     temperature = float(np.exp(minimize_scalar(loss, bounds=(-2.0, 3.0), method="bounded").x))
     log_prob = _log_prob(logits, a, temperature)
     pscore = np.exp(log_prob)
+    gain = (log_prob - np.log(marginal))[learned]
+    error = float(gain.std()) / math.sqrt(gain.size)
     return EstimatedPropensities(
         pscore,
         temperature,
@@ -166,6 +175,7 @@ def estimate_propensities(
         -float(np.log(marginal[learned]).mean()),
         float(np.mean(1.0 / pscore[learned]))
         / (num_items if allowed is None else _mean_count(allowed[learned])),
+        float(gain.mean()) / error if error > 0.0 else 0.0,
     )
 
 
@@ -301,4 +311,12 @@ def estimate_logged(
         seed=seed,
     )
     progress.finish()
+    if estimated.gain_z < _WORSE_Z:
+        raise DataError(
+            "the propensities cannot be estimated from this log: held out, their model predicts "
+            f"the logged items worse than the items' frequencies do (log loss "
+            f"{estimated.log_loss:.4g} against {estimated.marginal_log_loss:.4g}, "
+            f"{-estimated.gain_z:.1f} standard errors). More rows, or fewer context features, may "
+            "help; logging the propensities does (docs/how-to/without-propensities.md)"
+        )
     return LoggedProbability(np.concatenate(rows), estimated)
