@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from offtower.data.catalogue import Catalogue
 from offtower.data.columns import as_array, timestamps
 from offtower.data.eligible_forms import WORD, AttributeItems, IntervalItems, Numbers, Words
-from offtower.data.features import CPU, tensor_of
+from offtower.data.features import tensor_of
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
 
@@ -27,6 +29,8 @@ CACHE_BYTES = 1 << 29
 BATCH_BYTES = 1 << 34
 """Bitmaps of one batch, at most."""
 
+_GROUP = -1
+"""Place of a whole key in the cache, beside the numbers of the attributes."""
 _KEPT_COUNTS = 1_000_000
 _BITS_OF_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(
     axis=1, dtype=np.uint8
@@ -87,7 +91,7 @@ class ItemGroups:
                 + " x ".join(f"{size:,}" for size in self._sizes)
             )
         self._limits = limits
-        self._bitmaps: OrderedDict[tuple[int, torch.device], torch.Tensor] = OrderedDict()
+        self._words: OrderedDict[tuple[int, int], Words] = OrderedDict()
         self._counts: dict[int, int] = {}
         self._stacked: tuple[Numbers, torch.Tensor] | None = None
         self._lock = threading.Lock()
@@ -95,7 +99,7 @@ class ItemGroups:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what can be made again."""
         made: dict[str, Any] = {
-            "_bitmaps": OrderedDict(),
+            "_words": OrderedDict(),
             "_counts": {},
             "_stacked": None,
             "_lock": None,
@@ -160,7 +164,12 @@ class ItemGroups:
             ):
                 return stacked[1]
             self._stacked = None
-            found = torch.stack([self._one(int(key), device) for key in keys])
+            words = np.empty((len(keys), -(-self.num_items // WORD)), dtype=np.uint64)
+            # In the order of time: neighboring segments differ in few bits.
+            order = np.arange(len(keys)) if self.interval is None else self._by_time(keys)
+            for index in order:
+                words[index] = self._of(int(keys[index]))
+            found = tensor_of(words.view(np.int64), device)
             if found.nbytes <= self._limits.cache_bytes:
                 self._stacked = keys, found
             return found
@@ -171,14 +180,14 @@ class ItemGroups:
             if key not in self._counts:
                 if len(self._counts) >= _KEPT_COUNTS:
                     self._counts.clear()
-                bits = self._one(key, CPU).numpy().view(np.uint8)
+                bits = self._of(key).view(np.uint8)
                 self._counts[key] = int(_BITS_OF_BYTE[bits].sum(dtype=np.int64))
             return self._counts[key]
 
     def items(self, key: int) -> Numbers:
         """The items of a key."""
         with self._lock:
-            bits = self._one(key, CPU).numpy().view(np.uint8)
+            bits = self._of(key).view(np.uint8)
         return np.flatnonzero(np.unpackbits(bits, count=self.num_items, bitorder="little"))
 
     def _split(self, key: Numbers) -> list[Numbers]:
@@ -189,29 +198,35 @@ class ItemGroups:
             parts.append(part)
         return parts[::-1]
 
-    def _one(self, key: int, device: torch.device) -> torch.Tensor:
-        """(ceil(N / 64),) bitmap of one key, from the cache if it is there."""
-        found = self._bitmaps.get((key, device))
-        if found is not None:
-            self._bitmaps.move_to_end((key, device))
-            return found
-        found = tensor_of(self._words(key).view(np.int64), device)
-        self._bitmaps[key, device] = found
-        size = found.nbytes
-        while len(self._bitmaps) > 1 and size * len(self._bitmaps) > self._limits.cache_bytes:
-            self._bitmaps.popitem(last=False)
-        return found
+    def _by_time(self, keys: Numbers) -> Numbers:
+        order: Numbers = np.argsort(self._split(keys)[-1], kind="stable")
+        return order
 
-    def _words(self, key: int) -> Words:
+    def _of(self, key: int) -> Words:
+        """(ceil(N / 64),) bitmap of one key."""
+        return self._kept((_GROUP, key), lambda: self._made(key))
+
+    def _made(self, key: int) -> Words:
         parts = [int(part[0]) for part in self._split(np.array([key], dtype=np.int64))]
         words: Words | None = None
-        for attribute, number in zip(self.attributes, parts, strict=False):
-            bits = attribute.bits(number)
+        for place, (attribute, number) in enumerate(zip(self.attributes, parts, strict=False)):
+            bits = self._kept((place, number), partial(attribute.bits, number))
             words = bits if words is None else words & bits
         if self.interval is not None:
             bits = self.interval.bits(parts[-1])
             words = bits if words is None else words & bits
         assert words is not None, "a key has an attribute or an interval"
+        return words
+
+    def _kept(self, key: tuple[int, int], make: Callable[[], Words]) -> Words:
+        """A bitmap from the cache, or made and kept; those used last stay."""
+        words = self._words.get(key)
+        if words is not None:
+            self._words.move_to_end(key)
+            return words
+        words = self._words[key] = make()
+        while len(self._words) > 1 and words.nbytes * len(self._words) > self._limits.cache_bytes:
+            self._words.popitem(last=False)
         return words
 
 
