@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 
 from offtower.checksums import describe_files
 from offtower.cli import app
+from offtower.config import ServingConfig
 from offtower.errors import DataError
+from offtower.evaluation.frontier import write_serving
 from offtower.retrieval import Retriever, decisions_table
 from offtower.retrieval.manifest import read_manifest, write_manifest
 
@@ -246,6 +248,28 @@ def test_evaluate_reports_retrieval_quality(run: Path) -> None:
     shown = call("evaluate", str(run), "--retrieval", "5")
     assert "NDCG" in shown.output and "coverage" in shown.output
     assert "must lie in [1, 60]" in refused("evaluate", str(run), "--retrieval", "61")
+
+
+def test_search_serves_as_the_run_says(run: Path, contexts: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "mine")
+    mine, given = str(tmp_path / "mine"), ("--contexts", str(contexts), "--json")
+    alone = call("search", mine, "--contexts", str(contexts), "-k", "1")
+    assert "serving.mode to top_k" in " ".join(alone.stderr.split())
+    write_serving(tmp_path / "mine", ServingConfig(k=3, mode="top_k"))
+    # The export serves as before, and everything says so.
+    drawn = call("search", mine, *given, "--sample")
+    assert len(json.loads(drawn.stdout)["contexts"][0]["items"]) == 1
+    assert "export again" in " ".join(drawn.stderr.split())
+    found = call("evaluate", mine, "--retrieval", "5", "--json")
+    notes = " ".join(json.loads(found.stdout)["notes"])
+    assert "export again" in notes and "always shows its 3 best items" in notes
+    assert call("export", mine).exit_code == 0
+    shown = call("search", mine, *given, "--sample", "--mode", "exact")
+    assert "export again" not in shown.stderr
+    best = json.loads(call("search", mine, *given, "-k", "3", "--exact").stdout)["contexts"]
+    rows = json.loads(shown.stdout)["contexts"]
+    assert [row["items"] for row in rows] == [row["items"] for row in best]
+    assert all(row["pscore"] == [1.0, 1.0, 1.0] for row in rows)
 
 
 _IMPORTED = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,9 +33,11 @@ from offtower.evaluation.frontier import (
 )
 from offtower.evaluation.run import LogEvaluation, evaluate_runs
 from offtower.evaluation.run_loading import open_run
+from offtower.evaluation.scoring.policy import PolicyScorer
 from offtower.models.policy import TwoTowerPolicy
 from offtower.run_directory import RunDirectory
 from offtower.training.run import train_run
+from tests.mappers import BackwardsMapper
 
 ITEMS, ROWS = 8, 600
 SERVING = {"temperature": 2.0, "uniform": 0.2}
@@ -146,6 +149,16 @@ def test_policies_of_a_run_share_its_passes(place: Path, monkeypatch: pytest.Mon
     same = alone.result.policies["a"].estimates, found.result.policies["a"].estimates
     for name, one in same[0].items():
         assert one.estimate == same[1][name].estimate
+
+
+def test_workers_give_the_same_numbers(place: Path) -> None:
+    also = ["uniform=0", "greedy"]
+    alone, spread = evaluate(place, also=also), evaluate(place, also=also, mapper=BackwardsMapper())
+    assert alone.result.to_dict() == spread.result.to_dict()
+    run = open_run(place / "runs" / "a", Catalogue.open(place / "catalogue"))
+    scorer = PolicyScorer(run.policy, run.items)
+    one, two = pickle.loads(pickle.dumps((scorer, scorer.served_as(ServingConfig(uniform=0.5)))))
+    assert one.items is two.items and one._batches is two._batches
 
 
 @pytest.mark.parametrize("wrong", ["uniform=0.2", "soft", "temperature=-1", "mode=top_k"])

@@ -48,7 +48,13 @@ def add_retrieval_quality(
                 f"the export of '{run}' is of an earlier policy than the run's: its retrieval is "
                 "not of what was evaluated; export again"
             )
-        schema = log_schema(directory.load_config(trust_code=trust_code))
+        config = directory.load_config(trust_code=trust_code)
+        if export.serving != config.serving:
+            evaluation.notes.append(
+                f"the export of '{run}' serves otherwise ({export.serving.text}) than the run that "
+                f"was evaluated ({config.serving.text}): export again"
+            )
+        schema = log_schema(config)
         log = ParquetLog.open(evaluation.log["path"], schema)
         found = retrieval_quality(export, log, ks, progress=progress)
         evaluation.retrieval[name] = [one.to_dict() for one in found]

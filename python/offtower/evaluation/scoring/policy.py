@@ -119,6 +119,10 @@ class Batches:
     def __init__(self) -> None:
         self._now: _Batch | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Sent without the batch; policies that share this object still do where they arrive."""
+        return {"_now": None}
+
     def of(self, scorer: PolicyScorer, rows: EncodedRows) -> _Batch:
         """The batch of these very rows. scorer: its policy is in evaluation mode."""
         device = scorer.policy.device
@@ -188,7 +192,7 @@ class PolicyScorer:
         """Leave out the item tower: the items are embedded already."""
         policy = copy.copy(self.policy)
         policy._modules = {**policy._modules, "item_tower": nn.Identity()}
-        return {**self.__dict__, "policy": policy, "_batches": Batches()}
+        return {**self.__dict__, "policy": policy}
 
     def score(self, rows: EncodedRows, reward: RewardTerms | None = None) -> EvaluationRows:
         """Weights, rewards and reward-model predictions of a batch of logged rows.
