@@ -256,3 +256,16 @@ def test_slope_clips_hard_when_clipping_does_not_hurt() -> None:
     assert tuning.chosen == len(tuning.ladder) - 1
     with pytest.raises(OfftowerError, match="ips has no parameter"):
         e.tune(e.IPS, rows)
+
+
+def test_weights_near_the_largest_number_do_not_overflow() -> None:
+    """The value of self-normalized weights does not depend on their scale."""
+    large = EvaluationRows(np.full(2, 1e308), np.array([1.0, 0.0]))
+    small = EvaluationRows(np.ones(2), np.array([1.0, 0.0]))
+    found, wanted = e.SNIPS().estimate(large), e.SNIPS().estimate(small)
+    assert (found.value, found.std_error) == (wanted.value, wanted.std_error) == (0.5, 0.5)
+    ends = [e.SNIPS().interval(rows) for rows in (large, small)]
+    assert ends[0] == ends[1]
+    # Sums of shards have no common scale: an overflow gives no value, not 0.
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert np.isnan(e.SNIPS().combine(e.SNIPS().statistics(large).mean))

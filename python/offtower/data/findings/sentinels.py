@@ -15,7 +15,7 @@ from offtower.data.findings.base import EXAMPLES, Check, Finding, LogFacts, LogP
 from offtower.data.outcomes import NULL_TIME, comparable_times
 
 _NUMBERS = (-1.0, -9.0, -99.0, -999.0, -9999.0, -99999.0, 999.0, 9999.0, 99999.0, 999999.0)
-_TEXTS = ("", "-1", "-999", "null", "none", "nan", "n/a", "na", "undefined", "unknown", "\\n")
+_TEXTS = ("", "-1", "-999", "null", "none", "nan", "n/a", "undefined", "unknown", "\\n")
 _SHARE = 5e-4
 """Share of the rows from which a value is no accident."""
 _EPOCH_DAY = 86_400 * 1_000_000

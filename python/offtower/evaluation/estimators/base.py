@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +22,9 @@ from offtower.evaluation.intervals.smoothing_bound import SmoothingSums, check_r
 from offtower.evaluation.intervals.statistics import Estimate, Statistics, collect, finish
 from offtower.evaluation.rows import Array, EvaluationRows
 
+_LARGE = 1e140
+"""Weights whose squares, summed over many rows, could overflow."""
+
 
 @dataclass(frozen=True)
 class Estimator(ABC):
@@ -35,6 +38,8 @@ class Estimator(ABC):
     needs_reward_model: ClassVar[bool] = False
     """Reads action_reward and expected_reward."""
     uses_weight: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = False
+    """The value does not change where all importance weights are multiplied by a number."""
     num_terms: ClassVar[int] = 1
     consistent: ClassVar[bool] = False
     """Tends to the policy's value, given true propensities and full support."""
@@ -98,7 +103,7 @@ class Estimator(ABC):
 
     def estimate(self, rows: EvaluationRows) -> Estimate:
         """Value and standard error. Raises OfftowerError as `finish`."""
-        return self.finish(self.statistics(rows))
+        return self.finish(self.statistics(self._scaled(rows)))
 
     def interval(
         self,
@@ -120,6 +125,7 @@ class Estimator(ABC):
         "bernstein"; the largest one seen in the log is not it.
         """
         check_method(method)
+        rows = self._scaled(rows)
         if method == "log_smoothing":
             return self._smoothed(rows, confidence, reward_range, by_user)
         carried = replicates if method == "bootstrap" else 0
@@ -172,6 +178,15 @@ class Estimator(ABC):
                 "'bootstrap'"
             )
         return SmoothingSums.of(rows, reward_range).value(confidence)
+
+    def _scaled(self, rows: EvaluationRows) -> EvaluationRows:
+        """The rows with weights whose squares do not overflow, where their scale is free."""
+        top = float(rows.importance_weight.max(initial=0.0))
+        if not self.scale_free or top < _LARGE:
+            return rows
+        # A power of two scales exactly.
+        shift = int(np.frexp(top)[1])
+        return replace(rows, importance_weight=np.ldexp(rows.importance_weight, -shift))
 
     def _check_support(self, weight_sum: float) -> None:
         if self.uses_weight and weight_sum == 0.0:

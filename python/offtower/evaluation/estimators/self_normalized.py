@@ -17,6 +17,7 @@ class SNIPS(Estimator):
     """
 
     label: ClassVar[str] = "snips"
+    scale_free: ClassVar[bool] = True
     num_terms: ClassVar[int] = 2
     consistent: ClassVar[bool] = True
 
@@ -25,7 +26,7 @@ class SNIPS(Estimator):
         return np.stack([rows.mean_weight, weight * rows.reward], axis=1)
 
     def combine(self, mean: Array) -> Array:
-        return mean[..., 1] / mean[..., 0]
+        return mean[..., 1] / _finite(mean[..., 0])
 
     def gradient(self, mean: Array) -> Array:
         return np.array([-mean[1] / mean[0] ** 2, 1.0 / mean[0]])
@@ -47,7 +48,7 @@ class SNDR(Estimator):
         return np.stack([rows.mean_weight, residual, expected], axis=1)
 
     def combine(self, mean: Array) -> Array:
-        return mean[..., 1] / mean[..., 0] + mean[..., 2]
+        return mean[..., 1] / _finite(mean[..., 0]) + mean[..., 2]
 
     def gradient(self, mean: Array) -> Array:
         return np.array([-mean[1] / mean[0] ** 2, 1.0 / mean[0], 1.0])
@@ -55,3 +56,8 @@ class SNDR(Estimator):
 
 def _identity(weight: Array) -> Array:
     return weight
+
+
+def _finite(mean_weight: Array) -> Array:
+    """The mean weight; NaN where the sum of the weights overflowed, which must not give 0."""
+    return np.where(np.isinf(mean_weight), np.nan, mean_weight)
