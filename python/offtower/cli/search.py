@@ -190,7 +190,7 @@ def _search(
 
 def _sample(
     retriever: Retriever,
-    draw: Callable[[pa.Table], SampleResult],
+    draw: Callable[..., SampleResult],
     tables: Iterable[pa.Table],
     log: Location | None,
 ) -> Iterator[list[Row]]:
@@ -206,7 +206,7 @@ def _sample(
         writer: pq.ParquetWriter | None = None
         file = None if log is None else stack.enter_context(new_file(log))
         for table in tables:
-            served = draw(table)
+            served = draw(table, at=now)
             if file is not None:
                 decisions = decisions_table(retriever, table, served, served_at=now)
                 if writer is None:
