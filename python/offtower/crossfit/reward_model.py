@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from offtower.checksums import checked_directory, is_complete, verify_directory
@@ -26,6 +27,7 @@ from offtower.models.reward.dense import (
     check_size,
     fit_estimator,
 )
+from offtower.models.reward.examination import Examination, reward_by_position
 from offtower.models.reward.factored import FactoredRewardModel, Link, make_towers
 from offtower.objectives import LoggedRows, Reduction, Regression
 from offtower.prepare import PreparedData
@@ -187,10 +189,14 @@ def _fit_factored(
     link = _link(config.link, data.facts.binary_reward)
     loss = Regression("cross_entropy" if link == "sigmoid" else "squared_error")
     towers: list[TwoTowerPolicy] = []
+    by_position = reward_by_position(data.train)
+    examinations: list[Examination] = []
     for k in range(config.folds):
         seed_torch(seed, "reward towers", k)
         model = make_towers(config, data.context_encoding, data.item_encoding)
         towers.append(model.to(data.device))
+        if by_position is not None:
+            examinations.append(Examination(by_position).to(data.device))
 
     def losses(step: FitStep) -> ModelLoss:
         rows = step.batch.rows
@@ -202,13 +208,25 @@ def _fit_factored(
 
         def loss_of(k: int) -> Tensor:
             logit = towers[k].action_logit(context, item)
+            if examinations:
+                position = tensor_of(rows.position, data.device)
+                per_row = examinations[k].loss(logit, reward, position, binary=link == "sigmoid")
+                return reduction.mean(per_row)
             return loss(LoggedRows(reward, action_logit=logit), reduction).loss
 
         return loss_of
 
     plan = fit_plan(config, data, seed, "reward", "fitting the reward model")
-    fit_out_of_fold(data, plan, fold_models(towers, config), losses, progress)
-    return FactoredRewardModel(towers, data.items, link, DEFAULT_CHUNK)
+    modules: list[nn.Module] = list(towers)
+    if examinations:
+        modules = [nn.ModuleList(pair) for pair in zip(towers, examinations, strict=True)]
+    fit_out_of_fold(data, plan, fold_models(modules, config), losses, progress)
+    factors = None
+    if by_position is not None:
+        every = torch.arange(len(by_position), device=data.device)
+        with torch.no_grad():
+            factors = torch.stack([one.at(every) for one in examinations]).mean(0).exp()
+    return FactoredRewardModel(towers, data.items, link, DEFAULT_CHUNK, factors)
 
 
 def _link(configured: Literal["auto", "identity", "sigmoid"], binary: bool) -> Link:

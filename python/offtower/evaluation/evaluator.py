@@ -40,7 +40,7 @@ from offtower.evaluation.scoring.reward_models import RewardModelProvider
 from offtower.evaluation.scoring.rewards import EvaluationModel, RewardModels
 from offtower.evaluation.selection import SelectionComparison
 from offtower.evaluation.selection_data import SelectionData, SelectionRows
-from offtower.evaluation.slate_options import rounds_kind, slate_note
+from offtower.evaluation.slate_options import examination_note, rounds_kind, slate_note
 from offtower.mapping import Mapper, MergeTree, pieces
 from offtower.models.reward.dense import flatten
 from offtower.prepare import log_schema
@@ -155,7 +155,7 @@ class Evaluator:
         )
         notes += left_out
         if kind is not None:
-            notes.append(slate_note(kind))
+            notes += [slate_note(kind), *examination_note(rewards.main_model)]
         estimate = partial(
             estimate_logged, self.log, self.catalogue, encoding, seed=config.seed, progress=progress
         )

@@ -185,6 +185,16 @@ class ModelPredictions:
     expected_reward: Array
     parameters: float = 0.0
 
+    def examined(self, factor: Array | None) -> ModelPredictions:
+        """The predictions times (n,) factors of the rows' positions; None is 1."""
+        if factor is None:
+            return self
+        return replace(
+            self,
+            action_reward=self.action_reward * factor,
+            expected_reward=self.expected_reward * factor,
+        )
+
 
 def _numbers(values: Any, name: str, infinite: bool = False) -> Array:
     try:

@@ -9,7 +9,10 @@ from offtower.data.log import Log
 from offtower.data.schema import PscoreKind
 from offtower.errors import ConfigError
 from offtower.evaluation.estimators import ESTIMATORS
+from offtower.evaluation.scoring.rewards import EvaluationModel
 
+_LISTED = 20
+"""Positions that a note lists."""
 _PERMITTED = (
     ("conditional", "cascade"),
     ("conditional", "standard"),
@@ -54,6 +57,19 @@ def rounds_kind(log: Log) -> PscoreKind | None:
         if pc.max(table.column(schema.position)).as_py() > 0:
             return schema.pscore_kind
     return None
+
+
+def examination_note(model: EvaluationModel | None) -> list[str]:
+    """Say at which position the reward model is read, and how it falls along a slate."""
+    factors = None if model is None else getattr(model.model, "factors", None)
+    if factors is None:
+        return []
+    listed = ", ".join(f"{one:.3g}" for one in factors.tolist()[:_LISTED])
+    more = ", ..." if len(factors) > _LISTED else ""
+    return [
+        "the reward model is of the reference position 0; its predictions are multiplied by the "
+        f"examination of each position: {listed}{more}"
+    ]
 
 
 def has_form(one: EstimatorConfig, kind: PscoreKind | None) -> bool:

@@ -80,6 +80,8 @@ class LoggedRows:
     """Of a log of slates, whose rounds the rows hold whole."""
     joint_log_pscore: Tensor | None = None
     """(B,) float64 log of pi_0 for the items that `terms.log_prob` is of, in a slate."""
+    examination: Tensor | None = None
+    """(B,) factors of the rows' positions on the reward model; None for 1."""
     earlier: EarlierPositions | None = None
     """Of doubly robust objectives over slates."""
 

@@ -117,7 +117,15 @@ def joint_rows(rows: LoggedRows, kind: PscoreKind, interaction: Interaction) -> 
         above = earlier_sum(conditional, rounds)
         earlier = EarlierPositions(above, above - earlier_sum(log_pscore, rounds))
     logged = log_pscore if kind == "slate" else joint(log_pscore, rounds)
-    made = replace(terms, log_prob=joint(conditional, rounds), expected_reward=expected)
+    action_reward = terms.action_reward
+    if rows.examination is not None and expected is not None and action_reward is not None:
+        expected, action_reward = expected * rows.examination, action_reward * rows.examination
+    made = replace(
+        terms,
+        log_prob=joint(conditional, rounds),
+        expected_reward=expected,
+        action_reward=action_reward,
+    )
     return replace(rows, terms=made, joint_log_pscore=logged, earlier=earlier)
 
 

@@ -191,6 +191,7 @@ class ReplicatedStep(TrainingStep):
             divergence=divergence,
             log_cluster_weight=None if weights is None else weights(batch, context, terms),
             rounds=rows.rounds,
+            examination=None if model is None else model.examination(rows),
         )
         value = self.objective(logged, reduction)
         if not diagnose:

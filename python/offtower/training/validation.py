@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from offtower.config import Config
 from offtower.data.rows import EncodedRows
 from offtower.evaluation.estimators import make_estimator
 from offtower.evaluation.rows import EvaluationRows
-from offtower.evaluation.scoring.policy import PolicyScorer
+from offtower.evaluation.scoring.policy import PolicyScorer, context_rows
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.ops.types import RewardTerms
@@ -80,7 +80,7 @@ class Validator:
         scorer = self._scorer(policy)
         model = self._reward_model
         parts = [
-            scorer.score(batch, None if model is None else model.for_new_rows(batch))
+            _scored(scorer, batch, model, one_a_round=isinstance(scorer, PolicyScorer))
             for number, batch in enumerate(
                 self._batches or self._data.scan(_SCAN_ROWS, "validation")
             )
@@ -103,3 +103,24 @@ class Validator:
             estimator=self._estimator_name,
             effective_sample_size=float(weight.sum()) ** 2 / square if square > 0 else 0.0,
         )
+
+
+def _scored(
+    scorer: RowScorer, rows: EncodedRows, model: RewardModel | None, *, one_a_round: bool
+) -> EvaluationRows:
+    """Rows with predictions times the examination of their positions.
+
+    one_a_round: the scorer reads one context for each round of slates.
+    """
+    if model is None:
+        return scorer.score(rows)
+    scored = scorer.score(rows, model.for_new_rows(context_rows(rows) if one_a_round else rows))
+    factor = None if rows.rounds is None else model.examination(rows)
+    if factor is None or scored.action_reward is None or scored.expected_reward is None:
+        return scored
+    times = factor.double().cpu().numpy()
+    return replace(
+        scored,
+        action_reward=scored.action_reward * times,
+        expected_reward=scored.expected_reward * times,
+    )

@@ -115,6 +115,7 @@ class BatchScorer:
                 batch = tuple(self.propensities.filled(rows) for rows in batch)
             encoded = tuple(batch[index] for index in owner)
             rewards = self.rewards.on(tuple(context_rows(rows) for rows in encoded))
+            examinations = self.rewards.examinations(encoded)
             scored = {}
             for i, (name, scorer) in enumerate(self.policies.items()):
                 seed = derive_seed(self.seed, "target draws", i, number)
@@ -122,6 +123,7 @@ class BatchScorer:
                 scored[name] = scorer.score_models(
                     encoded[i], rewards, draws=self.rewards.draws, generator=generator
                 )
+            scored = {name: one.examined(examinations) for name, one in scored.items()}
             rows = {name: one.rows(self.rewards.main) for name, one in scored.items()}
             if self.clusters is not None:
                 rows = {

@@ -17,7 +17,7 @@ from offtower.data.encoding import FeatureEncoding, tensor_of, to_tensors
 from offtower.data.rounds import Rounds
 from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError, DataError
-from offtower.evaluation.rows import EvaluationRows, IntArray, ModelPredictions
+from offtower.evaluation.rows import Array, EvaluationRows, IntArray, ModelPredictions
 from offtower.evaluation.scoring.rewards import BatchReward, CatalogueReward
 from offtower.evaluation.scoring.slates import (
     SlateScorer,
@@ -87,6 +87,11 @@ class ScoredRows:
             eligible=self.eligible_at(taken),
             position=None if self.position is None else self.position[taken],
         )
+
+    def examined(self, factors: Mapping[str, Array | None]) -> ScoredRows:
+        """The same with each model's predictions times the factors of the rows' positions."""
+        found = {name: one.examined(factors[name]) for name, one in self.predictions.items()}
+        return replace(self, predictions=found)
 
     def rows(self, model: str | None) -> EvaluationRows:
         """Rows for estimators, with the predictions of `model`, or without any for None."""
@@ -197,7 +202,8 @@ class PolicyScorer:
     def score(self, rows: EncodedRows, reward: RewardTerms | None = None) -> EvaluationRows:
         """Weights, rewards and reward-model predictions of a batch of logged rows.
 
-        reward: q of these rows and all items, for DM and DR; None leaves those columns out.
+        reward: q of `context_rows(rows)` and all items, for DM and DR; None leaves those columns
+        out.
         Raises DataError for rows without propensities.
         """
         if reward is None:

@@ -73,6 +73,13 @@ class EvaluationModel:
         """Whether it predicts pairs, and not the whole catalogue at once."""
         return isinstance(self.model, PairRewardModel)
 
+    def examination(self, rows: EncodedRows) -> Array | None:
+        """(n,) factors of the rows' positions in their slates; None for 1."""
+        if isinstance(self.model, PairRewardModel) or rows.rounds is None:
+            return None
+        found = self.model.examination(rows)
+        return None if found is None else found.double().cpu().numpy()
+
     def on(self, rows: EncodedRows) -> BatchReward:
         """The model on a batch, to be read at given items."""
         if isinstance(self.model, PairRewardModel):
@@ -116,3 +123,12 @@ class RewardModels:
             else:
                 found.append((0, model.name, model.over_catalogue(rows)))
         return {name: reward for _, name, reward in sorted(found, key=lambda one: one[0])}
+
+    @property
+    def main_model(self) -> EvaluationModel | None:
+        """The model that the estimators read."""
+        return next((one for one in self.models if one.name == self.main), None)
+
+    def examinations(self, encoded: Sequence[EncodedRows]) -> dict[str, Array | None]:
+        """By name, the factors of a batch's positions, in the encoding of each run."""
+        return {model.name: model.examination(encoded[model.owner]) for model in self.models}

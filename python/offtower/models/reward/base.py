@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+from torch import Tensor
+
 from offtower.data.rows import EncodedRows
 from offtower.ops import DenseReward, FactoredReward
 
@@ -24,6 +26,13 @@ class RewardModel(ABC):
     @abstractmethod
     def for_new_rows(self, rows: EncodedRows) -> DenseReward | FactoredReward:
         """q over the whole catalogue for rows of another log: the mean over the folds' models."""
+
+    def examination(self, rows: EncodedRows) -> Tensor | None:
+        """(n,) factors of the rows' positions on q, which is of the reference position 0.
+
+        None where the model does not tell positions apart.
+        """
+        return None
 
     @abstractmethod
     def save(self, directory: Path) -> None:

@@ -32,11 +32,19 @@ class FactoredRewardModel(RewardModel):
             once, at first use.
         link: sigmoid for binary rewards, else identity.
         chunk: items embedded at a time.
+        factors: (K,) examination of each position of a slate relative to position 0; None for rows
+            without positions.
     """
 
     def __init__(
-        self, towers: list[TwoTowerPolicy], items: ItemFeatures, link: Link, chunk: int
+        self,
+        towers: list[TwoTowerPolicy],
+        items: ItemFeatures,
+        link: Link,
+        chunk: int,
+        factors: Tensor | None = None,
     ) -> None:
+        self.factors = factors
         self.towers = towers
         self.link = link
         self.num_folds = len(towers)
@@ -49,7 +57,13 @@ class FactoredRewardModel(RewardModel):
 
     def with_items(self, items: ItemFeatures) -> FactoredRewardModel:
         """The same model over other items, such as a shard of the catalogue."""
-        return FactoredRewardModel(self.towers, items, self.link, self._chunk)
+        return FactoredRewardModel(self.towers, items, self.link, self._chunk, self.factors)
+
+    def examination(self, rows: EncodedRows) -> Tensor | None:
+        if self.factors is None or rows.position is None:
+            return None
+        position = torch.from_numpy(rows.position).clamp(max=len(self.factors) - 1)
+        return self.factors[position.to(self.factors.device)]
 
     def for_training_rows(self, rows: EncodedRows, fold: int) -> FactoredReward:
         return self.for_features(to_tensors(rows.context, self._items.device), fold)
@@ -70,7 +84,9 @@ class FactoredRewardModel(RewardModel):
         return FactoredReward(embedding / self.num_folds, items, bias, link=self.link)
 
     def save(self, directory: Path) -> None:
-        content = {"folds": self.num_folds, "link": self.link}
+        content: dict[str, object] = {"folds": self.num_folds, "link": self.link}
+        if self.factors is not None:
+            content["examination"] = self.factors.tolist()
         write_checked_json(directory / "factored.json", content)
         for fold, model in enumerate(self.towers):
             save_weights(directory / f"fold_{fold}.safetensors", model)
@@ -88,6 +104,8 @@ class FactoredRewardModel(RewardModel):
         try:
             content = read_json(directory / "factored.json")
             folds, link = int(content["folds"]), content["link"]
+            stored = content.get("examination")
+            factors = None if stored is None else torch.tensor(stored, device=items.device)
         except (OSError, ValueError, KeyError) as error:
             raise RunError(f"reward model at '{directory}' cannot be read: {error}") from error
         towers = []
@@ -95,7 +113,7 @@ class FactoredRewardModel(RewardModel):
             model = make_towers(config, context_encoding, item_encoding)
             load_weights(directory / f"fold_{fold}.safetensors", model)
             towers.append(model.to(items.device))
-        return cls(towers, items, link, chunk)
+        return cls(towers, items, link, chunk, factors)
 
     def _catalogue(self, fold: int) -> ItemEmbeddings:
         if fold not in self._embedded:

@@ -18,6 +18,7 @@ from offtower.models.policy import TwoTowerPolicy
 from offtower.ops import FactoredReward
 from offtower.ops.types import RewardTerms
 from offtower.serving import ServedPolicy, mix_uniform
+from offtower.slates import remaining_expected_reward
 from offtower.training.distributed.item_shard import ItemShard
 from offtower.training.distributed.sharded_terms import gather_rows, merged_terms
 from offtower.training.workers import Workers
@@ -96,8 +97,14 @@ class ShardedScorer:
         scored = weighted_rows(rows, terms.log_prob)
         if terms.expected_reward is None or terms.action_reward is None:
             return scored
+        expected = terms.expected_reward
+        if rows.rounds is not None:
+            first = torch.from_numpy(rows.rounds.first).to(expected.device)
+            expected = remaining_expected_reward(
+                terms.log_prob, expected[first], terms.action_reward, rows.rounds
+            )
         return replace(
             scored,
             action_reward=terms.action_reward.double().cpu().numpy(),
-            expected_reward=terms.expected_reward.double().cpu().numpy(),
+            expected_reward=expected.double().cpu().numpy(),
         )

@@ -91,8 +91,11 @@ class ShardedStep(TrainingStep):
             self._reward(batch),
             entropy=diagnose or requirements.entropy,
         )
-        rounds = batch.joined.rounds
-        logged = LoggedRows(reward, terms=terms, pscore=pscore, rounds=rounds)
+        rounds, model = batch.joined.rounds, self.reward_model
+        examination = None if model is None else model.examination(batch.joined)
+        logged = LoggedRows(
+            reward, terms=terms, pscore=pscore, rounds=rounds, examination=examination
+        )
         value = self.objective(logged, reduction)
         return value, self._diagnostics(batch, terms) if diagnose else None
 
