@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -90,8 +92,12 @@ def evaluated(place: Path, *, backwards: bool = False) -> LogEvaluation:
     )
 
 
-def test_the_policy_that_served_a_log_has_weight_one(place: Path) -> None:
-    found = evaluated(place)
+@pytest.fixture(scope="module")
+def found(place: Path) -> LogEvaluation:
+    return evaluated(place)
+
+
+def test_the_policy_that_served_a_log_has_weight_one(found: LogEvaluation) -> None:
     own, other = (found.result.policies[name] for name in ("ips", "dr"))
     assert own.weights.mean == pytest.approx(1.0, abs=1e-5)
     assert own.weights.max == pytest.approx(1.0, abs=1e-4)
@@ -103,11 +109,23 @@ def test_the_policy_that_served_a_log_has_weight_one(place: Path) -> None:
     assert set(found.selection) == {"ips", "dr"}
 
 
-def test_parts_on_other_machines_give_the_same_bits(place: Path) -> None:
-    here, there = evaluated(place), evaluated(place, backwards=True)
+def test_parts_on_other_machines_give_the_same_bits(place: Path, found: LogEvaluation) -> None:
+    there = evaluated(place, backwards=True)
     for name in ("ips", "dr"):
-        one, other = (found.result.policies[name] for found in (here, there))
+        one, other = (result.result.policies[name] for result in (found, there))
         assert one.weights == other.weights and one.estimates == other.estimates
+
+
+def test_a_log_without_the_section_is_noted(place: Path, found: LogEvaluation) -> None:
+    """Without the section the policy's probabilities are over all items: weights are too small."""
+    plain = replace(schemas(*FORMS)[0], eligible=None)
+    table = pq.read_table(place / "served").select(list(plain.columns))
+    write_log(place / "plain", [table], plain)
+    bare = evaluate_runs([place / "ips"], log=place / "plain")
+    assert bare.result.policies["ips"].weights.mean < 0.8
+    said = "ips was trained with a section 'eligible', and the schema of this log has none"
+    assert any(note.startswith(said) for note in bare.notes)
+    assert not any("section 'eligible'" in note for note in found.notes)
 
 
 def test_estimated_propensities_keep_to_eligible_items(place: Path) -> None:

@@ -231,6 +231,30 @@ def _training_notes(evaluator: Evaluator) -> list[str]:
             "differs): items or their features are others, and the policy is evaluated with the "
             "features of today. If that is not meant, evaluate with the catalogue of the training"
         )
+    return [*notes, *_eligible_notes(evaluator)]
+
+
+def _eligible_notes(evaluator: Evaluator) -> list[str]:
+    """Say where the log's eligible items are not those of a policy's training."""
+    here = evaluator.log.schema.to_dict()["eligible"]
+    notes = []
+    for run in evaluator.runs:
+        trained = run.directory.manifest().get("eligible")
+        if trained == here:
+            continue
+        if here is None:
+            what = "and the schema of this log has none: every item counts as eligible here"
+        elif trained is None:
+            what = "over all items"
+        else:
+            what = "with another section than this log has"
+        subject = (
+            "without the section 'eligible'" if trained is None else "with a section 'eligible'"
+        )
+        notes.append(
+            f"{run.name} was trained {subject}, {what}. A policy is evaluated as it is served "
+            "only where the log names the items that it is served from"
+        )
     return notes
 
 

@@ -234,6 +234,7 @@ def _finish(run: ClaimedRun, config: Config, data: PreparedData, trained: Traine
             **facts,
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "eligible": data.train.schema.to_dict()["eligible"],
             "parameters": sum(p.numel() for p in policy.parameters()),
             "training_rows": data.facts.rows,
             "mean_reward": data.facts.mean_reward,
