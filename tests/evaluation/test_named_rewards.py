@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pytest
-import yaml
-from typer.testing import CliRunner
+from rich.console import Console
 
-from offtower.cli import app
+from offtower.cli.tables import rewards_table
+from offtower.config import parse_config
 from offtower.data import LogSchema
 from offtower.data.check import BadRowsError
-from offtower.data.ingest import IngestSource, ingest_files
+from offtower.data.ingest import IngestSource, Split, ingest_files
 from offtower.data.log import ParquetLog
 from offtower.errors import ConfigError, DataError, OfftowerError
 from offtower.evaluation import EvaluationRows, evaluate_rows
 from offtower.evaluation import estimators as e
 from offtower.evaluation.estimators import Difference, MeanReward
 from offtower.evaluation.intervals.methods import normal_interval
+from offtower.evaluation.report import write_report
+from offtower.evaluation.run import evaluate_runs
+from offtower.training.run import train_run
 
 NAMES = ("click", "revenue")
 
@@ -142,37 +146,34 @@ def test_ingest_refuses_what_has_no_sum(tmp_path: Path) -> None:
 
 def test_a_gain_in_clicks_bought_by_a_loss_in_revenue_is_seen(tmp_path: Path) -> None:
     """The weights favor clicks: the trained policy shows item 0, which nobody buys."""
-
-    def call(*arguments: str) -> Any:
-        return CliRunner().invoke(app, list(arguments))
-
-    schema = tmp_path / "schema.yaml"
-    schema.write_text(yaml.safe_dump({"log": SCHEMA.to_dict()}))
-    csv = str(source(tmp_path, log()))
-    ingest = ("ingest", csv, "--schema", str(schema), "--out", str(tmp_path / "logs"))
-    made = call(*ingest, "--split", "row")
-    assert made.exit_code == 0, made.output
-    config = {
-        "name": "clicks",
-        "runs": str(tmp_path / "runs"),
-        "data": {
-            part: str(tmp_path / "logs" / part)
-            for part in ("train", "validation", "test", "catalogue")
-        },
-        "policy": {"embedding_dim": 4},
-        "objective": {"name": "ips"},
-        "training": {"epochs": 6, "batch_size": 64, "learning_rate": 0.03, "threads": 1},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    assert call("train", str(tmp_path / "config.yaml")).exit_code == 0
-    run = tmp_path / "runs" / "clicks"
-    result = call("evaluate", str(run), "--json")
-    content = json.loads(result.stdout)
-    rewards = content["policies"]["clicks"]["rewards"]
-    assert rewards["click"]["difference"]["interval"]["low"] > 0.2
-    assert rewards["revenue"]["difference"]["interval"]["high"] < -0.5
-    assert any("loses in the reward 'revenue'" in note for note in content["notes"])
-    html = (run / "report.html").read_text()
+    logs = tmp_path / "logs"
+    ingest_files(IngestSource(source(tmp_path, log()), SCHEMA), logs, split=Split("row"))
+    train_run(
+        parse_config(
+            {
+                "name": "clicks",
+                "runs": str(tmp_path / "runs"),
+                "data": {p: str(logs / p) for p in ("train", "test", "catalogue")},
+                "policy": {"embedding_dim": 4},
+                "objective": {"name": "ips"},
+                "training": {
+                    "epochs": 6,
+                    "batch_size": 128,
+                    "learning_rate": 0.05,
+                    "threads": 1,
+                },
+            }
+        )
+    )
+    found = evaluate_runs([tmp_path / "runs" / "clicks"])
+    rewards = found.result.policies["clicks"].rewards
+    gaps = {name: rewards[name].difference for name in NAMES}
+    assert gaps["click"] is not None and gaps["click"].interval.low > 0.2
+    assert gaps["revenue"] is not None and gaps["revenue"].interval.high < -0.5
+    assert any("loses in the reward 'revenue'" in note for note in found.notes)
+    page = write_report(tmp_path / "report.html", [found], title="clicks", command="")
+    html = page.read_text()
     assert "Each reward by itself" in html and "loses in the reward" in html
-    shown = " ".join(call("evaluate", str(run)).output.split())
-    assert "each reward by itself" in shown
+    console = Console(file=StringIO(), width=120)
+    console.print(rewards_table(found))
+    assert console.file.getvalue().count("revenue") == 1
