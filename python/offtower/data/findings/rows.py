@@ -26,6 +26,7 @@ from offtower.data.rows import hashed
 from offtower.data.schema import LogSchema
 
 _SHOWN_BAD_ROWS = 5
+_DOUBLED_KEYS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class RepeatedRounds(Check):
 class DoubledRows(Check):
     """Rows that equal an earlier one in every column of the schema.
 
-    Rows are compared by 64-bit hashes; beyond 8 million distinct rows a hash sample of them is
+    Rows are compared by 64-bit hashes; beyond 2 million distinct rows a hash sample of them is
     kept, and the count is an estimate.
     """
 
@@ -120,7 +121,8 @@ class DoubledRows(Check):
 
     @classmethod
     def of(cls, part: LogPart) -> Self:
-        return cls(DuplicateCount.of(row_keys(part.table, part.schema), row=_numbers(part)))
+        keys = row_keys(part.table, part.schema)
+        return cls(DuplicateCount.of(keys, _DOUBLED_KEYS, _numbers(part)))
 
     def merge(self, other: Self) -> Self:
         return type(self)(self.rows.merge(other.rows))
