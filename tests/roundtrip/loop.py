@@ -40,6 +40,7 @@ from offtower.retrieval import (
     served_schema,
 )
 from offtower.retrieval.propensity_sampler import Mode
+from offtower.retrieval.retriever import Filter
 from offtower.training.run import train_run
 
 START = datetime(2026, 1, 3, 12, 0, tzinfo=UTC)
@@ -165,8 +166,9 @@ class Loop:
         manifest = {**self.retriever.manifest, "serving": dataclasses.asdict(serving)}
         return Retriever(self.retriever.directory, manifest)
 
-    def log(self, contexts: pa.Table, decisions: pa.Table, items: np.ndarray, seed: int) -> Path:
+    def log(self, contexts: pa.Table, decisions: pa.Table, served: SampleResult, seed: int) -> Path:
         """Draw the rewards of shown items (n, k), join them and ingest the log."""
+        items = served.item
         n, k = items.shape
         world, rng = self.world, np.random.default_rng(seed)
         latent = world.context_latent(contexts)
@@ -181,7 +183,7 @@ class Loop:
         taken = ingest_files(
             IngestSource(
                 source,
-                served_schema(self.retriever),
+                served_schema(self.retriever, served),
                 self.folder / "catalogue" / "part-00000.parquet",
                 self.world.catalogue_schema,
             ),
@@ -233,11 +235,17 @@ class ServedLog:
 
 
 def served_log(
-    loop: Loop, serving: ServingConfig, *, rounds: int, seed: int, mode: Mode = "exact"
+    loop: Loop,
+    serving: ServingConfig,
+    *,
+    rounds: int,
+    seed: int,
+    mode: Mode = "exact",
+    exclude: Filter | None = None,
 ) -> ServedLog:
     """Serve, log and ingest."""
     contexts, at = at_time(loop.contexts(rounds, seed), seed)
     retriever = loop.serving(serving)
-    served = retriever.sample(contexts, serving.k, seed=seed, mode=mode)
+    served = retriever.sample(contexts, serving.k, seed=seed, mode=mode, exclude=exclude)
     decisions = decisions_table(retriever, contexts, served, served_at=at)
-    return ServedLog(contexts, served, loop.log(contexts, decisions, served.item, seed))
+    return ServedLog(contexts, served, loop.log(contexts, decisions, served, seed))

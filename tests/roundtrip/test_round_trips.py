@@ -15,7 +15,7 @@ from offtower.data.simulate import ServedDistribution
 from offtower.data.simulate.plackett_luce import conditional_log_prob
 from tests.roundtrip.configurations import CONFIGURATIONS, ITEMS, QUICK, Configuration
 from tests.roundtrip.conftest import MakeLoop
-from tests.roundtrip.loop import Loop, served_log
+from tests.roundtrip.loop import Loop, at_time, served_log
 
 ROUNDS = 60
 
@@ -81,3 +81,20 @@ def test_weights_are_one(loop_of: MakeLoop, configuration: Configuration) -> Non
 def test_weights_are_one_in_all_configurations(loop_of: MakeLoop, number: int) -> None:
     configuration = CONFIGURATIONS[number]
     check(loop_of(configuration.forms, ITEMS), configuration, 100 + number)
+
+
+@pytest.mark.parametrize("forms", ["all items", "all forms"])
+def test_items_that_a_call_excludes_are_excluded_in_evaluation(
+    loop_of: MakeLoop, forms: str
+) -> None:
+    """One list for each context, some of them empty; the best items of most contexts are in it."""
+    loop = loop_of(forms, ITEMS)
+    serving, seed = ServingConfig(k=2, temperature=loop.temperature(20.0), uniform=0.1), 90
+    contexts, _ = at_time(loop.contexts(ROUNDS, seed), seed)
+    best = np.argsort(-masked_scores(loop, contexts), axis=1, kind="stable")[:, :5]
+    exclude = [loop.retriever.ids_of(row[: i % 6]) for i, row in enumerate(best)]
+    logged = served_log(loop, serving, rounds=ROUNDS, seed=seed, exclude=exclude)
+    for row, ids in zip(logged.served.item_id, exclude, strict=True):
+        assert not set(row) & set(ids)
+    found = loop.evaluate(logged.log, serving, 2)
+    assert np.abs(found.weight - 1.0).max() < 2e-5

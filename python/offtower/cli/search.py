@@ -205,6 +205,7 @@ def _sample(
     with ExitStack() as stack:
         writer: pq.ParquetWriter | None = None
         file = None if log is None else stack.enter_context(new_file(log))
+        served: SampleResult | None = None
         for table in tables:
             served = draw(table, at=now)
             if file is not None:
@@ -222,7 +223,7 @@ def _sample(
         if log is not None:
             # The schema comes first, so that a log is never without it.
             content = {
-                "log": served_schema(retriever).to_dict(),
+                "log": served_schema(retriever, served).to_dict(),
                 "catalogue": catalogue_section(retriever).to_dict(),
             }
             text = yaml.safe_dump(content, sort_keys=False)

@@ -72,6 +72,8 @@ class SampleResult:
     mode: Mode
     policy: str
     """Name of the policy for the log: the export's version, and `serving` where it was changed."""
+    excluded: list[IntArray] | None = None
+    """Per context, item numbers that the call left out, for the log; None where it named none."""
 
 
 class Retriever:
@@ -327,6 +329,7 @@ class Retriever:
             self.version,
             mode,
             self.policy_name,
+            None if exclude is None else sets.exclude,
         )
 
     def _show_best(
@@ -352,8 +355,18 @@ class Retriever:
                 )
         item = np.stack(best.item) if best.item else np.zeros((0, k), dtype=np.int64)
         one, zero = np.ones(item.shape), np.zeros(item.shape)
+        excluded = None if exclude is None else self._excluded(exclude, len(item))
         return SampleResult(
-            best.item_id, item, one, zero, one, slate, self.version, mode, self.policy_name
+            best.item_id,
+            item,
+            one,
+            zero,
+            one,
+            slate,
+            self.version,
+            mode,
+            self.policy_name,
+            excluded,
         )
 
     def ids_of(self, item: IntArray) -> list[Any]:

@@ -8,12 +8,14 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
+from offtower.data.eligible_schema import EligibleSchema, ListForm
 from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.errors import DataError
 from offtower.retrieval.retriever import Retriever, SampleResult
 
-ROUND, POSITION = "round_id", "position"
+ROUND, POSITION, EXCLUDED = "round_id", "position", "excluded"
 
 
 def decisions_table(
@@ -27,7 +29,8 @@ def decisions_table(
     """Make one log row per shown item: context, item, pscore, position, round, time and policy.
 
     Column names are those of the log that the policy was trained on. `pscore_error` is the relative
-    standard error of the propensity. The rows have no reward: `offtower.data.join` adds it.
+    standard error of the propensity. The rows have no reward: `offtower.data.join` adds it. Items
+    that the call excluded are a column too, so that evaluation leaves them out as serving did.
 
     Args:
         contexts: the n served rows; further columns, such as a user id, are kept. Columns that the
@@ -39,7 +42,7 @@ def decisions_table(
     Raises:
         DataError: contexts and served results differ in number, or round ids repeat.
     """
-    schema = served_schema(retriever)
+    schema = served_schema(retriever, served)
     n, k = served.item.shape
     if contexts.num_rows != n:
         raise DataError(f"{contexts.num_rows} contexts, but {n} were served")
@@ -60,6 +63,10 @@ def decisions_table(
         schema.timestamp or "timestamp": _times(retriever, contexts, now).take(row),
         schema.behavior_policy or "behavior_policy": pa.repeat(served.policy, n * k),
     }
+    if served.excluded is not None:
+        assert schema.eligible is not None and schema.eligible.exclude is not None
+        name = schema.eligible.exclude.column
+        columns[name] = _excluded(retriever, contexts, served.excluded, name).take(row)
     for name, column in columns.items():
         if name in table.column_names:
             table = table.set_column(table.column_names.index(name), name, column)
@@ -68,9 +75,18 @@ def decisions_table(
     return table
 
 
-def served_schema(retriever: Retriever) -> LogSchema:
-    """Return the log schema of `decisions_table`, for `offtower ingest`."""
+def served_schema(retriever: Retriever, served: SampleResult | None = None) -> LogSchema:
+    """Return the log schema of `decisions_table`, for `offtower ingest`.
+
+    served: where its call excluded items, the schema's section `eligible` names their column.
+    """
     schema = LogSchema.from_dict(retriever.manifest["log_schema"])
+    if served is not None and served.excluded is not None:
+        section, form = schema.eligible, ListForm(EXCLUDED)
+        if section is None:
+            schema = replace(schema, eligible=EligibleSchema(exclude=form))
+        elif section.exclude is None:
+            schema = replace(schema, eligible=replace(section, exclude=form))
     return replace(
         schema,
         pscore=schema.pscore or "pscore",
@@ -86,6 +102,17 @@ def served_schema(retriever: Retriever) -> LogSchema:
 def catalogue_section(retriever: Retriever) -> CatalogueSchema:
     """Return the schema of the exported catalogue, for `offtower ingest`."""
     return CatalogueSchema.from_dict(retriever.manifest["catalogue"]["schema"])
+
+
+def _excluded(
+    retriever: Retriever, contexts: pa.Table, excluded: list[NDArray[np.int64]], name: str
+) -> pa.Array:
+    """(n,) lists of ids: those that the contexts exclude by `name`, and those of the call."""
+    ids = [retriever.ids_of(items) for items in excluded]
+    if name in contexts.column_names:
+        own = contexts.column(name).to_pylist()
+        ids = [list(dict.fromkeys([*(a or []), *b])) for a, b in zip(own, ids, strict=True)]
+    return pa.array(ids, pa.list_(retriever.item_ids.type))
 
 
 def _times(retriever: Retriever, contexts: pa.Table, now: datetime) -> pa.Array:
