@@ -107,6 +107,7 @@ def test_the_policy_that_served_a_log_has_weight_one(found: LogEvaluation) -> No
     for policy in (own, other):
         assert policy.support is not None and policy.support.missing == 0.0
     assert set(found.selection) == {"ips", "dr"}
+    assert found.pscore_calibration is None  # Its groups of items do not have a mass of 1 here.
 
 
 def test_parts_on_other_machines_give_the_same_bits(place: Path, found: LogEvaluation) -> None:

@@ -68,6 +68,8 @@ class CoverageAccumulator:
         taken = rows.row % self._stride == 0
         if rows.pscore_kind == "slate" or rows.row_weight is not None:
             return  # Bounds on a mean of 1 / pscore have no form for rows with weights.
+        if rows.eligible is not None:
+            return  # A group's mass is then the rows' mean number of its eligible items, not 1.
         if rows.position is not None and rows.pscore_kind == "conditional":
             taken = rows.position == 0  # Only there it is the probability of a single draw.
         self._pscore.append(rows.pscore[taken])
