@@ -23,7 +23,7 @@ from offtower.data.encoding import to_tensors
 from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
 from offtower.data.simulate import SimulatedWorld, WorldSettings
-from offtower.errors import ConfigError, RunError
+from offtower.errors import ConfigError, OfftowerError, RunError
 from offtower.evaluation.frontier import (
     FrontierBounds,
     FrontierPoint,
@@ -31,6 +31,7 @@ from offtower.evaluation.frontier import (
     serving_frontier,
     write_serving,
 )
+from offtower.evaluation.report import write_report
 from offtower.evaluation.run import LogEvaluation, evaluate_runs
 from offtower.evaluation.run_loading import open_run
 from offtower.evaluation.scoring.policy import PolicyScorer
@@ -149,6 +150,29 @@ def test_policies_of_a_run_share_its_passes(place: Path, monkeypatch: pytest.Mon
     same = alone.result.policies["a"].estimates, found.result.policies["a"].estimates
     for name, one in same[0].items():
         assert one.estimate == same[1][name].estimate
+
+
+def test_a_policy_without_overlap_is_left_out(place: Path, tmp_path: Path) -> None:
+    """Rows that show the best item of the policy are removed: the log says nothing about it."""
+    log = ParquetLog.open(place / "log")
+    run = open_run(place / "runs" / "a", Catalogue.open(place / "catalogue"))
+    scorer = PolicyScorer(run.policy, run.items, serving=ServingConfig(mode="top_k"))
+    catalogue = Catalogue.open(place / "catalogue")
+    (batch,) = scan(log, catalogue, run.policy.context_encoding, ROWS)
+    other = scorer.score(batch).importance_weight == 0.0
+    table = pa.concat_tables(log.tables()).filter(pa.array(other))
+    write_log(tmp_path / "log", [table], log.schema)
+    paths = [place / "runs" / "a"]
+    found = evaluate_runs(paths, log=tmp_path / "log", also=["greedy"], select="slope")
+    assert list(found.result.policies) == ["a"] and found.result.unsupported == ("a greedy",)
+    assert any("a greedy is left out: no row" in note for note in found.notes)
+    assert list(found.selection) == ["a"]
+    write_report(tmp_path / "report.html", [found], title="t", command="c")
+    # A run that is served so has no evaluation at all.
+    shutil.copytree(place / "runs" / "a", tmp_path / "a")
+    write_serving(tmp_path / "a", ServingConfig(mode="top_k"))
+    with pytest.raises(OfftowerError, match="no action that the target policy takes"):
+        evaluate_runs([tmp_path / "a"], log=tmp_path / "log")
 
 
 def test_workers_give_the_same_numbers(place: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from typing import Any
@@ -129,15 +129,23 @@ class EvaluationSums:
             None if self.named is None or other.named is None else self.named.merge(other.named),
         )
 
-    def finish(self, support: Mapping[str, SupportDiagnostics] | None = None) -> EvaluationResult:
+    def finish(
+        self,
+        support: Mapping[str, SupportDiagnostics] | None = None,
+        *,
+        may_leave_out: Collection[str] = (),
+    ) -> EvaluationResult:
         """Values, differences, diagnostics and verdicts.
 
-        support: by policy, a probe of `diagnostics.support_probe`.
+        Args:
+            support: by policy, a probe of `diagnostics.support_probe`.
+            may_leave_out: policies that are named in `unsupported`, instead of an error, where
+                every weight is 0.
         """
         unknown = set(support or {}) - set(self.policies)
         if unknown:
             raise OfftowerError(f"a support probe for unknown policies: {sorted(unknown)}")
-        return _Finisher(self).result(support or {})
+        return _Finisher(self).result(support or {}, may_leave_out)
 
     def estimates(self, min_effective_rows: float) -> dict[str, EstimatorResult | None]:
         """By policy its value by the first estimator; None for a policy of fewer effective rows."""
@@ -192,8 +200,18 @@ class _Finisher:
         base = policy * self.starts[-1]
         return list(range(base + self.starts[estimator], base + self.starts[estimator + 1]))
 
-    def result(self, support: Mapping[str, SupportDiagnostics]) -> EvaluationResult:
+    def unsupported(self) -> list[int]:
+        """Policies whose every weight is 0, where an estimator reads weights."""
+        if not any(estimator.uses_weight for estimator in self.options.estimators):
+            return []
+        return [i for i, one in enumerate(self.sums.weights) if not one.top.any()]
+
+    def result(
+        self, support: Mapping[str, SupportDiagnostics], may_leave_out: Collection[str]
+    ) -> EvaluationResult:
         options, policies = self.options, self.sums.policies
+        left_out = [i for i in self.unsupported() if policies[i] in may_leave_out]
+        kept = [i for i in range(len(policies)) if i not in left_out]
         logged = self.terms.select(self.reward_column)
         intervals = self.intervals(LOGGING, logged)
         return EvaluationResult(
@@ -207,11 +225,10 @@ class _Finisher:
             ),
             decide_by=options.estimators[options.decider].name,
             policies={
-                name: self.policy(i, name, support.get(name)) for i, name in enumerate(policies)
+                policies[i]: self.policy(i, policies[i], support.get(policies[i])) for i in kept
             },
-            comparisons=tuple(
-                self.comparison(a, b) for a, b in combinations(range(len(policies)), 2)
-            ),
+            comparisons=tuple(self.comparison(a, b) for a, b in combinations(kept, 2)),
+            unsupported=tuple(policies[i] for i in left_out),
             propensities_estimated=options.propensities_estimated,
             logging_rewards={
                 name: self.named_logging(i) for i, name in enumerate(options.reward_names)

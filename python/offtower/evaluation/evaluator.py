@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -210,12 +210,18 @@ class Evaluator:
             assert whole.sums is not None, "a log has rows"
             accumulated, merged = whole.accumulated, whole.sums
         progress.finish()
-        return merged.finish(plan.behavior.found_support(accumulated.behavior)), accumulated
+        support = plan.behavior.found_support(accumulated.behavior)
+        also = [name for name, one in self.policies.items() if one.also is not None]
+        return merged.finish(support, may_leave_out=also), accumulated
 
     def select(
-        self, plan: EvaluationPlan, accumulated: EvaluationAccumulators, progress: Progress
+        self,
+        plan: EvaluationPlan,
+        names: Collection[str],
+        accumulated: EvaluationAccumulators,
+        progress: Progress,
     ) -> dict[str, SelectionComparison]:
-        """Choose an estimator for each policy; empty where the plan has no selector."""
+        """Choose an estimator for each named policy; empty where the plan has no selector."""
         if plan.select is None:
             return {}
         behavior = accumulated.behavior
@@ -228,9 +234,9 @@ class Evaluator:
             plan.behavior.heuristic_refusal,
             self._item_features(),
         )
-        progress.start("choosing an estimator", len(plan.scorer.policies))
+        progress.start("choosing an estimator", len(names))
         found = {}
-        for name in plan.scorer.policies:
+        for name in names:
             options = self.config.evaluation.selection
             found[name] = data.select(name, plan.select, options, self.config.seed)
             progress.advance(1)

@@ -145,6 +145,8 @@ class EvaluationResult:
     policies: dict[str, PolicyEvaluation]
     comparisons: tuple[Comparison, ...] = field(default_factory=tuple)
     propensities_estimated: bool = False
+    unsupported: tuple[str, ...] = ()
+    """Policies that are left out: no row of the log shows what they would show."""
     logging_rewards: dict[str, EstimatorResult] = field(default_factory=dict)
     """By named reward, the logging policy's mean."""
 
@@ -161,6 +163,7 @@ class EvaluationResult:
             "simultaneous_confidence": self.simultaneous_confidence,
             "reward_range": list(self.reward_range),
             "propensities_estimated": self.propensities_estimated,
+            "unsupported": list(self.unsupported),
             "decide_by": self.decide_by,
             "logging": self.logging.to_dict(),
             **_named(self.logging_rewards, "logging_rewards"),

@@ -207,7 +207,7 @@ def evaluate_plan(
             *([] if refusal is None else [refusal]),
             *missing,
         ],
-        selection=evaluator.select(plan, accumulated, progress),
+        selection=evaluator.select(plan, result.policies, accumulated, progress),
         coverage=coverage,
         pscore_calibration=calibration,
         baseline_values=values,
@@ -336,7 +336,12 @@ def serving_notes(policies: Mapping[str, EvaluatedPolicy], result: EvaluationRes
     """Say how policies are served, where not as trained, and what that means for estimates."""
     notes = []
     for name, one in policies.items():
-        if one.serving.mode == "top_k":
+        if name in result.unsupported:
+            notes.append(
+                f"{name} is left out: no row of the log shows what it would show, so that the log "
+                "says nothing about its value"
+            )
+        elif one.serving.mode == "top_k":
             weights = result.policies[name].weights
             matching = round((1.0 - weights.zero_share) * weights.n)
             shows = "its best item" if one.serving.k == 1 else f"its {one.serving.k} best items"
