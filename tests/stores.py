@@ -93,7 +93,7 @@ class Unruly(fs.FileSystemHandler):
 
     def open_input_stream(self, path: str) -> Any:
         self._open(path)
-        return self._inner.open_input_stream(path)
+        return self._inner.open_input_stream(path, compression=None)
 
     def open_output_stream(self, path: str, metadata: Any) -> Any:
         return self._inner.open_output_stream(path)

@@ -14,11 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from offtower.data.check import BadRowsError
-from offtower.data.formats import csv_files
+from offtower.data.formats import csv_files, json_lines
 from offtower.data.formats.options import FileFormat, SourceFormats
 from offtower.data.ingest import IngestSource, IngestSummary, ingest_files
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
 from offtower.errors import DataError
+from tests.mappers import BackwardsMapper
+from tests.mappers import content as content_of
+from tests.stores import failing_reads, unruly
 
 SCHEMA = LogSchema(
     context=(
@@ -40,7 +43,7 @@ def rows(number: int) -> list[str]:
     ]
 
 
-def ingest(folder: Path, log: Path, **options: Any) -> IngestSummary:
+def ingest(folder: Path, log: Path | str, **options: Any) -> IngestSummary:
     """Ingest a log with three items."""
     (folder / "items.csv").write_text(ITEMS)
     formats = options.pop("formats", None)
@@ -338,3 +341,47 @@ def test_a_plain_csv_keeps_the_numbers_of_pyarrow(tmp_path: Path) -> None:
     plain = pa_csv.read_csv(log)
     assert table_of(tmp_path)["age"] == plain["age"].to_pylist()
     assert table_of(tmp_path)["time"] == plain["time"].to_pylist()
+
+
+@pytest.mark.parametrize("kind", ["csv.gz", "jsonl", "parquet"])
+def test_workers_and_stores_write_the_same_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Files read twice and backwards by workers, and from a store whose reads fail."""
+    monkeypatch.setattr(csv_files, "_BLOCK_BYTES", 1024)
+    monkeypatch.setattr(json_lines, "_BLOCK_BYTES", 1024)
+    folder = tmp_path / "store" / "logs"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        lines = [f"u{number},{20 + row},01234,7,{row % 2},0.5,{row}" for row in range(200)]
+        if kind == "parquet":
+            text = dict(zip(HEADER.split(","), _columns(lines), strict=True))
+            pq.write_table(pa.table(text), folder / f"{number}.parquet", row_group_size=50)
+            continue
+        if kind == "csv.gz":
+            lines[50 + number] += ",more"
+            content = "\n".join([HEADER, *lines]).encode()
+            (folder / f"{number}.csv.gz").write_bytes(gzip.compress(content))
+            continue
+        lines[50 + number] = lines[50 + number].replace("01234", "[1]")
+        content = as_json([HEADER, *lines])[1].replace(b'"[1]"', b"[1]")
+        (folder / f"{number}.jsonl").write_bytes(content)
+    plain, workers, store = (tmp_path / name for name in ("plain", "workers", "far"))
+    for place in (plain, workers, store):
+        place.mkdir()
+    here = ingest(plain, folder, on_bad_rows="quarantine")
+    spread = ingest(workers, folder, on_bad_rows="quarantine", mapper=BackwardsMapper())
+    handler, root = unruly(monkeypatch, tmp_path / "store", "logs-in-a-store")
+    handler.before = failing_reads(monkeypatch, 7, "When reading: Connection reset by peer")
+    far = ingest(store, f"{root}/logs", on_bad_rows="quarantine")
+    assert far.rows == spread.rows == here.rows == (600 if kind == "parquet" else 597)
+    assert far.quarantined == here.quarantined == 600 - here.rows
+    for place in (workers, store):
+        for part in ("log", "catalogue"):
+            assert content_of(place / "out" / part) == content_of(plain / "out" / part)
+    if here.quarantined:
+        rows_aside = [
+            sorted(pq.read_table(place / "out" / "quarantine")["_row"].to_pylist())
+            for place in (plain, workers, store)
+        ]
+        assert rows_aside == [[50, 251, 452]] * 3
