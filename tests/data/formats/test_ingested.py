@@ -117,6 +117,17 @@ def test_lines_are_counted_as_an_editor_does(tmp_path: Path) -> None:
     assert text[bad.line - 1] == lines[-1]
 
 
+def test_a_quote_that_is_never_closed_is_refused(tmp_path: Path) -> None:
+    """pyarrow reads the rest of the file as one cell, here of a column that is not used."""
+    lines = [f"{line},note" for line in rows(50)]
+    lines[20] = lines[20].replace("note", '"note')
+    (tmp_path / "log.csv").write_text("\n".join([f"{HEADER},note", *lines]) + "\n")
+    with pytest.raises(DataError, match=r"log\.csv', line 22: a quote is opened and never closed"):
+        ingest(tmp_path, tmp_path / "log.csv")
+    plain = SourceFormats(log=FileFormat(quote=None))
+    assert ingest(tmp_path, tmp_path / "log.csv", formats=plain).rows == 50
+
+
 @pytest.mark.parametrize("place", [0, 500, 999])
 def test_rows_with_other_numbers_of_cells_are_bad_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int

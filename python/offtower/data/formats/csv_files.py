@@ -11,6 +11,7 @@ import pyarrow.csv as pc_csv
 
 from offtower.data.formats.streams import TextFile
 from offtower.data.formats.types import BadCells
+from offtower.errors import DataError
 
 _BLOCK_BYTES = 4 * 2**20
 _PEEK_BYTES = 2**16
@@ -91,17 +92,50 @@ def _whole(
 ) -> Iterator[tuple[pa.RecordBatch, BadCells | None]]:
     row = 0
     with file.open() as stream:
-        for batch in _reader(stream, file, size, names, misfits):
+        counted = _QuoteCounter(stream, file.file_format.quote)
+        for batch in _reader(counted, file, size, names, misfits):
             whole, bad = _with_misfits(batch, row, misfits)
             row += whole.num_rows
             if whole.num_rows:
                 yield whole, bad
+    if counted.odd:
+        _check_quotes(file)
     if misfits.rows:
         # Those after the last row: one null row ends the batch, and is cut off again.
         last = pa.RecordBatch.from_arrays([pa.nulls(1, pa.binary()) for _ in names], list(names))
         whole, bad = _with_misfits(last, row, misfits)
         assert bad is not None
         yield whole.slice(0, whole.num_rows - 1), bad
+
+
+class _QuoteCounter:
+    """A stream, and whether an odd number of quotes was read from it."""
+
+    closed = False
+
+    def __init__(self, stream: pa.NativeFile, quote: str | None) -> None:
+        self._stream, self._quote = stream, None if quote is None else quote.encode()
+        self.odd = False
+
+    def read(self, size: int = -1) -> bytes:
+        block: bytes = self._stream.read(size)
+        if self._quote is not None and block.count(self._quote) % 2:
+            self.odd = not self.odd
+        return block
+
+
+def _check_quotes(file: TextFile) -> None:
+    """Refuse a file whose last cell begins with a quote that is never closed.
+
+    pyarrow takes the rest of the file for that cell, and would drop its rows.
+    """
+    line = file.unclosed_quote()
+    if line is not None:
+        raise DataError(
+            f"'{file.location}', line {line}: a quote is opened and never closed, so that the rest "
+            "of the file is one cell. Close or double it, or set format.quote: null if quotes are "
+            "part of the values"
+        )
 
 
 def _with_misfits(
@@ -131,7 +165,7 @@ def _with_misfits(
 
 
 def _reader(
-    stream: pa.NativeFile,
+    stream: pa.NativeFile | _QuoteCounter,
     file: TextFile,
     size: int,
     names: Sequence[str] | None,

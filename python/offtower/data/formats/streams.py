@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -72,18 +73,34 @@ class TextFile:
                 if line.strip("\r\n") and (self.kind != "jsonl" or line.strip()):
                     yield number
             return
-        csv.field_size_limit(_MAX_CELL)
-        reader = csv.reader(
-            self._text_lines(),
-            delimiter=options.delimiter_of(self.kind),
-            quotechar=options.quote,
-            escapechar=options.escape,
-        )
         first = 1
+        reader = self._csv_reader(strict=False)
         for cells in reader:
             if cells:
                 yield first
             first = reader.line_num + 1
+
+    def unclosed_quote(self) -> int | None:
+        """The line of the row with a quote that is never closed; None where there is none."""
+        first = 1
+        reader = self._csv_reader(strict=True)
+        try:
+            for _ in reader:
+                first = reader.line_num + 1
+        except csv.Error as error:
+            return first if "end of data" in str(error) else None
+        return None
+
+    def _csv_reader(self, *, strict: bool) -> Any:
+        options = self.file_format
+        csv.field_size_limit(_MAX_CELL)
+        return csv.reader(
+            self._text_lines(),
+            delimiter=options.delimiter_of(self.kind),
+            quotechar=options.quote,
+            escapechar=options.escape,
+            strict=strict,
+        )
 
     def _text_lines(self) -> Iterator[str]:
         with self.open() as stream:
