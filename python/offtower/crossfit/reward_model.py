@@ -209,6 +209,7 @@ def _fit_factored(
         def loss_of(k: int) -> Tensor:
             logit = towers[k].action_logit(context, item)
             if examinations:
+                assert rows.position is not None, "slates have positions"
                 position = tensor_of(rows.position, data.device)
                 per_row = examinations[k].loss(logit, reward, position, binary=link == "sigmoid")
                 return reduction.mean(per_row)

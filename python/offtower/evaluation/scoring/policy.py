@@ -90,7 +90,7 @@ class ScoredRows:
 
     def examined(self, factors: Mapping[str, Array | None]) -> ScoredRows:
         """The same with each model's predictions times the factors of the rows' positions."""
-        found = {name: one.examined(factors[name]) for name, one in self.predictions.items()}
+        found = {name: one.examined(factors.get(name)) for name, one in self.predictions.items()}
         return replace(self, predictions=found)
 
     def rows(self, model: str | None) -> EvaluationRows:
