@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.columns import as_float_array, is_text
-from offtower.data.formats.types import shown
+from offtower.data.formats.bad_cells import shown
 from offtower.data.location import AnyPath
 from offtower.data.log import TableOrigin
 from offtower.data.moments import Moments, QuarantineEffect

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from offtower.data.formats.bad_cells import BadCells
 from offtower.data.formats.streams import TextFile
-from offtower.data.formats.types import BadCells
 from offtower.data.location import AnyPath, Location
 from offtower.data.manifest import find_parquet_files, read_manifest, write_manifest
 from offtower.data.output import new_directory, new_file

@@ -21,7 +21,7 @@ from offtower.data.columns import (
     is_text,
 )
 from offtower.data.eligible import eligible_items
-from offtower.data.formats.types import BadCells
+from offtower.data.formats.bad_cells import BadCells
 from offtower.data.round_tables import round_faults
 from offtower.data.schema import FeatureSpec, LogSchema
 from offtower.data.vectors import LARGEST, Mask, bad_vectors, vector_kinds

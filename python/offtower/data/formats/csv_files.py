@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pc_csv
 
+from offtower.data.formats.bad_cells import BadCells
 from offtower.data.formats.streams import TextFile
-from offtower.data.formats.types import BadCells
 from offtower.errors import DataError
 
 _BLOCK_BYTES = 4 * 2**20

@@ -11,13 +11,13 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from offtower.data.formats import columnar, csv_files, json_lines
+from offtower.data.formats.bad_cells import BadCells
 from offtower.data.formats.cells import TimeForm, time_form
 from offtower.data.formats.kinds import ColumnKind
 from offtower.data.formats.options import CODECS, ENDINGS, EPOCH_UNITS, FileFormat, FileType
 from offtower.data.formats.streams import TextFile, file_type
 from offtower.data.formats.types import (
     EXPECTED,
-    BadCells,
     is_string,
     plain_type,
     target_type,

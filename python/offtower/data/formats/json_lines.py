@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json as pa_json
 
+from offtower.data.formats.bad_cells import BadCells
 from offtower.data.formats.cells import bag_values, category_text, vector_values
 from offtower.data.formats.kinds import ColumnKind
 from offtower.data.formats.streams import TextFile
-from offtower.data.formats.types import BadCells
 from offtower.data.vectors import Mask
 from offtower.errors import DataError
 
