@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -60,6 +62,16 @@ def test_without_pscore() -> None:
     assert log.schema.pscore is None
     assert log.schema.context[0].name == "user"
     assert to_bandit_feedback(log, catalogue)["pscore"] is None
+
+
+def test_weights_of_rows_have_no_place_in_the_dict() -> None:
+    log, catalogue = from_bandit_feedback(feedback(position=False))
+    weighted = TableLog(
+        log.table.append_column("kept", pa.array(np.full(50, 0.5))),
+        replace(log.schema, weight="kept"),
+    )
+    with pytest.raises(DataError, match="no place for the weights"):
+        to_bandit_feedback(weighted, catalogue)
 
 
 def test_every_kind_of_feature_becomes_columns() -> None:

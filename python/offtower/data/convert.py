@@ -116,6 +116,11 @@ def to_bandit_feedback(log: Log, catalogue: Catalogue) -> BanditFeedback:
             many values.
     """
     schema = log.schema
+    if schema.weight is not None:
+        raise DataError(
+            f"OBP's dict has no place for the weights of rows (column '{schema.weight}'): its "
+            "estimators would count every row once"
+        )
     columns = list(schema.columns)
     if isinstance(log, TableLog):
         columns += [key for key in _TRUTH if key in log.table.column_names]

@@ -78,6 +78,8 @@ def decisions_table(
 def served_schema(retriever: Retriever, served: SampleResult | None = None) -> LogSchema:
     """Return the log schema of `decisions_table`, for `offtower ingest`.
 
+    All rows are kept, so it names no weight.
+
     served: where its call excluded items, the schema's section `eligible` names their column.
     """
     schema = LogSchema.from_dict(retriever.manifest["log_schema"])
@@ -96,6 +98,7 @@ def served_schema(retriever: Retriever, served: SampleResult | None = None) -> L
         pscore_kind="conditional",
         round_id=ROUND,
         user_id=schema.user_id,
+        weight=None,
     )
 
 
