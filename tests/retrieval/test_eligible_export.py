@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from offtower.config import parse_config
 from offtower.data.catalogue import Catalogue, write_catalogue
 from offtower.data.eligible import EligibleItems
 from offtower.data.log import write_log
-from offtower.errors import DataError, RunError
+from offtower.errors import ConfigError, DataError, RunError
 from offtower.retrieval import ExportOptions, Retriever, decisions_table, export_run, served_schema
 from offtower.retrieval.contexts import read_contexts
 from offtower.retrieval.eligible import FILE
@@ -57,6 +58,13 @@ def test_an_export_gives_contexts_the_sets_of_the_log(run: Path) -> None:
     rows = eligible.of_contexts(table.drop_columns(["action", "reward", "pscore"]))
     for item in range(N):
         np.testing.assert_array_equal(rows.contains(np.full(len(rows), item)), sets[:, item])
+
+
+def test_contexts_without_the_section_are_refused(run: Path, tmp_path: Path) -> None:
+    plain = replace(schemas(*FORMS)[0], eligible=None)
+    write_log(tmp_path / "plain", [log(300, FORMS)[0].select(list(plain.columns))], plain)
+    with pytest.raises(ConfigError, match="the export would serve every item"):
+        export_run(run, ExportOptions(index=None, onnx=False), contexts=tmp_path / "plain")
 
 
 def test_the_log_of_what_was_served_keeps_the_columns(run: Path) -> None:

@@ -159,6 +159,7 @@ def export_run(
                 options,
                 mapper=mapper or Mapper(),
                 progress=progress or Progress(),
+                restricted=directory.manifest().get("eligible") is not None,
             )
             content = {
                 "version": version,
@@ -212,6 +213,8 @@ class _Writer:
     options: ExportOptions
     mapper: Mapper
     progress: Progress
+    restricted: bool = False
+    """Whether the policy was trained over eligible items."""
 
     def write(self, version: str, contexts: AnyPath | None) -> dict[str, Any]:
         """Write all files but the manifest, and return its content."""
@@ -219,6 +222,12 @@ class _Writer:
         clock = _Clock()
         tower = ContextTower.of(self.policy)
         log, part = measurement_log(self.config, contexts)
+        if self.restricted and log.schema.eligible is None:
+            raise ConfigError(
+                "the policy was trained over eligible items, but the schema of the log with "
+                "contexts has no section 'eligible', so the export would serve every item: give "
+                "--contexts with a log that has it, or name it in data.log_schema"
+            )
         queries = tower.embed(sample_contexts(log, tower.encoding, options.contexts, options.seed))
         if not np.isfinite(queries).all():
             raise DataError("context embeddings are not finite: the policy's weights hold NaN")
