@@ -148,6 +148,8 @@ def test_a_value_of_another_kind_is_named(run: Path, tmp_path: Path) -> None:
     _write_csv(tmp_path / "c.csv", pa.Table.from_pylist([{**ROW, **lists, "age": "old"}]))
     message = refused(run, str(tmp_path / "c.csv"))
     assert "c.csv, line 2: column 'age' is 'old' (not a number), expected a number" in message
+    message = refused(run, json.dumps([ROW, ROW | {"age": None}]))
+    assert "context 1 has no finite embedding: feature 'age' is null" in message
     with pytest.raises(DataError, match="feature 'age' is 'old' in row 0"):
         Retriever.open(run).search(pa.Table.from_pylist([ROW | {"age": "old"}]), 3)
     with pytest.raises(DataError, match="feature 'size' holds"):

@@ -46,7 +46,9 @@ def test_malformed_logs_are_refused_by_name(tmp_path: Path) -> None:
         ParquetLog.open(tmp_path, schema)
     file = tmp_path / "a.parquet"
     pq.write_table(table, file)
-    with pytest.raises(DataError, match=r"was not written by offtower.*data\.log_schema"):
+    with pytest.raises(
+        DataError, match=r"was not written by offtower.*run offtower ingest.*data\.log_schema"
+    ):
         ParquetLog.open(tmp_path)
     whole = file.read_bytes()
     for content in (whole[:-100], b"action,reward\n1,0\n", b""):

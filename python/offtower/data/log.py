@@ -175,8 +175,9 @@ class ParquetLog(Log):
         if schema is None:
             if manifest is None:
                 raise DataError(
-                    f"'{path}' was not written by offtower, so the config must state "
-                    "data.log_schema (action, reward, pscore and the context features)"
+                    f"'{path}' was not written by offtower, so its columns are unknown: "
+                    "run offtower ingest on it first, or state data.log_schema (action, reward, "
+                    "pscore and the context features) in the config"
                 )
             schema = LogSchema.from_dict(manifest["schema"])
         files = [one.location for one in found]

@@ -214,7 +214,8 @@ class Retriever:
         bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
         if bad.size:
             raise DataError(
-                f"context {bad[0]} has no finite embedding: a null, NaN or infinite feature?"
+                f"context {bad[0]} has no finite embedding: "
+                + _unusable_feature(self.tower, contexts, int(bad[0]))
             )
         return queries
 
@@ -414,3 +415,16 @@ class Retriever:
     def _check_k(self, k: int) -> None:
         if not 1 <= k <= self.num_items:
             raise ConfigError(f"k must lie in [1, {self.num_items}], the number of items, got {k}")
+
+
+def _unusable_feature(tower: ContextTower, contexts: pa.Table, row: int) -> str:
+    """Name the first feature of the row that is null, NaN or infinite."""
+    for spec in tower.encoding.specs:
+        values = tower.encoding.only(spec.name).encode(contexts.slice(row, 1))[spec.name]
+        if isinstance(values, np.ndarray) and not np.isfinite(values).all():
+            given = contexts[spec.source][row].as_py()
+            return (
+                f"feature '{spec.name}' is {'null' if given is None else given}; give it a finite "
+                "number"
+            )
+    return "a weight of the context tower is not finite; export the run again"

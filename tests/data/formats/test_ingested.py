@@ -396,3 +396,24 @@ def test_workers_and_stores_write_the_same_log(
             for place in (plain, workers, store)
         ]
         assert rows_aside == [[50, 251, 452]] * 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            gzip.compress(b"age,item\n1,2\n", mtime=0),
+            "log.csv' is named as csv, but holds gzip data; rename",
+        ),
+        (b"PAR1\x15\x04", "holds Parquet; rename it to end in .parquet"),
+        (b"\x28\xb5\x2f\xfd\x04", "holds zstd data; rename it to end in .csv.zst"),
+        ("age,item\n1,2\n".encode("utf-16"), "holds UTF-16 text: set format.encoding: utf-16"),
+    ],
+    ids=["gzip", "parquet", "zstd", "utf-16"],
+)
+def test_a_name_that_belies_the_content_is_refused(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    (tmp_path / "log.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        ingest(tmp_path, tmp_path / "log.csv")

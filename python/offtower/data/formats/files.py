@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -34,6 +35,13 @@ RawBatch: TypeAlias = tuple[pa.RecordBatch, tuple[BadCells, ...]]
 
 _HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _TIMES_PEEKED = 1000
+_BINARY = {
+    b"\x1f\x8b": ("gzip data", ".csv.gz, or .jsonl.gz"),
+    b"\x28\xb5\x2f\xfd": ("zstd data", ".csv.zst, or .jsonl.zst"),
+    b"PAR1\x15": ("Parquet", ".parquet"),
+    b"ARROW1\x00": ("Arrow data", ".arrow"),
+}
+"""What a file holds by its first bytes, and the ending that reads it."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,7 @@ def found_names(listed: ListedFile, file_format: FileFormat) -> list[str]:
         found, _ = csv_files.read_header(file)
         return [name.strip() for name in found] if file_format.trim else found
 
+    _check_content(location, kind, file_format.encoding)
     inside = _guarded(names, location, kind)
     return list(dict.fromkeys([*inside, *_hive_values(listed.name)]))
 
@@ -210,9 +219,28 @@ def open_file(
     kind = file_type(location, file_format)
     assert kind is not None
     opening = _OPEN[kind]
+    _check_content(location, kind, file_format.encoding)
     values = _hive_values(listed.name)
     partition = {name: value for name, value in values.items() if name in kinds}
     return _guarded(lambda: opening(listed, kinds, file_format, partition), location, kind)
+
+
+def _check_content(location: Location, kind: FileType, encoding: str) -> None:
+    """Refuse a local text file whose first bytes are not text of its encoding."""
+    if location.local is None or kind not in ("csv", "tsv", "jsonl"):
+        return
+    if location.local.suffix.lower() in CODECS:
+        return
+    with open(location.local, "rb") as file:
+        start = file.read(8)
+    for mark, (content, ending) in _BINARY.items():
+        if start.startswith(mark):
+            raise DataError(
+                f"'{location}' is named as {kind}, but holds {content}; rename it to end in "
+                f"{ending}"
+            )
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and "8" in encoding:
+        raise DataError(f"'{location}' holds UTF-16 text: set format.encoding: utf-16")
 
 
 def _guarded(read: Callable[[], R], location: Location, kind: FileType) -> R:
