@@ -269,3 +269,9 @@ def test_weights_near_the_largest_number_do_not_overflow() -> None:
     # Sums of shards have no common scale: an overflow gives no value, not 0.
     with np.errstate(over="ignore", invalid="ignore"):
         assert np.isnan(e.SNIPS().combine(e.SNIPS().statistics(large).mean))
+
+
+def test_an_overflow_of_second_moments_is_an_infinite_error() -> None:
+    rows = EvaluationRows(np.array([3e200, 1e200, 2e200]), np.array([1.0, 0.0, 1.0]))
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert e.IPS().estimate(rows).std_error == np.inf

@@ -363,7 +363,10 @@ def finish(functional: Functional, statistics: Statistics) -> Estimate:
 
 
 def standard_error(functional: Functional, statistics: Statistics) -> float:
-    """sqrt(g' S g / n) with g the gradient at the means; clustered where there are users."""
+    """sqrt(g' S g / n) with g the gradient at the means; clustered where there are users.
+
+    Infinite where the second moments overflow.
+    """
     if statistics.n < 2:
         return float("nan")
     mean = statistics.mean
@@ -372,6 +375,8 @@ def standard_error(functional: Functional, statistics: Statistics) -> float:
         return _clustered_error(slope, mean, statistics.users, statistics.count)
     covariance = statistics.covariance
     variance = float(slope @ covariance @ slope)
+    if not np.isfinite(statistics.scatter).all():
+        return float("inf")
     # What is left of terms that cancel, such as those of two equal policies, is rounding.
     scale = float(np.abs(slope) @ np.sqrt(np.diagonal(covariance))) ** 2
     return float(np.sqrt(variance / statistics.n)) if variance > _ROUNDING * scale else 0.0
