@@ -116,9 +116,9 @@ def search(
     for sentence in unknown.sentences("contexts"):
         messages().print(f"[yellow]note[/]: {escape(sentence)}", soft_wrap=True)
     if target is not None:
-        schema = escape(str(_schema_path(target)))
+        beside = escape(str(_schema_path(target)))
         messages().print(
-            f"decisions in {escape(str(log))} with their schema {schema}; add outcomes with "
+            f"decisions in {escape(str(log))} with their schema {beside}; add outcomes with "
             "offtower join, then ingest",
             soft_wrap=True,
         )
