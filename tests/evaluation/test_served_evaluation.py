@@ -122,10 +122,10 @@ def test_the_served_policy_is_evaluated(place: Path) -> None:
 
 
 def test_policies_of_a_run_share_its_passes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from offtower import serving
+    from offtower.serving import mixture, policy
 
     calls: list[float] = []
-    real = serving.policy_terms
+    real = policy.policy_terms
 
     def counted(*arguments: object, temperature: float = 1.0, **more: object) -> object:
         calls.append(temperature)
@@ -140,7 +140,8 @@ def test_policies_of_a_run_share_its_passes(place: Path, monkeypatch: pytest.Mon
     )
     alone = evaluate(place)
     passes = len(embedded)
-    monkeypatch.setattr(serving, "policy_terms", counted)
+    for module in (mixture, policy):
+        monkeypatch.setattr(module, "policy_terms", counted)
     found = evaluate(place, also=["uniform=0", "uniform=0.5", "temperature=1"])
     # One embedding of the catalogue, as without --also.
     assert len(embedded) == 2 * passes
