@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from offtower.cli import app
 from offtower.data import join
 from offtower.data.join import JoinCounts, JoinedReward, JoinPlan, join_outcomes, join_tables
-from offtower.data.join_files import join_files
+from offtower.data.join.files import join_files
+from offtower.data.join.keys import find_keys
 from offtower.errors import ConfigError, DataError
 
 START = datetime(2026, 1, 1)
@@ -156,7 +157,7 @@ def test_keys_with_one_equal_half_are_told_apart() -> None:
     """The second half of a hash decides where the first ones are equal."""
     keys = np.array([[5, 1], [5, 3], [5, 7], [9, 0]], dtype=np.uint64)
     wanted = np.array([[5, 7], [5, 2], [9, 0], [5, 1], [1, 1], [11, 0]], dtype=np.uint64)
-    assert join._find(keys, wanted).tolist() == [2, -1, 3, 0, -1, -1]
+    assert find_keys(keys, wanted).tolist() == [2, -1, 3, 0, -1, -1]
 
 
 def test_several_rewards_by_their_own_rules() -> None:

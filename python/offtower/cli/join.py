@@ -78,7 +78,7 @@ def join(
 ) -> None:
     from offtower.cli.ingest import read_schemas
     from offtower.data.join import JoinPlan
-    from offtower.data.join_files import (
+    from offtower.data.join.files import (
         join_files,
         outcomes_section,
         schema_beside,

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from importlib.abc import MetaPathFinder
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -116,7 +116,9 @@ def search(
     for sentence in unknown.sentences("contexts"):
         messages().print(f"[yellow]note[/]: {escape(sentence)}", soft_wrap=True)
     if target is not None:
-        beside = escape(str(_schema_path(target)))
+        from offtower.data.join.files import schema_beside
+
+        beside = escape(str(schema_beside(target)))
         messages().print(
             f"decisions in {escape(str(log))} with their schema {beside}; add outcomes with "
             "offtower join, then ingest",
@@ -198,6 +200,7 @@ def _sample(
     import pyarrow.parquet as pq
     import yaml
 
+    from offtower.data.join.files import schema_beside
     from offtower.data.output import new_file
     from offtower.retrieval import catalogue_section, decisions_table, served_schema
 
@@ -227,11 +230,7 @@ def _sample(
                 "catalogue": catalogue_section(retriever).to_dict(),
             }
             text = yaml.safe_dump(content, sort_keys=False)
-            _schema_path(log).write_bytes(text.encode())
-
-
-def _schema_path(log: Location) -> Location:
-    return log.parent / f"{PurePosixPath(log.name).stem}.schema.yaml"
+            schema_beside(log).write_bytes(text.encode())
 
 
 def _as_text() -> Write:
