@@ -29,7 +29,8 @@ class OpenRun:
 
     @property
     def name(self) -> str:
-        return self.directory.path.name
+        """Of the run's folder, also where the path is "." as seen from there."""
+        return self.directory.path.absolute().name
 
 
 def open_run(path: Path, catalogue: Catalogue, trust_code: Collection[str] = ()) -> OpenRun:

@@ -342,7 +342,10 @@ def _color(index: int) -> str:
 
 def _legend(axes: Axes, columns: int, width: float) -> None:
     """Place the legend above the chart, in as many columns as fit its longest text."""
-    longest = max(len(text) for text in axes.get_legend_handles_labels()[1])
+    labels = axes.get_legend_handles_labels()[1]
+    if not labels:  # Matplotlib leaves out names that begin with an underscore.
+        return
+    longest = max(len(text) for text in labels)
     room = int(60 * width / (5 * longest + 40))
     axes.legend(
         loc="lower left",
