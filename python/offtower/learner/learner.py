@@ -9,44 +9,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-from scipy import sparse
 from sklearn.exceptions import NotFittedError as SklearnNotFittedError
-from sklearn.utils.validation import check_array, validate_data
 
 from offtower.crossfit.reward_model import obtain_reward_model
-from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
 from offtower.data.convert import ITEM_VECTOR
 from offtower.data.encoding import to_tensors
 from offtower.data.log import Log
 from offtower.data.rows import encode_rows
-from offtower.data.schema import CatalogueSchema, LogSchema
-from offtower.errors import ConfigError, DataError, OfftowerError
+from offtower.errors import ConfigError, DataError
 from offtower.evaluation import EvaluationRows, evaluate_rows
 from offtower.evaluation.result import EvaluationResult
-from offtower.learner.eligible import masked, of_mask, of_table
+from offtower.learner.eligible import masked
 from offtower.learner.feedback import (
-    COLUMNS,
     CONTEXT,
-    InputForms,
     as_table,
     check_range,
     feature_column,
     is_feedback,
-    is_frame,
     joined_table,
-    log_of_arrays,
-    log_of_table,
-    numeric_matrix,
-    split_feedback,
-    with_logged,
 )
+from offtower.learner.inputs import LearnerInputs, check_column
 from offtower.learner.scoring import OffPolicyScorer
-from offtower.learner.settings import LearnerSettings
 from offtower.models.items import ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
-from offtower.ops import Eligibility
 from offtower.prepare import PreparedData, prepare
 from offtower.serving import ServedPolicy, served_probabilities
 from offtower.training.auto import AutoTraining, train_auto
@@ -58,15 +45,12 @@ from offtower.training.trainer import EpochHook, TrainingOutputs
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_FLOATS = [np.float64, np.float32]
-"""Accepted as they are; other numbers become float64."""
-
 
 class NotFittedError(ConfigError, SklearnNotFittedError):  # type: ignore[misc]
     """A learner that was not fitted yet."""
 
 
-class TwoTowerPolicyLearner(LearnerSettings):
+class TwoTowerPolicyLearner(LearnerInputs):
     """Learn a two-tower softmax policy from logged bandit feedback.
 
     A scikit-learn estimator: `get_params`, `set_params`, `clone` and `GridSearchCV` work. Settings
@@ -123,9 +107,6 @@ class TwoTowerPolicyLearner(LearnerSettings):
     history_: list[dict[str, Any]]
     """One mapping per epoch: loss, value estimate, weights, entropy, validation."""
     data_: PreparedData
-    catalogue_: Catalogue
-    """The items of the fit, scored where no `action_context` is given."""
-    forms_: InputForms
 
     def fit(
         self,
@@ -356,7 +337,7 @@ class TwoTowerPolicyLearner(LearnerSettings):
         if self.forms_.context == "columns":
             table = as_table(X)
             for spec in policy.context_encoding.specs:
-                _check_column(table, spec.source)
+                check_column(table, spec.source)
         else:
             matrix = self._contexts(X, reset=False)
             table = pa.table({CONTEXT: feature_column(matrix, self.forms_.context)})
@@ -374,7 +355,7 @@ class TwoTowerPolicyLearner(LearnerSettings):
         elif self.forms_.items == "columns":
             table = as_table(action_context)
             for spec in policy.item_encoding.specs:
-                _check_column(table, spec.source)
+                check_column(table, spec.source)
         elif self.forms_.items == "numbers":
             raise DataError(
                 "the learner was fitted without action_context and knows its actions by their "
@@ -394,17 +375,6 @@ class TwoTowerPolicyLearner(LearnerSettings):
         encoded = policy.item_encoding.encode(table)
         items = policy.embed_items(ItemFeatures(encoded, table.num_rows))
         return items.embedding, items.bias
-
-    def _eligible(self, X: Any, action_context: Any, mask: Any, rounds: int) -> Eligibility | None:
-        """The sets of contexts, from a mask or from the schema's columns."""
-        if mask is not None:
-            return of_mask(mask, rounds)
-        if self.schema is None or action_context is not None or not is_frame(X):
-            return None
-        schema = self.schema
-        if not isinstance(schema, LogSchema):
-            schema = LogSchema.from_dict(schema)
-        return of_table(as_table(X), schema, self.catalogue_)
 
     @property
     def _item_width(self) -> int | None:
@@ -427,102 +397,3 @@ class TwoTowerPolicyLearner(LearnerSettings):
         if not hasattr(self, "policy_"):
             raise NotFittedError("this learner is not fitted yet; call fit(bandit_feedback) first")
         return self.policy_
-
-    def _open(
-        self, X: Any, logged: tuple[Any, Any, Any], action_context: Any, fitted: InputForms | None
-    ) -> tuple[Log, Catalogue, InputForms]:
-        """The log and the catalogue of feedback in any form, and the forms of its inputs.
-
-        Args:
-            logged: y, reward, pscore.
-            fitted: forms of the fit; None to choose them.
-        """
-        if isinstance(X, tuple):
-            return X[0], X[1], COLUMNS
-        if is_frame(X) and self.schema is not None:
-            schema, item_schema = self.schema, self.catalogue_schema
-            if not isinstance(schema, LogSchema):
-                schema = LogSchema.from_dict(schema)
-            if item_schema is not None and not isinstance(item_schema, CatalogueSchema):
-                item_schema = CatalogueSchema.from_dict(item_schema)
-            table = with_logged(as_table(X), schema, logged)
-            items = None if action_context is None else as_table(action_context)
-            return *log_of_table(table, schema, items, item_schema), COLUMNS
-        feedback = self._feedback(X, logged, action_context, reset=fitted is None)
-        return log_of_arrays(feedback, fitted, detect=self.objective == "auto")
-
-    def _feedback(
-        self, X: Any, logged: tuple[Any, Any, Any], action_context: Any, *, reset: bool
-    ) -> dict[str, Any]:
-        """A bandit-feedback dict of arrays given as one or apart."""
-        if is_feedback(X):
-            feedback = dict(X)
-            if feedback.get("context") is None:
-                raise DataError(f"the bandit feedback has no 'context'; it has {', '.join(X)}")
-            if reset:
-                # What an earlier fit on a data frame left.
-                self.__dict__.pop("feature_names_in_", None)
-                self.n_features_in_ = _array(feedback["context"]).shape[-1]
-        else:
-            context = self._contexts(X, reset=reset)
-            action, reward, pscore = split_feedback(*logged)
-            feedback = {"context": context, "action": action, "reward": reward, "pscore": pscore}
-        if action_context is not None:
-            feedback["action_context"] = action_context
-        self._matrix(feedback["context"], self.dim_context_features, "context")
-        if feedback.get("action_context") is not None:
-            self._matrix(feedback["action_context"], self.dim_action_features, "action_context")
-        return feedback
-
-    def _contexts(self, X: Any, *, reset: bool) -> Any:
-        """A matrix of contexts, checked as scikit-learn does."""
-        try:
-            if is_frame(X) and not hasattr(X, "iloc"):
-                matrix = self._columns(as_table(X), reset=reset)
-            else:
-                matrix = validate_data(self, X, reset=reset, dtype=_FLOATS, accept_sparse="csr")
-        except OfftowerError:
-            raise
-        except ValueError as error:
-            raise DataError(str(error)) from None
-        if not sparse.issparse(matrix):
-            check_range(matrix, "context")
-        return matrix
-
-    def _columns(self, table: pa.Table, *, reset: bool) -> np.ndarray:
-        """A matrix of a data frame that scikit-learn does not read."""
-        names = table.column_names
-        if reset:
-            self.feature_names_in_ = np.asarray(names, dtype=object)
-            self.n_features_in_ = len(names)
-        known = list(getattr(self, "feature_names_in_", names))
-        if names != known or len(names) != self.n_features_in_:
-            raise DataError(
-                f"the columns are {', '.join(names)}, but the learner was fitted on "
-                f"{', '.join(known)}"
-            )
-        matrix: np.ndarray = check_array(numeric_matrix(table), dtype=_FLOATS, estimator=self)
-        return matrix
-
-    @staticmethod
-    def _matrix(values: Any, width: int | None, name: str) -> Any:
-        matrix = _array(values)
-        if matrix.ndim != 2 or width not in (None, matrix.shape[1]):
-            raise DataError(
-                f"'{name}' must have shape (rows, {width or 'features'}), the width that the "
-                f"learner was built with, but has shape {matrix.shape}"
-            )
-        return matrix
-
-
-def _array(values: Any) -> Any:
-    """A dense array; a sparse one stays as it is."""
-    return values if sparse.issparse(values) else np.asarray(values)
-
-
-def _check_column(table: pa.Table, name: str) -> None:
-    if name not in table.column_names:
-        raise DataError(
-            f"the data frame has no column '{name}', which the schema names; it has "
-            f"{', '.join(table.column_names)}"
-        )
