@@ -317,6 +317,14 @@ class CheckedUnits(RowSource):
     quarantine: AnyPath | None
     counts: NDArray[np.int64]
 
+    @classmethod
+    def uncounted(
+        cls, units: Source, schema: LogSchema, catalogue: Catalogue, quarantine: AnyPath | None
+    ) -> CheckedUnits:
+        """Units whose rows are not counted yet, and whose schema has learned nothing."""
+        none = np.zeros(len(units), dtype=np.int64)
+        return cls(units, schema, schema, len(units), catalogue, none, quarantine, none)
+
     def checked(self, unit: int) -> Iterator[tuple[pa.Table, RowChecker]]:
         """Tables of good rows, each with the checker as it stands after it.
 

@@ -38,7 +38,6 @@ class LearnerInputs(LearnerSettings):
     """Reads what the methods of a learner are given, checked as scikit-learn does."""
 
     catalogue_: Catalogue
-    """The items of the fit, scored where no `action_context` is given."""
     forms_: InputForms
 
     def _open(

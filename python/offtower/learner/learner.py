@@ -12,6 +12,7 @@ import torch
 from sklearn.exceptions import NotFittedError as SklearnNotFittedError
 
 from offtower.crossfit.reward_model import obtain_reward_model
+from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
 from offtower.data.convert import ITEM_VECTOR
 from offtower.data.encoding import to_tensors
@@ -107,6 +108,8 @@ class TwoTowerPolicyLearner(LearnerInputs):
     history_: list[dict[str, Any]]
     """One mapping per epoch: loss, value estimate, weights, entropy, validation."""
     data_: PreparedData
+    catalogue_: Catalogue
+    """The items of the fit, scored where no `action_context` is given."""
 
     def fit(
         self,

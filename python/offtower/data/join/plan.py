@@ -9,7 +9,6 @@ from offtower.errors import ConfigError
 
 Rule = Literal["sum", "max", "first", "any"]
 Duplicates = Literal["error", "drop", "keep"]
-
 _RULES = ("sum", "max", "first", "any")
 
 

@@ -8,13 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from offtower.data.columns import (
-    as_array,
-    as_float_array,
-    is_category,
-    is_number,
-    is_text,
-)
+from offtower.data.columns import as_array, as_float_array, is_category, is_number, is_text
 from offtower.data.join.keys import hash_rows
 from offtower.data.join.plan import JoinCounts, JoinedReward, JoinPlan
 from offtower.data.join.spill import Spill
