@@ -9,14 +9,10 @@ import pyarrow as pa
 
 from offtower.data.columns import CategoryType, Column, as_array, as_categories, category_type
 from offtower.data.formats.bad_cells import shown
+from offtower.data.formats.conversion import Conversion
 from offtower.data.formats.kinds import FEATURE_KINDS
 from offtower.data.formats.options import FileFormat
-from offtower.data.formats.types import (
-    EXPECTED,
-    Conversion,
-    plain_type,
-    target_type,
-)
+from offtower.data.formats.types import EXPECTED, plain_type, target_type
 from offtower.data.schema import FeatureSpec
 from offtower.errors import DataError
 

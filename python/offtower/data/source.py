@@ -17,17 +17,11 @@ from numpy.typing import NDArray
 from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
 from offtower.data.columns import is_list, is_text
-from offtower.data.formats.files import (
-    RawBatch,
-    SourceFile,
-    common_schema,
-    find_files,
-    found_names,
-    open_file,
-)
+from offtower.data.formats.conversion import Conversion
+from offtower.data.formats.files import common_schema, find_files, found_names, open_file
 from offtower.data.formats.kinds import ColumnKind
 from offtower.data.formats.options import FileFormat
-from offtower.data.formats.types import Conversion
+from offtower.data.formats.source_file import RawBatch, SourceFile
 from offtower.data.location import AnyPath, ListedFile, Location
 from offtower.data.log import TableOrigin
 from offtower.data.moments import QuarantineEffect

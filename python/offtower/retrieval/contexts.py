@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from offtower.data.columns import as_array, as_categories, is_list, is_text
 from offtower.data.formats.bad_cells import shown
+from offtower.data.formats.casts import relisted
 from offtower.data.formats.kinds import ColumnKind, feature_kinds, log_kinds
 from offtower.data.formats.options import FileFormat
-from offtower.data.formats.types import relisted
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
 

@@ -23,7 +23,6 @@ from offtower.data.vectors import Mask
 
 Parsed = tuple[pa.Array, Mask | None]
 TimeForm = Literal["integer", "number", "naive", "zoned"]
-
 NAIVE = pa.timestamp("us")
 ZONED = pa.timestamp("us", tz="UTC")
 TIME_TYPES: dict[TimeForm, pa.DataType] = {
