@@ -183,6 +183,12 @@ def test_an_undecided_log_says_how_many_rows_would_decide() -> None:
     )
 
 
+def test_a_policy_that_is_served_today_earns_as_much() -> None:
+    answer = answer_of(answered(0.0, 0.0))
+    assert "may earn as much as that" in answer.sentence
+    assert answer.interval == "95 % confidence: as much as today"
+
+
 def test_wrong_propensities_are_named_before_anything_else() -> None:
     answer = answer_of(answered(0.0, 0.1, weight=3.0))
     assert answer.decision == "not enough evidence"

@@ -203,6 +203,8 @@ def _more(value: float, scale: float) -> str:
 def _between(gap: Gap, scale: float) -> str:
     """The interval of a difference: 'from 3 less to 21 more than'."""
     low, high = gap.simultaneous.low, gap.simultaneous.high
+    if not any(c in "123456789" for c in per_requests(low, scale) + per_requests(high, scale)):
+        return "as much as"
     if low < 0.0 < high:
         return f"from {_more(low, scale)} to {_more(high, scale)} than"
     near, far = sorted((abs(low), abs(high)))
