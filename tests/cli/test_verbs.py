@@ -328,4 +328,4 @@ def test_benchmark_reports_measured_and_skipped_cases() -> None:
     assert all(line["rows_per_second"] > 0 for line in content["results"])
     refused = call("benchmark", "speed")
     assert refused.exit_code == 2
-    assert "ops, train, memory, quality" in " ".join(refused.output.split())
+    assert "ops, eligible, train, memory, quality" in " ".join(refused.output.split())

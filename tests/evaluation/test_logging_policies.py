@@ -76,7 +76,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     "runs": str(folder),
                     "data": {
                         "train": str(folder / "train"),
-                        "test": str(folder / "served"),
                         "catalogue": str(folder / "catalogue"),
                     },
                     "policy": {"embedding_dim": 4, "temperature": 0.5},
@@ -299,7 +298,7 @@ def test_pasif_draws_from_the_policy_that_logged_each_row(
     error = np.sqrt((others.var(axis=1) / 100).mean() / len(others))
     assert others.std() > 0.1
     assert abs(others.mean() - 1.0) < 5 * error
-    result = evaluator.select(plan, accumulated, Progress())["b"].results["pasif"]
+    result = evaluator.select(plan, ["b"], accumulated, Progress())["b"].results["pasif"]
     assert not result.skipped
     assert any("100 draws" in note for note in result.notes)
 
@@ -444,6 +443,8 @@ def test_the_command_line_runs_the_heuristic(place: Path) -> None:
         [
             "evaluate",
             str(place / "b"),
+            "--log",
+            str(place / "served"),
             "--select",
             "heuristic",
             "--json",

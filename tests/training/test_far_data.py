@@ -56,6 +56,9 @@ def test_train_evaluate_export(
     assert_same_policy(far.run_directory, near.run_directory)
     one, two = (evaluate_runs([c.run_directory]).to_dict() for c in (near, far))
     assert two["log"].pop("path") == far.data.test and one["log"].pop("path") == near.data.test
+    catalogues = [one["log"].pop("catalogue") for one in (one, two)]
+    assert catalogues == [str(near.data.catalogue), str(far.data.catalogue)]
+    assert list(one.pop("runs")) == list(two.pop("runs"))
     assert two.pop("title") == far.data.test and one.pop("title") == near.data.test
     assert json.dumps(two, default=str) == json.dumps(one, default=str)
     options = ExportOptions(index=None, contexts=50)

@@ -149,8 +149,17 @@ MODULE = "torch.nn:Identity"
     ],
 )
 def test_refusals(
-    simulated: Path, tmp_path: Path, overrides: list[str], policy: dict[str, Any], message: str
+    simulated: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    policy: dict[str, Any],
+    message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    stored = tmp_path / "runs" / "x" / "policy" / "policy.json"
+    stored.parent.mkdir(parents=True)
+    stored.touch()
     config = config_of(simulated, tmp_path, *overrides, **policy)
     with pytest.raises(ConfigError, match=message):
         train_run(config)

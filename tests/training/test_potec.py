@@ -292,8 +292,15 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(
     ],
 )
 def test_what_it_cannot_do_is_refused_before_anything_is_fitted(
-    simulated: Path, tmp_path: Path, overrides: list[str], message: str
+    simulated: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "somewhere").mkdir()
+    (tmp_path / "somewhere" / "policy.json").touch()
     config = config_of(simulated, tmp_path, 4, *overrides)
     with pytest.raises(ConfigError, match=message):
         train_run(config)

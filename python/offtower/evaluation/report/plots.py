@@ -333,6 +333,8 @@ def _short(name: str, width: float) -> str:
     """Shorten a label; the tables have the whole name."""
     length = round(2 * width + 14)
     text = name if len(name) <= length else f"{name[: length - 1]}…"
+    if text.startswith("_"):
+        text = f" {text}"  # Matplotlib leaves such labels out of a legend.
     return text.replace("$", r"\$")  # Matplotlib reads text between dollars as TeX.
 
 
@@ -343,7 +345,7 @@ def _color(index: int) -> str:
 def _legend(axes: Axes, columns: int, width: float) -> None:
     """Place the legend above the chart, in as many columns as fit its longest text."""
     labels = axes.get_legend_handles_labels()[1]
-    if not labels:  # Matplotlib leaves out names that begin with an underscore.
+    if not labels:
         return
     longest = max(len(text) for text in labels)
     room = int(60 * width / (5 * longest + 40))
