@@ -458,6 +458,8 @@ def test_the_command_line_runs_the_heuristic(place: Path) -> None:
     found = json.loads(run.stdout)["selection"]["b"]
     assert found["recommended"] == "heuristic" and not found["failed"]
     assert "heuristic" in (place / "report.html").read_text()
-    plain = CliRunner().invoke(app, ["evaluate", str(place / "b"), "--select", "heuristic"])
+    plain = CliRunner().invoke(
+        app, ["evaluate", str(place / "b"), "--log", str(place / "served"), "--select", "heuristic"]
+    )
     assert plain.exit_code == 2
     assert "evaluation.selection.logging_runs={run-a: RUN, run-b: RUN}" in plain.output
