@@ -20,8 +20,8 @@ from offtower.evaluation.baselines import (
     shown_items,
 )
 from offtower.evaluation.estimators import make_estimator
-from offtower.evaluation.evaluate import EvaluationSums
 from offtower.evaluation.options import EvaluationOptions
+from offtower.evaluation.sums import EvaluationSums
 from offtower.progress import Progress
 from tests.evaluation.test_runs import ITEMS, evaluate, place
 from tests.training.eligible_data import N, prepared

@@ -9,11 +9,8 @@ import pytest
 
 from offtower.errors import DataError, OfftowerError
 from offtower.evaluation import EvaluationRows, support_probe
-from offtower.evaluation.decision.diagnostics import (
-    CalibrationSums,
-    WeightSums,
-    pareto_shape,
-)
+from offtower.evaluation.decision.calibration import CalibrationSums
+from offtower.evaluation.decision.weights import WeightSums, pareto_shape
 
 from .one_context import OneContext
 from .test_estimators import some_rows
@@ -56,7 +53,7 @@ def _merge(a: CalibrationSums, b: CalibrationSums) -> CalibrationSums:
 
 
 def test_only_the_largest_weights_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offtower.evaluation.decision.diagnostics.KEPT_WEIGHTS", 400)
+    monkeypatch.setattr("offtower.evaluation.decision.weights.KEPT_WEIGHTS", 400)
     rows = some_rows(3000)
     parts = [WeightSums.of(rows.take(slice(i, i + 1000))) for i in (0, 1000, 2000)]
     merged = reduce(WeightSums.merge, parts)

@@ -17,8 +17,8 @@ from offtower.evaluation import (
     evaluate_rows,
 )
 from offtower.evaluation import estimators as e
-from offtower.evaluation.evaluate import merge_all
 from offtower.evaluation.intervals.statistics import finish
+from offtower.mapping import merge_all
 
 from .one_context import OneContext
 from .test_estimators import ALL

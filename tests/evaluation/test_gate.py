@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from offtower.errors import OfftowerError
-from offtower.evaluation.decision.diagnostics import WeightDiagnostics, support_probe
 from offtower.evaluation.decision.gate import (
     EXIT_CODES,
     GO,
@@ -19,6 +18,8 @@ from offtower.evaluation.decision.gate import (
     best_exit_code,
     decide,
 )
+from offtower.evaluation.decision.support import support_probe
+from offtower.evaluation.decision.weights import WeightDiagnostics
 from offtower.evaluation.intervals import Interval
 from offtower.evaluation.intervals.statistics import Estimate
 

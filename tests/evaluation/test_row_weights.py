@@ -10,7 +10,8 @@ import pytest
 from offtower.errors import DataError, OfftowerError
 from offtower.evaluation import EvaluationRows, evaluate_rows
 from offtower.evaluation import estimators as e
-from offtower.evaluation.decision.diagnostics import CalibrationSums, WeightSums
+from offtower.evaluation.decision.calibration import CalibrationSums
+from offtower.evaluation.decision.weights import WeightSums
 from offtower.evaluation.estimators import Difference, MeanReward
 from offtower.evaluation.estimators.base import Estimator
 from offtower.evaluation.intervals.methods import bootstrap_interval

@@ -19,8 +19,9 @@ from offtower.evaluation.estimators import (
     ClippedIPS,
     Standard,
 )
-from offtower.evaluation.evaluate import EvaluationSums, evaluate_rows
+from offtower.evaluation.evaluate import evaluate_rows
 from offtower.evaluation.options import EvaluationOptions
+from offtower.evaluation.sums import EvaluationSums
 from offtower.slates import remaining_expected_reward, slate_weights
 
 from .worlds import ITEMS, POSITIONS, SLATES, SlateWorld, conditionals

@@ -23,7 +23,7 @@ class GateOptions:
     Attributes:
         margin: V(new) - V(logging) must exceed it, in units of reward.
         min_rows, min_users, min_effective_sample_size: an asymptotic interval needs at least these.
-        max_pareto_k: a heavier tail of the weights casts doubt (`diagnostics.pareto_shape`).
+        max_pareto_k: a heavier tail of the weights casts doubt (`pareto_shape`).
         max_mean_weight_z, max_mean_weight_error: propensities are in doubt where the mean weight
             differs from 1 by more than both, in standard errors and absolutely, or where the
             weighted predictions are off by more standard errors than that, and by enough to

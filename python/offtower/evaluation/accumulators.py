@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from offtower.data.unknown import UnknownValues
 from offtower.evaluation.behavior.plan import BehaviorSample
 from offtower.evaluation.decision.coverage import CoverageAccumulator
-from offtower.evaluation.evaluate import EvaluationSums
 from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.scoring.batches import LogSource, ScoredBatch
 from offtower.evaluation.selection_data import SelectionRows
+from offtower.evaluation.sums import EvaluationSums
 from offtower.mapping import MergeTree
 
 HISTOGRAM_EDGES = np.linspace(-4.0, 4.0, 49)

@@ -18,11 +18,11 @@ from offtower.data.encoding import FeatureEncoding
 from offtower.data.log import Log
 from offtower.data.rows import EncodedRows
 from offtower.evaluation.estimators import make_estimator
-from offtower.evaluation.evaluate import EvaluationSums
 from offtower.evaluation.options import EvaluationOptions
 from offtower.evaluation.result import EstimatorResult
 from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.scoring.policy import slate_rows, weighted_rows
+from offtower.evaluation.sums import EvaluationSums
 from offtower.progress import Progress
 
 UNIFORM = "uniform"

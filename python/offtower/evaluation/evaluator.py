@@ -14,7 +14,6 @@ from offtower.errors import DataError
 from offtower.evaluation.accumulators import EvaluationAccumulators
 from offtower.evaluation.baselines import Baselines, baseline_options
 from offtower.evaluation.behavior.plan import BehaviorPlan
-from offtower.evaluation.evaluate import EvaluationSums
 from offtower.evaluation.options import (
     EvaluationOptions,
     evaluation_options,
@@ -41,6 +40,7 @@ from offtower.evaluation.scoring.rewards import EvaluationModel, RewardModels
 from offtower.evaluation.selection import SelectionComparison
 from offtower.evaluation.selection_data import SelectionData, SelectionRows
 from offtower.evaluation.slate_options import examination_note, rounds_kind, slate_note
+from offtower.evaluation.sums import EvaluationSums
 from offtower.mapping import Mapper, MergeTree, pieces
 from offtower.models.reward.dense import flatten
 from offtower.prepare import log_schema

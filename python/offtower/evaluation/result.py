@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from offtower.evaluation.decision.diagnostics import (
-    Calibration,
-    PositionWeight,
-    SupportDiagnostics,
-    WeightDiagnostics,
-)
+from offtower.evaluation.decision.calibration import Calibration
 from offtower.evaluation.decision.gate import Verdict, best_exit_code
+from offtower.evaluation.decision.support import SupportDiagnostics
+from offtower.evaluation.decision.weights import PositionWeight, WeightDiagnostics
 from offtower.evaluation.intervals.methods import Interval
 from offtower.evaluation.intervals.statistics import Estimate
 

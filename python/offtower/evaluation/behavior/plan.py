@@ -21,7 +21,7 @@ from offtower.evaluation.behavior.probes import (
     SupportProbe,
     SupportSample,
 )
-from offtower.evaluation.decision.diagnostics import SupportDiagnostics, support_probe
+from offtower.evaluation.decision.support import SupportDiagnostics, support_probe
 from offtower.evaluation.rows import Array
 from offtower.evaluation.run_loading import OpenRun
 from offtower.evaluation.samples import joined

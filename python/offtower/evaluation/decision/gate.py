@@ -7,11 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from offtower.config import GateOptions
-from offtower.evaluation.decision.diagnostics import (
-    PositionWeight,
-    SupportDiagnostics,
-    WeightDiagnostics,
-)
+from offtower.evaluation.decision.support import SupportDiagnostics
+from offtower.evaluation.decision.weights import PositionWeight, WeightDiagnostics
 from offtower.evaluation.intervals.methods import Interval
 from offtower.evaluation.intervals.statistics import Estimate
 

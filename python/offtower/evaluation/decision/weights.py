@@ -1,4 +1,4 @@
-"""Diagnostics of weights, propensities and predictions, as sums that merge over shards."""
+"""Diagnostics of importance weights, as sums that merge over shards."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.special import betaincinv, logsumexp
+from scipy.special import logsumexp
 
-from offtower.errors import DataError
 from offtower.evaluation.intervals.statistics import Statistics, collect, standard_error
+from offtower.evaluation.intervals.term_mean import TermMean
 from offtower.evaluation.rows import Array, EvaluationRows
 
 KEPT_WEIGHTS = 200_000
 """Largest weights kept of a log: the top 0.1 % of up to 2e8 rows."""
+
 TOP_SHARE = 0.001
 
 
@@ -92,13 +92,13 @@ class WeightSums:
         sums = self.statistics
         mean = sums.mean
         n, total = sums.n, float(mean[0]) * sums.count
-        error = standard_error(_Column(0, mean.size), sums)
+        error = standard_error(TermMean(0, mean.size), sums)
         count = min(self.top.size, max(1, math.ceil(TOP_SHARE * n)))
         ess = total**2 / self.square if self.square > 0.0 else 0.0
         balance = balance_error = None
         if mean.size > 1:
             balance = float(mean[1])
-            balance_error = standard_error(_Column(1, mean.size), sums)
+            balance_error = standard_error(TermMean(1, mean.size), sums)
         return WeightDiagnostics(
             n=n,
             effective_sample_size=ess,
@@ -183,21 +183,6 @@ class PositionSums:
         return PositionSums(*(np.pad(x, more) for x in (self.n, self.mean, self.scatter)))
 
 
-@dataclass(frozen=True)
-class _Column:
-    """The mean of one of k terms."""
-
-    index: int
-    count: int
-    name: str = "mean"
-
-    def combine(self, mean: Array) -> Array:
-        return np.asarray(mean[..., self.index])
-
-    def gradient(self, mean: Array) -> Array:
-        return np.asarray(np.eye(self.count)[self.index])
-
-
 def pareto_shape(largest: Array, n: int) -> float | None:
     """Shape k of a generalized Pareto tail: beyond 0.5 the variance is infinite, 0.7 is too much.
 
@@ -222,178 +207,6 @@ def pareto_shape(largest: Array, n: int) -> float | None:
     mix = np.exp(profile - logsumexp(profile))
     k = float(np.log1p(-float(mix @ theta) * excess).mean())
     return float((m * k + 5.0) / (m + 10.0))
-
-
-@dataclass(frozen=True)
-class CalibrationBin:
-    """Rows of similar prediction: number, mean prediction, mean reward, its standard error.
-
-    std_error: None for a single row.
-    """
-
-    n: int
-    predicted: float
-    observed: float
-    std_error: float | None
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The reward model's predictions of the logged rewards.
-
-    Attributes:
-        bias, bias_std_error: mean of r - q over the log.
-        weighted_bias: sum w (r - q) / sum w: the bias on the items that the target policy shows.
-        slope: least-squares slope of r on q; 1 for a calibrated model, None for a constant one.
-        error: mean absolute distance of prediction and reward over the bins.
-        bins: about ten of equal size, by increasing prediction.
-    """
-
-    n: int
-    bias: float
-    bias_std_error: float
-    weighted_bias: float | None
-    slope: float | None
-    error: float
-    bins: tuple[CalibrationBin, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "bins": [asdict(one) for one in self.bins]}
-
-
-@dataclass(frozen=True, eq=False)
-class CalibrationSums:
-    """Mergeable sums by prediction, rounded to 8 bits of mantissa (0.4 %).
-
-    key (g,): the rounded predictions. sums (g, 5): rows, q, r, r^2, w (r - q), each times the row's
-    weight where rows have weights.
-    pair: statistics of (r - q, q, r).
-    """
-
-    key: Array
-    sums: Array
-    pair: Statistics
-
-    @classmethod
-    def of(cls, rows: EvaluationRows) -> CalibrationSums | None:
-        """Sums over a shard, by row; None without a reward model."""
-        rows = rows.by_row()
-        q, r = rows.action_reward, rows.reward
-        if q is None:
-            return None
-        bits = np.ascontiguousarray(q, dtype=np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
-        columns = [np.ones_like(r), q, r, r * r, rows.importance_weight * (r - q)]
-        if rows.row_weight is not None:
-            columns = [rows.row_weight * column for column in columns]
-        pair = collect(np.stack([r - q, q, r], axis=1), rows)
-        return cls(
-            *_by_key(bits.view(np.float32).astype(np.float64), np.stack(columns, axis=1)), pair
-        )
-
-    def merge(self, other: CalibrationSums) -> CalibrationSums:
-        """Sums over both shards."""
-        key, sums = _by_key(
-            np.concatenate([self.key, other.key]), np.concatenate([self.sums, other.sums])
-        )
-        return CalibrationSums(key, sums, self.pair.merge(other.pair))
-
-    def finish(self, bins: int = 10) -> Calibration:
-        """The calibration, its keys gathered into `bins` bins of about equal size."""
-        n = self.pair.n
-        by_key = self.sums
-        if self.pair.row_weights is not None:  # Weights of mean 1, so that bins count rows.
-            by_key = by_key * (n / self.pair.count)
-        place = np.cumsum(by_key[:, 0]) - 0.5 * by_key[:, 0]
-        group = np.minimum((place * bins / max(n, 1)).astype(np.int64), bins - 1)
-        _, sums = _by_key(group.astype(np.float64), by_key)
-        made = tuple(_bin(row) for row in sums)
-        scatter = self.pair.scatter
-        weight_sum = self.pair.weight_sum
-        return Calibration(
-            n=n,
-            bias=float(self.pair.mean[0]),
-            bias_std_error=standard_error(_Column(0, 3), self.pair),
-            weighted_bias=float(self.sums[:, 4].sum()) / weight_sum if weight_sum > 0.0 else None,
-            slope=float(scatter[1, 2] / scatter[1, 1]) if scatter[1, 1] > 1e-14 * n else None,
-            error=sum(b.n * abs(b.observed - b.predicted) for b in made) / n,
-            bins=made,
-        )
-
-
-def _bin(row: Array) -> CalibrationBin:
-    n, q, r, square, _ = row.tolist()
-    variance = max(0.0, square / n - (r / n) ** 2)
-    return CalibrationBin(int(n), q / n, r / n, math.sqrt(variance / (n - 1)) if n > 1 else None)
-
-
-@dataclass(frozen=True)
-class SupportDiagnostics:
-    """Items drawn from the target policy that the logging policy does not show.
-
-    Attributes:
-        draws: number of items. missing: share with logging probability 0.
-        low, high: Clopper-Pearson interval of that share, at 95 %.
-        least: least positive logging probability among the draws; None where all are 0.
-        hidden: share with logging probability below target probability / rows, including 0; None
-            where unknown. Their weight exceeds the number of rows, so the log is expected to hold
-            less than one row of this whole share of the target.
-    """
-
-    draws: int
-    missing: float
-    low: float
-    high: float
-    least: float | None
-    hidden: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def support_probe(
-    logging_probability: ArrayLike,
-    target_probability: ArrayLike | None = None,
-    *,
-    num_rows: int | None = None,
-) -> SupportDiagnostics:
-    """Share of the target policy without support in the log.
-
-    The expected number of the log's n rows in the set S = {(x, a): pi_0(a|x) < pi_e(a|x) / n} is
-    n sum_S pi_0 < pi_e(S), below 1 and below the share itself.
-
-    Args:
-        logging_probability: (m,) pi_0(a|x) of items a drawn from pi_e(.|x) in contexts x of the
-            log.
-        target_probability: (m,) pi_e(a|x) of them, for `hidden`. num_rows: n of the log, likewise.
-
-    Raises:
-        DataError: an empty array, numbers that are no probabilities, other shapes.
-    """
-    p = np.asarray(logging_probability, dtype=np.float64).ravel()
-    if p.size == 0:
-        raise DataError("a support probe needs at least one item drawn from the target policy")
-    if not ((p >= 0.0) & (p <= 1.0 + 1e-9)).all():
-        raise DataError("a support probe needs logging probabilities, numbers from 0 to 1")
-    missing = int(np.count_nonzero(p == 0.0))
-    low = float(betaincinv(missing, p.size - missing + 1, 0.025)) if missing else 0.0
-    high = float(betaincinv(missing + 1, p.size - missing, 0.975)) if missing < p.size else 1.0
-    positive = p[p > 0.0]
-    least = float(positive.min()) if positive.size else None
-    hidden = None
-    if target_probability is not None and num_rows is not None:
-        target = np.asarray(target_probability, dtype=np.float64).ravel()
-        if target.shape != p.shape or not ((target > 0.0) & (target <= 1.0 + 1e-9)).all():
-            raise DataError(
-                f"a support probe needs target probabilities above 0 of the same {p.size} items"
-            )
-        hidden = float(np.mean(p < target / num_rows))
-    return SupportDiagnostics(p.size, missing / p.size, low, high, least, hidden)
-
-
-def _by_key(key: Array, columns: Array) -> tuple[Array, Array]:
-    unique, where = np.unique(key, return_inverse=True)
-    sums = [np.bincount(where, column, minlength=unique.size) for column in columns.T]
-    return unique, np.stack(sums, axis=1)
 
 
 def _largest(values: Array, count: int) -> Array:

@@ -1,0 +1,225 @@
+"""Values, differences, diagnostics and verdicts from the sums of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from offtower.evaluation.decision.gate import Evidence, decide
+from offtower.evaluation.decision.support import SupportDiagnostics
+from offtower.evaluation.estimators import Difference, Estimator, MeanReward
+from offtower.evaluation.intervals.methods import (
+    Interval,
+    bernstein_interval,
+    bootstrap_interval,
+    normal_interval,
+    simultaneous_confidence,
+)
+from offtower.evaluation.intervals.statistics import Statistics, finish
+from offtower.evaluation.result import (
+    Comparison,
+    EstimatorResult,
+    EvaluationResult,
+    Gap,
+    PolicyEvaluation,
+)
+
+if TYPE_CHECKING:
+    from offtower.evaluation.sums import EvaluationSums
+
+LOGGING = MeanReward()
+
+
+class Estimates:
+    """Computes a result from sums."""
+
+    def __init__(self, sums: EvaluationSums) -> None:
+        self.sums, self.options = sums, sums.options
+        widths = [estimator.num_terms for estimator in self.options.estimators]
+        self.starts = np.concatenate([[0], np.cumsum(widths)]).tolist()
+        self.reward_column = [len(sums.policies) * self.starts[-1]]
+        self.joint = simultaneous_confidence(self.options.confidence, len(sums.policies))
+        users = sums.terms.users
+        self.terms = sums.terms if users is None else replace(sums.terms, users=users.compact())
+        self.users = None if users is None else users.count
+        slates = sums.positions[0] is not None
+        weighted = sums.terms.row_weights is not None
+        self.independent = not slates and not weighted and self.users in (None, sums.terms.n)
+
+    def columns(self, policy: int, estimator: int) -> list[int]:
+        base = policy * self.starts[-1]
+        return list(range(base + self.starts[estimator], base + self.starts[estimator + 1]))
+
+    def unsupported(self) -> list[int]:
+        """Policies whose every weight is 0, where an estimator reads weights."""
+        if not any(estimator.uses_weight for estimator in self.options.estimators):
+            return []
+        return [i for i, one in enumerate(self.sums.weights) if not one.top.any()]
+
+    def result(
+        self, support: Mapping[str, SupportDiagnostics], may_leave_out: Collection[str]
+    ) -> EvaluationResult:
+        options, policies = self.options, self.sums.policies
+        left_out = [i for i in self.unsupported() if policies[i] in may_leave_out]
+        kept = [i for i in range(len(policies)) if i not in left_out]
+        logged = self.terms.select(self.reward_column)
+        intervals = self.intervals(LOGGING, logged)
+        return EvaluationResult(
+            confidence=options.confidence,
+            simultaneous_confidence=self.joint,
+            reward_range=options.reward_range,
+            n=self.sums.terms.n,
+            users=self.users,
+            logging=EstimatorResult(
+                LOGGING.name, LOGGING.label, finish(LOGGING, logged), intervals
+            ),
+            decide_by=options.estimators[options.decider].name,
+            policies={
+                policies[i]: self.policy(i, policies[i], support.get(policies[i])) for i in kept
+            },
+            comparisons=tuple(self.comparison(a, b) for a, b in combinations(kept, 2)),
+            unsupported=tuple(policies[i] for i in left_out),
+            propensities_estimated=options.propensities_estimated,
+            logging_rewards={
+                name: self.named_logging(i) for i, name in enumerate(options.reward_names)
+            },
+        )
+
+    def named_logging(self, reward: int) -> EstimatorResult:
+        """The logging policy's mean of a named reward."""
+        assert self.sums.named is not None
+        column = [self.named_columns(reward, 0).stop - 1]
+        statistics = self.sums.named.select(column)
+        estimate = finish(LOGGING, statistics)
+        intervals = self.named_intervals(LOGGING, statistics)
+        return EstimatorResult(LOGGING.name, LOGGING.label, estimate, intervals)
+
+    def named_value(self, policy: int, reward: int) -> EstimatorResult:
+        """A policy's value in a named reward."""
+        assert self.sums.named is not None
+        estimator = self.options.named_estimator
+        every = self.named_columns(reward, policy)
+        own = list(range(every.start, every.start + estimator.num_terms))
+        statistics = self.sums.named.select(own, self.sums.weights[policy].statistics.weight_sum)
+        return EstimatorResult(
+            estimator.name,
+            estimator.label,
+            estimator.finish(statistics),
+            self.named_intervals(estimator, statistics),
+            self.gap(
+                Difference(estimator, LOGGING), self.sums.named.select([*own, every.stop - 1])
+            ),
+            estimator.consistent,
+        )
+
+    def named_columns(self, reward: int, policy: int) -> range:
+        """Columns of a named reward from a policy's terms to the reward itself."""
+        width, policies = self.options.named_estimator.num_terms, len(self.sums.policies)
+        start = reward * (policies * width + 1)
+        return range(start + policy * width, start + policies * width + 1)
+
+    def named_intervals(self, estimator: Estimator, statistics: Statistics) -> dict[str, Interval]:
+        """Intervals that need no range: that of a named reward is not known."""
+        make = {"normal": normal_interval, "bootstrap": bootstrap_interval}
+        return {
+            method: make[method](estimator, statistics, self.options.confidence)
+            for method in self.options.intervals
+            if method in make
+        }
+
+    def policy(self, index: int, name: str, support: SupportDiagnostics | None) -> PolicyEvaluation:
+        options, sums = self.options, self.sums
+        results = [self.estimate(index, i) for i in range(len(options.estimators))]
+        weights = sums.weights[index].finish()
+        calibration, smoothing = sums.calibration[index], sums.smoothing[index]
+        positions = sums.positions[index]
+        by_position = () if positions is None else positions.finish()
+        chosen = options.estimators[options.decider]
+        gap = results[options.decider].difference
+        assert gap is not None
+        evidence = Evidence(
+            gap.estimate,
+            gap.simultaneous,
+            weights,
+            smoothing.difference(self.joint) if self.independent else None,
+            support,
+            chosen.name,
+            chosen.consistent,
+            options.propensities_estimated,
+            smoothing.mean_weight() if self.independent else None,
+            self.users,
+            by_position,
+            self.sensitivity(index, gap),
+        )
+        value, difference = smoothing.value, smoothing.difference
+        return PolicyEvaluation(
+            policy=name,
+            estimates={result.name: result for result in results},
+            guaranteed_value=value(options.confidence) if self.independent else None,
+            guaranteed_difference=difference(options.confidence) if self.independent else None,
+            weights=weights,
+            calibration=None if calibration is None else calibration.finish(),
+            support=support,
+            verdict=decide(evidence, options.gate),
+            positions=by_position,
+            sensitivity=evidence.sensitivity,
+            rewards={
+                reward: self.named_value(index, i) for i, reward in enumerate(options.reward_names)
+            },
+        )
+
+    def sensitivity(self, policy: int, gap: Gap) -> float | None:
+        """By which factor estimated propensities may be wrong before the policy's side changes."""
+        if not self.sums.sensitivity:
+            return None
+        logging = finish(LOGGING, self.terms.select(self.reward_column)).value
+        half_width = 0.5 * (gap.simultaneous.high - gap.simultaneous.low)
+        margin = self.options.gate.margin
+        return self.sums.sensitivity[policy].largest_factor(logging, half_width, margin)
+
+    def estimate(self, policy: int, index: int) -> EstimatorResult:
+        estimator, columns = self.options.estimators[index], self.columns(policy, index)
+        own = self.terms.select(columns, self.sums.weights[policy].statistics.weight_sum)
+        paired = self.terms.select(columns + self.reward_column)
+        return EstimatorResult(
+            estimator.name,
+            estimator.label,
+            estimator.finish(own),
+            self.intervals(estimator, own),
+            self.gap(Difference(estimator, LOGGING), paired),
+            estimator.consistent,
+        )
+
+    def comparison(self, first: int, second: int) -> Comparison:
+        decider = self.options.decider
+        estimator = self.options.estimators[decider]
+        columns = self.columns(first, decider) + self.columns(second, decider)
+        gap = self.gap(Difference(estimator, estimator), self.terms.select(columns))
+        names = self.sums.policies
+        return Comparison(names[first], names[second], estimator.name, gap)
+
+    def gap(self, difference: Difference, statistics: Statistics) -> Gap:
+        main = self.options.intervals[0]
+        make = bootstrap_interval if main == "bootstrap" else normal_interval
+        return Gap(
+            finish(difference, statistics),
+            make(difference, statistics, self.options.confidence),
+            make(difference, statistics, self.joint),
+        )
+
+    def intervals(self, estimator: Estimator, statistics: Statistics) -> dict[str, Interval]:
+        out, confidence = {}, self.options.confidence
+        for method in self.options.intervals:
+            if method == "normal":
+                out[method] = normal_interval(estimator, statistics, confidence)
+            elif method == "bootstrap":
+                out[method] = bootstrap_interval(estimator, statistics, confidence)
+            elif self.independent and estimator.num_terms == 1:
+                bounds = estimator.bounds(self.options.reward_range, self.options.max_weight)
+                unclustered = replace(statistics, users=None)
+                out[method] = bernstein_interval(estimator, unclustered, bounds, confidence)
+        return out
