@@ -94,6 +94,8 @@ def test_every_position_has_weight_1_and_ips_equals_the_logged_mean(served) -> N
     assert abs(gap) < 4.0 * policy.estimates["dr"].estimate.std_error
     assert any("means over rounds" in note for note in found.notes)
     assert any("dm left out" in note for note in found.notes)
+    # Equal weights up to rounding reject no assumption.
+    assert any("'cascade' is chosen and 'standard' is not" in note for note in found.notes)
 
 
 def test_parts_on_workers_give_the_same_bits(served) -> None:

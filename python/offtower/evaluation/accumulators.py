@@ -12,6 +12,7 @@ from offtower.evaluation.behavior.plan import BehaviorSample
 from offtower.evaluation.decision.coverage import CoverageAccumulator
 from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.scoring.batches import LogSource, ScoredBatch
+from offtower.evaluation.selection.interaction import InteractionSums
 from offtower.evaluation.selection_data import SelectionRows
 from offtower.evaluation.sums import EvaluationSums
 from offtower.mapping import MergeTree
@@ -29,6 +30,7 @@ class EvaluationAccumulators:
         behavior: measurements on the logging policies, by batch.
         selection: by batch, the rows of an estimator selection.
         baselines: the sums of the baseline policies.
+        interactions: by policy, what chooses an interaction; nothing for rows that are no slates.
         unknown: by policy, rows with context values that its training did not see.
     """
 
@@ -39,6 +41,7 @@ class EvaluationAccumulators:
         self.behavior: list[BehaviorSample] = []
         self.selection: list[SelectionRows] = []
         self.baselines: MergeTree[EvaluationSums] = MergeTree()
+        self.interactions = {name: MergeTree[InteractionSums]() for name in policies}
         self.unknown = {name: UnknownValues() for name in policies}
 
     def add(
@@ -52,6 +55,9 @@ class EvaluationAccumulators:
                     self.coverage.probe(name, scored)
         for name, rows in batch.rows.items():
             self.histograms[name] += _histogram(rows)
+            interactions = InteractionSums.of_slates(rows)
+            if interactions is not None:
+                self.interactions[name].add(interactions)
         for (name, scored), encoded in zip(batch.scored.items(), batch.encoded, strict=True):
             if scored.drawn_by is not None:  # Columns and embeddings of others encode nothing.
                 encoding = scored.drawn_by.context_encoding
@@ -69,6 +75,9 @@ class EvaluationAccumulators:
             self.unknown[name].merge(values)
         self.behavior += later.behavior
         self.selection += later.selection
+        for name, sums in later.interactions.items():
+            if sums:
+                self.interactions[name].add(sums.merged())
         if later.baselines:
             self.baselines.add(later.baselines.merged())
 

@@ -22,8 +22,9 @@ from offtower.evaluation.evaluator import EvaluationPlan, Evaluator
 from offtower.evaluation.result import EstimatorResult, EvaluationResult
 from offtower.evaluation.run_loading import EvaluatedPolicy, OpenRun, open_run, with_overrides
 from offtower.evaluation.selection import SelectionComparison
+from offtower.evaluation.selection.interaction import InteractionSums
 from offtower.evaluation.selection_data import check_selection
-from offtower.mapping import Mapper
+from offtower.mapping import Mapper, MergeTree
 from offtower.metrics import read_metrics
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
@@ -203,6 +204,7 @@ def evaluate_plan(
             *plan.notes,
             *coverage_notes(coverage, calibration),
             *reward_notes(result),
+            *interaction_notes(accumulated.interactions),
             *unknown_notes(accumulated.unknown),
             *([] if refusal is None else [refusal]),
             *missing,
@@ -295,6 +297,16 @@ def unknown_notes(unknown: Mapping[str, UnknownValues]) -> list[str]:
         f"{name}: {sentence}"
         for name, values in unknown.items()
         for sentence in values.sentences("rows")
+    ]
+
+
+def interaction_notes(sums: Mapping[str, MergeTree[InteractionSums]]) -> list[str]:
+    """By policy, which interaction the log of slates does not reject."""
+    return [
+        f"{name}: {sentence}"
+        for name, found in sums.items()
+        if found
+        for sentence in found.merged().choose().sentences()
     ]
 
 
