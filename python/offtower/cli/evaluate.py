@@ -109,16 +109,13 @@ def evaluate(
 
     others = _Others(policy_column or [], embeddings, catalogue)
     others.check(runs or [], log, retrieval)
-    progress = DrawnProgress()
+    progress, options = DrawnProgress(), _Options(log, overrides or [], select, also or [])
     if runs:
-        evaluation = _of_runs(
-            runs, log, overrides or [], select, also or [], retrieval or [], ray, progress
-        )
+        evaluation = _of_runs(runs, options, retrieval or [], ray, progress)
     else:
-        assert log is not None, "checked above"
         with ray.mapper(progress) as mapper:
-            evaluation = others.evaluate(log, also or [], overrides or [], select, progress, mapper)
-    names = [run.name for run in runs or []] or list(evaluation.result.policies)
+            evaluation = others.evaluate(options, progress, mapper)
+    names = [run.absolute().name for run in runs or []] or list(evaluation.result.policies)
     path = write_report(
         report or (runs[0] / "report.html" if runs else Path("report.html")),
         [evaluation],
@@ -132,12 +129,19 @@ def evaluate(
     raise typer.Exit(0 if exit_zero else evaluation.exit_code)
 
 
+@dataclass(frozen=True)
+class _Options:
+    """The options for policies of any origin."""
+
+    log: str | None
+    overrides: list[str]
+    select: str | None
+    also: list[str]
+
+
 def _of_runs(
     runs: list[Path],
-    log: str | None,
-    overrides: list[str],
-    select: str | None,
-    also: list[str],
+    options: _Options,
     retrieval: list[int],
     ray: RayOptions,
     progress: DrawnProgress,
@@ -145,15 +149,15 @@ def _of_runs(
     from offtower.evaluation.exports import add_retrieval_quality, open_exports
     from offtower.evaluation.run import check_log, evaluate_runs
 
-    check_log(runs, log, overrides)
+    check_log(runs, options.log, options.overrides)
     exports = open_exports(runs, retrieval) if retrieval else []
     with ray.mapper(progress) as mapper:
         evaluation = evaluate_runs(
             runs,
-            log=log,
-            overrides=overrides,
-            select=select,
-            also=also,
+            log=options.log,
+            overrides=options.overrides,
+            select=options.select,
+            also=options.also,
             progress=progress,
             mapper=mapper,
         )
@@ -185,41 +189,33 @@ class _Others:
         if not runs and retrieval:
             raise ConfigError("--retrieval measures the exports of runs")
 
-    def evaluate(
-        self,
-        log: str,
-        also: list[str],
-        overrides: list[str],
-        select: str | None,
-        progress: DrawnProgress,
-        mapper: Mapper,
-    ) -> LogEvaluation:
+    def evaluate(self, options: _Options, progress: DrawnProgress, mapper: Mapper) -> LogEvaluation:
         from offtower.evaluation.external import (
             evaluate_columns,
             evaluate_embeddings,
             parse_columns,
         )
 
-        assert self.catalogue is not None, "checked before"
+        assert options.log is not None and self.catalogue is not None, "checked before"
         if self.embeddings is not None:
             return evaluate_embeddings(
-                log,
+                options.log,
                 self.catalogue,
                 *self.embeddings,
-                also=also,
-                overrides=overrides,
-                select=select,
+                also=options.also,
+                overrides=options.overrides,
+                select=options.select,
                 progress=progress,
                 mapper=mapper,
             )
-        if also:
+        if options.also:
             raise ConfigError("--also needs scores of all items: runs, or --embeddings")
         return evaluate_columns(
-            log,
+            options.log,
             self.catalogue,
             [parse_columns(text) for text in self.columns],
-            overrides=overrides,
-            select=select,
+            overrides=options.overrides,
+            select=options.select,
             progress=progress,
             mapper=mapper,
         )

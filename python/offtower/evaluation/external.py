@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from offtower.config import Config, ServingConfig, parse_config
@@ -85,7 +85,7 @@ def evaluate_columns(
         )
     config = _config(place, catalogue, overrides)
     main = COLUMNS_MODEL if all(modeled) else None
-    return _evaluate(opened, config, scorers, main, select, progress, mapper)
+    return _evaluate(_Scored(opened, config, scorers, main), select, progress, mapper)
 
 
 def evaluate_embeddings(
@@ -126,7 +126,7 @@ def evaluate_embeddings(
     for text in also:
         serving = changed_serving(base.serving, text)
         scorers[f"{name} {text}"] = base.served_as(serving)
-    return _evaluate(opened, config, scorers, None, select, progress, mapper)
+    return _evaluate(_Scored(opened, config, scorers), select, progress, mapper)
 
 
 def _open(log: AnyPath) -> tuple[ParquetLog, Location]:
@@ -147,15 +147,23 @@ def _config(place: Location, catalogue: AnyPath, overrides: Sequence[str]) -> Co
     return with_overrides(config, overrides)
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """Policies by name, the log that they are evaluated on, and the configuration.
+
+    reward_model: name of the model whose predictions the scorers give; None without.
+    """
+
+    log: ParquetLog
+    config: Config
+    scorers: Scorers
+    reward_model: str | None = None
+
+
 def _evaluate(
-    log: ParquetLog,
-    config: Config,
-    scorers: Scorers,
-    reward_model: str | None,
-    select: str | None,
-    progress: Progress | None,
-    mapper: Mapper | None,
+    policies: _Scored, select: str | None, progress: Progress | None, mapper: Mapper | None
 ) -> LogEvaluation:
+    log, config, reward_model = policies.log, policies.config, policies.reward_model
     progress, options = progress or Progress(), config.evaluation
     check_selection(select, log, options.selection)
     catalogue = Catalogue.open(config.data.catalogue, log_schema=log.schema)
@@ -174,7 +182,7 @@ def _evaluate(
     plan = EvaluationPlan(
         BatchScorer(
             source,
-            scorers,
+            policies.scorers,
             RewardModels((), reward_model, False, False, options.draws),
             None,
             None,

@@ -74,17 +74,18 @@ def search_among(
     deeper = min(len(vectors), k + skip)
     score = np.full((len(queries), k), -np.inf, dtype=np.float32)
     item = np.full((len(queries), k), -1, dtype=np.int64)
+    search = _Search(queries, vectors, scale, sets, score, item)
     for rows, words in _groups(eligible, len(queries)):
         if words is not None:
             count = int(bit_counts(torch.from_numpy(words[None]))[0])
             if count * FEW < len(vectors):
-                _score_few(queries, rows, words, sets, vectors, scale, (score, item))
+                search.score_few(rows, words)
                 continue
         if words is None:
             found = index.search(queries[rows], deeper)
         else:
             found = index.search_among(queries[rows], deeper, words)
-        _keep(rows, *found, sets, (score, item))
+        search.keep(rows, *found)
     left = np.minimum(eligible.count(len(vectors)).numpy(), k)
     short = np.flatnonzero((item >= 0).sum(axis=1) < left)
     if short.size:
@@ -103,44 +104,45 @@ def _groups(eligible: Eligibility, n: int) -> Iterator[tuple[IntArray, NDArray[n
         yield np.flatnonzero(group == number), np.ascontiguousarray(bitmap[number])
 
 
-def _score_few(
-    queries: NDArray[np.float32],
-    rows: IntArray,
-    words: NDArray[np.int64],
-    sets: ContextSets,
-    vectors: NDArray[np.generic],
-    scale: NDArray[np.float32] | None,
-    results: tuple[NDArray[np.float32], IntArray],
-) -> None:
-    """Score all items of a group of contexts."""
-    own = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little", count=len(vectors)))
-    if not len(own):
-        return
-    skip = max(len(sets.exclude[row]) for row in rows)
-    if sets.rows is not None and sets.rows.excluded is not None:
-        skip += int(np.diff(sets.rows.excluded.offsets)[rows].max())
-    deeper = min(len(own), results[0].shape[1] + skip)
-    score, index = exact_top_k(queries[rows], vectors[own], deeper, scale)
-    _keep(rows, score, own[index], sets, results)
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """A search among eligible items, and its results so far.
 
+    queries, vectors, scale: as for `exact_top_k`. score, item: (n, k) results, best first.
+    """
 
-def _keep(
-    rows: IntArray,
-    score: NDArray[np.float32],
-    item: IntArray,
-    sets: ContextSets,
-    results: tuple[NDArray[np.float32], IntArray],
-) -> None:
-    """Write the best items of some contexts that are not excluded."""
-    k = results[0].shape[1]
-    seen = None if sets.rows is None else sets.rows.excluded
-    for i, row in enumerate(rows):
-        keep = (item[i] >= 0) & ~np.isin(item[i], sets.exclude[row])
-        if seen is not None:
-            keep &= ~np.isin(item[i], seen.values[seen.offsets[row] : seen.offsets[row + 1]])
-        found = np.flatnonzero(keep)[:k]
-        results[0][row, : len(found)] = score[i, found]
-        results[1][row, : len(found)] = item[i, found]
+    queries: NDArray[np.float32]
+    vectors: NDArray[np.generic]
+    scale: NDArray[np.float32] | None
+    sets: ContextSets
+    score: NDArray[np.float32]
+    item: IntArray
+
+    def score_few(self, rows: IntArray, words: NDArray[np.int64]) -> None:
+        """Score all items of a group of contexts."""
+        count = len(self.vectors)
+        own = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little", count=count))
+        if not len(own):
+            return
+        sets = self.sets
+        skip = max(len(sets.exclude[row]) for row in rows)
+        if sets.rows is not None and sets.rows.excluded is not None:
+            skip += int(np.diff(sets.rows.excluded.offsets)[rows].max())
+        deeper = min(len(own), self.score.shape[1] + skip)
+        score, index = exact_top_k(self.queries[rows], self.vectors[own], deeper, self.scale)
+        self.keep(rows, score, own[index])
+
+    def keep(self, rows: IntArray, score: NDArray[np.float32], item: IntArray) -> None:
+        """Write the best items of some contexts that are not excluded."""
+        sets, k = self.sets, self.score.shape[1]
+        seen = None if sets.rows is None else sets.rows.excluded
+        for i, row in enumerate(rows):
+            keep = (item[i] >= 0) & ~np.isin(item[i], sets.exclude[row])
+            if seen is not None:
+                keep &= ~np.isin(item[i], seen.values[seen.offsets[row] : seen.offsets[row + 1]])
+            found = np.flatnonzero(keep)[:k]
+            self.score[row, : len(found)] = score[i, found]
+            self.item[row, : len(found)] = item[i, found]
 
 
 class RowSets:
