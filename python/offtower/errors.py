@@ -27,6 +27,10 @@ class UntrustedCodeError(RunError):
     """A stored run, policy or export that names code which may not run."""
 
 
+class UndefinedIntervalError(OfftowerError):
+    """An interval that these rows do not define."""
+
+
 class LeaseError(OfftowerError):
     """Another process writes to the folder, or has taken it over."""
 

@@ -338,6 +338,12 @@ def test_columns_of_wrong_types_are_refused() -> None:
     wrong = items.set_column(1, "regions", pa.array(np.ones(N)))
     with pytest.raises(DataError, match="column 'regions', which is double"):
         EligibleItems(catalogue_of(wrong), schema)
+    # A text file whose column is not named as a bag: no row's region would equal '["de"]'.
+    wrong = items.set_column(1, "regions", pa.array(["de"] * (N - 1) + ['["de", "fr"]']))
+    with pytest.raises(DataError, match=r"'regions', which holds the text .*kind: bag"):
+        EligibleItems(catalogue_of(wrong), schema)
+    brackets = items.set_column(1, "regions", pa.array(["de"] * (N - 1) + ["[north]"]))
+    EligibleItems(catalogue_of(brackets), schema)
     wrong = items.set_column(3, "listed_at", pa.array(np.ones(N)))
     with pytest.raises(DataError, match="'listed_at', which is double: expected timestamps"):
         EligibleItems(catalogue_of(wrong), schema)

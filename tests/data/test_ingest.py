@@ -15,11 +15,13 @@ import pytest
 from pyarrow import fs
 
 from offtower.data import stores
+from offtower.data.catalogue import Catalogue
 from offtower.data.ingest import IngestSource, Split, files, ingest_files, writing
 from offtower.data.lease import Lease
 from offtower.data.location import AnyPath, Location
 from offtower.data.log import ParquetLog
 from offtower.data.schema import FeatureSpec, LogSchema
+from offtower.data.validate import validate_log
 from offtower.errors import DataError, LeaseError
 from tests.mappers import content
 from tests.stores import Unruly, unruly
@@ -165,3 +167,34 @@ def test_a_log_without_the_column_pscore_has_no_propensities(
     named = replace(SCHEMA, pscore="propensity")
     with pytest.raises(DataError, match="propensity"):
         ingest_files(IngestSource(tmp_path / "blind.parquet", named), tmp_path / "other")
+
+
+@pytest.mark.parametrize("kind", ["conditional", "slate"])
+@pytest.mark.parametrize("longest", [1, 2])
+def test_rounds_of_one_item_are_single_draws(tmp_path: Path, kind: Any, longest: int) -> None:
+    """As `offtower search --sample -k 1` logs them: without items above, pscores are marginal."""
+    position = [0] * 5 + list(range(longest))
+    table = {
+        "x": np.arange(len(position), dtype=float),
+        "action": np.arange(len(position)) % 3,
+        "reward": np.zeros(len(position)),
+        "pscore": np.full(len(position), 0.25),
+        "round": [*range(5), *[5] * longest],
+        "position": position,
+    }
+    # One context a round.
+    table["x"][5:] = 5.0
+    pq.write_table(pa.table(table), tmp_path / "source.parquet")
+    schema = replace(SCHEMA, round_id="round", position="position", pscore_kind=kind)
+    source = IngestSource(tmp_path / "source.parquet", schema)
+    ingest_files(source, tmp_path / "out", split=SPLIT)
+    for name in ("log", "train", "validation"):
+        path = tmp_path / "out" / name
+        if not path.exists():
+            continue
+        found = ParquetLog.open(path)
+        assert found.schema.pscore_kind == ("marginal" if longest == 1 else kind)
+        assert found.schema.slates == (longest > 1)
+    log = ParquetLog.open(tmp_path / "out" / "log")
+    report = validate_log(log, Catalogue.open(tmp_path / "out/catalogue"))
+    assert report.rows == len(position)

@@ -214,6 +214,52 @@ def test_the_logging_policy_is_no_better_than_itself(estimator: str) -> None:
         assert verdict.reasons[0].code == "no_variation"
 
 
+@pytest.mark.parametrize("estimator", ["ips", "snips"])
+@pytest.mark.parametrize("users", [False, True])
+def test_rounding_of_float32_is_no_evidence(estimator: str, users: bool) -> None:
+    """A log evaluated with the policy that served it has weights that are 1 up to float32."""
+    n, rng = 900, np.random.default_rng(8)
+    reward = (rng.random(n) < 0.4).astype(float)
+    served_by = np.arange(n) // 6 if users else None
+    for sign in (1.0, -1.0):
+        # Rewarded rows show likelier items, whose logits round by more.
+        shift = sign * (3e-9 + 6e-9 * reward) + 1e-9 * rng.standard_normal(n)
+        rows = {"same": EvaluationRows(1.0 + shift, reward, user=served_by)}
+        result = evaluate_rows(rows, [estimator], reward_range=(0, 1), intervals=("normal",))
+        gap = result.policies["same"].estimates[estimator].difference
+        assert gap is not None and not gap.interval.low <= 0.0 <= gap.interval.high
+        assert abs(gap.estimate.value) < gap.rounding < 1e-4
+        verdict = result.policies["same"].verdict
+        assert verdict.decision == "not enough evidence"
+        assert "no_variation" in {reason.code for reason in verdict.reasons}
+        # The same rows, with a difference that is one.
+        rows = {"better": EvaluationRows(1.0 + 1e6 * shift, reward, user=served_by)}
+        result = evaluate_rows(rows, [estimator], reward_range=(0, 1), intervals=("normal",))
+        decision = result.policies["better"].verdict.decision
+        assert decision == ("go" if sign > 0.0 else "no-go")
+
+
+def test_a_policy_with_one_agreeing_row_does_not_end_the_evaluation() -> None:
+    """Of 1/e of the bootstrap replicates no row has a weight: SNIPS has no value there."""
+    rng = np.random.default_rng(4)
+    reward, weight = rng.random(300), np.zeros(300)
+    weight[17] = 250.0
+    rows = {
+        "greedy": EvaluationRows(weight, reward),
+        "soft": EvaluationRows(rng.random(300) * 2, reward),
+    }
+    result = evaluate_rows(rows, ["ips", "snips"], reward_range=(0, 1))
+    found = result.policies["greedy"].estimates
+    assert set(found["snips"].intervals) == {"normal"}
+    assert set(found["ips"].intervals) == {"normal", "bootstrap"}
+    assert found["snips"].estimate.value == pytest.approx(reward[17])
+    assert set(result.policies["soft"].estimates["snips"].intervals) == {"normal", "bootstrap"}
+    json.dumps(result.to_dict(), allow_nan=False)
+    # Where the bootstrap decides there is nothing to decide by.
+    with pytest.raises(OfftowerError, match="too few rows carry a weight above 0"):
+        evaluate_rows(rows, ["snips"], reward_range=(0, 1), intervals=("bootstrap",))
+
+
 def test_gate_options_reach_the_gate() -> None:
     result = evaluate_rows(policies(), reward_range=(0, 1), gate=GateOptions(margin=0.9))
     assert {p.verdict.decision for p in result.policies.values()} == {"no-go"}

@@ -194,3 +194,10 @@ def test_too_few_eligible_items_for_a_slate_are_reported(run: Path) -> None:
         DataError, match=f"{left + 1} items were asked for, but filters leave {left}"
     ):
         retriever.sample(contexts, left + 1)
+    # The context is named, not the first of the call.
+    fewest = int(np.argmin(sets.sum(axis=1)))
+    asked = int(sets[fewest].sum()) + 1
+    assert sets[0].sum() >= asked > 1
+    contexts = table.take(pa.array([0, 0, fewest]))
+    with pytest.raises(DataError, match=f"context 2: {asked} items were asked for"):
+        retriever.sample(contexts, asked)

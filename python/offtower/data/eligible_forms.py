@@ -3,6 +3,7 @@ eligible."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class AttributeItems:
         column: of the catalogue, a category or a bag of categories.
 
     Raises:
-        DataError: the column is of another type.
+        DataError: the column is of another type, or text that lists values.
     """
 
     def __init__(self, form: AttributeForm, column: pa.ChunkedArray) -> None:
@@ -61,6 +62,8 @@ class AttributeItems:
         distinct, index = distinct_values(values)
         order = pc.sort_indices(distinct)
         self.text = is_text(distinct.type)
+        if self.text and not is_list(kind):
+            _check_no_list(form.item, distinct)
         self.values = Vocabulary(distinct.take(order))
         rank = np.empty(len(distinct), dtype=np.int64)
         rank[order.to_numpy(zero_copy_only=False)] = np.arange(len(distinct))
@@ -100,6 +103,26 @@ class AttributeItems:
         words = np.zeros(-(-self.num_items // WORD), dtype=np.uint64)
         _toggle(words, self.items(number))
         return words
+
+
+def _check_no_list(name: str, values: pa.Array) -> None:
+    """Check that no text is a JSON list: no row's value would equal it, and its item be eligible
+    nowhere.
+
+    Raises:
+        DataError: one is.
+    """
+    bracketed = pc.and_(pc.starts_with(values, "["), pc.ends_with(values, "]"))
+    for text in values.filter(bracketed).to_pylist():
+        try:
+            json.loads(text)
+        except ValueError:
+            continue
+        raise DataError(
+            f"eligible.attribute names the catalogue's column '{name}', which holds the text "
+            f"{text!r}: lists in text files are read as lists only where the schema says so. Name "
+            f"the column in catalogue.features as a bag ({{name: {name}, kind: bag}})"
+        )
 
 
 class IntervalItems:

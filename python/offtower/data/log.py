@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -209,6 +210,15 @@ def _selected(file: Location, arrow: pa.Schema, schema: LogSchema) -> pa.Schema:
             f"it has {', '.join(arrow.names)}"
         )
     return pa.schema([(name, arrow.field(name).type) for name in schema.columns])
+
+
+def one_item_a_round(log: Log) -> bool:
+    """Whether all positions are 0. Reads their column up to the first that is not."""
+    position = log.schema.position
+    if position is None:
+        return True
+    tables = log.read_row_groups(range(len(log.row_group_sizes)), [position])
+    return all(pc.max(table.column(position)).as_py() <= 0 for table in tables)
 
 
 class TableLog(Log):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import combinations
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from offtower.errors import UndefinedIntervalError
 from offtower.evaluation.decision.gate import Evidence, decide
 from offtower.evaluation.decision.support import SupportDiagnostics
 from offtower.evaluation.estimators import Difference, Estimator, MeanReward
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from offtower.evaluation.sums import EvaluationSums
 
 LOGGING = MeanReward()
+LOG_PROB_ROUNDING = 3e-5
+"""Relative error of a weight by rounding, at most: log-probabilities come from float32 logits, and
+weights of served slates were off by up to this at a perplexity of 2 (`tests.roundtrip`)."""
 
 
 class Estimates:
@@ -124,12 +129,7 @@ class Estimates:
 
     def named_intervals(self, estimator: Estimator, statistics: Statistics) -> dict[str, Interval]:
         """Intervals that need no range: that of a named reward is not known."""
-        make = {"normal": normal_interval, "bootstrap": bootstrap_interval}
-        return {
-            method: make[method](estimator, statistics, self.options.confidence)
-            for method in self.options.intervals
-            if method in make
-        }
+        return self.asymptotic_intervals(estimator, statistics)
 
     def policy(self, index: int, name: str, support: SupportDiagnostics | None) -> PolicyEvaluation:
         options, sums = self.options, self.sums
@@ -154,6 +154,7 @@ class Estimates:
             self.users,
             by_position,
             self.sensitivity(index, gap),
+            gap.rounding,
         )
         value, difference = smoothing.value, smoothing.difference
         return PolicyEvaluation(
@@ -209,17 +210,49 @@ class Estimates:
             finish(difference, statistics),
             make(difference, statistics, self.options.confidence),
             make(difference, statistics, self.joint),
+            _rounding(difference, statistics),
         )
 
+    def asymptotic_intervals(
+        self, estimator: Estimator, statistics: Statistics
+    ) -> dict[str, Interval]:
+        """Normal and bootstrap intervals; one that these rows do not define is left out, unless it
+        is the main one."""
+        make, out = {"normal": normal_interval, "bootstrap": bootstrap_interval}, {}
+        for method in self.options.intervals:
+            if method not in make:
+                continue
+            try:
+                out[method] = make[method](estimator, statistics, self.options.confidence)
+            except UndefinedIntervalError:
+                if method == self.options.intervals[0]:
+                    raise
+        return out
+
     def intervals(self, estimator: Estimator, statistics: Statistics) -> dict[str, Interval]:
+        asymptotic = self.asymptotic_intervals(estimator, statistics)
         out, confidence = {}, self.options.confidence
         for method in self.options.intervals:
-            if method == "normal":
-                out[method] = normal_interval(estimator, statistics, confidence)
-            elif method == "bootstrap":
-                out[method] = bootstrap_interval(estimator, statistics, confidence)
+            if method in asymptotic:
+                out[method] = asymptotic[method]
+            elif method in ("normal", "bootstrap"):
+                continue
             elif self.independent and estimator.num_terms == 1:
                 bounds = estimator.bounds(self.options.reward_range, self.options.max_weight)
                 unclustered = replace(statistics, users=None)
                 out[method] = bernstein_interval(estimator, unclustered, bounds, confidence)
         return out
+
+
+def _rounding(difference: Difference, statistics: Statistics) -> float:
+    """Size of a difference that the rounding of log-probabilities explains.
+
+    LOG_PROB_ROUNDING times the larger root mean square of what the two values are means of.
+    """
+    cut, columns = difference.first.num_terms, range(statistics.mean.size)
+    statistics = replace(statistics, users=None)  # the scale is that of single rows
+    scales = []
+    for side, own in ((difference.first, columns[:cut]), (difference.second, columns[cut:])):
+        found = finish(side, statistics.select(list(own)))
+        scales.append(math.hypot(found.value, found.std_error * math.sqrt(found.n)))
+    return LOG_PROB_ROUNDING * max(scales)

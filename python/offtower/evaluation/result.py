@@ -18,11 +18,13 @@ class Gap:
     """A paired difference of two values.
 
     interval: at the stated confidence. simultaneous: so that those of all policies cover at once.
+    rounding: size of a difference that the rounding of log-probabilities explains.
     """
 
     estimate: Estimate
     interval: Interval
     simultaneous: Interval
+    rounding: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return {

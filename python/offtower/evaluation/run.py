@@ -316,7 +316,7 @@ def reward_notes(result: EvaluationResult) -> list[str]:
     for name, policy in result.policies.items():
         for reward, found in policy.rewards.items():
             gap = found.difference
-            if gap is not None and gap.interval.high < 0.0:
+            if gap is not None and gap.interval.high < -gap.rounding:
                 notes.append(
                     f"{name} loses in the reward '{reward}': {gap.estimate.value:.4g} per row "
                     f"against the logging policy ({result.confidence:.0%} interval "
@@ -362,8 +362,15 @@ def serving_notes(policies: Mapping[str, EvaluatedPolicy], result: EvaluationRes
                 f"{weights.n:,} rows that logged the very item it would show at their position say "
                 "anything about it. A log of its own would support no other policy"
             )
-        elif one.also is None and not one.serving.is_trained_policy:
-            notes.append(f"{name} is served, and evaluated, with {one.serving.text}")
+        elif one.also is None:
+            if not one.serving.is_trained_policy:
+                notes.append(f"{name} is served, and evaluated, with {one.serving.text}")
+            positions = len(result.policies[name].positions)
+            if one.serving.k < positions:
+                notes.append(
+                    f"{name} shows {one.serving.k} in a round (serving.k), and this log has up to "
+                    f"{positions}: its value is that of rounds as long as the log's"
+                )
     return notes
 
 

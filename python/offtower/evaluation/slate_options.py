@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pyarrow.compute as pc
-
 from offtower.config import EstimatorConfig
-from offtower.data.log import Log
+from offtower.data.log import Log, one_item_a_round
 from offtower.data.schema import PscoreKind
 from offtower.errors import ConfigError
 from offtower.evaluation.estimators import ESTIMATORS
@@ -53,10 +51,7 @@ def rounds_kind(log: Log) -> PscoreKind | None:
     schema = log.schema
     if schema.position is None or schema.round_id is None:
         return None
-    for table in log.read_row_groups(range(len(log.row_group_sizes)), [schema.position]):
-        if pc.max(table.column(schema.position)).as_py() > 0:
-            return schema.pscore_kind
-    return None
+    return None if one_item_a_round(log) else schema.pscore_kind
 
 
 def examination_note(model: EvaluationModel | None) -> list[str]:

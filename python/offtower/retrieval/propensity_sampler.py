@@ -178,7 +178,8 @@ class PropensitySampler:
             left, limit = top, "serving.top leaves"
         if left < positions:
             raise DataError(
-                f"{positions} items were asked for, but {limit} {left} of {num_items:,}"
+                f"{positions} items were asked for, but {limit} {left} of {num_items:,}; ask for "
+                "fewer, or leave this context out"
             )
         query = query / np.float32(self.serving.temperature)
         if cells is not self.cells:

@@ -311,10 +311,12 @@ class Retriever:
         sampler = PropensitySampler(self.cells, relative_error=relative_error, serving=self.serving)
         rng = np.random.default_rng(seed)
         draw = sampler.slate if slate else sampler.draw
-        drawn: list[ItemSample] = [
-            draw(query, rng, size=k, mode=mode, exclude=skip, among=among)
-            for query, (skip, among) in zip(queries, self._row_sets.of(sets), strict=True)
-        ]
+        drawn: list[ItemSample] = []
+        for query, (skip, among) in zip(queries, self._row_sets.of(sets), strict=True):
+            try:
+                drawn.append(draw(query, rng, size=k, mode=mode, exclude=skip, among=among))
+            except DataError as error:
+                raise DataError(f"context {len(drawn)}: {error}") from error
 
         def stacked(name: str) -> Any:
             return np.stack([getattr(d, name) for d in drawn]) if drawn else np.zeros((0, k))
@@ -352,7 +354,7 @@ class Retriever:
             if len(found) < k:
                 raise DataError(
                     f"context {row}: {k} items were asked for, but filters and the index leave "
-                    f"{len(found)}"
+                    f"{len(found)}; ask for fewer, or leave this context out"
                 )
         item = np.stack(best.item) if best.item else np.zeros((0, k), dtype=np.int64)
         one, zero = np.ones(item.shape), np.zeros(item.shape)

@@ -16,7 +16,7 @@ from offtower.data.formats.kinds import catalogue_kinds, log_kinds
 from offtower.data.ingest.claim import claimed
 from offtower.data.ingest.notes import NO_PROPENSITIES, catalogue_notes, quarantine_notes
 from offtower.data.ingest.plan import IngestSource, IngestSummary, Split
-from offtower.data.ingest.writing import write_rows
+from offtower.data.ingest.writing import mark_single_draws, write_rows
 from offtower.data.location import AnyPath, Location
 from offtower.data.log import ParquetLog, write_log
 from offtower.data.obd import import_open_bandit
@@ -92,6 +92,7 @@ def ingest_files(
         schema = _dated(source.schema, units, mapper)
         rows = CheckedUnits.uncounted(units, schema, reading_index(catalogue, schema), quarantine)
         found = write_rows(out / "log", rows, mapper, progress)
+        mark_single_draws(out / "log")
         notes = [NO_PROPENSITIES] if schema.pscore is None else []
         notes += [*catalogue_notes(catalogue_schema), *quarantine_notes(found, moved_mean)]
         write_catalogue(out / "catalogue", table, catalogue_schema)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
 from offtower.data.check import RowChecker
 from offtower.data.location import Location
-from offtower.data.log import write_log
+from offtower.data.log import ParquetLog, one_item_a_round, write_log
+from offtower.data.manifest import read_manifest, write_manifest
 from offtower.data.outcomes import stored_schema
 from offtower.data.parts import write_log_parts
 from offtower.data.round_tables import whole_round_tables
@@ -50,6 +52,21 @@ def write_rows(out: Location, rows: CheckedUnits, mapper: Mapper, progress: Prog
         out, rows, stored_schema(rows.schema), mapper, progress=progress, task="writing rows"
     )
     return found
+
+
+def mark_single_draws(path: Location) -> None:
+    """Write pscore_kind marginal for a log of slates whose rounds all show one item.
+
+    Without items above, conditional and slate propensities are marginal ones, and all that single
+    draws permit (such as objective auto) holds for the log.
+    """
+    log = ParquetLog.open(path)
+    manifest = read_manifest(path)
+    if manifest is None or not log.schema.slates or not one_item_a_round(log):
+        return
+    schema = replace(log.schema, pscore_kind="marginal")
+    fingerprint = ParquetLog.open(path, schema).fingerprint
+    write_manifest(path, schema.to_dict(), log.num_rows, fingerprint, manifest["files"])
 
 
 def _stream(out: Location, rows: CheckedUnits, progress: Progress) -> UnitTally:

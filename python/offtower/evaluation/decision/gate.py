@@ -71,6 +71,7 @@ class Evidence:
         sensitivity: factor by which estimated propensities may be wrong before the estimate leaves
             its side of the margin (`SensitivitySums.largest_factor`).
         positions: mean weights by position, for slates.
+        rounding: size of a difference that the rounding of log-probabilities explains.
     """
 
     difference: Estimate
@@ -85,6 +86,7 @@ class Evidence:
     users: int | None = None
     positions: tuple[PositionWeight, ...] = ()
     sensitivity: float | None = None
+    rounding: float = 0.0
 
 
 def decide(evidence: Evidence, options: GateOptions | None = None) -> Verdict:
@@ -105,7 +107,9 @@ def decide(evidence: Evidence, options: GateOptions | None = None) -> Verdict:
             reason = _evidence(guaranteed, margin, "guaranteed_interval", "at any number of rows")
             softened = [replace(doubt, kind="note") for doubt in doubts]
             return Verdict(side, (reason, *softened, *notes))
-    side = _side(interval, margin)
+    side = _side(interval, margin, evidence.rounding)
+    if side is None and _side(interval, margin) is not None:
+        return Verdict(NOT_ENOUGH, (*doubts, _within_rounding(evidence), *notes))
     if side is None:
         return Verdict(NOT_ENOUGH, (*doubts, _contains_margin(evidence, margin), *notes))
     reason = _evidence(interval, margin, "interval", f"by {evidence.estimator}")
@@ -121,10 +125,18 @@ def best_exit_code(verdicts: list[Verdict]) -> int:
     return next((EXIT_CODES[d] for d in _PREFERENCE if d in decisions), EXIT_CODES[NOT_ENOUGH])
 
 
-def _side(interval: Interval, margin: float) -> Decision | None:
-    if interval.low > margin:
+def _side(interval: Interval, margin: float, rounding: float = 0.0) -> Decision | None:
+    if interval.low > margin + rounding:
         return GO
-    return NO_GO if interval.high < margin else None
+    return NO_GO if interval.high < margin - rounding else None
+
+
+def _within_rounding(evidence: Evidence) -> Reason:
+    return _doubt(
+        "no_variation",
+        f"V(new) - V(logging) is {evidence.difference.value:.1g}, which the rounding of "
+        "log-probabilities explains: both policies are the same on this log",
+    )
 
 
 def _evidence(interval: Interval, margin: float, code: str, how: str) -> Reason:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from offtower.errors import OfftowerError
+from offtower.errors import OfftowerError, UndefinedIntervalError
 from offtower.evaluation.intervals.statistics import Functional, Statistics, finish
 
 METHODS = ("normal", "bootstrap", "bernstein", "log_smoothing")
@@ -91,7 +91,7 @@ def bootstrap_interval(
     """Percentiles of the estimator over the replicates that the statistics carry.
 
     Raises OfftowerError for fewer than 10 / (1 - confidence) replicates, which leave too few beyond
-    the percentile.
+    the percentile; UndefinedIntervalError where many replicates have no value.
     """
     _need_rows(statistics)
     sums = statistics.replicates
@@ -109,9 +109,9 @@ def bootstrap_interval(
         values = functional.combine(sums.total / sums.weight[:, None])
     values = values[np.isfinite(values)]
     if values.size < 0.9 * sums.weight.size:
-        raise OfftowerError(
+        raise UndefinedIntervalError(
             "more than a tenth of the bootstrap replicates have no value: too few rows carry a "
-            "weight above 0"
+            "weight above 0. Log more rows, or leave out such policies (greedy ones, for instance)"
         )
     low, high = np.quantile(values, [tail / 2, 1.0 - tail / 2])
     return Interval(float(low), float(high), confidence, "bootstrap", sums.by_user)
