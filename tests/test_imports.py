@@ -38,6 +38,10 @@ FORBIDDEN = {
         *("sampling", "objectives", "prepare", "crossfit"),
         *("evaluation", "training", "jobs", "cli", "learner"),
     },
+    "serving": {
+        *("objectives", "prepare", "crossfit", "evaluation", "retrieval"),
+        *("training", "jobs", "cli", "learner"),
+    },
     "crossfit": {"sampling", "evaluation", "retrieval", "training", "jobs", "cli", "learner"},
     "evaluation": {"training", "jobs", "cli", "learner"},
     "training": {"jobs", "cli", "learner"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-WIDTH, HEIGHT = 1000, 610
+WIDTH, HEIGHT = 1000, 698
 INK, LINE, PAPER = "#1f2933", "#7b8794", "#ffffff"
 DATA, CODE, NATIVE = "#e8eef5", "#dcebdd", "#fbe9d3"
 
@@ -32,7 +32,7 @@ def arrow(x1: float, y1: float, x2: float, y2: float, label: str = "") -> str:
 def main() -> None:
     parts = [
         # The data's way.
-        box(20, 40, 130, 70, "log files", "CSV, Parquet\nany store", DATA),
+        box(20, 40, 130, 70, "log files", "CSV, JSON, Parquet\nany store", DATA),
         arrow(150, 75, 220, 75, "ingest"),
         box(220, 40, 150, 70, "logs/  catalogue/", "checked Parquet\nmanifest, digests", DATA),
         arrow(370, 75, 430, 75, "train"),
@@ -55,13 +55,16 @@ def main() -> None:
         box(20, 384, 960, 36, "training", "", CODE),
         box(20, 428, 470, 36, "evaluation", "", CODE),
         box(510, 428, 470, 36, "retrieval", "", CODE),
-        box(20, 472, 310, 36, "models", "", CODE),
-        box(345, 472, 310, 36, "objectives", "", CODE),
-        box(670, 472, 310, 36, "sampling", "", CODE),
-        box(20, 516, 310, 36, "data", "", CODE),
-        box(345, 516, 310, 36, "ops", "", CODE),
-        box(670, 516, 310, 36, "config, files, errors", "", CODE),
-        box(345, 560, 310, 36, "csrc: C++ and CUDA, torch-free", "", NATIVE),
+        box(20, 472, 470, 36, "serving", "", CODE),
+        box(510, 472, 470, 36, "prepare, crossfit", "", CODE),
+        box(20, 516, 310, 36, "models", "", CODE),
+        box(345, 516, 310, 36, "objectives", "", CODE),
+        box(670, 516, 310, 36, "sampling", "", CODE),
+        box(20, 560, 960, 36, "slates", "", CODE),
+        box(20, 604, 310, 36, "data", "", CODE),
+        box(345, 604, 310, 36, "ops", "", CODE),
+        box(670, 604, 310, 36, "config, files, errors", "", CODE),
+        box(345, 648, 310, 36, "csrc: C++ and CUDA, torch-free", "", NATIVE),
     ]
     style = (
         f"text{{font-family:sans-serif;fill:{INK};text-anchor:middle}}"
