@@ -26,6 +26,12 @@ def as_array(column: Column) -> pa.Array:
     return pa.concat_arrays(joined.chunks) if isinstance(joined, pa.ChunkedArray) else joined
 
 
+def null_mask(column: Column) -> NDArray[np.bool_]:
+    """(n,) mask of the null rows."""
+    nulls: NDArray[np.bool_] = pc.is_null(as_array(column)).to_numpy(zero_copy_only=False)
+    return nulls
+
+
 def is_number(kind: pa.DataType) -> bool:
     return bool(
         pa.types.is_integer(kind)

@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from offtower.data.catalogue import Catalogue
-from offtower.data.columns import as_array, is_category, is_list, is_text
+from offtower.data.columns import is_category, is_list, is_text, null_mask
 from offtower.data.eligible_forms import time_kind
 from offtower.data.eligible_groups import ItemGroups, Mask
 from offtower.data.eligible_schema import EligibleSchema
@@ -86,19 +85,19 @@ class EligibleChecks:
         for attribute in groups.attributes:
             name = attribute.form.context
             column = table.column(name)
-            null = _null(column)
+            null = null_mask(column)
             expected = f"a value that the column '{attribute.form.item}' of some item has"
             unknown = (attribute.number(column) == attribute.cardinality - 1) & ~null
             yield from _found(name, expected, {"null": null, "a value of no item": unknown})
         if groups.interval is not None:
             assert groups.timestamp is not None, "the schema checks it"
-            null = _null(table.column(groups.timestamp))
+            null = null_mask(table.column(groups.timestamp))
             yield from _found(groups.timestamp, "a time", {"null": null})
         if self._section.candidates is not None:
             name = self._section.candidates.column
             column = table.column(name)
             lists, unknown_ids = item_lists(column, self._catalogue)
-            null = _null(column)
+            null = null_mask(column)
             unknown = unknown_ids > 0
             empty = (np.diff(lists.offsets) == 0) & ~null & ~unknown
             expected = f"a list of ids of the catalogue's {self._catalogue.num_items:,} items"
@@ -156,8 +155,3 @@ def _found(column: str, expected: str, problems: dict[str, Mask]) -> Iterator[Co
     for problem, mask in problems.items():
         if mask.any():
             yield ColumnFault(column, problem, expected, mask)
-
-
-def _null(column: pa.ChunkedArray) -> Mask:
-    nulls: Mask = pc.is_null(as_array(column)).to_numpy(zero_copy_only=False)
-    return nulls

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from offtower.data.columns import as_array, as_float_array, timestamps
+from offtower.data.columns import as_float_array, null_mask, timestamps
 from offtower.data.durations import parse_duration
 from offtower.data.schema import LogSchema, Outcomes
 from offtower.errors import DataError
@@ -86,7 +86,7 @@ def settle(table: pa.Table, schema: LogSchema) -> SettledRows:
     unfilled = np.zeros(table.num_rows, dtype=bool)
     for name in schema.reward_columns:
         column = table.column(name)
-        known = ~_nulls(column)
+        known = ~null_mask(column)
         rewarded |= known
         unfilled |= ~known | late
         table = table.set_column(
@@ -133,7 +133,7 @@ def stored_schema(schema: LogSchema) -> LogSchema:
 
 def comparable_times(column: pa.ChunkedArray) -> NDArray[np.int64]:
     """Return (n,) times: timestamps in microseconds, numbers as they are; NULL_TIME for null."""
-    unknown = _nulls(column)
+    unknown = null_mask(column)
     if pa.types.is_floating(column.type):
         unknown |= ~np.isfinite(as_float_array(column))
         column = pa.chunked_array([pa.array(np.where(unknown, 0.0, as_float_array(column)))])
@@ -228,8 +228,3 @@ def _filled(
         filled = pc.cast(filled, pa.float64(), safe=False)
         filled = pc.if_else(pc.and_(pc.is_null(filled), pa.array(mature)), missing, filled)
     return filled if isinstance(filled, pa.ChunkedArray) else pa.chunked_array([filled])
-
-
-def _nulls(column: pa.ChunkedArray) -> NDArray[np.bool_]:
-    nulls: NDArray[np.bool_] = pc.is_null(as_array(column)).to_numpy(zero_copy_only=False)
-    return nulls

@@ -8,17 +8,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.columns import (
     Column,
-    as_array,
     as_float_array,
     is_category,
     is_list,
     is_number,
     is_text,
+    null_mask,
 )
 from offtower.data.eligible import eligible_items
 from offtower.data.formats.bad_cells import BadCells
@@ -94,7 +93,9 @@ def find_faults(
     if schema.slates and table.num_rows:
         item = catalogue.index_of(table.column(schema.action))
         # A null key or position is reported as such.
-        known = ~(_null(table.column(schema.round_id)) | _null(table.column(schema.position)))
+        known = ~(
+            null_mask(table.column(schema.round_id)) | null_mask(table.column(schema.position))
+        )
         for name, problem, expected, mask in round_faults(table, schema, item):
             if (mask := mask & known).any():
                 found.append(Fault(name, problem, expected, mask))
@@ -116,7 +117,7 @@ def _rules(schema: LogSchema, catalogue: Catalogue) -> Iterator[Rule]:
         lambda kind: is_category(kind) and is_text(kind) == text,
         ("text" if text else "integers") + ", as the item ids of the catalogue are",
         lambda column: catalogue.index_of(column) < 0,
-        lambda column: {"null": _null(column), "an unknown item": ~_null(column)},
+        lambda column: {"null": null_mask(column), "an unknown item": ~null_mask(column)},
     )
     low, high = schema.reward_range
     yield Rule(
@@ -171,7 +172,7 @@ def _rules(schema: LogSchema, catalogue: Catalogue) -> Iterator[Rule]:
             lambda kind: pa.types.is_timestamp(kind) or is_number(kind),
             "times or numbers",
             _null_or_not_finite,
-            lambda column: {"null": _null(column), "not finite": ~_null(column)},
+            lambda column: {"null": null_mask(column), "not finite": ~null_mask(column)},
         )
     if schema.position is not None:
         yield _present(schema.position, "an integer", pa.types.is_integer, "integers")
@@ -181,7 +182,7 @@ def _rules(schema: LogSchema, catalogue: Catalogue) -> Iterator[Rule]:
 
 
 def _present(name: str, expected: str, ok: Callable[[pa.DataType], bool], types: str) -> Rule:
-    return Rule(name, expected, ok, types, _null, lambda column: {"null": _null(column)})
+    return Rule(name, expected, ok, types, null_mask, lambda column: {"null": null_mask(column)})
 
 
 def _feature_rule(spec: FeatureSpec) -> Rule:
@@ -244,7 +245,7 @@ def _number_kinds(
     column: Column, low: float, high: float, below: str = "", above: str = ""
 ) -> dict[str, Mask]:
     values = as_float_array(column)
-    null = _null(column)
+    null = null_mask(column)
     return {
         "null": null,
         "NaN": np.isnan(values) & ~null,
@@ -254,15 +255,10 @@ def _number_kinds(
     }
 
 
-def _null(column: Column) -> Mask:
-    nulls: Mask = pc.is_null(as_array(column)).to_numpy(zero_copy_only=False)
-    return nulls
-
-
 def _null_or_not_finite(column: Column) -> Mask:
     if pa.types.is_floating(column.type):
         return ~np.isfinite(as_float_array(column))
-    return _null(column)
+    return null_mask(column)
 
 
 def _nothing(column: Column) -> Mask:

@@ -8,7 +8,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from offtower.data.columns import as_array, as_float_array, is_category, is_number, is_text
+from offtower.data.columns import (
+    as_array,
+    as_float_array,
+    is_category,
+    is_number,
+    is_text,
+    null_mask,
+)
 from offtower.data.join.keys import hash_rows
 from offtower.data.join.plan import JoinCounts, JoinedReward, JoinPlan
 from offtower.data.join.spill import Spill
@@ -39,7 +46,7 @@ def spill_decisions(
             raise DataError(f"key column '{name}' is {column.type}, expected text or integers")
         types.setdefault(name, column.type)
         if column.null_count:
-            row = int(np.flatnonzero(as_array(column).is_null().to_numpy(False))[0])
+            row = int(np.flatnonzero(null_mask(column))[0])
             raise DataError(f"decision {first + row} has no key: column '{name}' is null")
     found = np.empty(table.num_rows, dtype=DECISION_RECORD)
     found["key"] = hash_rows([table.column(name) for name in mine])
