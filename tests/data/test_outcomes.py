@@ -14,9 +14,10 @@ import pytest
 
 from offtower.data.check import BadRowsError
 from offtower.data.ingest import IngestSource, IngestSummary, ingest_files
+from offtower.data.ingest.notes import catalogue_notes
 from offtower.data.log import ParquetLog
 from offtower.data.outcomes import OutcomeCounts
-from offtower.data.schema import LogSchema, Outcomes
+from offtower.data.schema import CatalogueSchema, LogSchema, Outcomes
 from offtower.errors import ConfigError, DataError
 from tests.mappers import BackwardsMapper
 
@@ -176,3 +177,6 @@ def test_a_quarantine_of_random_rows_needs_none(tmp_path: Path) -> None:
 def test_a_catalogue_without_features_is_noted(tmp_path: Path) -> None:
     found = ingest(log(), tmp_path)
     assert "no features besides the ids" in found.notes[0]
+    # A catalogue with a file and no feature at all, not even the ids, cannot be trained on.
+    items = CatalogueSchema()
+    assert "no policy can be trained" in catalogue_notes(items)[0]

@@ -12,11 +12,12 @@ import torch
 from typer.testing import CliRunner
 
 from offtower.cli import app
-from offtower.data import write_log
+from offtower.data import write_catalogue, write_log
 from offtower.data.catalogue import Catalogue
 from offtower.data.encoding import to_tensors
 from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
+from offtower.data.simulate import SimulatedWorld, SlateSettings
 from offtower.errors import ConfigError, DataError
 from offtower.evaluation.external import evaluate_columns, evaluate_embeddings, parse_columns
 from offtower.evaluation.run_loading import open_run
@@ -167,3 +168,26 @@ def test_the_verb_writes_a_report_and_refuses_mixtures(other: Path) -> None:
     ):
         refused = CliRunner().invoke(app, arguments)
         assert refused.exit_code == 2, refused.output
+
+
+def test_a_column_of_a_log_of_slates_differs_within_a_round(tmp_path: Path) -> None:
+    """It is that of each item given the items above it, as the log's own propensities are."""
+    world = SimulatedWorld(30, seed=2, slate=SlateSettings(3))
+    table = pa.concat_tables(list(world.log(240, seed=1)))
+    pscore = table["pscore"].to_numpy()
+    reward = table["reward"].to_numpy().reshape(-1, 3)
+    halved = np.where(table["position"].to_numpy() == 1, 0.5, 1.0) * pscore
+    for name, values in (("same", pscore), ("halved", halved), ("q", 0.1 + 0 * pscore)):
+        table = table.append_column(name, pa.array(values))
+    schema = replace(world.log_schema, keep=("same", "halved", "q"))
+    write_log(tmp_path / "log", [table], schema)
+    write_catalogue(tmp_path / "items", world.catalogue_table(), world.catalogue_schema)
+    columns = [PolicyColumns(name, "q", "q") for name in ("same", "halved")]
+    found = evaluate_columns(tmp_path / "log", tmp_path / "items", columns).result
+    same, half = found.policies["same"], found.policies["halved"]
+    for name in ("ips", "snips", "dr"):
+        value = same.estimates[name].estimate.value
+        assert value == pytest.approx(reward.sum(axis=1).mean(), rel=1e-6)
+    assert [one.mean for one in half.positions] == pytest.approx([1.0, 0.5, 0.5], rel=1e-6)
+    weighted = (reward * [1.0, 0.5, 0.5]).sum(axis=1).mean()
+    assert half.estimates["ips"].estimate.value == pytest.approx(weighted, rel=1e-6)

@@ -94,7 +94,8 @@ def round_faults(
     again[by_item[1:]] = same & (item[by_item[1:]] >= 0)
     yield schema.action, "shown twice in its round", "another item at each position", again
     first = np.repeat(rounds.first, rounds.lengths)
-    names = [spec.source for spec in schema.context]
+    # A column of `keep` is of the item, also where an evaluation reads it as if of the context.
+    names = [spec.source for spec in schema.context if spec.source not in schema.keep]
     names += [name for name in (schema.user_id, schema.behavior_policy) if name is not None]
     names += [] if schema.eligible is None else schema.eligible.log_columns
     for name in dict.fromkeys(names):

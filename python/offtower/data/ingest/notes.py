@@ -14,7 +14,13 @@ NO_PROPENSITIES = (
 
 
 def catalogue_notes(schema: CatalogueSchema) -> list[str]:
-    if schema.features and schema.features != (FeatureSpec(name="item_id", kind="category"),):
+    if not schema.features:
+        return [
+            "the catalogue has no features, so that no policy can be trained on it: name some in "
+            "the schema's section catalogue and pass --catalogue; if the items have only ids, name "
+            f"these: features: [{{name: {schema.item_id}, kind: category}}]"
+        ]
+    if schema.features != (FeatureSpec(name="item_id", kind="category"),):
         return []
     return [
         "the catalogue has no features besides the ids: the item tower learns each item alone, and "
