@@ -293,21 +293,23 @@ def unseen_items(catalogue: Catalogue, runs: Sequence[OpenRun]) -> list[str]:
 
 def unknown_notes(unknown: Mapping[str, UnknownValues]) -> list[str]:
     """Context values that a policy's training did not see."""
-    return [
-        f"{name}: {sentence}"
-        for name, values in unknown.items()
-        for sentence in values.sentences("rows")
-    ]
+    return _named({name: values.sentences("rows") for name, values in unknown.items()})
+
+
+def _named(sentences: Mapping[str, Sequence[str]]) -> list[str]:
+    """Notes that name the policies which a sentence holds for."""
+    names: dict[str, list[str]] = {}
+    for name, own in sentences.items():
+        for sentence in own:
+            names.setdefault(sentence, []).append(name)
+    return [f"{', '.join(holders)}: {sentence}" for sentence, holders in names.items()]
 
 
 def interaction_notes(sums: Mapping[str, MergeTree[InteractionSums]]) -> list[str]:
     """By policy, which interaction the log of slates does not reject."""
-    return [
-        f"{name}: {sentence}"
-        for name, found in sums.items()
-        if found
-        for sentence in found.merged().choose().sentences()
-    ]
+    return _named(
+        {name: found.merged().choose().sentences() for name, found in sums.items() if found}
+    )
 
 
 def reward_notes(result: EvaluationResult) -> list[str]:

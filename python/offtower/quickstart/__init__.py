@@ -150,8 +150,8 @@ def _configs(template: str, folder: Path, out: Path) -> list[Config]:
 def _config(template: str, objective: str, folder: Path, out: Path) -> Config:
     text = resources.files("offtower.quickstart").joinpath(f"{template}.yaml").read_text("utf-8")
     content: dict[str, Any] = yaml.safe_load(text)
-    content["name"] = f"{content['name']}-{objective}"
-    content["runs"] = str(out)
+    content["runs"] = str(out / content["name"])
+    content["name"] = objective
     content["objective"] = {"name": objective}
     for key, value in content["data"].items():
         content["data"][key] = str(folder / Path(value).name)

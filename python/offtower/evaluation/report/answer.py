@@ -187,7 +187,7 @@ def _subject(names: list[str], best: str) -> str:
 
 def _unit(evaluation: LogEvaluation) -> str:
     reward = evaluation.log.get("reward")
-    return f"per {PER:,} requests" + ("" if reward is None else f" (reward: {reward})")
+    return f"per {PER:,} requests" + ("" if reward in (None, "reward") else f" (reward: {reward})")
 
 
 def _signed(value: float, scale: float) -> str:

@@ -73,7 +73,7 @@ def answer(evaluation: LogEvaluation, width: float = WIDE) -> str:
             axes.plot(PER * found.estimate.value, i, marker, color=color, ms=6)
         axes.set_yticks(range(len(rows)), [_short(name, width) for name, *_ in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xlabel(f"per {PER:,} requests; gray: what is served today")
+        axes.set_xlabel(f"per {PER:,} requests (gray: today)")
         return _svg(figure, f"Value of each policy with its interval, {evaluation.title}")
 
 
