@@ -228,6 +228,26 @@ def test_a_failure_leaves_no_log(run: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["contexts.parquet"]
 
 
+@pytest.mark.parametrize("sample", [False, True])
+def test_errors_of_a_later_batch_say_where_it_begins(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: bool
+) -> None:
+    table = pq.read_table(run.parents[1] / "logs" / "test").slice(0, 10)
+    name = "context"
+    column = table.column(name).to_pylist()
+    column[8] = [float("nan")] * len(column[8])
+    at = table.column_names.index(name)
+    table = table.set_column(at, name, pa.array(column, table.column(name).type))
+    pq.write_table(table, tmp_path / "contexts.parquet")
+    arguments = ["search", str(run), "--contexts", str(tmp_path / "contexts.parquet"), "-k", "2"]
+    arguments += ["--sample"] if sample else []
+    here = refused(*arguments)
+    assert "context 8 has no" in here and "counting from" not in here
+    monkeypatch.setattr("offtower.cli.search._BATCH", 6)
+    there = refused(*arguments)
+    assert "counting from context 6 as 0: context 2 has no" in there
+
+
 def test_filters_apply_and_invalid_arguments_raise(run: Path, contexts: Path) -> None:
     arguments = ("search", str(run), "--contexts", str(contexts))
     result = json.loads(call(*arguments, "-k", "60", "--exclude", "3, 17", "--json").stdout)

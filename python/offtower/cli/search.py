@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.abc import MetaPathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["softmax", "cells", "exact"]
 Row = dict[str, Any]
+Answer = TypeVar("Answer")
 Write = Callable[[list[Row] | None], None]
 """Prints rows; None ends the output."""
 
@@ -98,10 +99,10 @@ def search(
     if sample:
         rng = np.random.default_rng(seed)
         draw = partial(retriever.sample, k=k, mode=mode, exclude=excluded, seed=rng)
-        answers = _sample(retriever, draw, tables, target)
+        answers = _sample(retriever, _numbered(draw), tables, target)
     else:
         find = partial(retriever.search, k=k, exclude=excluded, exact=exact)
-        answers = _search(find, tables)
+        answers = _search(_numbered(find), tables)
     # No progress bar on a terminal that shows the results.
     progress = DrawnProgress() if as_json or not sys.stdout.isatty() else Progress()
     progress.start("contexts", None)
@@ -177,6 +178,24 @@ def _counted(
     for table in tables:
         yield table
         unknown.add_table(retriever.tower.encoding, table)
+
+
+def _numbered(answer: Callable[..., Answer]) -> Callable[..., Answer]:
+    """Answer table after table, with errors that say which contexts a table holds."""
+    first = 0
+
+    def answered(table: pa.Table, **options: Any) -> Answer:
+        nonlocal first
+        try:
+            found = answer(table, **options)
+        except DataError as error:
+            if first == 0:
+                raise
+            raise DataError(f"counting from context {first:,} as 0: {error}") from error
+        first += table.num_rows
+        return found
+
+    return answered
 
 
 def _search(
