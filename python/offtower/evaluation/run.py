@@ -367,11 +367,11 @@ def serving_notes(policies: Mapping[str, EvaluatedPolicy], result: EvaluationRes
         elif one.also is None:
             if not one.serving.is_trained_policy:
                 notes.append(f"{name} is served, and evaluated, with {one.serving.text}")
-            positions = len(result.policies[name].positions)
-            if one.serving.k < positions:
+            k, positions = one.serving.k, len(result.policies[name].positions)
+            if k < positions:
                 notes.append(
-                    f"{name} shows {one.serving.k} in a round (serving.k), and this log has up to "
-                    f"{positions}: its value is that of rounds as long as the log's"
+                    f"{name} shows {k} item{'' if k == 1 else 's'} a round (serving.k), and this "
+                    f"log has up to {positions}: its value is that of rounds as long as the log's"
                 )
     return notes
 
