@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from offtower.evaluation.selection import (
     pseudo_problem,
     select_estimator,
 )
+from offtower.evaluation.selection.paired import select_paired
 from offtower.evaluation.selection.pasif import _repetition_errors
 from offtower.evaluation.selection.result import make_result
 from offtower.evaluation.selection.select import _spread, _verdict
@@ -223,6 +226,24 @@ def test_paired_ranks_consistent_candidates_by_their_variance() -> None:
 
 
 # ---- modes, bookkeeping, refusals -------------------------------------------------------------
+
+
+def test_paired_leaves_out_a_candidate_without_a_weight() -> None:
+    """Of a greedy policy, whose whole slates the log never shows, the value 0 has no variance."""
+    noise = np.random.default_rng(0).normal(size=500)
+    found = [Candidate("IPS", e.IPS()), Candidate("SNIPS", e.SNIPS())]
+
+    def log(values: list[float], influence: np.ndarray) -> Any:
+        problem = SimpleNamespace(
+            n=500, models={}, influence=lambda _: (np.array(values), influence)
+        )
+        return SimpleNamespace(problem=problem, independent_models=frozenset())
+
+    one = select_paired(log([0.0, 0.4], np.stack([np.zeros(500), noise - noise.mean()])), found)
+    assert [score.name for score in one.ranking] == ["SNIPS"]
+    # A log without any reward has no variance either, and nothing to leave out.
+    both = select_paired(log([0.0, 0.0], np.zeros((2, 500))), found)
+    assert {score.name for score in both.ranking} == {"IPS", "SNIPS"}
 
 
 def test_propensities_only_pool_the_multiplier_and_skip_models() -> None:

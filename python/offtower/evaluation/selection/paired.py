@@ -62,7 +62,8 @@ def select_paired(
     preference: class names in order of prior preference. overlap: variance added for each
     parameter that a model learned from the log, over n. `mse` in the result is without the caution.
     Needs n of a few hundred for its normal approximations, and true propensities; no selector
-    detects a bias from items outside the log's support. Raises OfftowerError without a consistent
+    detects a bias from items outside the log's support. A consistent candidate for which no row
+    carries a weight is left out. Raises OfftowerError without a consistent
     candidate.
     """
     ranked = list(candidates)
@@ -73,6 +74,12 @@ def select_paired(
             "the candidates."
         )
     values, influence = log.problem.influence(ranked)
+    # No row carries a weight, as of whole slates that the policy never shows: a value of 0 without
+    # variance is no evidence.
+    empty = consistent & (values == 0.0) & ~influence.any(axis=1)
+    if not empty[consistent].all():
+        ranked = [c for c, none in zip(ranked, empty, strict=True) if not none]
+        consistent, values, influence = consistent[~empty], values[~empty], influence[~empty]
     n = log.problem.n
     squares = influence**2 / n
     variance = squares.mean(axis=1) * (1.0 + overlap / n * _learned(log, ranked))
