@@ -89,6 +89,14 @@ def test_embeddings_are_evaluated_like_the_run(other: Path) -> None:
                 ours[own].estimates[name].estimate.value, rel=1e-4
             )
     assert set(found.coverage) == set(found.selection) == set(found.result.policies)
+    assert not any("reward model" in note for note in found.notes)
+    with pytest.raises(ConfigError, match="PROBABILITY,Q,EXPECTED"):
+        evaluate_columns(
+            other / "with_columns",
+            other / "catalogue",
+            [PolicyColumns("p_new")],
+            overrides=["evaluation.estimators=[dr]"],
+        )
 
 
 @pytest.mark.parametrize(

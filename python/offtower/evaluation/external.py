@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from offtower.config import Config, ServingConfig, parse_config
+from offtower.config import Config, EvaluationConfig, ServingConfig, parse_config
 from offtower.config.serving import changed_serving
 from offtower.data.catalogue import Catalogue
 from offtower.data.location import AnyPath, Location
@@ -14,6 +14,7 @@ from offtower.data.log import ParquetLog
 from offtower.errors import ConfigError, DataError
 from offtower.evaluation.baselines import Baselines
 from offtower.evaluation.behavior.plan import BehaviorPlan
+from offtower.evaluation.estimators import ESTIMATORS
 from offtower.evaluation.evaluator import EvaluationPlan, Evaluator
 from offtower.evaluation.options import (
     evaluation_options,
@@ -168,6 +169,8 @@ def _evaluate(
     check_selection(select, log, options.selection)
     catalogue = Catalogue.open(config.data.catalogue, log_schema=log.schema)
     kind = log.schema.pscore_kind if log.schema.slates else None
+    if reward_model is None:
+        options = _without_models(options)
     chosen, notes = usable_estimators(
         options, has_reward_model=reward_model is not None, pscore_kind=kind
     )
@@ -198,6 +201,21 @@ def _evaluate(
     )
     evaluator = Evaluator((), log, catalogue, config)
     return evaluate_plan(evaluator, plan, str(config.data.test), mapper or Mapper(), progress)
+
+
+def _without_models(options: EvaluationConfig) -> EvaluationConfig:
+    """The options with those estimators that need no reward model."""
+    weighted = tuple(
+        one
+        for one in options.estimators
+        if one.name not in ESTIMATORS or not ESTIMATORS[one.name].needs_reward_model
+    )
+    if not weighted:
+        raise ConfigError(
+            "every estimator of evaluation.estimators needs a reward model, whose predictions only "
+            "--policy-column PROBABILITY,Q,EXPECTED gives; add snips"
+        )
+    return replace(options, estimators=weighted)
 
 
 def parse_columns(text: str) -> PolicyColumns:
