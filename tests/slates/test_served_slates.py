@@ -97,7 +97,7 @@ def test_every_position_has_weight_1_and_ips_equals_the_logged_mean(served) -> N
     # Equal weights up to rounding reject no assumption.
     assert any("'cascade' is chosen and 'standard' is not" in note for note in found.notes)
     # The run serves one item, its log has five: that the value is of five is said.
-    assert any("shows 1 item a round (serving.k), and this log has" in n for n in found.notes)
+    assert any("shows 1 item a round, and this log has" in n for n in found.notes)
 
 
 def test_parts_on_workers_give_the_same_bits(served) -> None:

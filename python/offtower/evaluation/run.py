@@ -370,7 +370,7 @@ def serving_notes(policies: Mapping[str, EvaluatedPolicy], result: EvaluationRes
             k, positions = one.serving.k, len(result.policies[name].positions)
             if k < positions:
                 notes.append(
-                    f"{name} shows {k} item{'' if k == 1 else 's'} a round (serving.k), and this "
+                    f"{name} shows {k} item{'' if k == 1 else 's'} a round, and this "
                     f"log has up to {positions}: its value is that of rounds as long as the log's"
                 )
     return notes
