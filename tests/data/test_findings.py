@@ -16,6 +16,7 @@ from offtower.data.check import BadRowsError
 from offtower.data.findings.texts import Variants
 from offtower.data.findings.users import UserSample, users_in_both
 from offtower.data.ingest import IngestSource, Split, ingest_files
+from offtower.data.moments import Moments
 from offtower.data.validate import ValidationReport
 from offtower.mapping import merge_all
 from tests.mappers import BackwardsMapper
@@ -244,3 +245,9 @@ def test_users_are_sampled_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) ->
     # 60,000 and 30,000 in truth, of which a fixed sixteenth or more is kept: 10 % is over 4
     # standard errors.
     assert abs(users - 60_000) < 6000 and abs(both - 30_000) < 3000
+
+
+def test_moments_of_huge_values_overflow_to_infinity() -> None:
+    """As float64 does; Python's power would raise."""
+    one, other = Moments.of(np.array([1e300, 0.0])), Moments.of(np.array([-1e300, 1.0]))
+    assert one.merge(other).square == np.inf and one.merge(other).largest == 1e300

@@ -131,8 +131,11 @@ def rows(rng: np.random.Generator, folder: Path) -> None:
     log = ParquetLog.open(folder / "out" / "log")
     assert log.num_rows == summary.rows
     for kept in log.tables():
-        scores = kept.column("pscore").to_numpy()
-        assert ((scores > 0) & (scores <= 1)).all()
+        if "pscore" in table.column_names:
+            scores = kept.column("pscore").to_numpy()
+            assert ((scores > 0) & (scores <= 1)).all()
+        else:  # A log without propensities.
+            assert log.schema.pscore is None and "pscore" not in kept.column_names
         assert np.isfinite(kept.column("reward").to_numpy()).all()
 
 

@@ -32,11 +32,13 @@ class Moments:
     def of(cls, values: NDArray[np.float64]) -> Moments:
         if values.size == 0:
             return cls()
-        mean = float(values.mean())
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = float(values.mean())
+            square = float(np.square(values - mean).sum())
         return cls(
             values.size,
             mean,
-            float(np.square(values - mean).sum()),
+            square,
             float(values.max()),
             float(values.min()),
         )
@@ -50,7 +52,7 @@ class Moments:
         return Moments(
             count,
             self.mean + shift * other.count / count,
-            self.square + other.square + shift**2 * self.count * other.count / count,
+            self.square + other.square + shift * shift * self.count * other.count / count,
             max(self.largest, other.largest),
             min(self.smallest, other.smallest),
         )

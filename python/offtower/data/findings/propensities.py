@@ -46,12 +46,14 @@ class Propensities(Check):
         if schema.pscore is None:
             return cls(Moments(), {}, Moments(), 0)
         logged = as_float_array(good.column(schema.pscore))
+        with np.errstate(over="ignore"):  # Of propensities below 1e-308.
+            inverse = 1.0 / logged
         weight = Moments()
         if part.target is not None and good.num_rows:
             weight = Moments.of(np.asarray(part.target(good), dtype=np.float64) / logged)
         return cls(
             Moments.of(logged),
-            _by_policy(good, 1.0 / logged, schema),
+            _by_policy(good, inverse, schema),
             weight,
             int(np.count_nonzero(logged == 1.0)),
             _eligible(part),
