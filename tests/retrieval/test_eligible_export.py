@@ -13,8 +13,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
-from offtower.config import parse_config
-from offtower.data.catalogue import Catalogue, write_catalogue
+from offtower.data.catalogue import Catalogue
 from offtower.data.eligible import EligibleItems
 from offtower.data.log import write_log
 from offtower.errors import ConfigError, DataError, RunError
@@ -22,33 +21,14 @@ from offtower.retrieval import ExportOptions, Retriever, decisions_table, export
 from offtower.retrieval.contexts import read_contexts
 from offtower.retrieval.eligible import FILE
 from offtower.retrieval.retriever import SampleResult
-from offtower.training.run import train_run
-from tests.training.eligible_data import N, items, log, schemas
+from tests.training.eligible_data import N, exported_run, items, log, schemas
 
 FORMS = ("attribute", "interval", "exclude", "candidates")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("eligible")
-    table, _ = log(300, FORMS)
-    log_schema, catalogue_schema = schemas(*FORMS)
-    write_log(folder / "log", [table], log_schema)
-    write_catalogue(folder / "catalogue", items(), catalogue_schema)
-    config = parse_config(
-        {
-            "name": "run",
-            "runs": str(folder / "runs"),
-            "data": {"train": str(folder / "log"), "catalogue": str(folder / "catalogue")},
-            "policy": {"embedding_dim": 4},
-            "objective": {"name": "ips"},
-            "training": {"epochs": 1, "threads": 1},
-        },
-        source="test",
-    )
-    train_run(config)
-    export_run(config.run_directory, ExportOptions(index=None, onnx=False, contexts=50))
-    return config.run_directory
+    return exported_run(tmp_path_factory.mktemp("eligible"), FORMS, None)
 
 
 def test_an_export_gives_contexts_the_sets_of_the_log(run: Path) -> None:

@@ -11,21 +11,18 @@ import pytest
 import torch
 from scipy import stats
 
-from offtower.config import ServingConfig, parse_config
-from offtower.data.catalogue import write_catalogue
-from offtower.data.log import write_log
+from offtower.config import ServingConfig
 from offtower.errors import DataError
-from offtower.retrieval import ExportOptions, IndexOptions, Retriever, export_run
+from offtower.retrieval import IndexOptions, Retriever
 from offtower.retrieval.exact import exact_top_k
 from offtower.retrieval.index import AnnIndex
 from offtower.retrieval.index_building import build_index
 from offtower.retrieval.partitioning import build_cells
 from offtower.retrieval.propensity_sampler import PropensitySampler
 from offtower.retrieval.row_filter import RowBits
-from offtower.training.run import train_run
 from tests.ops.eligible_sets import FORMS, draw_eligible, packed
 from tests.retrieval.test_sampling import ALPHA, softmax, world
-from tests.training.eligible_data import items, log, schemas
+from tests.training.eligible_data import exported_run, log
 
 ALL = ("attribute", "interval", "exclude", "candidates")
 
@@ -133,27 +130,9 @@ def test_sampled_cells_estimate_the_mass_of_the_eligible_items() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("eligible")
-    forms = ALL[:3]
-    table, _ = log(300, forms)
-    log_schema, catalogue_schema = schemas(*forms)
-    write_log(folder / "log", [table], log_schema)
-    write_catalogue(folder / "catalogue", items(), catalogue_schema)
-    config = parse_config(
-        {
-            "name": "run",
-            "runs": str(folder / "runs"),
-            "data": {"train": str(folder / "log"), "catalogue": str(folder / "catalogue")},
-            "policy": {"embedding_dim": 4},
-            "objective": {"name": "ips"},
-            "training": {"epochs": 1, "threads": 1},
-        },
-        source="test",
+    return exported_run(
+        tmp_path_factory.mktemp("eligible"), ALL[:3], IndexOptions(kind="ivf_flat", lists=4)
     )
-    train_run(config)
-    index = IndexOptions(kind="ivf_flat", lists=4)
-    export_run(config.run_directory, ExportOptions(index=index, onnx=False, contexts=50))
-    return config.run_directory
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from offtower.data.catalogue import Catalogue
-from offtower.data.log import TableLog
+from offtower.config import parse_config
+from offtower.data.catalogue import Catalogue, write_catalogue
+from offtower.data.log import TableLog, write_log
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
 from offtower.data.simulate.features import vector_array
 from offtower.prepare import PreparedData, prepare
 from offtower.progress import Progress
+from offtower.retrieval import ExportOptions, IndexOptions, export_run
+from offtower.training.run import train_run
 
 N = 70
 REGIONS = ("de", "fr", "it", "es")
@@ -98,3 +102,25 @@ def prepared(n: int, *forms: str) -> tuple[PreparedData, np.ndarray]:
     log_schema, catalogue_schema = schemas(*forms)
     opened = TableLog(table, log_schema)
     return prepare(opened, None, Catalogue(items(), catalogue_schema), Progress()), sets
+
+
+def exported_run(folder: Path, forms: tuple[str, ...], index: IndexOptions | None) -> Path:
+    """Train a policy on a log with these forms, and export it with an index or without."""
+    table, _ = log(300, forms)
+    log_schema, catalogue_schema = schemas(*forms)
+    write_log(folder / "log", [table], log_schema)
+    write_catalogue(folder / "catalogue", items(), catalogue_schema)
+    config = parse_config(
+        {
+            "name": "run",
+            "runs": str(folder / "runs"),
+            "data": {"train": str(folder / "log"), "catalogue": str(folder / "catalogue")},
+            "policy": {"embedding_dim": 4},
+            "objective": {"name": "ips"},
+            "training": {"epochs": 1, "threads": 1},
+        },
+        source="test",
+    )
+    train_run(config)
+    export_run(config.run_directory, ExportOptions(index=index, onnx=False, contexts=50))
+    return config.run_directory

@@ -116,7 +116,7 @@ class Baselines:
 
     def _of_segments(self, rows: EncodedRows) -> IntArray:
         assert self.segment is not None
-        code = np.asarray(rows.context[self.segment])
+        code, rows = np.asarray(rows.context[self.segment]), rows.without_context()
         shown = np.full(len(rows), -1, dtype=np.int64)
         for one in np.unique(code):
             index = np.flatnonzero(code == one)

@@ -105,6 +105,7 @@ def evaluate_part(
 ) -> PartialEvaluation:
     """Evaluate the batches with these numbers. advance: called with the rows of each."""
     accumulated, sums, count = plan.accumulators(), MergeTree[EvaluationSums](), 0
+    simple = baseline_options(plan.options)
     for batch in plan.scorer.batches(numbers, plan.behavior.encodings):
         accumulated.add(
             batch,
@@ -113,7 +114,7 @@ def evaluate_part(
         )
         sums.add(EvaluationSums.of(batch.rows, plan.options))
         baselines = plan.baselines.rows(batch.encoded[0])
-        accumulated.baselines.add(EvaluationSums.of(baselines, baseline_options(plan.options)))
+        accumulated.baselines.add(EvaluationSums.of(baselines, simple))
         count += len(batch)
         advance(len(batch))
     return PartialEvaluation(count, sums.merged() if count else None, accumulated)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from offtower.ops.eligibility import ItemLists
-from offtower.ops.reference import MAX_LOGITS, first_k
+from offtower.ops.reference import MAX_LOGITS, first_k, shared_cotangent
 from offtower.ops.types import (
     LOG_PROB_FLOOR,
     Cotangents,
@@ -120,17 +120,7 @@ class CandidateCore:
         """As `ReferenceCore.backward`, with ds for the entries alone."""
         lists = _lists_of(x)
         row, total = lists.entry_rows(), forward.total
-        base = torch.zeros_like(total)
-        if g.log_prob is not None:
-            base = base - g.log_prob
-        if g.log_normalizer is not None:
-            base = base + g.log_normalizer
-        if g.expected_reward is not None:
-            assert forward.expected_reward is not None
-            base = base - g.expected_reward * forward.expected_reward
-        if g.entropy is not None:
-            assert forward.entropy is not None
-            base = base - g.entropy * forward.entropy
+        base = shared_cotangent(forward, g)
         shifted = self._logits(x, lists).sub_(finite_top(forward.reference_max)[row])
         factor = base[row]
         if g.expected_reward is not None:

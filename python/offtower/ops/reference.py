@@ -123,17 +123,7 @@ class ReferenceCore:
         db = x.item.new_zeros(x.items, dtype=dtype) if needs.item_bias else None
         reference_max, total = finite_top(forward.reference_max)[:, None], forward.total
         log_total = total.log()[:, None]
-        base = torch.zeros_like(total)
-        if g.log_prob is not None:
-            base = base - g.log_prob
-        if g.log_normalizer is not None:
-            base = base + g.log_normalizer
-        if g.expected_reward is not None:
-            assert forward.expected_reward is not None
-            base = base - g.expected_reward * forward.expected_reward
-        if g.entropy is not None:
-            assert forward.entropy is not None
-            base = base - g.entropy * forward.entropy
+        base = shared_cotangent(forward, g)
         logits = Logits(x)
         for start, stop in chunks(x):
             shifted = logits.of(start, stop).sub_(reference_max)
@@ -273,3 +263,19 @@ def first_k(scores: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
     picked, found = picked.gather(1, first), found.gather(1, first)
     order = torch.argsort(picked, dim=1, descending=True, stable=True)
     return picked.gather(1, order), found.gather(1, order)
+
+
+def shared_cotangent(forward: ForwardStatistics, g: Cotangents) -> Tensor:
+    """(B,) the part of ds_ij / pi_ij that is the same for all items j of a row."""
+    base = torch.zeros_like(forward.total)
+    if g.log_prob is not None:
+        base = base - g.log_prob
+    if g.log_normalizer is not None:
+        base = base + g.log_normalizer
+    if g.expected_reward is not None:
+        assert forward.expected_reward is not None
+        base = base - g.expected_reward * forward.expected_reward
+    if g.entropy is not None:
+        assert forward.entropy is not None
+        base = base - g.entropy * forward.entropy
+    return base

@@ -41,7 +41,6 @@ class PolicyAnswer:
         decision: of the gate. answer: the same in a word. served: whether a run serves it so.
         value: its figure per 1,000 requests. difference: to the logging policy, likewise.
         interval: of the difference, in words.
-        remedy: what would make the answer certain; None where it is certain.
     """
 
     name: str
@@ -51,7 +50,6 @@ class PolicyAnswer:
     value: str
     difference: str
     interval: str
-    remedy: str | None
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,6 @@ def _policy(evaluation: LogEvaluation, name: str, scale: float) -> PolicyAnswer:
         interval=(
             f"{_signed(gap.simultaneous.low, scale)} to {_signed(gap.simultaneous.high, scale)}"
         ),
-        remedy=_remedy(evaluation, policy),
     )
 
 
