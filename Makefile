@@ -57,9 +57,12 @@ FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/.installed-test
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
 	$(BIN)/python tools/check_wording.py
 
@@ -70,6 +73,7 @@ docs: $(VENV)/.installed-docs
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
 
 clean:
 	rm -rf build dist *.egg-info python/*.egg-info python/offtower/ops/*.so python/offtower/ops/_cuda_build.txt
@@ -80,6 +84,6 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) $(TORCH_FLAGS) torch
 	touch $@
 
-$(VENV)/.installed-%: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+$(VENV)/.installed-%: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 	$(PIP) --editable ".[$*]"
 	touch $@

@@ -93,8 +93,8 @@ private:
       e.groups = words.shape()[0];
       e.words = (policy_.items + 63) / 64;
       e.group = static_cast<const int32_t*>(keep(group, "group", Element::int32, {policy_.rows}));
-      e.bitmap = static_cast<const uint64_t*>(
-          keep(bitmap, "bitmap", Element::int64, {e.groups, e.words}));
+      e.bitmap =
+          static_cast<const uint64_t*>(keep(bitmap, "bitmap", Element::int64, {e.groups, e.words}));
     }
     if (offsets) {
       const Array array(*items, "excluded_items");
@@ -102,8 +102,8 @@ private:
       e.excluded.rows = policy_.rows;
       e.excluded.offsets = static_cast<const int64_t*>(
           keep(offsets, "excluded_offsets", Element::int64, {policy_.rows + 1}));
-      e.excluded.items = static_cast<const int64_t*>(
-          keep(items, "excluded_items", Element::int64, array.shape()));
+      e.excluded.items =
+          static_cast<const int64_t*>(keep(items, "excluded_items", Element::int64, array.shape()));
       excluded_count_ = array.shape()[0];
     }
   }

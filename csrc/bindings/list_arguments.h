@@ -59,13 +59,14 @@ void define_list_dots(py::module_& m, Run run, Names... names) {
         const Element element = dtype == DType::bfloat16 ? Element::bfloat16 : Element::float32;
         const Shape shape = matrix_shape(u);
         const int64_t count = matrix_shape(v)[0];
-        const ListDots x{dtype,
-                         shape[1],
-                         u.data(element, shape, device),
-                         v.data(element, {count, shape[1]}, device),
-                         lists_from(Array(offsets, "offsets"), entries, shape[0], device),
-                         static_cast<float*>(Array(dots, "dots").data(
-                             Element::float32, vector_shape(entries), device))};
+        const ListDots x{
+            dtype,
+            shape[1],
+            u.data(element, shape, device),
+            v.data(element, {count, shape[1]}, device),
+            lists_from(Array(offsets, "offsets"), entries, shape[0], device),
+            static_cast<float*>(
+                Array(dots, "dots").data(Element::float32, vector_shape(entries), device))};
         return run(x, device, vector_shape(entries)[0], count, rest...);
       },
       py::kw_only(), py::arg("rows"), py::arg("matrix"), py::arg("offsets"), py::arg("items"),
@@ -85,13 +86,14 @@ void define_list_sums(py::module_& m, Run run, Names... names) {
         const Element element = dtype == DType::bfloat16 ? Element::bfloat16 : Element::float32;
         const Shape shape = matrix_shape(v);
         const int64_t rows = matrix_shape(out)[0];
-        const ListSums x{dtype, shape[1],
-                         static_cast<const float*>(Array(weight, "weight")
-                                                       .data(Element::float32,
-                                                             vector_shape(entries), device)),
-                         v.data(element, shape, device),
-                         lists_from(Array(offsets, "offsets"), entries, rows, device),
-                         static_cast<float*>(out.data(Element::float32, {rows, shape[1]}, device))};
+        const ListSums x{
+            dtype,
+            shape[1],
+            static_cast<const float*>(
+                Array(weight, "weight").data(Element::float32, vector_shape(entries), device)),
+            v.data(element, shape, device),
+            lists_from(Array(offsets, "offsets"), entries, rows, device),
+            static_cast<float*>(out.data(Element::float32, {rows, shape[1]}, device))};
         return run(x, device, vector_shape(entries)[0], shape[0], rest...);
       },
       py::kw_only(), py::arg("weight"), py::arg("matrix"), py::arg("offsets"), py::arg("items"),

@@ -105,7 +105,8 @@ std::string compute_capability(const Device& device) {
 } // namespace
 
 std::string refusal(const PolicyOperands& o, const Device& device) {
-  if (device.major < 8) return "the kernels need compute capability 8.0, and " + compute_capability(device);
+  if (device.major < 8)
+    return "the kernels need compute capability 8.0, and " + compute_capability(device);
   const std::vector<std::string> built = split(built_architectures());
   if (!runs_on(built, device)) {
     std::string names;
@@ -124,10 +125,12 @@ std::string refusal(const PolicyOperands& o, const Device& device) {
     using T = decltype(t);
     // dv needs the most shared memory: eight statistics of each streamed context.
     const PassShape pass{padded_dim(o.dim), factored_width(o, reward), 1, 1, 0};
-    return plan_pass(device, footprint<Gradient<T, true, Reward::factored, 256, false>, T>(), pass).fits;
+    return plan_pass(device, footprint<Gradient<T, true, Reward::factored, 256, false>, T>(), pass)
+        .fits;
   });
-  return fits ? "" : "tiles of these widths do not fit the shared memory of device " +
-                         std::to_string(device.number);
+  return fits ? ""
+              : "tiles of these widths do not fit the shared memory of device " +
+                    std::to_string(device.number);
 }
 
 namespace {
@@ -135,9 +138,18 @@ namespace {
 PassPlan describe(const char* name, const HopperPlan& hopper, const Plan& plan) {
   constexpr int kHopperThreads = 384; // see mainloop/tma_pipeline.h, which needs sm_90a
   if (hopper.fits)
-    return {name, true, true, kHopperThreads, hopper.splits, hopper.stages, hopper.shared_bytes, hopper.blocks};
-  return {name,        plan.fits,   false, plan.warps * 32, plan.splits, plan.stages,
-          plan.shared_bytes, plan.blocks};
+    return {
+        name,
+        true,
+        true,
+        kHopperThreads,
+        hopper.splits,
+        hopper.stages,
+        hopper.shared_bytes,
+        hopper.blocks,
+    };
+  return {name,        plan.fits,         false,      plan.warps * 32, plan.splits,
+          plan.stages, plan.shared_bytes, plan.blocks};
 }
 
 } // namespace
@@ -150,13 +162,15 @@ std::vector<PassPlan> plans(const PolicyOperands& o, const Device& device) {
       const auto gradient = [&](auto side) {
         constexpr bool kItemsResident = decltype(side)::value;
         const PassVariant variant{kItemsResident, kReward, padded_dim(o.dim)};
-        return describe(kItemsResident ? "dv" : "du", plan_hopper_gradient(o, variant, device),
-                        plan_pass(device, footprint<Gradient<T, kItemsResident, kReward, 256, false>, T>(),
-                                  gradient_pass(o, variant)));
+        return describe(
+            kItemsResident ? "dv" : "du", plan_hopper_gradient(o, variant, device),
+            plan_pass(device, footprint<Gradient<T, kItemsResident, kReward, 256, false>, T>(),
+                      gradient_pass(o, variant)));
       };
       return std::vector<PassPlan>{
           describe("forward", plan_hopper_forward(o, kReward, device),
-                   plan_pass(device, footprint<Forward<T, kReward, false, false>, T>(), forward_pass(o, kReward))),
+                   plan_pass(device, footprint<Forward<T, kReward, false, false>, T>(),
+                             forward_pass(o, kReward))),
           gradient(std::false_type{}), gradient(std::true_type{})};
     });
   });

@@ -16,14 +16,19 @@ int64_t run_forward(const PolicyOperands& o, const ForwardResults& results, cons
   const int splits = hopper.fits ? hopper.splits : plan.splits;
   const int stages = hopper.fits ? hopper.stages : plan.stages;
   Workspace workspace(call.workspace);
-  const ForwardParams p{make_policy_params(o, {false, kReward, pass.width}, splits, stages), o.action,
-                        workspace.allocate<RowSums>(splits * o.rows), workspace.allocate<float>(o.rows),
-                        workspace.allocate<float>(o.rows), make_eligible_params(o)};
+  const ForwardParams p{make_policy_params(o, {false, kReward, pass.width}, splits, stages),
+                        o.action,
+                        workspace.allocate<RowSums>(splits * o.rows),
+                        workspace.allocate<float>(o.rows),
+                        workspace.allocate<float>(o.rows),
+                        make_eligible_params(o)};
   if (call.workspace == nullptr) return workspace.bytes();
-  if (hopper.fits) launch_hopper_forward(p, kEntropy, hopper, call);
-  else launch<Kernel>(p, plan.blocks, plan.warps * 32, plan.shared_bytes, call);
-  launch_elementwise<ForwardCombine>({p.sums, p.target_score, p.target_reward, o.action, o.rows, o.items,
-                                      splits, kReward != Reward::none, results},
+  if (hopper.fits)
+    launch_hopper_forward(p, kEntropy, hopper, call);
+  else
+    launch<Kernel>(p, plan.blocks, plan.warps * 32, plan.shared_bytes, call);
+  launch_elementwise<ForwardCombine>({p.sums, p.target_score, p.target_reward, o.action, o.rows,
+                                      o.items, splits, kReward != Reward::none, results},
                                      o.rows, call);
   return workspace.bytes();
 }
@@ -55,10 +60,13 @@ int64_t run_top_k(const PolicyOperands& o, const TopKResults& results, const Cal
   const PassShape pass{static_cast<int>(o.dim), 0, o.rows, o.items, o.rows * capacity * 8};
   const Plan plan = plan_pass(call.device, footprint<Kernel, T>(), pass);
   Workspace workspace(call.workspace);
-  const TopKParams p{make_policy_params(o, {false, Reward::none, pass.width}, plan.splits, plan.stages),
-                     1.0f / o.temperature, results.k, capacity,
-                     workspace.allocate<uint64_t>(plan.splits * o.rows * capacity),
-                     make_eligible_params(o)};
+  const TopKParams p{
+      make_policy_params(o, {false, Reward::none, pass.width}, plan.splits, plan.stages),
+      1.0f / o.temperature,
+      results.k,
+      capacity,
+      workspace.allocate<uint64_t>(plan.splits * o.rows * capacity),
+      make_eligible_params(o)};
   if (call.workspace == nullptr) return workspace.bytes();
   launch<Kernel>(p, plan.blocks, plan.warps * 32, plan.shared_bytes, call);
   const TopKCombineParams combine{p.lists,     o.rows,        results.k,    capacity,

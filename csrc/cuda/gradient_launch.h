@@ -9,13 +9,16 @@ namespace offtower::cuda {
 
 // Append their arrays to `workspace`, and launch if it has memory.
 void context_gradient(const BackwardOperands& in, const BackwardResults& results,
-                      const BackwardPreprocessParams& prepared, Workspace& workspace, const Call& call);
+                      const BackwardPreprocessParams& prepared, Workspace& workspace,
+                      const Call& call);
 void item_gradient(const BackwardOperands& in, const BackwardResults& results,
-                   const BackwardPreprocessParams& prepared, Workspace& workspace, const Call& call);
+                   const BackwardPreprocessParams& prepared, Workspace& workspace,
+                   const Call& call);
 
 template <class T, bool kItemsResident, Reward kReward, int kDim, bool kMasked>
 void run_gradient(const BackwardOperands& in, const BackwardResults& results,
-                  const BackwardPreprocessParams& prepared, Workspace& workspace, const Call& call) {
+                  const BackwardPreprocessParams& prepared, Workspace& workspace,
+                  const Call& call) {
   using Kernel = Gradient<T, kItemsResident, kReward, kDim, kMasked>;
   const PolicyOperands& o = in.policy;
   const PassVariant variant{kItemsResident, kReward, kDim};
@@ -39,11 +42,13 @@ void run_gradient(const BackwardOperands& in, const BackwardResults& results,
   const bool bias = kItemsResident && results.item_bias != nullptr;
   if (bias) p.bias_partial = workspace.allocate<float>(splits * o.items);
   if (call.workspace == nullptr) return;
-  if (hopper.fits) launch_hopper_gradient(p, variant, hopper, call);
-  else launch<Kernel>(p, plan.blocks, plan.warps * 32, plan.shared_bytes, call);
+  if (hopper.fits)
+    launch_hopper_gradient(p, variant, hopper, call);
+  else
+    launch<Kernel>(p, plan.blocks, plan.warps * 32, plan.shared_bytes, call);
   if (p.partial != nullptr) {
-    GradientReduceParams reduce{p.partial, splits, rows, static_cast<int>(o.dim), nullptr, nullptr, nullptr,
-                                0, p.output_scale, out};
+    GradientReduceParams reduce{p.partial, splits,  rows, static_cast<int>(o.dim), nullptr,
+                                nullptr,   nullptr, 0,    p.output_scale,          out};
     if (!kItemsResident && p.has_log_prob) {
       reduce.g_log_prob = in.cotangents.log_prob;
       reduce.action = o.action;
@@ -53,14 +58,15 @@ void run_gradient(const BackwardOperands& in, const BackwardResults& results,
     launch_elementwise<GradientReduce<T>>(reduce, rows * o.dim, call);
   }
   if (bias)
-    launch_elementwise<GradientReduce<T>>({p.bias_partial, splits, o.items, 1, nullptr, nullptr, nullptr, 0,
-                                           1.0f, results.item_bias},
-                                          o.items, call);
+    launch_elementwise<GradientReduce<T>>(
+        {p.bias_partial, splits, o.items, 1, nullptr, nullptr, nullptr, 0, 1.0f, results.item_bias},
+        o.items, call);
 }
 
 template <bool kItemsResident>
 void run_gradient(const BackwardOperands& in, const BackwardResults& results,
-                  const BackwardPreprocessParams& prepared, Workspace& workspace, const Call& call) {
+                  const BackwardPreprocessParams& prepared, Workspace& workspace,
+                  const Call& call) {
   const RewardKind kind =
       in.cotangents.expected_reward == nullptr ? RewardKind::none : in.policy.reward;
   dispatch_dtype(in.policy.dtype, [&](auto t) {
@@ -71,11 +77,14 @@ void run_gradient(const BackwardOperands& in, const BackwardResults& results,
         constexpr bool kMasked = decltype(mask)::value;
         const int dim = padded_dim(in.policy.dim);
         if (dim == 64)
-          run_gradient<T, kItemsResident, kReward, 64, kMasked>(in, results, prepared, workspace, call);
+          run_gradient<T, kItemsResident, kReward, 64, kMasked>(in, results, prepared, workspace,
+                                                                call);
         else if (dim == 128)
-          run_gradient<T, kItemsResident, kReward, 128, kMasked>(in, results, prepared, workspace, call);
+          run_gradient<T, kItemsResident, kReward, 128, kMasked>(in, results, prepared, workspace,
+                                                                 call);
         else
-          run_gradient<T, kItemsResident, kReward, 256, kMasked>(in, results, prepared, workspace, call);
+          run_gradient<T, kItemsResident, kReward, 256, kMasked>(in, results, prepared, workspace,
+                                                                 call);
       });
     });
   });

@@ -11,16 +11,21 @@ HopperPlan plan_hopper_forward(const PolicyOperands& o, Reward reward, const Dev
   return plan_hopper(device, hopper_tile_shape<HopperForward<Reward::none, false>>(pass), pass);
 }
 
-void launch_hopper_forward(const ForwardParams& p, bool entropy, const HopperPlan& plan, const Call& call) {
+void launch_hopper_forward(const ForwardParams& p, bool entropy, const HopperPlan& plan,
+                           const Call& call) {
   const auto run = [&](auto kernel) {
     launch_hopper<decltype(kernel)>(p, panels_of(p.policy.resident.width), plan, call);
   };
   if (p.policy.reward_resident.width == 0) {
-    if (entropy) run(HopperForward<Reward::none, true>{});
-    else run(HopperForward<Reward::none, false>{});
+    if (entropy)
+      run(HopperForward<Reward::none, true>{});
+    else
+      run(HopperForward<Reward::none, false>{});
   } else {
-    if (entropy) run(HopperForward<Reward::factored, true>{});
-    else run(HopperForward<Reward::factored, false>{});
+    if (entropy)
+      run(HopperForward<Reward::factored, true>{});
+    else
+      run(HopperForward<Reward::factored, false>{});
   }
 }
 

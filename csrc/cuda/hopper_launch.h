@@ -32,15 +32,16 @@ inline TensorMap make_tensor_map(const Matrix& m, int box_rows) {
           "cuTensorMapEncodeTiled");
     // A missing symbol is reported in `result` alone.
     if (result != cudaDriverEntryPointSuccess || found == nullptr)
-      throw std::runtime_error("this driver lacks cuTensorMapEncodeTiled; install one for CUDA 12 or later");
+      throw std::runtime_error(
+          "this driver lacks cuTensorMapEncodeTiled; install one for CUDA 12 or later");
     return reinterpret_cast<Encode>(found);
   }();
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(m.width), static_cast<cuuint64_t>(m.rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(m.width) * 2};
   const cuuint32_t box[] = {kPanelWidth, static_cast<cuuint32_t>(box_rows)}, step[] = {1, 1};
   const CUresult error =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(m.data), sizes, strides, box,
-             step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(m.data), sizes, strides,
+             box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error != CUDA_SUCCESS)
     throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(error));
@@ -61,7 +62,8 @@ inline int panels_of(int width) { return static_cast<int>(ceil_div(width, kPanel
 
 template <class Kernel>
 HopperTileShape hopper_tile_shape(const PassShape& pass) {
-  return {Kernel::kBlockN, panels_of(pass.width), panels_of(pass.reward_width), Kernel::kColumnVectors};
+  return {Kernel::kBlockN, panels_of(pass.width), panels_of(pass.reward_width),
+          Kernel::kColumnVectors};
 }
 
 template <class Kernel, class Params>

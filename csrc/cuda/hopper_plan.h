@@ -8,10 +8,12 @@
 namespace offtower::cuda {
 
 HopperPlan plan_hopper_forward(const PolicyOperands& o, Reward reward, const Device& device);
-HopperPlan plan_hopper_gradient(const PolicyOperands& o, const PassVariant& variant, const Device& device);
+HopperPlan plan_hopper_gradient(const PolicyOperands& o, const PassVariant& variant,
+                                const Device& device);
 
-void launch_hopper_forward(const ForwardParams& p, bool entropy, const HopperPlan& plan, const Call& call);
-void launch_hopper_gradient(const GradientParams& p, const PassVariant& variant, const HopperPlan& plan,
-                            const Call& call);
+void launch_hopper_forward(const ForwardParams& p, bool entropy, const HopperPlan& plan,
+                           const Call& call);
+void launch_hopper_gradient(const GradientParams& p, const PassVariant& variant,
+                            const HopperPlan& plan, const Call& call);
 
 } // namespace offtower::cuda

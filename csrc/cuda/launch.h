@@ -33,7 +33,8 @@ void launch(const typename Kernel::Params& params, int64_t blocks, int threads, 
             const Call& call) {
   if (blocks == 0) return;
   if (blocks > std::numeric_limits<int>::max())
-    throw std::runtime_error("a launch of " + std::to_string(blocks) + " blocks exceeds the grid limit of 2^31 - 1");
+    throw std::runtime_error("a launch of " + std::to_string(blocks) +
+                             " blocks exceeds the grid limit of 2^31 - 1");
 #if defined(__CUDACC__)
   constexpr auto kernel = run_kernel<Kernel>;
   if (shared_bytes > 48 << 10)
@@ -52,7 +53,8 @@ void launch(const typename Kernel::Params& params, int64_t blocks, int threads, 
 // A thread for each of `count` elements, no shared memory.
 template <class Kernel>
 void launch_elementwise(const typename Kernel::Params& params, int64_t count, const Call& call) {
-  launch<Kernel>(params, ceil_div(count, Kernel::kMaxThreadsPerBlock), Kernel::kMaxThreadsPerBlock, 0, call);
+  launch<Kernel>(params, ceil_div(count, Kernel::kMaxThreadsPerBlock), Kernel::kMaxThreadsPerBlock,
+                 0, call);
 }
 
 // Calls `use(T{})`. top_k is exact, so tf32 does not apply to it.
@@ -117,8 +119,8 @@ inline EligibleParams make_eligible_params(const PolicyOperands& o) {
   return {o.eligible.group, o.eligible.bitmap, o.eligible.words};
 }
 
-inline PolicyParams make_policy_params(const PolicyOperands& o, const PassVariant& variant, int splits,
-                                       int stages) {
+inline PolicyParams make_policy_params(const PolicyOperands& o, const PassVariant& variant,
+                                       int splits, int stages) {
   const Matrix context{o.context, o.rows, static_cast<int>(o.dim)};
   const Matrix item{o.item, o.items, static_cast<int>(o.dim)};
   const int reward_width = factored_width(o, variant.reward); // 0: the rewards are biases alone

@@ -19,7 +19,8 @@ struct Footprint {
 };
 template <class Kernel, class T>
 constexpr Footprint footprint() {
-  return {tile_shape<Kernel, T>(), Kernel::kMaxThreadsPerBlock / 32, Kernel::kMinBlocksPerMultiprocessor};
+  return {tile_shape<Kernel, T>(), Kernel::kMaxThreadsPerBlock / 32,
+          Kernel::kMinBlocksPerMultiprocessor};
 }
 
 struct Plan {
@@ -84,7 +85,8 @@ struct HopperPlan {
   int64_t work_tiles, blocks;
 };
 
-inline HopperPlan plan_hopper(const Device& device, const HopperTileShape& tile, const PassShape& pass) {
+inline HopperPlan plan_hopper(const Device& device, const HopperTileShape& tile,
+                              const PassShape& pass) {
   if (!device.hopper_kernels) return {};
   const int64_t groups = ceil_div(pass.resident_rows, kHopperBlockM);
   const int64_t tiles = ceil_div(pass.streamed_rows, tile.block_n);

@@ -25,8 +25,7 @@ class Backward {
 public:
   Backward(const BackwardOperands& operands, const BackwardResults& results, Workers& workers)
       : in_(operands), o_(operands.policy), out_(results), workers_(workers), problem_(o_),
-        eligible_(o_),
-        columns_(ceil_div(o_.dim, A::kWidth) * A::kWidth),
+        eligible_(o_), columns_(ceil_div(o_.dim, A::kWidth) * A::kWidth),
         padded_rows_(problem_.blocks * kBlock<A>), cotangents_(padded_rows_),
         tiles_(ceil_div(o_.items, kTileItems)),
         segment_tiles_(ceil_div(tiles_, min(tiles_, kBackwardSegments))),
@@ -147,14 +146,14 @@ private:
       block_cotangents<A, T, true, true, kMasked>(problem_, g, mine.tile, block, row_in_tile, dense,
                                                   bias, mine.eligible, out);
     else if (g.has_reward)
-      block_cotangents<A, T, true, false, kMasked>(problem_, g, mine.tile, block, row_in_tile, dense,
-                                                   bias, mine.eligible, out);
+      block_cotangents<A, T, true, false, kMasked>(problem_, g, mine.tile, block, row_in_tile,
+                                                   dense, bias, mine.eligible, out);
     else if (g.has_entropy)
-      block_cotangents<A, T, false, true, kMasked>(problem_, g, mine.tile, block, row_in_tile, dense,
-                                                   bias, mine.eligible, out);
+      block_cotangents<A, T, false, true, kMasked>(problem_, g, mine.tile, block, row_in_tile,
+                                                   dense, bias, mine.eligible, out);
     else
-      block_cotangents<A, T, false, false, kMasked>(problem_, g, mine.tile, block, row_in_tile, dense,
-                                                    bias, mine.eligible, out);
+      block_cotangents<A, T, false, false, kMasked>(problem_, g, mine.tile, block, row_in_tile,
+                                                    dense, bias, mine.eligible, out);
     return true;
   }
 

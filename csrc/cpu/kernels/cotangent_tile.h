@@ -34,7 +34,8 @@ struct CotangentTile {
   // Zeros for `lanes` rows of all items.
   void clear(int64_t items, int64_t row, int64_t lanes) {
     for (int64_t i = 0; i < items; ++i)
-      for (int64_t k = 0; k < lanes / A::kPair; ++k) by_row[i * row_stride() + row / A::kPair + k] = 0;
+      for (int64_t k = 0; k < lanes / A::kPair; ++k)
+        by_row[i * row_stride() + row / A::kPair + k] = 0;
     for (int64_t i = 0; A::kPair == 2 && i < items; i += 2)
       for (int64_t k = 0; k < lanes; ++k) by_item[i / 2 * rows + row + k] = 0;
   }
@@ -171,8 +172,8 @@ void block_cotangents(const Problem<A, T>& problem, const RowCotangents& g,
   const auto at = [&](int64_t i) { return is_dense ? dense + i * kBlock<A> : nullptr; };
   int64_t i = 0;
   for (; i + kGroup <= tile.count; i += kGroup)
-    item_cotangents<A, T, kGroup, kReward, kEntropy, kMasked>(problem, g, tile, i, block, row_in_tile,
-                                                              at(i), bias_sums, eligible, out);
+    item_cotangents<A, T, kGroup, kReward, kEntropy, kMasked>(
+        problem, g, tile, i, block, row_in_tile, at(i), bias_sums, eligible, out);
   for (; i + 2 <= tile.count; i += 2)
     item_cotangents<A, T, 2, kReward, kEntropy, kMasked>(problem, g, tile, i, block, row_in_tile,
                                                          at(i), bias_sums, eligible, out);

@@ -34,8 +34,7 @@ class EligibleRows {
 public:
   static constexpr int L = kBlock<A>;
 
-  explicit EligibleRows(const PolicyOperands& operands)
-      : o_(operands), e_(operands.eligible) {}
+  explicit EligibleRows(const PolicyOperands& operands) : o_(operands), e_(operands.eligible) {}
 
   // Moves the cursors of a block to the first excluded item at or after `item`.
   void seek(int64_t block, int64_t item, int64_t* cursor) const {

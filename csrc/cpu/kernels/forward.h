@@ -100,8 +100,8 @@ OFFTOWER_INLINE void raise_reference_max(const typename A::F (&top)[A::kColumns]
 // `eligible` has the bits of the items from `first` of the tile on; null without restriction.
 template <class A, class T, int M, bool kReward, bool kEntropy, bool kMasked>
 OFFTOWER_INLINE void add_items(const Problem<A, T>& problem, const ItemTile<A, T>& tile,
-                               int64_t item, int64_t block, const float* dense,
-                               BlockSums<A>& sums, const EligibleTile<A>* eligible, int64_t first) {
+                               int64_t item, int64_t block, const float* dense, BlockSums<A>& sums,
+                               const EligibleTile<A>* eligible, int64_t first) {
   constexpr int V = A::kColumns, W = A::kWidth;
   Registers<A, M> s;
   const int64_t stride = tile.row_source.stride();
@@ -270,13 +270,17 @@ private:
     const bool reward = problem_.o.reward != RewardKind::none;
     float* dense = mine.dense.get();
     if (reward && entropy_)
-      add_tile<A, T, true, true, kMasked>(problem_, mine.tile, block, dense, sums, &eligible_, bits);
+      add_tile<A, T, true, true, kMasked>(problem_, mine.tile, block, dense, sums, &eligible_,
+                                          bits);
     else if (reward)
-      add_tile<A, T, true, false, kMasked>(problem_, mine.tile, block, dense, sums, &eligible_, bits);
+      add_tile<A, T, true, false, kMasked>(problem_, mine.tile, block, dense, sums, &eligible_,
+                                           bits);
     else if (entropy_)
-      add_tile<A, T, false, true, kMasked>(problem_, mine.tile, block, dense, sums, &eligible_, bits);
+      add_tile<A, T, false, true, kMasked>(problem_, mine.tile, block, dense, sums, &eligible_,
+                                           bits);
     else
-      add_tile<A, T, false, false, kMasked>(problem_, mine.tile, block, dense, sums, &eligible_, bits);
+      add_tile<A, T, false, false, kMasked>(problem_, mine.tile, block, dense, sums, &eligible_,
+                                            bits);
   }
 
   RowSums merged(int64_t row) const {

@@ -72,7 +72,7 @@ struct Block {
   char* shared = nullptr;
   std::size_t shared_bytes = 0;
   std::vector<Deferred> deferred;
-  std::map<int, WgmmaQueue> wgmmas; // by warpgroup
+  std::map<int, WgmmaQueue> wgmmas;             // by warpgroup
   std::vector<char> async_written, async_bytes; // of shared memory: which bytes, and their values
   bool init_fenced = true;
 };
@@ -81,7 +81,9 @@ Block* block = nullptr;
 uint64_t random_state = 1;
 std::string fault;
 
-void to_scheduler() { offtower_switch_fiber(&block->fibers[block->current].stack_pointer, block->scheduler); }
+void to_scheduler() {
+  offtower_switch_fiber(&block->fibers[block->current].stack_pointer, block->scheduler);
+}
 
 void start() {
   (*block->body)(block->shared);
@@ -144,13 +146,16 @@ void run_one(int64_t index) {
     if (all_done) break;
     // Deferred operations run after their delay, at the latest when no thread can go on.
     for (Deferred& operation : std::exchange(block->deferred, {})) {
-      if (operation.passes == 0 || ready.empty() || idle > 24) operation.run();
-      else block->deferred.push_back({std::move(operation.run), operation.passes - 1});
+      if (operation.passes == 0 || ready.empty() || idle > 24)
+        operation.run();
+      else
+        block->deferred.push_back({std::move(operation.run), operation.passes - 1});
     }
     if (ready.empty() && block->changes != seen) continue;
     if (ready.empty()) throw std::runtime_error("deadlock:" + state());
     // Run the ready fibers in random order.
-    for (std::size_t i = ready.size(); i > 1; --i) std::swap(ready[i - 1], ready[draw(static_cast<uint32_t>(i))]);
+    for (std::size_t i = ready.size(); i > 1; --i)
+      std::swap(ready[i - 1], ready[draw(static_cast<uint32_t>(i))]);
     for (int f : ready) {
       Fiber& fiber = block->fibers[f];
       if (fiber.done || fiber.blocked) continue;
@@ -222,8 +227,10 @@ void set_diverged(bool diverged) { block->fibers[block->current].diverged = dive
 bool diverged() { return block->fibers[block->current].diverged; }
 
 void defer(std::function<void()> what) {
-  if (draw(2) == 0) what();
-  else block->deferred.push_back({std::move(what), draw(32)});
+  if (draw(2) == 0)
+    what();
+  else
+    block->deferred.push_back({std::move(what), draw(32)});
 }
 
 WgmmaQueue& wgmma_queue() { return block->wgmmas[block->current / 128]; }
@@ -246,7 +253,8 @@ void record_async_write(const void* at, std::size_t bytes) {
 }
 
 const char* read_async_written(uint32_t address, int bytes) {
-  if (address + static_cast<std::size_t>(bytes) > block->shared_bytes) fail("wgmma reads beyond shared memory");
+  if (address + static_cast<std::size_t>(bytes) > block->shared_bytes)
+    fail("wgmma reads beyond shared memory");
   const char* at = block->shared + address;
   for (int i = 0; i < bytes; ++i)
     if (block->async_written[address + static_cast<uint32_t>(i)] == 0 ||

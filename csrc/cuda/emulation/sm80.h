@@ -21,7 +21,8 @@ inline int64_t grid_dim() { return emulation::grid_dim(); }
 namespace emulation {
 // .aligned instructions are undefined in a warp that has diverged.
 inline void check_converged(const char* what) {
-  if (diverged()) fail(std::string(what) + " in a warp that may have diverged: syncwarp is missing before it");
+  if (diverged())
+    fail(std::string(what) + " in a warp that may have diverged: syncwarp is missing before it");
 }
 
 // Runs `combine` once, on the arguments of all 32 lanes of this thread's warp, which it reconverges.
@@ -137,7 +138,8 @@ void spread_matrices(Matrices* const* lanes) {
 }
 template <bool kTransposed>
 void load_spread(uint32_t (&r)[4], const void* row) {
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("ldmatrix: a row is not aligned to 16 bytes");
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+    fail("ldmatrix: a row is not aligned to 16 bytes");
   Matrices args{r, static_cast<const uint16_t*>(row)};
   check_converged("ldmatrix");
   in_warp<Matrices>("ldmatrix", args, spread_matrices<kTransposed>);
@@ -147,7 +149,9 @@ inline float half_of(uint32_t pair, int which) {
 }
 } // namespace emulation
 
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { emulation::load_spread<false>(r, row); }
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  emulation::load_spread<false>(r, row);
+}
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
   emulation::load_spread<true>(r, row);
 }
@@ -167,7 +171,8 @@ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
       for (int e = 0; e < 8; ++e)
-        x[g + e / 2 % 2 * 8][2 * t + e % 2 + e / 4 * 8] = emulation::half_of(lanes[lane]->a[e / 2], e % 2);
+        x[g + e / 2 % 2 * 8][2 * t + e % 2 + e / 4 * 8] =
+            emulation::half_of(lanes[lane]->a[e / 2], e % 2);
       for (int e = 0; e < 4; ++e)
         y[2 * t + e % 2 + e / 2 * 8][g] = emulation::half_of(lanes[lane]->b[e / 2], e % 2);
     }
@@ -198,7 +203,9 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
   } args{d, a, {b0, b1}};
   emulation::check_converged("mma tf32");
   emulation::in_warp<Args>("mma tf32", args, [](Args* const* lanes) {
-    const auto cut = [](uint32_t bits) { return static_cast<double>(uint_as_float(bits & 0xffffe000u)); };
+    const auto cut = [](uint32_t bits) {
+      return static_cast<double>(uint_as_float(bits & 0xffffe000u));
+    };
     double x[16][8], y[8][8];
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
@@ -216,17 +223,22 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
 
 inline void cp_async_zfill(void* shared, const void* global, bool inside) {
   auto run = [=] {
-    if (inside) std::memcpy(shared, global, 16);
-    else std::memset(shared, 0, 16);
+    if (inside)
+      std::memcpy(shared, global, 16);
+    else
+      std::memset(shared, 0, 16);
   };
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) emulation::fail("cp.async: the destination is not aligned to 16 bytes");
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0)
+    emulation::fail("cp.async: the destination is not aligned to 16 bytes");
   if (inside && reinterpret_cast<uintptr_t>(global) % 16 != 0)
     emulation::fail("cp.async: the source is not aligned to 16 bytes");
   if (emulation::shared_offset(shared) + 16 > emulation::shared_bytes())
     emulation::fail("cp.async: the destination ends beyond shared memory");
   emulation::CopyQueue& mine = emulation::pending_copies();
-  if (emulation::draw(2) == 0) run();
-  else mine.waiting.push_back({run, mine.group});
+  if (emulation::draw(2) == 0)
+    run();
+  else
+    mine.waiting.push_back({run, mine.group});
 }
 inline void cp_async_commit_group() { ++emulation::pending_copies().group; }
 template <int kPending>

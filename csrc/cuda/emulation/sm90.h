@@ -35,7 +35,8 @@ inline Mbarrier& barrier_at(uint64_t* at) {
 inline void check_copy(const void* shared, uint32_t unit, std::size_t bytes) {
   if (!barrier_init_fenced()) fail("a bulk copy signals an mbarrier before fence_barrier_init");
   const uint32_t at = shared_offset(shared);
-  if (at % unit != 0) fail("a bulk copy's destination is not aligned to " + std::to_string(unit) + " bytes");
+  if (at % unit != 0)
+    fail("a bulk copy's destination is not aligned to " + std::to_string(unit) + " bytes");
   if (at + bytes > shared_bytes()) fail("a bulk copy ends beyond shared memory");
 }
 } // namespace emulation
@@ -46,7 +47,7 @@ inline void mbarrier_init(uint64_t* at, int arrivals) {
     emulation::fail("an mbarrier is not aligned to 8 bytes, or its arrival count is out of range");
   emulation::barrier_init_fenced() = false;
   *reinterpret_cast<emulation::Mbarrier*>(at) = {0, static_cast<uint8_t>(arrivals),
-                                                static_cast<uint8_t>(arrivals), 0x5a, 0};
+                                                 static_cast<uint8_t>(arrivals), 0x5a, 0};
 }
 inline void fence_barrier_init() {
   if (!emulation::omitted("fence_barrier_init")) emulation::barrier_init_fenced() = true;
@@ -77,7 +78,8 @@ inline void tma_load(void* shared, const TensorMap* map, int column, int row, ui
       for (int c = 0; c < 64; ++c) {
         const bool inside = row + int64_t{r} < m.rows && column + c < m.width;
         const uint16_t value =
-            inside ? static_cast<const uint16_t*>(m.data)[(row + int64_t{r}) * m.width + column + c] : 0;
+            inside ? static_cast<const uint16_t*>(m.data)[(row + int64_t{r}) * m.width + column + c]
+                   : 0;
         // The 128-byte swizzle: chunk c / 8 of row r is stored at chunk (c / 8) ^ (r % 8).
         const int chunk = (c / 8) ^ (emulation::omitted("swizzle") ? 0 : r % 8);
         char* to = static_cast<char*>(shared) + r * 128 + chunk * 16 + c % 8 * 2;
@@ -115,7 +117,8 @@ struct Wgmma {
 inline void check_descriptor(uint64_t d) {
   constexpr uint64_t kUnused = 0x3ull << 14 | 0x3ull << 30 | 0x7ull << 46 | 0x3ffull << 52;
   if (d >> 62 != 1) fail("a wgmma descriptor without the 128-byte swizzle");
-  if ((d & kUnused) != 0 || (d >> 49 & 7) != 0) fail("a wgmma descriptor with a base offset or reserved bits set");
+  if ((d & kUnused) != 0 || (d >> 49 & 7) != 0)
+    fail("a wgmma descriptor with a base offset or reserved bits set");
   if ((d & 0x38) != 0) fail("a wgmma descriptor that starts inside a swizzle atom");
 }
 
@@ -138,7 +141,8 @@ inline void multiply(const std::vector<Wgmma>& p) { // of the 128 threads of a w
   for (int k = 0; k < 16; ++k) {
     for (int i = 0; i < 64; ++i) {
       if (p[0].a_registers == nullptr) {
-        x[i][k] = element_at(p[0].a, static_cast<uint32_t>(i / 8) * stride_bytes(p[0].a) + i % 8 * 128 + k * 2);
+        x[i][k] = element_at(
+            p[0].a, static_cast<uint32_t>(i / 8) * stride_bytes(p[0].a) + i % 8 * 128 + k * 2);
       } else {
         const int g = i % 8, high = i / 8 % 2, t = k % 8 / 2;
         const uint32_t pair = p[i / 16 * 32 + g * 4 + t].a_registers[high + k / 8 * 2];
@@ -146,15 +150,19 @@ inline void multiply(const std::vector<Wgmma>& p) { // of the 128 threads of a w
       }
     }
     for (int j = 0; j < columns; ++j)
-      y[k][j] = p[0].a_registers == nullptr
-                    ? element_at(p[0].b, static_cast<uint32_t>(j / 8) * stride_bytes(p[0].b) + j % 8 * 128 + k * 2)
-                    : element_at(p[0].b, static_cast<uint32_t>(j / 64) * leading_bytes(p[0].b) + j % 64 * 2 +
-                                            static_cast<uint32_t>(k / 8) * stride_bytes(p[0].b) + k % 8 * 128);
+      y[k][j] =
+          p[0].a_registers == nullptr
+              ? element_at(p[0].b, static_cast<uint32_t>(j / 8) * stride_bytes(p[0].b) +
+                                       j % 8 * 128 + k * 2)
+              : element_at(p[0].b,
+                           static_cast<uint32_t>(j / 64) * leading_bytes(p[0].b) + j % 64 * 2 +
+                               static_cast<uint32_t>(k / 8) * stride_bytes(p[0].b) + k % 8 * 128);
   }
   for (int thread = 0; thread < 128; ++thread)
     for (int n = 0; n < columns / 8; ++n)
       for (int e = 0; e < 4; ++e) {
-        const int row = thread / 32 * 16 + thread % 32 / 4 + e / 2 * 8, column = n * 8 + thread % 4 * 2 + e % 2;
+        const int row = thread / 32 * 16 + thread % 32 / 4 + e / 2 * 8,
+                  column = n * 8 + thread % 4 * 2 + e % 2;
         float& d = p[static_cast<std::size_t>(thread)].d[n * 4 + e];
         double sum = p[0].add ? d : 0.0;
         for (int k = 0; k < 16; ++k) sum += static_cast<double>(x[row][k]) * y[k][column];
@@ -199,7 +207,8 @@ inline void in_warpgroup(const char* what, Combine combine) {
 }
 } // namespace emulation
 inline void warpgroup_arrive() {
-  emulation::in_warpgroup("warpgroup_arrive", [](void* const*, int) { emulation::wgmma_queue().fenced = true; });
+  emulation::in_warpgroup("warpgroup_arrive",
+                          [](void* const*, int) { emulation::wgmma_queue().fenced = true; });
 }
 inline void warpgroup_commit_batch() {
   emulation::in_warpgroup("warpgroup_commit_batch", [](void* const*, int) {
@@ -223,6 +232,8 @@ void warpgroup_reg_dealloc() {}
 template <int>
 void warpgroup_reg_alloc() {}
 // As of rank 1 in a cluster, whose shared addresses have bit 24 set: descriptors must not include it.
-inline uint32_t cast_smem_ptr_to_uint(const void* p) { return emulation::shared_offset(p) | 1u << 24; }
+inline uint32_t cast_smem_ptr_to_uint(const void* p) {
+  return emulation::shared_offset(p) | 1u << 24;
+}
 
 } // namespace offtower::cuda

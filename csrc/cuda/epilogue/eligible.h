@@ -19,8 +19,8 @@ struct EligibleParams {
 
 // Contexts resident: a thread's rows are contexts, a tile of at most 64 items lies in one word.
 template <int kMmaM, int kMmaN>
-OFFTOWER_DEVICE void mask_items(const EligibleParams& p, int64_t row, int64_t contexts, int64_t first,
-                                float (&y)[kMmaM][kMmaN][4]) {
+OFFTOWER_DEVICE void mask_items(const EligibleParams& p, int64_t row, int64_t contexts,
+                                int64_t first, float (&y)[kMmaM][kMmaN][4]) {
   static_assert(64 % (kMmaN * 8) == 0, "a tile of items does not straddle words");
   const int g = lane_idx() / 4, t = lane_idx() % 4;
   OFFTOWER_UNROLL
@@ -38,8 +38,8 @@ OFFTOWER_DEVICE void mask_items(const EligibleParams& p, int64_t row, int64_t co
 
 // Items resident: the 16 items of a warp lie in one word of each streamed context.
 template <int kMmaN>
-OFFTOWER_DEVICE void mask_contexts(const EligibleParams& p, int64_t row, int64_t items, int64_t first,
-                                   int64_t contexts, float (&y)[1][kMmaN][4]) {
+OFFTOWER_DEVICE void mask_contexts(const EligibleParams& p, int64_t row, int64_t items,
+                                   int64_t first, int64_t contexts, float (&y)[1][kMmaN][4]) {
   static_assert(64 % kAtomM == 0, "a warp's items do not straddle words");
   const int g = lane_idx() / 4, t = lane_idx() % 4;
   OFFTOWER_UNROLL

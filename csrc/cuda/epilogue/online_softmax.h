@@ -53,9 +53,11 @@ class OnlineSoftmax {
 public:
   static constexpr int kBlockN = kMmaN * 8;
   static constexpr int kRewardMmaN = kReward == Reward::none ? 1 : kMmaN;
-  static_assert(kMmaN % 2 == 0, "sigmoid4 takes the four columns that a thread has in two fragments");
+  static_assert(kMmaN % 2 == 0,
+                "sigmoid4 takes the four columns that a thread has in two fragments");
 
-  OFFTOWER_DEVICE OnlineSoftmax(const ForwardParams& params, int64_t first_row) : p(params), row(first_row) {
+  OFFTOWER_DEVICE OnlineSoftmax(const ForwardParams& params, int64_t first_row)
+      : p(params), row(first_row) {
     OFFTOWER_UNROLL
     for (int r = 0; r < kRowsPerThread; ++r) {
       sums[r] = {0.0, 0.0, 0.0, -infinity(), 0};
@@ -101,8 +103,9 @@ public:
     if (kReward == Reward::factored && o.sigmoid) {
       OFFTOWER_UNROLL
       for (int n = 0; n < kRewardMmaN - 1; n += 2) {
+        // One row at a time, so that a NaN stays in its row.
         OFFTOWER_UNROLL
-        for (int r = 0; r < kRowsPerThread; ++r) { // one row at a time, so that a NaN stays in its row
+        for (int r = 0; r < kRowsPerThread; ++r) {
           const int m = r / 2, e = r % 2 * 2;
           sigmoid4(q[m][n][e], q[m][n][e + 1], q[m][n + 1][e], q[m][n + 1][e + 1]);
         }
@@ -149,7 +152,8 @@ private:
                                     const float (&q)[kMmaM][kRewardMmaN][4]) const {
     bool any = false;
     OFFTOWER_UNROLL
-    for (int r = 0; r < kRowsPerThread; ++r) any |= target[r] >= first && target[r] < first + kBlockN;
+    for (int r = 0; r < kRowsPerThread; ++r)
+      any |= target[r] >= first && target[r] < first + kBlockN;
     if (ballot_sync(any) == 0) return; // at N = 1e6 and 64 columns, all but 0.2 % of a warp's tiles
     mark_divergence();
     const int column = lane_idx() % 4 * 2;

@@ -30,9 +30,11 @@ public:
   static constexpr int kBlockN = kMmaN * 8, kWarpM = kAtomM;
   static constexpr int kRewardMmaN = kReward == Reward::factored ? kMmaN : 1;
   static constexpr int kColumnVectors = kItemsResident ? kRowStats : 2;
-  static_assert(kMmaN % 2 == 0, "sigmoid4 takes the four columns that a thread has in two fragments");
+  static_assert(kMmaN % 2 == 0,
+                "sigmoid4 takes the four columns that a thread has in two fragments");
   static_assert(kBlockN % 32 == 0, "add_target reads the actions of 32 columns at once");
-  static_assert(kContextPadding % kBlockN == 0, "stats of streamed contexts are read by whole tiles");
+  static_assert(kContextPadding % kBlockN == 0,
+                "stats of streamed contexts are read by whole tiles");
 
   OFFTOWER_DEVICE ScoreGradient(const GradientParams& params, int64_t first_row, int split_of_block)
       : p(params), row(first_row), split(split_of_block) {
@@ -63,8 +65,10 @@ public:
   OFFTOWER_DEVICE void to_score_gradients(int64_t first, const float* vectors, float (&y)[kMmaN][4],
                                           float (&q)[kRewardMmaN][4]) {
     if constexpr (kReward == Reward::factored) finish_rewards(vectors, q);
-    if (p.has_entropy) to_score_gradients<true>(first, vectors, y, q);
-    else to_score_gradients<false>(first, vectors, y, q);
+    if (p.has_entropy)
+      to_score_gradients<true>(first, vectors, y, q);
+    else
+      to_score_gradients<false>(first, vectors, y, q);
     if (kItemsResident && p.bias_partial != nullptr) {
       OFFTOWER_UNROLL
       for (int n = 0; n < kMmaN; ++n) {
@@ -80,15 +84,17 @@ public:
   OFFTOWER_DEVICE void add_target(const float* vectors, Context context) {
     OFFTOWER_UNROLL
     for (int part = 0; part < kBlockN; part += 32) {
-      const int action = static_cast<int>(float_as_uint(vectors[kActionStat * kBlockN + part + lane_idx()]));
+      const int action =
+          static_cast<int>(float_as_uint(vectors[kActionStat * kBlockN + part + lane_idx()]));
       const int64_t offset = action - row;
       uint32_t targets = ballot_sync(action >= 0 && offset >= 0 && offset < kWarpM);
       while (targets != 0) { // rare: at N = 1e6 a context meets 16 of a million items here
         const int column = part + count_trailing_zeros(targets);
         targets &= targets - 1;
         const int lane = prevent_hoisting(lane_idx()), g = lane / 4, t = lane % 4;
-        const int64_t at =
-            static_cast<int64_t>(static_cast<int>(float_as_uint(vectors[kActionStat * kBlockN + column]))) - row;
+        const int64_t at = static_cast<int64_t>(static_cast<int>(
+                               float_as_uint(vectors[kActionStat * kBlockN + column]))) -
+                           row;
         const float cotangent = vectors[kTargetStat * kBlockN + column];
         mark_divergence();
         OFFTOWER_UNROLL
@@ -119,10 +125,10 @@ public:
 
   OFFTOWER_DEVICE void write() {
     if (p.gradient != nullptr)
-      for_each_element(static_cast<T*>(p.gradient), [&](T* at, float& value) {
-        *at = from_float<T>(value * p.output_scale);
-      });
-    else if (p.partial != nullptr) flush();
+      for_each_element(static_cast<T*>(p.gradient),
+                       [&](T* at, float& value) { *at = from_float<T>(value * p.output_scale); });
+    else if (p.partial != nullptr)
+      flush();
     if constexpr (kItemsResident) {
       OFFTOWER_UNROLL
       for (int h = 0; h < 2; ++h) {
@@ -152,7 +158,8 @@ private:
   OFFTOWER_DEVICE int64_t row_of(int h) const { return row + h * 8 + lane_idx() / 4; }
 
   OFFTOWER_DEVICE float dense(int64_t streamed, int h) const {
-    const int64_t context = kItemsResident ? streamed : row_of(h), item = kItemsResident ? row_of(h) : streamed;
+    const int64_t context = kItemsResident ? streamed : row_of(h),
+                  item = kItemsResident ? row_of(h) : streamed;
     const int64_t contexts = kItemsResident ? p.policy.streamed.rows : p.policy.resident.rows;
     if (context >= contexts || item >= p.policy.items) return 0.0f;
     return to_float(static_cast<const T*>(p.policy.dense)[context * p.policy.items + item]);
@@ -172,8 +179,10 @@ private:
     for (int n = 0; n < kRewardMmaN - 1; n += 2) {
       OFFTOWER_UNROLL
       for (int h = 0; h < 2; ++h) {
-        if constexpr (kItemsResident) sigmoid4(q[n + h][0], q[n + h][1], q[n + h][2], q[n + h][3]);
-        else sigmoid4(q[n][2 * h], q[n][2 * h + 1], q[n + 1][2 * h], q[n + 1][2 * h + 1]);
+        if constexpr (kItemsResident)
+          sigmoid4(q[n + h][0], q[n + h][1], q[n + h][2], q[n + h][3]);
+        else
+          sigmoid4(q[n][2 * h], q[n][2 * h + 1], q[n + 1][2 * h], q[n + 1][2 * h + 1]);
       }
     }
   }
@@ -192,14 +201,16 @@ private:
           float& score = y[n][h * 2 + c];
           const Stats g = kItemsResident ? stats_at(vectors, kBlockN, column) : stats[h];
           const float centered_y =
-              fma(score, p.policy.scale, kItemsResident ? bias[h] : vectors[column]) - g.reference_max;
+              fma(score, p.policy.scale, kItemsResident ? bias[h] : vectors[column]) -
+              g.reference_max;
           float factor = g.base;
           if constexpr (kReward == Reward::dense)
             factor = fma(g.reward, dense(first + column, h) - g.expected, factor);
           if constexpr (kReward == Reward::factored)
             factor = fma(g.reward, q[n][h * 2 + c] - g.expected, factor);
           if constexpr (kEntropy)
-            factor = fma(-g.entropy, fma(max(centered_y, kLogProbFloor), kLn2, -g.log_total), factor);
+            factor =
+                fma(-g.entropy, fma(max(centered_y, kLogProbFloor), kLn2, -g.log_total), factor);
           score = ex2_approx(centered_y) * factor;
         }
       }

@@ -21,7 +21,9 @@ struct BackwardPreprocess {
   static OFFTOWER_DEVICE void run(const Params& p, char*) {
     const int64_t i = block_idx() * block_dim() + thread_idx();
     if (i >= p.padded_contexts) return;
-    const auto put = [&](RowStat which, float value) { p.stats[which * p.padded_contexts + i] = value; };
+    const auto put = [&](RowStat which, float value) {
+      p.stats[which * p.padded_contexts + i] = value;
+    };
     if (i >= p.in.policy.rows) { // padding: reference_max = inf makes p = 0
       for (int which = 0; which < kRowStats; ++which) put(static_cast<RowStat>(which), 0.0f);
       put(kReferenceMaxStat, infinity());
@@ -37,7 +39,8 @@ struct BackwardPreprocess {
     const float reference_max = p.in.reference_max[i];
     put(kReferenceMaxStat, reference_max == -infinity() ? 0.0f : reference_max * kLog2E);
     put(kBaseStat, static_cast<float>(base / total));
-    put(kRewardStat, g.expected_reward == nullptr ? 0.0f : static_cast<float>(g.expected_reward[i] / total));
+    put(kRewardStat,
+        g.expected_reward == nullptr ? 0.0f : static_cast<float>(g.expected_reward[i] / total));
     put(kExpectedStat, g.expected_reward == nullptr ? 0.0f : p.in.expected_reward[i]);
     put(kEntropyStat, g.entropy == nullptr ? 0.0f : static_cast<float>(g.entropy[i] / total));
     put(kLogTotalStat, static_cast<float>(log(total)));

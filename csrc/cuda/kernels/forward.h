@@ -19,8 +19,8 @@ struct Forward {
   static OFFTOWER_DEVICE void run(const Params& p, char* shared) {
     const PolicyParams& o = p.policy;
     const int warps = block_dim() / 32, block_m = warps * kWarpM, warp_row = warp_idx() * kWarpM;
-    const SharedLayout l =
-        shared_layout(tile_shape<Forward, T>(), warps, o.resident.width, o.reward_resident.width, o.stages);
+    const SharedLayout l = shared_layout(tile_shape<Forward, T>(), warps, o.resident.width,
+                                         o.reward_resident.width, o.stages);
     const WorkTile work = work_tile(o, block_idx(), block_m, kBlockN);
     using Epilogue = OnlineSoftmax<T, kMmaM, kMmaN, kReward, kEntropy>;
     Epilogue softmax(p, work.first_row + warp_row);
@@ -29,13 +29,14 @@ struct Forward {
         [&](int64_t first, float* vectors) { load_item_biases<T>(o, first, vectors, kLog2E); },
         [&](int64_t first, const char* stage) {
           float y[kMmaM][kMmaN][4], q[kMmaM][Epilogue::kRewardMmaN][4];
-          score_gemm(T{}, shared + l.resident + warp_row * l.resident_pitch, stage, l.resident_pitch,
-                     (l.resident_pitch - 16) / kStepBytes, y);
+          score_gemm(T{}, shared + l.resident + warp_row * l.resident_pitch, stage,
+                     l.resident_pitch, (l.resident_pitch - 16) / kStepBytes, y);
           if constexpr (kMasked)
             mask_items(p.eligible, work.first_row + warp_row, o.resident.rows, first, y);
           if constexpr (kReward == Reward::factored)
             score_gemm(T{}, shared + l.reward_resident + warp_row * l.reward_pitch,
-                       stage + l.reward_streamed, l.reward_pitch, (l.reward_pitch - 16) / kStepBytes, q);
+                       stage + l.reward_streamed, l.reward_pitch,
+                       (l.reward_pitch - 16) / kStepBytes, q);
           softmax.add(first, reinterpret_cast<const float*>(stage + l.vectors), y, q);
         });
     softmax.write(work.split);

@@ -25,7 +25,8 @@ struct Gradient {
     const int warps = block_dim() / 32, block_m = warps * kWarpM, warp_row = warp_idx() * kWarpM;
     const SharedLayout l =
         shared_layout(tile_shape<Gradient, T>(), warps, kDim, o.reward_resident.width, o.stages);
-    const int steps = static_cast<int>(ceil_div(o.resident.width * static_cast<int>(sizeof(T)), kStepBytes));
+    const int steps =
+        static_cast<int>(ceil_div(o.resident.width * static_cast<int>(sizeof(T)), kStepBytes));
     const WorkTile work = work_tile(o, block_idx(), block_m, kBlockN);
     char* const scratch = shared + l.scratch + warp_idx() * kWarpScratchBytes;
     Epilogue epilogue(p, work.first_row + warp_row, work.split);
@@ -33,17 +34,21 @@ struct Gradient {
     cp_async_mainloop<T>(
         o, l, work, block_m, shared,
         [&](int64_t first, float* vectors) {
-          if constexpr (kItemsResident) load_row_stats(p, first, vectors);
-          else load_item_biases<T>(o, first, vectors, kLog2E);
+          if constexpr (kItemsResident)
+            load_row_stats(p, first, vectors);
+          else
+            load_item_biases<T>(o, first, vectors, kLog2E);
         },
         [&](int64_t first, const char* stage) {
           const float* vectors = reinterpret_cast<const float*>(stage + l.vectors);
           float y[1][kMmaN][4], q[1][Epilogue::kRewardMmaN][4];
-          score_gemm(T{}, shared + l.resident + warp_row * l.resident_pitch, stage, l.resident_pitch, steps, y);
+          score_gemm(T{}, shared + l.resident + warp_row * l.resident_pitch, stage,
+                     l.resident_pitch, steps, y);
           if constexpr (kMasked) mask(p, work.first_row + warp_row, first, y);
           if constexpr (kReward == Reward::factored)
             score_gemm(T{}, shared + l.reward_resident + warp_row * l.reward_pitch,
-                       stage + l.reward_streamed, l.reward_pitch, (l.reward_pitch - 16) / kStepBytes, q);
+                       stage + l.reward_streamed, l.reward_pitch,
+                       (l.reward_pitch - 16) / kStepBytes, q);
           epilogue.to_score_gradients(first, vectors, y[0], q[0]);
           weighted_sum_gemm(T{}, y[0], stage, l.resident_pitch, scratch, epilogue.sum);
           if (kItemsResident && p.has_log_prob)
@@ -57,10 +62,13 @@ struct Gradient {
   }
 
 private:
-  static OFFTOWER_DEVICE void mask(const Params& p, int64_t row, int64_t first, float (&y)[1][kMmaN][4]) {
+  static OFFTOWER_DEVICE void mask(const Params& p, int64_t row, int64_t first,
+                                   float (&y)[1][kMmaN][4]) {
     const PolicyParams& o = p.policy;
-    if constexpr (kItemsResident) mask_contexts(p.eligible, row, o.items, first, o.streamed.rows, y);
-    else mask_items(p.eligible, row, o.resident.rows, first, y);
+    if constexpr (kItemsResident)
+      mask_contexts(p.eligible, row, o.items, first, o.streamed.rows, y);
+    else
+      mask_items(p.eligible, row, o.resident.rows, first, y);
   }
 
   static OFFTOWER_DEVICE void load_row_stats(const Params& p, int64_t first, float* vectors) {

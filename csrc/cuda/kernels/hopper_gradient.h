@@ -43,8 +43,8 @@ private:
     pipeline.produce(kBytes, [&](int64_t first, float* vectors, uint64_t* barrier) {
       if constexpr (kItemsResident) {
         if (lane_idx() < kRowStats)
-          bulk_copy_g2s(vectors + lane_idx() * kBlockN, p.stats + lane_idx() * p.padded_contexts + first,
-                        kBlockN * 4, barrier);
+          bulk_copy_g2s(vectors + lane_idx() * kBlockN,
+                        p.stats + lane_idx() * p.padded_contexts + first, kBlockN * 4, barrier);
       } else {
         warp_load_item_biases<kBlockN>(p.policy, first, vectors);
       }
@@ -90,7 +90,8 @@ private:
         for (int k = 0; k < kMmaN / 2; ++k) {
           OFFTOWER_UNROLL
           for (int i = 0; i < 4; ++i)
-            weights[k][i] = cvt_bf16x2(y[2 * k + i / 2][i % 2 * 2], y[2 * k + i / 2][i % 2 * 2 + 1]);
+            weights[k][i] =
+                cvt_bf16x2(y[2 * k + i / 2][i % 2 * 2], y[2 * k + i / 2][i % 2 * 2 + 1]);
         }
         syncwarp(); // add_target and flush diverge
         warpgroup_fence_operand(weights);
@@ -113,7 +114,8 @@ private:
   }
 
   // sum += ds Y. A wgmma is one panel wide, or two.
-  static OFFTOWER_DEVICE void issue_weighted_sum_gemm(uint32_t stage, const uint32_t (&weights)[kMmaN / 2][4],
+  static OFFTOWER_DEVICE void issue_weighted_sum_gemm(uint32_t stage,
+                                                      const uint32_t (&weights)[kMmaN / 2][4],
                                                       float (&sum)[kMmaD][4]) {
     constexpr int kWgmmaN = kDim == 64 ? 8 : 16; // fragments
     constexpr int kPanel = kBlockN * kPanelBytes;
@@ -121,7 +123,7 @@ private:
     for (int k = 0; k < kMmaN / 2; ++k) {
       OFFTOWER_UNROLL
       for (int n = 0; n < kMmaD; n += kWgmmaN)
-        wgmma_rs(reinterpret_cast<float(&)[kWgmmaN][4]>(sum[n]), weights[k],
+        wgmma_rs(reinterpret_cast<float (&)[kWgmmaN][4]>(sum[n]), weights[k],
                  mn_major_desc(stage + static_cast<uint32_t>(n / 8 * kPanel), k, kPanel));
     }
   }

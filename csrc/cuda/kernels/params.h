@@ -39,10 +39,13 @@ struct WorkTile {
 };
 
 // Work tiles of one split are consecutive: blocks that run together stream the same tiles through L2.
-OFFTOWER_DEVICE WorkTile work_tile(const PolicyParams& p, int64_t number, int block_m, int block_n) {
-  const int64_t groups = ceil_div(p.resident.rows, block_m), tiles = ceil_div(p.streamed.rows, block_n);
+OFFTOWER_DEVICE WorkTile work_tile(const PolicyParams& p, int64_t number, int block_m,
+                                   int block_n) {
+  const int64_t groups = ceil_div(p.resident.rows, block_m),
+                tiles = ceil_div(p.streamed.rows, block_n);
   const int split = static_cast<int>(number / groups);
-  return {number % groups * block_m, tiles * split / p.splits, tiles * (split + 1) / p.splits, split};
+  return {number % groups * block_m, tiles * split / p.splits, tiles * (split + 1) / p.splits,
+          split};
 }
 
 // Streamed rows a tile of the portable kernels.

@@ -54,7 +54,7 @@ struct TopKParams {
   PolicyParams policy;
   float inverse_temperature;
   int64_t k, capacity;
-  uint64_t* lists; // (splits, contexts, capacity)
+  uint64_t* lists;         // (splits, contexts, capacity)
   EligibleParams eligible; // of masked kernels
 };
 
@@ -63,13 +63,15 @@ struct TopK {
   using Params = TopKParams;
   static constexpr int kBlockN = kBlockNOf<T>, kMmaN = kBlockN / 8;
   static constexpr int kWarpM = kAtomM, kMaxThreadsPerBlock = 256, kMinBlocksPerMultiprocessor = 2;
-  static constexpr int kColumnVectors = 2, kWarpScratchBytes = kAtomM * 8; // a count and a threshold for each row
+  static constexpr int kColumnVectors = 2;
+  static constexpr int kWarpScratchBytes = kAtomM * 8; // a count and a threshold for each row
   static_assert(2 * kBlockN <= 128, "list_capacity leaves room for two tiles");
 
   static OFFTOWER_DEVICE void run(const Params& p, char* shared) {
     const PolicyParams& o = p.policy;
     const int warps = block_dim() / 32, block_m = warps * kWarpM;
-    const SharedLayout l = shared_layout(tile_shape<TopK, T>(), warps, o.resident.width, 0, o.stages);
+    const SharedLayout l =
+        shared_layout(tile_shape<TopK, T>(), warps, o.resident.width, 0, o.stages);
     const WorkTile work = work_tile(o, block_idx(), block_m, kBlockN);
     TopK self(p, work, reinterpret_cast<int*>(shared + l.scratch + warp_idx() * kWarpScratchBytes));
     cp_async_mainloop<T>(
@@ -97,8 +99,8 @@ private:
     const float* bias = reinterpret_cast<const float*>(stage + l.vectors);
     const int g = lane_idx() / 4, t = lane_idx() % 4;
     float s[1][kMmaN][4];
-    score_gemm(T{}, shared + l.resident + warp_idx() * kWarpM * l.resident_pitch, stage, l.resident_pitch,
-               (l.resident_pitch - 16) / kStepBytes, s);
+    score_gemm(T{}, shared + l.resident + warp_idx() * kWarpM * l.resident_pitch, stage,
+               l.resident_pitch, (l.resident_pitch - 16) / kStepBytes, s);
     const float limit[2] = {threshold[g], threshold[g + 8]};
     uint64_t eligible[2] = {}; // of the thread's rows, from the tile's first item on
     if constexpr (kMasked) {

@@ -8,7 +8,8 @@ namespace offtower::cuda {
 
 // `count` rows from `first` on to shared memory; zeros outside the matrix.
 template <class T>
-OFFTOWER_DEVICE void load_rows(const Matrix& m, int64_t first, int count, char* shared, int to_pitch) {
+OFFTOWER_DEVICE void load_rows(const Matrix& m, int64_t first, int count, char* shared,
+                               int to_pitch) {
   const int chunks = (to_pitch - 16) / 16, filled = m.width * static_cast<int>(sizeof(T)) / 16;
   const char* source = static_cast<const char*>(m.data);
   for (int i = thread_idx(); i < count * chunks; i += block_dim()) {
@@ -22,20 +23,23 @@ OFFTOWER_DEVICE void load_rows(const Matrix& m, int64_t first, int count, char* 
 // Calls `load_vectors(first streamed row, words)` to fill the vectors of each stage, then
 // `compute(first streamed row, stage)`.
 template <class T, class LoadVectors, class Compute>
-OFFTOWER_DEVICE void cp_async_mainloop(const PolicyParams& p, const SharedLayout& l, const WorkTile& work,
-                                       int block_m, char* shared, LoadVectors load_vectors, Compute compute) {
+OFFTOWER_DEVICE void cp_async_mainloop(const PolicyParams& p, const SharedLayout& l,
+                                       const WorkTile& work, int block_m, char* shared,
+                                       LoadVectors load_vectors, Compute compute) {
   constexpr int kBlockN = kBlockNOf<T>;
   const auto load = [&](int64_t tile) {
     char* stage = shared + l.stages + (tile - work.begin) % p.stages * l.stage_bytes;
     load_rows<T>(p.streamed, tile * kBlockN, kBlockN, stage, l.resident_pitch);
     if (l.reward_pitch != 0)
-      load_rows<T>(p.reward_streamed, tile * kBlockN, kBlockN, stage + l.reward_streamed, l.reward_pitch);
+      load_rows<T>(p.reward_streamed, tile * kBlockN, kBlockN, stage + l.reward_streamed,
+                   l.reward_pitch);
     load_vectors(tile * kBlockN, reinterpret_cast<float*>(stage + l.vectors));
   };
   if (work.begin >= work.end) return;
   load_rows<T>(p.resident, work.first_row, block_m, shared + l.resident, l.resident_pitch);
   if (l.reward_pitch != 0)
-    load_rows<T>(p.reward_resident, work.first_row, block_m, shared + l.reward_resident, l.reward_pitch);
+    load_rows<T>(p.reward_resident, work.first_row, block_m, shared + l.reward_resident,
+                 l.reward_pitch);
   load(work.begin);
   cp_async_commit_group();
   for (int64_t tile = work.begin; tile < work.end; ++tile) {

@@ -8,7 +8,8 @@ namespace offtower::cuda {
 // Column i of a tile whose first item is `first`. Logit biases are multiplied by `unit`, and are -inf
 // beyond the last item, which masks the padding of the last tile.
 template <class T, int kBlockN>
-OFFTOWER_DEVICE void load_item_bias(const PolicyParams& p, int64_t first, int i, float* vectors, float unit) {
+OFFTOWER_DEVICE void load_item_bias(const PolicyParams& p, int64_t first, int i, float* vectors,
+                                    float unit) {
   const int64_t item = first + i;
   float bias = item >= p.items ? -infinity() : 0.0f, reward = 0.0f;
   if (item < p.items) {
@@ -21,9 +22,11 @@ OFFTOWER_DEVICE void load_item_bias(const PolicyParams& p, int64_t first, int i,
 
 // By all threads of a block.
 template <class T>
-OFFTOWER_DEVICE void load_item_biases(const PolicyParams& p, int64_t first, float* vectors, float unit) {
+OFFTOWER_DEVICE void load_item_biases(const PolicyParams& p, int64_t first, float* vectors,
+                                      float unit) {
   constexpr int kBlockN = kBlockNOf<T>;
-  for (int i = thread_idx(); i < kBlockN; i += block_dim()) load_item_bias<T, kBlockN>(p, first, i, vectors, unit);
+  for (int i = thread_idx(); i < kBlockN; i += block_dim())
+    load_item_bias<T, kBlockN>(p, first, i, vectors, unit);
 }
 
 // By one warp, bfloat16.

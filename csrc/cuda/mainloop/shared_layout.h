@@ -20,7 +20,9 @@ OFFTOWER_BOTH constexpr TileShape tile_shape() {
 // Bytes from one row to the next: an odd multiple of 16, so that ldmatrix finds the 16-byte chunks of
 // eight rows in different banks.
 OFFTOWER_BOTH constexpr int pitch(int width, int element_bytes) {
-  return static_cast<int>(ceil_div(static_cast<int64_t>(width) * element_bytes, kStepBytes)) * kStepBytes + 16;
+  return static_cast<int>(ceil_div(static_cast<int64_t>(width) * element_bytes, kStepBytes)) *
+             kStepBytes +
+         16;
 }
 static_assert(kStepBytes % 32 == 0, "a pitch is an odd multiple of 16 bytes");
 
@@ -32,8 +34,8 @@ struct SharedLayout {
   int scratch, bytes;
 };
 
-OFFTOWER_BOTH constexpr SharedLayout shared_layout(TileShape shape, int warps, int width, int reward_width,
-                                                   int stages) {
+OFFTOWER_BOTH constexpr SharedLayout shared_layout(TileShape shape, int warps, int width,
+                                                   int reward_width, int stages) {
   SharedLayout l{};
   const int rows = warps * shape.warp_m;
   l.resident_pitch = pitch(width, shape.element_bytes);
@@ -64,13 +66,15 @@ struct HopperLayout {
   int stages, barriers, bytes;          // resident stages come first
 };
 
-OFFTOWER_BOTH constexpr HopperLayout hopper_layout(HopperTileShape shape, int resident_stages, int stages) {
+OFFTOWER_BOTH constexpr HopperLayout hopper_layout(HopperTileShape shape, int resident_stages,
+                                                   int stages) {
   HopperLayout l{};
   l.reward_resident = shape.panels * kHopperBlockM * 128;
   l.resident_bytes = l.reward_resident + shape.reward_panels * kHopperBlockM * 128;
   l.reward_streamed = shape.panels * shape.block_n * 128;
   l.vectors = l.reward_streamed + shape.reward_panels * shape.block_n * 128;
-  l.stage_bytes = static_cast<int>(ceil_div(l.vectors + shape.vectors * shape.block_n * 4, 1024) * 1024);
+  l.stage_bytes =
+      static_cast<int>(ceil_div(l.vectors + shape.vectors * shape.block_n * 4, 1024) * 1024);
   l.stages = resident_stages * l.resident_bytes;
   l.barriers = l.stages + stages * l.stage_bytes;
   l.bytes = l.barriers + 2 * (resident_stages + stages) * 8;

@@ -21,9 +21,11 @@ struct HopperParams {
 
 constexpr int kHopperThreads = 384, kConsumerWarps = 8;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-static_assert(kProducerRegisters * 128 + kConsumerRegisters * 256 <= 168 * kHopperThreads,
-              "a block of 384 threads starts with 168 registers a thread (65,536 / 384, in eights)");
-static_assert(kProducerRegisters % 8 == 0 && kConsumerRegisters % 8 == 0 && kConsumerRegisters <= 256,
+static_assert(
+    kProducerRegisters * 128 + kConsumerRegisters * 256 <= 168 * kHopperThreads,
+    "a block of 384 threads starts with 168 registers a thread (65,536 / 384, in eights)");
+static_assert(kProducerRegisters % 8 == 0 && kConsumerRegisters % 8 == 0 &&
+                  kConsumerRegisters <= 256,
               "setmaxnreg takes multiples of 8 up to 256");
 static_assert(kHopperBlockM == kConsumerWarps / 4 * 64, "wgmma has 64 rows");
 
@@ -67,7 +69,9 @@ public:
     syncthreads();
   }
 
-  OFFTOWER_DEVICE WorkTile work(int64_t number) const { return work_tile(o, number, kHopperBlockM, kBlockN); }
+  OFFTOWER_DEVICE WorkTile work(int64_t number) const {
+    return work_tile(o, number, kHopperBlockM, kBlockN);
+  }
 
   // By the producer warp. `load_vectors(first streamed row, words, barrier)` fills the vectors of each
   // stage, with plain stores or with bulk copies of `vector_bytes` in all.
@@ -79,9 +83,10 @@ public:
       if (lane_idx() == 0) {
         char* const to = shared + resident.index * l.resident_bytes;
         mbarrier_arrive_expect_tx(full_resident(resident.index), l.resident_bytes);
-        load_panels(to, &p.resident, p.panels, kHopperBlockM, w.first_row, full_resident(resident.index));
-        load_panels(to + l.reward_resident, &p.reward_resident, p.reward_panels, kHopperBlockM, w.first_row,
+        load_panels(to, &p.resident, p.panels, kHopperBlockM, w.first_row,
                     full_resident(resident.index));
+        load_panels(to + l.reward_resident, &p.reward_resident, p.reward_panels, kHopperBlockM,
+                    w.first_row, full_resident(resident.index));
       }
       resident.advance();
       for (int64_t tile = w.begin; tile < w.end; ++tile, streamed.advance()) {
@@ -92,7 +97,8 @@ public:
         if (lane_idx() == 0) {
           mbarrier_arrive_expect_tx(barrier, l.vectors + vector_bytes);
           load_panels(to, &p.streamed, p.panels, kBlockN, first, barrier);
-          load_panels(to + l.reward_streamed, &p.reward_streamed, p.reward_panels, kBlockN, first, barrier);
+          load_panels(to + l.reward_streamed, &p.reward_streamed, p.reward_panels, kBlockN, first,
+                      barrier);
         }
         syncwarp(); // no bulk copy may complete before its bytes are expected
         load_vectors(first, reinterpret_cast<float*>(to + l.vectors), barrier);
@@ -103,7 +109,9 @@ public:
   }
 
   // By the consumer warps.
-  OFFTOWER_DEVICE void wait_resident() { mbarrier_wait(full_resident(resident.index), resident.phase); }
+  OFFTOWER_DEVICE void wait_resident() {
+    mbarrier_wait(full_resident(resident.index), resident.phase);
+  }
   OFFTOWER_DEVICE void release_resident() {
     syncwarp();
     if (lane_idx() == 0) mbarrier_arrive(empty_resident(resident.index));
@@ -121,12 +129,15 @@ public:
 
   // Issues y = X Y^T of the warpgroup's rows and the current stage; with rewards also q.
   template <int kMmaN, int kRewardMmaN>
-  OFFTOWER_DEVICE void issue_score_gemm(int first_row, float (&y)[kMmaN][4], float (&q)[kRewardMmaN][4]) {
-    const uint32_t x = gmma_address(shared + resident.index * l.resident_bytes), s = gmma_address(stage());
+  OFFTOWER_DEVICE void issue_score_gemm(int first_row, float (&y)[kMmaN][4],
+                                        float (&q)[kRewardMmaN][4]) {
+    const uint32_t x = gmma_address(shared + resident.index * l.resident_bytes),
+                   s = gmma_address(stage());
     issue_gemm(x, s, first_row, o.resident.width, y);
     if constexpr (kRewardMmaN > 1)
-      issue_gemm(x + static_cast<uint32_t>(l.reward_resident), s + static_cast<uint32_t>(l.reward_streamed),
-                 first_row, o.reward_resident.width, q);
+      issue_gemm(x + static_cast<uint32_t>(l.reward_resident),
+                 s + static_cast<uint32_t>(l.reward_streamed), first_row, o.reward_resident.width,
+                 q);
   }
 
   const HopperParams<Params>& p;
@@ -148,7 +159,8 @@ private:
   static OFFTOWER_DEVICE void load_panels(char* to, const TensorMap* map, int panels, int rows,
                                           int64_t first, uint64_t* barrier) {
     for (int panel = 0; panel < panels; ++panel)
-      tma_load(to + panel * rows * kPanelBytes, map, panel * kPanelWidth, static_cast<int>(first), barrier);
+      tma_load(to + panel * rows * kPanelBytes, map, panel * kPanelWidth, static_cast<int>(first),
+               barrier);
   }
 
   // Whole panels: TMA filled them with zeros beyond the width.
@@ -158,14 +170,17 @@ private:
     x += static_cast<uint32_t>(first_row * kPanelBytes);
     OFFTOWER_UNROLL
     for (int k = 0; k < kPanelWidth / 16; ++k) {
-      if (k == 0) wgmma_ss_zero(sum, k_major_desc(x, k), k_major_desc(y, k));
-      else wgmma_ss(sum, k_major_desc(x, k), k_major_desc(y, k));
+      if (k == 0)
+        wgmma_ss_zero(sum, k_major_desc(x, k), k_major_desc(y, k));
+      else
+        wgmma_ss(sum, k_major_desc(x, k), k_major_desc(y, k));
     }
     for (int left = width - kPanelWidth; left > 0; left -= kPanelWidth) {
       x += kHopperBlockM * kPanelBytes;
       y += kBlockN * kPanelBytes;
       OFFTOWER_UNROLL
-      for (int k = 0; k < kPanelWidth / 16; ++k) wgmma_ss(sum, k_major_desc(x, k), k_major_desc(y, k));
+      for (int k = 0; k < kPanelWidth / 16; ++k)
+        wgmma_ss(sum, k_major_desc(x, k), k_major_desc(y, k));
     }
   }
 };

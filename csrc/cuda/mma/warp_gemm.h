@@ -13,7 +13,8 @@ namespace offtower::cuda {
 // at least 2^-31 (5e-10), so that the product of the four denominators is finite. One NaN makes all NaN.
 OFFTOWER_DEVICE void sigmoid4(float& x0, float& x1, float& x2, float& x3) {
   const auto denominator = [](float x) { return 1.0f + ex2_approx(min_nan(-x * kLog2E, 31.0f)); };
-  const float d0 = denominator(x0), d1 = denominator(x1), d2 = denominator(x2), d3 = denominator(x3);
+  const float d0 = denominator(x0), d1 = denominator(x1), d2 = denominator(x2),
+              d3 = denominator(x3);
   const float low = d0 * d1, high = d2 * d3, r = rcp_approx(low * high);
   const float r_low = r * high, r_high = r * low;
   x0 = r_low * d1;
@@ -36,13 +37,17 @@ OFFTOWER_DEVICE void clear_fragments(float (&s)[kMmaM][kMmaN][4]) {
 
 // One mma over 32 bytes of each row. ldmatrix moves pairs of 16-bit elements, so the fragments of eight
 // tf32 elements lie where those of sixteen bfloat16 elements do.
-OFFTOWER_DEVICE void mma_step(Bfloat16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+OFFTOWER_DEVICE void mma_step(Bfloat16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                              uint32_t b1) {
   mma_m16n8k16_bf16(d, a, b0, b1);
 }
-OFFTOWER_DEVICE void mma_step(Tfloat32, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+OFFTOWER_DEVICE void mma_step(Tfloat32, float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                              uint32_t b1) {
   mma_m16n8k8_tf32(d, a, b0, b1);
 }
-OFFTOWER_DEVICE void ldmatrix_step(Bfloat16, uint32_t (&r)[4], const char* row) { ldmatrix_x4(r, row); }
+OFFTOWER_DEVICE void ldmatrix_step(Bfloat16, uint32_t (&r)[4], const char* row) {
+  ldmatrix_x4(r, row);
+}
 OFFTOWER_DEVICE void ldmatrix_step(Tfloat32, uint32_t (&r)[4], const char* row) {
   ldmatrix_x4(r, row);
   OFFTOWER_UNROLL
@@ -106,8 +111,7 @@ OFFTOWER_DEVICE void score_gemm(float, const char* x, const char* y, int row_pit
         OFFTOWER_UNROLL
         for (int m = 0; m < kMmaM; ++m) {
           OFFTOWER_UNROLL
-          for (int e = 0; e < 4; ++e)
-            s[m][n][e] = fma(a[m][e / 2].x[k], b[e % 2].x[k], s[m][n][e]);
+          for (int e = 0; e < 4; ++e) s[m][n][e] = fma(a[m][e / 2].x[k], b[e % 2].x[k], s[m][n][e]);
         }
       }
     }
@@ -117,9 +121,10 @@ OFFTOWER_DEVICE void score_gemm(float, const char* x, const char* y, int row_pit
 // sum += W Y: W (16 x block_n) are fragments, y the row-major tile. `scratch` is the warp's; only float32
 // uses it.
 template <int kMmaN, int kMmaD>
-OFFTOWER_DEVICE void weighted_sum_gemm(Bfloat16, const float (&w)[kMmaN][4], const char* y, int row_pitch,
-                                       char*, float (&sum)[kMmaD][4]) {
-  static_assert(kMmaN % 2 == 0 && kMmaD % 2 == 0, "an mma is 16 deep, an ldmatrix.x4 16 columns wide");
+OFFTOWER_DEVICE void weighted_sum_gemm(Bfloat16, const float (&w)[kMmaN][4], const char* y,
+                                       int row_pitch, char*, float (&sum)[kMmaD][4]) {
+  static_assert(kMmaN % 2 == 0 && kMmaD % 2 == 0,
+                "an mma is 16 deep, an ldmatrix.x4 16 columns wide");
   const int lane = lane_idx();
   const char* row = y + lane % 16 * row_pitch + lane / 16 * 16;
   OFFTOWER_UNROLL
@@ -140,13 +145,14 @@ OFFTOWER_DEVICE void weighted_sum_gemm(Bfloat16, const float (&w)[kMmaN][4], con
 // tf32: one mma sums over eight rows of Y. Taking them in the order 0, 2, 4, 6, 1, 3, 5, 7 makes the
 // accumulator layout of the weights the layout of operand A, without shuffles.
 template <int kMmaN, int kMmaD>
-OFFTOWER_DEVICE void weighted_sum_gemm(Tfloat32, const float (&w)[kMmaN][4], const char* y, int row_pitch,
-                                       char*, float (&sum)[kMmaD][4]) {
+OFFTOWER_DEVICE void weighted_sum_gemm(Tfloat32, const float (&w)[kMmaN][4], const char* y,
+                                       int row_pitch, char*, float (&sum)[kMmaD][4]) {
   const int g = lane_idx() / 4, t = lane_idx() % 4;
   OFFTOWER_UNROLL
   for (int k = 0; k < kMmaN; ++k) {
-    const uint32_t a[4] = {cvt_rna_tf32(float_as_uint(w[k][0])), cvt_rna_tf32(float_as_uint(w[k][2])),
-                           cvt_rna_tf32(float_as_uint(w[k][1])), cvt_rna_tf32(float_as_uint(w[k][3]))};
+    const uint32_t a[4] = {
+        cvt_rna_tf32(float_as_uint(w[k][0])), cvt_rna_tf32(float_as_uint(w[k][2])),
+        cvt_rna_tf32(float_as_uint(w[k][1])), cvt_rna_tf32(float_as_uint(w[k][3]))};
     const char* const row = y + (k * 8 + 2 * t) * row_pitch + g * 4;
     OFFTOWER_UNROLL
     for (int n = 0; n < kMmaD; ++n) {
@@ -163,8 +169,8 @@ template <int kMmaN>
 constexpr int kScratchPitch = kMmaN * 8 + 4;
 
 template <int kMmaN, int kMmaD>
-OFFTOWER_DEVICE void weighted_sum_gemm(float, const float (&w)[kMmaN][4], const char* y, int row_pitch,
-                                       char* scratch, float (&sum)[kMmaD][4]) {
+OFFTOWER_DEVICE void weighted_sum_gemm(float, const float (&w)[kMmaN][4], const char* y,
+                                       int row_pitch, char* scratch, float (&sum)[kMmaD][4]) {
   constexpr int P = kScratchPitch<kMmaN>;
   const int g = lane_idx() / 4, t = lane_idx() % 4;
   float* rows = reinterpret_cast<float*>(scratch);

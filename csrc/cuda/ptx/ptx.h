@@ -27,7 +27,8 @@ namespace offtower::cuda {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
-constexpr float kLogProbFloor = -14427.0f; // log2(p) is clamped here (-10,000 nats), so that p log p is finite
+// log2(p) is clamped here (-10,000 nats), so that p log p is finite.
+constexpr float kLogProbFloor = -14427.0f;
 
 OFFTOWER_BOTH constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 OFFTOWER_BOTH constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -41,7 +42,9 @@ OFFTOWER_DEVICE float quiet_nan() { return uint_as_float(0x7fc00000u); }
 
 OFFTOWER_DEVICE float to_float(float x) { return x; }
 OFFTOWER_DEVICE float to_float(Tfloat32 x) { return x.value; }
-OFFTOWER_DEVICE float to_float(Bfloat16 x) { return uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+OFFTOWER_DEVICE float to_float(Bfloat16 x) {
+  return uint_as_float(static_cast<uint32_t>(x.bits) << 16);
+}
 
 template <class T>
 OFFTOWER_DEVICE T from_float(float x) {

@@ -37,8 +37,10 @@ OFFTOWER_DEVICE int prevent_hoisting(int x) {
 OFFTOWER_DEVICE float uint_as_float(uint32_t bits) { return __uint_as_float(bits); }
 OFFTOWER_DEVICE uint32_t float_as_uint(float x) { return __float_as_uint(x); }
 OFFTOWER_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-OFFTOWER_DEVICE float max(float a, float b) { return fmaxf(a, b); } // of a NaN and a number: the number
-OFFTOWER_DEVICE float min_nan(float a, float b) {                   // of a NaN and a number: NaN
+// Of a NaN and a number: the number.
+OFFTOWER_DEVICE float max(float a, float b) { return fmaxf(a, b); }
+// Of a NaN and a number: NaN.
+OFFTOWER_DEVICE float min_nan(float a, float b) {
   float y;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
@@ -82,11 +84,13 @@ OFFTOWER_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
 }
 
 // d (16 x 8) += a (16 x 16) b (16 x 8).
-OFFTOWER_DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-               "{%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+OFFTOWER_DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                       uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // To nearest, ties away from zero; mma alone would truncate.
@@ -96,11 +100,13 @@ OFFTOWER_DEVICE uint32_t cvt_rna_tf32(uint32_t bits) {
   return rounded;
 }
 // d (16 x 8) += a (16 x 8) b (8 x 8).
-OFFTOWER_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-               "{%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+OFFTOWER_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                      uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // 16 bytes from global to shared memory; zeros where `inside` is false.
@@ -109,7 +115,9 @@ OFFTOWER_DEVICE void cp_async_zfill(void* shared, const void* global, bool insid
                "l"(global), "r"(inside ? 16 : 0)
                : "memory");
 }
-OFFTOWER_DEVICE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+OFFTOWER_DEVICE void cp_async_commit_group() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int kPending>
 OFFTOWER_DEVICE void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

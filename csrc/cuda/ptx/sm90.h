@@ -26,11 +26,14 @@ OFFTOWER_BOTH constexpr int swizzle_128b(int byte_in_panel) {
 
 // A descriptor encodes (address & 0x3ffff) >> 4: in a cluster, shared addresses carry the CTA's rank in bits 24
 // and up. Masked here, once a tile, rather than in every descriptor.
-OFFTOWER_DEVICE uint32_t gmma_address(const void* shared) { return cast_smem_ptr_to_uint(shared) & 0x3ffffu; }
+OFFTOWER_DEVICE uint32_t gmma_address(const void* shared) {
+  return cast_smem_ptr_to_uint(shared) & 0x3ffffu;
+}
 
 // PTX ISA, "Matrix Descriptor Format": bits 0-13 the address, 16-29 the leading and 32-45 the stride byte
 // offset, each in units of 16 bytes; bits 62-63 = 1, 128-byte swizzle.
-OFFTOWER_BOTH constexpr uint64_t make_gmma_desc(uint32_t address, int leading_bytes, int stride_bytes) {
+OFFTOWER_BOTH constexpr uint64_t make_gmma_desc(uint32_t address, int leading_bytes,
+                                                int stride_bytes) {
   const uint32_t low = (address >> 4) | static_cast<uint32_t>(leading_bytes >> 4) << 16;
   const uint32_t high = static_cast<uint32_t>(stride_bytes >> 4) | 1u << 30;
   return static_cast<uint64_t>(high) << 32 | low;

@@ -36,30 +36,34 @@ OFFTOWER_DEVICE void mbarrier_arrive_expect_tx(uint64_t* barrier, int bytes) {
 }
 // Waits until the phase of this parity has completed.
 OFFTOWER_DEVICE void mbarrier_wait(uint64_t* barrier, int parity) {
-  asm volatile("{\n"
-               ".reg .pred done;\n"
-               "again:\n"
-               "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-               "@done bra over;\n"
-               "bra again;\n"
-               "over:\n"
-               "}" ::"r"(cast_smem_ptr_to_uint(barrier)),
-               "r"(parity)
-               : "memory");
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra over;\n"
+      "bra again;\n"
+      "over:\n"
+      "}" ::"r"(cast_smem_ptr_to_uint(barrier)),
+      "r"(parity)
+      : "memory");
 }
 
 // The map's box at (column, row) to shared memory; zeros outside the matrix.
-OFFTOWER_DEVICE void tma_load(void* shared, const TensorMap* map, int column, int row, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-               "[%0], [%1, {%3, %4}], [%2];" ::"r"(cast_smem_ptr_to_uint(shared)),
-               "l"(map), "r"(cast_smem_ptr_to_uint(barrier)), "r"(column), "r"(row)
-               : "memory");
+OFFTOWER_DEVICE void tma_load(void* shared, const TensorMap* map, int column, int row,
+                              uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(cast_smem_ptr_to_uint(shared)),
+      "l"(map), "r"(cast_smem_ptr_to_uint(barrier)), "r"(column), "r"(row)
+      : "memory");
 }
 OFFTOWER_DEVICE void bulk_copy_g2s(void* shared, const void* global, int bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-                   "r"(cast_smem_ptr_to_uint(shared)),
-               "l"(global), "r"(bytes), "r"(cast_smem_ptr_to_uint(barrier))
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(cast_smem_ptr_to_uint(shared)),
+      "l"(global), "r"(bytes), "r"(cast_smem_ptr_to_uint(barrier))
+      : "memory");
 }
 
 } // namespace offtower::cuda

@@ -48,23 +48,26 @@ OFFTOWER_DEVICE void warpgroup_reg_alloc() {
 #define OFFTOWER_D8(c, n) OFFTOWER_D4(c, n), OFFTOWER_D4(c, n + 4)
 #define OFFTOWER_D16(c, n) OFFTOWER_D8(c, n), OFFTOWER_D8(c, n + 8)
 #define OFFTOWER_REGISTERS4 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define OFFTOWER_REGISTERS8                                                             \
-  OFFTOWER_REGISTERS4 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define OFFTOWER_REGISTERS16                                                            \
-  OFFTOWER_REGISTERS8 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-                      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define OFFTOWER_REGISTERS8 \
+  OFFTOWER_REGISTERS4       \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define OFFTOWER_REGISTERS16                                                           \
+  OFFTOWER_REGISTERS8                                                                  \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define OFFTOWER_WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 "
 
 // wgmma_ss_zero: d = A B^T; wgmma_ss: d += A B^T. A and B are K-major in shared memory.
 //
 // The first declares d as output only (scale-d = 0). As input and output, d's old values would have to be
 // moved into place while other wgmmas run, and ptxas would serialize all of them (C7512).
-#define OFFTOWER_DEFINE_WGMMA_SS(name, tiles, columns, scale_d, constraint, a_place, b_place)            \
-  OFFTOWER_DEVICE void name(float (&d)[tiles][4], uint64_t a, uint64_t b) {                              \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " #scale_d ", 0;\n" OFFTOWER_WGMMA(columns) "{"       \
-                 OFFTOWER_REGISTERS##tiles "}, %" #a_place ", %" #b_place ", p, 1, 1, 0, 0;\n}"          \
-                 : OFFTOWER_D##tiles(constraint, 0)                                                      \
-                 : "l"(a), "l"(b));                                                                      \
+#define OFFTOWER_DEFINE_WGMMA_SS(name, tiles, columns, scale_d, constraint, a_place, b_place) \
+  OFFTOWER_DEVICE void name(float (&d)[tiles][4], uint64_t a, uint64_t b) {                   \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " #scale_d                                 \
+                 ", 0;\n" OFFTOWER_WGMMA(columns) "{" OFFTOWER_REGISTERS##tiles               \
+                 "}, %" #a_place ", %" #b_place ", p, 1, 1, 0, 0;\n}"                         \
+                 : OFFTOWER_D##tiles(constraint, 0)                                           \
+                 : "l"(a), "l"(b));                                                           \
   }
 OFFTOWER_DEFINE_WGMMA_SS(wgmma_ss_zero, 4, 32, 0, "=f", 16, 17)
 OFFTOWER_DEFINE_WGMMA_SS(wgmma_ss_zero, 8, 64, 0, "=f", 32, 33)
@@ -74,12 +77,12 @@ OFFTOWER_DEFINE_WGMMA_SS(wgmma_ss, 8, 64, 1, "+f", 32, 33)
 OFFTOWER_DEFINE_WGMMA_SS(wgmma_ss, 16, 128, 1, "+f", 64, 65)
 
 // d += A B: A (64 x 16) in registers as mma fragments, B (16 x columns) MN-major in shared memory.
-#define OFFTOWER_DEFINE_WGMMA_RS(tiles, columns, a0, a1, a2, a3, b_place)                                \
-  OFFTOWER_DEVICE void wgmma_rs(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b) {              \
-    asm volatile(OFFTOWER_WGMMA(columns) "{" OFFTOWER_REGISTERS##tiles "}, {%" #a0 ", %" #a1 ", %" #a2   \
-                 ", %" #a3 "}, %" #b_place ", 1, 1, 1, 1;\n"                                             \
-                 : OFFTOWER_D##tiles("+f", 0)                                                            \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                  \
+#define OFFTOWER_DEFINE_WGMMA_RS(tiles, columns, a0, a1, a2, a3, b_place)                    \
+  OFFTOWER_DEVICE void wgmma_rs(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b) {  \
+    asm volatile(OFFTOWER_WGMMA(columns) "{" OFFTOWER_REGISTERS##tiles                       \
+                 "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b_place ", 1, 1, 1, 1;\n" \
+                 : OFFTOWER_D##tiles("+f", 0)                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                      \
   }
 OFFTOWER_DEFINE_WGMMA_RS(8, 64, 32, 33, 34, 35, 36)
 OFFTOWER_DEFINE_WGMMA_RS(16, 128, 64, 65, 66, 67, 68)
