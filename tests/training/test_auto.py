@@ -45,7 +45,13 @@ from offtower.training.auto.held_out import (
     HeldOutTerms,
 )
 from offtower.training.auto.members import fit_members
-from offtower.training.auto.prior_order import IMPLICIT, LIKELIHOODS, REGRESSIONS, prior_order
+from offtower.training.auto.prior_order import (
+    CLONE,
+    IMPLICIT,
+    LIKELIHOODS,
+    REGRESSIONS,
+    prior_order,
+)
 from offtower.training.run import train_run
 from offtower.training.trainer import TrainingResult
 from tests.mappers import BackwardsMapper
@@ -270,10 +276,10 @@ def test_rows_of_one_context_or_user_share_a_fold() -> None:
 def test_prior_order_depends_on_features_and_rewarded_rows() -> None:
     """Ids alone, seldom rewarded: the likelihoods come first. Else regressions."""
     described = prepare(*_log_and_catalogue(WORLD.sample(50, seed=1)), Progress())
-    assert prior_order(described) == (*REGRESSIONS, *LIKELIHOODS)
+    assert prior_order(described) == (*REGRESSIONS, *LIKELIHOODS, CLONE)
     world = as_feedback(long_tail(0, labels=30, examples=60, tokens=40), 200, seed=0)
     ids = prepare(world.log, None, world.catalogue, Progress())
-    assert prior_order(ids) == (IMPLICIT, *LIKELIHOODS, *REGRESSIONS)
+    assert prior_order(ids) == (IMPLICIT, *LIKELIHOODS, *REGRESSIONS, CLONE)
     # A few ids that the log rewards again and again are known as well as any features.
     few = as_feedback(long_tail(0, labels=4, examples=60, tokens=40), 2000, seed=0)
     assert prior_order(prepare(few.log, None, few.catalogue, Progress()))[0] == REGRESSIONS[0]

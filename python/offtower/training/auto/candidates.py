@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 from offtower.config import AutoConfig, Config, PolicyConfig, TowerConfig
 from offtower.data.encoding import FeatureEncoding
 from offtower.errors import ConfigError
-from offtower.objectives import ImplicitSquares, Objective, Regression, WeightedLikelihood
+from offtower.objectives import (
+    BehaviorCloning,
+    ImplicitSquares,
+    Objective,
+    Regression,
+    WeightedLikelihood,
+)
 from offtower.prepare import PreparedData
 from offtower.training.auto.prior_order import prior_order
 from offtower.training.checks import check_eligible, check_terms
@@ -65,6 +71,7 @@ def make_candidates(config: Config, data: PreparedData) -> list[PolicyCandidate]
             PolicyCandidate(
                 "implicit_linear", ImplicitSquares(0.1, max_weight=10.0), implicit, weight_decay=1.0
             ),
+            PolicyCandidate("behavior_cloning", BehaviorCloning(), deep, learning_rate=3e-3),
         )
     }
     names = config.auto.candidates or prior_order(data)

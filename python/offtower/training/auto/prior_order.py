@@ -10,6 +10,7 @@ from offtower.prepare import PreparedData
 REGRESSIONS = ("regression_linear", "regression")
 LIKELIHOODS = ("likelihood_linear", "likelihood")
 IMPLICIT = "implicit_linear"
+CLONE = "behavior_cloning"
 
 ENOUGH = 50
 """Rewarded rows from which an item counts as well observed."""
@@ -33,10 +34,12 @@ def prior_order(data: PreparedData) -> tuple[str, ...]:
     weighted by 1 / pscore, needs no reward model and lowers items that the log never shows;
     implicit squares do the same with a least-squares problem per id, which is better for ids at
     high rank.
+
+    The clone of the logging policy ignores rewards and comes last.
     """
     if not _ids_only(data) or _well_observed(_rewarded_rows(data)):
-        return (*REGRESSIONS, *LIKELIHOODS)
-    return (IMPLICIT, *LIKELIHOODS, *REGRESSIONS)
+        return (*REGRESSIONS, *LIKELIHOODS, CLONE)
+    return (IMPLICIT, *LIKELIHOODS, *REGRESSIONS, CLONE)
 
 
 def _ids_only(data: PreparedData) -> bool:
