@@ -167,7 +167,7 @@ def selectors(which: str, network: NetworkOptions) -> dict[str, Selector]:
     if which == "main":
         return main
     if which == "network":
-        options = {"importance_fit": "network", "network": network, "ties": "none"}
+        options = {"network": network, "ties": "none"}
         return {
             "pasif network, 10 splits": Selector("pasif", {"repetitions": 10, **options}),
             "pasif exact, 10 splits": main["pasif exact, 10 splits"],

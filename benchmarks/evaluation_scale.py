@@ -184,9 +184,9 @@ def pasif(args: argparse.Namespace) -> dict[str, Any]:
     from offtower.evaluation.selection import (
         SelectionLog,
         default_candidates,
-        fit_split_draws,
         select_estimator,
     )
+    from offtower.evaluation.selection.exact import fit_draws
 
     rng = np.random.default_rng(0)
     n, draws, dim = args.rows, 100, args.dim
@@ -216,7 +216,7 @@ def pasif(args: argparse.Namespace) -> dict[str, Any]:
         weight[:, 0], reward, weight[:, 1:], {"true": (q[:, 0], expected, q[:, 1:])}
     )
     fit_started = time.perf_counter()
-    rho, at_draws = fit_split_draws(weight[:, 0], weight[:, 1:], 0.2)
+    rho, at_draws = fit_draws(weight[:, 0], weight[:, 1:], 0.2)
     fit_seconds = time.perf_counter() - fit_started
     result = select_estimator(log, default_candidates(log.problem), method="pasif")
     return {

@@ -7,17 +7,23 @@ import pytest
 from scipy.optimize import minimize
 
 from offtower.errors import OfftowerError
-from offtower.evaluation.selection import (
-    fit_split,
-    fit_split_draws,
-    fit_split_pooled,
-    pseudo_weight,
-)
+from offtower.evaluation.selection import SelectionLog
+from offtower.evaluation.selection.exact import fit_draws, fit_pooled, solve_multiplier
+from offtower.evaluation.selection.log import importance_weights
 
 
 def policies(seed: int, n: int, items: int, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     return rng.dirichlet(np.ones(items), n), rng.dirichlet(np.full(items, 1.0 / spread), n)
+
+
+def fit_split(behavior: np.ndarray, target: np.ndarray, share: float = 0.2) -> np.ndarray:
+    weight = importance_weights(behavior, target)
+    return solve_multiplier(weight, behavior, share).apply(weight)
+
+
+def pseudo_weight(rho: np.ndarray, p: float) -> np.ndarray:
+    return rho * (1.0 - p) / ((1.0 - rho) * p)
 
 
 def loss(rho: np.ndarray, behavior: np.ndarray, weight: np.ndarray, share: float) -> float:
@@ -116,8 +122,8 @@ def test_draws_approach_the_exact_split() -> None:
     drawn = (rng.random((40, 20_000, 1)) > behavior.cumsum(axis=1)[:, None, :-1]).sum(axis=2)
     logged = drawn[:, 0]
     rows = np.arange(40)
-    rho, at_draws = fit_split_draws(
-        weight[rows, logged], np.take_along_axis(weight, drawn[:, 1:], axis=1)
+    rho, at_draws = fit_draws(
+        weight[rows, logged], np.take_along_axis(weight, drawn[:, 1:], axis=1), 0.2
     )
     exact = fit_split(behavior, target)[rows, logged]
     np.testing.assert_allclose(rho, exact, atol=0.02)
@@ -126,7 +132,7 @@ def test_draws_approach_the_exact_split() -> None:
 
 def test_draws_that_overshoot_are_scaled_to_the_share() -> None:
     weight = np.full((3, 100), 2.0)  # mean weight 2: noise that E[rho] = k does not allow
-    rho, at_draws = fit_split_draws(np.ones(3), weight)
+    rho, at_draws = fit_draws(np.ones(3), weight, 0.2)
     np.testing.assert_allclose(at_draws, 0.2, atol=1e-9)
     assert np.all(rho < 0.2)
 
@@ -134,40 +140,32 @@ def test_draws_that_overshoot_are_scaled_to_the_share() -> None:
 @pytest.mark.parametrize("draws", [1, 2, 99])
 def test_few_draws_are_refused(draws: int) -> None:
     with pytest.raises(OfftowerError, match="draw"):
-        fit_split_draws(np.ones(5), np.ones((5, draws)))
+        fit_draws(np.ones(5), np.ones((5, draws)), 0.2)
 
 
-def test_one_draw_is_refused_whatever_the_minimum() -> None:
-    with pytest.raises(OfftowerError, match="draw"):
-        fit_split_draws(np.ones(5), np.ones((5, 1)), min_draws=1)
+def test_draws_that_are_no_weights_are_refused() -> None:
+    for wrong in (-1.0, np.nan, np.inf):
+        with pytest.raises(OfftowerError, match="negative or not finite"):
+            fit_draws(np.ones(5), np.full((5, 100), wrong), 0.2)
 
 
 def test_pooled_multiplier_keeps_the_mean_share() -> None:
     weight = np.random.default_rng(6).lognormal(-0.5, 1.0, 1000)
-    rho = fit_split_pooled(weight)
+    rho = fit_pooled(weight, 0.2)
     assert rho.mean() == pytest.approx(0.2, abs=1e-12)
     order = np.argsort(weight)
     assert np.all(np.diff(rho[order]) >= 0.0)
-    np.testing.assert_allclose(fit_split_pooled(np.ones(10)), 0.2, atol=1e-14)
+    np.testing.assert_allclose(fit_pooled(np.ones(10), 0.2), 0.2, atol=1e-14)
 
 
 @pytest.mark.parametrize(
-    ("behavior", "target", "share", "message"),
+    ("behavior", "target", "message"),
     [
-        (np.full((2, 2), 0.5), np.full((2, 3), 1 / 3), 0.2, "shape"),
-        (np.full((2, 2), 0.4), np.full((2, 2), 0.5), 0.2, "sums to"),
-        (np.full((2, 2), 0.5), np.array([[0.5, 0.5], [np.nan, 1.0]]), 0.2, "non-finite"),
-        (np.full((2, 2), 0.5), np.full((2, 2), 0.5), 1.0, "share"),
-        (np.full((2, 2), 0.5), np.full((2, 2), 0.5), 0.0, "share"),
+        (np.full((2, 2), 0.5), np.full((2, 3), 1 / 3), "shape"),
+        (np.full((2, 2), 0.4), np.full((2, 2), 0.5), "sums to"),
+        (np.full((2, 2), 0.5), np.array([[0.5, 0.5], [np.nan, 1.0]]), "non-finite"),
     ],
 )
-def test_bad_input_is_named(
-    behavior: np.ndarray, target: np.ndarray, share: float, message: str
-) -> None:
+def test_bad_input_is_named(behavior: np.ndarray, target: np.ndarray, message: str) -> None:
     with pytest.raises(OfftowerError, match=message):
-        fit_split(behavior, target, share)
-
-
-def test_unknown_method() -> None:
-    with pytest.raises(OfftowerError, match="unknown method"):
-        fit_split(np.full((1, 2), 0.5), np.full((1, 2), 0.5), method="magic")
+        SelectionLog.from_policies([0, 0], [0.0, 1.0], behavior, target)

@@ -19,12 +19,11 @@ from offtower.evaluation.selection import (
     SelectionResult,
     compare_selectors,
     default_candidates,
-    fit_split_pooled,
-    pseudo_problem,
     select_estimator,
 )
+from offtower.evaluation.selection.exact import fit_pooled
 from offtower.evaluation.selection.paired import select_paired
-from offtower.evaluation.selection.pasif import _repetition_errors
+from offtower.evaluation.selection.pasif import PseudoProblem, _squared_errors, pseudo_problem
 from offtower.evaluation.selection.result import make_result
 from offtower.evaluation.selection.select import _spread, _verdict
 
@@ -74,9 +73,8 @@ def test_pseudo_problem_has_the_pseudo_target_value(fit: str) -> None:
         context=w.context[rows],
         item_features=w.item_features,
     )
-    pseudo = pseudo_problem(
-        log, share=0.2, importance_fit=fit, network=NetworkOptions(epochs=40, hidden=16)
-    )
+    network = NetworkOptions(epochs=40, hidden=16) if fit == "network" else None
+    pseudo = pseudo_problem(log, share=0.2, network=network)
     mass = w.behavior[rows, items]
     truth = np.average(log.problem.reward, weights=mass * pseudo.rho)
     rest = mass * (1.0 - pseudo.rho)
@@ -125,15 +123,15 @@ def test_draws_and_dense_policies_agree() -> None:
     )
 
 
-@pytest.mark.parametrize("resample", [False, True])
-def test_no_row_is_on_both_sides_even_with_resampling(resample: bool) -> None:
+def test_no_row_is_on_both_sides() -> None:
     recorder = Recorder(300)
-    _repetition_errors(np.full(300, 0.3), recorder, [Candidate("a", None)], 20, resample, seed=0)
+    pseudo = PseudoProblem(np.full(300, 0.3), recorder, 0.0)
+    _squared_errors(pseudo, [Candidate("a", None)], 20, seed=0)
     assert len(recorder.truth) == len(recorder.shown) == 20
     for truth, shown in zip(recorder.truth, recorder.shown, strict=True):
         assert np.intersect1d(truth, shown).size == 0
         assert truth.size + shown.size == 300
-        assert (np.unique(shown).size == shown.size) is (not resample)
+        assert np.unique(shown).size == shown.size
 
 
 # ---- known answers ----------------------------------------------------------------------------
@@ -259,7 +257,7 @@ def test_propensities_only_pool_the_multiplier_and_skip_models() -> None:
     assert set(result.skipped) == {"DM[m]", "DR[m]", "SNDR[m]"}
     assert any("pooled" in note for note in result.notes)
     np.testing.assert_array_equal(
-        pseudo_problem(log, share=0.2).rho, fit_split_pooled(dense.problem.weight)
+        pseudo_problem(log, share=0.2).rho, fit_pooled(dense.problem.weight, 0.2)
     )
     assert len(select_estimator(log, candidates("m")).ranking) == 5
 
@@ -270,7 +268,6 @@ def test_network_fit_runs_through_the_selector() -> None:
         w.log({"m": w.q}),
         candidates("m"),
         method="pasif",
-        importance_fit="network",
         network=NetworkOptions(hidden=8, epochs=20, penalties=(1.0, 10.0)),
         repetitions=4,
     )
@@ -365,7 +362,10 @@ def test_refusals() -> None:
         select_estimator(log, [Candidate("c", e.ClippedIPS(max_weight=2.0))])
     with pytest.raises(OfftowerError, match="from_policies"):
         bare = SelectionLog.from_propensities(log.problem.weight, log.problem.reward)
-        select_estimator(bare, candidates(), method="pasif", importance_fit="network")
+        select_estimator(bare, candidates(), method="pasif", network=NetworkOptions())
+    for share in (0.0, 1.0):
+        with pytest.raises(OfftowerError, match="share"):
+            select_estimator(log, candidates(), method="pasif", share=share)
     with pytest.raises(OfftowerError, match="repetitions"):
         select_estimator(log, candidates(), method="pasif", repetitions=1)
 

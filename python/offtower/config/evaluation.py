@@ -121,7 +121,7 @@ class SelectionConfig:
     share: float = Field(default=0.2, gt=0.0, lt=1.0)
     """PAS-IF's k, the expected share of the pseudo-target part."""
     importance_fit: Literal["exact", "network"] = "exact"
-    """How PAS-IF's split is fitted: a root-find, or the published network (slow: about a minute for
+    """How PAS-IF's split is fitted: a root-find, or the published network (slow: minutes for
     2,000 rows and 10 items), which needs logging_run or logging_runs and the whole catalogue."""
     network_steps: int = Field(default=5_000, ge=1)
     """The network's steps of Adam on all rows, for each lambda of its grid."""

@@ -124,7 +124,6 @@ class SelectionData:
             source = self._source(policy, self.pasif)
             logs["pasif"] = SelectionLog(rows, source, independent_models=independent)
             if options.importance_fit == "network":
-                pasif["importance_fit"] = "network"
                 pasif["network"] = NetworkOptions(epochs=options.network_steps)
         refusal = self.heuristic_refusal
         methods = list(METHODS) if select == "all" else [select]

@@ -8,21 +8,14 @@ from offtower.evaluation.selection.log import (
     DensePolicies,
     SelectionLog,
 )
-from offtower.evaluation.selection.network import NetworkFit, NetworkOptions, fit_network
+from offtower.evaluation.selection.network import NetworkOptions
 from offtower.evaluation.selection.problem import Candidate, Problem
-from offtower.evaluation.selection.pseudo import PseudoProblem, pseudo_problem
 from offtower.evaluation.selection.result import (
     CandidateScore,
     SelectionComparison,
     SelectionResult,
 )
 from offtower.evaluation.selection.select import METHODS, compare_selectors, select_estimator
-from offtower.evaluation.selection.splits import (
-    fit_split,
-    fit_split_draws,
-    fit_split_pooled,
-    pseudo_weight,
-)
 
 __all__ = [
     "METHODS",
@@ -32,20 +25,12 @@ __all__ = [
     "CandidateScore",
     "DensePolicies",
     "ModelPredictions",
-    "NetworkFit",
     "NetworkOptions",
     "Problem",
-    "PseudoProblem",
     "SelectionComparison",
     "SelectionLog",
     "SelectionResult",
     "compare_selectors",
     "default_candidates",
-    "fit_network",
-    "fit_split",
-    "fit_split_draws",
-    "fit_split_pooled",
-    "pseudo_problem",
-    "pseudo_weight",
     "select_estimator",
 ]

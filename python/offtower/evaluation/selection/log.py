@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike
 from offtower.errors import OfftowerError
 from offtower.evaluation.rows import Array, EvaluationRows, IntArray, ModelPredictions
 from offtower.evaluation.selection.problem import Problem
-from offtower.evaluation.selection.splits import check_policies, importance_weights
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class SelectionLog:
         parameters a model learned from this log (`ModelPredictions.parameters`).
         Raises OfftowerError where shapes differ or a logged action has behavior 0.
         """
-        pi_b, pi_e = check_policies(behavior, target)
+        pi_b, pi_e = _policies(behavior, target)
         n, n_items = pi_b.shape
         logged = _integers(action, "action", n, n_items)
         rewards = _array(reward, "reward", (n,))
@@ -263,3 +262,29 @@ def _integers(values: ArrayLike, name: str, n: int, limit: int) -> IntArray:
     if array.min() < 0 or array.max() >= limit:
         raise OfftowerError(f"{name} must lie in 0..{limit - 1}.")
     return array.astype(np.int64)
+
+
+def importance_weights(behavior: Array, target: Array) -> Array:
+    """target / behavior, 0 where behavior is 0 (such a pair cannot be in the log)."""
+    return np.divide(target, behavior, out=np.zeros_like(target), where=behavior > 0.0)
+
+
+def _policies(behavior: ArrayLike, target: ArrayLike) -> tuple[Array, Array]:
+    """The two policies as float64 (n, A); OfftowerError where they are not distributions."""
+    pi_b = np.ascontiguousarray(behavior, dtype=np.float64)
+    pi_e = np.ascontiguousarray(target, dtype=np.float64)
+    for name, policy in (("behavior", pi_b), ("target", pi_e)):
+        if policy.ndim != 2 or 0 in policy.shape:
+            raise OfftowerError(f"{name} has shape {policy.shape}, expected (n, A) probabilities.")
+        if not np.all(np.isfinite(policy)) or policy.min() < 0.0:
+            raise OfftowerError(f"{name} holds negative or non-finite probabilities.")
+        off = np.abs(policy.sum(axis=1) - 1.0)
+        if off.max() > 1e-4:
+            row = int(off.argmax())
+            raise OfftowerError(
+                f"{name} row {row} sums to {policy[row].sum():.6g}, expected 1: pass probabilities "
+                "over all items."
+            )
+    if pi_b.shape != pi_e.shape:
+        raise OfftowerError(f"behavior has shape {pi_b.shape} and target {pi_e.shape}.")
+    return pi_b, pi_e

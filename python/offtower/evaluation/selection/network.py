@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from offtower.errors import OfftowerError
-from offtower.evaluation.rows import Array, IntArray
+from offtower.evaluation.rows import Array
+from offtower.evaluation.selection.log import DensePolicies
 
 
 @dataclass(frozen=True)
@@ -42,59 +43,63 @@ class NetworkFit:
 
 
 def fit_network(
-    behavior: Array,
-    target: Array,
-    action: IntArray,
-    context: Array,
-    item_features: Array | None,
-    *,
-    share: float,
-    options: NetworkOptions,
-    seed: int,
+    source: DensePolicies, share: float, options: NetworkOptions, seed: int = 0
 ) -> NetworkFit:
     """Fit rho by gradient descent on mean (w~ - w)^2 + lambda mean (p(x) - k)^2 over the rows.
 
-    behavior, target: (n, A) probabilities. action: (n,) logged items. context: (n, d).
-    item_features: (A, e); for None, log behavior and log target of each pair stand for the item.
-    Items are ordered by their features first, so renumbering them changes nothing.
+    Without item features, log behavior and log target of each pair stand for the item. Items are
+    ordered by their features first, so renumbering them changes nothing.
     The penalty is the one of least weight error among those whose mean p(x) is within the tolerance
-    of k, else the one whose mean p(x) is nearest to k. Raises OfftowerError for shapes that differ,
-    and where every fit went to NaN.
+    of k, else the one whose mean p(x) is nearest to k. Raises OfftowerError without contexts, for
+    shapes that differ, and where every fit went to NaN.
     """
-    n, n_items = behavior.shape
-    items = n_items if item_features is None else item_features.shape[0]
-    if context.ndim != 2 or (context.shape[0], items, action.shape) != (n, n_items, (n,)):
-        shapes = f"{behavior.shape}, {context.shape}, {action.shape}; {items} items with features"
-        raise OfftowerError(f"network split: behavior, context and action do not match: {shapes}")
-    keys = [behavior[-1], target[-1], behavior[0], target[0]]
-    order = np.lexsort(keys if item_features is None else [*keys, *item_features.T[::-1]])
+    features, (n, n_items) = source.item_features, source.behavior.shape
+    if source.context is None:
+        raise OfftowerError(
+            "importance_fit='network' needs the contexts: SelectionLog.from_policies(context=...)."
+        )
+    items = n_items if features is None else features.shape[0]
+    if source.context.ndim != 2 or (source.context.shape[0], items) != (n, n_items):
+        raise OfftowerError(
+            f"network split: policies {source.behavior.shape}, context {source.context.shape} and "
+            f"{items} items with features do not match"
+        )
+    keys = [source.behavior[-1], source.target[-1], source.behavior[0], source.target[0]]
+    order = np.lexsort(keys if features is None else [*keys, *features.T[::-1]])
     rank = np.argsort(order)
-    pi_b, pi_e = torch.from_numpy(behavior[:, order]), torch.from_numpy(target[:, order])
-    logged = torch.from_numpy(rank[action])[:, None]
-    weight = (pi_e.gather(1, logged) / pi_b.gather(1, logged)).squeeze(1)
-    if item_features is None:
-        stacked = torch.stack([one.clamp_min(1e-12).log() for one in (pi_b, pi_e)], dim=2)
-        flat = stacked.reshape(-1, 2)
-        item = ((stacked - flat.mean(dim=0)) / (flat.std(dim=0) + 1e-12)).float()
+    behavior, target = source.behavior[:, order], source.target[:, order]
+    pi_b, pi_e = torch.from_numpy(behavior), torch.from_numpy(target)
+    logged = torch.from_numpy(rank[source.action])[:, None]
+    weight = (pi_e / pi_b).gather(1, logged)
+    context = _standardized(source.context)
+    if features is None:
+        item = _standardized(np.log(np.stack([behavior, target], axis=2).clip(1e-12)))
     else:
-        item = _standardized(item_features[order])
-    problem = FitProblem(pi_b, weight, logged[:, 0], _standardized(context), item)
+        item = _standardized(features[order])
+
+    def terms(logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """rho, p(x) (n, 1) and w~ of the logged items (n, 1); rho / (1 - rho) is exp(logit)."""
+        rho = torch.sigmoid(logit)
+        p = (pi_b * rho).sum(dim=1, keepdim=True)
+        return rho, p, torch.exp(logit.gather(1, logged)) * (1.0 - p) / p
 
     best: tuple[tuple[int, float], NetworkFit] | None = None
     for penalty in options.penalties:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = SplitNet(context.shape[1], item.shape[-1], options.hidden)
-        trainer = SplitTrainer(net, problem, options.learning_rate)
+        optimizer = torch.optim.Adam(net.parameters(), lr=options.learning_rate, fused=True)
         for _ in range(options.epochs):
-            trainer.step(penalty, share)
+            _, p, pseudo = terms(net(context, item))
+            optimizer.zero_grad()
+            loss = ((pseudo - weight) ** 2).mean() + penalty * ((p - share) ** 2).mean()
+            loss.backward()
+            optimizer.step()
         with torch.no_grad():
-            rho = torch.sigmoid(net(problem.context, item).double()).clamp(1e-9, 1.0 - 1e-9)
+            bound = float(np.log(1e9))  # rho within 1e-9 of 0 and 1
+            rho, p, pseudo = terms(net(context, item).clamp(-bound, bound))
         if not torch.isfinite(rho).all():
             continue
-        p = (pi_b * rho).sum(dim=1)
-        logged_rho = rho.gather(1, logged).squeeze(1)
-        pseudo = logged_rho * (1.0 - p) / ((1.0 - logged_rho) * p)
         distance = abs(float(p.mean()) - share)
         qualified = distance <= options.tolerance
         key = (0, float(((pseudo - weight) ** 2).mean())) if qualified else (1, distance)
@@ -102,25 +107,8 @@ def fit_network(
             kept = np.ascontiguousarray(rho.numpy()[:, rank])
             best = key, NetworkFit(kept, penalty, qualified)
     if best is None:
-        raise OfftowerError("network split: every lambda gave non-finite rho; use method='exact'")
+        raise OfftowerError("network split: every lambda gave non-finite rho; use the exact fit")
     return best[1]
-
-
-def _standardized(values: Array) -> Tensor:
-    spread = values.std(axis=0)
-    scaled = (values - values.mean(axis=0)) / np.where(spread > 0.0, spread, 1.0)
-    return torch.from_numpy(scaled).float()
-
-
-@dataclass(frozen=True)
-class FitProblem:
-    """weight: target / behavior of the logged items. item: (A, e), or (n, A, e) of each pair."""
-
-    behavior: Tensor
-    weight: Tensor
-    logged: Tensor
-    context: Tensor
-    item: Tensor
 
 
 class SplitNet(nn.Module):
@@ -135,68 +123,15 @@ class SplitNet(nn.Module):
         self.last = nn.Linear(hidden, 1, **options)
 
     def forward(self, context: Tensor, item: Tensor) -> Tensor:
-        """(n, A) logits of rho."""
+        """(n, A) logits of rho, float64; context (n, d), item (A, e) or (n, A, e)."""
         mixed = self.first_context(context)[:, None, :] + self.first_item(item)
-        return torch.squeeze(self.last(torch.relu(self.second(torch.relu(mixed)))), -1)
+        logit = self.last(torch.relu(self.second(torch.relu(mixed))))
+        return torch.squeeze(logit, -1).double()
 
 
-class SplitTrainer:
-    """Steps of Adam on the whole log, by a closed-form gradient; each large array is made once."""
-
-    def __init__(self, net: SplitNet, problem: FitProblem, rate: float) -> None:
-        self.net, self.problem = net, problem
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=rate, fused=True)
-        self.shape = (*problem.behavior.shape, net.second.weight.shape[0])
-        self.first, self.second, self.back = (
-            net.second.weight.new_empty(self.shape).flatten(0, 1) for _ in range(3)
-        )
-
-    @torch.no_grad()
-    def step(self, penalty: float, share: float) -> float:
-        """One step; returns the loss mean (w~ - w)^2 + penalty mean (p - k)^2 before it.
-
-        With p = sum_a pi_b rho and w~ = exp(logit) (1 - p) / p at the logged item (rho / (1 - rho)
-        is exp(logit): nothing is subtracted from one). The loss is float64.
-        """
-        problem, net, n = self.problem, self.net, self.shape[0]
-        from_context = problem.context @ net.first_context.weight.T + net.first_context.bias
-        from_item = problem.item @ net.first_item.weight.T
-        torch.add(from_context[:, None, :], from_item, out=self.first.view(self.shape)).relu_()
-        torch.addmm(net.second.bias, self.first, net.second.weight.T, out=self.second).relu_()
-        logit = (self.second @ net.last.weight[0]).view(self.shape[:2]) + net.last.bias
-        logit, rows = logit.double(), torch.arange(n, device=logit.device)
-        rho = torch.sigmoid(logit)
-        p = (problem.behavior * rho).sum(dim=1)
-        pseudo = torch.exp(logit[rows, problem.logged]) * (1.0 - p) / p
-        off, drift = pseudo - problem.weight, p - share
-        by_pseudo = 2.0 / n * off
-        by_p = 2.0 / n * penalty * drift - by_pseudo * pseudo / (p * (1.0 - p))
-        gradient = by_p[:, None] * problem.behavior * rho * (1.0 - rho)
-        gradient[rows, problem.logged] += by_pseudo * pseudo
-        self._backward(gradient.float())
-        self.optimizer.step()
-        return float((off @ off + penalty * (drift @ drift)) / n)
-
-    def _backward(self, gradient: Tensor) -> None:
-        net, item, flat = self.net, self.problem.item, gradient.reshape(-1, 1)
-        net.last.weight.grad, net.last.bias.grad = flat.T @ self.second, gradient.sum().reshape(1)
-        torch.mul(flat, net.last.weight, out=self.back)
-        _mask(self.back, self.second)
-        net.second.weight.grad, net.second.bias.grad = (
-            self.back.T @ self.first,
-            self.back.sum(dim=0),
-        )
-        # The second layer's output is not needed any more: its memory takes the gradient.
-        torch.mm(self.back, net.second.weight, out=self.second)
-        _mask(self.second, self.first)
-        cube = self.second.view(self.shape)
-        by_context = cube.sum(dim=1)
-        by_item = cube.sum(dim=0) if item.dim() == 2 else self.second
-        net.first_context.weight.grad = by_context.T @ self.problem.context
-        net.first_context.bias.grad = by_context.sum(dim=0)
-        net.first_item.weight.grad = by_item.T @ item.reshape(-1, item.shape[-1])
-
-
-def _mask(gradient: Tensor, output: Tensor) -> None:
-    """In place: zero where the ReLU's output is."""
-    torch.ops.aten.threshold_backward.grad_input(gradient, output, 0.0, grad_input=gradient)
+def _standardized(values: Array) -> Tensor:
+    """Of each feature (the last axis), mean 0 and standard deviation 1."""
+    rows = tuple(range(values.ndim - 1))
+    spread = values.std(axis=rows)
+    scaled = (values - values.mean(axis=rows)) / np.where(spread > 0.0, spread, 1.0)
+    return torch.from_numpy(scaled).float()
