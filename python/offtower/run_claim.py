@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from offtower.config import Config
 from offtower.data.lease import Lease, LeaseKey
 from offtower.data.lease_files import FOLDER
-from offtower.errors import OfftowerError
+from offtower.errors import ConfigError, OfftowerError
 from offtower.mirror import Mirror
 from offtower.run_directory import RunDirectory
 
@@ -76,7 +77,8 @@ def claim_run(
 ) -> Iterator[ClaimedRun]:
     """Hold the directory of a run, and its copy, until the end of the block.
 
-    A run that ends with an error for users before it has written anything leaves no directory.
+    A new run that ends with an error for users before it has written anything leaves no directory;
+    encodings count as nothing where the configuration is to blame, which another run will have.
 
     Args:
         resume: accept a directory that holds a run of this configuration.
@@ -103,8 +105,8 @@ def claim_run(
             run = ClaimedRun(path, lease, copy)
             run.start(config, resume=resume)
             yield run
-        except OfftowerError:
-            _remove_unused(path, lease)
+        except OfftowerError as error:
+            _remove_unused(path, lease, encodings=isinstance(error, ConfigError) and not resume)
             raise
 
 
@@ -121,12 +123,15 @@ def join_run(key: ClaimKey) -> Iterator[ClaimedRun]:
         yield ClaimedRun(key.path, lease, mirror)
 
 
-def _remove_unused(path: Path, lease: Lease) -> None:
-    """Remove a run of which nothing but the claim was written."""
+def _remove_unused(path: Path, lease: Lease, *, encodings: bool) -> None:
+    """Remove a run of which nothing but the claim was written, and its encodings if asked to."""
+    run = RunDirectory(path)
+    written = {FOLDER, run.config_path.name} | ({run.encodings.name} if encodings else set())
     try:
         lease.verify()
-        if set(os.listdir(path)) <= {FOLDER, "config.yaml"}:
-            (path / "config.yaml").unlink(missing_ok=True)
+        if set(os.listdir(path)) <= written:
+            shutil.rmtree(run.encodings, ignore_errors=True)
+            run.config_path.unlink(missing_ok=True)
             lease.release(remove=True)
             path.rmdir()
     except (OSError, OfftowerError):

@@ -77,10 +77,6 @@ class RunDirectory:
     def quarantine(self) -> Path:
         return self.path / "quarantine"
 
-    @property
-    def report_path(self) -> Path:
-        return self.path / "report.html"
-
     def check_owner(self) -> None:
         """Called before each write; raises where another process has taken over (`ClaimedRun`)."""
 

@@ -34,6 +34,7 @@ def test_a_good_log_is_ok() -> None:
         assert finding.numbers["mean"] == 4 and "consistent" in finding.message
     (reward,) = named(report, "reward")
     assert reward.numbers["low"] < 0.5 < reward.numbers["high"]
+    assert "standard error of independent rows" in reward.message  # it has users and rounds
     assert named(report, "behavior policies")[0].level == "info"
     assert not named(report, "repeats") and not named(report, "constant")
 

@@ -20,7 +20,7 @@ from offtower.config import Config, to_yaml
 from offtower.data import lease
 from offtower.data.lease import Lease
 from offtower.data.lease_files import FOLDER
-from offtower.errors import DataError, LeaseError, RunError
+from offtower.errors import ConfigError, DataError, LeaseError, RunError
 from offtower.models.store import policy_digest
 from offtower.retrieval.export import ExportOptions, export_run
 from offtower.run_claim import ClaimedRun, claim_run, join_run
@@ -200,6 +200,10 @@ def test_a_worker_elsewhere_writes_until_its_head_is_superseded(
 def test_a_run_that_is_refused_leaves_nothing(simulated: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         train_run(config_of(simulated, tmp_path, "data.train=nowhere"))
+    assert not list(tmp_path.iterdir())
+    # Refused after the encodings were fitted: another configuration will be another run.
+    with pytest.raises(ConfigError, match="needs a reward model"):
+        train_run(config_of(simulated, tmp_path, "objective.name=dr", "reward_model.kind=none"))
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,8 @@ from offtower.data.moments import Moments
 
 @dataclass(frozen=True)
 class MeanReward(Check):
-    """Moments of the good rows' rewards."""
+    """Moments of the good rows' rewards, each row counted alone: the rows of a user or round, which
+    are correlated, make the error of the mean larger than this one."""
 
     reward: Moments
 
@@ -30,11 +31,13 @@ class MeanReward(Check):
         mean, error = reward.mean, reward.std_error
         equal = reward.square == 0
         kept = "" if facts.schema.weight is None else "of the kept rows "
+        correlated = facts.schema.user_id is not None or facts.schema.round_id is not None
+        alone = " of independent rows" if correlated else ""
         return [
             Finding(
                 "warning" if equal else "info",
                 "reward",
-                f"mean reward {kept}{mean:.5g} (standard error {error:.2g}; 95% interval "
+                f"mean reward {kept}{mean:.5g} (standard error{alone} {error:.2g}; 95% interval "
                 f"{mean - 1.96 * error:.5g} to {mean + 1.96 * error:.5g}), "
                 f"from {reward.smallest:g} to {reward.largest:g}"
                 + (": all rewards are equal, nothing to learn" if equal else ""),
