@@ -69,9 +69,16 @@ class HeldOutRows:
     unit: NDArray[np.int64] | None
     """(n,) number, from 0 and without gaps, of the user or context by which rows are correlated;
     None where all rows are independent."""
-    inverse_pscore: float = 0.0
-    """Mean of 1 / pscore (N where all items may be shown): about the weight of a row that shows the
-    item of a sharp policy."""
+    pscore: Array
+    """(n,) logged propensity."""
+    eligible_items: Array
+    """(n,) number of items that could have been shown."""
+
+    @property
+    def inverse_pscore(self) -> float:
+        """Mean of 1 / pscore (N where all items may be shown): about the weight of a row that shows
+        the item of a sharp policy."""
+        return float(np.reciprocal(self.pscore).mean())
 
     def policies(self, name: str) -> list[CandidatePolicy]:
         """One candidate's policies in ascending inverse temperature."""
@@ -152,7 +159,9 @@ class HeldOutEvaluator:
         reward: list[Array] = []
         predicted: list[Array] = []
         units: list[NDArray[np.uint64]] = []
-        inverse = 0.0
+        pscore: list[Array] = []
+        eligible_items: list[Array] = []
+        number = self._data.items.num_items
         for k, rows in self._rows():
             action = tensor_of(rows.action, self._data.device)
             context = to_tensors(rows.context, self._data.device)
@@ -161,7 +170,12 @@ class HeldOutEvaluator:
             assert rows.pscore is not None, "auto requires propensities"
             eligible = None if rows.eligible is None else rows.eligible.on(self._data.device)
             log_pscore = tensor_of(rows.pscore, self._data.device).log()
-            inverse += float(np.reciprocal(rows.pscore.astype(np.float64)).sum())
+            pscore.append(rows.pscore.astype(np.float64))
+            eligible_items.append(
+                np.full(len(rows), float(number))
+                if eligible is None
+                else _array(eligible.count(number))
+            )
             reward.append(rows.reward.astype(np.float64))
             logged = np.zeros(len(rows))
             for policy in policies:
@@ -187,9 +201,8 @@ class HeldOutEvaluator:
             predicted.append(logged)
             if not self._folds.by_row:
                 units.append(self._folds.key(rows))
-        rewards = np.concatenate(reward)
         return HeldOutRows(
-            reward=rewards,
+            reward=np.concatenate(reward),
             terms={
                 policy: HeldOutTerms(
                     np.concatenate(weight[policy]), np.concatenate(expected[policy])
@@ -200,7 +213,8 @@ class HeldOutEvaluator:
             scale=scale,
             loss=dict(loss),
             unit=_numbered(np.concatenate(units)) if units else None,
-            inverse_pscore=inverse / len(rewards),
+            pscore=np.concatenate(pscore),
+            eligible_items=np.concatenate(eligible_items),
         )
 
     def _scale(self, members: _Members) -> float:
