@@ -87,7 +87,7 @@ print(status("VmHWM") - before - v.grad.numel() * 4)
 def test_forked_and_spawned_workers_compute_too(tmp_path: Path) -> None:
     """A fork after the core has run in the parent, as data loaders do; and a fresh interpreter."""
     code = """
-import multiprocessing, sys, torch
+import multiprocessing, torch
 from offtower.ops import policy_terms
 
 def work(queue):
@@ -96,25 +96,23 @@ def work(queue):
     queue.put(policy_terms(u, v, torch.arange(300)).log_prob.sum().item())
 
 if __name__ == "__main__":
-    method = sys.argv[1] if len(sys.argv) > 1 else "fork"
     torch.set_num_threads(2)
     here = multiprocessing.SimpleQueue()
     work(here)
-    context = multiprocessing.get_context(method)
-    queue = context.SimpleQueue()
-    child = context.Process(target=work, args=(queue,))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0, child.exitcode
-    assert queue.get() == here.get()
-"""
+    expected = here.get()
     for method in ("fork", "spawn"):
-        path = tmp_path / "work.py"
-        path.write_text(code)
-        done = subprocess.run(
-            [sys.executable, str(path), method], capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
+        context = multiprocessing.get_context(method)
+        queue = context.SimpleQueue()
+        child = context.Process(target=work, args=(queue,))
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0, (method, child.exitcode)
+        assert queue.get() == expected
+"""
+    path = tmp_path / "work.py"
+    path.write_text(code)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("own", [False, True])

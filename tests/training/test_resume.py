@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +24,7 @@ from offtower.metrics import read_metrics
 from offtower.run_directory import RunDirectory
 from offtower.training.run import train_run
 from tests.training.conftest import make_config
+from tests.training.distributed.processes import START
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
@@ -65,14 +63,16 @@ def test_another_seed_gives_another_policy(
     assert any(not np.array_equal(one[name], two[name]) for name in one)
 
 
+def _resume(config: Config) -> None:
+    train_run(config, resume=True)
+
+
 def test_killed_at_any_moment_and_resumed(
     simulated: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
     """SIGKILL after random delays, again and again, until a start runs to its end."""
     config = make_config(simulated, tmp_path, "whole")
-    path = tmp_path / "config.yaml"
-    path.write_text(to_yaml(config))
-    command = [sys.executable, "-m", "offtower.cli", "train", str(path), "--resume"]
+    processes = multiprocessing.get_context(START)
     run = config.run_directory
     rng = np.random.default_rng(7)
 
@@ -88,19 +88,22 @@ def test_killed_at_any_moment_and_resumed(
     places: list[str] = []
     for kill in range(6):
         before = newest()
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        process = processes.Process(target=_resume, args=(config,))
+        process.start()
         began = time.monotonic()
         moved = started if kill < 2 else lambda before=before: newest() != before
-        while not moved() and process.poll() is None and time.monotonic() - began < 60:
+        while not moved() and process.is_alive() and time.monotonic() - began < 60:
             time.sleep(0.002)
         time.sleep(float(rng.uniform(0, 0.12)))
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-        process.wait(timeout=60)
+        process.kill()
+        process.join(timeout=60)
         places.append(newest())
     # The kills fell on at least three different steps of the loop.
     assert len(set(places) - {""}) >= 3
-    assert subprocess.run(command, stderr=subprocess.DEVNULL, timeout=120).returncode == 0
+    last = processes.Process(target=_resume, args=(config,))
+    last.start()
+    last.join(timeout=120)
+    assert last.exitcode == 0
     assert_same_policy(run, uninterrupted)
     # No line is lost or written twice.
     steps = [(line["kind"], line["step"]) for line in read_metrics(run / "metrics.jsonl")]

@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from offtower.data.encoding import BagTensor, FeatureEncoding
 from offtower.models.bag_sums import bag_sums
@@ -75,10 +74,11 @@ class FeatureEncoder(nn.Module):
             else:
                 dim = table_dim or spec.embedding_dim or category_embedding_dim
                 rows = (table_rows or {}).get(spec.name, encoding.cardinality(spec.name))
+                empty = torch.empty(rows, dim, dtype=torch.float32, device="cpu")
                 table: nn.Module = (
-                    skip_init(nn.Embedding, rows, dim, dtype=torch.float32)
+                    nn.Embedding(rows, dim, _weight=empty)
                     if spec.kind == "category"
-                    else skip_init(nn.EmbeddingBag, rows, dim, mode="mean", dtype=torch.float32)
+                    else nn.EmbeddingBag(rows, dim, mode="mean", _weight=empty)
                 )
                 # One draw of the global generator for a table of any size.
                 seed = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))

@@ -19,7 +19,9 @@ TIMEOUT = timedelta(seconds=60)
 
 # A process is a fork of one that has imported all of this, and has no threads yet.
 START = "forkserver"
-multiprocessing.set_forkserver_preload(["offtower.training.run", "tests.training.conftest"])
+multiprocessing.set_forkserver_preload(
+    ["offtower.training.run", "sklearn.cluster", "tests.training.conftest"]
+)
 
 
 def run_workers(

@@ -60,6 +60,7 @@ def config_of(
         f"objective.name={objective}",
         f"training.batch_size={batch}",
         "training.item_chunk=3",
+        "data.validation=null",
         "policy.item_bias=true",
         # potec has an inverse temperature instead.
         f"policy.learn_temperature={str(objective != 'potec').lower()}",
