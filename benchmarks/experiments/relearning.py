@@ -6,7 +6,8 @@ In each of ten rounds a policy is learned from all logs so far, exported, drawn 
 propensities, and its log ingested with simulated rewards. The first log is of a popularity policy
 with half of its draws uniform. Reported are the true values of the served policies on the same
 contexts, by round and seed; the difference between the last and the first in paired standard errors
-over seeds; and the largest fall from one round to the next in the same unit.
+over seeds; and the largest fall from one round to the next in the same unit. The JSON is written
+after each seed, and a run that finds it goes on with the next one.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from offtower.training.run import train_run
 _START = datetime(2026, 2, 1, tzinfo=UTC)
 _JOIN = JoinPlan((("round_id", "round_id"), ("position", "position")), (JoinedReward("reward"),))
 _USERS = 2_000
+_NOT_RESULTS = ("json", "seeds")
 
 
 class Relearning:
@@ -187,26 +189,37 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, default=500, help="on which values are computed")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
-    values, seconds = np.zeros((args.seeds, args.rounds)), []
-    for seed in range(args.seeds):
+    settings = {key: str(value) for key, value in vars(args).items() if key not in _NOT_RESULTS}
+    values, seconds = earlier_seeds(args.json, settings)
+    for seed in range(len(values), args.seeds):
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             loop = Relearning(args, seed, Path(folder))
-            for number in range(args.rounds):
-                values[seed, number] = loop.round(number + 1)
+            values.append([loop.round(number + 1) for number in range(args.rounds)])
         seconds.append(time.perf_counter() - began)
         print(
             f"seed {seed}: {np.round(values[seed], 4).tolist()} in {seconds[-1]:.0f} s", flush=True
         )
-    result = {
-        "arguments": {key: str(value) for key, value in vars(args).items()},
-        "values": values.tolist(),
-        "seconds": seconds,
-        **(summary(values) if args.seeds > 1 else {}),
-    }
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: result[key] for key in result if key != "values"}, indent=2))
+        found = summary(np.array(values)) if len(values) > 1 else {}
+        result = {"arguments": settings, "values": values, "seconds": seconds, **found}
+        if args.json:
+            unfinished = args.json.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(result, indent=2) + "\n")
+            unfinished.rename(args.json)
+    if len(values) > 1:
+        print(json.dumps(summary(np.array(values)), indent=2))
+
+
+def earlier_seeds(
+    path: Path | None, settings: dict[str, str]
+) -> tuple[list[list[float]], list[float]]:
+    """Values and seconds of the seeds that `path` holds of the same settings."""
+    if path is None or not path.exists():
+        return [], []
+    found = json.loads(path.read_text())
+    if found["arguments"] != settings:
+        raise SystemExit(f"'{path}' holds results of other settings: {found['arguments']}")
+    return found["values"], found["seconds"]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ class DataError(OfftowerError):
     """A log or catalogue that cannot be read or does not keep its schema."""
 
 
+class NoEligibleItemsError(DataError):
+    """A context that may be shown no item."""
+
+
 class OperatorError(OfftowerError):
     """Tensors that an operator refuses: dtype, shape, device or index."""
 

@@ -96,6 +96,25 @@ def test_each_mode_writes_its_log(run: Path, contexts: Path, tmp_path: Path, mod
     assert [p.name for p in log.parent.iterdir() if p.name.startswith(".")] == []
 
 
+def test_shorter_and_empty_rounds_are_counted(run: Path, tmp_path: Path) -> None:
+    log, one = tmp_path / "day.parquet", json.dumps({"context": [0.1] * 8})
+    all_but_2 = ",".join(map(str, range(58)))
+    arguments = ("search", str(run), "--contexts", one, "--sample", "-k", "3", "--seed", "1")
+    found = call(*arguments, "--exclude", all_but_2, "--log", str(log), "--json")
+    assert found.exit_code == 0, found.output
+    content = json.loads(found.stdout)
+    assert content["rounds"] == {"shorter": 1, "empty": 0}
+    assert sorted(content["contexts"][0]["items"]) == [58, 59]
+    assert pq.read_table(log).column("position").to_pylist() == [0, 1]
+    assert "1 contexts have fewer than 3 items" in found.stderr
+
+    every = ("--exclude", f"{all_but_2},58,59")
+    assert "context 0: filters leave none of 60 items" in refused(*arguments, *every)
+    found = call(*arguments, *every, "--on-empty", "skip", "--log", str(tmp_path / "none.parquet"))
+    assert found.exit_code == 0 and "1 contexts have no item" in " ".join(found.stderr.split())
+    assert pq.read_table(tmp_path / "none.parquet").num_rows == 0
+
+
 def test_decisions_have_no_outcome_of_the_old_log(
     run: Path, contexts: Path, tmp_path: Path
 ) -> None:

@@ -12,8 +12,8 @@ import torch
 from scipy import stats
 
 from offtower.config import ServingConfig
-from offtower.errors import DataError
-from offtower.retrieval import IndexOptions, Retriever
+from offtower.errors import NoEligibleItemsError
+from offtower.retrieval import IndexOptions, Retriever, decisions_table
 from offtower.retrieval.exact import exact_top_k
 from offtower.retrieval.index import AnnIndex
 from offtower.retrieval.index_building import build_index
@@ -164,19 +164,54 @@ def test_a_retriever_searches_and_draws_among_each_contexts_items(run: Path, exa
     )
 
 
-def test_too_few_eligible_items_for_a_slate_are_reported(run: Path) -> None:
-    retriever = Retriever.open(run, index=False)
+@pytest.mark.parametrize("serving", [ServingConfig(), ServingConfig(k=200, mode="top_k")], ids=str)
+def test_a_slate_has_all_eligible_items_where_they_are_too_few(
+    run: Path, serving: ServingConfig
+) -> None:
+    retriever = Retriever.open(run, index=False, serving=serving)
     table, sets = log(300, ALL[:3])
-    contexts = table.take(pa.array([0]))
-    left = int(sets[0].sum())
-    with pytest.raises(
-        DataError, match=f"{left + 1} items were asked for, but filters leave {left}"
-    ):
-        retriever.sample(contexts, left + 1)
-    # The context is named, not the first of the call.
-    fewest = int(np.argmin(sets.sum(axis=1)))
-    asked = int(sets[fewest].sum()) + 1
-    assert sets[0].sum() >= asked > 1
-    contexts = table.take(pa.array([0, 0, fewest]))
-    with pytest.raises(DataError, match=f"context 2: {asked} items were asked for"):
-        retriever.sample(contexts, asked)
+    sets = sets[:40]
+    contexts = table.slice(0, 40)
+    asked = int(np.median(sets.sum(axis=1))) + 1
+    served = retriever.sample(contexts, asked, seed=1)
+    assert served.lengths.tolist() == np.minimum(sets.sum(axis=1), asked).tolist()
+    assert len(set(served.lengths.tolist())) > 2 and served.lengths.max() == asked
+    decisions = decisions_table(retriever, contexts, served)
+    assert decisions.num_rows == served.lengths.sum()
+    position = decisions.column("position").to_numpy()
+    assert position.tolist() == [k for length in served.lengths for k in range(length)]
+    for row, length in enumerate(served.lengths):
+        shown = served.item[row, :length]
+        assert sets[row, shown].all() and len(set(shown)) == length
+        assert served.item_id[row] == shown.tolist()
+        if length == sets[row].sum():
+            # Nothing else is left for the last position.
+            assert served.pscore[row, length - 1] == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("serving", [ServingConfig(), ServingConfig(k=3, mode="top_k")], ids=str)
+@pytest.mark.parametrize("by_call", [True, False])
+def test_a_context_without_items_is_an_error_or_skipped(
+    run: Path, serving: ServingConfig, by_call: bool
+) -> None:
+    """Items are ruled out by the call, or by the context's own columns."""
+    retriever = Retriever.open(run, serving=serving)
+    table, sets = log(300, ALL[:3])
+    some = np.flatnonzero(sets.sum(axis=1) >= 3)[:3]
+    contexts = table.take(pa.array(some))
+    allowed = np.flatnonzero(sets[some[1]]).tolist()
+    exclude = [[], allowed, []] if by_call else None
+    if not by_call:
+        seen = contexts.column("seen").to_pylist()
+        seen[1] = sorted({*seen[1], *allowed})
+        index = contexts.column_names.index("seen")
+        contexts = contexts.set_column(index, "seen", pa.array(seen))
+    named = "context 1: filters leave none" if by_call else "row 1 of the contexts has no eligible"
+    with pytest.raises(NoEligibleItemsError, match=named):
+        retriever.sample(contexts, 3, exclude=exclude)
+    served = retriever.sample(contexts, 3, exclude=exclude, on_empty="skip")
+    assert served.lengths.tolist() == [3, 0, 3]
+    decisions = decisions_table(retriever, contexts, served)
+    assert decisions.num_rows == 6 and len(decisions.column("round_id").unique()) == 2
+    found = retriever.search(contexts, 3, exclude=exclude, on_empty="skip")
+    assert [len(items) for items in found.item] == [3, 0, 3]

@@ -19,6 +19,7 @@ from offtower.data import Catalogue, ParquetLog, write_catalogue, write_log
 from offtower.data.columns import as_float_array
 from offtower.data.ingest import IngestSource, ingest_files
 from offtower.data.join import JoinedReward, JoinPlan, join_tables
+from offtower.data.rounds import Rounds
 from offtower.data.simulate import (
     EligibilitySettings,
     LoggingPolicy,
@@ -52,9 +53,10 @@ class Evaluated:
     """What an evaluation found on a served log of n rounds of k items."""
 
     weight: np.ndarray
-    """(n, k) importance weights: products over the positions down to each."""
+    """(n, k) importance weights: products over the positions down to each; 1 beyond the end of a
+    shorter round."""
     rewards: np.ndarray
-    """(n, k)."""
+    """(n, k); 0 beyond the end of a shorter round."""
     values: dict[str, float]
     """Estimates by estimator."""
     logging_value: float
@@ -169,15 +171,16 @@ class Loop:
     def log(self, contexts: pa.Table, decisions: pa.Table, served: SampleResult, seed: int) -> Path:
         """Draw the rewards of shown items (n, k), join them and ingest the log."""
         items = served.item
-        n, k = items.shape
+        k = items.shape[1]
         world, rng = self.world, np.random.default_rng(seed)
         latent = world.context_latent(contexts)
         logit = torch.einsum("bl,bkl->bk", latent, world.item_latent[items])
         logit = (logit + world.item_logit[items]).numpy()
         reward = SlateSettings(k).draw(logit, world.settings.intercept, "binary", rng)
         outcomes = decisions.select(["round_id", "position"])
-        outcomes = outcomes.append_column("reward", pa.array(reward.reshape(-1)))
-        shuffled = outcomes.take(pa.array(rng.permutation(n * k)))
+        rows = decisions.num_rows
+        outcomes = outcomes.append_column("reward", pa.array(reward[items >= 0]))
+        shuffled = outcomes.take(pa.array(rng.permutation(rows)))
         source = self.folder / f"served-{seed}.parquet"
         pq.write_table(join_tables(decisions, shuffled, _PLAN), source)
         taken = ingest_files(
@@ -189,7 +192,7 @@ class Loop:
             ),
             self.folder / f"taken-{seed}",
         )
-        assert taken.rows == n * k and taken.quarantined == 0
+        assert taken.rows == rows and taken.quarantined == 0
         return Path(str(taken.log))
 
     def evaluate(self, log: Path, serving: ServingConfig, k: int) -> Evaluated:
@@ -207,9 +210,14 @@ class Loop:
         result, _ = evaluator.run(plan, Mapper(), Progress())
         estimates = result.policies[name].estimates
         rewards = np.concatenate([as_float_array(t.column("reward")) for t in parquet.tables()])
+        rounds = Rounds.of_positions(
+            np.concatenate([t.column("position").to_numpy() for t in parquet.tables()])
+        )
+        grids = np.ones((len(rounds), k)), np.zeros((len(rounds), k))
+        for grid, column in zip(grids, (weight, rewards), strict=True):
+            grid[rounds.number, rounds.position] = column
         return Evaluated(
-            weight.reshape(-1, k),
-            rewards.reshape(-1, k),
+            *grids,
             {key: one.estimate.value for key, one in estimates.items()},
             result.logging.estimate.value,
         )

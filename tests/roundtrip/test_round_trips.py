@@ -13,9 +13,10 @@ import pytest
 from offtower.config import ServingConfig
 from offtower.data.simulate import ServedDistribution
 from offtower.data.simulate.plackett_luce import conditional_log_prob
+from offtower.retrieval import decisions_table
 from tests.roundtrip.configurations import CONFIGURATIONS, ITEMS, QUICK, Configuration
 from tests.roundtrip.conftest import MakeLoop
-from tests.roundtrip.loop import Loop, at_time, served_log
+from tests.roundtrip.loop import START, Loop, at_time, served_log
 
 ROUNDS = 60
 
@@ -99,3 +100,38 @@ def test_items_that_a_call_excludes_are_excluded_in_evaluation(
         assert not set(row) & set(ids)
     found = loop.evaluate(logged.log, serving, 2)
     assert np.abs(found.weight - 1.0).max() < 2e-5
+
+
+SHORT = [
+    ServingConfig(k=12),
+    ServingConfig(k=12, uniform=0.2),
+    ServingConfig(k=12, top=20),
+    ServingConfig(k=12, mode="top_k"),
+]
+
+
+@pytest.mark.parametrize("serving", SHORT, ids=lambda one: one.text)
+def test_rounds_are_shorter_where_fewer_items_are_eligible(
+    loop_of: MakeLoop, serving: ServingConfig
+) -> None:
+    """Contexts of 3 to 15 candidates and slates of 12: served, logged and evaluated as they are."""
+    loop, seed = loop_of("candidates", ITEMS), 91 + SHORT.index(serving)
+    contexts, _ = at_time(loop.contexts(ROUNDS, seed), seed)
+    column = contexts.column_names.index("candidates")
+    lists = [ids[: 3 + i % 13] for i, ids in enumerate(contexts.column(column).to_pylist())]
+    contexts = contexts.set_column(column, "candidates", pa.array(lists))
+    retriever = loop.serving(serving)
+    served = retriever.sample(contexts, serving.k, seed=seed)
+    lengths = np.array([min(len(ids), serving.k) for ids in lists])
+    np.testing.assert_array_equal(served.lengths, lengths)
+    decisions = decisions_table(retriever, contexts, served, served_at=START)
+    found = loop.evaluate(loop.log(contexts, decisions, served, seed), serving, serving.k)
+    assert np.abs(found.weight - 1.0).max() < 2e-5
+    assert found.values["ips"] == pytest.approx(found.rewards.sum(axis=1).mean(), rel=2e-5)
+    if serving.mode == "sample":
+        distribution = ServedDistribution(1.0, serving.uniform, serving.top)
+        log_prob = distribution.log_prob(loop.scores(contexts), loop.mask(contexts))
+        for row, length in enumerate(lengths):
+            shown = served.item[row : row + 1, :length]
+            truth = np.exp(conditional_log_prob(log_prob[row : row + 1], shown))[0]
+            np.testing.assert_allclose(served.pscore[row, :length], truth, rtol=1e-5)

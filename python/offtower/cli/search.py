@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.abc import MetaPathFinder
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from offtower.retrieval import Retriever, SampleResult, SearchResult
 
 Mode = Literal["softmax", "cells", "exact"]
+OnEmpty = Literal["error", "skip"]
 Row = dict[str, Any]
 Answer = TypeVar("Answer")
 Write = Callable[[list[Row] | None], None]
@@ -61,6 +63,13 @@ def search(
     exclude: Annotated[
         str | None, typer.Option(help="Comma-separated ids of items to leave out.")
     ] = None,
+    on_empty: Annotated[
+        OnEmpty,
+        typer.Option(
+            help="For a context that may be shown no item: stop with an error, or skip it, which "
+            "shows nothing and is counted."
+        ),
+    ] = "error",
     exact: Annotated[bool, typer.Option("--exact", help="Score every item.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
     log: Annotated[
@@ -92,29 +101,32 @@ def search(
         messages().print(f"[yellow]note[/]: {escape(note)}", soft_wrap=True)
     if k is None:
         k = retriever.serving.k if sample else min(100, retriever.num_items)
-    unknown = UnknownValues()
+    unknown, answered = UnknownValues(), _Counts(k)
     excluded = None if exclude is None else _ids(exclude, retriever)
     written = None if schema is None else read_formats(schema).contexts
     tables = _counted(read_contexts(contexts, retriever, written, rows=_BATCH), retriever, unknown)
     if sample:
         rng = np.random.default_rng(seed)
-        draw = partial(retriever.sample, k=k, mode=mode, exclude=excluded, seed=rng)
+        draw = partial(
+            retriever.sample, k=k, mode=mode, exclude=excluded, seed=rng, on_empty=on_empty
+        )
         answers = _sample(retriever, _numbered(draw), tables, target)
     else:
-        find = partial(retriever.search, k=k, exclude=excluded, exact=exact)
+        find = partial(retriever.search, k=k, exclude=excluded, exact=exact, on_empty=on_empty)
         answers = _search(_numbered(find), tables)
     # No progress bar on a terminal that shows the results.
     progress = DrawnProgress() if as_json or not sys.stdout.isatty() else Progress()
     progress.start("contexts", None)
-    write = _as_json(retriever.version, unknown) if as_json else _as_text()
+    write = _as_json(retriever.version, unknown, answered) if as_json else _as_text()
     try:
         for rows in answers:
             write(rows)
+            answered.add(rows)
             progress.advance(len(rows))
     finally:
         progress.finish()
     write(None)
-    for sentence in unknown.sentences("contexts"):
+    for sentence in [*unknown.sentences("contexts"), *answered.sentences()]:
         messages().print(f"[yellow]note[/]: {escape(sentence)}", soft_wrap=True)
     if target is not None:
         from offtower.data.join.files import schema_beside
@@ -125,6 +137,37 @@ def search(
             "offtower join, then ingest",
             soft_wrap=True,
         )
+
+
+@dataclass
+class _Counts:
+    """Contexts that were answered with fewer than k items.
+
+    shorter: with some items. empty: with none.
+    """
+
+    k: int
+    shorter: int = 0
+    empty: int = 0
+
+    def add(self, rows: list[Row]) -> None:
+        lengths = [len(row["items"]) for row in rows]
+        self.empty += lengths.count(0)
+        self.shorter += sum(0 < length < self.k for length in lengths)
+
+    def sentences(self) -> list[str]:
+        """Notes for the user."""
+        found = []
+        if self.shorter:
+            found.append(
+                f"{self.shorter:,} contexts have fewer than {self.k} items: no others may be shown"
+            )
+        if self.empty:
+            found.append(
+                f"{self.empty:,} contexts have no item that may be shown; nothing is logged for "
+                "them"
+            )
+        return found
 
 
 class _NoPandas(MetaPathFinder):
@@ -237,7 +280,11 @@ def _sample(
                     stack.callback(writer.close)
                 writer.write_table(decisions)
             yield [
-                {"items": ids, "pscore": pscore.tolist(), "relative_error": error.tolist()}
+                {
+                    "items": ids,
+                    "pscore": pscore[: len(ids)].tolist(),
+                    "relative_error": error[: len(ids)].tolist(),
+                }
                 for ids, pscore, error in zip(
                     served.item_id, served.pscore, served.relative_error, strict=True
                 )
@@ -280,8 +327,8 @@ def _printable(item: Any) -> str:
     return json.dumps(text).replace("\x7f", "\\u007f")
 
 
-def _as_json(version: str, unknown: UnknownValues) -> Write:
-    """One JSON object, written row by row; counts of unknown values come last."""
+def _as_json(version: str, unknown: UnknownValues, answered: _Counts) -> Write:
+    """One JSON object, written row by row; counts come last."""
     begun = False
 
     def write(rows: list[Row] | None) -> None:
@@ -291,7 +338,11 @@ def _as_json(version: str, unknown: UnknownValues) -> Write:
             typer.echo(f"{head}\n{json.dumps(row, allow_nan=False)}", nl=False)
             begun = True
         if rows is None:
-            typer.echo(f'\n], "unknown_values": {json.dumps(unknown.to_dict())}}}')
+            counts = {"shorter": answered.shorter, "empty": answered.empty}
+            typer.echo(
+                f'\n], "rounds": {json.dumps(counts)}, '
+                f'"unknown_values": {json.dumps(unknown.to_dict())}}}'
+            )
 
     return write
 

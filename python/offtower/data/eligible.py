@@ -20,7 +20,7 @@ from offtower.data.eligible_groups import BitmapLimits, ItemGroups, Mask
 from offtower.data.features import CPU, BagArray, concat, take_bag, tensor_of
 from offtower.data.item_lists import entry_rows, holds, item_lists
 from offtower.data.schema import LogSchema
-from offtower.errors import DataError
+from offtower.errors import DataError, NoEligibleItemsError
 
 if TYPE_CHECKING:
     from offtower.ops.types import Eligibility, ItemLists
@@ -134,7 +134,9 @@ class EligibleItems:
         ]
         return EligibleRows(self, self._groups.keys(table), *lists)
 
-    def of_contexts(self, table: pa.Table, *, at: datetime | None = None) -> EligibleRows:
+    def of_contexts(
+        self, table: pa.Table, *, at: datetime | None = None, allow_empty: bool = False
+    ) -> EligibleRows:
         """The eligible items of contexts that are to be served.
 
         The same columns give the same sets as in a log, so that an evaluation of the served log
@@ -144,10 +146,12 @@ class EligibleItems:
             table: has the columns that the section names.
             at: the time of serving, for `interval`, where the table has no column of timestamps;
                 the present by default. Log the same time.
+            allow_empty: accept rows without an eligible item.
 
         Raises:
-            DataError: a column is missing or of a wrong type, a value is null, a candidate is no
-                item of the catalogue, or a row has no eligible item; names the row.
+            DataError: a column is missing or of a wrong type, a value is null, or a candidate is no
+                item of the catalogue; names the row.
+            NoEligibleItemsError: a row has no eligible item; names it.
         """
         times, name = self.times(table, at), self._groups.timestamp
         if times is not None and name not in table.column_names:
@@ -160,8 +164,8 @@ class EligibleItems:
             )
         rows = self.encode(table)
         empty = np.flatnonzero(rows.count() == 0)
-        if empty.size:
-            raise DataError(
+        if empty.size and not allow_empty:
+            raise NoEligibleItemsError(
                 f"row {int(empty[0])} of the contexts has no eligible item ({empty.size:,} such "
                 f"rows): {self.checks.forms()} together rule out all items"
             )

@@ -5,7 +5,8 @@ from offtower.retrieval.export import ExportOptions, export_run
 from offtower.retrieval.index import IndexOptions
 from offtower.retrieval.propensity_sampler import PropensitySampler
 from offtower.retrieval.quality import RetrievalQuality, retrieval_quality
-from offtower.retrieval.retriever import Retriever, SampleResult, SearchResult
+from offtower.retrieval.results import SampleResult, SearchResult
+from offtower.retrieval.retriever import Retriever
 from offtower.retrieval.served_log import catalogue_section, decisions_table, served_schema
 
 __all__ = [

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offtower.config import ServingConfig
-from offtower.errors import ConfigError, DataError
+from offtower.errors import ConfigError, DataError, NoEligibleItemsError
 from offtower.retrieval.cell_sampling import ItemSample, sample_slate, sample_with_replacement
 from offtower.retrieval.cell_weights import (
     CellWeights,
@@ -98,7 +98,8 @@ class PropensitySampler:
 
         Raises:
             ConfigError: unknown mode.
-            DataError: the query is not finite, or no item is left.
+            NoEligibleItemsError: no item is left.
+            DataError: the query is not finite.
         """
         weights = self.weights(query, rng, mode, exclude, among=among)
         if self.serving.uniform > 0.0 and weights.all_logits is None:
@@ -121,13 +122,16 @@ class PropensitySampler:
         product of a slate's propensities p_1 ... p_n satisfies E[1{slate} / product] = 1.
 
         Args:
-            size: n positions; other arguments as in `draw`.
+            size: n positions; all items that are left where these are fewer. Other arguments as in
+                `draw`.
 
         Raises:
             ConfigError: unknown mode, or size is below 1.
-            DataError: fewer than n items are left, or the query is not finite.
+            NoEligibleItemsError: no item is left.
+            DataError: serving.top leaves fewer than n items, or the query is not finite.
         """
         weights = self.weights(query, rng, mode, exclude, positions=size, among=among)
+        size = min(size, weights.filter.left)
         if self.serving.uniform > 0.0 and weights.all_logits is None:
             found = mixed_slate(weights, rng, size, self.serving.uniform)
             if found is not None:
@@ -148,6 +152,9 @@ class PropensitySampler:
 
         Weights with the logits of all items are those of the served policy; others lack its uniform
         share, which the draws add.
+
+        Raises:
+            ConfigError, NoEligibleItemsError, DataError: as for `slate`.
         """
         cells = self.cells
         if mode not in get_args(Mode):
@@ -172,14 +179,15 @@ class PropensitySampler:
         else:
             cells = listed_cells(cells, np.setdiff1d(self._rows_of(among), excluded, True))
             allowed = RowFilter(cells, excluded[:0])
-        left, limit = allowed.left, "filters leave"
-        top = self.serving.top
-        if top is not None and self.serving.uniform == 0.0 and top < left:
-            left, limit = top, "serving.top leaves"
-        if left < positions:
+        left, top = allowed.left, self.serving.top
+        if left == 0:
+            raise NoEligibleItemsError(
+                f"filters leave none of {num_items:,} items; leave this context out"
+            )
+        if top is not None and self.serving.uniform == 0.0 and top < min(positions, left):
             raise DataError(
-                f"{positions} items were asked for, but {limit} {left} of {num_items:,}; ask for "
-                "fewer, or leave this context out"
+                f"{positions} items were asked for, but serving.top leaves {top}; ask for fewer, "
+                "or raise serving.top"
             )
         query = query / np.float32(self.serving.temperature)
         if cells is not self.cells:

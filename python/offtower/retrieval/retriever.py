@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from offtower.config import ServingConfig
 from offtower.config.serving import parse_serving
 from offtower.data.columns import Column
-from offtower.errors import ConfigError, DataError, OfftowerError, RunError
+from offtower.errors import (
+    ConfigError,
+    DataError,
+    NoEligibleItemsError,
+    OfftowerError,
+    RunError,
+)
 from offtower.paths import safe_relative
 from offtower.retrieval.cell_sampling import ItemSample
 from offtower.retrieval.cells import Cells
@@ -31,49 +37,15 @@ from offtower.retrieval.manifest import (
     verify_files,
 )
 from offtower.retrieval.propensity_sampler import Mode, PropensitySampler
+from offtower.retrieval.results import OnEmpty, SampleResult, SearchResult, padded
 from offtower.retrieval.tower import ContextTower
 from offtower.retrieval.vectors import id_keys, load_ids, load_scale, load_vectors
 
 IntArray = NDArray[np.int64]
 Filter = Sequence[Any] | Sequence[Sequence[Any]] | NDArray[Any]
 """Item ids that must not be returned: one list for all contexts, or one per context."""
-
 _ATTEMPTS = 100
 """How often opening starts again because the export was replaced meanwhile."""
-
-
-@dataclass(frozen=True, eq=False)
-class SearchResult:
-    """The k best items of n contexts."""
-
-    item_id: list[list[Any]]
-    """Per context, best first; shorter than k if filters or the index leave fewer."""
-    item: list[IntArray]
-    """Per context, item numbers in the catalogue."""
-    score: list[NDArray[np.float32]]
-    """Per context, logits <u, v_a> / temperature + b_a."""
-
-
-@dataclass(frozen=True, eq=False)
-class SampleResult:
-    """Drawn items of n contexts, k each."""
-
-    item_id: list[list[Any]]
-    item: IntArray
-    """(n, k) item numbers."""
-    pscore: NDArray[np.float64]
-    """(n, k); in a slate, conditional on the positions before."""
-    relative_error: NDArray[np.float64]
-    """(n, k) standard error of pscore as a share of it; 0 if pscore is exact."""
-    conditional_pscore: NDArray[np.float64]
-    """(n, k) exact probability given the sampled rows; see `retrieval.propensity_sampler`."""
-    slate: bool
-    version: str
-    mode: Mode
-    policy: str
-    """Name of the policy for the log: the export's version, and `serving` where it was changed."""
-    excluded: list[IntArray] | None = None
-    """Per context, item numbers that the call left out, for the log; None where it named none."""
 
 
 class Retriever:
@@ -227,6 +199,7 @@ class Retriever:
         exclude: Filter | None = None,
         exact: bool = False,
         at: datetime | None = None,
+        on_empty: OnEmpty = "error",
     ) -> SearchResult:
         """Find the k items of largest logit among those that each context may be shown.
 
@@ -236,16 +209,19 @@ class Retriever:
             exclude: ids that must not be returned; unknown ids are ignored.
             exact: score every item even if there is an index.
             at: time of serving, as for `EligibleItems.of_contexts`.
+            on_empty: of contexts that the section `eligible` leaves no item.
 
         Raises:
             ConfigError: k is not in [1, N].
+            NoEligibleItemsError: see `on_empty`.
             DataError: see `embed` and `EligibleItems.of_contexts`.
         """
         self._check_k(k)
         queries = self.embed(contexts)
         excluded = self._excluded(exclude, len(queries))
         if self.eligible is not None:
-            sets = ContextSets(self.eligible.of_contexts(contexts, at=at), excluded)
+            rows = self.eligible.of_contexts(contexts, at=at, allow_empty=on_empty == "skip")
+            sets = ContextSets(rows, excluded)
             index = None if exact else self.index
             score, item = search_among(queries, k, sets, self.vectors, self.scale, index)
             return self._result(score, item, [np.zeros(0, dtype=np.int64)] * len(queries), k)
@@ -278,8 +254,11 @@ class Retriever:
         relative_error: float = 0.002,
         seed: int | np.random.Generator | None = None,
         at: datetime | None = None,
+        on_empty: OnEmpty = "error",
     ) -> SampleResult:
         """Draw k items for each context from the served policy, with their propensities.
+
+        A slate is shorter where filters leave fewer than k items; it then shows all of them.
 
         `Retriever.serving` says how the policy is served. In mode top_k these are the k best items,
         with a propensity of 1, found by the index; mode "exact" scores every item.
@@ -293,41 +272,48 @@ class Retriever:
             relative_error: target standard error of "softmax", as a share of pscore.
             seed: seed or generator; None takes fresh randomness.
             at: time of serving; only items that a context may be shown then are drawn.
+            on_empty: of contexts that may be shown no item.
 
         Raises:
             ConfigError: k, mode or relative_error is out of range.
-            DataError: filters leave fewer than k items, or see `embed`.
+            NoEligibleItemsError: see `on_empty`.
+            DataError: serving.top leaves fewer than k items, or see `embed`.
             RunError: the export was made without sampling.
         """
         k = self.serving.k if k is None else k
         self._check_k(k)
         if self.serving.mode == "top_k":
-            return self._show_best(contexts, k, slate, mode, exclude, at)
-        queries = self.embed(contexts)
-        rows = None if self.eligible is None else self.eligible.of_contexts(contexts, at=at)
+            if not slate and k > 1:
+                raise ConfigError(
+                    "serving.mode top_k shows the k best items; it has no independent draws (slate)"
+                )
+            return self._show_best(contexts, k, mode, exclude, at, on_empty)
+        queries, rows = self.embed(contexts), None
+        if self.eligible is not None:
+            rows = self.eligible.of_contexts(contexts, at=at, allow_empty=on_empty == "skip")
         sets = ContextSets(rows, self._excluded(exclude, len(queries)))
         if self._row_sets is None:
             self._row_sets = RowSets(self.cells)
         sampler = PropensitySampler(self.cells, relative_error=relative_error, serving=self.serving)
         rng = np.random.default_rng(seed)
         draw = sampler.slate if slate else sampler.draw
-        drawn: list[ItemSample] = []
+        drawn: list[ItemSample | None] = []
         for query, (skip, among) in zip(queries, self._row_sets.of(sets), strict=True):
             try:
                 drawn.append(draw(query, rng, size=k, mode=mode, exclude=skip, among=among))
+            except NoEligibleItemsError as error:
+                if on_empty == "error":
+                    raise NoEligibleItemsError(f"context {len(drawn)}: {error}") from error
+                drawn.append(None)
             except DataError as error:
                 raise DataError(f"context {len(drawn)}: {error}") from error
-
-        def stacked(name: str) -> Any:
-            return np.stack([getattr(d, name) for d in drawn]) if drawn else np.zeros((0, k))
-
-        item = stacked("item").astype(np.int64)
+        item = padded([None if d is None else d.item for d in drawn], k, -1)
         return SampleResult(
-            [self.ids_of(row) for row in item],
+            [self.ids_of(row[row >= 0]) for row in item],
             item,
-            stacked("pscore"),
-            stacked("relative_error"),
-            stacked("conditional_pscore"),
+            padded([None if d is None else d.pscore for d in drawn], k, np.nan),
+            padded([None if d is None else d.relative_error for d in drawn], k, np.nan),
+            padded([None if d is None else d.conditional_pscore for d in drawn], k, np.nan),
             slate,
             self.version,
             mode,
@@ -339,37 +325,41 @@ class Retriever:
         self,
         contexts: pa.Table,
         k: int,
-        slate: bool,
         mode: Mode,
         exclude: Filter | None,
         at: datetime | None,
+        on_empty: OnEmpty,
     ) -> SampleResult:
         """The k best items of each context, each with probability 1."""
-        if not slate and k > 1:
-            raise ConfigError(
-                "serving.mode top_k shows the k best items; it has no independent draws (slate)"
+        find = partial(self.search, k=k, at=at, on_empty=on_empty)
+        found = find(contexts, exclude=exclude, exact=mode == "exact").item
+        excluded = self._excluded(exclude, len(found))
+        # An index may find fewer items than there are.
+        short = [row for row, items in enumerate(found) if len(items) < k]
+        if short and self.index is not None and mode != "exact":
+            left_out = [self.ids_of(excluded[row]) for row in short]
+            again = find(contexts.take(pa.array(short)), exclude=left_out, exact=True)
+            for row, items in zip(short, again.item, strict=True):
+                found[row] = items
+        empty = [row for row in short if not len(found[row])]
+        if empty and on_empty == "error":
+            raise NoEligibleItemsError(
+                f"context {empty[0]}: filters leave none of {self.num_items:,} items; leave this "
+                "context out"
             )
-        best = self.search(contexts, k, exclude=exclude, exact=mode == "exact", at=at)
-        for row, found in enumerate(best.item):
-            if len(found) < k:
-                raise DataError(
-                    f"context {row}: {k} items were asked for, but filters and the index leave "
-                    f"{len(found)}; ask for fewer, or leave this context out"
-                )
-        item = np.stack(best.item) if best.item else np.zeros((0, k), dtype=np.int64)
-        one, zero = np.ones(item.shape), np.zeros(item.shape)
-        excluded = None if exclude is None else self._excluded(exclude, len(item))
+        item = padded(found, k, -1)
+        one = np.where(item >= 0, 1.0, np.nan)
         return SampleResult(
-            best.item_id,
+            [self.ids_of(items) for items in found],
             item,
             one,
-            zero,
+            one - 1.0,
             one,
-            slate,
+            True,
             self.version,
             mode,
             self.policy_name,
-            excluded,
+            None if exclude is None else excluded,
         )
 
     def ids_of(self, item: IntArray) -> list[Any]:

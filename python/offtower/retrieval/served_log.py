@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from offtower.data.eligible_schema import EligibleSchema, ListForm
 from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.errors import DataError
-from offtower.retrieval.retriever import Retriever, SampleResult
+from offtower.retrieval.results import SampleResult
+from offtower.retrieval.retriever import Retriever
 
 ROUND, POSITION, EXCLUDED = "round_id", "position", "excluded"
 
@@ -30,7 +31,8 @@ def decisions_table(
 
     Column names are those of the log that the policy was trained on. `pscore_error` is the relative
     standard error of the propensity. The rows have no reward: `offtower.data.join` adds it. Items
-    that the call excluded are a column too, so that evaluation leaves them out as serving did.
+    that the call excluded are a column too, so that evaluation leaves them out as serving did. A
+    context that was shown nothing has no row.
 
     Args:
         contexts: the n served rows; further columns, such as a user id, are kept. Columns that the
@@ -43,7 +45,7 @@ def decisions_table(
         DataError: contexts and served results differ in number, or round ids repeat.
     """
     schema = served_schema(retriever, served)
-    n, k = served.item.shape
+    n = len(served.item)
     if contexts.num_rows != n:
         raise DataError(f"{contexts.num_rows} contexts, but {n} were served")
     now = served_at or datetime.now(UTC)
@@ -52,16 +54,18 @@ def decisions_table(
         round_id = pa.array([f"{call}-{row}" for row in range(n)])
     elif len(round_id.unique()) != n:
         raise DataError(f"{n} contexts need {n} distinct round ids, got {len(round_id.unique())}")
-    row = pa.array(np.repeat(np.arange(n), k))
+    shown = served.item >= 0
+    number, position = np.nonzero(shown)
+    row = pa.array(number)
     table = _without_old_decisions(contexts, schema).take(row)
     columns = {
-        schema.action: retriever.item_ids.take(pa.array(served.item.reshape(-1))),
-        schema.pscore or "pscore": pa.array(served.pscore.reshape(-1)),
-        "pscore_error": pa.array(served.relative_error.reshape(-1)),
-        POSITION: pa.array(np.tile(np.arange(k, dtype=np.int64), n)),
+        schema.action: retriever.item_ids.take(pa.array(served.item[shown])),
+        schema.pscore or "pscore": pa.array(served.pscore[shown]),
+        "pscore_error": pa.array(served.relative_error[shown]),
+        POSITION: pa.array(position.astype(np.int64)),
         ROUND: round_id.take(row),
         schema.timestamp or "timestamp": _times(retriever, contexts, now).take(row),
-        schema.behavior_policy or "behavior_policy": pa.repeat(served.policy, n * k),
+        schema.behavior_policy or "behavior_policy": pa.repeat(served.policy, len(number)),
     }
     if served.excluded is not None:
         assert schema.eligible is not None and schema.eligible.exclude is not None
