@@ -206,7 +206,7 @@ def test_a_context_without_items_is_an_error_or_skipped(
         seen[1] = sorted({*seen[1], *allowed})
         index = contexts.column_names.index("seen")
         contexts = contexts.set_column(index, "seen", pa.array(seen))
-    named = "context 1: filters leave none" if by_call else "row 1 of the contexts has no eligible"
+    named = "context 1: filters leave 0" if by_call else "row 1 of the contexts has no eligible"
     with pytest.raises(NoEligibleItemsError, match=named):
         retriever.sample(contexts, 3, exclude=exclude)
     served = retriever.sample(contexts, 3, exclude=exclude, on_empty="skip")

@@ -257,8 +257,10 @@ def test_invalid_arguments_raise() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(DataError, match="finite"):
         sampler.draw(np.full(5, np.nan, dtype=np.float32), rng)
-    with pytest.raises(DataError, match="filters leave 1 of 200"):
-        sampler.slate(queries[0], rng, size=2, exclude=np.arange(199))
+    with pytest.raises(DataError, match="filters leave 0 of 200"):
+        sampler.slate(queries[0], rng, size=2, exclude=np.arange(200))
+    one_left = sampler.slate(queries[0], rng, size=2, exclude=np.arange(199))
+    assert one_left.item.tolist() == [199] and one_left.pscore.tolist() == [1.0]
     with pytest.raises(ConfigError, match="mode must be one of"):
         sampler.draw(queries[0], rng, mode="greedy")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="must lie in"):

@@ -86,13 +86,13 @@ def rewards_at(reward: FactoredReward | DenseReward, item: Tensor) -> Tensor:
 
 
 def logits_at(context: Tensor, items: ItemEmbeddings, item: Tensor, temperature: float) -> Tensor:
-    """(m, S) float64 logits of the items (m, S), a block of rows at a time."""
+    """(m, S) logits of the items (m, S), computed in float64, a block of rows at a time."""
     out = torch.empty_like(item, dtype=torch.float64)
     step = max(1, (1 << 22) // max(1, item.shape[1] * context.shape[1]))
     for start in range(0, len(item), step):
         part = slice(start, start + step)
-        logit = torch.einsum("bd,bsd->bs", context[part], items.embedding[item[part]])
-        logit = logit.double() / temperature
+        vectors = items.embedding[item[part]].double()
+        logit = torch.einsum("bd,bsd->bs", context[part].double(), vectors) / temperature
         if items.bias is not None:
             logit = logit + items.bias[item[part]].double()
         out[part] = logit

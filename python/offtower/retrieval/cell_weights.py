@@ -24,6 +24,10 @@ _PEAKED_CELLS = 128
 dominate then, which the model of the cells' masses predicts poorly."""
 _PEAKED_SHARE = 0.5
 _ROUNDING = 2.0**-22
+_MOST_REFINED = 16_384
+_REFINED_NATS = (40.0, 12.0)
+"""Distance from the largest logit within which items are scored in float64 too: the larger one
+where that is at most _MOST_REFINED items."""
 _SCAN_SHARE = 0.4
 """The whole catalogue is scored where the samples would exceed this share of it."""
 _LEAST_LOG_DEVIATION = -300.0
@@ -95,11 +99,29 @@ def model_weights(cells: Cells, query: NDArray[np.float32], allowed: RowFilter) 
 def exact_weights(cells: Cells, query: NDArray[np.float32], allowed: RowFilter) -> CellWeights:
     """Every item scored."""
     logit = (cells.vectors @ query).astype(np.float64)
+    _refine(cells, query, logit)
     allowed.mask(logit)
     shift = float(logit.max())
     weight = np.add.reduceat(np.exp(logit - shift), cells.start[:-1])
     nothing = np.zeros(len(weight))
     return CellWeights(cells, query, allowed, weight, nothing, shift, len(logit), all_logits=logit)
+
+
+def _refine(cells: Cells, query: NDArray[np.float32], logit: FloatArray) -> None:
+    """Score the items of largest logit again in float64; of a small catalogue all items.
+
+    A float32 logit near 60 is off by up to 1e-5, as is the log-probability of its item.
+    """
+    row = np.arange(len(logit))
+    if len(logit) > _MOST_REFINED:
+        top = logit.max()
+        for nats in _REFINED_NATS:
+            row = np.flatnonzero(logit > top - nats)
+            if len(row) <= _MOST_REFINED:
+                break
+        else:
+            return
+    logit[row] = cells.vectors[row].astype(np.float64) @ query.astype(np.float64)
 
 
 def estimated_weights(

@@ -182,7 +182,7 @@ class PropensitySampler:
         left, top = allowed.left, self.serving.top
         if left == 0:
             raise NoEligibleItemsError(
-                f"filters leave none of {num_items:,} items; leave this context out"
+                f"filters leave 0 of {num_items:,} items; leave this context out"
             )
         if top is not None and self.serving.uniform == 0.0 and top < min(positions, left):
             raise DataError(

@@ -344,7 +344,7 @@ class Retriever:
         empty = [row for row in short if not len(found[row])]
         if empty and on_empty == "error":
             raise NoEligibleItemsError(
-                f"context {empty[0]}: filters leave none of {self.num_items:,} items; leave this "
+                f"context {empty[0]}: filters leave 0 of {self.num_items:,} items; leave this "
                 "context out"
             )
         item = padded(found, k, -1)

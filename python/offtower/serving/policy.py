@@ -29,6 +29,9 @@ from offtower.serving.mixture import UniformMixture, log_mixture, mix_uniform, u
 from offtower.serving.shared_terms import SharedTerms
 from offtower.slates import Rest
 
+LARGE_LOGIT = 16.0
+"""Log-normalizer beyond which the rounding of a float32 logit, 1e-6 here, is corrected."""
+
 
 @dataclass(frozen=True)
 class ServedPolicy:
@@ -113,15 +116,20 @@ class ServedPolicy:
             terms = self._shared(
                 ("softmax", self.temperature, softmax_entropy),
                 (context_embedding, items, action, reward_model, eligible),
-                lambda: policy_terms(
+                lambda: self._refined(
+                    policy_terms(
+                        context_embedding,
+                        served.embedding,
+                        action,
+                        temperature=self.temperature,
+                        item_bias=served.bias,
+                        reward_model=reward_model,
+                        entropy=softmax_entropy,
+                        eligible=eligible,
+                    ),
                     context_embedding,
-                    served.embedding,
+                    served,
                     action,
-                    temperature=self.temperature,
-                    item_bias=served.bias,
-                    reward_model=reward_model,
-                    entropy=softmax_entropy,
-                    eligible=eligible,
                 ),
             )
         if uniform == 0.0:
@@ -344,7 +352,8 @@ class ServedPolicy:
                 eligible=without,
             ).sums
             mean = None if part.expected_reward is None else part.expected_reward.double()
-            softmax = Rest(part.log_normalizer.double() - log_normalizer.double(), mean)
+            log_mass = part.top.double() + part.total.double().log()
+            softmax = Rest(log_mass - log_normalizer.double(), mean)
         if self.serving.uniform == 0.0:
             return softmax
         count = items.embedding.shape[0]
@@ -352,6 +361,26 @@ class ServedPolicy:
         if eligible is not None:
             log_count = eligible.count(count).double().log()
         return self._mixture(served).rest(softmax, log_count, without, reward_model)
+
+    def _refined(
+        self, terms: PolicyTerms, context_embedding: Tensor, served: ItemEmbeddings, action: Tensor
+    ) -> PolicyTerms:
+        """The terms with the logged item's logit in float64, where its rounding matters.
+
+        With s the float32 logit of an item of probability p and s + e the one in float64, the
+        log-probability grows by (1 - p) e and the log-normalizer by p e, to first order. Terms with
+        a gradient stay as they are.
+        """
+        large = terms.log_normalizer.abs() > LARGE_LOGIT
+        if torch.is_grad_enabled() or terms.log_prob.dtype == torch.float64 or not large.any():
+            return terms
+        row = torch.nonzero(large)[:, 0]
+        log_prob, log_normalizer = terms.log_prob.double(), terms.log_normalizer.double()
+        logit = logits_at(context_embedding[row], served, action[row, None], self.temperature)[:, 0]
+        error = logit - (log_prob[row] + log_normalizer[row])
+        log_prob[row] += (1.0 - log_prob[row].exp()) * error
+        log_normalizer[row] = logit - log_prob[row]
+        return replace(terms, log_prob=log_prob, log_normalizer=log_normalizer)
 
     def _mixture(self, served: ItemEmbeddings) -> UniformMixture:
         return UniformMixture(served, self.temperature, self.serving.uniform)
@@ -381,7 +410,10 @@ class ServedPolicy:
             item_bias=None if served.bias is None else served.bias.detach(),
             eligible=eligible,
         )
-        return BestItems(score, item)
+        if self.deterministic or score.dtype == torch.float64:
+            return BestItems(score, item)
+        exact = logits_at(context_embedding, served, item.clamp_min(0), self.temperature)
+        return BestItems(torch.where(item < 0, score.double(), exact), item)
 
 
 def _excluding(shown: Tensor, eligible: Eligibility | None) -> Eligibility:
