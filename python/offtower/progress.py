@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -22,17 +23,29 @@ class Progress:
     def finish(self) -> None:
         """End the current task."""
 
+    def note(self, message: str) -> None:
+        """Report a line that stays, such as the next stage of a long function."""
+
+
+_PLAIN_SECONDS = 30.0
+"""Between two lines of progress where standard error is not a terminal."""
+
 
 class DrawnProgress(Progress):
-    """Progress bars on standard error, if it is a terminal."""
+    """Progress bars on standard error if it is a terminal; else a line every half minute."""
 
     def __init__(self) -> None:
         self._bars: Bars | None = None
         self._task: Any = None
+        self._plain: PlainTask | None = None
+
+    def note(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
 
     def start(self, task: str, total: int | None) -> None:
         self.finish()
         if not sys.stderr.isatty():
+            self._plain = PlainTask(task, total)
             return
         from rich.console import Console
         from rich.progress import (
@@ -60,11 +73,55 @@ class DrawnProgress(Progress):
     def advance(self, amount: int, note: str = "") -> None:
         if self._bars is not None:
             self._bars.update(self._task, advance=amount, note=note)
+        elif self._plain is not None:
+            line = self._plain.advance(amount)
+            if line is not None:
+                self.note(line)
 
     def finish(self) -> None:
+        self._plain = None
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
+
+
+class PlainTask:
+    """Progress of one task as lines of text.
+
+    Args:
+        task: its name.
+        total: units of work; None where they are not known.
+        every: seconds between two lines.
+        clock: returns seconds.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        total: int | None,
+        every: float = _PLAIN_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name, self._total, self._every, self._clock = task, total, every, clock
+        self._done = 0
+        self._began = self._last = clock()
+
+    def advance(self, amount: int) -> str | None:
+        """Add finished units; return a line where one is due."""
+        self._done += amount
+        now = self._clock()
+        if now - self._last < self._every:
+            return None
+        self._last = now
+        if not self._total or not self._done:
+            return f"{self._name}: {self._done:,} done"
+        left = (now - self._began) * max(self._total - self._done, 0) / self._done
+        return f"{self._name}: {self._done / self._total:.0%}, about {duration(left)} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds below two minutes, else minutes."""
+    return f"{seconds:.0f} s" if seconds < 120.0 else f"{seconds / 60.0:.0f} min"
 
 
 class _Rows(Protocol):

@@ -163,6 +163,14 @@ class AutoConfig:
     out-of-fold members."""
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the log; null is enough for 400 to 600 steps."""
+    budget: float | None = Field(default=10.0, gt=0.0, allow_inf_nan=False)
+    """Minutes for training and choosing, without the passes over the log that prepare it. Work that
+    needs more is planned to fit, from the speed of this machine: sampled terms, fewer steps and
+    rows, and candidates that leave early (docs/how-to/large-catalogues.md). null trains every
+    candidate on all rows, however long that takes."""
+    plan: str | None = None
+    """Folder of a run, or a file plan.json, whose plan is used instead of one for this machine: it
+    gives the same policy on every machine."""
     batch_size: int | None = Field(default=None, ge=1)
     """null is a power of two between 64 and 1024 that depends on the rows of the log."""
     held_out_rows: int = Field(default=100_000, ge=100)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from offtower.data.order import EpochOrder
 from offtower.data.reader import FoldOf, Step
-from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.seeds import seed_torch
 
@@ -28,6 +29,22 @@ class FitPlan:
     """Shown with the progress."""
     stream: str
     """Name of the random stream of the steps."""
+    steps: int | None = None
+    """The fit ends after this many batches; None reads all epochs."""
+
+
+class EpochReader(Protocol):
+    """Reads epochs in batches."""
+
+    def epoch(self, epoch: int) -> Iterator[Step]: ...
+
+
+class BatchSource(Protocol):
+    """Rows in shuffled batches: a log, or rows in memory."""
+
+    def batches(
+        self, order: EpochOrder, fold: FoldOf | None = None
+    ) -> AbstractContextManager[EpochReader]: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,7 @@ ModelLoss = Callable[[int], Tensor]
 
 
 def fit_out_of_fold(
-    data: PreparedData,
+    data: BatchSource,
     plan: FitPlan,
     models: Sequence[FoldModel],
     losses: Callable[[FitStep], ModelLoss | None],
@@ -72,14 +89,19 @@ def fit_out_of_fold(
         losses: prepares what the models share of a batch, and returns the loss of each; None skips
             the batch.
     """
-    total = plan.epochs * data.train.num_rows
+    rows = plan.epochs * plan.order.num_rows
     done = number = 0
-    progress.start(plan.label, total)
+    progress.start(plan.label, rows if plan.steps is None else plan.steps)
     with data.batches(plan.order, plan.fold) as reader:
         for epoch in range(plan.epochs):
+            if number == plan.steps:
+                break
             for batch in reader.epoch(epoch):
+                if number == plan.steps:
+                    break
                 at = (epoch, batch.cursor.window, batch.cursor.batch)
-                loss_of = losses(FitStep(batch, number, done / total))
+                share = done / rows if plan.steps is None else number / plan.steps
+                loss_of = losses(FitStep(batch, number, share))
                 for index, model in enumerate(models):
                     if loss_of is None or model.held_out == batch.fold:
                         continue
@@ -90,5 +112,5 @@ def fit_out_of_fold(
                     model.optimizer.step()
                 done += batch.batch_rows
                 number += 1
-                progress.advance(batch.batch_rows)
+                progress.advance(batch.batch_rows if plan.steps is None else 1)
     progress.finish()

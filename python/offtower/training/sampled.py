@@ -21,7 +21,7 @@ from offtower.ops import (
 )
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
-from offtower.sampling import PolicyTopK, Proposal, count_items, make_proposal
+from offtower.sampling import ItemCounts, PolicyTopK, Proposal, count_items, make_proposal
 
 
 class PeriodicExact:
@@ -177,12 +177,15 @@ def build_proposal(
     policy: TwoTowerPolicy,
     progress: Progress,
     shard: ItemFeatures | None = None,
+    counts: ItemCounts | None = None,
 ) -> Proposal | None:
     """Build the configured proposal; None where terms are exact or not needed.
 
     Args:
         shard: features of a part of the catalogue, if only draws of its items are wanted. Then only
             they are counted (except for `frequency`, which draws from all items) and searched.
+        counts: of the logged items in the rows of the batches; by default they are those of the
+            whole training log.
     """
     settings, requirements = config.sampling, objective.requirements
     if not requirements.policy_terms:
@@ -195,11 +198,8 @@ def build_proposal(
         if shard is None or name == "frequency"
         else (shard.first, shard.first + shard.num_items)
     )
-    counts = (
-        count_items(data.train, data.catalogue, progress, counted_range)
-        if name in ("frequency", "in_batch", "mixed")
-        else None
-    )
+    if counts is None and name in ("frequency", "in_batch", "mixed"):
+        counts = count_items(data.train, data.catalogue, progress, counted_range)
     top_k = (
         PolicyTopK(
             policy,

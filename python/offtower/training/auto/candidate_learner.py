@@ -1,33 +1,48 @@
 """Fit the members of candidates in this process or as parts on other machines.
 
-A member depends only on its seeds, its rows and its candidate. All members of a candidate may be
-fitted in one pass over the log, or each on its own worker, with identical bits.
+A member depends only on its seeds, its rows, its candidate and its stage. All members of a
+candidate may be fitted in one pass over the log, or each on its own worker, with identical bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
-from offtower.checksums import checked_directory, is_complete, verify_directory
 from offtower.config import Config
 from offtower.mapping import Mapper
 from offtower.models.policy import TwoTowerPolicy
-from offtower.models.store import load_weights, save_weights
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
+from offtower.sampling import ItemCounts, count_items
 from offtower.training.auto.candidates import PolicyCandidate, Schedule
 from offtower.training.auto.folds import Folds
-from offtower.training.auto.members import fit_members
+from offtower.training.auto.kept_rows import KeptRows, keep_rewarded
+from offtower.training.auto.member_store import MemberStore, Weights
+from offtower.training.auto.members import FitStart, fit_members
+from offtower.training.auto.plan import AutoPlan
 from offtower.training.device import to_configured_device
 
-Purpose = Literal["out_of_fold", "refit"]
-_WEIGHTS = "member.safetensors"
+
+@dataclass(frozen=True)
+class Stage:
+    """Fits of candidates' members that are stored together."""
+
+    name: str
+    """Of the folder."""
+    schedules: Mapping[str, Schedule]
+    """By candidate."""
+    number: int = 0
+    """Stages before it."""
+    held_out: bool = True
+    """Whether members do not see their folds."""
+    after: str | None = None
+    """The stage whose weights it continues from; None draws them."""
 
 
 @dataclass(frozen=True)
@@ -39,71 +54,120 @@ class Part:
 
 
 @dataclass(frozen=True)
+class AutoInputs:
+    """What all stages share."""
+
+    config: Config
+    plan: AutoPlan
+    candidates: Mapping[str, PolicyCandidate]
+    folds: Folds
+
+    def empty(self, candidate: str, data: PreparedData) -> TwoTowerPolicy:
+        """A member whose weights are to be loaded."""
+        settings = self.candidates[candidate].policy
+        policy = TwoTowerPolicy(settings, data.context_encoding, data.item_encoding)
+        return policy.to(data.device).eval().requires_grad_(False)
+
+
+class ReadLog:
+    """The part of the log that a plan reads, and what candidates share of it."""
+
+    def __init__(self, data: PreparedData, plan: AutoPlan, progress: Progress) -> None:
+        self.data = data
+        self._plan, self._progress = plan, progress
+
+    @cached_property
+    def rewarded(self) -> KeptRows:
+        return keep_rewarded(self.data, self._plan.rewarded_rows, self._progress)
+
+    @cached_property
+    def counts(self) -> ItemCounts:
+        return count_items(self.data.train, self.data.catalogue, self._progress)
+
+    def start(self, stage: Stage, candidate: str, weights: Sequence[Weights] | None) -> FitStart:
+        """What the fit of a candidate's members begins with."""
+        kept = self.rewarded if self._plan.candidates[candidate].rewarded_rows_only else None
+        counts = None
+        if self._plan.terms == "sampled":
+            counts = self.counts if kept is None else kept.counts
+        return FitStart(stage.number, weights, kept, counts)
+
+
+@dataclass(frozen=True)
 class FitPart:
     """Part -> weights of its members; may run on any machine, and repeatedly."""
 
-    config: Config
-    candidates: Mapping[str, PolicyCandidate]
-    folds: Folds
-    schedule: Schedule
-    data: PreparedData | None
+    inputs: AutoInputs
+    stage: Stage
+    log: ReadLog | None
     """None on other machines: each part opens the log itself."""
+    store: MemberStore
     run_path: Path | None
-    """The run whose encodings are then read."""
+    """The run whose encodings are read on other machines."""
     progress: Progress | None
 
     def __call__(self, part: Part) -> list[dict[str, Tensor]]:
+        inputs, stage = self.inputs, self.stage
+        config, plan = inputs.config, inputs.plan
         progress = self.progress or Progress()
-        data = self.data
-        if data is None:
-            opened = open_data(self.config, progress, self.run_path)
-            data = to_configured_device(opened, self.config.training)
-        folds = replace(self.folds, held_out=tuple(self.folds.held_out[k] for k in part.members))
-        candidate = self.candidates[part.candidate]
-        members = fit_members(candidate, self.config, data, folds, self.schedule, progress)
+        log = self.log
+        if log is None:
+            opened = plan.limited(open_data(config, progress, self.run_path), config)
+            log = ReadLog(to_configured_device(opened, config.training), plan, progress)
+        weights = None
+        if stage.after is not None:
+            started = [inputs.empty(part.candidate, log.data) for _ in part.members]
+            for member, policy in zip(part.members, started, strict=True):
+                self.store.load(stage.after, part.candidate, member, policy)
+            weights = [policy.state_dict() for policy in started]
+        folds = inputs.folds if stage.held_out else inputs.folds.none_held_out()
+        members = fit_members(
+            inputs.candidates[part.candidate],
+            config,
+            log.data,
+            replace(folds, held_out=tuple(folds.held_out[k] for k in part.members)),
+            stage.schedules[part.candidate],
+            progress,
+            log.start(stage, part.candidate, weights),
+        )
         return [{k: v.cpu() for k, v in one.state_dict().items()} for one in members]
 
 
 class CandidateLearner:
-    """Fits candidates' members through a mapper and keeps them in the run's folder.
+    """Fits candidates' members through a mapper and stores them.
 
     Args:
-        config, data, candidates, schedule: as for `fit_members`.
-        folds: of the out-of-fold members.
+        inputs: configuration, plan, candidates and folds of the out-of-fold members.
+        log: the rows to fit on.
         mapper: runs the parts.
-        run: keeps the members; None keeps nothing and needs a mapper of this process.
+        run: keeps the members; None keeps them in memory and needs a mapper of this process.
     """
 
     def __init__(
         self,
-        config: Config,
-        data: PreparedData,
-        candidates: Sequence[PolicyCandidate],
-        folds: Folds,
-        schedule: Schedule,
+        inputs: AutoInputs,
+        log: ReadLog,
         mapper: Mapper,
         run: RunDirectory | None,
         progress: Progress,
     ) -> None:
-        self._config, self._data, self._schedule = config, data, schedule
-        self._candidates = {one.name: one for one in candidates}
-        self._folds = {"out_of_fold": folds, "refit": folds.none_held_out()}
+        self._inputs, self._log = inputs, log
         self._mapper, self._run, self._progress = mapper, run, progress
+        self._store = MemberStore(None if run is None else run.auto)
 
-    def members(self, purpose: Purpose, names: Sequence[str]) -> dict[str, list[TwoTowerPolicy]]:
+    def members(self, stage: Stage, names: Sequence[str]) -> dict[str, list[TwoTowerPolicy]]:
         """Fit or restore the members of the named candidates, in the order of the folds."""
-        every = range(len(self._folds[purpose].held_out))
+        every = range(len(self._inputs.folds.held_out))
         remote = self._mapper.distributed
-        groups = [(k,) for k in every] if remote else [tuple(every)]
+        apart = remote or self._inputs.plan.members_apart
+        groups = [(k,) for k in every] if apart else [tuple(every)]
         parts = [Part(name, members) for name in names for members in groups]
-        found = {name: [self._empty(name) for _ in every] for name in names}
-        missing = [part for part in parts if not self._restored(purpose, part, found)]
+        missing = [part for part in parts if not self._stored(stage, part)]
         fit = FitPart(
-            self._config,
-            self._candidates,
-            self._folds[purpose],
-            self._schedule,
-            None if remote else self._data,
+            self._inputs,
+            stage,
+            None if remote else self._log,
+            self._store,
             None if self._run is None else self._run.path,
             None if remote else self._progress,
         )
@@ -112,37 +176,21 @@ class CandidateLearner:
         results = self._mapper.map(fit, missing, "objective=auto")
         for part, weights in zip(missing, results, strict=True):
             for k, state in zip(part.members, weights, strict=True):
-                member = found[part.candidate][k]
+                member = self._inputs.empty(part.candidate, self._log.data)
                 member.load_state_dict(state)
                 if self._run is not None:
                     self._run.check_owner()
-                    folder = self._folder(self._run, purpose, part, k)
-                    with checked_directory(folder) as temporary:
-                        save_weights(temporary / _WEIGHTS, member)
+                self._store.save(stage.name, part.candidate, k, member)
             if remote:
                 self._progress.advance(1)
         if remote and missing:
             self._progress.finish()
-        return found
+        return {name: [self._member(stage, name, k) for k in every] for name in names}
 
-    def _empty(self, name: str) -> TwoTowerPolicy:
-        data, settings = self._data, self._candidates[name].policy
-        policy = TwoTowerPolicy(settings, data.context_encoding, data.item_encoding)
-        return policy.to(data.device).eval().requires_grad_(False)
+    def _member(self, stage: Stage, name: str, member: int) -> TwoTowerPolicy:
+        policy = self._inputs.empty(name, self._log.data)
+        self._store.load(stage.name, name, member, policy)
+        return policy
 
-    def _restored(
-        self, purpose: Purpose, part: Part, found: dict[str, list[TwoTowerPolicy]]
-    ) -> bool:
-        if self._run is None:
-            return False
-        folders = [self._folder(self._run, purpose, part, k) for k in part.members]
-        if not all(is_complete(folder) for folder in folders):
-            return False
-        for k, folder in zip(part.members, folders, strict=True):
-            verify_directory(folder, "remove that folder, and its member is learned again")
-            load_weights(folder / _WEIGHTS, found[part.candidate][k])
-        return True
-
-    @staticmethod
-    def _folder(run: RunDirectory, purpose: Purpose, part: Part, member: int) -> Path:
-        return run.auto / purpose / part.candidate / f"member_{member}"
+    def _stored(self, stage: Stage, part: Part) -> bool:
+        return all(self._store.has(stage.name, part.candidate, k) for k in part.members)

@@ -42,6 +42,8 @@ class Schedule:
 
     epochs: int
     batch_size: int
+    steps: int | None = None
+    """Batches after which training ends; None reads all epochs."""
 
 
 _LINEAR_DIM = 64

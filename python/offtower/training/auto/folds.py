@@ -65,13 +65,16 @@ class Folds:
         """Return folds with as many members, each of which sees all rows."""
         return replace(self, held_out=tuple(NOTHING + k for k in range(len(self.held_out))))
 
-    def sampled(self, rows: EncodedRows, share: float) -> NDArray[np.bool_]:
-        """(n,) whether a row is in the sample of this share, a function of its number or round."""
-        if share >= 1.0:
+    def sampled(self, rows: EncodedRows, start: float, stop: float) -> NDArray[np.bool_]:
+        """(n,) whether a row is between two shares of the log in a seeded order of its numbers, or
+        rounds."""
+        if (start, stop) == (0.0, 1.0):
             return np.ones(len(rows), dtype=bool)
         seed = derive_seed(self.seed, "judged")  # wording: keep; it names a random stream
         key = rows.row if rows.round_id is None else rows.round_id
-        return keyed_hash(key, seed) < np.uint64(share * 2**64)
+        place = keyed_hash(key, seed)
+        found = place >= np.uint64(start * 2**64)
+        return found if stop >= 1.0 else found & (place < np.uint64(stop * 2**64))
 
 
 def context_key(rows: EncodedRows) -> NDArray[np.uint64]:

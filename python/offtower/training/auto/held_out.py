@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,11 +13,12 @@ from torch.nn import functional
 
 from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.rows import EncodedRows
-from offtower.models.items import ItemEmbeddings
+from offtower.errors import RunError
 from offtower.models.policy import TwoTowerPolicy
-from offtower.ops import FactoredReward, policy_terms
 from offtower.prepare import PreparedData
 from offtower.training.auto.folds import Folds
+from offtower.training.auto.item_pass import ItemPass, logits
+from offtower.training.sampled import embed_some
 
 INVERSE_TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """In units of 1 / (standard deviation of a candidate's logits between items)."""
@@ -25,6 +26,8 @@ INVERSE_TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 SCAN_ROWS = 4096
 _SCALE_ROWS = 256
 _SCALE_ITEMS = 4096
+_PASS_ROWS = 1024
+"""Rows of a member that share a pass over the catalogue, at least."""
 _KEPT_ROWS = 20_000
 """Encoded rows that are kept between passes; more are read again."""
 
@@ -47,6 +50,35 @@ class HeldOutTerms:
     """(n,) pi(a|x) / pscore."""
     expected_reward: Array
     """(n,) sum_a pi(a|x) q(x, a); zero without a reward model."""
+
+
+@dataclass(frozen=True)
+class EvaluatedCandidates:
+    """Candidates of which at most one predicts rewards."""
+
+    members: Mapping[str, Sequence[TwoTowerPolicy]]
+    scale: Mapping[str, float]
+    """Standard deviation of each candidate's logits between items."""
+    loss: Mapping[str, float]
+    """Held-out losses of the regressions that were compared."""
+    binary: bool
+    """Whether the reward model's logits are those of probabilities."""
+
+    def without(self, names: Collection[str]) -> EvaluatedCandidates:
+        return replace(
+            self,
+            members={name: one for name, one in self.members.items() if name not in names},
+            scale={name: one for name, one in self.scale.items() if name not in names},
+        )
+
+    def inverse_temperatures(self, name: str) -> list[float]:
+        """Of a candidate's policies, ascending."""
+        return [s / self.scale[name] for s in INVERSE_TEMPERATURES]
+
+    @property
+    def reward_model(self) -> str | None:
+        """The regression among the candidates."""
+        return next((name for name in self.loss if name in self.members), None)
 
 
 @dataclass(frozen=True)
@@ -73,6 +105,8 @@ class HeldOutRows:
     """(n,) logged propensity."""
     eligible_items: Array
     """(n,) number of items that could have been shown."""
+    unit_key: NDArray[np.uint64] | None = None
+    """(n,) keys that `unit` numbers; None where folds are by row."""
 
     @property
     def inverse_pscore(self) -> float:
@@ -84,11 +118,35 @@ class HeldOutRows:
         """One candidate's policies in ascending inverse temperature."""
         return [policy for policy in self.terms if policy.name == name]
 
+    def without(self, names: Collection[str]) -> HeldOutRows:
+        """The same rows for the other candidates."""
+        return replace(
+            self,
+            terms={policy: one for policy, one in self.terms.items() if policy.name not in names},
+            scale={name: one for name, one in self.scale.items() if name not in names},
+        )
 
-@dataclass(frozen=True)
-class _Members:
-    policies: list[TwoTowerPolicy]
-    items: list[ItemEmbeddings]
+    def merge(self, other: HeldOutRows) -> HeldOutRows:
+        """Add other rows of the same candidates."""
+        key = None
+        if self.unit_key is not None and other.unit_key is not None:
+            key = np.concatenate([self.unit_key, other.unit_key])
+        return replace(
+            self,
+            reward=np.concatenate([self.reward, other.reward]),
+            terms={
+                policy: HeldOutTerms(
+                    np.concatenate([one.weight, other.terms[policy].weight]),
+                    np.concatenate([one.expected_reward, other.terms[policy].expected_reward]),
+                )
+                for policy, one in self.terms.items()
+            },
+            action_reward=np.concatenate([self.action_reward, other.action_reward]),
+            unit=None if key is None else _numbered(key),
+            unit_key=key,
+            pscore=np.concatenate([self.pscore, other.pscore]),
+            eligible_items=np.concatenate([self.eligible_items, other.eligible_items]),
+        )
 
 
 class HeldOutEvaluator:
@@ -109,7 +167,6 @@ class HeldOutEvaluator:
         self._chunk = item_chunk
         self._kept: list[tuple[int, EncodedRows]] | None = None
 
-    @torch.no_grad()
     def evaluate(
         self,
         candidates: Mapping[str, Sequence[TwoTowerPolicy]],
@@ -125,117 +182,43 @@ class HeldOutEvaluator:
             regressions: names of the candidates whose logits predict the reward.
             binary: whether all rewards are 0 or 1.
         """
-        members = {name: self._embedded(policies) for name, policies in candidates.items()}
-        loss = {name: self._loss(members[name], binary=binary) for name in regressions}
+        return self.terms(self.candidates(candidates, regressions, binary=binary))
+
+    def candidates(
+        self,
+        candidates: Mapping[str, Sequence[TwoTowerPolicy]],
+        regressions: Sequence[str],
+        *,
+        binary: bool,
+    ) -> EvaluatedCandidates:
+        """Leave out regressions with a higher held-out loss; arguments as for `evaluate`."""
+        loss = {name: self.loss(candidates[name], binary=binary) for name in regressions}
         best = min(loss, key=loss.__getitem__) if loss else None
-        for name in regressions:
-            if name != best:
-                del members[name]
-        return self._terms(members, loss, best, binary=binary)
+        left = {n: m for n, m in candidates.items() if n not in loss or n == best}
+        scale = {name: self.scale(members) for name, members in left.items()}
+        return EvaluatedCandidates(left, scale, loss, binary)
 
     @torch.no_grad()
     def scale(self, policies: Sequence[TwoTowerPolicy]) -> float:
-        """Standard deviation of these members' logits between items, over all members' rows."""
-        return self._scale(self._embedded(policies))
-
-    def _embedded(self, policies: Sequence[TwoTowerPolicy]) -> _Members:
-        items = [one.embed_items(self._data.items, chunk=self._chunk) for one in policies]
-        return _Members(list(policies), items)
-
-    def _terms(
-        self,
-        members: Mapping[str, _Members],
-        loss: Mapping[str, float],
-        best: str | None,
-        *,
-        binary: bool,
-    ) -> HeldOutRows:
-        scale = {name: self._scale(side) for name, side in members.items()}
-        policies = [
-            CandidatePolicy(name, s / scale[name]) for name in members for s in INVERSE_TEMPERATURES
-        ]
-        weight: dict[CandidatePolicy, list[Array]] = {policy: [] for policy in policies}
-        expected: dict[CandidatePolicy, list[Array]] = {policy: [] for policy in policies}
-        reward: list[Array] = []
-        predicted: list[Array] = []
-        units: list[NDArray[np.uint64]] = []
-        pscore: list[Array] = []
-        eligible_items: list[Array] = []
-        number = self._data.items.num_items
-        for k, rows in self._rows():
-            action = tensor_of(rows.action, self._data.device)
-            context = to_tensors(rows.context, self._data.device)
-            embedded = {n: side.policies[k].embed_contexts(context) for n, side in members.items()}
-            q = None if best is None else _reward(embedded[best], members[best].items[k], binary)
-            assert rows.pscore is not None, "auto requires propensities"
-            eligible = None if rows.eligible is None else rows.eligible.on(self._data.device)
-            log_pscore = tensor_of(rows.pscore, self._data.device).log()
-            pscore.append(rows.pscore.astype(np.float64))
-            eligible_items.append(
-                np.full(len(rows), float(number))
-                if eligible is None
-                else _array(eligible.count(number))
-            )
-            reward.append(rows.reward.astype(np.float64))
-            logged = np.zeros(len(rows))
-            for policy in policies:
-                items = members[policy.name].items[k]
-                terms = policy_terms(
-                    embedded[policy.name],
-                    items.embedding,
-                    action,
-                    temperature=1.0 / policy.inverse_temperature,
-                    item_bias=None
-                    if items.bias is None
-                    else items.bias * policy.inverse_temperature,
-                    reward_model=q,
-                    eligible=eligible,
-                )
-                log_weight = terms.log_prob.double() - log_pscore
-                weight[policy].append(log_weight.exp().cpu().numpy())
-                if terms.expected_reward is not None and terms.action_reward is not None:
-                    expected[policy].append(_array(terms.expected_reward))
-                    logged = _array(terms.action_reward)
-                else:
-                    expected[policy].append(np.zeros(len(rows)))
-            predicted.append(logged)
-            if not self._folds.by_row:
-                units.append(self._folds.key(rows))
-        return HeldOutRows(
-            reward=np.concatenate(reward),
-            terms={
-                policy: HeldOutTerms(
-                    np.concatenate(weight[policy]), np.concatenate(expected[policy])
-                )
-                for policy in policies
-            },
-            action_reward=np.concatenate(predicted),
-            scale=scale,
-            loss=dict(loss),
-            unit=_numbered(np.concatenate(units)) if units else None,
-            pscore=np.concatenate(pscore),
-            eligible_items=np.concatenate(eligible_items),
-        )
-
-    def _scale(self, members: _Members) -> float:
-        """Root mean square deviation of logits between items, over some rows of each member."""
+        """Standard deviation of these members' logits between items, over some rows of each."""
         squares: list[Tensor] = []
+        number = self._data.items.num_items
+        some = torch.arange(0, number, max(1, number // _SCALE_ITEMS))
+        items = [embed_some(policy, self._data.items, some) for policy in policies]
         for k, rows in self._rows(_SCALE_ROWS):
-            items = members.items[k]
-            step = max(1, len(items.embedding) // _SCALE_ITEMS)
             context = to_tensors(rows.context, self._data.device)
-            logit = members.policies[k].embed_contexts(context) @ items.embedding[::step].T
-            if items.bias is not None:
-                logit = logit + items.bias[::step]
+            logit = logits(policies[k].embed_contexts(context), items[k])
             squares.append(logit.double().var(dim=1, correction=0))
         return max(float(torch.cat(squares).mean().sqrt()), 1e-6)
 
-    def _loss(self, members: _Members, *, binary: bool) -> float:
+    @torch.no_grad()
+    def loss(self, policies: Sequence[TwoTowerPolicy], *, binary: bool) -> float:
+        """Mean loss of members whose logits predict the reward."""
         total = count = 0.0
         for k, rows in self._rows():
             context = to_tensors(rows.context, self._data.device)
             item = self._data.items.at(tensor_of(rows.action))
-            logit = members.policies[k].action_logit(context, item).double()
+            logit = policies[k].action_logit(context, item).double()
             reward = tensor_of(rows.reward, self._data.device).double()
             total += float(
                 functional.binary_cross_entropy_with_logits(logit, reward, reduction="sum")
@@ -245,16 +228,99 @@ class HeldOutEvaluator:
             count += len(rows)
         return total / max(count, 1.0)
 
-    def _rows(self, first: int | None = None) -> Iterator[tuple[int, EncodedRows]]:
-        """(member, rows that it did not see); `first` limits the rows of each member."""
-        if self._kept is None and self._share * self._data.train.num_rows <= _KEPT_ROWS:
-            self._kept = list(self._read(None))
-        return iter(self._kept) if self._kept is not None else self._read(first)
+    @torch.no_grad()
+    def terms(
+        self, candidates: EvaluatedCandidates, part: tuple[float, float] = (0.0, 1.0)
+    ) -> HeldOutRows:
+        """Compute the terms of candidates on a part of the held-out rows.
 
-    def _read(self, first: int | None) -> Iterator[tuple[int, EncodedRows]]:
+        Args:
+            part: from which to which share of the rows; disjoint parts have distinct rows.
+        """
+        policies = [
+            CandidatePolicy(name, s)
+            for name in candidates.members
+            for s in candidates.inverse_temperatures(name)
+        ]
+        weight: dict[CandidatePolicy, list[Array]] = {policy: [] for policy in policies}
+        expected: dict[CandidatePolicy, list[Array]] = {policy: [] for policy in policies}
+        reward: list[Array] = []
+        predicted: list[Array] = []
+        units: list[NDArray[np.uint64]] = []
+        pscore: list[Array] = []
+        eligible_items: list[Array] = []
+        for k, rows in _merged(self._rows(part=part)):
+            assert rows.pscore is not None, "auto requires propensities"
+            pscore.append(rows.pscore.astype(np.float64))
+            eligible_items.append(self._eligible_items(rows))
+            reward.append(rows.reward.astype(np.float64))
+            block = ItemPass(self._data.items, self._data.device, self._chunk).terms(
+                {name: members[k] for name, members in candidates.members.items()}, rows, candidates
+            )
+            predicted.append(block.action_reward)
+            log_pscore = np.log(pscore[-1])
+            for name in candidates.members:
+                for t, policy in enumerate(p for p in policies if p.name == name):
+                    weight[policy].append(np.exp(block.log_prob[name][t] - log_pscore))
+                    expected[policy].append(block.expected_reward[name][t])
+            if not self._folds.by_row:
+                units.append(self._folds.key(rows))
+        if not reward:
+            raise RunError(
+                "no row of the log is held out for the choice of objective=auto: raise "
+                "auto.held_out_rows, or name an objective"
+            )
+        key = np.concatenate(units) if units else None
+        return HeldOutRows(
+            reward=np.concatenate(reward),
+            terms={
+                policy: HeldOutTerms(
+                    np.concatenate(weight[policy]), np.concatenate(expected[policy])
+                )
+                for policy in policies
+            },
+            action_reward=np.concatenate(predicted),
+            scale=dict(candidates.scale),
+            loss=dict(candidates.loss),
+            unit=None if key is None else _numbered(key),
+            pscore=np.concatenate(pscore),
+            eligible_items=np.concatenate(eligible_items),
+            unit_key=key,
+        )
+
+    def _eligible_items(self, rows: EncodedRows) -> Array:
+        number = self._data.items.num_items
+        if rows.eligible is None:
+            return np.full(len(rows), float(number))
+        return rows.eligible.on().count(number).double().numpy()
+
+    def _rows(
+        self, first: int | None = None, part: tuple[float, float] = (0.0, 1.0)
+    ) -> Iterator[tuple[int, EncodedRows]]:
+        """(member, rows that it did not see).
+
+        Args:
+            first: limits the rows of each member.
+            part: from which to which share of the sample.
+        """
+        if self._kept is None and self._share * self._data.train.num_rows <= _KEPT_ROWS:
+            self._kept = list(self._read(None, (0.0, 1.0)))
+        if self._kept is None:
+            yield from self._read(first, part)
+            return
+        for member, rows in self._kept:
+            index = np.flatnonzero(self._sampled(rows, part))
+            if len(index) == len(rows):
+                yield member, rows
+            elif len(index):
+                yield member, rows.take(index)
+
+    def _read(
+        self, first: int | None, part: tuple[float, float]
+    ) -> Iterator[tuple[int, EncodedRows]]:
         seen = [0] * len(self._folds.held_out)
         for rows in self._data.scan(SCAN_ROWS):
-            fold, kept = self._folds.of(rows), self._folds.sampled(rows, self._share)
+            fold, kept = self._folds.of(rows), self._sampled(rows, part)
             for member, held_out in enumerate(self._folds.held_out):
                 index = np.flatnonzero((fold == held_out) & kept)
                 if first is not None:
@@ -265,17 +331,22 @@ class HeldOutEvaluator:
             if first is not None and min(seen) >= first:
                 return
 
+    def _sampled(self, rows: EncodedRows, part: tuple[float, float]) -> NDArray[np.bool_]:
+        return self._folds.sampled(rows, part[0] * self._share, part[1] * self._share)
+
+
+def _merged(parts: Iterable[tuple[int, EncodedRows]]) -> Iterator[tuple[int, EncodedRows]]:
+    """Join rows of the same member, so that a pass over the catalogue has enough of them."""
+    waiting: dict[int, list[EncodedRows]] = {}
+    for member, rows in parts:
+        some = waiting.setdefault(member, [])
+        some.append(rows)
+        if sum(map(len, some)) >= _PASS_ROWS:
+            yield member, EncodedRows.concat(waiting.pop(member))
+    for member, some in waiting.items():
+        yield member, EncodedRows.concat(some)
+
 
 def _numbered(keys: NDArray[np.uint64]) -> NDArray[np.int64] | None:
     distinct, number = np.unique(keys, return_inverse=True)
     return None if len(distinct) == len(keys) else number.astype(np.int64)
-
-
-def _array(terms: Tensor) -> Array:
-    return terms.double().cpu().numpy()
-
-
-def _reward(context: Tensor, items: ItemEmbeddings, binary: bool) -> FactoredReward:
-    return FactoredReward(
-        context, items.embedding, items.bias, link="sigmoid" if binary else "identity"
-    )

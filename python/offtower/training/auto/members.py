@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +18,29 @@ from offtower.models.optimizer import finish_updates, make_optimizer
 from offtower.models.policy import TwoTowerPolicy
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
+from offtower.sampling import ItemCounts
 from offtower.seeds import derive_seed, seed_torch
 from offtower.training.auto.candidates import PolicyCandidate, Schedule
 from offtower.training.auto.folds import Folds
+from offtower.training.auto.kept_rows import KeptRows
 from offtower.training.sampled import SampledTerms, build_proposal
 from offtower.training.schedule import LearningRate
 from offtower.training.step import ReplicatedStep, StepKey, TrainedPolicy
+
+
+@dataclass(frozen=True)
+class FitStart:
+    """What a fit begins with, where it is not the first of its members or not on the whole log."""
+
+    stage: int = 0
+    """Fits of the same members before this one; part of the keys of random streams."""
+    weights: Sequence[Mapping[str, Tensor]] | None = None
+    """Of the members; the optimizer starts anew (warm restarts, Loshchilov and Hutter 2017). None
+    draws them."""
+    kept: KeptRows | None = None
+    """The rows to fit on; None reads the log."""
+    counts: ItemCounts | None = None
+    """Of the logged items in those rows, for sampled terms; None counts them."""
 
 
 def fit_members(
@@ -32,6 +50,7 @@ def fit_members(
     folds: Folds,
     schedule: Schedule,
     progress: Progress,
+    start: FitStart = FitStart(),
 ) -> list[TwoTowerPolicy]:
     """Fit all members in one pass over the log per epoch; each batch has rows of one fold.
 
@@ -41,11 +60,19 @@ def fit_members(
         RunError: a loss is not finite.
     """
     seed = config.seed
-    members = [_start_member(candidate, config, data, fold, progress) for fold in folds.held_out]
+    members = [
+        start_member(candidate, config, data, fold, progress, start.counts)
+        for fold in folds.held_out
+    ]
+    for member, weights in zip(members, start.weights or (), strict=False):
+        member.step.policy.load_state_dict(dict(weights))
+    stage = (start.stage,) if start.stage else ()
+    source = data if start.kept is None else start.kept
+    sizes = data.train.row_group_sizes if start.kept is None else start.kept.row_group_sizes
     order = EpochOrder(
-        data.train.row_group_sizes,
+        sizes,
         schedule.batch_size,
-        seed=derive_seed(seed, "auto order"),
+        seed=derive_seed(seed, "auto order", *stage),
         window_rows=config.data.window_rows,
         num_folds=folds.number,
     )
@@ -55,13 +82,14 @@ def fit_members(
         schedule.epochs,
         seed,
         label=f"fitting {candidate.name}",
-        stream=f"auto {candidate.name} step",
+        stream=" ".join(["auto", candidate.name, "step", *map(str, stage)]),
+        steps=schedule.steps,
     )
 
     def losses(at: FitStep) -> ModelLoss | None:
         batch = at.batch
         cursor = batch.cursor
-        draws = derive_seed(seed, "auto draws", cursor.epoch, cursor.window, cursor.batch)
+        draws = derive_seed(seed, "auto draws", *stage, cursor.epoch, cursor.window, cursor.batch)
         if candidate.objective.requirements.rewarded_rows_only:
             # At one reward in a hundred rows this saves nearly all of a step's time.
             rows = batch.rows.take(np.flatnonzero(batch.rows.reward))
@@ -83,12 +111,14 @@ def fit_members(
 
         return loss_of
 
-    fit_out_of_fold(data, plan, [member.model for member in members], losses, progress)
+    fit_out_of_fold(source, plan, [member.model for member in members], losses, progress)
     return [member.finish() for member in members]
 
 
 @dataclass(frozen=True)
-class _Member:
+class MemberFit:
+    """A member in training."""
+
     step: ReplicatedStep
     model: FoldModel
     rate: LearningRate
@@ -100,13 +130,19 @@ class _Member:
         return self.step.policy.eval().requires_grad_(False)
 
 
-def _start_member(
-    candidate: PolicyCandidate, config: Config, data: PreparedData, fold: int, progress: Progress
-) -> _Member:
+def start_member(
+    candidate: PolicyCandidate,
+    config: Config,
+    data: PreparedData,
+    fold: int,
+    progress: Progress,
+    counts: ItemCounts | None = None,
+) -> MemberFit:
+    """Draw the initial weights of a member; `counts` as for `FitStart`."""
     seed_torch(config.seed, f"auto {candidate.name}", fold)
     policy = TwoTowerPolicy(candidate.policy, data.context_encoding, data.item_encoding)
     policy.to(data.device).train()
-    proposal = build_proposal(config, candidate.objective, data, policy, progress)
+    proposal = build_proposal(config, candidate.objective, data, policy, progress, counts=counts)
     step = ReplicatedStep(
         TrainedPolicy(policy, data.items),
         candidate.objective,
@@ -121,7 +157,10 @@ def _start_member(
         policy,
         candidate.learning_rate,
         candidate.weight_decay,
-        "dense" if proposal is None else "lazy_adamw",
+        # Without a proposal, steps of sampled runs touch only the items of the batch.
+        "dense"
+        if config.training.terms == "exact" or candidate.objective.requirements.square_sum
+        else "lazy_adamw",
     )
     rate = LearningRate(TrainingConfig(warm_up=0.05, decay="linear"), optimizer)
-    return _Member(step, FoldModel(optimizer, held_out=fold, stream=fold), rate)
+    return MemberFit(step, FoldModel(optimizer, held_out=fold, stream=fold), rate)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from offtower.config import Config
 from offtower.mapping import Mapper
 from offtower.models.policy import TwoTowerPolicy
 from offtower.prepare import PreparedData
+from offtower.progress import Progress, duration
 from offtower.run_directory import RunDirectory
-from offtower.training.auto.candidate_learner import CandidateLearner
-from offtower.training.auto.candidates import make_candidates, make_schedule
-from offtower.training.auto.choice import Choice, choose
+from offtower.training.auto.budget import make_plan, narrowed, with_terms
+from offtower.training.auto.candidate_learner import AutoInputs, CandidateLearner, ReadLog, Stage
+from offtower.training.auto.candidates import PolicyCandidate, Schedule, make_candidates
+from offtower.training.auto.choice import Choice
 from offtower.training.auto.ensemble import join
 from offtower.training.auto.folds import Folds
-from offtower.training.auto.held_out import SCAN_ROWS, HeldOutEvaluator
+from offtower.training.auto.held_out import SCAN_ROWS
+from offtower.training.auto.plan import FILE, AutoPlan, read_plan, write_plan
+from offtower.training.auto.race import Race, RaceResult
 from offtower.training.trainer import TrainingOutputs, TrainingResult
 
 
@@ -27,9 +33,10 @@ class AutoTraining:
     policy: TwoTowerPolicy
     choice: Choice
     members: Mapping[str, list[TwoTowerPolicy]]
+    """Of the candidates of the last stage."""
     result: TrainingResult
     report: dict[str, Any]
-    """JSON: the chosen candidate, all estimates and held-out losses."""
+    """JSON: the chosen candidate, all estimates and held-out losses, the plan and its stages."""
 
 
 def train_auto(
@@ -46,50 +53,54 @@ def train_auto(
         config: `auto`, `policy` sizes, `seed`.
         data: its training log has propensities. A validation log is neither needed nor read.
         outputs: metrics, progress and `on_epoch_end`, which is called once with the chosen policy.
-        run: keeps fitted members, so that a killed run can continue.
+        run: keeps the plan and fitted members, so that a killed run can continue.
         mapper: fits members; a distributed one takes them one by one and needs `run` in a place
             that its workers see.
 
     Raises:
-        ConfigError: no candidate is possible.
+        ConfigError: no candidate is possible, or `auto.plan` does not fit them.
     """
     outputs = outputs or TrainingOutputs()
     progress, metrics = outputs.progress, outputs.metrics
     settings = config.auto
-    number = settings.members or settings.folds
-    folds = Folds(settings.folds, tuple(range(number)), config.seed)
-    folds = folds.balanced(data.scan(SCAN_ROWS))
-    schedule = make_schedule(settings, data.train.num_rows)
+    began = time.monotonic()
     candidates = make_candidates(config, data)
-    names = [candidate.name for candidate in candidates]
-    learner = CandidateLearner(
-        config, data, candidates, folds, schedule, mapper or Mapper(), run, progress
+    plan = _plan(config, data, candidates, run, progress)
+    log = ReadLog(plan.limited(data, config), plan, progress)
+    folds = Folds(settings.folds, tuple(range(plan.members)), config.seed)
+    inputs = AutoInputs(
+        with_terms(config, plan.terms),
+        plan,
+        {
+            one.name: narrowed(one, plan.max_embedding_dim)
+            for one in candidates
+            if one.name in plan.candidates
+        },
+        folds.balanced(log.data.scan(SCAN_ROWS)),
     )
-    members = learner.members("out_of_fold", names)
-    progress.start("evaluating candidates on held-out rows", None)
-    evaluator = HeldOutEvaluator(data, folds, settings.held_out_rows, config.training.item_chunk)
-    rows = evaluator.evaluate(
-        members,
-        [one.name for one in candidates if one.predicts_rewards],
-        binary=data.facts.binary_reward,
-    )
-    choice = choose(
-        rows,
-        # In prior order; of the regressions only the best is left.
-        [name for name in names if name in rows.scale],
-        min_reward=float(data.train.schema.reward_range[0]),
-        confidence=config.evaluation.confidence,
-    )
-    progress.finish()
-    chosen, final = choice.chosen, members[choice.chosen.name]
+    learner = CandidateLearner(inputs, log, mapper or Mapper(), run, progress)
+    clock = StageReports(plan, progress)
+    found = Race(inputs, learner, log, progress, clock.training).run()
+    choice, chosen = found.choice, found.choice.chosen
+    final = found.members[chosen.name]
     inverse_temperature = chosen.inverse_temperature
     if settings.refit:
-        final = learner.members("refit", [chosen.name])[chosen.name]
+        clock.refit(chosen.name)
+        final = learner.members(_refit(plan, found), [chosen.name])[chosen.name]
         # Members that saw more rows may have larger logits: keep the policy as sharp as chosen.
-        inverse_temperature *= rows.scale[chosen.name] / evaluator.scale(final)
+        inverse_temperature *= found.rows.scale[chosen.name] / found.evaluator.scale(final)
     policy = join(final, inverse_temperature)
-    report = describe(choice, rows.loss)
-    steps = schedule.epochs * -(-data.train.num_rows // schedule.batch_size)
+    report = {
+        **describe(choice, found.rows.loss),
+        "dropped": found.dropped,
+        "rows": plan.rows,
+        "rows_of_log": data.train.num_rows,
+        "stages": found.stages,
+        "seconds": round(time.monotonic() - began, 3),
+        "plan": plan.to_dict(),
+    }
+    schedule = plan.candidates[chosen.name]
+    steps = schedule.steps or schedule.epochs * -(-data.train.num_rows // schedule.batch_size)
     metrics.restart()
     metrics.write({"kind": "auto", "step": steps, **report})
     line: dict[str, Any] = {
@@ -116,7 +127,69 @@ def train_auto(
         history=metrics.epochs(),
         chosen=chosen.name,
     )
-    return AutoTraining(policy, choice, members, result, report)
+    return AutoTraining(policy, choice, found.members, result, report)
+
+
+def _plan(
+    config: Config,
+    data: PreparedData,
+    candidates: Sequence[PolicyCandidate],
+    run: RunDirectory | None,
+    progress: Progress,
+) -> AutoPlan:
+    """Read the run's plan, or that of `auto.plan`, or make one; it is stored before it is used."""
+    stored = None if run is None else run.auto / FILE
+    if stored is not None and stored.exists():
+        return read_plan(stored)
+    plan = (
+        make_plan(config, data, candidates, progress)
+        if config.auto.plan is None
+        else read_plan(Path(config.auto.plan)).fitting(
+            [one.name for one in candidates], data.train.num_rows
+        )
+    )
+    progress.finish()
+    if run is not None and stored is not None:
+        run.check_owner()
+        write_plan(stored, plan)
+    return plan
+
+
+def _refit(plan: AutoPlan, found: RaceResult) -> Stage:
+    """The stage in which the chosen candidate's members see all rows."""
+    name = found.choice.chosen.name
+    one = plan.candidates[name]
+    return Stage(
+        "refit",
+        {name: Schedule(one.epochs, one.batch_size, one.refit_steps)},
+        found.stage.number + 1 if plan.refit_continues else 0,
+        held_out=False,
+        after=found.stage.name if plan.refit_continues else None,
+    )
+
+
+class StageReports:
+    """Reports each stage of a bounded plan with the time that is left."""
+
+    def __init__(self, plan: AutoPlan, progress: Progress) -> None:
+        self._plan, self._progress = plan, progress
+        seconds = plan.seconds
+        self._race = seconds.get("training", 0.0) + seconds.get("evaluation", 0.0)
+        self._refit = seconds.get("refit", 0.0)
+        for note in (*plan.notes, *(f"without {k}: {v}" for k, v in plan.dropped.items())):
+            progress.note(f"auto: {note}")
+
+    def training(self, what: str, begun: float) -> None:
+        """Report a stage of the race before which the share `begun` of it is done."""
+        self._report(what, self._race * (1.0 - begun) + self._refit)
+
+    def refit(self, name: str) -> None:
+        """Report the refit."""
+        self._report(f"training {name} on all rows", self._refit)
+
+    def _report(self, what: str, left: float) -> None:
+        if self._plan.bounded:
+            self._progress.note(f"auto: {what}; at most about {duration(left)} left")
 
 
 def describe(choice: Choice, loss: Mapping[str, float]) -> dict[str, Any]:

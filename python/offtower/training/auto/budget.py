@@ -1,0 +1,346 @@
+"""Plan a run of `auto` within a budget of minutes.
+
+Runs that would take a fifth of the budget on a slow machine, by a count of operations, are not
+changed, so that their policies do not depend on the machine. Others are measured: what fits is not
+changed either; for the rest the plan chooses sampled terms, the rows that are read and evaluated,
+and the steps of a race by successive halving.
+
+Source: Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter
+optimization".
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from offtower.config import Config, TowerConfig
+from offtower.data.rows import EncodedRows
+from offtower.objectives import BehaviorCloning
+from offtower.prepare import PreparedData
+from offtower.progress import Progress, duration
+from offtower.training.auto import speed
+from offtower.training.auto.candidates import PolicyCandidate, make_schedule
+from offtower.training.auto.plan import AutoPlan, CandidatePlan, Rung, groups_to_read
+from offtower.training.auto.work import (
+    TowerSizes,
+    member_bytes,
+    training_bytes,
+    whole_work,
+)
+
+_SLOW = 1e10
+"""Operations per second of a slow machine; one core of 2024 reaches some 8e10 in the kernels."""
+_CERTAIN = 0.2
+"""Share of the budget that a run may take on a slow machine to be left as it is."""
+_FITS = 0.6
+"""Share of the budget that a run may take by this machine's measured operations."""
+_READING, _TRAINING, _EVALUATION, _REFIT = 0.1, 0.5, 0.15, 0.2
+"""Shares of the budget in a bounded plan; the rest is for its own measurements."""
+_EXACT_FACTOR = 4
+"""Catalogues of more than this many times `sampling.num_samples` items use sampled terms."""
+_MIN_STEPS = 10
+"""Steps of a candidate in a rung, at least."""
+_MIN_ROWS = 256
+_MEMORY = 6 << 30
+"""Bytes for members, their training and rewarded rows, at most."""
+_KEPT_BYTES = 1 << 30
+"""Of rewarded rows."""
+_DIMS = (64, 32, 16)
+"""Widths that are tried, in this order, where members are too large."""
+
+
+def make_plan(
+    config: Config,
+    data: PreparedData,
+    candidates: Sequence[PolicyCandidate],
+    progress: Progress,
+) -> AutoPlan:
+    """Plan a run; `candidates` in prior order."""
+    minutes = config.auto.budget
+    if minutes is None:
+        return whole_plan(config, data, candidates)
+    work = whole_work(config, data, candidates)
+    if work <= _CERTAIN * 60.0 * minutes * _SLOW:
+        return whole_plan(config, data, candidates)
+    progress.start("measuring the speed of this machine", None)
+    if work <= _FITS * 60.0 * minutes * speed.operations_per_second(data.device):
+        return whole_plan(config, data, candidates)
+    return _Planner(config, data, candidates).plan()
+
+
+def whole_plan(
+    config: Config, data: PreparedData, candidates: Sequence[PolicyCandidate]
+) -> AutoPlan:
+    """The plan without a budget."""
+    settings, rows = config.auto, data.train.num_rows
+    schedule = make_schedule(settings, rows)
+    one = CandidatePlan(schedule.batch_size, schedule.epochs)
+    return AutoPlan(
+        bounded=False,
+        rows=rows,
+        rewarded_rows=0,
+        members=settings.members or settings.folds,
+        members_apart=False,
+        terms=config.training.terms,
+        candidates={candidate.name: one for candidate in candidates},
+        rungs=(Rung(1.0, settings.held_out_rows, len(candidates)),),
+    )
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Measured cost of a candidate."""
+
+    schedule: CandidatePlan
+    steps: int
+    """Of a whole schedule."""
+    step: float
+    """Seconds of a step of one member."""
+    row: float
+    """Seconds of the terms of a held-out row, without those of the reward model."""
+
+
+class _Planner:
+    """Makes a bounded plan.
+
+    Attributes:
+        seconds: of the budget.
+        notes: what the plan gives up.
+    """
+
+    def __init__(
+        self, config: Config, data: PreparedData, candidates: Sequence[PolicyCandidate]
+    ) -> None:
+        assert config.auto.budget is not None, "without a budget there is nothing to plan"
+        self.seconds = 60.0 * config.auto.budget
+        self.notes: list[str] = []
+        self.dropped: dict[str, str] = {}
+        self._data = data
+        self._sample, read = speed.read_sample(data)
+        self.rows = self._rows_to_read(config, read)
+        many = data.items.num_items > _EXACT_FACTOR * config.sampling.num_samples
+        self.terms: Literal["exact", "sampled"] = "sampled" if many else config.training.terms
+        self._config = with_terms(config, self.terms)
+        self.max_dim, self.members, self.apart = self._memory(candidates)
+        self._candidates = {
+            one.name: narrowed(one, self.max_dim)
+            for one in candidates
+            if one.name not in self.dropped
+        }
+        self._rewarded = _rewarded_share(self._data, self._sample)
+
+    def plan(self) -> AutoPlan:
+        costs = {name: self._cost(one) for name, one in self._candidates.items()}
+        costs = self._affordable(costs)
+        rungs, factor = self._rungs(costs)
+        refit = _REFIT * self.seconds / self.members
+        kept = max(1, int(_KEPT_BYTES / max(self._sample.nbytes / len(self._sample), 1.0)))
+        chosen = {
+            name: replace(
+                cost.schedule,
+                steps=max(_MIN_STEPS * len(rungs), int(factor * cost.steps)),
+                refit_steps=max(_MIN_STEPS, min(cost.steps, int(refit / cost.step))),
+            )
+            for name, cost in costs.items()
+        }
+        if factor * min(cost.steps for cost in costs.values()) < _MIN_STEPS * len(rungs):
+            self.notes.append(
+                f"auto.budget of {self.seconds / 60.0:g} minutes is too short for more than "
+                f"{_MIN_STEPS} steps of a candidate in each stage: raise it, or name fewer "
+                "auto.candidates"
+            )
+        slowest = sum(sorted((c.steps * c.step for c in costs.values()), reverse=True))
+        return AutoPlan(
+            bounded=True,
+            rows=self.rows,
+            rewarded_rows=min(self.rows, kept)
+            if any(one.rewarded_rows_only for one in chosen.values())
+            else 0,
+            members=self.members,
+            members_apart=self.apart,
+            terms=self.terms,
+            candidates=chosen,
+            rungs=rungs,
+            refit_continues=len(rungs) > 1,
+            max_embedding_dim=self.max_dim,
+            dropped=self.dropped,
+            notes=tuple(self.notes),
+            seconds={
+                "training": min(_TRAINING * self.seconds, self.members * slowest),
+                "evaluation": _EVALUATION * self.seconds,
+                "refit": max(
+                    self.members * one.refit_steps * costs[name].step
+                    for name, one in chosen.items()
+                    if one.refit_steps is not None
+                ),
+            },
+        )
+
+    def _rows_to_read(self, config: Config, seconds_per_row: float) -> int:
+        """Rows whose reading takes the budget's share for it; the log is read about twice."""
+        rows = self._data.train.num_rows
+        if self._data.quarantine is not None:
+            return rows  # The files of bad rows are those of the whole log.
+        wanted = max(1, int(_READING * self.seconds / (2.0 * seconds_per_row)))
+        if wanted >= rows:
+            return rows
+        groups = groups_to_read(self._data, config, wanted)
+        found = int(self._data.train.row_group_sizes[groups].sum())
+        self.notes.append(f"{found:,} of {rows:,} rows of the log are read")
+        return wanted
+
+    def _memory(self, candidates: Sequence[PolicyCandidate]) -> tuple[int | None, int, bool]:
+        """Largest embedding, members per candidate, and whether these are fitted apart."""
+        settings = self._config.auto
+        limit = min(_MEMORY, _machine_bytes() // 2) - _KEPT_BYTES
+        wanted = settings.members or settings.folds
+        for dim in (None, *_DIMS):
+            sizes = [TowerSizes.of(narrowed(one, dim), self._data) for one in candidates]
+            loaded = sum(member_bytes(one) for one in sizes)
+            largest = max(training_bytes(one, members=1) for one in sizes)
+            for members in range(wanted, 0, -1):
+                for apart in (False, True):
+                    if members * loaded + (1 if apart else members) * largest <= limit:
+                        if (dim, members) != (None, wanted):
+                            width = "" if dim is None else f", with embeddings of {dim} numbers"
+                            self.notes.append(
+                                f"{members} members per candidate{width}, so that training fits "
+                                f"in {limit / 2**30:.1f} GiB"
+                            )
+                        return dim, members, apart
+        kept = [one.name for one in candidates][:1]
+        self.dropped.update(
+            {one.name: "too large for memory" for one in candidates if one.name not in kept}
+        )
+        return _DIMS[-1], 1, True
+
+    def _cost(self, candidate: PolicyCandidate) -> _Cost:
+        """Measure a candidate; its whole schedule is that of the rows that its objective reads."""
+        rewarded = candidate.objective.requirements.rewarded_rows_only and self._rewarded <= 0.5
+        rows = max(1, round(self.rows * (self._rewarded if rewarded else 1.0)))
+        schedule = make_schedule(self._config.auto, rows)
+        steps = math.ceil(schedule.epochs * rows / schedule.batch_size)
+        sample = self._sample
+        if rewarded and sample.reward.any():
+            sample = sample.take(sample.reward.nonzero()[0])
+        step = speed.step_seconds(candidate, self._config, self._data, sample, schedule.batch_size)
+        row = speed.row_seconds(candidate, self._data)
+        plan = CandidatePlan(
+            schedule.batch_size,
+            # Batches are cut by fold and window, which makes a few more of them.
+            2 * schedule.epochs + 1,
+            rewarded_rows_only=rewarded,
+        )
+        return _Cost(plan, steps, step, row)
+
+    def _affordable(self, costs: Mapping[str, _Cost]) -> dict[str, _Cost]:
+        """Leave out candidates that need most of the training's time for a tenth of their steps."""
+        limit = 0.5 * _TRAINING * self.seconds / self.members
+        found = {
+            name: cost
+            for name, cost in costs.items()
+            if 0.1 * cost.steps * cost.step < limit or stays(self._candidates[name])
+        }
+        for name, cost in costs.items():
+            if name not in found:
+                whole = duration(self.members * cost.steps * cost.step)
+                self.dropped[name] = f"its {cost.steps:,} steps would take {whole}"
+        if not found:
+            name = min(costs, key=lambda one: costs[one].step)
+            del self.dropped[name]
+            found = {name: costs[name]}
+        return found
+
+    def _rungs(self, costs: Mapping[str, _Cost]) -> tuple[tuple[Rung, ...], float]:
+        """Rungs, and the share of whole schedules that they train for."""
+        whole = {name: self.members * cost.steps * cost.step for name, cost in costs.items()}
+        budget = _TRAINING * self.seconds
+        regressions, protected, others = self._kinds(costs)
+        if sum(whole.values()) <= budget:
+            return (Rung(1.0, self._held_out(list(costs), costs, 1), len(costs)),), 1.0
+        number = 1 + max(0, math.ceil(math.log2(max(len(regressions), len(others), 1))))
+        shares = [2**k / (2**number - 1) for k in range(number)]
+        rungs: list[Rung] = []
+        cost, left = 0.0, len(others)
+        for k, share in enumerate(shares):
+            racing = _costliest(others, whole, left)
+            models = _costliest(regressions, whole, len(regressions) if k == 0 else 1)
+            taking_part = [*racing, *models, *protected]
+            cost += share * sum(whole[name] for name in taking_part)
+            left = max(1, math.ceil(left / 2)) if k + 1 < number else left
+            rungs.append(Rung(share, self._held_out(taking_part, costs, number), left))
+        return tuple(rungs), min(1.0, budget / cost)
+
+    def _kinds(self, names: Mapping[str, object]) -> tuple[list[str], list[str], list[str]]:
+        """Regressions, candidates that never leave, and others."""
+        kinds = self._candidates
+        regressions = [name for name in names if kinds[name].predicts_rewards]
+        protected = [name for name in names if stays(kinds[name]) and name not in regressions]
+        others = [name for name in names if name not in regressions and name not in protected]
+        return regressions, protected, others
+
+    def _held_out(self, names: Sequence[str], costs: Mapping[str, _Cost], rungs: int) -> int:
+        """Rows of one rung's evaluation."""
+        models = [name for name in names if self._candidates[name].predicts_rewards]
+        counted = [name for name in names if name not in models] + _costliest(
+            models, {name: costs[name].row for name in models}, 1
+        )
+        seconds = _EVALUATION * self.seconds / rungs
+        rows = int(seconds / sum(costs[name].row for name in counted))
+        return max(_MIN_ROWS, min(rows, self._config.auto.held_out_rows))
+
+
+def with_terms(config: Config, terms: Literal["exact", "sampled"]) -> Config:
+    """The configuration with other `training.terms`."""
+    return replace(config, training=replace(config.training, terms=terms))
+
+
+def stays(candidate: PolicyCandidate) -> bool:
+    """Whether a candidate never leaves the race: the clone of the logging policy stands for the
+    choice to keep that one."""
+    return isinstance(candidate.objective, BehaviorCloning)
+
+
+def narrowed(candidate: PolicyCandidate, max_dim: int | None) -> PolicyCandidate:
+    """The candidate with embeddings of at most `max_dim` numbers."""
+    if max_dim is None:
+        return candidate
+    policy = candidate.policy
+
+    def side(given: TowerConfig) -> TowerConfig:
+        dim = min(given.category_embedding_dim, max_dim)
+        return replace(given, category_embedding_dim=dim)
+
+    changed = replace(
+        policy,
+        embedding_dim=min(policy.embedding_dim, max_dim),
+        context_tower=side(policy.context_tower),
+        item_tower=side(policy.item_tower),
+    )
+    return replace(candidate, policy=changed)
+
+
+def _costliest(names: Sequence[str], cost: Mapping[str, float], number: int) -> list[str]:
+    return sorted(names, key=lambda name: -cost[name])[:number]
+
+
+def _rewarded_share(data: PreparedData, sample: EncodedRows) -> float:
+    """Share of rows with a reward other than 0."""
+    if data.facts.binary_reward:
+        return data.facts.mean_reward
+    return float((sample.reward != 0.0).mean())
+
+
+def _machine_bytes() -> int:
+    """Memory of this machine, or of its container where that has a limit."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdecimal() else total

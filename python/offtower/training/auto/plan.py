@@ -1,0 +1,164 @@
+"""What a run of `auto` does: which rows it reads, how long each candidate trains, and when
+candidates leave.
+
+A plan may depend on the speed of the machine that made it. It is stored in the run's folder before
+it is used, so that a resumed run, and a run that names it in `auto.plan`, give the same policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from offtower.checksums import read_checked_json, write_checked_json
+from offtower.config import Config
+from offtower.data.log_part import LogPart
+from offtower.data.order import EpochOrder
+from offtower.errors import ConfigError
+from offtower.prepare import PreparedData
+from offtower.seeds import derive_seed
+
+FILE = "plan.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CandidatePlan:
+    """How long one candidate trains."""
+
+    batch_size: int
+    epochs: int
+    """Passes over its rows, at most."""
+    steps: int | None = None
+    """Batches of all rungs together; None is all of `epochs`."""
+    refit_steps: int | None = None
+    """Batches of the refit; None is all of `epochs`."""
+    rewarded_rows_only: bool = False
+    """Whether its batches hold the rewarded rows alone, which are kept in memory."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A stage of the race: the candidates that are left train, and are evaluated."""
+
+    share: float
+    """Share of a candidate's steps."""
+    held_out_rows: int
+    """Maximal number of rows for the evaluation."""
+    remaining: int
+    """Candidates that stay afterwards, at most."""
+
+
+@dataclass(frozen=True)
+class AutoPlan:
+    """The plan of a run."""
+
+    bounded: bool
+    """Whether the budget changes anything. If not, all candidates train on all rows."""
+    rows: int
+    """Rows of the log that are read."""
+    rewarded_rows: int
+    """Rewarded rows that are kept in memory; 0 where no candidate is trained on them alone."""
+    members: int
+    members_apart: bool
+    """Whether a candidate's members are fitted one after the other, to save memory."""
+    terms: Literal["exact", "sampled"]
+    candidates: Mapping[str, CandidatePlan]
+    """In prior order."""
+    rungs: tuple[Rung, ...]
+    refit_continues: bool = False
+    """Whether the refit starts from the weights of the race."""
+    max_embedding_dim: int | None = None
+    """Largest embedding of a candidate; None does not limit it."""
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    """Candidates that do not take part, and why."""
+    notes: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Estimated seconds of each stage, for messages."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": _FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], name: object) -> AutoPlan:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ConfigError: `content` is not a plan.
+        """
+        try:
+            fields = {key: value for key, value in content.items() if key != "format"}
+            if content["format"] != _FORMAT:
+                raise ConfigError(
+                    f"'{name}' holds a plan of format {content['format']}; this version of "
+                    f"offtower reads format {_FORMAT}"
+                )
+            fields["candidates"] = {k: CandidatePlan(**v) for k, v in fields["candidates"].items()}
+            fields["rungs"] = tuple(Rung(**rung) for rung in fields["rungs"])
+            fields["notes"] = tuple(fields["notes"])
+            return cls(**fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"'{name}' is not a plan of auto: {error}") from error
+
+    def fitting(self, names: Collection[str], log_rows: int) -> AutoPlan:
+        """Return this plan of another run, if it fits the candidates and the log of this one.
+
+        Raises:
+            ConfigError: it plans other candidates, or more rows than there are.
+        """
+        planned = {*self.candidates, *self.dropped}
+        if planned != set(names):
+            raise ConfigError(
+                f"auto.plan is for the candidates {', '.join(sorted(planned))}, and this run has "
+                f"{', '.join(sorted(names))}: set auto.candidates alike, or unset auto.plan"
+            )
+        if self.rows > log_rows:
+            raise ConfigError(
+                f"auto.plan reads {self.rows:,} rows, and the log has {log_rows:,}: unset auto.plan"
+            )
+        return self
+
+    def limited(self, data: PreparedData, config: Config) -> PreparedData:
+        """Return the data with the rows of the log that the plan reads: the first windows of a
+        seeded order of its row groups."""
+        groups = groups_to_read(data, config, self.rows)
+        if len(groups) == len(data.train.row_group_sizes):
+            return data
+        return replace(data, train=LogPart(data.train, groups))
+
+
+def groups_to_read(data: PreparedData, config: Config, rows: int) -> list[int]:
+    """Row groups of a seeded order that have at least `rows` rows together, ascending."""
+    sizes = data.train.row_group_sizes
+    if rows >= data.train.num_rows:
+        return list(range(len(sizes)))
+    seed = derive_seed(config.seed, "auto rows")
+    # Windows of one row group each: their order is that of the shuffled row groups.
+    order = [group for (group,) in EpochOrder(sizes, 1, seed, window_rows=1).windows(0)]
+    enough = int(np.searchsorted(np.cumsum(sizes[order]), rows)) + 1
+    return sorted(order[:enough])
+
+
+def read_plan(path: Path) -> AutoPlan:
+    """Read a plan from its file, or from the folder of the run that has it.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    file = next((f for f in (path / "auto" / FILE, path / FILE) if f.exists()), path)
+    if not file.is_file():
+        raise ConfigError(
+            f"auto.plan: there is no plan at '{path}': name the folder of a run of auto, or its "
+            f"file auto/{FILE}"
+        )
+    return AutoPlan.from_dict(read_checked_json(file, ConfigError), file)
+
+
+def write_plan(path: Path, plan: AutoPlan) -> None:
+    """Store a plan."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_checked_json(path, plan.to_dict())

@@ -1,0 +1,202 @@
+"""Train candidates in stages, and let those leave that held-out rows speak against.
+
+A plan without a budget has one stage. In a race, stages double in length, candidates continue from
+their weights, and after each stage regressions with a higher held-out loss and the half of the
+others with the lower upper bounds leave.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from offtower.models.policy import TwoTowerPolicy
+from offtower.progress import Progress
+from offtower.training.auto.budget import stays
+from offtower.training.auto.candidate_learner import AutoInputs, CandidateLearner, ReadLog, Stage
+from offtower.training.auto.candidates import Schedule
+from offtower.training.auto.choice import CandidateEstimate, Choice, choose
+from offtower.training.auto.held_out import EvaluatedCandidates, HeldOutEvaluator, HeldOutRows
+from offtower.training.auto.plan import Rung
+
+_BLOCKS = 4
+"""Blocks of held-out rows; after each one candidates may leave."""
+
+Members = dict[str, list[TwoTowerPolicy]]
+
+
+@dataclass
+class RaceResult:
+    """The candidates of the last stage, and what led to them."""
+
+    stage: Stage
+    members: Members
+    rows: HeldOutRows
+    choice: Choice
+    evaluator: HeldOutEvaluator
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    """JSON: name, candidates, seconds, held-out rows of each stage."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Candidates that left, and why."""
+
+
+class Race:
+    """Runs the rungs of a plan.
+
+    Args:
+        inputs: plan, candidates, folds.
+        learner: fits members.
+        log: the rows that are read.
+        report: receives a message at the begin of each stage.
+    """
+
+    def __init__(
+        self,
+        inputs: AutoInputs,
+        learner: CandidateLearner,
+        log: ReadLog,
+        progress: Progress,
+        report: Callable[[str, float], None],
+    ) -> None:
+        self._inputs, self._learner, self._log = inputs, learner, log
+        self._progress, self._report = progress, report
+        self._dropped: dict[str, str] = dict(inputs.plan.dropped)
+
+    def run(self) -> RaceResult:
+        """Train and evaluate the candidates; the last rung makes the choice."""
+        names = list(self._inputs.plan.candidates)
+        rungs = self._inputs.plan.rungs
+        stages: list[dict[str, Any]] = []
+        stage: Stage | None = None
+        result: RaceResult | None = None
+        for number, rung in enumerate(rungs):
+            result = None  # Release the members of the stage before.
+            began = time.monotonic()
+            stage = self._stage(number, rung, stage)
+            self._report(f"training {', '.join(names)}", _begun(rungs, number))
+            members = self._learner.members(stage, names)
+            trained = time.monotonic()
+            last = number + 1 == len(rungs)
+            result = self._evaluate(stage, members, rung, last=last)
+            stages.append(
+                {
+                    "stage": stage.name,
+                    "candidates": names,
+                    "training_seconds": round(trained - began, 3),
+                    "evaluation_seconds": round(time.monotonic() - trained, 3),
+                    "held_out_rows": len(result.rows.reward),
+                }
+            )
+            names = [name for name in names if name in result.rows.scale]
+        assert result is not None, "a plan has at least one rung"
+        result.stages, result.dropped = stages, self._dropped
+        return result
+
+    def _stage(self, number: int, rung: Rung, before: Stage | None) -> Stage:
+        schedules = {
+            name: Schedule(
+                one.epochs,
+                one.batch_size,
+                None if one.steps is None else max(1, round(rung.share * one.steps)),
+            )
+            for name, one in self._inputs.plan.candidates.items()
+        }
+        name = "out_of_fold" if number == 0 else f"out_of_fold_{number + 1}"
+        return Stage(name, schedules, number, after=None if before is None else before.name)
+
+    def _evaluate(self, stage: Stage, members: Members, rung: Rung, *, last: bool) -> RaceResult:
+        inputs, data = self._inputs, self._log.data
+        self._progress.start("evaluating candidates on held-out rows", None)
+        evaluator = HeldOutEvaluator(
+            data, inputs.folds, rung.held_out_rows, inputs.config.training.item_chunk
+        )
+        regressions = [name for name in members if inputs.candidates[name].predicts_rewards]
+        candidates = evaluator.candidates(members, regressions, binary=data.facts.binary_reward)
+        for name in regressions:
+            if name != candidates.reward_model:
+                self._dropped[name] = (
+                    f"held-out loss {candidates.loss[name]:.4g} after stage {stage.name}, for "
+                    f"{candidates.loss[str(candidates.reward_model)]:.4g} of "
+                    f"{candidates.reward_model}"
+                )
+        if inputs.plan.bounded:
+            rows, choice = self._in_blocks(evaluator, candidates, rung, stage, last=last)
+        else:
+            rows = evaluator.terms(candidates)
+            choice = self._choose(rows)
+        self._progress.finish()
+        return RaceResult(stage, members, rows, choice, evaluator)
+
+    def _in_blocks(
+        self,
+        evaluator: HeldOutEvaluator,
+        candidates: EvaluatedCandidates,
+        rung: Rung,
+        stage: Stage,
+        *,
+        last: bool,
+    ) -> tuple[HeldOutRows, Choice]:
+        """Evaluate block after block of rows; candidates whose upper bound is below the lower bound
+        of the chosen one leave."""
+        rows: HeldOutRows | None = None
+        for block in range(_BLOCKS):
+            part = evaluator.terms(candidates, (block / _BLOCKS, (block + 1) / _BLOCKS))
+            rows = part if rows is None else rows.merge(part)
+            choice = self._choose(rows)
+            racing = self._racing(candidates, choice)
+            beaten = [name for name in racing if upper_bound(choice.best[name]) < choice.chosen.low]
+            for name in beaten:
+                self._leave(name, stage, choice)
+            candidates = candidates.without(beaten)
+            rows = rows.without(beaten)
+            left = len(racing) - len(beaten)
+            if not last and left <= rung.remaining:
+                break
+        assert rows is not None
+        choice = self._choose(rows)
+        if not last:
+            racing = self._racing(candidates, choice)
+            racing.sort(key=lambda name: -upper_bound(choice.best[name]))
+            for name in racing[rung.remaining :]:
+                self._leave(name, stage, choice)
+            rows = rows.without(racing[rung.remaining :])
+        return rows, choice
+
+    def _racing(self, candidates: EvaluatedCandidates, choice: Choice) -> list[str]:
+        """Candidates that may leave: neither the reward model, nor clones of the logging policy.
+        The chosen one comes first where bounds are equal."""
+        names = [
+            name
+            for name in candidates.members
+            if name != candidates.reward_model and not stays(self._inputs.candidates[name])
+        ]
+        return sorted(names, key=lambda name: name != choice.chosen.name)
+
+    def _leave(self, name: str, stage: Stage, choice: Choice) -> None:
+        one, chosen = choice.best[name], choice.chosen
+        self._dropped[name] = (
+            f"value {one.value:.4g}, at most {upper_bound(one):.4g}, after stage {stage.name}; "
+            f"{chosen.name} has {chosen.value:.4g}"
+        )
+
+    def _choose(self, rows: HeldOutRows) -> Choice:
+        config, data = self._inputs.config, self._log.data
+        return choose(
+            rows,
+            # In prior order; of the regressions only the best is left.
+            [name for name in self._inputs.plan.candidates if name in rows.scale],
+            min_reward=float(data.train.schema.reward_range[0]),
+            confidence=config.evaluation.confidence,
+        )
+
+
+def upper_bound(estimate: CandidateEstimate) -> float:
+    """As far above the value as the lower bound is below it."""
+    return 2.0 * estimate.value - estimate.low
+
+
+def _begun(rungs: Sequence[Rung], number: int) -> float:
+    """Share of the race before a rung; all rungs of a race cost about the same."""
+    return number / len(rungs)
