@@ -23,6 +23,7 @@ class GateOptions:
     Attributes:
         margin: V(new) - V(logging) must exceed it, in units of reward.
         min_rows, min_users, min_effective_sample_size: an asymptotic interval needs at least these.
+        min_rewarded_rows: rows whose reward is not 0, at least.
         max_pareto_k: a heavier tail of the weights casts doubt (`pareto_shape`).
         max_mean_weight_z, max_mean_weight_error: propensities are in doubt where the mean weight
             differs from 1 by more than both, in standard errors and absolutely, or where the
@@ -35,6 +36,7 @@ class GateOptions:
 
     margin: float = 0.0
     min_rows: int = 100
+    min_rewarded_rows: int = 10
     min_users: int = 30
     min_effective_sample_size: float = 100.0
     max_pareto_k: float = 0.7
@@ -143,10 +145,11 @@ class EvaluationConfig:
     decide_by: str = "auto"
     """The estimator of the verdict; auto is dr where there is a reward model, else snips."""
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
-    interval: Literal["normal", "bootstrap", "bernstein"] = "normal"
-    """Method of the table and the verdict; report.json always has normal and bootstrap too."""
+    interval: Literal["auto", "gamma", "normal", "bootstrap", "bernstein"] = "auto"
+    """Method of the table and the verdict; auto is gamma. report.json always has gamma, normal and
+    bootstrap too."""
     max_weight: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
-    """Largest weight that can occur, for bernstein: at most 1 / (least logging probability)."""
+    """Largest weight that can occur, for bernstein (gamma is narrower with it): at most 1 / (least logging probability)."""
     replicates: int | None = Field(default=None, ge=20)
     """Of the bootstrap; null takes what the confidence needs, 500 at least."""
     by_user: bool | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -14,14 +14,17 @@ from offtower.errors import UndefinedIntervalError
 from offtower.evaluation.decision.gate import Evidence, decide
 from offtower.evaluation.decision.support import SupportDiagnostics
 from offtower.evaluation.estimators import Difference, Estimator, MeanReward
+from offtower.evaluation.intervals.gamma import gamma_interval
 from offtower.evaluation.intervals.methods import (
+    DEFAULT_METHOD,
     Interval,
     bernstein_interval,
     bootstrap_interval,
     normal_interval,
     simultaneous_confidence,
 )
-from offtower.evaluation.intervals.statistics import Statistics, finish
+from offtower.evaluation.intervals.statistics import Functional, Statistics, finish
+from offtower.evaluation.intervals.unseen import Span, reward_span, unseen_terms, weight_span
 from offtower.evaluation.result import (
     Comparison,
     EstimatorResult,
@@ -29,11 +32,16 @@ from offtower.evaluation.result import (
     Gap,
     PolicyEvaluation,
 )
+from offtower.evaluation.rows import Array, EvaluationRows
 
 if TYPE_CHECKING:
     from offtower.evaluation.sums import EvaluationSums
 
 LOGGING = MeanReward()
+LOGGED = Span(1.0, 1.0)
+"""Weights under the logging policy."""
+ASYMPTOTIC = ("gamma", "normal", "bootstrap")
+"""Methods that exist for every functional."""
 LOG_PROB_ROUNDING = 3e-5
 """Relative error of a weight by rounding, at most: log-probabilities come from float32 logits, and
 weights of served slates were off by up to this at a perplexity of 2 (`tests.roundtrip`)."""
@@ -51,9 +59,16 @@ class Estimates:
         users = sums.terms.users
         self.terms = sums.terms if users is None else replace(sums.terms, users=users.compact())
         self.users = None if users is None else users.count
-        slates = sums.positions[0] is not None
+        self.slates = sums.positions[0] is not None
         weighted = sums.terms.row_weights is not None
-        self.independent = not slates and not weighted and self.users in (None, sums.terms.n)
+        self.independent = not self.slates and not weighted and self.users in (None, sums.terms.n)
+        self.rewards = reward_span(self.terms.select(self.reward_column), self.options.reward_range)
+        least, most = self.options.reward_range
+        self.difference_range = (
+            (-math.inf, math.inf) if self.slates else (least - most, most - least)
+        )
+        bound = self.options.max_weight
+        self.weight_spans = [weight_span(one.statistics, bound) for one in sums.weights]
 
     def columns(self, policy: int, estimator: int) -> list[int]:
         base = policy * self.starts[-1]
@@ -72,7 +87,8 @@ class Estimates:
         left_out = [i for i in self.unsupported() if policies[i] in may_leave_out]
         kept = [i for i in range(len(policies)) if i not in left_out]
         logged = self.terms.select(self.reward_column)
-        intervals = self.intervals(LOGGING, logged)
+        estimate = finish(LOGGING, logged)
+        unseen = unseen_terms(LOGGING.terms, [LOGGED], self.rewards, estimate.value)
         return EvaluationResult(
             confidence=options.confidence,
             simultaneous_confidence=self.joint,
@@ -80,7 +96,7 @@ class Estimates:
             n=self.sums.terms.n,
             users=self.users,
             logging=EstimatorResult(
-                LOGGING.name, LOGGING.label, finish(LOGGING, logged), intervals
+                LOGGING.name, LOGGING.label, estimate, self.intervals(LOGGING, logged, unseen)
             ),
             decide_by=options.estimators[options.decider].name,
             policies={
@@ -100,7 +116,8 @@ class Estimates:
         column = [self.named_columns(reward, 0).stop - 1]
         statistics = self.sums.named.select(column)
         estimate = finish(LOGGING, statistics)
-        intervals = self.named_intervals(LOGGING, statistics)
+        unseen = unseen_terms(LOGGING.terms, [LOGGED], reward_span(statistics), estimate.value)
+        intervals = self.asymptotic_intervals(LOGGING, statistics, unseen)
         return EstimatorResult(LOGGING.name, LOGGING.label, estimate, intervals)
 
     def named_value(self, policy: int, reward: int) -> EstimatorResult:
@@ -110,14 +127,18 @@ class Estimates:
         every = self.named_columns(reward, policy)
         own = list(range(every.start, every.start + estimator.num_terms))
         statistics = self.sums.named.select(own, self.sums.weights[policy].statistics.weight_sum)
+        paired = self.sums.named.select([*own, every.stop - 1])
+        rewards = reward_span(self.sums.named.select([every.stop - 1]))
+        estimate, difference = estimator.finish(statistics), Difference(estimator, LOGGING)
+        extremes = [self.weight_spans[policy]], rewards, estimate.value
         return EstimatorResult(
             estimator.name,
             estimator.label,
-            estimator.finish(statistics),
-            self.named_intervals(estimator, statistics),
-            self.gap(
-                Difference(estimator, LOGGING), self.sums.named.select([*own, every.stop - 1])
+            estimate,
+            self.asymptotic_intervals(
+                estimator, statistics, unseen_terms(estimator.terms, *extremes)
             ),
+            self.gap(difference, paired, unseen_terms(_beside_logging(estimator), *extremes)),
             estimator.consistent,
         )
 
@@ -126,10 +147,6 @@ class Estimates:
         width, policies = self.options.named_estimator.num_terms, len(self.sums.policies)
         start = reward * (policies * width + 1)
         return range(start + policy * width, start + policies * width + 1)
-
-    def named_intervals(self, estimator: Estimator, statistics: Statistics) -> dict[str, Interval]:
-        """Intervals that need no range: that of a named reward is not known."""
-        return self.asymptotic_intervals(estimator, statistics)
 
     def policy(self, index: int, name: str, support: SupportDiagnostics | None) -> PolicyEvaluation:
         options, sums = self.options, self.sums
@@ -155,6 +172,7 @@ class Estimates:
             by_position,
             self.sensitivity(index, gap),
             gap.rounding,
+            sums.rewarded,
         )
         value, difference = smoothing.value, smoothing.difference
         return PolicyEvaluation(
@@ -186,12 +204,15 @@ class Estimates:
         estimator, columns = self.options.estimators[index], self.columns(policy, index)
         own = self.terms.select(columns, self.sums.weights[policy].statistics.weight_sum)
         paired = self.terms.select(columns + self.reward_column)
+        estimate, difference = estimator.finish(own), Difference(estimator, LOGGING)
+        extremes = [self.weight_spans[policy]], self.rewards, estimate.value
+        gap = self.gap(difference, paired, unseen_terms(_beside_logging(estimator), *extremes))
         return EstimatorResult(
             estimator.name,
             estimator.label,
-            estimator.finish(own),
-            self.intervals(estimator, own),
-            self.gap(Difference(estimator, LOGGING), paired),
+            estimate,
+            self.intervals(estimator, own, unseen_terms(estimator.terms, *extremes)),
+            gap.within(self.difference_range),
             estimator.consistent,
         )
 
@@ -199,49 +220,76 @@ class Estimates:
         decider = self.options.decider
         estimator = self.options.estimators[decider]
         columns = self.columns(first, decider) + self.columns(second, decider)
-        gap = self.gap(Difference(estimator, estimator), self.terms.select(columns))
+        difference = Difference(estimator, estimator)
+        spans = [self.weight_spans[first], self.weight_spans[second]]
+        logging = float(self.terms.mean[self.reward_column[0]])
+        unseen = unseen_terms(difference.terms, spans, self.rewards, logging)
+        gap = self.gap(difference, self.terms.select(columns), unseen)
         names = self.sums.policies
-        return Comparison(names[first], names[second], estimator.name, gap)
+        return Comparison(
+            names[first], names[second], estimator.name, gap.within(self.difference_range)
+        )
 
-    def gap(self, difference: Difference, statistics: Statistics) -> Gap:
+    def gap(self, difference: Difference, statistics: Statistics, unseen: Array) -> Gap:
         main = self.options.intervals[0]
-        make = bootstrap_interval if main == "bootstrap" else normal_interval
+        method = main if main in ASYMPTOTIC else DEFAULT_METHOD
         return Gap(
             finish(difference, statistics),
-            make(difference, statistics, self.options.confidence),
-            make(difference, statistics, self.joint),
+            _interval(method, difference, statistics, self.options.confidence, unseen),
+            _interval(method, difference, statistics, self.joint, unseen),
             _rounding(difference, statistics),
         )
 
     def asymptotic_intervals(
-        self, estimator: Estimator, statistics: Statistics
+        self, estimator: Estimator, statistics: Statistics, unseen: Array
     ) -> dict[str, Interval]:
-        """Normal and bootstrap intervals; one that these rows do not define is left out, unless it
-        is the main one."""
-        make, out = {"normal": normal_interval, "bootstrap": bootstrap_interval}, {}
+        """Intervals that need no range of the terms; one that these rows do not define is left out,
+        unless it is the main one."""
+        out = {}
         for method in self.options.intervals:
-            if method not in make:
+            if method not in ASYMPTOTIC:
                 continue
             try:
-                out[method] = make[method](estimator, statistics, self.options.confidence)
+                out[method] = _interval(
+                    method, estimator, statistics, self.options.confidence, unseen
+                )
             except UndefinedIntervalError:
                 if method == self.options.intervals[0]:
                     raise
         return out
 
-    def intervals(self, estimator: Estimator, statistics: Statistics) -> dict[str, Interval]:
-        asymptotic = self.asymptotic_intervals(estimator, statistics)
+    def intervals(
+        self, estimator: Estimator, statistics: Statistics, unseen: Array
+    ) -> dict[str, Interval]:
+        asymptotic = self.asymptotic_intervals(estimator, statistics, unseen)
         out, confidence = {}, self.options.confidence
         for method in self.options.intervals:
             if method in asymptotic:
                 out[method] = asymptotic[method]
-            elif method in ("normal", "bootstrap"):
+            elif method in ASYMPTOTIC:
                 continue
             elif self.independent and estimator.num_terms == 1:
                 bounds = estimator.bounds(self.options.reward_range, self.options.max_weight)
                 unclustered = replace(statistics, users=None)
                 out[method] = bernstein_interval(estimator, unclustered, bounds, confidence)
+        if DEFAULT_METHOD in out and not self.slates:
+            out[DEFAULT_METHOD] = out[DEFAULT_METHOD].within(*self.options.reward_range)
         return out
+
+
+def _beside_logging(estimator: Estimator) -> Callable[[EvaluationRows], Array]:
+    """Terms of the estimator and of the logging policy's value, side by side."""
+    difference = Difference(estimator, LOGGING)
+    return lambda rows: difference.terms(rows, rows)
+
+
+def _interval(
+    method: str, functional: Functional, statistics: Statistics, confidence: float, unseen: Array
+) -> Interval:
+    if method == "gamma":
+        return gamma_interval(functional, statistics, confidence, unseen)
+    make = bootstrap_interval if method == "bootstrap" else normal_interval
+    return make(functional, statistics, confidence)
 
 
 def _rounding(difference: Difference, statistics: Statistics) -> float:

@@ -31,7 +31,7 @@ def evaluate_rows(
     *,
     reward_range: tuple[float, float],
     confidence: float = 0.95,
-    intervals: Sequence[str] = ("normal", "bootstrap"),
+    intervals: Sequence[str] = ("auto", "normal", "bootstrap"),
     support: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> EvaluationResult:

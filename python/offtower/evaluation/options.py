@@ -18,7 +18,11 @@ from offtower.evaluation.estimators import (
     make_estimator,
 )
 from offtower.evaluation.estimators.tuning import tune_together
-from offtower.evaluation.intervals.methods import check_confidence, simultaneous_confidence
+from offtower.evaluation.intervals.methods import (
+    DEFAULT_METHOD,
+    check_confidence,
+    simultaneous_confidence,
+)
 from offtower.evaluation.intervals.smoothing_bound import check_range
 from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.slate_options import check_interaction, has_form
@@ -35,13 +39,14 @@ class EvaluationOptions:
         estimators: by which to estimate each policy's value.
         reward_range: least and largest possible reward.
         confidence: of every interval. The verdicts share it (Bonferroni over the policies).
-        intervals: methods, of "normal", "bootstrap" and "bernstein"; verdicts use the first.
+        intervals: methods, of "gamma", "normal", "bootstrap" and "bernstein"; verdicts use the
+            first. "auto" is the default method.
         decide_by: label or name of the estimator of the verdicts; "auto" is dr, else snips, else
             the first.
         by_user: clusters rows by their user; None does so where rows have users.
         replicates: of the bootstrap; None takes 500, or as many as the confidence needs.
         seed: of the bootstrap.
-        max_weight: largest possible weight, for "bernstein".
+        max_weight: largest possible weight; "bernstein" needs it, "gamma" is narrower with it.
         gate: what a verdict requires.
         propensities_estimated: the log had no propensities; verdicts say so.
         reward_names: of the rows' named rewards, each evaluated beside their weighted sum.
@@ -50,7 +55,7 @@ class EvaluationOptions:
     estimators: tuple[Estimator, ...]
     reward_range: tuple[float, float]
     confidence: float = 0.95
-    intervals: tuple[str, ...] = ("normal", "bootstrap")
+    intervals: tuple[str, ...] = ("auto", "normal", "bootstrap")
     decide_by: str = "auto"
     by_user: bool | None = None
     replicates: int | None = None
@@ -66,7 +71,9 @@ class EvaluationOptions:
         names = [estimator.name for estimator in self.estimators]
         if not names or len(set(names)) != len(names):
             raise OfftowerError(f"estimators must be some, each once: {names}")
-        known = ("normal", "bootstrap", "bernstein")
+        chosen = [DEFAULT_METHOD if method == "auto" else method for method in self.intervals]
+        object.__setattr__(self, "intervals", tuple(dict.fromkeys(chosen)))
+        known = ("gamma", "normal", "bootstrap", "bernstein")
         if not self.intervals or any(method not in known for method in self.intervals):
             raise OfftowerError(
                 f"intervals must be some of {', '.join(known)}, but are {self.intervals}; the "
@@ -84,6 +91,11 @@ class EvaluationOptions:
             if self.decide_by in (estimator.label, estimator.name):
                 return i
         raise OfftowerError(f"decide_by={self.decide_by!r} is none of {', '.join(labels)}")
+
+    @property
+    def grouped(self) -> bool:
+        """Whether some interval needs sums by group of rows."""
+        return "gamma" in self.intervals or self.intervals[0] == "bernstein"
 
     @property
     def named_estimator(self) -> Estimator:
@@ -118,7 +130,7 @@ def evaluation_options(
         estimators=estimators,
         reward_range=reward_range,
         confidence=config.confidence,
-        intervals=tuple(dict.fromkeys((config.interval, "normal", "bootstrap"))),
+        intervals=(config.interval, "gamma", "normal", "bootstrap"),
         decide_by=config.decide_by,
         by_user=config.by_user,
         replicates=config.replicates,

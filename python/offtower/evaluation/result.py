@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from offtower.evaluation.decision.calibration import Calibration
 from offtower.evaluation.decision.gate import Verdict, best_exit_code
 from offtower.evaluation.decision.support import SupportDiagnostics
 from offtower.evaluation.decision.weights import PositionWeight, WeightDiagnostics
-from offtower.evaluation.intervals.methods import Interval
+from offtower.evaluation.intervals.methods import DEFAULT_METHOD, Interval
 from offtower.evaluation.intervals.statistics import Estimate
 
 
@@ -25,6 +25,16 @@ class Gap:
     interval: Interval
     simultaneous: Interval
     rounding: float = 0.0
+
+    def within(self, possible: tuple[float, float]) -> Gap:
+        """With gamma intervals cut to possible values; the other methods are not cut."""
+        if self.interval.method != DEFAULT_METHOD:
+            return self
+        return replace(
+            self,
+            interval=self.interval.within(*possible),
+            simultaneous=self.simultaneous.within(*possible),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {

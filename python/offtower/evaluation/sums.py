@@ -44,6 +44,8 @@ class EvaluationSums:
     """By policy; empty unless the propensities are estimates, and for slates."""
     named: Statistics | None = None
     """Terms of each named reward: under each policy, then the reward itself; None without them."""
+    rewarded: int = 0
+    """Rows (rounds of slates) whose reward is not 0."""
 
     @classmethod
     def of(
@@ -72,6 +74,7 @@ class EvaluationSums:
                 by_user=by_user,
                 replicates=options.bootstrap_replicates(len(every)),
                 seed=options.seed,
+                grouped=options.grouped,
             ),
             tuple(WeightSums.of(rows, by_user) for rows in every),
             tuple(CalibrationSums.of(rows) for rows in every),
@@ -83,6 +86,7 @@ class EvaluationSums:
                 if options.propensities_estimated and rows.round is None
             ),
             _named_statistics(every, options, by_user),
+            int(np.count_nonzero(first.summed(first.reward))),
         )
 
     def merge(self, other: EvaluationSums) -> EvaluationSums:
@@ -105,6 +109,7 @@ class EvaluationSums:
             ),
             tuple(a.merge(b) for a, b in zip(self.sensitivity, other.sensitivity, strict=True)),
             None if self.named is None or other.named is None else self.named.merge(other.named),
+            self.rewarded + other.rewarded,
         )
 
     def finish(
@@ -155,4 +160,5 @@ def _named_statistics(
         by_user=by_user,
         replicates=options.bootstrap_replicates(len(every)),
         seed=options.seed,
+        grouped=options.grouped,
     )

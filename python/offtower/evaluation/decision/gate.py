@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from offtower.config import GateOptions
 from offtower.evaluation.decision.support import SupportDiagnostics
 from offtower.evaluation.decision.weights import PositionWeight, WeightDiagnostics
-from offtower.evaluation.intervals.methods import Interval
+from offtower.evaluation.intervals.methods import Interval, round_up
 from offtower.evaluation.intervals.statistics import Estimate
 
 GO: Literal["go"] = "go"
@@ -72,6 +71,7 @@ class Evidence:
             its side of the margin (`SensitivitySums.largest_factor`).
         positions: mean weights by position, for slates.
         rounding: size of a difference that the rounding of log-probabilities explains.
+        rewarded: number of rows (rounds of slates) whose reward is not 0.
     """
 
     difference: Estimate
@@ -87,6 +87,7 @@ class Evidence:
     positions: tuple[PositionWeight, ...] = ()
     sensitivity: float | None = None
     rounding: float = 0.0
+    rewarded: int | None = None
 
 
 def decide(evidence: Evidence, options: GateOptions | None = None) -> Verdict:
@@ -156,11 +157,17 @@ def _contains_margin(evidence: Evidence, margin: float) -> Reason:
         f"[{interval.low:.4g}, {interval.high:.4g}] (confidence {interval.confidence:.4g}, by "
         f"{evidence.estimator}) contains {margin:g}"
     )
-    distance = abs(evidence.difference.value - margin)
-    half = 0.5 * (interval.high - interval.low)
-    if 0.0 < distance < half and half / distance < 1e4:
+    value = evidence.difference.value
+    distance = abs(value - margin)
+    half = value - interval.low if value > margin else interval.high - value
+    if interval.rows_needed is not None:
+        text += (
+            "; it is wide because the log may lack rows of large weight or reward: about "
+            f"{interval.rows_needed:,} rows would give one of useful width"
+        )
+    elif 0.0 < distance < half and half / distance < 1e4:
         rows = evidence.difference.n * (half / distance) ** 2
-        text += f"; if that difference is true, about {_round_up(rows):,} rows would show it"
+        text += f"; if that difference is true, about {round_up(rows):,} rows would show it"
     return Reason("interval_holds_margin", text, "doubt")
 
 
@@ -228,6 +235,12 @@ def _tail_doubts(evidence: Evidence, options: GateOptions) -> list[Reason]:
     doubts = []
     if n < options.min_rows:
         doubts.append(_doubt("too_few_rows", f"{n} rows, at least {options.min_rows} required"))
+    if evidence.rewarded is not None and evidence.rewarded < options.min_rewarded_rows:
+        text = (
+            f"{evidence.rewarded} of {n:,} rows have a reward other than 0, at least "
+            f"{options.min_rewarded_rows} required"
+        )
+        doubts.append(_doubt("too_few_rewarded_rows", text))
     if users is not None and users < options.min_users:
         text = f"{users} users, at least {options.min_users} required"
         doubts.append(_doubt("too_few_users", text))
@@ -287,9 +300,3 @@ def _notes(evidence: Evidence) -> list[Reason]:
         text = f"{evidence.estimator} may be biased, and its interval does not cover the bias"
         notes.append(Reason("biased_estimator", text, "note"))
     return notes
-
-
-def _round_up(rows: float) -> int:
-    """To two digits."""
-    unit = 10.0 ** max(0, math.floor(math.log10(rows)) - 1)
-    return int(math.ceil(rows / unit) * unit)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from offtower.errors import OfftowerError
+from offtower.evaluation.intervals.gamma import gamma_interval
 from offtower.evaluation.intervals.methods import (
     DEFAULT_REPLICATES,
     Interval,
@@ -20,6 +21,7 @@ from offtower.evaluation.intervals.methods import (
 )
 from offtower.evaluation.intervals.smoothing_bound import SmoothingSums, check_range
 from offtower.evaluation.intervals.statistics import Estimate, Statistics, collect, finish
+from offtower.evaluation.intervals.unseen import reward_span, unseen_terms, weight_span
 from offtower.evaluation.rows import Array, EvaluationRows
 
 _LARGE = 1e140
@@ -88,9 +90,17 @@ class Estimator(ABC):
         by_user: bool = False,
         replicates: int = 0,
         seed: int = 0,
+        grouped: bool = False,
     ) -> Statistics:
         """Mergeable sums of a shard; see `statistics.collect`."""
-        return collect(self.terms(rows), rows, by_user=by_user, replicates=replicates, seed=seed)
+        return collect(
+            self.terms(rows),
+            rows,
+            by_user=by_user,
+            replicates=replicates,
+            seed=seed,
+            grouped=grouped,
+        )
 
     def finish(self, statistics: Statistics) -> Estimate:
         """Value and standard error of merged statistics.
@@ -119,15 +129,18 @@ class Estimator(ABC):
     ) -> Interval:
         """Two-sided confidence interval; `intervals.methods` lists the methods.
 
-        by_user: rows of one user are correlated ("normal" and "bootstrap").
+        by_user: rows of one user are correlated ("gamma", "normal" and "bootstrap").
         replicates, seed: of the bootstrap.
-        reward_range: for "bernstein" and "log_smoothing". max_weight: largest possible weight, for
-        "bernstein"; the largest one seen in the log is not it.
+        reward_range: for "bernstein" and "log_smoothing", and for "gamma" where all rewards are
+        equal. max_weight: largest possible weight, for "bernstein" and, if known, for "gamma"; the
+        largest one seen in the log is not it.
         """
         check_method(method)
         rows = self._scaled(rows)
         if method == "log_smoothing":
             return self._smoothed(rows, confidence, reward_range, by_user)
+        if method == "gamma":
+            return self._gamma(rows, confidence, by_user, reward_range, max_weight)
         carried = replicates if method == "bootstrap" else 0
         statistics = self.statistics(rows, by_user=by_user, replicates=carried, seed=seed)
         if statistics.n:
@@ -154,6 +167,21 @@ class Estimator(ABC):
             f"{self.name} is not a mean of bounded terms: a bernstein interval does not exist; "
             "use 'normal' or 'bootstrap', or another estimator"
         )
+
+    def _gamma(
+        self,
+        rows: EvaluationRows,
+        confidence: float,
+        by_user: bool,
+        reward_range: tuple[float, float] | None,
+        max_weight: float | None,
+    ) -> Interval:
+        statistics = self.statistics(rows, by_user=by_user, grouped=True)
+        value = self.finish(statistics).value
+        weights = collect(rows.mean_weight[:, None], rows, by_user=by_user)
+        rewards = reward_span(collect(rows.reward[:, None], rows), reward_range)
+        unseen = unseen_terms(self.terms, [weight_span(weights, max_weight)], rewards, value)
+        return gamma_interval(self, statistics, confidence, unseen)
 
     def _smoothed(
         self,

@@ -2,12 +2,14 @@
 
 | method          | holds for                 | needs                                    |
 |-----------------|---------------------------|------------------------------------------|
+| `gamma`         | small n, skewed terms     | sums by user, or by group of rows        |
 | `normal`        | large n                   | second moments                           |
 | `bootstrap`     | large n, skewed terms     | replicate sums (Poisson weights)         |
 | `bernstein`     | every n, independent rows | range of the terms: reward, weight       |
 | `log_smoothing` | every n, independent rows | sums of logarithms (`smoothing_bound`)   |
 
-`normal` and `bootstrap` are by user where the statistics hold users.
+`gamma`, `normal` and `bootstrap` are by user where the statistics hold users. `gamma` is the
+default: docs/results/2026-11-30-validity.md has the coverage of each.
 """
 
 from __future__ import annotations
@@ -22,31 +24,45 @@ from scipy.special import stdtrit
 from offtower.errors import OfftowerError, UndefinedIntervalError
 from offtower.evaluation.intervals.statistics import Functional, Statistics, finish
 
-METHODS = ("normal", "bootstrap", "bernstein", "log_smoothing")
+METHODS = ("gamma", "normal", "bootstrap", "bernstein", "log_smoothing")
+DEFAULT_METHOD = "gamma"
+"""What "auto" stands for, chosen by coverage in docs/results/2026-11-30-validity.md."""
 DEFAULT_REPLICATES = 1000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A two-sided interval that covers with the stated confidence."""
+    """A two-sided interval that covers with the stated confidence.
+
+    rows_needed: of a log for which the interval would be of useful width, about; None where it is.
+    """
 
     low: float
     high: float
     confidence: float
     method: str
     by_user: bool = False
+    rows_needed: int | None = None
 
     def shifted(self, by: float) -> Interval:
         """The interval moved by a constant."""
         return replace(self, low=self.low + by, high=self.high + by)
 
+    def within(self, low: float, high: float) -> Interval:
+        """The interval cut to possible values; unchanged where it holds none of them."""
+        if self.low > high or self.high < low:
+            return self
+        return replace(self, low=max(self.low, low), high=min(self.high, high))
+
     def to_dict(self) -> dict[str, Any]:
+        needed = {} if self.rows_needed is None else {"rows_needed": self.rows_needed}
         return {
             "low": self.low,
             "high": self.high,
             "confidence": self.confidence,
             "method": self.method,
             "by_user": self.by_user,
+            **needed,
         }
 
 
@@ -73,7 +89,7 @@ def normal_interval(
     functional: Functional, statistics: Statistics, confidence: float = 0.95
 ) -> Interval:
     """Value +- t * standard error: Student's t with n - 1 degrees, or users - 1 where clustered."""
-    _need_rows(statistics)
+    need_rows(statistics)
     estimate = finish(functional, statistics)
     users = statistics.users
     units = statistics.n if users is None else users.count
@@ -93,7 +109,7 @@ def bootstrap_interval(
     Raises OfftowerError for fewer than 10 / (1 - confidence) replicates, which leave too few beyond
     the percentile; UndefinedIntervalError where many replicates have no value.
     """
-    _need_rows(statistics)
+    need_rows(statistics)
     sums = statistics.replicates
     if sums is None:
         raise OfftowerError(
@@ -131,7 +147,7 @@ def bernstein_interval(
     policy's value.
     Raises OfftowerError where a term is seen outside the bounds, or rows are clustered by user.
     """
-    _need_rows(statistics)
+    need_rows(statistics)
     _independent(statistics, "bernstein")
     low, high = bounds
     slope = functional.gradient(statistics.mean)
@@ -153,7 +169,14 @@ def bernstein_interval(
     return Interval(max(low, value - half), min(high, value + half), confidence, "bernstein")
 
 
-def _need_rows(statistics: Statistics) -> None:
+def round_up(rows: float) -> int:
+    """To two digits."""
+    unit = 10.0 ** max(0, math.floor(math.log10(rows)) - 1)
+    return int(math.ceil(rows / unit) * unit)
+
+
+def need_rows(statistics: Statistics) -> None:
+    """Raises OfftowerError for fewer than two rows."""
     if statistics.n < 2:
         raise OfftowerError(
             f"an interval needs at least two rows; there {'is' if statistics.n else 'are'} "

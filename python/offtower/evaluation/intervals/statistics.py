@@ -15,6 +15,7 @@ import numpy as np
 
 from offtower.errors import OfftowerError
 from offtower.evaluation.intervals.poisson import poisson_weights
+from offtower.evaluation.intervals.row_groups import RowGroups
 from offtower.evaluation.rows import Array, EvaluationRows, IntArray
 
 _BLOCK_CELLS = 1 << 20
@@ -180,6 +181,8 @@ class Statistics:
         low, high: (k,) least and largest term.
         users: sums by user, or None; memory grows with the number of users.
         replicates: bootstrap sums, or None.
+        row_weights: of rows with weights; None where every row counts once.
+        groups: sums by group of rows, or None.
     """
 
     n: int
@@ -192,7 +195,7 @@ class Statistics:
     users: UserSums | None = None
     replicates: Replicates | None = None
     row_weights: RowWeightSums | None = None
-    """Of rows with weights; None where every row counts once."""
+    groups: RowGroups | None = None
 
     @property
     def count(self) -> float:
@@ -233,6 +236,7 @@ class Statistics:
             replicates=None
             if replicates is None
             else replace(replicates, total=replicates.total[:, columns]),
+            groups=None if self.groups is None else self.groups.select(columns),
         )
 
     def merge(self, other: Statistics) -> Statistics:
@@ -245,6 +249,8 @@ class Statistics:
             other.replicates is None
         ):
             raise OfftowerError("all shards need the same options: users, bootstrap replicates")
+        if (self.groups is None) != (other.groups is None):
+            raise OfftowerError("all shards need the same options: sums by group of rows")
         total, error = _two_sum(self.total, other.total)
         n = self.n + other.n
         scatter = self.scatter + other.scatter
@@ -259,6 +265,9 @@ class Statistics:
             users = users.merge(other.users)
         if replicates is not None and other.replicates is not None:
             replicates = replicates.merge(other.replicates)
+        groups = self.groups
+        if groups is not None and other.groups is not None:
+            groups = groups.merge(other.groups)
         return Statistics(
             n,
             total,
@@ -270,6 +279,7 @@ class Statistics:
             users,
             replicates,
             row_weights,
+            groups,
         )
 
 
@@ -295,12 +305,14 @@ def collect(
     by_user: bool = False,
     replicates: int = 0,
     seed: int = 0,
+    grouped: bool = False,
 ) -> Statistics:
     """Statistics of terms (n, k) of a shard; of their sums over each round of slates.
 
     Rows count by their `row_weight`, where they have one.
     by_user: also keep sums by user, and let bootstrap weights belong to users.
     replicates: number of bootstrap replicates to carry, 0 for none.
+    grouped: also keep what gamma intervals need: sums by group of rows, unless there are users.
     Raises OfftowerError for by_user where the rows have no users.
     """
     if by_user and rows.user is None:
@@ -324,6 +336,10 @@ def collect(
     users = None
     if by_user and rows.user is not None:
         users = UserSums.of(rows.of_unit(rows.user), terms, weight)
+    groups = None
+    if grouped and users is None:
+        key = np.arange(n) if rows.row is None else rows.of_unit(rows.row)
+        groups = RowGroups.of(key, terms, weight)
     return Statistics(
         n,
         total,
@@ -335,6 +351,7 @@ def collect(
         users,
         _replicates(terms, rows, replicates, seed, by_user) if replicates else None,
         row_weights,
+        groups,
     )
 
 

@@ -1,0 +1,79 @@
+"""Rows that a log may lack: the weights and rewards that an interval must allow for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from offtower.evaluation.intervals.statistics import Statistics, standard_error
+from offtower.evaluation.intervals.term_mean import TermMean
+from offtower.evaluation.rows import Array, EvaluationRows
+
+BEYOND = 10.0
+"""An unseen weight is at most so many times the largest one seen, unless a bound is declared."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Least and largest value of an unseen row."""
+
+    low: float
+    high: float
+
+
+def weight_span(weights: Statistics, max_weight: float | None = None) -> Span:
+    """Weights of an unseen row, from statistics whose first term is the weight w.
+
+    The largest is E w^2 / E w, the mean weight of a row drawn in proportion to its weight; or what
+    the mean weight lacks, n (1 - mean w) less one standard error, if that is more: the mean of w is
+    1, so that a lower one shows that large weights are missing. It is at most BEYOND times the
+    largest weight seen, and at most max_weight where that is declared.
+    """
+    mean = float(weights.mean[0])
+    if not mean > 0.0 or weights.n < 2:
+        return Span(0.0, 0.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        size_biased = float(weights.covariance[0, 0]) / mean + mean
+    largest = float(weights.high[0])
+    high = min(size_biased if np.isfinite(size_biased) else largest, largest)
+    error = standard_error(TermMean(0, weights.mean.size), weights)
+    missing = weights.n * (1.0 - mean - error)
+    high = max(high, min(missing, BEYOND * largest))
+    return Span(float(weights.low[0]), high if max_weight is None else min(high, max_weight))
+
+
+def reward_span(rewards: Statistics, reward_range: tuple[float, float] | None = None) -> Span:
+    """Rewards of an unseen row, from statistics whose first term is the reward: from the least to
+    the largest seen; where all are equal, those of the declared range."""
+    low, high = float(rewards.low[0]), float(rewards.high[0])
+    if low == high and reward_range is not None:
+        return Span(*reward_range)
+    return Span(low, high)
+
+
+def unseen_terms(
+    terms: Callable[..., Array], weights: Sequence[Span], reward: Span, value: float
+) -> Array:
+    """(c, k) terms of the rows with every combination of extreme weights and rewards.
+
+    terms: of an estimator, or of a difference of two policies. weights: of each policy.
+    value: what any reward model is taken to predict, for the logged action and for the policy.
+    """
+    ends = [(span.low, span.high) for span in (*weights, reward)]
+    corners = np.array(list(product(*ends)))
+    predicted = np.full(len(corners), min(max(value, reward.low), reward.high))
+    rows = [
+        EvaluationRows(
+            corners[:, i],
+            corners[:, -1],
+            predicted,
+            predicted,
+            cluster_weight=corners[:, i],
+            slate_weight=corners[:, i],
+        )
+        for i in range(len(weights))
+    ]
+    return terms(*rows)
