@@ -327,3 +327,21 @@ def test_coverage_of_every_estimator(items: int) -> None:
     print(normal, bootstrap)
     for count in [*normal.values(), *bootstrap.values()]:
         check_coverage(count)
+
+
+def test_the_smoothing_interval_holds_at_every_time_of_a_growing_log() -> None:
+    """Read after each of 20 batches, as rows arrive, a lower bound at .05 exceeds the truth in at
+    most .05 of 200 logs (Ville's inequality); 24 or more have probability 7e-5 at .05."""
+    wrong, logs, batch = 0, 200, 40
+    for seed in range(logs):
+        rng = np.random.default_rng(seed)
+        sums = None
+        for _ in range(20):
+            weight = rng.choice([0.2, 3.4], size=batch, p=[0.75, 0.25])
+            rows = EvaluationRows(weight, (rng.random(batch) < 0.3).astype(float))
+            one = SmoothingSums.of(rows, (0.0, 1.0))
+            sums = one if sums is None else sums.merge(one)
+            if sums.lower_bound("value_low", 0.05) > 0.3:
+                wrong += 1
+                break
+    assert wrong < 24

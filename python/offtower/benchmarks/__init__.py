@@ -16,6 +16,7 @@ SUITES: Mapping[str, str] = {
     "train": "offtower.benchmarks.train:run",
     "memory": "offtower.benchmarks.memory:run",
     "quality": "offtower.benchmarks.quality.suite:run",
+    "validity": "offtower.benchmarks.validity.suite:run",
 }
 """Import path of each suite's function."""
 
@@ -32,11 +33,17 @@ class Settings:
     config: Path | None = None
     """quality: YAML file of worlds, methods and seeds."""
     out: Path | None = None
-    """quality: output folder."""
+    """quality, validity: output folder."""
     data: str | None = None
     """quality: PREFIX of the files PREFIX-train.npz and PREFIX-test.npz of a label set."""
     minutes: float | None = None
-    """quality: start no cell after this many minutes."""
+    """quality, validity: start no cell after this many minutes."""
+    cells: tuple[str, ...] = ()
+    """validity: patterns of names of the cells to run; all by default."""
+    logs: int | None = None
+    """validity: logs of each cell."""
+    quick: bool = False
+    """validity: few cells and logs."""
     say: Callable[[str], None] = lambda text: None
     """Called with each line of progress."""
 

@@ -1,4 +1,4 @@
-"""Measure operators (ops, eligible), training (train, memory), or learning (quality).
+"""Measure operators (ops, eligible), training (train, memory), learning or verdicts.
 
 \b
 Example:
@@ -6,6 +6,7 @@ Example:
   offtower benchmark eligible --items 1000000 --dim 64
   offtower benchmark train --items 10000 --items 1000000 --dim 32
   offtower benchmark quality --config configs/quality/table.yaml --out results/table
+  offtower benchmark validity --quick --out results/validity-quick
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from offtower.jsonable import finite
 @verb
 def benchmark(
     suite: Annotated[
-        str, typer.Argument(help="ops, eligible, train, memory or quality.", metavar="SUITE")
+        str,
+        typer.Argument(help="ops, eligible, train, memory, quality or validity.", metavar="SUITE"),
     ],
     items: Annotated[
         list[int] | None,
@@ -40,15 +42,27 @@ def benchmark(
         Path | None, typer.Option("--config", help="quality: worlds, methods, seeds (YAML).")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="quality: folder of results; goes on from there.")
+        Path | None,
+        typer.Option("--out", help="quality, validity: folder of results; goes on from there."),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option("--data", help="quality: PREFIX of PREFIX-train.npz and PREFIX-test.npz."),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option("--minutes", help="quality: begin nothing new after so long.")
+        float | None,
+        typer.Option("--minutes", help="quality, validity: begin nothing new after so long."),
     ] = None,
+    cells: Annotated[
+        list[str] | None,
+        typer.Option("--cells", help="validity: pattern of cells, such as 'heavy-*'; repeatable."),
+    ] = None,
+    logs: Annotated[
+        int | None, typer.Option("--logs", help="validity: logs of each cell (1,000).", min=2)
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="validity: four cells of ten logs.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     from offtower.benchmarks import Settings, load_suite
@@ -65,6 +79,9 @@ def benchmark(
         out=out,
         data=data,
         minutes=minutes,
+        cells=tuple(cells or ()),
+        logs=logs,
+        quick=quick,
         say=lambda text: console.print(escape(text), soft_wrap=True),
     )
     result = run(settings)

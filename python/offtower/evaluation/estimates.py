@@ -151,44 +151,47 @@ class Estimates:
     def policy(self, index: int, name: str, support: SupportDiagnostics | None) -> PolicyEvaluation:
         options, sums = self.options, self.sums
         results = [self.estimate(index, i) for i in range(len(options.estimators))]
-        weights = sums.weights[index].finish()
         calibration, smoothing = sums.calibration[index], sums.smoothing[index]
-        positions = sums.positions[index]
-        by_position = () if positions is None else positions.finish()
-        chosen = options.estimators[options.decider]
-        gap = results[options.decider].difference
-        assert gap is not None
-        evidence = Evidence(
-            gap.estimate,
-            gap.simultaneous,
-            weights,
-            smoothing.difference(self.joint) if self.independent else None,
-            support,
-            chosen.name,
-            chosen.consistent,
-            options.propensities_estimated,
-            smoothing.mean_weight() if self.independent else None,
-            self.users,
-            by_position,
-            self.sensitivity(index, gap),
-            gap.rounding,
-            sums.rewarded,
-        )
+        evidence = self.evidence(index, results[options.decider], support)
         value, difference = smoothing.value, smoothing.difference
         return PolicyEvaluation(
             policy=name,
             estimates={result.name: result for result in results},
             guaranteed_value=value(options.confidence) if self.independent else None,
             guaranteed_difference=difference(options.confidence) if self.independent else None,
-            weights=weights,
+            weights=evidence.weights,
             calibration=None if calibration is None else calibration.finish(),
             support=support,
             verdict=decide(evidence, options.gate),
-            positions=by_position,
+            positions=evidence.positions,
             sensitivity=evidence.sensitivity,
             rewards={
                 reward: self.named_value(index, i) for i, reward in enumerate(options.reward_names)
             },
+        )
+
+    def evidence(
+        self, index: int, result: EstimatorResult, support: SupportDiagnostics | None = None
+    ) -> Evidence:
+        """What a verdict on a policy by this estimator's result is made of."""
+        sums, gap = self.sums, result.difference
+        assert gap is not None
+        smoothing, positions = sums.smoothing[index], sums.positions[index]
+        return Evidence(
+            gap.estimate,
+            gap.simultaneous,
+            sums.weights[index].finish(),
+            smoothing.difference(self.joint) if self.independent else None,
+            support,
+            result.name,
+            result.consistent,
+            self.options.propensities_estimated,
+            smoothing.mean_weight() if self.independent else None,
+            self.users,
+            () if positions is None else positions.finish(),
+            self.sensitivity(index, gap),
+            gap.rounding,
+            sums.rewarded,
         )
 
     def sensitivity(self, policy: int, gap: Gap) -> float | None:

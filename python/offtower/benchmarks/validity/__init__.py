@@ -1,0 +1,1 @@
+"""Coverage of intervals and error rates of verdicts, over worlds of known values."""

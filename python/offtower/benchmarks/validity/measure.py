@@ -1,0 +1,142 @@
+"""What each interval method and the verdicts by it do on the logs of one cell."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from offtower.benchmarks.validity.worlds import Cell, World
+from offtower.evaluation.decision.gate import GO, decide
+from offtower.evaluation.estimates import Estimates
+from offtower.evaluation.estimators import make_estimator
+from offtower.evaluation.intervals.methods import DEFAULT_METHOD
+from offtower.evaluation.options import EvaluationOptions
+from offtower.evaluation.rows import EvaluationRows
+from offtower.evaluation.sums import EvaluationSums
+
+ESTIMATORS = ("ips", "snips", "dr")
+"""Further estimators that are made from rows alone are added here."""
+METHODS = (DEFAULT_METHOD, "normal", "bernstein")
+"""The default, and those that stood before it; bernstein has no verdict of its own."""
+WIDTHS = (0.25, 0.5, 0.75)
+"""Quantiles over the logs of an interval's width over the normal one's."""
+
+Series = defaultdict[tuple[str, str, str], list[float]]
+"""Numbers by log, of (estimator, method, what)."""
+
+
+def measure(cell: Cell, logs: int, seed: int) -> list[dict[str, Any]]:
+    """One line per estimator and method, over logs of the cell's world.
+
+    coverage: of the policy "value". below, above: shares of null logs whose interval of the
+    difference lies above or below the truth. false_go, power: shares of go of "null" and "better".
+    abstention: of null logs whose interval is of no useful width. Each with its standard error.
+    """
+    world, found = World.of(cell), Series(list)
+    for rows in world.logs(logs, seed):
+        for policy in ("value", "null", "better"):
+            _policy(world, policy, rows[policy], found)
+    return [
+        {"estimator": estimator, "method": method, **_summary(found, estimator, method)}
+        for estimator in ESTIMATORS
+        for method in METHODS
+        if (estimator, method, "covered") in found
+    ]
+
+
+def _policy(world: World, policy: str, rows: EvaluationRows, found: Series) -> None:
+    options = EvaluationOptions(
+        tuple(make_estimator(name) for name in ESTIMATORS),
+        world.reward_range,
+        intervals=METHODS if policy == "value" and not world.cell.users else METHODS[:2],
+        max_weight=world.largest_weight(policy) if policy == "value" else None,
+    )
+    sums = EvaluationSums.of({policy: rows}, options)
+    if policy == "value":
+        _value(world, Estimates(_undeclared(sums)), Estimates(sums), found)
+        return
+    truth = world.value(policy) - world.logging_value
+    evidence = None
+    for method in METHODS[:2]:
+        finisher = Estimates(replace(sums, options=replace(options, intervals=(method,))))
+        for i, estimator in enumerate(ESTIMATORS):
+            result = finisher.estimate(0, i)
+            gap = result.difference
+            assert gap is not None
+            # The diagnostics of the log are those of every method and estimator.
+            evidence = evidence or finisher.evidence(0, result)
+            verdict = decide(
+                replace(
+                    evidence,
+                    difference=gap.estimate,
+                    interval=gap.simultaneous,
+                    estimator=result.name,
+                    rounding=gap.rounding,
+                )
+            )
+            key = estimator, method
+            found[*key, policy].append(verdict.decision == GO)
+            if policy == "null":
+                interval = gap.interval
+                found[*key, "below"].append(interval.low > truth)
+                found[*key, "above"].append(interval.high < truth)
+                found[*key, "abstained"].append(interval.rows_needed is not None)
+                found[*key, "width of the difference"].append(interval.high - interval.low)
+
+
+def _undeclared(sums: EvaluationSums) -> EvaluationSums:
+    """The same without a declared largest weight, which bernstein alone may use here."""
+    options = replace(sums.options, max_weight=None, intervals=METHODS[:2])
+    return replace(sums, options=options)
+
+
+def _value(world: World, plain: Estimates, declared: Estimates, found: Series) -> None:
+    truth = world.value("value")
+    for i, estimator in enumerate(ESTIMATORS):
+        intervals = dict(plain.estimate(0, i).intervals)
+        if "bernstein" in declared.options.intervals:
+            every = declared.estimate(0, i).intervals
+            intervals |= {m: every[m] for m in METHODS[2:] if m in every}
+        for method, interval in intervals.items():
+            found[estimator, method, "covered"].append(interval.low <= truth <= interval.high)
+            found[estimator, method, "width"].append(interval.high - interval.low)
+
+
+def _summary(found: Series, estimator: str, method: str) -> dict[str, Any]:
+    def of(what: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.array(found[estimator, method, what], dtype=np.float64)
+
+    def against_normal(what: str) -> list[float] | None:
+        normal = np.array(found[estimator, "normal", what])
+        kept = normal > 0.0
+        if not kept.any():
+            return None
+        return [float(x) for x in np.quantile(of(what)[kept] / normal[kept], WIDTHS)]
+
+    line: dict[str, Any] = {
+        "logs": len(of("covered")),
+        "coverage": share(of("covered")),
+        "width_ratio": against_normal("width"),
+        "no_normal_width": float(np.mean(np.array(found[estimator, "normal", "width"]) == 0.0)),
+    }
+    if (estimator, method, "null") in found:
+        line |= {
+            "false_go": share(of("null")),
+            "power": share(of("better")),
+            "below": share(of("below")),
+            "above": share(of("above")),
+            "abstention": share(of("abstained")),
+            "difference_width_ratio": against_normal("width of the difference"),
+        }
+    return line
+
+
+def share(hits: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
+    """A share and its standard error; that of one more hit and one more miss at the ends."""
+    n, mean = len(hits), float(hits.mean())
+    kept = (hits.sum() + 1.0) / (n + 2.0) if mean in (0.0, 1.0) else mean
+    return mean, math.sqrt(kept * (1.0 - kept) / n)
