@@ -14,6 +14,8 @@ from offtower.evaluation import EvaluationRows
 
 Array = NDArray[np.float64]
 
+Tail = Literal["benign", "moderate", "heavy", "extreme"]
+
 CONTEXTS, ITEMS, DIM = 200, 20, 5
 BLOCK_ROWS = 1_000_000
 """Rows drawn at a time."""
@@ -44,7 +46,7 @@ class Cell:
             values over the log, future for those of the time after it.
     """
 
-    tail: Literal["benign", "moderate", "heavy", "extreme"] = "moderate"
+    tail: Tail = "moderate"
     rows: int = 2000
     users: int = 0
     reward: str = "binary"
@@ -208,7 +210,9 @@ def value(policy: Array, expected: Array) -> float:
 def cells() -> tuple[Cell, ...]:
     """All cells, in the order of the table."""
     found: list[Cell] = []
-    for tail in ("benign", "moderate", "heavy"):
+    tails: tuple[Tail, ...] = ("benign", "moderate", "heavy")
+    targets: tuple[Literal["period", "future"], ...] = ("period", "future")
+    for tail in tails:
         found += [Cell(tail, rows) for rows in (200, 400, 2000, 10_000)]
         found += [Cell(tail, 20 * users, users) for users in (40, 100)]
     found += [Cell("extreme", 200), Cell("extreme", 2000), Cell("extreme", 2000, 100)]
@@ -216,14 +220,14 @@ def cells() -> tuple[Cell, ...]:
         "almost_sure", "rare", "very_rare", "hardly_any", "graded", "lognormal", "revenue"
     )  # fmt: skip
     for reward in rewards:
-        found += [Cell(tail, 2000, reward=reward) for tail in ("benign", "heavy")]
+        found += [Cell(tail, 2000, reward=reward) for tail in tails[::2]]
     found += [
         Cell("moderate", 1000, reward="lognormal"),
         Cell("moderate", 20_000, reward="rare"),
         Cell("moderate", 2000, 100, reward="rare"),
     ]
-    for tail in ("moderate", "heavy"):
-        found += [Cell(tail, model=model) for model in ("good", "poor")]
-    for tail in ("benign", "moderate"):
-        found += [Cell(tail, drift=0.5, target=target) for target in ("period", "future")]
+    for tail in tails[1:]:
+        found += [Cell(tail, model="good"), Cell(tail, model="poor")]
+    for tail in tails[:2]:
+        found += [Cell(tail, drift=0.5, target=target) for target in targets]
     return tuple(found)
