@@ -149,7 +149,8 @@ class EvaluationConfig:
     """Method of the table and the verdict; auto is gamma. report.json always has gamma, normal and
     bootstrap too."""
     max_weight: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
-    """Largest weight that can occur, for bernstein (gamma is narrower with it): at most 1 / (least logging probability)."""
+    """Largest weight that can occur: at most 1 / (least logging probability). bernstein needs it;
+    gamma is narrower with it."""
     replicates: int | None = Field(default=None, ge=20)
     """Of the bootstrap; null takes what the confidence needs, 500 at least."""
     by_user: bool | None = None
