@@ -41,7 +41,7 @@ test-gpu-sanitized: $(if $(filter $(BIN)/python,$(firstword $(PYTEST))),$(VENV)/
 # The CPU core under AddressSanitizer and UBSan, over the operators' tests that measure neither memory
 # nor threads and build no CUDA kernels.
 SANITIZED := build/sanitized/package
-ASAN_TESTS := bindings edge_values eligible_items native_accuracy native_process policy_terms search_and_sampling torch_defaults
+ASAN_TESTS := bindings draws edge_values eligible_items native_accuracy native_process policy_terms search_and_sampling torch_defaults
 ASAN_SKIP := memory or rounds_by_items or more_threads or million or signal_ends or 0.001 or 6.0
 test-asan: $(VENV)/.installed-test
 	rm -rf build/sanitized

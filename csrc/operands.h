@@ -120,4 +120,23 @@ struct TopKResults {
   int64_t* index; // (rows, k); of equal scores the lowest comes first; -1 beyond that number
 };
 
+constexpr int64_t kTileUnit = 192; // of a tile: whole words of a bitmap, and whole folds of the kernels
+
+// Independent draws from the softmax of each row, or draws without replacement (Plackett-Luce).
+//
+// Draw j of a row uses the random numbers of (seed, stream of the row, j) alone. A row with fewer than
+// `count` items of positive probability ends with -1 and -inf; without any, or with a logit that is NaN
+// or inf, it has nothing else.
+struct DrawResults {
+  int64_t count;
+  bool replacement;
+  uint64_t seed;
+  int64_t tile;          // items of a tile: a tile is drawn first, then an item of it
+  const int64_t* stream; // (rows,)
+  int64_t* index;        // (rows, count)
+  float* log_prob;       // (rows, count), of one draw from all items
+  float* reference_max;  // (rows,), as in ForwardResults
+  float* total;          // (rows,)
+};
+
 } // namespace offtower

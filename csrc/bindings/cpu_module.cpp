@@ -1,5 +1,6 @@
 // offtower.ops._cpu.
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <mutex>
 #include <stdexcept>
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "../cpu/instruction_sets.h"
+#include "../cpu/philox.h"
 #include "list_arguments.h"
 
 using namespace offtower;
@@ -120,6 +122,40 @@ PYBIND11_MODULE(_cpu, m) {
         run(count, [&](Workers& workers) { return kernels.top_k(o.policy(), results, workers); });
       },
       threads, isa);
+  m.def(
+      "draw",
+      [](const Operands& o, int64_t samples, bool replacement, uint64_t seed, int64_t tile,
+         const py::capsule& stream, const py::capsule& index, const py::capsule& log_prob,
+         const py::capsule& reference_max, const py::capsule& total, int count, const std::string& set) {
+        const Kernels& kernels = kernels_for(o, set);
+        if (samples < 1 || samples > INT32_MAX)
+          throw std::invalid_argument("samples must lie in [1, 2^31), got " +
+                                      std::to_string(samples));
+        if (tile < 1 || tile % kTileUnit != 0)
+          throw std::invalid_argument("tile must be a positive multiple of " +
+                                      std::to_string(kTileUnit) + ", got " + std::to_string(tile));
+        const int64_t rows = o.policy().rows;
+        const DrawResults results{samples,
+                                  replacement,
+                                  seed,
+                                  tile,
+                                  o.at<int64_t>(stream, "stream", {rows}),
+                                  o.at<int64_t>(index, "item", {rows, samples}),
+                                  o.at<float>(log_prob, "log_prob", {rows, samples}),
+                                  o.of_rows(reference_max, "reference_max"),
+                                  o.of_rows(total, "total")};
+        run(count, [&](Workers& workers) { return kernels.draw(o.policy(), results, workers); });
+      },
+      py::arg("operands"), py::kw_only(), py::arg("samples"), py::arg("replacement"),
+      py::arg("seed"), py::arg("tile"), py::arg("stream"), py::arg("item"), py::arg("log_prob"),
+      py::arg("reference_max"), py::arg("total"), threads, isa);
+  m.def(
+      "philox",
+      [](const std::array<uint32_t, 4>& counter, uint64_t key) {
+        const PhiloxWords x = philox({{counter[0], counter[1], counter[2], counter[3]}}, key);
+        return std::array<uint32_t, 4>{x.word[0], x.word[1], x.word[2], x.word[3]};
+      },
+      py::arg("counter"), py::arg("key"), "Four random words of Philox-4x32-10.");
   define_list_dots<int, const std::string&>(
       m,
       [](const ListDots& x, dlpack::Device device, int64_t entries, int64_t limit, int count,

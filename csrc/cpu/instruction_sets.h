@@ -13,6 +13,7 @@ struct Kernels {
   bool (*forward)(const PolicyOperands&, const ForwardResults&, Workers&);
   bool (*backward)(const BackwardOperands&, const BackwardResults&, Workers&);
   bool (*top_k)(const PolicyOperands&, const TopKResults&, Workers&);
+  bool (*draw)(const PolicyOperands&, const DrawResults&, Workers&);
   bool (*list_dots)(const ListDots&, Workers&);
   bool (*list_sums)(const ListSums&, Workers&);
   // Multiply-adds (counted as two) a second of a loop that touches registers only, one thread.

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "distinct.h"
 #include "top_k_buffer.h"
 #include "instruction_sets.h"
 #include "merge_tree.h"

@@ -239,3 +239,32 @@ def test_operands_keep_their_arrays_alive() -> None:
     call("forward", operands, {"log_normalizer": found})
     torch.testing.assert_close(found, torch.full((ROWS,), DIM + torch.tensor(9.0).log().item()))
     assert len(others) == 20
+
+
+@pytest.mark.parametrize(
+    ("change", "numbers", "message"),
+    [
+        ({}, {"samples": 0}, "samples must lie in"),
+        ({}, {"tile": 64}, "tile must be a positive multiple of 192, got 64"),
+        ({}, {"tile": 0}, "tile must be a positive multiple of 192, got 0"),
+        ({"stream": torch.zeros(ROWS - 1).long()}, {}, r"stream must have shape \(5,\)"),
+        ({"item": torch.zeros(ROWS, 3)}, {}, "item must be int64"),
+        ({"log_prob": torch.zeros(ROWS, 2)}, {}, r"log_prob must have shape \(5, 3\)"),
+        ({"reference_max": torch.zeros(ROWS).double()}, {}, "reference_max must be float32"),
+        ({"total": torch.zeros(1)}, {}, r"total must have shape \(5,\)"),
+    ],
+)
+def test_arrays_of_draws_of_another_shape_or_type_are_refused(
+    change: dict[str, Tensor], numbers: dict[str, int], message: str
+) -> None:
+    arrays = {
+        "stream": torch.arange(ROWS),
+        "item": torch.zeros(ROWS, 3, dtype=torch.int64),
+        "log_prob": torch.zeros(ROWS, 3),
+        "reference_max": torch.zeros(ROWS),
+        "total": torch.zeros(ROWS),
+        **change,
+    }
+    rest = {"samples": 3, "tile": 192, **numbers}
+    with pytest.raises(ValueError, match=message):
+        call("draw", policy(), arrays, replacement=True, seed=1, **rest)

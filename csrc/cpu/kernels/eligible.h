@@ -36,21 +36,24 @@ public:
 
   explicit EligibleRows(const PolicyOperands& operands) : o_(operands), e_(operands.eligible) {}
 
+  // The position of a row's first excluded item at or after `item`.
+  int64_t first_excluded(int64_t row, int64_t item) const {
+    int64_t low = e_.excluded.offsets[row], high = e_.excluded.offsets[row + 1];
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (e_.excluded.items[middle] < item)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+
   // Moves the cursors of a block to the first excluded item at or after `item`.
   void seek(int64_t block, int64_t item, int64_t* cursor) const {
     if (e_.excluded.offsets == nullptr) return;
-    for (int64_t lane = 0; lane < lanes(block); ++lane) {
-      const int64_t row = block * L + lane;
-      int64_t low = e_.excluded.offsets[row], high = e_.excluded.offsets[row + 1];
-      while (low < high) {
-        const int64_t middle = low + (high - low) / 2;
-        if (e_.excluded.items[middle] < item)
-          low = middle + 1;
-        else
-          high = middle;
-      }
-      cursor[lane] = low;
-    }
+    for (int64_t lane = 0; lane < lanes(block); ++lane)
+      cursor[lane] = first_excluded(block * L + lane, item);
   }
 
   // Bits of the items [begin, begin + count); begin is a multiple of 32 and count at most kMaskItems.

@@ -171,20 +171,19 @@ struct ItemTile {
   const bool factored;
 };
 
-// <item, context> * scale + bias for M items and a block. The bias comes last: a product summed on
+// <item, context> * scale + bias for M items and a block of V registers. The bias comes last: a product summed on
 // top of it would round at the bias's size. Every caller gets the same bits for the same item and
 // context, so that a row's target logit is exactly the one inside its normalizer.
-template <class A, int M>
+template <class A, int M, int V>
 OFFTOWER_INLINE void affine(const typename A::Unit* rows, int64_t stride, const float* bias,
                             const typename A::Unit* block, int64_t depth, float scale,
-                            Registers<A, M>& s) {
-  constexpr int V = A::kColumns;
+                            typename A::F (&s)[M][V]) {
   OFFTOWER_UNROLL
   for (int m = 0; m < M; ++m) {
     OFFTOWER_UNROLL
     for (int v = 0; v < V; ++v) s[m][v] = A::set(0.0f);
   }
-  multiply<A, M, V, false>(rows, stride, block, kBlock<A>, depth, s);
+  multiply<A, M, V, false>(rows, stride, block, V * A::kWidth, depth, s);
   if (A::kPair == 2 && scale != 1.0f) {
     OFFTOWER_UNROLL
     for (int m = 0; m < M; ++m) {

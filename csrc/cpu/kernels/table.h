@@ -3,6 +3,7 @@
 
 #include "../instruction_sets.h"
 #include "backward.h"
+#include "draw.h"
 #include "forward.h"
 #include "lists.h"
 #include "rate.h"
@@ -14,8 +15,7 @@ namespace {
 // By arithmetic A on arrays of T.
 template <class A, class T>
 constexpr Kernels kernels() {
-  return {forward<A, T>,   backward<A, T>,  top_k<A, T>,
-          list_dots<A, T>, list_sums<A, T>, multiply_add_rate<A>};
+  return {forward<A, T>,   backward<A, T>,  top_k<A, T>, draw<A, T>, list_dots<A, T>, list_sums<A, T>, multiply_add_rate<A>};
 }
 
 } // namespace

@@ -78,6 +78,22 @@ def backward(
 def top_k(
     operands: Operands, *, k: int, score: Capsule, index: Capsule, threads: int, isa: str
 ) -> None: ...
+def draw(
+    operands: Operands,
+    *,
+    samples: int,
+    replacement: bool,
+    seed: int,
+    tile: int,
+    stream: Capsule,
+    item: Capsule,
+    log_prob: Capsule,
+    reference_max: Capsule,
+    total: Capsule,
+    threads: int,
+    isa: str,
+) -> None: ...
+def philox(counter: list[int], key: int) -> list[int]: ...
 def list_dots(
     *,
     rows: Capsule,

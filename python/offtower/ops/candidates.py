@@ -14,6 +14,7 @@ from torch import Tensor
 
 from offtower.ops.eligibility import ItemLists
 from offtower.ops.reference import MAX_LOGITS, first_k, shared_cotangent
+from offtower.ops.tiled_draws import DrawSettings, SoftmaxDraws, draw_rows
 from offtower.ops.types import (
     LOG_PROB_FLOOR,
     Cotangents,
@@ -157,6 +158,16 @@ class CandidateCore:
             best[rows], index[rows] = first_k(score, item, k)
         return best, index
 
+    def draw(self, x: Operands, settings: DrawSettings) -> SoftmaxDraws:
+        lists = _lists_of(x)
+        parts = []
+        for rows, score, item in padded_blocks(lists, self._logits(x, lists)):
+            # One tile, so that a row's draws do not depend on the width of its block.
+            found = draw_rows(score, score.shape[1], settings.take(rows))
+            number = item.gather(1, found.item.clamp_min(0)).masked_fill(found.item < 0, -1)
+            parts.append(found._replace(item=number))
+        return SoftmaxDraws(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
     def _logits(self, x: Operands, lists: ItemLists) -> Tensor:
         """(nnz,)."""
         s = self.products.list_dots(x.context, x.item, lists)
@@ -175,11 +186,6 @@ class CandidateCore:
         if reward.item_bias is not None:
             q = q.add_(reward.item_bias[lists.items])
         return q.sigmoid_() if reward.sigmoid else q
-
-    def logits(self, x: Operands) -> tuple[ItemLists, Tensor]:
-        """The lists, and the logits of their entries."""
-        lists = _lists_of(x)
-        return lists, self._logits(x, lists)
 
 
 def padded_blocks(

@@ -11,6 +11,7 @@ from offtower.ops.candidates import CandidateCore, ListProducts, TorchListProduc
 from offtower.ops.cpu_core import CPUCore, available_instruction_sets
 from offtower.ops.cuda_core import CUDACore
 from offtower.ops.reference import ReferenceCore
+from offtower.ops.tiled_draws import DrawSettings, SoftmaxDraws
 from offtower.ops.types import (
     Cotangents,
     ForwardResults,
@@ -68,6 +69,10 @@ class Core(Protocol):
         """Scores (B, k), falling, and item numbers (B, k); of equal scores the lowest first."""
         ...
 
+    def draw(self, x: Operands, settings: DrawSettings) -> SoftmaxDraws:
+        """Items drawn from the softmax of each row."""
+        ...
+
 
 _REFERENCE = ReferenceCore()
 _CPU = CPUCore()
@@ -112,10 +117,3 @@ def choose_core(backend: str, x: Operands, k: int = 0) -> Core:
     if x.candidates is None:
         return chosen
     return CandidateCore(chosen.name, _PRODUCTS.get(chosen.name, TorchListProducts()))
-
-
-def candidate_core(x: Operands) -> CandidateCore:
-    """The core that computes the logits of candidate lists."""
-    core = choose_core("auto", x)
-    assert isinstance(core, CandidateCore)
-    return core

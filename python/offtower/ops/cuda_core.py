@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from offtower.ops.native import DTYPES, NativeCore, capsules, native_operands
+from offtower.ops.reference import ReferenceCore
+from offtower.ops.tiled_draws import DrawSettings, SoftmaxDraws
 from offtower.ops.types import Operands, RewardOperands
 
 _TFLOAT32 = 2
@@ -98,6 +100,10 @@ class CUDACore(NativeCore):
             device=_device_number(x),
         )
         return f"cannot compute this: {reason}" if reason else ""
+
+    def draw(self, x: Operands, settings: DrawSettings) -> SoftmaxDraws:
+        """In plain torch on the device: there is no kernel for draws."""
+        return ReferenceCore().draw(x, settings)
 
     def _prepare(self, x: Operands) -> Operands:
         reward = x.reward

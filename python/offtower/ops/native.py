@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
+from offtower.ops.tiled_draws import DrawSettings, SoftmaxDraws, tile_items
 from offtower.ops.types import (
     Cotangents,
     Eligibility,
@@ -62,6 +63,13 @@ class NativeCore(ABC):
         by_group = _ByGroup(x)
         score, index = self._top_k(by_group.operands, k)
         return by_group.restored(score), by_group.restored(index)
+
+    def draw(self, x: Operands, settings: DrawSettings) -> SoftmaxDraws:
+        by_group = _ByGroup(x)
+        stream = by_group.of_rows(settings.stream)
+        assert stream is not None
+        found = self._draw(by_group.operands, replace(settings, stream=stream))
+        return found.map(by_group.restored)
 
     def _forward(self, x: Operands, entropy: bool) -> ForwardResults:
         make = functools.partial(x.context.new_empty, dtype=torch.float32)
@@ -119,6 +127,23 @@ class NativeCore(ABC):
         index = x.context.new_empty(x.rows, k, dtype=torch.int64)
         self._run("top_k", self._prepare(x), {"score": score, "index": index}, k=k)
         return score, index
+
+    def _draw(self, x: Operands, settings: DrawSettings) -> SoftmaxDraws:
+        make = functools.partial(x.context.new_empty, dtype=torch.float32)
+        shape = x.rows, settings.num_samples
+        found = SoftmaxDraws(
+            x.context.new_empty(shape, dtype=torch.int64), make(shape), make(x.rows), make(x.rows)
+        )
+        self._run(
+            "draw",
+            self._prepare(x),
+            {"stream": settings.stream, **found._asdict()},
+            samples=settings.num_samples,
+            replacement=settings.replacement,
+            seed=settings.seed,
+            tile=tile_items(x.items),
+        )
+        return found
 
     def _prepare(self, x: Operands) -> Operands:
         """The operands as the kernels take them; embeddings may become wider."""

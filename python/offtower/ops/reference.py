@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from offtower.ops.eligibility import WORD, ItemMask
+from offtower.ops.tiled_draws import DrawSettings, SoftmaxDraws, draw_rows, tile_items
 from offtower.ops.types import (
     LOG_PROB_FLOOR,
     Cotangents,
@@ -175,6 +176,20 @@ class ReferenceCore:
             best, index = first_k(scores, items, min(k, scores.shape[1]))
         assert best is not None and index is not None
         return best, index
+
+    def draw(self, x: Operands, settings: DrawSettings) -> SoftmaxDraws:
+        tile = tile_items(x.items)
+        step = max(1, MAX_LOGITS // (x.items + tile * settings.num_samples))
+        parts = []
+        for start in range(0, x.rows, step):
+            rows = slice(start, min(start + step, x.rows))
+            block = replace(x, context=x.context[rows], action=x.action[rows])
+            if x.eligible is not None:
+                row = torch.arange(start, rows.stop, dtype=torch.int64, device=x.context.device)
+                block = replace(block, eligible=x.eligible.take(row))
+            logit = Logits(block).of(0, x.items)
+            parts.append(draw_rows(logit, tile, settings.take(rows)))
+        return SoftmaxDraws(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def _rewards(reward: RewardOperands, start: int, stop: int, dtype: torch.dtype) -> Tensor:

@@ -20,10 +20,10 @@ from offtower.ops import (
     PolicyTerms,
     partial_terms,
     policy_terms,
-    sample_softmax,
     top_k,
 )
 from offtower.ops.eligibility import Eligibility
+from offtower.ops.softmax_sampling import draw_softmax
 from offtower.serving.best_items import BestItems
 from offtower.serving.mixture import UniformMixture, log_mixture, mix_uniform, uniform_terms
 from offtower.serving.shared_terms import SharedTerms
@@ -217,7 +217,7 @@ class ServedPolicy:
             )
             return shown[:, turn], shown.new_zeros(len(shown), num_samples, dtype=torch.float64)
         if self.serving.top is None:
-            drawn, log_prob = sample_softmax(
+            found = draw_softmax(
                 context_embedding,
                 served.embedding,
                 temperature=self.temperature,
@@ -227,15 +227,8 @@ class ServedPolicy:
                 num_samples=num_samples,
             )
             if self.serving.uniform == 0.0:
-                return drawn, log_prob
-            log_normalizer = policy_terms(
-                context_embedding,
-                served.embedding,
-                drawn[:, 0],
-                temperature=self.temperature,
-                item_bias=served.bias,
-                eligible=eligible,
-            ).log_normalizer
+                return found.item, found.log_prob
+            drawn, log_normalizer = found.item, found.log_normalizer
         else:
             best = self._best(context_embedding, served, self.serving.top, eligible)
             drawn, log_normalizer = best.draw(num_samples, generator), best.log_normalizer

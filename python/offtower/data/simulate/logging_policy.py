@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from offtower import ops
+from offtower.data.simulate.large_draws import draw_items
 from offtower.data.simulate.served import ServedDistribution
 from offtower.errors import ConfigError
 
@@ -89,16 +90,13 @@ class LoggingPolicy:
                 return (context_latent * item_latent[item]).sum(dim=1) + item_logit[item]
 
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            index, log_prob = ops.sample_softmax(
+            item, log_normalizer = draw_items(
                 self.beta * context_latent,
                 item_latent,
-                item_bias=self.beta * item_logit,
+                self.beta * item_logit,
                 generator=generator,
             )
-            drawn = index[:, 0]
-            # The normalizer follows from the drawn item, and gives the probability of any item.
-            log_normalizer = self.beta * logit(drawn) - log_prob[:, 0]
-            action = torch.where(uniform, other, drawn)
+            action = torch.where(uniform, other, item[:, 0])
             softmax = torch.exp(self.beta * logit(action) - log_normalizer)
         return action, (1.0 - self.epsilon) * softmax + self.epsilon / n_items
 

@@ -8,7 +8,7 @@ the items above, in float64; rows whose items hold nearly all mass are scored wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offtower import ops
+from offtower.data.simulate.large_draws import FLOAT64_ITEMS, draw_items
 from offtower.data.simulate.logging_policy import LoggingPolicy
 from offtower.data.simulate.plackett_luce import (
     Array,
@@ -27,7 +28,7 @@ from offtower.data.simulate.plackett_luce import (
 )
 from offtower.data.simulate.policy_values import PolicyValues
 
-DENSE_ITEMS = 10_000
+DENSE_ITEMS = FLOAT64_ITEMS
 """Items up to which rounds are drawn from arrays over all items."""
 _LARGE_ROWS = 1024
 """Contexts drawn for at a time in larger catalogues."""
@@ -127,24 +128,20 @@ class _Scored:
     def draw(self, size: int, rng: np.random.Generator) -> tuple[IntArray, Array]:
         """Draw (B, K) slates with their conditional log-probabilities."""
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        sample = partial(
-            ops.sample_softmax,
-            eligible=self.eligible,
-            generator=generator,
-            num_samples=2 * size + 4,
-        )
-        drawn, log_softmax = sample(self.context, self.item, item_bias=self.bias)
-        # The normalizer follows from a drawn item, and gives the probability of any item.
-        log_normalizer = (self._logit(drawn[:, :1]) - log_softmax[:, :1]).numpy()
-        uniform, _ = sample(
-            self.context.new_zeros(self.rows, 1), self.item.new_zeros(len(self.item), 1)
-        )
+        draws: Any = {
+            "eligible": self.eligible,
+            "generator": generator,
+            "num_samples": 2 * size + 4,
+        }
+        drawn, log_normalizer = draw_items(self.context, self.item, self.bias, **draws)
+        flat = torch.zeros(self.rows, 1), torch.zeros(len(self.item), 1)
+        uniform, _ = ops.sample_softmax(*flat, **draws)
         mixed = np.where(rng.random(drawn.shape) < self.policy.epsilon, uniform, drawn)
         slate = np.full((self.rows, size), -1, dtype=np.int64)
         filled = np.zeros(self.rows, dtype=np.int64)
         _keep_distinct(slate, filled, np.arange(self.rows), mixed)
         _complete(slate, filled, self._log_prob, rng)
-        return slate, self._conditional(slate, log_normalizer)
+        return slate, self._conditional(slate, log_normalizer[:, None].numpy())
 
     def conditional_log_prob(self, slate: IntArray) -> Array:
         """(B, K) of given slates."""
