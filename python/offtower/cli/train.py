@@ -148,6 +148,6 @@ def train(
     elif result["validation_lower_bound"] is not None:
         console.print(
             f"kept step {result['selected_step']:,}: the value on the validation log is at least "
-            f"{result['validation_lower_bound']:.4f} (lower end of its interval)"
+            f"{result['validation_lower_bound']:.4f} (a bound for the best of all validations)"
         )
     console.print(f"policy in {settings.run_directory / 'policy'}")

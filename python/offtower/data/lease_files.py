@@ -50,9 +50,12 @@ class LeaseFiles(Protocol):
 
 
 def open_lease_files(folder: Location) -> LeaseFiles:
-    if folder.local is not None:
-        return LocalLeaseFiles(folder.local / FOLDER)
-    return StoreLeaseFiles(folder / FOLDER)
+    return open_exclusive_files(folder / FOLDER)
+
+
+def open_exclusive_files(place: Location) -> LeaseFiles:
+    """Files of a folder that one of several processes creates."""
+    return StoreLeaseFiles(place) if place.local is None else LocalLeaseFiles(place.local)
 
 
 class LocalLeaseFiles:

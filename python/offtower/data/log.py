@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from offtower.data.content import LogContent
 from offtower.data.formats.bad_cells import BadCells
 from offtower.data.formats.streams import TextFile
 from offtower.data.location import AnyPath, Location
@@ -120,6 +121,9 @@ class ParquetLog(Log):
         files: in the order of the rows.
         schema: the columns to use.
         footers: of the files, where they are known already.
+
+    Attributes:
+        content: identity of the files, whatever their names and the schema.
     """
 
     def __init__(
@@ -158,6 +162,7 @@ class ParquetLog(Log):
         if self.num_rows == 0:
             raise DataError(f"the log at '{self._files[0].parent}' has no rows")
         self.fingerprint = digest.hexdigest()
+        self.content = LogContent.of(known)
         self._groups = RowGroups(self._files, known)
 
     @classmethod

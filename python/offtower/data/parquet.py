@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,6 +47,7 @@ class Footer:
         row_groups: (rows, bytes) of each.
         size: bytes of the file.
         digest: sha256 of the file, or of its footer where only that was read.
+        tail: length and CRC-32 of the footer with the 8 bytes behind it.
         checksums: where a manifest has them.
     """
 
@@ -53,6 +55,7 @@ class Footer:
     row_groups: tuple[tuple[int, int], ...]
     size: int
     digest: str
+    tail: tuple[int, int]
     checksums: Checksums | None = None
 
     @classmethod
@@ -72,7 +75,8 @@ class Footer:
         """What `to_dict` gave, of a file with these columns."""
         groups = tuple((rows, nbytes) for rows, nbytes in listed["groups"])
         checksums = Checksums.from_dict(listed)
-        return cls(columns, groups, listed["bytes"], checksums.sha256, checksums)
+        tail = checksums.footer_bytes, checksums.footer
+        return cls(columns, groups, listed["bytes"], checksums.sha256, tail, checksums)
 
 
 def read_footer(file: Location) -> Footer:
@@ -243,10 +247,11 @@ def _footer(file: Location) -> Footer:
 
     def read() -> Footer:
         with open_source(file) as source:
-            metadata, digest = read_footer_bytes(source)
+            metadata, tail = read_footer_bytes(source)
             groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
             found = tuple((group.num_rows, group.total_byte_size) for group in groups)
-            return Footer(metadata.schema.to_arrow_schema(), found, source.size(), digest)
+            columns, digest = metadata.schema.to_arrow_schema(), hashlib.sha256(tail).hexdigest()
+            return Footer(columns, found, source.size(), digest, (len(tail), zlib.crc32(tail)))
 
     try:
         return read() if file.local is not None else retry(read, f"'{file}'")

@@ -108,8 +108,8 @@ class Checksums:
             return opened.read_row_group(group, columns=list(columns))
 
 
-def read_footer_bytes(source: pa.NativeFile) -> tuple[pq.FileMetaData, str]:
-    """Footer of an open file, and the sha256 of its bytes.
+def read_footer_bytes(source: pa.NativeFile) -> tuple[pq.FileMetaData, bytes]:
+    """Footer of an open file, and its bytes with the 8 behind it.
 
     Raises:
         OSError, ArrowInvalid: it is not Parquet, or truncated.
@@ -120,7 +120,7 @@ def read_footer_bytes(source: pa.NativeFile) -> tuple[pq.FileMetaData, str]:
     if len(tail) < length <= size:
         tail = source.read_at(length, size - length)
     tail = tail[-length:]
-    return pq.read_metadata(pa.BufferReader(tail)), sha256(tail).hexdigest()
+    return pq.read_metadata(pa.BufferReader(tail)), tail
 
 
 def open_parquet(source: Any, **options: Any) -> pq.ParquetFile:

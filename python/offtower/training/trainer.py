@@ -41,7 +41,7 @@ class TrainingResult:
     selected_step: int
     """Step of the selected weights: the best validation's, else the last."""
     validation: float | None
-    """Lower bound of the validation estimate at `selected_step`."""
+    """Lower bound of the value at `selected_step`, valid for the best of all validations."""
     stopped_early: bool
     history: list[dict[str, Any]]
     chosen: str | None = None
@@ -131,7 +131,7 @@ class Trainer:
             epochs=progression.cursor.epoch,
             steps=progression.step,
             selected_step=progression.best_step or progression.step,
-            validation=progression.best_score,
+            validation=progression.best_low,
             stopped_early=progression.cursor.epoch < self._settings.epochs,
             history=self._metrics.epochs(),
         )
@@ -315,7 +315,7 @@ class Trainer:
         if progression.best_score is not None and score.low <= progression.best_score:
             progression.validations_without_gain += 1
             return
-        progression.best_score = score.low
+        progression.best_score, progression.best_low = score.low, score.simultaneous_low
         progression.best_step = progression.step
         progression.validations_without_gain = 0
         if self._store is not None:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from offtower.config import Config
+from offtower.config import Config, TrainingConfig
 from offtower.data.rows import EncodedRows
 from offtower.evaluation.estimators import make_estimator
+from offtower.evaluation.intervals import simultaneous_confidence
 from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.scoring.policy import PolicyScorer, context_rows
 from offtower.models.policy import TwoTowerPolicy
@@ -23,13 +24,27 @@ _KEPT_ROWS = 262_144
 
 @dataclass(frozen=True)
 class ValidationScore:
-    """An off-policy estimate of the policy's value on the validation log."""
+    """An off-policy estimate of the policy's value on the validation log.
+
+    Attributes:
+        low, high: interval of this validation alone. Training keeps the weights with the largest
+            `low`, which therefore is no bound on their value.
+        simultaneous_low, simultaneous_high: interval that holds for all validations of a training
+            at once (Bonferroni), and so for the weights that are kept.
+    """
 
     value: float
     low: float
     high: float
+    simultaneous_low: float
+    simultaneous_high: float
     estimator: str
     effective_sample_size: float
+
+
+def planned_validations(settings: TrainingConfig) -> int:
+    """Number of validations of a training that is not stopped early."""
+    return -(-settings.epochs // settings.validate_every_epochs)
 
 
 class RowScorer(Protocol):
@@ -61,6 +76,9 @@ class Validator:
     ) -> None:
         self._data = data
         self._confidence = config.evaluation.confidence
+        self._simultaneous = simultaneous_confidence(
+            self._confidence, planned_validations(config.training)
+        )
         self._estimator_name = config.training.validation_estimator
         self._estimator = make_estimator(self._estimator_name)
         self._reward_model = reward_model if self._estimator.needs_reward_model else None
@@ -94,12 +112,15 @@ class Validator:
         rows = EvaluationRows.concatenate(parts)
         estimate = self._estimator.estimate(rows)
         interval = self._estimator.interval(rows, confidence=self._confidence)
+        simultaneous = self._estimator.interval(rows, confidence=self._simultaneous)
         weight = rows.importance_weight
         square = float((weight**2).sum())
         return ValidationScore(
             value=estimate.value,
             low=interval.low,
             high=interval.high,
+            simultaneous_low=simultaneous.low,
+            simultaneous_high=simultaneous.high,
             estimator=self._estimator_name,
             effective_sample_size=float(weight.sum()) ** 2 / square if square > 0 else 0.0,
         )

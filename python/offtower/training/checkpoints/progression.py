@@ -17,7 +17,9 @@ class Progression:
     rows: int = 0
     best_step: int | None = None
     best_score: float | None = None
-    """Lower bound of the validation estimate at `best_step`."""
+    """Largest lower end of an interval of one validation: that at `best_step`."""
+    best_low: float | None = None
+    """Lower bound of the value at `best_step` that holds for all validations at once."""
     validations_without_gain: int = 0
     finished: bool = False
     metrics_lines: int = 0
