@@ -16,6 +16,7 @@ from offtower.cli import (
     export,
     ingest,
     join,
+    log_history,
     quickstart,
     search,
     simulate,
@@ -27,7 +28,7 @@ from offtower.cli import (
 
 
 class _Verbs(TyperGroup):
-    """Finds verbs of two words: 'tune serving'."""
+    """Finds verbs of two words: 'tune serving', 'log history'."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = " ".join(args[:2])
@@ -74,6 +75,7 @@ for verb in (
     tune,
     tune_serving,
     evaluate,
+    log_history,
     export,
     search,
     benchmark,

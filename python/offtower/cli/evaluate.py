@@ -5,6 +5,9 @@ Exit code 0: go. 1: no-go. 3: not enough evidence. 2: refused. With several runs
 the best verdict, without the rows of --also; --exit-zero makes it 0 unless refused. --set changes
 the section `evaluation`: evaluation.confidence=0.9.
 
+The log's ledger records each evaluation, and later ones need stronger evidence. A log that a policy
+was trained, chosen or tuned on never gives a go. `offtower log history` lists the ledger.
+
 \b
 Example:
   offtower evaluate runs/mine --log logs/mine/test
@@ -63,6 +66,15 @@ def evaluate(
             "settings such as temperature=0.5,uniform=0.1; may be repeated.",
         ),
     ] = None,
+    fresh: Annotated[
+        str | None,
+        typer.Option(
+            "--fresh",
+            metavar="WHY",
+            help="Declare a new question to this log, and say why: earlier looks at it are not "
+            "counted, and the report says so.",
+        ),
+    ] = None,
     retrieval: Annotated[
         list[int] | None,
         typer.Option(
@@ -109,7 +121,10 @@ def evaluate(
 
     others = _Others(policy_column or [], embeddings, catalogue)
     others.check(runs or [], log, retrieval)
-    progress, options = DrawnProgress(), _Options(log, overrides or [], select, also or [])
+    if fresh is not None and not fresh.strip():
+        raise ConfigError("--fresh needs a reason: say why earlier looks at the log do not count")
+    options = _Options(log, overrides or [], select, also or [], fresh)
+    progress = DrawnProgress()
     if runs:
         evaluation = _of_runs(runs, options, retrieval or [], ray, progress)
     else:
@@ -137,6 +152,7 @@ class _Options:
     overrides: list[str]
     select: str | None
     also: list[str]
+    fresh: str | None
 
 
 def _of_runs(
@@ -158,6 +174,7 @@ def _of_runs(
             overrides=options.overrides,
             select=options.select,
             also=options.also,
+            fresh=options.fresh,
             progress=progress,
             mapper=mapper,
         )
@@ -204,6 +221,7 @@ class _Others:
                 *self.embeddings,
                 also=options.also,
                 overrides=options.overrides,
+                fresh=options.fresh,
                 select=options.select,
                 progress=progress,
                 mapper=mapper,
@@ -215,6 +233,7 @@ class _Others:
             self.catalogue,
             [parse_columns(text) for text in self.columns],
             overrides=options.overrides,
+            fresh=options.fresh,
             select=options.select,
             progress=progress,
             mapper=mapper,

@@ -30,6 +30,8 @@ def print_evaluation(evaluation: LogEvaluation, report: Path) -> None:
         console.print(rewards_table(evaluation))
     if evaluation.retrieval:
         console.print(retrieval_table(evaluation))
+    if evaluation.result.looks is not None:
+        console.print(escape(evaluation.result.looks.sentence), soft_wrap=True)
     for note in evaluation.notes:
         console.print(f"[yellow]note[/]: {escape(note)}", soft_wrap=True)
     for name, found in evaluation.selection.items():

@@ -76,8 +76,8 @@ def tune_serving(
         TEMPERATURES,
         UNIFORM,
         FrontierBounds,
+        apply_recommendation,
         serving_frontier,
-        write_serving,
     )
     from offtower.evaluation.report.frontier import write_frontier
 
@@ -99,7 +99,7 @@ def tune_serving(
     best = found.recommended
     written = best is not None and not dry_run
     if best is not None and not dry_run:
-        write_serving(run, best.serving)
+        apply_recommendation(run, found)
     if as_json:
         print_json(finite({"report": str(path), "written": written, **found.to_dict()}))
     else:

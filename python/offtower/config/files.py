@@ -157,6 +157,18 @@ def _redacted(value: Any) -> Any:
 
 def config_fingerprint(config: Config) -> str:
     """Return a hash of all settings that change the learned policy."""
+    return _digest(_learning_settings(config))
+
+
+def settings_fingerprint(config: Config) -> str:
+    """Return a hash of the settings that change how a policy is learned from whichever log."""
+    content = _learning_settings(config)
+    for key in ("name", "seed", "data"):
+        content.pop(key)
+    return _digest(content)
+
+
+def _learning_settings(config: Config) -> dict[str, Any]:
     content = to_stored_dict(config)
     content.pop("runs")
     for machine_only in (
@@ -169,8 +181,11 @@ def config_fingerprint(config: Config) -> str:
     content.pop("evaluation")
     content.pop("tracking")
     content["data"].pop("test")
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return content
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _explain(item: Any) -> str:

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from offtower.data.location import AnyPath, Location
+from offtower.data.manifest import find_parquet_files, read_manifest
+
 if TYPE_CHECKING:
     from offtower.data.parquet import Footer
 
@@ -45,6 +48,21 @@ class LogContent:
             any(is_same(file, one) for one in by_footer.get(file.partition(".")[0], ()))
             for file in self.files
         )
+
+
+def log_content(path: AnyPath) -> LogContent:
+    """Content of a log, whose schema need not be known.
+
+    Raises:
+        DataError: nothing is there, or a file cannot be read.
+    """
+    from offtower.data.parquet import listed_footers
+
+    place = Location.of(path)
+    found = find_parquet_files(place, "log")
+    folder = found[0].location != place
+    manifest = read_manifest(place) if folder else None
+    return LogContent.of(listed_footers(place, found, manifest))
 
 
 def is_same(first: str, second: str) -> bool:

@@ -1,7 +1,7 @@
 """The ledger of a log: what was learned from it, chosen on it and evaluated on it.
 
 `LOG/_ledger/000007.json` is entry 7. Entries are only ever appended: an entry is a file that one
-process creates (`lease_files`) and none rewrites, with a checksum of its content. An entry holds the
+process creates (`lease_files`) and none rewrites, with a checksum of its content. It holds the
 identity of the log's content, so that a copy of the folder keeps its entries, and rows that replace
 the log's begin without any. Names with a leading underscore are no part of a log, so entries do not
 change its fingerprint. The ledger of a log that is a single file is in that file's folder.
@@ -10,6 +10,7 @@ change its fingerprint. The ledger of a log that is a single file is in that fil
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from offtower.data.content import is_same
 from offtower.data.lease_files import open_exclusive_files
 from offtower.data.location import AnyPath, Location
 from offtower.errors import DataError
+
+logger = logging.getLogger("offtower.ledger")
 
 FOLDER = "_ledger"
 _NAME = re.compile(r"([0-9]{6,})\.json")
@@ -153,3 +156,27 @@ class LogLedger(Ledger):
 
     def __str__(self) -> str:
         return f"the ledger at '{self.place}'"
+
+
+def record(log: AnyPath, content: str, kind: str, facts: Mapping[str, Any]) -> None:
+    """Append an entry to a log's ledger unless it is there; warn where that is not possible.
+
+    Args:
+        log: where it is.
+        content: its identity.
+    """
+
+    def unless_there(entries: tuple[LedgerEntry, ...]) -> Mapping[str, Any] | None:
+        known = any(entry.kind == kind and entry.facts == facts for entry in entries)
+        return None if known else facts
+
+    try:
+        LogLedger(log).append(content, kind, unless_there)
+    except (DataError, OSError) as error:
+        logger.warning(
+            "the ledger of the log at '%s' could not record that it was used (%s: %s): evaluations "
+            "elsewhere will not count this use",
+            log,
+            kind,
+            error,
+        )

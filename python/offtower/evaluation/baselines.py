@@ -160,7 +160,13 @@ def baseline_options(options: EvaluationOptions) -> EvaluationOptions:
     """How baselines are evaluated: by SNIPS, or IPS where the evaluation has that only."""
     found = {one.label: one for one in options.estimators}
     chosen = found.get("snips") or found.get("ips") or make_estimator("snips")
-    return replace(options, estimators=(chosen,), decide_by="auto", intervals=("normal",))
+    return replace(
+        options,
+        estimators=(chosen,),
+        decide_by="auto",
+        intervals=("normal",),
+        verdict_confidences=(),
+    )
 
 
 def baseline_values(sums: EvaluationSums) -> tuple[dict[str, EstimatorResult], list[str]]:

@@ -21,7 +21,6 @@ from offtower.evaluation.intervals.methods import (
     bernstein_interval,
     bootstrap_interval,
     normal_interval,
-    simultaneous_confidence,
 )
 from offtower.evaluation.intervals.statistics import Functional, Statistics, finish
 from offtower.evaluation.intervals.unseen import Span, reward_span, unseen_terms, weight_span
@@ -55,7 +54,8 @@ class Estimates:
         widths = [estimator.num_terms for estimator in self.options.estimators]
         self.starts = np.concatenate([[0], np.cumsum(widths)]).tolist()
         self.reward_column = [len(sums.policies) * self.starts[-1]]
-        self.joint = simultaneous_confidence(self.options.confidence, len(sums.policies))
+        count = len(sums.policies)
+        self.joint = [self.options.verdict_confidence(i, count) for i in range(count)]
         users = sums.terms.users
         self.terms = sums.terms if users is None else replace(sums.terms, users=users.compact())
         self.users = None if users is None else users.count
@@ -91,7 +91,7 @@ class Estimates:
         unseen = unseen_terms(LOGGING.terms, [LOGGED], self.rewards, estimate.value)
         return EvaluationResult(
             confidence=options.confidence,
-            simultaneous_confidence=self.joint,
+            simultaneous_confidence=max(self.joint),
             reward_range=options.reward_range,
             n=self.sums.terms.n,
             users=self.users,
@@ -138,7 +138,12 @@ class Estimates:
             self.asymptotic_intervals(
                 estimator, statistics, unseen_terms(estimator.terms, *extremes)
             ),
-            self.gap(difference, paired, unseen_terms(_beside_logging(estimator), *extremes)),
+            self.gap(
+                difference,
+                paired,
+                unseen_terms(_beside_logging(estimator), *extremes),
+                self.joint[policy],
+            ),
             estimator.consistent,
         )
 
@@ -181,7 +186,7 @@ class Estimates:
             gap.estimate,
             gap.simultaneous,
             sums.weights[index].finish(),
-            smoothing.difference(self.joint) if self.independent else None,
+            smoothing.difference(self.joint[index]) if self.independent else None,
             support,
             result.name,
             result.consistent,
@@ -209,7 +214,8 @@ class Estimates:
         paired = self.terms.select(columns + self.reward_column)
         estimate, difference = estimator.finish(own), Difference(estimator, LOGGING)
         extremes = [self.weight_spans[policy]], self.rewards, estimate.value
-        gap = self.gap(difference, paired, unseen_terms(_beside_logging(estimator), *extremes))
+        unseen = unseen_terms(_beside_logging(estimator), *extremes)
+        gap = self.gap(difference, paired, unseen, self.joint[policy])
         return EstimatorResult(
             estimator.name,
             estimator.label,
@@ -227,19 +233,22 @@ class Estimates:
         spans = [self.weight_spans[first], self.weight_spans[second]]
         logging = float(self.terms.mean[self.reward_column[0]])
         unseen = unseen_terms(difference.terms, spans, self.rewards, logging)
-        gap = self.gap(difference, self.terms.select(columns), unseen)
+        joint = max(self.joint[first], self.joint[second])
+        gap = self.gap(difference, self.terms.select(columns), unseen, joint)
         names = self.sums.policies
         return Comparison(
             names[first], names[second], estimator.name, gap.within(self.difference_range)
         )
 
-    def gap(self, difference: Difference, statistics: Statistics, unseen: Array) -> Gap:
+    def gap(
+        self, difference: Difference, statistics: Statistics, unseen: Array, joint: float
+    ) -> Gap:
         main = self.options.intervals[0]
         method = main if main in ASYMPTOTIC else DEFAULT_METHOD
         return Gap(
             finish(difference, statistics),
             _interval(method, difference, statistics, self.options.confidence, unseen),
-            _interval(method, difference, statistics, self.joint, unseen),
+            _interval(method, difference, statistics, joint, unseen),
             _rounding(difference, statistics),
         )
 

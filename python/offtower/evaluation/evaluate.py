@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from offtower.data.ledger import Ledger
 from offtower.data.rounds import cut_before, key_starts
 from offtower.errors import OfftowerError
 from offtower.evaluation.decision.support import SupportDiagnostics, support_probe
 from offtower.evaluation.estimators import Estimator, make_estimator
 from offtower.evaluation.intervals.smoothing_bound import check_range
+from offtower.evaluation.looks import CountedLook, LookRequest, identity
 from offtower.evaluation.options import EvaluationOptions
-from offtower.evaluation.result import (
-    EvaluationResult,
-)
+from offtower.evaluation.result import EvaluationResult
 from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.sums import EvaluationSums
 from offtower.mapping import merge_all
@@ -33,6 +34,7 @@ def evaluate_rows(
     confidence: float = 0.95,
     intervals: Sequence[str] = ("auto", "normal", "bootstrap"),
     support: Mapping[str, Any] | None = None,
+    ledger: Ledger | None = None,
     **options: Any,
 ) -> EvaluationResult:
     """Evaluate policies on the same logged rows.
@@ -44,6 +46,8 @@ def evaluate_rows(
             have the weights of earlier positions).
         support: by policy, the logging probabilities of items drawn from that policy
             (`support_probe`).
+        ledger: of the rows (`offtower.data.ledger.Ledger`), which counts this look and the earlier
+            ones at the same rewards; None counts none.
         options: the other fields of `EvaluationOptions`.
 
     Raises:
@@ -61,8 +65,44 @@ def evaluate_rows(
         name: probe if isinstance(probe, SupportDiagnostics) else support_probe(probe)
         for name, probe in (support or {}).items()
     }
-    shards = (EvaluationSums.of(shard, settings) for shard in _shards(rows_by_policy))
-    return merge_all(shards).finish(probes)
+    if ledger is None:
+        return _evaluated(rows_by_policy, settings, probes)
+    look = CountedLook(ledger, _look(rows_by_policy, settings))
+    plan = look.plan()
+    settings = replace(settings, verdict_confidences=tuple(plan.confidences.values()))
+    return look.finish(plan, _evaluated(rows_by_policy, settings, probes))
+
+
+def _evaluated(
+    rows_by_policy: Mapping[str, EvaluationRows],
+    options: EvaluationOptions,
+    support: Mapping[str, SupportDiagnostics],
+) -> EvaluationResult:
+    shards = (EvaluationSums.of(shard, options) for shard in _shards(rows_by_policy))
+    return merge_all(shards).finish(support)
+
+
+def _look(rows_by_policy: Mapping[str, EvaluationRows], options: EvaluationOptions) -> LookRequest:
+    """The look at these rows: their log is what no policy changes, a policy all the rest."""
+    first = next(iter(rows_by_policy.values()), None)
+    if first is None:
+        raise OfftowerError("there is no policy to evaluate")
+    logged = ("reward", "user", "round", "row_weight", "rewards")
+    log = _digest(first, logged)
+    columns = [field.name for field in fields(first) if field.name not in (*logged, "row")]
+    how = identity(repr(options))
+    keys = {name: identity(_digest(rows, columns), how) for name, rows in rows_by_policy.items()}
+    return LookRequest(log, keys, options.confidence, {})
+
+
+def _digest(rows: EvaluationRows, columns: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for column in columns:
+        value = getattr(rows, column)
+        digest.update(f"{column} {value is not None};".encode())
+        if value is not None:
+            digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _estimators(

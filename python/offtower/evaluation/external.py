@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from offtower.atomic import sha256_file
 from offtower.config import Config, EvaluationConfig, ServingConfig, parse_config
 from offtower.config.serving import changed_serving
 from offtower.data.catalogue import Catalogue
+from offtower.data.ledger import LogLedger
 from offtower.data.location import AnyPath, Location
 from offtower.data.log import ParquetLog
 from offtower.errors import ConfigError, DataError
@@ -16,6 +18,7 @@ from offtower.evaluation.baselines import Baselines
 from offtower.evaluation.behavior.plan import BehaviorPlan
 from offtower.evaluation.estimators import ESTIMATORS
 from offtower.evaluation.evaluator import EvaluationPlan, Evaluator
+from offtower.evaluation.looks import CountedLook, LookRequest, evaluation_identity, identity
 from offtower.evaluation.options import (
     evaluation_options,
     make_estimators,
@@ -49,6 +52,7 @@ def evaluate_columns(
     columns: Sequence[PolicyColumns],
     *,
     overrides: Sequence[str] = (),
+    fresh: str | None = None,
     select: str | None = None,
     progress: Progress | None = None,
     mapper: Mapper | None = None,
@@ -61,7 +65,7 @@ def evaluate_columns(
     Args:
         log: directory of an ingested log; its schema names the columns under `keep`.
         columns: of each policy; the policy has the name of its column of probabilities.
-        overrides, select, progress, mapper: as in `offtower.evaluation.run.evaluate_runs`.
+        overrides, fresh, select, progress, mapper: as in `offtower.evaluation.run.evaluate_runs`.
 
     Raises:
         ConfigError: no column, one that is named twice, or a wrong option.
@@ -86,7 +90,9 @@ def evaluate_columns(
         )
     config = _config(place, catalogue, overrides)
     main = COLUMNS_MODEL if all(modeled) else None
-    return _evaluate(_Scored(opened, config, scorers, main), select, progress, mapper)
+    identities = {one.probability: identity(asdict(one)) for one in columns}
+    scored = _Scored(opened, config, scorers, identities, fresh, main)
+    return _evaluate(scored, select, progress, mapper)
 
 
 def evaluate_embeddings(
@@ -97,6 +103,7 @@ def evaluate_embeddings(
     *,
     also: Sequence[str] = (),
     overrides: Sequence[str] = (),
+    fresh: str | None = None,
     select: str | None = None,
     progress: Progress | None = None,
     mapper: Mapper | None = None,
@@ -111,7 +118,7 @@ def evaluate_embeddings(
         contexts: .npy file of (rows of the log, d) floats, in the order of the log.
         items: .npy file of (items of the catalogue, d) floats, in the order of the catalogue.
         also: further ways to serve the policy, as in `evaluate_runs`.
-        overrides, select, progress, mapper: as in `evaluate_runs`.
+        overrides, fresh, select, progress, mapper: as in `evaluate_runs`.
 
     Raises:
         ConfigError: a wrong option.
@@ -127,7 +134,9 @@ def evaluate_embeddings(
     for text in also:
         serving = changed_serving(base.serving, text)
         scorers[f"{name} {text}"] = base.served_as(serving)
-    return _evaluate(_Scored(opened, config, scorers), select, progress, mapper)
+    towers = [sha256_file(file) for file in (contexts, items)]
+    identities = {key: identity(towers, asdict(scorer.serving)) for key, scorer in scorers.items()}
+    return _evaluate(_Scored(opened, config, scorers, identities, fresh), select, progress, mapper)
 
 
 def _open(log: AnyPath) -> tuple[ParquetLog, Location]:
@@ -152,12 +161,16 @@ def _config(place: Location, catalogue: AnyPath, overrides: Sequence[str]) -> Co
 class _Scored:
     """Policies by name, the log that they are evaluated on, and the configuration.
 
+    identities: by policy, what tells it apart from others.
+    fresh: as in `offtower.evaluation.run.evaluate_runs`.
     reward_model: name of the model whose predictions the scorers give; None without.
     """
 
     log: ParquetLog
     config: Config
     scorers: Scorers
+    identities: Mapping[str, str]
+    fresh: str | None
     reward_model: str | None = None
 
 
@@ -200,7 +213,12 @@ def _evaluate(
         tuple(notes),
     )
     evaluator = Evaluator((), log, catalogue, config)
-    return evaluate_plan(evaluator, plan, str(config.data.test), mapper or Mapper(), progress)
+    how, content = evaluation_identity(config, log, catalogue), log.content.fingerprint
+    keys = {name: identity(policies.identities[name], how) for name in policies.scorers}
+    request = LookRequest(content, keys, options.confidence, {}, policies.fresh)
+    look = CountedLook(LogLedger(str(config.data.test)), request)
+    title = str(config.data.test)
+    return evaluate_plan(evaluator, plan, title, mapper or Mapper(), progress, look)
 
 
 def _without_models(options: EvaluationConfig) -> EvaluationConfig:

@@ -16,11 +16,13 @@ from offtower.atomic import write_text
 from offtower.checksums import checked_text, is_checked_text
 from offtower.config import Config, ServingConfig, to_yaml
 from offtower.data.lease import Lease
+from offtower.data.ledger import record
 from offtower.data.location import AnyPath
 from offtower.errors import ConfigError
 from offtower.evaluation.result import PolicyEvaluation
 from offtower.evaluation.run import LogEvaluation, evaluate_runs
 from offtower.mapping import Mapper
+from offtower.models.store import policy_digest
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
 
@@ -160,6 +162,8 @@ def serving_frontier(
         mapper=mapper,
         progress=progress,
     )
+    facts = {"run": str(run), "policy": policy_digest(RunDirectory(run).policy)}
+    record(place, evaluation.log["content"], "served", facts)
     bounds = bounds or FrontierBounds()
     if bounds.min_effective_sample_size is None:
         required = config.evaluation.gate.min_effective_sample_size
@@ -171,6 +175,24 @@ def serving_frontier(
     if recommended is not None and recommended.serving.temperature == min(temperatures):
         reason += f"; no temperature below {min(temperatures):g} was tried"
     return ServingFrontier(points, recommended, reason, bounds, evaluation)
+
+
+def apply_recommendation(
+    run: Path, found: ServingFrontier, trust_code: Collection[str] = ()
+) -> Config:
+    """Serve the run as recommended, and keep on record which log that was chosen on.
+
+    Raises:
+        ConfigError: nothing is recommended. Others as `write_serving`.
+    """
+    if found.recommended is None:
+        raise ConfigError(f"no way to serve '{run}' is recommended: {found.reason}")
+    config = write_serving(run, found.recommended.serving, trust_code)
+    directory = RunDirectory(run)
+    before = directory.manifest().get("serving_tuned_on", [])
+    logs = dict.fromkeys([*before, found.evaluation.log["content"]])
+    directory.update_manifest({"serving_tuned_on": list(logs)})
+    return config
 
 
 def recommend(

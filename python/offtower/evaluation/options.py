@@ -50,6 +50,8 @@ class EvaluationOptions:
         gate: what a verdict requires.
         propensities_estimated: the log had no propensities; verdicts say so.
         reward_names: of the rows' named rewards, each evaluated beside their weighted sum.
+        verdict_confidences: of each policy's verdict, in their order, where earlier looks at the
+            log count (`evaluation.looks`); empty shares `confidence` among the policies.
     """
 
     estimators: tuple[Estimator, ...]
@@ -64,10 +66,12 @@ class EvaluationOptions:
     gate: GateOptions = field(default_factory=GateOptions)
     propensities_estimated: bool = False
     reward_names: tuple[str, ...] = ()
+    verdict_confidences: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_range(self.reward_range)
-        check_confidence(self.confidence)
+        for confidence in (self.confidence, *self.verdict_confidences):
+            check_confidence(confidence)
         names = [estimator.name for estimator in self.estimators]
         if not names or len(set(names)) != len(names):
             raise OfftowerError(f"estimators must be some, each once: {names}")
@@ -104,6 +108,16 @@ class EvaluationOptions:
         chosen = self.estimators[self.decider]
         return SNIPS() if chosen.needs_reward_model else chosen
 
+    def verdict_confidence(self, policy: int, policies: int) -> float:
+        """Confidence of one policy's verdict, so that those of all hold at once."""
+        if self.verdict_confidences:
+            return self.verdict_confidences[policy]
+        return simultaneous_confidence(self.confidence, policies)
+
+    def joint_confidence(self, policies: int) -> float:
+        """The largest confidence of a verdict."""
+        return max(self.verdict_confidence(policy, policies) for policy in range(max(1, policies)))
+
     def bootstrap_replicates(self, policies: int) -> int:
         """Replicates to carry for intervals of all policies."""
         if "bootstrap" not in self.intervals:
@@ -112,7 +126,7 @@ class EvaluationOptions:
             return self.replicates
         level = self.confidence
         if self.intervals[0] == "bootstrap":
-            level = simultaneous_confidence(level, policies)
+            level = self.joint_confidence(policies)
         return max(500, int(np.ceil(10.0 / (1.0 - level) - 1e-9)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from offtower.evaluation.decision.calibration import Calibration
 from offtower.evaluation.decision.gate import Verdict, best_exit_code
@@ -11,6 +11,9 @@ from offtower.evaluation.decision.support import SupportDiagnostics
 from offtower.evaluation.decision.weights import PositionWeight, WeightDiagnostics
 from offtower.evaluation.intervals.methods import DEFAULT_METHOD, Interval
 from offtower.evaluation.intervals.statistics import Estimate
+
+if TYPE_CHECKING:
+    from offtower.evaluation.looks import Looks
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,8 @@ class EvaluationResult:
     """Policies that are left out: no row of the log shows what they would show."""
     logging_rewards: dict[str, EstimatorResult] = field(default_factory=dict)
     """By named reward, the logging policy's mean."""
+    looks: Looks | None = None
+    """Earlier looks at the log, where it has a ledger."""
 
     @property
     def exit_code(self) -> int:
@@ -178,6 +183,7 @@ class EvaluationResult:
             **_named(self.logging_rewards, "logging_rewards"),
             "policies": {name: policy.to_dict() for name, policy in self.policies.items()},
             "comparisons": [comparison.to_dict() for comparison in self.comparisons],
+            **({} if self.looks is None else {"looks": self.looks.to_dict()}),
             "exit_code": self.exit_code,
         }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from offtower.config import Config
 from offtower.data.catalogue import Catalogue
+from offtower.data.ledger import LogLedger
 from offtower.data.location import AnyPath, Location
 from offtower.data.log import ParquetLog
 from offtower.data.unknown import UnknownValues
@@ -19,6 +20,8 @@ from offtower.evaluation.decision.coverage import ItemCoverage, coverage_notes
 from offtower.evaluation.decision.gate import best_exit_code
 from offtower.evaluation.decision.pscore_calibration import PscoreCalibration
 from offtower.evaluation.evaluator import EvaluationPlan, Evaluator
+from offtower.evaluation.held_out import not_held_out
+from offtower.evaluation.looks import CountedLook, LookRequest, evaluation_identity, identity
 from offtower.evaluation.result import EstimatorResult, EvaluationResult
 from offtower.evaluation.run_loading import EvaluatedPolicy, OpenRun, open_run, with_overrides
 from offtower.evaluation.selection import SelectionComparison
@@ -28,6 +31,7 @@ from offtower.mapping import Mapper, MergeTree
 from offtower.metrics import read_metrics
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
+from offtower.models.store import policy_digest
 from offtower.prepare import catalogue_schema, log_schema
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
@@ -45,7 +49,7 @@ class LogEvaluation:
     title: str
     result: EvaluationResult
     log: dict[str, Any]
-    """Path, rows, items, fingerprint, behavior policies."""
+    """Path, rows, items, fingerprint, identity of the content, catalogue, reward."""
     objectives: dict[str, str]
     histograms: dict[str, list[int]]
     """By policy, rows by bin of HISTOGRAM_EDGES."""
@@ -111,6 +115,7 @@ def evaluate_runs(
     trust_code: Collection[str] = (),
     select: str | None = None,
     also: Sequence[str] = (),
+    fresh: str | None = None,
     title: str | None = None,
     progress: Progress | None = None,
     mapper: Mapper | None = None,
@@ -119,9 +124,10 @@ def evaluate_runs(
 ) -> LogEvaluation:
     """Evaluate one or more runs on the same held-out log, paired with each other.
 
-    The log is streamed; only sums are kept. Estimators that need a reward model use one that the
-    runs' configuration names, fitted on their training log; they are left out, with a note, where
-    there is none.
+    The log is streamed; only sums are kept. The log's ledger records this look at it, and verdicts
+    are corrected for the earlier ones (`evaluation.looks`). Estimators that need a reward model use
+    one that the runs' configuration names, fitted on their training log; they are left out, with a
+    note, where there is none.
 
     Args:
         paths: run directories.
@@ -134,6 +140,8 @@ def evaluate_runs(
             memory, for logs of up to evaluation.selection.max_rows rows.
         also: further ways to serve each run's policy, evaluated beside the way in which it is
             served: 'greedy', or changes of the section serving such as 'temperature=0.5'.
+        fresh: declares that a new question begins, which earlier looks at the log do not count in,
+            and says why.
         title: of the report's section.
         mapper: where the log is evaluated; every number has the same bits with any. Reward models
             are fitted, and estimators selected, in this process.
@@ -158,8 +166,8 @@ def evaluate_runs(
     config = replace(config, data=data)
     evaluator = Evaluator(runs, opened, catalogue, config, tuple(also))
     plan = evaluator.plan(select, progress)
-    found = evaluate_plan(evaluator, plan, title or str(place), mapper or Mapper(), progress)
-    policies = evaluator.policies
+    look, policies = _look(evaluator, place, fresh), evaluator.policies
+    found = evaluate_plan(evaluator, plan, title or str(place), mapper or Mapper(), progress, look)
     served = {name: one.run for name, one in policies.items() if one.also is None}
     return replace(
         found,
@@ -176,11 +184,39 @@ def evaluate_runs(
     )
 
 
+def _look(evaluator: Evaluator, place: Location, fresh: str | None) -> CountedLook:
+    """The look of runs' policies at a log."""
+    log, ledger = evaluator.log, LogLedger(place)
+    how = evaluation_identity(evaluator.config, log, evaluator.catalogue)
+    entries = ledger.entries(log.content.fingerprint)
+    digests = {id(run): policy_digest(run.directory.policy) for run in evaluator.runs}
+    request = LookRequest(
+        log.content.fingerprint,
+        {
+            name: identity(digests[id(one.run)], asdict(one.serving), how)
+            for name, one in evaluator.policies.items()
+        },
+        evaluator.config.evaluation.confidence,
+        not_held_out(evaluator.policies, log.content, entries, place),
+        fresh,
+    )
+    return CountedLook(ledger, request)
+
+
 def evaluate_plan(
-    evaluator: Evaluator, plan: EvaluationPlan, title: str, mapper: Mapper, progress: Progress
+    evaluator: Evaluator,
+    plan: EvaluationPlan,
+    title: str,
+    mapper: Mapper,
+    progress: Progress,
+    look: CountedLook,
 ) -> LogEvaluation:
     """Evaluate by a plan. Its policies have neither objective nor learning curve yet."""
+    looks = look.plan()
+    confidences = tuple(looks.confidences[name] for name in plan.scorer.policies)
+    plan = replace(plan, options=replace(plan.options, verdict_confidences=confidences))
     result, accumulated = evaluator.run(plan, mapper, progress)
+    result = look.finish(looks, result)
     coverage = accumulated.coverage.coverage()
     calibration = accumulated.coverage.calibration()
     refusal = plan.behavior.refusal(accumulated.behavior)
@@ -194,6 +230,7 @@ def evaluate_plan(
             "rows": log.num_rows,
             "items": evaluator.catalogue.num_items,
             "fingerprint": log.fingerprint,
+            "content": log.content.fingerprint,
             "catalogue": str(evaluator.config.data.catalogue),
             "reward": log.schema.reward,
         },
@@ -201,6 +238,7 @@ def evaluate_plan(
         histograms={name: counts.tolist() for name, counts in accumulated.histograms.items()},
         curves={name: [] for name in names},
         notes=[
+            *looks.looks.notes,
             *plan.notes,
             *coverage_notes(coverage, calibration),
             *reward_notes(result),

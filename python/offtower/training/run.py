@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 import offtower
 from offtower.config import Config, config_fingerprint
 from offtower.crossfit.reward_model import obtain_reward_model
+from offtower.data.ledger import record
+from offtower.data.log import ParquetLog
 from offtower.errors import ConfigError
 from offtower.evaluation.estimators import make_estimator
 from offtower.mapping import Mapper
@@ -26,6 +28,7 @@ from offtower.models.store import policy_digest, save_policy
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.run_claim import ClaimedRun, claim_run
+from offtower.run_directory import RunDirectory
 from offtower.tracking import Tracker, make_trackers
 from offtower.training.auto import train_auto
 from offtower.training.checkpoints import CheckpointStore
@@ -229,9 +232,14 @@ def _finish(run: ClaimedRun, config: Config, data: PreparedData, trained: Traine
     }
     run.check_owner()
     save_policy(run.policy, policy, facts)
+    used = _logs_used(config, data, result)
+    on_record = {"run": str(run.path), "policy": policy_digest(run.policy)}
+    for part, (place, log) in used.items():
+        record(place, log.content.fingerprint, _EVENTS[part], on_record)
     run.update_manifest(
         {
             **facts,
+            "data_files": _data_files(config, used),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "eligible": data.train.schema.to_dict()["eligible"],
@@ -250,6 +258,37 @@ def _finish(run: ClaimedRun, config: Config, data: PreparedData, trained: Traine
     )
     if run.mirror is not None:
         run.mirror.close()
+
+
+_EVENTS = {"train": "trained", "validation": "validated"}
+"""Kinds of entries in the ledgers of a run's logs (`data.ledger`)."""
+
+
+def _logs_used(
+    config: Config, data: PreparedData, result: TrainingResult
+) -> dict[str, tuple[str, ParquetLog]]:
+    """By part, path and log that the policy was learned from or its epoch chosen on."""
+    chosen = result.validation is not None and result.chosen is None
+    parts = (
+        ("train", config.data.train, data.train),
+        ("validation", config.data.validation if chosen else None, data.validation),
+    )
+    return {
+        part: (place, log)
+        for part, place, log in parts
+        if place is not None and isinstance(log, ParquetLog)
+    }
+
+
+def _data_files(config: Config, used: Mapping[str, tuple[str, ParquetLog]]) -> dict[str, list[str]]:
+    """Identities of the files that the policy, or one it started from, was made with."""
+    files = {part: list(log.content.files) for part, (_, log) in used.items()}
+    ancestors: set[str] = set()
+    for policy in (config.training.warm_start, config.objective.kl_policy):
+        if policy is not None:
+            earlier = RunDirectory(Path(policy).parent).manifest().get("data_files", {})
+            ancestors.update(file for part in earlier.values() for file in part)
+    return {**files, "ancestors": sorted(ancestors)} if ancestors else files
 
 
 def _quarantine_facts(data: PreparedData) -> dict[str, Any]:

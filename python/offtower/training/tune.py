@@ -17,12 +17,23 @@ from typing import Any
 import numpy as np
 
 from offtower.atomic import write_text
-from offtower.config import Config, apply_overrides, parse_config, read_yaml, to_dict, to_yaml
+from offtower.config import (
+    Config,
+    apply_overrides,
+    parse_config,
+    read_yaml,
+    settings_fingerprint,
+    to_dict,
+    to_yaml,
+)
 from offtower.data.lease import Lease
+from offtower.data.ledger import record
+from offtower.data.log import ParquetLog
 from offtower.errors import ConfigError, RunError
 from offtower.evaluation.intervals import simultaneous_confidence
 from offtower.jsonable import finite
 from offtower.mapping import Mapper
+from offtower.prepare import log_schema
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
 from offtower.seeds import derive_seed
@@ -153,9 +164,9 @@ def tune(
         )
     if config.objective.name == "auto" and "objective" not in space:
         raise ConfigError("tune varies one objective's settings: name it as objective.name")
-    points = list(draw_trials(space, count, config.seed))
+    points = list(enumerate(draw_trials(space, count, config.seed)))
     confidence = simultaneous_confidence(config.evaluation.confidence, len(points))
-    for number, overrides in enumerate(points):
+    for number, overrides in points:
         one = trial_config(config, number, overrides, confidence)
         RunDirectory(one.run_directory).check(one, resume=resume or take_over)
     mapper = mapper or Mapper()
@@ -163,7 +174,7 @@ def tune(
     folder = Path(config.runs) / f"{config.name}-tune"
     found: list[Trial] = []
     with Lease.acquire(folder, take_over=take_over, remedy=_REMEDY) as lease:
-        for trial in mapper.map(run, list(enumerate(points)), "tune"):
+        for trial in mapper.map(run, points, "tune"):
             found.append(trial)
             bound = "failed" if trial.low is None else f"at least {trial.low:.4f}"
             say(f"trial {len(found)} of {len(points)}: {bound}  {_short(trial.overrides)}")
@@ -176,6 +187,7 @@ def tune(
         best = trial_config(config, ranked[0].number, ranked[0].overrides, confidence)
         best.name, best.evaluation.confidence = config.name, config.evaluation.confidence
         write_text(folder / "best.yaml", to_yaml(best))
+        _record(config, folder, [trial_config(config, n, o, confidence) for n, o in points])
     return TuneResult(ranked, folder)
 
 
@@ -201,6 +213,15 @@ class _TrialRun:
             # A diverged trial is a result, and the others continue.
             return Trial(number, overrides, None, str(error))
         return Trial(number, overrides, low)
+
+
+def _record(config: Config, folder: Path, trials: Sequence[Config]) -> None:
+    """Record in the validation log's ledger that settings were chosen on it."""
+    assert config.data.validation is not None, "checked before"
+    log = ParquetLog.open(config.data.validation, log_schema(config))
+    settings = sorted({settings_fingerprint(trial) for trial in trials})
+    facts = {"search": str(folder), "settings": settings}
+    record(config.data.validation, log.content.fingerprint, "tuned", facts)
 
 
 def _finished(config: Config) -> float | None:

@@ -120,6 +120,19 @@ def decide(evidence: Evidence, options: GateOptions | None = None) -> Verdict:
     return Verdict(NOT_ENOUGH, (*doubts, unreliable, *notes))
 
 
+def withhold(verdict: Verdict, message: str) -> Verdict:
+    """The verdict without "go", on a log that had a part in learning or choosing the policy.
+
+    A "no-go" stands: such a log makes a policy look better than it is.
+    """
+    if verdict.decision == NO_GO:
+        return Verdict(NO_GO, (*verdict.reasons, Reason("not_held_out", message, "note")))
+    softened = [
+        replace(one, kind="note") if one.kind == "evidence" else one for one in verdict.reasons
+    ]
+    return Verdict(NOT_ENOUGH, (_doubt("not_held_out", message), *softened))
+
+
 def best_exit_code(verdicts: list[Verdict]) -> int:
     """Exit code of the best verdict of several: go, else not enough evidence, else no-go."""
     decisions = {verdict.decision for verdict in verdicts}

@@ -15,6 +15,7 @@ PER = 1000
 
 _PROPENSITIES = "the logged probabilities look wrong"
 _SUPPORT = "the log has hardly any results for what the new policy would show"
+_NOT_HELD_OUT = "this log had a part in learning or choosing it"
 _CAUSES = {
     "mean_weight": _PROPENSITIES,
     "balance": _PROPENSITIES,
@@ -26,6 +27,7 @@ _CAUSES = {
     "too_few_rows": "the log is too small",
     "too_few_users": "the log has too few users",
     "no_variation": "the log cannot tell the two policies apart",
+    "not_held_out": _NOT_HELD_OUT,
 }
 _ANSWERS = {GO: "yes", NO_GO: "no", NOT_ENOUGH: "not yet"}
 _MOST_ROWS = 100
@@ -229,6 +231,9 @@ def _remedy(evaluation: LogEvaluation, policy: PolicyEvaluation) -> str | None:
     if policy.verdict.decision in (GO, NO_GO):
         return None
     causes = {_CAUSES.get(reason.code) for reason in _doubts(policy)}
+    if _NOT_HELD_OUT in causes:
+        held_out = next(one for one in _doubts(policy) if one.code == "not_held_out")
+        return f"Another log. {held_out.message[0].upper()}{held_out.message[1:]}."
     if _PROPENSITIES in causes:
         return (
             "Mend the logged probabilities first: no number of rows makes up for wrong ones. "
@@ -301,6 +306,8 @@ def _command(evaluation: LogEvaluation, name: str, policy: PolicyEvaluation) -> 
         catalogue = evaluation.log.get("catalogue", "CATALOGUE")
         path = shlex.quote(evaluation.log["path"])
         return f"offtower validate {path} --catalogue {shlex.quote(catalogue)}"
+    if _NOT_HELD_OUT in causes:
+        return f"offtower evaluate {run} --log LOG"
     if policy.verdict.decision == NO_GO:
         return f"offtower evaluate {run} --also temperature=2 --also greedy"
     return f"offtower search {run} --contexts CONTEXTS --sample --log served.parquet"

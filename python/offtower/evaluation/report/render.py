@@ -56,6 +56,7 @@ def render_page(template: str, **content: Any) -> str:
     )
     environment.filters["number"] = number
     environment.filters["root"] = lambda square: math.sqrt(square) if square >= 0 else None
+    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     environment.filters["count"] = lambda value: f"{value:,.0f}"
     versions = (
         f"offtower {offtower.__version__}, torch {torch.__version__}, "

@@ -1,0 +1,74 @@
+"""Whether a log is held out: which policies were learned from its rows, or chosen on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from offtower.config import settings_fingerprint
+from offtower.data.content import LogContent, is_same
+from offtower.data.ledger import LedgerEntry
+from offtower.data.location import AnyPath
+from offtower.evaluation.run_loading import EvaluatedPolicy, OpenRun
+from offtower.models.store import policy_digest
+
+_PARTS = {
+    "train": "it was trained on",
+    "validation": "its epoch was chosen on",
+    "ancestors": "a policy that it started from was trained on",
+}
+_EVENTS = {
+    "trained": _PARTS["train"],
+    "validated": _PARTS["validation"],
+    "served": "its serving was chosen on",
+}
+
+
+def not_held_out(
+    policies: Mapping[str, EvaluatedPolicy],
+    log: LogContent,
+    entries: Sequence[LedgerEntry],
+    place: AnyPath,
+) -> dict[str, str]:
+    """By policy, what part the log had in learning or choosing it; none for a held-out log.
+
+    Args:
+        log: content of the evaluated log. place: where it is.
+        entries: of its ledger.
+    """
+    found = {}
+    for name, one in policies.items():
+        part = _part(one.run, log, entries)
+        if part is not None:
+            found[name] = (
+                f"{part}, so that its value here is too high and no 'go' would mean anything. "
+                f"Decide on rows that had no part in it: {_fresh_log(one.run, place)}"
+            )
+    return found
+
+
+def _part(run: OpenRun, log: LogContent, entries: Sequence[LedgerEntry]) -> str | None:
+    manifest = run.directory.manifest()
+    of_run: Mapping[str, Any] = manifest.get("data_files", {})
+    for part, what in _PARTS.items():
+        shared = log.shared_files(of_run.get(part, ()))
+        if shared:
+            share = "" if shared == len(log.files) else f"{shared} of {len(log.files)} files of "
+            return f"{what} {share}this log"
+    if any(is_same(one, log.fingerprint) for one in manifest.get("serving_tuned_on", ())):
+        return f"{_EVENTS['served']} this log"
+    digest, settings = policy_digest(run.directory.policy), settings_fingerprint(run.config)
+    for entry in entries:
+        if entry.kind in _EVENTS and entry.facts["policy"] == digest:
+            return f"{_EVENTS[entry.kind]} this log"
+        if entry.kind == "tuned" and settings in entry.facts["settings"]:
+            return "'offtower tune' chose its settings on this log"
+    return None
+
+
+def _fresh_log(run: OpenRun, place: AnyPath) -> str:
+    test = run.config.data.test
+    if test is not None and Path(test).absolute() != Path(str(place)).absolute():
+        return f"the run's data.test '{test}'"
+    return "a part that 'offtower ingest --split' kept apart, or rows that were logged later"
