@@ -30,8 +30,10 @@ def print_evaluation(evaluation: LogEvaluation, report: Path) -> None:
         console.print(rewards_table(evaluation))
     if evaluation.retrieval:
         console.print(retrieval_table(evaluation))
-    if evaluation.result.looks is not None:
-        console.print(escape(evaluation.result.looks.sentence), soft_wrap=True)
+    looks = evaluation.result.looks
+    if looks is not None:
+        again = " (evaluated in this way before: nothing is spent)" if looks.repeated else ""
+        console.print(escape(looks.sentence) + again, soft_wrap=True)
     for note in evaluation.notes:
         console.print(f"[yellow]note[/]: {escape(note)}", soft_wrap=True)
     for name, found in evaluation.selection.items():

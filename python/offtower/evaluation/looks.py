@@ -84,7 +84,6 @@ class Looks:
         return {
             "look": self.look,
             "policies": self.policies,
-            "repeated": self.repeated,
             "error": self.error,
             "spent": self.spent,
             "left": self.left,
@@ -99,16 +98,14 @@ class Looks:
 
     @property
     def sentence(self) -> str:
-        """One line for people."""
+        """One line for people; the same where an evaluation is repeated."""
         if not self.look:
             text = "no look at this log: it had a part in learning or choosing every policy"
         else:
-            text = f"look {self.look} at this log"
-            if self.repeated:
-                text += " again: evaluated in this way before, nothing is spent"
-            text += (
-                f"; a false go has probability at most {self.error:.2g} here. "
-                f"Error spent {self.spent:.4g}, left {self.left:.2g} of {self.alpha:.4g}"
+            text = (
+                f"look {self.look} at this log; a false go has probability at most "
+                f"{self.error:.2g} here. Error spent {self.spent:.4g}, left {self.left:.2g} of "
+                f"{self.alpha:.4g}"
             )
         if self.question.why:
             text += (
