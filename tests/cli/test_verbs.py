@@ -157,7 +157,7 @@ def test_evaluate_overrides_only_the_evaluation_section(trained: Path) -> None:
     assert "would change what the run is" in " ".join(refused.output.split())
     # Estimators with a reward model: fitted if evaluation needs one.
     dense = "evaluation.reward_model={kind: dense, folds: 2}"
-    with_model = call_json("evaluate", run, "--set", dense)
+    with_model = call_json("evaluate", run, "--set", dense, "--fresh", "decided by dr")
     assert {"dm", "dr"} <= set(with_model["policies"]["own-log"]["estimates"])
 
 

@@ -12,12 +12,13 @@ import pytest
 from scipy.stats import norm
 from typer.testing import CliRunner
 
+from offtower import TwoTowerPolicyLearner
 from offtower.cli import app
 from offtower.config import parse_config
 from offtower.data import write_catalogue, write_log
 from offtower.data.ledger import FOLDER, Ledger, LogLedger
 from offtower.data.simulate import SimulatedWorld, WorldSettings
-from offtower.evaluation import EvaluationRows, evaluate_rows
+from offtower.evaluation import EvaluationRows, GateOptions, evaluate_rows
 from offtower.evaluation.decision.gate import GO, NO_GO, NOT_ENOUGH, Reason, Verdict, withhold
 from offtower.evaluation.looks import LookRequest, Looks, plan_look, share, shares_left
 from offtower.evaluation.report import write_report
@@ -162,6 +163,32 @@ def test_rows_with_a_ledger_repeat_and_count(capsys: pytest.CaptureFixture[str])
     changed, _ = evaluate(new, ledger=ledger, confidence=0.9)
     assert second is not None and second.look == 2
     assert changed is not None and changed.look == 3 and changed.alpha == pytest.approx(0.1)
+
+
+def test_a_learner_gets_no_go_on_the_rows_of_its_fit(tmp_path: Path) -> None:
+    world = np.random.default_rng(0)
+
+    def feedback(rows: int) -> dict[str, Any]:
+        return {
+            "n_rounds": rows,
+            "n_actions": 4,
+            "context": world.normal(size=(rows, 3)),
+            "action": world.integers(0, 4, rows),
+            "reward": (world.random(rows) < 0.5).astype(np.float64),
+            "pscore": np.full(rows, 0.25),
+            "action_context": np.eye(4),
+            "position": None,
+        }
+
+    train, validation, test = (feedback(400) for _ in range(3))
+    fitted = TwoTowerPolicyLearner(3, 4, objective="ips", epochs=2).fit(train, validation)
+    fitted.save(tmp_path / "learner")
+    for learner in (fitted, TwoTowerPolicyLearner.load(tmp_path / "learner")):
+        codes = [
+            learner.evaluate(rows, gate=GateOptions(margin=-0.9)).exit_code
+            for rows in (train, validation, test)
+        ]
+        assert codes == [3, 3, 0]
 
 
 @pytest.fixture(scope="module")

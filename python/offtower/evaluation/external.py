@@ -213,7 +213,10 @@ def _evaluate(
         tuple(notes),
     )
     evaluator = Evaluator((), log, catalogue, config)
-    how, content = evaluation_identity(config, log, catalogue), log.content.fingerprint
+    how, content = (
+        evaluation_identity(plan.options, options, log, catalogue),
+        log.content.fingerprint,
+    )
     keys = {name: identity(policies.identities[name], how) for name in policies.scorers}
     request = LookRequest(content, keys, options.confidence, {}, policies.fresh)
     look = CountedLook(LogLedger(str(config.data.test)), request)

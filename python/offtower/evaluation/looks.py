@@ -17,16 +17,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from offtower.config import Config
+from offtower.config import EvaluationConfig
 from offtower.data.catalogue import Catalogue
 from offtower.data.ledger import Ledger, LedgerEntry
 from offtower.data.log import Log
 from offtower.errors import DataError
 from offtower.evaluation.decision.gate import withhold
 from offtower.evaluation.intervals.methods import simultaneous_confidence
+from offtower.evaluation.options import EvaluationOptions
 from offtower.evaluation.result import EvaluationResult
 
 
@@ -238,13 +239,27 @@ def record_verdicts(
         return
 
 
-def evaluation_identity(config: Config, log: Log, catalogue: Catalogue) -> str:
+def evaluation_identity(
+    options: EvaluationOptions, config: EvaluationConfig, log: Log, catalogue: Catalogue
+) -> str:
     """Of all that a verdict depends on besides the policy and the rows."""
-    settings = asdict(config.evaluation)
-    for irrelevant in ("batch_rows", "selection"):
-        settings.pop(irrelevant)
-    schema = repr(replace(log.schema, context=()))
-    return identity(settings, config.seed, schema, catalogue.fingerprint)
+    decider, interval = options.estimators[options.decider], options.intervals[0]
+    deciding = replace(
+        options,
+        estimators=(decider,),
+        decide_by="auto",
+        intervals=(interval,),
+        replicates=options.replicates if interval == "bootstrap" else None,
+        reward_names=(),
+    )
+    model = (config.reward_model, config.expected_reward, config.draws)
+    return identity(
+        repr(deciding),
+        repr(model) if decider.needs_reward_model else "",
+        config.clusters if decider.name == "mips" else None,
+        repr(replace(log.schema, context=())),
+        catalogue.fingerprint,
+    )
 
 
 def describe_entries(entries: Sequence[LedgerEntry]) -> list[str]:

@@ -166,7 +166,7 @@ def evaluate_runs(
     config = replace(config, data=data)
     evaluator = Evaluator(runs, opened, catalogue, config, tuple(also))
     plan = evaluator.plan(select, progress)
-    look, policies = _look(evaluator, place, fresh), evaluator.policies
+    look, policies = _look(evaluator, plan, place, fresh), evaluator.policies
     found = evaluate_plan(evaluator, plan, title or str(place), mapper or Mapper(), progress, look)
     served = {name: one.run for name, one in policies.items() if one.also is None}
     return replace(
@@ -184,10 +184,13 @@ def evaluate_runs(
     )
 
 
-def _look(evaluator: Evaluator, place: Location, fresh: str | None) -> CountedLook:
+def _look(
+    evaluator: Evaluator, plan: EvaluationPlan, place: Location, fresh: str | None
+) -> CountedLook:
     """The look of runs' policies at a log."""
     log, ledger = evaluator.log, LogLedger(place)
-    how = evaluation_identity(evaluator.config, log, evaluator.catalogue)
+    options = evaluator.config.evaluation
+    how = evaluation_identity(plan.options, options, log, evaluator.catalogue)
     entries = ledger.entries(log.content.fingerprint)
     digests = {id(run): policy_digest(run.directory.policy) for run in evaluator.runs}
     request = LookRequest(
@@ -196,7 +199,7 @@ def _look(evaluator: Evaluator, place: Location, fresh: str | None) -> CountedLo
             name: identity(digests[id(one.run)], asdict(one.serving), how)
             for name, one in evaluator.policies.items()
         },
-        evaluator.config.evaluation.confidence,
+        options.confidence,
         not_held_out(evaluator.policies, log.content, entries, place),
         fresh,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from offtower.data.log import Log
 from offtower.data.rows import encode_rows
 from offtower.errors import ConfigError, DataError
 from offtower.evaluation import EvaluationRows, evaluate_rows
+from offtower.evaluation.decision.gate import withhold
 from offtower.evaluation.result import EvaluationResult
 from offtower.learner.eligible import masked
 from offtower.learner.feedback import (
@@ -107,6 +109,8 @@ class TwoTowerPolicyLearner(LearnerInputs):
     """With objective="auto": the candidates and the evidence for the choice."""
     history_: list[dict[str, Any]]
     """One mapping per epoch: loss, value estimate, weights, entropy, validation."""
+    fitted_on_: list[str]
+    """Fingerprints of the rows that the policy was fitted on and its epoch chosen on."""
     data_: PreparedData
     catalogue_: Catalogue
     """The items of the fit, scored where no `action_context` is given."""
@@ -166,6 +170,7 @@ class TwoTowerPolicyLearner(LearnerInputs):
         self.catalogue_ = catalogue
         self.reward_model_ = None
         data = to_configured_device(self.data_, config.training)
+        self.fitted_on_ = [log.fingerprint]
         if uses_auto(config, data):
             outputs = TrainingOutputs(progress=progress, on_epoch_end=on_epoch_end)
             self.auto_ = train_auto(config, data, outputs=outputs)
@@ -176,7 +181,10 @@ class TwoTowerPolicyLearner(LearnerInputs):
         trainer = build_trainer(
             config, data, self.reward_model_, progress=progress, on_epoch_end=on_epoch_end
         )
-        self.history_ = trainer.fit().history
+        fitted = trainer.fit()
+        self.history_ = fitted.history
+        if held_out is not None and fitted.validation is not None:
+            self.fitted_on_.append(held_out.fingerprint)
         self.policy_ = trainer.policy.cpu()
         return self
 
@@ -242,6 +250,8 @@ class TwoTowerPolicyLearner(LearnerInputs):
     ) -> EvaluationResult:
         """Evaluate the policy off-policy on feedback that it was not fitted on.
 
+        The rows that it was fitted on, or that chose its epoch, give no "go".
+
         Args:
             X, y, reward, pscore, action_context: as in `fit`.
             reward_range: smallest and largest possible reward; by default that of the schema, or
@@ -285,7 +295,16 @@ class TwoTowerPolicyLearner(LearnerInputs):
             log_weight=terms.log_prob.double().numpy() - np.log(rows.pscore),
         )
         options.setdefault("reward_range", reward_range or log.schema.reward_range)
-        return evaluate_rows({"learner": weighted}, **options)
+        result = evaluate_rows({"learner": weighted}, **options)
+        if log.fingerprint not in self.fitted_on_:
+            return result
+        evaluated = result.policies["learner"]
+        verdict = withhold(
+            evaluated.verdict,
+            "the learner was fitted on these rows, or they chose its epoch, so that its value here "
+            "is too high and no 'go' would mean anything. Decide on rows that fit did not see",
+        )
+        return replace(result, policies={"learner": replace(evaluated, verdict=verdict)})
 
     def score(self, X: Any, y: Any = None, reward: Any = None, pscore: Any = None) -> float:
         """The SNIPS estimate of the policy's value on held-out feedback, given as to `fit`."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 L = TypeVar("L", bound="TwoTowerPolicyLearner")
 
-_FORMAT = 1
+_FORMAT = 2
 _FILE = "learner.json"
 _SCHEMAS = {"schema": LogSchema, "catalogue_schema": CatalogueSchema}
 
@@ -65,6 +65,7 @@ def save_learner(directory: Path, learner: TwoTowerPolicyLearner) -> None:
             "feature_names_in": None if names is None else [str(name) for name in names],
             "items": items.schema.to_dict(),
             "history": finite(learner.history_),
+            "fitted_on": learner.fitted_on_,
         }
         write_checked_json(temporary / _FILE, content)
 
@@ -98,6 +99,7 @@ def load_learner(directory: Path, kind: type[L], trust_code: Collection[str]) ->
         )
         learner.forms_ = InputForms(**content["forms"])
         learner.history_ = list(content["history"])
+        learner.fitted_on_ = list(content["fitted_on"])
     except FileNotFoundError:
         raise RunError(f"no learner at '{directory}': {_FILE} is missing") from None
     except (RunError, ConfigError):
