@@ -55,3 +55,7 @@ class MissingExtraError(OfftowerError, ImportError):
 
     def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
         return MissingExtraError, self._given
+
+
+class KeepLoggingWarning(UserWarning):
+    """The default learner found nothing that may replace the logging policy."""

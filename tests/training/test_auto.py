@@ -160,7 +160,7 @@ def held_out(
         scale=dict.fromkeys(weight, 1.0),
         loss={"model": 0.5},
         unit=None,
-        pscore=np.full(n, np.inf),
+        pscore=np.full(n, 1e12),
         eligible_items=np.full(n, 10.0),
     )
 
@@ -176,7 +176,7 @@ def test_a_short_log_is_no_evidence_against_a_sharp_policy(
     rng = np.random.default_rng(0)
     reward = (rng.random(2000) < 0.3).astype(float)
     nothing = {"model": np.zeros(2000)}
-    pscore = np.full(2000, 1.0 / items if items else np.inf)
+    pscore = np.full(2000, 1.0 / items if items else 1e300)
     found = replace(held_out(nothing, reward, {"model": 0.9}), pscore=pscore)
     choice = choose(found, ["model"])
     assert choice.chosen.support_factor == pytest.approx(support_factor, abs=1e-12)

@@ -32,6 +32,7 @@ from offtower.cli.common import (
     DrawnProgress,
     Overrides,
     TrustCode,
+    escape,
     messages,
     print_json,
     verb,
@@ -133,7 +134,7 @@ def train(
             "workers",
         )
         found = {name: result[name] for name in names}
-        found["chosen"] = result.get("chosen")
+        found |= {name: result.get(name) for name in ("chosen", "advice")}
         print_json(finite({"run": str(settings.run_directory), **found}))
         return
     console = messages()
@@ -145,6 +146,8 @@ def train(
             f"least {result['validation_lower_bound']:.4f} (lower bound); all candidates are in "
             "manifest.json"
         )
+        if result.get("advice") is not None:
+            console.print(f"[yellow]{escape(result['advice'])}[/]")
     elif result["validation_lower_bound"] is not None:
         console.print(
             f"kept step {result['selected_step']:,}: the value on the validation log is at least "

@@ -175,6 +175,12 @@ class AutoConfig:
     """null is a power of two between 64 and 1024 that depends on the rows of the log."""
     held_out_rows: int = Field(default=100_000, ge=100)
     """Maximal number of held-out rows for the choice."""
+    tolerated_loss: float | None = Field(default=0.005, ge=0.0, allow_inf_nan=False)
+    """A candidate replaces the logging policy only if held-out rows show that it loses at most this
+    share of the range of rewards; otherwise the policy imitates the logging policy, and the report
+    says to keep that one. null always chooses a candidate."""
+    loss_risk: float = Field(default=0.01, gt=0.0, lt=0.5)
+    """Probability of a larger loss, for all candidates and temperatures at once."""
 
     @model_validator(mode="after")
     def _check(self) -> AutoConfig:

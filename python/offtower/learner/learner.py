@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from offtower.data.convert import ITEM_VECTOR
 from offtower.data.encoding import to_tensors
 from offtower.data.log import Log
 from offtower.data.rows import encode_rows
-from offtower.errors import ConfigError, DataError
+from offtower.errors import ConfigError, DataError, KeepLoggingWarning
 from offtower.evaluation import EvaluationRows, evaluate_rows
 from offtower.evaluation.decision.gate import withhold
 from offtower.evaluation.result import EvaluationResult
@@ -175,6 +176,8 @@ class TwoTowerPolicyLearner(LearnerInputs):
             outputs = TrainingOutputs(progress=progress, on_epoch_end=on_epoch_end)
             self.auto_ = train_auto(config, data, outputs=outputs)
             self.policy_ = self.auto_.policy
+            if self.auto_.choice.advice is not None:
+                warnings.warn(self.auto_.choice.advice, KeepLoggingWarning, stacklevel=2)
             self.history_ = self.auto_.result.history
             return self
         self.reward_model_ = obtain_reward_model(config.reward_model, data, config.seed, progress)

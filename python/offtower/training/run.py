@@ -251,6 +251,7 @@ def _finish(run: ClaimedRun, config: Config, data: PreparedData, trained: Traine
             "stopped_early": result.stopped_early,
             "validation_lower_bound": result.validation,
             "chosen": result.chosen,
+            "advice": result.advice,
             **trained.facts,
             "seconds": round(time.time() - trained.began, 3),
             **_quarantine_facts(data),

@@ -46,6 +46,8 @@ class TrainingResult:
     history: list[dict[str, Any]]
     chosen: str | None = None
     """Candidate chosen by objective=auto; `validation` is then from held-out training rows."""
+    advice: str | None = None
+    """Why objective=auto recommends to keep the logging policy, if it does."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The choice between candidates and inverse temperatures, from held-out rows.
+"""The choice between candidates, inverse temperatures and the logging policy, on held-out rows.
 
 The value of a policy is estimated doubly robustly, with the model's part scaled by a support
 factor kappa:
@@ -13,6 +13,10 @@ With few rows for many items, a sharp policy within the log's support can have w
 rows by chance: of n rows over N equally shown items, none shows the policy's item with probability
 exp(-n / N). The observed rows carry no information about that, so the standard error includes one
 additional row with the mean weight of 1 / pscore.
+
+That is enough to compare policies, and not enough to replace the logging policy, whose value the
+log shows without any weight. A candidate qualifies when one of its policies is not worse than the
+logging policy by more than the tolerated loss, by the bounds of `estimates`.
 """
 
 from __future__ import annotations
@@ -20,13 +24,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-from scipy.special import stdtrit
-
-from offtower.training.auto.held_out import CandidatePolicy, HeldOutRows
-
-Array = NDArray[np.float64]
+from offtower.training.auto.estimates import (
+    CandidateEstimate,
+    Levels,
+    estimate_policies,
+    mean_error,
+)
+from offtower.training.auto.held_out import HeldOutRows
+from offtower.training.auto.prior_order import CLONE
 
 _WITHIN_CANDIDATE = 1.0
 _BETWEEN_CANDIDATES = 2.0
@@ -34,19 +39,16 @@ _BETWEEN_CANDIDATES = 2.0
 
 
 @dataclass(frozen=True)
-class CandidateEstimate:
-    """The estimated value of one candidate at one inverse temperature."""
+class Tolerance:
+    """When a candidate may replace the logging policy.
 
-    name: str
-    inverse_temperature: float
-    contribution: Array
-    """(n,) of the estimate."""
-    value: float
-    low: float
-    """One-sided lower bound of the value."""
-    mean_weight: float
-    support_factor: float
-    """kappa."""
+    Attributes:
+        loss: the largest loss of value against the logging policy, in units of the reward.
+        risk: probability of a larger one.
+    """
+
+    loss: float
+    risk: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,29 @@ class Choice:
     """The chosen estimate and the alternatives."""
 
     chosen: CandidateEstimate
+    """Of the policy to deliver."""
+    keep_logging: bool
+    """Whether no candidate qualifies to replace the logging policy; `chosen` then imitates it."""
+    logging: float
+    """Estimated value of the logging policy, the mean reward."""
+    low: float
+    """Lower bound of the value of the delivered policy, valid under the choice. If its policy is
+    sharper than the log can show, it is the bound of a softer one with the same scores."""
     best: Mapping[str, CandidateEstimate]
     """Each candidate at the inverse temperature chosen for it."""
     estimates: Mapping[str, Sequence[CandidateEstimate]]
     """Each candidate at every inverse temperature, in ascending order."""
+
+    @property
+    def advice(self) -> str | None:
+        """A sentence for the user where the logging policy should stay; else None."""
+        if not self.keep_logging:
+            return None
+        return (
+            "keep the logging policy: the log does not show that any candidate is as good as it "
+            f"(mean reward {self.logging:.4g}). The learned policy imitates it; log more rows, or "
+            "let a share of them explore"
+        )
 
 
 def choose(
@@ -66,8 +87,13 @@ def choose(
     *,
     min_reward: float = 0.0,
     confidence: float = 0.95,
+    tolerance: Tolerance | None = None,
 ) -> Choice:
-    """Choose a candidate and its inverse temperature.
+    """Choose a candidate and its inverse temperature, or keep the logging policy.
+
+    Candidates that qualify have a policy whose gain over the logging policy is at least minus the
+    tolerated loss, by its lower bound. If there is none, the clone of the logging policy is chosen,
+    or without one the candidate with the highest bound.
 
     Within a candidate, take the largest inverse temperature that no smaller one beats by more than
     one standard error of the paired difference: if scores rank items correctly, the value rises
@@ -79,49 +105,36 @@ def choose(
     Args:
         order: names in prior order.
         min_reward: the smallest possible reward.
-        confidence: of the one-sided lower bounds.
+        confidence: of the one-sided lower bounds of values.
+        tolerance: against the logging policy; None qualifies every candidate.
     """
-    estimates = {
-        name: [_estimate(rows, policy, min_reward, confidence) for policy in rows.policies(name)]
-        for name in order
-    }
+    levels = Levels(min_reward, confidence, 1.0 - (tolerance or Tolerance(0.0)).risk)
+    policies = [policy for name in order for policy in rows.policies(name)]
+    found = estimate_policies(rows, policies, levels)
+    estimates = {name: [one for one in found if one.name == name] for name in order}
     best = {name: _sharpest(options, rows) for name, options in estimates.items()}
-    chosen = best[order[0]]
-    for name in order[1:]:
-        other = best[name]
-        off_the_log = chosen.support_factor < 1.0 and other.low > chosen.value
-        if off_the_log or _beats(other, chosen, rows, _BETWEEN_CANDIDATES):
-            chosen = other
-    return Choice(chosen, best, estimates)
-
-
-def _estimate(
-    rows: HeldOutRows, policy: CandidatePolicy, min_reward: float, confidence: float
-) -> CandidateEstimate:
-    terms = rows.terms[policy]
-    weight = terms.weight
-    mean_weight = float(weight.mean())
-    one_more = rows.inverse_pscore / len(weight)
-    error = float(np.hypot(_standard_error(weight, rows), one_more))
-    support_factor = min(1.0, mean_weight + 2.0 * error)
-    model = support_factor * (terms.expected_reward - min_reward)
-    contribution = weight * (rows.reward - rows.action_reward) + model + min_reward
-    if not rows.loss:
-        # Without a reward model: IPS of rewards counted from the smallest one.
-        contribution = weight * (rows.reward - min_reward) + min_reward
-    value = float(contribution.mean())
-    units = len(weight) if rows.unit is None else int(rows.unit.max()) + 1
-    quantile = float(stdtrit(max(1, units - 1), confidence))
-    low = value - quantile * _standard_error(contribution, rows)
-    return CandidateEstimate(
-        policy.name,
-        policy.inverse_temperature,
-        contribution,
-        value,
-        low,
-        mean_weight,
-        support_factor,
-    )
+    qualified = [
+        name
+        for name in order
+        if tolerance is None
+        or max(one.gain_lower_bound for one in estimates[name]) >= -tolerance.loss
+    ]
+    if not qualified:
+        highest = max(found, key=lambda one: one.gain_lower_bound)
+        chosen = best[CLONE if CLONE in best else highest.name]
+    else:
+        chosen = best[qualified[0]]
+        for name in qualified[1:]:
+            other = best[name]
+            off_the_log = chosen.support_factor < 1.0 and other.low > chosen.value
+            if off_the_log or _beats(other, chosen, rows, _BETWEEN_CANDIDATES):
+                chosen = other
+    softer = [
+        one.lower_bound
+        for one in estimates[chosen.name]
+        if one.inverse_temperature <= chosen.inverse_temperature
+    ]
+    return Choice(chosen, not qualified, float(rows.reward.mean()), max(softer), best, estimates)
 
 
 def _sharpest(options: Sequence[CandidateEstimate], rows: HeldOutRows) -> CandidateEstimate:
@@ -136,16 +149,4 @@ def _beats(
     one: CandidateEstimate, other: CandidateEstimate, rows: HeldOutRows, errors: float
 ) -> bool:
     difference = one.contribution - other.contribution
-    return float(difference.mean()) > errors * _standard_error(difference, rows)
-
-
-def _standard_error(values: Array, rows: HeldOutRows) -> float:
-    """Standard error of the mean, clustered by user or repeated context."""
-    sums = values - values.mean()
-    if rows.unit is not None:
-        # A policy that is wrong about a context is wrong in all rows that repeat it.
-        sums = np.bincount(rows.unit, weights=sums)
-    units = len(sums)
-    if units < 2:
-        return float("inf")
-    return float(np.sqrt(np.square(sums).sum() * units / (units - 1)) / len(values))
+    return float(difference.mean()) > errors * mean_error(difference, rows)

@@ -17,7 +17,8 @@ from offtower.progress import Progress
 from offtower.training.auto.budget import stays
 from offtower.training.auto.candidate_learner import AutoInputs, CandidateLearner, ReadLog, Stage
 from offtower.training.auto.candidates import Schedule
-from offtower.training.auto.choice import CandidateEstimate, Choice, choose
+from offtower.training.auto.choice import Choice, Tolerance, choose
+from offtower.training.auto.estimates import CandidateEstimate
 from offtower.training.auto.held_out import EvaluatedCandidates, HeldOutEvaluator, HeldOutRows
 from offtower.training.auto.plan import Rung
 
@@ -189,7 +190,15 @@ class Race:
             [name for name in self._inputs.plan.candidates if name in rows.scale],
             min_reward=float(data.train.schema.reward_range[0]),
             confidence=config.evaluation.confidence,
+            tolerance=self._tolerance(),
         )
+
+    def _tolerance(self) -> Tolerance | None:
+        settings = self._inputs.config.auto
+        if settings.tolerated_loss is None:
+            return None
+        low, high = self._log.data.train.schema.reward_range
+        return Tolerance(settings.tolerated_loss * (high - low), settings.loss_risk)
 
 
 def upper_bound(estimate: CandidateEstimate) -> float:

@@ -110,8 +110,8 @@ def train_auto(
         "value_estimate": chosen.value,
         "validation": {
             "value": chosen.value,
-            "low": chosen.low,
-            "high": 2.0 * chosen.value - chosen.low,
+            "low": choice.low,
+            "high": 2.0 * chosen.value - choice.low,
             "estimator": "dr of held-out training rows",
         },
     }
@@ -122,10 +122,11 @@ def train_auto(
         epochs=schedule.epochs,
         steps=steps,
         selected_step=steps,
-        validation=chosen.low,
+        validation=choice.low,
         stopped_early=False,
         history=metrics.epochs(),
         chosen=chosen.name,
+        advice=choice.advice,
     )
     return AutoTraining(policy, choice, found.members, result, report)
 
@@ -194,10 +195,13 @@ class StageReports:
 
 def describe(choice: Choice, loss: Mapping[str, float]) -> dict[str, Any]:
     """Return the choice and all estimates as JSON."""
-    keys = ("inverse_temperature", "value", "low", "mean_weight")
+    keys = ("inverse_temperature", "value", "lower_bound", "gain_lower_bound", "mean_weight")
     return {
         "chosen": choice.chosen.name,
+        "keep_logging": choice.keep_logging,
+        "logging": choice.logging,
         **{key: getattr(choice.chosen, key) for key in keys},
+        "low": choice.low,
         "held_out_loss": dict(loss),
         "candidates": {
             name: [{key: getattr(one, key) for key in keys} for one in options]

@@ -1,0 +1,149 @@
+"""The choice between candidates and the logging policy, and the bounds behind it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.special import ndtri, stdtrit
+
+from offtower import TwoTowerPolicyLearner
+from offtower.benchmarks.quality.bilinear import BilinearWorld
+from offtower.errors import KeepLoggingWarning
+from offtower.training.auto.choice import Tolerance, choose
+from offtower.training.auto.estimates import simultaneous_quantile
+from offtower.training.auto.held_out import (
+    INVERSE_TEMPERATURES,
+    CandidatePolicy,
+    HeldOutRows,
+    HeldOutTerms,
+)
+from offtower.training.auto.prior_order import CLONE
+
+ITEMS = 8
+SCORES = np.linspace(0.0, 2.0, ITEMS)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    weight = np.exp(scores - scores.max())
+    return weight / weight.sum()
+
+
+def held_out(
+    candidates: dict[str, np.ndarray],
+    logging: np.ndarray,
+    expected: np.ndarray,
+    n: int,
+    seed: int = 0,
+    predicted: np.ndarray | None = None,
+) -> HeldOutRows:
+    """Rows of one context and `ITEMS` items, with the reward model's predictions of the items."""
+    predicted = np.full(ITEMS, 0.5) if predicted is None else predicted
+    rng = np.random.default_rng(seed)
+    action = rng.choice(len(logging), n, p=logging)
+    terms = {}
+    for name, scores in candidates.items():
+        for s in INVERSE_TEMPERATURES:
+            policy = softmax(s * scores)
+            model = np.full(n, policy @ predicted)
+            terms[CandidatePolicy(name, s)] = HeldOutTerms(policy[action] / logging[action], model)
+    return HeldOutRows(
+        reward=(rng.random(n) < expected[action]).astype(float),
+        terms=terms,
+        action_reward=predicted[action],
+        scale=dict.fromkeys(candidates, 1.0),
+        loss={next(iter(candidates)): 0.5},
+        unit=None,
+        pscore=logging[action],
+        eligible_items=np.full(n, float(len(logging))),
+    )
+
+
+def test_a_candidate_without_evidence_does_not_replace_the_logging_policy() -> None:
+    """A near-optimal log: the candidate's scores are reversed, and the log rarely shows its items,
+    so that the reward model would speak for it."""
+    logging, expected = softmax(6.0 * SCORES), 0.2 + 0.35 * SCORES
+    # A model that the log never contradicts about the items that it does not show.
+    bold = np.where(logging > 0.01, expected, 0.99)
+    rows = held_out({"model": -SCORES, CLONE: 6.0 * SCORES}, logging, expected, 600, 0, bold)
+    free = choose(rows, ["model", CLONE])
+    assert free.advice is None
+    assert choose(rows, ["model"], tolerance=Tolerance(0.005)).keep_logging
+    kept = choose(rows, ["model", CLONE], tolerance=Tolerance(0.0))
+    assert kept.keep_logging and kept.chosen.name == CLONE
+    assert kept.advice is not None and "keep the logging policy" in kept.advice
+    truth = softmax(kept.chosen.inverse_temperature * 6.0 * SCORES) @ expected
+    assert truth > logging @ expected - 0.01
+    assert kept.low < truth
+
+
+def test_clear_gains_are_taken() -> None:
+    logging, expected = np.full(ITEMS, 1 / ITEMS), 0.1 + 0.4 * SCORES
+    rows = held_out({"model": SCORES, CLONE: np.zeros(ITEMS)}, logging, expected, 1500)
+    choice = choose(rows, ["model", CLONE], tolerance=Tolerance(0.005))
+    assert not choice.keep_logging and choice.chosen.name == "model"
+    assert choice.logging == rows.reward.mean()
+    truth = softmax(choice.chosen.inverse_temperature * SCORES) @ expected
+    assert logging @ expected < choice.low < truth
+
+
+def test_the_quantile_of_several_means_is_that_of_their_correlation() -> None:
+    rng = np.random.default_rng(3)
+    units, level = 4000, 0.99
+    one = rng.standard_normal((units, 1))
+    widened = float(stdtrit(units - 1, level)) / float(ndtri(level))
+    same = simultaneous_quantile(np.repeat(one, 30, axis=1), level)
+    # 4,096 draws: the standard error of the quantile is .06.
+    assert same == pytest.approx(widened * ndtri(level), abs=0.25)
+    apart = simultaneous_quantile(rng.standard_normal((units, 30)), level)
+    assert apart == pytest.approx(widened * ndtri(level ** (1 / 30)), abs=0.25)
+    assert simultaneous_quantile(one[:1], level) == np.inf
+    # Few units have Student's tails.
+    few = simultaneous_quantile(one[:5] - one[:5].mean(), level)
+    assert few >= stdtrit(4, level) * (1 - 1e-9)
+
+
+def test_bounds_hold_under_the_choice() -> None:
+    """Of 8 candidates none of which is better than the log, a false replacement has a probability
+    of at most .01 by the bounds; P(more than 6 of 60 logs) is below 1e-5."""
+    rng = np.random.default_rng(0)
+    logging, expected = np.full(ITEMS, 1 / ITEMS), np.full(ITEMS, 0.5)
+    expected[0] = 0.2
+    false = exceeded = 0
+    for seed in range(60):
+        # Every candidate prefers the worst item slightly, and loses more than is tolerated.
+        names = {f"c{k}": 0.3 * rng.standard_normal(ITEMS) for k in range(8)}
+        for scores in names.values():
+            scores[0] = scores.max() + 0.3
+        rows = held_out(names, logging, expected, 300, seed)
+        choice = choose(rows, list(names), tolerance=Tolerance(0.005))
+        false += not choice.keep_logging
+        scores = choice.chosen.inverse_temperature * names[choice.chosen.name]
+        exceeded += choice.low > softmax(scores) @ expected
+    assert false <= 6
+    # Confidence .95: P(more than 12 of 60) is below 1e-4.
+    assert exceeded <= 12
+
+
+def test_mass_off_the_log_counts_as_the_smallest_reward() -> None:
+    """Half of the policy's mass is on an item that the log never shows."""
+    logging = np.r_[np.full(ITEMS - 1, 1 / (ITEMS - 1)), 0.0]
+    scores = np.zeros(ITEMS)
+    scores[-1] = np.log(ITEMS - 1)
+    expected = np.full(ITEMS, 0.9)
+    rows = held_out({"half": scores}, logging, expected, 4000, predicted=expected)
+    choice = choose(rows, ["half"], tolerance=Tolerance(0.005))
+    first = choice.estimates["half"][0]
+    assert first.covered_share == pytest.approx(0.5, abs=0.03)
+    assert choice.keep_logging and first.lower_bound < 0.5
+
+
+def test_the_learner_says_so() -> None:
+    world = BilinearWorld(10, 20.0, seed=3)
+    settings = {"candidates": ["likelihood_linear", "behavior_cloning"], "epochs": 3}
+    learner = TwoTowerPolicyLearner(5, 5, auto=settings)
+    with pytest.warns(KeepLoggingWarning, match="keep the logging policy"):
+        learner.fit(world.sample(60, seed=1))
+    assert learner.auto_.report["keep_logging"] is True
+    assert learner.auto_.result.advice == learner.auto_.choice.advice
+    anyway = TwoTowerPolicyLearner(5, 5, auto={**settings, "tolerated_loss": None})
+    assert anyway.fit(world.sample(60, seed=1)).auto_.report["keep_logging"] is False
