@@ -20,33 +20,27 @@ def select_ocv(
     candidates: Sequence[Candidate],
     *,
     repetitions: int = 10,
-    validator: Candidate | None = None,
-    one_standard_error: bool = True,
     seed: int = 0,
 ) -> SelectionResult:
     """Rank candidates by their squared distance on one part to a validator's value on the other.
 
+    The validator is the consistent candidate of least variance. Candidates are ranked by mean plus
+    standard error of the loss, the paper's rule.
     The training part's share is var(candidate) / (var(candidate) + var(validator)), the paper's
-    choice; both variances come from per-row contributions. validator: a consistent candidate; by
-    default the consistent one of least variance. one_standard_error: rank by mean + standard error
-    of the loss, the paper's rule. Raises OfftowerError when no candidate can validate.
+    choice; both variances come from per-row contributions. Raises OfftowerError when no candidate
+    can validate.
     """
     ranked = list(candidates)
     values, influence = log.problem.influence(ranked)
     n = log.problem.n
     variance = np.mean(influence**2, axis=1) / n
-    if validator is None:
-        able = [j for j, c in enumerate(ranked) if c.is_consistent]
-        if not able:
-            raise OfftowerError(
-                "OCV needs a validator without bias: add IPS, SNIPS, DR or SNDR to the "
-                "candidates, or pass validator=."
-            )
-        validator = ranked[min(able, key=lambda j: variance[j])]
-        validator_variance = min(variance[j] for j in able)
-    else:
-        _, own = log.problem.influence([validator])
-        validator_variance = float(np.mean(own**2) / n)
+    able = [j for j, c in enumerate(ranked) if c.is_consistent]
+    if not able:
+        raise OfftowerError(
+            "OCV needs a validator without bias: add IPS, SNIPS, DR or SNDR to the candidates."
+        )
+    least = min(able, key=lambda j: variance[j])
+    validator, validator_variance = ranked[least], variance[least]
     rng = np.random.default_rng([seed, 0x0CF])
     losses = np.empty((repetitions, len(ranked)))
     for j, candidate in enumerate(ranked):
@@ -60,8 +54,7 @@ def select_ocv(
             losses[repetition, j] = (estimate - truth) ** 2
     mse = losses.mean(axis=0)
     noise = losses.std(axis=0, ddof=1) / np.sqrt(repetitions)
-    score = mse + noise if one_standard_error else mse
-    order_ = [int(j) for j in np.argsort(score, kind="stable")]
+    order_ = [int(j) for j in np.argsort(mse + noise, kind="stable")]
     # splits are drawn per candidate, so the differences are not paired
     margin_noise = np.hypot(noise, noise[order_[0]])
     margin_noise[order_[0]] = 0.0
@@ -73,10 +66,6 @@ def select_ocv(
         noise,
         margin_noise,
         order=order_,
-        details={
-            "validator": validator.name,
-            "repetitions": repetitions,
-            "one_standard_error": one_standard_error,
-        },
+        details={"validator": validator.name, "repetitions": repetitions},
         notes=("its mse contains the validator's variance and that of a smaller sample",),
     )

@@ -10,7 +10,7 @@ noise. For each candidate j and the consistent candidate c of least variance,
 - otherwise, with a flat prior on the bias, E[b^2 | d] = d^2 + s^2. That is also right for a reward
   model that learned from the same log: its errors share the log's noise, and d looks too small;
 - where the candidate's reward model is declared independent of the log, the prior has a spike:
-  b = 0 with probability `spike`, else b ~ N(0, slab s^2). Then a perfect reward model can win.
+  b = 0 with probability 1/2, else b ~ N(0, 10 s^2). Then a perfect reward model can win.
   The same prior holds for an estimator of slates that is consistent if rewards do not depend on
   later items (`Candidate.assumes`).
 
@@ -22,9 +22,9 @@ the truth, and nothing where it can. `overlap` p / n is added where p is known
 
 Two rules act against noise. A candidate that may be biased, without an independent model, is ranked
 by mse_j plus `caution` standard errors of it. Consistent candidates within `tie_width` standard
-errors of the paired difference of variances are put in the order of `preference`: self-normalized
-ones first, as they do not depend on how rewards are shifted and their variance estimates are the
-most stable.
+errors of the paired difference of variances are put in an order of prior preference:
+self-normalized ones first, as they do not depend on how rewards are shifted and their variance
+estimates are the most stable.
 """
 
 from __future__ import annotations
@@ -40,27 +40,26 @@ from offtower.evaluation.selection.log import SelectionLog
 from offtower.evaluation.selection.problem import Candidate
 from offtower.evaluation.selection.result import SelectionResult, make_result
 
-DEFAULT_PREFERENCE = ("SNDR", "SNIPS", "DR", "IPS")
+_PREFERENCE = ("SNDR", "SNIPS", "DR", "IPS")
+"""Families in order of prior preference."""
+_SPIKE, _SLAB = 0.5, 10.0
+"""The prior on the bias of candidates with an independent reward model."""
 
 
 def select_paired(
     log: SelectionLog,
     candidates: Sequence[Candidate],
     *,
-    spike: float = 0.5,
-    slab: float = 10.0,
     caution: float = 2.0,
     tie_width: float = 2.0,
-    preference: tuple[str, ...] = DEFAULT_PREFERENCE,
     overlap: float = 3.0,
 ) -> SelectionResult:
     """Rank candidates by variance plus expected squared bias, both from the log's own rows.
 
-    spike, slab: the prior on the bias of candidates with an independent reward model. caution:
-    standard errors of its mse that are added for a candidate that may be biased. tie_width:
-    standard errors within which consistent candidates are tied; 0 turns the preference off.
-    preference: class names in order of prior preference. overlap: variance added for each
-    parameter that a model learned from the log, over n. `mse` in the result is without the caution.
+    caution: standard errors of its mse that are added for a candidate that may be biased.
+    tie_width: standard errors within which consistent candidates are tied; 0 turns the preference
+    off. overlap: variance added for each parameter that a model learned from the log, over n. `mse`
+    in the result is without the caution.
     Needs n of a few hundred for its normal approximations, and true propensities; no selector
     detects a bias from items outside the log's support. A consistent candidate for which no row
     carries a weight is left out. Raises OfftowerError without a consistent
@@ -89,7 +88,7 @@ def select_paired(
     independent = np.array([c.assumes or c.model in log.independent_models for c in ranked])
     bias = np.where(
         independent,
-        spike_slab_square(gap, gap_variance, spike, slab),
+        spike_slab_square(gap, gap_variance, _SPIKE, _SLAB),
         gap**2 + gap_variance,
     )
     bias[consistent] = 0.0
@@ -102,7 +101,7 @@ def select_paired(
     score = mse + np.where(
         charged, caution * np.hypot(_noise(squares - squares[reference]), bias_noise), 0.0
     )
-    order = _order(ranked, score, squares, consistent, tie_width, preference)
+    order = _order(ranked, score, squares, consistent, tie_width)
     first = order[0]
     margin_noise = np.hypot(
         _noise(squares - squares[first]), np.hypot(bias_noise, bias_noise[first])
@@ -161,14 +160,13 @@ def _order(
     squares: Array,
     consistent: NDArray[np.bool_],
     tie_width: float,
-    preference: tuple[str, ...],
 ) -> list[int]:
     order = [int(j) for j in np.argsort(score, kind="stable")]
     best = order[0]
     if tie_width <= 0.0 or not consistent[best]:
         return order
     tied = consistent & (score - score[best] <= tie_width * _noise(squares - squares[best]))
-    rank = {name: place for place, name in enumerate(preference)}
+    rank = {name: place for place, name in enumerate(_PREFERENCE)}
     place = [rank.get(c.family, len(rank)) for c in candidates]
     inside = sorted((j for j in order if tied[j]), key=lambda j: (place[j], score[j]))
     return inside + [j for j in order if not tied[j]]
