@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import pyarrow as pa
 import pytest
 
 from offtower.config import ServingConfig
+from offtower.config.evaluation import EstimatorConfig
 from offtower.data import write_log
 from offtower.data.catalogue import Catalogue
 from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
 from offtower.data.simulate import SimulatedWorld
+from offtower.evaluation.evaluator import Evaluator
 from offtower.evaluation.run_loading import OpenRun, open_run
 from offtower.evaluation.scoring.policy import PolicyScorer
 from offtower.prepare import catalogue_schema
+from offtower.progress import Progress
 from offtower.retrieval import Retriever, decisions_table, served_schema
 from offtower.run_directory import RunDirectory
 
@@ -86,6 +90,48 @@ def test_top_k_is_evaluated_as_it_is_served(
     turned = ServingConfig(mode="top_k", k=2)
     weight = weights(retriever, contexts, served, opened, turned, tmp_path)
     assert np.array_equal(weight.reshape(ROWS, 3), np.tile([1.0, 1.0, 0.0], (ROWS, 1)))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_what_an_index_found_is_what_the_policy_shows(
+    k: int,
+    exported: Path,
+    opened: tuple[OpenRun, Catalogue, PolicyScorer],
+    world: SimulatedWorld,
+    tmp_path: Path,
+) -> None:
+    """An index that misses best items: the log names the export, whose answers count as shown."""
+    serving = ServingConfig(mode="top_k", k=k)
+    retriever = Retriever.open(exported, serving=serving)
+    assert retriever.index is not None
+    retriever.index.parameters = {"nprobe": 1}
+    contexts = world.contexts(ROWS, seed=8)
+    served = retriever.sample(contexts)
+    missed = served.item != retriever.sample(contexts, mode="exact").item
+    assert 0.01 < missed.mean() < 0.9
+    exact = weights(retriever, contexts, served, opened, serving, tmp_path)
+    # Cascade weights: 0 from the first other item on.
+    assert np.array_equal(exact.reshape(ROWS, k) == 0.0, np.logical_or.accumulate(missed, axis=1))
+
+    loaded, catalogue, _ = opened
+    evaluation = replace(loaded.config.evaluation, estimators=[EstimatorConfig("ips")])
+    config = replace(loaded.config, serving=serving, evaluation=evaluation)
+    log = ParquetLog.open(tmp_path / "log")
+    evaluator = Evaluator((replace(loaded, config=config),), log, catalogue, config)
+    scorer = evaluator.plan(None, Progress()).scorer
+    found = [batch.rows["small"] for batch in scorer.batches(range(scorer.source.num_batches))]
+    assert all((rows.importance_weight == 1.0).all() for rows in found)
+    # A log of another policy says nothing about this index.
+    other = log.schema.behavior_policy
+    assert other is not None
+    table = pa.concat_tables(log.tables())
+    index = table.column_names.index(other)
+    table = table.set_column(index, other, pa.repeat("another", table.num_rows))
+    write_log(tmp_path / "other", [table], log.schema)
+    evaluator = replace(evaluator, log=ParquetLog.open(tmp_path / "other"))
+    scorer = evaluator.plan(None, Progress()).scorer
+    found = [batch.rows["small"] for batch in scorer.batches(range(scorer.source.num_batches))]
+    assert np.array_equal(np.concatenate([rows.importance_weight for rows in found]), exact)
 
 
 def weights(

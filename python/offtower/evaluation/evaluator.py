@@ -6,10 +6,16 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from offtower.atomic import sha256_file
 from offtower.config import Config
 from offtower.data.catalogue import Catalogue
 from offtower.data.encoding import FeatureEncoding
 from offtower.data.log import ParquetLog
+from offtower.data.rows import hashed
 from offtower.errors import DataError
 from offtower.evaluation.accumulators import EvaluationAccumulators
 from offtower.evaluation.baselines import Baselines, baseline_options
@@ -281,7 +287,7 @@ class Evaluator:
             if scorer is None:
                 scorer = PolicyScorer(one.run.policy, one.run.items, serving=one.serving)
                 of_run[id(one.run)] = scorer
-            found[name] = scorer.served_as(one.serving)
+            found[name] = scorer.served_as(one.serving, _served_logs(one))
         return found
 
     def _reward_models(
@@ -311,6 +317,18 @@ class Evaluator:
             return None
         n, encoding = self.catalogue.num_items, self.runs[0].policy.item_encoding
         return flatten(encoding, encoding.encode(self.catalogue.table(0, n)), n, "catalogue")
+
+
+def _served_logs(one: EvaluatedPolicy) -> NDArray[np.uint64] | None:
+    """Keys of the logs that exports of a deterministic policy wrote."""
+    if one.serving.mode != "top_k":
+        return None
+    from offtower.retrieval.manifest import logged_names
+
+    directory = one.run.directory
+    weights = sha256_file(directory.policy / "policy.safetensors")
+    names = logged_names(directory.path / "export", weights, one.serving)
+    return hashed(pa.chunked_array([pa.array(names, pa.string())]))
 
 
 def _trained_on(run: OpenRun) -> dict[str, str]:

@@ -195,6 +195,11 @@ class ModelPredictions:
             expected_reward=self.expected_reward * factor,
         )
 
+    def certain(self, shown: NDArray[np.bool_]) -> ModelPredictions:
+        """The predictions where the policy shows the items of the rows `shown` (n,)."""
+        expected = np.where(shown, self.action_reward, self.expected_reward)
+        return replace(self, expected_reward=expected)
+
 
 def _numbers(values: Any, name: str, infinite: bool = False) -> Array:
     try:

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from offtower.atomic import write_text
 from offtower.checksums import read_checked_json, verify_file, write_checked_json
+from offtower.config import ServingConfig
+from offtower.config.serving import parse_serving
 from offtower.errors import RunError
 from offtower.paths import safe_relative
 
@@ -143,3 +145,29 @@ def _is_version(directory: Path) -> bool:
     except (OSError, RunError):
         return False
     return True
+
+
+def logged_name(version: str, exported: ServingConfig, serving: ServingConfig) -> str:
+    """Name under which an export logs what it serves.
+
+    exported: how the export says it is served. serving: how it is.
+    """
+    name = f"export {version}"
+    return name if serving == exported else f"{name} with {serving.text}"
+
+
+def logged_names(export: Path, weights_sha256: str, serving: ServingConfig) -> list[str]:
+    """Names in logs that the versions of a policy wrote which were served in this way.
+
+    Args:
+        export: folder of the versions; there may be none. weights_sha256: of the policy.
+    """
+    found = []
+    for path in sorted(export.glob(f"*/{FILE}")):
+        if path.parent.name.startswith("."):
+            continue
+        manifest = read_manifest(path.parent)
+        if manifest["policy"]["weights_sha256"] == weights_sha256:
+            exported = parse_serving(manifest["serving"], str(path))
+            found.append(logged_name(manifest["version"], exported, serving))
+    return found

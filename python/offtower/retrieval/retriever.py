@@ -33,6 +33,7 @@ from offtower.retrieval.manifest import (
     FILE,
     Verify,
     find_version,
+    logged_name,
     read_manifest,
     verify_files,
 )
@@ -66,9 +67,7 @@ class Retriever:
         self.version = str(manifest["version"])
         exported = parse_serving(manifest["serving"], f"'{directory / FILE}': serving")
         self.serving = serving or exported
-        self.policy_name = f"export {self.version}"
-        if self.serving != exported:
-            self.policy_name += f" with {self.serving.text}"
+        self.policy_name = logged_name(self.version, exported, self.serving)
         facts = manifest["vectors"]
         self.num_items = int(facts["count"])
         self.tower = ContextTower.load(directory / "context_tower", self.version, trust_code)

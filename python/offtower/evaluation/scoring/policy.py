@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from offtower.config import ServingConfig
@@ -151,6 +152,9 @@ class PolicyScorer:
         items: features of the catalogue that the rows' actions index.
         item_chunk: items embedded at a time.
         serving: how the policy is served; None is the trained policy itself.
+        served_logs: keys, as `EncodedRows.behavior_policy` has them, of logs that this policy
+            wrote. Where it is deterministic, it shows in their rows what they say: the best items
+            as its index found them.
     """
 
     def __init__(
@@ -159,8 +163,10 @@ class PolicyScorer:
         items: ItemFeatures,
         item_chunk: int = DEFAULT_CHUNK,
         serving: ServingConfig | None = None,
+        served_logs: NDArray[np.uint64] | None = None,
     ) -> None:
         self.policy = policy
+        self.served_logs = served_logs
         self.serving = serving or ServingConfig()
         self._batches = Batches()
         self._training = policy.training
@@ -183,14 +189,18 @@ class PolicyScorer:
         """The distribution that rows are scored with."""
         return ServedPolicy(self.policy, self.serving)
 
-    def served_as(self, serving: ServingConfig) -> Self:
+    def served_as(
+        self, serving: ServingConfig, served_logs: NDArray[np.uint64] | None = None
+    ) -> Self:
         """A scorer of the same policy served otherwise, with the same embedded items.
 
         Policies that share items share the pass over them too, batch by batch.
+
+        served_logs: of this way to serve.
         """
         # Not copy.copy, which leaves out what a pickle does.
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, serving=serving)
+        other.__dict__.update(self.__dict__, serving=serving, served_logs=served_logs)
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -292,6 +302,10 @@ class PolicyScorer:
                 found[name] = _predictions(other)
         self.policy.train(self._training)
         log_prob = terms.log_prob
+        shown = self._shown(rows)
+        if shown is not None:
+            log_prob = log_prob.masked_fill(torch.from_numpy(shown).to(device), 0.0)
+            found = {name: one.certain(shown) for name, one in found.items()}
         if in_rounds(rows) and not served.deterministic:
             assert position is not None
             log_prob = position_log_prob(
@@ -322,6 +336,9 @@ class PolicyScorer:
         scorer = SlateScorer(served, self.items, context, rounds, batch.action, batch.eligible)
         found = score_slates(scorer, rewards, draws=draws, generator=generator)
         self.policy.train(self._training)
+        shown = self._shown(rows)
+        if shown is not None:
+            found = found.certain(shown)
         return ScoredRows(
             self,
             slate_rows(rows, rounds, found.conditional),
@@ -330,6 +347,14 @@ class PolicyScorer:
             context,
             eligible=first.eligible,
         )
+
+    def _shown(self, rows: EncodedRows) -> NDArray[np.bool_] | None:
+        """(n,) rows of which it is known that the policy shows their item; None for no such."""
+        named = self.served_logs is not None and rows.behavior_policy is not None
+        if self.serving.mode != "top_k" or not named:
+            return None
+        shown = np.isin(rows.behavior_policy, self.served_logs)
+        return shown if rows.position is None else shown & (rows.position < self.serving.k)
 
 
 def context_rows(rows: EncodedRows) -> EncodedRows:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offtower.data.rounds import Rounds
@@ -178,6 +179,12 @@ class ScoredSlates:
     conditional: Tensor
     predictions: dict[str, ModelPredictions]
     log_normalizer: Tensor
+
+    def certain(self, shown: NDArray[np.bool_]) -> ScoredSlates:
+        """The same where a deterministic policy shows the items of the rows `shown` (n,)."""
+        rows = torch.from_numpy(shown).to(self.conditional.device)
+        found = {name: one.certain(shown) for name, one in self.predictions.items()}
+        return replace(self, conditional=self.conditional.masked_fill(rows, 0.0), predictions=found)
 
 
 def score_slates(
