@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -20,8 +21,8 @@ RawBatch: TypeAlias = tuple[pa.RecordBatch, tuple[BadCells, ...]]
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """An open file.
+class SourceFile(ABC):
+    """An open file; each format reads its rows.
 
     Attributes:
         location: where it is.
@@ -48,8 +49,8 @@ class SourceFile:
         return None
 
     def subset(self, groups: Sequence[int]) -> SourceFile:
-        """Some row groups of the file."""
-        raise NotImplementedError
+        """Some row groups of a file that has them."""
+        raise NotImplementedError(f"a {type(self).__name__} has no row groups")
 
     def batches(self, names: Sequence[str], most_rows: int) -> Iterator[RawBatch]:
         """Rows of the columns. Errors are those of pyarrow."""
@@ -59,8 +60,9 @@ class SourceFile:
                 batch = self._with_partition(batch, names)
             yield batch, bad
 
+    @abstractmethod
     def _read(self, names: Sequence[str], most_rows: int) -> Iterator[RawBatch]:
-        raise NotImplementedError
+        """Rows of columns that stand in the file."""
 
     def _with_partition(self, batch: pa.RecordBatch, names: Sequence[str]) -> pa.RecordBatch:
         n = batch.num_rows
