@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import binom, chi2
 
 from offtower.evaluation import EvaluationRows, estimators, evaluate_rows
@@ -112,6 +114,31 @@ def test_a_verdict_of_a_heavy_tail_names_the_rows_needed() -> None:
     assert any(
         f"{gap.simultaneous.rows_needed:,} rows" in r.message for r in result.verdict.reasons
     )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0.0, 1e30) | st.sampled_from([0.0, 1.0]),
+            st.floats(-1e30, 1e30) | st.sampled_from([0.0, 1.0]),
+        ),
+        min_size=2,
+        max_size=30,
+    ),
+    st.floats(0.01, 1.0 - 1e-9),
+)
+def test_limits_are_finite_and_hold_the_value(
+    rows: list[tuple[float, float]], confidence: float
+) -> None:
+    weight, reward = np.array(rows).T
+    found = EvaluationRows(np.append(weight, 1.0), np.append(reward, 0.5))
+    for estimator in (IPS, SNIPS):
+        interval = estimator.interval(found, confidence, "gamma", reward_range=(0, 1))
+        value = estimator.estimate(found).value
+        room = 1e-9 * max(1.0, abs(value))
+        assert interval.low - room <= value <= interval.high + room
+        assert np.isfinite([interval.low, interval.high]).all()
 
 
 def test_few_rewarded_rows_are_a_doubt() -> None:

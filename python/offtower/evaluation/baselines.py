@@ -164,7 +164,7 @@ def baseline_options(options: EvaluationOptions) -> EvaluationOptions:
         options,
         estimators=(chosen,),
         decide_by="auto",
-        intervals=("normal",),
+        intervals=("auto",),
         verdict_confidences=(),
     )
 

@@ -274,13 +274,12 @@ def _point(
     result = evaluation.result
     estimate = found.estimates[result.decide_by]
     assert estimate.difference is not None and bounds.min_effective_sample_size is not None
-    half = 0.5 * (estimate.interval.high - estimate.interval.low)
     # For all settings at once: as much wider as the intervals of the differences are.
     gap = estimate.difference
     narrow = gap.interval.high - gap.interval.low
     wide = gap.simultaneous.high - gap.simultaneous.low
-    half *= wide / narrow if narrow > 0.0 else 1.0
-    value, weights = estimate.estimate.value, found.weights
+    factor = wide / narrow if narrow > 0.0 else 1.0
+    value, weights, interval = estimate.estimate.value, found.weights, estimate.interval
     obstacle = None
     if weights.effective_sample_size < bounds.min_effective_sample_size:
         obstacle = (
@@ -292,8 +291,8 @@ def _point(
     return FrontierPoint(
         serving=ServingConfig(**evaluation.serving[name]),
         value=value,
-        low=value - half,
-        high=value + half,
+        low=value - factor * (value - interval.low),
+        high=value + factor * (interval.high - value),
         effective_sample_size=weights.effective_sample_size,
         pareto_k=weights.pareto_k,
         perplexity=evaluation.coverage[name].perplexity,

@@ -46,6 +46,8 @@ USEFUL = 3.0
 """An interval that reaches farther than so many times the normal one is of no useful width."""
 _SMALL_SKEWNESS = 1e-3
 """Below it the first terms of Cornish and Fisher's expansion are exact to 1e-6."""
+_FAR = 37.0
+"""Phi(-z) is above 0 in double precision up to here."""
 _LEAST_UNITS = 2.5
 """Effective units, at least: 1.5 degrees of freedom."""
 
@@ -173,6 +175,8 @@ def _pearson_quantile(z: float, skewness: float) -> float:
     """Quantile of the standardized Pearson type III distribution at the probability Phi(z)."""
     if abs(skewness) < _SMALL_SKEWNESS:
         return z + skewness * (z * z - 1.0) / 6.0
+    if abs(z) > _FAR:  # Student's t of few units: beyond it in proportion.
+        return _pearson_quantile(math.copysign(_FAR, z), skewness) * abs(z) / _FAR
     shape = 4.0 / skewness**2
     if skewness < 0.0:
         return -_pearson_quantile(-z, -skewness)

@@ -25,6 +25,7 @@ _CAUSES = {
     "hidden_support": _SUPPORT,
     "weight_tail": "a few rows of the log decide the whole estimate",
     "too_few_rows": "the log is too small",
+    "too_few_rewarded_rows": "too few rows of the log have a reward",
     "too_few_users": "the log has too few users",
     "no_variation": "the log cannot tell the two policies apart",
     "not_held_out": _NOT_HELD_OUT,
@@ -245,8 +246,15 @@ def _remedy(evaluation: LogEvaluation, policy: PolicyEvaluation) -> str | None:
             "with known probabilities. More rows of the same log help little."
         )
     gap, n = _gap(evaluation, policy), evaluation.result.n
-    distance = abs(gap.estimate.value)
-    half = 0.5 * (gap.simultaneous.high - gap.simultaneous.low)
+    if gap.simultaneous.rows_needed is not None:
+        return (
+            "The log may lack rows of large weight or reward, so that its interval is of no useful "
+            f"width. About {gap.simultaneous.rows_needed:,} rows like these would give one; this "
+            f"log has {n:,}."
+        )
+    value = gap.estimate.value
+    distance = abs(value)
+    half = value - gap.simultaneous.low if value > 0.0 else gap.simultaneous.high - value
     if distance <= 0.0 or not math.isfinite(half / distance):
         return "The two policies earn the same on this log: no number of rows separates them."
     needed = n * (half / distance) ** 2
