@@ -13,12 +13,14 @@ from scipy import sparse
 from offtower.benchmarks import Settings
 from offtower.benchmarks.quality import suite
 from offtower.benchmarks.quality.bilinear import BilinearWorld, bilinear
+from offtower.benchmarks.quality.degenerate import WORLDS, degenerate
 from offtower.benchmarks.quality.labels import LabelSet, as_feedback, load_label_set
 from offtower.benchmarks.quality.methods import METHODS, MethodResult, NotApplicable
 from offtower.benchmarks.quality.revealed import revealed
 from offtower.benchmarks.quality.settings import load_settings
-from offtower.benchmarks.quality.summary import summarize
+from offtower.benchmarks.quality.summary import safety, summarize
 from offtower.benchmarks.quality.world import Value, value_of_scores
+from offtower.data.simulate.features import vector_matrix
 from offtower.errors import ConfigError, DataError
 
 
@@ -200,3 +202,43 @@ def test_invalid_settings_name_the_key(tmp_path: Path) -> None:
     path.write_text(json.dumps({"name": "x", "methods": ["nope"], "worlds": []}))
     with pytest.raises(ConfigError, match="unknown method 'nope'"):
         suite.run(Settings((), 1, 2, 1, False, config=path, out=tmp_path / "o"))
+
+
+@pytest.mark.parametrize("name", [n for n in WORLDS if not WORLDS[n].users])
+def test_logs_of_degenerate_worlds_have_the_logging_policys_value(name: str) -> None:
+    """Within 6 standard errors by context, of the log and of the held-out contexts."""
+    world = degenerate(name, 7)
+    reward = world.log.table["reward"].to_numpy()
+    column = world.log.table["context"].combine_chunks()
+    context = vector_matrix(column, world.log.schema.context[0].dim or 1)
+    _, unit = np.unique(context, axis=0, return_inverse=True)
+    sums = np.bincount(unit.ravel(), weights=reward - reward.mean())
+    error = np.sqrt(np.square(sums).sum()) / len(reward)
+    # Test contexts are at least 2,000 and have the smaller spread of expected rewards.
+    error = np.hypot(error, reward.std() / 2_000**0.5)
+    assert abs(reward.mean() - world.baselines["logging"]) <= 6 * error + 1e-12
+    assert world.baselines["logging"] <= world.baselines["optimum"] + 1e-12
+    assert world.log.table["pscore"].to_numpy().max() <= 1.0
+
+
+def test_degenerate_worlds_are_configured() -> None:
+    settings = load_settings(Path("configs/quality/degenerate.yaml"))
+    assert [one.world for one in settings.worlds] == list(WORLDS)
+    with pytest.raises(ConfigError, match="unknown degenerate world 'x'; known: fifty rows"):
+        degenerate("x", 0)
+
+
+def test_safety_counts_losses_and_broken_bounds() -> None:
+    def line(value: float, low: float, keep: bool, width: float = 1.0) -> dict[str, object]:
+        facts = {"low": low, "keep_logging": keep, "reward_range": [0.0, width]}
+        return {"value": value, "baselines": {"logging": 0.5}, "facts": facts}
+
+    lines = [
+        line(0.496, 0.4, keep=False),
+        line(0.494, 0.4, keep=False),
+        line(0.494, 0.495, keep=True),
+        line(0.494, 0.4, keep=False, width=2.0),
+        {"value": 0.1, "baselines": {"logging": 0.5}},
+    ]
+    expected = {"runs": 4, "keep_logging": 1, "below": 2, "replaced_below": 1, "low_exceeds": 1}
+    assert safety(lines) == expected

@@ -131,6 +131,8 @@ def auto(world: QualityWorld, seed: int, **settings: Any) -> MethodResult:
         "chosen": found.report["chosen"],
         "estimate": found.report["value"],
         "low": found.report["low"],
+        "keep_logging": found.report["keep_logging"],
+        "reward_range": list(world.log.schema.reward_range),
     }
     from offtower.training.auto.ensemble import join
 

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from offtower.benchmarks.quality.bilinear import bilinear
+from offtower.benchmarks.quality.degenerate import degenerate
 from offtower.benchmarks.quality.labels import as_feedback, digits, load_label_set, long_tail
 from offtower.benchmarks.quality.simulated import simulated
 from offtower.benchmarks.quality.world import QualityWorld
@@ -72,7 +73,18 @@ class Simulated:
         return simulated(self.items, self.rounds, seed)
 
 
-WorldSettings = Annotated[Bilinear | Labels | Simulated, Field(discriminator="kind")]
+@dataclass(config=_STRICT, kw_only=True)
+class Degenerate:
+    """A world of `degenerate.WORLDS`."""
+
+    kind: Literal["degenerate"]
+    world: str
+
+    def make(self, seed: int, data: str | None) -> QualityWorld:
+        return degenerate(self.world, seed)
+
+
+WorldSettings = Annotated[Bilinear | Labels | Simulated | Degenerate, Field(discriminator="kind")]
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -84,13 +96,15 @@ class QualitySettings:
     methods: list[str]
     seeds: int = Field(default=10, ge=1)
     """Number of seeds; each draws a world, its log and the initial weights."""
+    first_seed: int = Field(default=0, ge=0)
+    """Seeds from 1000 on are for development; results are reported on others."""
     starts: int = Field(default=1, ge=1)
     """Training seeds per world and log."""
 
     def cells(self) -> Iterator[tuple[int, int, int, str]]:
         """Yield (world index, seed, start, method), worlds in the order of the file."""
         for world in range(len(self.worlds)):
-            for seed in range(self.seeds):
+            for seed in range(self.first_seed, self.first_seed + self.seeds):
                 for start in range(self.starts):
                     for method in self.methods:
                         yield world, seed, start, method

@@ -13,6 +13,9 @@ Line = Mapping[str, Any]
 WITHIN = 0.01
 """Relative difference to the best candidate's value that counts as choosing the best."""
 
+BELOW = 0.005
+"""Share of the range of rewards by which a value may be below the logging policy's."""
+
 
 def summarize(results: Sequence[Line]) -> dict[str, Any]:
     """Summarize by world: baselines, methods, and the first method against every other one.
@@ -21,13 +24,39 @@ def summarize(results: Sequence[Line]) -> dict[str, Any]:
     - paired: mean difference of the first method and another over their common seeds, with a
       two-sided t test.
     - picks: how often the choice of auto or tune is within 1 % of its best candidate.
+
+    `safety` counts, over all worlds, how often auto is below the logging policy and how often its
+    lower bound exceeds the true value.
     """
     worlds: dict[str, Any] = {}
     for name in dict.fromkeys(line["world"] for line in results):
         lines = [line for line in results if line["world"] == name and "value" in line]
         if lines:
             worlds[name] = _world(lines)
-    return {"worlds": worlds}
+    return {"worlds": worlds, "safety": safety(results)}
+
+
+def safety(results: Sequence[Line]) -> dict[str, int]:
+    """Count how auto compares with the logging policy and with its own lower bound.
+
+    - below: its policy is worth less than the logging policy, by more than .005 of the range.
+    - replaced_below: of these, where it did not advise to keep the logging policy.
+    - low_exceeds: its lower bound is above the true value.
+    """
+    counts = dict.fromkeys(("runs", "keep_logging", "below", "replaced_below", "low_exceeds"), 0)
+    for line in results:
+        facts = line.get("facts", {})
+        if "keep_logging" not in facts or "logging" not in line["baselines"]:
+            continue
+        low, high = facts["reward_range"]
+        below = line["value"] < line["baselines"]["logging"] - BELOW * (high - low)
+        counts["runs"] += 1
+        counts["keep_logging"] += facts["keep_logging"]
+        counts["below"] += below
+        counts["replaced_below"] += below and not facts["keep_logging"]
+        # Rounding of equal numbers is not an excess.
+        counts["low_exceeds"] += facts["low"] > line["value"] + 1e-6 * (high - low)
+    return counts
 
 
 def table(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -46,6 +75,14 @@ def table(summary: Mapping[str, Any]) -> Iterator[str]:
             )
         for method, picks in world["picks"].items():
             yield f"  {method} within 1 % of its best candidate: {picks['within']} of {picks['of']}"
+    found = summary["safety"]
+    if found["runs"]:
+        yield (
+            f"\nauto over {found['runs']} runs: keeps the logging policy in "
+            f"{found['keep_logging']}; below it by more than {BELOW:g} of the range in "
+            f"{found['below']}, of which {found['replaced_below']} without that advice; its lower "
+            f"bound exceeds the truth in {found['low_exceeds']}"
+        )
 
 
 def _world(lines: Sequence[Line]) -> dict[str, Any]:
