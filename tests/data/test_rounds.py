@@ -12,6 +12,7 @@ import pytest
 
 from offtower.data import Catalogue, CatalogueSchema, FeatureSpec, LogSchema
 from offtower.data.check import BadRowsError, check_table
+from offtower.data.eligible_schema import EligibleSchema, ListForm
 from offtower.data.encoding import FeatureEncoding
 from offtower.data.ingest import IngestSource, Split, ingest_files
 from offtower.data.log import ParquetLog, TableLog, TableOrigin, write_log
@@ -141,6 +142,79 @@ def test_a_round_with_a_bad_row_is_quarantined_as_a_whole(tmp_path: Path) -> Non
     aside = pq.read_table(str(next(Path(str(tmp_path / "out" / "quarantine")).iterdir())))
     assert aside.column("_row").to_pylist() == [3, 4]
     assert aside.column("_reason")[0].as_py() == "another row of its round is bad"
+
+
+ELIGIBLE = replace(SCHEMA, eligible=EligibleSchema(candidates=ListForm("shortlist")))
+LEFT = {0: [3, 4, 5, 6, 7], 3: [0, 1, 2, 5, 6, 7], 5: [0, 1, 2, 3, 4]}
+"""Rows of `three_rounds` that are left without the round that begins with a row."""
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "value", "bad"),
+    [
+        ("position", 2, 3, 0),
+        ("position", 1, 0, 0),
+        ("position", 5, None, 5),
+        ("round", 4, "other", 3),
+        ("round", 4, None, 3),
+        ("round", 1, "other", 0),
+        ("action", 1, 999, 0),
+        ("action", 7, "first", 5),
+        ("age", 6, 9.0, 5),
+        ("tags", 6, ["x", "y"], 5),
+        ("pscore", 2, 1.5, 0),
+        ("pscore", 4, 0.0, 3),
+        ("shortlist", 6, [0, 1], 5),
+        ("shortlist", 3, [], 3),
+    ],
+)
+def test_a_fault_sets_its_whole_round_aside(name, row, value, bad, tmp_path: Path) -> None:
+    """Never a part of it: a round that lost rows would count as a shorter one."""
+    table = three_rounds()
+    first = table.column("action")[5].as_py()
+    every = pa.array([list(range(20))] * len(table), pa.list_(pa.int64()))
+    table = table.append_column("shortlist", every)
+    table = with_value(table, name, row, first if value == "first" else value)
+    pq.write_table(table, tmp_path / "log.parquet")
+    pq.write_table(pa.table({"item_id": np.arange(20)}), tmp_path / "items.parquet")
+    items = tmp_path / "items.parquet"
+    source = IngestSource(tmp_path / "log.parquet", ELIGIBLE, items, CatalogueSchema())
+    with pytest.raises(BadRowsError, match=rf"row {row}|row {bad} "):
+        ingest_files(source, tmp_path / "refused")
+    done = ingest_files(source, tmp_path / "out", on_bad_rows="quarantine")
+    found = pa.concat_tables(ParquetLog.open(done.log).tables())
+    left = table.take(pa.array(LEFT[bad]))
+    assert found.column("action").to_pylist() == left.column("action").to_pylist()
+    assert found.column("position").to_pylist() == left.column("position").to_pylist()
+
+
+def test_a_log_whose_actions_are_not_eligible_is_refused(tmp_path: Path) -> None:
+    table = three_rounds()
+    shown = table.column("action").to_pylist()
+    lists = [[item for item in range(20) if item != shown[4] or row != 4] for row in range(8)]
+    lists[3] = lists[4]
+    table = table.append_column("shortlist", pa.array(lists, pa.list_(pa.int64())))
+    found = check_table(table, ELIGIBLE, CATALOGUE, TableOrigin("f"), 0)
+    assert [(bad.row, bad.column, bad.value) for bad in found] == [(4, "action", str(shown[4]))]
+    assert found[0].problem == "not among the row's 'shortlist'"
+    pq.write_table(table, tmp_path / "log.parquet")
+    pq.write_table(pa.table({"item_id": np.arange(20)}), tmp_path / "items.parquet")
+    source = IngestSource(
+        tmp_path / "log.parquet", ELIGIBLE, tmp_path / "items.parquet", CatalogueSchema()
+    )
+    done = ingest_files(source, tmp_path / "out", on_bad_rows="quarantine")
+    assert (done.rows, done.quarantined) == (6, 2)
+
+
+def test_parts_of_a_round_that_lie_apart_are_set_aside_together(tmp_path: Path) -> None:
+    table = three_rounds().take([0, 1, 3, 4, 2, 5, 6, 7])
+    pq.write_table(table, tmp_path / "log.parquet")
+    source = IngestSource(tmp_path / "log.parquet", SCHEMA)
+    done = ingest_files(source, tmp_path / "out", on_bad_rows="quarantine")
+    left = pa.concat_tables(ParquetLog.open(done.log).tables()).column("round").to_pylist()
+    names = table.column("round").to_pylist()
+    # The round of rows 3 and 4 lies before the stray row, whose position goes on with it.
+    assert set(left) == {names[5]} and (done.rows, done.quarantined) == (3, 5)
 
 
 def rounds_of(table: pa.Table) -> list[str]:

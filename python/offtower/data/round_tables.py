@@ -113,11 +113,22 @@ def round_faults(
 
 
 def whole_rounds(rows: Mask, table: pa.Table, schema: LogSchema) -> Mask:
-    """(n,) whether a row's round has one of `rows`."""
+    """(n,) whether a row's round has one of `rows`.
+
+    Rows of a round id that lie apart in the table are one round. So are consecutive rows of
+    different ids whose positions go on, of which one is bad: an id may be missing or wrong.
+    """
     if not schema.slates or not rows.any():
         return rows
+    assert schema.round_id is not None, "a log of slates has round ids"
     rounds = table_rounds(table, schema)
-    return np.repeat(rounds.sum(rows.astype(np.int64)) > 0, rounds.lengths)
+    bad = rounds.sum(rows.astype(np.int64)) > 0
+    least = np.minimum.reduceat(positions(table, schema), rounds.first)
+    goes_on = bad[1:] & (least[1:] == rounds.lengths[:-1])
+    bad[:-1] |= goes_on
+    key = codes(table.column(schema.round_id))[rounds.first]
+    bad |= np.isin(key, key[bad])
+    return np.repeat(bad, rounds.lengths)
 
 
 def codes(column: Column) -> NDArray[np.uint64]:
