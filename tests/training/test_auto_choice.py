@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.special import ndtri, stdtrit
 
 from offtower import TwoTowerPolicyLearner
 from offtower.benchmarks.quality.bilinear import BilinearWorld
+from offtower.config import ServingConfig
 from offtower.errors import KeepLoggingWarning
 from offtower.training.auto.choice import Tolerance, choose
 from offtower.training.auto.estimates import simultaneous_quantile
@@ -18,6 +21,7 @@ from offtower.training.auto.held_out import (
     HeldOutTerms,
 )
 from offtower.training.auto.prior_order import CLONE
+from offtower.training.auto.serving import Requirement, propose_serving
 
 ITEMS = 8
 SCORES = np.linspace(0.0, 2.0, ITEMS)
@@ -37,7 +41,7 @@ def held_out(
     predicted: np.ndarray | None = None,
 ) -> HeldOutRows:
     """Rows of one context and `ITEMS` items, with the reward model's predictions of the items."""
-    predicted = np.full(ITEMS, 0.5) if predicted is None else predicted
+    predicted = np.full(len(logging), 0.5) if predicted is None else predicted
     rng = np.random.default_rng(seed)
     action = rng.choice(len(logging), n, p=logging)
     terms = {}
@@ -145,5 +149,37 @@ def test_the_learner_says_so() -> None:
         learner.fit(world.sample(60, seed=1))
     assert learner.auto_.report["keep_logging"] is True
     assert learner.auto_.result.advice == learner.auto_.choice.advice
+    assert learner.auto_.report["serving"]["as_trained"]["temperature"] == 1.0
     anyway = TwoTowerPolicyLearner(5, 5, auto={**settings, "tolerated_loss": None})
     assert anyway.fit(world.sample(60, seed=1)).auto_.report["keep_logging"] is False
+
+
+def test_served_settings_make_the_gain_measurable() -> None:
+    """Values and weights of mixtures are those of the enumerated policies."""
+    items = 40
+    logging, scores = np.full(items, 1 / items), np.linspace(0.0, 1.0, items)
+    expected = 0.1 + 0.5 * scores
+    n = 3000
+    rows = held_out({"model": scores}, logging, expected, n, predicted=expected)
+    choice = choose(rows, ["model"], tolerance=Tolerance(0.005))
+    assert not choice.keep_logging
+    needed = Requirement(rows=n, effective_sample_size=400.0, confidence=0.95)
+    found = propose_serving(choice, rows, needed)
+    assert found.sharpest.effective_sample_size < 400.0 and found.settings is not None
+    served = found.settings
+    sharpness = choice.chosen.inverse_temperature
+    policy = (1 - served.uniform) * softmax(scores * sharpness / served.temperature)
+    policy += served.uniform / items
+    # Bounds of 6 standard errors.
+    assert served.value == pytest.approx(policy @ expected, abs=6 * served.gain_error)
+    true_size = n / (items * np.square(policy).sum())
+    assert served.effective_sample_size == pytest.approx(true_size, rel=0.15)
+    assert found.loss == found.sharpest.value - served.value
+    assert found.loss > 0.0 and served.gain > 2.8 * served.gain_error
+    config = ServingConfig(temperature=served.temperature, uniform=served.uniform)
+    assert config.text in found.text
+    # A log ten times as long can decide on a sharper policy.
+    longer = propose_serving(choice, rows, replace(needed, rows=10 * n)).settings
+    assert longer is not None and longer.value > served.value
+    short = propose_serving(choice, rows, replace(needed, rows=20))
+    assert short.settings is None and "log more rows" in short.text

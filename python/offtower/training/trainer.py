@@ -47,7 +47,7 @@ class TrainingResult:
     chosen: str | None = None
     """Candidate chosen by objective=auto; `validation` is then from held-out training rows."""
     advice: str | None = None
-    """Why objective=auto recommends to keep the logging policy, if it does."""
+    """What objective=auto recommends: to keep the logging policy, or how to serve the new one."""
 
 
 @dataclass(frozen=True)

@@ -163,24 +163,28 @@ def _covered(rows: HeldOutRows, policy: CandidatePolicy) -> tuple[float, float]:
     bound of the covered share. It is weak for sharp policies; there, the share of all items that
     the log covers, mean 1 / (pscore x eligible items), bounds it for policies that do not seek the
     others, as long as the weights do not contradict.
-
-    Of a policy that plays one of N items, few rows have a weight, and where none has, the weights
-    look certain. With mass 1 - mean w that the rows have not shown, variances are therefore at
-    least that share of what they are for propensities like those of the log, sum_a pi(a|x)^2 times
-    the mean of 1 / pscore.
     """
     weight = rows.terms[policy].weight
-    n, mean = len(weight), float(weight.mean())
-    observed = mean_error(weight, rows)
-    unseen = min(1.0, max(0.0, 1.0 - mean + observed))
-    second_moment = _concentration(rows, policy) * rows.inverse_pscore
-    variance = unseen * max(0.0, second_moment - 1.0) / n
-    error = max(observed, float(np.sqrt(variance)))
+    mean, variance = float(weight.mean()), weight_variance(rows, policy)
+    error = max(mean_error(weight, rows), float(np.sqrt(variance)))
     of_items = 1.0 / (rows.pscore * rows.eligible_items)
     catalogue = float(of_items.mean()) - mean_error(of_items, rows)
     share = min(mean + 2.0 * error, max(mean - 2.0 * error, catalogue))
     residual = float(np.square(rows.reward - rows.action_reward).mean())
     return min(1.0, max(0.0, share)), float(np.sqrt(residual * variance))
+
+
+def weight_variance(rows: HeldOutRows, policy: CandidatePolicy) -> float:
+    """Variance of the mean weight that is due to mass which the rows have not shown.
+
+    Of a policy that plays one of N items, few rows have a weight, and where none has, the weights
+    look certain. The mass that the rows have not shown, 1 - mean w, adds that share of the variance
+    for propensities like those of the log, sum_a pi(a|x)^2 times the mean of 1 / pscore.
+    """
+    weight = rows.terms[policy].weight
+    unseen = min(1.0, max(0.0, 1.0 - float(weight.mean()) + mean_error(weight, rows)))
+    second_moment = _concentration(rows, policy) * rows.inverse_pscore
+    return unseen * max(0.0, second_moment - 1.0) / len(weight)
 
 
 def _concentration(rows: HeldOutRows, policy: CandidatePolicy) -> float:

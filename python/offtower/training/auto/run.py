@@ -23,6 +23,7 @@ from offtower.training.auto.folds import Folds
 from offtower.training.auto.held_out import SCAN_ROWS
 from offtower.training.auto.plan import FILE, AutoPlan, read_plan, write_plan
 from offtower.training.auto.race import Race, RaceResult
+from offtower.training.auto.serving import Requirement, propose_serving
 from offtower.training.trainer import TrainingOutputs, TrainingResult
 
 
@@ -90,8 +91,15 @@ def train_auto(
         # Members that saw more rows may have larger logits: keep the policy as sharp as chosen.
         inverse_temperature *= found.rows.scale[chosen.name] / found.evaluator.scale(final)
     policy = join(final, inverse_temperature)
+    required = config.evaluation.gate.min_effective_sample_size
+    served = propose_serving(
+        choice,
+        found.rows,
+        Requirement(data.train.num_rows, required, config.evaluation.confidence),
+    )
     report = {
         **describe(choice, found.rows.loss),
+        "serving": served.to_dict(),
         "dropped": found.dropped,
         "rows": plan.rows,
         "rows_of_log": data.train.num_rows,
@@ -126,7 +134,7 @@ def train_auto(
         stopped_early=False,
         history=metrics.epochs(),
         chosen=chosen.name,
-        advice=choice.advice,
+        advice=choice.advice or served.text,
     )
     return AutoTraining(policy, choice, found.members, result, report)
 
