@@ -241,20 +241,16 @@ class _Planner:
     def _affordable(self, costs: Mapping[str, _Cost]) -> dict[str, _Cost]:
         """Leave out candidates that need most of the training's time for a tenth of their steps."""
         limit = 0.5 * _TRAINING * self.seconds / self.members
-        found = {
-            name: cost
-            for name, cost in costs.items()
-            if 0.1 * cost.steps * cost.step < limit or stays(self._candidates[name])
-        }
-        for name, cost in costs.items():
-            if name not in found:
+        racing = [name for name in costs if not stays(self._candidates[name])]
+        kept = [name for name in racing if 0.1 * costs[name].steps * costs[name].step < limit]
+        if racing and not kept:
+            kept = [min(racing, key=lambda name: costs[name].step)]
+        for name in racing:
+            if name not in kept:
+                cost = costs[name]
                 whole = duration(self.members * cost.steps * cost.step)
                 self.dropped[name] = f"its {cost.steps:,} steps would take {whole}"
-        if not found:
-            name = min(costs, key=lambda one: costs[one].step)
-            del self.dropped[name]
-            found = {name: costs[name]}
-        return found
+        return {name: cost for name, cost in costs.items() if name not in self.dropped}
 
     def _rungs(self, costs: Mapping[str, _Cost]) -> tuple[tuple[Rung, ...], float]:
         """Rungs, and the share of whole schedules that they train for."""

@@ -16,6 +16,7 @@ from offtower.data.rows import EncodedRows
 from offtower.errors import RunError
 from offtower.models.policy import TwoTowerPolicy
 from offtower.prepare import PreparedData
+from offtower.progress import Progress
 from offtower.training.auto.folds import Folds
 from offtower.training.auto.item_pass import ItemPass, logits
 from offtower.training.sampled import embed_some
@@ -157,12 +158,23 @@ class HeldOutEvaluator:
         folds: the fold that each member did not see.
         max_rows: a longer log is sampled by a keyed hash of the row.
         item_chunk: items embedded at a time.
+        progress: receives the rows whose terms are computed.
     """
 
-    def __init__(self, data: PreparedData, folds: Folds, max_rows: int, item_chunk: int) -> None:
+    def __init__(
+        self,
+        data: PreparedData,
+        folds: Folds,
+        max_rows: int,
+        item_chunk: int,
+        progress: Progress | None = None,
+    ) -> None:
         self._data = data
+        self._progress = progress or Progress()
         self._folds = folds
         held_out = data.train.num_rows * (len(folds.held_out) / folds.number)
+        self.rows = min(max_rows, round(held_out))
+        """About the number of rows that are held out."""
         self._share = min(1.0, max_rows / held_out)
         self._chunk = item_chunk
         self._kept: list[tuple[int, EncodedRows]] | None = None
@@ -263,6 +275,7 @@ class HeldOutEvaluator:
                 for t, policy in enumerate(p for p in policies if p.name == name):
                     weight[policy].append(np.exp(block.log_prob[name][t] - log_pscore))
                     expected[policy].append(block.expected_reward[name][t])
+            self._progress.advance(len(rows))
             if not self._folds.by_row:
                 units.append(self._folds.key(rows))
         if not reward:

@@ -109,10 +109,11 @@ class Race:
 
     def _evaluate(self, stage: Stage, members: Members, rung: Rung, *, last: bool) -> RaceResult:
         inputs, data = self._inputs, self._log.data
-        self._progress.start("evaluating candidates on held-out rows", None)
         evaluator = HeldOutEvaluator(
-            data, inputs.folds, rung.held_out_rows, inputs.config.training.item_chunk
+            *(data, inputs.folds, rung.held_out_rows, inputs.config.training.item_chunk),
+            self._progress,
         )
+        self._progress.start("evaluating candidates on held-out rows", evaluator.rows)
         regressions = [name for name in members if inputs.candidates[name].predicts_rewards]
         candidates = evaluator.candidates(members, regressions, binary=data.facts.binary_reward)
         for name in regressions:

@@ -1,0 +1,356 @@
+"""auto within a budget: plans, races, and what they promise about bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from offtower import TwoTowerPolicyLearner
+from offtower.benchmarks.quality.bilinear import BilinearWorld
+from offtower.config import Config
+from offtower.data.convert import from_bandit_feedback
+from offtower.data.log_part import LogPart
+from offtower.data.order import EpochOrder
+from offtower.data.rows import EncodedRows
+from offtower.errors import ConfigError
+from offtower.metrics import read_metrics
+from offtower.models.store import load_policy
+from offtower.prepare import PreparedData, prepare
+from offtower.progress import PlainTask, Progress
+from offtower.training.auto import budget, speed
+from offtower.training.auto.budget import make_plan, narrowed
+from offtower.training.auto.candidates import make_candidates
+from offtower.training.auto.folds import Folds
+from offtower.training.auto.kept_rows import keep_rewarded
+from offtower.training.auto.plan import groups_to_read, read_plan
+from offtower.training.auto.temperature_sums import TemperatureSums
+from offtower.training.run import train_run
+from tests.mappers import BackwardsMapper
+from tests.training.conftest import make_config
+
+WORLD = BilinearWorld(10, 1.0, seed=3)
+NAMES = ["regression_linear", "regression", "likelihood_linear", "likelihood", "behavior_cloning"]
+
+
+class Machine:
+    """A machine with given seconds of a step, of an evaluated row and of a read row."""
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        step: float = 0.05,
+        row: float = 1e-3,
+        read: float = 1e-9,
+    ) -> None:
+        self.measured = 0
+        sample = speed.read_sample
+
+        def count(seconds: float) -> float:
+            self.measured += 1
+            return seconds
+
+        monkeypatch.setattr(budget, "_SLOW", 1.0)
+        monkeypatch.setattr(speed, "operations_per_second", lambda device: count(1.0))
+        monkeypatch.setattr(speed, "step_seconds", lambda *_: count(step))
+        monkeypatch.setattr(speed, "row_seconds", lambda *_: count(row))
+        monkeypatch.setattr(speed, "read_sample", lambda data: (sample(data)[0], read))
+
+
+def config_of(**auto: Any) -> Config:
+    from offtower.config import parse_config
+
+    return parse_config(
+        {"name": "x", "data": {"train": "memory", "catalogue": "memory"}, "auto": auto}
+    )
+
+
+@pytest.fixture(scope="module")
+def data() -> PreparedData:
+    log, catalogue = from_bandit_feedback(WORLD.sample(3000, seed=1))
+    return prepare(log, None, catalogue, Progress())
+
+
+@pytest.mark.parametrize("rewards", [True, False])
+def test_sums_of_all_temperatures_are_those_of_float64_softmaxes(rewards: bool) -> None:
+    """Chunks whose maximum rises and falls, masked items, a chunk without eligible items."""
+    rng = np.random.default_rng(0)
+    logit = 30.0 * rng.standard_normal((6, 50))
+    logit[:, 30:] += np.array([200.0, -200.0, 0.0, 0.0, 5.0, 0.0])[:, None]
+    masked = rng.random(logit.shape) < 0.3
+    masked[2, :20] = True
+    masked[:, 49] = False
+    logit[masked] = -np.inf
+    reward = rng.random(logit.shape)
+    scales = (0.01, 0.02, 0.04, 0.3, 0.6, 2.0)
+    sums = TemperatureSums(6, scales, torch.device("cpu"), rewards=rewards)
+    for first, last in ((0, 20), (20, 30), (30, 50)):
+        for rows in (slice(0, 4), slice(4, 6)):
+            part = torch.from_numpy(logit[rows, first:last]).float()
+            q = torch.from_numpy(reward[rows, first:last]).float() if rewards else None
+            sums.add(rows, part, q)
+    action = torch.from_numpy(logit[:, 49]).float()
+    found = sums.log_prob(action).numpy()
+    for t, scale in enumerate(scales):
+        weight = np.exp(scale * (logit - logit.max(1, keepdims=True)))
+        pi = weight / weight.sum(1, keepdims=True)
+        wanted = np.log(weight.sum(1)) + scale * logit.max(1)
+        np.testing.assert_allclose(found[t], scale * logit[:, 49] - wanted, rtol=2e-5, atol=2e-5)
+        expected = sums.expected_reward()
+        if rewards:
+            assert expected is not None
+            np.testing.assert_allclose(expected[t], (pi * reward).sum(1), rtol=1e-5)
+        else:
+            assert expected is None
+
+
+def test_small_work_has_the_same_plan_on_every_machine(
+    data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*arguments: object) -> float:
+        raise AssertionError("the plan of small work depends on the machine")
+
+    for name in ("operations_per_second", "step_seconds", "row_seconds", "read_sample"):
+        monkeypatch.setattr(speed, name, measured)
+    config = config_of()
+    candidates = make_candidates(config, data)
+    plan = make_plan(config, data, candidates, Progress())
+    unlimited = config_of(budget=None)
+    assert plan == make_plan(unlimited, data, candidates, Progress())
+    assert not plan.bounded and len(plan.rungs) == 1 and plan.rows == 3000
+
+
+def test_work_that_fits_as_measured_is_not_changed(
+    data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Machine(monkeypatch)
+    monkeypatch.setattr(speed, "operations_per_second", lambda device: 1e12)
+    config = config_of()
+    plan = make_plan(config, data, make_candidates(config, data), Progress())
+    assert not plan.bounded
+
+
+def test_a_race_fits_its_budget_and_halves_its_candidates(
+    data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(monkeypatch, step=0.05, row=1e-3)
+    config = config_of(candidates=NAMES)
+    plan = make_plan(config, data, make_candidates(config, data), Progress())
+    assert machine.measured == 1 + 2 * len(NAMES)
+    # All at once: 5 x 3 x some 630 steps of 0.05 s, 8 of the 10 minutes.
+    assert plan.bounded and [rung.remaining for rung in plan.rungs] == [1, 1]
+    shares = [rung.share for rung in plan.rungs]
+    assert shares == pytest.approx([1 / 3, 2 / 3])
+    seconds = 0.0
+    # A regression and a likelihood leave after the first rung.
+    for rung, number in zip(plan.rungs, (5, 3), strict=True):
+        steps = max(one.steps or 0 for one in plan.candidates.values())
+        seconds += rung.share * steps * number * plan.members * 0.05
+    assert 200.0 < seconds <= 300.0
+    assert all(3 * 0.05 * (one.refit_steps or 0) <= 120.0 for one in plan.candidates.values())
+    rows = sum(rung.held_out_rows * n * 1e-3 for rung, n in zip(plan.rungs, (4, 3), strict=True))
+    assert rows <= 90.0
+
+
+def test_a_log_is_read_as_far_as_the_budget_goes(
+    data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = data.train.read_row_group(0)
+    short = replace(data, train=type(data.train)(table, data.train.schema, 100))  # type: ignore[call-arg]
+    Machine(monkeypatch, read=0.04)
+    config = config_of()
+    plan = make_plan(config, short, make_candidates(config, short), Progress())
+    # A tenth of ten minutes, for two passes: 750 rows, in whole row groups.
+    assert plan.rows == 750
+    assert plan.notes[0] == "800 of 3,000 rows of the log are read"
+    part = plan.limited(short, config)
+    assert part.train.num_rows == 800
+    groups = groups_to_read(short, config, plan.rows)
+    assert groups == sorted(set(groups)) and groups != list(range(8))
+    again = EncodedRows.concat(list(part.scan(64)))
+    whole = EncodedRows.concat(list(short.scan(64)))
+    chosen = np.concatenate([np.arange(100 * g, 100 * g + 100) for g in groups])
+    np.testing.assert_array_equal(again.action, whole.action[chosen])
+    np.testing.assert_array_equal(again.pscore, whole.take(chosen).pscore)
+
+
+def test_parts_of_a_log_keep_the_origin_of_their_rows(data: PreparedData) -> None:
+    table = data.train.read_row_group(0)
+    log = type(data.train)(table, data.train.schema, 100)  # type: ignore[call-arg]
+    part = LogPart(log, [3, 7])
+    assert part.num_rows == 200 and part.fingerprint == log.fingerprint
+    assert part.location(1) == log.location(7)
+    assert pa.concat_tables(part.tables()).equals(
+        pa.concat_tables([log.read_row_group(3), log.read_row_group(7)])
+    )
+
+
+def test_rewarded_rows_are_read_once_and_given_out_like_those_of_a_log(data: PreparedData) -> None:
+    kept = keep_rewarded(data, 10_000, Progress())
+    rows = EncodedRows.concat(list(data.scan(512)))
+    wanted = rows.take(np.flatnonzero(rows.reward))
+    np.testing.assert_array_equal(kept.rows.row, wanted.row)
+    assert kept.counts.rows == len(wanted)
+    folds = Folds(3, (0, 1, 2), 0)
+    order = EpochOrder(kept.row_group_sizes, 64, 5, num_folds=3)
+    for epoch in range(2):
+        with kept.batches(order, folds.of) as reader:
+            steps = list(reader.epoch(epoch))
+        assert max(len(step.rows) for step in steps) <= 64
+        found = np.sort(np.concatenate([step.rows.row for step in steps]))
+        np.testing.assert_array_equal(found, wanted.row)
+        assert all((folds.of(step.rows) == step.fold).all() for step in steps)
+    assert len(keep_rewarded(data, 7, Progress()).rows) == 7
+
+
+def test_members_that_do_not_fit_become_fewer_and_narrower(
+    data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Machine(monkeypatch)
+    config = config_of(candidates=["likelihood_linear", "likelihood"])
+    candidates = make_candidates(config, data)
+    sizes = [budget.TowerSizes.of(one, data).parameters for one in candidates]
+    loaded, largest = 4 * sum(sizes), 12 * max(sizes)
+    for members, apart in ((3, False), (3, True), (2, True), (1, False)):
+        need = members * loaded + (1 if apart else members) * largest
+        monkeypatch.setattr(budget, "_MEMORY", budget._KEPT_BYTES + need)
+        plan = make_plan(config, data, candidates, Progress())
+        assert (plan.members, plan.members_apart) == (members, apart)
+        assert plan.max_embedding_dim is None
+        assert any("GiB" in note for note in plan.notes) == (members < 3)
+    monkeypatch.setattr(budget, "_MEMORY", budget._KEPT_BYTES + loaded)
+    plan = make_plan(config, data, candidates, Progress())
+    assert plan.max_embedding_dim == 16
+    assert all(narrowed(one, 16).policy.embedding_dim <= 16 for one in candidates)
+
+
+def test_candidates_that_cannot_take_part_are_named(
+    data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Machine(monkeypatch, step=20.0)
+    config = config_of(candidates=NAMES)
+    plan = make_plan(config, data, make_candidates(config, data), Progress())
+    # Each alone would take hours: one is left, beside the clone, with the steps that fit.
+    assert list(plan.candidates) == ["regression_linear", "behavior_cloning"]
+    assert plan.dropped["likelihood"] == "its 610 steps would take 610 min"
+    assert (plan.candidates["regression_linear"].steps or 0) * 20.0 < 300.0
+    Machine(monkeypatch, step=5.0)
+    config = config_of(candidates=NAMES, budget=0.1)
+    plan = make_plan(config, data, make_candidates(config, data), Progress())
+    assert any(note.startswith("auto.budget of 0.1 minutes is too short") for note in plan.notes)
+    assert {one.steps for one in plan.candidates.values()} == {10 * len(plan.rungs)}
+
+
+def raced(simulated: Path, runs: Path, name: str, **auto: Any) -> Config:
+    settings = {"batch_size": 64, "folds": 2, "budget": 1.0, "candidates": NAMES, **auto}
+    return make_config(
+        simulated,
+        runs,
+        name,
+        objective={"name": "auto"},
+        auto=settings,
+        sampling={"num_samples": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def race(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished run of two rungs with sampled terms."""
+    config = raced(simulated, tmp_path_factory.mktemp("race"), "race")
+    with pytest.MonkeyPatch.context() as patch:
+        Machine(patch, step=0.12)
+        train_run(config)
+    return config
+
+
+def assert_same_policies(one: Path, two: Path) -> None:
+    first, second = (load_policy(run / "policy")[0].state_dict() for run in (one, two))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_a_race_reports_its_stages_and_who_left(race: Config) -> None:
+    report = read_metrics(race.run_directory / "metrics.jsonl")[0]
+    assert report["plan"]["terms"] == "sampled" and report["plan"]["bounded"]
+    assert [len(stage["candidates"]) for stage in report["stages"]] == [5, 3]
+    assert len(report["dropped"]) == 2
+    assert {"held-out", "value"} == {text.split()[0] for text in report["dropped"].values()}
+    assert set(report["candidates"]) <= set(report["stages"][-1]["candidates"])
+    assert report["rows"] == report["rows_of_log"] and report["seconds"] > 0
+    stored = json.loads((race.run_directory / "auto" / "plan.json").read_text())
+    assert stored["candidates"] == report["plan"]["candidates"]
+
+
+def test_a_killed_race_goes_on_with_its_plan(
+    race: Config, simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the second rung, on a machine that is faster by now."""
+    again = raced(simulated, tmp_path, "race")
+    shutil.copytree(race.run_directory, again.run_directory)
+    for name in ("auto/out_of_fold_2", "auto/refit", "policy"):
+        shutil.rmtree(again.run_directory / name)
+    machine = Machine(monkeypatch, step=1e-6, row=1e-9)
+    train_run(again, resume=True)
+    assert machine.measured == 0
+    assert_same_policies(race.run_directory, again.run_directory)
+
+
+def test_the_plan_of_a_run_gives_its_policy_on_any_machine(
+    race: Config, simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(monkeypatch, step=1e-6, row=1e-9)
+    other = raced(simulated, tmp_path, "elsewhere", plan=str(race.run_directory))
+    train_run(other, mapper=BackwardsMapper())
+    assert machine.measured == 0
+    assert_same_policies(race.run_directory, other.run_directory)
+    file = tmp_path / "plan.json"
+    file.write_text((race.run_directory / "auto" / "plan.json").read_text().replace("64", "65"))
+    with pytest.raises(ConfigError, match="damaged or was changed"):
+        read_plan(file)
+    with pytest.raises(ConfigError, match=r"auto\.plan: there is no plan at"):
+        read_plan(tmp_path / "nothing")
+    fewer = raced(simulated, tmp_path, "fewer", plan=str(race.run_directory), candidates=NAMES[:2])
+    with pytest.raises(ConfigError, match=r"auto\.plan is for the candidates behavior_cloning"):
+        train_run(fewer)
+
+
+def test_a_race_on_few_rewarded_rows_is_near_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampled terms and rewarded rows in memory: over .9 of the best value."""
+    Machine(monkeypatch, step=0.04)
+    world = BilinearWorld(200, 1.0, seed=3)
+    settings = {
+        "budget": 2.0,
+        "candidates": ["likelihood_linear", "likelihood", "regression_linear"],
+    }
+    learner = TwoTowerPolicyLearner(5, 5, hidden_layer_sizes=(16,), embedding_dim=8, auto=settings)
+    learner.fit(world.sample(4000, seed=1))
+    report = learner.auto_.report
+    assert report["plan"]["bounded"]
+    context = world.contexts(1000, seed=99)
+    pi = learner.predict_proba(context, world.action_context)[:, :, 0]
+    expected = world.expected(context)
+    assert (pi * expected).sum(1).mean() > 0.9 * expected.max(1).mean()
+
+
+def test_plain_progress_estimates_the_time_that_is_left() -> None:
+    now = 0.0
+    task = PlainTask("fitting", 400, every=30.0, clock=lambda: now)
+    now = 20.0
+    assert task.advance(50) is None
+    now = 40.0
+    assert task.advance(50) == "fitting: 25%, about 2 min left"
+    now = 60.0
+    assert task.advance(200) is None
+    now = 80.0
+    assert task.advance(20) == "fitting: 80%, about 20 s left"
+    unknown = PlainTask("evaluating", None, every=30.0, clock=lambda: now)
+    now = 120.0
+    assert unknown.advance(1000) == "evaluating: 1,000 done"
