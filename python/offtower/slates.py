@@ -37,6 +37,10 @@ CANCELLATION = 0.5
 logits of 60, becomes e (1 - m) / m in the log of the mass."""
 MAX_MARGINAL_WORK = 2e7
 """Ordered prefixes times items that an enumeration of marginals visits for a context, at most."""
+MARGINAL_DRAWS = 64
+"""Draws of the items above a position, where they are too many to enumerate."""
+MAX_SAMPLED_ITEMS = 100_000
+"""Items of a catalogue from which they are drawn, at most."""
 
 
 @dataclass(frozen=True)
@@ -227,14 +231,60 @@ def position_marginals(log_prob: Tensor, position: int) -> Tensor:
     return total
 
 
+def sampled_marginals(
+    log_prob: Tensor, action: Tensor, position: int, generator: torch.Generator
+) -> Tensor:
+    """Unbiased estimates of P(a_k = a | x) of one item a row, over drawn items above it.
+
+    P(a_k = a | x) = E[1{a is not above} p_a / (1 - sum_{j<k} p_j)], a mean over MARGINAL_DRAWS
+    draws of the k items above, independent between rows. So importance weights stay unbiased, and
+    the standard error of an estimate from many rows contains the error of the draws.
+
+    Args:
+        log_prob: (R, N) log p(a|x) of a single draw.
+        action: (R,). position: k, from 1. generator: of the draws, on the CPU.
+
+    Returns:
+        (R,) float64.
+
+    Raises:
+        OfftowerError: the catalogue is too large.
+    """
+    items = log_prob.shape[1]
+    if items > MAX_SAMPLED_ITEMS:
+        raise OfftowerError(
+            f"the marginal probability of an item at position {position} would need draws of the "
+            f"items above it from {items:,} items, above the limit of {MAX_SAMPLED_ITEMS:,}. Log "
+            "the conditional probability of each position (pscore_kind: conditional), or evaluate "
+            "the rows of positions 0 and 1 alone"
+        )
+    log_prob = log_prob.double()
+    own = log_prob.gather(1, action[:, None]).exp()[:, 0]
+    total = torch.zeros_like(own)
+    for _ in range(MARGINAL_DRAWS):
+        uniform = torch.rand(log_prob.shape, dtype=torch.float64, generator=generator)
+        key = log_prob - (-uniform.clamp_min(1e-300).log()).log().to(log_prob.device)
+        above = key.topk(position, dim=1).indices
+        left = 1.0 - log_prob.gather(1, above).exp().sum(1)
+        there = (above == action[:, None]).any(1)
+        total += torch.where(there, 0.0, own / left.clamp_min(_LEAST_MASS))
+    return total / MARGINAL_DRAWS
+
+
+def enumerable(items: int, position: int) -> bool:
+    """Whether marginals of a position are summed over all orders of the items above it."""
+    prefixes = float(np.prod([float(items - j) for j in range(position)]))
+    return position <= 1 or prefixes * items <= MAX_MARGINAL_WORK
+
+
 def check_marginals(items: int, position: int) -> None:
     """Refuse marginals of too many orders to enumerate.
 
     Raises:
         OfftowerError: as `position_marginals`.
     """
-    prefixes = float(np.prod([float(items - j) for j in range(position)]))
-    if position > 1 and prefixes * items > MAX_MARGINAL_WORK:
+    if not enumerable(items, position):
+        prefixes = float(np.prod([float(items - j) for j in range(position)]))
         raise OfftowerError(
             f"the marginal probability of an item at position {position} sums over {prefixes:.3g} "
             f"orders of the items above it, for {items:,} items: too many to enumerate. Log the "

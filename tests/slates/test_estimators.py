@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from offtower.data.rounds import Rounds
-from offtower.errors import OfftowerError
+from offtower.errors import DataError, OfftowerError
 from offtower.evaluation import EvaluationRows
 from offtower.evaluation.estimators import (
     DM,
@@ -230,3 +230,27 @@ def test_refusals_say_what_is_missing():
         IPS().interval(rows, method="bernstein", reward_range=(0.0, 1.0), max_weight=9.0)
     with pytest.raises(OfftowerError, match="by round"):
         IPS().interval(rows, method="log_smoothing", reward_range=(0.0, 1.0))
+
+
+@pytest.mark.parametrize("estimator", [IPS(), SNIPS(), DR(), Standard(IPS())])
+def test_weights_of_positions_are_those_of_rewards_and_predictions(estimator):
+    """A value is linear in them: that of all positions is the sum of those of each alone."""
+    rng = np.random.default_rng(5)
+    weight = rng.uniform(0.5, 1.5, 60)
+    number = np.repeat(np.arange(20), 3)
+    rows = EvaluationRows(
+        weight,
+        rng.uniform(size=60),
+        rng.uniform(size=60),
+        rng.uniform(size=60),
+        round=number,
+        earlier_weight=rng.uniform(0.5, 1.5, 60),
+        slate_weight=np.repeat(rng.uniform(0.5, 1.5, 20), 3),
+    )
+    alone = [estimator.estimate(rows.with_position_weights(one)).value for one in np.eye(3)]
+    alpha = [1.0, 0.5, 0.25]
+    found = estimator.estimate(rows.with_position_weights(alpha)).value
+    assert found == pytest.approx(np.dot(alpha, alone), rel=1e-12)
+    assert estimator.estimate(rows).value == pytest.approx(sum(alone), rel=1e-12)
+    with pytest.raises(DataError, match="2 weights of positions for slates of up to 3 items"):
+        rows.with_position_weights([1.0, 1.0])

@@ -15,7 +15,7 @@ from offtower.data import write_catalogue, write_log
 from offtower.data.ingest import IngestSource, ingest_files
 from offtower.data.log import ParquetLog
 from offtower.data.simulate import SimulatedWorld, WorldSettings
-from offtower.errors import ConfigError
+from offtower.errors import ConfigError, OfftowerError
 from offtower.evaluation.run import evaluate_runs
 from offtower.retrieval import (
     ExportOptions,
@@ -98,6 +98,51 @@ def test_every_position_has_weight_1_and_ips_equals_the_logged_mean(served) -> N
     assert any("'cascade' is chosen and 'standard' is not" in note for note in found.notes)
     # The run serves one item, its log has five: that the value is of five is said.
     assert any("shows 1 item a round, and this log has" in n for n in found.notes)
+
+
+def test_positions_count_by_their_weights(served) -> None:
+    """Against the same rewards multiplied in the log, under every interaction and estimator."""
+    run, log, reward = served
+    alpha = [1.0, 0.5, 0.25, 0.0, 2.0]
+    weights = f"evaluation.position_weights={alpha}"
+    estimators = (
+        "evaluation.estimators=[ips, snips, dr, {name: ips, interaction: standard}, "
+        "{name: clipped_dr, max_weight: 2}]"
+    )
+    found = evaluate_runs([run], log=log, overrides=[weights, estimators])
+    policy = next(iter(found.result.policies.values()))
+    logged = (reward * alpha).sum(axis=1)
+    # Propensities of the policy itself: every weight is 1.
+    assert found.result.logging.estimate.value == pytest.approx(logged.mean(), rel=1e-7)
+    for name in ("ips", "standard_ips"):
+        estimate = policy.estimates[name].estimate
+        assert estimate.value == pytest.approx(logged.mean(), rel=5e-5)
+        assert estimate.std_error == pytest.approx(logged.std(ddof=1) / ROUNDS**0.5, rel=1e-3)
+    plain = evaluate_runs([run], log=log, overrides=[estimators])
+    before = next(iter(plain.result.policies.values())).estimates["dr"].estimate
+    weighted = policy.estimates["dr"].estimate
+    # A linear functional of each position: all weights 1 leave the value.
+    assert abs(weighted.value - logged.mean()) < 4.0 * weighted.std_error
+    assert weighted.value != pytest.approx(before.value, rel=1e-3)
+    ones = evaluate_runs(
+        [run], log=log, overrides=[f"evaluation.position_weights={[1.0] * K}", estimators]
+    )
+    assert next(iter(ones.result.policies.values())).estimates["dr"].estimate.value == before.value
+    assert any("rewards count by position: 1, 0.5, 0.25, 0, 2" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("[1, 1]", "has position 4, and evaluation.position_weights has only 2 numbers"),
+        ("[1, -1, 1, 1, 1]", "finite numbers of at least 0"),
+        ("[0, 0, 0, 0, 0]", "not all 0"),
+    ],
+)
+def test_wrong_position_weights_are_refused(served, weights, message) -> None:
+    run, log, _ = served
+    with pytest.raises(OfftowerError, match=message):
+        evaluate_runs([run], log=log, overrides=[f"evaluation.position_weights={weights}"])
 
 
 def test_parts_on_workers_give_the_same_bits(served) -> None:

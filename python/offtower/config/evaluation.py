@@ -155,6 +155,9 @@ class EvaluationConfig:
     """Of the bootstrap; null takes what the confidence needs, 500 at least."""
     by_user: bool | None = None
     """Cluster rows by user; null does so where the log has users."""
+    position_weights: tuple[float, ...] | None = None
+    """Of slates, one number for each position from the top: the value of a round is the sum of its
+    rewards times these, under every estimator. null is 1 everywhere."""
     gate: GateOptions = field(default_factory=GateOptions)
     propensities: Literal["logged", "estimate"] = "logged"
     """estimate: fit a calibrated model to a log without propensities (catalogues of up to 5,000

@@ -45,7 +45,12 @@ from offtower.evaluation.scoring.reward_models import RewardModelProvider
 from offtower.evaluation.scoring.rewards import EvaluationModel, RewardModels
 from offtower.evaluation.selection import SelectionComparison
 from offtower.evaluation.selection_data import SelectionData, SelectionRows
-from offtower.evaluation.slate_options import examination_note, rounds_kind, slate_note
+from offtower.evaluation.slate_options import (
+    examination_note,
+    position_weights,
+    rounds_kind,
+    slate_note,
+)
 from offtower.evaluation.sums import EvaluationSums
 from offtower.mapping import Mapper, MergeTree, pieces
 from offtower.models.reward.dense import flatten
@@ -179,13 +184,16 @@ class Evaluator:
                 f"mips: {label.max() + 1} clusters, whose probabilities under the logging policy "
                 "are estimates; no interval covers their error"
             )
-        scorer = BatchScorer(source, policies, rewards, propensities, clusters, config.seed)
+        alpha = position_weights(options, kind)
+        notes += [] if alpha is None else [alpha.note]
+        scorer = BatchScorer(source, policies, rewards, propensities, clusters, config.seed, alpha)
         pilot = _pilot_rows(scorer) if needs_pilot(estimators) else {}
         made, tuning_notes = make_estimators(estimators, pilot)
+        reward_range = self.log.schema.reward_range
         evaluation = evaluation_options(
             options,
             made,
-            self.log.schema.reward_range,
+            reward_range if alpha is None else alpha.range(reward_range),
             config.seed,
             propensities_estimated=propensities is not None,
             reward_names=tuple(one.name for one in self.log.schema.rewards),

@@ -37,7 +37,7 @@ from offtower.evaluation.scoring.external import (
 )
 from offtower.evaluation.scoring.rewards import RewardModels
 from offtower.evaluation.selection_data import check_selection
-from offtower.evaluation.slate_options import slate_note
+from offtower.evaluation.slate_options import position_weights, slate_note
 from offtower.mapping import Mapper
 from offtower.progress import Progress
 
@@ -193,6 +193,10 @@ def _evaluate(
         )
     if kind is not None:
         notes.append(slate_note(kind))
+    alpha, reward_range = position_weights(options, kind), log.schema.reward_range
+    if alpha is not None:
+        notes.append(alpha.note)
+        reward_range = alpha.range(reward_range)
     estimators, _ = make_estimators(chosen, {})
     source = LogSource(log, catalogue, options.batch_rows)
     plan = EvaluationPlan(
@@ -203,10 +207,11 @@ def _evaluate(
             None,
             None,
             config.seed,
+            alpha,
         ),
         BehaviorPlan(None, None, None, None, _NO_BEHAVIOR, log.num_rows),
         evaluation_options(
-            options, estimators, log.schema.reward_range, config.seed, propensities_estimated=False
+            options, estimators, reward_range, config.seed, propensities_estimated=False
         ),
         Baselines(catalogue.num_items),
         select,

@@ -202,7 +202,8 @@ def usable_estimators(
         )
     if formless:
         notes.append(
-            f"{', '.join(formless)} left out: no form for slates with {pscore_kind} pscores"
+            f"{', '.join(formless)} left out: no form for slates with {pscore_kind} pscores. With "
+            "conditional pscores dr and clipped_dr use the reward model, position by position"
         )
     return kept, notes
 

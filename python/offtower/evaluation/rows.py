@@ -142,6 +142,33 @@ class EvaluationRows:
             )
         return replace(self, importance_weight=self.slate_weight, log_weight=None)
 
+    def with_position_weights(self, weights: Sequence[float]) -> EvaluationRows:
+        """The rows with the values of each position k of their slates times weights[k].
+
+        Then the value of a round is sum_k weights[k] r_k.
+
+        Raises:
+            DataError: the rows are no slates, or one is longer than `weights`.
+        """
+        if self.rounds is None or self.rounds.longest > len(weights):
+            longest = 0 if self.rounds is None else self.rounds.longest
+            raise DataError(
+                f"{len(weights)} weights of positions for slates of up to {longest} items: give "
+                "one for each position, and rows with `round`"
+            )
+        alpha = np.asarray(weights, dtype=np.float64)[self.rounds.position]
+
+        def times(values: Array | None) -> Array | None:
+            return None if values is None else values * alpha
+
+        return replace(
+            self,
+            reward=self.reward * alpha,
+            action_reward=times(self.action_reward),
+            expected_reward=times(self.expected_reward),
+            rewards=None if self.rewards is None else self.rewards * alpha[:, None],
+        )
+
     def with_reward(self, index: int) -> EvaluationRows:
         """The rows with the named reward of this number in place of their sum."""
         assert self.rewards is not None, "callers check that there are named rewards"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from offtower.config import EstimatorConfig
+from offtower.config import EstimatorConfig, EvaluationConfig
 from offtower.data.log import Log, one_item_a_round
 from offtower.data.schema import PscoreKind
 from offtower.errors import ConfigError
 from offtower.evaluation.estimators import ESTIMATORS
+from offtower.evaluation.scoring.position_weights import PositionWeights
 from offtower.evaluation.scoring.rewards import EvaluationModel
 
 _LISTED = 20
@@ -52,6 +53,22 @@ def rounds_kind(log: Log) -> PscoreKind | None:
     if schema.position is None or schema.round_id is None:
         return None
     return None if one_item_a_round(log) else schema.pscore_kind
+
+
+def position_weights(options: EvaluationConfig, kind: PscoreKind | None) -> PositionWeights | None:
+    """The configured weights of positions. kind: of the log of slates; None for other logs.
+
+    Raises:
+        ConfigError: the weights are wrong, or the log has no rounds of several items.
+    """
+    if options.position_weights is None:
+        return None
+    if kind is None:
+        raise ConfigError(
+            "evaluation.position_weights needs a log with rounds of several items: its schema "
+            "names round_id, position and pscore_kind"
+        )
+    return PositionWeights(options.position_weights)
 
 
 def examination_note(model: EvaluationModel | None) -> list[str]:

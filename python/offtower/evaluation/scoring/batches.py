@@ -18,6 +18,7 @@ from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.scoring.clusters import ClusterWeights
 from offtower.evaluation.scoring.external import ColumnScorer
 from offtower.evaluation.scoring.policy import PolicyScorer, ScoredRows, context_rows
+from offtower.evaluation.scoring.position_weights import PositionWeights
 from offtower.evaluation.scoring.propensities import LoggedProbability
 from offtower.evaluation.scoring.rewards import BatchReward, RewardModels
 from offtower.seeds import derive_seed
@@ -90,6 +91,7 @@ class BatchScorer:
         rewards: reward models.
         propensities, clusters: estimates; None where not needed.
         seed: draws of a batch are a function of (seed, policy, number of the batch).
+        position_weights: by which rewards in slates count; None is 1 everywhere.
     """
 
     source: LogSource
@@ -98,6 +100,7 @@ class BatchScorer:
     propensities: LoggedProbability | None
     clusters: ClusterWeights | None
     seed: int
+    position_weights: PositionWeights | None = None
 
     def batches(
         self, numbers: range, behavior: Sequence[FeatureEncoding] = ()
@@ -113,6 +116,10 @@ class BatchScorer:
         for number, batch in self.source.batches(numbers, [*encodings, *behavior]):
             if self.propensities is not None:
                 batch = tuple(self.propensities.filled(rows) for rows in batch)
+            alpha = None
+            if self.position_weights is not None:
+                alpha = self.position_weights.of(batch[0])
+                batch = tuple(self.position_weights.applied(rows) for rows in batch)
             encoded = tuple(batch[index] for index in owner)
             rewards = self.rewards.on(tuple(context_rows(rows) for rows in encoded))
             examinations = self.rewards.examinations(encoded)
@@ -123,7 +130,9 @@ class BatchScorer:
                 scored[name] = scorer.score_models(
                     encoded[i], rewards, draws=self.rewards.draws, generator=generator
                 )
-            scored = {name: one.examined(examinations) for name, one in scored.items()}
+            scored = {
+                name: one.examined(examinations).weighted_by(alpha) for name, one in scored.items()
+            }
             rows = {name: one.rows(self.rewards.main) for name, one in scored.items()}
             if self.clusters is not None:
                 rows = {

@@ -94,6 +94,11 @@ class ScoredRows:
         found = {name: one.examined(factors.get(name)) for name, one in self.predictions.items()}
         return replace(self, predictions=found)
 
+    def weighted_by(self, alpha: Array | None) -> ScoredRows:
+        """The same with all predictions times (n,) weights of positions, as rewards are."""
+        found = {name: one.examined(alpha) for name, one in self.predictions.items()}
+        return replace(self, predictions=found)
+
     def rows(self, model: str | None) -> EvaluationRows:
         """Rows for estimators, with the predictions of `model`, or without any for None."""
         if model is None:
@@ -309,7 +314,7 @@ class PolicyScorer:
         if in_rounds(rows) and not served.deterministic:
             assert position is not None
             log_prob = position_log_prob(
-                self.served, self.items, (context, action, position), log_prob, eligible
+                self.served, self.items, (context, action, position), log_prob, eligible, generator
             )
             found = {}  # The expected rewards are those of a single draw, not of a position.
         weighted = weighted_rows(rows, log_prob)

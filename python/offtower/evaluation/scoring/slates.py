@@ -27,11 +27,12 @@ from offtower.serving import ServedPolicy
 from offtower.slates import (
     CANCELLATION,
     Rest,
-    check_marginals,
     conditional_log_prob,
+    enumerable,
     padded,
     position_marginals,
     remaining_expected_reward,
+    sampled_marginals,
     unpadded,
 )
 
@@ -262,24 +263,28 @@ def position_log_prob(
     rows: tuple[Tensor, Tensor, Tensor],
     log_prob: Tensor,
     eligible: Eligibility | None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """(n,) float64 log-probabilities of the shown items at their positions, by enumeration.
+    """(n,) float64 log-probabilities of the shown items at their positions.
 
     For marginal pscores: the probability that the item is at its position, whatever the items
-    above it are (the independent weights of Li et al., KDD 2018).
+    above it are (the independent weights of Li et al., KDD 2018). By enumeration of the items
+    above, or over draws of them where these are too many; estimates of the probabilities, not of
+    their logarithms, are then unbiased.
 
     Args:
         rows: context embeddings (n, d), shown items (n,), positions (n,).
         log_prob: (n,) of a single draw, right at position 0.
+        generator: of the draws; None takes the same ones in each call.
 
     Raises:
-        OfftowerError: too many orders of earlier items to enumerate.
+        OfftowerError: too many orders of earlier items to enumerate, and too many items to draw.
     """
     context, action, position = rows
     found, count = log_prob.double().clone(), items.embedding.shape[0]
     every = torch.arange(count, dtype=torch.int64, device=action.device)
+    generator = generator or torch.Generator().manual_seed(0)
     for k in torch.unique(position[position > 0]).tolist():
-        check_marginals(count, k)
         index = torch.nonzero(position == k)[:, 0]
         for part in index.split(max(1, _CELLS // count)):
             own = None if eligible is None else eligible.take(part)
@@ -292,8 +297,11 @@ def position_log_prob(
                 terms.log_normalizer,
                 eligible=own,
             )
-            marginal = position_marginals(all_items, k)
-            found[part] = marginal.gather(1, action[part][:, None])[:, 0].log()
+            if enumerable(count, k):
+                marginal = position_marginals(all_items, k).gather(1, action[part][:, None])[:, 0]
+            else:
+                marginal = sampled_marginals(all_items, action[part], k, generator)
+            found[part] = marginal.log()
     return found
 
 
