@@ -17,6 +17,7 @@ SUITES: Mapping[str, str] = {
     "memory": "offtower.benchmarks.memory:run",
     "quality": "offtower.benchmarks.quality.suite:run",
     "validity": "offtower.benchmarks.validity.suite:run",
+    "million": "offtower.benchmarks.million.suite:run",
 }
 """Import path of each suite's function."""
 
@@ -26,6 +27,7 @@ class Settings:
     """Settings shared by all suites."""
 
     items: tuple[int, ...]
+    """Empty in a suite with sizes of its own."""
     dim: int
     batch: int
     steps: int
@@ -33,17 +35,25 @@ class Settings:
     config: Path | None = None
     """quality: YAML file of worlds, methods and seeds."""
     out: Path | None = None
-    """quality, validity: output folder."""
+    """quality, validity, million: output folder."""
     data: str | None = None
     """quality: PREFIX of the files PREFIX-train.npz and PREFIX-test.npz of a label set."""
     minutes: float | None = None
-    """quality, validity: start no cell after this many minutes."""
+    """quality, validity: start no cell after this many minutes; million: of each method."""
     cells: tuple[str, ...] = ()
     """validity: patterns of names of the cells to run; all by default."""
     logs: int | None = None
     """validity: logs of each cell."""
     quick: bool = False
-    """validity: few cells and logs."""
+    """validity, million: a small run that shows that the suite works."""
+    rows: int | None = None
+    """million: rows of the log."""
+    seeds: int = 1
+    """million: worlds of each kind."""
+    worlds: tuple[str, ...] = ()
+    """million: all by default."""
+    methods: tuple[str, ...] = ()
+    """million: all by default."""
     say: Callable[[str], None] = lambda text: None
     """Called with each line of progress."""
 

@@ -40,7 +40,7 @@ class Operands:
 
 
 def fused(x: Operands, backend: Any) -> Mapping[str, Call]:
-    """Return the three measured calls of one backend."""
+    """Return the measured calls of one backend."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -54,7 +54,15 @@ def fused(x: Operands, backend: Any) -> Mapping[str, Call]:
         assert found.expected_reward is not None
         (found.log_prob + found.expected_reward).mean().backward()
 
-    return {"log_prob": forward, "with gradient": backward, "DR with gradient": doubly_robust}
+    def draw() -> None:
+        ops.sample_softmax(x.u, x.v, backend=backend)
+
+    return {
+        "log_prob": forward,
+        "with gradient": backward,
+        "DR with gradient": doubly_robust,
+        "one draw": draw,
+    }
 
 
 def eager(x: Operands) -> Mapping[str, Call]:
@@ -73,10 +81,15 @@ def eager(x: Operands) -> Mapping[str, Call]:
         expected = (log_policy.exp() * q).sum(1)
         (log_policy.gather(1, x.action[:, None])[:, 0] + expected).mean().backward()
 
+    @torch.no_grad()
+    def draw() -> None:
+        torch.multinomial(torch.softmax(x.u @ x.v.T, 1), 1)
+
     return {
         "log_prob": forward,
         "with gradient": lambda: log_prob().backward(),
         "DR with gradient": doubly_robust,
+        "one draw": draw,
     }
 
 

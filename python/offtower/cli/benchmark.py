@@ -7,6 +7,7 @@ Example:
   offtower benchmark train --items 10000 --items 1000000 --dim 32
   offtower benchmark quality --config configs/quality/table.yaml --out results/table
   offtower benchmark validity --quick --out results/validity-quick
+  offtower benchmark million --items 1000000 --rows 1000000 --minutes 5 --out results/million
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from offtower.jsonable import finite
 def benchmark(
     suite: Annotated[
         str,
-        typer.Argument(help="ops, eligible, train, memory, quality or validity.", metavar="SUITE"),
+        typer.Argument(
+            help="ops, eligible, train, memory, quality, validity or million.", metavar="SUITE"
+        ),
     ],
     items: Annotated[
         list[int] | None,
@@ -43,7 +46,7 @@ def benchmark(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="quality, validity: folder of results; goes on from there."),
+        typer.Option("--out", help="quality, validity, million: folder of results; goes on there."),
     ] = None,
     data: Annotated[
         str | None,
@@ -51,7 +54,10 @@ def benchmark(
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option("--minutes", help="quality, validity: begin nothing new after so long."),
+        typer.Option(
+            "--minutes",
+            help="quality, validity: begin nothing new after so long; million: of a method (5).",
+        ),
     ] = None,
     cells: Annotated[
         list[str] | None,
@@ -61,8 +67,19 @@ def benchmark(
         int | None, typer.Option("--logs", help="validity: logs of each cell (1,000).", min=2)
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="validity: four cells of ten logs.")
+        bool, typer.Option("--quick", help="validity: four cells of ten logs; million: 3 s.")
     ] = False,
+    rows: Annotated[
+        int | None, typer.Option("--rows", help="million: rows of the log (1,000,000).", min=100)
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="million: worlds of each kind.", min=1)] = 1,
+    world: Annotated[
+        list[str] | None,
+        typer.Option("--world", help="million: features, ids or both; repeatable."),
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="million: a learner; repeatable.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     from offtower.benchmarks import Settings, load_suite
@@ -70,7 +87,7 @@ def benchmark(
     console = messages()
     run = load_suite(suite)
     settings = Settings(
-        items=tuple(items or (10_000, 100_000)),
+        items=tuple(items or (() if suite == "million" else (10_000, 100_000))),
         dim=dim,
         batch=batch,
         steps=steps,
@@ -82,6 +99,10 @@ def benchmark(
         cells=tuple(cells or ()),
         logs=logs,
         quick=quick,
+        rows=rows,
+        seeds=seeds,
+        worlds=tuple(world or ()),
+        methods=tuple(method or ()),
         say=lambda text: console.print(escape(text), soft_wrap=True),
     )
     result = run(settings)

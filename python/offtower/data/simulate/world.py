@@ -25,7 +25,7 @@ from torch import Tensor
 from offtower import ops
 from offtower.data.catalogue import Catalogue
 from offtower.data.eligible import eligible_items
-from offtower.data.schema import CatalogueSchema, LogSchema
+from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
 from offtower.data.simulate.clicks import RewardKind, SlateSettings, draw_rewards
 from offtower.data.simulate.eligible_sets import (
     PERIOD_DAYS,
@@ -39,7 +39,7 @@ from offtower.data.simulate.policy_values import PolicyValues
 from offtower.data.simulate.rounds import draw_rounds
 from offtower.errors import ConfigError
 
-_PARAMETERS, _ITEMS, _LOG, _CONTEXTS, _ELIGIBLE = 1, 2, 3, 4, 5
+_PARAMETERS, _ITEMS, _LOG, _CONTEXTS, _ELIGIBLE, _IDS = 1, 2, 3, 4, 5, 6
 """Purposes of random streams, part of their keys."""
 
 CHUNK_ROWS = 4096
@@ -61,6 +61,9 @@ class WorldSettings:
         n_users: different users; a user's contexts share half of their variance.
         feature_kinds: "vector" or "all" (see `features.py`).
         string_ids: item ids are strings.
+        id_share: share of the variance of an item's factor and part of z that its features do not
+            show, so that it can be learned for each id alone. Above 0 the id is a feature of the
+            catalogue; at 1 it is the only one.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -76,17 +79,37 @@ class WorldSettings:
     n_users: int = 10_000
     feature_kinds: FeatureKinds = "vector"
     string_ids: bool = False
+    id_share: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("dim_context", "dim_item", "latent_dim", "n_users"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        if not 0.0 <= self.id_share <= 1.0:
+            raise ConfigError(f"id_share must lie in [0, 1], but is {self.id_share}")
         if self.reward not in get_args(RewardKind):
             raise ConfigError(f"reward must be 'binary' or 'continuous', but is {self.reward!r}")
         if self.feature_kinds not in get_args(FeatureKinds):
             raise ConfigError(
                 f"feature_kinds must be 'vector' or 'all', but is {self.feature_kinds!r}"
             )
+
+
+@dataclass(frozen=True)
+class HiddenParts:
+    """The distribution of z's item parts given the features, where ids have parts of their own.
+
+    Attributes:
+        latent: (N, latent_dim) float64 means of the item factors.
+        logit: (N,) float64 means of the items' parts.
+        latent_size: (latent_dim,) standard deviations around the means.
+        logit_size: that of the items' parts.
+    """
+
+    latent: Tensor
+    logit: Tensor
+    latent_size: Tensor
+    logit_size: float
 
 
 class SimulatedWorld(PolicyValues):
@@ -142,10 +165,29 @@ class SimulatedWorld(PolicyValues):
         """(N, latent_dim) float64: z's item factor."""
         self.item_logit = torch.from_numpy(item_state @ taste + settings.intercept)
         """(N,) float64: z's item part."""
+        self.hidden: HiddenParts | None = None
+        if settings.id_share > 0.0:
+            sizes = np.linalg.norm(item_map, axis=1), float(np.linalg.norm(taste))
+            self._hide(sizes, _generator(seed, _IDS))
         self.eligible: EligibleSets | None = None
         if eligible is not None:
             popularity, rng = self.item_logit.numpy(), _generator(seed, _ELIGIBLE)
             self.eligible = EligibleSets(eligible, self.item_ids, popularity, least, rng)
+
+    def _hide(self, sizes: tuple[NDArray[np.float64], float], rng: np.random.Generator) -> None:
+        """Replace a share of z's item parts by draws that no feature shows.
+
+        sizes: standard deviations of the factor's coordinates and of the item's part.
+        """
+        share = self.settings.id_share
+        intercept, seen = self.settings.intercept, np.sqrt(1.0 - share)
+        latent_size, logit_size = np.sqrt(share) * sizes[0], np.sqrt(share) * sizes[1]
+        latent = seen * self.item_latent
+        logit = seen * (self.item_logit - intercept) + intercept
+        self.hidden = HiddenParts(latent, logit, torch.from_numpy(latent_size), logit_size)
+        drawn = rng.standard_normal((self.n_items, len(latent_size)))
+        self.item_latent = latent + torch.from_numpy(drawn * latent_size)
+        self.item_logit = logit + torch.from_numpy(logit_size * rng.standard_normal(self.n_items))
 
     @property
     def slate_size(self) -> int:
@@ -159,7 +201,10 @@ class SimulatedWorld(PolicyValues):
 
     @property
     def catalogue_schema(self) -> CatalogueSchema:
-        schema = CatalogueSchema(item_id="item_id", features=self._item_side.specs)
+        features = self._item_side.specs if self.settings.id_share < 1.0 else ()
+        if self.settings.id_share > 0.0:
+            features += (FeatureSpec(name="id", kind="category", column="item_id"),)
+        schema = CatalogueSchema(item_id="item_id", features=features)
         return schema if self.eligible is None else schema.keeping(self.eligible.section)
 
     @property
@@ -181,7 +226,9 @@ class SimulatedWorld(PolicyValues):
 
     def catalogue_table(self) -> pa.Table:
         """Return one row per item: `item_id` and the feature columns."""
-        columns = {"item_id": self.item_ids, **self._item_columns}
+        columns = {"item_id": self.item_ids}
+        if self.settings.id_share < 1.0:
+            columns |= self._item_columns
         if self.eligible is not None:
             columns |= self.eligible.item_columns()
         return pa.table(columns)
