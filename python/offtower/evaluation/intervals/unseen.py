@@ -27,18 +27,24 @@ class Span:
 def weight_span(weights: Statistics, max_weight: float | None = None) -> Span:
     """Weights of an unseen row, from statistics whose first term is the weight w.
 
-    The largest is E w^2 / E w, the mean weight of a row drawn in proportion to its weight; or what
-    the mean weight lacks, n (1 - mean w) less one standard error, if that is more: the mean of w is
-    1, so that a lower one shows that large weights are missing. It is at most BEYOND times the
-    largest weight seen, and at most max_weight where that is declared.
+    The largest is the largest of
+
+    - E w^2 / E w, the mean weight of a row drawn in proportion to its weight;
+    - two standard deviations above the mean, which is more where weights are near 1;
+    - what the mean weight lacks, n (1 - mean w) less one standard error: the mean of w is 1, so
+      that a lower one shows that large weights are missing.
+
+    The first two are at most the largest weight seen, the third at most BEYOND times that; all at
+    most max_weight where that is declared.
     """
     mean = float(weights.mean[0])
     if not mean > 0.0 or weights.n < 2:
         return Span(0.0, 0.0)
     with np.errstate(over="ignore", invalid="ignore"):
-        size_biased = float(weights.covariance[0, 0]) / mean + mean
+        variance = float(weights.covariance[0, 0])
+        beyond = mean + max(variance / mean, 2.0 * np.sqrt(variance))
     largest = float(weights.high[0])
-    high = min(size_biased if np.isfinite(size_biased) else largest, largest)
+    high = min(beyond, largest) if np.isfinite(beyond) else largest
     error = standard_error(TermMean(0, weights.mean.size), weights)
     missing = weights.n * (1.0 - mean - error)
     high = max(high, min(missing, BEYOND * largest))
