@@ -15,6 +15,7 @@ from offtower.data import LogSchema, ParquetLog, write_log
 from offtower.data.content import log_content
 from offtower.data.ledger import FOLDER, Ledger, LogLedger, record
 from offtower.errors import DataError
+from tests.stores import in_memory
 
 SCHEMA = LogSchema(pscore="pscore")
 
@@ -104,6 +105,18 @@ def test_a_use_is_recorded_once_and_a_failure_is_a_warning(
     with caplog.at_level(logging.WARNING, "offtower.ledger"):
         record(tmp_path / "log", log.content.fingerprint, "trained", {"runs": ["p"]})
     assert "could not record" in caplog.text
+
+
+def test_a_log_in_a_store_has_a_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = in_memory(monkeypatch) + "/logs/mine"
+    write_log(place, [pa.table({"action": ["a"], "reward": [1.0], "pscore": [0.5]})], SCHEMA)
+    before = ParquetLog.open(place)
+    for number in range(3):
+        record(place, before.content.fingerprint, "trained", {"policy": str(number)})
+    after = ParquetLog.open(place)
+    assert after.fingerprint == before.fingerprint
+    entries = LogLedger(place).entries(after.content.fingerprint)
+    assert [entry.facts["policy"] for entry in entries] == ["0", "1", "2"]
 
 
 def test_a_ledger_in_memory_keeps_logs_apart() -> None:
