@@ -466,3 +466,17 @@ def test_structures_decide_which_estimators_are_unbiased(
             assert value == pytest.approx(truth, rel=1e-10), name
         else:
             assert abs(value / truth - 1.0) > 0.01, (name, value, truth)
+
+
+def test_some_items_are_everywhere_and_the_others_in_one_region() -> None:
+    settings = parse_eligibility(["regions=10", "everywhere=30"])
+    world = SimulatedWorld(2000, SMALL, seed=1, eligible=settings)
+    regions = np.array([len(one) for one in world.catalogue_table().column("regions").to_pylist()])
+    # One item of each region is always there: of these, some have a second region.
+    assert (regions[10:] == 1).sum() + (regions[10:] == 10).sum() == 1990
+    # Binomial(1990, .3): standard deviation 20; five of them.
+    assert abs((regions[10:] == 10).sum() - 597) < 100
+    with pytest.raises(ConfigError, match="give regions too"):
+        parse_eligibility(["everywhere=30", "seen=3"])
+    with pytest.raises(ConfigError, match="at least one of regions"):
+        parse_eligibility(["everywhere=30"])

@@ -57,8 +57,8 @@ def simulate(
     eligible: Annotated[
         list[str] | None,
         typer.Option(
-            help="Restrict the items of a round: regions=R, days=D, seen=S or candidates=C; may be "
-            "repeated.",
+            help="Restrict the items of a round: regions=R (and everywhere=P, the percentage of "
+            "items that all regions have), days=D, seen=S or candidates=C; may be repeated.",
             metavar="FORM=NUMBER",
         ),
     ] = None,

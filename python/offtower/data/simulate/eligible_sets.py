@@ -49,20 +49,30 @@ class EligibilitySettings:
         days: days for which an item is listed.
         seen: items that a user has seen.
         candidates: items that may be shown.
+        everywhere: percentage of the items that all regions have, where the others are in one
+            region each; None gives each region half of the items, drawn independently.
 
     Raises:
-        ConfigError: no form is given, or a number is below 1.
+        ConfigError: no form is given, a number is below 1, or `everywhere` is above 100 or without
+            regions.
     """
 
     regions: int | None = None
     days: int | None = None
     seen: int | None = None
     candidates: int | None = None
+    everywhere: int | None = None
 
     def __post_init__(self) -> None:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
-        if all(number is None for number in given.values()):
-            raise ConfigError(f"eligible items need at least one of {', '.join(given)}")
+        forms = [name for name in given if name != "everywhere"]
+        if all(given[name] is None for name in forms):
+            raise ConfigError(f"eligible items need at least one of {', '.join(forms)}")
+        if self.everywhere is not None and (self.regions is None or self.everywhere > 100):
+            raise ConfigError(
+                "everywhere is a percentage of the items of regions: give regions too, and at most "
+                f"100, not {self.everywhere}"
+            )
         for name, number in given.items():
             if number is not None and number < 1:
                 raise ConfigError(f"{name} must be at least 1, but is {number}")
@@ -119,7 +129,10 @@ class EligibleSets:
         """(R, K) items that are always eligible in a region."""
         self._available = np.ones((regions, n), dtype=bool)
         if settings.regions is not None:
-            self._available = rng.random((regions, n)) < 0.5
+            if settings.everywhere is None:
+                self._available = rng.random((regions, n)) < 0.5
+            else:
+                self._available[:] = rng.random(n) < settings.everywhere / 100.0
             self._available[rng.integers(regions, size=n), np.arange(n)] = True
             self._available[np.arange(regions)[:, None], self._home] = True
         self._first = np.full(n, _ALWAYS[0])
