@@ -32,6 +32,7 @@ _PAD = -1e30
 """Log-probability beyond a round's last position; finite, so that no gradient is NaN."""
 _LEAST_MASS = 2.0**-40
 """Least remaining mass without a `Rest`, the rounding error of a sum of probabilities."""
+_SMALLEST = 1e-300
 CANCELLATION = 0.5
 """Remaining mass m below which a float32 log_prob needs a `Rest`: an error e of log_prob, 5e-6 at
 logits of 60, becomes e (1 - m) / m in the log of the mass."""
@@ -83,12 +84,17 @@ def conditional_log_prob(log_prob: Tensor, rounds: Rounds, rest: Rest | None = N
 def remaining_log_mass(log_prob: Tensor, rounds: Rounds, rest: Rest | None = None) -> Tensor:
     """log(1 - sum_{j<k} p_j) of each row: (n,) float64; arguments as `conditional_log_prob`.
 
-    With a `rest` it is the log of the later items' and the rest's mass.
+    With a `rest` it is the log of the later items' and the rest's mass. Without one it is at least
+    that of the row's own and the later items, which rounding of log_prob may put above 1 minus the
+    earlier ones: a conditional probability is never above 1.
     """
     grid = padded(log_prob.double(), rounds, _PAD)
     if rest is None:
-        earlier = _before(grid.exp())
-        return unpadded(torch.log1p(-earlier.clamp(max=1.0 - _LEAST_MASS)), rounds)
+        mass = grid.exp()
+        earlier, later = _before(mass), mass.flip(1).cumsum(1).flip(1)
+        left = torch.log1p(-earlier.clamp(max=1.0 - _LEAST_MASS))
+        shown = later.clamp_min(_SMALLEST).log()
+        return unpadded(torch.where(1.0 - earlier < later, shown, left), rounds)
     mass = rest.log_mass.double()
     columns = []
     for k in reversed(range(grid.shape[1])):

@@ -117,6 +117,19 @@ def test_a_round_of_all_items_has_a_certain_last_position_and_finite_gradients()
     assert torch.isfinite(logits.grad).all()
 
 
+@pytest.mark.parametrize("error", [-1e-6, 0.0, 1e-7, 1e-6])
+def test_rounding_puts_no_conditional_probability_above_1(error):
+    """Two eligible items, both shown, and a float32 log-probability of the first."""
+    second = torch.tensor(-18.0, dtype=torch.float64)
+    log_prob = torch.stack([torch.log1p(-second.exp()) + error, second]).requires_grad_()
+    found = conditional_log_prob(log_prob, Rounds.of_lengths([2]))
+    assert found[1] <= 0.0 and -2e-6 < found[0] <= max(0.0, error)
+    if error > 0.0:
+        assert found[1] == 0.0
+    (gradient,) = torch.autograd.grad(found[1], log_prob)
+    assert torch.isfinite(gradient).all()
+
+
 def test_weights_multiply_along_the_positions():
     rounds = Rounds.of_lengths([2, 3])
     target = torch.tensor([0.5, 0.25, 0.2, 0.4, 0.5], dtype=torch.float64).log()
