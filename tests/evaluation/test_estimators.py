@@ -21,6 +21,8 @@ ALL = [
     e.DR(),
     e.ClippedDR(max_weight=2.0),
     e.SNDR(),
+    e.RegIPS(),
+    e.RegDR(),
     e.SwitchDR(threshold=2.0),
     e.DRos(shrinkage=3.0),
     e.SubGaussianIPS(lambda_=0.2),
@@ -200,7 +202,7 @@ def test_registry_errors(name: str, parameters: dict[str, float], message: str) 
 
 
 def test_the_registry_makes_every_estimator() -> None:
-    assert len(e.ESTIMATORS) == 13
+    assert len(e.ESTIMATORS) == len(ALL)
     for estimator in ALL:
         parameters = {k: getattr(estimator, k) for k in estimator.parameters()}
         assert e.make_estimator(estimator.label, **parameters) == estimator

@@ -143,7 +143,8 @@ class EvaluationConfig:
     )
     """Names, or {name: clipped_ips, max_weight: 10}."""
     decide_by: str = "auto"
-    """The estimator of the verdict; auto is dr where there is a reward model, else snips."""
+    """The estimator of the verdict; auto is dr where there is a reward model, else snips; reg_dr or
+    reg_ips where `estimators` has them."""
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)
     interval: Literal["auto", "gamma", "normal", "bootstrap", "bernstein"] = "auto"
     """Method of the table and the verdict; auto is gamma. report.json always has gamma, normal and

@@ -14,6 +14,7 @@ from offtower.evaluation.estimators import (
     ESTIMATORS,
     SNIPS,
     Estimator,
+    RegIPS,
     Standard,
     make_estimator,
 )
@@ -29,6 +30,8 @@ from offtower.evaluation.slate_options import check_interaction, has_form
 
 PARAMETERS = ("max_weight", "threshold", "shrinkage", "lambda_")
 SLOPE = "slope"
+_DECIDERS = ("reg_dr", "dr", "reg_ips", "snips")
+"""Estimators of a verdict in order of preference; the regression estimators are asked for."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class EvaluationOptions:
         confidence: of every interval. The verdicts share it (Bonferroni over the policies).
         intervals: methods, of "gamma", "normal", "bootstrap" and "bernstein"; verdicts use the
             first. "auto" is the default method.
-        decide_by: label or name of the estimator of the verdicts; "auto" is dr, else snips, else
-            the first.
+        decide_by: label or name of the estimator of the verdicts; "auto" is reg_dr, else dr,
+            reg_ips, snips, else the first.
         by_user: clusters rows by their user; None does so where rows have users.
         replicates: of the bootstrap; None takes 500, or as many as the confidence needs.
         seed: of the bootstrap.
@@ -90,7 +93,7 @@ class EvaluationOptions:
         """Position of the estimator of the verdicts."""
         labels = [estimator.label for estimator in self.estimators]
         if self.decide_by == "auto":
-            return next((labels.index(x) for x in ("dr", "snips") if x in labels), 0)
+            return next((labels.index(x) for x in _DECIDERS if x in labels), 0)
         for i, estimator in enumerate(self.estimators):
             if self.decide_by in (estimator.label, estimator.name):
                 return i
@@ -99,14 +102,17 @@ class EvaluationOptions:
     @property
     def grouped(self) -> bool:
         """Whether some interval needs sums by group of rows."""
-        return "gamma" in self.intervals or self.intervals[0] == "bernstein"
+        adjusted = any(estimator.controls for estimator in self.estimators)
+        return adjusted or "gamma" in self.intervals or self.intervals[0] == "bernstein"
 
     @property
     def named_estimator(self) -> Estimator:
         """Estimator of the named rewards: that of the verdicts, or SNIPS where it needs a reward
         model, which predicts their sum only."""
         chosen = self.estimators[self.decider]
-        return SNIPS() if chosen.needs_reward_model else chosen
+        if not chosen.needs_reward_model:
+            return chosen
+        return RegIPS() if chosen.controls else SNIPS()
 
     def verdict_confidence(self, policy: int, policies: int) -> float:
         """Confidence of one policy's verdict, so that those of all hold at once."""

@@ -22,6 +22,7 @@ from offtower.evaluation.estimators.means import (
     cluster_weight,
 )
 from offtower.evaluation.estimators.paired import Difference, MeanReward
+from offtower.evaluation.estimators.regression import RegDR, RegIPS
 from offtower.evaluation.estimators.self_normalized import SNDR, SNIPS
 from offtower.evaluation.estimators.slates import Standard
 from offtower.evaluation.estimators.tuning import Tuning, slope_choice, tune
@@ -37,6 +38,8 @@ ESTIMATORS: dict[str, type[Estimator]] = {
         DR,
         ClippedDR,
         SNDR,
+        RegIPS,
+        RegDR,
         SwitchDR,
         DRos,
         SubGaussianIPS,
@@ -82,6 +85,8 @@ __all__ = [
     "Estimator",
     "LogSmoothing",
     "MeanReward",
+    "RegDR",
+    "RegIPS",
     "Standard",
     "Statistics",
     "SubGaussianDR",

@@ -11,6 +11,7 @@ import numpy as np
 
 from offtower.errors import OfftowerError
 from offtower.evaluation.intervals.gamma import gamma_interval
+from offtower.evaluation.intervals.linear import LinearFunctional
 from offtower.evaluation.intervals.methods import (
     DEFAULT_REPLICATES,
     Interval,
@@ -19,8 +20,16 @@ from offtower.evaluation.intervals.methods import (
     check_method,
     normal_interval,
 )
+from offtower.evaluation.intervals.regression import Control, adjusted
 from offtower.evaluation.intervals.smoothing_bound import SmoothingSums, check_range
-from offtower.evaluation.intervals.statistics import Estimate, Statistics, collect, finish
+from offtower.evaluation.intervals.statistics import (
+    Estimate,
+    Functional,
+    Statistics,
+    collect,
+    finish,
+    fit,
+)
 from offtower.evaluation.intervals.unseen import reward_span, unseen_terms, weight_span
 from offtower.evaluation.rows import Array, EvaluationRows
 
@@ -45,6 +54,8 @@ class Estimator(ABC):
     num_terms: ClassVar[int] = 1
     consistent: ClassVar[bool] = False
     """Tends to the policy's value, given true propensities and full support."""
+    controls: ClassVar[tuple[Control, ...]] = ()
+    """Terms of known mean, by which the value is adjusted (`intervals.regression`)."""
 
     @property
     def name(self) -> str:
@@ -69,6 +80,10 @@ class Estimator(ABC):
         """(k,) means -> (k,) derivative of the value."""
         return np.ones(1)
 
+    def fitted(self, statistics: Statistics) -> Functional:
+        """The estimator with the coefficients that it takes from the sums; itself without any."""
+        return adjusted(self, self.controls, statistics) if self.controls else self
+
     def contributions(self, rows: EvaluationRows) -> Array:
         """(units,) numbers whose mean is the value and whose spread gives its variance.
 
@@ -76,12 +91,15 @@ class Estimator(ABC):
         times the row's weight over the mean one where rows have weights.
         """
         terms = rows.summed(self.terms(rows))
-        mean = collect(self.terms(rows), rows).mean
+        statistics = self.statistics(rows)
+        mean, functional = statistics.mean, fit(self, statistics)
         self._check_support(float(rows.importance_weight.sum()))
-        influence = (terms - mean) @ self.gradient(mean)
+        influence = (terms - mean) @ functional.gradient(mean)
         if rows.row_weight is not None:
             influence = influence * (rows.row_weight / rows.row_weight.mean())
-        return self.combine(mean) + influence
+        if isinstance(functional, LinearFunctional):
+            influence = influence * functional.error_factor
+        return functional.combine(mean) + influence
 
     def statistics(
         self,
@@ -99,7 +117,7 @@ class Estimator(ABC):
             by_user=by_user,
             replicates=replicates,
             seed=seed,
-            grouped=grouped,
+            grouped=grouped or bool(self.controls),
         )
 
     def finish(self, statistics: Statistics) -> Estimate:

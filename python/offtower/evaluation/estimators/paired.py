@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
 from offtower.errors import DataError
 from offtower.evaluation.estimators.base import Estimator
-from offtower.evaluation.intervals.statistics import Statistics, collect
+from offtower.evaluation.intervals.regression import adjusted
+from offtower.evaluation.intervals.statistics import Functional, Statistics, collect
 from offtower.evaluation.rows import Array, EvaluationRows
 
 
@@ -63,7 +64,22 @@ class Difference:
     ) -> Statistics:
         """Mergeable sums of a shard, for `statistics.finish` and the functions of `intervals`."""
         terms = self.terms(first_rows, second_rows)
-        return collect(terms, first_rows, by_user=by_user, replicates=replicates, seed=seed)
+        return collect(
+            terms,
+            first_rows,
+            by_user=by_user,
+            replicates=replicates,
+            seed=seed,
+            grouped=bool(self.first.controls or self.second.controls),
+        )
+
+    def fitted(self, statistics: Statistics) -> Functional:
+        """The difference with the coefficients of least variance of its own, for the controls of
+        both estimators; itself without any."""
+        cut = self.first.num_terms
+        shifted = (replace(one, column=cut + one.column) for one in self.second.controls)
+        controls = (*self.first.controls, *shifted)
+        return adjusted(self, controls, statistics) if controls else self
 
     def combine(self, mean: Array) -> Array:
         cut = self.first.num_terms

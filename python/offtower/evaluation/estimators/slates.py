@@ -23,7 +23,8 @@ class Standard(Estimator):
 
     def __post_init__(self) -> None:
         # Of an instance: those of the base are declared by its class.
-        for name in ("label", "needs_reward_model", "uses_weight", "num_terms", "consistent"):
+        declared = ("label", "needs_reward_model", "uses_weight", "num_terms", "consistent")
+        for name in (*declared, "controls"):
             value = getattr(self.base, name)
             object.__setattr__(self, name, f"standard_{value}" if name == "label" else value)
 

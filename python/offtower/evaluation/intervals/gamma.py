@@ -39,7 +39,7 @@ from offtower.evaluation.intervals.methods import (
     need_rows,
     round_up,
 )
-from offtower.evaluation.intervals.statistics import Functional, Statistics, finish
+from offtower.evaluation.intervals.statistics import Functional, Statistics, finish, fit
 from offtower.evaluation.rows import Array
 
 USEFUL = 3.0
@@ -71,6 +71,7 @@ class InfluenceMoments:
     @classmethod
     def of(cls, functional: Functional, statistics: Statistics) -> InfluenceMoments | None:
         """The moments; None where the functional does not vary between rows."""
+        functional = fit(functional, statistics)
         count, total = unit_sums(statistics)
         error = finish(functional, statistics).std_error * statistics.count
         mean = statistics.mean
@@ -134,6 +135,7 @@ def gamma_interval(
     none of the units shows.
     """
     need_rows(statistics)
+    functional = fit(functional, statistics)
     value = finish(functional, statistics).value
     tail = (1.0 - check_confidence(confidence)) / 2.0
     by_user = statistics.users is not None

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from offtower.errors import OfftowerError, UndefinedIntervalError
-from offtower.evaluation.intervals.statistics import Functional, Statistics, finish
+from offtower.evaluation.intervals.statistics import Functional, Statistics, finish, fit
 
 METHODS = ("gamma", "normal", "bootstrap", "bernstein", "log_smoothing")
 DEFAULT_METHOD = "gamma"
@@ -122,7 +122,7 @@ def bootstrap_interval(
             f"{confidence:g}; use at least {math.ceil(10.0 / tail - 1e-9)}"
         )
     with np.errstate(divide="ignore", invalid="ignore"):
-        values = functional.combine(sums.total / sums.weight[:, None])
+        values = fit(functional, statistics).combine(sums.total / sums.weight[:, None])
     values = values[np.isfinite(values)]
     if values.size < 0.9 * sums.weight.size:
         raise UndefinedIntervalError(

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from offtower.errors import OfftowerError
+from offtower.evaluation.intervals.linear import LinearFunctional
 from offtower.evaluation.intervals.poisson import poisson_weights
 from offtower.evaluation.intervals.row_groups import RowGroups
 from offtower.evaluation.rows import Array, EvaluationRows, IntArray
@@ -372,9 +373,16 @@ def _replicates(
     return Replicates(weight, total, seed, by_user, keyed)
 
 
+def fit(functional: Functional, statistics: Statistics) -> Functional:
+    """The functional with the coefficients that it takes from the sums, by its method `fitted`; a
+    functional without that method takes none."""
+    fitted = getattr(functional, "fitted", None)
+    return functional if fitted is None else fitted(statistics)
+
+
 def finish(functional: Functional, statistics: Statistics) -> Estimate:
     """Value and delta-method standard error; by user where the statistics hold users."""
-    mean = statistics.mean
+    mean, functional = statistics.mean, fit(functional, statistics)
     value = float(functional.combine(mean))
     return Estimate(value, standard_error(functional, statistics), statistics.n)
 
@@ -386,17 +394,19 @@ def standard_error(functional: Functional, statistics: Statistics) -> float:
     """
     if statistics.n < 2:
         return float("nan")
-    mean = statistics.mean
+    mean, functional = statistics.mean, fit(functional, statistics)
     slope = functional.gradient(mean)
+    factor = functional.error_factor if isinstance(functional, LinearFunctional) else 1.0
     if statistics.users is not None:
-        return _clustered_error(slope, mean, statistics.users, statistics.count)
+        return factor * _clustered_error(slope, mean, statistics.users, statistics.count)
     covariance = statistics.covariance
     variance = float(slope @ covariance @ slope)
     if not np.isfinite(statistics.scatter).all():
         return float("inf")
     # What is left of terms that cancel, such as those of two equal policies, is rounding.
     scale = float(np.abs(slope) @ np.sqrt(np.diagonal(covariance))) ** 2
-    return float(np.sqrt(variance / statistics.n)) if variance > _ROUNDING * scale else 0.0
+    error = float(np.sqrt(variance / statistics.n)) if variance > _ROUNDING * scale else 0.0
+    return factor * error
 
 
 def _clustered_error(slope: Array, mean: Array, users: UserSums, n: float) -> float:
