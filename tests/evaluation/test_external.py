@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from offtower.cli import app
 from offtower.data import write_catalogue, write_log
 from offtower.data.catalogue import Catalogue
 from offtower.data.encoding import to_tensors
+from offtower.data.ledger import FOLDER
 from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
 from offtower.data.simulate import SimulatedWorld, SlateSettings
@@ -97,6 +99,27 @@ def test_embeddings_are_evaluated_like_the_run(other: Path) -> None:
             [PolicyColumns("p_new")],
             overrides=["evaluation.estimators=[dr]"],
         )
+
+
+def test_columns_and_embeddings_are_looks_at_the_log(other: Path, tmp_path: Path) -> None:
+    catalogue, log = other / "catalogue", tmp_path / "log"
+    shutil.copytree(other / "with_columns", log, ignore=shutil.ignore_patterns(FOLDER))
+    towers = other / "contexts.npy", other / "items.npy"
+    found = [
+        evaluate_columns(log, catalogue, [PolicyColumns("p_new")]),
+        evaluate_columns(log, catalogue, [PolicyColumns("p_new"), PolicyColumns("q")]),
+        evaluate_embeddings(log, catalogue, *towers, also=["temperature=2"]),
+        evaluate_columns(log, catalogue, [PolicyColumns("q")]),
+        evaluate_columns(log, catalogue, [PolicyColumns("q")], fresh="another question"),
+    ]
+    looks = [one.result.looks for one in found]
+    assert [one and (one.look, one.policies, one.repeated) for one in looks] == [
+        (1, 1, False),
+        (2, 2, False),
+        (3, 4, False),
+        (2, 4, True),
+        (1, 1, False),
+    ]
 
 
 @pytest.mark.parametrize(
