@@ -355,8 +355,7 @@ class PolicyScorer:
 
     def _shown(self, rows: EncodedRows) -> NDArray[np.bool_] | None:
         """(n,) rows of which it is known that the policy shows their item; None for no such."""
-        named = self.served_logs is not None and rows.behavior_policy is not None
-        if self.serving.mode != "top_k" or not named:
+        if self.serving.mode != "top_k" or self.served_logs is None or rows.behavior_policy is None:
             return None
         shown = np.isin(rows.behavior_policy, self.served_logs)
         return shown if rows.position is None else shown & (rows.position < self.serving.k)
