@@ -46,6 +46,8 @@ _EXACT_FACTOR = 4
 _MIN_STEPS = 10
 """Steps of a candidate in a rung, at least."""
 _MIN_ROWS = 256
+_MAX_THINNING = 20
+"""Rows without reward that one of them may count for in the evidence."""
 _MEMORY = 6 << 30
 """Bytes for members, their training and rewarded rows, at most."""
 _KEPT_BYTES = 1 << 30
@@ -133,6 +135,8 @@ class _Planner:
             if one.name not in self.dropped
         }
         self._rewarded = _rewarded_share(self._data, self._sample)
+        # As many evaluated rows with a reward as without.
+        self._thinning = max(1, min(_MAX_THINNING, round(1.0 / max(self._rewarded, 1e-9)) - 1))
 
     def plan(self) -> AutoPlan:
         costs = {name: self._cost(one) for name, one in self._candidates.items()}
@@ -258,7 +262,8 @@ class _Planner:
         budget = _TRAINING * self.seconds
         regressions, protected, others = self._kinds(costs)
         if sum(whole.values()) <= budget:
-            return (Rung(1.0, self._held_out(list(costs), costs, 1), len(costs)),), 1.0
+            rows = self._held_out(list(costs), costs, 1)
+            return (Rung(1.0, rows, len(costs), self._thinning),), 1.0
         number = 1 + max(0, math.ceil(math.log2(max(len(regressions), len(others), 1))))
         shares = [2**k / (2**number - 1) for k in range(number)]
         rungs: list[Rung] = []
@@ -269,7 +274,8 @@ class _Planner:
             taking_part = [*racing, *models, *protected]
             cost += share * sum(whole[name] for name in taking_part)
             left = max(1, math.ceil(left / 2)) if k + 1 < number else left
-            rungs.append(Rung(share, self._held_out(taking_part, costs, number), left))
+            rows = self._held_out(taking_part, costs, number)
+            rungs.append(Rung(share, rows, left, self._thinning))
         return tuple(rungs), min(1.0, budget / cost)
 
     def _kinds(self, names: Mapping[str, object]) -> tuple[list[str], list[str], list[str]]:
@@ -287,7 +293,8 @@ class _Planner:
             models, {name: costs[name].row for name in models}, 1
         )
         seconds = _EVALUATION * self.seconds / rungs
-        rows = int(seconds / sum(costs[name].row for name in counted))
+        evaluated = self._rewarded + (1.0 - self._rewarded) / self._thinning
+        rows = int(seconds / sum(costs[name].row for name in counted) / evaluated)
         return max(_MIN_ROWS, min(rows, self._config.auto.held_out_rows))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from offtower.data.encoding import tensor_of, to_tensors
+from offtower.data.order import keyed_hash
 from offtower.data.rows import EncodedRows
 from offtower.errors import RunError
 from offtower.models.policy import TwoTowerPolicy
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
+from offtower.seeds import derive_seed
 from offtower.training.auto.folds import Folds
 from offtower.training.auto.item_pass import ItemPass, logits
 from offtower.training.sampled import embed_some
@@ -159,6 +162,9 @@ class HeldOutEvaluator:
         max_rows: a longer log is sampled by a keyed hash of the row.
         item_chunk: items embedded at a time.
         progress: receives the rows whose terms are computed.
+        thinning: one in so many rows without reward is evaluated, by a keyed hash. It counts so
+            often as rows of one unit, so that means stay unbiased and standard errors valid: where
+            few rows have a reward, most of the evidence is in those.
     """
 
     def __init__(
@@ -168,13 +174,18 @@ class HeldOutEvaluator:
         max_rows: int,
         item_chunk: int,
         progress: Progress | None = None,
+        thinning: int = 1,
     ) -> None:
         self._data = data
+        self._thinning = thinning
         self._progress = progress or Progress()
         self._folds = folds
         held_out = data.train.num_rows * (len(folds.held_out) / folds.number)
-        self.rows = min(max_rows, round(held_out))
-        """About the number of rows that are held out."""
+        rewarded = data.facts.mean_reward if data.facts.binary_reward else 0.5
+        self.rows = round(min(max_rows, held_out) * (rewarded + (1.0 - rewarded) / thinning))
+        """About the number of rows to evaluate."""
+        self.evaluated = 0
+        """Rows whose terms were computed so far."""
         self._share = min(1.0, max_rows / held_out)
         self._chunk = item_chunk
         self._kept: list[tuple[int, EncodedRows]] | None = None
@@ -232,12 +243,14 @@ class HeldOutEvaluator:
             item = self._data.items.at(tensor_of(rows.action))
             logit = policies[k].action_logit(context, item).double()
             reward = tensor_of(rows.reward, self._data.device).double()
-            total += float(
-                functional.binary_cross_entropy_with_logits(logit, reward, reduction="sum")
+            loss = (
+                functional.binary_cross_entropy_with_logits(logit, reward, reduction="none")
                 if binary
-                else torch.square(logit - reward).sum()
+                else torch.square(logit - reward)
             )
-            count += len(rows)
+            times = self._times(rows)
+            total += float(loss @ tensor_of(times, self._data.device).double())
+            count += int(times.sum())
         return total / max(count, 1.0)
 
     @torch.no_grad()
@@ -261,6 +274,7 @@ class HeldOutEvaluator:
         units: list[NDArray[np.uint64]] = []
         pscore: list[Array] = []
         eligible_items: list[Array] = []
+        times: list[NDArray[np.int64]] = []
         for k, rows in _merged(self._rows(part=part)):
             assert rows.pscore is not None, "auto requires propensities"
             pscore.append(rows.pscore.astype(np.float64))
@@ -276,30 +290,40 @@ class HeldOutEvaluator:
                     weight[policy].append(np.exp(block.log_prob[name][t] - log_pscore))
                     expected[policy].append(block.expected_reward[name][t])
             self._progress.advance(len(rows))
-            if not self._folds.by_row:
+            self.evaluated += len(rows)
+            times.append(self._times(rows))
+            if not self._folds.by_row or self._thinning > 1:
                 units.append(self._folds.key(rows))
         if not reward:
             raise RunError(
                 "no row of the log is held out for the choice of objective=auto: raise "
                 "auto.held_out_rows, or name an objective"
             )
-        key = np.concatenate(units) if units else None
+        index = np.repeat(np.arange(sum(map(len, reward))), np.concatenate(times))
+
+        def counted(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+            whole = np.concatenate(parts)
+            return whole if self._thinning == 1 else whole[index]
+
+        key = counted(units) if units else None
         return HeldOutRows(
-            reward=np.concatenate(reward),
+            reward=counted(reward),
             terms={
-                policy: HeldOutTerms(
-                    np.concatenate(weight[policy]), np.concatenate(expected[policy])
-                )
+                policy: HeldOutTerms(counted(weight[policy]), counted(expected[policy]))
                 for policy in policies
             },
-            action_reward=np.concatenate(predicted),
+            action_reward=counted(predicted),
             scale=dict(candidates.scale),
             loss=dict(candidates.loss),
             unit=None if key is None else _numbered(key),
-            pscore=np.concatenate(pscore),
-            eligible_items=np.concatenate(eligible_items),
+            pscore=counted(pscore),
+            eligible_items=counted(eligible_items),
             unit_key=key,
         )
+
+    def _times(self, rows: EncodedRows) -> NDArray[np.int64]:
+        """(n,) number of rows that each one counts for."""
+        return np.where(rows.reward == 0.0, self._thinning, 1)
 
     def _eligible_items(self, rows: EncodedRows) -> Array:
         number = self._data.items.num_items
@@ -316,7 +340,8 @@ class HeldOutEvaluator:
             first: limits the rows of each member.
             part: from which to which share of the sample.
         """
-        if self._kept is None and self._share * self._data.train.num_rows <= _KEPT_ROWS:
+        sampled = self._share * self._data.train.num_rows / self._thinning
+        if self._kept is None and sampled <= _KEPT_ROWS:
             self._kept = list(self._read(None, (0.0, 1.0)))
         if self._kept is None:
             yield from self._read(first, part)
@@ -345,7 +370,13 @@ class HeldOutEvaluator:
                 return
 
     def _sampled(self, rows: EncodedRows, part: tuple[float, float]) -> NDArray[np.bool_]:
-        return self._folds.sampled(rows, part[0] * self._share, part[1] * self._share)
+        found = self._folds.sampled(rows, part[0] * self._share, part[1] * self._share)
+        if self._thinning == 1:
+            return found
+        seed = derive_seed(self._folds.seed, "auto thinning")
+        kept = keyed_hash(rows.row, seed) < np.uint64(2**64 // self._thinning)
+        found &= (rows.reward != 0.0) | kept
+        return found
 
 
 def _merged(parts: Iterable[tuple[int, EncodedRows]]) -> Iterator[tuple[int, EncodedRows]]:

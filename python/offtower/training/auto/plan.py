@@ -51,6 +51,8 @@ class Rung:
     """Maximal number of rows for the evaluation."""
     remaining: int
     """Candidates that stay afterwards, at most."""
+    thinning: int = 1
+    """One in so many rows without reward is evaluated, and counts for all of them."""
 
 
 @dataclass(frozen=True)

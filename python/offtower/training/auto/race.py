@@ -21,9 +21,10 @@ from offtower.training.auto.choice import Choice, Tolerance, choose
 from offtower.training.auto.estimates import CandidateEstimate
 from offtower.training.auto.held_out import EvaluatedCandidates, HeldOutEvaluator, HeldOutRows
 from offtower.training.auto.plan import Rung
+from offtower.training.auto.speed import ROWS_PER_PASS
 
 _BLOCKS = 4
-"""Blocks of held-out rows; after each one candidates may leave."""
+"""Blocks of held-out rows, at most; after each one candidates may leave."""
 
 Members = dict[str, list[TwoTowerPolicy]]
 
@@ -88,6 +89,7 @@ class Race:
                     "training_seconds": round(trained - began, 3),
                     "evaluation_seconds": round(time.monotonic() - trained, 3),
                     "held_out_rows": len(result.rows.reward),
+                    "evaluated_rows": result.evaluator.evaluated,
                 }
             )
             names = [name for name in names if name in result.rows.scale]
@@ -112,6 +114,7 @@ class Race:
         evaluator = HeldOutEvaluator(
             *(data, inputs.folds, rung.held_out_rows, inputs.config.training.item_chunk),
             self._progress,
+            rung.thinning,
         )
         self._progress.start("evaluating candidates on held-out rows", evaluator.rows)
         regressions = [name for name in members if inputs.candidates[name].predicts_rewards]
@@ -143,8 +146,10 @@ class Race:
         """Evaluate block after block of rows; candidates whose upper bound is below the lower bound
         of the chosen one leave."""
         rows: HeldOutRows | None = None
-        for block in range(_BLOCKS):
-            part = evaluator.terms(candidates, (block / _BLOCKS, (block + 1) / _BLOCKS))
+        passes = len(self._inputs.folds.held_out) * ROWS_PER_PASS
+        blocks = max(1, min(_BLOCKS, evaluator.rows // passes))
+        for block in range(blocks):
+            part = evaluator.terms(candidates, (block / blocks, (block + 1) / blocks))
             rows = part if rows is None else rows.merge(part)
             choice = self._choose(rows)
             racing = self._racing(candidates, choice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def train_auto(
         **describe(choice, found.rows.loss),
         "serving": served.to_dict(),
         "dropped": found.dropped,
-        "rows": plan.rows,
+        "rows": log.data.train.num_rows,
         "rows_of_log": data.train.num_rows,
         "stages": found.stages,
         "seconds": round(time.monotonic() - began, 3),
@@ -160,6 +161,8 @@ def _plan(
     progress.finish()
     if run is not None and stored is not None:
         run.check_owner()
+        # Members without the plan that they were trained by, as an unfinished copy may have them.
+        shutil.rmtree(run.auto, ignore_errors=True)
         write_plan(stored, plan)
     return plan
 
