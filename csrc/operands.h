@@ -120,7 +120,8 @@ struct TopKResults {
   int64_t* index; // (rows, k); of equal scores the lowest comes first; -1 beyond that number
 };
 
-constexpr int64_t kTileUnit = 192; // of a tile: whole words of a bitmap, and whole folds of the kernels
+constexpr int64_t kTileUnit =
+    192; // of a tile: whole words of a bitmap, and whole folds of the kernels
 
 // Independent draws from the softmax of each row, or draws without replacement (Plackett-Luce).
 //

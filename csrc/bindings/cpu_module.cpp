@@ -126,7 +126,8 @@ PYBIND11_MODULE(_cpu, m) {
       "draw",
       [](const Operands& o, int64_t samples, bool replacement, uint64_t seed, int64_t tile,
          const py::capsule& stream, const py::capsule& index, const py::capsule& log_prob,
-         const py::capsule& reference_max, const py::capsule& total, int count, const std::string& set) {
+         const py::capsule& reference_max, const py::capsule& total, int count,
+         const std::string& set) {
         const Kernels& kernels = kernels_for(o, set);
         if (samples < 1 || samples > INT32_MAX)
           throw std::invalid_argument("samples must lie in [1, 2^31), got " +

@@ -28,9 +28,8 @@ int64_t keep_distinct(int64_t* item, float* log_prob, int64_t count) {
   }
   std::vector<int64_t> order(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) order[static_cast<size_t>(i)] = i;
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return item[a] != item[b] ? item[a] < item[b] : a < b;
-  });
+  std::sort(order.begin(), order.end(),
+            [&](int64_t a, int64_t b) { return item[a] != item[b] ? item[a] < item[b] : a < b; });
   std::vector<bool> repeated(static_cast<size_t>(count));
   for (size_t i = 1; i < order.size(); ++i)
     repeated[static_cast<size_t>(order[i])] = item[order[i]] == item[order[i - 1]];

@@ -19,7 +19,7 @@
 namespace offtower::cpu {
 namespace {
 
-constexpr int64_t kTileSumBytes = 64 << 20; // of the tiles' sums at a time, over rows
+constexpr int64_t kTileSumBytes = 64 << 20;             // of the tiles' sums at a time, over rows
 constexpr uint32_t kWithReplacement = 0, kOneByOne = 1; // purposes of random numbers
 static_assert(kTileUnit % kFold == 0 && kTileUnit % 64 == 0, "tiles are whole folds and words");
 
@@ -42,10 +42,7 @@ template <class A, class T, bool kMasked>
 class Draw {
 public:
   Draw(const PolicyOperands& operands, const DrawResults& results, Workers& workers)
-      : problem_(operands),
-        eligible_(operands),
-        out_(results),
-        workers_(workers),
+      : problem_(operands), eligible_(operands), out_(results), workers_(workers),
         tiles_(ceil_div(operands.items, results.tile)) {
     const int64_t bytes = max(1, operands.dim * static_cast<int64_t>(sizeof(float)));
     cached_items_ = min(out_.tile, max(kFold, kTileBytes / bytes / kFold * kFold));
@@ -86,16 +83,9 @@ private:
 
   struct Scratch {
     Scratch(const Problem<A, T>& problem, int64_t tile_items, int64_t tiles)
-        : tile(problem, tile_items),
-          sums(kGroupBlocks),
-          eligible(kMasked ? kGroupBlocks : 0),
-          block(problem.depth * L),
-          logit(tile_items * L),
-          mass(max(tile_items, tiles) * L),
-          cumulative(max(tile_items, tiles)),
-          base(tiles),
-          total(tiles),
-          weight(tiles) {}
+        : tile(problem, tile_items), sums(kGroupBlocks), eligible(kMasked ? kGroupBlocks : 0),
+          block(problem.depth * L), logit(tile_items * L), mass(max(tile_items, tiles) * L),
+          cumulative(max(tile_items, tiles)), base(tiles), total(tiles), weight(tiles) {}
     ItemTile<A, T> tile;
     Buffer<BlockSums<A>> sums;
     Buffer<BlockEligible<A>> eligible;
@@ -134,9 +124,9 @@ private:
       for (int64_t begin = t * out_.tile; begin < end; begin += cached_items_) {
         mine.tile.load(begin, min(cached_items_, end - begin));
         for (int64_t b = 0; b < blocks; ++b)
-          add_tile<A, T, false, false, kMasked>(
-              problem_, mine.tile, first_block_ + first + b, nullptr, mine.sums[b], &eligible_,
-              kMasked ? &mine.eligible[b] : nullptr);
+          add_tile<A, T, false, false, kMasked>(problem_, mine.tile, first_block_ + first + b,
+                                                nullptr, mine.sums[b], &eligible_,
+                                                kMasked ? &mine.eligible[b] : nullptr);
       }
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t at = ((first + b) * tiles_ + t) * L;

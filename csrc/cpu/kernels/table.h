@@ -15,7 +15,8 @@ namespace {
 // By arithmetic A on arrays of T.
 template <class A, class T>
 constexpr Kernels kernels() {
-  return {forward<A, T>,   backward<A, T>,  top_k<A, T>, draw<A, T>, list_dots<A, T>, list_sums<A, T>, multiply_add_rate<A>};
+  return {forward<A, T>,   backward<A, T>,  top_k<A, T>,         draw<A, T>,
+          list_dots<A, T>, list_sums<A, T>, multiply_add_rate<A>};
 }
 
 } // namespace
