@@ -10,8 +10,9 @@ from scipy.stats import binom, chi2
 
 from offtower.evaluation import EvaluationRows, estimators, evaluate_rows
 from offtower.evaluation.intervals.gamma import InfluenceMoments, _pearson_quantile, gamma_interval
-from offtower.evaluation.intervals.statistics import collect
+from offtower.evaluation.intervals.statistics import Statistics, collect
 from offtower.evaluation.intervals.term_mean import TermMean
+from offtower.evaluation.intervals.unseen import Span, weight_span
 
 IPS, SNIPS = estimators.IPS(), estimators.SNIPS()
 
@@ -96,6 +97,25 @@ def test_missing_weight_widens_and_a_declared_bound_narrows() -> None:
     bounded = IPS.interval(rows, method="gamma", max_weight=0.3)
     assert lacking.high - lacking.low > 1.5 * (bounded.high - bounded.low)
     assert bounded.high < complete.low
+
+
+def weights_of(values: list[float]) -> Statistics:
+    weight = np.array(values)
+    return collect(weight[:, None], EvaluationRows(weight, weight))
+
+
+def test_an_unseen_weight_follows_from_those_seen() -> None:
+    near = weights_of([0.5] * 4 + [1.0] * 92 + [1.5] * 3 + [1.5])
+    deviation = float(np.sqrt(near.covariance[0, 0]))
+    assert weight_span(near) == Span(0.5, pytest.approx(1.0 + 2.0 * deviation))
+    rare = weights_of([0.0] * 99 + [100.0])  # E w^2 / E w = 100, the largest seen.
+    assert weight_span(rare) == Span(0.0, 100.0)
+    assert weight_span(rare, 40.0).high == 40.0
+    spread = weights_of([0.5] * 95 + [10.5] * 5)
+    assert weight_span(spread).high == pytest.approx(1.0 + float(spread.covariance[0, 0]))
+    missing = weights_of([0.5, 0.7] * 50)  # 100 (1 - .6) less one standard error; 10 times .7.
+    assert weight_span(missing).high == pytest.approx(7.0)
+    assert weight_span(weights_of([0.0, 0.0])) == Span(0.0, 0.0)
 
 
 def test_a_verdict_of_a_heavy_tail_names_the_rows_needed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -42,7 +43,7 @@ def weight_span(weights: Statistics, max_weight: float | None = None) -> Span:
         return Span(0.0, 0.0)
     with np.errstate(over="ignore", invalid="ignore"):
         variance = float(weights.covariance[0, 0])
-        beyond = mean + max(variance / mean, 2.0 * np.sqrt(variance))
+        beyond = mean + max(variance / mean, 2.0 * math.sqrt(variance))
     largest = float(weights.high[0])
     high = min(beyond, largest) if np.isfinite(beyond) else largest
     error = standard_error(TermMean(0, weights.mean.size), weights)
