@@ -9,7 +9,13 @@ from typing import Any
 from offtower.benchmarks.validity.measure import METHODS
 
 Result = dict[str, Any]
-HEAD = ("cell", "estimator", "coverage", "width", "false go", "power", "no width")
+HEAD = ("cell", "logs", "estimator", "coverage", "width", "false go", "power", "abstention")
+LEGEND = """Coverage of a value by gamma, normal and, for independent rows and means, bernstein
+intervals (which know the largest weight that can occur). Median width over that of the normal
+interval: of a value by gamma and by bernstein; of a difference to the logging policy by gamma.
+False go, power: verdicts by gamma and normal intervals on policies of the logging policy's
+value, and of 1.1 times that or as much as the world allows. Abstention: gamma intervals of a
+difference that are of no useful width. In parentheses standard errors, in the third decimal."""
 
 
 def summarize(results: Sequence[Result]) -> dict[str, Any]:
@@ -39,9 +45,8 @@ def summarize(results: Sequence[Result]) -> dict[str, Any]:
 
 def table(results: Sequence[Result], summary: dict[str, Any]) -> str:
     """Markdown: one row per cell and estimator, the methods side by side in each entry."""
-    shown = METHODS[:2]
     lines = [
-        f"Entries: {', '.join(shown)}; standard errors in parentheses, in the last digit.",
+        LEGEND,
         "",
         "| " + " | ".join(HEAD) + " |",
         "|" + "---|" * len(HEAD),
@@ -52,12 +57,18 @@ def table(results: Sequence[Result], summary: dict[str, Any]) -> str:
             of = {
                 line["method"]: line for line in result["lines"] if line["estimator"] == estimator
             }
-            new, old = of[shown[0]], of[shown[1]]
+            new, old = of[METHODS[0]], of[METHODS[1]]
+            bounded = of.get(METHODS[2])
+            values = [new, old] if bounded is None else [new, old, bounded]
+            widths = _ratio(new["width_ratio"])
+            if bounded is not None:
+                widths += f", {_ratio(bounded['width_ratio'])}"
             entries = [
                 result["cell"],
+                f"{new['logs']:,}",
                 estimator,
-                *(f"{_rate(new[key])}, {_rate(old[key])}" for key in ("coverage",)),
-                f"{_ratio(new['width_ratio'])}; {_ratio(new['difference_width_ratio'])}",
+                ", ".join(_rate(one["coverage"]) for one in values),
+                f"{widths}; {_ratio(new['difference_width_ratio'])}",
                 *(f"{_rate(new[key])}, {_rate(old[key])}" for key in ("false_go", "power")),
                 _rate(new["abstention"]),
             ]
