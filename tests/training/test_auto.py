@@ -24,12 +24,14 @@ from offtower.data.log import ParquetLog, TableLog
 from offtower.data.rows import EncodedRows
 from offtower.data.schema import CatalogueSchema, FeatureSpec
 from offtower.errors import ConfigError
+from offtower.evaluation.frontier import proposed_serving
 from offtower.evaluation.scoring.policy import PolicyScorer
 from offtower.metrics import read_metrics
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import load_policy
 from offtower.prepare import PreparedData, prepare
 from offtower.progress import Progress
+from offtower.run_directory import RunDirectory
 from offtower.training.auto import train_auto
 from offtower.training.auto.candidates import (
     make_candidates,
@@ -387,6 +389,21 @@ def test_members_learned_elsewhere_one_by_one_have_the_same_bits(
     found = train_run(config, mapper=BackwardsMapper())
     assert found.chosen == whole[1].chosen and found.validation == whole[1].validation
     assert_same_policies(config.run_directory, whole[0])
+
+
+def test_proposed_serving_is_read_by_tune_serving(
+    whole: tuple[Path, TrainingResult], tmp_path: Path
+) -> None:
+    report = RunDirectory(whole[0]).manifest()["auto"]["serving"]
+    assert report["as_trained"]["temperature"] == 1.0 and report["text"]
+    run = tmp_path / "copied"
+    shutil.copytree(whole[0], run)
+    directory = RunDirectory(run)
+    softer = {**report["as_trained"], "temperature": 8.0, "uniform": 0.05}
+    for proposed, expected in ((None, None), (softer, "temperature=8,uniform=0.05")):
+        auto = directory.manifest()["auto"]
+        directory.update_manifest({"auto": {**auto, "serving": {"proposed": proposed}}})
+        assert proposed_serving(run) == expected
 
 
 def test_without_propensities_there_is_no_choice_to_share(simulated: Path, tmp_path: Path) -> None:

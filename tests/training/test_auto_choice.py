@@ -167,8 +167,8 @@ def test_served_settings_make_the_gain_measurable() -> None:
     found = propose_serving(choice, rows, needed)
     assert found.sharpest.effective_sample_size < 400.0 and found.settings is not None
     served = found.settings
-    sharpness = choice.chosen.inverse_temperature
-    policy = (1 - served.uniform) * softmax(scores * sharpness / served.temperature)
+    inverse_temperature = choice.chosen.inverse_temperature
+    policy = (1 - served.uniform) * softmax(scores * inverse_temperature / served.temperature)
     policy += served.uniform / items
     # Bounds of 6 standard errors.
     assert served.value == pytest.approx(policy @ expected, abs=6 * served.gain_error)
@@ -183,3 +183,22 @@ def test_served_settings_make_the_gain_measurable() -> None:
     assert longer is not None and longer.value > served.value
     short = propose_serving(choice, rows, replace(needed, rows=20))
     assert short.settings is None and "log more rows" in short.text
+
+
+def test_one_item_is_the_logging_policy() -> None:
+    """All weights are 1, whatever the temperature."""
+    rng = np.random.default_rng(0)
+    n = 60
+    feedback = {
+        "context": rng.standard_normal((n, 3)),
+        "action_context": np.ones((1, 2)),
+        "action": np.zeros(n, dtype=np.int64),
+        "reward": (rng.random(n) < 0.5).astype(float),
+        "pscore": np.ones(n),
+    }
+    settings = {"candidates": ["regression_linear", CLONE], "epochs": 2}
+    found = TwoTowerPolicyLearner(3, 2, auto=settings).fit(feedback).auto_.choice
+    assert not found.keep_logging
+    for one in (one for options in found.estimates.values() for one in options):
+        assert one.mean_weight == pytest.approx(1.0, abs=1e-6)
+        assert one.gain_lower_bound == pytest.approx(0.0, abs=1e-5)

@@ -15,6 +15,7 @@ from typing import Any
 from offtower.atomic import write_text
 from offtower.checksums import checked_text, is_checked_text
 from offtower.config import Config, ServingConfig, to_yaml
+from offtower.config.serving import changed_serving
 from offtower.data.lease import Lease
 from offtower.data.ledger import record
 from offtower.data.location import AnyPath
@@ -138,7 +139,8 @@ def serving_frontier(
         run: a finished run.
         log: logged rows; data.validation of the run, else data.test. Values on a log that the
             choice was made on are optimistic: evaluate the choice on another one.
-        temperatures, uniform: the grid; other keys of serving stay as they are.
+        temperatures, uniform: the grid, beside what objective=auto proposed; other keys of serving
+            stay as they are.
         bounds: of the recommendation.
 
     Raises:
@@ -152,6 +154,11 @@ def serving_frontier(
             "log to tune on with --log"
         )
     grid = _grid(config.serving, temperatures, uniform)
+    proposed = proposed_serving(run)
+    if proposed is not None and config.serving.mode == "sample":
+        served = changed_serving(config.serving, proposed)
+        if served not in (config.serving, *(changed_serving(config.serving, t) for t in grid)):
+            grid.append(proposed)
     estimators = [{"name": "snips"}, {"name": "dr"}]
     evaluation = evaluate_runs(
         [run],
@@ -246,6 +253,15 @@ def write_serving(run: Path, serving: ServingConfig, trust_code: Collection[str]
         lease.check()
         write_text(directory.config_path, text)
     return config
+
+
+def proposed_serving(run: Path) -> str | None:
+    """The settings that objective=auto proposed for this run, as `changed_serving` reads them."""
+    report = RunDirectory(run).manifest().get("auto") or {}
+    found = (report.get("serving") or {}).get("proposed")
+    if found is None:
+        return None
+    return f"temperature={found['temperature']:g},uniform={found['uniform']:g}"
 
 
 def _grid(

@@ -167,7 +167,8 @@ class _Drawn:
         if kind == "lognormal":
             return expected * np.exp(rng.standard_normal(len(expected)) - 0.5)
         shift = 1.0 if kind == "cost" else 0.0
-        return (rng.random(len(expected)) < expected + shift) - shift
+        drawn: Array = (rng.random(len(expected)) < expected + shift).astype(np.float64) - shift
+        return drawn
 
     def logging(self, z: Array) -> Array:
         """(n, N) probabilities."""

@@ -65,35 +65,32 @@ class CandidateEstimate:
     """Of the value less that of the logging policy; likewise."""
 
 
+@dataclass(frozen=True)
+class _Bounds:
+    covered_share: float
+    value: float
+    gain: float
+
+
 def estimate_policies(
     rows: HeldOutRows, policies: Sequence[CandidatePolicy], levels: Levels
 ) -> list[CandidateEstimate]:
     """Estimate the value of each policy, and bounds that hold for all of them at once."""
-    found = [_estimate(rows, policy, levels) for policy in policies]
     covered = [_covered(rows, policy) for policy in policies]
+    unseen = np.array([_unseen_errors(rows, policy) for policy in policies])
     cautious = np.stack(
         [
             _contribution(rows, policy, share, levels.min_reward)
-            for policy, (share, _) in zip(policies, covered, strict=True)
+            for policy, share in zip(policies, covered, strict=True)
         ],
         axis=1,
     )
-    floor = np.array([error for _, error in covered])
-    low = _lower_bounds(cautious, floor, rows, levels.confidence)
+    low = _lower_bounds(cautious, unseen, rows, levels.confidence)
     gain = cautious - rows.reward[:, None]
-    gain_low = _lower_bounds(gain, floor, rows, levels.gain_confidence)
+    gain_low = _lower_bounds(gain, unseen, rows, levels.gain_confidence)
     return [
-        CandidateEstimate(
-            policy.name,
-            policy.inverse_temperature,
-            **one,
-            covered_share=share,
-            lower_bound=float(bound),
-            gain_lower_bound=float(gain_bound),
-        )
-        for policy, one, (share, _), bound, gain_bound in zip(
-            policies, found, covered, low, gain_low, strict=True
-        )
+        _estimate(rows, policy, levels, _Bounds(share, float(bound), float(gain_bound)))
+        for policy, share, bound, gain_bound in zip(policies, covered, low, gain_low, strict=True)
     ]
 
 
@@ -124,7 +121,9 @@ def simultaneous_quantile(sums: Array, level: float) -> float:
     return max(largest, single) * float(stdtrit(units - 1, level)) / single
 
 
-def _estimate(rows: HeldOutRows, policy: CandidatePolicy, levels: Levels) -> dict[str, object]:
+def _estimate(
+    rows: HeldOutRows, policy: CandidatePolicy, levels: Levels, bounds: _Bounds
+) -> CandidateEstimate:
     weight = rows.terms[policy].weight
     mean_weight = float(weight.mean())
     one_more = rows.inverse_pscore / len(weight)
@@ -134,13 +133,18 @@ def _estimate(rows: HeldOutRows, policy: CandidatePolicy, levels: Levels) -> dic
     value = float(contribution.mean())
     units = len(weight) if rows.unit is None else int(rows.unit.max()) + 1
     quantile = float(stdtrit(max(1, units - 1), levels.confidence))
-    return {
-        "contribution": contribution,
-        "value": value,
-        "low": value - quantile * mean_error(contribution, rows),
-        "mean_weight": mean_weight,
-        "support_factor": support_factor,
-    }
+    return CandidateEstimate(
+        policy.name,
+        policy.inverse_temperature,
+        contribution=contribution,
+        value=value,
+        low=value - quantile * mean_error(contribution, rows),
+        mean_weight=mean_weight,
+        support_factor=support_factor,
+        covered_share=bounds.covered_share,
+        lower_bound=bounds.value,
+        gain_lower_bound=bounds.gain,
+    )
 
 
 def _contribution(
@@ -156,8 +160,8 @@ def _contribution(
     return result
 
 
-def _covered(rows: HeldOutRows, policy: CandidatePolicy) -> tuple[float, float]:
-    """The covered share, and the least standard error of the estimate.
+def _covered(rows: HeldOutRows, policy: CandidatePolicy) -> float:
+    """The covered share.
 
     Weights have mean 1 where the log covers the policy, so a lower bound of their mean is a lower
     bound of the covered share. It is weak for sharp policies; there, the share of all items that
@@ -170,8 +174,23 @@ def _covered(rows: HeldOutRows, policy: CandidatePolicy) -> tuple[float, float]:
     of_items = 1.0 / (rows.pscore * rows.eligible_items)
     catalogue = float(of_items.mean()) - mean_error(of_items, rows)
     share = min(mean + 2.0 * error, max(mean - 2.0 * error, catalogue))
-    residual = float(np.square(rows.reward - rows.action_reward).mean())
-    return min(1.0, max(0.0, share)), float(np.sqrt(residual * variance))
+    return min(1.0, max(0.0, share))
+
+
+def _unseen_errors(rows: HeldOutRows, policy: CandidatePolicy) -> tuple[float, float]:
+    """The least standard error of an estimate, and the error of one additional row.
+
+    The first is that of mass which the rows have not shown, with residuals as in the other rows.
+    The second is a row of the typical weight sum w^2 / sum w with the largest residual: of ten
+    effective rows that were all rewarded, the variance is 0 and the reward is not certain.
+    """
+    weight = rows.terms[policy].weight
+    residual = rows.reward - rows.action_reward
+    least = float(np.sqrt(np.square(residual).mean() * weight_variance(rows, policy)))
+    total = float(weight.sum())
+    typical = float(np.square(weight).sum()) / total if total > 0.0 else 0.0
+    one_more = max(0.0, typical - 1.0) * float(np.abs(residual).max()) / len(weight)
+    return least, one_more
 
 
 def weight_variance(rows: HeldOutRows, policy: CandidatePolicy) -> float:
@@ -210,10 +229,11 @@ def _concentration(rows: HeldOutRows, policy: CandidatePolicy) -> float:
     return float(np.exp(np.minimum(logs, 0.0)).mean())
 
 
-def _lower_bounds(values: Array, floor: Array, rows: HeldOutRows, level: float) -> Array:
-    """(policies,) simultaneous lower bounds of the means of (n, policies) values."""
+def _lower_bounds(values: Array, unseen: Array, rows: HeldOutRows, level: float) -> Array:
+    """(policies,) simultaneous lower bounds of the means of (n, policies) values, with the
+    (policies, 2) `_unseen_errors`."""
     sums = _unit_sums(values, rows)
-    error = np.maximum(_errors(sums, len(values)), floor)
+    error = np.hypot(np.maximum(_errors(sums, len(values)), unseen[:, 0]), unseen[:, 1])
     quantile = simultaneous_quantile(sums, level)
     width = np.where(error > 0.0, quantile * np.where(error > 0.0, error, 1.0), 0.0)
     result: Array = values.mean(axis=0) - width
@@ -224,7 +244,7 @@ def _unit_sums(values: Array, rows: HeldOutRows) -> Array:
     """(units, columns) sums of centered values by unit."""
     centered = values - values.mean(axis=0)
     if rows.unit is None:
-        return centered
+        return np.asarray(centered, dtype=np.float64)
     # A policy that is wrong about a context is wrong in all rows that repeat it.
     units = int(rows.unit.max()) + 1
     columns = [np.bincount(rows.unit, weights=one, minlength=units) for one in centered.T]

@@ -232,7 +232,9 @@ class HeldOutEvaluator:
             context = to_tensors(rows.context, self._data.device)
             logit = logits(policies[k].embed_contexts(context), items[k])
             squares.append(logit.double().var(dim=1, correction=0))
-        return max(float(torch.cat(squares).mean().sqrt()), 1e-6)
+        spread = float(torch.cat(squares).mean().sqrt())
+        # Equal logits are a uniform policy at every temperature; a large one amplifies rounding.
+        return spread if spread > 1e-6 else 1.0
 
     @torch.no_grad()
     def loss(self, policies: Sequence[TwoTowerPolicy], *, binary: bool) -> float:

@@ -21,7 +21,7 @@ from offtower.training.auto.candidates import PolicyCandidate, Schedule, make_ca
 from offtower.training.auto.choice import Choice
 from offtower.training.auto.ensemble import join
 from offtower.training.auto.folds import Folds
-from offtower.training.auto.held_out import SCAN_ROWS
+from offtower.training.auto.held_out import SCAN_ROWS, HeldOutRows
 from offtower.training.auto.plan import FILE, AutoPlan, read_plan, write_plan
 from offtower.training.auto.race import Race, RaceResult
 from offtower.training.auto.serving import Requirement, propose_serving
@@ -35,6 +35,8 @@ class AutoTraining:
     policy: TwoTowerPolicy
     choice: Choice
     members: Mapping[str, list[TwoTowerPolicy]]
+    rows: HeldOutRows
+    """The evidence, from which another choice can be made without another fit."""
     """Of the candidates of the last stage."""
     result: TrainingResult
     report: dict[str, Any]
@@ -137,7 +139,7 @@ def train_auto(
         chosen=chosen.name,
         advice=choice.advice or served.text,
     )
-    return AutoTraining(policy, choice, found.members, result, report)
+    return AutoTraining(policy, choice, found.members, found.rows, result, report)
 
 
 def _plan(

@@ -130,7 +130,11 @@ def propose_serving(choice: Choice, rows: HeldOutRows, requirement: Requirement)
     ]
     sharpest = _served(chosen, chosen, 0.0, rows, requirement)
     needed = float(ndtri(0.5 + requirement.confidence / 2.0) + ndtri(POWER))
-    grid = [_served(chosen, one, share, rows, requirement) for one in options for share in UNIFORM]
+    grid = [
+        _served(chosen, one, share, rows, requirement)
+        for one in reversed(options)
+        for share in UNIFORM
+    ]
     enough = [
         one
         for one in grid
