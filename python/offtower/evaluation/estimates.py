@@ -130,7 +130,7 @@ class Estimates:
         paired = self.sums.named.select([*own, every.stop - 1])
         rewards = reward_span(self.sums.named.select([every.stop - 1]))
         estimate, difference = estimator.finish(statistics), Difference(estimator, LOGGING)
-        extremes = [self.weight_spans[policy]], rewards, estimate.value
+        extremes = [self.weight_spans[policy]], rewards, estimate.value, estimator.num_loggers
         return EstimatorResult(
             estimator.name,
             estimator.label,
@@ -213,7 +213,8 @@ class Estimates:
         own = self.terms.select(columns, self.sums.weights[policy].statistics.weight_sum)
         paired = self.terms.select(columns + self.reward_column)
         estimate, difference = estimator.finish(own), Difference(estimator, LOGGING)
-        extremes = [self.weight_spans[policy]], self.rewards, estimate.value
+        spans = [self.weight_spans[policy]]
+        extremes = spans, self.rewards, estimate.value, estimator.num_loggers
         unseen = unseen_terms(_beside_logging(estimator), *extremes)
         gap = self.gap(difference, paired, unseen, self.joint[policy])
         return EstimatorResult(
@@ -232,7 +233,8 @@ class Estimates:
         difference = Difference(estimator, estimator)
         spans = [self.weight_spans[first], self.weight_spans[second]]
         logging = float(self.terms.mean[self.reward_column[0]])
-        unseen = unseen_terms(difference.terms, spans, self.rewards, logging)
+        loggers = estimator.num_loggers
+        unseen = unseen_terms(difference.terms, spans, self.rewards, logging, loggers)
         joint = max(self.joint[first], self.joint[second])
         gap = self.gap(difference, self.terms.select(columns), unseen, joint)
         names = self.sums.policies

@@ -14,7 +14,7 @@ from offtower.data.ledger import Ledger
 from offtower.data.rounds import cut_before, key_starts
 from offtower.errors import OfftowerError
 from offtower.evaluation.decision.support import SupportDiagnostics, support_probe
-from offtower.evaluation.estimators import Estimator, make_estimator
+from offtower.evaluation.estimators import Estimator, make_estimator, of_loggers
 from offtower.evaluation.intervals.smoothing_bound import check_range
 from offtower.evaluation.looks import CountedLook, LookRequest, identity
 from offtower.evaluation.options import EvaluationOptions
@@ -120,7 +120,14 @@ def _estimators(
             )
         direct = () if slates else ("dm",)
         given = ("ips", "snips", *direct, "dr") if modeled else ("ips", "snips")
-    return tuple(make_estimator(e) if isinstance(e, str) else e for e in given)
+    loggers = _loggers(rows_by_policy)
+    return tuple(of_loggers(make_estimator(e), loggers) if isinstance(e, str) else e for e in given)
+
+
+def _loggers(rows_by_policy: Mapping[str, EvaluationRows]) -> int:
+    """Behavior policies that the rows name; 1 where they name none."""
+    named = [rows.logger for rows in rows_by_policy.values() if rows.logger is not None]
+    return 1 + max((int(one.max(initial=0)) for one in named), default=0)
 
 
 def _shards(rows_by_policy: Mapping[str, EvaluationRows]) -> Iterator[dict[str, EvaluationRows]]:

@@ -42,6 +42,8 @@ class EvaluationRows:
         slate_weight: prod_j rho_j over the whole slate, for the interaction `standard`.
         row_weight: known weight of each row, 1 / the share of such rows that a down-sampled log
             kept; means are self-normalized by it (`intervals.statistics.Statistics`).
+        logger: number of the behavior policy that logged each row, from 0, for the estimators of
+            logs of several (`estimators.loggers`).
         rewards: (n, R) named rewards, whose weighted sum `reward` is; each is evaluated beside it.
 
     Raises:
@@ -62,6 +64,7 @@ class EvaluationRows:
     slate_weight: Array | None = None
     row_weight: Array | None = None
     rewards: Array | None = None
+    logger: IntArray | None = None
 
     def __post_init__(self) -> None:
         if self.importance_weight is None:
@@ -76,7 +79,7 @@ class EvaluationRows:
                 if field.name == "reward":
                     raise DataError("rows need rewards; reward is missing")
                 continue
-            if field.name in ("user", "row", "round"):
+            if field.name in ("user", "row", "round", "logger"):
                 value = _keys(value, field.name)
             elif field.name == "rewards":
                 value = np.stack([_numbers(one, "rewards") for one in np.transpose(value)], axis=1)
@@ -133,6 +136,13 @@ class EvaluationRows:
         if self.rounds is None:
             return self.importance_weight
         return self.importance_weight / np.repeat(self.rounds.lengths, self.rounds.lengths)
+
+    @property
+    def share_of_unit(self) -> Array:
+        """(n,) 1 divided by the positions of the row's round: summed, 1 for each unit."""
+        if self.rounds is None:
+            return np.ones(self.n)
+        return np.repeat(1.0 / self.rounds.lengths, self.rounds.lengths)
 
     def standard(self) -> EvaluationRows:
         """The rows weighted by whole slates. Raises DataError without `slate_weight`."""

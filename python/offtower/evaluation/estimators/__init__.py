@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from typing import Any
 
 from offtower.errors import OfftowerError
 from offtower.evaluation.estimators.base import Estimator
+from offtower.evaluation.estimators.loggers import (
+    LoggerWeighted,
+    LoggerWeightedDR,
+    LoggerWeightedIPS,
+    balanced_weight,
+)
 from offtower.evaluation.estimators.means import (
     DM,
     DR,
@@ -40,6 +47,8 @@ ESTIMATORS: dict[str, type[Estimator]] = {
         SNDR,
         RegIPS,
         RegDR,
+        LoggerWeightedIPS,
+        LoggerWeightedDR,
         SwitchDR,
         DRos,
         SubGaussianIPS,
@@ -69,6 +78,13 @@ def make_estimator(name: str, **parameters: Any) -> Estimator:
         ) from None
 
 
+def of_loggers(estimator: Estimator, loggers: int) -> Estimator:
+    """The estimator for a log of so many behavior policies; most do not tell these apart."""
+    return (
+        replace(estimator, loggers=loggers) if isinstance(estimator, LoggerWeighted) else estimator
+    )
+
+
 __all__ = [
     "DM",
     "DR",
@@ -84,6 +100,8 @@ __all__ = [
     "Estimate",
     "Estimator",
     "LogSmoothing",
+    "LoggerWeightedDR",
+    "LoggerWeightedIPS",
     "MeanReward",
     "RegDR",
     "RegIPS",
@@ -93,8 +111,10 @@ __all__ = [
     "SubGaussianIPS",
     "SwitchDR",
     "Tuning",
+    "balanced_weight",
     "cluster_weight",
     "make_estimator",
+    "of_loggers",
     "slope_choice",
     "tune",
 ]

@@ -80,6 +80,16 @@ class Estimator(ABC):
         """(k,) means -> (k,) derivative of the value."""
         return np.ones(1)
 
+    @property
+    def num_loggers(self) -> int:
+        """Behavior policies that the estimator tells apart."""
+        return 1
+
+    @property
+    def takes_coefficients(self) -> bool:
+        """Whether the sums choose coefficients of the estimator (`fitted`)."""
+        return bool(self.controls)
+
     def fitted(self, statistics: Statistics) -> Functional:
         """The estimator with the coefficients that it takes from the sums; itself without any."""
         return adjusted(self, self.controls, statistics) if self.controls else self
@@ -198,7 +208,8 @@ class Estimator(ABC):
         value = self.finish(statistics).value
         weights = collect(rows.mean_weight[:, None], rows, by_user=by_user)
         rewards = reward_span(collect(rows.reward[:, None], rows), reward_range)
-        unseen = unseen_terms(self.terms, [weight_span(weights, max_weight)], rewards, value)
+        spans = [weight_span(weights, max_weight)]
+        unseen = unseen_terms(self.terms, spans, rewards, value, self.num_loggers)
         return gamma_interval(self, statistics, confidence, unseen)
 
     def _smoothed(

@@ -9,6 +9,7 @@ import numpy as np
 
 from offtower.errors import DataError
 from offtower.evaluation.estimators.base import Estimator
+from offtower.evaluation.intervals.linear import LinearFunctional
 from offtower.evaluation.intervals.regression import adjusted
 from offtower.evaluation.intervals.statistics import Functional, Statistics, collect
 from offtower.evaluation.rows import Array, EvaluationRows
@@ -79,7 +80,25 @@ class Difference:
         cut = self.first.num_terms
         shifted = (replace(one, column=cut + one.column) for one in self.second.controls)
         controls = (*self.first.controls, *shifted)
-        return adjusted(self, controls, statistics) if controls else self
+        if controls:
+            return adjusted(self, controls, statistics)
+        if self.first.takes_coefficients or self.second.takes_coefficients:
+            return self._of_fitted(statistics)
+        return self
+
+    def _of_fitted(self, statistics: Statistics) -> LinearFunctional:
+        """Each side with its own coefficients, linearized at the means."""
+        mean, cut = statistics.mean, self.first.num_terms
+        slope, value = np.empty(mean.size), 0.0
+        for side, columns, sign in (
+            (self.first, range(cut), 1.0),
+            (self.second, range(cut, mean.size), -1.0),
+        ):
+            own = list(columns)
+            functional = side.fitted(statistics.select(own))
+            slope[own] = sign * functional.gradient(mean[own])
+            value += sign * float(functional.combine(mean[own]))
+        return LinearFunctional(self.name, slope, value - float(slope @ mean))
 
     def combine(self, mean: Array) -> Array:
         cut = self.first.num_terms

@@ -40,10 +40,7 @@ def adjusted(
     gradient = np.asarray(functional.gradient(mean), dtype=np.float64)
     columns = [control.column for control in controls]
     known = np.array([control.mean for control in controls])
-    units = _units(statistics)
-    scatter = statistics.scatter
-    if statistics.users is not None and units is not None:
-        scatter = units.T @ units
+    units, scatter = _units(statistics), unit_scatter(statistics)
     coefficient, rank = _coefficients(
         scatter[np.ix_(columns, columns)], scatter[columns] @ gradient
     )
@@ -56,6 +53,15 @@ def adjusted(
         constant + float(coefficient @ known),
         _error_factor(statistics, units, slope, columns, rank),
     )
+
+
+def unit_scatter(statistics: Statistics) -> Array:
+    """(k, k) sum over users, or over rows where the statistics hold no users, of the products of
+    their centered terms."""
+    if statistics.users is None:
+        return statistics.scatter
+    units = _units(statistics)
+    return statistics.scatter if units is None else units.T @ units
 
 
 def _units(statistics: Statistics) -> Array | None:

@@ -62,16 +62,22 @@ def reward_span(rewards: Statistics, reward_range: tuple[float, float] | None = 
 
 
 def unseen_terms(
-    terms: Callable[..., Array], weights: Sequence[Span], reward: Span, value: float
+    terms: Callable[..., Array],
+    weights: Sequence[Span],
+    reward: Span,
+    value: float,
+    loggers: int = 1,
 ) -> Array:
     """(c, k) terms of the rows with every combination of extreme weights and rewards.
 
     terms: of an estimator, or of a difference of two policies. weights: of each policy.
     value: what any reward model is taken to predict, for the logged action and for the policy.
+    loggers: number of behavior policies, each of which may have logged the row.
     """
     ends = [(span.low, span.high) for span in (*weights, reward)]
-    corners = np.array(list(product(*ends)))
+    corners = np.repeat(np.array(list(product(*ends))), loggers, axis=0)
     predicted = np.full(len(corners), min(max(value, reward.low), reward.high))
+    logger = np.arange(len(corners)) % loggers
     rows = [
         EvaluationRows(
             corners[:, i],
@@ -80,6 +86,7 @@ def unseen_terms(
             predicted,
             cluster_weight=corners[:, i],
             slate_weight=corners[:, i],
+            logger=logger,
         )
         for i in range(len(weights))
     ]
