@@ -32,7 +32,9 @@ from offtower.evaluation.behavior.probes import (
     SupportProbe,
     SupportSample,
 )
+from offtower.evaluation.estimators import Estimator
 from offtower.evaluation.evaluator import EvaluationPlan, Evaluator
+from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.run import LogEvaluation, evaluate_runs
 from offtower.evaluation.run_loading import open_run, with_overrides
 from offtower.evaluation.samples import joined
@@ -465,3 +467,86 @@ def test_the_command_line_runs_the_heuristic(place: Path) -> None:
     )
     assert plain.exit_code == 2
     assert "evaluation.selection.logging_runs={run-a: RUN, run-b: RUN}" in plain.output
+
+
+def scored_rows(
+    place: Path, log: str, *overrides: str
+) -> tuple[EvaluationRows, tuple[Estimator, ...]]:
+    """Rows of run `b` in the order of a log, in batches that cut its row groups; estimators."""
+    config = with_overrides(
+        RunDirectory(place / "b").load_config(), ["evaluation.batch_rows=190", *overrides]
+    )
+    catalogue = Catalogue.open(place / "catalogue")
+    runs = (open_run(place / "b", catalogue),)
+    evaluator = Evaluator(runs, ParquetLog.open(place / log), catalogue, config)
+    plan = evaluator.plan(None, Progress())
+    batches = plan.scorer.batches(range(plan.scorer.source.num_batches))
+    return EvaluationRows.concatenate([one.rows["b"] for one in batches]), plan.options.estimators
+
+
+BALANCED = "evaluation.propensities=balanced"
+
+
+def test_balanced_propensities_are_the_mixture_of_the_columns(place: Path) -> None:
+    own, _ = scored_rows(place, "drawn")
+    balanced, _ = scored_rows(place, "drawn", BALANCED, columns_option())
+    parts = sorted((place / "drawn").glob("part-*.parquet"))
+    table = pa.concat_tables([pq.read_table(part) for part in parts])
+    column = {name: table.column(name).to_numpy() for name in ("pscore_cautious", "pscore_keen")}
+    pscore, made_by = table.column("pscore").to_numpy(), table.column("behavior_policy").to_pylist()
+    share = np.mean([name == "keen" for name in made_by])
+    mixture = (1.0 - share) * column["pscore_cautious"] + share * column["pscore_keen"]
+    expected = own.importance_weight * pscore / mixture
+    np.testing.assert_allclose(balanced.importance_weight, expected, rtol=1e-6)
+    assert balanced.logger is not None
+    assert balanced.logger.tolist() == [int(name == "keen") for name in made_by]
+
+
+def test_balanced_propensities_are_the_mixture_of_the_runs(place: Path) -> None:
+    own, _ = scored_rows(place, "served")
+    balanced, _ = scored_rows(place, "served", BALANCED, runs_option(place))
+    known = behavior(place, runs_option(place))
+    rows = np.arange(own.n)
+    mixture = known.probability @ (np.bincount(known.row_policy) / own.n)
+    expected = own.importance_weight * known.probability[rows, known.row_policy] / mixture
+    np.testing.assert_allclose(balanced.importance_weight, expected, rtol=1e-4)
+    assert balanced.logger is not None and (balanced.logger == known.row_policy).all()
+    # Run b logged nearly half of the rows: no weight exceeds the inverse of its share.
+    assert balanced.importance_weight.max() <= 1.001 * own.n / np.sum(known.row_policy == 1)
+
+
+def test_estimators_by_logger_need_the_column_only(place: Path) -> None:
+    option = "evaluation.estimators=[ips, logger_weighted_ips, logger_weighted_dr]"
+    rows, estimators = scored_rows(place, "drawn", option)
+    found = evaluate(place, option, select=None, log="drawn").result.policies["b"].estimates
+    assert [one.num_terms for one in estimators] == [1, 8, 8]
+    for estimator in estimators:
+        alone = estimator.finish(estimator.statistics(rows, by_user=True))
+        by_log = found[estimator.name].estimate
+        assert by_log.value == pytest.approx(alone.value, rel=1e-9)
+        assert by_log.std_error == pytest.approx(alone.std_error, rel=1e-6)
+
+
+def test_balanced_propensities_say_what_they_need(place: Path) -> None:
+    for override, words in (
+        ((), "logging_runs, or the columns"),
+        ((columns_option(keen="psc"),), "the column 'psc'"),
+        ((columns_option(cautious="pscore_keen"),), "does not give the probabilities"),
+    ):
+        with pytest.raises(OfftowerError) as refused:
+            evaluate(place, BALANCED, *override, select=None, log="drawn")
+        assert words in str(refused.value)
+    with pytest.raises(ConfigError, match="PAS-IF splits rows by their own propensities"):
+        evaluate(place, BALANCED, columns_option(), select="pasif", log="drawn")
+    log = ParquetLog.open(place / "drawn")
+    schema = replace(log.schema, behavior_policy=None)
+    catalogue = Catalogue.open(place / "catalogue")
+    config = with_overrides(RunDirectory(place / "b").load_config(), [BALANCED])
+    unnamed = Evaluator(
+        (open_run(place / "b", catalogue),),
+        ParquetLog.open(place / "drawn", schema),
+        catalogue,
+        config,
+    )
+    with pytest.raises(ConfigError, match="name the column under 'behavior_policy'"):
+        unnamed.plan(None, Progress())

@@ -473,6 +473,19 @@ def test_paired_charges_what_a_model_learned_from_the_log_itself() -> None:
     assert there.details["variance"]["DR[a]"] == there.details["variance"]["DR[b]"]
 
 
+def test_the_charge_for_parameters_breaks_near_ties_only() -> None:
+    """A model of 2,000 parameters that predicts well is chosen, though 3 p / n is 4."""
+    world = World(21)
+    coarse = np.full_like(world.q, world.q.mean())
+    log = world.log({"fine": world.q, "coarse": coarse}, model_parameters={"fine": 2_000.0})
+    paired = select_estimator(log, candidates("fine", "coarse"), method="paired")
+    free = select_estimator(log, candidates("fine", "coarse"), method="paired", overlap=0.0)
+    charged, plain = paired.details["variance"], free.details["variance"]
+    assert charged["DR[fine]"] == pytest.approx(1.1 * plain["DR[fine]"], rel=1e-9)
+    assert plain["DR[fine]"] < 0.8 * plain["DR[coarse]"]
+    assert paired.best.name == free.best.name and paired.best.name.endswith("[fine]")
+
+
 def test_comparison_explains_each_disagreement_and_takes_a_log_for_one_method() -> None:
     world = World(3)
     log = world.log({"model": world.q})

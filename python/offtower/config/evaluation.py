@@ -160,8 +160,10 @@ class EvaluationConfig:
     """Of slates, one number for each position from the top: the value of a round is the sum of its
     rewards times these, under every estimator. null is 1 everywhere."""
     gate: GateOptions = field(default_factory=GateOptions)
-    propensities: Literal["logged", "estimate"] = "logged"
-    """estimate: fit a calibrated model to a log without propensities (catalogues of up to 5,000
+    propensities: Literal["logged", "balanced", "estimate"] = "logged"
+    """balanced: for a log of several behavior policies, the mean of all their propensities of the
+    logged item by their shares of the rows; needs selection.logging_runs or logging_columns.
+    estimate: fit a calibrated model to a log without propensities (catalogues of up to 5,000
     items). No interval covers its error, and every output says so."""
     clusters: int | str | None = None
     """Clusters of items for mips: a category of the catalogue, or a number of clusters, found by

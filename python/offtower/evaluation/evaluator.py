@@ -19,6 +19,7 @@ from offtower.data.rows import hashed
 from offtower.errors import DataError
 from offtower.evaluation.accumulators import EvaluationAccumulators
 from offtower.evaluation.baselines import Baselines, baseline_options
+from offtower.evaluation.behavior.loggers import Loggers
 from offtower.evaluation.behavior.plan import BehaviorPlan
 from offtower.evaluation.options import (
     EvaluationOptions,
@@ -186,9 +187,12 @@ class Evaluator:
             )
         alpha = position_weights(options, kind)
         notes += [] if alpha is None else [alpha.note]
-        scorer = BatchScorer(source, policies, rewards, propensities, clusters, config.seed, alpha)
+        loggers = Loggers.open(source, config, estimators, self.runs[0].trust_code)
+        scorer = BatchScorer(
+            source, policies, rewards, propensities, clusters, config.seed, alpha, loggers
+        )
         pilot = _pilot_rows(scorer) if needs_pilot(estimators) else {}
-        made, tuning_notes = make_estimators(estimators, pilot)
+        made, tuning_notes = make_estimators(estimators, pilot, loggers)
         reward_range = self.log.schema.reward_range
         evaluation = evaluation_options(
             options,

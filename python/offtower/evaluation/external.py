@@ -15,6 +15,7 @@ from offtower.data.location import AnyPath, Location
 from offtower.data.log import ParquetLog
 from offtower.errors import ConfigError, DataError
 from offtower.evaluation.baselines import Baselines
+from offtower.evaluation.behavior.loggers import Loggers
 from offtower.evaluation.behavior.plan import BehaviorPlan
 from offtower.evaluation.estimators import ESTIMATORS
 from offtower.evaluation.evaluator import EvaluationPlan, Evaluator
@@ -197,8 +198,9 @@ def _evaluate(
     if alpha is not None:
         notes.append(alpha.note)
         reward_range = alpha.range(reward_range)
-    estimators, _ = make_estimators(chosen, {})
     source = LogSource(log, catalogue, options.batch_rows)
+    loggers = Loggers.open(source, config, chosen)
+    estimators, _ = make_estimators(chosen, {}, loggers)
     plan = EvaluationPlan(
         BatchScorer(
             source,
@@ -208,6 +210,7 @@ def _evaluate(
             None,
             config.seed,
             alpha,
+            loggers,
         ),
         BehaviorPlan(None, None, None, None, _NO_BEHAVIOR, log.num_rows),
         evaluation_options(

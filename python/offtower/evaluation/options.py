@@ -10,6 +10,7 @@ import numpy as np
 from offtower.config import EstimatorConfig, EvaluationConfig, GateOptions
 from offtower.data.schema import PscoreKind
 from offtower.errors import ConfigError, OfftowerError
+from offtower.evaluation.behavior.loggers import Loggers
 from offtower.evaluation.estimators import (
     ESTIMATORS,
     SNIPS,
@@ -17,6 +18,7 @@ from offtower.evaluation.estimators import (
     RegIPS,
     Standard,
     make_estimator,
+    of_loggers,
 )
 from offtower.evaluation.estimators.tuning import tune_together
 from offtower.evaluation.intervals.methods import (
@@ -220,14 +222,20 @@ def needs_pilot(estimators: Sequence[EstimatorConfig]) -> bool:
 
 
 def make_estimators(
-    estimators: Sequence[EstimatorConfig], pilot: Mapping[str, EvaluationRows]
+    estimators: Sequence[EstimatorConfig],
+    pilot: Mapping[str, EvaluationRows],
+    loggers: Loggers | None = None,
 ) -> tuple[tuple[Estimator, ...], list[str]]:
-    """The estimators, a parameter "slope" chosen on the pilot rows of all policies; and notes."""
+    """The estimators, a parameter "slope" chosen on the pilot rows of all policies; and notes.
+
+    loggers: the log's behavior policies, for estimators that tell them apart.
+    """
+    count = 1 if loggers is None else len(loggers.names.name)
     made, notes = [], []
     for one in estimators:
         given = _parameters(one)
         if SLOPE not in given.values():
-            made.append(_interacting(one, make_estimator(one.name, **given)))
+            made.append(_interacting(one, of_loggers(make_estimator(one.name, **given), count)))
             continue
         rows = list(pilot.values())
         if _is_standard(one):

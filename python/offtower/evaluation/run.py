@@ -378,7 +378,7 @@ def _open_log(run: Path, log: AnyPath | None, config: Config) -> tuple[ParquetLo
         )
     place = Location.of(place)
     opened = ParquetLog.open(place, log_schema(config))
-    if opened.schema.pscore is None and config.evaluation.propensities == "logged":
+    if opened.schema.pscore is None and config.evaluation.propensities != "estimate":
         raise DataError(
             f"the log at '{place}' has no propensities: off-policy evaluation needs the column "
             "'pscore' in its schema. Without it, set evaluation.propensities=estimate to estimate "

@@ -68,6 +68,12 @@ class BehaviorPlan:
         options, log = config.evaluation.selection, source.log
         network = options.importance_fit == "network"
         selects_pasif, selects_heuristic = (select in (m, "all") for m in ("pasif", "heuristic"))
+        if selects_pasif and config.evaluation.propensities == "balanced":
+            raise ConfigError(
+                f"--select {select}: PAS-IF splits rows by their own propensities, and "
+                "evaluation.propensities=balanced weights them by others; use paired, ocv, slope "
+                "or heuristic"
+            )
         if log.schema.slates:
             return _of_slates(select, config, log.num_rows)
         columns = options.logging_columns is not None

@@ -100,6 +100,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "LogSmoothing",
+    "LoggerWeighted",
     "LoggerWeightedDR",
     "LoggerWeightedIPS",
     "MeanReward",

@@ -14,6 +14,7 @@ from offtower.data.encoding import FeatureEncoding
 from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows
+from offtower.evaluation.behavior.loggers import Loggers
 from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.scoring.clusters import ClusterWeights
 from offtower.evaluation.scoring.external import ColumnScorer
@@ -92,6 +93,7 @@ class BatchScorer:
         propensities, clusters: estimates; None where not needed.
         seed: draws of a batch are a function of (seed, policy, number of the batch).
         position_weights: by which rewards in slates count; None is 1 everywhere.
+        loggers: the behavior policies, where something tells them apart.
     """
 
     source: LogSource
@@ -101,6 +103,7 @@ class BatchScorer:
     clusters: ClusterWeights | None
     seed: int
     position_weights: PositionWeights | None = None
+    loggers: Loggers | None = None
 
     def batches(
         self, numbers: range, behavior: Sequence[FeatureEncoding] = ()
@@ -113,7 +116,9 @@ class BatchScorer:
         }
         encodings, keys = list(by_id.values()), list(by_id)
         owner = [keys.index(id(scorer.context_encoding)) for scorer in self.policies.values()]
-        for number, batch in self.source.batches(numbers, [*encodings, *behavior]):
+        own = [] if self.loggers is None else self.loggers.encodings
+        known = len(encodings) + len(behavior)
+        for number, batch in self.source.batches(numbers, [*encodings, *behavior, *own]):
             if self.propensities is not None:
                 batch = tuple(self.propensities.filled(rows) for rows in batch)
             alpha = None
@@ -121,6 +126,9 @@ class BatchScorer:
                 alpha = self.position_weights.of(batch[0])
                 batch = tuple(self.position_weights.applied(rows) for rows in batch)
             encoded = tuple(batch[index] for index in owner)
+            weighed = encoded
+            if self.loggers is not None:
+                weighed = self.loggers.balanced(encoded, batch[known:])
             rewards = self.rewards.on(tuple(context_rows(rows) for rows in encoded))
             examinations = self.rewards.examinations(encoded)
             scored = {}
@@ -128,7 +136,7 @@ class BatchScorer:
                 seed = derive_seed(self.seed, "target draws", i, number)
                 generator = torch.Generator().manual_seed(seed)
                 scored[name] = scorer.score_models(
-                    encoded[i], rewards, draws=self.rewards.draws, generator=generator
+                    weighed[i], rewards, draws=self.rewards.draws, generator=generator
                 )
             scored = {
                 name: one.examined(examinations).weighted_by(alpha) for name, one in scored.items()
@@ -139,4 +147,8 @@ class BatchScorer:
                     name: replace(one, cluster_weight=self.clusters.of(scored[name], encoded[0]))
                     for name, one in rows.items()
                 }
-            yield ScoredBatch(number, encoded, batch[len(encodings) :], rewards, scored, rows)
+            if self.loggers is not None:
+                logger = self.loggers.index(encoded[0])
+                rows = {name: replace(one, logger=logger) for name, one in rows.items()}
+            measured = batch[len(encodings) : known]
+            yield ScoredBatch(number, encoded, measured, rewards, scored, rows)
