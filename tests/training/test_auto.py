@@ -54,6 +54,7 @@ from offtower.training.auto.prior_order import (
     REGRESSIONS,
     prior_order,
 )
+from offtower.training.auto.rewarded_rows import RewardedRows
 from offtower.training.run import train_run
 from offtower.training.trainer import TrainingResult
 from tests.mappers import BackwardsMapper
@@ -278,20 +279,24 @@ def test_rows_of_one_context_or_user_share_a_fold() -> None:
     assert np.bincount(folds.balanced([one]).of(one)).min() > 80
 
 
+def ordered(data: PreparedData) -> tuple[str, ...]:
+    return prior_order(data, RewardedRows.of(data))
+
+
 def test_prior_order_depends_on_features_and_rewarded_rows() -> None:
     """Ids alone, seldom rewarded: the likelihoods come first. Else regressions."""
     described = prepare(*_log_and_catalogue(WORLD.sample(50, seed=1)), Progress())
-    assert prior_order(described) == (*REGRESSIONS, *LIKELIHOODS, CLONE)
+    assert ordered(described) == (*REGRESSIONS, *LIKELIHOODS, CLONE)
     world = as_feedback(long_tail(0, labels=30, examples=60, tokens=40), 200, seed=0)
     ids = prepare(world.log, None, world.catalogue, Progress())
-    assert prior_order(ids) == (IMPLICIT, *LIKELIHOODS, *REGRESSIONS, CLONE)
+    assert ordered(ids) == (IMPLICIT, LIKELIHOODS[0], REGRESSIONS[0], CLONE)
     # A few ids that the log rewards again and again are known as well as any features.
     few = as_feedback(long_tail(0, labels=4, examples=60, tokens=40), 2000, seed=0)
-    assert prior_order(prepare(few.log, None, few.catalogue, Progress()))[0] == REGRESSIONS[0]
+    assert ordered(prepare(few.log, None, few.catalogue, Progress()))[0] == REGRESSIONS[0]
     table = pa.table({"item_id": np.arange(30), "group": [str(k % 3) for k in range(30)]})
     features = tuple(FeatureSpec(name=k, kind="category") for k in ("item_id", "group"))
     grouped = Catalogue.from_table(table, CatalogueSchema(item_id="item_id", features=features))
-    assert prior_order(prepare(world.log, None, grouped, Progress()))[0] == REGRESSIONS[0]
+    assert ordered(prepare(world.log, None, grouped, Progress()))[0] == REGRESSIONS[0]
 
 
 def _log_and_catalogue(feedback: dict[str, np.ndarray]) -> tuple[TableLog, None, Catalogue]:

@@ -17,7 +17,8 @@ from offtower.objectives import (
     WeightedLikelihood,
 )
 from offtower.prepare import PreparedData
-from offtower.training.auto.prior_order import prior_order
+from offtower.training.auto.prior_order import ids_only, prior_order
+from offtower.training.auto.rewarded_rows import RewardedRows
 from offtower.training.checks import check_eligible, check_terms
 
 
@@ -46,10 +47,14 @@ class Schedule:
     """Batches after which training ends; None reads all epochs."""
 
 
-_LINEAR_DIM = 64
-_IMPLICIT_DIM, _IMPLICIT_DIM_MANY_ITEMS = 256, 128
+_LINEAR_DIM, _LINEAR_DIM_MANY_ITEMS = 256, 128
 """Value rises with the rank up to a full one, and so does the memory of the embeddings."""
 _MANY_ITEMS = 1 << 15
+_MAX_WEIGHT = 100.0
+_EFFECTIVE_OF_ITEM, _EFFECTIVE = 0.75, 0.5
+"""Shares of rewarded rows that the largest weight 1 / pscore leaves effective."""
+_ALPHA = 0.04
+"""Weight of all items in implicit squares, over the mean weight of rewarded rows."""
 
 
 def make_candidates(config: Config, data: PreparedData) -> list[PolicyCandidate]:
@@ -58,11 +63,20 @@ def make_candidates(config: Config, data: PreparedData) -> list[PolicyCandidate]
     Raises:
         ConfigError: a name is unknown, or no candidate is left.
     """
+    rewarded = RewardedRows.of(data)
+    ids = ids_only(data)
+    most = (
+        rewarded.max_weight(_EFFECTIVE_OF_ITEM, per_item=True)
+        if ids
+        # Features share rows between items, so all weights together decide.
+        else max(_MAX_WEIGHT, rewarded.max_weight(_EFFECTIVE, per_item=False))
+    )
     regression = Regression().for_rewards(binary=data.facts.binary_reward)
-    likelihood = WeightedLikelihood(max_weight=100.0)
+    likelihood = WeightedLikelihood(max_weight=most)
+    implicit = ImplicitSquares(_ALPHA * rewarded.mean_weight(most), max_weight=most)
     many = data.items.num_items > _MANY_ITEMS
-    implicit = _linear(config, data, _IMPLICIT_DIM_MANY_ITEMS if many else _IMPLICIT_DIM)
-    linear, deep = _linear(config, data, _LINEAR_DIM), _plain(config.policy)
+    linear = _linear(config, data, _LINEAR_DIM_MANY_ITEMS if many else _LINEAR_DIM)
+    deep = _plain(config.policy)
     known = {
         one.name: one
         for one in (
@@ -70,13 +84,11 @@ def make_candidates(config: Config, data: PreparedData) -> list[PolicyCandidate]
             PolicyCandidate("regression", regression, deep, learning_rate=3e-3),
             PolicyCandidate("likelihood_linear", likelihood, linear),
             PolicyCandidate("likelihood", likelihood, deep, learning_rate=3e-3),
-            PolicyCandidate(
-                "implicit_linear", ImplicitSquares(0.1, max_weight=10.0), implicit, weight_decay=1.0
-            ),
+            PolicyCandidate("implicit_linear", implicit, linear, weight_decay=1.0),
             PolicyCandidate("behavior_cloning", BehaviorCloning(), deep, learning_rate=3e-3),
         )
     }
-    names = config.auto.candidates or prior_order(data)
+    names = config.auto.candidates or prior_order(data, rewarded)
     for name in names:
         if name not in known:
             raise ConfigError(f"auto.candidates: unknown '{name}'; known: {', '.join(known)}")

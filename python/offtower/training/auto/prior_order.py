@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
+from offtower.data.encoding import FeatureEncoding
 from offtower.prepare import PreparedData
+from offtower.training.auto.rewarded_rows import RewardedRows
 
 REGRESSIONS = ("regression_linear", "regression")
 LIKELIHOODS = ("likelihood_linear", "likelihood")
+DEEP = ("regression", "likelihood")
 IMPLICIT = "implicit_linear"
 CLONE = "behavior_cloning"
 
@@ -16,12 +16,9 @@ ENOUGH = 50
 """Rewarded rows from which an item counts as well observed."""
 _WELL_OBSERVED = 0.9
 """Share of well observed items from which regressions come first."""
-_SCAN_ROWS = 65_536
-_COUNTED_ROWS = 1 << 20
-"""Counts are extrapolated from at most this many rows."""
 
 
-def prior_order(data: PreparedData) -> tuple[str, ...]:
+def prior_order(data: PreparedData, rewarded: RewardedRows) -> tuple[str, ...]:
     """Return candidate names, the preferred ones first.
 
     Regression uses every row, also those without reward, and is best where its model is well
@@ -36,13 +33,30 @@ def prior_order(data: PreparedData) -> tuple[str, ...]:
     high rank.
 
     The clone of the logging policy ignores rewards and comes last.
+
+    Towers with hidden layers are left out where items are ids and a context is one id or one bag:
+    the linear ones already have weights of their own for each pair of values.
     """
-    if not _ids_only(data) or _well_observed(_rewarded_rows(data)):
-        return (*REGRESSIONS, *LIKELIHOODS, CLONE)
-    return (IMPLICIT, *LIKELIHOODS, *REGRESSIONS, CLONE)
+    order: tuple[str, ...]
+    if not ids_only(data) or _well_observed(rewarded):
+        order = (*REGRESSIONS, *LIKELIHOODS, CLONE)
+    else:
+        order = (IMPLICIT, *LIKELIHOODS, *REGRESSIONS, CLONE)
+    if (
+        ids_only(data)
+        and _single_value(data.context_encoding)
+        and _single_value(data.item_encoding)
+    ):
+        return tuple(name for name in order if name not in DEEP)
+    return order
 
 
-def _ids_only(data: PreparedData) -> bool:
+def _single_value(encoding: FeatureEncoding) -> bool:
+    return len(encoding.specs) == 1 and encoding.specs[0].kind in ("category", "bag")
+
+
+def ids_only(data: PreparedData) -> bool:
+    """Whether items are described by their ids alone."""
     return all(
         spec.kind == "category"
         and data.item_encoding.cardinality(spec.name) > data.items.num_items / 2
@@ -50,17 +64,5 @@ def _ids_only(data: PreparedData) -> bool:
     )
 
 
-def _well_observed(rewarded: NDArray[np.float64]) -> bool:
-    return float((rewarded >= ENOUGH).mean()) >= _WELL_OBSERVED
-
-
-def _rewarded_rows(data: PreparedData) -> NDArray[np.float64]:
-    """(N,) rows of the log in which each item has more than the minimal reward."""
-    least = data.train.schema.reward_range[0]
-    counts, seen = np.zeros(data.items.num_items), 0
-    for rows in data.scan(_SCAN_ROWS):
-        counts += np.bincount(rows.action[rows.reward > least], minlength=len(counts))
-        seen += len(rows)
-        if seen >= _COUNTED_ROWS:
-            break
-    return counts * (data.train.num_rows / max(seen, 1))
+def _well_observed(rewarded: RewardedRows) -> bool:
+    return float((rewarded.counts >= ENOUGH).mean()) >= _WELL_OBSERVED
