@@ -37,7 +37,9 @@ class DataConfig:
 class TowerConfig:
     """One tower: encoded features -> embedding."""
 
-    hidden_layer_sizes: tuple[int, ...] = (64, 64)
+    hidden_layer_sizes: tuple[int, ...] | None = None
+    """null is (64, 64); for a tower whose only feature is a category or a bag it is none, with
+    `tables: output` and `bag: root`. The stored policy has the sizes."""
     activation: Literal["elu", "relu", "tanh", "gelu", "silu"] = "elu"
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     normalize: bool = False

@@ -70,7 +70,8 @@ class TwoTowerPolicyLearner(LearnerInputs):
         dim_context_features: width of the context vectors; None takes that of the fit.
         dim_action_features: width of the action (item) vectors; None takes that of the fit.
         embedding_dim: d, width of both towers' embeddings.
-        hidden_layer_sizes: of both towers.
+        hidden_layer_sizes: of both towers; None is (64, 64), or none for a tower whose only feature
+            is a category or a bag.
         activation: elu, relu, tanh, gelu or silu.
         temperature: of the softmax.
         item_bias: give each action a bias beside its embedding.

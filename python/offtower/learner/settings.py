@@ -26,7 +26,7 @@ class LearnerSettings(BaseEstimator):  # type: ignore[misc]
         dim_action_features: int | None = None,
         *,
         embedding_dim: int = 32,
-        hidden_layer_sizes: Sequence[int] = (64, 64),
+        hidden_layer_sizes: Sequence[int] | None = None,
         activation: str = "elu",
         dropout: float = 0.0,
         temperature: float = 1.0,

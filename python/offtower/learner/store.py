@@ -88,7 +88,8 @@ def load_learner(directory: Path, kind: type[L], trust_code: Collection[str]) ->
         settings = dict(content["settings"])
         check_code(settings, path, trust_code)
         _check_objective(settings["objective"], path, trust_code)
-        settings["hidden_layer_sizes"] = tuple(settings["hidden_layer_sizes"])
+        if settings["hidden_layer_sizes"] is not None:
+            settings["hidden_layer_sizes"] = tuple(settings["hidden_layer_sizes"])
         for name, schema in _SCHEMAS.items():
             if settings[name] is not None:
                 settings[name] = schema.from_dict(settings[name])  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from offtower.config import PolicyConfig
 from offtower.data.encoding import FeatureEncoding
 from offtower.models.features import FeatureTensors
 from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures, embed_items
-from offtower.models.towers import Tower
+from offtower.models.towers import Tower, tower_of_features
 from offtower.ops import DenseReward, Eligibility, FactoredReward, PolicyTerms, policy_terms
 from offtower.seeds import derive_seed
 
@@ -36,7 +37,13 @@ class TwoTowerPolicy(nn.Module):
         item_table_rows: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
+        config = replace(
+            config,
+            context_tower=tower_of_features(config.context_tower, context_encoding),
+            item_tower=tower_of_features(config.item_tower, item_encoding),
+        )
         self.config = config
+        """With the layers of both towers."""
         self.context_encoding = context_encoding
         self.item_encoding = item_encoding
         self.context_tower = Tower(context_encoding, config.embedding_dim, config.context_tower)

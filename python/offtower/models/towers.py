@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,26 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "silu": nn.SiLU,
 }
+
+
+_HIDDEN_LAYERS = (64, 64)
+
+
+def tower_of_features(config: TowerConfig, encoding: FeatureEncoding) -> TowerConfig:
+    """Return the configuration with the layers that suit the features where it names none.
+
+    A single category or bag gets an embedding of the output's width per value and no layers: each
+    value has weights of its own then, and layers would only entangle them.
+    """
+    if config.hidden_layer_sizes is not None or config.module is not None:
+        return config
+    if len(encoding.specs) == 1 and encoding.specs[0].kind in ("category", "bag"):
+        return replace(config, hidden_layer_sizes=(), tables="output", bag="root")
+    if config.tables == "output" and not any(
+        spec.kind in ("numeric", "vector") for spec in encoding.specs
+    ):
+        return replace(config, hidden_layer_sizes=())
+    return replace(config, hidden_layer_sizes=_HIDDEN_LAYERS)
 
 
 _DROPOUT = 1 << 16
@@ -63,6 +84,8 @@ class MLPBody(nn.Module):
     ) -> None:
         super().__init__()
         draws = draws or RowDraws()
+        config = tower_of_features(config, encoding)
+        sizes = config.hidden_layer_sizes or ()
         self.adds_tables = config.tables == "output"
         self.encoder = FeatureEncoder(
             encoding,
@@ -80,12 +103,12 @@ class MLPBody(nn.Module):
             )
         layers: list[nn.Module] = []
         width = self.encoder.plain_width if self.adds_tables else self.encoder.width
-        if width == 0 and config.hidden_layer_sizes:
+        if width == 0 and sizes:
             raise ConfigError(
                 "tower 'tables: output' leaves the hidden layers nothing to read, since no feature "
                 "is a number or a vector; set hidden_layer_sizes: [] or tables: input"
             )
-        for size in config.hidden_layer_sizes:
+        for size in sizes:
             layers += [
                 nn.Linear(width, size, dtype=torch.float32, device="cpu"),
                 _ACTIVATIONS[config.activation](),
@@ -156,6 +179,7 @@ class Tower(nn.Module):
         table_rows: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
+        config = tower_of_features(config, encoding)
         self.draws = RowDraws()
         self.training_dtype = torch.float32
         """Of products and embeddings in training passes: float32 or bfloat16."""

@@ -42,6 +42,7 @@ from offtower.training.initialization import (
 from offtower.training.reference_policy import ReferencePolicy
 from offtower.training.sampled import SampledTerms, build_proposal
 from offtower.training.step import ReplicatedStep, TrainedPolicy, TrainingStep
+from offtower.training.suitability import suitability_notes
 from offtower.training.trainer import Trainer, TrainingOutputs
 from offtower.training.two_stage import build_two_stage
 from offtower.training.validation import RowScorer, Validator
@@ -101,6 +102,9 @@ def build_setup(
     """
     objective = checked_objective(config, data)
     check_data(objective, data, reward_model)
+    if workers.first:
+        for note in suitability_notes(config, objective, data):
+            progress.note(f"note: {note}")
     build = _item_sharded if config.training.strategy == "item_sharded" else _replicated
     return build(SetupInputs(config, data, objective, reward_model, workers, progress))
 

@@ -1,0 +1,88 @@
+"""Towers that follow from the features, and notes on training that cannot work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from offtower import TwoTowerPolicyLearner
+from offtower.config import Config, PolicyConfig, TowerConfig, parse_config
+from offtower.data.encoding import FeatureEncoding
+from offtower.data.schema import FeatureSpec
+from offtower.models.policy import TwoTowerPolicy
+from offtower.models.store import load_policy, save_policy
+from offtower.models.towers import tower_of_features
+from offtower.training.setup import checked_objective
+from offtower.training.suitability import suitability_notes
+from tests.training.test_rewarded_rows import popularity_log
+
+TABLE = pa.table({"a": ["x", "y"], "b": pa.array([["u"], []]), "c": [1.0, 2.0]})
+SPECS = {"a": "category", "b": "bag", "c": "numeric"}
+
+
+def encoding(names: str) -> FeatureEncoding:
+    return FeatureEncoding.fit([FeatureSpec(name=k, kind=SPECS[k]) for k in names], [TABLE])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("features", "linear"), [("a", True), ("b", True), ("c", False)])
+def test_layers_follow_from_the_features(features: str, linear: bool) -> None:
+    found = tower_of_features(TowerConfig(), encoding(features))
+    expected = ((), "output", "root") if linear else ((64, 64), "input", "mean")
+    assert (found.hidden_layer_sizes, found.tables, found.bag) == expected
+    # Several features may interact, which takes layers; sizes that are given stay.
+    both = tower_of_features(TowerConfig(), encoding("ab"))
+    assert both.hidden_layer_sizes == (64, 64) and both.tables == "input"
+    given = TowerConfig(hidden_layer_sizes=(8,))
+    assert tower_of_features(given, encoding(features)) == given
+
+
+def test_the_stored_policy_names_its_layers(tmp_path: Path) -> None:
+    policy = TwoTowerPolicy(PolicyConfig(), encoding("b"), encoding("c"))
+    save_policy(tmp_path / "policy", policy, {})
+    text = json.dumps(json.loads((tmp_path / "policy" / "policy.json").read_text()))
+    assert '"hidden_layer_sizes": []' in text and '"hidden_layer_sizes": [64, 64]' in text
+    assert load_policy(tmp_path / "policy")[0].config == policy.config
+
+
+def notes(objective: str, described: bool, **training: int) -> list[str]:
+    config: Config = parse_config(
+        {
+            "name": "x",
+            "data": {"train": "m", "catalogue": "m"},
+            "objective": {"name": objective},
+            "training": training,
+        }
+    )
+    data = popularity_log(described)
+    return list(suitability_notes(config, checked_objective(config, data), data))
+
+
+def test_objectives_that_learn_each_item_apart_are_named_on_ids() -> None:
+    enough = {"epochs": 100, "batch_size": 64}
+    (note,) = notes("clipped_ips", described=False, **enough)
+    assert note.startswith("objective 'clipped_ips' learns each item from its own rewarded rows")
+    assert "of 200 items" in note and "objective.name=auto or weighted_likelihood" in note
+    assert notes("weighted_likelihood", described=False, **enough) == []
+    assert notes("clipped_ips", described=True, **enough) == []
+
+
+def test_too_few_steps_are_reported_with_enough() -> None:
+    (note,) = notes("weighted_likelihood", described=True)
+    assert note.startswith("training.epochs=20 of 500 rows are only 20 steps of 1024 rows")
+    assert "training.batch_size=32 and training.epochs=25" in note
+    assert notes("weighted_likelihood", described=True, batch_size=32, epochs=25) == []
+
+
+def test_the_learner_reports_them(capsys: pytest.CaptureFixture[str]) -> None:
+    feedback = {
+        "context": [[0.0], [1.0]] * 4,
+        "action": [0, 1] * 4,
+        "reward": [1.0, 0.0] * 4,
+        "pscore": [0.5] * 8,
+        "action_context": [[0.0], [1.0]],
+    }
+    TwoTowerPolicyLearner(objective="ips", epochs=1).fit(feedback)
+    assert "note: training.epochs=1 of 8 rows are only 1 steps" in capsys.readouterr().err
