@@ -19,6 +19,7 @@ from offtower.benchmarks.quality.methods import METHODS, MethodResult, NotApplic
 from offtower.benchmarks.quality.revealed import revealed
 from offtower.benchmarks.quality.settings import load_settings
 from offtower.benchmarks.quality.summary import safety, summarize
+from offtower.benchmarks.quality.topics import topical
 from offtower.benchmarks.quality.world import Value, value_of_scores
 from offtower.data.simulate.features import vector_matrix
 from offtower.errors import ConfigError, DataError
@@ -242,3 +243,32 @@ def test_safety_counts_losses_and_broken_bounds() -> None:
     ]
     expected = {"runs": 4, "keep_logging": 1, "below": 2, "replaced_below": 1, "low_exceeds": 1}
     assert safety(lines) == expected
+
+
+def test_labels_logged_by_popularity_are_drawn_alike_in_all_contexts() -> None:
+    labels = topical(0, labels=20, examples=40, tokens=80)
+    world = as_feedback(labels, 20_000, seed=0, popularity=1.0, epsilon=0.2)
+    action, pscore = (world.log.table[name].to_numpy() for name in ("action", "pscore"))
+    rank = 1.0 / np.arange(1, 21)
+    wanted = 0.8 * rank / rank.sum() + 0.2 / 20
+    drawn = np.array([pscore[action == label][0] for label in range(20)])
+    assert all(len(set(pscore[action == label])) == 1 for label in range(20))
+    np.testing.assert_allclose(np.sort(drawn)[::-1], wanted, rtol=1e-5)
+    # Five standard errors, twenty labels: false alarm rate below 2e-5.
+    error = np.sqrt(drawn * (1 - drawn) / 20_000)
+    assert (np.abs(np.bincount(action, minlength=20) / 20_000 - drawn) < 5 * error).all()
+    assert set(action[world.log.table["reward"].to_numpy() > 0]) <= set(
+        np.flatnonzero(labels.train_labels.sum(axis=0))
+    )
+
+
+def test_labels_of_a_text_share_its_topics() -> None:
+    """Of 60 labels in 20 topics, those of an example come from at most two topics of three."""
+    labels = topical(1, labels=60, examples=200, tokens=200)
+    counts = np.asarray(labels.train_labels.sum(axis=1)).ravel()
+    assert counts.min() >= 1 and counts.max() <= 6
+    together = (labels.train_labels.T @ labels.train_labels).toarray() > 0
+    # Two topics may meet by chance; most pairs of labels never do.
+    assert together.mean() < 0.35
+    again = topical(1, labels=60, examples=200, tokens=200)
+    assert (again.test_features != labels.test_features).nnz == 0

@@ -47,33 +47,53 @@ def test_the_stored_policy_names_its_layers(tmp_path: Path) -> None:
     assert load_policy(tmp_path / "policy")[0].config == policy.config
 
 
-def notes(objective: str, described: bool, **training: int) -> list[str]:
+ENOUGH = {"training": {"epochs": 100, "batch_size": 64}}
+
+
+def notes(objective: str, described: bool, **sections: object) -> list[str]:
     config: Config = parse_config(
         {
             "name": "x",
             "data": {"train": "m", "catalogue": "m"},
             "objective": {"name": objective},
-            "training": training,
+            **sections,
         }
     )
     data = popularity_log(described)
     return list(suitability_notes(config, checked_objective(config, data), data))
 
 
-def test_objectives_that_learn_each_item_apart_are_named_on_ids() -> None:
-    enough = {"epochs": 100, "batch_size": 64}
-    (note,) = notes("clipped_ips", described=False, **enough)
-    assert note.startswith("objective 'clipped_ips' learns each item from its own rewarded rows")
+def test_regression_on_rarely_rewarded_ids_is_reported() -> None:
+    (note,) = notes("regression", described=False, **ENOUGH)
+    assert note.startswith("objective 'regression' learns each item from its own rewarded rows")
     assert "of 200 items" in note and "objective.name=auto or weighted_likelihood" in note
-    assert notes("weighted_likelihood", described=False, **enough) == []
-    assert notes("clipped_ips", described=True, **enough) == []
+    assert notes("weighted_likelihood", described=False, **ENOUGH) == []
+    assert notes("regression", described=True, **ENOUGH) == []
+
+
+def test_layers_behind_a_single_feature_are_reported() -> None:
+    policy = {"item_tower": {"hidden_layer_sizes": [8]}}
+    (note,) = notes("clipped_ips", described=False, policy=policy, **ENOUGH)
+    assert note.startswith("policy.item_tower.hidden_layer_sizes=[8] stands between")
+    assert "'item_id'" in note and note.endswith("leave it null")
+    assert notes("clipped_ips", described=True, policy=policy, **ENOUGH) == []
+
+
+def test_a_temperature_that_leaves_scores_uniform_is_reported() -> None:
+    (note,) = notes("implicit_squares", described=False, **ENOUGH)
+    assert "softmax at temperature 1 is nearly uniform: set policy.temperature=0.05" in note
+    sharp = {"policy": {"temperature": 0.05}}
+    assert notes("implicit_squares", described=False, **sharp, **ENOUGH) == []
 
 
 def test_too_few_steps_are_reported_with_enough() -> None:
     (note,) = notes("weighted_likelihood", described=True)
     assert note.startswith("training.epochs=20 of 500 rows are only 20 steps of 1024 rows")
     assert "training.batch_size=32 and training.epochs=25" in note
-    assert notes("weighted_likelihood", described=True, batch_size=32, epochs=25) == []
+    assert (
+        notes("weighted_likelihood", described=True, training={"batch_size": 32, "epochs": 25})
+        == []
+    )
 
 
 def test_the_learner_reports_them(capsys: pytest.CaptureFixture[str]) -> None:

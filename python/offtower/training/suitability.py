@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from offtower.config import Config
+from offtower.config import Config, TowerConfig
+from offtower.models.towers import tower_of_features
 from offtower.objectives import Objective
 from offtower.prepare import PreparedData
 from offtower.training.auto.prior_order import ids_only
 from offtower.training.auto.rewarded_rows import RewardedRows
 
 _ROWS_PER_ITEM = 10.0
-"""Rewarded rows of the median item below which ids are too rarely rewarded for an objective that
-learns from each item's own rows."""
+"""Rewarded rows below which an id is too rarely rewarded for its own regression."""
 _STEPS = 100
 _BATCHES = 16
 """Batches of an epoch that the proposed batch size makes of a small log."""
 _PROPOSED_STEPS = 400
+_SHARP = 0.2
+"""Largest temperature at which scores between 0 and 1 rank more than a few items."""
 
 
 def suitability_notes(config: Config, objective: Objective, data: PreparedData) -> Iterator[str]:
@@ -34,7 +37,23 @@ def suitability_notes(config: Config, objective: Objective, data: PreparedData) 
             f"{training.batch_size} rows: set training.batch_size={batch} and "
             f"training.epochs={epochs}, or use objective.name=auto, which chooses both"
         )
-    if objective.name in _OF_EACH_ITEM and ids_only(data):
+    for side, encoding in (("context", data.context_encoding), ("item", data.item_encoding)):
+        tower: TowerConfig = getattr(config.policy, f"{side}_tower")
+        plain = tower_of_features(replace(tower, hidden_layer_sizes=None), encoding)
+        if tower.hidden_layer_sizes and plain.hidden_layer_sizes == ():
+            yield (
+                f"policy.{side}_tower.hidden_layer_sizes={list(tower.hidden_layer_sizes)} stands "
+                f"between the embeddings of '{encoding.specs[0].name}', the only feature, and the "
+                "output, which learns rare values poorly: leave it null"
+            )
+    temperature = config.policy.temperature * config.serving.temperature
+    if objective.requirements.square_sum and temperature > _SHARP:
+        yield (
+            f"objective '{objective.name}' fits scores between 0 and 1, whose softmax at "
+            f"temperature {temperature:g} is nearly uniform: set policy.temperature=0.05, or "
+            "choose one with 'offtower tune serving'"
+        )
+    if objective.name == "regression" and ids_only(data):
         counts = RewardedRows.of(data).counts
         items, often = len(counts), int((counts >= _ROWS_PER_ITEM).sum())
         if often < items / 2:
@@ -44,9 +63,3 @@ def suitability_notes(config: Config, objective: Objective, data: PreparedData) 
                 f"{_ROWS_PER_ITEM:.0f}: use objective.name=auto or weighted_likelihood, or add "
                 "item features to the catalogue"
             )
-
-
-_OF_EACH_ITEM = frozenset(
-    ("ips", "clipped_ips", "snips", "top_k_ips", "dr", "clipped_dr", "potec", "regression")
-)
-"""Objectives that are near the best fixed item on such logs (docs/results/)."""

@@ -118,16 +118,21 @@ def as_feedback(
     fraction: float = 0.1,
     temperature: float = 0.07,
     epsilon: float = 0.1,
+    popularity: float | None = None,
 ) -> QualityWorld:
     """Simulate a log on the training examples; the test examples are the evaluation contexts.
 
     The logging policy is (1 - epsilon) softmax(score / temperature) + epsilon / N. The scores are
-    those of a ridge regression on a `fraction` of the training examples with all their labels.
+    those of a ridge regression on a `fraction` of the training examples with all their labels. With
+    `popularity` the softmax is rank^-popularity instead, with the labels in random order, in every
+    context.
     """
     rng = np.random.default_rng([seed, 9])
     count, number = labels.train_labels.shape
     known = rng.permutation(count)[: max(2, int(fraction * count))]
     weak = _ridge(labels.train_features[known], labels.train_labels[known])
+    if popularity is not None:
+        weak = _popular(rng.permutation(number), popularity * temperature)
     example = rng.integers(0, count, rounds)
     action = np.empty(rounds, dtype=np.int64)
     pscore = np.empty(rounds)
@@ -214,6 +219,16 @@ def _ridge(
     def predict(rows: sparse.csr_matrix) -> Array:
         scores: Array = design(rows) @ single
         return scores
+
+    return predict
+
+
+def _popular(order: NDArray[np.int64], power: float) -> Callable[[sparse.csr_matrix], Array]:
+    """Scores -power log(rank), equal in all contexts."""
+    score = (-power * np.log1p(order)).astype(np.float32)
+
+    def predict(rows: sparse.csr_matrix) -> Array:
+        return np.broadcast_to(score, (rows.shape[0], len(score)))
 
     return predict
 

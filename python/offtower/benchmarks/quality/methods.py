@@ -100,7 +100,7 @@ def learner_defaults(objective: str, **arguments: Any) -> Method:
         return _trained(
             world,
             seed,
-            policy=_towers([64, 64], 32),
+            policy=_towers(None, 32),
             reward_model={"kind": "factored" if needs_model else "none"},
             objective={"name": objective, "arguments": arguments},
             training={
@@ -286,6 +286,7 @@ METHODS: Mapping[str, Method] = {
     "clipped_ips": learner_defaults("clipped_ips", max_weight=10.0),
     "snips": learner_defaults("snips"),
     "weighted_likelihood": learner_defaults("weighted_likelihood"),
+    "implicit_squares": learner_defaults("implicit_squares"),
     "dr": learner_defaults("dr"),
     "clipped_dr": learner_defaults("clipped_dr", max_weight=10.0),
     "potec": learner_defaults("potec", clusters=10, max_weight=10.0),
@@ -325,7 +326,7 @@ def _trained(world: QualityWorld, seed: int, **sections: Any) -> MethodResult:
     return MethodResult(value(world, trainer.policy, data.items), seconds)
 
 
-def _towers(hidden: list[int], dim: int) -> dict[str, Any]:
+def _towers(hidden: list[int] | None, dim: int) -> dict[str, Any]:
     tower = {"hidden_layer_sizes": hidden}
     return {"embedding_dim": dim, "context_tower": tower, "item_tower": tower}
 

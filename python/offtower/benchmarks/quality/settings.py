@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,8 +11,15 @@ from pydantic.dataclasses import dataclass
 
 from offtower.benchmarks.quality.bilinear import bilinear
 from offtower.benchmarks.quality.degenerate import degenerate
-from offtower.benchmarks.quality.labels import as_feedback, digits, load_label_set, long_tail
+from offtower.benchmarks.quality.labels import (
+    LabelSet,
+    as_feedback,
+    digits,
+    load_label_set,
+    long_tail,
+)
 from offtower.benchmarks.quality.simulated import simulated
+from offtower.benchmarks.quality.topics import topical
 from offtower.benchmarks.quality.world import QualityWorld
 from offtower.config import read_yaml
 from offtower.errors import ConfigError
@@ -35,14 +42,18 @@ class Bilinear:
 
 @dataclass(config=_STRICT, kw_only=True)
 class Labels:
-    """Settings of `as_feedback` for files (--data), digits, or a simulated set of 3,000 labels."""
+    """Settings of `as_feedback` for files (--data), digits, or a simulated set of labels."""
 
-    kind: Literal["label_set", "digits", "long_tail"]
+    kind: Literal["label_set", "digits", "long_tail", "topics"]
     rounds: int = Field(ge=50)
     fraction: float = Field(default=0.1, gt=0.0, le=1.0)
     """Fraction of the training examples that the logging policy is fitted on."""
     temperature: float = Field(default=0.07, gt=0.0)
     epsilon: float = Field(default=0.1, gt=0.0, le=1.0)
+    popularity: float | None = Field(default=None, ge=0.0)
+    """Log labels by rank^-popularity in a random order instead of a fitted policy."""
+    labels: int = Field(default=1000, ge=20)
+    """topics: number of labels."""
 
     def make(self, seed: int, data: str | None) -> QualityWorld:
         if self.kind == "label_set":
@@ -50,7 +61,12 @@ class Labels:
                 raise ConfigError("a world of kind 'label_set' needs --data PREFIX")
             labels = load_label_set(data)
         else:
-            labels = digits(seed) if self.kind == "digits" else long_tail(seed)
+            made: dict[str, Callable[[], LabelSet]] = {
+                "digits": lambda: digits(seed),
+                "long_tail": lambda: long_tail(seed),
+                "topics": lambda: topical(seed, labels=self.labels),
+            }
+            labels = made[self.kind]()
         return as_feedback(
             labels,
             self.rounds,
@@ -58,6 +74,7 @@ class Labels:
             fraction=self.fraction,
             temperature=self.temperature,
             epsilon=self.epsilon,
+            popularity=self.popularity,
         )
 
 
