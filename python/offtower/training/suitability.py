@@ -14,6 +14,8 @@ from offtower.training.auto.rewarded_rows import RewardedRows
 
 _ROWS_PER_ITEM = 10.0
 """Rewarded rows below which an id is too rarely rewarded for its own regression."""
+_OF_EACH_ITEM = frozenset(("snips", "dr", "clipped_dr", "regression"))
+"""Objectives below the others on such logs (docs/results/2026-11-30-label-logs.md)."""
 _STEPS = 100
 _BATCHES = 16
 """Batches of an epoch that the proposed batch size makes of a small log."""
@@ -53,7 +55,7 @@ def suitability_notes(config: Config, objective: Objective, data: PreparedData) 
             f"temperature {temperature:g} is nearly uniform: set policy.temperature=0.05, or "
             "choose one with 'offtower tune serving'"
         )
-    if objective.name == "regression" and ids_only(data):
+    if objective.name in _OF_EACH_ITEM and ids_only(data):
         counts = RewardedRows.of(data).counts
         items, often = len(counts), int((counts >= _ROWS_PER_ITEM).sum())
         if often < items / 2:
