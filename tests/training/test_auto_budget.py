@@ -29,10 +29,10 @@ from offtower.progress import PlainTask, Progress
 from offtower.training.auto import budget, speed
 from offtower.training.auto.budget import make_plan, narrowed
 from offtower.training.auto.candidates import Schedule, make_candidates
-from offtower.training.auto.folds import Folds
+from offtower.training.auto.folds import NOTHING, Folds
 from offtower.training.auto.held_out import HeldOutEvaluator
 from offtower.training.auto.kept_rows import keep_rewarded
-from offtower.training.auto.members import fit_members
+from offtower.training.auto.members import fit_members, set_item_bias, start_member
 from offtower.training.auto.plan import groups_to_read, read_plan
 from offtower.training.auto.temperature_sums import TemperatureSums
 from offtower.training.run import train_run
@@ -212,6 +212,20 @@ def test_thinned_rows_give_unbiased_means_and_clustered_errors(data: PreparedDat
         assert abs(sums - wanted.sum()) < 4.0 * error
     losses = [one.loss(members["regression_linear"], binary=True) for one in (every, thin)]
     assert losses[1] == pytest.approx(losses[0], rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["regression_linear", "regression"])
+def test_regressions_of_a_race_start_at_the_mean_reward(data: PreparedData, name: str) -> None:
+    config = config_of(candidates=[name])
+    (candidate,) = make_candidates(config, data)
+    policy = start_member(candidate, config, data, NOTHING, Progress()).step.policy.eval()
+    with torch.no_grad():
+        before = policy.embed_items(data.items)
+        set_item_bias(policy, -5.0)
+        after = policy.embed_items(data.items)
+    assert before.bias is not None and after.bias is not None
+    torch.testing.assert_close(after.bias, before.bias - 5.0)
+    assert torch.equal(after.embedding, before.embedding)
 
 
 def test_parts_of_a_log_keep_the_origin_of_their_rows(data: PreparedData) -> None:

@@ -6,6 +6,7 @@ candidate may be fitted in one pass over the log, or each on its own worker, wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from torch import Tensor
 from offtower.config import Config
 from offtower.mapping import Mapper
 from offtower.models.policy import TwoTowerPolicy
-from offtower.prepare import PreparedData, open_data
+from offtower.prepare import LogFacts, PreparedData, open_data
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
 from offtower.sampling import ItemCounts, count_items
@@ -84,13 +85,26 @@ class ReadLog:
     def counts(self) -> ItemCounts:
         return count_items(self.data.train, self.data.catalogue, self._progress)
 
-    def start(self, stage: Stage, candidate: str, weights: Sequence[Weights] | None) -> FitStart:
+    def start(
+        self, stage: Stage, candidate: PolicyCandidate, weights: Sequence[Weights] | None
+    ) -> FitStart:
         """What the fit of a candidate's members begins with."""
-        kept = self.rewarded if self._plan.candidates[candidate].rewarded_rows_only else None
+        kept = self.rewarded if self._plan.candidates[candidate.name].rewarded_rows_only else None
         counts = None
         if self._plan.terms == "sampled":
             counts = self.counts if kept is None else kept.counts
-        return FitStart(stage.number, weights, kept, counts)
+        score = None
+        if self._plan.bounded and candidate.predicts_rewards:
+            score = _mean_score(self.data.facts)
+        return FitStart(stage.number, weights, kept, counts, score)
+
+
+def _mean_score(facts: LogFacts) -> float:
+    """The score of the mean reward."""
+    if not facts.binary_reward:
+        return facts.mean_reward
+    mean = min(max(facts.mean_reward, 1e-6), 1.0 - 1e-6)
+    return math.log(mean / (1.0 - mean))
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,7 @@ class FitPart:
             replace(folds, held_out=tuple(folds.held_out[k] for k in part.members)),
             stage.schedules[part.candidate],
             progress,
-            log.start(stage, part.candidate, weights),
+            log.start(stage, inputs.candidates[part.candidate], weights),
         )
         return [{k: v.cpu() for k, v in one.state_dict().items()} for one in members]
 

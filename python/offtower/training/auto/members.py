@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from offtower.config import Config, TrainingConfig
 from offtower.crossfit.loop import FitPlan, FitStep, FoldModel, ModelLoss, fit_out_of_fold
@@ -41,6 +42,9 @@ class FitStart:
     """The rows to fit on; None reads the log."""
     counts: ItemCounts | None = None
     """Of the logged items in those rows, for sampled terms; None counts them."""
+    mean_score: float | None = None
+    """Score that the item bias of new members begins with; None draws it. Steps of a bounded
+    learning rate need hundreds of them to reach the mean of a rare reward."""
 
 
 def fit_members(
@@ -66,6 +70,9 @@ def fit_members(
     ]
     for member, weights in zip(members, start.weights or (), strict=False):
         member.step.policy.load_state_dict(dict(weights))
+    if start.weights is None and start.mean_score is not None:
+        for member in members:
+            set_item_bias(member.step.policy, start.mean_score)
     stage = (start.stage,) if start.stage else ()
     source = data if start.kept is None else start.kept
     sizes = data.train.row_group_sizes if start.kept is None else start.kept.row_group_sizes
@@ -128,6 +135,19 @@ class MemberFit:
         if self.step.proposal is not None:
             self.step.proposal.close()
         return self.step.policy.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def set_item_bias(policy: TwoTowerPolicy, score: float) -> None:
+    """Add `score` to the biases of all items; does nothing for a user's module."""
+    width = policy.config.embedding_dim + 1
+    last = [
+        layer
+        for layer in policy.item_tower.modules()
+        if isinstance(layer, nn.Linear) and layer.out_features == width
+    ]
+    if last and last[-1].bias is not None:
+        last[-1].bias[-1] += score
 
 
 def start_member(
