@@ -15,7 +15,8 @@ from offtower.training.auto.rewarded_rows import RewardedRows
 _ROWS_PER_ITEM = 10.0
 """Rewarded rows below which an id is too rarely rewarded for its own regression."""
 _OF_EACH_ITEM = frozenset(("snips", "dr", "clipped_dr", "regression"))
-"""Objectives below the others on such logs (docs/results/2026-11-30-label-logs.md)."""
+"""Objectives below the others on such logs; `dr` is not measured and is the same without clipping
+(docs/results/2026-11-30-label-logs.md)."""
 _STEPS = 100
 _BATCHES = 16
 """Batches of an epoch that the proposed batch size makes of a small log."""
