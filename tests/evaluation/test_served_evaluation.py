@@ -146,8 +146,8 @@ def test_policies_of_a_run_share_its_passes(place: Path, monkeypatch: pytest.Mon
     # One embedding of the catalogue, as without --also.
     assert len(embedded) == 2 * passes
     # One pass for each temperature and one for the uniform policy. Three policies with a uniform
-    # share are drawn from for the coverage, which takes their normalizers.
-    assert calls[:3] == [1.0, 1.0, 0.5] and len(calls) == 6
+    # share are drawn from for the coverage, and draws come with their normalizers.
+    assert calls == [1.0, 1.0, 0.5]
     same = alone.result.policies["a"].estimates, found.result.policies["a"].estimates
     for name, one in same[0].items():
         assert one.estimate == same[1][name].estimate
