@@ -184,9 +184,8 @@ def test_a_log_is_read_as_far_as_the_budget_goes(
     np.testing.assert_array_equal(again.pscore, whole.take(chosen).pscore)
 
 
-def test_thinned_rows_give_unbiased_means_and_clustered_errors(data: PreparedData) -> None:
-    """Rows without reward count several times, as one unit: z-tests at four standard errors, which
-    a right one fails once in 16,000 seeds."""
+def test_thinned_rows_stand_for_all(data: PreparedData) -> None:
+    """z-tests at four standard errors, which a right one fails once in 16,000 seeds."""
     config = config_of(candidates=["regression_linear", "likelihood_linear"], epochs=1)
     candidates = make_candidates(config, data)
     folds = Folds(2, (0, 1), 0)
@@ -198,18 +197,22 @@ def test_thinned_rows_give_unbiased_means_and_clustered_errors(data: PreparedDat
     thin = HeldOutEvaluator(data, folds, 10_000, 64, None, 4)
     evaluated = every.candidates(members, ["regression_linear"], binary=True)
     whole, found = every.terms(evaluated), thin.terms(evaluated)
+    assert whole.count is None and found.count is not None
     rewarded = int(whole.reward.sum())
     assert found.reward.sum() == rewarded
-    without = len(found.reward) - rewarded
-    assert without % 4 == 0 and thin.evaluated == rewarded + without // 4
+    np.testing.assert_array_equal(found.count, np.where(found.reward > 0.0, 1.0, 4.0))
+    assert thin.evaluated == len(found.reward)
     kept, missing = 0.25, len(whole.reward) - rewarded
-    assert abs(without - missing) < 4.0 * 4.0 * (missing * kept * (1 - kept)) ** 0.5
-    assert found.unit is not None and found.unit.max() + 1 == thin.evaluated
+    margin = 4.0 * 4.0 * (missing * kept * (1 - kept)) ** 0.5
+    assert abs(found.size - rewarded - missing) < margin
     for policy, terms in whole.terms.items():
         wanted = terms.weight[whole.reward == 0.0]
-        sums = found.terms[policy].weight[found.reward == 0.0].sum()
+        sums = 4.0 * found.terms[policy].weight[found.reward == 0.0].sum()
         error = 4.0 * (kept * (1 - kept) * np.square(wanted).sum()) ** 0.5
         assert abs(sums - wanted.sum()) < 4.0 * error
+    parts = [thin.terms(evaluated, part) for part in ((0.0, 0.5), (0.5, 1.0))]
+    joined = parts[0].merge(parts[1])
+    assert joined.size == found.size and joined.effective_size == found.effective_size
     losses = [one.loss(members["regression_linear"], binary=True) for one in (every, thin)]
     assert losses[1] == pytest.approx(losses[0], rel=0.15)
 

@@ -67,7 +67,11 @@ def benchmark(
         int | None, typer.Option("--logs", help="validity: logs of each cell (1,000).", min=2)
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="validity: four cells of ten logs; million: 3 s.")
+        bool,
+        typer.Option(
+            "--quick",
+            help="validity: four cells of ten logs; million: 3 s of training each (auto: 20).",
+        ),
     ] = False,
     rows: Annotated[
         int | None, typer.Option("--rows", help="million: rows of the log (1,000,000).", min=100)

@@ -88,6 +88,7 @@ def choose(
     min_reward: float = 0.0,
     confidence: float = 0.95,
     tolerance: Tolerance | None = None,
+    dropped: int = 0,
 ) -> Choice:
     """Choose a candidate and its inverse temperature, or keep the logging policy.
 
@@ -107,8 +108,12 @@ def choose(
         min_reward: the smallest possible reward.
         confidence: of the one-sided lower bounds of values.
         tolerance: against the logging policy; None qualifies every candidate.
+        dropped: candidates that left before, by evidence of the same rows. Bounds hold for all that
+            entered: those of `order` have their share of the error (Bonferroni).
     """
-    levels = Levels(min_reward, confidence, 1.0 - (tolerance or Tolerance(0.0)).risk)
+    share = len(order) / (len(order) + dropped)
+    risk = (tolerance or Tolerance(0.0)).risk
+    levels = Levels(min_reward, confidence, 1.0 - risk, share)
     policies = [policy for name in order for policy in rows.policies(name)]
     found = estimate_policies(rows, policies, levels)
     estimates = {name: [one for one in found if one.name == name] for name in order}
@@ -134,7 +139,8 @@ def choose(
         for one in estimates[chosen.name]
         if one.inverse_temperature <= chosen.inverse_temperature
     ]
-    return Choice(chosen, not qualified, float(rows.reward.mean()), max(softer), best, estimates)
+    logging = float(rows.mean(rows.reward))
+    return Choice(chosen, not qualified, logging, max(softer), best, estimates)
 
 
 def _sharpest(options: Sequence[CandidateEstimate], rows: HeldOutRows) -> CandidateEstimate:
@@ -149,4 +155,4 @@ def _beats(
     one: CandidateEstimate, other: CandidateEstimate, rows: HeldOutRows, errors: float
 ) -> bool:
     difference = one.contribution - other.contribution
-    return float(difference.mean()) > errors * mean_error(difference, rows)
+    return float(rows.mean(difference)) > errors * mean_error(difference, rows)

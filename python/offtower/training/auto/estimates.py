@@ -7,6 +7,11 @@ Two estimates of a policy's value differ in the mass that it has on items off th
 - `lower_bound` and `gain_lower_bound` scale it by the covered share, the lower end. Mass beyond it
   counts as the smallest reward.
 
+Few rows, or none, have a weight under a sharp policy. The model's prediction for it then stands
+uncorrected, and a policy that maximizes predictions plays the items of which they are too high. The
+bounds are the smallest values that the rows do not contradict: a value v below the prediction m
+would show as residuals of m - v, in the rows that have a weight.
+
 The bounds are simultaneous: with the stated probability all of them hold, so they hold for a policy
 that was chosen by them (maximal studentized mean, Chernozhukov, Chetverikov and Kato 2013).
 """
@@ -36,11 +41,17 @@ class Levels:
         min_reward: the smallest possible reward.
         confidence: of the one-sided lower bounds of values.
         gain_confidence: of the one-sided lower bounds of gains over the logging policy.
+        share: of the error that these policies may use, where others were compared before.
     """
 
     min_reward: float
     confidence: float
     gain_confidence: float
+    share: float = 1.0
+
+    def of(self, confidence: float) -> float:
+        """The joint confidence of these policies' bounds."""
+        return 1.0 - self.share * (1.0 - confidence)
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,10 @@ def estimate_policies(
 ) -> list[CandidateEstimate]:
     """Estimate the value of each policy, and bounds that hold for all of them at once."""
     covered = [_covered(rows, policy) for policy in policies]
-    unseen = np.array([_unseen_errors(rows, policy) for policy in policies])
+    unseen = [
+        _unseen(rows, policy, share, levels.min_reward)
+        for policy, share in zip(policies, covered, strict=True)
+    ]
     cautious = np.stack(
         [
             _contribution(rows, policy, share, levels.min_reward)
@@ -85,9 +99,11 @@ def estimate_policies(
         ],
         axis=1,
     )
-    low = _lower_bounds(cautious, unseen, rows, levels.confidence)
+    floor = levels.min_reward
+    low = _lower_bounds(cautious, floor, unseen, rows, levels.of(levels.confidence))
     gain = cautious - rows.reward[:, None]
-    gain_low = _lower_bounds(gain, unseen, rows, levels.gain_confidence)
+    floor -= float(rows.mean(rows.reward))
+    gain_low = _lower_bounds(gain, floor, unseen, rows, levels.of(levels.gain_confidence))
     return [
         _estimate(rows, policy, levels, _Bounds(share, float(bound), float(gain_bound)))
         for policy, share, bound, gain_bound in zip(policies, covered, low, gain_low, strict=True)
@@ -96,7 +112,26 @@ def estimate_policies(
 
 def mean_error(values: Array, rows: HeldOutRows) -> float:
     """Standard error of the mean, clustered by user or repeated context."""
-    return float(_errors(_unit_sums(values[:, None], rows), len(values))[0])
+    return float(_errors(_unit_sums(values[:, None], rows), rows.size)[0])
+
+
+def whole_error(values: Array, rows: HeldOutRows) -> float:
+    """Standard error of the mean if all rows that these stand for were evaluated.
+
+    The square of a unit's sum is estimated from pairs of its rows: of a row that stands for c rows,
+    c^2 x^2 has the expectation of c x^2, which is the c rows' part, plus c (c - 1) x^2.
+    """
+    if rows.count is None:
+        return mean_error(values, rows)
+    sums = _unit_sums(values[:, None], rows)
+    square = np.square(values - rows.mean(values))
+    alone = float(rows.count @ square)
+    too_much = float((rows.count * (rows.count - 1.0)) @ square)
+    units = len(sums)
+    if units < 2:
+        return float("inf")
+    total = max(float(np.square(sums).sum()) - too_much, alone)
+    return float(np.sqrt(total * units / (units - 1))) / rows.size
 
 
 def simultaneous_quantile(sums: Array, level: float) -> float:
@@ -125,12 +160,12 @@ def _estimate(
     rows: HeldOutRows, policy: CandidatePolicy, levels: Levels, bounds: _Bounds
 ) -> CandidateEstimate:
     weight = rows.terms[policy].weight
-    mean_weight = float(weight.mean())
-    one_more = rows.inverse_pscore / len(weight)
+    mean_weight = float(rows.mean(weight))
+    one_more = rows.inverse_pscore / rows.effective_size
     error = float(np.hypot(mean_error(weight, rows), one_more))
     support_factor = min(1.0, mean_weight + 2.0 * error)
     contribution = _contribution(rows, policy, support_factor, levels.min_reward)
-    value = float(contribution.mean())
+    value = float(rows.mean(contribution))
     units = len(weight) if rows.unit is None else int(rows.unit.max()) + 1
     quantile = float(stdtrit(max(1, units - 1), levels.confidence))
     return CandidateEstimate(
@@ -169,41 +204,67 @@ def _covered(rows: HeldOutRows, policy: CandidatePolicy) -> float:
     others, as long as the weights do not contradict.
     """
     weight = rows.terms[policy].weight
-    mean, variance = float(weight.mean()), weight_variance(rows, policy)
+    mean = float(rows.mean(weight))
+    variance = unseen_second_moment(rows, policy) / rows.effective_size
     error = max(mean_error(weight, rows), float(np.sqrt(variance)))
     of_items = 1.0 / (rows.pscore * rows.eligible_items)
-    catalogue = float(of_items.mean()) - mean_error(of_items, rows)
+    catalogue = float(rows.mean(of_items)) - mean_error(of_items, rows)
     share = min(mean + 2.0 * error, max(mean - 2.0 * error, catalogue))
     return min(1.0, max(0.0, share))
 
 
-def _unseen_errors(rows: HeldOutRows, policy: CandidatePolicy) -> tuple[float, float]:
-    """The least standard error of an estimate, and the error of one additional row.
+@dataclass(frozen=True)
+class _Unseen:
+    """Mass of a policy that the rows have not shown."""
 
-    The first is that of mass which the rows have not shown, with residuals as in the other rows.
-    The second is a row of the typical weight sum w^2 / sum w with the largest residual: of ten
-    effective rows that were all rewarded, the variance is 0 and the reward is not certain.
-    """
+    share: float
+    """Of the policy's mass, at most."""
+    weight_variance: float
+    """Of the mean weight, by this mass."""
+    error: float
+    """Standard error of an estimate by this mass, with residuals as in the other rows."""
+    one_more: float
+    """Standard error by one additional row of the typical weight sum w^2 / sum w with the largest
+    residual: of ten effective rows that were all rewarded, the variance is 0 and the reward is not
+    certain."""
+    model: float
+    """Prediction of the value, less the smallest reward."""
+
+
+def _unseen(
+    rows: HeldOutRows, policy: CandidatePolicy, covered: float, min_reward: float
+) -> _Unseen:
     weight = rows.terms[policy].weight
     residual = rows.reward - rows.action_reward
-    least = float(np.sqrt(np.square(residual).mean() * weight_variance(rows, policy)))
-    total = float(weight.sum())
-    typical = float(np.square(weight).sum()) / total if total > 0.0 else 0.0
-    one_more = max(0.0, typical - 1.0) * float(np.abs(residual).max()) / len(weight)
-    return least, one_more
+    count = np.ones(1) if rows.count is None else rows.count
+    moment = unseen_second_moment(rows, policy)
+    least = float(np.sqrt(float(rows.mean(count * np.square(residual))) * moment / rows.size))
+    total = float(rows.mean(weight))
+    typical = float(rows.mean(np.square(weight))) / total if total > 0.0 else 0.0
+    one_more = max(0.0, typical - 1.0) * float((count * np.abs(residual)).max()) / rows.size
+    model = 0.0
+    if rows.loss:
+        model = covered * (float(rows.mean(rows.terms[policy].expected_reward)) - min_reward)
+    share, variance = _unseen_share(rows, policy), moment / rows.effective_size
+    return _Unseen(share, variance, least, one_more, max(0.0, model))
 
 
-def weight_variance(rows: HeldOutRows, policy: CandidatePolicy) -> float:
-    """Variance of the mean weight that is due to mass which the rows have not shown.
+def _unseen_share(rows: HeldOutRows, policy: CandidatePolicy) -> float:
+    """Share of the policy's mass that the rows have not shown, 1 - mean w, at most."""
+    weight = rows.terms[policy].weight
+    return min(1.0, max(0.0, 1.0 - float(rows.mean(weight)) + mean_error(weight, rows)))
+
+
+def unseen_second_moment(rows: HeldOutRows, policy: CandidatePolicy) -> float:
+    """Second moment of the weights of mass which the rows have not shown; over the effective number
+    of rows it is a variance of the mean weight.
 
     Of a policy that plays one of N items, few rows have a weight, and where none has, the weights
-    look certain. The mass that the rows have not shown, 1 - mean w, adds that share of the variance
-    for propensities like those of the log, sum_a pi(a|x)^2 times the mean of 1 / pscore.
+    look certain. The mass that the rows have not shown adds its share of the second moment for
+    propensities like those of the log, sum_a pi(a|x)^2 times the mean of 1 / pscore.
     """
-    weight = rows.terms[policy].weight
-    unseen = min(1.0, max(0.0, 1.0 - float(weight.mean()) + mean_error(weight, rows)))
     second_moment = _concentration(rows, policy) * rows.inverse_pscore
-    return unseen * max(0.0, second_moment - 1.0) / len(weight)
+    return _unseen_share(rows, policy) * max(0.0, second_moment - 1.0)
 
 
 def _concentration(rows: HeldOutRows, policy: CandidatePolicy) -> float:
@@ -226,23 +287,51 @@ def _concentration(rows: HeldOutRows, policy: CandidatePolicy) -> float:
     if not some.any():
         return 1.0
     logs = 2.0 * np.log(once[some]) - np.log(twice[some]) + np.log(rows.pscore[some])
-    return float(np.exp(np.minimum(logs, 0.0)).mean())
+    share = np.exp(np.minimum(logs, 0.0))
+    if rows.count is None:
+        return float(share.mean())
+    return float(np.average(share, weights=rows.count[some]))
 
 
-def _lower_bounds(values: Array, unseen: Array, rows: HeldOutRows, level: float) -> Array:
-    """(policies,) simultaneous lower bounds of the means of (n, policies) values, with the
-    (policies, 2) `_unseen_errors`."""
+def _lower_bounds(
+    values: Array, floor: float, unseen: Sequence[_Unseen], rows: HeldOutRows, level: float
+) -> Array:
+    """(policies,) simultaneous lower bounds of the means of (n, policies) values.
+
+    With the quantile z, the mean V, the prediction m and the variance s of the mean weight by
+    unseen mass: if the value is v, that mass has residuals of about m - v, and V a standard error
+    of at least sqrt(s) (m - v). The bound is no more than the smallest v that the rows do not
+    contradict, V - v = z sqrt(s) (m - v), and need not be less than what remains where unseen mass
+    has the smallest reward.
+
+    Args:
+        floor: the mean if every reward were the smallest.
+    """
     sums = _unit_sums(values, rows)
-    error = np.hypot(np.maximum(_errors(sums, len(values)), unseen[:, 0]), unseen[:, 1])
+    least = np.array([one.error for one in unseen])
+    one_more = np.array([one.one_more for one in unseen])
+    error = np.hypot(np.maximum(_errors(sums, rows.size), least), one_more)
     quantile = simultaneous_quantile(sums, level)
     width = np.where(error > 0.0, quantile * np.where(error > 0.0, error, 1.0), 0.0)
-    result: Array = values.mean(axis=0) - width
+    mean = rows.mean(values)
+    bound = mean - width
+    model = np.array([one.model for one in unseen])
+    deviation = np.sqrt([one.weight_variance for one in unseen])
+    root = np.where(deviation > 0.0, quantile * np.where(deviation > 0.0, deviation, 1.0), 0.0)
+    some = root < 1.0
+    consistent = (mean - np.where(some, root, 0.0) * (floor + model)) / np.where(
+        some, 1.0 - root, 1.0
+    )
+    without = bound - np.array([one.share for one in unseen]) * model
+    result: Array = np.minimum(bound, np.where(some, np.maximum(consistent, without), without))
     return result
 
 
 def _unit_sums(values: Array, rows: HeldOutRows) -> Array:
     """(units, columns) sums of centered values by unit."""
-    centered = values - values.mean(axis=0)
+    centered = values - rows.mean(values)
+    if rows.count is not None:
+        centered = centered * rows.count[:, None]
     if rows.unit is None:
         return np.asarray(centered, dtype=np.float64)
     # A policy that is wrong about a context is wrong in all rows that repeat it.
@@ -251,7 +340,7 @@ def _unit_sums(values: Array, rows: HeldOutRows) -> Array:
     return np.stack(columns, axis=1)
 
 
-def _errors(sums: Array, rows: int) -> Array:
+def _errors(sums: Array, rows: float) -> Array:
     """(columns,) standard errors of means over `rows`, from centered sums of units."""
     units = len(sums)
     if units < 2:

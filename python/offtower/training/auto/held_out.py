@@ -111,12 +111,34 @@ class HeldOutRows:
     """(n,) number of items that could have been shown."""
     unit_key: NDArray[np.uint64] | None = None
     """(n,) keys that `unit` numbers; None where folds are by row."""
+    count: Array | None = None
+    """(n,) rows of the log that each one stands for, one over the probability with which it was
+    sampled (Horvitz and Thompson 1952, "A generalization of sampling without replacement from a
+    finite universe"); None is 1 for all."""
+
+    @property
+    def size(self) -> float:
+        """Number of rows that these stand for."""
+        return float(len(self.reward) if self.count is None else self.count.sum())
+
+    @property
+    def effective_size(self) -> float:
+        """Number of equally counted rows whose mean has the same variance (Kish 1965)."""
+        if self.count is None:
+            return self.size
+        return self.size**2 / float(np.square(self.count).sum())
+
+    def mean(self, values: Array) -> Any:
+        """Mean over the rows that these stand for, of (n,) or (n, k) values: a number or (k,)."""
+        if self.count is None:
+            return values.mean(axis=0)
+        return self.count @ values / self.size
 
     @property
     def inverse_pscore(self) -> float:
         """Mean of 1 / pscore (N where all items may be shown): about the weight of a row that shows
         the item of a sharp policy."""
-        return float(np.reciprocal(self.pscore).mean())
+        return float(self.mean(np.reciprocal(self.pscore)))
 
     def policies(self, name: str) -> list[CandidatePolicy]:
         """One candidate's policies in ascending inverse temperature."""
@@ -150,6 +172,9 @@ class HeldOutRows:
             unit_key=key,
             pscore=np.concatenate([self.pscore, other.pscore]),
             eligible_items=np.concatenate([self.eligible_items, other.eligible_items]),
+            count=None
+            if self.count is None or other.count is None
+            else np.concatenate([self.count, other.count]),
         )
 
 
@@ -162,9 +187,8 @@ class HeldOutEvaluator:
         max_rows: a longer log is sampled by a keyed hash of the row.
         item_chunk: items embedded at a time.
         progress: receives the rows whose terms are computed.
-        thinning: one in so many rows without reward is evaluated, by a keyed hash. It counts so
-            often as rows of one unit, so that means stay unbiased and standard errors valid: where
-            few rows have a reward, most of the evidence is in those.
+        thinning: one in so many rows without reward is evaluated, by a keyed hash, and stands for
+            all of them: where few rows have a reward, most of the evidence is in those.
     """
 
     def __init__(
@@ -225,14 +249,17 @@ class HeldOutEvaluator:
     def scale(self, policies: Sequence[TwoTowerPolicy]) -> float:
         """Standard deviation of these members' logits between items, over some rows of each."""
         squares: list[Tensor] = []
+        counts: list[Tensor] = []
         number = self._data.items.num_items
         some = torch.arange(0, number, max(1, number // _SCALE_ITEMS))
         items = [embed_some(policy, self._data.items, some) for policy in policies]
         for k, rows in self._rows(_SCALE_ROWS):
             context = to_tensors(rows.context, self._data.device)
             logit = logits(policies[k].embed_contexts(context), items[k])
-            squares.append(logit.double().var(dim=1, correction=0))
-        spread = float(torch.cat(squares).mean().sqrt())
+            count = tensor_of(self._count(rows), self._data.device)
+            squares.append(logit.double().var(dim=1, correction=0) * count)
+            counts.append(count)
+        spread = float((torch.cat(squares).sum() / torch.cat(counts).sum()).sqrt())
         # Equal logits are a uniform policy at every temperature; a large one amplifies rounding.
         return spread if spread > 1e-6 else 1.0
 
@@ -250,9 +277,9 @@ class HeldOutEvaluator:
                 if binary
                 else torch.square(logit - reward)
             )
-            times = self._times(rows)
-            total += float(loss @ tensor_of(times, self._data.device).double())
-            count += int(times.sum())
+            one = self._count(rows)
+            total += float(loss @ tensor_of(one, self._data.device))
+            count += float(one.sum())
         return total / max(count, 1.0)
 
     @torch.no_grad()
@@ -276,7 +303,7 @@ class HeldOutEvaluator:
         units: list[NDArray[np.uint64]] = []
         pscore: list[Array] = []
         eligible_items: list[Array] = []
-        times: list[NDArray[np.int64]] = []
+        counts: list[Array] = []
         for k, rows in _merged(self._rows(part=part)):
             assert rows.pscore is not None, "auto requires propensities"
             pscore.append(rows.pscore.astype(np.float64))
@@ -293,39 +320,36 @@ class HeldOutEvaluator:
                     expected[policy].append(block.expected_reward[name][t])
             self._progress.advance(len(rows))
             self.evaluated += len(rows)
-            times.append(self._times(rows))
-            if not self._folds.by_row or self._thinning > 1:
+            counts.append(self._count(rows))
+            if not self._folds.by_row:
                 units.append(self._folds.key(rows))
         if not reward:
             raise RunError(
                 "no row of the log is held out for the choice of objective=auto: raise "
                 "auto.held_out_rows, or name an objective"
             )
-        index = np.repeat(np.arange(sum(map(len, reward))), np.concatenate(times))
-
-        def counted(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-            whole = np.concatenate(parts)
-            return whole if self._thinning == 1 else whole[index]
-
-        key = counted(units) if units else None
+        key = np.concatenate(units) if units else None
         return HeldOutRows(
-            reward=counted(reward),
+            reward=np.concatenate(reward),
             terms={
-                policy: HeldOutTerms(counted(weight[policy]), counted(expected[policy]))
+                policy: HeldOutTerms(
+                    np.concatenate(weight[policy]), np.concatenate(expected[policy])
+                )
                 for policy in policies
             },
-            action_reward=counted(predicted),
+            action_reward=np.concatenate(predicted),
             scale=dict(candidates.scale),
             loss=dict(candidates.loss),
             unit=None if key is None else _numbered(key),
-            pscore=counted(pscore),
-            eligible_items=counted(eligible_items),
+            pscore=np.concatenate(pscore),
+            eligible_items=np.concatenate(eligible_items),
             unit_key=key,
+            count=None if self._thinning == 1 else np.concatenate(counts),
         )
 
-    def _times(self, rows: EncodedRows) -> NDArray[np.int64]:
-        """(n,) number of rows that each one counts for."""
-        return np.where(rows.reward == 0.0, self._thinning, 1)
+    def _count(self, rows: EncodedRows) -> Array:
+        """(n,) number of rows that each one stands for."""
+        return np.where(rows.reward == 0.0, float(self._thinning), 1.0)
 
     def _eligible_items(self, rows: EncodedRows) -> Array:
         number = self._data.items.num_items

@@ -88,7 +88,7 @@ class Race:
                     "candidates": names,
                     "training_seconds": round(trained - began, 3),
                     "evaluation_seconds": round(time.monotonic() - trained, 3),
-                    "held_out_rows": len(result.rows.reward),
+                    "held_out_rows": round(result.rows.size),
                     "evaluated_rows": result.evaluator.evaluated,
                 }
             )
@@ -197,6 +197,7 @@ class Race:
             min_reward=float(data.train.schema.reward_range[0]),
             confidence=config.evaluation.confidence,
             tolerance=self._tolerance(),
+            dropped=sum(name not in rows.scale for name in self._inputs.plan.candidates),
         )
 
     def _tolerance(self) -> Tolerance | None:

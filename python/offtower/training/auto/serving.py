@@ -22,7 +22,7 @@ from scipy.special import ndtri
 
 from offtower.config import ServingConfig
 from offtower.training.auto.choice import Choice
-from offtower.training.auto.estimates import CandidateEstimate, mean_error, weight_variance
+from offtower.training.auto.estimates import CandidateEstimate, unseen_second_moment, whole_error
 from offtower.training.auto.held_out import CandidatePolicy, HeldOutRows
 
 Array = NDArray[np.float64]
@@ -151,25 +151,24 @@ def _served(
     rows: HeldOutRows,
     requirement: Requirement,
 ) -> ServedSettings:
-    n = len(rows.reward)
     policy = CandidatePolicy(softer.name, softer.inverse_temperature)
     uniform = 1.0 / (rows.pscore * rows.eligible_items)
-    mean = rows.reward.mean()
+    mean = float(rows.mean(rows.reward))
     weight = (1.0 - share) * rows.terms[policy].weight + share * uniform
     # The mean reward as the control variate of uniform draws.
     contribution = (1.0 - share) * softer.contribution + share * (
         uniform * (rows.reward - mean) + mean
     )
-    unseen = (1.0 - share) ** 2 * weight_variance(rows, policy)
-    second_moment = float(np.square(weight).mean()) + n * unseen
+    unseen = (1.0 - share) ** 2 * unseen_second_moment(rows, policy)
+    second_moment = float(rows.mean(np.square(weight))) + unseen
     gain = contribution - rows.reward
-    residual = float(np.square(rows.reward - rows.action_reward).mean())
-    error = max(mean_error(gain, rows), float(np.sqrt(residual * unseen)))
+    residual = float(rows.mean(np.square(rows.reward - rows.action_reward)))
+    error = max(whole_error(gain, rows), float(np.sqrt(residual * unseen / rows.size)))
     return ServedSettings(
         temperature=chosen.inverse_temperature / softer.inverse_temperature,
         uniform=share,
-        value=float(contribution.mean()),
-        gain=float(gain.mean()),
-        gain_error=error * float(np.sqrt(n / requirement.rows)),
-        effective_sample_size=requirement.rows * float(weight.mean()) ** 2 / second_moment,
+        value=float(rows.mean(contribution)),
+        gain=float(rows.mean(gain)),
+        gain_error=error * float(np.sqrt(rows.size / requirement.rows)),
+        effective_sample_size=requirement.rows * float(rows.mean(weight)) ** 2 / second_moment,
     )
