@@ -28,6 +28,7 @@ from offtower.data.catalogue import write_catalogue
 from offtower.data.encoding import to_tensors
 from offtower.data.log import write_log
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
+from offtower.execution import Execution
 from offtower.models.store import load_policy
 from offtower.prepare import open_data
 from offtower.progress import Progress
@@ -101,7 +102,7 @@ def train(folder: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     )
     began = time.monotonic()
     progress = DrawnProgress()
-    train_run(config, progress=progress)
+    train_run(config, execution=Execution(progress=progress))
     seconds = time.monotonic() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     manifest = json.loads((config.run_directory / "manifest.json").read_text())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from offtower.execution import Execution
 from offtower.mapping import Mapper
 
 T = TypeVar("T")
@@ -32,6 +33,9 @@ class BackwardsMapper(Mapper):
             if isinstance(result, Exception):
                 raise result
             yield result
+
+
+BACKWARDS = Execution(BackwardsMapper())
 
 
 def _sent(value: T) -> T:

@@ -15,8 +15,9 @@ from offtower.data import BadRowsError, LogSchema, ParquetLog, RowChecker, check
 from offtower.data.ingest import IngestSource, ingest_files
 from offtower.data.log import TableOrigin
 from offtower.errors import DataError
+from offtower.execution import LOCAL
 from tests.data.conftest import make_catalogue, make_schema, make_table
-from tests.mappers import BackwardsMapper
+from tests.mappers import BACKWARDS
 
 PSCORE = "a probability in (0, 1]"
 REWARD = "a number in [0, 1], the schema's reward_range"
@@ -149,9 +150,9 @@ def test_an_ingest_names_the_file_and_the_row_in_it(tmp_path: Path, distributed:
         table = make_table(90)
         bad = with_cell(table, "pscore", 71, 0.0) if number == 1 else table
         pq.write_table(bad, source / f"{number}.parquet", row_group_size=30)
-    mapper = BackwardsMapper() if distributed else None
+    execution = BACKWARDS if distributed else LOCAL
     with pytest.raises(BadRowsError) as error:
-        ingest_files(IngestSource(source, make_schema()), tmp_path / "out", mapper=mapper)
+        ingest_files(IngestSource(source, make_schema()), tmp_path / "out", execution=execution)
     (bad,) = error.value.rows
     assert (bad.file, bad.file_row, bad.row) == (str(source / "1.parquet"), 71, 161)
     assert f"{source}/1.parquet, row 71 of the file, row 161 of the log" in str(bad)
@@ -160,7 +161,7 @@ def test_an_ingest_names_the_file_and_the_row_in_it(tmp_path: Path, distributed:
     columns = with_cell(make_table(90), "pscore", 80, 0.0).select(list(plain.columns))
     csv.write_csv(columns, file)
     with pytest.raises(BadRowsError) as error:
-        ingest_files(IngestSource(file, plain), tmp_path / "out", mapper=mapper)
+        ingest_files(IngestSource(file, plain), tmp_path / "out", execution=execution)
     (bad,) = error.value.rows
     assert (bad.file, bad.file_row, bad.row) == (str(file), 80, 80)
 

@@ -19,7 +19,7 @@ from offtower.data.ingest import IngestSource, Split, ingest_files
 from offtower.data.moments import Moments
 from offtower.data.validate import ValidationReport
 from offtower.mapping import merge_all
-from tests.mappers import BackwardsMapper
+from tests.mappers import BACKWARDS
 
 N, ITEMS = 4000, 300
 START = datetime(2026, 1, 1)
@@ -202,7 +202,7 @@ def test_units_of_refused_propensities_are_named(
 def test_workers_find_the_same() -> None:
     rows = list(range(0, N, 50))
     faults = {**changed("country", rows, "DE"), **changed("age", rows, -1.0)}
-    one, other = report(faults), report(faults, mapper=BackwardsMapper())
+    one, other = report(faults), report(faults, execution=BACKWARDS)
     assert one == other and len(one.remarks) == 2
 
 

@@ -19,7 +19,7 @@ from offtower.data.log import ParquetLog
 from offtower.data.outcomes import OutcomeCounts
 from offtower.data.schema import CatalogueSchema, LogSchema, Outcomes
 from offtower.errors import ConfigError, DataError
-from tests.mappers import BackwardsMapper
+from tests.mappers import BACKWARDS
 
 NOW = datetime(2026, 3, 10)
 AGES = (20, 9, 8, 7, 6, 3, 0)
@@ -65,7 +65,7 @@ def test_young_rows_are_left_out_whether_rewarded_or_not(tmp_path: Path) -> None
 
 def test_workers_write_the_same_log(tmp_path: Path) -> None:
     one = ingest(log(), tmp_path / "one")
-    many = ingest(log(), tmp_path / "many", mapper=BackwardsMapper())
+    many = ingest(log(), tmp_path / "many", execution=BACKWARDS)
     assert (one.rows, one.outcomes) == (many.rows, many.outcomes)
     files = [(s.log.local / "part-00000.parquet").read_bytes() for s in (one, many)]
     assert files[0] == files[1]

@@ -26,8 +26,9 @@ from offtower.data.simulate import (
 )
 from offtower.data.split import split_log
 from offtower.errors import DataError
+from offtower.execution import LOCAL
 from tests.data.conftest import make_schema, make_table
-from tests.mappers import BackwardsMapper, content
+from tests.mappers import BACKWARDS, BackwardsMapper, content
 
 
 class Units(RowSource):
@@ -122,12 +123,12 @@ def test_ingestion_by_many_workers(
     monkeypatch.setattr("offtower.data.source._UNIT_ROWS", 1000)
     write_source(tmp_path / "source", kind, bad)
     found = []
-    for name, mapper in (("one", None), ("many", BackwardsMapper())):
+    for name, execution in (("one", LOCAL), ("many", BACKWARDS)):
         summary = ingest_files(
             IngestSource(tmp_path / "source", schema_of(kind)),
             tmp_path / name,
             on_bad_rows="quarantine" if bad else "error",
-            mapper=mapper,
+            execution=execution,
         )
         found.append((summary.rows, summary.items, summary.quarantined))
     assert found[0] == found[1] and (found[0][2] > 0) == bad
@@ -141,10 +142,10 @@ def test_the_first_bad_row_is_named_alike(
     monkeypatch.setattr("offtower.data.source._UNIT_ROWS", 1000)
     write_source(tmp_path / "source", kind, bad=True)
     texts = []
-    for mapper in (None, BackwardsMapper()):
+    for execution in (LOCAL, BACKWARDS):
         with pytest.raises(BadRowsError) as caught:
             source = IngestSource(tmp_path / "source", schema_of(kind))
-            ingest_files(source, tmp_path / "out", mapper=mapper)
+            ingest_files(source, tmp_path / "out", execution=execution)
         texts.append(str(caught.value))
         assert not list((tmp_path / "out").iterdir())
     assert texts[0] == texts[1]
@@ -155,7 +156,7 @@ def test_splitting_by_many_workers(tmp_path: Path, by: str) -> None:
     world = SimulatedWorld(50, seed=3)
     write_log(tmp_path / "log", world.log(5000), world.log_schema, rows_per_group=300)
     one = split_log(tmp_path / "log", tmp_path / "one", by=by)
-    many = split_log(tmp_path / "log", tmp_path / "many", by=by, mapper=BackwardsMapper())
+    many = split_log(tmp_path / "log", tmp_path / "many", by=by, execution=BACKWARDS)
     assert one == many
     assert content(tmp_path / "many") == content(tmp_path / "one")
 
@@ -169,9 +170,9 @@ def test_simulating_by_many_workers(
     world = SimulatedWorld(20, WorldSettings(2, 2, 2, feature_kinds="all"), seed=3)
     policies = {name: LoggingPolicy(beta=b) for name, b in (("low", -1.0), ("high", 1.0))}
     made_by = policies if several else None
-    for name, mapper in (("one", None), ("many", BackwardsMapper())):
+    for name, execution in (("one", LOCAL), ("many", BACKWARDS)):
         place = tmp_path / name
-        write_simulated_log(world, place, 70_001, 1, policies=made_by, mapper=mapper)
+        write_simulated_log(world, place, 70_001, 1, policies=made_by, execution=execution)
     log = ParquetLog.open(tmp_path / "many")
     assert log.num_rows == 70_001
     assert len(content(tmp_path / "one")) == 3

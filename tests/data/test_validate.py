@@ -12,7 +12,7 @@ from offtower.data.findings.sketches import DuplicateCount, ItemSet
 from offtower.data.moments import Moments
 from offtower.mapping import merge_all
 from tests.data.conftest import make_catalogue, make_schema, make_table
-from tests.mappers import BackwardsMapper
+from tests.mappers import BACKWARDS
 
 
 def report_of(n: int = 2000, **columns: pa.Array) -> ValidationReport:
@@ -128,5 +128,5 @@ def test_the_report_does_not_depend_on_who_ran_the_parts() -> None:
     table = table.set_column(table.schema.get_field_index("reward"), "reward", pa.array(reward))
     log = TableLog(table, make_schema(), rows_per_group=37)
     one = validate_log(log, make_catalogue())
-    assert validate_log(log, make_catalogue(), mapper=BackwardsMapper()) == one
+    assert validate_log(log, make_catalogue(), execution=BACKWARDS) == one
     assert "bad values" in named(one, "rows")[0].message

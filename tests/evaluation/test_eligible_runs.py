@@ -19,8 +19,9 @@ from offtower.data.rows import encode_rows
 from offtower.evaluation.run import LogEvaluation, evaluate_runs
 from offtower.evaluation.run_loading import open_run
 from offtower.evaluation.scoring.policy import PolicyScorer
+from offtower.execution import LOCAL
 from offtower.training.run import train_run
-from tests.mappers import BackwardsMapper
+from tests.mappers import BACKWARDS
 from tests.training.eligible_data import N, items, log, schemas
 
 FORMS = ("attribute", "exclude")
@@ -88,7 +89,7 @@ def evaluated(place: Path, *, backwards: bool = False) -> LogEvaluation:
         log=place / "served",
         overrides=[f"evaluation.selection.logging_run={place / 'ips'}"],
         select="pasif",
-        mapper=BackwardsMapper() if backwards else None,
+        execution=BACKWARDS if backwards else LOCAL,
     )
 
 

@@ -42,11 +42,11 @@ from offtower.evaluation.scoring.batches import LogSource
 from offtower.evaluation.scoring.policy import PolicyScorer
 from offtower.evaluation.scoring.reward_models import RewardModelProvider
 from offtower.evaluation.selection import BehaviorPolicies
-from offtower.mapping import Mapper
+from offtower.execution import LOCAL
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
 from offtower.training.run import train_run
-from tests.mappers import BackwardsMapper
+from tests.mappers import BACKWARDS
 
 from .test_runs import of_policy
 
@@ -151,7 +151,7 @@ def streamed(
     runs = (open_run(place / "b", catalogue),)
     evaluator = Evaluator(runs, ParquetLog.open(place / "served"), catalogue, config)
     plan = evaluator.plan(select, Progress())
-    return evaluator, plan, evaluator.run(plan, Mapper(), Progress())[1]
+    return evaluator, plan, evaluator.run(plan, LOCAL)[1]
 
 
 def columns_option(cautious: str = "pscore_cautious", keen: str = "pscore_keen") -> str:
@@ -256,9 +256,9 @@ def test_parts_evaluated_elsewhere_give_the_same_bits(
             overrides=[known.get(each, each) for each in (*options, "evaluation.batch_rows=100")],
             select=select,
             log=place / log,
-            mapper=mapper,
+            execution=execution,
         )
-        for mapper in (None, BackwardsMapper())
+        for execution in (LOCAL, BACKWARDS)
     )
     found = one.to_dict()
     assert many.to_dict() == found
@@ -276,9 +276,9 @@ def test_a_run_that_did_not_make_the_log_is_refused_from_parts_too(place: Path) 
             overrides=[option, "evaluation.batch_rows=100"],
             select="pasif",
             log=place / "drawn",
-            mapper=mapper,
+            execution=execution,
         )
-        for mapper in (None, BackwardsMapper())
+        for execution in (LOCAL, BACKWARDS)
     )
     assert any("did not make this log" in note for note in one.notes)
     assert many.to_dict() == one.to_dict()

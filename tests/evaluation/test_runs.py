@@ -28,10 +28,11 @@ from offtower.evaluation.run_loading import open_run
 from offtower.evaluation.scoring import propensities
 from offtower.evaluation.scoring.clusters import ItemClusters, item_clusters
 from offtower.evaluation.scoring.policy import PolicyScorer
+from offtower.execution import LOCAL
 from offtower.models.policy import TwoTowerPolicy
 from offtower.retrieval.export import export_run
 from offtower.training.run import train_run
-from tests.mappers import BackwardsMapper
+from tests.mappers import BACKWARDS
 
 ITEMS = 15
 
@@ -403,9 +404,9 @@ def test_parts_evaluated_elsewhere_give_the_same_bits(
             runs="ab",
             select=select,
             log=place / "served",
-            mapper=mapper,
+            execution=execution,
         ).to_dict()
-        for mapper in (None, BackwardsMapper())
+        for execution in (LOCAL, BACKWARDS)
     ]
     assert found[1] == found[0]
 

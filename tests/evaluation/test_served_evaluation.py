@@ -38,7 +38,7 @@ from offtower.evaluation.scoring.policy import PolicyScorer
 from offtower.models.policy import TwoTowerPolicy
 from offtower.run_directory import RunDirectory
 from offtower.training.run import train_run
-from tests.mappers import BackwardsMapper
+from tests.mappers import BACKWARDS
 
 ITEMS, ROWS = 8, 600
 SERVING = {"temperature": 2.0, "uniform": 0.2}
@@ -178,7 +178,8 @@ def test_a_policy_without_overlap_is_left_out(place: Path, tmp_path: Path) -> No
 
 def test_workers_give_the_same_numbers(place: Path) -> None:
     also = ["uniform=0", "greedy"]
-    alone, spread = evaluate(place, also=also), evaluate(place, also=also, mapper=BackwardsMapper())
+    alone = evaluate(place, also=also)
+    spread = evaluate(place, also=also, execution=BACKWARDS)
     assert alone.result.to_dict() == spread.result.to_dict()
     run = open_run(place / "runs" / "a", Catalogue.open(place / "catalogue"))
     scorer = PolicyScorer(run.policy, run.items)

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from offtower.cli import app
 from offtower.config import parse_config
 from offtower.data.log import ParquetLog, write_log
+from offtower.execution import Execution
 from tests.mappers import content
 
 pytestmark = pytest.mark.ray
@@ -170,7 +171,9 @@ def test_killed_workers_neither_duplicate_nor_lose_rows(
     thread.start()
     try:
         with ray_mapper("local", 2) as mapper:
-            two = split_log(tmp_path / "log", tmp_path / "two", by="row", mapper=mapper)
+            two = split_log(
+                tmp_path / "log", tmp_path / "two", by="row", execution=Execution(mapper)
+            )
     finally:
         stop.set()
         thread.join()

@@ -29,6 +29,7 @@ from offtower.data.log import ParquetLog
 from offtower.data.manifest import write_manifest as write_data_manifest
 from offtower.data.simulate import SimulatedWorld
 from offtower.errors import DataError, OfftowerError, RunError
+from offtower.execution import LOCAL
 from offtower.models import ItemFeatures, load_policy, save_policy
 from offtower.models.features import FeatureEncoder
 from offtower.retrieval import ExportOptions, Retriever, export_run
@@ -37,7 +38,7 @@ from offtower.retrieval.graphs import graph_inputs, write_graphs
 from offtower.retrieval.manifest import read_manifest, write_manifest
 from offtower.retrieval.tower import ContextTower
 from offtower.retrieval.vectors import load_ids, write_vectors
-from tests.mappers import BackwardsMapper, content
+from tests.mappers import BACKWARDS, content
 
 PLAIN = ExportOptions(index=None, onnx=False, contexts=50, kept=50)
 
@@ -413,9 +414,9 @@ def test_items_embedded_elsewhere_have_the_same_bits(
     stream = CatalogueStream(tmp_path / "catalogue", schema)
     assert stream.starts(700) == [0, 700, 1400, 1700, 2400]
     found = []
-    for name, mapper in (("one", None), ("many", BackwardsMapper())):
+    for name, execution in (("one", LOCAL), ("many", BACKWARDS)):
         (tmp_path / name).mkdir()
-        found.append(write_vectors(policy, stream, tmp_path / name, chunk=700, mapper=mapper))
+        found.append(write_vectors(policy, stream, tmp_path / name, chunk=700, execution=execution))
     assert found[0] == found[1] and found[0].count == 3000
     assert content(tmp_path / "many") == content(tmp_path / "one")
     ids = load_ids(tmp_path / "many" / "ids.arrow", 3000)

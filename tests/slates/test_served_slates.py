@@ -25,7 +25,7 @@ from offtower.retrieval import (
     served_schema,
 )
 from offtower.training.run import train_run
-from tests.mappers import BackwardsMapper
+from tests.mappers import BACKWARDS
 
 ROUNDS, K = 1500, 5
 
@@ -149,7 +149,7 @@ def test_parts_on_workers_give_the_same_bits(served) -> None:
     run, log, _ = served
     overrides = ["evaluation.batch_rows=256"]
     here = evaluate_runs([run], log=log, overrides=overrides).result.to_dict()
-    there = evaluate_runs([run], log=log, overrides=overrides, mapper=BackwardsMapper())
+    there = evaluate_runs([run], log=log, overrides=overrides, execution=BACKWARDS)
     assert there.result.to_dict() == here
 
 

@@ -57,7 +57,7 @@ from offtower.training.auto.prior_order import (
 from offtower.training.auto.rewarded_rows import RewardedRows
 from offtower.training.run import train_run
 from offtower.training.trainer import TrainingResult
-from tests.mappers import BackwardsMapper
+from tests.mappers import BACKWARDS
 from tests.training.conftest import make_config
 
 WORLD = BilinearWorld(10, 1.0, seed=3)
@@ -391,7 +391,7 @@ def test_members_learned_elsewhere_one_by_one_have_the_same_bits(
     simulated: Path, tmp_path: Path, whole: tuple[Path, TrainingResult]
 ) -> None:
     config = auto_config(simulated, tmp_path, "away")
-    found = train_run(config, mapper=BackwardsMapper())
+    found = train_run(config, execution=BACKWARDS)
     assert found.chosen == whole[1].chosen and found.validation == whole[1].validation
     assert_same_policies(config.run_directory, whole[0])
 
@@ -416,7 +416,7 @@ def test_without_propensities_there_is_no_choice_to_share(simulated: Path, tmp_p
     schema = ParquetLog.open(config.data.train).schema
     config.data.log_schema = replace(schema, pscore=None).to_dict()
     with pytest.raises(ConfigError, match=r"name it \(--set objective\.name=regression\)"):
-        train_run(config, mapper=BackwardsMapper())
+        train_run(config, execution=BACKWARDS)
 
 
 def test_a_run_goes_on_with_the_next_candidate(

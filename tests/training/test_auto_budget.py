@@ -36,7 +36,7 @@ from offtower.training.auto.members import fit_members, set_item_bias, start_mem
 from offtower.training.auto.plan import groups_to_read, read_plan
 from offtower.training.auto.temperature_sums import TemperatureSums
 from offtower.training.run import train_run
-from tests.mappers import BackwardsMapper
+from tests.mappers import BACKWARDS
 from tests.training.conftest import make_config
 
 WORLD = BilinearWorld(10, 1.0, seed=3)
@@ -379,7 +379,7 @@ def test_the_plan_of_a_run_gives_its_policy_on_any_machine(
 ) -> None:
     machine = Machine(monkeypatch, step=1e-6, row=1e-9)
     other = raced(simulated, tmp_path, "elsewhere", plan=str(race.run_directory))
-    train_run(other, mapper=BackwardsMapper())
+    train_run(other, execution=BACKWARDS)
     assert machine.measured == 0
     assert_same_policies(race.run_directory, other.run_directory)
     file = tmp_path / "plan.json"

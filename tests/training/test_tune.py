@@ -14,7 +14,7 @@ from offtower.training import tune as module
 from offtower.training.run import train_run
 from offtower.training.trainer import TrainingResult
 from offtower.training.tune import DEFAULT_SPACE, draw_trials, load_space, trial_config, tune
-from tests.mappers import BackwardsMapper
+from tests.mappers import BACKWARDS
 from tests.training.conftest import make_config
 
 SPACE = {
@@ -73,7 +73,7 @@ def test_trials_on_workers_give_what_one_process_gives(simulated: Path, tmp_path
         make_config(simulated, tmp_path / "away", "search"),
         space=SPACE,
         count=2,
-        mapper=BackwardsMapper(),
+        execution=BACKWARDS,
     )
     assert away.trials == here.trials
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from offtower.errors import ConfigError
-from offtower.mapping import Mapper
+from offtower.execution import Execution
 from offtower.progress import Progress
 
 PANEL = "On Ray (extra 'ray')"
@@ -97,8 +97,8 @@ class RayOptions:
     ray_wait: RayWait = 0.0
 
     @contextmanager
-    def mapper(self, progress: Progress) -> Iterator[Mapper]:
-        """Connect the options' mapper; without --ray and --workers it runs in this process.
+    def execution(self, progress: Progress) -> Iterator[Execution]:
+        """Connect the options' mapper; without --ray and --workers work runs in this process.
 
         Raises:
             ConfigError: options of Ray without --ray.
@@ -111,7 +111,7 @@ class RayOptions:
                     "--worker-cpus, --worker-memory and --ray-wait are options of --ray; add --ray "
                     "local, auto or an ADDRESS"
                 )
-            yield Mapper()
+            yield Execution(progress=progress)
             return
         from offtower.jobs.mapper import ray_mapper
 
@@ -127,7 +127,7 @@ class RayOptions:
                 progress=progress,
             ) as mapper,
         ):
-            yield mapper
+            yield Execution(mapper, progress)
 
 
 IN_PROCESS = RayOptions()

@@ -33,11 +33,11 @@ from offtower.cli.common import (
     verb,
 )
 from offtower.errors import ConfigError
+from offtower.execution import Execution
 from offtower.jsonable import finite
 
 if TYPE_CHECKING:
     from offtower.evaluation.run import LogEvaluation
-    from offtower.mapping import Mapper
 
 
 @verb
@@ -128,8 +128,8 @@ def evaluate(
     if runs:
         evaluation = _of_runs(runs, options, retrieval or [], ray, progress)
     else:
-        with ray.mapper(progress) as mapper:
-            evaluation = others.evaluate(options, progress, mapper)
+        with ray.execution(progress) as execution:
+            evaluation = others.evaluate(options, execution)
     names = [run.absolute().name for run in runs or []] or list(evaluation.result.policies)
     path = write_report(
         report or (runs[0] / "report.html" if runs else Path("report.html")),
@@ -167,7 +167,7 @@ def _of_runs(
 
     check_log(runs, options.log, options.overrides)
     exports = open_exports(runs, retrieval) if retrieval else []
-    with ray.mapper(progress) as mapper:
+    with ray.execution(progress) as execution:
         evaluation = evaluate_runs(
             runs,
             log=options.log,
@@ -175,8 +175,7 @@ def _of_runs(
             select=options.select,
             also=options.also,
             fresh=options.fresh,
-            progress=progress,
-            mapper=mapper,
+            execution=execution,
         )
     if retrieval:
         # Exports are memory-mapped, so this runs in this process, after the workers.
@@ -206,7 +205,7 @@ class _Others:
         if not runs and retrieval:
             raise ConfigError("--retrieval measures the exports of runs")
 
-    def evaluate(self, options: _Options, progress: DrawnProgress, mapper: Mapper) -> LogEvaluation:
+    def evaluate(self, options: _Options, execution: Execution) -> LogEvaluation:
         from offtower.evaluation.external import (
             evaluate_columns,
             evaluate_embeddings,
@@ -223,8 +222,7 @@ class _Others:
                 overrides=options.overrides,
                 fresh=options.fresh,
                 select=options.select,
-                progress=progress,
-                mapper=mapper,
+                execution=execution,
             )
         if options.also:
             raise ConfigError("--also needs scores of all items: runs, or --embeddings")
@@ -235,8 +233,7 @@ class _Others:
             overrides=options.overrides,
             fresh=options.fresh,
             select=options.select,
-            progress=progress,
-            mapper=mapper,
+            execution=execution,
         )
 
     def arguments(self, log: str | None) -> list[str]:

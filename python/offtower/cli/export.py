@@ -65,15 +65,13 @@ def export(
     options = ExportOptions(
         dtype=dtype, index=wanted, sampling=sampling, layout=layout, fixed_size=not plain_lists
     )
-    progress = DrawnProgress()
-    with ray.mapper(progress) as mapper:
+    with ray.execution(DrawnProgress()) as execution:
         path = export_run(
             run,
             options,
             catalogue=catalogue,
             contexts=contexts,
-            mapper=mapper,
-            progress=progress,
+            execution=execution,
         )
     manifest = read_manifest(path)
     if as_json:

@@ -56,17 +56,14 @@ def ingest(
 ) -> None:
     from offtower.data.ingest import IngestSource, Split, ingest_files, ingest_open_bandit
 
-    progress = DrawnProgress()
     shares = _fractions(fractions)
     parts = None if split is None else Split(split, shares, seed)
     open_bandit = source.startswith("open-bandit:")
     schemas = None if open_bandit else read_schemas(schema)
-    with ray.mapper(progress) as mapper:
+    with ray.execution(DrawnProgress()) as execution:
         if schemas is None:
             campaign = source.partition(":")[2]
-            summary = ingest_open_bandit(
-                campaign, out, split=parts, mapper=mapper, progress=progress
-            )
+            summary = ingest_open_bandit(campaign, out, split=parts, execution=execution)
         else:
             summary = ingest_files(
                 IngestSource(source, schemas[0], catalogue, schemas[1], schemas[2]),
@@ -74,8 +71,7 @@ def ingest(
                 on_bad_rows=on_bad_rows,
                 moved_mean="accept" if accept_moved_mean else "error",
                 split=parts,
-                mapper=mapper,
-                progress=progress,
+                execution=execution,
             )
     if as_json:
         print_json(finite(summary.to_dict()))

@@ -86,7 +86,6 @@ def simulate(
             check_new(folder / name)
     elif folder.exists() and any(folder.local.iterdir()):
         raise DataError(f"'{out}' is not empty; choose another --out")
-    progress = DrawnProgress()
     betas = beta or [1.0]
     policies = {
         f"logging-{number}": LoggingPolicy("contextual", one, epsilon)
@@ -106,7 +105,7 @@ def simulate(
         name: max(1, round(rows * share / world.slate_size)) for name, share in _PARTS.items()
     }
     several = policies if len(policies) > 1 else None
-    with ray.mapper(progress) as mapper:
+    with ray.execution(DrawnProgress()) as execution:
         for number, (name, count) in enumerate(rounds.items(), start=1):
             write_simulated_log(
                 world,
@@ -114,8 +113,7 @@ def simulate(
                 count,
                 seed=number,
                 policies=several,
-                mapper=mapper,
-                progress=progress,
+                execution=execution,
                 task=f"drawing {name}",
             )
     counts = {name: count * world.slate_size for name, count in rounds.items()}

@@ -38,6 +38,7 @@ from offtower.cli.common import (
     verb,
 )
 from offtower.errors import ConfigError
+from offtower.execution import Execution
 from offtower.jsonable import finite
 
 
@@ -103,7 +104,7 @@ def train(
     if ray is None and workers is None:
         device = resolve_device(settings.training.device)
         messages().print(f"training on {describe_device(device)}")
-        train_run(settings, **claim, progress=progress)
+        train_run(settings, **claim, execution=Execution(progress=progress))
     elif settings.objective.name == "auto":
         if worker_gpus:
             raise ConfigError(
@@ -112,8 +113,8 @@ def train(
             )
         most = None if workers is None else WorkerPlan(worker_range(workers)).range[1]
         on_ray = RayOptions(ray, most, worker_cpus, 0.0, ray_wait)
-        with on_ray.mapper(progress) as mapper:
-            train_run(settings, **claim, progress=progress, mapper=mapper)
+        with on_ray.execution(progress) as execution:
+            train_run(settings, **claim, execution=execution)
     else:
         plan = WorkerPlan(
             worker_range(workers or "2"),

@@ -62,16 +62,14 @@ def tune(
     console = messages()
     settings = load_config(config, overrides or [])
     check_paths(settings)
-    progress = DrawnProgress()
-    with ray.mapper(progress) as mapper:
+    with ray.execution(DrawnProgress()) as execution:
         found = search(
             settings,
             space=DEFAULT_SPACE if space is None else load_space(space),
             count=trials,
             resume=resume,
             take_over=take_over,
-            mapper=mapper,
-            progress=progress,
+            execution=execution,
             say=lambda text: console.print(escape(text), soft_wrap=True),
         )
     if as_json:

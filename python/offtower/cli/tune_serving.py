@@ -82,16 +82,14 @@ def tune_serving(
     from offtower.evaluation.report.frontier import write_frontier
 
     bounds = FrontierBounds(keep_rows, max_loss)
-    progress = DrawnProgress()
-    with ray.mapper(progress) as mapper:
+    with ray.execution(DrawnProgress()) as execution:
         found = serving_frontier(
             run,
             log=log,
             temperatures=temperature or TEMPERATURES,
             uniform=uniform or UNIFORM,
             bounds=bounds,
-            mapper=mapper,
-            progress=progress,
+            execution=execution,
         )
     path = write_frontier(
         report or run / "serving.html", found, command=f"offtower tune serving {run}"

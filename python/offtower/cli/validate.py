@@ -38,14 +38,13 @@ def validate(
     from offtower.data.findings.users import users_in_both
     from offtower.data.parquet import verify_files
 
-    progress = DrawnProgress()
     if verify:
         files = verify_files(log, "log") + verify_files(catalogue, "catalogue")
         messages().print(f"{files} files match their checksums")
     opened = ParquetLog.open(log)
     items = Catalogue.open(catalogue, log_schema=opened.schema)
-    with ray.mapper(progress) as mapper:
-        report = validate_log(opened, items, mapper=mapper, progress=progress)
+    with ray.execution(DrawnProgress()) as execution:
+        report = validate_log(opened, items, execution=execution)
     if split_from is not None:
         parts = {split_from: ParquetLog.open(split_from), log: opened}
         report = replace(report, findings=(*report.findings, *users_in_both(parts)))

@@ -26,8 +26,8 @@ from offtower.data.parquet import Footer
 from offtower.data.round_tables import rounds_between
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
-from offtower.mapping import Mapper
-from offtower.progress import Progress, report_rows
+from offtower.execution import Execution
+from offtower.progress import report_rows
 
 
 class RowSource(ABC):
@@ -68,14 +68,13 @@ def write_log_parts(
     directory: AnyPath,
     source: RowSource,
     schema: LogSchema,
-    mapper: Mapper,
+    execution: Execution,
     *,
     rows_per_group: int = ROWS_PER_GROUP,
     rows_per_file: int = ROWS_PER_FILE,
-    progress: Progress | None = None,
     task: str = "writing",
 ) -> dict[str, Any]:
-    """Write a source as `write_log` would, a file at a time with a mapper.
+    """Write a source as `write_log` would, a file at a time, in parts.
 
     Returns:
         The manifest: schema, num_rows, fingerprint.
@@ -83,7 +82,8 @@ def write_log_parts(
     Raises:
         DataError: the directory exists, a column is missing, or there are no rows.
     """
-    directory, progress = Location.of(directory), progress or Progress()
+    directory = Location.of(directory)
+    mapper, progress = execution.mapper, execution.progress
     check_new(directory)
     total = int(source.counts.sum())
     if total == 0:

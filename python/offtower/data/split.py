@@ -27,8 +27,8 @@ from offtower.data.round_tables import table_rounds
 from offtower.data.rows import hashed
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
+from offtower.execution import LOCAL, Execution
 from offtower.mapping import Mapper, pieces
-from offtower.progress import Progress
 
 SplitBy = Literal["time", "user", "round", "row"]
 
@@ -46,8 +46,7 @@ def split_log(
     names: Sequence[str] = ("train", "validation", "test"),
     seed: int = 0,
     *,
-    mapper: Mapper | None = None,
-    progress: Progress | None = None,
+    execution: Execution = LOCAL,
 ) -> dict[str, int]:
     """Write each part of a log to `out`/<name>, keeping the order of rows and all columns.
 
@@ -62,7 +61,7 @@ def split_log(
         fractions: of each part; their sum is 1.
         names: name of each part.
         seed: key of the hash; another seed draws another split.
-        mapper: reads row groups and writes files; the files are the same with any.
+        execution: reads row groups and writes files; the files are the same with any.
 
     Returns:
         Rows of each part, by name.
@@ -77,7 +76,7 @@ def split_log(
     out = Location.of(out)
     for name in names:
         check_new(out / name)
-    mapper, progress = mapper or Mapper(), progress or Progress()
+    mapper = execution.mapper
     assign = _assignment(log, by, np.cumsum(fractions)[:-1], seed, mapper)
     counts = _count(log, assign, len(names), mapper)
     totals = counts.sum(axis=0)
@@ -91,8 +90,7 @@ def split_log(
     with _together(out, names) as folder:
         for number, name in enumerate(names):
             source = _Part(log, columns, assign, number, counts[:, number])
-            task = f"writing {name}"
-            write_log_parts(folder / name, source, log.schema, mapper, progress=progress, task=task)
+            write_log_parts(folder / name, source, log.schema, execution, task=f"writing {name}")
     return {name: int(count) for name, count in zip(names, totals, strict=True)}
 
 
@@ -284,14 +282,13 @@ def _keys(table: pa.Table, column: str) -> NDArray[np.uint64]:
 
 
 def _quantiles(
-    log: Log, column: str, shares: NDArray[np.float64], mapper: Mapper | None = None
+    log: Log, column: str, shares: NDArray[np.float64], mapper: Mapper
 ) -> NDArray[np.uint64]:
     """Find exact quantiles of a column in at most five passes of bounded memory.
 
     Each pass counts the values in 65,536 bins of each quantile's interval and narrows the interval
     to one bin.
     """
-    mapper = mapper or Mapper()
     parts = _pieces(log, mapper)
     found = list(mapper.map(partial(_extent, log, column), parts, "finding times"))
     low, high = min(one[0] for one in found), max(one[1] for one in found)

@@ -12,8 +12,9 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.eligible import reading_index
 from offtower.data.findings import CHECKS, Check, Finding, LogFacts, LogPart, Target
 from offtower.data.log import Log
-from offtower.mapping import Mapper, merge_all, pieces
-from offtower.progress import Progress, report_rows
+from offtower.execution import LOCAL, Execution
+from offtower.mapping import merge_all, pieces
+from offtower.progress import report_rows
 
 _PART_ROWS = 1_000_000
 """Approximate rows of a part of the log."""
@@ -79,8 +80,7 @@ def validate_log(
     catalogue: Catalogue,
     target: Target | None = None,
     *,
-    mapper: Mapper | None = None,
-    progress: Progress | None = None,
+    execution: Execution = LOCAL,
 ) -> ValidationReport:
     """Check every row and the averages of a log, in bounded memory.
 
@@ -92,12 +92,12 @@ def validate_log(
     Args:
         target: maps a table of n rows to (n,) probabilities pi(a_i|x_i) of the logged actions under
             a policy. The mean of pi/pscore is the share of the policy's mass with support.
-        mapper: reads the parts of the log; the results have the same bits with any.
+        execution: reads the parts of the log; the results have the same bits with any.
 
     Raises:
         DataError: a column is missing or has a wrong type; a file cannot be read.
     """
-    mapper, progress = mapper or Mapper(), progress or Progress()
+    mapper, progress = execution.mapper, execution.progress
     sizes = log.row_group_sizes
     groups = max(1, round(_PART_ROWS / max(1.0, float(sizes.mean()))))
     parts = pieces(len(sizes), groups, mapper.workers)

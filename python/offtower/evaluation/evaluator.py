@@ -53,7 +53,8 @@ from offtower.evaluation.slate_options import (
     slate_note,
 )
 from offtower.evaluation.sums import EvaluationSums
-from offtower.mapping import Mapper, MergeTree, pieces
+from offtower.execution import Execution
+from offtower.mapping import MergeTree, pieces
 from offtower.models.reward.dense import flatten
 from offtower.prepare import log_schema
 from offtower.progress import Progress, report_rows
@@ -207,12 +208,13 @@ class Evaluator:
         return EvaluationPlan(scorer, behavior, evaluation, baselines, select, tuple(notes))
 
     def run(
-        self, plan: EvaluationPlan, mapper: Mapper, progress: Progress
+        self, plan: EvaluationPlan, execution: Execution
     ) -> tuple[EvaluationResult, EvaluationAccumulators]:
         """Stream all rows through a plan, here or in parts wherever the mapper runs.
 
         Both merge the batches' sums in the same tree, so the result has the same bits.
         """
+        mapper, progress = execution.mapper, execution.progress
         batches = plan.scorer.source.num_batches
         progress.start("evaluating", self.log.num_rows)
         if mapper.distributed:

@@ -39,8 +39,7 @@ from offtower.evaluation.scoring.external import (
 from offtower.evaluation.scoring.rewards import RewardModels
 from offtower.evaluation.selection_data import check_selection
 from offtower.evaluation.slate_options import position_weights, slate_note
-from offtower.mapping import Mapper
-from offtower.progress import Progress
+from offtower.execution import LOCAL, Execution
 
 Scorers = Mapping[str, ColumnScorer | EmbeddingScorer]
 
@@ -55,8 +54,7 @@ def evaluate_columns(
     overrides: Sequence[str] = (),
     fresh: str | None = None,
     select: str | None = None,
-    progress: Progress | None = None,
-    mapper: Mapper | None = None,
+    execution: Execution = LOCAL,
 ) -> LogEvaluation:
     """Evaluate policies whose probabilities of the logged items are columns of the log.
 
@@ -66,7 +64,7 @@ def evaluate_columns(
     Args:
         log: directory of an ingested log; its schema names the columns under `keep`.
         columns: of each policy; the policy has the name of its column of probabilities.
-        overrides, fresh, select, progress, mapper: as in `offtower.evaluation.run.evaluate_runs`.
+        overrides, fresh, select, execution: as in `offtower.evaluation.run.evaluate_runs`.
 
     Raises:
         ConfigError: no column, one that is named twice, or a wrong option.
@@ -93,7 +91,7 @@ def evaluate_columns(
     main = COLUMNS_MODEL if all(modeled) else None
     identities = {one.probability: identity(asdict(one)) for one in columns}
     scored = _Scored(opened, config, scorers, identities, fresh, main)
-    return _evaluate(scored, select, progress, mapper)
+    return _evaluate(scored, select, execution)
 
 
 def evaluate_embeddings(
@@ -106,8 +104,7 @@ def evaluate_embeddings(
     overrides: Sequence[str] = (),
     fresh: str | None = None,
     select: str | None = None,
-    progress: Progress | None = None,
-    mapper: Mapper | None = None,
+    execution: Execution = LOCAL,
 ) -> LogEvaluation:
     """Evaluate the softmax policy, or another served policy, of another trainer's two towers.
 
@@ -119,7 +116,7 @@ def evaluate_embeddings(
         contexts: .npy file of (rows of the log, d) floats, in the order of the log.
         items: .npy file of (items of the catalogue, d) floats, in the order of the catalogue.
         also: further ways to serve the policy, as in `evaluate_runs`.
-        overrides, fresh, select, progress, mapper: as in `evaluate_runs`.
+        overrides, fresh, select, execution: as in `evaluate_runs`.
 
     Raises:
         ConfigError: a wrong option.
@@ -137,7 +134,7 @@ def evaluate_embeddings(
         scorers[f"{name} {text}"] = base.served_as(serving)
     towers = [sha256_file(file) for file in (contexts, items)]
     identities = {key: identity(towers, asdict(scorer.serving)) for key, scorer in scorers.items()}
-    return _evaluate(_Scored(opened, config, scorers, identities, fresh), select, progress, mapper)
+    return _evaluate(_Scored(opened, config, scorers, identities, fresh), select, execution)
 
 
 def _open(log: AnyPath) -> tuple[ParquetLog, Location]:
@@ -175,11 +172,9 @@ class _Scored:
     reward_model: str | None = None
 
 
-def _evaluate(
-    policies: _Scored, select: str | None, progress: Progress | None, mapper: Mapper | None
-) -> LogEvaluation:
+def _evaluate(policies: _Scored, select: str | None, execution: Execution) -> LogEvaluation:
     log, config, reward_model = policies.log, policies.config, policies.reward_model
-    progress, options = progress or Progress(), config.evaluation
+    options = config.evaluation
     check_selection(select, log, options.selection)
     catalogue = Catalogue.open(config.data.catalogue, log_schema=log.schema)
     kind = log.schema.pscore_kind if log.schema.slates else None
@@ -229,7 +224,7 @@ def _evaluate(
     request = LookRequest(content, keys, options.confidence, {}, policies.fresh)
     look = CountedLook(LogLedger(str(config.data.test)), request)
     title = str(config.data.test)
-    return evaluate_plan(evaluator, plan, title, mapper or Mapper(), progress, look)
+    return evaluate_plan(evaluator, plan, title, execution, look)
 
 
 def _without_models(options: EvaluationConfig) -> EvaluationConfig:

@@ -22,9 +22,8 @@ from offtower.data.location import AnyPath
 from offtower.errors import ConfigError
 from offtower.evaluation.result import PolicyEvaluation
 from offtower.evaluation.run import LogEvaluation, evaluate_runs
-from offtower.mapping import Mapper
+from offtower.execution import LOCAL, Execution
 from offtower.models.store import policy_digest
-from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
 
 TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -128,8 +127,7 @@ def serving_frontier(
     uniform: Sequence[float] = UNIFORM,
     bounds: FrontierBounds | None = None,
     trust_code: Collection[str] = (),
-    mapper: Mapper | None = None,
-    progress: Progress | None = None,
+    execution: Execution = LOCAL,
 ) -> ServingFrontier:
     """Evaluate a run's policy at every temperature and uniform share, and recommend one of them.
 
@@ -166,8 +164,7 @@ def serving_frontier(
         overrides=[f"evaluation.estimators={estimators}", "evaluation.decide_by=auto"],
         trust_code=trust_code,
         also=grid,
-        mapper=mapper,
-        progress=progress,
+        execution=execution,
     )
     facts = {"run": str(run), "policy": policy_digest(RunDirectory(run).policy)}
     record(place, evaluation.log["content"], "served", facts)

@@ -27,13 +27,13 @@ from offtower.evaluation.run_loading import EvaluatedPolicy, OpenRun, open_run, 
 from offtower.evaluation.selection import SelectionComparison
 from offtower.evaluation.selection.interaction import InteractionSums
 from offtower.evaluation.selection_data import check_selection
-from offtower.mapping import Mapper, MergeTree
+from offtower.execution import LOCAL, Execution
+from offtower.mapping import MergeTree
 from offtower.metrics import read_metrics
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import policy_digest
 from offtower.prepare import catalogue_schema, log_schema
-from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
 
 __all__ = ["HISTOGRAM_EDGES", "LogEvaluation", "Truth", "evaluate_runs"]
@@ -117,8 +117,7 @@ def evaluate_runs(
     also: Sequence[str] = (),
     fresh: str | None = None,
     title: str | None = None,
-    progress: Progress | None = None,
-    mapper: Mapper | None = None,
+    execution: Execution = LOCAL,
     truth: Truth | None = None,
     baselines: dict[str, float] | None = None,
 ) -> LogEvaluation:
@@ -143,8 +142,8 @@ def evaluate_runs(
         fresh: declares that a new question begins, which earlier looks at the log do not count in,
             and says why.
         title: of the report's section.
-        mapper: where the log is evaluated; every number has the same bits with any. Reward models
-            are fitted, and estimators selected, in this process.
+        execution: where the log is evaluated; every number has the same bits with any mapper.
+            Reward models are fitted, and estimators selected, in this process.
         truth: a simulator's truth, shown beside the estimates.
         baselines: other known values to compare with.
 
@@ -154,7 +153,6 @@ def evaluate_runs(
         ConfigError: no log to evaluate on, or the runs have different catalogues.
         DataError: the log has no propensities, or cannot be read.
     """
-    progress = progress or Progress()
     config = with_overrides(RunDirectory(paths[0]).load_config(trust_code=trust_code), overrides)
     opened, place = _open_log(paths[0], log, config)
     check_selection(select, opened, config.evaluation.selection)
@@ -165,9 +163,9 @@ def evaluate_runs(
     data = replace(config.data, test=str(place))
     config = replace(config, data=data)
     evaluator = Evaluator(runs, opened, catalogue, config, tuple(also))
-    plan = evaluator.plan(select, progress)
+    plan = evaluator.plan(select, execution.progress)
     look, policies = _look(evaluator, plan, place, fresh), evaluator.policies
-    found = evaluate_plan(evaluator, plan, title or str(place), mapper or Mapper(), progress, look)
+    found = evaluate_plan(evaluator, plan, title or str(place), execution, look)
     served = {name: one.run for name, one in policies.items() if one.also is None}
     return replace(
         found,
@@ -210,15 +208,14 @@ def evaluate_plan(
     evaluator: Evaluator,
     plan: EvaluationPlan,
     title: str,
-    mapper: Mapper,
-    progress: Progress,
+    execution: Execution,
     look: CountedLook,
 ) -> LogEvaluation:
     """Evaluate by a plan. Its policies have neither objective nor learning curve yet."""
     looks = look.plan()
     confidences = tuple(looks.confidences[name] for name in plan.scorer.policies)
     plan = replace(plan, options=replace(plan.options, verdict_confidences=confidences))
-    result, accumulated = evaluator.run(plan, mapper, progress)
+    result, accumulated = evaluator.run(plan, execution)
     result = look.finish(looks, result)
     coverage = accumulated.coverage.coverage()
     calibration = accumulated.coverage.calibration()
@@ -250,7 +247,7 @@ def evaluate_plan(
             *([] if refusal is None else [refusal]),
             *missing,
         ],
-        selection=evaluator.select(plan, result.policies, accumulated, progress),
+        selection=evaluator.select(plan, result.policies, accumulated, execution.progress),
         coverage=coverage,
         pscore_calibration=calibration,
         baseline_values=values,

@@ -29,6 +29,7 @@ from offtower.data.simulate import ObpWorld
 from offtower.errors import DataError, RunError
 from offtower.evaluation.report import write_report
 from offtower.evaluation.run import LogEvaluation, evaluate_runs
+from offtower.execution import Execution
 from offtower.models.policy import TwoTowerPolicy
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
@@ -61,12 +62,13 @@ def run_quickstart(out: Path, progress: Progress, say: Callable[[str], None]) ->
     say("Open Bandit Dataset, men campaign: reading the sample")
     configs = _configs("open_bandit", _open_bandit(out / "data" / "open-bandit", say), out)
     title = "Open Bandit Dataset, men campaign"
-    evaluations = [_train_and_evaluate(title, configs, progress, say)]
+    execution = Execution(progress=progress)
+    evaluations = [_train_and_evaluate(title, configs, execution, say)]
     say("Synthetic log: 10 actions, true value known")
     folder, world = _synthetic(out / "data" / "synthetic")
     configs = _configs("synthetic", folder, out)
     title = "Synthetic log, 10 actions"
-    evaluations.append(_train_and_evaluate(title, configs, progress, say, world))
+    evaluations.append(_train_and_evaluate(title, configs, execution, say, world))
     report = write_report(
         out / "report.html", evaluations, title="offtower quickstart", command="offtower quickstart"
     )
@@ -123,21 +125,21 @@ def _synthetic(folder: Path) -> tuple[Path, ObpWorld]:
 def _train_and_evaluate(
     title: str,
     configs: list[Config],
-    progress: Progress,
+    execution: Execution,
     say: Callable[[str], None],
     world: ObpWorld | None = None,
 ) -> LogEvaluation:
     for config in configs:
         result = train_run(
             config,
-            progress=progress,
+            execution=execution,
             hook=None if world is None else lambda data: _truth_hook(world, data),
         )
         say(f"  {config.objective.name}: {result.epochs} epochs, {result.steps:,} steps")
     return evaluate_runs(
         [config.run_directory for config in configs],
         title=title,
-        progress=progress,
+        execution=execution,
         truth=None if world is None else _truth(world),
         baselines=None if world is None else _baselines(world),
     )

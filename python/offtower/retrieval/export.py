@@ -24,11 +24,10 @@ from offtower.config import Config
 from offtower.data.lease import Lease
 from offtower.data.location import AnyPath
 from offtower.errors import ConfigError, DataError, MissingExtraError, OfftowerError, RunError
-from offtower.mapping import Mapper
+from offtower.execution import LOCAL, Execution
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import load_policy
 from offtower.prepare import catalogue_schema
-from offtower.progress import Progress
 from offtower.retrieval.catalogue_stream import CatalogueStream
 from offtower.retrieval.eligible import write_eligible
 from offtower.retrieval.exact import exact_top_k, recall
@@ -106,8 +105,7 @@ def export_run(
     *,
     catalogue: AnyPath | None = None,
     contexts: AnyPath | None = None,
-    mapper: Mapper | None = None,
-    progress: Progress | None = None,
+    execution: Execution = LOCAL,
     trust_code: Collection[str] = (),
 ) -> Path:
     """Export a run's policy to RUN/export/<version> and make it the current version.
@@ -119,8 +117,8 @@ def export_run(
         catalogue: items to export; those of the training catalogue by default. New items are
             embedded from their features.
         contexts: log to measure recall on; the run's test, validation or training log by default.
-        mapper: embeds the items, with the same result for any number of workers. Cells, index and
-            Parquet parts are made in this process.
+        execution: embeds the items, with the same result for any number of workers. Cells, index
+            and Parquet parts are made in this process.
         trust_code: import paths of code that the run may name, as in `load_policy`.
 
     Returns:
@@ -157,8 +155,7 @@ def export_run(
                 stream,
                 config,
                 options,
-                mapper=mapper or Mapper(),
-                progress=progress or Progress(),
+                execution,
                 restricted=directory.manifest().get("eligible") is not None,
             )
             content = {
@@ -211,8 +208,7 @@ class _Writer:
     catalogue: CatalogueStream
     config: Config
     options: ExportOptions
-    mapper: Mapper
-    progress: Progress
+    execution: Execution
     restricted: bool = False
     """Whether the policy was trained over eligible items."""
 
@@ -240,8 +236,7 @@ class _Writer:
             self.catalogue,
             folder,
             chunk=options.chunk,
-            mapper=self.mapper,
-            progress=self.progress,
+            execution=self.execution,
         )
         write_eligible(
             self.catalogue.keeping(log.schema.eligible), log.schema, folder, chunk=options.chunk

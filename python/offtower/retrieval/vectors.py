@@ -26,9 +26,10 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.columns import as_array, category_values, hash_values, is_text
 from offtower.data.encoding import to_tensors
 from offtower.errors import DataError, RunError
+from offtower.execution import LOCAL, Execution
 from offtower.mapping import Mapper, pieces
 from offtower.models.policy import TwoTowerPolicy
-from offtower.progress import Progress, report_rows
+from offtower.progress import report_rows
 from offtower.retrieval.catalogue_stream import CHUNK, CatalogueStream
 
 Dtype = Literal["float32", "float16", "int8"]
@@ -68,21 +69,20 @@ def write_vectors(
     directory: Path,
     *,
     chunk: int = CHUNK,
-    mapper: Mapper | None = None,
-    progress: Progress | None = None,
+    execution: Execution = LOCAL,
 ) -> WrittenVectors:
     """Embed every item and write vectors.npy (N, D) float32 and ids.arrow.
 
     Memory is O(chunk) plus 8 bytes per item for finding duplicate ids.
 
     Args:
-        mapper: embeds the items. Its workers write to the same file, so they must share the
+        execution: embeds the items. Workers write to the same file, so they must share the
             directory.
 
     Raises:
         DataError: an id is null or duplicate, a feature is invalid, or an embedding is not finite.
     """
-    mapper, progress = mapper or Mapper(), progress or Progress()
+    mapper, progress = execution.mapper, execution.progress
     policy.eval()
     n = catalogue.num_items
     path = (directory / "vectors.npy").resolve()

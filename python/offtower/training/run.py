@@ -20,7 +20,7 @@ from offtower.data.ledger import record
 from offtower.data.log import ParquetLog
 from offtower.errors import ConfigError
 from offtower.evaluation.estimators import make_estimator
-from offtower.mapping import Mapper
+from offtower.execution import LOCAL, Execution
 from offtower.metrics import MetricsLog
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
@@ -45,10 +45,9 @@ def train_run(
     resume: bool = False,
     take_over: bool = False,
     mirror: str | None = None,
-    progress: Progress | None = None,
+    execution: Execution = LOCAL,
     hook: Callable[[PreparedData], EpochHook] | None = None,
     workers: Workers = SINGLE_PROCESS,
-    mapper: Mapper | None = None,
 ) -> TrainingResult:
     """Claim the run, train as configured and write runs/<name>/policy.
 
@@ -57,7 +56,7 @@ def train_run(
         take_over: as `resume`, also while another process writes to the run; that one stops.
         mirror: address of the folder of copies (`offtower.mirror`); with `resume` a missing run
             is fetched from there.
-        progress, hook, workers, mapper: as in `train_claimed`.
+        execution, hook, workers: as in `train_claimed`.
 
     Raises:
         RunError: the directory belongs to another configuration, or exists and `resume` is false.
@@ -79,10 +78,9 @@ def train_run(
             run,
             config,
             resume=resume or take_over,
-            progress=progress,
+            execution=execution,
             hook=hook,
             workers=workers,
-            mapper=mapper,
         )
 
 
@@ -91,29 +89,27 @@ def train_claimed(
     config: Config,
     *,
     resume: bool = False,
-    progress: Progress | None = None,
+    execution: Execution = LOCAL,
     hook: Callable[[PreparedData], EpochHook] | None = None,
     workers: Workers = SINGLE_PROCESS,
     trackers: Sequence[Tracker] = (),
-    mapper: Mapper | None = None,
 ) -> TrainingResult:
     """Train a run that has been claimed.
 
     Args:
         run: the first worker's holds the lease.
         resume: continue from the newest checkpoint, or begin.
-        progress: shows progress.
+        execution: runs the parts of objective=auto; the first worker reports progress.
         hook: builds a function that adds numbers to each epoch's metrics, such as a simulator's
             true value.
         workers: call this together, with the same arguments and shared storage.
         trackers: receive the metrics' lines on every worker, beside the configured ones.
-        mapper: runs the parts of objective=auto.
 
     Raises:
         LeaseError: another process took the run over.
         RunError, ConfigError, DataError: the run, the configuration or the data is invalid.
     """
-    progress = (progress if workers.first else None) or Progress()
+    progress = execution.progress if workers.first else LOCAL.progress
     began = time.time()
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
@@ -131,7 +127,7 @@ def train_claimed(
                 "objective.name=auto cannot train on workers that share batches: pass a mapper to "
                 "train_run, as 'offtower train --workers' does"
             )
-        automatic = train_auto(config, data, outputs=outputs, run=run, mapper=mapper)
+        automatic = train_auto(config, data, outputs=outputs, run=run, mapper=execution.mapper)
         facts = {
             "auto": automatic.report,
             "workers": 1,
@@ -141,7 +137,7 @@ def train_claimed(
         _finish(run, config, data, Trained(automatic.policy, automatic.result, began, facts))
         metrics.close()
         return automatic.result
-    if mapper is not None and mapper.distributed:
+    if execution.mapper.distributed:
         raise ConfigError(
             "the log has no propensities, and without them objective.name=auto is regression: to "
             "train it on workers, name it (--set objective.name=regression)"

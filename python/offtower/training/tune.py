@@ -31,10 +31,9 @@ from offtower.data.ledger import record
 from offtower.data.log import ParquetLog
 from offtower.errors import ConfigError, RunError
 from offtower.evaluation.intervals import simultaneous_confidence
+from offtower.execution import LOCAL, Execution
 from offtower.jsonable import finite
-from offtower.mapping import Mapper
 from offtower.prepare import log_schema
-from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
 from offtower.seeds import derive_seed
 from offtower.training.run import train_run
@@ -132,8 +131,7 @@ def tune(
     count: int = 20,
     resume: bool = False,
     take_over: bool = False,
-    mapper: Mapper | None = None,
-    progress: Progress | None = None,
+    execution: Execution = LOCAL,
     say: Callable[[str], None] = lambda text: None,
 ) -> TuneResult:
     """Train `count` runs and rank them by their lower bounds.
@@ -147,7 +145,7 @@ def tune(
         count: trials.
         resume: keep finished trials and continue stopped ones.
         take_over: as `resume`, even where another process runs the same search; that one stops.
-        mapper: runs the trials; one that its workers share the storage of.
+        execution: runs the trials; the workers of its mapper share the storage.
 
     Returns:
         Trials, best first; runs/<name>-tune/ holds trials.json and best.yaml.
@@ -169,8 +167,9 @@ def tune(
     for number, overrides in points:
         one = trial_config(config, number, overrides, confidence)
         RunDirectory(one.run_directory).check(one, resume=resume or take_over)
-    mapper = mapper or Mapper()
-    run = _TrialRun(config, confidence, take_over, None if mapper.distributed else progress)
+    mapper = execution.mapper
+    reports = LOCAL if mapper.distributed else Execution(progress=execution.progress)
+    run = _TrialRun(config, confidence, take_over, reports)
     folder = Path(config.runs) / f"{config.name}-tune"
     found: list[Trial] = []
     with Lease.acquire(folder, take_over=take_over, remedy=_REMEDY) as lease:
@@ -198,7 +197,7 @@ class _TrialRun:
     config: Config
     confidence: float
     take_over: bool
-    progress: Progress | None
+    execution: Execution
 
     def __call__(self, point: tuple[int, Overrides]) -> Trial:
         number, overrides = point
@@ -207,7 +206,10 @@ class _TrialRun:
             low = _finished(one)
             if low is None:
                 low = train_run(
-                    one, resume=True, take_over=self.take_over, progress=self.progress
+                    one,
+                    resume=True,
+                    take_over=self.take_over,
+                    execution=self.execution,
                 ).validation
         except RunError as error:
             # A diverged trial is a result, and the others continue.

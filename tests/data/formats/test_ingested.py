@@ -19,7 +19,7 @@ from offtower.data.formats.options import FileFormat, SourceFormats
 from offtower.data.ingest import IngestSource, IngestSummary, ingest_files
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
 from offtower.errors import DataError
-from tests.mappers import BackwardsMapper
+from tests.mappers import BACKWARDS
 from tests.mappers import content as content_of
 from tests.stores import failing_reads, unruly
 
@@ -381,7 +381,7 @@ def test_workers_and_stores_write_the_same_log(
     for place in (plain, workers, store):
         place.mkdir()
     here = ingest(plain, folder, on_bad_rows="quarantine")
-    spread = ingest(workers, folder, on_bad_rows="quarantine", mapper=BackwardsMapper())
+    spread = ingest(workers, folder, on_bad_rows="quarantine", execution=BACKWARDS)
     handler, root = unruly(monkeypatch, tmp_path / "store", "logs-in-a-store")
     handler.before = failing_reads(monkeypatch, 7, "When reading: Connection reset by peer")
     far = ingest(store, f"{root}/logs", on_bad_rows="quarantine")

@@ -33,8 +33,8 @@ from offtower.data.source import (
 from offtower.data.split import split_log
 from offtower.data.validate import ValidationReport, validate_log
 from offtower.errors import DataError
+from offtower.execution import LOCAL, Execution
 from offtower.mapping import Mapper
-from offtower.progress import Progress
 
 
 def ingest_files(
@@ -44,8 +44,7 @@ def ingest_files(
     on_bad_rows: str = "error",
     moved_mean: Literal["error", "accept"] = "error",
     split: Split | None = None,
-    mapper: Mapper | None = None,
-    progress: Progress | None = None,
+    execution: Execution = LOCAL,
 ) -> IngestSummary:
     """Check every row of the source; write `out`/log, `out`/catalogue and the parts of the split.
 
@@ -54,9 +53,9 @@ def ingest_files(
     Args:
         on_bad_rows: "error", or "quarantine" to set them aside in `out`/quarantine.
         moved_mean: whether to refuse a quarantine that moves the mean reward by more than chance.
-        mapper: where the source is read and files are written; the files are the same with any. One
-            that is distributed reads the source once more, to count its rows, and needs a path that
-            every worker sees.
+        execution: where the source is read and files are written; the files are the same with any
+            mapper. A distributed one reads the source once more, to count its rows, and needs a
+            path that every worker sees.
 
     Raises:
         DataError: no such source, an unknown format, a bad row (unless quarantined), a source
@@ -64,7 +63,6 @@ def ingest_files(
             reward, or `out` holds a log already.
         LeaseError: another process writes to `out`.
     """
-    mapper, progress = mapper or Mapper(), progress or Progress()
     log = Location.of(source.log)
     schema = source.schema
     written = source.formats.log
@@ -80,7 +78,7 @@ def ingest_files(
     with claimed(out, split) as out:
         if source.catalogue is None:
             _check_item_columns(source.schema)
-            table, catalogue_schema = _shown_items(units, source.schema, mapper)
+            table, catalogue_schema = _shown_items(units, source.schema, execution.mapper)
         else:
             catalogue_schema = source.catalogue_schema or CatalogueSchema()
             kinds = catalogue_kinds(catalogue_schema, schema.eligible)
@@ -89,15 +87,15 @@ def ingest_files(
         catalogue = Catalogue.from_table(table, catalogue_schema)
         units = units.like_catalogue(schema, table, catalogue_schema)
         quarantine = (out / "quarantine").absolute() if on_bad_rows == "quarantine" else None
-        schema = _dated(source.schema, units, mapper)
+        schema = _dated(source.schema, units, execution.mapper)
         rows = CheckedUnits.uncounted(units, schema, reading_index(catalogue, schema), quarantine)
-        found = write_rows(out / "log", rows, mapper, progress)
+        found = write_rows(out / "log", rows, execution)
         mark_single_draws(out / "log")
         notes = [NO_PROPENSITIES] if schema.pscore is None else []
         notes += [*catalogue_notes(catalogue_schema), *quarantine_notes(found, moved_mean)]
         write_catalogue(out / "catalogue", table, catalogue_schema)
-        splits = _split(out, split, mapper, progress)
-    report = _report(out, catalogue, split, mapper, progress)
+        splits = _split(out, split, execution)
+    report = _report(out, catalogue, split, execution)
     return IngestSummary(
         out / "log",
         out / "catalogue",
@@ -116,8 +114,7 @@ def ingest_open_bandit(
     out: AnyPath,
     *,
     split: Split | None = None,
-    mapper: Mapper | None = None,
-    progress: Progress | None = None,
+    execution: Execution = LOCAL,
 ) -> IngestSummary:
     """Write the Open Bandit Dataset sample inside the obp package, both logging policies.
 
@@ -131,27 +128,25 @@ def ingest_open_bandit(
     with claimed(out, split) as out:
         manifest = write_log(out / "log", tables, schema, rows_per_group=4096)
         write_catalogue(out / "catalogue", catalogue.table(0, items), catalogue.schema)
-        splits = _split(out, split, mapper, progress)
+        splits = _split(out, split, execution)
     rows = int(manifest["num_rows"])
-    report = _report(out, catalogue, split, mapper or Mapper(), progress or Progress())
+    report = _report(out, catalogue, split, execution)
     return IngestSummary(out / "log", out / "catalogue", rows, items, 0, splits, report=report)
 
 
 def _report(
-    out: Location, catalogue: Catalogue, split: Split | None, mapper: Mapper, progress: Progress
+    out: Location, catalogue: Catalogue, split: Split | None, execution: Execution
 ) -> ValidationReport:
     """Validate the written log, and look for users in both parts of the split."""
     log = ParquetLog.open(out / "log")
-    report = validate_log(log, catalogue, mapper=mapper, progress=progress)
+    report = validate_log(log, catalogue, execution=execution)
     if split is None or log.schema.user_id is None:
         return report
     parts = {name: ParquetLog.open(out / name) for name in split.names}
     return replace(report, findings=(*report.findings, *users_in_both(parts, split.by)))
 
 
-def _split(
-    out: Location, split: Split | None, mapper: Mapper | None, progress: Progress | None
-) -> dict[str, int]:
+def _split(out: Location, split: Split | None, execution: Execution) -> dict[str, int]:
     """Write the parts beside the log; rows of each."""
     if split is None:
         return {}
@@ -162,8 +157,7 @@ def _split(
         fractions=split.fractions,
         names=split.names,
         seed=split.seed,
-        mapper=mapper,
-        progress=progress,
+        execution=execution,
     )
 
 

@@ -18,12 +18,13 @@ from offtower.data.round_tables import whole_round_tables
 from offtower.data.schema import LogSchema
 from offtower.data.source import CheckedUnits, Source, UnitTally
 from offtower.errors import DataError
-from offtower.mapping import Mapper
+from offtower.execution import Execution
 from offtower.progress import Progress, report_rows
 
 
-def write_rows(out: Location, rows: CheckedUnits, mapper: Mapper, progress: Progress) -> UnitTally:
+def write_rows(out: Location, rows: CheckedUnits, execution: Execution) -> UnitTally:
     """Write `out`; what was written, and what was set aside or left out."""
+    mapper, progress = execution.mapper, execution.progress
     units = rows.units
     if not mapper.distributed:
         return _stream(out, rows, progress)
@@ -48,9 +49,7 @@ def write_rows(out: Location, rows: CheckedUnits, mapper: Mapper, progress: Prog
         found = sum(tallies, UnitTally(0, 0))
         rows.counts = np.asarray([one.good for one in tallies], dtype=np.int64)
     _check_some_mature(found, rows.schema)
-    write_log_parts(
-        out, rows, stored_schema(rows.schema), mapper, progress=progress, task="writing rows"
-    )
+    write_log_parts(out, rows, stored_schema(rows.schema), execution, task="writing rows")
     return found
 
 

@@ -18,8 +18,7 @@ from offtower.data.simulate.multi_policy import (
     rounds_of_chunks,
 )
 from offtower.data.simulate.world import CHUNK_ROWS, SimulatedWorld, num_chunks
-from offtower.mapping import Mapper
-from offtower.progress import Progress
+from offtower.execution import LOCAL, Execution
 
 ROWS_PER_FILE = 262_144
 """Fewer than in other logs: each row costs a pass over the catalogue."""
@@ -32,15 +31,14 @@ def write_simulated_log(
     seed: int,
     *,
     policies: Mapping[str, LoggingPolicy] | None = None,
-    mapper: Mapper | None = None,
-    progress: Progress | None = None,
+    execution: Execution = LOCAL,
     task: str = "drawing",
 ) -> dict[str, Any]:
     """Write `world.log(n_rounds, seed)` as a log directory.
 
     Args:
         policies: logging policies by name, instead of the world's own (`multi_policy_log`).
-        mapper: draws the files; they are the same with any.
+        execution: draws the files; they are the same with any.
 
     Returns:
         The manifest.
@@ -49,31 +47,29 @@ def write_simulated_log(
         DataError: the directory exists.
         ConfigError: there is no row; or as `multi_policy_log`.
     """
-    mapper, progress = mapper or Mapper(), progress or Progress()
     if policies is None:
         tables = world.log(n_rounds, seed)
     else:
         tables = multi_policy_log(world, n_rounds, seed, policies)
     source = _Chunks(world, n_rounds, seed, policies)
-    if mapper.distributed:
+    if execution.mapper.distributed:
         return write_log_parts(
             directory,
             source,
             world.log_schema,
-            mapper,
+            execution,
             rows_per_file=ROWS_PER_FILE,
-            progress=progress,
             task=task,
         )
 
     def drawn() -> Iterator[pa.Table]:
         for table in tables:
             yield table
-            progress.advance(table.num_rows)
+            execution.progress.advance(table.num_rows)
 
-    progress.start(task, n_rounds * world.slate_size)
+    execution.progress.start(task, n_rounds * world.slate_size)
     manifest = write_log(directory, drawn(), world.log_schema, rows_per_file=ROWS_PER_FILE)
-    progress.finish()
+    execution.progress.finish()
     return manifest
 
 
