@@ -28,7 +28,7 @@ from offtower.data.split import split_log
 from offtower.errors import DataError
 from offtower.execution import LOCAL
 from tests.data.conftest import make_schema, make_table
-from tests.mappers import BACKWARDS, BackwardsMapper, content
+from tests.mappers import BACKWARDS, content
 
 
 class Units(RowSource):
@@ -61,7 +61,7 @@ def test_the_same_bytes_as_one_writer(tmp_path: Path) -> None:
         tmp_path / "many",
         source,
         schema,
-        BackwardsMapper(),
+        BACKWARDS,
         rows_per_group=64,
         rows_per_file=200,
     )
@@ -72,10 +72,10 @@ def test_the_same_bytes_as_one_writer(tmp_path: Path) -> None:
 def test_no_rows_and_a_taken_name_are_refused(tmp_path: Path) -> None:
     empty = Units(make_table(1).slice(0, 0), [0])
     with pytest.raises(DataError, match="no rows"):
-        write_log_parts(tmp_path / "log", empty, make_schema(), BackwardsMapper())
+        write_log_parts(tmp_path / "log", empty, make_schema(), BACKWARDS)
     assert not list(tmp_path.iterdir())
     with pytest.raises(DataError, match="exists already"):
-        write_log_parts(tmp_path, empty, make_schema(), BackwardsMapper())
+        write_log_parts(tmp_path, empty, make_schema(), BACKWARDS)
 
 
 SCHEMA = LogSchema(

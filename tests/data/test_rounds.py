@@ -20,7 +20,7 @@ from offtower.data.order import EpochOrder
 from offtower.data.parts import RowSource, write_log_parts
 from offtower.data.reader import BatchReader, scan
 from offtower.errors import ConfigError
-from offtower.mapping import Mapper
+from offtower.execution import LOCAL
 
 SCHEMA = LogSchema(
     context=(FeatureSpec(name="age", kind="numeric"), FeatureSpec(name="tags", kind="bag")),
@@ -260,7 +260,7 @@ def test_files_written_in_parts_equal_those_of_one_pass(tmp_path: Path, rows_per
     table = slates(100, seed=5)
     write_log(tmp_path / "one", [table], SCHEMA, 8, rows_per_file)
     sizes = {"rows_per_group": 8, "rows_per_file": rows_per_file}
-    write_log_parts(tmp_path / "parts", Whole(table), SCHEMA, Mapper(), **sizes)
+    write_log_parts(tmp_path / "parts", Whole(table), SCHEMA, LOCAL, **sizes)
     logs = [ParquetLog.open(tmp_path / name) for name in ("one", "parts")]
     assert logs[0].fingerprint == logs[1].fingerprint
     assert logs[0].row_group_sizes.tolist() == logs[1].row_group_sizes.tolist()

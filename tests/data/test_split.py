@@ -13,6 +13,7 @@ from offtower.data.log import ParquetLog, TableLog
 from offtower.data.schema import FeatureSpec, LogSchema
 from offtower.data.split import _quantiles, split_log
 from offtower.errors import DataError
+from offtower.mapping import Mapper
 
 
 def make_log(
@@ -90,7 +91,7 @@ def test_kinds_of_times(tmp_path: Path, times: pa.Array) -> None:
 )
 def test_quantiles_are_order_statistics(values: list[int], shares: list[float]) -> None:
     log = make_log(pa.array(values, pa.int64()), rows_per_group=7)
-    cuts = _quantiles(log, "time", np.array(shares))
+    cuts = _quantiles(log, "time", np.array(shares), Mapper())
     ordered = sorted(values)
     expected = [ordered[min(round(s * len(values)), len(values) - 1)] for s in shares]
     assert [int(cut) - 2**63 for cut in cuts] == expected
