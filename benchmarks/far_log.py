@@ -35,6 +35,7 @@ from offtower.data import (
     stores,
     write_log,
 )
+from offtower.data.loading import Loader
 from offtower.data.location import Location
 from offtower.data.log import finish_log
 from offtower.data.parquet import Footer
@@ -112,7 +113,7 @@ def reading(folder: Path, rows: int, repeats: int) -> dict[str, float]:
     order = EpochOrder(here.row_group_sizes, 1024, seed=0, window_rows=131_072)
 
     def epoch(log: ParquetLog) -> None:
-        with BatchReader(log, catalogue, encoding, order) as reader:
+        with BatchReader(Loader(log, catalogue, encoding), order) as reader:
             assert sum(len(step.rows) for step in reader.epoch(0)) == rows
 
     found: dict[str, float] = {}

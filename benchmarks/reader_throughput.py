@@ -47,6 +47,7 @@ def write(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def read(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from offtower.data.catalogue import Catalogue
     from offtower.data.encoding import FeatureEncoding
+    from offtower.data.loading import Loader
     from offtower.data.log import ParquetLog
     from offtower.data.order import EpochOrder
     from offtower.data.reader import BatchReader
@@ -67,7 +68,9 @@ def read(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         window_rows=arguments.window_rows,
         num_folds=arguments.folds,
     )
-    reader = BatchReader(log, catalogue, encoding, order, prefetch=not arguments.no_prefetch)
+    reader = BatchReader(
+        Loader(log, catalogue, encoding), order, prefetch=not arguments.no_prefetch
+    )
     rows, seconds, epochs = 0, 0.0, []
     for epoch in range(arguments.epochs):
         waited = reader.seconds_waiting

@@ -25,6 +25,7 @@ import torch
 
 from offtower.data.catalogue import Catalogue, write_catalogue
 from offtower.data.encoding import FeatureEncoding
+from offtower.data.loading import Loader
 from offtower.data.log import ParquetLog, write_log
 from offtower.data.order import EpochOrder, rank_slice
 from offtower.data.reader import BatchReader
@@ -62,7 +63,7 @@ def largest_part(workers: int, batch: int) -> float:
 def seconds_of(log: ParquetLog, catalogue: Catalogue, encoding: FeatureEncoding) -> dict[str, Any]:
     """Return seconds per million rows, for all columns and for those that all workers need."""
     order = EpochOrder(log.row_group_sizes, 1024, seed=0)
-    reader = BatchReader(log, catalogue, encoding, order, prefetch=False)
+    reader = BatchReader(Loader(log, catalogue, encoding), order, prefetch=False)
     schema = log.schema
     light = [schema.action, schema.reward, schema.pscore]
     whole, needed = [], []

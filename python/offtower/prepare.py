@@ -22,6 +22,7 @@ from offtower.config import Config
 from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
 from offtower.data.encoding import FeatureEncoding
+from offtower.data.loading import Loader
 from offtower.data.log import Log, ParquetLog
 from offtower.data.order import EpochOrder
 from offtower.data.reader import BatchReader, FoldOf, scan
@@ -79,25 +80,15 @@ class PreparedData:
             self.catalogue,
             self.context_encoding,
             batch_rows,
-            on_bad_rows=self._on_bad_rows,
             quarantine=self._quarantine_of(part),
         )
 
     def batches(self, order: EpochOrder, fold: FoldOf | None = None) -> BatchReader:
         """A reader of shuffled batches of the training log."""
-        return BatchReader(
-            self.train,
-            self.catalogue,
-            self.context_encoding,
-            order,
-            fold=fold,
-            on_bad_rows=self._on_bad_rows,
-            quarantine=self._quarantine_of("train"),
+        loader = Loader(
+            self.train, self.catalogue, self.context_encoding, self._quarantine_of("train")
         )
-
-    @property
-    def _on_bad_rows(self) -> Literal["error", "quarantine"]:
-        return "error" if self.quarantine is None else "quarantine"
+        return BatchReader(loader, order, fold=fold)
 
     def _quarantine_of(self, part: str) -> Path | None:
         """One folder per log, so that files of two logs never collide."""

@@ -28,6 +28,7 @@ from offtower.data import (
     write_log,
 )
 from offtower.data import read_ahead as read_ahead_module
+from offtower.data.loading import Loader
 from offtower.data.location import Location
 from offtower.data.manifest import FILE, WRITING
 from offtower.errors import DataError
@@ -44,7 +45,7 @@ def batches(log: ParquetLog, window: int, batch: int, workers: int) -> list[Enco
     encoding = FeatureEncoding.fit(log.schema.context, log.tables())
     order = EpochOrder(log.row_group_sizes, batch, seed=5, window_rows=window)
     found = []
-    with BatchReader(log, make_catalogue(), encoding, order) as reader:
+    with BatchReader(Loader(log, make_catalogue(), encoding), order) as reader:
         for rank in range(workers):
             found += [step.rows for step in reader.epoch(1, rank=rank, world_size=workers)]
     return found + list(scan(log, make_catalogue(), encoding, batch))
@@ -217,7 +218,7 @@ def test_an_unresponsive_store_times_out(
         monkeypatch.setenv(stores.TIMEOUT, "600")
         encoding = FeatureEncoding.fit(log.schema.context, [make_table(50)])
         order = EpochOrder(log.row_group_sizes, 10, seed=5, shuffle=False, window_rows=50)
-        with BatchReader(log, make_catalogue(), encoding, order) as reader:
+        with BatchReader(Loader(log, make_catalogue(), encoding), order) as reader:
             assert len(next(reader.epoch(0)).rows) == 10
     finally:
         hang.set()
@@ -325,6 +326,6 @@ def test_bad_rows_in_a_store_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     named = f"{root}/log/part-00000.parquet, row 71 of the file, row group 1, row 71 of the log"
     assert named in str(error.value)
     folder = Location.of(f"{root}/aside")
-    rows = scan(log, make_catalogue(), encoding, 50, on_bad_rows="quarantine", quarantine=folder)
+    rows = scan(log, make_catalogue(), encoding, 50, quarantine=folder)
     assert sum(len(one) for one in rows) == 99
     assert len(folder.files()) == 1

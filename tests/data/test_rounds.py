@@ -15,6 +15,7 @@ from offtower.data.check import BadRowsError, check_table
 from offtower.data.eligible_schema import EligibleSchema, ListForm
 from offtower.data.encoding import FeatureEncoding
 from offtower.data.ingest import IngestSource, Split, ingest_files
+from offtower.data.loading import Loader
 from offtower.data.log import ParquetLog, TableLog, TableOrigin, write_log
 from offtower.data.order import EpochOrder
 from offtower.data.parts import RowSource, write_log_parts
@@ -276,7 +277,7 @@ def encoding(log) -> FeatureEncoding:
 def test_batches_hold_whole_rounds_for_any_number_of_workers() -> None:
     log = TableLog(slates(400), SCHEMA, rows_per_group=64)
     order = EpochOrder(log.row_group_sizes, 50, seed=1, window_rows=300, num_folds=3)
-    with BatchReader(log, CATALOGUE, encoding(log), order) as reader:
+    with BatchReader(Loader(log, CATALOGUE, encoding(log)), order) as reader:
         alone = [step.rows for step in reader.epoch(0)]
         shares = [[step.rows for step in reader.epoch(0, rank=r, world_size=3)] for r in range(3)]
     seen: list[int] = []

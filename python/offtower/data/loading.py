@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +16,6 @@ from offtower.data.encoding import FeatureEncoding, concat
 from offtower.data.location import AnyPath
 from offtower.data.log import Log
 from offtower.data.rows import COLUMNS, EncodedRows, encode_rows, joined_column
-from offtower.errors import ConfigError
-
-OnBadRows = Literal["error", "quarantine"]
 
 
 @contextmanager
@@ -33,27 +30,28 @@ def closing_tables(tables: Iterator[pa.Table]) -> Iterator[None]:
 
 
 class Loader:
-    """Reads, checks and encodes row groups."""
+    """Reads, checks and encodes row groups.
+
+    Args:
+        log: the log.
+        catalogue: the items.
+        context_encoding: fitted encoding of the context features.
+        quarantine: folder for bad rows, which are left out; without one the first raises
+            BadRowsError.
+    """
 
     def __init__(
         self,
         log: Log,
         catalogue: Catalogue,
         context_encoding: FeatureEncoding,
-        on_bad_rows: OnBadRows,
-        quarantine: AnyPath | None,
+        quarantine: AnyPath | None = None,
     ) -> None:
-        if on_bad_rows not in ("error", "quarantine"):
-            raise ConfigError(f"on_bad_rows must be error or quarantine, but is '{on_bad_rows}'")
-        if on_bad_rows == "quarantine" and quarantine is None:
-            raise ConfigError("on_bad_rows='quarantine' needs a folder `quarantine` for the rows")
-        self._log = log
+        self.log = log
         self._catalogue = catalogue
         self._encoding = context_encoding
         self._first_rows = log.first_rows
-        self._checker = RowChecker(
-            log.schema, catalogue, quarantine=quarantine if on_bad_rows == "quarantine" else None
-        )
+        self._checker = RowChecker(log.schema, catalogue, quarantine=quarantine)
 
     @property
     def bad_rows(self) -> int:
@@ -62,7 +60,7 @@ class Loader:
     def tables(self, windows: Sequence[Sequence[int]]) -> Iterator[pa.Table]:
         """Read the row groups of some windows, for `load`; those of a store are read ahead."""
         groups = [group for window in windows for group in window]
-        return self._log.read_row_groups(groups, self._log.schema.columns)
+        return self.log.read_row_groups(groups, self.log.schema.columns)
 
     def load(
         self, groups: Sequence[int], tables: Iterator[pa.Table], stop: threading.Event
@@ -79,9 +77,9 @@ class Loader:
         return rows
 
     def _encoded(self, group: int, table: pa.Table) -> EncodedRows:
-        schema = self._log.schema
+        schema = self.log.schema
         first_row = int(self._first_rows[group])
-        good = self._checker.good_rows(table, self._log.location(group), first_row)
+        good = self._checker.good_rows(table, self.log.location(group), first_row)
         row = None
         if not good.all():
             row = first_row + np.flatnonzero(good)

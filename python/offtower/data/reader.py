@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.encoding import FeatureEncoding
-from offtower.data.loading import Loader, OnBadRows, closing_tables, concat_rows
+from offtower.data.loading import Loader, closing_tables, concat_rows
 from offtower.data.location import AnyPath
 from offtower.data.log import Log
 from offtower.data.order import Batch, Cursor, EpochOrder, fold_of, rank_slice
@@ -94,43 +94,34 @@ class BatchReader:
     without communication.
 
     Args:
-        log: the log.
-        catalogue: the items.
-        context_encoding: fitted encoding of the context features.
+        loader: reads the log's row groups.
         order: made from the log's row group sizes.
         prefetch: False reads in the calling thread.
-        on_bad_rows: "error" raises BadRowsError at the first row group with a bad row;
-            "quarantine" writes bad rows to the folder `quarantine` and leaves them out.
-        quarantine: folder for bad rows.
         fold: folds of encoded rows, (n,) int8; by default `row_folds` with the order's seed.
         cache_bytes: largest size of a log of one window that is kept.
 
     Raises:
-        ConfigError: arguments contradict each other.
+        ConfigError: the order was made for another log.
 
     Use it as a context manager, or call `close`, to end the thread of an unfinished epoch.
     """
 
     def __init__(
         self,
-        log: Log,
-        catalogue: Catalogue,
-        context_encoding: FeatureEncoding,
+        loader: Loader,
         order: EpochOrder,
-        prefetch: bool = True,
-        on_bad_rows: OnBadRows = "error",
         *,
-        quarantine: AnyPath | None = None,
+        prefetch: bool = True,
         fold: FoldOf | None = None,
         cache_bytes: int = 2**29,
     ) -> None:
-        if not np.array_equal(order.row_group_sizes, log.row_group_sizes):
+        if not np.array_equal(order.row_group_sizes, loader.log.row_group_sizes):
             raise ConfigError("the order was made for another log: its row group sizes differ")
         self.order = order
         self.prefetch = prefetch
         self.seconds_waiting = 0.0
         """Seconds that the consumer has waited for windows, over all epochs."""
-        self._loader = Loader(log, catalogue, context_encoding, on_bad_rows, quarantine)
+        self._loader = loader
         self._fold = fold
         self._cache_bytes = cache_bytes
         self._kept: EncodedRows | None = None
@@ -159,7 +150,7 @@ class BatchReader:
 
         Raises:
             ConfigError: `start` is of another epoch, or rank is not in [0, world_size).
-            BadRowsError: while iterating, with on_bad_rows="error".
+            BadRowsError: while iterating, without a quarantine.
         """
         start = start or Cursor(epoch, 0, 0)
         if start.epoch != epoch:
@@ -266,7 +257,6 @@ def scan(
     batch_rows: int,
     *,
     rows: range | None = None,
-    on_bad_rows: OnBadRows = "error",
     quarantine: AnyPath | None = None,
     prefetch: bool = True,
 ) -> Iterator[EncodedRows]:
@@ -278,15 +268,15 @@ def scan(
     Args:
         rows: numbers of the rows to read, all by default. If they start and stop at multiples of
             `batch_rows`, batches are those of the whole log.
+        quarantine: folder for bad rows, which are left out.
 
     Raises:
-        ConfigError: `batch_rows` is less than 1, `quarantine` is missing, or `rows` is given with
-            on_bad_rows="quarantine".
-        BadRowsError: while iterating, with on_bad_rows="error".
+        ConfigError: `batch_rows` is less than 1, or `rows` is given with a quarantine.
+        BadRowsError: while iterating, without a quarantine.
     """
-    if rows is not None and on_bad_rows != "error":
-        raise ConfigError("a range of rows can only be read with on_bad_rows='error'")
-    loader = Loader(log, catalogue, context_encoding, on_bad_rows, quarantine)
+    if rows is not None and quarantine is not None:
+        raise ConfigError("a range of rows can only be read without a quarantine")
+    loader = Loader(log, catalogue, context_encoding, quarantine)
     rows = range(log.num_rows) if rows is None else rows
     first = log.first_rows
     groups = range(
@@ -303,7 +293,7 @@ def scan(
     windows = [[groups.start + int(g) for g in window] for window in order.windows(0)]
     if log.schema.slates:
         return _by_rounds(_loaded(loader, windows, prefetch), batch_rows, rows)
-    if on_bad_rows != "error":
+    if quarantine is not None:
         return _scan(loader, windows, batch_rows, prefetch)
     before = rows.start - int(first[groups.start])
     return _scan(loader, windows, batch_rows, prefetch, before, len(rows))
