@@ -29,6 +29,7 @@ from offtower.retrieval.eligible import open_eligible
 from offtower.retrieval.eligible_search import ContextSets, RowSets, search_among
 from offtower.retrieval.exact import exact_top_k
 from offtower.retrieval.index import AnnIndex, open_index
+from offtower.retrieval.item_ids import Filter, ItemIds
 from offtower.retrieval.manifest import (
     FILE,
     Verify,
@@ -40,11 +41,9 @@ from offtower.retrieval.manifest import (
 from offtower.retrieval.propensity_sampler import Mode, PropensitySampler
 from offtower.retrieval.results import OnEmpty, SampleResult, SearchResult, padded
 from offtower.retrieval.tower import ContextTower
-from offtower.retrieval.vectors import id_keys, load_ids, load_scale, load_vectors
+from offtower.retrieval.vectors import load_ids, load_scale, load_vectors
 
 IntArray = NDArray[np.int64]
-Filter = Sequence[Any] | Sequence[Sequence[Any]] | NDArray[Any]
-"""Item ids that must not be returned: one list for all contexts, or one per context."""
 _ATTEMPTS = 100
 """How often opening starts again because the export was replaced meanwhile."""
 
@@ -82,6 +81,7 @@ class Retriever:
         if facts["dtype"] == "int8":
             self.scale = load_scale(directory / "scale.npy", facts["dim"])
         self.item_ids = load_ids(directory / "ids.arrow", self.num_items)
+        self._ids = ItemIds(self.item_ids, text=bool(facts["text_ids"]))
         self.eligible = open_eligible(directory, manifest, self.item_ids)
         """Which items each context may be shown; None where every item may."""
         self.index: AnnIndex | None = None
@@ -95,7 +95,6 @@ class Retriever:
                     f"the cells of '{directory}' hold {self._cells.vectors.shape} numbers, the "
                     f"export has {(self.num_items, self.tower.query_dim)}; export again"
                 )
-        self._keys: tuple[NDArray[np.uint64], IntArray] | None = None
         self._row_sets: RowSets | None = None
 
     @classmethod
@@ -217,7 +216,7 @@ class Retriever:
         """
         self._check_k(k)
         queries = self.embed(contexts)
-        excluded = self._excluded(exclude, len(queries))
+        excluded = self._ids.excluded(exclude, len(queries))
         if self.eligible is not None:
             rows = self.eligible.of_contexts(contexts, at=at, allow_empty=on_empty == "skip")
             sets = ContextSets(rows, excluded)
@@ -290,7 +289,7 @@ class Retriever:
         queries, rows = self.embed(contexts), None
         if self.eligible is not None:
             rows = self.eligible.of_contexts(contexts, at=at, allow_empty=on_empty == "skip")
-        sets = ContextSets(rows, self._excluded(exclude, len(queries)))
+        sets = ContextSets(rows, self._ids.excluded(exclude, len(queries)))
         if self._row_sets is None:
             self._row_sets = RowSets(self.cells)
         sampler = PropensitySampler(self.cells, relative_error=relative_error, serving=self.serving)
@@ -332,7 +331,7 @@ class Retriever:
         """The k best items of each context, each with probability 1."""
         find = partial(self.search, k=k, at=at, on_empty=on_empty)
         found = find(contexts, exclude=exclude, exact=mode == "exact").item
-        excluded = self._excluded(exclude, len(found))
+        excluded = self._ids.excluded(exclude, len(found))
         # An index may find fewer items than there are.
         short = [row for row, items in enumerate(found) if len(items) < k]
         if short and self.index is not None and mode != "exact":
@@ -363,8 +362,7 @@ class Retriever:
 
     def ids_of(self, item: IntArray) -> list[Any]:
         """Return the ids of item numbers."""
-        ids: list[Any] = self.item_ids.take(pa.array(item)).to_pylist()
-        return ids
+        return self._ids.of(item)
 
     def numbers_of(self, ids: Column | Sequence[Any]) -> IntArray:
         """Return the (n,) item numbers of ids; -1 for unknown ids.
@@ -372,36 +370,7 @@ class Retriever:
         Raises:
             DataError: ids are numbers and those of the export are text, or the reverse.
         """
-        text = bool(self.manifest["vectors"]["text_ids"])
-        try:
-            whole = pa.uint64() if pa.types.is_uint64(self.item_ids.type) else pa.int64()
-            values = pa.array(list(ids), pa.string() if text else whole)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-            raise DataError(
-                f"item ids of this export are {'text' if text else 'integers'}: {error}"
-            ) from error
-        if self._keys is None:
-            # Sorted 64-bit keys, 16 bytes per item, built at first use.
-            keys = id_keys(self.item_ids.combine_chunks())
-            order = np.argsort(keys)
-            self._keys = keys[order], order
-        ordered, order = self._keys
-        wanted = id_keys(values)
-        index = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
-        return np.where(ordered[index] == wanted, order[index], -1)
-
-    def _excluded(self, exclude: Filter | None, n: int) -> list[IntArray]:
-        """Sorted, distinct item numbers to leave out, per context."""
-        nothing = np.zeros(0, dtype=np.int64)
-        if exclude is None or len(exclude) == 0:
-            return [nothing] * n
-        if not isinstance(exclude[0], list | tuple | set | np.ndarray):
-            numbers = self.numbers_of(exclude)
-            return [np.unique(numbers[numbers >= 0])] * n
-        if len(exclude) != n:
-            raise DataError(f"{len(exclude)} lists of ids to exclude for {n} contexts")
-        found = [self.numbers_of(list(ids)) if len(ids) else nothing for ids in exclude]
-        return [np.unique(numbers[numbers >= 0]) for numbers in found]
+        return self._ids.numbers(ids)
 
     def _check_k(self, k: int) -> None:
         if not 1 <= k <= self.num_items:

@@ -10,7 +10,6 @@ copied and a thread writes them beside the training; a folder takes its name whe
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from offtower.atomic import remove_leftovers, sha256_file, sync_tree
 from offtower.checksums import read_checked_json, write_checked_json
 from offtower.errors import LeaseError, RunError
 from offtower.run_claim import ClaimedRun
+from offtower.training.checkpoints.folder import CheckpointFolder
 from offtower.training.checkpoints.progression import Progression
 from offtower.training.checkpoints.state import (
     Layout,
@@ -46,9 +46,6 @@ from offtower.training.checkpoints.state import (
 from offtower.training.workers import SINGLE_PROCESS, Workers
 
 logger = logging.getLogger("offtower.checkpoints")
-
-_STEP = re.compile(r"step_([0-9]{12})")
-_BEST = re.compile(r"best_[0-9]{12}")
 
 
 class CheckpointStore:
@@ -72,9 +69,8 @@ class CheckpointStore:
         owned: OwnedRows | None = None,
         run: ClaimedRun | None = None,
     ) -> None:
-        self._directory = directory
+        self._folder = CheckpointFolder(directory, kept)
         self._fingerprint = fingerprint
-        self._kept = kept
         self._workers = workers
         self._run = run or ClaimedRun(directory.parent)
         self._token = workers.broadcast(self._run.token)
@@ -115,7 +111,7 @@ class CheckpointStore:
         }
         names = owned_names(self._owned, policy, optimizer)
         content = {"progression": progression.to_dict()}
-        self._begin(self._directory / f"step_{progression.step:012d}", tensors, names, content)
+        self._begin(self._folder.step(progression.step), tensors, names, content)
         if self._workers.size == 1:
             self.finish()
 
@@ -126,7 +122,7 @@ class CheckpointStore:
             RunError: they could not be written.
         """
         names = owned_names(self._owned, policy, None)
-        self._begin(self._best_path(step), policy_tensors(policy), names, {})
+        self._begin(self._folder.best(step), policy_tensors(policy), names, {})
         self.finish()
 
     def load_best(self, policy: nn.Module, step: int) -> None:
@@ -135,7 +131,7 @@ class CheckpointStore:
         Raises:
             RunError: it is missing or damaged.
         """
-        path = self._best_path(step)
+        path = self._folder.best(step)
         state, fault = self._checked(path)
         if state is None:
             raise RunError(f"the best policy at '{path}' cannot be read: {fault}")
@@ -154,7 +150,7 @@ class CheckpointStore:
         Raises:
             RunError: a checkpoint belongs to another configuration or other data.
         """
-        for path in reversed(self._paths()):
+        for path in reversed(self._folder.steps()):
             state, fault = self._checked(path)
             if state is None:
                 self._skip(path, fault)
@@ -165,7 +161,7 @@ class CheckpointStore:
                 self._skip(path, f"its progression cannot be read: {error!r}")
                 continue
             best = progression.best_step
-            if best is not None and self._checked(self._best_path(best))[0] is None:
+            if best is not None and self._checked(self._folder.best(best))[0] is None:
                 self._skip(path, "its best policy is missing or damaged")
                 continue
             tensors, fault = self._read(path, policy, optimizer)
@@ -225,11 +221,11 @@ class CheckpointStore:
             return
         # What another process removed is no full disk.
         self._together(self._run.check_owner)
-        newest = self._paths()
+        newest = self._folder.steps()
         left = f"the newest whole one is {newest[-1].name}" if newest else "there is none yet"
         raise RunError(
             f"checkpoint {path.name} could not be written ({'; '.join(faults)}); {left}. "
-            f"Make room at '{self._directory}' and go on with --resume"
+            f"Make room at '{self._folder.path}' and go on with --resume"
         )
 
     def _begin(
@@ -284,8 +280,8 @@ class CheckpointStore:
             # A damaged one, or one of a start that a kill undid.
             shutil.rmtree(path)
         temporary.rename(path)
-        if _STEP.fullmatch(path.name):
-            self._prune(path)
+        if self._folder.is_checkpoint(path):
+            self._folder.prune(path)
             if self._run.mirror is not None:
                 self._run.mirror.push_later()
 
@@ -364,32 +360,6 @@ class CheckpointStore:
             check_tensors(tensors, policy, optimizer)
 
         return tensors, "; ".join(self._together(read))
-
-    def _paths(self) -> list[Path]:
-        return sorted(p for p in self._directory.iterdir() if _STEP.fullmatch(p.name))
-
-    def _best_path(self, step: int) -> Path:
-        return self._directory / f"best_{step:012d}"
-
-    def _prune(self, written: Path) -> None:
-        paths = self._paths()
-        # Later steps are damaged, or were written by a process that no longer owns the run.
-        for path in paths[paths.index(written) + 1 :]:
-            shutil.rmtree(path, ignore_errors=True)
-        paths = paths[: paths.index(written) + 1]
-        for path in paths[: -self._kept]:
-            shutil.rmtree(path, ignore_errors=True)
-        needed = set()
-        for path in paths[-self._kept :]:
-            try:
-                state = read_checked_json(path / "state.json")
-                needed.add(state["progression"]["best_step"])
-            except (OSError, RunError, KeyError, TypeError):
-                continue
-        names = {self._best_path(step).name for step in needed if step is not None}
-        for path in self._directory.iterdir():
-            if _BEST.fullmatch(path.name) and path.name not in names:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
