@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from offtower.objectives import (
+    ItemScores,
     LoggedRows,
     Objective,
     Reduction,
@@ -196,7 +197,7 @@ def test_regression_gradient(loss: str) -> None:
     reward = (p.reward > 0.5).astype(float) if loss == "cross_entropy" else p.reward
     logit = torch.from_numpy(p.logits[np.arange(ROWS), p.action]).requires_grad_()
     result = Regression(loss)(
-        LoggedRows(torch.from_numpy(reward), action_logit=logit), Reduction(rows=ROWS)
+        LoggedRows(torch.from_numpy(reward), ItemScores(logit)), Reduction(rows=ROWS)
     )
     result.loss.backward()
     s = logit.detach().numpy()
@@ -311,8 +312,9 @@ def test_kl_estimate_is_unbiased_and_never_negative() -> None:
 
 
 def _row(rows: LoggedRows, i: int) -> LoggedRows:
-    assert rows.terms is not None and rows.pscore is not None
-    one = replace(rows.terms, log_prob=rows.terms.log_prob[i : i + 1])
+    assert rows.pscore is not None
+    terms = rows.policy_terms()
+    one = replace(terms, log_prob=terms.log_prob[i : i + 1])
     return LoggedRows(rows.reward[i : i + 1], one, rows.pscore[i : i + 1])
 
 

@@ -14,7 +14,7 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.log import TableLog
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
 from offtower.errors import ConfigError
-from offtower.objectives import LoggedRows, Reduction, make_objective
+from offtower.objectives import ItemScores, LoggedRows, Reduction, make_objective
 from offtower.ops.square_sum import square_sum
 from offtower.prepare import PreparedData, prepare
 from offtower.progress import Progress
@@ -48,7 +48,7 @@ def test_loss_and_gradients_by_enumeration(settings: dict[str, float], bias: boo
     leaves = [u, v, b] if bias else [u, v]
     wanted = torch.autograd.grad(expected, leaves, retain_graph=True)
     squares = square_sum(u, v, b if bias else None)
-    rows = LoggedRows(reward, pscore=pscore, action_logit=own, square_sum=squares)
+    rows = LoggedRows(reward, ItemScores(own, squares), pscore)
     result = make_objective("implicit_squares", settings)(rows, Reduction(ROWS))
     assert result.loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert result.value.item() == pytest.approx(-expected.item(), rel=1e-12)

@@ -12,7 +12,7 @@ from offtower.crossfit.reward_model import fit_reward_model
 from offtower.data import FeatureSpec, LogSchema, write_catalogue, write_log
 from offtower.data.schema import CatalogueSchema
 from offtower.models.reward.examination import Examination
-from offtower.objectives import LoggedRows, Reduction, SlateObjective, make_objective
+from offtower.objectives import LoggedRows, Reduction, SlateObjective, SlateRows, make_objective
 from offtower.prepare import open_data
 from offtower.progress import Progress
 
@@ -104,8 +104,7 @@ def test_objectives_multiply_both_predictions():
             rows.reward,
             terms=rows.terms,
             pscore=rows.pscore,
-            rounds=rows.rounds,
-            examination=factor,
+            slates=SlateRows(rows.slates.rounds, factor),
         ),
         Reduction(6),
     )

@@ -8,7 +8,7 @@ import torch
 
 from offtower.data.rounds import Rounds
 from offtower.errors import ConfigError
-from offtower.objectives import LoggedRows, Reduction, SlateObjective, make_objective
+from offtower.objectives import LoggedRows, Reduction, SlateObjective, SlateRows, make_objective
 from offtower.ops import DenseReward, policy_terms
 
 from .worlds import ITEMS, POSITIONS, SLATES, SlateWorld, conditionals
@@ -34,7 +34,7 @@ def logged_rows(logits, x, slate, reward, *, kind="conditional", model=False):
         torch.from_numpy(reward.reshape(-1)),
         terms=terms,
         pscore=torch.from_numpy(pscore.reshape(-1)),
-        rounds=Rounds.of_lengths(np.full(len(x), POSITIONS)),
+        slates=SlateRows(Rounds.of_lengths(np.full(len(x), POSITIONS))),
     )
 
 

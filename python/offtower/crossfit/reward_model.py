@@ -29,7 +29,7 @@ from offtower.models.reward.dense import (
 )
 from offtower.models.reward.examination import Examination, reward_by_position
 from offtower.models.reward.factored import FactoredRewardModel, Link, make_towers
-from offtower.objectives import LoggedRows, Reduction, Regression
+from offtower.objectives import ItemScores, LoggedRows, Reduction, Regression
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.seeds import derive_seed, seed_torch
@@ -213,7 +213,7 @@ def _fit_factored(
                 position = tensor_of(rows.position, data.device)
                 per_row = examinations[k].loss(logit, reward, position, binary=link == "sigmoid")
                 return reduction.mean(per_row)
-            return loss(LoggedRows(reward, action_logit=logit), reduction).loss
+            return loss(LoggedRows(reward, ItemScores(logit)), reduction).loss
 
         return loss_of
 

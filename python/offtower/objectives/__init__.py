@@ -1,11 +1,13 @@
 """Off-policy learning objectives."""
 
 from offtower.objectives.base import (
+    ItemScores,
     LoggedRows,
     Objective,
     ObjectiveValue,
     Reduction,
     Requirements,
+    SlateRows,
 )
 from offtower.objectives.doubly_robust import ClippedDoublyRobust, DoublyRobust
 from offtower.objectives.implicit_squares import ImplicitSquares
@@ -33,6 +35,7 @@ __all__ = [
     "DoublyRobust",
     "ImplicitSquares",
     "InBatchSoftmax",
+    "ItemScores",
     "LoggedRows",
     "MixedNegatives",
     "Objective",
@@ -43,6 +46,7 @@ __all__ = [
     "Regularized",
     "Requirements",
     "SlateObjective",
+    "SlateRows",
     "Softmax",
     "WeightedLikelihood",
     "make_objective",

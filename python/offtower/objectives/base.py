@@ -23,7 +23,7 @@ class Requirements:
 
     policy_terms: bool = True
     """`LoggedRows.terms`: log pi(a|x), hence the normalizer over the catalogue. Without it the step
-    passes `action_logit` instead."""
+    passes `ItemScores` instead."""
     pscore: bool = True
     reward_model: bool = False
     nonnegative_reward: bool = False
@@ -45,54 +45,80 @@ class Requirements:
 
 
 @dataclass(frozen=True)
+class ItemScores:
+    """Scores of the logged items, for objectives without `Requirements.policy_terms`."""
+
+    action_logit: Tensor
+    """(B,) <u, v_a> + b_a of the logged item, without temperature."""
+    square_sum: Tensor | None = None
+    """(B,) sum_a (<u, v_a> + b_a)^2, where `Requirements.square_sum` asks for it."""
+
+
+@dataclass(frozen=True)
+class SlateRows:
+    """Of a log of slates: its rounds, which the rows hold whole."""
+
+    rounds: Rounds
+    examination: Tensor | None = None
+    """(B,) factors of the rows' positions on the reward model; None for 1."""
+
+
+@dataclass(frozen=True)
 class EarlierPositions:
     """The items above each row in its slate, (B,) each; 0 at position 0.
 
     log_prob: log pi(a_1..a_{k-1}|x). log_weight: the same minus that of pi_0.
+    first: whether the row is at position 0.
     """
 
     log_prob: Tensor
     log_weight: Tensor
+    first: Tensor
+
+
+@dataclass(frozen=True)
+class JointPositions:
+    """Of rows whose `terms.log_prob` is that of several items of a slate."""
+
+    log_pscore: Tensor
+    """(B,) float64 log of pi_0 for the same items."""
+    earlier: EarlierPositions | None = None
+    """Of doubly robust objectives."""
 
 
 @dataclass(frozen=True)
 class LoggedRows:
-    """A batch as objectives see it: vectors of length B, one entry per logged row.
-
-    Optional fields are set where `Requirements` asks for them.
-    """
+    """A batch as objectives see it: vectors of length B, one entry per logged row."""
 
     reward: Tensor
     """(B,) float."""
-    terms: PolicyTerms | None = None
-    """Terms of the policy in training."""
+    terms: PolicyTerms | ItemScores
+    """Of the policy in training; which of the two, `Requirements.policy_terms` says."""
     pscore: Tensor | None = None
     """(B,) pi_0(a|x) in (0, 1]; float64 where the log stores float64. Set wherever it is logged."""
-    action_logit: Tensor | None = None
-    """(B,) <u, v_a> + b_a of the logged item, without temperature."""
-    square_sum: Tensor | None = None
-    """(B,) sum_a (<u, v_a> + b_a)^2."""
     divergence: Tensor | None = None
-    """(B,) KL(pi(.|x) || pi_ref(.|x)) in nats, differentiable."""
+    """(B,) KL(pi(.|x) || pi_ref(.|x)) in nats, differentiable, if `Requirements.divergence`."""
     log_cluster_weight: Tensor | None = None
-    """(B,) log of pi(c|x) / pi_0(c|x) for the logged item's cluster c, without gradient."""
-    rounds: Rounds | None = None
-    """Of a log of slates, whose rounds the rows hold whole."""
-    joint_log_pscore: Tensor | None = None
-    """(B,) float64 log of pi_0 for the items that `terms.log_prob` is of, in a slate."""
-    examination: Tensor | None = None
-    """(B,) factors of the rows' positions on the reward model; None for 1."""
-    earlier: EarlierPositions | None = None
-    """Of doubly robust objectives over slates."""
+    """(B,) log of pi(c|x) / pi_0(c|x) for the logged item's cluster c, without gradient, of a
+    two-stage policy."""
+    slates: SlateRows | None = None
+    """Of a log of slates."""
+    joint: JointPositions | None = None
+    """Where `terms` are those of several items of a slate."""
 
     def policy_terms(self) -> PolicyTerms:
-        return provided(self.terms, "terms")
+        assert isinstance(self.terms, PolicyTerms), "the objective does not declare policy_terms"
+        return self.terms
+
+    def scores(self) -> ItemScores:
+        assert isinstance(self.terms, ItemScores), "the objective declares policy_terms"
+        return self.terms
 
     def log_weight(self) -> Tensor:
         """(B,) log of pi(a|x) / pscore, differentiable through log pi."""
         log_prob = self.policy_terms().log_prob
-        if self.joint_log_pscore is not None:
-            return log_prob - self.joint_log_pscore
+        if self.joint is not None:
+            return log_prob - self.joint.log_pscore
         return log_prob - provided(self.pscore, "pscore").log().to(log_prob.dtype)
 
     def weight(self) -> Tensor:
@@ -109,25 +135,26 @@ class LoggedRows:
         In a slate w_{1:k-1} E_pi[q | x, a_<k].
         """
         expected = provided(self.policy_terms().expected_reward, "expected_reward")
-        return expected if self.earlier is None else self.earlier.log_weight.exp() * expected
+        earlier = None if self.joint is None else self.joint.earlier
+        return expected if earlier is None else earlier.log_weight.exp() * expected
 
     def clipped_expected_reward(self, max_weight: float) -> tuple[Tensor, Tensor]:
         """(B,) the expected reward with a clipped constant weight of the items above, for a loss
         and as a value; without slates `expected_reward` twice."""
         expected = provided(self.policy_terms().expected_reward, "expected_reward")
-        if self.earlier is None:
+        earlier = None if self.joint is None else self.joint.earlier
+        if earlier is None:
             return expected, expected
-        weight = clipped(self.earlier.log_weight.exp(), max_weight)
+        weight = clipped(earlier.log_weight.exp(), max_weight)
         # Position 0 has no items above it and a weight of 1, which is not clipped.
-        position = torch.from_numpy(provided(self.rounds, "rounds").position)
-        weight = torch.where(position.to(weight.device) == 0, 1.0, weight)
-        chosen = expected + expected.detach() * self.earlier.log_prob
+        weight = torch.where(earlier.first, 1.0, weight)
+        chosen = expected + expected.detach() * earlier.log_prob
         return weight * chosen, weight * expected
 
     def inverse_propensity(self, power: float, max_weight: float) -> Tensor:
         """(B,) min(1 / pscore^power, max_weight) in the reward's dtype."""
-        if self.joint_log_pscore is not None:
-            weight = torch.exp(-power * self.joint_log_pscore).clamp(max=max_weight)
+        if self.joint is not None:
+            weight = torch.exp(-power * self.joint.log_pscore).clamp(max=max_weight)
             return weight.to(self.reward.dtype)
         weight = provided(self.pscore, "pscore").pow(-power).clamp(max=max_weight)
         return weight.to(self.reward.dtype)

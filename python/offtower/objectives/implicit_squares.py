@@ -55,8 +55,9 @@ class ImplicitSquares(Objective):
 
     def __call__(self, rows: LoggedRows, reduction: Reduction) -> ObjectiveValue:
         weight = rows.inverse_propensity(self.smoothing, self.max_weight) * rows.reward
-        square_sum = provided(rows.square_sum, "square_sum")
+        scores = rows.scores()
+        square_sum = provided(scores.square_sum, "square_sum")
         all_items = torch.where(rows.reward > 0, self.alpha * square_sum, 0.0)
-        error = torch.square(1.0 - provided(rows.action_logit, "action_logit"))
+        error = torch.square(1.0 - scores.action_logit)
         per_row = all_items + weight * error
         return ObjectiveValue(reduction.mean(per_row), -reduction.average(per_row))

@@ -14,7 +14,6 @@ from offtower.objectives.base import (
     ObjectiveValue,
     Reduction,
     Requirements,
-    provided,
 )
 
 
@@ -47,7 +46,7 @@ class Regression(Objective):
         return Regression("cross_entropy" if binary else "squared_error")
 
     def __call__(self, rows: LoggedRows, reduction: Reduction) -> ObjectiveValue:
-        logit = provided(rows.action_logit, "action_logit")
+        logit = rows.scores().action_logit
         if self.loss == "auto":
             raise ConfigError(
                 "regression cannot choose its loss from one batch: call for_rewards(binary=...) "

@@ -21,6 +21,7 @@ from torch import Tensor
 from offtower.errors import ConfigError
 from offtower.objectives.base import (
     EarlierPositions,
+    JointPositions,
     LoggedRows,
     Objective,
     ObjectiveValue,
@@ -98,10 +99,11 @@ class SlateObjective(Objective):
 def joint_rows(rows: LoggedRows, kind: PscoreKind, interaction: Interaction) -> LoggedRows:
     """Rows whose log-probabilities are those of the items down to each position, or of the slate.
 
-    rows: of whole rounds (`LoggedRows.rounds`), with terms of single draws. The log-probabilities
+    rows: of whole rounds (`LoggedRows.slates`), with terms of single draws. The log-probabilities
     are float64, since products of many propensities leave the range of float32.
     """
-    rounds, terms = provided(rows.rounds, "rounds"), rows.policy_terms()
+    slates, terms = provided(rows.slates, "slates"), rows.policy_terms()
+    rounds = slates.rounds
     conditional = conditional_log_prob(terms.log_prob, rounds)
     log_pscore = provided(rows.pscore, "pscore").double().log()
     joint = round_sum if interaction == "standard" else prefix_sum
@@ -115,21 +117,25 @@ def joint_rows(rows: LoggedRows, kind: PscoreKind, interaction: Interaction) -> 
             rounds,
         )
         above = earlier_sum(conditional, rounds)
-        earlier = EarlierPositions(above, above - earlier_sum(log_pscore, rounds))
+        position = torch.from_numpy(rounds.position).to(conditional.device)
+        log_weight = above - earlier_sum(log_pscore, rounds)
+        earlier = EarlierPositions(above, log_weight, position == 0)
     logged = log_pscore if kind == "slate" else joint(log_pscore, rounds)
     action_reward = terms.action_reward
-    if rows.examination is not None and expected is not None and action_reward is not None:
-        expected, action_reward = expected * rows.examination, action_reward * rows.examination
+    factor = slates.examination
+    if factor is not None and expected is not None and action_reward is not None:
+        expected, action_reward = expected * factor, action_reward * factor
     made = replace(
         terms,
         log_prob=joint(conditional, rounds),
         expected_reward=expected,
         action_reward=action_reward,
     )
-    return replace(rows, terms=made, joint_log_pscore=logged, earlier=earlier)
+    return replace(rows, terms=made, joint=JointPositions(logged, earlier))
 
 
 def _conditional_rows(rows: LoggedRows) -> LoggedRows:
-    rounds, terms = provided(rows.rounds, "rounds"), rows.policy_terms()
+    terms = rows.policy_terms()
+    rounds = provided(rows.slates, "slates").rounds
     conditional: Tensor = conditional_log_prob(terms.log_prob, rounds)
     return replace(rows, terms=replace(terms, log_prob=conditional))

@@ -18,7 +18,14 @@ from offtower.models.features import FeatureTensors
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
-from offtower.objectives import LoggedRows, Objective, ObjectiveValue, Reduction
+from offtower.objectives import (
+    ItemScores,
+    LoggedRows,
+    Objective,
+    ObjectiveValue,
+    Reduction,
+    SlateRows,
+)
 from offtower.ops import Eligibility, PolicyTerms
 from offtower.ops.square_sum import square_sum
 from offtower.ops.types import RewardTerms, reward_in
@@ -172,8 +179,7 @@ class ReplicatedStep(TrainingStep):
         reward = tensor_of(rows.reward, device)
         pscore = None if rows.pscore is None else tensor_of(rows.pscore, device)
         if not requirements.policy_terms:
-            logit, squares = self._scores(batch, context, numbers)
-            logged = LoggedRows(reward, pscore=pscore, action_logit=logit, square_sum=squares)
+            logged = LoggedRows(reward, self._scores(batch, context, numbers), pscore)
             return self.objective(logged, reduction), None
         model = self.reward_model
         sampled = self._sampled is not None and not self._sampled.is_exact(key.step)
@@ -186,12 +192,11 @@ class ReplicatedStep(TrainingStep):
         weights = self.trained.cluster_weights
         logged = LoggedRows(
             reward,
-            terms=terms,
-            pscore=pscore,
+            terms,
+            pscore,
             divergence=divergence,
             log_cluster_weight=None if weights is None else weights(batch, context, terms),
-            rounds=rows.rounds,
-            examination=None if model is None else model.examination(rows),
+            slates=slate_rows(rows, model),
         )
         value = self.objective(logged, reduction)
         if not diagnose:
@@ -212,20 +217,18 @@ class ReplicatedStep(TrainingStep):
     def total_loss(self, loss: Tensor) -> Tensor:
         return self.workers.sum(loss)
 
-    def _scores(
-        self, batch: Step, context: FeatureTensors, numbers: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def _scores(self, batch: Step, context: FeatureTensors, numbers: Tensor) -> ItemScores:
         """Scores of the logged items and, if required, sums of squared scores over all items."""
         if not self.objective.requirements.square_sum:
             item = self.trained.items.at(tensor_of(batch.rows.action))
-            return self.policy.action_logit(context, item, numbers), None
+            return ItemScores(self.policy.action_logit(context, item, numbers))
         action = tensor_of(batch.rows.action, self.policy.device)
         context_embedding = self.policy.context_tower(context, numbers)[0]
         items = self.policy.embed_items(self.trained.items, chunk=self._item_chunk)
         logit = (context_embedding.float() * items.embedding[action].float()).sum(dim=1)
         if items.bias is not None:
             logit = logit + items.bias[action].float()
-        return logit, square_sum(context_embedding, items.embedding, items.bias)
+        return ItemScores(logit, square_sum(context_embedding, items.embedding, items.bias))
 
     def _terms(
         self,
@@ -278,6 +281,13 @@ class ReplicatedStep(TrainingStep):
 def row_numbers(batch: Step, device: torch.device) -> Tensor:
     """Positions of this worker's rows in the batch."""
     return torch.arange(batch.first, batch.first + len(batch.rows), device=device)
+
+
+def slate_rows(rows: EncodedRows, model: RewardModel | None) -> SlateRows | None:
+    """The rounds of rows from a log of slates, with the reward model's factors of positions."""
+    if rows.rounds is None:
+        return None
+    return SlateRows(rows.rounds, None if model is None else model.examination(rows))
 
 
 def logged_weight(terms: PolicyTerms, rows: EncodedRows, device: torch.device) -> Tensor | None:

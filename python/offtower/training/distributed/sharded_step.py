@@ -14,7 +14,7 @@ from offtower.data.rows import relative_weights
 from offtower.models.items import DEFAULT_CHUNK
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.factored import FactoredRewardModel
-from offtower.objectives import LoggedRows, Objective, ObjectiveValue, Reduction
+from offtower.objectives import ItemScores, LoggedRows, Objective, ObjectiveValue, Reduction
 from offtower.ops import FactoredReward, PolicyTerms
 from offtower.training.distributed.item_shard import ItemShard
 from offtower.training.distributed.sharded_sampled import ShardedSampledTerms
@@ -27,6 +27,7 @@ from offtower.training.step import (
     compute_diagnostics,
     logged_weight,
     row_numbers,
+    slate_rows,
 )
 from offtower.training.workers import Workers
 
@@ -84,18 +85,15 @@ class ShardedStep(TrainingStep):
         requirements = self.objective.requirements
         if not requirements.policy_terms:
             logit = self._action_logit(batch)
-            return self.objective(LoggedRows(reward, action_logit=logit), reduction), None
+            return self.objective(LoggedRows(reward, ItemScores(logit)), reduction), None
         terms = self._terms(
             batch,
             None if self._sampled is None or self._sampled.is_exact(key.step) else key.seed,
             self._reward(batch),
             entropy=diagnose or requirements.entropy,
         )
-        rounds, model = batch.joined.rounds, self.reward_model
-        examination = None if model is None else model.examination(batch.joined)
-        logged = LoggedRows(
-            reward, terms=terms, pscore=pscore, rounds=rounds, examination=examination
-        )
+        slates = slate_rows(batch.joined, self.reward_model)
+        logged = LoggedRows(reward, terms, pscore, slates=slates)
         value = self.objective(logged, reduction)
         return value, self._diagnostics(batch, terms) if diagnose else None
 
