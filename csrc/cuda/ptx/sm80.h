@@ -99,6 +99,7 @@ OFFTOWER_DEVICE uint32_t cvt_rna_tf32(uint32_t bits) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "r"(bits));
   return rounded;
 }
+
 // d (16 x 8) += a (16 x 8) b (8 x 8).
 OFFTOWER_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                       uint32_t b1) {
