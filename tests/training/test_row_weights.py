@@ -19,30 +19,26 @@ from offtower.data.reader import scan
 from offtower.data.simulate import SimulatedWorld, WorldSettings
 from offtower.errors import ConfigError
 from offtower.evaluation.run import evaluate_runs
-from offtower.objectives import LoggedRows, Reduction, make_objective
+from offtower.objectives import ItemScores, LoggedRows, Reduction, make_objective
 from offtower.ops import PolicyTerms
 from offtower.training.run import train_run
 
 
-def logged(u: torch.Tensor, index: np.ndarray) -> LoggedRows:
+def logged(u: torch.Tensor, index: np.ndarray, *, scores: bool) -> LoggedRows:
     rng = np.random.default_rng(0)
     n = 12
     reward, pscore = (torch.tensor(rng.random(n)) for _ in range(2))
     q, m = torch.tensor(rng.random(n)), torch.tensor(rng.random(n))
     log_prob = torch.log_softmax(u, dim=1)[:, 0]
     where = torch.from_numpy(index)
-    return LoggedRows(
-        reward[where],
-        terms=PolicyTerms(
-            log_prob=log_prob[where],
-            log_normalizer=torch.logsumexp(u, dim=1)[where],
-            entropy=None,
-            expected_reward=(m * u.sigmoid()[:, 1])[where],
-            action_reward=q[where],
-        ),
-        pscore=pscore[where],
-        action_logit=u[where, 0],
+    terms = PolicyTerms(
+        log_prob=log_prob[where],
+        log_normalizer=torch.logsumexp(u, dim=1)[where],
+        entropy=None,
+        expected_reward=(m * u.sigmoid()[:, 1])[where],
+        action_reward=q[where],
     )
+    return LoggedRows(reward[where], ItemScores(u[where, 0]) if scores else terms, pscore[where])
 
 
 @pytest.mark.parametrize("name", ["ips", "snips", "dr", "clipped_ips", "regression"])
@@ -56,7 +52,7 @@ def test_a_weight_of_k_trains_as_k_rows(name: str) -> None:
         (np.repeat(np.arange(12), weight), Reduction(int(weight.sum()))),
     ):
         u = torch.tensor(np.random.default_rng(2).normal(size=(12, 3)), requires_grad=True)
-        value = objective(logged(u, index), reduction)
+        value = objective(logged(u, index, scores=name == "regression"), reduction)
         value.loss.backward()
         gradients.append((value.value.item(), u.grad))
     assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-12)
