@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,23 +14,20 @@ from sklearn.exceptions import NotFittedError as SklearnNotFittedError
 
 from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.data.catalogue import Catalogue
-from offtower.data.check import RowChecker
 from offtower.data.convert import ITEM_VECTOR
 from offtower.data.encoding import to_tensors
 from offtower.data.log import Log
-from offtower.data.rows import encode_rows
 from offtower.errors import ConfigError, DataError, KeepLoggingWarning
-from offtower.evaluation import EvaluationRows, evaluate_rows
-from offtower.evaluation.decision.gate import withhold
+from offtower.evaluation import evaluate_rows
 from offtower.evaluation.result import EvaluationResult
 from offtower.learner.eligible import masked
+from offtower.learner.evaluation import weighted_rows, without_go
 from offtower.learner.feedback import (
     CONTEXT,
     as_table,
     check_range,
     feature_column,
     is_feedback,
-    joined_table,
 )
 from offtower.learner.inputs import LearnerInputs, check_column
 from offtower.learner.scoring import OffPolicyScorer
@@ -269,7 +265,7 @@ class TwoTowerPolicyLearner(LearnerInputs):
         Raises:
             DataError: there are no propensities, or a value is wrong.
         """
-        policy = self._fitted()
+        self._fitted()
         log, catalogue, _ = self._open(X, (y, reward, pscore), action_context, self.forms_)
         if log.schema.pscore is None:
             raise DataError(
@@ -284,31 +280,10 @@ class TwoTowerPolicyLearner(LearnerInputs):
             items = self._embed_items(action_context)
             if action_context is None:
                 catalogue = self.catalogue_
-        table = RowChecker(log.schema, catalogue).check(joined_table(log), log.location(0), 0)
-        rows = encode_rows(table, log.schema, catalogue, policy.context_encoding, 0)
-        u = policy.embed_contexts(to_tensors(rows.context)).detach()
-        allowed = None if rows.eligible is None else rows.eligible.on()
-        terms = self._served().terms(
-            u, ItemEmbeddings(*items), torch.from_numpy(rows.action), eligible=allowed
-        )
-        assert rows.pscore is not None
-        weighted = EvaluationRows(
-            importance_weight=None,  # type: ignore[arg-type]
-            reward=rows.reward.astype(np.float64),
-            user=None if rows.user_id is None else rows.user_id.view(np.int64),
-            log_weight=terms.log_prob.double().numpy() - np.log(rows.pscore),
-        )
+        weighted = weighted_rows(self._served(), ItemEmbeddings(*items), log, catalogue)
         options.setdefault("reward_range", reward_range or log.schema.reward_range)
         result = evaluate_rows({"learner": weighted}, **options)
-        if log.fingerprint not in self.fitted_on_:
-            return result
-        evaluated = result.policies["learner"]
-        verdict = withhold(
-            evaluated.verdict,
-            "the learner was fitted on these rows, or they chose its epoch, so that its value here "
-            "is too high and no 'go' would mean anything. Decide on rows that fit did not see",
-        )
-        return replace(result, policies={"learner": replace(evaluated, verdict=verdict)})
+        return without_go(result) if log.fingerprint in self.fitted_on_ else result
 
     def score(self, X: Any, y: Any = None, reward: Any = None, pscore: Any = None) -> float:
         """The SNIPS estimate of the policy's value on held-out feedback, given as to `fit`."""

@@ -1,0 +1,53 @@
+"""Rows that a learner's policy is evaluated on, and the verdict on rows that it was fitted on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from offtower.data.catalogue import Catalogue
+from offtower.data.check import RowChecker
+from offtower.data.encoding import to_tensors
+from offtower.data.log import Log
+from offtower.data.rows import encode_rows
+from offtower.evaluation import EvaluationRows
+from offtower.evaluation.decision.gate import withhold
+from offtower.evaluation.result import EvaluationResult
+from offtower.learner.feedback import joined_table
+from offtower.models.items import ItemEmbeddings
+from offtower.serving import ServedPolicy
+
+
+def weighted_rows(
+    served: ServedPolicy, items: ItemEmbeddings, log: Log, catalogue: Catalogue
+) -> EvaluationRows:
+    """Weigh every row of a log with propensities by a served policy.
+
+    Raises:
+        DataError: a row is invalid.
+    """
+    table = RowChecker(log.schema, catalogue).check(joined_table(log), log.location(0), 0)
+    rows = encode_rows(table, log.schema, catalogue, served.policy.context_encoding, 0)
+    u = served.policy.embed_contexts(to_tensors(rows.context)).detach()
+    allowed = None if rows.eligible is None else rows.eligible.on()
+    terms = served.terms(u, items, torch.from_numpy(rows.action), eligible=allowed)
+    assert rows.pscore is not None
+    return EvaluationRows(
+        importance_weight=None,  # type: ignore[arg-type]
+        reward=rows.reward.astype(np.float64),
+        user=None if rows.user_id is None else rows.user_id.view(np.int64),
+        log_weight=terms.log_prob.double().numpy() - np.log(rows.pscore),
+    )
+
+
+def without_go(result: EvaluationResult) -> EvaluationResult:
+    """Withhold the verdict on rows that the learner was fitted on."""
+    evaluated = result.policies["learner"]
+    verdict = withhold(
+        evaluated.verdict,
+        "the learner was fitted on these rows, or they chose its epoch, so that its value here "
+        "is too high and no 'go' would mean anything. Decide on rows that fit did not see",
+    )
+    return replace(result, policies={"learner": replace(evaluated, verdict=verdict)})
