@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -20,22 +20,21 @@ from offtower.data.location import ListedFile, Location
 from offtower.errors import DataError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Text(SourceFile):
-    file: TextFile | None = None
+    file: TextFile
 
     @property
-    def text(self) -> TextFile | None:
+    def text(self) -> TextFile:
         return self.file
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _CsvFile(_Text):
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str]
     """Names of columns as they stand in the header."""
 
     def _read(self, names: Sequence[str], most_rows: int) -> Iterator[RawBatch]:
-        assert self.file is not None
         # Some column must be read, so that rows are counted.
         raw = [self.headers[name] for name in names] or list(self.headers.values())[:1]
         for batch, bad in csv_files.read_batches(self.file, raw):
@@ -45,13 +44,12 @@ class _CsvFile(_Text):
 @dataclass(frozen=True)
 class _JsonFile(_Text):
     def _read(self, names: Sequence[str], most_rows: int) -> Iterator[RawBatch]:
-        assert self.file is not None
         yield from json_lines.read_batches(self.file, {name: self.kinds[name] for name in names})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _ColumnarFile(SourceFile):
-    fragment: Any = None
+    fragment: Any
 
     @property
     def row_groups(self) -> list[tuple[int, int]] | None:
