@@ -87,6 +87,26 @@ def test_units_of_reward_and_scale_of_weights_do_not_matter() -> None:
     assert np.isfinite(SNIPS.interval(huge, method="gamma").high)
 
 
+@pytest.mark.parametrize("method", ["gamma", "normal"])
+@pytest.mark.parametrize("offset", [1e6, 1e8])
+def test_an_offset_of_rewards_does_not_matter(method: str, offset: float) -> None:
+    """SNIPS of r + c is c more. The variance is below the rounding of the second moments of w r."""
+    rng = np.random.default_rng(1)
+    weight, reward = rng.gamma(4.0, 0.25, 400), (rng.random(400) < 0.3).astype(float)
+
+    def difference(c: float, low: float) -> tuple[float, ...]:
+        found = evaluate_rows(
+            {"new": EvaluationRows(weight, reward + c)},
+            ("snips",),
+            reward_range=(low, low + 1.0),
+            intervals=(method,),
+        ).policies["new"]
+        gain = found.estimates["snips"].difference
+        return gain.estimate.std_error, gain.interval.low, gain.interval.high
+
+    assert difference(offset, offset) == pytest.approx(difference(0.0, 0.0), rel=1e-5)
+
+
 def test_missing_weight_widens_and_a_declared_bound_narrows() -> None:
     """Mean weight .2: a row that restores a mean of 1 may be missing."""
     rng = np.random.default_rng(0)

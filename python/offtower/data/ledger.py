@@ -29,6 +29,9 @@ logger = logging.getLogger("offtower.ledger")
 FOLDER = "_ledger"
 _NAME = re.compile(r"([0-9]{6,})\.json")
 _ATTEMPTS = 100
+_REMEDY = (
+    "Restore it from a copy; or remove the folder, and earlier looks at this log are not counted"
+)
 _READERS = 16
 """Entries of a store that are read at the same time."""
 
@@ -133,18 +136,17 @@ class LogLedger(Ledger):
             if entry.number != number:
                 raise DataError(
                     f"entry {number} of the ledger at '{self.place}' is missing: entries are never "
-                    "removed. Restore it from a copy; or remove the folder, and earlier looks at "
-                    "this log are not counted"
+                    f"removed. {_REMEDY}"
                 )
         return list(self._kept)
 
     def _read(self, name: str) -> LedgerEntry:
         path = self.place / name
-        content = check_json(parse_json(self._files.read(name), path, DataError), path, DataError)
         try:
-            return LedgerEntry(**content)
-        except TypeError as error:
-            raise DataError(f"'{path}' is no entry of a ledger: {error}") from error
+            text = parse_json(self._files.read(name), path, DataError)
+            return LedgerEntry(**check_json(text, path, DataError))
+        except (DataError, TypeError) as error:
+            raise DataError(f"'{path}' is no entry of a ledger ({error}). {_REMEDY}") from error
 
     def _create(self, entry: LedgerEntry) -> bool:
         if self.place.local is not None:

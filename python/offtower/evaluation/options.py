@@ -102,12 +102,6 @@ class EvaluationOptions:
         raise OfftowerError(f"decide_by={self.decide_by!r} is none of {', '.join(labels)}")
 
     @property
-    def grouped(self) -> bool:
-        """Whether some interval needs sums by group of rows."""
-        adjusted = any(estimator.controls for estimator in self.estimators)
-        return adjusted or "gamma" in self.intervals or self.intervals[0] == "bernstein"
-
-    @property
     def named_estimator(self) -> Estimator:
         """Estimator of the named rewards: that of the verdicts, or SNIPS where it needs a reward
         model, which predicts their sum only."""

@@ -74,7 +74,7 @@ class EvaluationSums:
                 by_user=by_user,
                 replicates=options.bootstrap_replicates(len(every)),
                 seed=options.seed,
-                grouped=options.grouped,
+                grouped=True,
             ),
             tuple(WeightSums.of(rows, by_user) for rows in every),
             tuple(CalibrationSums.of(rows) for rows in every),
@@ -160,5 +160,5 @@ def _named_statistics(
         by_user=by_user,
         replicates=options.bootstrap_replicates(len(every)),
         seed=options.seed,
-        grouped=options.grouped,
+        grouped=True,
     )

@@ -94,7 +94,7 @@ class WeightSums:
         n, total = sums.n, float(mean[0]) * sums.count
         error = standard_error(TermMean(0, mean.size), sums)
         count = min(self.top.size, max(1, math.ceil(TOP_SHARE * n)))
-        ess = total**2 / self.square if self.square > 0.0 else 0.0
+        ess = (total / math.sqrt(self.square)) ** 2 if self.square > 0.0 else 0.0
         balance = balance_error = None
         if mean.size > 1:
             balance = float(mean[1])

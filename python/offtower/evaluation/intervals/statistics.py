@@ -22,6 +22,7 @@ from offtower.evaluation.rows import Array, EvaluationRows, IntArray
 _BLOCK_CELLS = 1 << 20
 """Bootstrap weights drawn at a time."""
 _ROUNDING = 1e-13
+_INFLUENCE_ROUNDING = 1e-14
 
 
 class Functional(Protocol):
@@ -403,10 +404,27 @@ def standard_error(functional: Functional, statistics: Statistics) -> float:
     variance = float(slope @ covariance @ slope)
     if not np.isfinite(statistics.scatter).all():
         return float("inf")
-    # What is left of terms that cancel, such as those of two equal policies, is rounding.
+    # What is left of terms that cancel, such as those of two equal policies, may be rounding.
     scale = float(np.abs(slope) @ np.sqrt(np.diagonal(covariance))) ** 2
-    error = float(np.sqrt(variance / statistics.n)) if variance > _ROUNDING * scale else 0.0
-    return factor * error
+    if variance > _ROUNDING * scale:
+        return factor * float(np.sqrt(variance / statistics.n))
+    return factor * _canceled_error(slope, statistics)
+
+
+def _canceled_error(slope: Array, statistics: Statistics) -> float:
+    """Standard error where the variance is below the rounding of second moments, as that of SNIPS
+    for rewards of 1e6 and 1e6 + 1: from the influences of groups of rows, whose rounding is
+    relative to the terms and not to their squares. 0 where that is all that they hold."""
+    groups, mean = statistics.groups, statistics.mean
+    if groups is None:
+        return 0.0
+    influence = (groups.total - groups.count[:, None] * mean) @ slope
+    terms = (np.abs(groups.total) + groups.count[:, None] * np.abs(mean)) @ np.abs(slope)
+    square = float(influence @ influence)
+    if not square > _INFLUENCE_ROUNDING**2 * float(terms @ terms):
+        return 0.0
+    units = int(np.count_nonzero(groups.count))
+    return float(np.sqrt(square * units / max(1, units - 1))) / statistics.count
 
 
 def _clustered_error(slope: Array, mean: Array, users: UserSums, n: float) -> float:
