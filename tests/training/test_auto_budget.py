@@ -27,6 +27,7 @@ from offtower.models.store import load_policy
 from offtower.prepare import PreparedData, prepare
 from offtower.progress import PlainTask, Progress
 from offtower.training.auto import budget, speed
+from offtower.training.auto import plan as plan_module
 from offtower.training.auto.budget import make_plan, narrowed
 from offtower.training.auto.candidates import Schedule, make_candidates
 from offtower.training.auto.folds import NOTHING, Folds
@@ -153,13 +154,46 @@ def test_a_race_fits_its_budget_and_halves_its_candidates(
     assert shares == pytest.approx([1 / 3, 2 / 3])
     seconds = 0.0
     # A regression and a likelihood leave after the first rung.
-    for rung, number in zip(plan.rungs, (5, 3), strict=True):
-        steps = max(one.steps or 0 for one in plan.candidates.values())
-        seconds += rung.share * steps * number * plan.members * 0.05
+    for rung, names in zip(plan.rungs, (NAMES, NAMES[1::2] + NAMES[-1:]), strict=True):
+        steps = sum(plan.candidates[name].steps or 0 for name in names)
+        seconds += rung.share * steps * plan.members * 0.05
+        planned = rung.share * steps * plan.members * 0.05
+        # The steps of each candidate are rounded down.
+        assert planned == pytest.approx(rung.training_seconds, rel=0.02)
     assert 200.0 < seconds <= 300.0
+    # The clone has at most 15 % of the time for training.
+    assert 3 * 0.05 * (plan.candidates["behavior_cloning"].steps or 0) <= 45.0
     assert all(3 * 0.05 * (one.refit_steps or 0) <= 120.0 for one in plan.candidates.values())
     rows = sum(rung.held_out_rows * n * 1e-3 for rung, n in zip(plan.rungs, (4, 3), strict=True))
     assert rows <= 90.0
+
+
+def test_a_plan_is_shortened_where_the_machine_is_slower(
+    data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Machine(monkeypatch)
+    config = config_of(candidates=NAMES)
+    plan = make_plan(config, data, make_candidates(config, data), Progress())
+    first, second = plan.rungs
+    planned = first.training_seconds, first.evaluation_seconds
+    # As planned, or faster: only the mark changes.
+    for seconds in (planned, (1.0, 1.0), (1.05 * planned[0], planned[1])):
+        assert plan.revise(seconds[:1], seconds[1:]) == replace(plan, revised=1)
+    # Twice the training's time: of 1.2 x the race, what is left is a fifth of the rest.
+    slow = plan.revise([2.0 * planned[0]], [planned[1]])
+    assert slow.revised == 1 and slow.rungs[0] == first
+    total = sum(one.training_seconds + one.evaluation_seconds for one in plan.rungs)
+    left = max(1.2 * total - 2.0 * planned[0] - planned[1], 0.2 * total)
+    share = slow.rungs[1].share / second.share
+    wanted = 2.0 * second.training_seconds + second.evaluation_seconds
+    assert left / wanted / 2**0.5 < share <= left / wanted
+    assert slow.rungs[1].held_out_rows == int(share * second.held_out_rows)
+    for name, one in plan.candidates.items():
+        assert slow.candidates[name].steps == one.steps
+        assert slow.candidates[name].refit_steps == int((one.refit_steps or 0) * 2**-1.0)
+    # A race that took all of its time has a fifth of it left.
+    late = plan.revise([2.0 * total], [planned[1]])
+    assert 0.0 < late.rungs[1].share < share
 
 
 def test_a_log_is_read_as_far_as_the_budget_goes(
@@ -348,9 +382,32 @@ def test_a_killed_race_goes_on_with_its_plan(
     for name in ("auto/out_of_fold_2", "auto/refit", "policy"):
         shutil.rmtree(again.run_directory / name)
     machine = Machine(monkeypatch, step=1e-6, row=1e-9)
+    before = read_plan(again.run_directory)
+    assert before.revised == 1
     train_run(again, resume=True)
     assert machine.measured == 0
+    assert read_plan(again.run_directory) == before
     assert_same_policies(race.run_directory, again.run_directory)
+
+
+def test_a_race_killed_after_a_revision_goes_on_with_it(
+    simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run takes longer than its plan; the second one, resumed, does not."""
+    Machine(monkeypatch, step=0.06)
+    config = raced(simulated, tmp_path / "first", "race", candidates=NAMES[1:4])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "_SLACK", 1e-3)
+        train_run(config)
+    revised = read_plan(config.run_directory)
+    assert revised.revised == 1 and revised.rungs[1].share < 0.3
+    again = raced(simulated, tmp_path / "second", "race", candidates=NAMES[1:4])
+    shutil.copytree(config.run_directory, again.run_directory)
+    for name in ("auto/out_of_fold_2", "auto/refit", "policy"):
+        shutil.rmtree(again.run_directory / name)
+    train_run(again, resume=True)
+    assert read_plan(again.run_directory) == revised
+    assert_same_policies(config.run_directory, again.run_directory)
 
 
 def test_members_without_their_plan_are_trained_anew(

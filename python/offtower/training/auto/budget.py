@@ -25,7 +25,14 @@ from offtower.prepare import PreparedData
 from offtower.progress import Progress, duration
 from offtower.training.auto import speed
 from offtower.training.auto.candidates import PolicyCandidate, make_schedule
-from offtower.training.auto.plan import AutoPlan, CandidatePlan, Rung, groups_to_read
+from offtower.training.auto.plan import (
+    MIN_ROWS,
+    MIN_STEPS,
+    AutoPlan,
+    CandidatePlan,
+    Rung,
+    groups_to_read,
+)
 from offtower.training.auto.work import (
     TowerSizes,
     member_bytes,
@@ -41,12 +48,12 @@ _FITS = 0.6
 """Share of the budget that a run may take by this machine's measured operations."""
 _READING, _TRAINING, _EVALUATION, _REFIT = 0.1, 0.5, 0.15, 0.2
 """Shares of the budget in a bounded plan; the rest is for its own measurements."""
+_CLONE = 0.15
+"""Of the training's time, at most, for the clone of the logging policy. It reads all rows with
+policy terms, so that its whole schedule can take as long as those of all others together."""
 _EXACT_FACTOR = 4
 """Catalogues of more than this many times `sampling.num_samples` items use sampled terms."""
-_MIN_STEPS = 10
-"""Steps of a candidate in a rung, at least."""
-_MIN_ROWS = 256
-_MAX_THINNING = 20
+_MAX_THINNING = 50
 """Rows without reward that one of them may count for in the evidence."""
 _MEMORY = 6 << 30
 """Bytes for members, their training and rewarded rows, at most."""
@@ -140,6 +147,7 @@ class _Planner:
 
     def plan(self) -> AutoPlan:
         costs = {name: self._cost(one) for name, one in self._candidates.items()}
+        costs = {name: self._limited(name, cost) for name, cost in costs.items()}
         costs = self._affordable(costs)
         rungs, factor = self._rungs(costs)
         refit = _REFIT * self.seconds / self.members
@@ -147,15 +155,15 @@ class _Planner:
         chosen = {
             name: replace(
                 cost.schedule,
-                steps=max(_MIN_STEPS * len(rungs), int(factor * cost.steps)),
-                refit_steps=max(_MIN_STEPS, min(cost.steps, int(refit / cost.step))),
+                steps=max(MIN_STEPS * len(rungs), int(factor * cost.steps)),
+                refit_steps=max(MIN_STEPS, min(cost.steps, int(refit / cost.step))),
             )
             for name, cost in costs.items()
         }
-        if factor * min(cost.steps for cost in costs.values()) < _MIN_STEPS * len(rungs):
+        if factor * min(cost.steps for cost in costs.values()) < MIN_STEPS * len(rungs):
             self.notes.append(
                 f"auto.budget of {self.seconds / 60.0:g} minutes is too short for more than "
-                f"{_MIN_STEPS} steps of a candidate in each stage: raise it, or name fewer "
+                f"{MIN_STEPS} steps of a candidate in each stage: raise it, or name fewer "
                 "auto.candidates"
             )
         slowest = sum(sorted((c.steps * c.step for c in costs.values()), reverse=True))
@@ -242,6 +250,13 @@ class _Planner:
         )
         return _Cost(plan, steps, step, row)
 
+    def _limited(self, name: str, cost: _Cost) -> _Cost:
+        """Shorten the schedule of a clone; it needs a sample of the rows."""
+        if not stays(self._candidates[name]):
+            return cost
+        steps = int(_CLONE * _TRAINING * self.seconds / (self.members * cost.step))
+        return replace(cost, steps=max(MIN_STEPS, min(cost.steps, steps)))
+
     def _affordable(self, costs: Mapping[str, _Cost]) -> dict[str, _Cost]:
         """Leave out candidates that need most of the training's time for a tenth of their steps."""
         limit = 0.5 * _TRAINING * self.seconds / self.members
@@ -272,11 +287,16 @@ class _Planner:
             racing = _costliest(others, whole, left)
             models = _costliest(regressions, whole, len(regressions) if k == 0 else 1)
             taking_part = [*racing, *models, *protected]
-            cost += share * sum(whole[name] for name in taking_part)
+            seconds = share * sum(whole[name] for name in taking_part)
+            cost += seconds
             left = max(1, math.ceil(left / 2)) if k + 1 < number else left
             rows = self._held_out(taking_part, costs, number)
-            rungs.append(Rung(share, rows, left, self._thinning))
-        return tuple(rungs), min(1.0, budget / cost)
+            evaluation = _EVALUATION * self.seconds / number
+            rungs.append(Rung(share, rows, left, self._thinning, seconds, evaluation))
+        factor = min(1.0, budget / cost)
+        return tuple(
+            replace(rung, training_seconds=factor * rung.training_seconds) for rung in rungs
+        ), factor
 
     def _kinds(self, names: Mapping[str, object]) -> tuple[list[str], list[str], list[str]]:
         """Regressions, candidates that never leave, and others."""
@@ -295,7 +315,7 @@ class _Planner:
         seconds = _EVALUATION * self.seconds / rungs
         evaluated = self._rewarded + (1.0 - self._rewarded) / self._thinning
         rows = int(seconds / sum(costs[name].row for name in counted) / evaluated)
-        return max(_MIN_ROWS, min(rows, self._config.auto.held_out_rows))
+        return max(MIN_ROWS, min(rows, self._config.auto.held_out_rows))
 
 
 def with_terms(config: Config, terms: Literal["exact", "sampled"]) -> Config:

@@ -10,7 +10,8 @@ Two estimates of a policy's value differ in the mass that it has on items off th
 Few rows, or none, have a weight under a sharp policy. The model's prediction for it then stands
 uncorrected, and a policy that maximizes predictions plays the items of which they are too high. The
 bounds are the smallest values that the rows do not contradict: a value v below the prediction m
-would show as residuals of m - v, in the rows that have a weight.
+would show as residuals of m - v, in the rows that have a weight. IPS bounds the value without the
+model where that is all that is known.
 
 The bounds are simultaneous: with the stated probability all of them hold, so they hold for a policy
 that was chosen by them (maximal studentized mean, Chernozhukov, Chetverikov and Kato 2013).
@@ -99,11 +100,12 @@ def estimate_policies(
         ],
         axis=1,
     )
-    floor = levels.min_reward
-    low = _lower_bounds(cautious, floor, unseen, rows, levels.of(levels.confidence))
-    gain = cautious - rows.reward[:, None]
-    floor -= float(rows.mean(rows.reward))
-    gain_low = _lower_bounds(gain, floor, unseen, rows, levels.of(levels.gain_confidence))
+    weights = np.stack([rows.terms[policy].weight for policy in policies], axis=1)
+    plain = weights * (rows.reward - levels.min_reward)[:, None] + levels.min_reward
+    values = _Values(cautious, plain, levels.min_reward)
+    low = _lower_bounds(values, unseen, rows, levels.of(levels.confidence))
+    gains = values.less(rows.reward, float(rows.mean(rows.reward)))
+    gain_low = _lower_bounds(gains, unseen, rows, levels.of(levels.gain_confidence))
     return [
         _estimate(rows, policy, levels, _Bounds(share, float(bound), float(gain_bound)))
         for policy, share, bound, gain_bound in zip(policies, covered, low, gain_low, strict=True)
@@ -217,8 +219,6 @@ def _covered(rows: HeldOutRows, policy: CandidatePolicy) -> float:
 class _Unseen:
     """Mass of a policy that the rows have not shown."""
 
-    share: float
-    """Of the policy's mass, at most."""
     weight_variance: float
     """Of the mean weight, by this mass."""
     error: float
@@ -227,6 +227,8 @@ class _Unseen:
     """Standard error by one additional row of the typical weight sum w^2 / sum w with the largest
     residual: of ten effective rows that were all rewarded, the variance is 0 and the reward is not
     certain."""
+    one_more_plain: float
+    """Likewise, with the largest reward in place of a residual."""
     model: float
     """Prediction of the value, less the smallest reward."""
 
@@ -236,23 +238,20 @@ def _unseen(
 ) -> _Unseen:
     weight = rows.terms[policy].weight
     residual = rows.reward - rows.action_reward
+    excess = rows.reward - min_reward
     count = np.ones(1) if rows.count is None else rows.count
     moment = unseen_second_moment(rows, policy)
     least = float(np.sqrt(float(rows.mean(count * np.square(residual))) * moment / rows.size))
     total = float(rows.mean(weight))
     typical = float(rows.mean(np.square(weight))) / total if total > 0.0 else 0.0
-    one_more = max(0.0, typical - 1.0) * float((count * np.abs(residual)).max()) / rows.size
+    additional = max(0.0, typical - 1.0) / rows.size
+    one_more = additional * float((count * np.abs(residual)).max())
+    one_more_plain = additional * float((count * excess).max())
     model = 0.0
     if rows.loss:
         model = covered * (float(rows.mean(rows.terms[policy].expected_reward)) - min_reward)
-    share, variance = _unseen_share(rows, policy), moment / rows.effective_size
-    return _Unseen(share, variance, least, one_more, max(0.0, model))
-
-
-def _unseen_share(rows: HeldOutRows, policy: CandidatePolicy) -> float:
-    """Share of the policy's mass that the rows have not shown, 1 - mean w, at most."""
-    weight = rows.terms[policy].weight
-    return min(1.0, max(0.0, 1.0 - float(rows.mean(weight)) + mean_error(weight, rows)))
+    variance = moment / rows.effective_size
+    return _Unseen(variance, least, one_more, one_more_plain, max(0.0, model))
 
 
 def unseen_second_moment(rows: HeldOutRows, policy: CandidatePolicy) -> float:
@@ -263,8 +262,10 @@ def unseen_second_moment(rows: HeldOutRows, policy: CandidatePolicy) -> float:
     look certain. The mass that the rows have not shown adds its share of the second moment for
     propensities like those of the log, sum_a pi(a|x)^2 times the mean of 1 / pscore.
     """
+    weight = rows.terms[policy].weight
+    unseen = min(1.0, max(0.0, 1.0 - float(rows.mean(weight)) + mean_error(weight, rows)))
     second_moment = _concentration(rows, policy) * rows.inverse_pscore
-    return _unseen_share(rows, policy) * max(0.0, second_moment - 1.0)
+    return unseen * max(0.0, second_moment - 1.0)
 
 
 def _concentration(rows: HeldOutRows, policy: CandidatePolicy) -> float:
@@ -293,38 +294,71 @@ def _concentration(rows: HeldOutRows, policy: CandidatePolicy) -> float:
     return float(np.average(share, weights=rows.count[some]))
 
 
+@dataclass(frozen=True)
+class _Values:
+    """Two estimates of the values of several policies, by row."""
+
+    model: Array
+    """(n, policies) doubly robust, with the covered share of the model's part."""
+    plain: Array
+    """(n, policies) IPS of rewards counted from the smallest one, as if all unseen mass had it."""
+    floor: float
+    """The mean if every reward were the smallest."""
+
+    def less(self, values: Array, mean: float) -> _Values:
+        """These minus (n,) values with this mean."""
+        return _Values(
+            self.model - values[:, None], self.plain - values[:, None], self.floor - mean
+        )
+
+
 def _lower_bounds(
-    values: Array, floor: float, unseen: Sequence[_Unseen], rows: HeldOutRows, level: float
+    values: _Values, unseen: Sequence[_Unseen], rows: HeldOutRows, level: float
 ) -> Array:
-    """(policies,) simultaneous lower bounds of the means of (n, policies) values.
+    """(policies,) simultaneous lower bounds of the policies' values.
 
-    With the quantile z, the mean V, the prediction m and the variance s of the mean weight by
-    unseen mass: if the value is v, that mass has residuals of about m - v, and V a standard error
-    of at least sqrt(s) (m - v). The bound is no more than the smallest v that the rows do not
-    contradict, V - v = z sqrt(s) (m - v), and need not be less than what remains where unseen mass
-    has the smallest reward.
+    With the quantile z, the doubly robust mean V, the prediction m and the variance s of the mean
+    weight by unseen mass: if the value is v, that mass has residuals of about m - v, and V a
+    standard error of at least sqrt(s) (m - v). The bound by the model is no more than the smallest
+    v that the rows do not contradict, V - v = z sqrt(s) (m - v).
 
-    Args:
-        floor: the mean if every reward were the smallest.
+    Where that limits the bound, IPS may give a larger one, without a model: where rewards are rare,
+    nearly all that few weighted rows show is in the rewarded ones.
     """
-    sums = _unit_sums(values, rows)
+    sums = _unit_sums(values.model, rows)
     least = np.array([one.error for one in unseen])
     one_more = np.array([one.one_more for one in unseen])
     error = np.hypot(np.maximum(_errors(sums, rows.size), least), one_more)
-    quantile = simultaneous_quantile(sums, level)
-    width = np.where(error > 0.0, quantile * np.where(error > 0.0, error, 1.0), 0.0)
-    mean = rows.mean(values)
-    bound = mean - width
-    model = np.array([one.model for one in unseen])
+    mean = rows.mean(values.model)
+    model = values.floor + np.array([one.model for one in unseen])
     deviation = np.sqrt([one.weight_variance for one in unseen])
-    root = np.where(deviation > 0.0, quantile * np.where(deviation > 0.0, deviation, 1.0), 0.0)
-    some = root < 1.0
-    consistent = (mean - np.where(some, root, 0.0) * (floor + model)) / np.where(
-        some, 1.0 - root, 1.0
-    )
-    without = bound - np.array([one.share for one in unseen]) * model
-    result: Array = np.minimum(bound, np.where(some, np.maximum(consistent, without), without))
+
+    def by_model(quantile: float) -> tuple[Array, Array]:
+        """Bounds by all rows, and the smallest values that they do not contradict."""
+        bound = mean - _times(quantile, error)
+        root = _times(quantile, deviation)
+        some = root < 1.0
+        root = np.where(some, root, 0.0)
+        return bound, np.where(some, (mean - root * model) / (1.0 - root), -np.inf)
+
+    quantile = simultaneous_quantile(sums, level)
+    bound, smallest = by_model(quantile)
+    limited = np.flatnonzero(smallest < bound)
+    if not rows.loss or len(limited) == 0:
+        return np.asarray(bound, dtype=np.float64)
+    plain_sums = _unit_sums(values.plain[:, limited], rows)
+    quantile = simultaneous_quantile(np.concatenate([sums, plain_sums], axis=1), level)
+    result = np.minimum(*by_model(quantile))
+    more = np.array([unseen[k].one_more_plain for k in limited.tolist()])
+    plain_error = np.hypot(_errors(plain_sums, rows.size), more)
+    plain = rows.mean(values.plain[:, limited]) - _times(quantile, plain_error)
+    result[limited] = np.maximum(result[limited], plain)
     return result
+
+
+def _times(quantile: float, error: Array) -> Array:
+    """The product, which is 0 where the error is, for an infinite quantile too."""
+    return np.where(error > 0.0, quantile * np.where(error > 0.0, error, 1.0), 0.0)
 
 
 def _unit_sums(values: Array, rows: HeldOutRows) -> Array:

@@ -7,7 +7,8 @@ it is used, so that a resumed run, and a run that names it in `auto.plan`, give 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,14 @@ from offtower.seeds import derive_seed
 
 FILE = "plan.json"
 _FORMAT = 1
+MIN_STEPS = 10
+"""Steps of a candidate in a rung, at least."""
+MIN_ROWS = 256
+"""Held-out rows of a rung, at least."""
+_SLACK = 1.2
+"""Time over the planned one that revises nothing."""
+_LEAST = 0.2
+"""Of the planned time for what is left, if the rungs before took all of it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,11 @@ class Rung:
     remaining: int
     """Candidates that stay afterwards, at most."""
     thinning: int = 1
-    """One in so many rows without reward is evaluated, and counts for all of them."""
+    """One in so many rows without reward is evaluated, and stands for all of them."""
+    training_seconds: float = 0.0
+    """As planned."""
+    evaluation_seconds: float = 0.0
+    """As planned."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,53 @@ class AutoPlan:
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Estimated seconds of each stage, for messages."""
+    revised: int = 0
+    """Rungs after which the rest was adapted to the seconds that they took."""
+
+    def revise(self, training: Sequence[float], evaluation: Sequence[float]) -> AutoPlan:
+        """Return the plan with the rungs that are left, and the refit, shortened to the time that
+        is left at the speed of the last rung.
+
+        Factors are powers of the square root of two, and time may exceed the plan by a fifth, so
+        that most runs have no revision.
+
+        Args:
+            training: seconds that the rungs before took.
+            evaluation: likewise.
+        """
+        done = len(training)
+        last = self.rungs[done - 1]
+        slower = max(1.0, training[-1] / max(last.training_seconds, 1e-9))
+        slower_rows = max(1.0, evaluation[-1] / max(last.evaluation_seconds, 1e-9))
+        planned = sum(one.training_seconds + one.evaluation_seconds for one in self.rungs)
+        wanted = sum(
+            slower * one.training_seconds + slower_rows * one.evaluation_seconds
+            for one in self.rungs[done:]
+        )
+        left = max(_SLACK * planned - sum(training) - sum(evaluation), _LEAST * planned)
+        share = _rounded_down(left / max(wanted, 1e-9))
+        rungs = [
+            replace(
+                one,
+                share=share * one.share,
+                held_out_rows=max(MIN_ROWS, int(share * one.held_out_rows)),
+                training_seconds=share * slower * one.training_seconds,
+                evaluation_seconds=share * slower_rows * one.evaluation_seconds,
+            )
+            for one in self.rungs[done:]
+        ]
+        refit = _rounded_down(_SLACK / slower)
+        candidates = {
+            name: one
+            if one.refit_steps is None
+            else replace(one, refit_steps=max(MIN_STEPS, int(refit * one.refit_steps)))
+            for name, one in self.candidates.items()
+        }
+        if share == refit == 1.0:
+            return replace(self, revised=done)
+        return replace(
+            self, rungs=(*self.rungs[:done], *rungs), candidates=candidates, revised=done
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": _FORMAT, **asdict(self)}
@@ -122,7 +182,7 @@ class AutoPlan:
             raise ConfigError(
                 f"auto.plan reads {self.rows:,} rows, and the log has {log_rows:,}: unset auto.plan"
             )
-        return self
+        return replace(self, revised=len(self.rungs))
 
     def limited(self, data: PreparedData, config: Config) -> PreparedData:
         """Return the data with the rows of the log that the plan reads: the first windows of a
@@ -131,6 +191,11 @@ class AutoPlan:
         if len(groups) == len(data.train.row_group_sizes):
             return data
         return replace(data, train=LogPart(data.train, groups))
+
+
+def _rounded_down(share: float) -> float:
+    """The largest power of the square root of two that is not above `share`, at most 1."""
+    return min(1.0, math.pow(2.0, math.floor(2.0 * math.log2(share)) / 2.0))
 
 
 def groups_to_read(data: PreparedData, config: Config, rows: int) -> list[int]:

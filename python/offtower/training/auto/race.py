@@ -8,8 +8,8 @@ others with the lower upper bounds leave.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from offtower.models.policy import TwoTowerPolicy
@@ -20,7 +20,7 @@ from offtower.training.auto.candidates import Schedule
 from offtower.training.auto.choice import Choice, Tolerance, choose
 from offtower.training.auto.estimates import CandidateEstimate
 from offtower.training.auto.held_out import EvaluatedCandidates, HeldOutEvaluator, HeldOutRows
-from offtower.training.auto.plan import Rung
+from offtower.training.auto.plan import AutoPlan, Rung
 from offtower.training.auto.speed import ROWS_PER_PASS
 
 _BLOCKS = 4
@@ -38,6 +38,8 @@ class RaceResult:
     rows: HeldOutRows
     choice: Choice
     evaluator: HeldOutEvaluator
+    plan: AutoPlan
+    """As revised."""
     stages: list[dict[str, Any]] = field(default_factory=list)
     """JSON: name, candidates, seconds, held-out rows of each stage."""
     dropped: dict[str, str] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class Race:
         learner: fits members.
         log: the rows that are read.
         report: receives a message at the begin of each stage.
+        store: receives the plan for what is left after each stage, before it is used.
     """
 
     def __init__(
@@ -61,26 +64,29 @@ class Race:
         log: ReadLog,
         progress: Progress,
         report: Callable[[str, float], None],
+        store: Callable[[AutoPlan], None],
     ) -> None:
         self._inputs, self._learner, self._log = inputs, learner, log
-        self._progress, self._report = progress, report
+        self._progress, self._report, self._store = progress, report, store
         self._dropped: dict[str, str] = dict(inputs.plan.dropped)
 
     def run(self) -> RaceResult:
         """Train and evaluate the candidates; the last rung makes the choice."""
         names = list(self._inputs.plan.candidates)
-        rungs = self._inputs.plan.rungs
+        number_of_rungs = len(self._inputs.plan.rungs)
         stages: list[dict[str, Any]] = []
         stage: Stage | None = None
         result: RaceResult | None = None
-        for number, rung in enumerate(rungs):
+        for number in range(number_of_rungs):
+            rung = self._inputs.plan.rungs[number]
             result = None  # Release the members of the stage before.
             began = time.monotonic()
             stage = self._stage(number, rung, stage)
-            self._report(f"training {', '.join(names)}", _begun(rungs, number))
+            # All rungs of a race cost about the same.
+            self._report(f"training {', '.join(names)}", number / number_of_rungs)
             members = self._learner.members(stage, names)
             trained = time.monotonic()
-            last = number + 1 == len(rungs)
+            last = number + 1 == number_of_rungs
             result = self._evaluate(stage, members, rung, last=last)
             stages.append(
                 {
@@ -93,9 +99,23 @@ class Race:
                 }
             )
             names = [name for name in names if name in result.rows.scale]
+            if not last:
+                self._revise(stages)
         assert result is not None, "a plan has at least one rung"
         result.stages, result.dropped = stages, self._dropped
+        result.plan = self._inputs.plan
         return result
+
+    def _revise(self, stages: Sequence[Mapping[str, Any]]) -> None:
+        plan = self._inputs.plan
+        if plan.revised >= len(stages):
+            return  # A resumed run follows the plan that it had.
+        revised = plan.revise(
+            [one["training_seconds"] for one in stages],
+            [one["evaluation_seconds"] for one in stages],
+        )
+        self._store(revised)
+        self._inputs = replace(self._inputs, plan=revised)
 
     def _stage(self, number: int, rung: Rung, before: Stage | None) -> Stage:
         schedules = {
@@ -132,7 +152,7 @@ class Race:
             rows = evaluator.terms(candidates)
             choice = self._choose(rows)
         self._progress.finish()
-        return RaceResult(stage, members, rows, choice, evaluator)
+        return RaceResult(stage, members, rows, choice, evaluator, inputs.plan)
 
     def _in_blocks(
         self,
@@ -211,8 +231,3 @@ class Race:
 def upper_bound(estimate: CandidateEstimate) -> float:
     """As far above the value as the lower bound is below it."""
     return 2.0 * estimate.value - estimate.low
-
-
-def _begun(rungs: Sequence[Rung], number: int) -> float:
-    """Share of the race before a rung; all rungs of a race cost about the same."""
-    return number / len(rungs)

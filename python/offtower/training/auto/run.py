@@ -84,7 +84,10 @@ def train_auto(
     )
     learner = CandidateLearner(inputs, log, mapper or Mapper(), run, progress)
     clock = StageReports(plan, progress)
-    found = Race(inputs, learner, log, progress, clock.training).run()
+    found = Race(
+        inputs, learner, log, progress, clock.training, lambda plan: _store(plan, run)
+    ).run()
+    plan = found.plan
     choice, chosen = found.choice, found.choice.chosen
     final = found.members[chosen.name]
     inverse_temperature = chosen.inverse_temperature
@@ -167,6 +170,12 @@ def _plan(
         shutil.rmtree(run.auto, ignore_errors=True)
         write_plan(stored, plan)
     return plan
+
+
+def _store(plan: AutoPlan, run: RunDirectory | None) -> None:
+    if run is not None:
+        run.check_owner()
+        write_plan(run.auto / FILE, plan)
 
 
 def _refit(plan: AutoPlan, found: RaceResult) -> Stage:
