@@ -179,21 +179,21 @@ def test_a_plan_is_shortened_where_the_machine_is_slower(
     # As planned, or faster: only the mark changes.
     for seconds in (planned, (1.0, 1.0), (1.05 * planned[0], planned[1])):
         assert plan.revise(seconds[:1], seconds[1:]) == replace(plan, revised=1)
-    # Twice the training's time: of 1.2 x the race, what is left is a fifth of the rest.
-    slow = plan.revise([2.0 * planned[0]], [planned[1]])
+    # 1.3 times the training's time: what is left is over a half of the rest, at this speed.
+    slow = plan.revise([1.3 * planned[0]], [planned[1]])
     assert slow.revised == 1 and slow.rungs[0] == first
     total = sum(one.training_seconds + one.evaluation_seconds for one in plan.rungs)
-    left = max(1.2 * total - 2.0 * planned[0] - planned[1], 0.2 * total)
+    left = 1.2 * total - 1.3 * planned[0] - planned[1]
     share = slow.rungs[1].share / second.share
-    wanted = 2.0 * second.training_seconds + second.evaluation_seconds
-    assert left / wanted / 2**0.5 < share <= left / wanted
+    wanted = 1.3 * second.training_seconds + second.evaluation_seconds
+    assert 0.5 < left / wanted / 2**0.5 < share <= left / wanted
     assert slow.rungs[1].held_out_rows == int(share * second.held_out_rows)
     for name, one in plan.candidates.items():
         assert slow.candidates[name].steps == one.steps
-        assert slow.candidates[name].refit_steps == int((one.refit_steps or 0) * 2**-1.0)
-    # A race that took all of its time has a fifth of it left.
-    late = plan.revise([2.0 * total], [planned[1]])
-    assert 0.0 < late.rungs[1].share < share
+        assert slow.candidates[name].refit_steps == int((one.refit_steps or 0) * 2**-0.5)
+    # A race that has less than half of the time for the rest ends.
+    late = plan.revise([2.0 * planned[0]], [planned[1]])
+    assert late.rungs == plan.rungs[:1] and not late.rungs[0].final and late.revised == 1
 
 
 def test_a_log_is_read_as_far_as_the_budget_goes(
@@ -390,21 +390,26 @@ def test_a_killed_race_goes_on_with_its_plan(
     assert_same_policies(race.run_directory, again.run_directory)
 
 
+@pytest.mark.parametrize("ends", [True, False])
 def test_a_race_killed_after_a_revision_goes_on_with_it(
-    simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ends: bool, simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first run takes longer than its plan; the second one, resumed, does not."""
     Machine(monkeypatch, step=0.06)
     config = raced(simulated, tmp_path / "first", "race", candidates=NAMES[1:4])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "_SLACK", 1e-3)
+        patch.setattr(plan_module, "_SLACK", 0.3)
+        patch.setattr(plan_module, "_LEAST", 1e9 if ends else 0.0)
         train_run(config)
     revised = read_plan(config.run_directory)
-    assert revised.revised == 1 and revised.rungs[1].share < 0.3
+    assert revised.revised == 1 and len(revised.rungs) == (1 if ends else 2)
+    assert ends or revised.rungs[1].share < 0.5
+    report = read_metrics(config.run_directory / "metrics.jsonl")[0]
+    assert report["chosen"] in report["candidates"]
     again = raced(simulated, tmp_path / "second", "race", candidates=NAMES[1:4])
     shutil.copytree(config.run_directory, again.run_directory)
     for name in ("auto/out_of_fold_2", "auto/refit", "policy"):
-        shutil.rmtree(again.run_directory / name)
+        shutil.rmtree(again.run_directory / name, ignore_errors=True)
     train_run(again, resume=True)
     assert read_plan(again.run_directory) == revised
     assert_same_policies(config.run_directory, again.run_directory)

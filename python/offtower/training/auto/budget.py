@@ -292,7 +292,8 @@ class _Planner:
             left = max(1, math.ceil(left / 2)) if k + 1 < number else left
             rows = self._held_out(taking_part, costs, number)
             evaluation = _EVALUATION * self.seconds / number
-            rungs.append(Rung(share, rows, left, self._thinning, seconds, evaluation))
+            final = k + 1 == number
+            rungs.append(Rung(share, rows, left, self._thinning, seconds, evaluation, final))
         factor = min(1.0, budget / cost)
         return tuple(
             replace(rung, training_seconds=factor * rung.training_seconds) for rung in rungs

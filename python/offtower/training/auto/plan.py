@@ -31,8 +31,8 @@ MIN_ROWS = 256
 """Held-out rows of a rung, at least."""
 _SLACK = 1.2
 """Time over the planned one that revises nothing."""
-_LEAST = 0.2
-"""Of the planned time for what is left, if the rungs before took all of it."""
+_LEAST = 0.5
+"""Share of the time for the rungs that are left, below which they are left out."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Rung:
     """As planned."""
     evaluation_seconds: float = 0.0
     """As planned."""
+    final: bool = True
+    """Whether it was planned as the last one, which uses all of its held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ class AutoPlan:
         is left at the speed of the last rung.
 
         Factors are powers of the square root of two, and time may exceed the plan by a fifth, so
-        that most runs have no revision.
+        that most runs have no revision. Where less than half of the rest has time, the race ends:
+        the evidence of the rung before is better than that of a few rows.
 
         Args:
             training: seconds that the rungs before took.
@@ -117,18 +120,23 @@ class AutoPlan:
             slower * one.training_seconds + slower_rows * one.evaluation_seconds
             for one in self.rungs[done:]
         )
-        left = max(_SLACK * planned - sum(training) - sum(evaluation), _LEAST * planned)
-        share = _rounded_down(left / max(wanted, 1e-9))
-        rungs = [
-            replace(
-                one,
-                share=share * one.share,
-                held_out_rows=max(MIN_ROWS, int(share * one.held_out_rows)),
-                training_seconds=share * slower * one.training_seconds,
-                evaluation_seconds=share * slower_rows * one.evaluation_seconds,
-            )
-            for one in self.rungs[done:]
-        ]
+        left = _SLACK * planned - sum(training) - sum(evaluation)
+        ends = left < _LEAST * wanted
+        share = 1.0 if ends else _rounded_down(left / max(wanted, 1e-9))
+        rungs = (
+            []
+            if ends
+            else [
+                replace(
+                    one,
+                    share=share * one.share,
+                    held_out_rows=max(MIN_ROWS, int(share * one.held_out_rows)),
+                    training_seconds=share * slower * one.training_seconds,
+                    evaluation_seconds=share * slower_rows * one.evaluation_seconds,
+                )
+                for one in self.rungs[done:]
+            ]
+        )
         refit = _rounded_down(_SLACK / slower)
         candidates = {
             name: one
@@ -136,7 +144,7 @@ class AutoPlan:
             else replace(one, refit_steps=max(MIN_STEPS, int(refit * one.refit_steps)))
             for name, one in self.candidates.items()
         }
-        if share == refit == 1.0:
+        if share == refit == 1.0 and not ends:
             return replace(self, revised=done)
         return replace(
             self, rungs=(*self.rungs[:done], *rungs), candidates=candidates, revised=done

@@ -73,21 +73,20 @@ class Race:
     def run(self) -> RaceResult:
         """Train and evaluate the candidates; the last rung makes the choice."""
         names = list(self._inputs.plan.candidates)
-        number_of_rungs = len(self._inputs.plan.rungs)
         stages: list[dict[str, Any]] = []
         stage: Stage | None = None
         result: RaceResult | None = None
-        for number in range(number_of_rungs):
+        number = 0
+        while number < len(self._inputs.plan.rungs):
             rung = self._inputs.plan.rungs[number]
             result = None  # Release the members of the stage before.
             began = time.monotonic()
             stage = self._stage(number, rung, stage)
             # All rungs of a race cost about the same.
-            self._report(f"training {', '.join(names)}", number / number_of_rungs)
+            self._report(f"training {', '.join(names)}", number / len(self._inputs.plan.rungs))
             members = self._learner.members(stage, names)
             trained = time.monotonic()
-            last = number + 1 == number_of_rungs
-            result = self._evaluate(stage, members, rung, last=last)
+            result = self._evaluate(stage, members, rung)
             stages.append(
                 {
                     "stage": stage.name,
@@ -99,8 +98,9 @@ class Race:
                 }
             )
             names = [name for name in names if name in result.rows.scale]
-            if not last:
+            if not rung.final:
                 self._revise(stages)
+            number += 1
         assert result is not None, "a plan has at least one rung"
         result.stages, result.dropped = stages, self._dropped
         result.plan = self._inputs.plan
@@ -129,7 +129,7 @@ class Race:
         name = "out_of_fold" if number == 0 else f"out_of_fold_{number + 1}"
         return Stage(name, schedules, number, after=None if before is None else before.name)
 
-    def _evaluate(self, stage: Stage, members: Members, rung: Rung, *, last: bool) -> RaceResult:
+    def _evaluate(self, stage: Stage, members: Members, rung: Rung) -> RaceResult:
         inputs, data = self._inputs, self._log.data
         evaluator = HeldOutEvaluator(
             *(data, inputs.folds, rung.held_out_rows, inputs.config.training.item_chunk),
@@ -147,7 +147,7 @@ class Race:
                     f"{candidates.reward_model}"
                 )
         if inputs.plan.bounded:
-            rows, choice = self._in_blocks(evaluator, candidates, rung, stage, last=last)
+            rows, choice = self._in_blocks(evaluator, candidates, rung, stage)
         else:
             rows = evaluator.terms(candidates)
             choice = self._choose(rows)
@@ -160,8 +160,6 @@ class Race:
         candidates: EvaluatedCandidates,
         rung: Rung,
         stage: Stage,
-        *,
-        last: bool,
     ) -> tuple[HeldOutRows, Choice]:
         """Evaluate block after block of rows; candidates whose upper bound is below the lower bound
         of the chosen one leave."""
@@ -179,16 +177,17 @@ class Race:
             candidates = candidates.without(beaten)
             rows = rows.without(beaten)
             left = len(racing) - len(beaten)
-            if not last and left <= rung.remaining:
+            if not rung.final and left <= rung.remaining:
                 break
         assert rows is not None
         choice = self._choose(rows)
-        if not last:
+        if not rung.final:
             racing = self._racing(candidates, choice)
             racing.sort(key=lambda name: -upper_bound(choice.best[name]))
             for name in racing[rung.remaining :]:
                 self._leave(name, stage, choice)
             rows = rows.without(racing[rung.remaining :])
+            choice = self._choose(rows)
         return rows, choice
 
     def _racing(self, candidates: EvaluatedCandidates, choice: Choice) -> list[str]:
