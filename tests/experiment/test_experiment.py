@@ -116,6 +116,15 @@ def test_bounds_hold_and_contain_the_estimate() -> None:
     assert low <= 28 and high <= 28
 
 
+def test_bounds_of_rewards_without_variance_are_informative() -> None:
+    """Eight standard errors are then nearer than any difference that the bets refute."""
+    new = np.arange(600) % 2 == 0
+    apart = read_experiment(DESIGN, fixed_chunks(new, new))
+    assert apart.decision == "launch" and apart.low > 0.5 and apart.high == 1.0
+    equal = read_experiment(DESIGN, fixed_chunks(np.ones(600), new))
+    assert equal.decision == "continue" and -0.2 < equal.low < 0.0 < equal.high < 0.2
+
+
 def test_a_decision_stands_in_every_later_reading() -> None:
     reward, new = drawn(4000, 0.15, seed=3)
     whole = read_experiment(DESIGN, fixed_chunks(reward, new))

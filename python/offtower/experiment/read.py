@@ -11,6 +11,7 @@ import numpy as np
 
 from offtower.errors import DataError
 from offtower.evaluation.decision.gate import EXIT_CODES, GO, NO_GO, NOT_ENOUGH
+from offtower.experiment.assignment import Array
 from offtower.experiment.bets import Bets
 from offtower.experiment.martingale import DifferenceMartingale, Increments, TermState
 from offtower.experiment.plan import ExperimentDesign
@@ -70,7 +71,7 @@ def read_experiment(design: ExperimentDesign, units: Callable[[], Iterator[Chunk
 
     Args:
         design: of its plan, the same at every reading.
-        units: gives all units so far from the first, in chunks; it is called twice.
+        units: gives all units so far from the first, in chunks; it is called two or three times.
 
     Raises:
         DataError: an arm has no unit, or a reward is outside of the plan's range.
@@ -150,10 +151,26 @@ def _bounds(
     """
     width = design.assignment.width
     half = _WIDTHS * error if error > 0.0 else width
-    grid = np.clip(np.linspace(estimate - half, estimate + half, _GRID), -width, width)
+    near = np.clip(np.linspace(estimate - half, estimate + half, _GRID), -width, width)
+    low, high = _refuted(design, units, near)
+    if low is None or high is None:
+        # Bets of the plan's sizes refute only differences that are farther from the estimate than
+        # many standard errors where rewards hardly vary.
+        low_of_all, high_of_all = _refuted(design, units, np.linspace(-width, width, _GRID))
+        low = low_of_all if low is None else low
+        high = high_of_all if high is None else high
+    ends = -width if low is None else low, width if high is None else high
+    return ends if ends[0] <= ends[1] else (-width, width)
+
+
+def _refuted(
+    design: ExperimentDesign, units: Callable[[], Iterator[Chunk]], grid: Array
+) -> tuple[float | None, float | None]:
+    """Largest difference of `grid` that is refuted from below, and smallest from above."""
     bets = design.bets
     if design.prior is not None:
         # Effects around any difference, not above the margin only.
+        width = design.assignment.width
         bets = Bets.around(0.5 * (design.prior_std_error or width), design.prior_std_error or width)
     both = [DifferenceMartingale(design.assignment, bets, grid, sign=sign) for sign in (1.0, -1.0)]
     state = TermState(design.assignment)
@@ -162,9 +179,10 @@ def _bounds(
             martingale.add_total(increments)
     limit = math.log(1.0 / design.alpha)
     below, above = (np.asarray(one.best) >= limit for one in both)
-    low = float(grid[below].max()) if below.any() else -width
-    high = float(grid[above].min()) if above.any() else width
-    return (low, high) if low <= high else (-width, width)
+    return (
+        float(grid[below].max()) if below.any() else None,
+        float(grid[above].min()) if above.any() else None,
+    )
 
 
 def describe(reading: Reading) -> list[str]:
