@@ -82,7 +82,7 @@ def test_a_changed_or_removed_entry_is_noticed(tmp_path: Path) -> None:
     entry = tmp_path / "log" / FOLDER / "000002.json"
     text = entry.read_text()
     entry.write_text(text.replace('"policy": "1"', '"policy": "7"'))
-    with pytest.raises(DataError, match="changed after it was written.*Restore it from a copy"):
+    with pytest.raises(DataError, match=r"changed after it was written.*Restore it from a copy"):
         LogLedger(tmp_path / "log").entries(log.content.fingerprint)
     entry.unlink()
     with pytest.raises(DataError, match=r"entry 2 of the ledger .* is missing"):
