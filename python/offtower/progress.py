@@ -38,6 +38,7 @@ class DrawnProgress(Progress):
         self._bars: Bars | None = None
         self._task: Any = None
         self._plain: PlainTask | None = None
+        self._last = time.monotonic()
 
     def note(self, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
@@ -45,7 +46,7 @@ class DrawnProgress(Progress):
     def start(self, task: str, total: int | None) -> None:
         self.finish()
         if not sys.stderr.isatty():
-            self._plain = PlainTask(task, total)
+            self._plain = PlainTask(task, total, last=self._last)
             return
         from rich.console import Console
         from rich.progress import (
@@ -76,6 +77,7 @@ class DrawnProgress(Progress):
         elif self._plain is not None:
             line = self._plain.advance(amount)
             if line is not None:
+                self._last = self._plain.last
                 self.note(line)
 
     def finish(self) -> None:
@@ -93,6 +95,7 @@ class PlainTask:
         total: units of work; None where they are not known.
         every: seconds between two lines.
         clock: returns seconds.
+        last: time of the line before this task, so that many short tasks have lines too; None: now.
     """
 
     def __init__(
@@ -101,18 +104,20 @@ class PlainTask:
         total: int | None,
         every: float = _PLAIN_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        last: float | None = None,
     ) -> None:
         self._name, self._total, self._every, self._clock = task, total, every, clock
         self._done = 0
-        self._began = self._last = clock()
+        self._began = clock()
+        self.last = self._began if last is None else last
 
     def advance(self, amount: int) -> str | None:
         """Add finished units; return a line where one is due."""
         self._done += amount
         now = self._clock()
-        if now - self._last < self._every:
+        if now - self.last < self._every:
             return None
-        self._last = now
+        self.last = now
         if not self._total or not self._done:
             return f"{self._name}: {self._done:,} done"
         left = (now - self._began) * max(self._total - self._done, 0) / self._done

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from offtower.evaluation import EvaluationRows
+from offtower.evaluation.decision.gate import Reason
 from offtower.evaluation.evaluate import evaluate_rows
 from offtower.evaluation.report import write_report
 from offtower.evaluation.report.answer import answer_of
@@ -359,3 +361,15 @@ def test_prints_on_paper(tmp_path: Path) -> None:
 def test_series_differ_in_more_than_color() -> None:
     """Neighboring colors also differ in lightness on a gray printer, or in marker and dash."""
     assert len(set(MARKERS)) == len(set(map(str, DASHES))) == len(set(COLORS)) == 6
+
+
+def test_few_rows_are_named_beside_propensities_that_look_wrong() -> None:
+    """Weights of a heavy tail are off their mean where the propensities are right."""
+    one = answered(0.0, 0.1, weight=3.0)
+    policy = one.result.policies["p0"]
+    tail = Reason("weight_tail", "the weights have a heavy tail", "doubt")
+    verdict = replace(policy.verdict, reasons=(*policy.verdict.reasons, tail))
+    one.result.policies["p0"] = replace(policy, verdict=verdict)
+    answer = answer_of(one)
+    assert "too few rows" in answer.sentence and "probabilities are wrong" in answer.sentence
+    assert "If they are right" in (answer.remedy or "")

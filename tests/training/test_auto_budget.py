@@ -487,3 +487,20 @@ def test_plain_progress_estimates_the_time_that_is_left() -> None:
     unknown = PlainTask("evaluating", None, every=30.0, clock=lambda: now)
     now = 120.0
     assert unknown.advance(1000) == "evaluating: 1,000 done"
+
+
+def test_plain_progress_of_many_short_tasks_has_lines() -> None:
+    now = 0.0
+    last = 0.0
+    lines = []
+
+    def clock() -> float:
+        return now
+
+    for _ in range(4):
+        task = PlainTask("fitting", 10, every=30.0, clock=clock, last=last)
+        now += 12.0
+        if task.advance(5) is not None:
+            lines.append(now)
+        last = task.last
+    assert lines == [36.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 from offtower import TwoTowerPolicyLearner
 from offtower.config import Config, PolicyConfig, TowerConfig, parse_config
 from offtower.data.encoding import FeatureEncoding
+from offtower.data.log import TableLog
 from offtower.data.schema import FeatureSpec
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import load_policy, save_policy
@@ -94,6 +96,19 @@ def test_too_few_steps_are_reported_with_enough() -> None:
         notes("weighted_likelihood", described=True, training={"batch_size": 32, "epochs": 25})
         == []
     )
+
+
+def test_auto_is_not_proposed_without_propensities() -> None:
+    content = {"name": "t", "objective": {"name": "auto"}, "data": {"train": "m", "catalogue": "m"}}
+    config = parse_config(content)
+    data = popularity_log(described=False)
+    log = data.train
+    assert isinstance(log, TableLog)
+    plain = TableLog(log.table.drop(["pscore"]), replace(log.schema, pscore=None))
+    found = list(
+        suitability_notes(config, checked_objective(config, data), replace(data, train=plain))
+    )
+    assert len(found) == 2 and not any("auto" in note for note in found)
 
 
 def test_the_learner_reports_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,8 +64,8 @@ def messages() -> Console:
     """Return a console on standard error, which leaves standard output to results."""
     from rich.console import Console
 
-    # rich would cut tables at 80 columns in a pipe.
-    width = None if sys.stderr.isatty() else 120
+    # rich would cut tables and wrap lines at 80 columns in a pipe.
+    width = None if sys.stderr.isatty() else 240
     return Console(stderr=True, highlight=False, width=width)
 
 

@@ -61,13 +61,13 @@ def evaluation_table(evaluation: LogEvaluation) -> Table:
         f"{evaluation.title}: {result.n:,} held-out {unit}, {evaluation.log['items']:,} items",
         caption=f"± half of the {result.confidence:.0%} interval; verdict by {result.decide_by}",
     )
-    table.add_column("policy", no_wrap=True)
+    table.add_column("policy", overflow="fold")
     for estimate in first.estimates.values():
         table.add_column(estimate.name, justify="right", no_wrap=True)
     for name in _truth_columns(evaluation):
         table.add_column(_TRUTH.get(name, name), justify="right")
-    table.add_column("ESS", justify="right")
-    table.add_column("verdict", no_wrap=True)
+    table.add_column("ESS", justify="right", no_wrap=True)
+    table.add_column("verdict")
     truth_columns = _truth_columns(evaluation)
     logging = result.logging
     table.add_row(

@@ -140,7 +140,8 @@ def train(
         return
     console = messages()
     stopped = ", stopped early" if result["stopped_early"] else ""
-    console.print(f"{result['epochs']} epochs, {result['steps']:,} steps{stopped}")
+    of = "" if result.get("chosen") is None else f" of {result['chosen']}"
+    console.print(f"{result['epochs']} epochs, {result['steps']:,} steps{of}{stopped}")
     if result.get("chosen") is not None:
         console.print(
             f"auto chose {result['chosen']}: on rows that it did not learn from its value is at "

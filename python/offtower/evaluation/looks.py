@@ -105,8 +105,8 @@ class Looks:
         else:
             text = (
                 f"look {self.look} at this log; a false go has probability at most "
-                f"{self.error:.2g} here. Error spent {self.spent:.4g}, left {self.left:.2g} of "
-                f"{self.alpha:.4g}"
+                f"{self.error:.2g} for each policy here, and {self.alpha:.4g} over all looks "
+                f"({self.spent:.4g} of that is spent)"
             )
         if self.question.why:
             text += (

@@ -142,6 +142,11 @@ def train_claimed(
             "the log has no propensities, and without them objective.name=auto is regression: to "
             "train it on workers, name it (--set objective.name=regression)"
         )
+    if workers.first and config.objective.name == "auto":
+        progress.note(
+            "note: the log has no propensities, and without them objective.name=auto is regression "
+            "with the schedule of section training"
+        )
     reward_model = workers.first_then_all(lambda: _reward_model(config, data, run, progress))
     setup = build_setup(config, data, reward_model, workers, progress)
     store = CheckpointStore(

@@ -31,6 +31,8 @@ def suitability_notes(config: Config, objective: Objective, data: PreparedData) 
     Reads at most the first million rows of the training log.
     """
     rows, training = data.train.num_rows, config.training
+    schema = data.train.schema
+    chooses = schema.pscore is not None and not schema.slates  # other logs have no `auto`
     steps = training.epochs * -(-rows // training.batch_size)
     if steps < _STEPS:
         batch = min(training.batch_size, max(32, rows // _BATCHES))
@@ -38,7 +40,8 @@ def suitability_notes(config: Config, objective: Objective, data: PreparedData) 
         yield (
             f"training.epochs={training.epochs} of {rows:,} rows are only {steps} steps of "
             f"{training.batch_size} rows: set training.batch_size={batch} and "
-            f"training.epochs={epochs}, or use objective.name=auto, which chooses both"
+            f"training.epochs={epochs}"
+            + (", or use objective.name=auto, which chooses both" if chooses else "")
         )
     for side, encoding in (("context", data.context_encoding), ("item", data.item_encoding)):
         tower: TowerConfig = getattr(config.policy, f"{side}_tower")
@@ -63,6 +66,7 @@ def suitability_notes(config: Config, objective: Objective, data: PreparedData) 
             yield (
                 f"objective '{objective.name}' learns each item from its own rewarded rows, and "
                 f"{items - often:,} of {items:,} items, known by their ids only, have fewer than "
-                f"{_ROWS_PER_ITEM:.0f}: use objective.name=auto or weighted_likelihood, or add "
-                "item features to the catalogue"
+                f"{_ROWS_PER_ITEM:.0f}: "
+                + ("use objective.name=auto or weighted_likelihood, or " if chooses else "")
+                + "add item features to the catalogue"
             )

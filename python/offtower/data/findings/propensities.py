@@ -74,8 +74,8 @@ class Propensities(Check):
                 Finding(
                     "warning",
                     "pscore",
-                    "no propensities: only regression can learn from this log, and no off-policy "
-                    "estimate can be made",
+                    "no propensities: regression and likelihood can learn from this log, and "
+                    "off-policy estimates rest on estimated propensities",
                     remedy="log the probability of what is shown (docs/how-to/log-propensities.md)",
                 )
             ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from offtower.evaluation.decision.gate import GO, NO_GO, NOT_ENOUGH, Reason
@@ -16,6 +17,7 @@ PER = 1000
 _PROPENSITIES = "the logged probabilities look wrong"
 _SUPPORT = "the log has hardly any results for what the new policy would show"
 _NOT_HELD_OUT = "this log had a part in learning or choosing it"
+_TAIL = "a few rows of the log decide the whole estimate"
 _CAUSES = {
     "mean_weight": _PROPENSITIES,
     "balance": _PROPENSITIES,
@@ -23,7 +25,7 @@ _CAUSES = {
     "effective_sample_size": _SUPPORT,
     "support": _SUPPORT,
     "hidden_support": _SUPPORT,
-    "weight_tail": "a few rows of the log decide the whole estimate",
+    "weight_tail": _TAIL,
     "too_few_rows": "the log is too small",
     "too_few_rewarded_rows": "too few rows of the log have a reward",
     "too_few_users": "the log has too few users",
@@ -220,7 +222,14 @@ def _doubts(policy: PolicyEvaluation) -> list[Reason]:
     return [one for one in policy.verdict.reasons if one.kind == "doubt"]
 
 
+def _unsure_propensities(causes: Collection[str | None]) -> bool:
+    """Whether weights may be off their mean because few rows carry them."""
+    return _PROPENSITIES in causes and not {_SUPPORT, _TAIL}.isdisjoint(causes)
+
+
 def _cause(policy: PolicyEvaluation) -> str:
+    if _unsure_propensities({_CAUSES.get(reason.code) for reason in _doubts(policy)}):
+        return "too few rows show what it would show, or the logged probabilities are wrong"
     for reason in _doubts(policy):
         if reason.code in _CAUSES:
             return _CAUSES[reason.code]
@@ -235,12 +244,17 @@ def _remedy(evaluation: LogEvaluation, policy: PolicyEvaluation) -> str | None:
     if _NOT_HELD_OUT in causes:
         held_out = next(one for one in _doubts(policy) if one.code == "not_held_out")
         return f"Another log. {held_out.message[0].upper()}{held_out.message[1:]}."
+    if _unsure_propensities(causes):
+        return (
+            "Check the logged probabilities. If they are right, log with more exploration: show "
+            "the new policy's items to a small share of requests, with known probabilities."
+        )
     if _PROPENSITIES in causes:
         return (
             "Mend the logged probabilities first: no number of rows makes up for wrong ones. "
             "The check of the log says which items are affected."
         )
-    if _SUPPORT in causes or _CAUSES["weight_tail"] in causes:
+    if _SUPPORT in causes or _TAIL in causes:
         return (
             "Log with more exploration: show the new policy's items to a small share of requests, "
             "with known probabilities. More rows of the same log help little."
@@ -295,10 +309,11 @@ def _simpler(evaluation: LogEvaluation, name: str, value: float, scale: float) -
     )
     if best is None or best[1].estimate.value <= value:
         return None
+    low, high = (per_requests(end, scale) for end in (best[1].interval.low, best[1].interval.high))
     return (
         f"Something simpler may do better: '{best[0]}' for everybody would earn "
-        f"{per_requests(best[1].estimate.value, scale)} per {PER:,} requests, and {name} "
-        f"{per_requests(value, scale)}."
+        f"{per_requests(best[1].estimate.value, scale)} per {PER:,} requests (plausibly {low} to "
+        f"{high}), and {name} {per_requests(value, scale)}."
     )
 
 
