@@ -351,11 +351,13 @@ class CheckpointStore:
                 reader.read_metadata().state_dict_metadata,
                 owned_names(self._owned, policy, optimizer),
             )
-            if self._group is None:
-                with _alone():
-                    dcp.load(state, storage_reader=reader, no_dist=True)
-            else:
-                dcp.load(state, storage_reader=reader, process_group=self._group)
+            # safetensors reads into torch's default device.
+            with torch.device("cpu"):
+                if self._group is None:
+                    with _alone():
+                        dcp.load(state, storage_reader=reader, no_dist=True)
+                else:
+                    dcp.load(state, storage_reader=reader, process_group=self._group)
             tensors.update(self._layout.from_checkpoint(state))
             check_tensors(tensors, policy, optimizer)
 
