@@ -15,7 +15,7 @@ from typing import Any
 from offtower.atomic import write_text
 from offtower.benchmarks import Settings
 from offtower.benchmarks.validity.measure import measure
-from offtower.benchmarks.validity.table import summarize, table
+from offtower.benchmarks.validity.table import in_words, summarize, table
 from offtower.benchmarks.validity.worlds import Cell, cells
 from offtower.errors import ConfigError
 
@@ -55,7 +55,8 @@ def run(settings: Settings) -> dict[str, Any]:
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     write_text(folder / "table.md", table(results, summary))
     for name, pooled in summary["pooled"].items():
-        settings.say(f"{name}: {pooled}")
+        settings.say(f"{name}: {in_words(pooled)}")
+    settings.say(f"a row per cell in {folder / 'table.md'}")
     return {"suite": "validity", "folder": str(folder), "cells": results, **summary}
 
 

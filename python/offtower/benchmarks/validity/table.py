@@ -89,6 +89,14 @@ def table(results: Sequence[Result], summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def in_words(pooled: dict[str, Any]) -> str:
+    """One line about an estimator and a method, pooled over the cells."""
+    parts = [f"coverage at least {pooled['least_coverage'][0]:.2f} ({pooled['least_coverage_in']})"]
+    names = {"false_go": "false go", "power": "power", "abstention": "abstention"}
+    parts += [f"{text} {pooled[key][0]:.3f}" for key, text in names.items() if key in pooled]
+    return ", ".join(parts)
+
+
 def _kinds(results: Sequence[Result]) -> list[tuple[str, str]]:
     every = [(line["estimator"], line["method"]) for r in results for line in r["lines"]]
     return list(dict.fromkeys(every))
