@@ -53,6 +53,13 @@ def test_every_verb_helps_with_an_example(verb: str) -> None:
     assert "--json" in result.stdout
 
 
+def test_the_first_of_two_words_names_the_second() -> None:
+    for given in (["experiment"], ["experiment", "--help"], ["experiment", "write"]):
+        result = CliRunner().invoke(app, given)
+        assert result.exit_code == 2
+        assert "'experiment plan' or 'experiment read'" in result.output
+
+
 def test_doctor_lists_backends_and_packages() -> None:
     content = call_json("doctor")
     assert "reference" in content["available_backends"]

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +25,7 @@ from offtower.data.schema import LogSchema
 from offtower.data.simulate import SimulatedWorld, WorldSettings
 from offtower.errors import ConfigError, DataError, OfftowerError
 from offtower.evaluation.decision.gate import GO, NO_GO
-from offtower.evaluation.run import LogEvaluation, evaluate_runs
+from offtower.evaluation.run import LogEvaluation, advice_notes, evaluate_runs
 from offtower.evaluation.run_loading import open_run
 from offtower.evaluation.scoring import propensities
 from offtower.evaluation.scoring.clusters import ItemClusters, item_clusters
@@ -445,3 +447,14 @@ def test_parts_of_two_runs_are_refused(place: Path, tmp_path: Path, swapped: str
         open_run(tmp_path / "a", Catalogue.open(place / "catalogue"))
     with pytest.raises(OfftowerError, match="different runs"):
         export_run(tmp_path / "a")
+
+
+def test_the_report_repeats_the_advice_of_a_training() -> None:
+    manifests: list[dict[str, Any]] = [{"advice": "keep the logging policy"}, {"advice": None}, {}]
+    runs: Any = [
+        SimpleNamespace(
+            name=f"run{k}", directory=SimpleNamespace(manifest=lambda k=k: manifests[k])
+        )
+        for k in range(3)
+    ]
+    assert advice_notes(runs) == ["run0, by its training log: keep the logging policy"]

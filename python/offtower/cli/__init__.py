@@ -36,6 +36,9 @@ class _Verbs(TyperGroup):
         name = " ".join(args[:2])
         if len(args) > 1 and name in self.commands:
             return name, self.commands[name], args[2:]
+        longer = [name for name in self.commands if name.startswith(f"{args[0]} ")]
+        if longer and args[0] not in self.commands:
+            ctx.fail(f"'{args[0]}' needs a second word: {' or '.join(map(repr, longer))}.")
         return super().resolve_command(ctx, args)
 
 

@@ -271,7 +271,13 @@ def _training_notes(evaluator: Evaluator) -> list[str]:
             "differs): items or their features are others, and the policy is evaluated with the "
             "features of today. If that is not meant, evaluate with the catalogue of the training"
         )
-    return [*notes, *_eligible_notes(evaluator)]
+    return [*notes, *_eligible_notes(evaluator), *advice_notes(evaluator.runs)]
+
+
+def advice_notes(runs: Sequence[OpenRun]) -> list[str]:
+    """What the training of each run advised, such as to keep the logging policy."""
+    said = [(run.name, run.directory.manifest().get("advice")) for run in runs]
+    return [f"{name}, by its training log: {advice}" for name, advice in said if advice]
 
 
 def _eligible_notes(evaluator: Evaluator) -> list[str]:
