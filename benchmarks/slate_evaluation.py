@@ -5,7 +5,7 @@ exploration. A two-tower policy of width `--dim`, trained for a moment, is evalu
 `offtower evaluate`:
 
     python benchmarks/slate_evaluation.py --rounds 4000
-    python benchmarks/slate_evaluation.py --rounds 1000000 --folder /tmp/slates --json slates.json
+    python benchmarks/slate_evaluation.py --rounds 1000000 --folder slates --json slates.json
 
 The evaluation runs in its own process for the memory measurement. A folder that holds the log
 already is used again. `--profile FILE` writes where the time goes.
