@@ -67,7 +67,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_simulate(ray_cluster: str, world: Path, tmp_path: Path) -> None:
     simulate = ("simulate", "--items", "60", "--rows", "30000", "--features", "all", "--out")
     text((*simulate, tmp_path / "logs", *ON_RAY), 0)
-    assert content(tmp_path / "logs") == content(world / "logs")
+    # The training of `world` has entered itself into its log's ledger.
+    drawn = {k: v for k, v in content(world / "logs").items() if "_ledger" not in k}
+    assert content(tmp_path / "logs") == drawn
 
 
 def test_ingest_and_split(ray_cluster: str, world: Path, tmp_path: Path) -> None:
