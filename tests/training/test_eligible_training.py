@@ -239,7 +239,8 @@ def test_auto_weighs_held_out_rows_over_eligible_items() -> None:
         policies.append(TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding))
         policies[-1].eval().requires_grad_(False)
     folds = Folds(2, (0, 1), 0)
-    found = HeldOutEvaluator(data, folds, 1000, 64).evaluate({"a": policies}, [], binary=True)
+    evaluator = HeldOutEvaluator(data, folds, 1000, 64)
+    found = evaluator.terms(evaluator.candidates({"a": policies}, [], binary=True))
     parts = []
     for rows in data.scan(SCAN_ROWS):
         fold = folds.of(rows)

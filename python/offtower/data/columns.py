@@ -283,13 +283,20 @@ def hash_values(values: pa.Array) -> NDArray[np.uint64]:
     return key
 
 
+SPLITMIX_STEP = 0x9E3779B97F4A7C15
+"""Between the states of SplitMix64."""
+
+
 def splitmix64(key: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Mix the bits of 64-bit keys (Steele, Lea, Flood 2014, "Fast splittable PRNGs")."""
     with np.errstate(over="ignore"):
-        z = key + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+        z = key + np.uint64(SPLITMIX_STEP)
+        z ^= z >> np.uint64(30)
+        z *= np.uint64(0xBF58476D1CE4E5B9)
+        z ^= z >> np.uint64(27)
+        z *= np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return z
 
 
 def timestamps(column: pa.ChunkedArray) -> NDArray[np.int64]:

@@ -216,15 +216,12 @@ def _evaluate(policies: _Scored, select: str | None, execution: Execution) -> Lo
         tuple(notes),
     )
     evaluator = Evaluator((), log, catalogue, config)
-    how, content = (
-        evaluation_identity(plan.options, options, log, catalogue),
-        log.content.fingerprint,
-    )
+    how = evaluation_identity(plan.options, options, log, catalogue)
     keys = {name: identity(policies.identities[name], how) for name in policies.scorers}
+    content, place = log.content.fingerprint, str(config.data.test)
     request = LookRequest(content, keys, options.confidence, {}, policies.fresh)
-    look = CountedLook(LogLedger(str(config.data.test)), request)
-    title = str(config.data.test)
-    return evaluate_plan(evaluator, plan, title, execution, look)
+    look = CountedLook(LogLedger(place), request)
+    return evaluate_plan(evaluator, plan, place, execution, look)
 
 
 def _without_models(options: EvaluationConfig) -> EvaluationConfig:

@@ -11,7 +11,6 @@ from offtower.data.content import LogContent, is_same
 from offtower.data.ledger import LedgerEntry
 from offtower.data.location import AnyPath
 from offtower.evaluation.run_loading import EvaluatedPolicy, OpenRun
-from offtower.models.store import policy_digest
 
 _PARTS = {
     "train": "it was trained on",
@@ -58,9 +57,9 @@ def _part(run: OpenRun, log: LogContent, entries: Sequence[LedgerEntry]) -> str 
             return f"{what} {share}this log"
     if any(is_same(one, log.fingerprint) for one in manifest.get("serving_tuned_on", ())):
         return f"{_EVENTS['served']} this log"
-    digest, settings = policy_digest(run.directory.policy), settings_fingerprint(run.config)
+    settings = settings_fingerprint(run.config)
     for entry in entries:
-        if entry.kind in _EVENTS and entry.facts["policy"] == digest:
+        if entry.kind in _EVENTS and entry.facts["policy"] == run.policy_digest:
             return f"{_EVENTS[entry.kind]} this log"
         if entry.kind == "tuned" and settings in entry.facts["settings"]:
             return "'offtower tune' chose its settings on this log"

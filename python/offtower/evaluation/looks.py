@@ -209,7 +209,7 @@ def plan_look(ledger: Ledger, request: LookRequest) -> LookPlan:
         return facts
 
     def declared(entries: tuple[LedgerEntry, ...]) -> dict[str, Any] | None:
-        question = _question(entries)
+        question, _ = _latest(entries)
         return None if question.why == request.fresh else {"why": request.fresh}
 
     known = ledger.entries(log)
@@ -301,22 +301,24 @@ def identity(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _question(entries: Sequence[LedgerEntry]) -> Question:
-    """The latest question."""
-    found, evaluations = Question(), 0
+def _latest(entries: Sequence[LedgerEntry]) -> tuple[Question, list[LedgerEntry]]:
+    """The latest question, and its evaluations."""
+    question, current, spending = Question(), list[LedgerEntry](), 0
     for entry in entries:
-        if entry.kind == "evaluated" and entry.facts["spends"]:
-            evaluations += 1
+        if entry.kind == "evaluated":
+            current.append(entry)
+            spending += entry.facts["spends"]
         elif entry.kind == "question":
-            found = Question(entry.facts["why"], entry.when[:10], evaluations)
-    return found
+            question = Question(entry.facts["why"], entry.when[:10], spending)
+            current = []
+    return question, current
 
 
 def _planned(
     entries: tuple[LedgerEntry, ...], request: LookRequest
 ) -> tuple[LookPlan, dict[str, Any] | None]:
     """The plan, and the facts of its entry; None where it repeats earlier ones."""
-    question, current = _question(entries), _since_question(entries)
+    question, current = _latest(entries)
     if request.fresh is not None and question.why != request.fresh:  # could not be recorded
         spending = [entry for entry in entries if entry.kind == "evaluated"]
         question = Question(request.fresh, "", sum(entry.facts["spends"] for entry in spending))
@@ -368,14 +370,3 @@ def _planned(
         "look": at if spends else 0,
         "error": 0.5 * (1.0 - level) if spends else 0.0,
     }
-
-
-def _since_question(entries: Sequence[LedgerEntry]) -> list[LedgerEntry]:
-    """Evaluations of the latest question."""
-    found: list[LedgerEntry] = []
-    for entry in entries:
-        if entry.kind == "question":
-            found = []
-        elif entry.kind == "evaluated":
-            found.append(entry)
-    return found

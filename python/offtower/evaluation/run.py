@@ -32,7 +32,6 @@ from offtower.mapping import MergeTree
 from offtower.metrics import read_metrics
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
-from offtower.models.store import policy_digest
 from offtower.prepare import catalogue_schema, log_schema
 from offtower.run_directory import RunDirectory
 
@@ -190,11 +189,10 @@ def _look(
     options = evaluator.config.evaluation
     how = evaluation_identity(plan.options, options, log, evaluator.catalogue)
     entries = ledger.entries(log.content.fingerprint)
-    digests = {id(run): policy_digest(run.directory.policy) for run in evaluator.runs}
     request = LookRequest(
         log.content.fingerprint,
         {
-            name: identity(digests[id(one.run)], asdict(one.serving), how)
+            name: identity(one.run.policy_digest, asdict(one.serving), how)
             for name, one in evaluator.policies.items()
         },
         options.confidence,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from offtower.config import Config, ServingConfig, apply_overrides, parse_config, to_dict
@@ -12,7 +13,7 @@ from offtower.data.catalogue import Catalogue
 from offtower.errors import ConfigError
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
-from offtower.models.store import load_policy
+from offtower.models.store import load_policy, policy_digest
 from offtower.run_directory import RunDirectory
 
 
@@ -31,6 +32,11 @@ class OpenRun:
     def name(self) -> str:
         """Of the run's folder, also where the path is "." as seen from there."""
         return self.directory.path.absolute().name
+
+    @cached_property
+    def policy_digest(self) -> str:
+        """Of the stored policy."""
+        return policy_digest(self.directory.policy)
 
 
 def open_run(path: Path, catalogue: Catalogue, trust_code: Collection[str] = ()) -> OpenRun:

@@ -11,6 +11,7 @@ import numpy as np
 
 from offtower.errors import DataError
 from offtower.evaluation.decision.gate import EXIT_CODES, GO, NO_GO, NOT_ENOUGH
+from offtower.evaluation.intervals.methods import round_up
 from offtower.experiment.assignment import Array
 from offtower.experiment.bets import Bets
 from offtower.experiment.martingale import DifferenceMartingale, Increments, TermState
@@ -209,14 +210,8 @@ def describe(reading: Reading) -> list[str]:
         more = ""
         if reading.more_units is not None:
             more = (
-                f"; about {_round_up(reading.more_units):,} more units decide it if the difference "
+                f"; about {round_up(reading.more_units):,} more units decide it if the difference "
                 "is as estimated"
             )
         lines.append(f"continue{more}")
     return lines
-
-
-def _round_up(units: int) -> int:
-    """To two digits."""
-    unit = int(10 ** max(0, len(str(units)) - 2))
-    return -(-units // unit) * unit

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from offtower.data.columns import timestamps
 from offtower.data.durations import parse_duration
 from offtower.data.formats.kinds import ColumnKind
 from offtower.data.location import AnyPath
@@ -92,7 +92,7 @@ def units_of_logs(new: AnyPath, current: AnyPath) -> Iterator[Chunk]:
             range(len(log.row_group_sizes)), [schema.reward, schema.timestamp]
         ):
             rewards.append(table[schema.reward].to_numpy().astype(np.float64))
-            times.append(_microseconds(table[schema.timestamp]))
+            times.append(timestamps(table[schema.timestamp]))
             arms.append(np.full(table.num_rows, is_new))
     order = np.argsort(np.concatenate(times), kind="stable")
     reward, arm = np.concatenate(rewards)[order], np.concatenate(arms)[order]
@@ -176,7 +176,7 @@ def _rows(
             kept = new | (names == other)
             time = np.empty(0, dtype=np.int64)
             if columns.time is not None:
-                time = _microseconds(table[columns.time])
+                time = timestamps(table[columns.time])
                 before = np.concatenate([[time[0] if latest is None else latest], time])
                 if time.size and (np.diff(before) < 0).any():
                     at = row + int(np.argmax(np.diff(before) < 0))
@@ -191,11 +191,3 @@ def _rows(
                 user = table[columns.user].to_numpy()[kept]
             row += len(names)
             yield table[columns.reward].to_numpy().astype(np.float64)[kept], new[kept], time, user
-
-
-def _microseconds(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Times; numbers, whose unit is not known, as they are."""
-    if not pa.types.is_timestamp(column.type):
-        return np.asarray(column.to_numpy(), dtype=np.int64)
-    times = pc.cast(column, pa.timestamp("us", column.type.tz), safe=False)
-    return np.asarray(times.cast(pa.int64()).to_numpy(), dtype=np.int64)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from offtower.benchmarks.million.oracle import oracle
-from offtower.benchmarks.million.peers import implicit_als, torch_rechub, two_towers
+from offtower.benchmarks.million.peers import BudgetSpent, implicit_als, torch_rechub, two_towers
 from offtower.benchmarks.million.world import MillionWorld
 from offtower.config import parse_config
 from offtower.data.encoding import to_tensors
@@ -48,12 +48,8 @@ Method = Callable[[MillionWorld, float, int], Learned]
 """Learns from (world, seconds, seed)."""
 
 
-class _BudgetSpent(Exception):
-    """The seconds of training are spent."""
-
-
 class _Clock(Progress):
-    """Counts rows; raises `_BudgetSpent` after a number of seconds."""
+    """Counts rows; raises `BudgetSpent` after a number of seconds."""
 
     def __init__(self, seconds: float) -> None:
         self.rows = 0
@@ -62,7 +58,7 @@ class _Clock(Progress):
     def advance(self, amount: int, note: str = "") -> None:
         self.rows += amount
         if time.perf_counter() > self._deadline:
-            raise _BudgetSpent
+            raise BudgetSpent
 
 
 def auto(world: MillionWorld, seconds: float, seed: int) -> Learned:
@@ -107,7 +103,7 @@ def objective(name: str, world: MillionWorld, seconds: float, seed: int) -> Lear
     clock = _Clock(seconds)
     trainer._progress = clock
     began = time.perf_counter()
-    with contextlib.suppress(_BudgetSpent):
+    with contextlib.suppress(BudgetSpent):
         trainer.fit()
     taken = time.perf_counter() - began
     if trainer.step.proposal is not None:

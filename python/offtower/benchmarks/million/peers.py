@@ -32,6 +32,10 @@ CHECKS = 10
 _CHUNK = 1 << 16
 
 
+class BudgetSpent(Exception):
+    """The seconds of training are spent."""
+
+
 class _TwoTowers(nn.Module):
     """A context tower, and an item tower over the vectors, the ids or both."""
 
@@ -196,17 +200,13 @@ def implicit_als(arrays: Arrays, contexts: pa.Table, seconds: float, seed: int) 
 
     def stop(*unused: Any) -> None:
         if time.perf_counter() > deadline:
-            raise _BudgetSpent
+            raise BudgetSpent
 
-    with contextlib.suppress(_BudgetSpent):
+    with contextlib.suppress(BudgetSpent):
         model.fit(matrix, show_progress=False, callback=stop)
     users = torch.from_numpy(np.asarray(model.user_factors, dtype=np.float32))
     item = torch.from_numpy(np.asarray(model.item_factors, dtype=np.float32))
     return users[torch.from_numpy(contexts["user_id"].to_numpy().copy())], item, None
-
-
-class _BudgetSpent(Exception):
-    """The seconds of training are spent."""
 
 
 def _batches(rows: Tensor) -> Iterator[Tensor]:

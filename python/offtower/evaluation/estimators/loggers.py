@@ -20,6 +20,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from offtower.data.columns import splitmix64
 from offtower.errors import OfftowerError
 from offtower.evaluation.estimators.base import Estimator
 from offtower.evaluation.estimators.means import DR, IPS
@@ -177,13 +178,10 @@ def _means(mean: Array) -> tuple[Array, Array]:
 
 
 def _half(rows: EvaluationRows) -> IntArray:
-    """(n,) 0 or 1, alike for the rows of a user or a round: a bit of the key's hash, SplitMix64."""
+    """(n,) 0 or 1, alike for the rows of a user or a round: a bit of the key's hash."""
     key = rows.user
     if key is None:
         key = rows.round if rows.round is not None else rows.row
     if key is None:
         key = np.arange(rows.n)
-    bits = key.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray((bits >> np.uint64(63)).astype(np.int64))
+    return np.asarray((splitmix64(key.astype(np.uint64)) >> np.uint64(63)).astype(np.int64))

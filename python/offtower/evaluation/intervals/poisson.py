@@ -12,18 +12,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-_STEP = 0x9E3779B97F4A7C15
+from offtower.data.columns import SPLITMIX_STEP, splitmix64
+
 _MASK = (1 << 64) - 1
-
-
-def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64 (Steele, Lea, Flood 2014), elementwise; returns a new array."""
-    z = values ^ (values >> np.uint64(30))
-    z *= np.uint64(0xBF58476D1CE4E5B9)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return z
 
 
 def poisson_weights(key: NDArray[np.int64], replicates: int, seed: int) -> NDArray[np.uint8]:
@@ -32,11 +23,10 @@ def poisson_weights(key: NDArray[np.int64], replicates: int, seed: int) -> NDArr
     key: (n,) int64. One 64-bit hash serves four replicates.
     """
     blocks = -(-replicates // 4)
-    start = np.uint64((seed * _STEP + _STEP) & _MASK)
-    base = mix(np.ascontiguousarray(key).view(np.uint64) + start)
-    base = mix(base + np.uint64(_STEP))
-    steps = np.array([((j + 1) * _STEP) & _MASK for j in range(blocks)], dtype=np.uint64)
-    bits = mix(base[:, None] + steps[None, :])
+    start = np.uint64((seed * SPLITMIX_STEP) & _MASK)
+    base = splitmix64(splitmix64(np.ascontiguousarray(key).view(np.uint64) + start))
+    steps = np.array([(j * SPLITMIX_STEP) & _MASK for j in range(blocks)], dtype=np.uint64)
+    bits = splitmix64(base[:, None] + steps[None, :])
     return _TABLE[bits.view(np.uint16)][:, :replicates]
 
 

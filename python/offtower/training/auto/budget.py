@@ -166,7 +166,7 @@ class _Planner:
                 f"{MIN_STEPS} steps of a candidate in each stage: raise it, or name fewer "
                 "auto.candidates"
             )
-        slowest = sum(sorted((c.steps * c.step for c in costs.values()), reverse=True))
+        whole = sum(cost.steps * cost.step for cost in costs.values())
         return AutoPlan(
             bounded=True,
             rows=self.rows,
@@ -183,7 +183,7 @@ class _Planner:
             dropped=self.dropped,
             notes=tuple(self.notes),
             seconds={
-                "training": min(_TRAINING * self.seconds, self.members * slowest),
+                "training": min(_TRAINING * self.seconds, self.members * whole),
                 "evaluation": _EVALUATION * self.seconds,
                 "refit": max(
                     self.members * one.refit_steps * costs[name].step

@@ -88,10 +88,13 @@ def estimate_policies(
     rows: HeldOutRows, policies: Sequence[CandidatePolicy], levels: Levels
 ) -> list[CandidateEstimate]:
     """Estimate the value of each policy, and bounds that hold for all of them at once."""
-    covered = [_covered(rows, policy) for policy in policies]
+    moments = [unseen_second_moment(rows, policy) for policy in policies]
+    covered = [
+        _covered(rows, policy, moment) for policy, moment in zip(policies, moments, strict=True)
+    ]
     unseen = [
-        _unseen(rows, policy, share, levels.min_reward)
-        for policy, share in zip(policies, covered, strict=True)
+        _unseen(rows, policy, moment, levels.min_reward, share)
+        for policy, moment, share in zip(policies, moments, covered, strict=True)
     ]
     cautious = np.stack(
         [
@@ -197,8 +200,8 @@ def _contribution(
     return result
 
 
-def _covered(rows: HeldOutRows, policy: CandidatePolicy) -> float:
-    """The covered share.
+def _covered(rows: HeldOutRows, policy: CandidatePolicy, moment: float) -> float:
+    """The covered share; `moment` is the second one of unseen weights.
 
     Weights have mean 1 where the log covers the policy, so a lower bound of their mean is a lower
     bound of the covered share. It is weak for sharp policies; there, the share of all items that
@@ -207,8 +210,7 @@ def _covered(rows: HeldOutRows, policy: CandidatePolicy) -> float:
     """
     weight = rows.terms[policy].weight
     mean = float(rows.mean(weight))
-    variance = unseen_second_moment(rows, policy) / rows.effective_size
-    error = max(mean_error(weight, rows), float(np.sqrt(variance)))
+    error = max(mean_error(weight, rows), float(np.sqrt(moment / rows.effective_size)))
     of_items = 1.0 / (rows.pscore * rows.eligible_items)
     catalogue = float(rows.mean(of_items)) - mean_error(of_items, rows)
     share = min(mean + 2.0 * error, max(mean - 2.0 * error, catalogue))
@@ -234,13 +236,12 @@ class _Unseen:
 
 
 def _unseen(
-    rows: HeldOutRows, policy: CandidatePolicy, covered: float, min_reward: float
+    rows: HeldOutRows, policy: CandidatePolicy, moment: float, min_reward: float, covered: float
 ) -> _Unseen:
     weight = rows.terms[policy].weight
     residual = rows.reward - rows.action_reward
     excess = rows.reward - min_reward
     count = np.ones(1) if rows.count is None else rows.count
-    moment = unseen_second_moment(rows, policy)
     least = float(np.sqrt(float(rows.mean(count * np.square(residual))) * moment / rows.size))
     total = float(rows.mean(weight))
     typical = float(rows.mean(np.square(weight))) / total if total > 0.0 else 0.0

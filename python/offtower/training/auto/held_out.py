@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ class HeldOutRows:
             return values.mean(axis=0)
         return self.count @ values / self.size
 
-    @property
+    @cached_property
     def inverse_pscore(self) -> float:
         """Mean of 1 / pscore (N where all items may be shown): about the weight of a row that shows
         the item of a sharp policy."""
@@ -214,23 +215,6 @@ class HeldOutEvaluator:
         self._chunk = item_chunk
         self._kept: list[tuple[int, EncodedRows]] | None = None
 
-    def evaluate(
-        self,
-        candidates: Mapping[str, Sequence[TwoTowerPolicy]],
-        regressions: Sequence[str],
-        *,
-        binary: bool,
-    ) -> HeldOutRows:
-        """Compute the terms of all candidates, except regressions with a higher held-out loss.
-
-        On the same rows losses are far less noisy than values, so regressions compete by loss.
-
-        Args:
-            regressions: names of the candidates whose logits predict the reward.
-            binary: whether all rewards are 0 or 1.
-        """
-        return self.terms(self.candidates(candidates, regressions, binary=binary))
-
     def candidates(
         self,
         candidates: Mapping[str, Sequence[TwoTowerPolicy]],
@@ -238,7 +222,14 @@ class HeldOutEvaluator:
         *,
         binary: bool,
     ) -> EvaluatedCandidates:
-        """Leave out regressions with a higher held-out loss; arguments as for `evaluate`."""
+        """Leave out regressions with a higher held-out loss.
+
+        On the same rows losses are far less noisy than values, so regressions compete by loss.
+
+        Args:
+            regressions: names of the candidates whose logits predict the reward.
+            binary: whether all rewards are 0 or 1.
+        """
         loss = {name: self.loss(candidates[name], binary=binary) for name in regressions}
         best = min(loss, key=loss.__getitem__) if loss else None
         left = {n: m for n, m in candidates.items() if n not in loss or n == best}

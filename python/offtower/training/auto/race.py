@@ -172,22 +172,16 @@ class Race:
             choice = self._choose(rows)
             racing = self._racing(candidates, choice)
             beaten = [name for name in racing if upper_bound(choice.best[name]) < choice.chosen.low]
-            for name in beaten:
-                self._leave(name, stage, choice)
             candidates = candidates.without(beaten)
-            rows = rows.without(beaten)
+            rows, choice = self._leave(beaten, stage, rows, choice)
             left = len(racing) - len(beaten)
             if not rung.final and left <= rung.remaining:
                 break
         assert rows is not None
-        choice = self._choose(rows)
         if not rung.final:
             racing = self._racing(candidates, choice)
             racing.sort(key=lambda name: -upper_bound(choice.best[name]))
-            for name in racing[rung.remaining :]:
-                self._leave(name, stage, choice)
-            rows = rows.without(racing[rung.remaining :])
-            choice = self._choose(rows)
+            rows, choice = self._leave(racing[rung.remaining :], stage, rows, choice)
         return rows, choice
 
     def _racing(self, candidates: EvaluatedCandidates, choice: Choice) -> list[str]:
@@ -200,12 +194,20 @@ class Race:
         ]
         return sorted(names, key=lambda name: name != choice.chosen.name)
 
-    def _leave(self, name: str, stage: Stage, choice: Choice) -> None:
-        one, chosen = choice.best[name], choice.chosen
-        self._dropped[name] = (
-            f"value {one.value:.4g}, at most {upper_bound(one):.4g}, after stage {stage.name}; "
-            f"{chosen.name} has {chosen.value:.4g}"
-        )
+    def _leave(
+        self, names: Sequence[str], stage: Stage, rows: HeldOutRows, choice: Choice
+    ) -> tuple[HeldOutRows, Choice]:
+        """The rows and the choice without the named candidates."""
+        if not names:
+            return rows, choice
+        chosen = choice.chosen
+        for one in (choice.best[name] for name in names):
+            self._dropped[one.name] = (
+                f"value {one.value:.4g}, at most {upper_bound(one):.4g}, after stage {stage.name}; "
+                f"{chosen.name} has {chosen.value:.4g}"
+            )
+        left = rows.without(names)
+        return left, self._choose(left)
 
     def _choose(self, rows: HeldOutRows) -> Choice:
         config, data = self._inputs.config, self._log.data

@@ -35,9 +35,9 @@ class AutoTraining:
     policy: TwoTowerPolicy
     choice: Choice
     members: Mapping[str, list[TwoTowerPolicy]]
+    """Of the candidates of the last stage."""
     rows: HeldOutRows
     """The evidence, from which another choice can be made without another fit."""
-    """Of the candidates of the last stage."""
     result: TrainingResult
     report: dict[str, Any]
     """JSON: the chosen candidate, all estimates and held-out losses, the plan and its stages."""
