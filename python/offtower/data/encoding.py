@@ -251,7 +251,7 @@ class FeatureEncoding:
             return cls._from_parts(content, values)
         except RunError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise RunError(f"the encoding at '{directory}' cannot be read: {error}") from error
 
     def share(self, values: pa.Array) -> None:

@@ -27,6 +27,7 @@ from offtower.data.log import TableOrigin
 from offtower.data.moments import QuarantineEffect
 from offtower.data.outcomes import OutcomeCounts
 from offtower.data.parquet import FOOTER_THREADS
+from offtower.data.parquet_checksums import UNREADABLE
 from offtower.data.parts import RowSource
 from offtower.data.read_ahead import ParallelReadAhead
 from offtower.data.round_tables import whole_round_tables
@@ -235,7 +236,7 @@ class Source:
                             tuple(one.between(part.start, part.stop) for one in bad),
                         )
                 return
-            except (pa.ArrowInvalid, OSError) as error:
+            except UNREADABLE as error:
                 here = self.place.local is not None
                 # A damaged file raises OSError without a number; the operating system gives one.
                 if here and isinstance(error, OSError) and error.errno is not None:

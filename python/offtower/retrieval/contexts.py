@@ -15,6 +15,7 @@ from offtower.data.formats.bad_cells import shown
 from offtower.data.formats.casts import relisted
 from offtower.data.formats.kinds import ColumnKind, feature_kinds, log_kinds
 from offtower.data.formats.options import FileFormat
+from offtower.data.parquet_checksums import UNREADABLE
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
 
@@ -47,7 +48,7 @@ def read_contexts(
             if batch.num_rows:
                 empty = False
                 yield _with_ids(pa.Table.from_batches([batch]), retriever)
-    except (pa.ArrowInvalid, OSError) as error:
+    except UNREADABLE as error:
         raise DataError(f"the contexts in '{text}' cannot be read: {error}") from error
     if empty:
         raise DataError("--contexts has no rows")

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from offtower.data.catalogue import Catalogue
 from offtower.data.columns import as_array, category_values, hash_values, is_text
 from offtower.data.encoding import to_tensors
+from offtower.data.parquet_checksums import UNREADABLE
 from offtower.errors import DataError, RunError
 from offtower.execution import LOCAL, Execution
 from offtower.mapping import Mapper, pieces
@@ -251,7 +252,7 @@ def load_ids(path: Path, count: int) -> pa.ChunkedArray:
         # The file stays mapped for as long as the columns live.
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_file(source).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
+    except UNREADABLE as error:
         raise RunError(f"'{path}' cannot be read: {error}; export again") from error
     if table.num_rows != count:
         raise RunError(f"'{path}' holds {table.num_rows:,} ids, expected {count:,}; export again")

@@ -18,6 +18,7 @@ from offtower.data.formats.source_file import SourceFile
 from offtower.data.formats.streams import TextFile, file_type
 from offtower.data.formats.types import plain_type, unified_type
 from offtower.data.location import ListedFile, Location
+from offtower.data.parquet_checksums import UNREADABLE
 from offtower.data.stores import advice, retry
 from offtower.errors import DataError
 
@@ -132,7 +133,7 @@ def _check_content(location: Location, kind: FileType, encoding: str) -> None:
 def _guarded(read: Callable[[], R], location: Location, kind: FileType) -> R:
     try:
         return read() if location.local is not None else retry(read, f"'{location}'")
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         more = advice(error)
         raise DataError(
             f"'{location}' cannot be read as {kind}: {error}" + (f"; {more}" if more else "")
