@@ -229,6 +229,8 @@ def test_bad_rows_are_named_or_quarantined(own_log: Path, tmp_path: Path) -> Non
     assert "'propensity'" in flat and "1.5" in flat
     assert "expected a probability in (0, 1]" in flat
     assert not (tmp_path / "a" / "log").exists()
+    done = call(*arguments, "--out", str(tmp_path / "c"), "--on-bad-rows", "quarantine")
+    assert f"next: offtower validate {tmp_path / 'c' / 'log'}" in done.output
     content = call_json(*arguments, "--out", str(tmp_path / "b"), "--on-bad-rows", "quarantine")
     assert content["rows"] == 899
     assert content["quarantined"] == 1
@@ -254,7 +256,7 @@ def test_simulate_logs_with_several_policies(tmp_path: Path) -> None:
         "logging-1": "pscore_logging-1",
         "logging-2": "pscore_logging-2",
     }
-    assert call_json("validate", f"{out}/train", "--catalogue", f"{out}/catalogue")["ok"]
+    assert call_json("validate", f"{out}/train")["ok"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ Example:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,6 +23,9 @@ from offtower.cli.common import AsJson, DrawnProgress, escape, messages, print_j
 from offtower.cli.findings import print_findings
 from offtower.errors import ConfigError, DataError
 from offtower.jsonable import finite
+
+if TYPE_CHECKING:
+    from offtower.data.ingest.plan import IngestSummary
 
 
 @verb
@@ -98,6 +101,19 @@ def ingest(
         remarks = summary.report.remarks
         console.print("nothing looks wrong" if not remarks else "what looks wrong:")
         print_findings(remarks)
+    console.print(escape(_next_step(summary)), soft_wrap=True)
+
+
+def _next_step(summary: IngestSummary) -> str:
+    """The next command, with the written folders as a configuration names them."""
+    folders = {"catalogue": summary.catalogue}
+    for part in ("train", "validation", "test"):
+        if part in summary.splits:
+            folders[part] = summary.log.parent / part
+    if "train" not in folders:
+        return f"next: offtower validate {summary.log}, or ingest with --split to train on a part"
+    named = ", ".join(f"{key}: {folder}" for key, folder in folders.items())
+    return f"next: offtower train CONFIG, with data: {{{named}}}"
 
 
 def read_schemas(path: Path | None) -> tuple[Any, Any, Any]:

@@ -4,7 +4,7 @@ Exit code 0: no error found. 1: the log has errors. 2: it cannot be read.
 
 \b
 Example:
-  offtower validate logs/mine/log --catalogue logs/mine/catalogue
+  offtower validate logs/mine/log
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from offtower.jsonable import finite
 @verb
 def validate(
     log: Annotated[str, typer.Argument(help="Directory of the log, or its address (s3://...).")],
-    catalogue: Annotated[str, typer.Option(help="Directory of the catalogue, or its address.")],
+    catalogue: Annotated[
+        str | None,
+        typer.Option(help="Directory or address; by default 'catalogue' beside the log."),
+    ] = None,
     split_from: Annotated[
         str | None,
         typer.Option(help="Another part of the same split: users in both are counted."),
@@ -36,8 +39,11 @@ def validate(
 ) -> None:
     from offtower.data import Catalogue, ParquetLog, validate_log
     from offtower.data.findings.users import users_in_both
+    from offtower.data.location import Location
     from offtower.data.parquet import verify_files
 
+    if catalogue is None:
+        catalogue = str(Location.of(log).absolute().parent / "catalogue")
     if verify:
         files = verify_files(log, "log") + verify_files(catalogue, "catalogue")
         messages().print(f"{files} files match their checksums")

@@ -176,9 +176,8 @@ def baseline_values(sums: EvaluationSums) -> tuple[dict[str, EstimatorResult], l
     notes = []
     if missing:
         notes.append(
-            f"the log has fewer than {_MIN_EFFECTIVE_ROWS:g} effective rows for the baselines "
-            + ", ".join(missing)
-            + ": their values are not shown"
+            "baselines not shown, since the log has fewer than "
+            f"{_MIN_EFFECTIVE_ROWS:g} effective rows for them: " + ", ".join(missing)
         )
     return {name: one for name, one in found.items() if one is not None}, notes
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -330,9 +331,9 @@ def _figure(height: float, width: float) -> tuple[Figure, Axes]:
 
 
 def _short(name: str, width: float) -> str:
-    """Shorten a label; the tables have the whole name."""
-    length = round(2 * width + 14)
-    text = name if len(name) <= length else f"{name[: length - 1]}…"
+    """A label in at most two lines; the tables have the whole name."""
+    lines = textwrap.wrap(name, round(2 * width + 14), max_lines=2, placeholder="…")
+    text = "\n".join(lines)
     if text.startswith("_"):
         text = f" {text}"  # Matplotlib leaves such labels out of a legend.
     return text.replace("$", r"\$")  # Matplotlib reads text between dollars as TeX.
