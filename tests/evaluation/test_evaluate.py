@@ -18,6 +18,7 @@ from offtower.evaluation import (
 )
 from offtower.evaluation import estimators as e
 from offtower.evaluation.intervals.statistics import finish
+from offtower.evaluation.notes import estimator_notes
 from offtower.mapping import merge_all
 
 from .one_context import OneContext
@@ -314,3 +315,45 @@ def test_the_gate_is_seldom_wrong() -> None:
         go += result.exit_code == 0
     print(go)
     assert go / 400 <= 0.025 + 3 * np.sqrt(0.025 * 0.975 / 400)
+
+
+@pytest.mark.parametrize("scale", [1e100, 1e160, 1e300])
+def test_weights_beyond_double_precision_are_no_evidence(scale: float) -> None:
+    rows = policies(200)["new"]
+    huge = EvaluationRows(
+        rows.importance_weight * scale, rows.reward, rows.action_reward, rows.expected_reward
+    )
+    found = evaluate_rows({"p": huge}, ("ips", "snips", "dr"), reward_range=(0, 1)).policies["p"]
+    assert found.verdict.decision == "not enough evidence"
+    for one in found.estimates.values():
+        # Nothing is known of the mean of such weights; the ratio does not depend on their scale.
+        interval = one.intervals["gamma"]
+        assert interval.low >= 0.0 and interval.high <= 1.0
+        assert one.label == "snips" or (interval.low, interval.high) == (0.0, 1.0)
+    plain = evaluate_rows({"p": rows}, ("snips",), reward_range=(0, 1)).policies["p"]
+    assert found.weights.effective_sample_size == pytest.approx(
+        plain.weights.effective_sample_size, rel=1e-9
+    )
+
+
+def test_an_interval_of_impossible_values_is_moved_and_said() -> None:
+    # No reward at all, and a reward model that predicts some: DR is below 0 for a policy that
+    # shows what the model overrates less.
+    n = 400
+    weight = np.where(np.arange(n) % 2 == 0, 1.9, 0.1)
+    rows = EvaluationRows(weight, np.zeros(n), np.full(n, 0.5), np.full(n, 0.3))
+    result = evaluate_rows({"p": rows}, ("dr",), reward_range=(0, 1))
+    found = result.policies["p"].estimates["dr"]
+    assert found.estimate.value == pytest.approx(-0.2)
+    normal, gamma = found.intervals["normal"], found.intervals["gamma"]
+    assert normal.high < 0.0 and gamma.low == 0.0
+    assert 0.9 * (normal.high - normal.low) < gamma.high < 2.0 * (normal.high - normal.low)
+    (note,) = estimator_notes(result, (e.DR(),))
+    assert "dr -0.2 lies outside of the rewards' range [0, 1]" in note
+    impossible = EvaluationRows(np.full(n, 3.0), np.ones(n), np.zeros(n), np.zeros(n))
+    verdict = evaluate_rows({"p": impossible}, ("dr",), reward_range=(0, 1)).policies["p"].verdict
+    assert verdict.decision != "go"
+    rows = policies()["new"]
+    tenfold = EvaluationRows(10.0 * rows.importance_weight, rows.reward)
+    reasons = evaluate_rows({"p": tenfold}, ("ips",), reward_range=(0, 1)).policies["p"].verdict
+    assert "impossible_difference" in [reason.code for reason in reasons.reasons]

@@ -151,3 +151,16 @@ def test_verdicts_use_a_regression_estimator_where_one_is_asked_for() -> None:
     assert gap.estimate.value == pytest.approx(alone.value, rel=1e-9)
     assert gap.estimate.std_error == pytest.approx(alone.std_error, rel=1e-9)
     assert gap.interval.low < alone.value < gap.interval.high
+
+
+@pytest.mark.parametrize("users", [None, 3])
+def test_few_units_fit_no_coefficients(users: int | None) -> None:
+    rows = some_rows(5 if users is None else 90, users=users)
+    found = evaluate_rows({"p": rows}, (e.RegDR(), e.RegIPS()), reward_range=(-1, 2)).policies["p"]
+    for estimator, plain in ((e.RegDR(), e.DR()), (e.RegIPS(), e.IPS())):
+        value = finish(plain, plain.statistics(rows, by_user=users is not None))
+        got = found.estimates[estimator.name].estimate
+        assert (got.value, got.std_error) == pytest.approx((value.value, value.std_error))
+    assert "too_few_units" in [reason.code for reason in found.verdict.reasons]
+    enough = evaluate_rows({"p": some_rows(13)}, (e.RegDR(),), reward_range=(-1, 2)).policies["p"]
+    assert "too_few_units" not in [reason.code for reason in enough.verdict.reasons]

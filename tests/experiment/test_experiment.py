@@ -254,6 +254,12 @@ def test_plan_detects_its_effect_in_fewer_units() -> None:
     with pytest.raises(ConfigError, match="--effect"):
         plan_experiment(worse)
     assert plan_experiment(worse, effect=0.05).effect == 0.05
+    for effect, said in (
+        (1e-12, "no test has: with so many, an effect of 2.3e-05"),
+        (1.5, "allow"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            plan_experiment(EVIDENCE, effect=effect)
 
 
 def test_verbs_plan_and_read(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from offtower.evaluation.intervals.methods import (
     bootstrap_interval,
     normal_interval,
 )
+from offtower.evaluation.intervals.regression import least_units
 from offtower.evaluation.intervals.statistics import Functional, Statistics, finish
 from offtower.evaluation.intervals.unseen import Span, reward_span, unseen_terms, weight_span
 from offtower.evaluation.result import (
@@ -197,6 +198,8 @@ class Estimates:
             self.sensitivity(index, gap),
             gap.rounding,
             sums.rewarded,
+            self.difference_range,
+            least_units(self.options.estimators[self.options.decider].controls),
         )
 
     def sensitivity(self, policy: int, gap: Gap) -> float | None:

@@ -122,7 +122,8 @@ class Looks:
             return []
         return [
             f"this look could not be recorded in the log's ledger ({self.unrecorded}): evaluations "
-            "to come will not count it. Make the log's folder writable, or evaluate a copy of it"
+            "to come will not count it, so that a false go over all looks is more likely than "
+            "stated. Make the log's folder writable, or evaluate a copy of it"
         ]
 
 

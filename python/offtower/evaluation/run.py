@@ -22,13 +22,17 @@ from offtower.evaluation.decision.pscore_calibration import PscoreCalibration
 from offtower.evaluation.evaluator import EvaluationPlan, Evaluator
 from offtower.evaluation.held_out import not_held_out
 from offtower.evaluation.looks import CountedLook, LookRequest, evaluation_identity, identity
+from offtower.evaluation.notes import (
+    estimator_notes,
+    interaction_notes,
+    reward_notes,
+    unknown_notes,
+)
 from offtower.evaluation.result import EstimatorResult, EvaluationResult
 from offtower.evaluation.run_loading import EvaluatedPolicy, OpenRun, open_run, with_overrides
 from offtower.evaluation.selection import SelectionComparison
-from offtower.evaluation.selection.interaction import InteractionSums
 from offtower.evaluation.selection_data import check_selection
 from offtower.execution import LOCAL, Execution
-from offtower.mapping import MergeTree
 from offtower.metrics import read_metrics
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
@@ -240,6 +244,7 @@ def evaluate_plan(
             *plan.notes,
             *coverage_notes(coverage, calibration),
             *reward_notes(result),
+            *estimator_notes(result, plan.options.estimators),
             *interaction_notes(accumulated.interactions),
             *unknown_notes(accumulated.unknown),
             *([] if refusal is None else [refusal]),
@@ -330,43 +335,6 @@ def unseen_items(catalogue: Catalogue, runs: Sequence[OpenRun]) -> list[str]:
             stop = min(start + DEFAULT_CHUNK, catalogue.num_items)
             found.add_table(encoding, catalogue.table(start, stop))
         notes += [f"{run.name}: {sentence}" for sentence in found.sentences("items")]
-    return notes
-
-
-def unknown_notes(unknown: Mapping[str, UnknownValues]) -> list[str]:
-    """Context values that a policy's training did not see."""
-    return _named({name: values.sentences("rows") for name, values in unknown.items()})
-
-
-def _named(sentences: Mapping[str, Sequence[str]]) -> list[str]:
-    """Notes that name the policies which a sentence holds for."""
-    names: dict[str, list[str]] = {}
-    for name, own in sentences.items():
-        for sentence in own:
-            names.setdefault(sentence, []).append(name)
-    return [f"{', '.join(holders)}: {sentence}" for sentence, holders in names.items()]
-
-
-def interaction_notes(sums: Mapping[str, MergeTree[InteractionSums]]) -> list[str]:
-    """By policy, which interaction the log of slates does not reject."""
-    return _named(
-        {name: found.merged().choose().sentences() for name, found in sums.items() if found}
-    )
-
-
-def reward_notes(result: EvaluationResult) -> list[str]:
-    """Named rewards in which a policy loses against the logging policy."""
-    notes = []
-    for name, policy in result.policies.items():
-        for reward, found in policy.rewards.items():
-            gap = found.difference
-            if gap is not None and gap.interval.high < -gap.rounding:
-                notes.append(
-                    f"{name} loses in the reward '{reward}': {gap.estimate.value:.4g} per row "
-                    f"against the logging policy ({result.confidence:.0%} interval "
-                    f"{gap.interval.low:.4g} to {gap.interval.high:.4g}), whatever the weighted "
-                    "sum says"
-                )
     return notes
 
 

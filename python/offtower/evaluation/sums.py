@@ -23,6 +23,9 @@ from offtower.evaluation.result import (
 )
 from offtower.evaluation.rows import Array, EvaluationRows
 
+overflowing = np.errstate(over="ignore", invalid="ignore")
+"""Squares of weights of 1e155 and more overflow: their errors are infinite, without warnings."""
+
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSums:
@@ -48,6 +51,7 @@ class EvaluationSums:
     """Rows (rounds of slates) whose reward is not 0."""
 
     @classmethod
+    @overflowing
     def of(
         cls, rows_by_policy: Mapping[str, EvaluationRows], options: EvaluationOptions
     ) -> EvaluationSums:
@@ -89,6 +93,7 @@ class EvaluationSums:
             int(np.count_nonzero(first.summed(first.reward))),
         )
 
+    @overflowing
     def merge(self, other: EvaluationSums) -> EvaluationSums:
         """Sums over both shards."""
         if self.policies != other.policies or self.options != other.options:
@@ -112,6 +117,7 @@ class EvaluationSums:
             self.rewarded + other.rewarded,
         )
 
+    @overflowing
     def finish(
         self,
         support: Mapping[str, SupportDiagnostics] | None = None,

@@ -18,6 +18,8 @@ from offtower.experiment.assignment import Array, Assignment
 from offtower.experiment.bets import Bets
 
 SHARES = (0.05, 0.1, 0.25, 0.5)
+MOST_UNITS = 1e10
+"""Requests of a test that is read once, at most."""
 _MULTIPLES = (1.0, 1.5, 2.0)
 _PATHS, _STEPS = 1000, 400
 _LONGEST = 6.0
@@ -215,8 +217,15 @@ def plan_experiment(
             )
     if not effect > 0.0:
         raise ConfigError(f"the effect to detect must be positive, got {effect:g}")
+    least, most = evidence.reward_range
+    if not margin + effect <= most - least:
+        raise ConfigError(
+            f"rewards in [{least:g}, {most:g}] allow no difference of {margin + effect:g}: the "
+            "effect to detect, beyond the margin, must be smaller"
+        )
     if not evidence.variance > 0.0:
         raise ConfigError("all rewards of the log are equal: there is nothing to detect")
+    _check_effect(evidence, effect, power, alpha)
     # Online the effect may be another: half of it is added to the estimate's own error.
     spread = math.hypot(evidence.std_error, 0.5 * max(abs(evidence.difference), effect))
     design = ExperimentDesign(
@@ -245,9 +254,26 @@ def plan_experiment(
     )
 
 
+def _check_effect(evidence: OfflineEvidence, effect: float, power: float, alpha: float) -> None:
+    """Raise ConfigError for an effect that no test of MOST_UNITS requests would show."""
+    moment = 4.0 * evidence.variance  # With half of the requests for each arm.
+    least = math.sqrt(_squared_effect(moment, power, alpha) / MOST_UNITS)
+    if effect < least:
+        raise ConfigError(
+            f"an effect of {effect:g} would need more than {MOST_UNITS:.0e} requests, which no "
+            f"test has: with so many, an effect of {least:.2g} can be detected. Give a larger "
+            "--effect"
+        )
+
+
 def _fixed_units(moment: float, effect: float, power: float, alpha: float) -> int:
+    return math.ceil(_squared_effect(moment, power, alpha) / effect**2)
+
+
+def _squared_effect(moment: float, power: float, alpha: float) -> float:
+    """Square of the effect that a test of one unit detects."""
     quantiles = float(norm.isf(alpha) + norm.ppf(power))
-    return math.ceil(quantiles**2 * moment / effect**2)
+    return quantiles**2 * moment
 
 
 def _units(design: ExperimentDesign, evidence: OfflineEvidence, effect: float, power: float) -> int:

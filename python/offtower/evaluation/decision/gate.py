@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -72,6 +73,8 @@ class Evidence:
         positions: mean weights by position, for slates.
         rounding: size of a difference that the rounding of log-probabilities explains.
         rewarded: number of rows (rounds of slates) whose reward is not 0.
+        possible: least and largest difference that the range of rewards allows.
+        least_units: independent rows, or users, from which the estimator fits coefficients.
     """
 
     difference: Estimate
@@ -88,6 +91,8 @@ class Evidence:
     sensitivity: float | None = None
     rounding: float = 0.0
     rewarded: int | None = None
+    possible: tuple[float, float] = (-math.inf, math.inf)
+    least_units: int = 0
 
 
 def decide(evidence: Evidence, options: GateOptions | None = None) -> Verdict:
@@ -254,6 +259,21 @@ def _tail_doubts(evidence: Evidence, options: GateOptions) -> list[Reason]:
             f"{options.min_rewarded_rows} required"
         )
         doubts.append(_doubt("too_few_rewarded_rows", text))
+    units = n if users is None else users
+    if units < evidence.least_units:
+        text = (
+            f"{evidence.estimator} fits coefficients to {evidence.least_units} independent rows or "
+            f"users at least, and the log has {units}: it is the estimate without fitted ones"
+        )
+        doubts.append(_doubt("too_few_units", text))
+    difference, (least, most) = evidence.difference.value, evidence.possible
+    if not least <= difference <= most:
+        text = (
+            f"V(new) - V(logging) is estimated as {difference:.4g}, and the range of rewards "
+            f"allows {least:g} to {most:g}: too few rows, wrong propensities, or a wrong "
+            "reward_range"
+        )
+        doubts.append(_doubt("impossible_difference", text))
     if users is not None and users < options.min_users:
         text = f"{users} users, at least {options.min_users} required"
         doubts.append(_doubt("too_few_users", text))

@@ -95,6 +95,9 @@ class WeightSums:
         error = standard_error(TermMean(0, mean.size), sums)
         count = min(self.top.size, max(1, math.ceil(TOP_SHARE * n)))
         ess = (total / math.sqrt(self.square)) ** 2 if self.square > 0.0 else 0.0
+        if math.isinf(self.square):  # Only the largest weights count beside such.
+            shares = self.top / self.top.max()
+            ess = float(shares.sum() ** 2 / (shares @ shares))
         balance = balance_error = None
         if mean.size > 1:
             balance = float(mean[1])

@@ -78,7 +78,10 @@ class Difference:
         """The difference with the coefficients of least variance of its own, for the controls of
         both estimators; itself without any."""
         cut = self.first.num_terms
-        shifted = (replace(one, column=cut + one.column) for one in self.second.controls)
+        shifted = (
+            replace(one, column=cut + one.column, default=-one.default)
+            for one in self.second.controls
+        )
         controls = (*self.first.controls, *shifted)
         if controls:
             return adjusted(self, controls, statistics)

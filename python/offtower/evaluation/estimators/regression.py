@@ -8,7 +8,8 @@ Under true propensities E[w] = 1 and, with a reward model, E[w q - m] = 0. The r
 with the coefficients of least variance b = Cov(z)^-1 Cov(z, w r), z the controls. To first order
 b = (0, 0) gives IPS, (V, 0) SNIPS, (0, 1) DR and (mean w (r - q), 1) SNDR. No weighted average of
 these four, such as a blend by the covariance of their influences, has a smaller variance in a large
-log. A paired difference has coefficients of its own, which minimize its variance.
+log. A paired difference has coefficients of its own, which minimize its variance. In few units
+(`intervals.regression.least_units`) they are those of IPS and DR.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class RegDR(Estimator):
     num_terms: ClassVar[int] = 3
     needs_reward_model: ClassVar[bool] = True
     consistent: ClassVar[bool] = True
-    controls: ClassVar[tuple[Control, ...]] = (Control(1, 1.0), Control(2, 0.0))
+    controls: ClassVar[tuple[Control, ...]] = (Control(1, 1.0), Control(2, 0.0, default=1.0))
 
     def terms(self, rows: EvaluationRows) -> Array:
         action_reward, expected_reward = reward_terms(rows, self.label)

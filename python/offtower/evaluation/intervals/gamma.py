@@ -136,9 +136,12 @@ def gamma_interval(
     """
     need_rows(statistics)
     functional = fit(functional, statistics)
-    value = finish(functional, statistics).value
+    estimate = finish(functional, statistics)
+    value = estimate.value
     tail = (1.0 - check_confidence(confidence)) / 2.0
     by_user = statistics.users is not None
+    if not math.isfinite(estimate.std_error):
+        return Interval(-math.inf, math.inf, confidence, "gamma", by_user)
     low = high = 0.0
     if unseen is not None:
         influence = (unseen - statistics.mean) @ functional.gradient(statistics.mean)

@@ -49,10 +49,13 @@ class Interval:
         return replace(self, low=self.low + by, high=self.high + by)
 
     def within(self, low: float, high: float) -> Interval:
-        """The interval cut to possible values; unchanged where it holds none of them."""
-        if self.low > high or self.high < low:
-            return self
-        return replace(self, low=max(self.low, low), high=min(self.high, high))
+        """The interval cut to possible values; moved to the nearest of them where it holds none."""
+        ends, width = (self.low, self.high), self.high - self.low
+        if self.low > high:
+            ends = (high - width, high)
+        elif self.high < low:
+            ends = (low, low + width)
+        return replace(self, low=max(ends[0], low), high=min(ends[1], high))
 
     def to_dict(self) -> dict[str, Any]:
         needed = {} if self.rows_needed is None else {"rows_needed": self.rows_needed}

@@ -18,18 +18,31 @@ _LEAST_EIGENVALUE = 1e-10
 """Of the controls' correlation matrix: below it they are taken to be collinear."""
 
 
+_LEAST_DEGREES = 10
+"""Of freedom that a fit leaves, at least: with fewer, values of many times the range of rewards
+with an error near 0 occur, and the coefficients are not fitted."""
+
+
 @dataclass(frozen=True)
 class Control:
-    """A term, by its column, whose mean is known."""
+    """A term, by its column, whose mean is known; `default` is its coefficient in few units."""
 
     column: int
     mean: float
+    default: float = 0.0
+
+
+def least_units(controls: Sequence[Control]) -> int:
+    """Independent units from which the coefficients of so many controls are fitted; 0 for none."""
+    return len(controls) + 1 + _LEAST_DEGREES if controls else 0
 
 
 def adjusted(
     functional: Functional, controls: Sequence[Control], statistics: Statistics
 ) -> LinearFunctional:
     """functional - sum_j b_j (mean z_j - known_j), b = Cov(z)^-1 Cov(z, functional).
+
+    In fewer than `least_units` units b is the controls' default.
 
     The functional is linearized at the means. Covariances are those of the independent units: of
     users where the statistics hold them. The standard error is that of residuals divided by
@@ -41,9 +54,13 @@ def adjusted(
     columns = [control.column for control in controls]
     known = np.array([control.mean for control in controls])
     units, scatter = _units(statistics), unit_scatter(statistics)
-    coefficient, rank = _coefficients(
-        scatter[np.ix_(columns, columns)], scatter[columns] @ gradient
-    )
+    coefficient, rank = np.array([control.default for control in controls]), 0
+    if (statistics.n if statistics.users is None else statistics.users.count) >= least_units(
+        controls
+    ):
+        coefficient, rank = _coefficients(
+            scatter[np.ix_(columns, columns)], scatter[columns] @ gradient
+        )
     slope = gradient.copy()
     np.subtract.at(slope, columns, coefficient)
     constant = float(functional.combine(mean)) - float(gradient @ mean)

@@ -39,6 +39,8 @@ from offtower.evaluation.rows import Array, EvaluationRows
 GRID = 0.9 * 0.5 ** np.arange(16)
 """lambda times the width of the reward range: from 0.9 to 2.7e-5, apt for up to about 1e9 rows."""
 
+_FAR = 1e308
+"""Sample means beyond it overflow."""
 _KINDS = ("value_low", "value_high", "difference_low", "difference_high", "mean_weight")
 
 
@@ -127,10 +129,13 @@ class SmoothingSums:
             return top + math.log(float(np.exp(exponent - top).sum())) - target
 
         # At the sample mean every product is at most 1 (Jensen), so the root lies below it.
-        right = float(self.total[i]) / self.n
+        right = min(float(self.total[i]) / self.n, _FAR)
         if right <= floor or excess(floor) <= 0.0:
             return floor
-        return float(brentq(excess, floor, right, xtol=1e-14, rtol=1e-14))
+        # On a logarithmic scale, on which means of any size are near.
+        far = math.log1p(right - floor)
+        root = brentq(lambda u: excess(floor + math.expm1(u)), 0.0, far, xtol=1e-14, rtol=1e-14)
+        return floor + math.expm1(float(root))
 
 
 def _interval(low: float, high: float, least: float, most: float, confidence: float) -> Interval:
