@@ -46,10 +46,17 @@ FORBIDDEN = {
     "evaluation": {"experiment", "training", "jobs", "cli", "learner"},
     "experiment": {"models", "objectives", "retrieval", "training", "jobs", "cli", "learner"},
     "training": {"jobs", "cli", "learner"},
-    "retrieval": {"training", "jobs", "cli", "learner"},
+    "retrieval": {"training", "server", "jobs", "cli", "learner"},
+    "server": {"training", "evaluation", "jobs", "cli", "learner"},
     "jobs": {"cli", "learner"},
 }
-HOME_OF = {"obp": {"data"}, "ray": {"jobs"}, "faiss": {"retrieval"}}
+HOME_OF = {
+    "obp": {"data"},
+    "ray": {"jobs"},
+    "faiss": {"retrieval"},
+    "starlette": {"server"},
+    "uvicorn": {"server"},
+}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -204,7 +211,7 @@ def test_importing_offtower_is_light() -> None:
     """No optional package, and no plotting, comes in with `import offtower`, nor with the jobs."""
     code = (
         "import sys, offtower, offtower.jobs.connect; "
-        "print([m for m in ('obp', 'ray', 'faiss', 'matplotlib') if m in sys.modules])"
+        "print([m for m in ('obp', 'ray', 'faiss', 'matplotlib', 'starlette') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

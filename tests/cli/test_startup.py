@@ -11,6 +11,7 @@ import pytest
 HEAVY = (
     *("torch", "numpy", "pyarrow", "pandas", "polars", "scipy", "sklearn", "yaml", "safetensors"),
     *("matplotlib", "jinja2", "ray", "faiss", "obp", "onnx", "mlflow", "rich"),
+    *("starlette", "uvicorn", "prometheus_client"),
 )
 """Without pydantic, which typer itself imports to parse arguments."""
 

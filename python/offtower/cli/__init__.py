@@ -21,6 +21,7 @@ from offtower.cli import (
     log_history,
     quickstart,
     search,
+    serve,
     simulate,
     train,
     tune,
@@ -85,6 +86,7 @@ for verb in (
     experiment_read,
     export,
     search,
+    serve,
     benchmark,
     quickstart,
 ):

@@ -135,6 +135,11 @@ class FeatureEncoding:
         self._types = dict(types or {})
         self._numbers = {name: Vocabulary(values) for name, values in vocabulary.items()}
 
+    @property
+    def types(self) -> Mapping[str, CategoryType]:
+        """Types of the categories and bags that it was fitted on, by name."""
+        return self._types
+
     @classmethod
     def fit(cls, specs: Iterable[FeatureSpec], tables: Iterable[pa.Table]) -> FeatureEncoding:
         """Fit in one pass over the tables.
