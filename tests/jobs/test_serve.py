@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from offtower.config import parse_config
+from offtower.data.log import ParquetLog
 from offtower.errors import ConfigError
 from offtower.jobs.serve import application
 from offtower.retrieval import ExportOptions, export_run
@@ -53,9 +54,9 @@ def test_ray_serve_answers_and_finishes_the_log(
                 return found
 
         assert ask("/health")["status"] == "ok"
-        row = pq.read_table(next((simulated / "train").glob("*.parquet"))).slice(0, 3)
-        names = [*(f["name"] for f in context_features(simulated)), "user_id"]
-        contexts = row.select([n for n in names if n in row.column_names]).to_pylist()
+        opened = ParquetLog.open(simulated / "train")
+        names = [*(spec.source for spec in opened.schema.context), "user_id"]
+        contexts = next(opened.tables()).slice(0, 3).select(names).to_pylist()
         answers = ask("/sample", {"contexts": contexts, "k": 2})["contexts"]
         assert isinstance(answers, list)
         rounds = [one["round_id"] for one in answers]
@@ -63,10 +64,3 @@ def test_ray_serve_answers_and_finishes_the_log(
         serve.shutdown()
     (folder,) = (one for one in log.iterdir() if one.is_dir() and not one.name.startswith("."))
     assert sorted(set(pq.read_table(folder).column("round_id").to_pylist())) == sorted(rounds)
-
-
-def context_features(log: Path) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = json.loads((log / "train" / "_offtower.json").read_text())[
-        "schema"
-    ]["context"]
-    return found
