@@ -26,6 +26,7 @@ from offtower.data.loading import Loader
 from offtower.data.log import Log, ParquetLog
 from offtower.data.order import EpochOrder
 from offtower.data.reader import BatchReader, FoldOf, scan
+from offtower.data.row_sketch import RowSketch, row_keys
 from offtower.data.rows import EncodedRows, row_weights
 from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.errors import ConfigError, RunError
@@ -44,6 +45,8 @@ class LogFacts:
     smallest_pscore: float | None
     mean_row_weight: float = 1.0
     """Of the rows' weights; 1 where they have none."""
+    row_sketch: dict[str, str] | None = None
+    """`RowSketch.to_dict` of the rows, by which copies of them are found in other logs."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,16 @@ def prepare(
     )
 
 
+def trained_rows(run_path: Path) -> RowSketch | None:
+    """Sketch of the rows that a run was trained on; None for a run of an earlier version."""
+    try:
+        facts = read_json(run_path / "encodings" / "facts.json")["facts"]
+    except (FileNotFoundError, KeyError):
+        return None
+    found = facts.get("row_sketch")
+    return None if found is None else RowSketch.from_dict(found)
+
+
 def log_schema(config: Config) -> LogSchema | None:
     """Return the log schema of the configuration; None to use the manifest's."""
     content = config.data.log_schema
@@ -207,6 +220,7 @@ class _FactCollector:
         self._weight = 0.0
         self._binary = True
         self._smallest = np.inf
+        self._sketch = RowSketch.empty()
 
     def watch(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         for table in tables:
@@ -219,6 +233,7 @@ class _FactCollector:
             if self._schema.pscore is not None:
                 pscore = table.column(self._schema.pscore).to_numpy()
                 self._smallest = min(self._smallest, float(pscore.min(initial=np.inf)))
+            self._sketch = self._sketch.with_rows(row_keys(table, self._schema))
             yield table
 
     def facts(self) -> LogFacts:
@@ -228,6 +243,7 @@ class _FactCollector:
             mean_reward=self._sum / (self._weight or 1.0),
             mean_row_weight=self._weight / self._rows if self._rows else 1.0,
             smallest_pscore=None if np.isinf(self._smallest) else self._smallest,
+            row_sketch=self._sketch.to_dict(),
         )
 
 

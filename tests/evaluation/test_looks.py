@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from scipy.stats import norm
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from offtower.cli import app
 from offtower.config import parse_config
 from offtower.data import write_catalogue, write_log
 from offtower.data.ledger import FOLDER, Ledger, LogLedger
+from offtower.data.log import ParquetLog
 from offtower.data.simulate import SimulatedWorld, WorldSettings
 from offtower.evaluation import EvaluationRows, GateOptions, evaluate_rows
 from offtower.evaluation.decision.gate import GO, NO_GO, NOT_ENOUGH, Reason, Verdict, withhold
@@ -313,3 +315,17 @@ def test_the_log_that_serving_was_tuned_on_gives_no_go(place: Path, tmp_path: Pa
     for place_of_log in (log, tmp_path / "same"):
         found = look(tmp_path, place_of_log)
         assert found.exit_code == 3 and "serving was chosen on this log" in reasons(found)
+
+
+def test_copied_rows_are_not_held_out(place: Path, tmp_path: Path) -> None:
+    train, test = (pq.read_table(place / part / "part-00000.parquet") for part in ("train", "test"))
+    schema = ParquetLog.open(place / "test").schema
+    shuffled = train.take(np.random.default_rng(0).permutation(train.num_rows))
+    write_log(tmp_path / "copy", [shuffled], schema)
+    write_log(tmp_path / "mixed", [test, train.slice(7, 100)], schema)
+    assert "it was trained on its rows, in other files" in reasons(look(place, tmp_path / "copy"))
+    mixed = look(place, tmp_path / "mixed")
+    assert mixed.exit_code == 3 and "it was trained on 0.17 +-" in reasons(mixed)
+    assert str(place / "test") in reasons(mixed) and "timestamp" in reasons(mixed)
+    write_log(tmp_path / "other", [test], schema)
+    assert look(place, tmp_path / "other").exit_code == 0

@@ -10,7 +10,10 @@ from offtower.config import settings_fingerprint
 from offtower.data.content import LogContent, is_same
 from offtower.data.ledger import LedgerEntry
 from offtower.data.location import AnyPath
+from offtower.data.log import ParquetLog
+from offtower.data.row_sketch import RowSketch, sketched_columns
 from offtower.evaluation.run_loading import EvaluatedPolicy, OpenRun
+from offtower.prepare import trained_rows
 
 _PARTS = {
     "train": "it was trained on",
@@ -43,6 +46,37 @@ def not_held_out(
             found[name] = (
                 f"{part}, so that its value here is too high and no 'go' would mean anything. "
                 f"Decide on rows that had no part in it: {_fresh_log(one.run, place)}"
+            )
+    return found
+
+
+def with_copied_rows(
+    withheld: Mapping[str, str],
+    policies: Mapping[str, EvaluatedPolicy],
+    log: ParquetLog,
+    place: AnyPath,
+) -> dict[str, str]:
+    """`withheld` with the policies whose training log holds rows of this log in other files.
+
+    Reads the log once, unless every policy is withheld already. Rows are compared by their content
+    (`data.row_sketch`).
+    """
+    found, sketch = dict(withheld), None
+    for name, one in policies.items():
+        trained = None if name in found else trained_rows(one.run.directory.path)
+        if trained is None:
+            continue
+        if sketch is None:
+            groups = range(len(log.row_group_sizes))
+            columns = [c for c in sketched_columns(log.schema) if c in log.schema.columns]
+            sketch = RowSketch.of(log.read_row_groups(groups, columns), log.schema)
+        shared = sketch.shared(trained)
+        if shared is not None:
+            found[name] = (
+                f"it was trained on {shared.text}, in other files: its value here is too high and "
+                "no 'go' would mean anything. Decide on rows that had no part in it: "
+                f"{_fresh_log(one.run, place)}. If these are other rows that only look alike, name "
+                "the logs' timestamp in their schema"
             )
     return found
 

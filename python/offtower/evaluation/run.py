@@ -20,7 +20,7 @@ from offtower.evaluation.decision.coverage import ItemCoverage, coverage_notes
 from offtower.evaluation.decision.gate import best_exit_code
 from offtower.evaluation.decision.pscore_calibration import PscoreCalibration
 from offtower.evaluation.evaluator import EvaluationPlan, Evaluator
-from offtower.evaluation.held_out import not_held_out
+from offtower.evaluation.held_out import not_held_out, with_copied_rows
 from offtower.evaluation.looks import CountedLook, LookRequest, evaluation_identity, identity
 from offtower.evaluation.notes import (
     estimator_notes,
@@ -193,6 +193,7 @@ def _look(
     options = evaluator.config.evaluation
     how = evaluation_identity(plan.options, options, log, evaluator.catalogue)
     entries = ledger.entries(log.content.fingerprint)
+    withheld = not_held_out(evaluator.policies, log.content, entries, place)
     request = LookRequest(
         log.content.fingerprint,
         {
@@ -200,7 +201,7 @@ def _look(
             for name, one in evaluator.policies.items()
         },
         options.confidence,
-        not_held_out(evaluator.policies, log.content, entries, place),
+        with_copied_rows(withheld, evaluator.policies, log, place),
         fresh,
     )
     return CountedLook(ledger, request)
