@@ -18,7 +18,9 @@ from offtower.cli import app
 from offtower.config import parse_config
 from offtower.data import write_catalogue, write_log
 from offtower.data.ledger import FOLDER, Ledger, LogLedger
+from offtower.data.location import Location
 from offtower.data.log import ParquetLog
+from offtower.data.manifest import write_manifest
 from offtower.data.simulate import SimulatedWorld, WorldSettings
 from offtower.evaluation import EvaluationRows, GateOptions, evaluate_rows
 from offtower.evaluation.decision.gate import GO, NO_GO, NOT_ENOUGH, Reason, Verdict, withhold
@@ -329,3 +331,32 @@ def test_copied_rows_are_not_held_out(place: Path, tmp_path: Path) -> None:
     assert str(place / "test") in reasons(mixed) and "timestamp" in reasons(mixed)
     write_log(tmp_path / "other", [test], schema)
     assert look(place, tmp_path / "other").exit_code == 0
+
+
+def test_looks_before_files_were_added_count(place: Path, tmp_path: Path) -> None:
+    world = SimulatedWorld(8, WorldSettings(4, 4, 4, intercept=0.0), seed=1)
+    log, later = tmp_path / "log", [tmp_path / str(number) for number in range(3)]
+    for seed, folder in enumerate((log, *later)):
+        write_log(folder, world.log(500, seed=20 + seed), world.log_schema)
+
+    def looks() -> Looks:
+        found = look(place, log).result.looks
+        assert found is not None
+        return found
+
+    def add(*folders: Path) -> None:
+        for folder in folders:
+            shutil.copy(folder / "part-00000.parquet", log / f"later-{folder.name}.parquet")
+
+    assert (looks().look, looks().before_change) == (1, 0)
+    add(later[0])
+    grown = looks()
+    assert (grown.look, grown.before_change, grown.repeated) == (2, 1, False)
+    assert "1 of the earlier looks were at this log before files were added" in grown.sentence
+    assert looks().repeated and looks().look == 2
+    # A log of which less than half was seen has an error of its own.
+    (log / "part-00000.parquet").unlink()
+    (log / "_offtower.json").unlink()
+    write_manifest(Location.of(log), ParquetLog.open(later[0]).schema.to_dict(), 0, "")
+    add(*later[1:])
+    assert (looks().look, looks().before_change) == (1, 0)

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from offtower.checksums import add_checksum, check_json, parse_json
-from offtower.data.content import is_same
+from offtower.data.content import LogContent, is_same
 from offtower.data.lease_files import open_exclusive_files
 from offtower.data.location import AnyPath, Location
 from offtower.errors import DataError
@@ -74,23 +74,40 @@ class Ledger:
     def __init__(self) -> None:
         self._kept: list[LedgerEntry] = []
 
-    def entries(self, log: str) -> tuple[LedgerEntry, ...]:
-        """The entries about a log's content, in their order.
+    def entries(self, *logs: str) -> tuple[LedgerEntry, ...]:
+        """The entries about a log's content, or about any of several, in their order.
 
         Raises:
             DataError: an entry is damaged or missing.
         """
-        return tuple(entry for entry in self._all() if is_same(entry.log, log))
+        return _about(logs, self._all())
 
-    def append(self, log: str, kind: str, facts: Facts) -> LedgerEntry | None:
+    def earlier_contents(self, log: LogContent) -> tuple[str, ...]:
+        """Identities of recorded contents that hold at least half of this log's files, besides its
+        own: the log before files were added or removed."""
+        found = {
+            entry.log
+            for entry in self._all()
+            if "files" in entry.facts
+            and not is_same(entry.log, log.fingerprint)
+            and 2 * log.shared_files(entry.facts["files"]) >= len(log.files)
+        }
+        return tuple(sorted(found))
+
+    def append(
+        self, log: str, kind: str, facts: Facts, also: tuple[str, ...] = ()
+    ) -> LedgerEntry | None:
         """Append an entry, whose facts follow from the earlier ones, also with several writers.
+
+        Args:
+            also: further contents whose entries `facts` is given.
 
         Raises:
             DataError, OSError: the ledger cannot be read or written.
         """
         for _ in range(_ATTEMPTS):
             known = self._all()
-            found = facts(tuple(entry for entry in known if is_same(entry.log, log)))
+            found = facts(_about((log, *also), known))
             if found is None:
                 return None
             number = known[-1].number + 1 if known else 1
@@ -111,6 +128,10 @@ class Ledger:
 
     def __str__(self) -> str:
         return "the ledger in memory"
+
+
+def _about(logs: tuple[str, ...], entries: list[LedgerEntry]) -> tuple[LedgerEntry, ...]:
+    return tuple(entry for entry in entries if any(is_same(entry.log, log) for log in logs))
 
 
 class LogLedger(Ledger):

@@ -218,8 +218,8 @@ def _evaluate(policies: _Scored, select: str | None, execution: Execution) -> Lo
     evaluator = Evaluator((), log, catalogue, config)
     how = evaluation_identity(plan.options, options, log, catalogue)
     keys = {name: identity(policies.identities[name], how) for name in policies.scorers}
-    content, place = log.content.fingerprint, str(config.data.test)
-    request = LookRequest(content, keys, options.confidence, {}, policies.fresh)
+    place, known = str(config.data.test), log.content
+    request = LookRequest(known.fingerprint, keys, options.confidence, {}, policies.fresh, known)
     look = CountedLook(LogLedger(place), request)
     return evaluate_plan(evaluator, plan, place, execution, look)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from offtower.config import EvaluationConfig
 from offtower.data.catalogue import Catalogue
+from offtower.data.content import LogContent, is_same
 from offtower.data.ledger import Ledger, LedgerEntry
 from offtower.data.log import Log
 from offtower.errors import DataError
@@ -80,6 +81,8 @@ class Looks:
     alpha: float
     question: Question
     unrecorded: str | None = None
+    before_change: int = 0
+    """Looks among the earlier ones that were at the log before files were added or removed."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -95,6 +98,7 @@ class Looks:
                 "earlier_looks_not_counted": self.question.uncounted,
             },
             "unrecorded": self.unrecorded,
+            "looks_before_change": self.before_change,
         }
 
     @property
@@ -107,6 +111,11 @@ class Looks:
                 f"look {self.look} at this log; a false go has probability at most "
                 f"{self.error:.2g} for each policy here, and {self.alpha:.4g} over all looks "
                 f"({self.spent:.4g} of that is spent)"
+            )
+        if self.look and self.before_change:
+            text += (
+                f". {self.before_change} of the earlier looks were at this log before files were "
+                "added or removed; at least half of its files were among those"
             )
         if self.question.why:
             text += (
@@ -164,6 +173,7 @@ class LookRequest:
         confidence: stated.
         withheld: by policy, why it gets no "go".
         fresh: declares a new question, and says why; None continues the latest.
+        content: files of the log, by which looks at it before a change of its files are found.
     """
 
     log: str
@@ -171,6 +181,7 @@ class LookRequest:
     confidence: float
     withheld: Mapping[str, str]
     fresh: str | None = None
+    content: LogContent | None = None
 
 
 @dataclass(frozen=True)
@@ -202,6 +213,7 @@ def plan_look(ledger: Ledger, request: LookRequest) -> LookPlan:
         DataError: the ledger is damaged.
     """
     log = request.log
+    also = () if request.content is None else ledger.earlier_contents(request.content)
     planned: list[LookPlan] = []
 
     def evaluated(entries: tuple[LedgerEntry, ...]) -> dict[str, Any] | None:
@@ -213,11 +225,11 @@ def plan_look(ledger: Ledger, request: LookRequest) -> LookPlan:
         question, _ = _latest(entries)
         return None if question.why == request.fresh else {"why": request.fresh}
 
-    known = ledger.entries(log)
+    known = ledger.entries(log, *also)
     try:
         if request.fresh is not None:
-            ledger.append(log, "question", declared)
-        entry = ledger.append(log, "evaluated", evaluated)
+            ledger.append(log, "question", declared, also)
+        entry = ledger.append(log, "evaluated", evaluated, also)
     except (DataError, OSError) as error:
         plan, _ = _planned(known, request)
         return replace(plan, looks=replace(plan.looks, unrecorded=str(error)))
@@ -327,6 +339,7 @@ def _planned(
     # A verdict of an earlier question stands too, unless this one was declared now.
     known = [entry for entry in entries if entry.kind == "evaluated"]
     known = known if request.fresh is None else current
+    known = [entry for entry in known if is_same(entry.log, request.log)]
     before = {key: entry for entry in known for key in entry.facts["keys"].values()}
     alpha = 1.0 - request.confidence
     confidences: dict[str, float] = {}
@@ -358,12 +371,18 @@ def _planned(
         left=left,
         alpha=alpha,
         question=question,
+        before_change=sum(
+            entry.facts["spends"] for entry in current if not is_same(entry.log, request.log)
+        ),
     )
     ordered = {name: confidences[name] for name in request.policies}
     plan = LookPlan(ordered, request.withheld, looks, None)
     if not new:
         return plan, None
+    listed = any("files" in entry.facts and is_same(entry.log, request.log) for entry in entries)
+    files = {} if request.content is None or listed else {"files": list(request.content.files)}
     return plan, {
+        **files,
         "keys": dict(request.policies),
         "confidences": ordered,
         "withheld": dict(request.withheld),

@@ -192,7 +192,8 @@ def _look(
     log, ledger = evaluator.log, LogLedger(place)
     options = evaluator.config.evaluation
     how = evaluation_identity(plan.options, options, log, evaluator.catalogue)
-    entries = ledger.entries(log.content.fingerprint)
+    also = ledger.earlier_contents(log.content)
+    entries = ledger.entries(log.content.fingerprint, *also)
     withheld = not_held_out(evaluator.policies, log.content, entries, place)
     request = LookRequest(
         log.content.fingerprint,
@@ -203,6 +204,7 @@ def _look(
         options.confidence,
         with_copied_rows(withheld, evaluator.policies, log, place),
         fresh,
+        log.content,
     )
     return CountedLook(ledger, request)
 
