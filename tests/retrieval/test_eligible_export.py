@@ -104,3 +104,34 @@ def test_contexts_in_files_have_the_sets_of_the_log(run: Path, tmp_path: Path) -
         DataError, match=r"'seen' is .* in row 3, expected a list of text and whole"
     ):
         next(read_contexts(json.dumps(wrong), retriever, rows=16))
+
+
+def test_requests_to_the_server_have_the_sets_of_files(run: Path) -> None:
+    from offtower.server.columns import ContextColumns
+    from offtower.server.errors import RequestError
+    from offtower.server.requests import RequestReader
+    from offtower.server.settings import Limits
+
+    retriever, now = Retriever.open(run), datetime.now(UTC)
+    assert retriever.eligible is not None
+    table = log(300, FORMS)[0].slice(0, 40)
+    contexts = table.drop_columns(["action", "reward", "pscore"])
+    expected = retriever.eligible.of_contexts(contexts, at=now, allow_empty=True)
+    reader = RequestReader(retriever, ContextColumns.of(retriever), Limits(), True)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, contexts.schema) as writer:
+        writer.write_table(contexts)
+    body = json.dumps({"contexts": contexts.to_pylist(), "k": 1}).encode()
+    for request in (
+        reader.json("search", body, {}),
+        reader.arrow("search", sink.getvalue().to_pybytes(), {"k": ["1"]}),
+    ):
+        rows = retriever.eligible.of_contexts(request.contexts, at=now, allow_empty=True)
+        for item in range(N):
+            numbers = np.full(len(rows), item)
+            np.testing.assert_array_equal(rows.contains(numbers), expected.contains(numbers))
+    # Times of the catalogue are integers, so that the server's clock cannot stand in for them.
+    for name in ("region", "time"):
+        one = {key: value for key, value in contexts.to_pylist()[0].items() if key != name}
+        with pytest.raises(RequestError, match=f"lack '{name}'"):
+            reader.json("search", json.dumps({"contexts": one}).encode(), {})

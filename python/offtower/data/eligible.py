@@ -120,6 +120,13 @@ class EligibleItems:
         found = {form.form.context: form.text for form in self._groups.attributes}
         return found | dict.fromkeys(self.section.lists, self._catalogue.text_ids)
 
+    @property
+    def needs_times(self) -> bool:
+        """Whether contexts must have a column of times: the catalogue's are integers, whose unit is
+        not known."""
+        interval = self._groups.interval
+        return interval is not None and interval.kind == "integers"
+
     def encode(self, table: pa.Table) -> EligibleRows:
         """Encode the columns that the section reads; a null list is empty.
 

@@ -52,7 +52,9 @@ class ContextColumns:
             eligible = retriever.eligible.id_columns()
             exclude = retriever.eligible.section.exclude
             required += [n for n in eligible if exclude is None or n != exclude.column]
-        wanted = {*eligible, schema.user_id, *schema.keep}
+            if retriever.eligible.needs_times and schema.timestamp is not None:
+                required.append(schema.timestamp)
+        wanted = {*required, *eligible, schema.user_id, *schema.keep}
         kinds |= {name: kind for name, kind in log_kinds(schema).items() if name in wanted}
         types = pa.schema([(name, plain_type(kind)) for name, kind in kinds.items()])
         conversion = Conversion(kinds, types, FileFormat())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import get_args
 
 from offtower.errors import ConfigError
 from offtower.retrieval.propensity_sampler import Mode
@@ -82,6 +83,8 @@ class ServerSettings:
     token_file: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got '{self.mode}'")
         if self.batch_milliseconds < 0 or self.poll_seconds < 0 or self.batch_contexts < 1:
             raise ConfigError(
                 "batch_milliseconds and poll_seconds must not be negative, and batch_contexts must "
