@@ -154,7 +154,8 @@ class AutoConfig:
     """In order of prior preference (docs/reference/objectives.md). null is regression_linear,
     regression, likelihood_linear, likelihood, behavior_cloning; if the catalogue has only ids, most
     of them rarely rewarded, it is implicit_linear, the likelihoods, the regressions,
-    behavior_cloning."""
+    behavior_cloning. Above 4 x sampling.num_samples items it begins with regression_mixed where
+    that one applies."""
     folds: int = Field(default=3, ge=2, le=64)
     """Folds of the log; a member is fitted on all but one, and evaluated on that one."""
     members: int | None = Field(default=None, ge=1)

@@ -25,6 +25,7 @@ from offtower.prepare import PreparedData
 from offtower.progress import Progress, duration
 from offtower.training.auto import speed
 from offtower.training.auto.candidates import PolicyCandidate, make_schedule
+from offtower.training.auto.kept_rows import thinning_for
 from offtower.training.auto.plan import (
     MIN_ROWS,
     MIN_STEPS,
@@ -48,9 +49,16 @@ _FITS = 0.6
 """Share of the budget that a run may take by this machine's measured operations."""
 _READING, _TRAINING, _EVALUATION, _REFIT = 0.1, 0.5, 0.15, 0.2
 """Shares of the budget in a bounded plan; the rest is for its own measurements."""
+_MOVED = 0.15
+"""Of the budget, from training to evaluation where a candidate is solved: that takes less time, and
+on large catalogues the evidence for it is what limits the choice."""
 _CLONE = 0.15
 """Of the training's time, at most, for the clone of the logging policy. It reads all rows with
 policy terms, so that its whole schedule can take as long as those of all others together."""
+_SOLVE = 0.4
+"""Of the training's time, at most, for a candidate that is solved."""
+_SOLVED_ROWS = 1 << 20
+"""In memory for it, at most."""
 _EXACT_FACTOR = 4
 """Catalogues of more than this many times `sampling.num_samples` items use sampled terms."""
 _MAX_THINNING = 50
@@ -88,7 +96,9 @@ def whole_plan(
     """The plan without a budget."""
     settings, rows = config.auto, data.train.num_rows
     schedule = make_schedule(settings, rows)
+    thinning = thinning_for(data, rows, _SOLVED_ROWS)
     one = CandidatePlan(schedule.batch_size, schedule.epochs)
+    solved = replace(one, epochs=1, thinning=thinning)
     return AutoPlan(
         bounded=False,
         rows=rows,
@@ -96,7 +106,7 @@ def whole_plan(
         members=settings.members or settings.folds,
         members_apart=False,
         terms=config.training.terms,
-        candidates={candidate.name: one for candidate in candidates},
+        candidates={each.name: solved if each.solved else one for each in candidates},
         rungs=(Rung(1.0, settings.held_out_rows, len(candidates)),),
     )
 
@@ -141,26 +151,35 @@ class _Planner:
             for one in candidates
             if one.name not in self.dropped
         }
+        moved = _MOVED if any(one.solved for one in self._candidates.values()) else 0.0
+        self._training = (_TRAINING - moved) * self.seconds
+        self._evaluation = (_EVALUATION + moved) * self.seconds
         self._rewarded = _rewarded_share(self._data, self._sample)
         # As many evaluated rows with a reward as without.
         self._thinning = max(1, min(_MAX_THINNING, round(1.0 / max(self._rewarded, 1e-9)) - 1))
 
     def plan(self) -> AutoPlan:
-        costs = {name: self._cost(one) for name, one in self._candidates.items()}
+        costs = {
+            name: self._solution_cost(one) if one.solved else self._cost(one)
+            for name, one in self._candidates.items()
+        }
         costs = {name: self._limited(name, cost) for name, cost in costs.items()}
         costs = self._affordable(costs)
         rungs, factor = self._rungs(costs)
         refit = _REFIT * self.seconds / self.members
         kept = max(1, int(_KEPT_BYTES / max(self._sample.nbytes / len(self._sample), 1.0)))
         chosen = {
-            name: replace(
+            name: cost.schedule
+            if self._candidates[name].solved
+            else replace(
                 cost.schedule,
                 steps=max(MIN_STEPS * len(rungs), int(factor * cost.steps)),
                 refit_steps=max(MIN_STEPS, min(cost.steps, int(refit / cost.step))),
             )
             for name, cost in costs.items()
         }
-        if factor * min(cost.steps for cost in costs.values()) < MIN_STEPS * len(rungs):
+        steps = [one.steps for name, one in costs.items() if not self._candidates[name].solved]
+        if factor * min(steps, default=math.inf) < MIN_STEPS * len(rungs):
             self.notes.append(
                 f"auto.budget of {self.seconds / 60.0:g} minutes is too short for more than "
                 f"{MIN_STEPS} steps of a candidate in each stage: raise it, or name fewer "
@@ -183,12 +202,11 @@ class _Planner:
             dropped=self.dropped,
             notes=tuple(self.notes),
             seconds={
-                "training": min(_TRAINING * self.seconds, self.members * whole),
-                "evaluation": _EVALUATION * self.seconds,
+                "training": min(self._training, self.members * whole),
+                "evaluation": self._evaluation,
                 "refit": max(
-                    self.members * one.refit_steps * costs[name].step
+                    costs[name].step * (self.members * (one.refit_steps or 0) or 1)
                     for name, one in chosen.items()
-                    if one.refit_steps is not None
                 ),
             },
         )
@@ -250,17 +268,29 @@ class _Planner:
         )
         return _Cost(plan, steps, step, row)
 
+    def _solution_cost(self, candidate: PolicyCandidate) -> _Cost:
+        """Measure a candidate that is solved, in one step, on as many rows as there is time for."""
+        row = speed.solution_seconds(candidate, self._data, self._sample)
+        seconds = _SOLVE * self._training / self.members
+        bytes_of_row = self._sample.nbytes / len(self._sample)
+        most = min(_SOLVED_ROWS, int(seconds / row), int(_KEPT_BYTES / bytes_of_row))
+        thinning = thinning_for(self._data, self.rows, max(1, most))
+        plan = CandidatePlan(1, 1, thinning=thinning)
+        kept = min(self.rows, most)
+        return _Cost(plan, 1, kept * row, speed.row_seconds(candidate, self._data))
+
     def _limited(self, name: str, cost: _Cost) -> _Cost:
         """Shorten the schedule of a clone; it needs a sample of the rows."""
         if not stays(self._candidates[name]):
             return cost
-        steps = int(_CLONE * _TRAINING * self.seconds / (self.members * cost.step))
+        steps = int(_CLONE * self._training / (self.members * cost.step))
         return replace(cost, steps=max(MIN_STEPS, min(cost.steps, steps)))
 
     def _affordable(self, costs: Mapping[str, _Cost]) -> dict[str, _Cost]:
         """Leave out candidates that need most of the training's time for a tenth of their steps."""
-        limit = 0.5 * _TRAINING * self.seconds / self.members
-        racing = [name for name in costs if not stays(self._candidates[name])]
+        limit = 0.5 * self._training / self.members
+        kinds = self._candidates
+        racing = [n for n in costs if not (kinds[n].solved or stays(kinds[n]))]
         kept = [name for name in racing if 0.1 * costs[name].steps * costs[name].step < limit]
         if racing and not kept:
             kept = [min(racing, key=lambda name: costs[name].step)]
@@ -274,9 +304,12 @@ class _Planner:
     def _rungs(self, costs: Mapping[str, _Cost]) -> tuple[tuple[Rung, ...], float]:
         """Rungs, and the share of whole schedules that they train for."""
         whole = {name: self.members * cost.steps * cost.step for name, cost in costs.items()}
-        budget = _TRAINING * self.seconds
+        # A solution has no later stages.
+        trained = {n: 0.0 if self._candidates[n].solved else one for n, one in whole.items()}
+        solved = sum(whole.values()) - sum(trained.values())
+        budget = self._training - solved
         regressions, protected, others = self._kinds(costs)
-        if sum(whole.values()) <= budget:
+        if sum(trained.values()) <= budget:
             rows = self._held_out(list(costs), costs, 1)
             return (Rung(1.0, rows, len(costs), self._thinning),), 1.0
         number = 1 + max(0, math.ceil(math.log2(max(len(regressions), len(others), 1))))
@@ -284,20 +317,20 @@ class _Planner:
         rungs: list[Rung] = []
         cost, left = 0.0, len(others)
         for k, share in enumerate(shares):
-            racing = _costliest(others, whole, left)
-            models = _costliest(regressions, whole, len(regressions) if k == 0 else 1)
+            racing = _costliest(others, trained, left)
+            models = _costliest(regressions, trained, len(regressions) if k == 0 else 1)
             taking_part = [*racing, *models, *protected]
-            seconds = share * sum(whole[name] for name in taking_part)
+            seconds = share * sum(trained[name] for name in taking_part)
             cost += seconds
             left = max(1, math.ceil(left / 2)) if k + 1 < number else left
             rows = self._held_out(taking_part, costs, number)
-            evaluation = _EVALUATION * self.seconds / number
+            evaluation = self._evaluation / number
             final = k + 1 == number
             rungs.append(Rung(share, rows, left, self._thinning, seconds, evaluation, final))
         factor = min(1.0, budget / cost)
-        return tuple(
-            replace(rung, training_seconds=factor * rung.training_seconds) for rung in rungs
-        ), factor
+        rungs = [replace(one, training_seconds=factor * one.training_seconds) for one in rungs]
+        rungs[0] = replace(rungs[0], training_seconds=rungs[0].training_seconds + solved)
+        return tuple(rungs), factor
 
     def _kinds(self, names: Mapping[str, object]) -> tuple[list[str], list[str], list[str]]:
         """Regressions, candidates that never leave, and others."""
@@ -313,7 +346,7 @@ class _Planner:
         counted = [name for name in names if name not in models] + _costliest(
             models, {name: costs[name].row for name in models}, 1
         )
-        seconds = _EVALUATION * self.seconds / rungs
+        seconds = self._evaluation / rungs
         evaluated = self._rewarded + (1.0 - self._rewarded) / self._thinning
         rows = int(seconds / sum(costs[name].row for name in counted) / evaluated)
         return max(MIN_ROWS, min(rows, self._config.auto.held_out_rows))

@@ -23,9 +23,10 @@ from offtower.run_directory import RunDirectory
 from offtower.sampling import ItemCounts, count_items
 from offtower.training.auto.candidates import PolicyCandidate, Schedule
 from offtower.training.auto.folds import Folds
-from offtower.training.auto.kept_rows import KeptRows, keep_rewarded
+from offtower.training.auto.kept_rows import KeptRows, keep_rewarded, keep_thinned
 from offtower.training.auto.member_store import MemberStore, Weights
 from offtower.training.auto.members import FitStart, fit_members
+from offtower.training.auto.mixed_policy import MIXED, fit_mixed_members
 from offtower.training.auto.plan import AutoPlan
 from offtower.training.device import to_configured_device
 
@@ -73,13 +74,19 @@ class AutoInputs:
 class ReadLog:
     """The part of the log that a plan reads, and what candidates share of it."""
 
-    def __init__(self, data: PreparedData, plan: AutoPlan, progress: Progress) -> None:
+    def __init__(self, data: PreparedData, plan: AutoPlan, seed: int, progress: Progress) -> None:
         self.data = data
-        self._plan, self._progress = plan, progress
+        self._plan, self._seed, self._progress = plan, seed, progress
 
     @cached_property
     def rewarded(self) -> KeptRows:
         return keep_rewarded(self.data, self._plan.rewarded_rows, self._progress)
+
+    @cached_property
+    def thinned(self) -> KeptRows:
+        """Rows of the solved candidate."""
+        thinning = self._plan.candidates[MIXED].thinning
+        return keep_thinned(self.data, thinning, self._seed, self._progress)
 
     @cached_property
     def counts(self) -> ItemCounts:
@@ -127,23 +134,31 @@ class FitPart:
         log = self.log
         if log is None:
             opened = plan.limited(open_data(config, progress, self.run_path), config)
-            log = ReadLog(to_configured_device(opened, config.training), plan, progress)
+            prepared = to_configured_device(opened, config.training)
+            log = ReadLog(prepared, plan, config.seed, progress)
+        candidate = inputs.candidates[part.candidate]
+        folds = inputs.folds if stage.held_out else inputs.folds.none_held_out()
+        folds = replace(folds, held_out=tuple(folds.held_out[k] for k in part.members))
         weights = None
         if stage.after is not None:
             started = [inputs.empty(part.candidate, log.data) for _ in part.members]
             for member, policy in zip(part.members, started, strict=True):
                 self.store.load(stage.after, part.candidate, member, policy)
             weights = [policy.state_dict() for policy in started]
-        folds = inputs.folds if stage.held_out else inputs.folds.none_held_out()
-        members = fit_members(
-            inputs.candidates[part.candidate],
-            config,
-            log.data,
-            replace(folds, held_out=tuple(folds.held_out[k] for k in part.members)),
-            stage.schedules[part.candidate],
-            progress,
-            log.start(stage, inputs.candidates[part.candidate], weights),
-        )
+        if candidate.solved:
+            if weights is None or not stage.held_out:
+                started = [inputs.empty(part.candidate, log.data) for _ in part.members]
+                fit_mixed_members(
+                    *(started, folds, log.thinned.rows, log.data.items),
+                    binary=log.data.facts.binary_reward,
+                )
+            # A later stage of the race has the same rows, on which the weights are the optimum.
+            members = started
+        else:
+            members = fit_members(
+                *(candidate, config, log.data, folds, stage.schedules[part.candidate], progress),
+                log.start(stage, candidate, weights),
+            )
         return [{k: v.cpu() for k, v in one.state_dict().items()} for one in members]
 
 

@@ -17,7 +17,8 @@ from offtower.objectives import (
     WeightedLikelihood,
 )
 from offtower.prepare import PreparedData
-from offtower.training.auto.prior_order import ids_only, prior_order
+from offtower.training.auto.mixed_policy import MAX_CONTEXT_WIDTH, MIXED, context_width
+from offtower.training.auto.prior_order import CLONE, ids_only, prior_order
 from offtower.training.auto.rewarded_rows import RewardedRows
 from offtower.training.checks import check_eligible, check_terms
 
@@ -31,6 +32,8 @@ class PolicyCandidate:
     policy: PolicyConfig
     learning_rate: float = 1e-2
     weight_decay: float = 0.1
+    solved: bool = False
+    """Whether its weights are solved for on rows in memory (`mixed_model`), not trained."""
 
     @property
     def predicts_rewards(self) -> bool:
@@ -50,6 +53,9 @@ class Schedule:
 _LINEAR_DIM, _LINEAR_DIM_MANY_ITEMS = 256, 128
 """Value rises with the rank up to a full one, and so does the memory of the embeddings."""
 _MANY_ITEMS = 1 << 15
+_SOLVED_ITEMS = 4
+"""Catalogues of more than this many times `sampling.num_samples` items, where steps of the other
+candidates have sampled terms, begin with the mixed model."""
 _MAX_WEIGHT = 100.0
 _EFFECTIVE_OF_ITEM, _EFFECTIVE = 0.75, 0.5
 """Shares of rewarded rows that the largest weight 1 / pscore leaves effective."""
@@ -88,9 +94,25 @@ def make_candidates(config: Config, data: PreparedData) -> list[PolicyCandidate]
             PolicyCandidate("behavior_cloning", BehaviorCloning(), deep, learning_rate=3e-3),
         )
     }
+    width = context_width(data)
+    if width is not None:
+        mixed = replace(linear, embedding_dim=width)
+        known[MIXED] = PolicyCandidate(MIXED, regression, mixed, solved=True)
     names = config.auto.candidates or prior_order(data, rewarded)
+    large = data.items.num_items > _SOLVED_ITEMS * config.sampling.num_samples
+    if config.auto.candidates is None and large and MIXED in known:
+        # The mixed model solves for what other linear towers would train, so that their time and
+        # their terms over the catalogue go into evidence. Likelihoods of rarely rewarded ids, by
+        # sampled terms, ended below .1 of its value.
+        likelihood_names = () if ids else ("likelihood",)
+        names = (MIXED, "regression", *likelihood_names, CLONE)
     for name in names:
         if name not in known:
+            if name == MIXED:
+                raise ConfigError(
+                    f"auto.candidates: '{name}' needs contexts of numbers, vectors and categories "
+                    f"of at most {MAX_CONTEXT_WIDTH - 1} values in all, and items without bags"
+                )
             raise ConfigError(f"auto.candidates: unknown '{name}'; known: {', '.join(known)}")
     negative = data.train.schema.reward_range[0] < 0.0
     no_square_sums = config.auto.candidates is None and (

@@ -238,21 +238,40 @@ class HeldOutEvaluator:
 
     @torch.no_grad()
     def scale(self, policies: Sequence[TwoTowerPolicy]) -> float:
-        """Standard deviation of these members' logits between items, over some rows of each."""
+        """Standard deviation of these members' logits between items, over some rows of each.
+
+        Of a catalogue of which only some items are read, it is at least that between the items of
+        these rows: most ids of a large one have no rows, and hence equal logits, so that policies
+        in units of the spread of all would be too sharp for the log to show.
+        """
+        rows = list(self._rows(_SCALE_ROWS))
+        number = self._data.items.num_items
+        spread = self._spread(
+            policies, rows, torch.arange(0, number, max(1, number // _SCALE_ITEMS))
+        )
+        if number > _SCALE_ITEMS:
+            logged = tensor_of(np.concatenate([part.action for _, part in rows]))
+            spread = max(spread, self._spread(policies, rows, logged))
+        # Equal logits are a uniform policy at every temperature; a large one amplifies rounding.
+        return spread if spread > 1e-6 else 1.0
+
+    def _spread(
+        self,
+        policies: Sequence[TwoTowerPolicy],
+        parts: Sequence[tuple[int, EncodedRows]],
+        some: Tensor,
+    ) -> float:
+        """Standard deviation of the logits between some items, over parts of members' rows."""
         squares: list[Tensor] = []
         counts: list[Tensor] = []
-        number = self._data.items.num_items
-        some = torch.arange(0, number, max(1, number // _SCALE_ITEMS))
         items = [embed_some(policy, self._data.items, some) for policy in policies]
-        for k, rows in self._rows(_SCALE_ROWS):
+        for k, rows in parts:
             context = to_tensors(rows.context, self._data.device)
             logit = logits(policies[k].embed_contexts(context), items[k])
             count = tensor_of(self._count(rows), self._data.device)
             squares.append(logit.double().var(dim=1, correction=0) * count)
             counts.append(count)
-        spread = float((torch.cat(squares).sum() / torch.cat(counts).sum()).sqrt())
-        # Equal logits are a uniform policy at every temperature; a large one amplifies rounding.
-        return spread if spread > 1e-6 else 1.0
+        return float((torch.cat(squares).sum() / torch.cat(counts).sum()).sqrt())
 
     @torch.no_grad()
     def loss(self, policies: Sequence[TwoTowerPolicy], *, binary: bool) -> float:

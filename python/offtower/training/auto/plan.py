@@ -48,6 +48,9 @@ class CandidatePlan:
     """Batches of the refit; None is all of `epochs`."""
     rewarded_rows_only: bool = False
     """Whether its batches hold the rewarded rows alone, which are kept in memory."""
+    thinning: int = 1
+    """Of a candidate that is solved on rows in memory: one in so many rows without reward is kept,
+    or of all rows where rewards are not rare."""
 
 
 @dataclass(frozen=True)

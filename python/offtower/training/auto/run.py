@@ -70,7 +70,7 @@ def train_auto(
     began = time.monotonic()
     candidates = make_candidates(config, data)
     plan = _plan(config, data, candidates, run, progress)
-    log = ReadLog(plan.limited(data, config), plan, progress)
+    log = ReadLog(plan.limited(data, config), plan, config.seed, progress)
     folds = Folds(settings.folds, tuple(range(plan.members)), config.seed)
     inputs = AutoInputs(
         with_terms(config, plan.terms),

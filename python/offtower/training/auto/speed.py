@@ -31,6 +31,7 @@ from offtower.training.auto.held_out import INVERSE_TEMPERATURES
 from offtower.training.auto.item_pass import PASS_ITEMS, PASS_ROWS, logits
 from offtower.training.auto.kept_rows import SCAN_ROWS
 from offtower.training.auto.members import start_member
+from offtower.training.auto.mixed_policy import fit_mixed_policy
 from offtower.training.auto.temperature_sums import TemperatureSums
 from offtower.training.step import StepKey
 
@@ -38,6 +39,7 @@ _REPEATS = 3
 ROWS_PER_PASS = 256
 """Held-out rows of a member that share a pass over the catalogue, at least, where there are so
 many."""
+_SOLVED_ROWS = 16_384
 _PROBE_ROWS, _PROBE_ITEMS, _PROBE_DIM = 256, 8192, 64
 
 
@@ -93,6 +95,15 @@ def step_seconds(
     if member.step.proposal is not None:
         member.step.proposal.close()
     return rounded(seconds)
+
+
+def solution_seconds(candidate: PolicyCandidate, data: PreparedData, sample: EncodedRows) -> float:
+    """Seconds of a row in the fit of a candidate that is solved."""
+    policy = TwoTowerPolicy(candidate.policy, data.context_encoding, data.item_encoding)
+    rows = sample.take(np.arange(min(len(sample), _SOLVED_ROWS)))
+    began = time.perf_counter()
+    fit_mixed_policy(policy, rows, data.items, binary=data.facts.binary_reward)
+    return rounded((time.perf_counter() - began) / len(rows))
 
 
 def row_seconds(candidate: PolicyCandidate, data: PreparedData) -> float:

@@ -21,6 +21,8 @@ _SCORE_OPERATIONS = 20
 """Of an exponential and the sums over it, in multiples of a multiplication."""
 _OPTIMIZER_OPERATIONS = 12
 """Of AdamW per parameter."""
+_NEWTON_STEPS, _SOLUTION_PASSES = 6, 100
+"""Newton steps of a solved candidate, and passes over the rows in all of them, at most."""
 _STATE_COPIES = 3
 """Weights and two moments of AdamW."""
 
@@ -77,6 +79,12 @@ def step_operations(
     return total + _OPTIMIZER_OPERATIONS * touched + _STEP_OVERHEAD
 
 
+def solution_operations(sizes: TowerSizes, rows: int) -> float:
+    """Operations of the fit of one member that is solved, for rows of distinct items."""
+    dim = sizes.dim
+    return rows * (_SOLUTION_PASSES * _SCORE_OPERATIONS * dim + _NEWTON_STEPS * 2.0 * dim**3)
+
+
 def evaluation_operations(sizes: Sequence[TowerSizes], num_items: int) -> float:
     """Operations of the terms of all candidates in one held-out row."""
     temperatures = len(INVERSE_TEMPERATURES)
@@ -96,7 +104,9 @@ def whole_work(config: Config, data: PreparedData, candidates: Sequence[PolicyCa
     sizes = [TowerSizes.of(one, data) for one in candidates]
     draws = config.sampling.num_samples if config.training.terms == "sampled" else 0
     each = [
-        step_operations(one, size, items, schedule.batch_size, sampled=draws)
+        solution_operations(size, rows) / steps
+        if one.solved
+        else step_operations(one, size, items, schedule.batch_size, sampled=draws)
         for one, size in zip(candidates, sizes, strict=True)
     ]
     training = members * steps * (sum(each) + max(each) * settings.refit)
