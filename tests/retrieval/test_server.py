@@ -57,7 +57,9 @@ class Client:
     ) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request("GET" if body is None else "POST", path, body, dict(headers or {}))
+            known = {} if body is None else {"Content-Type": JSON}
+            method = "GET" if body is None else "POST"
+            connection.request(method, path, body, {**known, **(headers or {})})
             answer = connection.getresponse()
             return answer.status, answer.read()
         finally:
@@ -274,6 +276,7 @@ def test_a_decision_needs_the_user_that_the_log_names(client: Client) -> None:
         ("/search", b"[" * 90_000, {}, 400),
         ("/search", b"x" * 200_000, {}, 413),
         ("/search", b"{}", {"Content-Type": "text/csv"}, 415),
+        ("/search", b"{}", {"Content-Type": ""}, 415),
         ("/search", b"{}", {"Content-Encoding": "gzip"}, 415),
         ("/search?k=3", b"{}", {}, 422),
         ("/search", b"not arrow", {"Content-Type": ARROW}, 400),

@@ -67,6 +67,7 @@ class Server:
             self.log = DecisionLog(settings.decisions, self.metrics.decision_files.inc)
         self._responder = Responder(settings.mode, self.log, self.metrics)
         self._batcher: Batcher | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def application(self) -> Starlette:
         """The ASGI application; its lifespan starts and closes the server."""
@@ -105,7 +106,7 @@ class Server:
             ),
             self.metrics,
         )
-        self._tasks = [asyncio.create_task(self._finish_files())]
+        self._tasks.append(asyncio.create_task(self._finish_files()))
         if settings.poll_seconds:
             self._tasks.append(asyncio.create_task(self._poll()))
 
@@ -149,7 +150,8 @@ class Server:
 
     async def _answer(self, verb: Verb, request: Request) -> Response:
         assert self._batcher is not None
-        kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+        # Required: a web page can send requests without a type to this machine, but not with these.
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind not in (JSON, ARROW):
             raise RequestError(
                 f"content type '{kind}' is not read; send {JSON} or {ARROW}", status=415
