@@ -46,6 +46,8 @@ def print_evaluation(evaluation: LogEvaluation, report: Path) -> None:
         for method, reason in found.failed.items():
             console.print(f"  [dim]{method} could not run: {escape(reason)}[/]", soft_wrap=True)
     answer = answer_of(evaluation)
+    for sentence in answer.over_time if evaluation.result.time is not None else ():
+        console.print(f"[cyan]time[/]: {escape(sentence)}", soft_wrap=True)
     console.print(f"[bold]{escape(answer.headline)}.[/] {escape(answer.sentence)}", soft_wrap=True)
     if answer.command is not None:
         console.print(f"next: {escape(answer.command)}", soft_wrap=True)

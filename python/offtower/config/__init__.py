@@ -9,6 +9,7 @@ from offtower.config.evaluation import (
     GateOptions,
     SelectionConfig,
     SelectionModel,
+    TimeOptions,
 )
 from offtower.config.files import (
     apply_overrides,
@@ -49,6 +50,7 @@ __all__ = [
     "SelectionConfig",
     "SelectionModel",
     "ServingConfig",
+    "TimeOptions",
     "TowerConfig",
     "TrackingConfig",
     "TrainingConfig",

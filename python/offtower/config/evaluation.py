@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from offtower.config.learning import RewardModelConfig
 from offtower.config.strict import STRICT
+from offtower.data.durations import parse_duration
 from offtower.errors import ConfigError
 
 
@@ -53,6 +54,38 @@ class GateOptions:
                 raise ConfigError(
                     f"the gate's {name} must not be negative, but is {getattr(self, name)}"
                 )
+
+
+@frozen_dataclass(frozen=True)
+class TimeOptions:
+    """Values over time, for logs with timestamps.
+
+    Attributes:
+        period: length of a period in the report, such as 7d or 12h, or a number where timestamps
+            are no dates; null takes the shortest of the calendar of which the log has at most 16.
+        horizon: periods after the log whose value is forecast.
+        correlated: widen all intervals for rows that are correlated in time; null does so where a
+            test finds that they are.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    period: str | float | None = None
+    horizon: int = 1
+    correlated: bool | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.period, str):
+            parse_duration(self.period, "evaluation.time.period")
+        elif self.period is not None and not 0.0 < self.period < math.inf:
+            raise ConfigError(
+                f"evaluation.time.period must be above 0, but is {self.period}: give a duration "
+                "such as 7d"
+            )
+        if self.horizon < 1:
+            raise ConfigError(
+                f"evaluation.time.horizon must be at least 1 period, but is {self.horizon}"
+            )
 
 
 @dataclass(config=STRICT)
@@ -175,6 +208,7 @@ class EvaluationConfig:
     draws: int = Field(default=8, ge=1)
     """Items drawn from the evaluated policy for each row."""
     batch_rows: int = Field(default=4096, ge=1)
+    time: TimeOptions = field(default_factory=TimeOptions)
     reward_model: RewardModelConfig | None = None
     """The reward model of DM and DR; the training's own where this is null."""
     selection: SelectionConfig = field(default_factory=SelectionConfig)

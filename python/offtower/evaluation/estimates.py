@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import cached_property
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import numpy as np
 from offtower.errors import UndefinedIntervalError
 from offtower.evaluation.decision.gate import Evidence, decide
 from offtower.evaluation.decision.support import SupportDiagnostics
+from offtower.evaluation.drift import OverTime, TimedPolicy, TimedValue, TimeResult, qualify
 from offtower.evaluation.estimators import Difference, Estimator, MeanReward
 from offtower.evaluation.intervals.gamma import gamma_interval
 from offtower.evaluation.intervals.methods import (
@@ -37,6 +39,9 @@ from offtower.evaluation.rows import Array, EvaluationRows
 if TYPE_CHECKING:
     from offtower.evaluation.sums import EvaluationSums
 
+Terms = tuple[Functional, Statistics, Array]
+"""A functional, the statistics of its terms, and terms of rows that the log may lack."""
+
 LOGGING = MeanReward()
 LOGGED = Span(1.0, 1.0)
 """Weights under the logging policy."""
@@ -52,6 +57,7 @@ class Estimates:
 
     def __init__(self, sums: EvaluationSums) -> None:
         self.sums, self.options = sums, sums.options
+        options = sums.options
         widths = [estimator.num_terms for estimator in self.options.estimators]
         self.starts = np.concatenate([[0], np.cumsum(widths)]).tolist()
         self.reward_column = [len(sums.policies) * self.starts[-1]]
@@ -70,6 +76,38 @@ class Estimates:
         )
         bound = self.options.max_weight
         self.weight_spans = [weight_span(one.statistics, bound) for one in sums.weights]
+        self.method = options.intervals[0] if options.intervals[0] in ASYMPTOTIC else DEFAULT_METHOD
+        self.time: OverTime | None = None
+        if self.terms.time is not None:
+            supported = set(range(count)) - set(self.unsupported())
+            tested = [TimedValue(*self.logged[:2])]
+            tested += [TimedValue(*self.own(i, options.decider)[:2]) for i in sorted(supported)]
+            self.time = OverTime.of(self.terms.time, options.time, options.confidence, tested)
+            self.independent = self.independent and not self.time.correlated
+
+    def timed(self, policy: int, index: int) -> TimedPolicy:
+        """A policy's value by an estimator and its difference to the logging policy, by time."""
+        whole = (-math.inf, math.inf) if self.slates else self.options.reward_range
+        own, gap = self.own(policy, index), self.paired(policy, index)
+        return TimedPolicy(
+            self._timed(own, whole), self._timed(gap, self.difference_range), self.joint[policy]
+        )
+
+    def _timed(self, terms: Terms, possible: tuple[float, float]) -> TimedValue:
+        interval = _interval(self.method, *terms[:2], self.options.confidence, terms[2])
+        return TimedValue(terms[0], terms[1], interval, possible)
+
+    def over_time(self, kept: list[int], decider: int) -> TimeResult | None:
+        """Values by period, drift and forecasts of the kept policies by an estimator."""
+        if self.time is None:
+            return None
+        assert self.sums.timed_weights is not None, "rows with times have it"
+        names, weights = self.sums.policies, self.sums.timed_weights
+        return self.time.result(
+            self._timed(self.logged, self.options.reward_range),
+            {names[i]: self.timed(i, decider) for i in kept},
+            {names[i]: weights.select([2 * i, 2 * i + 1]) for i in kept},
+        )
 
     def columns(self, policy: int, estimator: int) -> list[int]:
         base = policy * self.starts[-1]
@@ -87,9 +125,8 @@ class Estimates:
         options, policies = self.options, self.sums.policies
         left_out = [i for i in self.unsupported() if policies[i] in may_leave_out]
         kept = [i for i in range(len(policies)) if i not in left_out]
-        logged = self.terms.select(self.reward_column)
-        estimate = finish(LOGGING, logged)
-        unseen = unseen_terms(LOGGING.terms, [LOGGED], self.rewards, estimate.value)
+        _, logged, unseen = self.logged
+        estimate, over_time = finish(LOGGING, logged), self.over_time(kept, options.decider)
         return EvaluationResult(
             confidence=options.confidence,
             simultaneous_confidence=max(self.joint),
@@ -101,7 +138,7 @@ class Estimates:
             ),
             decide_by=options.estimators[options.decider].name,
             policies={
-                policies[i]: self.policy(i, policies[i], support.get(policies[i])) for i in kept
+                policies[i]: self.policy(i, support.get(policies[i]), over_time) for i in kept
             },
             comparisons=tuple(self.comparison(a, b) for a, b in combinations(kept, 2)),
             unsupported=tuple(policies[i] for i in left_out),
@@ -109,6 +146,7 @@ class Estimates:
             logging_rewards={
                 name: self.named_logging(i) for i, name in enumerate(options.reward_names)
             },
+            time=over_time,
         )
 
     def named_logging(self, reward: int) -> EstimatorResult:
@@ -154,12 +192,17 @@ class Estimates:
         start = reward * (policies * width + 1)
         return range(start + policy * width, start + policies * width + 1)
 
-    def policy(self, index: int, name: str, support: SupportDiagnostics | None) -> PolicyEvaluation:
-        options, sums = self.options, self.sums
+    def policy(
+        self, index: int, support: SupportDiagnostics | None, over_time: TimeResult | None
+    ) -> PolicyEvaluation:
+        options, sums, name = self.options, self.sums, self.sums.policies[index]
         results = [self.estimate(index, i) for i in range(len(options.estimators))]
         calibration, smoothing = sums.calibration[index], sums.smoothing[index]
         evidence = self.evidence(index, results[options.decider], support)
         value, difference = smoothing.value, smoothing.difference
+        verdict = decide(evidence, options.gate)
+        if over_time is not None:
+            verdict = qualify(verdict, over_time, name, options.gate.margin)
         return PolicyEvaluation(
             policy=name,
             estimates={result.name: result for result in results},
@@ -168,7 +211,7 @@ class Estimates:
             weights=evidence.weights,
             calibration=None if calibration is None else calibration.finish(),
             support=support,
-            verdict=decide(evidence, options.gate),
+            verdict=verdict,
             positions=evidence.positions,
             sensitivity=evidence.sensitivity,
             rewards={
@@ -211,20 +254,48 @@ class Estimates:
         margin = self.options.gate.margin
         return self.sums.sensitivity[policy].largest_factor(logging, half_width, margin)
 
-    def estimate(self, policy: int, index: int) -> EstimatorResult:
+    @cached_property
+    def logged(self) -> Terms:
+        """The logging policy's value."""
+        statistics = self.terms.select(self.reward_column)
+        value = finish(LOGGING, statistics).value
+        return LOGGING, statistics, unseen_terms(LOGGING.terms, [LOGGED], self.rewards, value)
+
+    def own(self, policy: int, index: int) -> Terms:
+        """A policy's value by an estimator."""
+        estimator, weights = self.options.estimators[index], self.sums.weights[policy]
+        columns = self.columns(policy, index)
+        statistics = self.terms.select(columns, weights.statistics.weight_sum)
+        value = estimator.finish(statistics).value
+        return estimator, statistics, self._unseen(estimator.terms, policy, index, value)
+
+    def paired(self, policy: int, index: int) -> Terms:
+        """Its difference to the logging policy."""
         estimator, columns = self.options.estimators[index], self.columns(policy, index)
-        own = self.terms.select(columns, self.sums.weights[policy].statistics.weight_sum)
-        paired = self.terms.select(columns + self.reward_column)
-        estimate, difference = estimator.finish(own), Difference(estimator, LOGGING)
-        spans = [self.weight_spans[policy]]
-        extremes = spans, self.rewards, estimate.value, estimator.num_loggers
-        unseen = unseen_terms(_beside_logging(estimator), *extremes)
-        gap = self.gap(difference, paired, unseen, self.joint[policy])
+        value = estimator.finish(
+            self.terms.select(columns, self.sums.weights[policy].statistics.weight_sum)
+        ).value
+        return (
+            Difference(estimator, LOGGING),
+            self.terms.select(columns + self.reward_column),
+            self._unseen(_beside_logging(estimator), policy, index, value),
+        )
+
+    def _unseen(
+        self, terms: Callable[[EvaluationRows], Array], policy: int, index: int, value: float
+    ) -> Array:
+        spans, loggers = [self.weight_spans[policy]], self.options.estimators[index].num_loggers
+        return unseen_terms(terms, spans, self.rewards, value, loggers)
+
+    def estimate(self, policy: int, index: int) -> EstimatorResult:
+        estimator = self.options.estimators[index]
+        _, statistics, unseen = self.own(policy, index)
+        gap = self.gap(*self.paired(policy, index), self.joint[policy])
         return EstimatorResult(
             estimator.name,
             estimator.label,
-            estimate,
-            self.intervals(estimator, own, unseen_terms(estimator.terms, *extremes)),
+            estimator.finish(statistics),
+            self.intervals(estimator, statistics, unseen),
             gap.within(self.difference_range),
             estimator.consistent,
         )
@@ -246,16 +317,22 @@ class Estimates:
         )
 
     def gap(
-        self, difference: Difference, statistics: Statistics, unseen: Array, joint: float
+        self, difference: Functional, statistics: Statistics, unseen: Array, joint: float
     ) -> Gap:
-        main = self.options.intervals[0]
-        method = main if main in ASYMPTOTIC else DEFAULT_METHOD
+        assert isinstance(difference, Difference)
+        terms = difference, statistics, unseen
         return Gap(
             finish(difference, statistics),
-            _interval(method, difference, statistics, self.options.confidence, unseen),
-            _interval(method, difference, statistics, joint, unseen),
+            self.interval(self.method, terms, self.options.confidence),
+            self.interval(self.method, terms, joint),
             _rounding(difference, statistics),
         )
+
+    def interval(self, method: str, terms: Terms, confidence: float) -> Interval:
+        """An interval, widened where rows are correlated in time."""
+        functional, statistics, unseen = terms
+        found = _interval(method, functional, statistics, confidence, unseen)
+        return found if self.time is None else self.time.widened(found, functional, statistics)
 
     def asymptotic_intervals(
         self, estimator: Estimator, statistics: Statistics, unseen: Array
@@ -267,9 +344,8 @@ class Estimates:
             if method not in ASYMPTOTIC:
                 continue
             try:
-                out[method] = _interval(
-                    method, estimator, statistics, self.options.confidence, unseen
-                )
+                terms = estimator, statistics, unseen
+                out[method] = self.interval(method, terms, self.options.confidence)
             except UndefinedIntervalError:
                 if method == self.options.intervals[0]:
                     raise

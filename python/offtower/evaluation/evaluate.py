@@ -89,7 +89,7 @@ def _look(rows_by_policy: Mapping[str, EvaluationRows], options: EvaluationOptio
         raise OfftowerError("there is no policy to evaluate")
     logged = ("reward", "user", "round", "row_weight", "rewards")
     log = _digest(first, logged)
-    columns = [field.name for field in fields(first) if field.name not in (*logged, "row")]
+    columns = [field.name for field in fields(first) if field.name not in (*logged, "row", "time")]
     how = identity(repr(options))
     keys = {name: identity(_digest(rows, columns), how) for name, rows in rows_by_policy.items()}
     return LookRequest(log, keys, options.confidence, {})

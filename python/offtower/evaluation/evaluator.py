@@ -38,6 +38,7 @@ from offtower.evaluation.run_loading import (
 )
 from offtower.evaluation.samples import joined
 from offtower.evaluation.scoring.batches import BatchScorer, LogSource
+from offtower.evaluation.scoring.clock import LogClock
 from offtower.evaluation.scoring.clusters import ClusterWeights, ItemClusters, item_clusters
 from offtower.evaluation.scoring.pair_models import EXACT_PAIRS
 from offtower.evaluation.scoring.policy import PolicyScorer
@@ -190,7 +191,15 @@ class Evaluator:
         notes += [] if alpha is None else [alpha.note]
         loggers = Loggers.open(source, config, estimators, self.runs[0].trust_code)
         scorer = BatchScorer(
-            source, policies, rewards, propensities, clusters, config.seed, alpha, loggers
+            source,
+            policies,
+            rewards,
+            propensities,
+            clusters,
+            config.seed,
+            alpha,
+            loggers,
+            LogClock.of(self.log),
         )
         pilot = _pilot_rows(scorer) if needs_pilot(estimators) else {}
         made, tuning_notes = make_estimators(estimators, pilot, loggers)

@@ -29,6 +29,7 @@ from offtower.evaluation.options import (
 from offtower.evaluation.run import LogEvaluation, evaluate_plan
 from offtower.evaluation.run_loading import with_overrides
 from offtower.evaluation.scoring.batches import BatchScorer, LogSource
+from offtower.evaluation.scoring.clock import LogClock
 from offtower.evaluation.scoring.external import (
     COLUMNS_MODEL,
     ColumnScorer,
@@ -206,6 +207,7 @@ def _evaluate(policies: _Scored, select: str | None, execution: Execution) -> Lo
             config.seed,
             alpha,
             loggers,
+            LogClock.of(log),
         ),
         BehaviorPlan(None, None, None, None, _NO_BEHAVIOR, log.num_rows),
         evaluation_options(

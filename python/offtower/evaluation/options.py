@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from offtower.config import EstimatorConfig, EvaluationConfig, GateOptions
+from offtower.config import EstimatorConfig, EvaluationConfig, GateOptions, TimeOptions
 from offtower.data.schema import PscoreKind
 from offtower.errors import ConfigError, OfftowerError
 from offtower.evaluation.behavior.loggers import Loggers
@@ -57,6 +57,7 @@ class EvaluationOptions:
         reward_names: of the rows' named rewards, each evaluated beside their weighted sum.
         verdict_confidences: of each policy's verdict, in their order, where earlier looks at the
             log count (`evaluation.looks`); empty shares `confidence` among the policies.
+        time: how values over time are estimated, where rows have times.
     """
 
     estimators: tuple[Estimator, ...]
@@ -72,6 +73,7 @@ class EvaluationOptions:
     propensities_estimated: bool = False
     reward_names: tuple[str, ...] = ()
     verdict_confidences: tuple[float, ...] = ()
+    time: TimeOptions = field(default_factory=TimeOptions)
 
     def __post_init__(self) -> None:
         check_range(self.reward_range)
@@ -155,6 +157,7 @@ def evaluation_options(
         gate=config.gate,
         propensities_estimated=propensities_estimated,
         reward_names=reward_names,
+        time=config.time,
     )
 
 

@@ -13,6 +13,7 @@ from offtower.evaluation.intervals.methods import DEFAULT_METHOD, Interval
 from offtower.evaluation.intervals.statistics import Estimate
 
 if TYPE_CHECKING:
+    from offtower.evaluation.drift.result import TimeResult
     from offtower.evaluation.looks import Looks
 
 
@@ -163,6 +164,8 @@ class EvaluationResult:
     """By named reward, the logging policy's mean."""
     looks: Looks | None = None
     """Earlier looks at the log, where it has a ledger."""
+    time: TimeResult | None = None
+    """Values over time; None where rows have no times."""
 
     @property
     def exit_code(self) -> int:
@@ -184,6 +187,7 @@ class EvaluationResult:
             "policies": {name: policy.to_dict() for name, policy in self.policies.items()},
             "comparisons": [comparison.to_dict() for comparison in self.comparisons],
             **({} if self.looks is None else {"looks": self.looks.to_dict()}),
+            **({} if self.time is None else {"time": self.time.to_dict()}),
             "exit_code": self.exit_code,
         }
 

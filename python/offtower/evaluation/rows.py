@@ -45,6 +45,8 @@ class EvaluationRows:
         logger: number of the behavior policy that logged each row, from 0, for the estimators of
             logs of several (`estimators.loggers`).
         rewards: (n, R) named rewards, whose weighted sum `reward` is; each is evaluated beside it.
+        time: when each row was logged, in whole microseconds since 1970 or any other whole numbers,
+            for values by period (`offtower.evaluation.drift`).
 
     Raises:
         DataError: lengths differ, a number is NaN or infinite, a weight is negative, a key is not
@@ -65,6 +67,7 @@ class EvaluationRows:
     row_weight: Array | None = None
     rewards: Array | None = None
     logger: IntArray | None = None
+    time: IntArray | None = None
 
     def __post_init__(self) -> None:
         if self.importance_weight is None:
@@ -79,7 +82,7 @@ class EvaluationRows:
                 if field.name == "reward":
                     raise DataError("rows need rewards; reward is missing")
                 continue
-            if field.name in ("user", "row", "round", "logger"):
+            if field.name in ("user", "row", "round", "logger", "time"):
                 value = _keys(value, field.name)
             elif field.name == "rewards":
                 value = np.stack([_numbers(one, "rewards") for one in np.transpose(value)], axis=1)

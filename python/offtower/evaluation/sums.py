@@ -49,6 +49,8 @@ class EvaluationSums:
     """Terms of each named reward: under each policy, then the reward itself; None without them."""
     rewarded: int = 0
     """Rows (rounds of slates) whose reward is not 0."""
+    timed_weights: Statistics | None = None
+    """By policy w and w / (1 + w), with sums by time; None for rows without times."""
 
     @classmethod
     @overflowing
@@ -79,6 +81,7 @@ class EvaluationSums:
                 replicates=options.bootstrap_replicates(len(every)),
                 seed=options.seed,
                 grouped=True,
+                timed=True,
             ),
             tuple(WeightSums.of(rows, by_user) for rows in every),
             tuple(CalibrationSums.of(rows) for rows in every),
@@ -91,6 +94,7 @@ class EvaluationSums:
             ),
             _named_statistics(every, options, by_user),
             int(np.count_nonzero(first.summed(first.reward))),
+            _timed_weights(every, by_user),
         )
 
     @overflowing
@@ -115,6 +119,9 @@ class EvaluationSums:
             tuple(a.merge(b) for a, b in zip(self.sensitivity, other.sensitivity, strict=True)),
             None if self.named is None or other.named is None else self.named.merge(other.named),
             self.rewarded + other.rewarded,
+            None
+            if self.timed_weights is None or other.timed_weights is None
+            else self.timed_weights.merge(other.timed_weights),
         )
 
     @overflowing
@@ -147,6 +154,21 @@ class EvaluationSums:
         }
 
 
+def _timed_weights(every: tuple[EvaluationRows, ...], by_user: bool) -> Statistics | None:
+    """Statistics of the weights and of a bounded function of them, by time."""
+    if every[0].time is None:
+        return None
+    columns = []
+    for rows in every:
+        columns += [rows.mean_weight, rows.share_of_unit * _bounded(rows.importance_weight)]
+    return collect(np.stack(columns, axis=1), every[0], by_user=by_user, timed=True)
+
+
+def _bounded(weight: Array) -> Array:
+    """w / (1 + w), which moves with the policies' distance and has no tail."""
+    return np.asarray(1.0 - 1.0 / (1.0 + weight))
+
+
 def _named_statistics(
     every: tuple[EvaluationRows, ...], options: EvaluationOptions, by_user: bool
 ) -> Statistics | None:
@@ -167,4 +189,5 @@ def _named_statistics(
         replicates=options.bootstrap_replicates(len(every)),
         seed=options.seed,
         grouped=True,
+        timed=True,
     )

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
 from offtower.data.encoding import to_tensors
 from offtower.data.log import Log
 from offtower.data.rows import encode_rows
+from offtower.errors import DataError
 from offtower.evaluation import EvaluationRows
 from offtower.evaluation.decision.gate import withhold
 from offtower.evaluation.result import EvaluationResult
+from offtower.evaluation.scoring.clock import LogClock
 from offtower.learner.feedback import joined_table
 from offtower.models.items import ItemEmbeddings
 from offtower.serving import ServedPolicy
@@ -34,12 +38,32 @@ def weighted_rows(
     allowed = None if rows.eligible is None else rows.eligible.on()
     terms = served.terms(u, items, torch.from_numpy(rows.action), eligible=allowed)
     assert rows.pscore is not None
+    clock = LogClock.of(log)
     return EvaluationRows(
         importance_weight=None,  # type: ignore[arg-type]
         reward=rows.reward.astype(np.float64),
         user=None if rows.user_id is None else rows.user_id.view(np.int64),
         log_weight=terms.log_prob.double().numpy() - np.log(rows.pscore),
+        time=None if clock is None else clock.time(rows.timestamp),
     )
+
+
+def microseconds(time: Any) -> NDArray[np.int64]:
+    """Times of rows as whole numbers: microseconds since 1970 of dates.
+
+    Raises:
+        DataError: they are neither dates nor whole numbers.
+    """
+    values = np.asarray(time)
+    if values.dtype.kind == "M":
+        if np.isnat(values).any():
+            raise DataError("time has missing values: give every row the time of its logging")
+        return values.astype("datetime64[us]").astype(np.int64)
+    if values.dtype.kind not in "iu":
+        raise DataError(
+            f"time must hold dates (datetime64) or whole numbers, but is an array of {values.dtype}"
+        )
+    return values.astype(np.int64)
 
 
 def without_go(result: EvaluationResult) -> EvaluationResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from offtower.errors import ConfigError, DataError, KeepLoggingWarning
 from offtower.evaluation import evaluate_rows
 from offtower.evaluation.result import EvaluationResult
 from offtower.learner.eligible import masked
-from offtower.learner.evaluation import weighted_rows, without_go
+from offtower.learner.evaluation import microseconds, weighted_rows, without_go
 from offtower.learner.feedback import (
     CONTEXT,
     as_table,
@@ -246,6 +247,7 @@ class TwoTowerPolicyLearner(LearnerInputs):
         *,
         action_context: Any = None,
         reward_range: tuple[float, float] | None = None,
+        time: Any = None,
         **options: Any,
     ) -> EvaluationResult:
         """Evaluate the policy off-policy on feedback that it was not fitted on.
@@ -256,6 +258,8 @@ class TwoTowerPolicyLearner(LearnerInputs):
             X, y, reward, pscore, action_context: as in `fit`.
             reward_range: smallest and largest possible reward; by default that of the schema, or
                 (0, 1) extended to the rewards found.
+            time: (n,) dates or numbers, when each row of arrays was logged, for values by period
+                and drift (`EvaluationResult.time`); a data frame's are those of the schema.
             options: others of `offtower.evaluation.evaluate_rows`, such as confidence.
 
         Returns:
@@ -281,6 +285,8 @@ class TwoTowerPolicyLearner(LearnerInputs):
             if action_context is None:
                 catalogue = self.catalogue_
         weighted = weighted_rows(self._served(), ItemEmbeddings(*items), log, catalogue)
+        if time is not None:
+            weighted = replace(weighted, time=microseconds(time))
         options.setdefault("reward_range", reward_range or log.schema.reward_range)
         result = evaluate_rows({"learner": weighted}, **options)
         return without_go(result) if log.fingerprint in self.fitted_on_ else result

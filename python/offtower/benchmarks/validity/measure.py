@@ -11,6 +11,7 @@ import numpy as np
 
 from offtower.benchmarks.validity.worlds import Cell, World
 from offtower.evaluation.decision.gate import GO, decide
+from offtower.evaluation.drift import qualify
 from offtower.evaluation.estimates import Estimates
 from offtower.evaluation.estimators import make_estimator
 from offtower.evaluation.intervals.methods import DEFAULT_METHOD
@@ -57,12 +58,12 @@ def _policy(world: World, policy: str, rows: EvaluationRows, found: Series) -> N
     )
     sums = EvaluationSums.of({policy: rows}, options)
     if policy == "value":
-        _value(world, Estimates(_undeclared(sums)), Estimates(sums), found)
+        _value(world, sums, found)
         return
     truth = world.value(policy) - world.logging_value
     evidence = None
     for method in METHODS[:2]:
-        finisher = Estimates(replace(sums, options=replace(options, intervals=(method,))))
+        finisher = Estimates(_by(sums, method))
         for i, estimator in enumerate(ESTIMATORS):
             result = finisher.estimate(0, i)
             gap = result.difference
@@ -78,6 +79,9 @@ def _policy(world: World, policy: str, rows: EvaluationRows, found: Series) -> N
                     rounding=gap.rounding,
                 )
             )
+            over_time = finisher.over_time([0], i)
+            if over_time is not None:
+                verdict = qualify(verdict, over_time, policy, 0.0)
             key = estimator, method
             found[*key, policy].append(verdict.decision == GO)
             if policy == "null":
@@ -88,19 +92,27 @@ def _policy(world: World, policy: str, rows: EvaluationRows, found: Series) -> N
                 found[*key, "width of the difference"].append(interval.high - interval.low)
 
 
-def _undeclared(sums: EvaluationSums) -> EvaluationSums:
-    """The same without a declared largest weight, which bernstein alone may use here."""
-    options = replace(sums.options, max_weight=None, intervals=METHODS[:2])
-    return replace(sums, options=options)
+def _by(sums: EvaluationSums, method: str) -> EvaluationSums:
+    """Sums for one method; those that stood before the default one took no account of time."""
+    sums = replace(sums, options=replace(sums.options, intervals=(method,), max_weight=None))
+    return sums if method == DEFAULT_METHOD else _without_time(sums)
 
 
-def _value(world: World, plain: Estimates, declared: Estimates, found: Series) -> None:
+def _without_time(sums: EvaluationSums) -> EvaluationSums:
+    return replace(sums, terms=replace(sums.terms, time=None), timed_weights=None)
+
+
+def _value(world: World, sums: EvaluationSums, found: Series) -> None:
     truth = world.value("value")
+    # Only bernstein may use the declared largest weight.
+    default, others = Estimates(_by(sums, DEFAULT_METHOD)), Estimates(_without_time(sums))
     for i, estimator in enumerate(ESTIMATORS):
-        intervals = dict(plain.estimate(0, i).intervals)
-        if "bernstein" in declared.options.intervals:
-            every = declared.estimate(0, i).intervals
-            intervals |= {m: every[m] for m in METHODS[2:] if m in every}
+        intervals = {**others.estimate(0, i).intervals, **default.estimate(0, i).intervals}
+        if world.cell.target == "future":
+            assert default.time is not None
+            forecast = default.time.forecast(default.timed(0, i).value)
+            assert forecast is not None
+            intervals[DEFAULT_METHOD] = forecast.interval
         for method, interval in intervals.items():
             found[estimator, method, "covered"].append(interval.low <= truth <= interval.high)
             found[estimator, method, "width"].append(interval.high - interval.low)

@@ -20,7 +20,9 @@ CONTEXTS, ITEMS, DIM = 200, 20, 5
 BLOCK_ROWS = 1_000_000
 """Rows drawn at a time."""
 FUTURE = 1.125
-"""Middle of the period after the log, which lasts from 0 to 1."""
+"""Middle of the week after the log, which lasts from 0 to 1."""
+WEEKS, WEEK, MONDAY = 4, 7 * 86_400_000_000, 1_767_571_200_000_000
+"""Length of a log with times, in weeks; microseconds of a week, and of its first moment."""
 DOLLARS = 5000.0
 """Declared largest reward where rewards are log-normal."""
 
@@ -43,7 +45,8 @@ class Cell:
             of the rows).
         model: of the expected reward: good (10 % off), shrunk (half way to the mean), poor (noise).
         drift: the share of the rewards that changes over the log. target: period asks for the
-            values over the log, future for those of the time after it.
+            values over the log, future for those of the week after it. Rows of these cells have
+            times in WEEKS weeks.
     """
 
     tail: Tail = "moderate"
@@ -180,7 +183,10 @@ class World:
         user = None
         if self.cell.users:
             user = np.repeat(np.arange(self.cell.users), self.cell.rows // self.cell.users)
-        rows = EvaluationRows(reward, reward, row=np.arange(pair.size), user=user)
+        row, time = np.arange(pair.size), None
+        if self.cell.drift:
+            time = MONDAY + (WEEKS * WEEK // (2 * pair.size)) * (2 * row + 1)
+        rows = EvaluationRows(reward, reward, row=row, user=user, time=time)
         return {
             name: replace(
                 rows,

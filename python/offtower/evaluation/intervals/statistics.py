@@ -17,6 +17,7 @@ from offtower.errors import OfftowerError
 from offtower.evaluation.intervals.linear import LinearFunctional
 from offtower.evaluation.intervals.poisson import poisson_weights
 from offtower.evaluation.intervals.row_groups import RowGroups
+from offtower.evaluation.intervals.time_sums import TimeSums
 from offtower.evaluation.rows import Array, EvaluationRows, IntArray
 
 _BLOCK_CELLS = 1 << 20
@@ -185,6 +186,7 @@ class Statistics:
         replicates: bootstrap sums, or None.
         row_weights: of rows with weights; None where every row counts once.
         groups: sums by group of rows, or None.
+        time: sums by bin of time, or None.
     """
 
     n: int
@@ -198,6 +200,7 @@ class Statistics:
     replicates: Replicates | None = None
     row_weights: RowWeightSums | None = None
     groups: RowGroups | None = None
+    time: TimeSums | None = None
 
     @property
     def count(self) -> float:
@@ -239,6 +242,7 @@ class Statistics:
             if replicates is None
             else replace(replicates, total=replicates.total[:, columns]),
             groups=None if self.groups is None else self.groups.select(columns),
+            time=None if self.time is None else self.time.select(columns),
         )
 
     def merge(self, other: Statistics) -> Statistics:
@@ -253,6 +257,8 @@ class Statistics:
             raise OfftowerError("all shards need the same options: users, bootstrap replicates")
         if (self.groups is None) != (other.groups is None):
             raise OfftowerError("all shards need the same options: sums by group of rows")
+        if (self.time is None) != (other.time is None):
+            raise OfftowerError("all shards need the same options: sums by time")
         total, error = _two_sum(self.total, other.total)
         n = self.n + other.n
         scatter = self.scatter + other.scatter
@@ -270,6 +276,9 @@ class Statistics:
         groups = self.groups
         if groups is not None and other.groups is not None:
             groups = groups.merge(other.groups)
+        time = self.time
+        if time is not None and other.time is not None:
+            time = time.merge(other.time)
         return Statistics(
             n,
             total,
@@ -282,6 +291,7 @@ class Statistics:
             replicates,
             row_weights,
             groups,
+            time,
         )
 
 
@@ -308,6 +318,7 @@ def collect(
     replicates: int = 0,
     seed: int = 0,
     grouped: bool = False,
+    timed: bool = False,
 ) -> Statistics:
     """Statistics of terms (n, k) of a shard; of their sums over each round of slates.
 
@@ -315,6 +326,7 @@ def collect(
     by_user: also keep sums by user, and let bootstrap weights belong to users.
     replicates: number of bootstrap replicates to carry, 0 for none.
     grouped: also keep what gamma intervals need: sums by group of rows, unless there are users.
+    timed: also keep sums by bin of time, where rows have times.
     Raises OfftowerError for by_user where the rows have no users.
     """
     if by_user and rows.user is None:
@@ -338,10 +350,14 @@ def collect(
     users = None
     if by_user and rows.user is not None:
         users = UserSums.of(rows.of_unit(rows.user), terms, weight)
+    key = np.arange(n) if rows.row is None else rows.of_unit(rows.row)
     groups = None
     if grouped and users is None:
-        key = np.arange(n) if rows.row is None else rows.of_unit(rows.row)
         groups = RowGroups.of(key, terms, weight)
+    time = None
+    if timed and rows.time is not None:
+        unit = key if users is None or rows.user is None else rows.of_unit(rows.user)
+        time = TimeSums.of(rows.of_unit(rows.time), unit, terms, weight)
     return Statistics(
         n,
         total,
@@ -354,6 +370,7 @@ def collect(
         _replicates(terms, rows, replicates, seed, by_user) if replicates else None,
         row_weights,
         groups,
+        time,
     )
 
 

@@ -17,6 +17,7 @@ PER = 1000
 _PROPENSITIES = "the logged probabilities look wrong"
 _SUPPORT = "the log has hardly any results for what the new policy would show"
 _NOT_HELD_OUT = "this log had a part in learning or choosing it"
+_DRIFT = "the difference to what is served today changed over the time of the log"
 _TAIL = "a few rows of the log decide the whole estimate"
 _CAUSES = {
     "mean_weight": _PROPENSITIES,
@@ -31,6 +32,8 @@ _CAUSES = {
     "too_few_users": "the log has too few users",
     "no_variation": "the log cannot tell the two policies apart",
     "not_held_out": _NOT_HELD_OUT,
+    "drift": _DRIFT,
+    "weight_drift": _PROPENSITIES,
 }
 _ANSWERS = {GO: "yes", NO_GO: "no", NOT_ENOUGH: "not yet"}
 _MOST_ROWS = 100
@@ -67,7 +70,8 @@ class Answer:
         figure, figure_unit: the difference that matters most, and what it counts.
         interval: of that figure, in words.
         sensitivity: how wrong estimated probabilities may be; None where they were logged.
-        simpler: names a simple policy that would earn more; None where there is none.
+        over_time: how its value changed over the log and what it may be next, in sentences.
+    simpler: names a simple policy that would earn more; None where there is none.
         remedy: what would make it certain. command: to run next.
         policies: the answer for each policy.
     """
@@ -80,6 +84,7 @@ class Answer:
     figure_unit: str
     interval: str
     sensitivity: str | None
+    over_time: tuple[str, ...]
     simpler: str | None
     remedy: str | None
     command: str | None
@@ -133,6 +138,7 @@ def answer_of(evaluation: LogEvaluation) -> Answer:
         figure_unit=_unit(evaluation),
         interval=f"{_percent(gap.simultaneous.confidence)} confidence: {between} today",
         sensitivity=_sensitivity(evaluation, policy),
+        over_time=_over_time(evaluation, best, scale),
         simpler=_simpler(evaluation, best, logged + gap.estimate.value, scale),
         remedy=_remedy(evaluation, policy),
         command=_command(evaluation, best, policy),
@@ -254,6 +260,11 @@ def _remedy(evaluation: LogEvaluation, policy: PolicyEvaluation) -> str | None:
             "Mend the logged probabilities first: no number of rows makes up for wrong ones. "
             "The check of the log says which items are affected."
         )
+    if _DRIFT in causes:
+        return (
+            "A newer log: evaluate on rows of the time in which the policy would be served, or on "
+            "a longer log, whose forecast is narrower."
+        )
     if _SUPPORT in causes or _TAIL in causes:
         return (
             "Log with more exploration: show the new policy's items to a small share of requests, "
@@ -300,6 +311,18 @@ def _sensitivity(evaluation: LogEvaluation, policy: PolicyEvaluation) -> str | N
         f"{text} The answer would change if they were wrong by a factor of "
         f"{policy.sensitivity:.2g} or more."
     )
+
+
+def _over_time(evaluation: LogEvaluation, name: str, scale: float) -> tuple[str, ...]:
+    """Sentences on change over time, with values per 1,000 requests."""
+    time = evaluation.result.time
+    if time is None:
+        return (
+            "The log has no timestamps (the schema key 'timestamp'): values by period and drift "
+            "are not known.",
+        )
+    said = time.sentences(name, lambda value: per_requests(value, scale))
+    return tuple(f"{one[0].upper()}{one[1:]}." for one in said)
 
 
 def _simpler(evaluation: LogEvaluation, name: str, value: float, scale: float) -> str | None:

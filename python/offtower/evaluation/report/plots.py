@@ -23,6 +23,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from offtower.evaluation.frontier import ServingFrontier
 from offtower.evaluation.report.answer import PER
+from offtower.evaluation.report.over_time import draw_over_time
 from offtower.evaluation.result import EstimatorResult
 from offtower.evaluation.run import HISTOGRAM_EDGES, LogEvaluation
 from offtower.evaluation.selection import SelectionComparison
@@ -76,6 +77,19 @@ def answer(evaluation: LogEvaluation, width: float = WIDE) -> str:
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlabel(f"per {PER:,} requests (gray: today)")
         return _svg(figure, f"Value of each policy with its interval, {evaluation.title}")
+
+
+def over_time(evaluation: LogEvaluation, width: float = WIDE) -> str:
+    """Each policy's value per 1,000 requests by period, and its forecast."""
+    time = evaluation.result.time
+    assert time is not None, "callers check that there are periods"
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(2.9, width)
+        draw_over_time(axes, time, PER)
+        axes.set_ylabel(f"per {PER:,} requests")
+        axes.tick_params(axis="x", labelrotation=0 if width == WIDE else 45)
+        _legend(axes, 3, width)
+        return _svg(figure, f"Values over time, {evaluation.title}")
 
 
 def estimates(evaluation: LogEvaluation, width: float = WIDE) -> str:

@@ -96,6 +96,7 @@ def _section(evaluation: LogEvaluation) -> dict[str, Any]:
         "digits": _digits(result.logging.estimate.value),
         "charts": {
             "answer": drawn(plots.answer),
+            "over_time": drawn(plots.over_time) if result.time and result.time.periods else None,
             "estimates": drawn(plots.estimates),
             "learning": drawn(plots.learning_curves) if any(evaluation.curves.values()) else None,
             "weights": drawn(plots.weights),

@@ -16,6 +16,7 @@ from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows
 from offtower.evaluation.behavior.loggers import Loggers
 from offtower.evaluation.rows import EvaluationRows
+from offtower.evaluation.scoring.clock import LogClock
 from offtower.evaluation.scoring.clusters import ClusterWeights
 from offtower.evaluation.scoring.external import ColumnScorer
 from offtower.evaluation.scoring.policy import PolicyScorer, ScoredRows, context_rows
@@ -94,6 +95,7 @@ class BatchScorer:
         seed: draws of a batch are a function of (seed, policy, number of the batch).
         position_weights: by which rewards in slates count; None is 1 everywhere.
         loggers: the behavior policies, where something tells them apart.
+        clock: of the rows' times; None for a log without timestamps.
     """
 
     source: LogSource
@@ -104,6 +106,7 @@ class BatchScorer:
     seed: int
     position_weights: PositionWeights | None = None
     loggers: Loggers | None = None
+    clock: LogClock | None = None
 
     def batches(
         self, numbers: range, behavior: Sequence[FeatureEncoding] = ()
@@ -150,5 +153,8 @@ class BatchScorer:
             if self.loggers is not None:
                 logger = self.loggers.index(encoded[0])
                 rows = {name: replace(one, logger=logger) for name, one in rows.items()}
+            if self.clock is not None:
+                time = self.clock.time(encoded[0].timestamp)
+                rows = {name: replace(one, time=time) for name, one in rows.items()}
             measured = batch[len(encodings) : known]
             yield ScoredBatch(number, encoded, measured, rewards, scored, rows)

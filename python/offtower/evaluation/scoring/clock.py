@@ -1,0 +1,46 @@
+"""Times of a log's rows in microseconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from offtower.data.columns import timestamps
+from offtower.data.log import Log
+from offtower.evaluation.rows import IntArray
+
+_UNITS = ((10**8, 10**10, 10**6, 1), (10**11, 10**13, 1000, 1), (10**17, 10**19, 1, 1000))
+"""From, to, factor, divisor: numbers of seconds, milliseconds and nanoseconds since 1970, in years
+from 1973 to 2286."""
+
+
+@dataclass(frozen=True)
+class LogClock:
+    """Factor and divisor that make microseconds of a log's timestamps; both 1 for numbers that are
+    no times since 1970."""
+
+    factor: int
+    divisor: int
+
+    @classmethod
+    def of(cls, log: Log) -> LogClock | None:
+        """The clock of a log, by the type and size of its first timestamps; None without any."""
+        name = log.schema.timestamp
+        if name is None:
+            return None
+        column = log.read_row_group(0, [name]).column(name)
+        if pa.types.is_timestamp(column.type):
+            return cls(1, 1)
+        middle = int(np.median(timestamps(column)))
+        for low, high, factor, divisor in _UNITS:
+            if low <= middle < high:
+                return cls(factor, divisor)
+        return cls(1, 1)
+
+    def time(self, timestamp: IntArray | None) -> IntArray | None:
+        """(n,) microseconds since 1970, or the numbers as they are."""
+        if timestamp is None or self.factor == self.divisor:
+            return timestamp
+        return np.asarray(timestamp * self.factor // self.divisor, dtype=np.int64)
