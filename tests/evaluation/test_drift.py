@@ -292,3 +292,32 @@ def test_numbers_since_1970_are_times(unit: int) -> None:
     assert clock.time(np.array([second]))[0] == MONDAY  # type: ignore[index]
     plain = LogClock.of(_OneColumn(pa.array([3, 4])))
     assert plain is not None and plain.time(np.array([3]))[0] == 3  # type: ignore[index]
+
+
+def test_simulated_drift_has_the_stated_values_by_week() -> None:
+    from offtower.data.simulate import (
+        LoggingPolicy,
+        SimulatedWorld,
+        WorldSettings,
+        logging_value_of_week,
+        parse_drift,
+    )
+
+    drift = parse_drift(["trend=2", "week=-1", "logging=-2"])
+    settings = WorldSettings(4, 4, 4, drift=drift)
+    world = SimulatedWorld(30, settings, seed=4, logging=LoggingPolicy(beta=0.7))
+    table = pa.concat_tables(world.log(12_000, seed=1))
+    reward = table.column("reward").to_numpy()
+    time = table.column("timestamp").to_numpy().astype("datetime64[us]")
+    week = (time - time.min()).astype(np.int64) // WEEK
+    truth = [logging_value_of_week(world, i) for i in range(7)]
+    found = np.bincount(week, reward, minlength=6)[:6] / np.bincount(week, minlength=6)[:6]
+    # A week has 2,000 rows; 200 contexts make the truth uncertain by about .01.
+    np.testing.assert_allclose(found, truth[:6], atol=0.045)
+    assert max(truth) - min(truth) > 0.1
+    inverse = 1.0 / table.column("pscore").to_numpy()
+    for half in (week < 3, week >= 3):
+        error = inverse[half].std() / np.sqrt(half.sum())
+        assert abs(inverse[half].mean() - 30.0) < 4.5 * error
+    with pytest.raises(ConfigError, match=r"trend, step, week, logging"):
+        parse_drift(["trend=1", "trend=2"])

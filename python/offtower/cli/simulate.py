@@ -9,6 +9,7 @@ Example:
   offtower simulate --items 10000 --rows 100000 --out logs/simulated
   offtower simulate --items 1000 --beta -1 --beta 2 --out logs/two-policies
   offtower simulate --slate 5 --eligible regions=20 --out logs/slates
+  offtower simulate --items 200 --drift trend=1 --drift week=0.5 --out logs/drift
 """
 
 from __future__ import annotations
@@ -62,6 +63,15 @@ def simulate(
             metavar="FORM=NUMBER",
         ),
     ] = None,
+    drift: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Change over six weeks: trend=H, step=H (in the middle) or week=H (on weekends) "
+            "move the logits of rewards, logging=F multiplies the logging policy's inverse "
+            "temperature in the second half; may be repeated.",
+            metavar="FORM=NUMBER",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     ray: RayOptions = IN_PROCESS,
     as_json: AsJson = False,
@@ -75,10 +85,13 @@ def simulate(
         SlateSettings,
         WorldSettings,
         logging_value,
+        logging_value_of_week,
+        parse_drift,
         parse_eligibility,
         propensity_column,
         write_simulated_log,
     )
+    from offtower.data.simulate.drift import WEEKS
 
     folder = Location.of(out)
     if folder.local is None:
@@ -91,10 +104,11 @@ def simulate(
         f"logging-{number}": LoggingPolicy("contextual", one, epsilon)
         for number, one in enumerate(betas, start=1)
     }
+    changes = None if drift is None else parse_drift(drift)
     behavior = "the logging policy" if len(policies) == 1 else "logging-1"
     world = SimulatedWorld(
         items,
-        WorldSettings(dim, dim, dim, feature_kinds=features),
+        WorldSettings(dim, dim, dim, feature_kinds=features, drift=changes),
         seed=seed,
         logging=next(iter(policies.values())),
         slate=None if slate is None else SlateSettings(slate, structure),
@@ -128,6 +142,9 @@ def simulate(
     value = None if slate is None and eligible is None else logging_value(world)
     if value is not None:
         facts["logging_value"] = {"value": value.value, "std_error": value.std_error}
+    weeks = [] if drift is None else [logging_value_of_week(world, i) for i in range(WEEKS + 1)]
+    if weeks:
+        facts["logging_value_by_week"] = weeks
     if as_json:
         print_json(facts)
         return
@@ -140,6 +157,9 @@ def simulate(
             f"value of {behavior} in new contexts: {value.value:.5f} ± {value.std_error:.5f} "
             "(expected sum of a round's rewards, standard error)"
         )
+    if weeks:
+        shown = ", ".join(f"{value:.5f}" for value in weeks)
+        console.print(f"value of {behavior} by week, and in the week after: {shown}")
     if columns:
         named = ", ".join(f"{name}: {column}" for name, column in columns.items())
         console.print(

@@ -4,6 +4,7 @@ and OBP's synthetic bandit feedback."""
 from __future__ import annotations
 
 from offtower.data.simulate.clicks import SlateSettings
+from offtower.data.simulate.drift import DriftSettings, parse_drift
 from offtower.data.simulate.eligible_sets import EligibilitySettings, parse_eligibility
 from offtower.data.simulate.log_files import write_simulated_log
 from offtower.data.simulate.logging_policy import LoggingPolicy
@@ -15,11 +16,13 @@ from offtower.data.simulate.slate_values import (
     SlateValue,
     fixed_slate_value,
     logging_value,
+    logging_value_of_week,
     slate_value,
 )
 from offtower.data.simulate.world import SimulatedWorld, WorldSettings
 
 __all__ = [
+    "DriftSettings",
     "EligibilitySettings",
     "FixedItemValue",
     "LoggingPolicy",
@@ -32,8 +35,10 @@ __all__ = [
     "WorldSettings",
     "fixed_slate_value",
     "logging_value",
+    "logging_value_of_week",
     "multi_policy_log",
     "obp_synthetic",
+    "parse_drift",
     "parse_eligibility",
     "propensity_column",
     "slate_value",

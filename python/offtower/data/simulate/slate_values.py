@@ -7,13 +7,14 @@ given or drawn.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from offtower.data.simulate.drift import WEEKS
 from offtower.data.simulate.plackett_luce import (
     LOGITS,
     all_slates,
@@ -105,6 +106,22 @@ def logging_value(world: SimulatedWorld, seed: int = 0) -> SlateValue:
     in catalogues of more than a thousand items, which bounds the time."""
     contexts = world.contexts(max(50, min(1_000, _SCORED // world.n_items)), seed)
     return slate_value(world, partial(single_draw, world, world.logging_policy), contexts)
+
+
+def logging_value_of_week(world: SimulatedWorld, week: int, seed: int = 0) -> float:
+    """The value of the logging policy in a week of a world that drifts, from 0.
+
+    The mean over a time of each of its days, of up to 200 new contexts.
+    """
+    drift = world.settings.drift
+    assert drift is not None, "callers check that the world drifts"
+    contexts = world.contexts(max(50, min(200, _SCORED // world.n_items)), seed)
+    policy = world.logging_policy
+    if 2 * week >= WEEKS:
+        policy = replace(policy, beta=drift.logging * policy.beta)
+    draw = partial(single_draw, world, policy)
+    values = [slate_value(world.at(time), draw, contexts).value for time in drift.week_times(week)]
+    return float(np.mean(values))
 
 
 def _value(by_context: Array, variance: Array, exact: bool) -> SlateValue:

@@ -11,8 +11,9 @@ with states s(x), s(a) that the features of contexts and items determine (`featu
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import get_args
 
@@ -27,6 +28,7 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.eligible import eligible_items
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
 from offtower.data.simulate.clicks import RewardKind, SlateSettings, draw_rewards
+from offtower.data.simulate.drift import WEEKS, DriftSettings
 from offtower.data.simulate.eligible_sets import (
     PERIOD_DAYS,
     START,
@@ -39,9 +41,10 @@ from offtower.data.simulate.policy_values import PolicyValues
 from offtower.data.simulate.rounds import draw_rounds
 from offtower.errors import ConfigError
 
-_PARAMETERS, _ITEMS, _LOG, _CONTEXTS, _ELIGIBLE, _IDS = 1, 2, 3, 4, 5, 6
+_PARAMETERS, _ITEMS, _LOG, _CONTEXTS, _ELIGIBLE, _IDS, _DRIFT = 1, 2, 3, 4, 5, 6, 7
 """Purposes of random streams, part of their keys."""
 
+_HALF_A_DAY = np.timedelta64(12, "h")
 CHUNK_ROWS = 4096
 """Rows drawn at a time. Another value draws other rows from the same seed."""
 
@@ -64,6 +67,7 @@ class WorldSettings:
         id_share: share of the variance of an item's factor and part of z that its features do not
             show, so that it can be learned for each id alone. Above 0 the id is a feature of the
             catalogue; at 1 it is the only one.
+        drift: how rewards and the logging policy change over a log; None for none.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -80,6 +84,7 @@ class WorldSettings:
     feature_kinds: FeatureKinds = "vector"
     string_ids: bool = False
     id_share: float = 0.0
+    drift: DriftSettings | None = None
 
     def __post_init__(self) -> None:
         for name in ("dim_context", "dim_item", "latent_dim", "n_users"):
@@ -173,6 +178,25 @@ class SimulatedWorld(PolicyValues):
         if eligible is not None:
             popularity, rng = self.item_logit.numpy(), _generator(seed, _ELIGIBLE)
             self.eligible = EligibleSets(eligible, self.item_ids, popularity, least, rng)
+        self.drift_direction: Tensor | None = None
+        """(N,) float64: d(a) of `DriftSettings`; None without drift."""
+        if settings.drift is not None:
+            if slate is not None or eligible is not None:
+                raise ConfigError("drift has no form for slates or eligible items")
+            direction = _generator(seed, _DRIFT).standard_normal(n_items) - 1.0
+            self.drift_direction = torch.from_numpy(direction)
+
+    def at(self, time: np.datetime64) -> SimulatedWorld:
+        """The world with the rewards of one time, for true values; itself without drift.
+
+        Its logging policy follows those rewards: that of the logs is this world's.
+        """
+        if self.settings.drift is None or self.drift_direction is None:
+            return self
+        there = copy.copy(self)
+        amount = float(self.settings.drift.amount(np.array([time]))[0])
+        there.item_logit = self.item_logit + amount * self.drift_direction
+        return there
 
     def _hide(self, sizes: tuple[NDArray[np.float64], float], rng: np.random.Generator) -> None:
         """Replace a share of z's item parts by draws that no feature shows.
@@ -285,21 +309,41 @@ class SimulatedWorld(PolicyValues):
         first, count, rng = self._chunk(number, n_rounds, _LOG, seed)
         columns, users = self._draw_contexts(count, rng)
         latent = self.context_latent(pa.table(columns))
-        action, pscore = policy.draw(latent, self.item_latent, self.item_logit, rng)
-        mean = torch.sigmoid(self._logit(latent, action)).numpy()
+        time = self._times(first, count, n_rounds)
+        action, pscore = self._draw_actions(policy, latent, time, rng)
+        logit, drift = self._logit(latent, action), self.settings.drift
+        if drift is not None and self.drift_direction is not None:
+            logit = logit + torch.from_numpy(drift.amount(time)) * self.drift_direction[action]
+        mean = torch.sigmoid(logit).numpy()
         reward = draw_rewards(mean, self.settings.reward, rng).astype(np.float32)
-        seconds = np.arange(first, first + count).astype("timedelta64[s]")
         return pa.table(
             {
                 **columns,
                 "action": self._ids_of(action.numpy()),
                 "reward": pa.array(reward),
                 "pscore": pa.array(pscore.numpy()),
-                "timestamp": pa.array(START + seconds),
+                "timestamp": pa.array(time),
                 "behavior_policy": pa.repeat(behavior_policy, count),
                 "user_id": pa.array(users),
             }
         )
+
+    def _draw_actions(
+        self,
+        policy: LoggingPolicy,
+        latent: Tensor,
+        time: NDArray[np.datetime64],
+        rng: np.random.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """Items and their probabilities; rows are in the order of time."""
+        drift, items = self.settings.drift, (self.item_latent, self.item_logit)
+        if drift is None or drift.logging == 1.0:
+            return policy.draw(latent, *items, rng)
+        changed = replace(policy, beta=drift.logging * policy.beta)
+        cut = int(np.searchsorted(time, drift.week_times(WEEKS // 2, 7)[0] - _HALF_A_DAY))
+        early = policy.draw(latent[:cut], *items, rng)
+        late = changed.draw(latent[cut:], *items, rng)
+        return torch.cat([early[0], late[0]]), torch.cat([early[1], late[1]])
 
     def _rounds_chunk(
         self, number: int, n_rounds: int, seed: int, policy: LoggingPolicy, behavior_policy: str
@@ -386,7 +430,9 @@ class SimulatedWorld(PolicyValues):
 
     def _times(self, first: int, count: int, n_rounds: int) -> NDArray[np.datetime64]:
         """(count,) times of rounds: a second apart, or spread over the period in which items come
-        and go."""
+        and go, or over the weeks of drift."""
+        if self.settings.drift is not None:
+            return self.settings.drift.times(first, count, n_rounds)
         number = np.arange(first, first + count)
         if self.eligible is None or self.eligible.settings.days is None:
             return START + number.astype("timedelta64[s]")
