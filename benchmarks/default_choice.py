@@ -2,9 +2,9 @@
 
     python benchmarks/default_choice.py --out results/choice.jsonl --seeds 0 1 2
 
-Fits each degenerate world of the quality suite once, shorter than by default (three candidates,
-about 150 steps), and makes both choices from the same evidence. A line of JSON per world and seed;
-an interrupted run resumes. Seeds from 1000 on were used for development.
+Fits each degenerate world of the quality suite once, by default or shorter (`--short`: three
+candidates, about 150 steps), and makes both choices from the same evidence. A line of JSON per
+world and seed; an interrupted run resumes. Seeds from 1000 on were used for development.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -35,39 +36,50 @@ NEGATIVE = ("regression_linear", "regression", CLONE)
 """Likelihoods need rewards of at least 0."""
 
 
-def measure(world: QualityWorld, seed: int) -> dict[str, Any]:
+def short(world: QualityWorld) -> dict[str, Any]:
+    """Settings of shorter fits than by default."""
+    rows = world.log.num_rows
+    batch = min(1024, max(64, 1 << max(0, (rows // 16).bit_length() - 1)), rows)
+    return {
+        "candidates": NEGATIVE if world.log.schema.reward_range[0] < 0.0 else CANDIDATES,
+        "epochs": math.ceil(STEPS * batch / rows),
+        "budget": None,
+    }
+
+
+def measure(world: QualityWorld, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Make both choices and return their true values and lower bounds."""
     data = prepare(world.log, None, world.catalogue, Progress())
     low, high = world.log.schema.reward_range
-    rows = world.log.num_rows
-    batch = min(1024, max(64, 1 << max(0, (rows // 16).bit_length() - 1)), rows)
+    began = time.process_time()
     found = train_auto(
         parse_config(
             {
                 "name": "choice",
                 "seed": seed,
                 "data": {"train": "memory", "catalogue": "memory"},
-                "auto": {
-                    "candidates": NEGATIVE if low < 0.0 else CANDIDATES,
-                    "epochs": math.ceil(STEPS * batch / rows),
-                    "budget": None,
-                },
+                "auto": settings,
             }
         ),
         data,
     )
+    seconds = time.process_time() - began
     others = [name for name in found.choice.estimates if name != CLONE]
     before = choose(found.rows, others, min_reward=low).chosen
     policy = join(found.members[before.name], before.inverse_temperature)
     members = join(found.members[found.choice.chosen.name], found.choice.chosen.inverse_temperature)
     return {
         "baselines": world.baselines,
+        "processor_seconds": round(seconds, 2),
         "value": value(world, found.policy, data.items).softmax,
         "value_before_refit": value(world, members, data.items).softmax,
         "facts": {
             "chosen": found.choice.chosen.name,
             "keep_logging": found.choice.keep_logging,
             "low": found.choice.low,
+            "estimate": found.choice.value,
+            "highest": found.choice.chosen.value,
+            "logging": found.choice.logging,
             "reward_range": [low, high],
         },
         "without": {
@@ -90,6 +102,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS))
+    parser.add_argument("--short", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -102,7 +115,9 @@ def main() -> None:
         for name in arguments.worlds:
             if (name, seed) in done:
                 continue
-            line = {"world": name, "seed": seed, **measure(degenerate(name, seed), seed)}
+            world = degenerate(name, seed)
+            settings = short(world) if arguments.short else {}
+            line = {"world": name, "seed": seed, **measure(world, seed, settings)}
             lines.append(line)
             with open(arguments.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,5 +17,18 @@ def derive_seed(seed: int, purpose: str, *key: int) -> int:
 
 
 def seed_torch(seed: int, purpose: str, *key: int) -> None:
-    """Seed torch's global generators."""
-    torch.manual_seed(derive_seed(seed, purpose, *key))
+    """Seed torch's global generators.
+
+    Without a GPU that is the one of the CPU: `torch.manual_seed` also formats a stack trace for
+    each kind of accelerator, which takes longer than a step of a small model.
+    """
+    value = derive_seed(seed, purpose, *key)
+    if _has_accelerator():
+        torch.manual_seed(value)
+    else:
+        torch.default_generator.manual_seed(value)
+
+
+@cache
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()

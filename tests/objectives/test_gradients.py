@@ -121,6 +121,10 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Problem], np.ndarray]]] = {
         lambda p: coefficients(p, np.minimum(p.pscore**-0.5, 4.0) * p.reward),
     ),
     "behavior_cloning": ({}, lambda p: coefficients(p, np.ones(ROWS))),
+    "behavior_cloning, known propensities": (
+        {"known_propensities": True, "max_weight": CLIP},
+        lambda p: coefficients(p, 1.0 - np.minimum(p.weight, CLIP)),
+    ),
 }
 VALUES: dict[str, Callable[[Problem], float]] = {
     "ips": lambda p: (p.weight * p.reward).mean(),
@@ -132,6 +136,7 @@ VALUES: dict[str, Callable[[Problem], float]] = {
     "weighted_likelihood": lambda p: (p.weight * p.reward).mean(),
     "weighted_likelihood, smoothed": lambda p: (p.weight * p.reward).mean(),
     "behavior_cloning": lambda p: (p.weight * p.reward).mean(),
+    "behavior_cloning, known propensities": lambda p: (p.weight * p.reward).mean(),
 }
 
 

@@ -365,6 +365,9 @@ def test_schedule_grows_slower_than_the_log() -> None:
         steps.append(schedule.epochs * rows / schedule.batch_size)
     assert 400 <= steps[0] <= steps[1] <= steps[2] <= 1700
     assert make_schedule(config.auto, 5_000_000).epochs == 1
+    # Batches of a small log have the rows of one fold.
+    small = make_schedule(config.auto, 50)
+    assert 400 <= small.epochs * config.auto.folds <= 420
 
 
 def auto_config(simulated: Path, runs: Path, name: str) -> Config:

@@ -98,6 +98,14 @@ def test_too_few_steps_are_reported_with_enough() -> None:
     )
 
 
+def test_too_few_steps_of_the_reward_model_are_reported() -> None:
+    model = {"reward_model": {"kind": "factored"}}
+    (note,) = notes("clipped_dr", described=True, **model, **ENOUGH)
+    assert note.startswith("reward_model.epochs=20 of 500 rows are only 20 steps of 1024 rows")
+    assert "reward_model.batch_size=32 and reward_model.epochs=25" in note
+    assert notes("clipped_ips", described=True, **model, **ENOUGH) == []
+
+
 def test_auto_is_not_proposed_without_propensities() -> None:
     content = {"name": "t", "objective": {"name": "auto"}, "data": {"train": "m", "catalogue": "m"}}
     config = parse_config(content)

@@ -58,6 +58,7 @@ def export(
     from offtower.retrieval.export import ExportOptions, export_run
     from offtower.retrieval.index import IndexOptions
     from offtower.retrieval.manifest import read_manifest
+    from offtower.run_directory import RunDirectory
 
     wanted: IndexOptions | Literal["auto"] | None = None if index == "none" else "auto"
     if index != "auto" and index != "none":
@@ -97,3 +98,6 @@ def export(
     if manifest["context_tower"]["reason"]:
         reason = escape(manifest["context_tower"]["reason"])
         console.print(f"[yellow]no graph of the context tower[/]: {reason}")
+    advice = RunDirectory(run).manifest().get("advice")
+    if advice is not None:
+        console.print(f"[yellow]by its training log: {escape(advice)}[/]")

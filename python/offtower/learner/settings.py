@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sklearn.base import BaseEstimator
@@ -102,7 +103,7 @@ class LearnerSettings(BaseEstimator):  # type: ignore[misc]
             kind = OBJECTIVES.get(self.objective)
             required = kind is not None and kind.requirements.reward_model
             reward_model = {"kind": "factored" if required else "none"}
-        return parse_config(
+        config = parse_config(
             {
                 "name": "in-memory",
                 "data": {"train": "in-memory", "catalogue": "in-memory"},
@@ -137,6 +138,18 @@ class LearnerSettings(BaseEstimator):  # type: ignore[misc]
                 },
             },
             source="TwoTowerPolicyLearner",
+        )
+        if self.reward_model is not None:
+            return config
+        # A small log needs as many steps of the reward model as of the policy.
+        model, training = config.reward_model, config.training
+        return replace(
+            config,
+            reward_model=replace(
+                model,
+                epochs=max(model.epochs, training.epochs),
+                batch_size=min(model.batch_size, training.batch_size),
+            ),
         )
 
     def _reports(self) -> Progress:

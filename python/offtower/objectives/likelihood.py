@@ -7,12 +7,14 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from offtower.errors import ConfigError
 from offtower.objectives.base import (
     LoggedRows,
     Objective,
     ObjectiveValue,
     Reduction,
     Requirements,
+    clipped,
     fraction,
     positive,
 )
@@ -68,15 +70,41 @@ class BehaviorCloning(_Likelihood):
     Gradient: mean_i grad log pi(a_i|x_i). The optimum is the logging policy, as far as the towers
     can represent it. Use it as a start (`training.warm_start`) or as an estimate of the logging
     policy (`objective.kl_policy`). Needs neither propensities nor rewards.
+
+    With `known_propensities` it minimizes mean_i (w_i - 1 - log w_i) with w_i = pi(a_i|x_i) /
+    pscore_i, whose gradient is mean_i (w_i - 1) grad log pi(a_i|x_i). Both have the same
+    expectation, KL(pi_0 || pi) and its gradient, because that of w grad log pi is 0. The second is
+    0 in every row where pi is the logging policy, so rows that happen to be logged often are not
+    overfitted. A weight above c counts as c in the gradient, which then starts bounded.
     Source: Pomerleau 1991, "Efficient training of artificial neural networks for autonomous
-    navigation"; as the imitation term of Ma, Wang and Chen 2019.
+    navigation"; as the imitation term of Ma, Wang and Chen 2019. The estimate of the divergence:
+    Schulman 2020, "Approximating KL divergence".
+
+    Args:
+        known_propensities: match the logged propensities; not for slates.
+        max_weight: c, at least 1.
+
+    Raises:
+        ConfigError: `max_weight` is below 1.
     """
 
     name = "behavior_cloning"
     requirements = Requirements(pscore=False, slates="conditional")
 
+    def __init__(self, known_propensities: bool = False, max_weight: float = 10.0) -> None:
+        if max_weight < 1.0:
+            raise ConfigError(
+                f"objective setting 'max_weight' must be at least 1, got {max_weight!r}"
+            )
+        self.max_weight = positive("max_weight", max_weight)
+        self.known_propensities = known_propensities
+        if known_propensities:
+            self.requirements = Requirements(slates=None)
+
     def coefficient(self, rows: LoggedRows) -> Tensor:
-        return torch.ones_like(rows.reward)
+        if not self.known_propensities:
+            return torch.ones_like(rows.reward)
+        return 1.0 - clipped(rows.weight(), self.max_weight)
 
 
 class Softmax(_Likelihood):

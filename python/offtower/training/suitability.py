@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Protocol
 
 from offtower.config import Config, TowerConfig
 from offtower.models.towers import tower_of_features
@@ -25,24 +26,41 @@ _SHARP = 0.2
 """Largest temperature at which scores between 0 and 1 rank more than a few items."""
 
 
+class _Schedule(Protocol):
+    epochs: int
+    batch_size: int
+
+
+def _more_steps(section: str, schedule: _Schedule, rows: int) -> str | None:
+    """A schedule of enough steps where the configured one has too few; else None."""
+    steps = schedule.epochs * -(-rows // schedule.batch_size)
+    if steps >= _STEPS:
+        return None
+    batch = min(schedule.batch_size, max(32, rows // _BATCHES))
+    epochs = -(-_PROPOSED_STEPS // -(-rows // batch))
+    return (
+        f"{section}.epochs={schedule.epochs} of {rows:,} rows are only {steps} steps of "
+        f"{schedule.batch_size} rows: set {section}.batch_size={batch} and "
+        f"{section}.epochs={epochs}"
+    )
+
+
 def suitability_notes(config: Config, objective: Objective, data: PreparedData) -> Iterator[str]:
     """Yield one sentence, with a remedy, for each reason why the configured training may fail.
 
     Reads at most the first million rows of the training log.
     """
-    rows, training = data.train.num_rows, config.training
+    rows = data.train.num_rows
     schema = data.train.schema
     chooses = schema.pscore is not None and not schema.slates  # other logs have no `auto`
-    steps = training.epochs * -(-rows // training.batch_size)
-    if steps < _STEPS:
-        batch = min(training.batch_size, max(32, rows // _BATCHES))
-        epochs = -(-_PROPOSED_STEPS // -(-rows // batch))
-        yield (
-            f"training.epochs={training.epochs} of {rows:,} rows are only {steps} steps of "
-            f"{training.batch_size} rows: set training.batch_size={batch} and "
-            f"training.epochs={epochs}"
-            + (", or use objective.name=auto, which chooses both" if chooses else "")
-        )
+    steps = _more_steps("training", config.training, rows)
+    if steps is not None:
+        yield steps + (", or use objective.name=auto, which chooses both" if chooses else "")
+    model = config.reward_model
+    if objective.requirements.reward_model and model.kind == "factored":
+        steps = _more_steps("reward_model", model, rows)
+        if steps is not None:
+            yield steps
     for side, encoding in (("context", data.context_encoding), ("item", data.item_encoding)):
         tower: TowerConfig = getattr(config.policy, f"{side}_tower")
         plain = tower_of_features(replace(tower, hidden_layer_sizes=None), encoding)

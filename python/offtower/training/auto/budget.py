@@ -24,7 +24,7 @@ from offtower.objectives import BehaviorCloning
 from offtower.prepare import PreparedData
 from offtower.progress import Progress, duration
 from offtower.training.auto import speed
-from offtower.training.auto.candidates import PolicyCandidate, make_schedule
+from offtower.training.auto.candidates import EXACT_FACTOR, PolicyCandidate, make_schedule
 from offtower.training.auto.kept_rows import thinning_for
 from offtower.training.auto.plan import (
     MIN_ROWS,
@@ -59,8 +59,6 @@ _SOLVE = 0.4
 """Of the training's time, at most, for a candidate that is solved."""
 _SOLVED_ROWS = 1 << 20
 """In memory for it, at most."""
-_EXACT_FACTOR = 4
-"""Catalogues of more than this many times `sampling.num_samples` items use sampled terms."""
 _MAX_THINNING = 50
 """Rows without reward that one of them may count for in the evidence."""
 _MEMORY = 6 << 30
@@ -142,7 +140,7 @@ class _Planner:
         self._data = data
         self._sample, read = speed.read_sample(data)
         self.rows = self._rows_to_read(config, read)
-        many = data.items.num_items > _EXACT_FACTOR * config.sampling.num_samples
+        many = data.items.num_items > EXACT_FACTOR * config.sampling.num_samples
         self.terms: Literal["exact", "sampled"] = "sampled" if many else config.training.terms
         self._config = with_terms(config, self.terms)
         self.max_dim, self.members, self.apart = self._memory(candidates)

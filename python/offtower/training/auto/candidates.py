@@ -53,9 +53,9 @@ class Schedule:
 _LINEAR_DIM, _LINEAR_DIM_MANY_ITEMS = 256, 128
 """Value rises with the rank up to a full one, and so does the memory of the embeddings."""
 _MANY_ITEMS = 1 << 15
-_SOLVED_ITEMS = 4
-"""Catalogues of more than this many times `sampling.num_samples` items, where steps of the other
-candidates have sampled terms, begin with the mixed model."""
+EXACT_FACTOR = 4
+"""Catalogues of more than this many times `sampling.num_samples` items use sampled terms, and begin
+with the mixed model."""
 _MAX_WEIGHT = 100.0
 _EFFECTIVE_OF_ITEM, _EFFECTIVE = 0.75, 0.5
 """Shares of rewarded rows that the largest weight 1 / pscore leaves effective."""
@@ -83,6 +83,10 @@ def make_candidates(config: Config, data: PreparedData) -> list[PolicyCandidate]
     many = data.items.num_items > _MANY_ITEMS
     linear = _linear(config, data, _LINEAR_DIM_MANY_ITEMS if many else _LINEAR_DIM)
     deep = _plain(config.policy)
+    large = data.items.num_items > EXACT_FACTOR * config.sampling.num_samples
+    # Estimated normalizers would bias the weights.
+    exact = config.training.terms == "exact" and not large
+    cloning = BehaviorCloning(known_propensities=exact)
     known = {
         one.name: one
         for one in (
@@ -91,7 +95,7 @@ def make_candidates(config: Config, data: PreparedData) -> list[PolicyCandidate]
             PolicyCandidate("likelihood_linear", likelihood, linear),
             PolicyCandidate("likelihood", likelihood, deep, learning_rate=3e-3),
             PolicyCandidate("implicit_linear", implicit, linear, weight_decay=1.0),
-            PolicyCandidate("behavior_cloning", BehaviorCloning(), deep, learning_rate=3e-3),
+            PolicyCandidate(CLONE, cloning, deep, learning_rate=3e-3),
         )
     }
     width = context_width(data)
@@ -99,7 +103,6 @@ def make_candidates(config: Config, data: PreparedData) -> list[PolicyCandidate]
         mixed = replace(linear, embedding_dim=width)
         known[MIXED] = PolicyCandidate(MIXED, regression, mixed, solved=True)
     names = config.auto.candidates or prior_order(data, rewarded)
-    large = data.items.num_items > _SOLVED_ITEMS * config.sampling.num_samples
     if config.auto.candidates is None and large and MIXED in known:
         # The mixed model solves for what other linear towers would train, so that their time and
         # their terms over the catalogue go into evidence. Likelihoods of rarely rewarded ids, by
@@ -143,7 +146,8 @@ def make_schedule(settings: AutoConfig, rows: int) -> Schedule:
     epochs = settings.epochs
     if epochs is None:
         steps = max(400, min(600, 30 * rows // batch))
-        epochs = math.ceil(steps * batch / rows)
+        # A batch has rows of one fold.
+        epochs = math.ceil(steps * min(batch, math.ceil(rows / settings.folds)) / rows)
     return Schedule(epochs, min(batch, rows))
 
 

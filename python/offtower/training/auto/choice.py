@@ -64,6 +64,9 @@ class Choice:
     low: float
     """Lower bound of the value of the delivered policy, valid under the choice. If its policy is
     sharper than the log can show, it is the bound of a softer one with the same scores."""
+    value: float
+    """Estimated value of the delivered policy, without the excess of the highest of several noisy
+    estimates, likewise."""
     best: Mapping[str, CandidateEstimate]
     """Each candidate at the inverse temperature chosen for it."""
     estimates: Mapping[str, Sequence[CandidateEstimate]]
@@ -94,7 +97,9 @@ def choose(
 
     Candidates that qualify have a policy whose gain over the logging policy is at least minus the
     tolerated loss, by its lower bound. If there is none, the clone of the logging policy is chosen,
-    or without one the candidate with the highest bound.
+    or without one the candidate with the highest bound. That the clone itself loses nothing says
+    nothing about the order of its scores: it qualifies only at inverse temperatures above 1 at
+    which its own bound is high enough.
 
     Within a candidate, take the largest inverse temperature that no smaller one beats by more than
     one standard error of the paired difference: if scores rank items correctly, the value rises
@@ -117,12 +122,19 @@ def choose(
     policies = [policy for name in order for policy in rows.policies(name)]
     found = estimate_policies(rows, policies, levels)
     estimates = {name: [one for one in found if one.name == name] for name in order}
+    least = -float("inf") if tolerance is None else -tolerance.loss
     best = {name: _sharpest(options, rows) for name, options in estimates.items()}
+    evidence = dict(estimates)
+    if CLONE in best and tolerance is not None:
+        sharper = [
+            one
+            for one in estimates[CLONE]
+            if one.inverse_temperature > 1.0 and one.gain_lower_bound >= least
+        ]
+        evidence[CLONE] = sharper
+        best[CLONE] = _sharpest(sharper, rows) if sharper else _imitation(estimates[CLONE], rows)
     qualified = [
-        name
-        for name in order
-        if tolerance is None
-        or max(one.gain_lower_bound for one in estimates[name]) >= -tolerance.loss
+        name for name in order if any(one.gain_lower_bound >= least for one in evidence[name])
     ]
     if not qualified:
         highest = max(found, key=lambda one: one.gain_lower_bound)
@@ -135,12 +147,30 @@ def choose(
             if off_the_log or _beats(other, chosen, rows, _BETWEEN_CANDIDATES):
                 chosen = other
     softer = [
-        one.lower_bound
+        one
         for one in estimates[chosen.name]
         if one.inverse_temperature <= chosen.inverse_temperature
     ]
-    logging = float(rows.mean(rows.reward))
-    return Choice(chosen, not qualified, logging, max(softer), best, estimates)
+    return Choice(
+        chosen,
+        keep_logging=not qualified,
+        logging=float(rows.mean(rows.reward)),
+        low=max(one.lower_bound for one in softer),
+        value=max(one.middle for one in softer),
+        best=best,
+        estimates=estimates,
+    )
+
+
+def _imitation(options: Sequence[CandidateEstimate], rows: HeldOutRows) -> CandidateEstimate:
+    """The clone as it is, or sharper where each step beats the one before by a standard error:
+    noise in scores makes a policy softer than the one that it imitates."""
+    chosen, *sharper = (one for one in options if one.inverse_temperature >= 1.0)
+    for one in sharper:
+        if not _beats(one, chosen, rows, _WITHIN_CANDIDATE):
+            break
+        chosen = one
+    return chosen
 
 
 def _sharpest(options: Sequence[CandidateEstimate], rows: HeldOutRows) -> CandidateEstimate:

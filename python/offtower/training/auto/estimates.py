@@ -4,8 +4,8 @@ Two estimates of a policy's value differ in the mass that it has on items off th
 
 - `value` scales the reward model's part by the upper end of what the weights allow; policies are
   compared by it.
-- `lower_bound` and `gain_lower_bound` scale it by the covered share, the lower end. Mass beyond it
-  counts as the smallest reward.
+- `lower_bound`, `gain_lower_bound` and `middle` scale it by the covered share, the lower end. Mass
+  beyond it counts as the smallest reward.
 
 Few rows, or none, have a weight under a sharp policy. The model's prediction for it then stands
 uncorrected, and a policy that maximizes predictions plays the items of which they are too high. The
@@ -15,6 +15,8 @@ model where that is all that is known.
 
 The bounds are simultaneous: with the stated probability all of them hold, so they hold for a policy
 that was chosen by them (maximal studentized mean, Chernozhukov, Chetverikov and Kato 2013).
+`middle` is the bound at confidence 1/2: the largest of several noisy estimates is too high, and
+with at least this probability no policy's `middle` is.
 """
 
 from __future__ import annotations
@@ -75,6 +77,8 @@ class CandidateEstimate:
     """Of the value; of all policies at once, with other mass counted as the smallest reward."""
     gain_lower_bound: float
     """Of the value less that of the logging policy; likewise."""
+    middle: float
+    """Of the value, at confidence 1/2; likewise."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class _Bounds:
     covered_share: float
     value: float
     gain: float
+    middle: float
 
 
 def estimate_policies(
@@ -107,11 +112,12 @@ def estimate_policies(
     plain = weights * (rows.reward - levels.min_reward)[:, None] + levels.min_reward
     values = _Values(cautious, plain, levels.min_reward)
     low = _lower_bounds(values, unseen, rows, levels.of(levels.confidence))
+    middle = _lower_bounds(values, unseen, rows, levels.of(0.5))
     gains = values.less(rows.reward, float(rows.mean(rows.reward)))
     gain_low = _lower_bounds(gains, unseen, rows, levels.of(levels.gain_confidence))
+    bounds = map(_Bounds, covered, low.tolist(), gain_low.tolist(), middle.tolist())
     return [
-        _estimate(rows, policy, levels, _Bounds(share, float(bound), float(gain_bound)))
-        for policy, share, bound, gain_bound in zip(policies, covered, low, gain_low, strict=True)
+        _estimate(rows, policy, levels, one) for policy, one in zip(policies, bounds, strict=True)
     ]
 
 
@@ -158,7 +164,9 @@ def simultaneous_quantile(sums: Array, level: float) -> float:
     root = vector * np.sqrt(value.clip(min=0.0))
     normal = np.random.default_rng(0).standard_normal((_DRAWS, columns))
     largest = float(np.quantile((normal @ root.T).max(axis=1), level))
-    return max(largest, single) * float(stdtrit(units - 1, level)) / single
+    # At confidence 1/2 both single quantiles are 0.
+    widened = float(stdtrit(units - 1, level)) / single if single > 0.0 else 1.0
+    return max(largest, single) * widened
 
 
 def _estimate(
@@ -184,6 +192,7 @@ def _estimate(
         covered_share=bounds.covered_share,
         lower_bound=bounds.value,
         gain_lower_bound=bounds.gain,
+        middle=bounds.middle,
     )
 
 

@@ -23,10 +23,15 @@ from offtower.progress import Progress
 from offtower.seeds import derive_seed
 from offtower.training.auto.folds import Folds
 from offtower.training.auto.item_pass import ItemPass, logits
+from offtower.training.auto.prior_order import CLONE
 from offtower.training.sampled import embed_some
 
 INVERSE_TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """In units of 1 / (standard deviation of a candidate's logits between items)."""
+
+CLONE_SCALE = 4.0
+"""In place of that deviation for the clone of the logging policy, whose scores are log
+probabilities: it is evaluated as it is, at 1, and up to eight times as sharp."""
 
 SCAN_ROWS = 4096
 _SCALE_ROWS = 256
@@ -63,7 +68,7 @@ class EvaluatedCandidates:
 
     members: Mapping[str, Sequence[TwoTowerPolicy]]
     scale: Mapping[str, float]
-    """Standard deviation of each candidate's logits between items."""
+    """Standard deviation of each candidate's logits between items; `CLONE_SCALE` for the clone."""
     loss: Mapping[str, float]
     """Held-out losses of the regressions that were compared."""
     binary: bool
@@ -233,7 +238,7 @@ class HeldOutEvaluator:
         loss = {name: self.loss(candidates[name], binary=binary) for name in regressions}
         best = min(loss, key=loss.__getitem__) if loss else None
         left = {n: m for n, m in candidates.items() if n not in loss or n == best}
-        scale = {name: self.scale(members) for name, members in left.items()}
+        scale = {n: CLONE_SCALE if n == CLONE else self.scale(m) for n, m in left.items()}
         return EvaluatedCandidates(left, scale, loss, binary)
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ from offtower.training.auto.ensemble import join
 from offtower.training.auto.folds import Folds
 from offtower.training.auto.held_out import SCAN_ROWS, HeldOutRows
 from offtower.training.auto.plan import FILE, AutoPlan, read_plan, write_plan
+from offtower.training.auto.prior_order import CLONE
 from offtower.training.auto.race import Race, RaceResult
 from offtower.training.auto.serving import Requirement, propose_serving
 from offtower.training.trainer import TrainingOutputs, TrainingResult
@@ -94,8 +95,9 @@ def train_auto(
     if settings.refit:
         clock.refit(chosen.name)
         final = learner.members(_refit(plan, found), [chosen.name])[chosen.name]
-        # Members that saw more rows may have larger logits: keep the policy as sharp as chosen.
-        inverse_temperature *= found.rows.scale[chosen.name] / found.evaluator.scale(final)
+        if chosen.name != CLONE:
+            # Members that saw more rows may have larger logits: keep the policy as sharp as chosen.
+            inverse_temperature *= found.rows.scale[chosen.name] / found.evaluator.scale(final)
     policy = join(final, inverse_temperature)
     required = config.evaluation.gate.min_effective_sample_size
     served = propose_serving(
@@ -121,11 +123,11 @@ def train_auto(
         "kind": "epoch",
         "step": steps,
         "epoch": schedule.epochs - 1,
-        "value_estimate": chosen.value,
+        "value_estimate": choice.value,
         "validation": {
-            "value": chosen.value,
+            "value": choice.value,
             "low": choice.low,
-            "high": 2.0 * chosen.value - choice.low,
+            "high": 2.0 * choice.value - choice.low,
             "estimator": "dr of held-out training rows",
         },
     }
@@ -223,6 +225,7 @@ def describe(choice: Choice, loss: Mapping[str, float]) -> dict[str, Any]:
         "keep_logging": choice.keep_logging,
         "logging": choice.logging,
         **{key: getattr(choice.chosen, key) for key in keys},
+        "value": choice.value,
         "low": choice.low,
         "held_out_loss": dict(loss),
         "candidates": {

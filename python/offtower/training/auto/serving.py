@@ -55,7 +55,8 @@ class ServedSettings:
         temperature, uniform: of the section `serving`.
         value: estimated value.
         gain: over the logging policy.
-        gain_error: standard error of the gain in the next evaluation.
+        gain_error: standard error of the gain in the next evaluation, the larger one of the doubly
+            robust and the self-normalized estimator.
         effective_sample_size: of the weights in the next evaluation.
     """
 
@@ -161,14 +162,21 @@ def _served(
     )
     unseen = (1.0 - share) ** 2 * unseen_second_moment(rows, policy)
     second_moment = float(rows.mean(np.square(weight))) + unseen
+    value, mean_weight = float(rows.mean(contribution)), float(rows.mean(weight))
     gain = contribution - rows.reward
+    # The next evaluation may have no reward model as good as this one: influence on SNIPS.
+    self_normalized = weight * (rows.reward - value) / max(mean_weight, 1e-30) - rows.reward
     residual = float(rows.mean(np.square(rows.reward - rows.action_reward)))
-    error = max(whole_error(gain, rows), float(np.sqrt(residual * unseen / rows.size)))
+    error = max(
+        whole_error(gain, rows),
+        whole_error(self_normalized, rows),
+        float(np.sqrt(residual * unseen / rows.size)),
+    )
     return ServedSettings(
         temperature=chosen.inverse_temperature / softer.inverse_temperature,
         uniform=share,
-        value=float(rows.mean(contribution)),
+        value=value,
         gain=float(rows.mean(gain)),
         gain_error=error * float(np.sqrt(rows.size / requirement.rows)),
-        effective_sample_size=requirement.rows * float(rows.mean(weight)) ** 2 / second_moment,
+        effective_sample_size=requirement.rows * mean_weight**2 / second_moment,
     )
