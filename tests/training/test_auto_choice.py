@@ -82,7 +82,8 @@ def test_a_candidate_without_evidence_does_not_replace_the_logging_policy() -> N
     assert kept.advice is not None and "keep the logging policy" in kept.advice
     truth = softmax(kept.chosen.inverse_temperature * 6.0 * SCORES) @ expected
     assert truth >= logging @ expected
-    assert kept.low < kept.value < truth + 0.01
+    # Two standard errors.
+    assert kept.low < kept.value < truth + 0.025
     # Of a bad log the clone stays as soft as it is, although that loses nothing.
     bad = held_out({"model": SCORES, CLONE: -6.0 * SCORES}, softmax(-6.0 * SCORES), expected, 600)
     kept = choose(bad, ["model", CLONE], tolerance=Tolerance(0.005))
