@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-KNOWN = {"apiVersion", "kind", "namespace", "resources", "images", "patches"}
+KNOWN = {"apiVersion", "kind", "namespace", "resources", "components", "images", "patches"}
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -38,14 +38,27 @@ def documents(path: Path) -> list[dict[str, Any]]:
 
 def render(folder: Path) -> list[dict[str, Any]]:
     """The documents of a kustomization, by kind and name."""
-    (content,) = documents(folder / "kustomization.yaml")
-    assert set(content) <= KNOWN, f"{folder}: {set(content) - KNOWN}"
+    content = _content(folder)
     found: list[dict[str, Any]] = []
     for name in content["resources"]:
         path = folder / name
         found += render(path) if path.is_dir() else documents(path)
+    for name in content.get("components", []):
+        _transform(found, folder / name, _content(folder / name))
     for one in found:
         one["metadata"]["namespace"] = content["namespace"]
+    _transform(found, folder, content)
+    return sorted(found, key=lambda one: (one["kind"], one["metadata"]["name"]))
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    (content,) = documents(folder / "kustomization.yaml")
+    assert set(content) <= KNOWN, f"{folder}: {set(content) - KNOWN}"
+    return content
+
+
+def _transform(found: list[dict[str, Any]], folder: Path, content: dict[str, Any]) -> None:
+    """Apply patches, then rename images."""
     for patch in content.get("patches", []):
         text = (folder / patch["path"]).read_text() if "path" in patch else patch["patch"]
         target = patch["target"]
@@ -63,7 +76,6 @@ def render(folder: Path) -> list[dict[str, Any]]:
         assert set(image) == {"name", "newName"}
         for one in found:
             _rename(one, image["name"], image["newName"])
-    return sorted(found, key=lambda one: (one["kind"], one["metadata"]["name"]))
 
 
 def _own(value: Any) -> Any:

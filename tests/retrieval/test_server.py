@@ -5,13 +5,14 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,63 +41,11 @@ from offtower.retrieval.manifest import set_current
 from offtower.run_directory import RunDirectory
 from offtower.server import DecisionSettings, Limits, ServerSettings
 from offtower.server.process import Address, http_server
-from offtower.server.requests import ARROW, JSON
+from offtower.server.requests import ARROW
 from offtower.server.settings import TOKEN_VARIABLE
+from tests.retrieval.serving import Client, ipc, serving
 
 TOKEN = "0123456789abcdef0123"
-
-
-class Client:
-    """Requests to a server of this machine, one connection for each."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-
-    def send(
-        self, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
-    ) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            known = {} if body is None else {"Content-Type": JSON}
-            method = "GET" if body is None else "POST"
-            connection.request(method, path, body, {**known, **(headers or {})})
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        finally:
-            connection.close()
-
-    def json(self, path: str, content: Any) -> tuple[int, Any]:
-        status, body = self.send(path, json.dumps(content).encode(), {"Content-Type": JSON})
-        return status, json.loads(body)
-
-    def arrow(self, path: str, contexts: pa.Table) -> tuple[int, pa.Table]:
-        status, body = self.send(path, ipc(contexts), {"Content-Type": ARROW})
-        assert status == 200, body
-        return status, pa.ipc.open_stream(body).read_all()
-
-
-def ipc(table: pa.Table, **options: Any) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
-        writer.write_table(table)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
-
-
-@contextmanager
-def serving(configured: ServerSettings) -> Iterator[Client]:
-    """A server in a thread; it is stopped as SIGTERM stops it."""
-    server = http_server(configured, Address(port=0))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            thread.join(0.01)
-        yield Client(server.servers[0].sockets[0].getsockname()[1])
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def with_users(contexts: pa.Table) -> pa.Table:
@@ -389,6 +338,25 @@ def test_the_token(
     monkeypatch.setenv(TOKEN_VARIABLE, "short")
     with pytest.raises(ConfigError, match=TOKEN_VARIABLE):
         http_server(ServerSettings(exported), Address())
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_tls(exported: Path, tmp_path: Path) -> None:
+    files = Address(port=0, certificate=tmp_path / "cert.pem", key=tmp_path / "key.pem")
+    with pytest.raises(ConfigError, match=r"no file '.*cert\.pem'"):
+        http_server(ServerSettings(exported), files)
+    with pytest.raises(ConfigError, match="both a certificate and its key"):
+        http_server(ServerSettings(exported), replace(files, key=None))
+    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    made = ["-keyout", str(files.key), "-out", str(files.certificate)]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    subprocess.run([*command, *made, *name], check=True, capture_output=True)
+    with serving(ServerSettings(exported), files) as client:
+        context = ssl.create_default_context(cafile=str(files.certificate))
+        connection = http.client.HTTPSConnection("127.0.0.1", client.port, context=context)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
+        connection.close()
 
 
 def test_exports_are_swapped_under_load_without_a_failed_request(
