@@ -40,7 +40,7 @@ class Client:
         return status, json.loads(body)
 
     def arrow(self, path: str, contexts: pa.Table) -> tuple[int, pa.Table]:
-        status, body = self.send(path, ipc(contexts), {"Content-Type": ARROW})
+        status, body = self.send(path, ipc(contexts), {"Content-Type": ARROW, "Accept": "*/*"})
         assert status == 200, body
         return status, pa.ipc.open_stream(body).read_all()
 

@@ -84,6 +84,13 @@ def test_json_and_arrow_give_what_the_retriever_finds(
         np.concatenate(found.score), table.column("score").combine_chunks().flatten()
     )
 
+    body, headers = (
+        json.dumps({"contexts": contexts.to_pylist(), "k": 7}).encode(),
+        {"Accept": ARROW},
+    )
+    again = pa.ipc.open_stream(client.send("/search", body, headers)[1]).read_all()
+    assert again.column("items").to_pylist() == found.item_id
+
     left_out = found.item_id[0][:2]
     _, answer = client.json(
         "/search",

@@ -173,7 +173,8 @@ class Server:
 
         found = await asyncio.to_thread(read) if len(content) > _LARGE else read()
         answer = await self._batcher.submit(opened, found)
-        if ARROW in request.headers.get("accept", kind):
+        accepted = request.headers.get("accept", "")
+        if ARROW in accepted or (kind == ARROW and JSON not in accepted):
             return Response(as_arrow(answer, opened.retriever), media_type=ARROW)
         return Response(as_json(answer), media_type=JSON)
 
