@@ -112,18 +112,24 @@ def test_a_full_disk_loses_no_earlier_decision_and_logs_no_refused_one(
     log = DecisionLog(DecisionSettings(str(tmp_path)))
     log.append(retriever, drawn, decisions)
     (spool,) = log._open.values()
-    write = spool.file.write
+    file = spool.file
 
     class Full:
-        """A file whose disk takes half of each write."""
+        """A file whose disk has room for some bytes."""
 
-        def write_table(self, table: pa.Table) -> None:
-            write(b"\xff\xff\xff\xff\x00\x01\x00\x00half")
-            raise OSError(28, "No space left on device")
+        left = 300
 
-    spool.writer = cast(Any, Full())
+        def write(self, content: memoryview) -> int:
+            if not self.left:
+                raise OSError(28, "No space left on device")
+            written = file.write(content[: self.left])
+            self.left -= written
+            return written
+
+    spool.file = cast(Any, Full())
     with pytest.raises(OSError, match="space"):
         log.append(retriever, drawn, decisions)
+    spool.file = file
     log.append(retriever, drawn, decisions)
     # A log that cannot be reached keeps its files in the spool, and is tried again.
     with monkeypatch.context() as patched:

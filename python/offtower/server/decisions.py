@@ -46,34 +46,36 @@ _SPOOL = ".spool"
 
 @dataclass
 class _Spool:
-    """A local file of one series that decisions are appended to, locked while it is open."""
+    """A local Arrow stream of one series that decisions are appended to, locked while it is open.
+
+    `whole` counts the bytes up to the end of the last complete batch.
+    """
 
     path: Path
     series: str
     file: io.FileIO
-    writer: pa.RecordBatchStreamWriter | None = None
     begun: float = 0.0
     whole: int = 0
-    """Bytes up to the end of the last complete batch."""
 
     @classmethod
     def create(cls, folder: Path, series: str, schema: pa.Schema) -> _Spool:
         stem = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:16]}"
         path = folder / f"{stem}.arrows"
-        file = io.FileIO(path, "x+")
+        file = io.FileIO(path, "x")
         fcntl.flock(file, fcntl.LOCK_EX)
         spool = cls(path, series, file, begun=time.monotonic())
         try:
-            spool.writer = pa.ipc.new_stream(file, schema)
+            spool.write(schema)
         except BaseException:
             spool.remove()
             raise
-        spool.whole = file.tell()
         return spool
 
-    def write(self, table: pa.Table) -> None:
-        assert self.writer is not None
-        self.writer.write_table(table.combine_chunks())
+    def write(self, part: pa.Schema | pa.RecordBatch) -> None:
+        """Append a message of the stream, as a whole or with an error."""
+        content = memoryview(part.serialize())
+        while content:
+            content = content[self.file.write(content) :]
         self.whole = self.file.tell()
 
     def read(self) -> pa.Table | None:
@@ -151,7 +153,8 @@ class DecisionLog:
             if spool is None:
                 spool = self._open[series] = _Spool.create(self._folder, series, schema)
             try:
-                spool.write(decisions.cast(schema))
+                for batch in decisions.combine_chunks().to_batches():
+                    spool.write(batch)
             except BaseException:
                 # What follows an incomplete batch could not be read.
                 self._seal(series)
