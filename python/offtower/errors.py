@@ -39,6 +39,10 @@ class LeaseError(OfftowerError):
     """Another process writes to the folder, or has taken it over."""
 
 
+class StoppedError(OfftowerError):
+    """Training stopped on request, after its checkpoint was written."""
+
+
 class ClusterError(RunError):
     """A Ray cluster that cannot be reached, or has no room for a job."""
 

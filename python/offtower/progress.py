@@ -75,7 +75,7 @@ class DrawnProgress(Progress):
         if self._bars is not None:
             self._bars.update(self._task, advance=amount, note=note)
         elif self._plain is not None:
-            line = self._plain.advance(amount)
+            line = self._plain.advance(amount, note)
             if line is not None:
                 self._last = self._plain.last
                 self.note(line)
@@ -111,17 +111,18 @@ class PlainTask:
         self._began = clock()
         self.last = self._began if last is None else last
 
-    def advance(self, amount: int) -> str | None:
-        """Add finished units; return a line where one is due."""
+    def advance(self, amount: int, note: str = "") -> str | None:
+        """Add finished units; return a line where one is due, with `note` at its end."""
         self._done += amount
         now = self._clock()
         if now - self.last < self._every:
             return None
         self.last = now
+        note = f"; {note}" if note else ""
         if not self._total or not self._done:
-            return f"{self._name}: {self._done:,} done"
+            return f"{self._name}: {self._done:,} done{note}"
         left = (now - self._began) * max(self._total - self._done, 0) / self._done
-        return f"{self._name}: {self._done / self._total:.0%}, about {duration(left)} left"
+        return f"{self._name}: {self._done / self._total:.0%}, about {duration(left)} left{note}"
 
 
 def duration(seconds: float) -> str:

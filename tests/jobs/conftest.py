@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from offtower.progress import Progress
 from tests.training.distributed.world import write_world
 
 RAY_ENVIRONMENT = {
@@ -59,3 +60,20 @@ def ray_cluster(ray_environment: dict[str, str]) -> Iterator[str]:
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small log whose catalogue has item ids."""
     return write_world(tmp_path_factory.mktemp("with_ids"))
+
+
+class Recorded(Progress):
+    """Keeps the reports as lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def start(self, task: str, total: int | None) -> None:
+        self.lines.append(f"start {task} {total}")
+
+    def advance(self, amount: int, note: str = "") -> None:
+        if amount:
+            self.lines.append(f"{amount} {note}")
+
+    def note(self, message: str) -> None:
+        self.lines.append(message)

@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 from offtower.cli import app
 from offtower.config import Config, to_yaml
 from offtower.errors import ClusterError, DataError
+from offtower.execution import Execution
 from offtower.jobs.train import WorkerPlan, train_on_ray
 from offtower.metrics import read_metrics
+from tests.jobs.conftest import Recorded
 from tests.training.distributed.processes import run_workers
 from tests.training.distributed.test_runs import config_of, train
 from tests.training.test_resume import assert_same_policy
@@ -83,13 +85,20 @@ def test_two_kills_and_a_stall_change_nothing(
     plain: Path,
 ) -> None:
     """Two SIGKILLs of workers, then one that stops answering: the same bits as never interrupted,
-    and no metrics line is lost or doubled."""
+    no metrics line is lost or doubled, and each restart is reported with its cause."""
     config = config_of(simulated, tmp_path, "a", "item_sharded")
     actions = iter([kill_one, kill_one, stop_one])
     meanwhile = Meanwhile(config.run_directory, [5, 14, 24], lambda: next(actions)())
     meanwhile.start()
-    manifest = train_on_ray(config, WorkerPlan(2, timeout=8.0, max_failures=4))
+    shown = Recorded()
+    plan = WorkerPlan(2, timeout=8.0, max_failures=4)
+    manifest = train_on_ray(config, plan, execution=Execution(progress=shown))
     assert meanwhile.done == 3
+    restarts = [line for line in shown.lines if line.startswith("workers failed and start again")]
+    assert len(restarts) >= 3 and all("worker " in line for line in restarts)
+    used = [line for line in shown.lines if line.startswith("continuing from the checkpoint")]
+    assert len(used) >= 3
+    assert any("rows/s, 2 workers" in line for line in shown.lines)
     assert manifest["workers"] == 2
     assert_same_policy(config.run_directory, plain)
     steps, wanted = (

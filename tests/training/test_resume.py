@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +22,9 @@ from safetensors.numpy import load_file, save_file
 from offtower.atomic import sha256_file
 from offtower.checksums import read_checked_json, write_checked_json
 from offtower.config import Config, to_yaml
-from offtower.errors import RunError
+from offtower.errors import RunError, StoppedError
+from offtower.execution import Execution
+from offtower.interruption import Interruption
 from offtower.metrics import read_metrics
 from offtower.run_directory import RunDirectory
 from offtower.training.run import train_run
@@ -106,11 +111,69 @@ def test_killed_at_any_moment_and_resumed(
     assert last.exitcode == 0
     assert_same_policy(run, uninterrupted)
     # No line is lost or written twice.
-    steps = [(line["kind"], line["step"]) for line in read_metrics(run / "metrics.jsonl")]
-    wanted = [
-        (line["kind"], line["step"]) for line in read_metrics(uninterrupted / "metrics.jsonl")
-    ]
-    assert steps == wanted
+    assert metrics_steps(run) == metrics_steps(uninterrupted)
+
+
+class StopAfter(Interruption):
+    """Asks to stop at the k-th question, the first of which comes after the first step."""
+
+    def __init__(self, questions: int) -> None:
+        self.left = questions
+
+    def stop_requested(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+def metrics_steps(run: Path) -> list[tuple[str, int]]:
+    return [(line["kind"], line["step"]) for line in read_metrics(run / "metrics.jsonl")]
+
+
+def test_stopped_on_request_and_resumed(
+    simulated: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    """After the last step of an epoch, before its validation; inside one; and after a validation.
+    Each stop has the checkpoint of its step, though none is due by the clock."""
+    config = make_config(simulated, tmp_path, "whole", "training.checkpoint_every_seconds=1e6")
+    first, second, *_ = (s for kind, s in metrics_steps(uninterrupted) if kind == "epoch")
+    # The end of an epoch asks once more.
+    stops = ((first, first), (1 + 10, first + 10), (second - first - 10 + 1, second))
+    for questions, step in stops:
+        execution = Execution(interruption=StopAfter(questions))
+        with pytest.raises(StoppedError, match=f"after step {step}; --resume"):
+            train_run(config, resume=True, execution=execution)
+        newest = sorted((config.run_directory / "checkpoints").glob("step_*"))[-1]
+        assert int(newest.name[5:]) == step
+    train_run(config, resume=True)
+    assert_same_policy(config.run_directory, uninterrupted)
+    assert metrics_steps(config.run_directory) == metrics_steps(uninterrupted)
+
+
+@pytest.mark.timeout(120)
+def test_sigterm_writes_a_checkpoint_and_exits_with_143(
+    simulated: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    more = ("training.checkpoint_every_seconds=1e6", "training.log_every_steps=1")
+    config = make_config(simulated, tmp_path, "whole", *more)
+    path, run = tmp_path / "config.yaml", config.run_directory
+    path.write_text(to_yaml(config))
+    command = [sys.executable, "-m", "offtower.cli", "train", str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while process.poll() is None and len(_lines(run / "metrics.jsonl")) < 3:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143 and "training stopped on request after step" in errors
+    assert sorted((run / "checkpoints").glob("step_*"))
+    train_run(config, resume=True)
+    assert_same_policy(run, uninterrupted)
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines() if path.exists() else []
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import sys
@@ -73,14 +74,36 @@ def worker_range(text: str) -> int | tuple[int, int]:
     return int(found[1]) if found[2] is None else (int(found[1]), int(found[2]))
 
 
+class _RayMessages(io.TextIOBase):
+    """Writes what Ray prints to standard error, without the tails of logs in its messages.
+
+    Ray prints on standard output, which is reserved for results. Its message of a lost node ends
+    with 20 lines of the raylet's log, indented by four spaces.
+    """
+
+    def __init__(self) -> None:
+        self._rest, self._tail = "", False
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._tail = self._tail and line.startswith("    ")
+            if not self._tail:
+                print(line, file=sys.stderr, flush=True)
+            self._tail = self._tail or line.rstrip().endswith("lines of the Raylet logs:")
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 @contextmanager
 def cluster(address: str | None, workers: int, cpus: float) -> Iterator[None]:
     """Connect to the cluster of --ray, or start one on this machine with CPUs for `workers`."""
     from offtower.jobs.connect import connect
 
-    # Ray prints lost workers on standard output, which is reserved for results.
     with (
-        redirect_stdout(sys.stderr),
+        redirect_stdout(_RayMessages()),
         connect(address or "local", num_cpus=max(1, math.ceil(workers * cpus))),
     ):
         yield
@@ -115,9 +138,8 @@ class RayOptions:
             return
         from offtower.jobs.mapper import ray_mapper
 
-        # Ray prints lost workers on standard output, which is reserved for results.
         with (
-            redirect_stdout(sys.stderr),
+            redirect_stdout(_RayMessages()),
             ray_mapper(
                 self.ray or "local",
                 self.workers,

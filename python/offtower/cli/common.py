@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, get_type_h
 
 import typer
 
-from offtower.errors import OfftowerError
+from offtower.errors import OfftowerError, StoppedError
 from offtower.imports import TRUST_CODE, trusted_names
+from offtower.interruption import Terminated
 from offtower.paths import redact
 from offtower.progress import DrawnProgress
 
@@ -38,6 +39,8 @@ EXIT_OK = 0
 EXIT_REFUSED = 2
 """Bad input."""
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+"""By SIGTERM; training has written a checkpoint."""
 
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print only one JSON object on standard output.")
@@ -74,7 +77,8 @@ def print_json(content: dict[str, Any]) -> None:
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Print errors for users as one message with exit code 2; interrupts exit with 130.
+    """Print errors for users as one message with exit code 2; SIGINT exits with 130, SIGTERM with
+    143 where the verb handles it.
 
     The argument `trust_code` applies while the function runs, on its workers too. A parameter whose
     type is a dataclass of options, such as `RayOptions`, becomes an option per field.
@@ -92,6 +96,9 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
         except OfftowerError as error:
             if kwargs.get("as_json"):
                 print_json({"error": type(error).__name__, "message": redact(str(error))})
+            if isinstance(error, StoppedError):
+                messages().print(str(error))
+                raise typer.Exit(EXIT_TERMINATED) from None
             _print_error(str(error))
             raise typer.Exit(EXIT_REFUSED) from None
         except OSError as error:
@@ -100,9 +107,10 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
             place = f" ({error.filename})" if error.filename else ""
             _print_error(os.strerror(error.errno) + place)
             raise typer.Exit(EXIT_REFUSED) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             messages().print("interrupted; finished files are complete, use 'train --resume'")
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+            terminated = isinstance(interrupt, Terminated)
+            raise typer.Exit(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from None
 
     wrapped.__signature__ = signature  # type: ignore[attr-defined]
     return wrapped

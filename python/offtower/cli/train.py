@@ -39,6 +39,7 @@ from offtower.cli.common import (
 )
 from offtower.errors import ConfigError
 from offtower.execution import Execution
+from offtower.interruption import TerminationSignal
 from offtower.jsonable import finite
 
 
@@ -99,35 +100,37 @@ def train(
 
     settings = load_config(config, overrides or [])
     check_run(settings, resume=resume or take_over)
-    progress = DrawnProgress()
+    progress, interruption = DrawnProgress(), TerminationSignal()
     claim: dict[str, Any] = {"resume": resume, "take_over": take_over, "mirror": mirror}
-    if ray is None and workers is None:
-        device = resolve_device(settings.training.device)
-        messages().print(f"training on {describe_device(device)}")
-        train_run(settings, **claim, execution=Execution(progress=progress))
-    elif settings.objective.name == "auto":
-        if worker_gpus:
-            raise ConfigError(
-                "--worker-gpus: objective.name=auto trains its members on CPUs if it has workers; "
-                "remove the option, or name an objective"
-            )
-        most = None if workers is None else WorkerPlan(worker_range(workers)).range[1]
-        on_ray = RayOptions(ray, most, worker_cpus, 0.0, ray_wait)
-        with on_ray.execution(progress) as execution:
+    execution = Execution(progress=progress, interruption=interruption)
+    with interruption.installed():
+        if ray is None and workers is None:
+            device = resolve_device(settings.training.device)
+            messages().print(f"training on {describe_device(device)}")
             train_run(settings, **claim, execution=execution)
-    else:
-        plan = WorkerPlan(
-            worker_range(workers or "2"),
-            worker_cpus,
-            worker_gpus,
-            max_failures,
-            worker_timeout,
-            ray_wait,
-        )
-        gpus = plan.gpus_for(settings.training.device)
-        messages().print(f"learning on Ray, {'a GPU' if gpus else 'no GPU'} for each worker")
-        with cluster(ray, plan.range[1], worker_cpus):
-            train_on_ray(settings, plan, **claim, progress=progress)
+        elif settings.objective.name == "auto":
+            if worker_gpus:
+                raise ConfigError(
+                    "--worker-gpus: objective.name=auto trains its members on CPUs if it has "
+                    "workers; remove the option, or name an objective"
+                )
+            most = None if workers is None else WorkerPlan(worker_range(workers)).range[1]
+            on_ray = RayOptions(ray, most, worker_cpus, 0.0, ray_wait)
+            with on_ray.execution(progress) as on_workers:
+                train_run(settings, **claim, execution=on_workers)
+        else:
+            plan = WorkerPlan(
+                worker_range(workers or "2"),
+                worker_cpus,
+                worker_gpus,
+                max_failures,
+                worker_timeout,
+                ray_wait,
+            )
+            gpus = plan.gpus_for(settings.training.device)
+            messages().print(f"learning on Ray, {'a GPU' if gpus else 'no GPU'} for each worker")
+            with cluster(ray, plan.range[1], worker_cpus):
+                train_on_ray(settings, plan, **claim, execution=execution)
     result = RunDirectory(settings.run_directory).manifest()
     if as_json:
         names = (

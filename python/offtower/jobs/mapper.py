@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from offtower.errors import ClusterError, OfftowerError
-from offtower.imports import TRUST_CODE
 from offtower.jobs.connect import connect
 from offtower.jobs.resources import ResourceRequest, import_ray, require
 from offtower.jobs.tensors import share_large_tensors
+from offtower.jobs.worker_settings import WorkerSettings
 from offtower.mapping import Mapper
 from offtower.progress import Progress
 
@@ -75,7 +74,7 @@ class RayMapper(Mapper):
         if self.memory:
             options["memory"] = int(self.memory)
         remote = ray.remote(_run).options(**options)
-        settings = (os.getcwd(), max(1, int(self.cpus)), os.environ.get(TRUST_CODE, ""))
+        settings = WorkerSettings.of(self.cpus)
         shared = ray.put(function)  # Once for all parts; one copy per node.
         running: dict[Any, int] = {}
         done: dict[int, Any] = {}
@@ -86,7 +85,7 @@ class RayMapper(Mapper):
             while following < end:
                 limit = min(end, following + _MAX_AHEAD * self.workers)
                 while started < limit and len(running) < self.workers:
-                    running[remote.remote(shared, parts[started], *settings)] = started
+                    running[remote.remote(shared, parts[started], settings)] = started
                     started += 1
                 ready, _ = ray.wait(list(running), num_returns=1, timeout=_QUIET_SECONDS)
                 if not ready:
@@ -158,23 +157,9 @@ def ray_mapper(
         yield RayMapper(workers, cpus, memory)
 
 
-def configure_worker(folder: str, threads: int, trust_code: str) -> None:
-    """Set the threads of this worker, and the driver's working folder and trusted code."""
-    import torch
-
-    os.environ[TRUST_CODE] = trust_code
-    torch.set_num_threads(threads)  # Ray sets one thread, whatever the worker's CPUs.
-    # Relative paths are the driver's. The working folder of a submitted job exists under another
-    # path on each node, and the worker is in its copy already.
-    with contextlib.suppress(OSError):
-        os.chdir(folder)
-
-
-def _run(
-    function: Callable[[Any], Any], part: Any, folder: str, threads: int, trust_code: str
-) -> Any:
-    configure_worker(folder, threads, trust_code)
+def _run(function: Callable[[Any], Any], part: Any, settings: WorkerSettings) -> Any:
     try:
+        settings.apply()
         return function(part)
     except (OfftowerError, OSError) as error:
         return _Failed(error)

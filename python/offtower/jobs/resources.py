@@ -5,11 +5,11 @@ Ray waits forever for resources that the cluster never gets; `require` refuses s
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,12 @@ class ResourceRequest:
             if not getattr(self, name) >= 0:
                 raise ClusterError(f"{name} must not be negative, got {getattr(self, name)}")
 
+    @property
+    def resources(self) -> dict[str, float]:
+        """Resources of each worker, by Ray's names."""
+        each = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}
+        return {name: amount for name, amount in each.items() if amount}
+
     def capacity(self, node: Node) -> int:
         """Number of the workers that fit on an otherwise idle node."""
         return min(node.workers(self.cpus, self.gpus, self.memory), self.num_workers)
@@ -139,42 +145,44 @@ def require(
     Raises:
         ClusterError: the cluster has no room for the workers, or has not grown in time.
     """
+    found = nodes()
+    if request.fits(found):
+        return found
+    if wait <= 0.0:
+        raise ClusterError(request.refusal(found, wait))
     progress = progress or Progress()
-    deadline = time.monotonic() + wait
-    waiting, shown = False, 0
+    deadline, shown = time.monotonic() + wait, 0
+    progress.start(f"waiting up to {wait:g} s for the cluster to grow", request.num_workers)
     try:
-        while not request.fits(found := nodes()):
-            if time.monotonic() >= deadline:
-                raise ClusterError(request.refusal(found, wait))
-            if not waiting:
-                waiting = True
-                progress.start(
-                    f"waiting up to {wait:g} s for the cluster to grow", request.num_workers
-                )
-                _request_from_autoscaler(request)
-            room = request.total_capacity(found)
-            progress.advance(room - shown, f"{len(found)} nodes, room for {room} workers")
-            shown = room
-            time.sleep(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+        with _requested_from_autoscaler(request):
+            while not request.fits(found := nodes()):
+                if time.monotonic() >= deadline:
+                    raise ClusterError(request.refusal(found, wait))
+                room = request.total_capacity(found)
+                progress.advance(room - shown, f"{len(found)} nodes, room for {room} workers")
+                shown = room
+                time.sleep(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic())))
     finally:
-        if waiting:
-            progress.finish()
-            # A standing request would keep nodes alive after the job; its tasks hold them now.
-            _request_from_autoscaler(None)
+        progress.finish()
     return found
 
 
-def _request_from_autoscaler(request: ResourceRequest | None) -> None:
-    """Request the workers from the autoscaler, or withdraw the request."""
-    bundles: list[dict[str, float]] = []
-    if request is not None:
-        worker = {"CPU": request.cpus, "GPU": request.gpus, "memory": request.memory}
-        bundles = [{key: value for key, value in worker.items() if value}] * request.num_workers
-    # Without an autoscaler this fails, and the wait ends at its limit.
-    with contextlib.suppress(Exception):
-        from ray.autoscaler.sdk import request_resources
+@contextmanager
+def _requested_from_autoscaler(request: ResourceRequest) -> Iterator[None]:
+    """Hold a placement group of the workers until the block ends.
 
-        request_resources(bundles=[bundle for bundle in bundles if bundle])
+    It is this job's own demand: `ray.autoscaler.sdk.request_resources` has one request for the
+    whole cluster, so that each job would overwrite those of the others.
+    """
+    import_ray()
+    from ray.util import placement_group, remove_placement_group
+
+    group = placement_group([request.resources] * request.num_workers, strategy="PACK")
+    try:
+        yield
+    finally:
+        # Held longer, it would keep the resources from the job's workers.
+        remove_placement_group(group)
 
 
 def _resources(cpus: float, gpus: float) -> str:

@@ -11,8 +11,6 @@ import contextlib
 import json
 import logging
 import math
-import os
-import threading
 import time
 import traceback
 import uuid
@@ -26,12 +24,19 @@ from typing import Any
 from offtower import errors
 from offtower.atomic import write_text
 from offtower.config import Config, parse_config, to_dict
-from offtower.errors import ClusterError, ConfigError, OfftowerError, RunError
-from offtower.imports import TRUST_CODE
+from offtower.errors import ClusterError, ConfigError, OfftowerError, RunError, StoppedError
+from offtower.execution import LOCAL, Execution
 from offtower.jobs.connect import absolute
-from offtower.jobs.mapper import configure_worker
+from offtower.jobs.job_progress import (
+    JobFollower,
+    SharedProgress,
+    WorkerInterruption,
+    following,
+    last_line,
+    record_failures,
+)
 from offtower.jobs.resources import ResourceRequest, import_ray, require
-from offtower.metrics import read_metrics
+from offtower.jobs.worker_settings import WorkerSettings
 from offtower.progress import Progress
 from offtower.run_claim import ClaimedRun, claim_run, join_run
 from offtower.run_directory import RunDirectory
@@ -107,7 +112,7 @@ def train_on_ray(
     *,
     resume: bool = False,
     take_over: bool = False,
-    progress: Progress | None = None,
+    execution: Execution = LOCAL,
     mirror: str | None = None,
 ) -> dict[str, Any]:
     """Train as configured on the connected cluster, and return the run's manifest.
@@ -117,44 +122,51 @@ def train_on_ray(
     Args:
         config: the run; relative paths are those of this process.
         resume, take_over, mirror: as in `train_run`.
-        progress: follows the run's metrics.
+        execution: reports progress, and may stop the workers, which then save their work.
 
     Raises:
         ClusterError: the cluster has no room, or workers were lost too often. The last checkpoint
             stays, and --resume goes on.
         LeaseError: another process writes to the run, or took it over.
+        StoppedError: `execution.interruption` asked to stop.
         OfftowerError: the error of a worker.
     """
-    progress = progress or Progress()
     gpus = plan.gpus_for(config.training.device)
     RunDirectory(config.run_directory).check(config, resume=resume or take_over)
     request = ResourceRequest(plan.range[0], plan.cpus, gpus)
-    require(request, wait=plan.wait, progress=progress)
+    require(request, wait=plan.wait, progress=execution.progress)
     began = time.time()
     with claim_run(config, resume=resume, take_over=take_over, mirror=mirror) as run:
-        with _progress_from_metrics(run, config, progress):
-            _fit(config, plan, gpus, run)
+        _fit(config, plan, request, run, execution)
         manifest = run.manifest()
         run.update_manifest({"seconds_with_start": round(time.time() - began, 3)})
     return manifest
 
 
-def _fit(config: Config, plan: WorkerPlan, gpus: int, run: ClaimedRun) -> None:
+def _fit(
+    config: Config,
+    plan: WorkerPlan,
+    request: ResourceRequest,
+    run: ClaimedRun,
+    execution: Execution,
+) -> None:
     import_ray()
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     storage = absolute(run.path / "ray")
     name = f"train-{uuid.uuid4().hex[:12]}"  # Unique: Ray resumes a name that it finds.
-    failure_path = Path(storage) / name / _FAILURE
+    folder = Path(storage) / name
+    folder.mkdir(parents=True)
+    failure_path = folder / _FAILURE
     low, high = plan.range
     # Ray makes a worker's own GPU its current device.
-    content, device = to_dict(config), "cuda" if gpus else "cpu"
+    content, device = to_dict(config), "cuda" if request.gpus else "cpu"
     # Keyword mappings, since mypy sees other signatures of these classes than Ray 2.60 has.
     scaling: dict[str, Any] = {
         "num_workers": low if low == high else (low, high),
-        "resources_per_worker": {"CPU": plan.cpus, **({"GPU": gpus} if gpus else {})},
-        "use_gpu": gpus > 0,
+        "resources_per_worker": request.resources,
+        "use_gpu": request.gpus > 0,
         "elastic_resize_monitor_interval_s": plan.elastic_check,
     }
     failures: dict[str, Any] = {
@@ -165,20 +177,28 @@ def _fit(config: Config, plan: WorkerPlan, gpus: int, run: ClaimedRun) -> None:
         _train_worker,
         train_loop_config={
             "config": {**content, "training": {**content["training"], "device": device}},
-            "worker": (os.getcwd(), max(1, math.floor(plan.cpus)), os.environ.get(TRUST_CODE, "")),
+            "worker": WorkerSettings.of(plan.cpus),
             "timeout": plan.timeout,
             "claim": run.key,
-            "failure": str(failure_path),
+            "folder": str(folder),
         },
         scaling_config=train.ScalingConfig(**scaling),
         run_config=train.RunConfig(
-            name=name, storage_path=storage, failure_config=train.FailureConfig(**failures)
+            name=name,
+            storage_path=storage,
+            failure_config=train.FailureConfig(**failures),
+            callbacks=[_failure_recorder(folder)],
         ),
         torch_config=TorchConfig(
-            backend=backend_of(gpus), timeout_s=max(1, math.ceil(plan.timeout))
+            backend=backend_of(int(request.gpus)), timeout_s=max(1, math.ceil(plan.timeout))
         ),
     )
-    with _quiet_ray_train():
+    follower = JobFollower(folder, request, execution)
+    with (
+        _quiet_ray_train(),
+        following(follower),
+        execution.interruption.deferred(lambda: follower.trains),
+    ):
         try:
             trainer.fit()
         except Exception as error:
@@ -198,17 +218,30 @@ def _train_worker(settings: Mapping[str, Any]) -> None:
     from offtower.training.run import train_claimed
     from offtower.training.workers import TorchWorkers, WorkerLostError
 
-    configure_worker(*settings["worker"])
-    config, failure = parse_config(settings["config"]), Path(settings["failure"])
+    folder = Path(settings["folder"])
+    failure = folder / _FAILURE
     if failure.exists():
         return
-    workers = TorchWorkers(timedelta(seconds=settings["timeout"]))
-    claimed = join_run(settings["claim"]) if workers.first else None
     try:
+        settings["worker"].apply()
+        config = parse_config(settings["config"])
+        workers = TorchWorkers(timedelta(seconds=settings["timeout"]))
+        claimed = join_run(settings["claim"]) if workers.first else None
         with claimed or nullcontext(ClaimedRun(config.run_directory)) as run:
             train_claimed(
-                run, config, resume=True, workers=workers, trackers=[_RayReports(), _RayGauges()]
+                run,
+                config,
+                resume=True,
+                execution=Execution(
+                    progress=SharedProgress(folder) if workers.first else Progress(),
+                    interruption=WorkerInterruption(folder),
+                ),
+                workers=workers,
+                trackers=[_RayReports(), _RayGauges()],
             )
+    except StoppedError as stopped:
+        # The workers end as if they had finished: Ray would start them again after an error.
+        _store_failure(failure, stopped)
     except WorkerLostError:
         raise
     except (OfftowerError, OSError) as error:
@@ -220,6 +253,17 @@ def _train_worker(settings: Mapping[str, Any]) -> None:
             failure, RunError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         )
         raise
+
+
+def _failure_recorder(folder: Path) -> Any:
+    """A callback of the job's controller that records why workers failed."""
+    from ray.train import UserCallback
+
+    class Recorder(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:
+            record_failures(folder, worker_exceptions)
+
+    return Recorder()
 
 
 class _RayReports(Tracker):
@@ -276,9 +320,9 @@ def _failure(path: Path) -> OfftowerError | None:
 def _lost_error(error: Exception, plan: WorkerPlan, run: RunDirectory) -> ClusterError:
     failures = getattr(error, "worker_failures", None)
     if failures:
-        cause = "; ".join(f"worker {rank}: {_last_line(one)}" for rank, one in failures.items())
+        cause = "; ".join(f"worker {rank}: {last_line(one)}" for rank, one in failures.items())
     else:
-        cause = _last_line(getattr(error, "controller_failure", None) or error)
+        cause = last_line(getattr(error, "controller_failure", None) or error)
     checkpoints = sorted(run.checkpoints.glob("step_*"))
     resume = (
         f"Its newest checkpoint is {checkpoints[-1].name}: --resume goes on from there"
@@ -290,36 +334,6 @@ def _lost_error(error: Exception, plan: WorkerPlan, run: RunDirectory) -> Cluste
         f"or could not start ({cause}). {resume}. Usually a node ran out of memory (docs/reference/"
         "cluster.md has the sizes) or was removed; --max-failures allows more"
     )
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]
-
-
-@contextmanager
-def _progress_from_metrics(run: RunDirectory, config: Config, progress: Progress) -> Iterator[None]:
-    """Advance the progress with the epochs in the run's metrics while workers train."""
-    done = threading.Event()
-
-    def follow() -> None:
-        shown = 0
-        while not done.wait(1.0):
-            with contextlib.suppress(OSError, ValueError):
-                epochs = [m for m in read_metrics(run.metrics_path) if m["kind"] == "epoch"]
-                if len(epochs) > shown:
-                    progress.advance(len(epochs) - shown, f"loss {epochs[-1]['loss']:.4f}")
-                    shown = len(epochs)
-
-    progress.start("training on Ray: epochs", config.training.epochs)
-    thread = threading.Thread(target=follow, name="offtower-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        progress.finish()
 
 
 @contextmanager

@@ -38,6 +38,10 @@ class EpochSums:
         self.value += value * rows
 
     @property
+    def mean_loss(self) -> float:
+        return self.loss / max(self.rows, 1)
+
+    @property
     def mean_value(self) -> float:
         return self.value / max(self.rows, 1)
 

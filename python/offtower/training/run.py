@@ -107,6 +107,7 @@ def train_claimed(
 
     Raises:
         LeaseError: another process took the run over.
+        StoppedError: `execution.interruption` asked to stop; the work is saved.
         RunError, ConfigError, DataError: the run, the configuration or the data is invalid.
     """
     progress = execution.progress if workers.first else LOCAL.progress
@@ -120,7 +121,12 @@ def train_claimed(
     )
     each_epoch = None if hook is None or not workers.first else hook(data)
     data = to_configured_device(data, config.training)
-    outputs = TrainingOutputs(metrics=metrics, progress=progress, on_epoch_end=each_epoch)
+    outputs = TrainingOutputs(
+        metrics=metrics,
+        progress=progress,
+        on_epoch_end=each_epoch,
+        interruption=execution.interruption,
+    )
     if uses_auto(config, data):
         if workers.size > 1:
             raise ConfigError(

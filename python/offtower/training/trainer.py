@@ -15,6 +15,8 @@ from offtower.config import Config, TrainingConfig
 from offtower.crossfit.reward_model import reward_folds
 from offtower.data.order import Cursor, EpochOrder
 from offtower.data.reader import BatchReader, Step
+from offtower.errors import StoppedError
+from offtower.interruption import Interruption
 from offtower.metrics import MetricsLog
 from offtower.models.optimizer import TableUpdates, finish_updates, make_optimizer
 from offtower.models.policy import TwoTowerPolicy
@@ -22,6 +24,7 @@ from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.seeds import derive_seed, seed_torch
 from offtower.training.checkpoints import CheckpointStore, Progression
+from offtower.training.checkpoints.due import CheckpointTimes, Due
 from offtower.training.distributed.gradients import GradientSum
 from offtower.training.epoch_metrics import EpochSums, StepMetricsQueue, diagnostics_line
 from offtower.training.schedule import LearningRate, Temperature, WeightAverage
@@ -52,7 +55,7 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class TrainingOutputs:
-    """Where training writes.
+    """Where training writes, and what may stop it.
 
     Attributes:
         store: of checkpoints; None trains in memory only.
@@ -64,6 +67,7 @@ class TrainingOutputs:
     metrics: MetricsLog = field(default_factory=lambda: MetricsLog(None))
     progress: Progress = field(default_factory=Progress)
     on_epoch_end: EpochHook | None = None
+    interruption: Interruption = field(default_factory=Interruption)
 
 
 class Trainer:
@@ -109,19 +113,25 @@ class Trainer:
         share = self._settings.weight_average
         self._average = None if share is None else WeightAverage(self.policy, share)
         self._best_in_memory: dict[str, Tensor] | None = None
+        self._interruption = outputs.interruption
+        self._times = CheckpointTimes(
+            self._settings.checkpoint_every_seconds, self._store, step.workers, self._interruption
+        )
 
     def fit(self, *, resume: bool = False) -> TrainingResult:
-        """Train to the last epoch or an early stop, from the newest checkpoint if `resume`."""
+        """Train to the last epoch or an early stop, from the newest checkpoint if `resume`.
+
+        Raises:
+            StoppedError: the interruption of the outputs asked to; the newest checkpoint is of the
+                last step.
+        """
         progression = self._start(resume)
-        with self.reader() as reader:
+        with self.reader() as reader, self._interruption.deferred():
+            if progression.epoch_ends:
+                self._end_epoch(progression)
             while progression.cursor.epoch < self._settings.epochs and not progression.finished:
                 self._run_epoch(reader, progression)
-                if self._average is not None:
-                    self._average.swap_in()
-                progression.finished = self._close_epoch(progression)
-                if self._average is not None:
-                    self._average.swap_out()
-                self._save(progression)
+                self._end_epoch(progression)
         if self._average is not None:
             self._average.swap_in()
         if self.step.proposal is not None:
@@ -183,8 +193,9 @@ class Trainer:
                     self.step.proposal.load_state(self._store.extra)
                 if self._average is not None:
                     self._average.load_state(self._store.extra)
-                lines = progression.metrics_lines
-                self._metrics.resume_at(progression.step, progression.cursor.epoch, lines)
+                lines, epoch = progression.metrics_lines, progression.cursor.epoch
+                self._metrics.resume_at(progression.step, epoch - progression.epoch_ends, lines)
+                self._progress.note(f"continuing from the checkpoint of step {progression.step:,}")
                 return progression
         self._metrics.restart()
         return Progression(cursor=Cursor(epoch=0, window=0, batch=0))
@@ -193,11 +204,14 @@ class Trainer:
         settings, seed = self._settings, self.config.seed
         epoch = progression.cursor.epoch
         sums = EpochSums.restore(progression.epoch_sums)
-        self._progress.start(f"epoch {epoch + 1} of {settings.epochs}", self._data.train.num_rows)
-        self._progress.advance(int(sums.rows))
-        seen = sums.rows
+        before = seen = sums.rows
+        rest = "rest of " if before else ""
+        self._progress.start(
+            f"{rest}epoch {epoch + 1} of {settings.epochs}", self._data.train.num_rows - int(before)
+        )
         queue = StepMetricsQueue(sums)
-        last_checkpoint = time.monotonic()
+        self._times.restart()
+        due = Due(save=False, stop=False)
         self.policy.train()
         workers = self.step.workers
         num_windows = len(reader.order.windows(epoch))
@@ -224,14 +238,13 @@ class Trainer:
             seen += batch.batch_rows
             if logged:
                 self._write_step(queue, progression, epoch, diagnostics)
-            self._progress.advance(batch.batch_rows, f"objective {sums.mean_value:.4f}")
-            due = time.monotonic() - last_checkpoint > settings.checkpoint_every_seconds
-            # The end of the epoch writes its own checkpoint, after validation.
-            if self._checkpoint_due(due) and cursor.window < num_windows:
+            speed = (seen - before) / max(time.monotonic() - began, 1e-9)
+            self._progress.advance(batch.batch_rows, self._note(progression.step, sums, speed))
+            due = self._times.after_step()
+            if (due.save or due.stop) and cursor.window < num_windows:
                 queue.read()
                 progression.epoch_sums = asdict(sums)
-                self._save(progression)
-                last_checkpoint = time.monotonic()
+                self._save_now(progression, stop=due.stop)
         queue.read()
         sums.seconds += time.monotonic() - began
         sums.seconds_waiting += reader.seconds_waiting - waited
@@ -242,6 +255,25 @@ class Trainer:
         progression.epoch_sums = asdict(sums)
         progression.cursor = Cursor(epoch=epoch + 1, window=0, batch=0)
         self._progress.finish()
+        if due.save or due.stop:
+            self._save_now(progression, stop=due.stop)
+
+    def _end_epoch(self, progression: Progression) -> None:
+        """Validate, write the epoch's line and save."""
+        self._temperature.at(progression.cursor.epoch / self._settings.epochs)
+        if self._average is not None:
+            self._average.swap_in()
+        progression.finished = self._close_epoch(progression)
+        if self._average is not None:
+            self._average.swap_out()
+        self._save_now(progression, stop=self._times.after_step().stop)
+
+    def _note(self, step: int, sums: EpochSums, rows_per_second: float) -> str:
+        size = self.step.workers.size
+        return (
+            f"step {step:,}, loss {sums.mean_loss:.4f}, {rows_per_second:,.0f} rows/s, "
+            f"{size} worker{'' if size == 1 else 's'}"
+        )
 
     def _write_step(
         self,
@@ -264,22 +296,6 @@ class Trainer:
             }
         )
 
-    def _checkpoint_due(self, due: bool) -> bool:
-        """Whether to begin a checkpoint, by the clock of the first worker; also commits the
-        previous one once all workers have written it."""
-        if self._store is None:
-            return False
-        workers = self.step.workers
-        if workers.size == 1:
-            return due
-        flags = torch.tensor(
-            [due and workers.first, self._store.written], dtype=torch.float32, device="cpu"
-        )
-        begin, written = workers.sum(flags).tolist()
-        if written == workers.size:
-            self._store.finish()
-        return bool(begin > 0)
-
     def _close_epoch(self, progression: Progression) -> bool:
         """Validate, keep the best weights, write the epoch's line; True if patience ran out."""
         epoch = progression.cursor.epoch - 1
@@ -289,7 +305,7 @@ class Trainer:
             "kind": "epoch",
             "step": progression.step,
             "epoch": epoch,
-            "loss": sums.loss / max(sums.rows, 1),
+            "loss": sums.mean_loss,
             "value_estimate": sums.mean_value if self._estimates_value else None,
             **diagnostics_line(StepDiagnostics(**sums.last) if sums.last else None),
             "rows_per_second": sums.rows / sums.seconds if sums.seconds > 0 else None,
@@ -334,6 +350,24 @@ class Trainer:
                 extra.update(self._average.state())
             progression.metrics_lines = len(self._metrics.lines)
             self._store.save(self.policy, self._optimizer, progression, extra)
+
+    def _save_now(self, progression: Progression, *, stop: bool) -> None:
+        """Begin a checkpoint, or write it and stop.
+
+        Raises:
+            StoppedError: `stop` is true, and training has more to do.
+        """
+        self._save(progression)
+        self._times.restart()
+        ended = progression.finished or progression.cursor.epoch == self._settings.epochs
+        if not stop or (ended and not progression.epoch_ends):
+            return
+        if self._store is not None:
+            self._store.finish()
+        raise StoppedError(
+            f"training stopped on request after step {progression.step:,}"
+            + ("; --resume goes on from there" if self._store is not None else "")
+        )
 
     @property
     def _estimates_value(self) -> bool:

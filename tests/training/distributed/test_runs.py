@@ -21,7 +21,8 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.encoding import to_tensors
 from offtower.data.log import ParquetLog
 from offtower.data.reader import scan
-from offtower.errors import ConfigError, DataError, RunError
+from offtower.errors import ConfigError, DataError, RunError, StoppedError
+from offtower.execution import Execution
 from offtower.metrics import read_metrics
 from offtower.models.items import ItemFeatures
 from offtower.models.store import load_policy
@@ -30,7 +31,7 @@ from offtower.training.run import train_run
 from offtower.training.workers import SINGLE_PROCESS, Workers
 from tests.training.conftest import make_config
 from tests.training.distributed.processes import START, run_workers
-from tests.training.test_resume import assert_same_policy
+from tests.training.test_resume import StopAfter, assert_same_policy
 
 STRATEGIES = ("replicated", "item_sharded")
 
@@ -68,6 +69,24 @@ def on_two(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         run_workers(2, train, config)
         found[strategy] = config.run_directory
     return found
+
+
+def train_until_stopped(workers: Workers, config: Config) -> None:
+    """One worker is asked to stop after its seventh step, and all do."""
+    execution = Execution(interruption=StopAfter(7 if workers.rank == 1 else 1_000_000))
+    with pytest.raises(StoppedError, match="after step 7;"):
+        train_run(config, workers=workers, execution=execution)
+
+
+def test_a_stop_of_one_worker_stops_all_with_a_checkpoint(
+    simulated: Path, tmp_path: Path, on_two: dict[str, Path]
+) -> None:
+    config = config_of(
+        simulated, tmp_path, "a", "item_sharded", "training.checkpoint_every_seconds=1e6"
+    )
+    run_workers(2, train_until_stopped, config)
+    run_workers(2, train, config, True)
+    assert_same_policy(config.run_directory, on_two["item_sharded"])
 
 
 def log_probs(run: Path, data: Path) -> Any:

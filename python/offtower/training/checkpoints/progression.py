@@ -27,6 +27,12 @@ class Progression:
     epoch_sums: dict[str, float] | None = None
     """Running sums of the current epoch, for its metrics line after a resumption."""
 
+    @property
+    def epoch_ends(self) -> bool:
+        """Whether all steps of the epoch before the cursor's are done, but not its validation."""
+        at_start = self.cursor.window == self.cursor.batch == 0
+        return at_start and self.epoch_sums is not None
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -1,0 +1,84 @@
+"""What a job's log says, and workers with other versions of packages."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from offtower.cli.cluster import _RayMessages
+from offtower.errors import ClusterError
+from offtower.execution import Execution
+from offtower.jobs import job_progress
+from offtower.jobs.job_progress import JobFollower, SharedProgress, record_failures
+from offtower.jobs.resources import ResourceRequest
+from offtower.jobs.worker_settings import WorkerSettings
+from tests.jobs.conftest import Recorded
+
+
+def test_the_driver_shows_progress_failures_and_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, free = 0.0, {"CPU": 1.0}
+    monkeypatch.setattr(job_progress, "time", SimpleNamespace(monotonic=lambda: now))
+    ray = SimpleNamespace(available_resources=lambda: free)
+    monkeypatch.setattr(job_progress, "import_ray", lambda: ray)
+    shown = Recorded()
+    follower = JobFollower(tmp_path, ResourceRequest(2), Execution(progress=shown))
+
+    def lines() -> list[str]:
+        follower.poll()
+        found, shown.lines = shown.lines, []
+        return found
+
+    waiting = "waiting for 2 x {CPU: 1} since 40 s; free in the cluster: 1 CPU"
+    seen = []
+    for now in (5.0, 40.0, 60.0, 71.0):
+        seen.append(lines())
+        free["CPU"] = 2.0 if now == 60.0 else free["CPU"]
+    assert seen == [[], [waiting], [], ["starting 2 x {CPU: 1} since 71 s"]]
+
+    first = SharedProgress(tmp_path)
+    first.start("epoch 1 of 2", 100)
+    first.note("continuing from the checkpoint of step 7")
+    assert lines() == ["continuing from the checkpoint of step 7", "start epoch 1 of 2 100"]
+    now = 75.0
+    first.advance(30, "step 8")
+    first.advance(10, "step 9")  # Within two seconds: not written yet.
+    assert lines() == ["30 step 8"]
+    first.finish()
+    assert lines() == ["10 step 9"]
+
+    for _ in range(2):  # The controller may poll the same failure twice.
+        record_failures(tmp_path, {1: RuntimeError("Traceback\n  ...\nthe node is gone\n")})
+    assert lines() == ["workers failed and start again (worker 1: the node is gone)"]
+    assert lines() == []
+    again = SharedProgress(tmp_path)
+    again.start("rest of epoch 1 of 2", 60)
+    assert lines() == ["start rest of epoch 1 of 2 60"]
+
+
+def test_workers_with_other_versions_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    here = WorkerSettings.of(float(threads))
+    here.apply()
+    modules = "offtower's modules"
+    other = replace(here, versions={**here.versions, "torch": "1.0", modules: "0123"})
+    with pytest.raises(ClusterError, match=r"torch .* instead of 1\.0, offtower's modules .* 0123"):
+        other.apply()
+
+
+def test_messages_of_ray_lose_the_tails_of_logs(capsys: pytest.CaptureFixture[str]) -> None:
+    messages = _RayMessages()
+    text = "(raylet) Raylet is terminated. Last 20 lines of the Raylet logs:\n"
+    text += "    [state-dump] a\n    [state-dump] b\n"
+    for part in (text[:40], text[40:], "\n", "(raylet) another\n", "    an indented line\n"):
+        messages.write(part)
+    shown = capsys.readouterr().err.splitlines()
+    assert shown == [text.splitlines()[0], "", "(raylet) another", "    an indented line"]
