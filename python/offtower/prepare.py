@@ -21,6 +21,7 @@ from offtower.checksums import (
 from offtower.config import Config
 from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
+from offtower.data.encoded_cache import EncodedCache
 from offtower.data.encoding import FeatureEncoding
 from offtower.data.loading import Loader
 from offtower.data.log import Log, ParquetLog
@@ -29,6 +30,7 @@ from offtower.data.reader import BatchReader, FoldOf, scan
 from offtower.data.row_sketch import RowSketch, row_keys
 from offtower.data.rows import EncodedRows, row_weights
 from offtower.data.schema import CatalogueSchema, LogSchema
+from offtower.data.shared_windows import Exchange
 from offtower.errors import ConfigError, RunError
 from offtower.models.device_items import items_to_device
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
@@ -86,12 +88,29 @@ class PreparedData:
             quarantine=self._quarantine_of(part),
         )
 
-    def batches(self, order: EpochOrder, fold: FoldOf | None = None) -> BatchReader:
-        """A reader of shuffled batches of the training log."""
+    def batches(
+        self,
+        order: EpochOrder,
+        fold: FoldOf | None = None,
+        *,
+        exchange: Exchange | None = None,
+        cache_bytes: int = 0,
+    ) -> BatchReader:
+        """A reader of shuffled batches of the training log.
+
+        Args:
+            exchange: of workers that read together.
+            cache_bytes: largest size of encoded row groups that are kept for later epochs in files
+                of this process.
+        """
         loader = Loader(
-            self.train, self.catalogue, self.context_encoding, self._quarantine_of("train")
+            self.train,
+            self.catalogue,
+            self.context_encoding,
+            self._quarantine_of("train"),
+            EncodedCache(cache_bytes),
         )
-        return BatchReader(loader, order, fold=fold)
+        return BatchReader(loader, order, fold=fold, exchange=exchange)
 
     def _quarantine_of(self, part: str) -> Path | None:
         """One folder per log, so that files of two logs never collide."""

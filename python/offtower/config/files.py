@@ -181,6 +181,7 @@ def _learning_settings(config: Config) -> dict[str, Any]:
     content.pop("evaluation")
     content.pop("tracking")
     content["data"].pop("test")
+    content["data"].pop("cache_gib")
     return content
 
 

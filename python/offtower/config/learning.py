@@ -30,6 +30,9 @@ class DataConfig:
     """Features of the items; not needed for directories written by offtower."""
     window_rows: int = Field(default=1_048_576, ge=1)
     """Rows that are shuffled together in memory."""
+    cache_gib: float = Field(default=4.0, ge=0.0)
+    """Largest size in GiB of encoded rows that each worker keeps for later epochs, in files
+    without a name in the folder for temporary files (TMPDIR); 0 encodes the log in each epoch."""
     on_bad_rows: Literal["error", "quarantine"] = "error"
 
 

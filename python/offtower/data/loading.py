@@ -12,6 +12,8 @@ import pyarrow as pa
 
 from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
+from offtower.data.eligible import EligibleItems, eligible_items
+from offtower.data.encoded_cache import EncodedCache
 from offtower.data.encoding import FeatureEncoding, concat
 from offtower.data.location import AnyPath
 from offtower.data.log import Log
@@ -38,6 +40,7 @@ class Loader:
         context_encoding: fitted encoding of the context features.
         quarantine: folder for bad rows, which are left out; without one the first raises
             BadRowsError.
+        cache: keeps encoded row groups for later epochs.
     """
 
     def __init__(
@@ -46,8 +49,10 @@ class Loader:
         catalogue: Catalogue,
         context_encoding: FeatureEncoding,
         quarantine: AnyPath | None = None,
+        cache: EncodedCache | None = None,
     ) -> None:
         self.log = log
+        self._cache = cache or EncodedCache(0)
         self._catalogue = catalogue
         self._encoding = context_encoding
         self._first_rows = log.first_rows
@@ -57,9 +62,15 @@ class Loader:
     def bad_rows(self) -> int:
         return self._checker.bad_rows
 
+    @property
+    def eligible(self) -> EligibleItems | None:
+        """The items' side of the rows' eligible items."""
+        return eligible_items(self._catalogue, self.log.schema)
+
     def tables(self, windows: Sequence[Sequence[int]]) -> Iterator[pa.Table]:
-        """Read the row groups of some windows, for `load`; those of a store are read ahead."""
-        groups = [group for window in windows for group in window]
+        """Read the row groups of some windows that are not in the cache, for `load`; those of a
+        store are read ahead."""
+        groups = [group for window in windows for group in window if group not in self._cache]
         return self.log.read_row_groups(groups, self.log.schema.columns)
 
     def load(
@@ -70,7 +81,12 @@ class Loader:
         for group in groups:
             if stop.is_set():
                 return None
-            parts.append(self._encoded(group, next(tables)))
+            if group not in self._cache:
+                rows = self._encoded(group, next(tables))
+                self._cache.put(group, rows)
+                parts.append(rows)
+            else:
+                parts.append(self._cache.get(group))
         rows = concat_rows(parts)
         # Arrow would keep the memory of a whole window for the next tables.
         pa.default_memory_pool().release_unused()

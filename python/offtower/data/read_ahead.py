@@ -24,12 +24,13 @@ class ReadAhead(Generic[Loaded]):
     """Loads numbered pieces in a thread, at most two ahead of the consumer.
 
     Requesting the next piece releases the last one. An error of `load` is raised where the piece is
-    requested. Leaving the `with` block ends the thread.
+    requested. Leaving the `with` block ends the thread after the pieces that requests have allowed
+    it to load: on several workers that load together they are the same ones.
 
     Args:
         numbers: of the pieces, in the order of use.
         load: returns a piece. The event is set when no more pieces are needed; `load` may then
-            return None.
+            return None, and is not called again.
     """
 
     def __init__(
@@ -40,7 +41,8 @@ class ReadAhead(Generic[Loaded]):
         self._numbers = numbers
         self._load = load
         self._stop = threading.Event()
-        self._permits = threading.Semaphore(IN_FLIGHT)
+        self._allowed = IN_FLIGHT
+        self._changed = threading.Condition()
         self._loaded: SimpleQueue[Loaded | BaseException] = SimpleQueue()
         # A daemon, so that the interpreter can exit in the middle of an epoch.
         self._thread = threading.Thread(target=self._run, name="offtower-reader", daemon=True)
@@ -50,8 +52,9 @@ class ReadAhead(Generic[Loaded]):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._permits.release()
+        with self._changed:
+            self._stop.set()
+            self._changed.notify_all()
         # The garbage collector may call this in the thread itself.
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -59,7 +62,9 @@ class ReadAhead(Generic[Loaded]):
     def __iter__(self) -> Iterator[Loaded]:
         for _ in self._numbers:
             yield self._next()
-            self._permits.release()
+            with self._changed:
+                self._allowed += 1
+                self._changed.notify_all()
 
     def _next(self) -> Loaded:
         loaded = self._loaded.get()
@@ -69,9 +74,12 @@ class ReadAhead(Generic[Loaded]):
 
     def _run(self) -> None:
         try:
-            for number in self._numbers:
-                self._permits.acquire()
-                piece = None if self._stop.is_set() else self._load(number, self._stop)
+            for turn, number in enumerate(self._numbers):
+                with self._changed:
+                    while turn >= self._allowed and not self._stop.is_set():
+                        self._changed.wait()
+                    allowed = turn < self._allowed
+                piece = self._load(number, self._stop) if allowed else None
                 if piece is None:
                     return
                 self._loaded.put(piece)

@@ -7,12 +7,13 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
@@ -23,6 +24,7 @@ from offtower.data.log import Log
 from offtower.data.order import Batch, Cursor, EpochOrder, fold_of, rank_slice
 from offtower.data.read_ahead import ReadAhead
 from offtower.data.rows import EncodedRows
+from offtower.data.shared_windows import Contexts, Exchange, SharedLoader
 from offtower.errors import ConfigError
 
 __all__ = ["BatchReader", "Cursor", "Step", "row_folds", "scan"]
@@ -80,7 +82,19 @@ class Step(_Step):
 @dataclass
 class _Window:
     rows: EncodedRows
+    """All rows of the window; without contexts where `contexts` has this worker's."""
     batches: list[Batch]
+    contexts: Contexts | None = None
+
+    def step(self, turn: int, cursor: Cursor, rank: int, world_size: int) -> Step:
+        """The step of a batch."""
+        batch = self.batches[turn]
+        mine = batch.part(rank, world_size)
+        rows = self.rows.take(batch.index[mine])
+        if self.contexts is not None:
+            rows = replace(rows, context=self.contexts.of(turn))
+        joined = None if world_size == 1 else self.rows.without_context().take(batch.index)
+        return Step(cursor, rows, batch.fold, mine.start, joined)
 
 
 class BatchReader:
@@ -89,9 +103,9 @@ class BatchReader:
     A thread reads, checks and encodes the next window while the current one is consumed; at most
     two windows are in memory. A log of one window is encoded once and kept.
 
-    Every worker reads every window and takes its slice of each batch, so that the rows do not
-    depend on the number of workers, and actions, rewards and propensities of all rows are known
-    without communication.
+    Every worker takes its slice of each batch, so that the rows do not depend on the number of
+    workers. With an `exchange` each reads its own row groups (`SharedLoader`); without one every
+    worker reads every window.
 
     Args:
         loader: reads the log's row groups.
@@ -99,6 +113,7 @@ class BatchReader:
         prefetch: False reads in the calling thread.
         fold: folds of encoded rows, (n,) int8; by default `row_folds` with the order's seed.
         cache_bytes: largest size of a log of one window that is kept.
+        exchange: of the workers that read together.
 
     Raises:
         ConfigError: the order was made for another log.
@@ -114,6 +129,7 @@ class BatchReader:
         prefetch: bool = True,
         fold: FoldOf | None = None,
         cache_bytes: int = 2**29,
+        exchange: Exchange | None = None,
     ) -> None:
         if not np.array_equal(order.row_group_sizes, loader.log.row_group_sizes):
             raise ConfigError("the order was made for another log: its row group sizes differ")
@@ -124,6 +140,7 @@ class BatchReader:
         self._loader = loader
         self._fold = fold
         self._cache_bytes = cache_bytes
+        self._shared = None if exchange is None else SharedLoader(loader, exchange, cache_bytes)
         self._kept: EncodedRows | None = None
         self._kept_folds: NDArray[np.int8] | None = None
         self._running: weakref.WeakSet[Generator[Step, None, None]] = weakref.WeakSet()
@@ -185,18 +202,12 @@ class BatchReader:
                 self.seconds_waiting += time.monotonic() - began
                 last = len(window.batches)
                 for turn in range(first, last):
-                    batch = window.batches[turn]
-                    mine = batch.part(rank, world_size)
                     cursor = (
                         Cursor(epoch, number, turn + 1)
                         if turn + 1 < last
                         else Cursor(epoch, number + 1, 0)
                     )
-                    rows = window.rows.take(batch.index[mine])
-                    joined = (
-                        None if world_size == 1 else window.rows.without_context().take(batch.index)
-                    )
-                    yield Step(cursor, rows, batch.fold, mine.start, joined)
+                    yield window.step(turn, cursor, rank, world_size)
                 first = 0
                 # Release the window, so that the thread can load the next one.
                 del window
@@ -208,9 +219,12 @@ class BatchReader:
             for number in numbers:
                 yield self._window(epoch, number, self._kept)
             return
-        tables = self._loader.tables(windows[first:])
+        shared = self._shared
+        tables = (shared or self._loader).tables(windows[first:])
 
         def load(number: int, stop: threading.Event) -> _Window | None:
+            if shared is not None:
+                return self._load_shared(shared, epoch, number, tables)
             rows = self._loader.load(windows[number], tables, stop)
             if rows is None:
                 return None
@@ -229,6 +243,18 @@ class BatchReader:
         # The tables are closed first, since the thread may wait for them.
         with ReadAhead(numbers, load) as ahead, closing_tables(tables):
             yield from ahead
+
+    def _load_shared(
+        self, shared: SharedLoader, epoch: int, number: int, tables: Iterator[pa.Table]
+    ) -> _Window:
+        windows = self.order.windows(epoch)
+        found = shared.load(windows[number], tables, may_be_whole=len(windows) == 1)
+        if found.whole:
+            self._kept = found.rows
+            return self._window(epoch, number, found.rows)
+        window = self._window(epoch, number, found.rows)
+        window.contexts = shared.contexts(found, window.batches)
+        return window
 
     def _window(self, epoch: int, number: int, rows: EncodedRows) -> _Window:
         folds = None

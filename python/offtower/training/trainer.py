@@ -161,7 +161,9 @@ class Trainer:
             num_folds=folds,
         )
         fold = None if folds == 1 else lambda rows: reward_folds(rows, folds, seed)
-        return self._data.batches(order, fold)
+        exchange = self.step.workers.exchange_of_readers()
+        kept = round(self.config.data.cache_gib * 2**30) if self._settings.epochs > 1 else 0
+        return self._data.batches(order, fold, exchange=exchange, cache_bytes=kept)
 
     def update(
         self, batch: Step, queue: StepMetricsQueue, key: StepKey, *, diagnose: bool = False

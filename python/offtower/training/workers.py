@@ -8,11 +8,13 @@ from concurrent.futures import wait as wait_for
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from offtower.data.order import rank_slice
+from offtower.data.shared_windows import Exchange
 from offtower.errors import OfftowerError, RunError
 
 Value = TypeVar("Value")
@@ -23,6 +25,10 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 _HEARTBEAT = 5.0
 """Seconds between heartbeats while the others wait for the first worker."""
+
+
+_ALIGNMENT = 64
+"""Bytes."""
 
 
 class WorkerLostError(RunError):
@@ -98,6 +104,10 @@ class Workers:
         """Run `work` on the first worker and then on the others, which find the files that it
         wrote. An error of the first worker is raised on all."""
         return work()
+
+    def exchange_of_readers(self) -> Exchange | None:
+        """Messages between the threads that read the log on all workers; None for one worker."""
+        return None
 
     def rows(self, total: int) -> slice:
         """This worker's slice of `total` rows."""
@@ -206,6 +216,9 @@ class TorchWorkers(Workers):
         self.on_first(lambda: result.append(work()))
         return result[0] if self.first else work()
 
+    def exchange_of_readers(self) -> Exchange | None:
+        return None if self.size == 1 else _Readers(self._timeout, self._group)
+
     def _reduce(self, tensor: Tensor, how: Any) -> Tensor:
         total = tensor.detach().clone().contiguous()
         self._call("summing over workers", lambda: dist.all_reduce(total, how, group=self._group))
@@ -220,6 +233,39 @@ class TorchWorkers(Workers):
                 f"worker {self.rank} of {self.size}: {what} did not end{within}: another worker "
                 f"died or stalled. The last checkpoint is intact. ({error})"
             ) from error
+
+
+class _Readers(TorchWorkers):
+    """The same workers in a process group of their own, whose messages do not meet those of the
+    training."""
+
+    def __init__(self, timeout: timedelta | None, group: dist.ProcessGroup | None) -> None:
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        # Only these workers call this, and not all of the default group.
+        own = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
+        super().__init__(timeout, own)
+
+    def all_to_all(self, parts: Sequence[memoryview]) -> list[memoryview]:
+        """Send part d to worker d; return what each worker sent here."""
+        sizes = torch.tensor([len(part) for part in parts], dtype=torch.int64, device="cpu")
+        theirs = self.exchange(sizes, [1] * self.size).flatten().tolist()
+        # Aligned, since arrays are views of what is received.
+        sent = [_aligned(len(part)) for part in parts]
+        received = [_aligned(size) for size in theirs]
+        outgoing = torch.zeros(sum(sent), dtype=torch.uint8, device="cpu")
+        for part, target in zip(parts, outgoing.split(sent), strict=True):
+            target.numpy()[: len(part)] = np.frombuffer(part, dtype=np.uint8)
+        incoming = torch.empty(sum(received), dtype=torch.uint8, device="cpu")
+        self._call(
+            "exchanging rows of the log",
+            lambda: dist.all_to_all_single(incoming, outgoing, received, sent, group=self._group),
+        )
+        found = zip(incoming.split(received), theirs, strict=True)
+        return [memoryview(part[:size].numpy()) for part, size in found]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _for_others(failure: BaseException | None) -> OfftowerError | None:
