@@ -63,6 +63,7 @@ def serve(
     grace: Annotated[int, typer.Option(help="Seconds for open requests after SIGTERM.")] = 20,
     trust_code: TrustCode = None,
 ) -> None:
+    import contextlib
     import logging
     import sys
 
@@ -102,6 +103,8 @@ def serve(
         ),
         soft_wrap=True,
     )
-    server.run(sockets=[listening])
+    # uvicorn raises the signal again after it has stopped.
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
     if not server.started:
         raise typer.Exit(EXIT_REFUSED)
