@@ -23,6 +23,7 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
 from offtower.data.encoded_cache import EncodedCache
 from offtower.data.encoding import FeatureEncoding
+from offtower.data.histories import HistoryBasis
 from offtower.data.loading import Loader
 from offtower.data.log import Log, ParquetLog
 from offtower.data.order import EpochOrder
@@ -167,7 +168,9 @@ def prepare(
         )
         progress.start("reading the log", train.num_rows)
         context_encoding = FeatureEncoding.fit(
-            train.schema.context, collector.watch(_checked_tables(train, checker, progress))
+            train.schema.context,
+            collector.watch(_checked_tables(train, checker, progress)),
+            HistoryBasis(catalogue.item_ids, train.schema.timestamp),
         )
         progress.finish()
         item_encoding = FeatureEncoding.fit(
@@ -182,7 +185,8 @@ def prepare(
             _save(store, fingerprints, facts, context_encoding, item_encoding)
     else:
         facts, context_encoding, item_encoding = restored
-    item_encoding.share(catalogue.item_ids)
+    for encoding in (context_encoding, item_encoding):
+        encoding.share(catalogue.item_ids)
     return PreparedData(
         train=train,
         validation=validation,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offtower.data import FeatureEncoding, FeatureSpec, encoding
+from offtower.data import FeatureEncoding, FeatureSpec, encoding_fit
 from offtower.data.columns import hash_values
 from offtower.data.encoding import BagArray, concat, num_rows, take, to_tensors
 from offtower.errors import DataError
@@ -78,8 +78,8 @@ def test_round_trips(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind, most", [(str, 10), (int, 12)])
 def test_a_vocabulary_has_a_limit(monkeypatch: pytest.MonkeyPatch, kind: Any, most: int) -> None:
-    monkeypatch.setattr(encoding, "MAX_VOCABULARY", 10)
-    monkeypatch.setattr(encoding, "MAX_INTEGERS", 12)
+    monkeypatch.setattr(encoding_fit, "MAX_VOCABULARY", 10)
+    monkeypatch.setattr(encoding_fit, "MAX_INTEGERS", 12)
     spec = FeatureSpec(name="c", kind="category")
     values = [kind(i) for i in range(most + 1)]
     assert FeatureEncoding.fit([spec], [pa.table({"c": values[1:]})]).cardinality("c") == most + 1

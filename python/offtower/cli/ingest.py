@@ -43,6 +43,13 @@ def ingest(
         typer.Option(help="Also split the log into train, validation, test."),
     ] = None,
     fractions: Annotated[str, typer.Option(help="Shares of the split.")] = "0.6,0.2,0.2",
+    history: Annotated[
+        str | None,
+        typer.Option(
+            help="Give each row the earlier events of its user as a feature: KEY,LENGTH, as in "
+            "user,50; user,50,rewarded takes events with a positive reward."
+        ),
+    ] = None,
     on_bad_rows: Annotated[
         Literal["error", "quarantine"], typer.Option(help="Fail, or move bad rows aside.")
     ] = "error",
@@ -57,11 +64,20 @@ def ingest(
     ray: RayOptions = IN_PROCESS,
     as_json: AsJson = False,
 ) -> None:
-    from offtower.data.ingest import IngestSource, Split, ingest_files, ingest_open_bandit
+    from offtower.data.ingest import (
+        HistoryOptions,
+        IngestSource,
+        Split,
+        ingest_files,
+        ingest_open_bandit,
+    )
 
     shares = _fractions(fractions)
     parts = None if split is None else Split(split, shares, seed)
     open_bandit = source.startswith("open-bandit:")
+    events = None if history is None else HistoryOptions.parse(history)
+    if open_bandit and events is not None:
+        raise ConfigError("--history needs users, which the Open Bandit Dataset does not have")
     schemas = None if open_bandit else read_schemas(schema)
     with ray.execution(DrawnProgress()) as execution:
         if schemas is None:
@@ -69,7 +85,7 @@ def ingest(
             summary = ingest_open_bandit(campaign, out, split=parts, execution=execution)
         else:
             summary = ingest_files(
-                IngestSource(source, schemas[0], catalogue, schemas[1], schemas[2]),
+                IngestSource(source, schemas[0], catalogue, schemas[1], schemas[2], events),
                 out,
                 on_bad_rows=on_bad_rows,
                 moved_mean="accept" if accept_moved_mean else "error",

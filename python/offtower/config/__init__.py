@@ -25,6 +25,7 @@ from offtower.config.files import (
 from offtower.config.learning import (
     AutoConfig,
     DataConfig,
+    HistoryConfig,
     ObjectiveConfig,
     PolicyConfig,
     RewardModelConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "EstimatorConfig",
     "EvaluationConfig",
     "GateOptions",
+    "HistoryConfig",
     "ObjectiveConfig",
     "PolicyConfig",
     "RewardModelConfig",

@@ -37,6 +37,29 @@ class DataConfig:
 
 
 @dataclass(config=STRICT)
+class HistoryConfig:
+    """How a context tower reads histories, lists of items (docs/how-to/histories.md)."""
+
+    encoder: Literal["mean", "attention", "transformer"] = "mean"
+    """mean: the mean of the events' vectors; attention: their mean with learned weights;
+    transformer: causal self-attention over the events, read at the newest."""
+    attention: Literal["softmax", "pointwise"] = "softmax"
+    """transformer: weights of a row sum to 1, or are each the SiLU of a score (HSTU, Zhai et al.
+    2024), which keeps how often something occurred."""
+    layers: int = Field(default=2, ge=1)
+    """transformer: layers."""
+    heads: int = Field(default=2, ge=1)
+    """attention and transformer: heads, of width / heads numbers each."""
+    width: int | None = Field(default=None, ge=1)
+    """Width of the events' vectors; null is that of the items' table, where there are heads rounded
+    down to a multiple of them. Other widths have a linear map from the table's rows."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    items: Literal["shared", "own"] = "shared"
+    """shared: events are rows of the item tower's table of ids, where it has one; own: of a table
+    that only this tower reads."""
+
+
+@dataclass(config=STRICT)
 class TowerConfig:
     """One tower: encoded features -> embedding."""
 
@@ -57,6 +80,8 @@ class TowerConfig:
     wide as the output and added to it, and the layers read numbers and vectors only. Better for
     linear towers (no hidden layers) of ids and tokens: .555 instead of .505 on 159 labels
     (docs/results/)."""
+    history: HistoryConfig = field(default_factory=HistoryConfig)
+    """How histories enter the layers; for the context tower."""
     unknown_rate: float = Field(default=0.02, ge=0.0, lt=1.0)
     """Share of category values replaced by "unknown" in training, which trains the embedding that
     new items and new users share."""

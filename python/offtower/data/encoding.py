@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,17 @@ from offtower.data.columns import (
     Column,
     as_float_array,
     as_float_matrix,
-    category_type,
-    category_values,
     distinct_values,
     hash_values,
-    is_text,
     list_parts,
+)
+from offtower.data.encoding_fit import (
+    FeatureMoments,
+    ValueCounter,
+    fitted_columns,
+    has_vocabulary,
+    note_type,
+    vocabulary_of,
 )
 from offtower.data.feature_columns import feature_column, fitted_categories
 from offtower.data.features import (
@@ -39,6 +44,7 @@ from offtower.data.features import (
     tensor_of,
     to_tensors,
 )
+from offtower.data.histories import AGE, DWELL, EVENT, HistoryBasis, read_events
 from offtower.data.lookup import Vocabulary
 from offtower.data.schema import FeatureSpec, spec_from_dict, spec_to_dict
 from offtower.errors import DataError, RunError
@@ -57,53 +63,8 @@ __all__ = [
     "to_tensors",
 ]
 
-MAX_VOCABULARY = 50_000_000
-"""Most distinct texts of a feature with a vocabulary; more need hashing."""
-MAX_INTEGERS = 500_000_000
-"""The same for integers, of 8 bytes each."""
-
 _FILE = "encoding.json"
-_COLUMNS_AT_ONCE = 256
 _ROWS_AT_ONCE = 4096
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """Count, mean and sum of squared deviations, mergeable (Chan et al. 1979)."""
-
-    count: int
-    mean: NDArray[np.float64]
-    square: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, values: NDArray[Any]) -> _Moments:
-        wide = values.reshape(len(values), -1)
-        mean, square = np.zeros(wide.shape[1]), np.zeros(wide.shape[1])
-        # Some columns at a time: the temporary arrays of wide vectors would be the largest ones.
-        # Even parts, since numpy adds a single column in another order.
-        count = max(1, -(-wide.shape[1] // _COLUMNS_AT_ONCE))
-        ends = [wide.shape[1] * part // count for part in range(count + 1)]
-        for some in map(slice, ends[:-1], ends[1:]):
-            block = wide[:, some].astype(np.float64)
-            mean[some] = block.mean(axis=0)
-            square[some] = np.square(block - mean[some]).sum(axis=0)
-        return cls(len(wide), mean, square)
-
-    def merge(self, other: _Moments) -> _Moments:
-        count = self.count + other.count
-        if count == 0:
-            return self
-        shift = other.mean - self.mean
-        return _Moments(
-            count,
-            self.mean + shift * (other.count / count),
-            self.square + other.square + shift**2 * (self.count * other.count / count),
-        )
-
-    def scale(self) -> NDArray[np.float64]:
-        """Return standard deviations; 1 for constant columns."""
-        deviation = np.sqrt(self.square / max(self.count, 1))
-        return np.where(deviation > 1e-12 * np.maximum(np.abs(self.mean), 1.0), deviation, 1.0)
 
 
 class FeatureEncoding:
@@ -111,6 +72,7 @@ class FeatureEncoding:
 
     Numeric and vector features are standardized with the mean and deviation of the training rows.
     Categories and bags become indices into embedding tables; index 0 is null and unseen values.
+    So do histories, whose vocabulary is the catalogue's ids.
 
     Args:
         specs: the features; every vector has its `dim`.
@@ -118,6 +80,7 @@ class FeatureEncoding:
         vocabulary: of categories and bags with a vocabulary, by name: distinct values, sorted.
         types: of the categories and bags that it was fitted on, by name, to which values of other
             types are cast; none are cast by default.
+        timestamp: column of the rows' times, where histories have times.
     """
 
     def __init__(
@@ -127,8 +90,10 @@ class FeatureEncoding:
         scale: Mapping[str, NDArray[np.float64]],
         vocabulary: Mapping[str, pa.Array],
         types: Mapping[str, CategoryType] | None = None,
+        timestamp: str | None = None,
     ) -> None:
         self.specs = specs
+        self.timestamp = timestamp
         self._mean = dict(mean)
         self._scale = dict(scale)
         self._vocabulary = dict(vocabulary)
@@ -141,29 +106,37 @@ class FeatureEncoding:
         return self._types
 
     @classmethod
-    def fit(cls, specs: Iterable[FeatureSpec], tables: Iterable[pa.Table]) -> FeatureEncoding:
+    def fit(
+        cls,
+        specs: Iterable[FeatureSpec],
+        tables: Iterable[pa.Table],
+        histories: HistoryBasis | None = None,
+    ) -> FeatureEncoding:
         """Fit in one pass over the tables.
 
         The same tables give the same bits. Other cuts of the same rows give the same vocabularies,
         and means and deviations that differ by rounding.
 
+        Args:
+            histories: needed where a feature is a history.
+
         Raises:
             DataError: vectors of several lengths, or too many distinct values for a vocabulary.
         """
         specs = tuple(specs)
-        moments: dict[str, _Moments] = {}
-        counts: dict[str, _Counter] = {}
+        moments: dict[str, FeatureMoments] = {}
+        counts: dict[str, ValueCounter] = {}
         types: dict[str, CategoryType] = {}
+        timestamp = None if histories is None else histories.timestamp
         for table in tables:
-            for spec in specs:
-                column = feature_column(spec, table.column(spec.source))
+            for spec, column in fitted_columns(specs, table, timestamp):
                 if spec.kind in ("numeric", "vector"):
                     values = (
                         as_float_array(column)
                         if spec.kind == "numeric"
                         else as_float_matrix(column, spec.dim, spec.name)
                     )
-                    found = _Moments.of(values)
+                    found = FeatureMoments.of(values)
                     before = moments.get(spec.name)
                     if before is not None and before.mean.shape != found.mean.shape:
                         raise DataError(
@@ -172,9 +145,9 @@ class FeatureEncoding:
                         )
                     moments[spec.name] = found if before is None else before.merge(found)
                     continue
-                _note_type(types, spec, column)
+                note_type(types, spec, column)
                 if spec.encoding == "vocabulary":
-                    counts.setdefault(spec.name, _Counter(spec)).add(column)
+                    counts.setdefault(spec.name, ValueCounter(spec)).add(column)
         fitted = tuple(
             replace(spec, dim=int(moments[spec.name].mean.size))
             if spec.kind == "vector" and spec.name in moments
@@ -183,12 +156,25 @@ class FeatureEncoding:
         )
         if any(spec.kind == "vector" and spec.dim is None for spec in fitted):
             raise DataError("no rows to fit the encoding of vector features on")
+        vocabulary = {
+            part.name: vocabulary_of(part, counts)
+            for spec in specs
+            for part in (spec, *spec.parts)
+            if has_vocabulary(part)
+        }
+        for spec in specs:
+            if spec.history:
+                assert histories is not None, "histories are features of logs with a catalogue"
+                vocabulary[spec.name] = histories.vocabulary
+                types[spec.name] = histories.type
+        timed = any(spec.times is not None for spec in specs)
         return cls(
             fitted,
             {name: m.mean for name, m in moments.items()},
             {name: m.scale() for name, m in moments.items()},
-            {spec.name: _vocabulary(spec, counts) for spec in specs if _has_vocabulary(spec)},
+            vocabulary,
             types,
+            timestamp if timed else None,
         )
 
     def encode(self, table: pa.Table) -> FeatureArrays:
@@ -201,19 +187,36 @@ class FeatureEncoding:
 
     def only(self, name: str) -> FeatureEncoding:
         """The encoding of one of the features."""
+        specs = tuple(spec for spec in self.specs if spec.name == name)
+        names = {part.name for spec in specs for part in (spec, *spec.parts)}
         return FeatureEncoding(
-            tuple(spec for spec in self.specs if spec.name == name),
-            {key: value for key, value in self._mean.items() if key == name},
-            {key: value for key, value in self._scale.items() if key == name},
-            {key: value for key, value in self._vocabulary.items() if key == name},
+            specs,
+            {key: value for key, value in self._mean.items() if key in names},
+            {key: value for key, value in self._scale.items() if key in names},
+            {key: value for key, value in self._vocabulary.items() if key in names},
+            timestamp=self.timestamp,
+        )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns that `encode` reads."""
+        timed = () if self.timestamp is None else (self.timestamp,)
+        return tuple(
+            dict.fromkeys([*(name for spec in self.specs for name in spec.sources), *timed])
         )
 
     def cardinality(self, name: str) -> int:
-        """Return the rows of the embedding table of a category or bag, with the unknown one."""
-        spec = next(s for s in self.specs if s.name == name)
-        if spec.encoding == "hash":
+        """Return the rows of the embedding table of a category, bag or history (or of a part of
+        one), with the unknown one."""
+        spec = next((s for s in self.specs if s.name == name), None)
+        if spec is not None and spec.encoding == "hash":
             return 1 + spec.buckets
         return 1 + len(self._vocabulary[name])
+
+    def same_values(self, name: str, other: FeatureEncoding, feature: str) -> bool:
+        """Whether a feature's indices mean the same values as those of another's feature."""
+        own, others = self._vocabulary.get(name), other._vocabulary.get(feature)
+        return own is not None and others is not None and bool(own.equals(others))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON content; `save` is for large vocabularies."""
@@ -273,6 +276,7 @@ class FeatureEncoding:
             "mean": {name: value.tolist() for name, value in self._mean.items()},
             "scale": {name: value.tolist() for name, value in self._scale.items()},
             "types": self._types,
+            **({} if self.timestamp is None else {"timestamp": self.timestamp}),
         }
 
     @classmethod
@@ -285,6 +289,7 @@ class FeatureEncoding:
             {name: np.asarray(value) for name, value in content["scale"].items()},
             vocabulary,
             content["types"],
+            content.get("timestamp"),
         )
 
     def _encode_one(self, spec: FeatureSpec, table: pa.Table) -> np.ndarray | BagArray:
@@ -296,8 +301,24 @@ class FeatureEncoding:
             return self._standardize(spec.name, as_float_matrix(column, spec.dim, spec.name))
         if spec.kind == "category":
             return self._index(spec, column)
+        if spec.history:
+            return self._history(spec, column, table)
         values, offsets = list_parts(column)
         return BagArray(self._index(spec, values), offsets)
+
+    def _history(self, spec: FeatureSpec, column: Column, table: pa.Table) -> BagArray:
+        events = read_events(spec, column, table, self.timestamp).newest(spec.most_events)
+        columns: dict[str, np.ndarray] = {}
+        if events.times is not None:
+            columns[AGE] = events.age()
+        for part in spec.parts:
+            if part.kind == "category":
+                columns[EVENT] = self._index(part, events.types)
+            else:
+                assert events.dwell is not None, "a part of this kind has the column"
+                dwell = self._standardize(part.name, events.dwell.reshape(-1, 1))
+                columns[DWELL] = dwell.reshape(-1)
+        return BagArray(self._index(spec, events.items), events.offsets, columns)
 
     def _standardize(self, name: str, values: NDArray[Any]) -> NDArray[np.float32]:
         # float64 keeps small differences of large numbers (timestamps).
@@ -306,6 +327,11 @@ class FeatureEncoding:
             some = slice(start, start + _ROWS_AT_ONCE)
             standard[some] = (values[some] - self._mean[name]) / self._scale[name]
         return standard
+
+    def restored(self, name: str, standardized: np.ndarray) -> NDArray[np.float64]:
+        """Undo the standardization of a number, to the precision of float32."""
+        numbers: NDArray[np.float64] = standardized * self._scale[name] + self._mean[name]
+        return numbers
 
     def _index(self, spec: FeatureSpec, values: Column) -> NDArray[np.int64]:
         """Return 1 + the index in the vocabulary or hash bucket; 0 for null and unseen values."""
@@ -327,78 +353,6 @@ class FeatureEncoding:
                 else np.zeros(len(distinct), dtype=np.int64)
             )
         return np.append(of_distinct, 0)[index]
-
-
-def _has_vocabulary(spec: FeatureSpec) -> bool:
-    return spec.kind in ("category", "bag") and spec.encoding == "vocabulary"
-
-
-def _note_type(types: dict[str, CategoryType], spec: FeatureSpec, column: Column) -> None:
-    kind = column.type.value_type if spec.kind == "bag" else column.type
-    found = category_type(kind)
-    if found is None or column.null_count == len(column):
-        return
-    before = types.setdefault(spec.name, found)
-    if before != found:
-        raise DataError(
-            f"feature '{spec.name}' holds {before} in one file and {found} in another; write all "
-            "files alike"
-        )
-
-
-class _Counter:
-    """Counts occurrences of values. Counts of new tables are merged once they outnumber the merged
-    ones, so that the work per row is constant."""
-
-    def __init__(self, spec: FeatureSpec) -> None:
-        self._spec = spec
-        self._joined: pa.Table | None = None
-        self._waiting: list[pa.Table] = []
-        self._rows_waiting = 0
-
-    def add(self, column: pa.ChunkedArray) -> None:
-        spec = self._spec
-        values = category_values(column if spec.kind == "category" else list_parts(column)[0])
-        found = pc.value_counts(pc.drop_null(values))
-        table = pa.table({"value": found.field("values"), "count": found.field("counts")})
-        parts = [self._joined, *self._waiting[:1]]
-        if any(part is not None and part.schema != table.schema for part in parts):
-            raise DataError(f"feature '{spec.name}' holds text in one file and numbers in another")
-        self._waiting.append(table)
-        self._rows_waiting += table.num_rows
-        joined_rows = 0 if self._joined is None else self._joined.num_rows
-        if self._rows_waiting > max(1_000_000, joined_rows):
-            self.table()
-
-    def table(self) -> pa.Table:
-        """Return the columns value and count, each value once.
-
-        Raises:
-            DataError: more distinct values than a vocabulary may have.
-        """
-        parts = ([] if self._joined is None else [self._joined]) + self._waiting
-        if len(parts) == 1:
-            self._joined = parts[0]
-        else:
-            summed = pa.concat_tables(parts).group_by("value").aggregate([("count", "sum")])
-            self._joined = summed.rename_columns({"count_sum": "count"}).select(["value", "count"])
-        self._waiting, self._rows_waiting = [], 0
-        most = MAX_VOCABULARY if is_text(self._joined.schema.field("value").type) else MAX_INTEGERS
-        if self._joined.num_rows > most:
-            raise DataError(
-                f"feature '{self._spec.name}' has more than {most:,} distinct values; "
-                "set its encoding to 'hash', with buckets of your choice"
-            )
-        return self._joined
-
-
-def _vocabulary(spec: FeatureSpec, counts: Mapping[str, _Counter]) -> pa.Array:
-    if spec.name not in counts:
-        return pa.array([], pa.string())
-    table = counts[spec.name].table()
-    kept = table.filter(pc.greater_equal(table.column("count"), spec.min_count)).column("value")
-    kept = kept.combine_chunks()
-    return kept.take(pc.sort_indices(kept))
 
 
 def _read_vocabulary(file: Path) -> pa.Array:

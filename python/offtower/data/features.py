@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ class BagArray:
     values: NDArray[np.int64]
     offsets: NDArray[np.int64]
     """(rows + 1,)."""
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Further arrays parallel to `values`, by name: what a history says of its events."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -31,13 +33,14 @@ class BagTensor:
 
     values: Tensor
     offsets: Tensor
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
 
 FeatureArrays = dict[str, np.ndarray | BagArray]
-"""numeric float32 (n,), vector float32 (n, dim), category int64 (n,), bag BagArray."""
+"""numeric float32 (n,), vector float32 (n, dim), category int64 (n,), bag and history BagArray."""
 
 
 def num_rows(arrays: Mapping[str, np.ndarray | BagArray]) -> int:
@@ -48,7 +51,9 @@ def num_rows(arrays: Mapping[str, np.ndarray | BagArray]) -> int:
 def nbytes(arrays: Mapping[str, np.ndarray | BagArray]) -> int:
     """Return the size of the arrays in bytes."""
     return sum(
-        value.values.nbytes + value.offsets.nbytes if isinstance(value, BagArray) else value.nbytes
+        sum(one.nbytes for one in (value.values, value.offsets, *value.columns.values()))
+        if isinstance(value, BagArray)
+        else value.nbytes
         for value in arrays.values()
     )
 
@@ -67,7 +72,8 @@ def take_bag(bag: BagArray, index: NDArray[np.int64]) -> BagArray:
     # Position of each value: the start of its row plus its offset in the row.
     starts = bag.offsets[:-1][index]
     positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-    return BagArray(bag.values[positions], offsets)
+    columns = {name: column[positions] for name, column in bag.columns.items()}
+    return BagArray(bag.values[positions], offsets, columns)
 
 
 def concat(parts: Sequence[FeatureArrays]) -> FeatureArrays:
@@ -84,6 +90,7 @@ def _concat_one(values: Sequence[np.ndarray | BagArray]) -> np.ndarray | BagArra
     return BagArray(
         np.concatenate([bag.values for bag in bags]),
         np.concatenate([np.zeros(1, dtype=np.int64), *offsets]),
+        {name: np.concatenate([bag.columns[name] for bag in bags]) for name in bags[0].columns},
     )
 
 
@@ -92,7 +99,11 @@ def to_tensors(
 ) -> dict[str, Tensor | BagTensor]:
     """Convert to tensors, which share memory on the CPU."""
     return {
-        name: BagTensor(tensor_of(value.values, device), tensor_of(value.offsets, device))
+        name: BagTensor(
+            tensor_of(value.values, device),
+            tensor_of(value.offsets, device),
+            {key: tensor_of(column, device) for key, column in value.columns.items()},
+        )
         if isinstance(value, BagArray)
         else tensor_of(value, device)
         for name, value in arrays.items()

@@ -95,7 +95,7 @@ def round_faults(
     yield schema.action, "shown twice in its round", "another item at each position", again
     first = np.repeat(rounds.first, rounds.lengths)
     # A column of `keep` is of the item, also where an evaluation reads it as if of the context.
-    names = [spec.source for spec in schema.context if spec.source not in schema.keep]
+    names = [name for spec in schema.context for name in spec.sources if name not in schema.keep]
     names += [name for name in (schema.user_id, schema.behavior_policy) if name is not None]
     names += [] if schema.eligible is None else schema.eligible.log_columns
     for name in dict.fromkeys(names):

@@ -21,6 +21,7 @@ from offtower.data.columns import (
 )
 from offtower.data.eligible import eligible_items
 from offtower.data.formats.bad_cells import BadCells
+from offtower.data.histories import history_faults
 from offtower.data.round_tables import round_faults
 from offtower.data.schema import FeatureSpec, LogSchema
 from offtower.data.vectors import LARGEST, Mask, bad_vectors, vector_kinds
@@ -84,6 +85,9 @@ def find_faults(
                 left &= ~hit
         if left.any():
             found.append(Fault(rule.column, "wrong", rule.expected, left))
+    for spec in schema.context:
+        if spec.history:
+            found += [Fault(*one) for one in history_faults(table, spec, schema.timestamp)]
     eligible = eligible_items(catalogue, schema)
     if eligible is not None:
         # The timestamp has a rule of its own.
@@ -164,7 +168,7 @@ def _rules(schema: LogSchema, catalogue: Catalogue) -> Iterator[Rule]:
             },
         )
     for spec in schema.context:
-        yield _feature_rule(spec)
+        yield _history_rule(spec, text) if spec.history else _feature_rule(spec)
     if schema.timestamp is not None:
         yield Rule(
             schema.timestamp,
@@ -218,6 +222,22 @@ def _feature_rule(spec: FeatureSpec) -> Rule:
         _nothing,
         lambda column: {},
     )
+
+
+def _history_rule(spec: FeatureSpec, text: bool) -> Rule:
+    """Unknown items are values like any other, as in bags; `history_faults` has the other rules."""
+    return Rule(
+        spec.source,
+        "a list of item ids",
+        lambda kind: is_list(kind) and _ids(kind.value_type, text),
+        f"lists of {'text' if text else 'integers'}, as the item ids of the catalogue are",
+        _nothing,
+        lambda column: {},
+    )
+
+
+def _ids(kind: pa.DataType, text: bool) -> bool:
+    return pa.types.is_null(kind) or (is_category(kind) and is_text(kind) == text)
 
 
 def _column(table: pa.Table, rule: Rule, file: str) -> pa.ChunkedArray:

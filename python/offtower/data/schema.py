@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from offtower.data.durations import parse_duration
@@ -21,44 +21,25 @@ from offtower.data.eligible_schema import (
     IntervalForm,
     ListForm,
 )
+from offtower.data.feature_schema import FeatureKind, FeatureSpec
 from offtower.errors import ConfigError
 
-FeatureKind = Literal["numeric", "vector", "category", "bag"]
+__all__ = [
+    "CatalogueSchema",
+    "FeatureKind",
+    "FeatureSpec",
+    "LogSchema",
+    "NamedReward",
+    "Outcomes",
+    "PscoreKind",
+    "parse_section",
+    "spec_from_dict",
+    "spec_to_dict",
+]
+
 PscoreKind = Literal["marginal", "conditional", "slate"]
 
 _STRICT = ConfigDict(extra="forbid")
-
-
-@dataclass(config=_STRICT, frozen=True)
-class FeatureSpec:
-    """A feature: its column and encoding."""
-
-    name: str
-    kind: FeatureKind
-    """numeric: a number; vector: a list of `dim` numbers; category: a string or integer;
-    bag: a list of categories."""
-    dim: int | None = Field(default=None, ge=1)
-    """Length of a vector; by default that of the data."""
-    encoding: Literal["vocabulary", "hash"] = "vocabulary"
-    """Of categories and bags: a vocabulary of training values, or a stable hash into `buckets`."""
-    buckets: int = Field(default=2**20, ge=1)
-    min_count: int = Field(default=1, ge=1)
-    """Less frequent values are encoded as unknown."""
-    embedding_dim: int | None = Field(default=None, ge=1)
-    """Width of the embedding of a category or bag; the tower's default if None."""
-    column: str | None = None
-    """Column of the file; `name` if None."""
-
-    @property
-    def source(self) -> str:
-        """The column that holds the feature."""
-        return self.column or self.name
-
-    @model_validator(mode="after")
-    def _check(self) -> FeatureSpec:
-        if self.dim is not None and self.kind != "vector":
-            raise ValueError(f"feature '{self.name}': 'dim' is for vectors, not for {self.kind}")
-        return self
 
 
 @dataclass(config=_STRICT, frozen=True)
@@ -158,6 +139,12 @@ class LogSchema:
             raise ValueError(
                 f"reward_range must be two finite numbers, low < high, got {low, high}"
             )
+        timed = next((spec.name for spec in self.context if spec.times is not None), None)
+        if timed is not None and self.timestamp is None:
+            raise ValueError(
+                f"feature '{timed}' has times, which must lie before the rows' times: name "
+                "'timestamp'"
+            )
         self._check_slates()
         if self.weight is not None and self.slates:
             raise ValueError("weight: rows of slates cannot have weights")
@@ -200,7 +187,7 @@ class LogSchema:
     @property
     def columns(self) -> tuple[str, ...]:
         """All columns of the schema, without repetition."""
-        named = [spec.source for spec in self.context]
+        named = [name for spec in self.context for name in spec.sources]
         named += [
             name
             for name in (
@@ -254,6 +241,12 @@ class CatalogueSchema:
     @model_validator(mode="after")
     def _check(self) -> CatalogueSchema:
         _unique_names(self.features)
+        for spec in self.features:
+            if spec.history:
+                raise ValueError(
+                    f"feature '{spec.name}': histories are features of contexts; an item may list "
+                    "other items as a bag"
+                )
         return self
 
     @property

@@ -169,6 +169,7 @@ class Source:
         if schema.eligible is not None:
             named |= dict.fromkeys(schema.eligible.lists, catalogue.item_id)
             named |= {form.context: form.item for form in schema.eligible.attribute}
+        named |= {spec.source: catalogue.item_id for spec in schema.context if spec.history}
         source = self
         for column, other in named.items():
             kind = items.schema.field(other).type

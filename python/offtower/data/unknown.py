@@ -15,7 +15,8 @@ from offtower.data.encoding import BagArray, FeatureArrays, FeatureEncoding
 
 @dataclass
 class UnknownValues:
-    """Rows with unseen or missing values of each category and bag with a vocabulary.
+    """Rows with unseen or missing values of each category, bag and history with a
+    vocabulary.
 
     Hashed features have no unseen values: a new one shares the row of the table of another.
 
@@ -71,10 +72,10 @@ class UnknownValues:
 def unknown_rows(
     encoding: FeatureEncoding, arrays: Mapping[str, np.ndarray | BagArray]
 ) -> dict[str, NDArray[np.bool_]]:
-    """By category or bag with a vocabulary, the (n,) rows with an unseen or null value."""
+    """By category, bag or history with a vocabulary, the (n,) rows with an unseen or null value."""
     found = {}
     for spec in encoding.specs:
-        if spec.kind not in ("category", "bag") or spec.encoding != "vocabulary":
+        if spec.kind not in ("category", "bag", "history") or spec.encoding != "vocabulary":
             continue
         values = arrays[spec.name]
         if isinstance(values, BagArray):

@@ -343,8 +343,8 @@ class TwoTowerPolicyLearner(LearnerInputs):
         policy = self._fitted()
         if self.forms_.context == "columns":
             table = as_table(X)
-            for spec in policy.context_encoding.specs:
-                check_column(table, spec.source)
+            for name in policy.context_encoding.columns:
+                check_column(table, name)
         else:
             matrix = self._contexts(X, reset=False)
             table = pa.table({CONTEXT: feature_column(matrix, self.forms_.context)})

@@ -15,7 +15,7 @@ from offtower.data.features import (
     to_device,
     to_tensors,
 )
-from offtower.models.features import FeatureTensors
+from offtower.models.features import ItemTensors
 from offtower.models.items import ItemFeatures
 
 _BLOCK_BYTES = 1 << 26
@@ -56,7 +56,7 @@ class DeviceItemFeatures(ItemFeatures):
         if self.resident:
             self._here = {name: _all(value, device) for name, value in host.arrays.items()}
 
-    def slice(self, start: int, stop: int) -> FeatureTensors:
+    def slice(self, start: int, stop: int) -> ItemTensors:
         if not self.resident:
             return _sent(self._host.slice(start, stop), self.device)
         return {name: self._part(name, start, stop) for name in self._here}
@@ -67,7 +67,7 @@ class DeviceItemFeatures(ItemFeatures):
     def on_same_device(self, items: ItemFeatures) -> ItemFeatures:
         return DeviceItemFeatures(items, self.device, self._max_bytes)
 
-    def at(self, index: Tensor) -> FeatureTensors:
+    def at(self, index: Tensor) -> ItemTensors:
         if not self.resident:
             return _sent(self._host.at(index), self.device)
         # Bag lengths are read on the CPU, which avoids a synchronization.
@@ -88,7 +88,7 @@ class DeviceItemFeatures(ItemFeatures):
         return value[start:stop]
 
 
-def _sent(features: FeatureTensors, device: torch.device) -> FeatureTensors:
+def _sent(features: ItemTensors, device: torch.device) -> ItemTensors:
     return {
         name: BagTensor(to_device(value.values, device), to_device(value.offsets, device))
         if isinstance(value, BagTensor)

@@ -3,27 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from offtower.config import HistoryConfig
 from offtower.data.encoding import BagTensor, FeatureEncoding
+from offtower.data.schema import FeatureSpec
 from offtower.models.bag_sums import bag_sums
+from offtower.models.histories import HistoryEncoder, ItemTable, PaddedHistory
 from offtower.models.row_draws import RowDraws
 
-FeatureTensors = Mapping[str, Tensor | BagTensor]
-"""Encoded features by name: numeric (n,), vector (n, dim), category (n,) int64, or a bag."""
+FeatureTensors = Mapping[str, Tensor | BagTensor | PaddedHistory]
+"""Encoded features by name: numeric (n,), vector (n, dim), category (n,) int64, a bag or a
+history."""
+
+ItemTensors = Mapping[str, Tensor | BagTensor]
+"""Those of items, which have no histories."""
 
 UNKNOWN = 0
 """Index that every unseen category shares."""
+
+_FIRST_HISTORY = 1 << 15
+"""First purpose number of events hidden from histories; smaller ones are for tables."""
 
 _INITIAL_BLOCK = 4096
 """Rows of a table whose initial values come from one random stream."""
 
 
+@dataclass(frozen=True)
+class Tables:
+    """How the tables of an encoder differ from ones of its own for all values.
+
+    Attributes:
+        rows: number of rows, by feature, for a shard of the catalogue.
+        items: tables that histories read, by feature; they stay with the module that owns them.
+        dim: width of every table, overriding the features' own.
+    """
+
+    rows: Mapping[str, int] = field(default_factory=dict)
+    items: Mapping[str, ItemTable] = field(default_factory=dict)
+    dim: int | None = None
+
+
+ALL_ROWS = Tables()
+
+
 class FeatureEncoder(nn.Module):
-    """Concatenate standardized numbers, vectors and learned embeddings of categories and bags.
+    """Concatenate standardized numbers, vectors, encoded histories, and learned embeddings of
+    categories and bags.
 
     Row 0 of every embedding table is the value "unknown". It starts at zero, so that an unseen item
     is scored from its other features, and is trained by replacing a share `unknown_rate` of the
@@ -34,10 +64,10 @@ class FeatureEncoder(nn.Module):
         category_embedding_dim: width of tables whose feature sets none.
         unknown_rate: share of category values hidden in training mode.
         draws: random draws of the hidden values.
-        table_rows: number of rows of some features' tables, for a shard of the catalogue.
+        tables: that are not of this encoder, or not whole.
         bag: pooling of a bag's embeddings: their mean, or their sum divided by the square root of
             their number.
-        table_dim: width of every table, overriding the features' own.
+        history: encoder of histories.
     """
 
     def __init__(
@@ -46,9 +76,9 @@ class FeatureEncoder(nn.Module):
         category_embedding_dim: int = 16,
         unknown_rate: float = 0.0,
         draws: RowDraws | None = None,
-        table_rows: Mapping[str, int] | None = None,
+        tables: Tables = ALL_ROWS,
         bag: Literal["mean", "root"] = "mean",
-        table_dim: int | None = None,
+        history: HistoryConfig | None = None,
     ) -> None:
         super().__init__()
         self.unknown_rate = unknown_rate
@@ -58,48 +88,81 @@ class FeatureEncoder(nn.Module):
         self.tables = nn.ModuleDict()
         self.initial_seeds: dict[str, int] = {}
         """By table, for `initial_rows`."""
+        self.histories = nn.ModuleDict()
+        self.item_tables: dict[str, ItemTable] = {}
+        """What histories read, by feature."""
         self._table_of: dict[str, str] = {}
+        self._history_of: dict[str, str] = {}
         width = 0
         self.plain_width = 0
-        for spec in encoding.specs:
-            if spec.kind == "numeric":
+        for number, spec in enumerate(encoding.specs):
+            if spec.kind in ("numeric", "vector"):
                 self.plain.append(spec.name)
-                width += 1
-                self.plain_width += 1
-            elif spec.kind == "vector":
-                self.plain.append(spec.name)
-                assert spec.dim is not None, "a fitted vector feature has its dimension"
-                width += spec.dim
-                self.plain_width += spec.dim
-            else:
-                dim = table_dim or spec.embedding_dim or category_embedding_dim
-                rows = (table_rows or {}).get(spec.name, encoding.cardinality(spec.name))
-                empty = torch.empty(rows, dim, dtype=torch.float32, device="cpu")
-                table: nn.Module = (
-                    nn.Embedding(rows, dim, _weight=empty)
-                    if spec.kind == "category"
-                    else nn.EmbeddingBag(rows, dim, mode="mean", _weight=empty)
+                assert spec.kind == "numeric" or spec.dim is not None, "a fitted vector has its dim"
+                width += spec.dim or 1
+                self.plain_width += spec.dim or 1
+                continue
+            if spec.name not in tables.items:
+                dim = tables.dim or spec.embedding_dim or category_embedding_dim
+                rows = tables.rows.get(spec.name, encoding.cardinality(spec.name))
+                self._add_table(spec, rows, dim, fill=spec.name not in tables.rows)
+            if spec.history:
+                table = tables.items.get(spec.name) or ItemTable(self.embedding(spec.name))
+                self.item_tables[spec.name] = table
+                key = self._history_of[spec.name] = f"feature_{number}"
+                reader = HistoryEncoder(
+                    spec, encoding, table.dim, history or HistoryConfig(), self._draws
                 )
-                # One draw of the global generator for a table of any size.
-                seed = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
-                # Module names must not hold dots; feature names may.
-                key = f"feature_{len(self._table_of)}"
-                self.tables[key] = table
-                self.initial_seeds[key] = seed
-                if spec.name not in (table_rows or {}):
-                    _fill(table, initial_rows(seed, torch.arange(rows, device="cpu"), dim))
-                self._table_of[spec.name] = key
+                self.histories[key] = reader
+                width += reader.width
+                self.plain_width += reader.width
+            else:
                 width += dim
         self.width = width
+
+    def _add_table(self, spec: FeatureSpec, rows: int, dim: int, *, fill: bool) -> None:
+        empty = torch.empty(rows, dim, dtype=torch.float32, device="cpu")
+        table: nn.Module = (
+            nn.EmbeddingBag(rows, dim, mode="mean", _weight=empty)
+            if spec.kind == "bag"
+            else nn.Embedding(rows, dim, _weight=empty)
+        )
+        # One draw of the global generator for a table of any size.
+        seed = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
+        # Module names must not hold dots; feature names may.
+        key = f"feature_{len(self._table_of)}"
+        self.tables[key] = table
+        self.initial_seeds[key] = seed
+        if fill:
+            _fill(table, initial_rows(seed, torch.arange(rows, device="cpu"), dim))
+        self._table_of[spec.name] = key
+
+    def embedding(self, feature: str) -> nn.Embedding:
+        """Table of a category, or of a history that has its own."""
+        table = self.tables[self.table_of(feature)]
+        assert isinstance(table, nn.Embedding), "only bags have other tables"
+        return table
 
     @property
     def random(self) -> bool:
         """Whether a forward pass in training mode draws random numbers."""
-        return self.unknown_rate > 0.0 and len(self.tables) > 0
+        return self.unknown_rate > 0.0 and len(self.tables) + len(self.histories) > 0
 
     def table_of(self, feature: str) -> str:
-        """Key of the table of a category or bag."""
+        """Key of the table of a category or bag, or of a history that has its own."""
         return self._table_of[feature]
+
+    @property
+    def shared_table(self) -> nn.Embedding | None:
+        """The table of items that histories read and another module owns."""
+        shared = [one.table for name, one in self.item_tables.items() if name not in self._table_of]
+        return shared[0] if shared else None
+
+    def read_items(self, table: nn.Embedding, through: ItemTable) -> None:
+        """Let the histories that read `table` get its rows from `through`."""
+        for name, current in self.item_tables.items():
+            if current.table is table:
+                self.item_tables[name] = through
 
     def forward(self, features: FeatureTensors) -> Tensor:
         """Encoded features of n rows -> (n, width) float32."""
@@ -107,19 +170,29 @@ class FeatureEncoder(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def numbers(self, features: FeatureTensors) -> list[Tensor]:
-        """Standardized numbers and vectors of n rows, (n, width) each."""
+        """Standardized numbers, vectors and encoded histories of n rows, (n, width) each."""
         parts: list[Tensor] = []
         for name in self.plain:
             value = features[name]
             assert isinstance(value, Tensor)
             parts.append(value if value.dim() == 2 else value.unsqueeze(1))
+        for name, key in self._history_of.items():
+            history = features[name]
+            assert not isinstance(history, Tensor)
+            if isinstance(history, BagTensor):
+                number = _FIRST_HISTORY + int(key.removeprefix("feature_"))
+                history = replace(history, values=self._hide_in_bags(history, number))
+            parts.append(self.histories[key](history, self.item_tables[name]))
         return parts
 
     def embeddings(self, features: FeatureTensors) -> list[Tensor]:
         """Embeddings of the categories and bags of n rows, (n, width of the table) each."""
         parts: list[Tensor] = []
         for number, (name, key) in enumerate(self._table_of.items()):
+            if name in self._history_of:
+                continue
             value = features[name]
+            assert not isinstance(value, PaddedHistory)
             table = self.tables[key]
             if isinstance(value, BagTensor):
                 parts.append(self._joined(table, self._hide_in_bags(value, number), value.offsets))

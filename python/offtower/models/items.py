@@ -25,7 +25,7 @@ from offtower.data.encoding import (
 )
 from offtower.data.features import CPU
 from offtower.data.mapped import is_mapped, open_mapped, slice_arrays, write_mapped
-from offtower.models.features import FeatureTensors
+from offtower.models.features import ItemTensors
 from offtower.models.towers import Tower
 
 DEFAULT_CHUNK = 65_536
@@ -60,7 +60,7 @@ class ItemFeatures:
         self.device = CPU
         self._arrays = arrays
         self._mapped = is_mapped(arrays)
-        self._tensors: FeatureTensors = {} if self._mapped else to_tensors(arrays)
+        self._tensors: ItemTensors = {} if self._mapped else to_tensors(arrays)
         self._keeper: object = None
 
     @classmethod
@@ -105,7 +105,7 @@ class ItemFeatures:
         features._keeper = temporary
         return features
 
-    def slice(self, start: int, stop: int) -> FeatureTensors:
+    def slice(self, start: int, stop: int) -> ItemTensors:
         """Features of items start..stop-1; dense features in memory are views."""
         if self._mapped:
             return to_tensors(slice_arrays(self._arrays, start, stop))
@@ -133,12 +133,12 @@ class ItemFeatures:
         """Others, given out on the device of these."""
         return items
 
-    def numbered(self, start: int, stop: int) -> tuple[FeatureTensors, Tensor]:
+    def numbered(self, start: int, stop: int) -> tuple[ItemTensors, Tensor]:
         """Features of items start..stop-1 and the items' numbers, as a tower takes them."""
         numbers = torch.arange(self.first + start, self.first + stop, device=self.device)
         return self.slice(start, stop), numbers
 
-    def at(self, index: Tensor) -> FeatureTensors:
+    def at(self, index: Tensor) -> ItemTensors:
         """Features of the items at `index` (n,) int64, on the CPU."""
         if self._mapped:
             return to_tensors(take(self._arrays, index.numpy()))

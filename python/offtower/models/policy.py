@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from offtower.config import PolicyConfig
 from offtower.data.encoding import FeatureEncoding
-from offtower.models.features import FeatureTensors
+from offtower.models.features import FeatureTensors, Tables
+from offtower.models.histories import ItemTable
 from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures, embed_items
-from offtower.models.towers import Tower, tower_of_features
+from offtower.models.towers import MLPBody, Tower, tower_of_features
 from offtower.ops import DenseReward, Eligibility, FactoredReward, PolicyTerms, policy_terms
 from offtower.seeds import derive_seed
 
@@ -46,13 +47,8 @@ class TwoTowerPolicy(nn.Module):
         """With the layers of both towers."""
         self.context_encoding = context_encoding
         self.item_encoding = item_encoding
-        self.context_tower = Tower(context_encoding, config.embedding_dim, config.context_tower)
-        self.item_tower = Tower(
-            item_encoding,
-            config.embedding_dim,
-            config.item_tower,
-            bias=config.item_bias,
-            table_rows=item_table_rows,
+        self.context_tower, self.item_tower = _towers(
+            config, context_encoding, item_encoding, Tables(item_table_rows or {})
         )
         log_temperature = torch.tensor(
             math.log(config.temperature), dtype=torch.float32, device="cpu"
@@ -139,6 +135,70 @@ class TwoTowerPolicy(nn.Module):
         item_embedding, item_bias = self.item_tower(item, numbers)
         logit = (context_embedding * _summable(item_embedding)).sum(dim=1)
         return logit if item_bias is None else logit + _summable(item_bias)
+
+
+def _towers(
+    config: PolicyConfig,
+    context_encoding: FeatureEncoding,
+    item_encoding: FeatureEncoding,
+    tables: Tables,
+) -> tuple[Tower, Tower]:
+    """The towers of contexts and of items; histories read the item tower's table of ids.
+
+    Args:
+        tables: of the item tower.
+    """
+
+    def of_items() -> Tower:
+        return Tower(
+            item_encoding,
+            config.embedding_dim,
+            config.item_tower,
+            bias=config.item_bias,
+            tables=[tables] * config.item_tower.members,
+        )
+
+    def of_contexts(shared: Sequence[Tables]) -> Tower:
+        return Tower(context_encoding, config.embedding_dim, config.context_tower, tables=shared)
+
+    if config.context_tower.module is not None or config.context_tower.history.items == "own":
+        return of_contexts(()), of_items()
+    shared = {
+        spec.name: feature.name
+        for spec in context_encoding.specs
+        for feature in item_encoding.specs
+        if spec.history
+        and feature.kind == "category"
+        and context_encoding.same_values(spec.name, item_encoding, feature.name)
+    }
+    if not shared:
+        # The context tower first: the order of the random draws decides the initial weights.
+        return of_contexts(()), of_items()
+    items = of_items()
+    return of_contexts(_item_tables(items, shared, config.context_tower.members)), items
+
+
+def _item_tables(items: Tower, shared: Mapping[str, str], members: int) -> list[Tables]:
+    """Tables of each member of the context tower: those of the same member of the item tower.
+
+    Args:
+        shared: the item feature, by history.
+    """
+    bodies = items.bodies
+    if len(bodies) != members or not all(isinstance(body, MLPBody) for body in bodies):
+        return []
+    found: list[Tables] = []
+    for body in bodies:
+        assert isinstance(body, MLPBody)
+        found.append(
+            Tables(
+                items={
+                    name: ItemTable(body.encoder.embedding(feature))
+                    for name, feature in shared.items()
+                }
+            )
+        )
+    return found
 
 
 def _summable(embedding: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ number of workers, in the second pass over a chunk, and on every device.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offtower.data.features import to_device
 
@@ -57,6 +57,23 @@ class RowDraws:
             key = _mix(key + _wrapped(_GOLDEN) * torch.arange(width, device=key.device))
         # Bits 39 to 62 are uniform and unaffected by the sign extension of the shift.
         return ((key >> 39) & (_ONE - 1)) < round(rate * _ONE)
+
+
+class RowDropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) with draws keyed by row; see `RowDraws`."""
+
+    def __init__(self, rate: float, draws: RowDraws, purpose: int) -> None:
+        super().__init__()
+        self.rate = rate
+        self._draws, self._purpose = draws, purpose
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Drop some of (n, ...) numbers; those of a row do not depend on where the others end."""
+        if not self.training or self.rate == 0.0:
+            return hidden
+        rows, width = len(hidden), hidden.shape[1:].numel()
+        dropped = self._draws.below(self.rate, self._purpose, rows, hidden.device, width)
+        return hidden.masked_fill(dropped.view(hidden.shape), 0.0) / (1.0 - self.rate)
 
 
 def _mix(value: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,8 +13,8 @@ from offtower.config import TowerConfig
 from offtower.data.encoding import FeatureEncoding
 from offtower.errors import ConfigError
 from offtower.imports import load_class
-from offtower.models.features import FeatureEncoder, FeatureTensors
-from offtower.models.row_draws import RowDraws
+from offtower.models.features import ALL_ROWS, FeatureEncoder, FeatureTensors, Tables
+from offtower.models.row_draws import RowDraws, RowDropout
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
@@ -32,15 +32,15 @@ def tower_of_features(config: TowerConfig, encoding: FeatureEncoding) -> TowerCo
     """Return the configuration with the layers that suit the features where it names none.
 
     A single category or bag gets an embedding of the output's width per value and no layers: each
-    value has weights of its own then, and layers would only entangle them.
+    value has weights of its own then, and layers would only entangle them. Histories alone have
+    layers of their own.
     """
     if config.hidden_layer_sizes is not None or config.module is not None:
         return config
     if len(encoding.specs) == 1 and encoding.specs[0].kind in ("category", "bag"):
         return replace(config, hidden_layer_sizes=(), tables="output", bag="root")
-    if config.tables == "output" and not any(
-        spec.kind in ("numeric", "vector") for spec in encoding.specs
-    ):
+    kinds = {spec.kind for spec in encoding.specs}
+    if kinds == {"history"} or (config.tables == "output" and kinds <= {"category", "bag"}):
         return replace(config, hidden_layer_sizes=())
     return replace(config, hidden_layer_sizes=_HIDDEN_LAYERS)
 
@@ -49,29 +49,13 @@ _DROPOUT = 1 << 16
 """First purpose number of dropout layers; smaller ones are for tables."""
 
 
-class RowDropout(nn.Module):
-    """Dropout (Srivastava et al. 2014) with draws keyed by row; see `RowDraws`."""
-
-    def __init__(self, rate: float, draws: RowDraws, purpose: int) -> None:
-        super().__init__()
-        self.rate = rate
-        self._draws, self._purpose = draws, purpose
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        if not self.training:
-            return hidden
-        rows, width = hidden.shape
-        dropped = self._draws.below(self.rate, self._purpose, rows, hidden.device, width)
-        return hidden.masked_fill(dropped, 0.0) / (1.0 - self.rate)
-
-
 class MLPBody(nn.Module):
     """Feature encoder, hidden layers, linear map to the output.
 
     With `tables: output` the embeddings of categories and bags are as wide as the output and added
-    to it, and the layers read numbers and vectors only. In a linear tower each value then has its
-    own weights. Behind a linear layer the same function is a product of two matrices, of four with
-    the other tower, which overfits rare values of long bags.
+    to it, and the layers read numbers, vectors and histories only. In a linear tower each value
+    then has its own weights. Behind a linear layer the same function is a product of two matrices,
+    of four with the other tower, which overfits rare values of long bags.
     """
 
     def __init__(
@@ -80,21 +64,23 @@ class MLPBody(nn.Module):
         output_dim: int,
         config: TowerConfig,
         draws: RowDraws | None = None,
-        table_rows: Mapping[str, int] | None = None,
+        tables: Tables = ALL_ROWS,
     ) -> None:
         super().__init__()
         draws = draws or RowDraws()
         config = tower_of_features(config, encoding)
         sizes = config.hidden_layer_sizes or ()
         self.adds_tables = config.tables == "output"
+        if self.adds_tables:
+            tables = replace(tables, dim=output_dim)
         self.encoder = FeatureEncoder(
             encoding,
             config.category_embedding_dim,
             config.unknown_rate,
             draws,
-            table_rows,
+            tables,
             config.bag,
-            output_dim if self.adds_tables else None,
+            config.history,
         )
         if self.encoder.width == 0:
             raise ConfigError(
@@ -106,7 +92,7 @@ class MLPBody(nn.Module):
         if width == 0 and sizes:
             raise ConfigError(
                 "tower 'tables: output' leaves the hidden layers nothing to read, since no feature "
-                "is a number or a vector; set hidden_layer_sizes: [] or tables: input"
+                "is a number, a vector or a history; set hidden_layer_sizes: [] or tables: input"
             )
         for size in sizes:
             layers += [
@@ -166,7 +152,7 @@ class Tower(nn.Module):
         embedding_dim: d.
         config: sizes, activation, or the import path of a module.
         bias: add a bias per row, as one more output of the body.
-        table_rows: see `FeatureEncoder`; not for a user's module.
+        tables: of each member, see `FeatureEncoder`; not for a user's module.
     """
 
     def __init__(
@@ -176,7 +162,7 @@ class Tower(nn.Module):
         config: TowerConfig,
         *,
         bias: bool = False,
-        table_rows: Mapping[str, int] | None = None,
+        tables: Sequence[Tables] = (),
     ) -> None:
         super().__init__()
         config = tower_of_features(config, encoding)
@@ -195,8 +181,11 @@ class Tower(nn.Module):
         self.output_dim = embedding_dim + int(bias)
         member_dim = embedding_dim // config.members
         bodies = [
-            _make_body(encoding, member_dim + int(bias), config, self.draws, table_rows)
-            for _ in range(config.members)
+            _make_body(
+                *(encoding, member_dim + int(bias), config, self.draws),
+                tables[number] if tables else ALL_ROWS,
+            )
+            for number in range(config.members)
         ]
         self.body = bodies[0]
         unusual = config.bag == "root" or config.tables == "output"
@@ -207,6 +196,14 @@ class Tower(nn.Module):
     def bodies(self) -> list[nn.Module]:
         """The networks, one per member."""
         return list(self.body.members) if isinstance(self.body, JoinedBody) else [self.body]
+
+    @property
+    def shared_tables(self) -> list[nn.Embedding]:
+        """The table of items of each member, where the members' histories read one of another
+        module."""
+        encoders = [body.encoder for body in self.bodies if isinstance(body, MLPBody)]
+        shared = [encoder.shared_table for encoder in encoders]
+        return [table for table in shared if table is not None]
 
     @property
     def random(self) -> bool:
@@ -269,12 +266,12 @@ def _make_body(
     output_dim: int,
     config: TowerConfig,
     draws: RowDraws,
-    table_rows: Mapping[str, int] | None,
+    tables: Tables,
 ) -> nn.Module:
     if config.module is None:
         if config.arguments:
             raise ConfigError("tower 'arguments' are for a tower 'module', and none is named")
-        return MLPBody(encoding, output_dim, config, draws, table_rows)
+        return MLPBody(encoding, output_dim, config, draws, tables)
     kind = load_class(config.module, "tower module", nn.Module, "torch.nn.Module")
     try:
         module: nn.Module = kind(encoding=encoding, output_dim=output_dim, **config.arguments)

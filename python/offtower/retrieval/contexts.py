@@ -80,7 +80,10 @@ def _of_files(
 
 def _kinds(retriever: Retriever, names: Iterable[str]) -> dict[str, ColumnKind]:
     """Kinds of the features, and of those of `names` that say which items are eligible."""
-    kinds = feature_kinds(retriever.tower.encoding.specs)
+    encoding = retriever.tower.encoding
+    kinds = feature_kinds(encoding.specs)
+    if encoding.timestamp is not None:
+        kinds[encoding.timestamp] = "time"
     if retriever.eligible is not None:
         schema = LogSchema.from_dict(retriever.manifest["log_schema"])
         wanted = {*retriever.eligible.section.log_columns, schema.timestamp} & set(names)

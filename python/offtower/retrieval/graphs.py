@@ -11,7 +11,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,12 @@ from offtower.atomic import write_text
 from offtower.data.columns import as_float_array, as_float_matrix
 from offtower.data.encoding import BagTensor, FeatureEncoding
 from offtower.data.feature_columns import feature_column
+from offtower.data.histories import AGE, DWELL, EVENT
+from offtower.data.schema import FeatureSpec
 from offtower.errors import MissingExtraError
 from offtower.models.features import FeatureTensors
-from offtower.models.towers import MLPBody
+from offtower.models.histories import PaddedHistory
+from offtower.models.towers import JoinedBody, MLPBody
 from offtower.retrieval.tower import ContextTower
 
 PROGRAM, ONNX, CONTRACT = "context_tower.pt2", "context_tower.onnx", "contract.json"
@@ -43,43 +46,51 @@ class _Graph(nn.Module):
         self.tower = tower
         numbers = tower.encoding.numbers()
         for index, spec in enumerate(tower.encoding.specs):
-            if spec.kind in ("numeric", "vector"):
-                for what in ("mean", "scale"):
-                    value = torch.tensor(
-                        numbers[what][spec.name], dtype=torch.float64, device="cpu"
-                    )
-                    self.register_buffer(f"{what}_{index}", value.reshape(-1))
+            for part in (spec, *spec.parts):
+                if part.kind in ("numeric", "vector"):
+                    for what in ("mean", "scale"):
+                        value = torch.tensor(
+                            numbers[what][part.name], dtype=torch.float64, device="cpu"
+                        )
+                        self.register_buffer(f"{what}_{index}", value.reshape(-1))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        features: dict[str, Tensor | BagTensor] = {}
-        for index, (spec, value) in enumerate(zip(self.tower.encoding.specs, inputs, strict=True)):
+        features: dict[str, Tensor | BagTensor | PaddedHistory] = {}
+        given = iter(inputs)
+        for index, spec in enumerate(self.tower.encoding.specs):
+            value = next(given)
             features[spec.name] = value
             if spec.kind in ("numeric", "vector"):
-                mean, scale = getattr(self, f"mean_{index}"), getattr(self, f"scale_{index}")
-                features[spec.name] = ((value.double() - mean) / scale).float()
+                features[spec.name] = self._standardized(value, index)
+            elif spec.history:
+                columns = {name: next(given) for name in _event_columns(spec)}
+                if DWELL in columns:
+                    columns[DWELL] = self._standardized(columns[DWELL], index)
+                features[spec.name] = PaddedHistory(value, columns)
         body = self.tower.tower.body
         if isinstance(body, MLPBody):
             return self._built_in(body, features)
         for spec in self.tower.encoding.specs:
             padded = features[spec.name]
             if spec.kind == "bag" and isinstance(padded, Tensor):
-                present = padded >= 0
-                ends = torch.cumsum(present.sum(1), 0)
-                features[spec.name] = BagTensor(
-                    padded[present], torch.cat([torch.zeros_like(ends[:1]), ends])
-                )
+                features[spec.name] = _ragged(padded, {})
+            elif isinstance(padded, PaddedHistory) and not isinstance(body, JoinedBody):
+                features[spec.name] = _ragged(padded.values, padded.columns)
         query: Tensor = self.tower(features)
         return query
+
+    def _standardized(self, value: Tensor, index: int) -> Tensor:
+        mean, scale = getattr(self, f"mean_{index}"), getattr(self, f"scale_{index}")
+        standard: Tensor = ((value.double() - mean) / scale).float()
+        return standard
 
     def _built_in(self, body: MLPBody, features: FeatureTensors) -> Tensor:
         """Forward with padded bags: other runtimes have no ragged bags."""
         encoder = body.encoder
-        parts: list[Tensor] = []
-        for name in encoder.plain:
-            value = features[name]
-            assert isinstance(value, Tensor)
-            parts.append(value if value.dim() == 2 else value.unsqueeze(1))
+        parts = encoder.numbers(features)
         for name, key in encoder._table_of.items():
+            if name in encoder.item_tables:
+                continue
             value, table = features[name], encoder.tables[key].weight
             assert isinstance(table, Tensor) and isinstance(value, Tensor)
             if value.dim() == 1:
@@ -94,8 +105,25 @@ class _Graph(nn.Module):
         return self.tower.as_query(output)
 
 
+def _ragged(padded: Tensor, columns: Mapping[str, Tensor]) -> BagTensor:
+    present = padded >= 0
+    ends = torch.cumsum(present.sum(1), 0)
+    return BagTensor(
+        padded[present],
+        torch.cat([torch.zeros_like(ends[:1]), ends]),
+        {name: column[present] for name, column in columns.items()},
+    )
+
+
+def _event_columns(spec: FeatureSpec) -> list[str]:
+    """Columns of a history, in the order of the graph's inputs."""
+    named = {AGE: spec.times, EVENT: spec.events, DWELL: spec.dwell}
+    return [name for name, column in named.items() if column is not None]
+
+
 def graph_inputs(encoding: FeatureEncoding, contexts: pa.Table) -> dict[str, np.ndarray]:
-    """Encode contexts as inputs of the graph, by input name; bags are padded with -1."""
+    """Encode contexts as inputs of the graph, by input name; bags and histories are padded with
+    -1."""
     encoded = encoding.encode(contexts)
     inputs: dict[str, np.ndarray] = {}
     for index, spec in enumerate(encoding.specs):
@@ -113,13 +141,27 @@ def graph_inputs(encoding: FeatureEncoding, contexts: pa.Table) -> dict[str, np.
             inputs[_input_name(index)] = value
         else:
             assert not isinstance(value, np.ndarray)
-            length = np.diff(value.offsets)
-            # At least one column, also if all bags are empty.
-            padded = np.full((len(length), max(1, int(length.max(initial=0)))), -1, dtype=np.int64)
-            row = np.repeat(np.arange(len(length)), length)
-            padded[row, np.arange(len(value.values)) - value.offsets[row]] = value.values
-            inputs[_input_name(index)] = padded
+            narrowest = _NARROWEST[spec.kind]
+            inputs[_input_name(index)] = _padded(value.values, value.offsets, -1, narrowest)
+            for name, column in value.columns.items():
+                if name == DWELL:
+                    column = encoding.restored(f"{spec.name}/dwell", column)
+                inputs[_input_name(index, name)] = _padded(column, value.offsets, 0, narrowest)
     return inputs
+
+
+_NARROWEST = {"bag": 1, "history": 2}
+"""Columns of an input without values; tracers take a dimension of 1 in attention for a constant."""
+
+
+def _padded(values: np.ndarray, offsets: np.ndarray, filler: int, narrowest: int) -> np.ndarray:
+    """(n, w) with the values of each row from the left."""
+    length = np.diff(offsets)
+    shape = len(length), max(narrowest, int(length.max(initial=0)))
+    padded = np.full(shape, filler, dtype=values.dtype)
+    row = np.repeat(np.arange(len(length)), length)
+    padded[row, np.arange(len(values)) - offsets[row]] = values
+    return padded
 
 
 def write_graphs(
@@ -209,10 +251,12 @@ def contract(tower: ContextTower, version: str) -> dict[str, Any]:
         elif spec.kind == "vector":
             entry |= {"dtype": "float64", "shape": ["rows", spec.dim], "value": "as it is"}
         else:
-            shape = ["rows"] if spec.kind == "category" else ["rows", "longest bag"]
+            shape = ["rows"] if spec.kind == "category" else ["rows", f"longest {spec.kind}"]
             entry |= {"dtype": "int64", "shape": shape, "unknown": 0, "encoding": spec.encoding}
-            if spec.kind == "bag":
+            if spec.kind in ("bag", "history"):
                 entry["padding"] = -1
+            if spec.history:
+                entry["events"] = f"the newest {spec.most_events}, from the oldest to the newest"
             if spec.encoding == "vocabulary":
                 entry["value"] = "1 + the value's index in the vocabulary; 0 if it has none"
                 entry["vocabulary"] = "encoding/encoding.json names the Parquet file, column value"
@@ -222,6 +266,7 @@ def contract(tower: ContextTower, version: str) -> dict[str, Any]:
                 )
                 entry["buckets"] = spec.buckets
         inputs.append(entry)
+        inputs += [_event_contract(index, spec, name) for name in _event_columns(spec)]
     return {
         "version": version,
         "inputs": inputs,
@@ -231,6 +276,29 @@ def contract(tower: ContextTower, version: str) -> dict[str, Any]:
             "shape": ["rows", tower.query_dim],
             "meaning": "its inner product with an item vector is the policy's logit",
         },
+    }
+
+
+def _event_contract(index: int, spec: FeatureSpec, name: str) -> dict[str, Any]:
+    """Describe the input with a column of a history."""
+    column, dtype, value = {
+        AGE: (
+            spec.times,
+            "float64",
+            "time from the event to the request, in seconds or in the unit of numeric times",
+        ),
+        EVENT: (spec.events, "int64", "1 + the value's index in the vocabulary; 0 if it has none"),
+        DWELL: (spec.dwell, "float64", "the number as it is"),
+    }[name]
+    return {
+        "input": _input_name(index, name),
+        "feature": spec.name,
+        "column": column,
+        "kind": spec.kind,
+        "dtype": dtype,
+        "shape": ["rows", "longest history"],
+        "padding": 0,
+        "value": value,
     }
 
 
@@ -258,7 +326,7 @@ def _write_onnx(graph: _Graph, path: Path) -> None:
                 dynamo=True,
                 verbose=False,
                 dynamic_shapes={"inputs": shapes},
-                input_names=[_input_name(index) for index in range(len(examples))],
+                input_names=_input_names(graph.tower.encoding),
                 output_names=["query"],
             )
             assert program is not None
@@ -288,16 +356,35 @@ def _examples(
             )
         else:
             size = encoding.cardinality(spec.name)
-            wanted = (rows,) if spec.kind == "category" else (rows, 2)
+            wanted = (rows,) if spec.kind == "category" else (rows, 3)
             category = torch.randint(0, size, wanted, generator=generator, device="cpu")
-            if spec.kind == "bag":
-                category[0, 1] = -1
-                shape[1] = torch.export.Dim(f"longest_{index}", min=1)
+            if spec.kind != "category":
+                category[0, 1:] = -1
+                shape[1] = torch.export.Dim(f"longest_{index}", min=_NARROWEST[spec.kind])
             tensors.append(category)
+            for name in _event_columns(spec):
+                shapes.append(shape)
+                numbers = torch.rand(rows, 3, generator=generator, dtype=torch.float64)
+                if name == EVENT:
+                    kinds = encoding.cardinality(f"{spec.name}/events")
+                    numbers = (numbers * kinds).long()
+                tensors.append(numbers.masked_fill(category < 0, 0))
         shapes.append(shape)
     return tuple(tensors), tuple(shapes)
 
 
-def _input_name(index: int) -> str:
-    """Name of a graph input, which may not hold every character that a feature name may."""
-    return f"feature_{index}"
+def _input_names(encoding: FeatureEncoding) -> list[str]:
+    return [
+        _input_name(index, name)
+        for index, spec in enumerate(encoding.specs)
+        for name in ("", *_event_columns(spec))
+    ]
+
+
+def _input_name(index: int, column: str = "") -> str:
+    """Name of a graph input, which may not hold every character that a feature name may.
+
+    Args:
+        column: of a history; empty for the feature's own input.
+    """
+    return f"feature_{index}_{column}" if column else f"feature_{index}"

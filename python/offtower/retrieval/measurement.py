@@ -30,7 +30,7 @@ def sample_contexts(
     log: ParquetLog, encoding: FeatureEncoding, count: int, seed: int = 0
 ) -> pa.Table:
     """Draw up to `count` rows from random row groups, with the context columns."""
-    columns = list(dict.fromkeys(spec.source for spec in encoding.specs))
+    columns = list(encoding.columns)
     rng = np.random.default_rng(seed)
     groups = rng.permutation(len(log.row_group_sizes))
     parts: list[pa.Table] = []

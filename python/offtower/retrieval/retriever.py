@@ -174,11 +174,11 @@ class Retriever:
         Raises:
             DataError: a column is missing, or a query is not finite.
         """
-        for spec in self.tower.encoding.specs:
-            if spec.source not in contexts.column_names:
+        columns = self.tower.encoding.columns
+        for name in columns:
+            if name not in contexts.column_names:
                 raise DataError(
-                    f"the contexts have no column '{spec.source}'; the policy needs "
-                    + ", ".join(s.source for s in self.tower.encoding.specs)
+                    f"the contexts have no column '{name}'; the policy needs " + ", ".join(columns)
                 )
         queries = self.tower.embed(contexts)
         bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))

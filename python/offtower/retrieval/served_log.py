@@ -123,9 +123,14 @@ def _excluded(
 
 
 def _times(retriever: Retriever, contexts: pa.Table, now: datetime) -> pa.Array:
-    """(n,) times of the rows: those by which items were eligible, or the time of serving."""
+    """(n,) times of the rows: those by which items were eligible; where histories have times, those
+    that the contexts give; or the time of serving."""
     eligible = retriever.eligible
     times = None if eligible is None else eligible.times(contexts, now)
+    used = retriever.tower.encoding.timestamp
+    if times is None and used is not None:
+        # The ages of a history's events are relative to it.
+        return contexts.column(used).combine_chunks()
     if times is None:
         naive = np.full(contexts.num_rows, now.replace(tzinfo=None), dtype="datetime64[us]")
         times = pa.array(naive)
@@ -134,7 +139,7 @@ def _times(retriever: Retriever, contexts: pa.Table, now: datetime) -> pa.Array:
 
 def _without_old_decisions(contexts: pa.Table, schema: LogSchema) -> pa.Table:
     """Drop the columns of a logged decision: reward, propensity, item and the like."""
-    kept = {spec.source for spec in schema.context} | {schema.user_id}
+    kept = {name for spec in schema.context for name in spec.sources} | {schema.user_id}
     kept |= set() if schema.eligible is None else set(schema.eligible.log_columns)
     old = (set(schema.columns) | {"pscore_error"}) - kept
     return contexts.drop_columns([name for name in contexts.column_names if name in old])

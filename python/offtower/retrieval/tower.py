@@ -7,7 +7,7 @@ u / temperature, and a last coordinate of 1 if items have a bias.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from offtower.config import PolicyConfig
 from offtower.data.encoding import FeatureEncoding, to_tensors
 from offtower.errors import RunError
 from offtower.imports import check_code
+from offtower.models.features import Tables
+from offtower.models.histories import ItemTable
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import load_weights, save_weights
 from offtower.models.towers import Tower
@@ -31,12 +33,35 @@ _CONFIG: TypeAdapter[PolicyConfig] = TypeAdapter(PolicyConfig)
 
 
 class ContextTower(nn.Module):
-    """Map context features to queries; loads from an export without the item tower."""
+    """Map context features to queries; loads from an export without the item tower.
 
-    def __init__(self, config: PolicyConfig, encoding: FeatureEncoding, temperature: float) -> None:
+    Args:
+        config: of the policy.
+        encoding: of the contexts.
+        temperature: divides the embeddings.
+        item_dims: width of each member's table of items that histories read, where the policy's is
+            the item tower's; this module has a copy of it.
+    """
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        encoding: FeatureEncoding,
+        temperature: float,
+        item_dims: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self.config, self.encoding = config, encoding
-        self.tower = Tower(encoding, config.embedding_dim, config.context_tower)
+        histories = [spec.name for spec in encoding.specs if spec.history]
+        self.item_tables = nn.ModuleList()
+        tables: list[Tables] = []
+        for dim in item_dims:
+            size = encoding.cardinality(histories[0]), dim
+            weight = torch.empty(size, dtype=torch.float32, device="cpu")
+            table = nn.Embedding(*size, _weight=weight)
+            self.item_tables.append(table)
+            tables.append(Tables(items=dict.fromkeys(histories, ItemTable(table))))
+        self.tower = Tower(encoding, config.embedding_dim, config.context_tower, tables=tables)
         self.register_buffer(
             "scale", torch.tensor(1.0 / temperature, dtype=torch.float32, device="cpu")
         )
@@ -47,8 +72,12 @@ class ContextTower(nn.Module):
         temperature = policy.config.temperature
         if policy.config.learn_temperature:
             temperature = float(torch.exp(policy.log_temperature.detach().double()))
-        tower = cls(policy.config, policy.context_encoding, temperature)
+        shared = policy.context_tower.shared_tables
+        dims = [table.embedding_dim for table in shared]
+        tower = cls(policy.config, policy.context_encoding, temperature, dims)
         tower.tower.load_state_dict(policy.context_tower.state_dict())
+        for copy, table in zip(tower.item_tables, shared, strict=True):
+            copy.load_state_dict(table.state_dict())
         tower.eval()
         return tower
 
@@ -79,7 +108,11 @@ class ContextTower(nn.Module):
         directory.mkdir(parents=True)
         self.encoding.save(directory / "encoding")
         save_weights(directory / "tower.safetensors", self)
-        content = {"version": version, "policy": _CONFIG.dump_python(self.config, mode="json")}
+        content = {
+            "version": version,
+            "policy": _CONFIG.dump_python(self.config, mode="json"),
+            "item_dims": [table.embedding_dim for table in self.item_tables],
+        }
         write_text(directory / "tower.json", json.dumps(content, indent=1, sort_keys=True))
 
     @classmethod
@@ -98,6 +131,7 @@ class ContextTower(nn.Module):
             content = read_json(path)
             check_code(content["policy"], path, trust_code)
             found, config = content["version"], _CONFIG.validate_python(content["policy"])
+            item_dims = [int(dim) for dim in content.get("item_dims", ())]
         except RunError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -109,7 +143,7 @@ class ContextTower(nn.Module):
             )
         encoding = FeatureEncoding.load(directory / "encoding")
         try:
-            tower = cls(config, encoding, 1.0)
+            tower = cls(config, encoding, 1.0, item_dims)
         except (RuntimeError, MemoryError) as error:
             raise RunError(f"the tower that '{path}' describes cannot be built: {error}") from error
         load_weights(directory / "tower.safetensors", tower)

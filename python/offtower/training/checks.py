@@ -196,6 +196,11 @@ def check_two_stage(objective: Objective, config: Config, data: PreparedData) ->
         "starts from the reward model: unset training.warm_start and training.initialization": (
             training.warm_start is not None or training.initialization != "random"
         ),
+        "freezes the reward model's towers, which need a table of items of their own: set "
+        "reward_model.tower.history.items=own": (
+            config.reward_model.tower.history.items != "own"
+            and any(spec.history for spec in data.context_encoding.specs)
+        ),
         "has its inverse_temperature in objective.arguments: leave policy.temperature at 1, and "
         "unset policy.learn_temperature and training.initial_temperature": (
             policy.learn_temperature

@@ -193,7 +193,7 @@ def _item_sharded(inputs: SetupInputs) -> TrainingSetup:
         )
     shard = make_shard(config.policy, data, workers)
     seed_torch(config.seed, "policy")
-    policy = sharded_policy(config.policy, data, shard)
+    policy = sharded_policy(config.policy, data, shard, workers)
     if config.training.initialization == "uniform":
         initialize_uniform(policy)
     model = (

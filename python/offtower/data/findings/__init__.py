@@ -3,6 +3,7 @@
 from offtower.data.findings.base import Check, Finding, Level, LogFacts, LogPart, Target
 from offtower.data.findings.coverage import ConstantColumns, Coverage
 from offtower.data.findings.eligible import ExcludedItems
+from offtower.data.findings.histories import Histories
 from offtower.data.findings.propensities import Propensities
 from offtower.data.findings.reward import MeanReward
 from offtower.data.findings.rows import BadRows, DoubledRows, RepeatedRounds
@@ -15,6 +16,7 @@ CHECKS: tuple[type[Check], ...] = (
     MeanReward,
     Propensities,
     ExcludedItems,
+    Histories,
     Coverage,
     ConstantColumns,
     RepeatedRounds,

@@ -32,6 +32,7 @@ _PARSERS: dict[ColumnKind, Callable[[pa.Array, FileFormat], Parsed]] = {
     "integer": parse_integers,
     "vector": parse_vectors,
     "bag": parse_bags,
+    "times": parse_bags,
 }
 
 
@@ -140,6 +141,8 @@ def _explain(kind: ColumnKind, target: pa.DataType, value: Any) -> tuple[str, st
         return "no id", "text or a whole number"
     if kind == "vector":
         return "no vector", "a JSON list of numbers (or format.list_separator)"
+    if kind == "times":
+        return "no list of times", "a JSON list of whole numbers or of times (ISO 8601)"
     if kind == "bag":
         return "no bag", "a JSON list of text and whole numbers (or format.list_separator)"
     if pa.types.is_timestamp(target):

@@ -28,6 +28,7 @@ _TYPES: dict[ColumnKind, tuple[pa.DataType, ...]] = {
     "time": (pa.string(), pa.int64(), pa.float64()),
     "vector": (pa.list_(pa.float64()),),
     "bag": (pa.list_(pa.string()), pa.list_(pa.int64())),
+    "times": (pa.list_(pa.string()), pa.list_(pa.int64())),
     "labels": (pa.string(), pa.int64()),
     "any": (pa.string(),),
 }
@@ -145,8 +146,10 @@ _WANTED: dict[ColumnKind, str] = {
     "vector": "a list of numbers",
     "bag": "a list of text and whole numbers",
     "labels": "text or a whole number",
+    "times": "a list of times or whole numbers",
     "any": "text",
 }
+_LISTS = ("vector", "bag", "times")
 
 
 def _choice(kind: ColumnKind, cells: list[Any]) -> int:
@@ -168,7 +171,7 @@ def _column(kind: ColumnKind, cells: list[Any]) -> tuple[pa.Array, Mask]:
     """Cells as text, or as lists; and the mask of those that are neither."""
     values: list[Any] = [None] * len(cells)
     wrong = np.zeros(len(cells), dtype=bool)
-    listed = kind in ("vector", "bag") and not any(isinstance(cell, str) for cell in cells)
+    listed = kind in _LISTS and not any(isinstance(cell, str) for cell in cells)
     for row, cell in enumerate(cells):
         if cell is None:
             continue
@@ -179,9 +182,7 @@ def _column(kind: ColumnKind, cells: list[Any]) -> tuple[pa.Array, Mask]:
                 values[row] = vector_values(cell) if kind == "vector" else bag_values(cell)
             elif kind == "any":
                 values[row] = _text(cell)
-            elif isinstance(cell, dict) or (
-                isinstance(cell, list) and kind not in ("vector", "bag")
-            ):
+            elif isinstance(cell, dict) or (isinstance(cell, list) and kind not in _LISTS):
                 raise ValueError("no scalar")
             else:
                 values[row] = _text(cell)

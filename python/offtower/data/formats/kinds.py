@@ -9,16 +9,17 @@ from offtower.data.eligible_schema import EligibleSchema
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
 from offtower.errors import ConfigError
 
-ColumnKind = Literal["text", "number", "integer", "time", "vector", "bag", "labels", "any"]
+ColumnKind = Literal["text", "number", "integer", "time", "vector", "bag", "labels", "times", "any"]
 """text: ids and categories, as they stand; integer: whole numbers; time: timestamps or numbers;
 vector: lists of numbers; bag: lists of categories; labels: text, or a bag where the file has lists;
-any: as it stands."""
+times: lists of times or numbers; any: as it stands."""
 
 FEATURE_KINDS: dict[str, ColumnKind] = {
     "numeric": "number",
     "category": "text",
     "vector": "vector",
     "bag": "bag",
+    "history": "bag",
 }
 _BOTH: dict[frozenset[str], ColumnKind] = {
     frozenset({"number", "integer"}): "integer",
@@ -114,4 +115,8 @@ def joined_kinds(named: Iterable[tuple[str, ColumnKind]]) -> dict[str, ColumnKin
 
 
 def _features(specs: Iterable[FeatureSpec]) -> list[tuple[str, ColumnKind]]:
-    return [(spec.source, FEATURE_KINDS[spec.kind]) for spec in specs]
+    named: list[tuple[str | None, ColumnKind]] = []
+    for spec in specs:
+        named.append((spec.source, FEATURE_KINDS[spec.kind]))
+        named += [(spec.times, "times"), (spec.events, "bag"), (spec.dwell, "vector")]
+    return [(name, kind) for name, kind in named if name is not None]

@@ -16,6 +16,7 @@ EXPECTED: dict[ColumnKind, str] = {
     "vector": "lists of numbers",
     "bag": "lists of text or integers",
     "labels": "text, integers or lists of them",
+    "times": "lists of times or numbers",
     "any": "anything",
 }
 """What a column of each kind must hold, for messages."""
@@ -58,7 +59,7 @@ def target_type(
         return _parsed_type(kind, found)
     if pa.types.is_dictionary(found):
         found = found.value_type
-    if kind in ("vector", "bag"):
+    if kind in ("vector", "bag", "times"):
         return _list_type(kind, found)
     if kind == "number":
         return found if is_number(found) else None
@@ -102,6 +103,7 @@ def plain_type(kind: ColumnKind) -> pa.DataType:
         "vector": pa.list_(pa.float64()),
         "bag": pa.list_(pa.string()),
         "labels": pa.string(),
+        "times": pa.list_(pa.string()),
         "any": pa.string(),
     }[kind]
 
@@ -132,7 +134,11 @@ def _list_type(kind: ColumnKind, found: pa.DataType) -> pa.DataType | None:
     view = is_list_view(found)
     if not is_list(found) and not view:
         return None
-    if kind == "vector":
+    if kind == "times" and pa.types.is_timestamp(found.value_type):
+        return pa.list_(found.value_type) if view else found
+    if kind == "times" and is_string(found.value_type):
+        return pa.list_(pa.string())
+    if kind in ("vector", "times"):
         if not is_number(found.value_type):
             return None
         return pa.list_(found.value_type) if view else found

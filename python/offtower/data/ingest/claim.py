@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from offtower.atomic import remove_leftovers
+from offtower.data.ingest.histories import PREFIX
 from offtower.data.ingest.plan import Split
 from offtower.data.lease import Lease
 from offtower.data.location import AnyPath, Location
@@ -66,7 +67,7 @@ def _remove_interrupted(out: Location, marker: Location) -> None:
         (out / name).remove()
     if out.local is not None:
         remove_leftovers(out.local)
-        for path in out.local.glob(".split-*"):
+        for path in (*out.local.glob(".split-*"), *out.local.glob(f"{PREFIX}*")):
             shutil.rmtree(path, ignore_errors=True)
     logger.warning(
         "an earlier ingest into '%s' was interrupted; removed what it had written (%s) to start "

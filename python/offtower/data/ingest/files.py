@@ -14,6 +14,7 @@ from offtower.data.eligible import reading_index
 from offtower.data.findings.users import users_in_both
 from offtower.data.formats.kinds import catalogue_kinds, log_kinds
 from offtower.data.ingest.claim import claimed
+from offtower.data.ingest.histories import write_with_histories
 from offtower.data.ingest.notes import NO_PROPENSITIES, catalogue_notes, quarantine_notes
 from offtower.data.ingest.plan import IngestSource, IngestSummary, Split
 from offtower.data.ingest.writing import mark_single_draws, write_rows
@@ -58,6 +59,7 @@ def ingest_files(
             path that every worker sees.
 
     Raises:
+        ConfigError: the schema has no columns to build histories from.
         DataError: no such source, an unknown format, a bad row (unless quarantined), a source
             without rewards, a log of which no row is mature, a quarantine that moves the mean
             reward, or `out` holds a log already.
@@ -72,6 +74,8 @@ def ingest_files(
         # The key was not set, and the file has no such column: a log without propensities.
         schema = replace(schema, pscore=None)
         source = replace(source, schema=schema)
+    if source.history is not None:
+        source.history.column(schema)
     if schema.action in names:
         check_outcome_columns(names, schema, str(log))
     units = open_source(log, log_kinds(schema), written, whole_files=schema.slates)
@@ -89,7 +93,10 @@ def ingest_files(
         quarantine = (out / "quarantine").absolute() if on_bad_rows == "quarantine" else None
         schema = _dated(source.schema, units, execution.mapper)
         rows = CheckedUnits.uncounted(units, schema, reading_index(catalogue, schema), quarantine)
-        found = write_rows(out / "log", rows, execution)
+        if source.history is None:
+            found = write_rows(out / "log", rows, execution)
+        else:
+            found = write_with_histories(out / "log", rows, catalogue, source.history, execution)
         mark_single_draws(out / "log")
         notes = [NO_PROPENSITIES] if schema.pscore is None else []
         notes += [*catalogue_notes(catalogue_schema), *quarantine_notes(found, moved_mean)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from offtower.data.formats.options import SourceFormats
+from offtower.data.ingest.histories import HistoryOptions
 from offtower.data.location import AnyPath, Location
 from offtower.data.outcomes import OutcomeCounts
 from offtower.data.schema import CatalogueSchema, LogSchema
@@ -51,6 +52,7 @@ class IngestSource:
     Attributes:
         catalogue: the items; without it those that the log shows, known by their ids alone.
         formats: how the files write their values.
+        history: which earlier events each row gets as a feature; None adds none.
     """
 
     log: AnyPath
@@ -58,6 +60,7 @@ class IngestSource:
     catalogue: AnyPath | None = None
     catalogue_schema: CatalogueSchema | None = None
     formats: SourceFormats = field(default_factory=SourceFormats)
+    history: HistoryOptions | None = None
 
 
 @dataclass(frozen=True)

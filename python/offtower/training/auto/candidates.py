@@ -162,6 +162,7 @@ def _linear(config: Config, data: PreparedData, max_dim: int) -> PolicyConfig:
             category_embedding_dim=max(given.category_embedding_dim, dim),
             hidden_layer_sizes=(),
             tables="output",
+            history=given.history,
             unknown_rate=given.unknown_rate,
         )
 

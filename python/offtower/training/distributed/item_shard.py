@@ -20,6 +20,7 @@ from offtower.models.policy import TwoTowerPolicy
 from offtower.models.towers import MLPBody
 from offtower.ops import Eligibility
 from offtower.prepare import PreparedData
+from offtower.training.distributed.sharded_table import ShardedItemTable
 from offtower.training.workers import Workers
 
 
@@ -114,8 +115,13 @@ def make_shard(config: PolicyConfig, data: PreparedData, workers: Workers) -> It
     )
 
 
-def sharded_policy(config: PolicyConfig, data: PreparedData, shard: ItemShard) -> TwoTowerPolicy:
-    """Build the policy of `TwoTowerPolicy(...)` with only the shard's rows of owned tables."""
+def sharded_policy(
+    config: PolicyConfig, data: PreparedData, shard: ItemShard, workers: Workers
+) -> TwoTowerPolicy:
+    """Build the policy of `TwoTowerPolicy(...)` with only the shard's rows of owned tables.
+
+    Histories get the rows of other workers' items from these workers.
+    """
     rows = {name: len(code) + 1 for name, code in shard.codes.items()}
     policy = TwoTowerPolicy(config, data.context_encoding, data.item_encoding, item_table_rows=rows)
     for name, table in owned_tables(policy, shard).items():
@@ -125,6 +131,9 @@ def sharded_policy(config: PolicyConfig, data: PreparedData, shard: ItemShard) -
             weight[UNKNOWN].zero_()
             seed = encoder.initial_seeds[encoder.table_of(name)]
             weight[1:] = initial_rows(seed, shard.codes[name], weight.shape[1])
+        for body in policy.context_tower.bodies:
+            if isinstance(body, MLPBody):
+                body.encoder.read_items(table, ShardedItemTable(table, shard.codes[name], workers))
     return policy.to(data.device)
 
 
