@@ -23,6 +23,8 @@ from offtower.models.histories import HistoryEncoder, ItemTable
 from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.row_draws import RowDraws
+from offtower.training.auto.ensemble import join
+from offtower.training.initialization import initialize_uniform
 
 ITEMS = [f"i{number}" for number in np.random.default_rng(1).permutation(9)]
 SPEC = FeatureSpec(name="h", kind="history", length=5, times="t", events="e", dwell="d")
@@ -224,16 +226,17 @@ def newest_state(encoder: HistoryEncoder, vectors: Tensor, age: Tensor) -> Tenso
         vectors = vectors + layer.out(attended)
         hidden = functional.gelu(layer.up(layer.second_norm(vectors)))
         vectors = vectors + layer.down(hidden)
+    assert encoder.last is not None
     return encoder.last(vectors)[-1]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("attention", ["softmax", "pointwise"])
-def test_one_pass_gives_the_states_of_all_prefixes(attention: str) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[0] != "attention"])
+def test_one_pass_gives_the_states_of_all_prefixes(kind: tuple[str, str]) -> None:
     torch.manual_seed(6)
     table = ItemTable(torch.nn.Embedding(10, 6).double())
     spec = FeatureSpec(name="h", kind="history", length=5)
     encoding = FeatureEncoding.fit((spec,), [TABLE], HistoryBasis(pa.array(ITEMS)))
-    config = history_config(("transformer", attention), heads=3)
+    config = history_config(kind, heads=3)
     encoder = HistoryEncoder(spec, encoding, table.dim, config, RowDraws()).double()
     bag = to_tensors(encoding.encode(TABLE))["h"]
     assert isinstance(bag, BagTensor)
@@ -243,6 +246,36 @@ def test_one_pass_gives_the_states_of_all_prefixes(attention: str) -> None:
         for end in range(1, len(events) + 1):
             prefix = BagTensor(events[:end], torch.tensor([0, end]))
             torch.testing.assert_close(states[row, end - 1], encoder(prefix, table)[0])
+
+
+def test_an_ensemble_shares_tables_member_by_member() -> None:
+    """Its logits are the mean of the members'."""
+    history, members = history_config(("transformer", "softmax")), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        tower = TowerConfig(hidden_layer_sizes=(8,), history=history, bag="root")
+        config = PolicyConfig(embedding_dim=6, context_tower=tower, item_tower=tower)
+        members.append(TwoTowerPolicy(config, CONTEXTS, OF_ITEMS).eval())
+    joined = join(members, inverse_temperature=1.0)
+    tables = joined.context_tower.shared_tables
+    assert [table.embedding_dim for table in tables] == [16, 16]
+    features = encoded(dtype=torch.float32)
+
+    def logit(model: TwoTowerPolicy) -> Tensor:
+        items = model.embed_items(CATALOGUE).embedding
+        return model.embed_contexts(features) @ items.T / model.temperature
+
+    with torch.no_grad():
+        mean = torch.stack([logit(member) for member in members]).mean(dim=0)
+        torch.testing.assert_close(logit(joined), mean, rtol=1e-5, atol=1e-6)
+
+
+def test_uniform_initialization_leaves_histories_a_gradient() -> None:
+    model = policy(history_config(("mean", "softmax"), items="own"), tables="output")
+    initialize_uniform(model)
+    own = model.context_tower.bodies[0].encoder.embedding("h")
+    assert not model.embed_contexts(encoded(dtype=torch.float32)).any()
+    assert float(own.weight.abs().max()) > 0.1
 
 
 def test_widths_and_own_tables() -> None:

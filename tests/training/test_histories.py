@@ -38,6 +38,11 @@ KINDS = {
     "transformer": ["encoder=transformer", "layers=1"],
     "pointwise": ["encoder=transformer", "attention=pointwise", "layers=1"],
 }
+SAMPLED = (
+    "training.terms=sampled",
+    "sampling.num_samples=8",
+    "training.table_updates=lazy_adamw",
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +59,10 @@ def config_of(folder: Path, runs: Path, name: str, kind: str, *more: str) -> Con
         runs,
         name,
         "training.epochs=2",
+        "training.checkpoint_every_seconds=1000",
         "policy.item_bias=true",
         "policy.context_tower.history.dropout=0.1",
+        "policy.context_tower.history.width=8",
         "reward_model.epochs=1",
         *settings,
         *more,
@@ -71,12 +78,7 @@ def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Co
     """Exact terms for each encoder, and sampled terms with sparse updates for one."""
     place = tmp_path_factory.mktemp("runs")
     configs = {kind: config_of(folder, place, kind, kind) for kind in KINDS}
-    configs["sampled"] = config_of(
-        *(folder, place, "sampled", "transformer"),
-        "training.terms=sampled",
-        "sampling.num_samples=8",
-        "training.table_updates=lazy_adamw",
-    )
+    configs["sampled"] = config_of(folder, place, "sampled", "transformer", *SAMPLED)
     for config in configs.values():
         train_run(config)
     return configs
@@ -115,9 +117,7 @@ def test_policies_depend_on_the_history(runs: dict[str, Config], folder: Path) -
 def test_a_stopped_run_resumes_to_the_same_bits(
     runs: dict[str, Config], folder: Path, tmp_path: Path, name: str
 ) -> None:
-    more = [] if name == "transformer" else ["training.terms=sampled", "sampling.num_samples=8"]
-    if name == "sampled":
-        more.append("training.table_updates=lazy_adamw")
+    more = SAMPLED if name == "sampled" else ()
     config = config_of(folder, tmp_path, name, "transformer", *more)
 
     steps = 0
@@ -148,11 +148,9 @@ def train(workers: Workers, config: Config) -> None:
 def test_two_workers_train_the_policy_of_one(
     runs: dict[str, Config], folder: Path, tmp_path: Path, name: str, strategy: str
 ) -> None:
-    more = [f"training.strategy={strategy}"]
-    if name == "sampled":
-        more += ["training.terms=sampled", "sampling.num_samples=8"]
-        more.append("training.table_updates=lazy_adamw")
-    config = config_of(folder, tmp_path, name, "transformer", *more)
+    more = SAMPLED if name == "sampled" else ()
+    strategy = f"training.strategy={strategy}"
+    config = config_of(folder, tmp_path, name, "transformer", strategy, *more)
     run_workers(2, train, config)
     found, truth = log_probs(config, folder), log_probs(runs[name], folder)
     assert np.abs(np.exp(truth) - 1 / 14).max() > 0.02

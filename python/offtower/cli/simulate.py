@@ -10,6 +10,7 @@ Example:
   offtower simulate --items 1000 --beta -1 --beta 2 --out logs/two-policies
   offtower simulate --slate 5 --eligible regions=20 --out logs/slates
   offtower simulate --items 200 --drift trend=1 --drift week=0.5 --out logs/drift
+  offtower simulate --items 1000 --history 10 --out logs/histories
 """
 
 from __future__ import annotations
@@ -72,6 +73,12 @@ def simulate(
             metavar="FORM=NUMBER",
         ),
     ] = None,
+    history: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Give contexts histories of up to so many items, on which rewards depend."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     ray: RayOptions = IN_PROCESS,
     as_json: AsJson = False,
@@ -80,6 +87,7 @@ def simulate(
     from offtower.data.location import Location
     from offtower.data.output import check_new
     from offtower.data.simulate import (
+        HistorySettings,
         LoggingPolicy,
         SimulatedWorld,
         SlateSettings,
@@ -108,7 +116,12 @@ def simulate(
     behavior = "the logging policy" if len(policies) == 1 else "logging-1"
     world = SimulatedWorld(
         items,
-        WorldSettings(dim, dim, dim, feature_kinds=features, drift=changes),
+        WorldSettings(
+            *(dim, dim, dim),
+            feature_kinds=features,
+            drift=changes,
+            history=None if history is None else HistorySettings(history),
+        ),
         seed=seed,
         logging=next(iter(policies.values())),
         slate=None if slate is None else SlateSettings(slate, structure),

@@ -153,6 +153,17 @@ class FeatureEncoder(nn.Module):
         return self._table_of[feature]
 
     @property
+    def pooled_tables(self) -> dict[str, nn.Embedding | nn.EmbeddingBag]:
+        """Tables whose rows are outputs, those of categories and bags, by feature."""
+        found: dict[str, nn.Embedding | nn.EmbeddingBag] = {}
+        for name, key in self._table_of.items():
+            table = self.tables[key]
+            assert isinstance(table, (nn.Embedding, nn.EmbeddingBag))
+            if name not in self.item_tables:
+                found[name] = table
+        return found
+
+    @property
     def shared_table(self) -> nn.Embedding | None:
         """The table of items that histories read and another module owns."""
         shared = [one.table for name, one in self.item_tables.items() if name not in self._table_of]

@@ -98,7 +98,6 @@ class HistoryEncoder(nn.Module):
         if config.encoder != "mean" and config.width is None:
             width = max(width // config.heads, 1) * config.heads
         self.width = width
-        self.kind = config.encoder
         if config.encoder != "mean" and width % config.heads:
             raise ConfigError(
                 f"history.width is {width}, which is no multiple of history.heads, {config.heads}"
@@ -114,6 +113,7 @@ class HistoryEncoder(nn.Module):
         timed = spec.times is not None
         self.pooling: _Pooling | None = None
         self.layers = nn.ModuleList()
+        self.last: nn.LayerNorm | None = None
         if config.encoder == "attention":
             self.pooling = _Pooling(width, config.heads, spec.most_events, timed)
         elif config.encoder == "transformer":
@@ -130,9 +130,6 @@ class HistoryEncoder(nn.Module):
         events = _Events.of(history, table)
         vectors = self._vectors(events)
         some = events.length > 0
-        if self.kind == "mean":
-            total = (vectors * events.present.unsqueeze(2)).sum(dim=1)
-            return total / events.length.clamp_min(1).unsqueeze(1).to(total.dtype)
         if self.pooling is not None:
             pooled: Tensor = self.pooling(vectors, events)
             return pooled * some.unsqueeze(1)
@@ -141,9 +138,10 @@ class HistoryEncoder(nn.Module):
         return states.gather(1, newest).squeeze(1) * some.unsqueeze(1)
 
     def states(self, history: BagTensor | PaddedHistory, table: ItemTable) -> Tensor:
-        """(n, w, width) of a transformer after each event, which have read no later one: those of
-        all prefixes of the histories in one pass. Behind the newest event they mean nothing."""
-        assert self.kind == "transformer", "other encoders have no state after each event"
+        """(n, w, width) of a mean or a transformer after each event, which have read no later one:
+        those of all prefixes of the histories in one pass. Behind the newest event they mean
+        nothing."""
+        assert self.pooling is None, "learned queries read whole histories"
         events = _Events.of(history, table)
         return self._states(self._vectors(events), events)
 
@@ -157,6 +155,9 @@ class HistoryEncoder(nn.Module):
         return vectors
 
     def _states(self, vectors: Tensor, events: _Events) -> Tensor:
+        if self.last is None:
+            count = torch.arange(1, vectors.shape[1] + 1, device=vectors.device)
+            return vectors.cumsum(dim=1) / count.unsqueeze(1).to(vectors.dtype)
         for layer in self.layers:
             vectors = layer(vectors, events)
         states: Tensor = self.last(vectors)

@@ -258,7 +258,8 @@ class Tower(nn.Module):
 def _is_random(body: nn.Module) -> bool:
     if not isinstance(body, MLPBody):
         return True
-    return body.encoder.random or any(isinstance(m, RowDropout) for m in body.modules())
+    dropouts = (module for module in body.modules() if isinstance(module, RowDropout))
+    return body.encoder.random or any(module.rate > 0.0 for module in dropouts)
 
 
 def _make_body(

@@ -88,11 +88,9 @@ class _Graph(nn.Module):
         """Forward with padded bags: other runtimes have no ragged bags."""
         encoder = body.encoder
         parts = encoder.numbers(features)
-        for name, key in encoder._table_of.items():
-            if name in encoder.item_tables:
-                continue
-            value, table = features[name], encoder.tables[key].weight
-            assert isinstance(table, Tensor) and isinstance(value, Tensor)
+        for name, module in encoder.pooled_tables.items():
+            value, table = features[name], module.weight
+            assert isinstance(value, Tensor)
             if value.dim() == 1:
                 parts.append(nn.functional.embedding(value, table))
             else:

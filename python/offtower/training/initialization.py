@@ -79,6 +79,5 @@ def _output_weights(tower: Tower) -> Iterator[torch.Tensor]:
             yield last.weight
             yield last.bias
         if body.adds_tables:
-            for table in body.encoder.tables.values():
-                assert isinstance(table, (nn.Embedding, nn.EmbeddingBag))
+            for table in body.encoder.pooled_tables.values():
                 yield table.weight.T

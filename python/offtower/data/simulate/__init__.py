@@ -6,6 +6,7 @@ from __future__ import annotations
 from offtower.data.simulate.clicks import SlateSettings
 from offtower.data.simulate.drift import DriftSettings, parse_drift
 from offtower.data.simulate.eligible_sets import EligibilitySettings, parse_eligibility
+from offtower.data.simulate.histories import HistorySettings
 from offtower.data.simulate.log_files import write_simulated_log
 from offtower.data.simulate.logging_policy import LoggingPolicy
 from offtower.data.simulate.multi_policy import multi_policy_log, propensity_column
@@ -25,6 +26,7 @@ __all__ = [
     "DriftSettings",
     "EligibilitySettings",
     "FixedItemValue",
+    "HistorySettings",
     "LoggingPolicy",
     "ObpWorld",
     "PolicyValue",

@@ -36,12 +36,14 @@ from offtower.data.simulate.eligible_sets import (
     EligibleSets,
 )
 from offtower.data.simulate.features import CONTEXT_NAMES, ITEM_NAMES, FeatureKinds, Side
+from offtower.data.simulate.histories import Histories, HistorySettings
 from offtower.data.simulate.logging_policy import LoggingPolicy
 from offtower.data.simulate.policy_values import PolicyValues
 from offtower.data.simulate.rounds import draw_rounds
 from offtower.errors import ConfigError
 
 _PARAMETERS, _ITEMS, _LOG, _CONTEXTS, _ELIGIBLE, _IDS, _DRIFT = 1, 2, 3, 4, 5, 6, 7
+_HISTORIES = 8
 """Purposes of random streams, part of their keys."""
 
 _HALF_A_DAY = np.timedelta64(12, "h")
@@ -68,6 +70,8 @@ class WorldSettings:
             show, so that it can be learned for each id alone. Above 0 the id is a feature of the
             catalogue; at 1 it is the only one.
         drift: how rewards and the logging policy change over a log; None for none.
+        history: histories of the contexts, on which rewards depend; None draws none. With them the
+            items' ids are a feature too.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -85,6 +89,7 @@ class WorldSettings:
     string_ids: bool = False
     id_share: float = 0.0
     drift: DriftSettings | None = None
+    history: HistorySettings | None = None
 
     def __post_init__(self) -> None:
         for name in ("dim_context", "dim_item", "latent_dim", "n_users"):
@@ -174,6 +179,15 @@ class SimulatedWorld(PolicyValues):
         if settings.id_share > 0.0:
             sizes = np.linalg.norm(item_map, axis=1), float(np.linalg.norm(taste))
             self._hide(sizes, _generator(seed, _IDS))
+        self._histories: Histories | None = None
+        if settings.history is not None:
+            self._histories = Histories(
+                settings.history,
+                self.item_ids,
+                self.item_latent.numpy(),
+                settings.scale,
+                _generator(seed, _HISTORIES),
+            )
         self.eligible: EligibleSets | None = None
         if eligible is not None:
             popularity, rng = self.item_logit.numpy(), _generator(seed, _ELIGIBLE)
@@ -226,7 +240,7 @@ class SimulatedWorld(PolicyValues):
     @property
     def catalogue_schema(self) -> CatalogueSchema:
         features = self._item_side.specs if self.settings.id_share < 1.0 else ()
-        if self.settings.id_share > 0.0:
+        if self.settings.id_share > 0.0 or self._histories is not None:
             features += (FeatureSpec(name="id", kind="category", column="item_id"),)
         schema = CatalogueSchema(item_id="item_id", features=features)
         return schema if self.eligible is None else schema.keeping(self.eligible.section)
@@ -234,7 +248,8 @@ class SimulatedWorld(PolicyValues):
     @property
     def log_schema(self) -> LogSchema:
         return LogSchema(
-            context=self._context_side.specs,
+            context=self._context_side.specs
+            + (() if self._histories is None else (self._histories.spec,)),
             action="action",
             reward="reward",
             pscore="pscore",
@@ -307,9 +322,9 @@ class SimulatedWorld(PolicyValues):
         if self.slate is not None or self.eligible is not None:
             return self._rounds_chunk(number, n_rounds, seed, policy, behavior_policy)
         first, count, rng = self._chunk(number, n_rounds, _LOG, seed)
-        columns, users = self._draw_contexts(count, rng)
-        latent = self.context_latent(pa.table(columns))
         time = self._times(first, count, n_rounds)
+        columns, users = self._draw_contexts(time, rng)
+        latent = self.context_latent(pa.table(columns))
         action, pscore = self._draw_actions(policy, latent, time, rng)
         logit, drift = self._logit(latent, action), self.settings.drift
         if drift is not None and self.drift_direction is not None:
@@ -350,8 +365,8 @@ class SimulatedWorld(PolicyValues):
     ) -> pa.Table:
         """`log_chunk` of a world with slates or eligible items."""
         first, count, rng = self._chunk(number, n_rounds, _LOG, seed)
-        columns, users = self._draw_contexts(count, rng)
         time = self._times(first, count, n_rounds)
+        columns, users = self._draw_contexts(time, rng)
         columns["timestamp"] = pa.array(time)
         if self.eligible is not None:
             draws = _generator(self.seed, _ELIGIBLE, _LOG, seed, number)
@@ -406,21 +421,29 @@ class SimulatedWorld(PolicyValues):
         return self._slate_settings.draw(logit, self.settings.intercept, kind, rng)
 
     def contexts(self, n: int, seed: int = 0) -> pa.Table:
-        """Draw n new contexts: the context columns, and those that say which items are eligible."""
+        """Draw n new contexts: the context columns, those that say which items are eligible, and
+        with histories the time before which they end."""
         tables = []
         for number in range(num_chunks(n)):
             first, count, rng = self._chunk(number, n, _CONTEXTS, seed)
-            columns = self._draw_contexts(count, rng)[0]
+            time = self._times(first, count, n)
+            columns = self._draw_contexts(time, rng)[0]
+            if self.eligible is not None or self._histories is not None:
+                columns["timestamp"] = pa.array(time)
             if self.eligible is not None:
-                time = self._times(first, count, n)
                 draws = _generator(self.seed, _ELIGIBLE, _CONTEXTS, seed, number)
-                columns |= {"timestamp": pa.array(time), **self.eligible.row_columns(time, draws)}
+                columns |= self.eligible.row_columns(time, draws)
             tables.append(pa.table(columns))
         return pa.concat_tables(tables).combine_chunks()
 
     def context_latent(self, contexts: pa.Table) -> Tensor:
         """Return z's context factor, (B, latent_dim) float64, scale included."""
-        return torch.from_numpy(self._context_side.state(contexts) @ self._context_map.T)
+        factor = self._context_side.state(contexts) @ self._context_map.T
+        if self._histories is not None:
+            share = self._histories.settings.share
+            factor *= np.sqrt(1.0 - share)
+            factor += np.sqrt(share) * self._histories.factor(contexts)
+        return torch.from_numpy(factor)
 
     def _chunk(
         self, number: int, n: int, purpose: int, seed: int
@@ -443,12 +466,17 @@ class SimulatedWorld(PolicyValues):
         return pa.array(np.char.mod("item-%d", number) if self.settings.string_ids else number)
 
     def _draw_contexts(
-        self, n: int, rng: np.random.Generator
+        self, time: NDArray[np.datetime64], rng: np.random.Generator
     ) -> tuple[dict[str, pa.Array], NDArray[np.int64]]:
+        """Columns and users of contexts at these times."""
+        n = len(time)
         users = rng.integers(self.settings.n_users, size=n)
         own = rng.standard_normal((n, self.settings.dim_context), dtype=np.float32)
         vectors = np.float32(np.sqrt(0.5)) * (self._user_vectors[users] + own)
-        return self._context_side.columns(vectors, rng), users
+        columns = self._context_side.columns(vectors, rng)
+        if self._histories is not None:
+            columns |= self._histories.columns(time, rng)
+        return columns, users
 
 
 def _with_columns(table: pa.Table, columns: dict[str, pa.Array]) -> pa.Table:

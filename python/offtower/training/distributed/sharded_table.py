@@ -36,7 +36,7 @@ class ShardedItemTable(ItemTable):
     def __call__(self, codes: Tensor) -> Tensor:
         device = codes.device
         distinct = torch.unique(codes[codes != UNKNOWN].cpu())
-        count = torch.tensor([len(distinct)], dtype=torch.int64)
+        count = torch.tensor([len(distinct)], dtype=torch.int64, device="cpu")
         counts = self._workers.gather(count, [1] * self._workers.size).tolist()
         wanted = torch.unique(self._workers.gather(distinct, counts))
         place = torch.searchsorted(self._codes, wanted).clamp_max(len(self._codes) - 1)
