@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -23,6 +24,7 @@ from offtower.models.store import load_policy
 from offtower.retrieval import ExportOptions, IndexOptions, Retriever, export_run
 from offtower.retrieval.graphs import graph_inputs, write_graphs
 from offtower.retrieval.tower import ContextTower
+from offtower.server.columns import ContextColumns
 from offtower.training.run import train_run
 from offtower.training.trainer import Trainer
 from offtower.training.workers import Workers
@@ -206,5 +208,10 @@ def test_search_and_evaluation_read_histories(runs: dict[str, Config], folder: P
     np.testing.assert_array_equal(np.asarray(found.item_id), ids[order])
     with pytest.raises(DataError, match="no column 'timestamp'"):
         retriever.search(table.drop_columns(["timestamp"]), 3)
+    # As the server reads them from JSON: whole numbers become text.
+    names = retriever.tower.encoding.columns
+    given = pa.RecordBatch.from_pylist(table.slice(0, 20).select(names).to_pylist())
+    served = ContextColumns.of(retriever).table(given)
+    np.testing.assert_allclose(retriever.embed(served), retriever.embed(table.slice(0, 20)))
     evaluate_runs([config.run_directory])
     assert (config.run_directory / "report.json").exists()

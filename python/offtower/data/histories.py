@@ -155,7 +155,7 @@ def read_events(spec: FeatureSpec, items: Column, table: pa.Table, timestamp: st
             )
         times, of_events = _numbers(parallel[spec.times])
         row_times, of_rows = _numbers(as_array(table.column(timestamp)))
-        if of_events != of_rows:
+        if len(times) and of_events != of_rows:
             raise DataError(
                 f"feature '{spec.name}': '{spec.times}' holds {_kind(of_events)} and "
                 f"'{timestamp}' holds {_kind(of_rows)}; write both alike"
@@ -244,7 +244,7 @@ def _fits(spec: FeatureSpec, name: str, kind: pa.DataType) -> bool:
 def _numbers(times: pa.Array) -> tuple[NDArray[np.float64], bool]:
     """Times as microseconds, or numbers as they are; and whether they are times. Null is NaN."""
     if is_text(times.type):
-        times = _parsed(times)
+        times = parsed_times(times)
     if pa.types.is_timestamp(times.type):
         values = timestamps(pa.chunked_array([pc.fill_null(times, 0)])).astype(np.float64)
         values[pc.is_null(times).to_numpy(zero_copy_only=False)] = np.nan
@@ -252,8 +252,12 @@ def _numbers(times: pa.Array) -> tuple[NDArray[np.float64], bool]:
     return as_float_array(times), False
 
 
-def _parsed(texts: pa.Array) -> pa.Array:
-    """Numbers, or times of ISO 8601, that were written as text."""
+def parsed_times(texts: pa.Array) -> pa.Array:
+    """Whole numbers, times of ISO 8601, or numbers that were written as text.
+
+    Raises:
+        DataError: a text is none of them.
+    """
     for kind in (pa.int64(), pa.timestamp("us"), pa.timestamp("us", tz="UTC"), pa.float64()):
         try:
             return pc.cast(texts, kind)

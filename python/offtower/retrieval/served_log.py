@@ -10,7 +10,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from offtower.data.columns import as_array, is_text
 from offtower.data.eligible_schema import EligibleSchema, ListForm
+from offtower.data.histories import parsed_times
 from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.errors import DataError
 from offtower.retrieval.results import SampleResult
@@ -130,7 +132,8 @@ def _times(retriever: Retriever, contexts: pa.Table, now: datetime) -> pa.Array:
     used = retriever.tower.encoding.timestamp
     if times is None and used is not None:
         # The ages of a history's events are relative to it.
-        return contexts.column(used).combine_chunks()
+        given = as_array(contexts.column(used))
+        return parsed_times(given) if is_text(given.type) else given
     if times is None:
         naive = np.full(contexts.num_rows, now.replace(tzinfo=None), dtype="datetime64[us]")
         times = pa.array(naive)

@@ -46,6 +46,9 @@ class ContextColumns:
         schema = LogSchema.from_dict(retriever.manifest["log_schema"])
         encoding = retriever.tower.encoding
         kinds: dict[str, ColumnKind] = feature_kinds(encoding.specs)
+        if encoding.timestamp is not None:
+            # Histories have times in the form of the row's, whichever that is.
+            kinds[encoding.timestamp] = "any"
         required = list(kinds)
         eligible: dict[str, bool] = {}
         if retriever.eligible is not None:
