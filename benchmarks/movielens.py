@@ -35,6 +35,7 @@ from offtower.data.features import BagArray, take_bag
 from offtower.data.histories import HistoryBasis
 from offtower.data.schema import FeatureSpec
 from offtower.models import TwoTowerPolicy
+from offtower.models.features import FeatureTensors
 from offtower.models.histories import HistoryEncoder
 from offtower.models.items import ItemEmbeddings, ItemFeatures
 from offtower.models.optimizer import make_optimizer
@@ -87,7 +88,7 @@ class Task:
         length = options.length
         ids = np.unique(ratings.items)
         self.num_items = len(ids)
-        of_item = np.searchsorted(ids, ratings.items)
+        self.of_item = of_item = np.searchsorted(ids, ratings.items)
         ends = ratings.offsets[1:]
         starts = np.maximum(ratings.offsets[:-1], ends - 1 - length)
         # Inputs of the held-out event; those of training end one event earlier.
@@ -132,6 +133,10 @@ class Task:
             "t": pa.ListArray.from_arrays(lists, pa.array(self.ratings.times[flat])),
             "at": at,
         }
+
+    def encoded(self, part: tuple[NDArray[np.int64], ...]) -> FeatureTensors:
+        """Contexts with the histories of `part`."""
+        return to_tensors(self.policy.context_encoding.encode(pa.table(self._columns(part))))
 
     def positions(self, users: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """(B, d) contexts of all training positions of some users, and (B,) the items that follow.
@@ -301,7 +306,7 @@ class Run:
         temporary.replace(self.folder / "state.safetensors")
 
 
-def main() -> None:
+def options_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ratings", type=Path, help="ratings.dat")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
@@ -320,7 +325,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--seconds", type=float, help="stop after the epoch that exceeds them")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = options_parser().parse_args()
     attention = f"-{options.attention}" if options.encoder == "transformer" else ""
     run = Run(
         Task(Ratings.read(options.ratings), options),

@@ -75,15 +75,25 @@ def config_of(folder: Path, runs: Path, name: str, kind: str, *more: str) -> Con
     return parse_config(content)
 
 
+class Runs(dict[str, Config]):
+    """Runs with exact terms for each encoder, and with sampled terms and sparse updates for one;
+    each is trained once it is read."""
+
+    def __init__(self, folder: Path, place: Path) -> None:
+        super().__init__()
+        self._folder, self._place = folder, place
+
+    def __missing__(self, name: str) -> Config:
+        sampled = name == "sampled"
+        kind, more = ("transformer", SAMPLED) if sampled else (name, ())
+        self[name] = config_of(self._folder, self._place, name, kind, *more)
+        train_run(self[name])
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
-    """Exact terms for each encoder, and sampled terms with sparse updates for one."""
-    place = tmp_path_factory.mktemp("runs")
-    configs = {kind: config_of(folder, place, kind, kind) for kind in KINDS}
-    configs["sampled"] = config_of(folder, place, "sampled", "transformer", *SAMPLED)
-    for config in configs.values():
-        train_run(config)
-    return configs
+def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(folder, tmp_path_factory.mktemp("runs"))
 
 
 def log_probs(config: Config, folder: Path) -> np.ndarray:
@@ -101,8 +111,9 @@ def log_probs(config: Config, folder: Path) -> np.ndarray:
     return torch.log_softmax(logit, dim=1).numpy()
 
 
-def test_policies_depend_on_the_history(runs: dict[str, Config], folder: Path) -> None:
-    for name, config in runs.items():
+def test_policies_depend_on_the_history(runs: Runs, folder: Path) -> None:
+    for name in (*KINDS, "sampled"):
+        config = runs[name]
         policy, _ = load_policy(config.run_directory / "policy")
         assert len(policy.context_tower.shared_tables) == 1, name
         table = pq.read_table(folder / "test_seen")
@@ -117,7 +128,7 @@ def test_policies_depend_on_the_history(runs: dict[str, Config], folder: Path) -
 
 @pytest.mark.parametrize("name", ["transformer", "sampled"])
 def test_a_stopped_run_resumes_to_the_same_bits(
-    runs: dict[str, Config], folder: Path, tmp_path: Path, name: str
+    runs: Runs, folder: Path, tmp_path: Path, name: str
 ) -> None:
     more = SAMPLED if name == "sampled" else ()
     config = config_of(folder, tmp_path, name, "transformer", *more)
@@ -148,7 +159,7 @@ def train(workers: Workers, config: Config) -> None:
 @pytest.mark.parametrize("strategy", ["replicated", "item_sharded"])
 @pytest.mark.parametrize("name", ["transformer", "sampled"])
 def test_two_workers_train_the_policy_of_one(
-    runs: dict[str, Config], folder: Path, tmp_path: Path, name: str, strategy: str
+    runs: Runs, folder: Path, tmp_path: Path, name: str, strategy: str
 ) -> None:
     more = SAMPLED if name == "sampled" else ()
     strategy = f"training.strategy={strategy}"
@@ -165,7 +176,7 @@ def test_two_workers_train_the_policy_of_one(
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_exported_towers_score_histories_as_training_did(
-    runs: dict[str, Config], folder: Path, tmp_path: Path, kind: str
+    runs: Runs, folder: Path, tmp_path: Path, kind: str
 ) -> None:
     policy, _ = load_policy(runs[kind].run_directory / "policy")
     tower = ContextTower.of(policy)
@@ -197,7 +208,7 @@ def test_exported_towers_score_histories_as_training_did(
     assert [entry["input"] for entry in contract["inputs"]] == list(inputs)
 
 
-def test_search_and_evaluation_read_histories(runs: dict[str, Config], folder: Path) -> None:
+def test_search_and_evaluation_read_histories(runs: Runs, folder: Path) -> None:
     config = runs["transformer"]
     export_run(config.run_directory, ExportOptions(index=IndexOptions(kind="flat")))
     retriever = Retriever.open(config.run_directory)
