@@ -269,7 +269,7 @@ class _Pooling(nn.Module):
         self.bias = _RelativeBias(heads, most_events, timed)
 
     def forward(self, vectors: Tensor, events: _Events) -> Tensor:
-        n, w, width = vectors.shape
+        n, w, _ = vectors.shape
         key, value = _by_head(self.keys(vectors), 2, self.heads)
         query = self.query.view(1, self.heads, 1, -1).expand(n, -1, -1, -1)
         place = torch.arange(w, device=vectors.device)
@@ -280,7 +280,7 @@ class _Pooling(nn.Module):
         low = torch.finfo(bias.dtype).min / 2
         mask = bias.masked_fill(~events.present.view(n, 1, 1, w), low).to(key.dtype)
         mean = functional.scaled_dot_product_attention(query.to(key.dtype), key, value, mask)
-        pooled: Tensor = self.out(mean.reshape(n, width))
+        pooled: Tensor = self.out(_joined(mean).squeeze(1))
         return pooled
 
 
@@ -347,5 +347,5 @@ def _by_head(mixed: Tensor, count: int, heads: int) -> tuple[Tensor, ...]:
 
 def _joined(by_head: Tensor) -> Tensor:
     """(n, heads, w, d) -> (n, w, heads x d)."""
-    n, heads, w, d = by_head.shape
-    return by_head.transpose(1, 2).reshape(n, w, heads * d)
+    # No view: the strides of attention's output differ between runtimes.
+    return torch.cat(by_head.unbind(dim=1), dim=2)
