@@ -271,7 +271,8 @@ def test_an_ensemble_shares_tables_member_by_member() -> None:
 
 
 def test_uniform_initialization_leaves_histories_a_gradient() -> None:
-    model = policy(history_config(("mean", "softmax"), items="own"), tables="output")
+    tower = TowerConfig(tables="output", history=HistoryConfig(items="own"))
+    model = TwoTowerPolicy(PolicyConfig(context_tower=tower), CONTEXTS, OF_ITEMS)
     initialize_uniform(model)
     own = model.context_tower.bodies[0].encoder.embedding("h")
     assert not model.embed_contexts(encoded(dtype=torch.float32)).any()

@@ -224,5 +224,7 @@ def test_search_and_evaluation_read_histories(runs: Runs, folder: Path) -> None:
     given = pa.RecordBatch.from_pylist(table.slice(0, 20).select(names).to_pylist())
     served = ContextColumns.of(retriever).table(given)
     np.testing.assert_allclose(retriever.embed(served), retriever.embed(table.slice(0, 20)))
-    evaluate_runs([config.run_directory])
-    assert (config.run_directory / "report.json").exists()
+    evaluation = evaluate_runs([config.run_directory])
+    assert evaluation.log["rows"] == 300
+    # Rows with an event of an item that the catalogue does not have.
+    assert "seen" in evaluation.unknown_values["transformer"]
