@@ -70,7 +70,7 @@ def test_names_that_leave_the_export_are_refused(
     if listed == "files":
         manifest["files"] = {name: {"bytes": 0, "sha256": ""}, **manifest["files"]}
     else:
-        manifest["vectors"]["file"] = name
+        manifest["vectors"]["files"] = [name]
     write_manifest(copy, manifest)
     with pytest.raises(RunError, match=r"manifest\.json' names the file .* not a plain relative"):
         Retriever.open(copy)

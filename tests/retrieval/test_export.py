@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 import torch
 from torch import nn
 
+from offtower.checksums import describe_files, verify_file, write_checked_json
 from offtower.config import TowerConfig
 from offtower.data import Catalogue, write_catalogue
 from offtower.data.encoding import FeatureEncoding, to_tensors
@@ -32,10 +34,11 @@ from offtower.errors import DataError, OfftowerError, RunError
 from offtower.execution import LOCAL
 from offtower.models import ItemFeatures, load_policy, save_policy
 from offtower.models.features import FeatureEncoder
-from offtower.retrieval import ExportOptions, Retriever, export_run
+from offtower.retrieval import ExportOptions, Retriever, array_files, export_run
+from offtower.retrieval.array_files import map_array
 from offtower.retrieval.catalogue_stream import CatalogueStream
 from offtower.retrieval.graphs import graph_inputs, write_graphs
-from offtower.retrieval.manifest import read_manifest
+from offtower.retrieval.manifest import read_manifest, write_manifest
 from offtower.retrieval.tower import ContextTower
 from offtower.retrieval.vectors import load_ids, write_vectors
 from tests.mappers import BACKWARDS, content
@@ -218,7 +221,7 @@ def test_nan_embeddings_and_duplicate_ids_are_named(
         "offtower.retrieval.export.write_vectors",
         "offtower.retrieval.export.write_parquet",
         "offtower.retrieval.export.write_manifest",
-        "os.posix_fallocate",
+        "offtower.retrieval.partitioning.array_writer",
         "numpy.save",
         "torch.export.save",
     ],
@@ -275,10 +278,17 @@ def test_a_full_disk_or_a_kill_leaves_the_earlier_export(run: Path, exported: Pa
     assert not list(export.glob(".*.partial"))
 
 
+@pytest.mark.parametrize("part_rows", [1024, 1000, array_files.PART_ROWS])
 def test_items_embedded_elsewhere_have_the_same_bits(
-    run: Path, world: SimulatedWorld, tmp_path: Path
+    run: Path,
+    world: SimulatedWorld,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part_rows: int,
 ) -> None:
-    """Files of any size, row groups of any size, parts in any order and twice."""
+    """Files of any size, row groups of any size, parts in any order and twice; parts of whole
+    pages are mapped side by side."""
+    monkeypatch.setattr(array_files, "PART_ROWS", part_rows)
     table, schema = world.catalogue_table(), world.catalogue_schema
     for name, (first, last), groups in (("a", (0, 1700), 333), ("b", (1700, 3000), 2000)):
         part = table.slice(first, last - first)
@@ -295,6 +305,13 @@ def test_items_embedded_elsewhere_have_the_same_bits(
     assert content(tmp_path / "many") == content(tmp_path / "one")
     ids = load_ids(tmp_path / "many" / "ids.arrow", 3000)
     assert ids.to_pylist() == table["item_id"].to_pylist()
+    paths = [tmp_path / "one" / name for name in found[0].files]
+    assert len(paths) == -(-3000 // part_rows)
+    vectors = map_array(paths)
+    assert np.array_equal(vectors, np.concatenate([np.load(path) for path in paths]))
+    assert vectors.flags.c_contiguous and not (vectors.flags.writeable and part_rows == 1024)
+    for path, one in found[0].files.items():
+        assert verify_file(tmp_path / "one" / path, one.facts) == ""
 
 
 def test_a_row_group_is_read_once(
@@ -314,6 +331,44 @@ def test_a_row_group_is_read_once(
     stream = CatalogueStream(tmp_path / "all.parquet", world.catalogue_schema)
     assert write_vectors(policy, stream, tmp_path, chunk=700).count == 3000
     assert read == [[0], [1]]
+
+
+def test_an_export_in_parts_is_served_like_one_in_one_file(
+    run: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing or damaged part is named; exports of format 2, with one file, are read."""
+    monkeypatch.setattr(array_files, "PART_ROWS", 1024)
+    for dtype in ("int8", "float32"):
+        path = export_run(run, replace(PLAIN, dtype=dtype))
+        names = read_manifest(path)["vectors"]["files"]
+        assert len(names) == 3 and not (path / "vectors.npy").exists()
+        Retriever.open(path).search(contexts(run, 5), 3)
+    asked = contexts(run, 20)
+    one, two = (Retriever.open(p).search(asked, 7, exact=True) for p in (exported, path))
+    assert one.item_id == two.item_id
+    assert all(np.array_equal(a, b) for a, b in zip(one.score, two.score, strict=True))
+
+    manifest = read_manifest(path)
+    manifest.pop("format")
+    whole = np.concatenate([np.load(path / name) for name in names])
+    np.save(path / "vectors.npy", whole)
+    old = {**manifest["vectors"], "file": "vectors.npy"}
+    old.pop("files")
+    content = {"format": 2, **manifest, "vectors": old}
+    content["files"] = {**manifest["files"], **describe_files(path, ["vectors.npy"])}
+    write_checked_json(path / "manifest.json", content)
+    assert Retriever.open(path).search(asked, 7, exact=True).item_id == two.item_id
+
+    write_manifest(path, manifest)
+    part = path / names[1]
+    damaged = bytearray(part.read_bytes())
+    damaged[-9] ^= 1
+    part.write_bytes(damaged)
+    with pytest.raises(RunError, match=rf"{names[1]}' is corrupted"):
+        Retriever.open(path)
+    part.unlink()
+    with pytest.raises(RunError, match=rf"{names[1]}' is missing"):
+        Retriever.open(path)
 
 
 def test_ids_are_checked(run: Path, exported: Path) -> None:

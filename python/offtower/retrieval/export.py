@@ -28,6 +28,7 @@ from offtower.execution import LOCAL, Execution
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import load_policy
 from offtower.prepare import catalogue_schema
+from offtower.retrieval.array_files import map_array
 from offtower.retrieval.catalogue_stream import CatalogueStream
 from offtower.retrieval.eligible import write_eligible
 from offtower.retrieval.exact import exact_top_k, recall
@@ -241,13 +242,13 @@ class _Writer:
         write_eligible(
             self.catalogue.keeping(log.schema.eligible), log.schema, folder, chunk=options.chunk
         )
-        exact = np.load(folder / "vectors.npy", mmap_mode="r")
-        name, scale, precision = "vectors.npy", None, None
+        exact = map_array([folder / name for name in written.files])
+        vector_files, scale, precision = written.files, None, None
         served: NDArray[Any] = exact
         if options.dtype != "float32":
-            name = f"vectors_{options.dtype}.npy"
-            scale = quantize(exact, options.dtype, folder, name)
-            served = np.load(folder / name, mmap_mode="r")
+            name = f"vectors_{options.dtype}"
+            vector_files, scale = quantize(exact, options.dtype, folder, name)
+            served = map_array([folder / name for name in vector_files])
             if scale is not None:
                 np.save(folder / "scale.npy", scale)
             precision = _precision(queries, exact, served, scale)
@@ -281,11 +282,12 @@ class _Writer:
             clock.lap("parquet")
         if options.dtype != "float32":
             # Keep the served precision only; cells hold their own float32 rows.
-            (folder / "vectors.npy").unlink()
-        files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+            for name in written.files:
+                (folder / name).unlink()
+        files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         return {
             "vectors": {
-                "file": name,
+                "files": list(vector_files),
                 "count": written.count,
                 "dim": query_dim(self.policy),
                 "embedding_dim": self.policy.config.embedding_dim,
@@ -311,7 +313,8 @@ class _Writer:
             if options.parquet
             else None,
             "seconds": clock.seconds,
-            "files": describe_files(folder, files),
+            "files": describe_files(folder, files - vector_files.keys())
+            | {name: one.facts for name, one in vector_files.items()},
         }
 
     def _index_options(self) -> IndexOptions | None:

@@ -22,7 +22,9 @@ from offtower.config.serving import parse_serving
 from offtower.errors import RunError
 from offtower.paths import safe_relative
 
-FORMAT = 2
+FORMAT = 3
+_READ_FORMATS = (2, FORMAT)
+"""Format 2 has the vectors in one file."""
 FILE = "manifest.json"
 CURRENT = "CURRENT"
 
@@ -51,7 +53,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"no export at '{directory}': {FILE} is missing. Make one with: offtower export RUN"
         ) from None
     found = content.get("format")
-    if found != FORMAT:
+    if found not in _READ_FORMATS:
         raise RunError(f"'{path}' has format {found}, this offtower reads {FORMAT}; export again")
     return content
 

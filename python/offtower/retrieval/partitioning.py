@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from offtower.retrieval.array_files import WrittenFile, array_writer, map_array
 from offtower.retrieval.cells import Cells, FloatArray, IntArray
-from offtower.retrieval.vectors import create_array
 
 _SPLIT_ROWS_PER_CELL = 100
 """Items per cell that the split tree is fitted on; larger catalogues are subsampled."""
@@ -195,11 +195,11 @@ def _separate_outliers(
 def _reordered(vectors: FloatArray, order: IntArray, directory: Path | None) -> FloatArray:
     if directory is None:
         return np.ascontiguousarray(vectors[order], dtype=np.float32)
-    target = create_array(directory / "vectors.npy", np.float32, vectors.shape)
-    for first in range(0, len(order), _CHUNK):
-        target[first : first + _CHUNK] = vectors[order[first : first + _CHUNK]]
-    target.flush()
-    return np.asarray(target)
+    path = directory / "vectors.npy"
+    with array_writer(path, np.float32, vectors.shape, WrittenFile()) as append:
+        for first in range(0, len(order), _CHUNK):
+            append(vectors[order[first : first + _CHUNK]])
+    return np.asarray(map_array([path]))
 
 
 def _moments(

@@ -75,8 +75,10 @@ class Retriever:
                 f"the context tower of '{directory}' gives {self.tower.query_dim} numbers, the "
                 f"items have {facts['dim']}; export again"
             )
-        file = safe_relative(facts["file"], directory / FILE, RunError)
-        self.vectors = load_vectors(directory / file, self.num_items, facts["dim"], facts["dtype"])
+        # Exports of format 2 have one file.
+        names = facts["files"] if "files" in facts else [facts["file"]]
+        files = [directory / safe_relative(name, directory / FILE, RunError) for name in names]
+        self.vectors = load_vectors(files, self.num_items, facts["dim"], facts["dtype"])
         self.scale: NDArray[np.float32] | None = None
         if facts["dtype"] == "int8":
             self.scale = load_scale(directory / "scale.npy", facts["dim"])

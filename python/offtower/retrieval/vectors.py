@@ -7,10 +7,8 @@ policy's logit, and item vectors do not depend on the temperature.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,15 +26,20 @@ from offtower.data.encoding import to_tensors
 from offtower.data.parquet_checksums import UNREADABLE
 from offtower.errors import DataError, RunError
 from offtower.execution import LOCAL, Execution
-from offtower.mapping import Mapper, pieces
 from offtower.models.policy import TwoTowerPolicy
 from offtower.progress import report_rows
+from offtower.retrieval.array_files import (
+    WrittenFile,
+    array_writer,
+    map_array,
+    part_names,
+    part_rows,
+    write_array,
+)
 from offtower.retrieval.catalogue_stream import CHUNK, CatalogueStream
 
 Dtype = Literal["float32", "float16", "int8"]
 
-_PART_CHUNKS = 16
-"""Chunks per task of a worker."""
 _TOWER_ROWS = 8_192
 """Items per forward pass; larger buffers are allocated anew by the system each time."""
 
@@ -50,18 +53,22 @@ class WrittenVectors:
     fingerprint: str | None
     """Of the catalogue, if offtower wrote it."""
     ids_sha256: str
+    files: dict[str, WrittenFile]
+    """Of the vectors, by name, in the order of the items."""
 
 
 @dataclass(frozen=True)
-class _Embedded:
-    """Ids of an embedded chunk, whose vectors are in the file already."""
+class _Part:
+    """A part of the items, whose vectors are written."""
 
     first: int
-    ids: pa.Array
+    ids: list[pa.Array]
+    file: str
+    written: WrittenFile
 
     @property
     def rows(self) -> int:
-        return len(self.ids)
+        return sum(len(ids) for ids in self.ids)
 
 
 def write_vectors(
@@ -72,43 +79,47 @@ def write_vectors(
     chunk: int = CHUNK,
     execution: Execution = LOCAL,
 ) -> WrittenVectors:
-    """Embed every item and write vectors.npy (N, D) float32 and ids.arrow.
+    """Embed every item and write (N, D) float32 vectors and ids.arrow.
 
-    Memory is O(chunk) plus 8 bytes per item for finding duplicate ids.
+    Memory is O(chunk) plus 8 bytes per item for finding duplicate ids, and the ids of a part.
 
     Args:
-        execution: embeds the items. Workers write to the same file, so they must share the
-            directory.
+        execution: embeds the items. Each part of the vectors is a file of its own, which appears
+            in the directory when it is whole; the workers must see the directory.
 
     Raises:
         DataError: an id is null or duplicate, a feature is invalid, or an embedding is not finite.
     """
-    mapper, progress = execution.mapper, execution.progress
+    progress = execution.progress
     policy.eval()
     n = catalogue.num_items
-    path = (directory / "vectors.npy").resolve()
-    create_array(path, np.float32, (n, query_dim(policy)))
     keys = np.empty(n, dtype=np.uint64)
     text, kind = False, pa.int64()
+    files: dict[str, WrittenFile] = {}
     writer: pa.RecordBatchFileWriter | None = None
-    embed = partial(_embed_items, policy, catalogue, path, chunk)
+    embed = partial(_embed_items, policy, catalogue, directory.resolve(), chunk)
+    parts = list(zip(part_names("vectors", n), part_rows(n), strict=True))
     progress.start("embedding items", n)
     sink = pa.OSFile(str(directory / "ids.arrow"), "wb")
     try:
-        for part in report_rows(_embedded(embed, catalogue, chunk, mapper), progress):
-            ids, text = part.ids, is_text(part.ids.type)
-            keys[part.first : part.first + part.rows] = id_keys(ids)
-            if writer is None:
-                unsigned = pa.types.is_uint64(ids.type)
-                kind = pa.large_string() if text else pa.uint64() if unsigned else pa.int64()
-                writer = pa.ipc.new_file(sink, pa.schema([("item_id", kind)]))
-            elif text != pa.types.is_large_string(kind):
-                raise DataError(
-                    "item ids are text in one file of the catalogue, numbers in another"
-                )
-            # As they are: `category_values` has large unsigned integers as negative ones.
-            column = pc.cast(ids if kind == pa.uint64() else category_values(ids), kind)
-            writer.write_batch(pa.record_batch([column], names=["item_id"]))
+        for part in report_rows(execution.mapper.map(embed, parts, "embedding items"), progress):
+            files[part.file] = part.written
+            first = part.first
+            for ids in part.ids:
+                text = is_text(ids.type)
+                keys[first : first + len(ids)] = id_keys(ids)
+                first += len(ids)
+                if writer is None:
+                    unsigned = pa.types.is_uint64(ids.type)
+                    kind = pa.large_string() if text else pa.uint64() if unsigned else pa.int64()
+                    writer = pa.ipc.new_file(sink, pa.schema([("item_id", kind)]))
+                elif text != pa.types.is_large_string(kind):
+                    raise DataError(
+                        "item ids are text in one file of the catalogue, numbers in another"
+                    )
+                # As they are: `category_values` has large unsigned integers as negative ones.
+                column = pc.cast(ids if kind == pa.uint64() else category_values(ids), kind)
+                writer.write_batch(pa.record_batch([column], names=["item_id"]))
     finally:
         if writer is not None:
             writer.close()
@@ -116,45 +127,25 @@ def write_vectors(
         progress.finish()
     digest = hashlib.sha256(keys.data).hexdigest()
     _check_unique(keys, directory)
-    return WrittenVectors(n, text, catalogue.fingerprint, digest)
-
-
-def _embedded(
-    embed: Callable[[range], Iterator[_Embedded]],
-    catalogue: CatalogueStream,
-    chunk: int,
-    mapper: Mapper,
-) -> Iterator[_Embedded]:
-    """Embed every chunk, in this process or by the mapper's workers; yield them in order.
-
-    In one process the catalogue is read as one range: each range that begins inside a row group
-    reads that group again.
-    """
-    if not mapper.distributed:
-        yield from embed(range(catalogue.num_items))
-        return
-    starts = [*catalogue.starts(chunk), catalogue.num_items]
-    parts = pieces(len(starts) - 1, _PART_CHUNKS, mapper.workers)
-    items = [range(starts[part.start], starts[part.stop]) for part in parts]
-    for found in mapper.map(partial(_all, embed), items, "embedding items"):
-        yield from found
-
-
-def _all(embed: Callable[[range], Iterator[_Embedded]], items: range) -> list[_Embedded]:
-    return list(embed(items))
+    return WrittenVectors(n, text, catalogue.fingerprint, digest, files)
 
 
 def _embed_items(
-    policy: TwoTowerPolicy, catalogue: CatalogueStream, path: Path, chunk: int, items: range
-) -> Iterator[_Embedded]:
-    """Embed some items into their rows of the file (idempotent)."""
-    vectors: Any = np.load(path, mmap_mode="r+")
-    first = items.start
-    for part in catalogue.chunks(chunk, items):
-        vectors[first : first + part.num_items] = embed_part(policy, part)
-        yield _Embedded(first, as_array(part.item_ids))
-        first += part.num_items
-    vectors.flush()
+    policy: TwoTowerPolicy,
+    catalogue: CatalogueStream,
+    directory: Path,
+    chunk: int,
+    part: tuple[str, range],
+) -> _Part:
+    """Embed the items of a part and write its file (idempotent)."""
+    name, items = part
+    written, ids = WrittenFile(), []
+    shape = (len(items), query_dim(policy))
+    with array_writer(directory / name, np.float32, shape, written) as append:
+        for some in catalogue.chunks(chunk, items):
+            append(embed_part(policy, some))
+            ids.append(as_array(some.item_ids))
+    return _Part(items.start, ids, name, written)
 
 
 @torch.no_grad()
@@ -183,24 +174,6 @@ def embed_part(policy: TwoTowerPolicy, part: Catalogue) -> NDArray[np.float32]:
     return out
 
 
-def create_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
-    """Create a .npy file mapped for writing, with its disk space reserved.
-
-    Raises:
-        OSError: the disk is full. Without the reservation, writing to the map of a sparse file
-            would kill the process (SIGBUS).
-    """
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
-    return array
-
-
 def query_dim(policy: TwoTowerPolicy) -> int:
     """D: the embedding dimension, plus one if items have a bias."""
     return policy.config.embedding_dim + int(policy.config.item_bias)
@@ -208,13 +181,16 @@ def query_dim(policy: TwoTowerPolicy) -> int:
 
 def quantize(
     vectors: NDArray[np.float32], dtype: Dtype, directory: Path, name: str, chunk: int = CHUNK
-) -> NDArray[np.float32] | None:
+) -> tuple[dict[str, WrittenFile], NDArray[np.float32] | None]:
     """Write vectors in lower precision.
 
     int8 has one scale per coordinate: v = scale * q, so <u, v> = <u * scale, q>.
 
+    Args:
+        name: of the files, without a suffix.
+
     Returns:
-        The (D,) scale of int8; None for float16.
+        What was written, by file name; and the (D,) scale of int8, None for float16.
 
     Raises:
         DataError: a value overflows float16.
@@ -232,14 +208,12 @@ def quantize(
             f"an item vector holds {float(largest.max()):.3g}, which overflows float16; export "
             "with dtype float32 or int8"
         )
-    target = create_array(directory / name, np.dtype(dtype), (n, dim))
-    for first in range(0, n, chunk):
-        part = vectors[first : first + chunk]
-        if scale is not None:
-            part = np.rint(part / scale)
-        target[first : first + chunk] = part.astype(np.dtype(dtype))
-    target.flush()
-    return scale
+
+    def block(rows: range) -> NDArray[Any]:
+        part = vectors[rows.start : rows.stop]
+        return part if scale is None else np.rint(part / scale)
+
+    return write_array(directory, name, np.dtype(dtype), (n, dim), block), scale
 
 
 def load_ids(path: Path, count: int) -> pa.ChunkedArray:
@@ -259,19 +233,19 @@ def load_ids(path: Path, count: int) -> pa.ChunkedArray:
     return table.column("item_id")
 
 
-def load_vectors(path: Path, count: int, dim: int, dtype: str) -> NDArray[Any]:
-    """Open item vectors, memory-mapped and read-only.
+def load_vectors(paths: Sequence[Path], count: int, dim: int, dtype: str) -> NDArray[Any]:
+    """Open item vectors from the files of their parts, memory-mapped and read-only.
 
     Raises:
-        RunError: the file is damaged, or shape or dtype differ from the manifest's.
+        RunError: a file is damaged, or shape or dtype differ from the manifest's.
     """
     try:
-        vectors: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        vectors = map_array(paths)
     except (OSError, ValueError, EOFError) as error:
-        raise RunError(f"'{path}' cannot be read: {error}; export again") from error
+        raise RunError(f"'{paths[0]}' cannot be read: {error}; export again") from error
     if vectors.shape != (count, dim) or vectors.dtype != np.dtype(dtype):
         raise RunError(
-            f"'{path}' holds {vectors.shape} {vectors.dtype}, the manifest says "
+            f"'{paths[0]}' holds {vectors.shape} {vectors.dtype}, the manifest says "
             f"{(count, dim)} {dtype}; export again"
         )
     return vectors
