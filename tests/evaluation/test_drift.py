@@ -84,7 +84,9 @@ def test_six_weeks_have_weeks_of_days_and_the_next_week() -> None:
     # Over whole weeks, seasons have mean 0 in the log and in the future.
     np.testing.assert_allclose(grid.season.mean(axis=0), 0.0, atol=1e-12)
     np.testing.assert_allclose(grid.future_season, 0.0, atol=1e-12)
-    assert grid_of(horizon=2, period="3d").future_length == pytest.approx(1.0 / 7.0)
+    longer = grid_of(horizon=2, period="3d")
+    assert longer.future_length == pytest.approx(1.0 / 7.0)
+    assert longer.future_name == "the next 2 periods of 3 days"
 
 
 def test_times_that_are_no_dates_have_equal_periods() -> None:
@@ -268,7 +270,7 @@ def test_propensities_that_go_wrong_are_found() -> None:
     rows = replace(rows, importance_weight=rows.importance_weight * wrong)
     verdict = evaluate_rows({"new": rows}, reward_range=(0, 1)).policies["new"].verdict
     assert verdict.decision == "not enough evidence"
-    assert "mean importance weight of new rose" in " ".join(r.message for r in verdict.reasons)
+    assert "mean weight of new rose" in " ".join(r.message for r in verdict.reasons)
 
 
 class _OneColumn(Log):
@@ -321,3 +323,15 @@ def test_simulated_drift_has_the_stated_values_by_week() -> None:
         assert abs(inverse[half].mean() - 30.0) < 4.5 * error
     with pytest.raises(ConfigError, match=r"trend, step, week, logging"):
         parse_drift(["trend=1", "trend=2"])
+
+
+def test_times_of_arrays_are_microseconds() -> None:
+    from offtower.learner.evaluation import microseconds
+
+    dates = np.array(["2026-01-05", "2026-01-06"], dtype="datetime64[D]")
+    assert microseconds(dates).tolist() == [MONDAY, MONDAY + DAY]
+    assert microseconds([3, 4]).tolist() == [3, 4]
+    with pytest.raises(DataError, match="missing values"):
+        microseconds(np.array(["2026-01-05", "NaT"], dtype="datetime64[D]"))
+    with pytest.raises(DataError, match="float64"):
+        microseconds([0.5])

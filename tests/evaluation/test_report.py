@@ -225,6 +225,38 @@ def test_the_first_screen_has_no_statistics(tmp_path: Path) -> None:
     assert "Not yet" in first and "per 1,000 requests" in first
 
 
+def test_values_by_week_have_a_chart_a_table_and_a_sentence(tmp_path: Path) -> None:
+    n = 6000
+    rng, at = np.random.default_rng(3), np.arange(n)
+    shown = rng.random(n) < 0.5
+    reward = (rng.random(n) < 0.3 + np.where(shown, 0.3 - 0.4 * at / n, 0.0)).astype(float)
+    time = 1_767_571_200_000_000 + at * (6 * 7 * 86_400_000_000 // n)
+    weights = {"<new>": np.where(shown, 1.8, 0.2), "other": np.ones(n)}
+    rows = {name: EvaluationRows(one, reward, time=time) for name, one in weights.items()}
+    one = replace(
+        answered(0.002, 0.9),
+        result=evaluate_rows(rows, ["ips"], reward_range=(0.0, 1.0)),
+        histograms={name: [1] * (len(HISTOGRAM_EDGES) - 1) for name in rows},
+        curves={},
+        runs={},
+    )
+    html = render(tmp_path / "r.html", one)
+    parser = Balanced()
+    parser.feed(html)
+    assert not parser.open and "<new>" not in html
+    assert "<summary>Values by week</summary>" in html and "<td>week 6</td>" in html
+    assert "<td>2026-01-05 00:00</td>" in html and "the next week" in html
+    said = " ".join(answer_of(one).over_time)
+    assert re.search(
+        r"The value of <new> fell from \d+\.?\d* in week 1 to \d+\.?\d* in week 6", said
+    )
+    assert answer_of(one).decision == "not enough evidence"
+    assert "changed over the time of the log" in answer_of(one).sentence
+    assert "newer log" in (answer_of(one).remedy or "")
+    no_times = answer_of(answered(0.002, 0.9)).over_time
+    assert no_times[0].startswith("The log has no timestamps")
+
+
 def test_names_are_no_formulas(tmp_path: Path) -> None:
     """Matplotlib would read the text between dollars as TeX, and fail on what is none."""
     name = r"_a$\bad{$b<i>"

@@ -74,6 +74,7 @@ class Estimates:
         self.difference_range = (
             (-math.inf, math.inf) if self.slates else (least - most, most - least)
         )
+        self.value_range = (-math.inf, math.inf) if self.slates else (least, most)
         bound = self.options.max_weight
         self.weight_spans = [weight_span(one.statistics, bound) for one in sums.weights]
         self.method = options.intervals[0] if options.intervals[0] in ASYMPTOTIC else DEFAULT_METHOD
@@ -87,10 +88,10 @@ class Estimates:
 
     def timed(self, policy: int, index: int) -> TimedPolicy:
         """A policy's value by an estimator and its difference to the logging policy, by time."""
-        whole = (-math.inf, math.inf) if self.slates else self.options.reward_range
-        own, gap = self.own(policy, index), self.paired(policy, index)
         return TimedPolicy(
-            self._timed(own, whole), self._timed(gap, self.difference_range), self.joint[policy]
+            self._timed(self.own(policy, index), self.value_range),
+            self._timed(self.paired(policy, index), self.difference_range),
+            self.joint[policy],
         )
 
     def _timed(self, terms: Terms, possible: tuple[float, float]) -> TimedValue:
@@ -104,7 +105,7 @@ class Estimates:
         assert self.sums.timed_weights is not None, "rows with times have it"
         names, weights = self.sums.policies, self.sums.timed_weights
         return self.time.result(
-            self._timed(self.logged, self.options.reward_range),
+            self._timed(self.logged, self.value_range),
             {names[i]: self.timed(i, decider) for i in kept},
             {names[i]: weights.select([2 * i, 2 * i + 1]) for i in kept},
         )

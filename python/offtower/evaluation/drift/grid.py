@@ -166,8 +166,9 @@ class TimeGrid:
         """The future period in words: the next week, the next 2 weeks."""
         if self.horizon == 1:
             return f"the next {self.unit}"
-        unit = self.unit if self.unit.endswith("s") else f"{self.unit}s"
-        return f"the next {self.horizon} {unit}"
+        if not self.unit[0].isalpha():
+            return f"the next {self.horizon} periods of {self.unit}"
+        return f"the next {self.horizon} {self.unit}s"
 
 
 @dataclass(frozen=True)

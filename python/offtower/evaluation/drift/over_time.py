@@ -149,7 +149,7 @@ class OverTime:
             tested += [
                 (f"the value of {name}", one.value),
                 (f"the difference of {name} to the logging policy", one.difference),
-                (f"the mean importance weight of {name}", TimedValue(weight, weights[name])),
+                (f"the mean weight of {name}", TimedValue(weight, weights[name])),
                 (
                     f"the overlap of {name} with the logging policy",
                     TimedValue(overlap, weights[name]),

@@ -180,7 +180,9 @@ class TimeResult:
             if one.difference.drifts:
                 said.append(self.sentence(one.difference, show))
             if one.weight.drifts:
-                said.append(f"{self.change(one.weight)}: propensities are wrong in some periods")
+                said.append(
+                    f"{self.change(one.weight)}: logged probabilities are wrong in some periods"
+                )
             if one.overlap.drifts:
                 said.append(f"{self.change(one.overlap)}: the logging policy or contexts changed")
         if self.correlated:
