@@ -102,14 +102,15 @@ class PreparedData:
         Args:
             exchange: of workers that read together.
             cache_bytes: largest size of encoded row groups that are kept for later epochs in files
-                of this process.
+                of this process; none of a log of one window, which the reader keeps in memory.
         """
+        kept = cache_bytes if len(order.windows(0)) > 1 else 0
         loader = Loader(
             self.train,
             self.catalogue,
             self.context_encoding,
             self._quarantine_of("train"),
-            EncodedCache(cache_bytes),
+            EncodedCache(kept),
         )
         return BatchReader(loader, order, fold=fold, exchange=exchange)
 
