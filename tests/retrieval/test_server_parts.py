@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import threading
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,10 +16,14 @@ import pytest
 
 pytest.importorskip("prometheus_client")
 
+from offtower.data.formats.conversion import Conversion
+from offtower.data.formats.options import FileFormat
+from offtower.data.histories import parsed_times
 from offtower.errors import ConfigError, DataError
 from offtower.retrieval import Retriever, SampleResult, decisions_table
 from offtower.server import DecisionSettings, Limits, ServerSettings
 from offtower.server.batching import Answer, Batcher, BatchSettings
+from offtower.server.columns import ContextColumns
 from offtower.server.decisions import DecisionLog
 from offtower.server.errors import RequestError
 from offtower.server.exports import OpenExport
@@ -162,6 +167,29 @@ def test_leftovers_are_finished_once_and_not_while_their_server_runs(
         DecisionLog(settings).close()
     assert logged(tmp_path / "log") == decisions.column("round_id").to_pylist()
     assert not list((tmp_path / "spool").iterdir())
+
+
+def test_times_of_histories_may_be_of_any_form() -> None:
+    """Numbers, ISO 8601 in JSON, or Arrow's timestamps: text that `parsed_times` reads alike."""
+    kinds: dict[str, Any] = {"time": "any", "seen_at": "times"}
+    types = pa.schema([("time", pa.string()), ("seen_at", pa.list_(pa.string()))])
+    columns = ContextColumns(
+        (), Conversion(kinds, types, FileFormat()), tuple(kinds), tuple(kinds), None
+    )
+    when = [datetime(2026, 1, 31, 10, 0, 0, 5), datetime(2026, 1, 31, 9)]
+    stamps = pa.array(when, pa.timestamp("us"))
+    lists = pa.ListArray.from_arrays([0, 1, 2], stamps)
+    for given in (
+        pa.record_batch({"time": stamps, "seen_at": lists}),
+        pa.RecordBatch.from_pylist(
+            [{"time": one.isoformat(), "seen_at": [one.isoformat()]} for one in when]
+        ),
+    ):
+        table = columns.table(given)
+        assert parsed_times(table.column("time").combine_chunks()).to_pylist() == when
+        assert parsed_times(table.column("seen_at").combine_chunks().flatten()).to_pylist() == when
+    numbers = columns.table(pa.RecordBatch.from_pylist([{"time": 7, "seen_at": [3, 5]}]))
+    assert numbers.to_pylist() == [{"time": "7", "seen_at": ["3", "5"]}]
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:

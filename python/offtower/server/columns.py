@@ -31,12 +31,14 @@ class ContextColumns:
         features: of the policy.
         conversion: their kinds and types.
         required: those that a search needs.
+        times: those of histories' events, and the row's beside them, which may be of any form.
         user_id: the column that a decision needs too; None where the log's schema names none.
     """
 
     features: tuple[FeatureSpec, ...]
     conversion: Conversion
     required: tuple[str, ...]
+    times: tuple[str, ...]
     user_id: str | None
 
     @classmethod
@@ -50,14 +52,16 @@ class ContextColumns:
             # Histories have times in the form of the row's, whichever that is.
             kinds[encoding.timestamp] = "any"
         required = list(kinds)
+        wanted = {schema.user_id, *schema.keep}
         eligible: dict[str, bool] = {}
         if retriever.eligible is not None:
             eligible = retriever.eligible.id_columns()
             exclude = retriever.eligible.section.exclude
             required += [n for n in eligible if exclude is None or n != exclude.column]
+            wanted |= set(eligible)
             if retriever.eligible.needs_times and schema.timestamp is not None:
                 required.append(schema.timestamp)
-        wanted = {*required, *eligible, schema.user_id, *schema.keep}
+                wanted.add(schema.timestamp)
         kinds |= {name: kind for name, kind in log_kinds(schema).items() if name in wanted}
         types = pa.schema([(name, plain_type(kind)) for name, kind in kinds.items()])
         conversion = Conversion(kinds, types, FileFormat())
@@ -66,9 +70,10 @@ class ContextColumns:
         whole += [name for name, text in eligible.items() if not text]
         for name in dict.fromkeys(whole):
             conversion = conversion.with_ids(name, "int64")
-        return cls(
-            tuple(encoding.specs), conversion, tuple(dict.fromkeys(required)), schema.user_id
-        )
+        timed = [name for name, kind in kinds.items() if kind == "times"]
+        timed += [] if encoding.timestamp is None else [encoding.timestamp]
+        needed = tuple(dict.fromkeys(required))
+        return cls(tuple(encoding.specs), conversion, needed, tuple(timed), schema.user_id)
 
     def check_names(self, names: Iterable[str], *, decisions: bool) -> None:
         """Refuse columns that are unknown, and a lack of those that are needed.
@@ -109,6 +114,8 @@ class ContextColumns:
                 arrays.append(pa.nulls(given.num_rows, pa.null()))
                 continue
             column = given.column(name)
+            if name in self.times:
+                column = _as_text(column)
             if not _readable(column.type) or target_type(kind, column.type, None, True) is None:
                 raise RequestError(
                     f"column '{name}' is of type {column.type}, expected {EXPECTED[kind]}",
@@ -145,6 +152,15 @@ def _readable(kind: pa.DataType) -> bool:
         inner = kind.value_type
         return not (pa.types.is_null(inner) or pa.types.is_nested(inner)) and _readable(inner)
     return not pa.types.is_nested(kind)
+
+
+def _as_text(column: pa.Array) -> pa.Array:
+    """Times of Arrow, alone or in lists, as text of ISO 8601."""
+    kind = column.type
+    inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    if not pa.types.is_timestamp(inner):
+        return column
+    return pc.cast(column, pa.string() if inner == kind else pa.list_(pa.string()))
 
 
 def _check_numbers(spec: FeatureSpec, column: pa.Array) -> None:
