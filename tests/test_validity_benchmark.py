@@ -29,7 +29,7 @@ def test_null_policies_have_the_logging_policys_value(cell: Cell) -> None:
     world = World.of(cell)
     assert world.value("null") == pytest.approx(world.logging_value, rel=1e-12)
     assert world.value("value") >= world.value("better") > world.logging_value
-    for policy in (world.logging, *world.policies.values()):
+    for policy in (*world.logging, *world.policies.values()):
         assert policy.min() > 0.0
         np.testing.assert_allclose(policy.sum(axis=1), 1.0)
     if cell.reward != "lognormal":
@@ -45,6 +45,7 @@ def test_null_policies_have_the_logging_policys_value(cell: Cell) -> None:
         Cell("benign", 2000, reward="graded"),
         Cell("benign", 2000, reward="revenue"),
         Cell("benign", 2000, drift=0.5),
+        Cell("moderate", 2000, loggers=2),
     ],
     ids=lambda cell: cell.name,
 )

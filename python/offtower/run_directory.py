@@ -70,6 +70,11 @@ class RunDirectory:
         return self.path / "auto"
 
     @property
+    def auto_reward_model(self) -> Path:
+        """Two towers of the regression candidate, where objective=auto fitted one."""
+        return self.auto / "reward_model"
+
+    @property
     def policy(self) -> Path:
         return self.path / "policy"
 

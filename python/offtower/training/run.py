@@ -134,6 +134,7 @@ def train_claimed(
                 "train_run, as 'offtower train --workers' does"
             )
         automatic = train_auto(config, data, outputs=outputs, run=run, mapper=execution.mapper)
+        automatic.store_reward_model(run.auto_reward_model, binary=data.facts.binary_reward)
         facts = {
             "auto": automatic.report,
             "workers": 1,

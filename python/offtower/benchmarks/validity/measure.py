@@ -13,14 +13,15 @@ from offtower.benchmarks.validity.worlds import Cell, World
 from offtower.evaluation.decision.gate import GO, decide
 from offtower.evaluation.drift import qualify
 from offtower.evaluation.estimates import Estimates
-from offtower.evaluation.estimators import make_estimator
+from offtower.evaluation.estimators import make_estimator, of_loggers
 from offtower.evaluation.intervals.methods import DEFAULT_METHOD
 from offtower.evaluation.options import EvaluationOptions
 from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.sums import EvaluationSums
 
-ESTIMATORS = ("ips", "snips", "dr")
-"""Further estimators that are made from rows alone are added here."""
+ESTIMATORS = ("ips", "snips", "dr", "reg_ips", "reg_dr")
+LOGGER_WEIGHTED = ("logger_weighted_ips", "logger_weighted_dr")
+"""Further estimators of logs of several behavior policies."""
 METHODS = (DEFAULT_METHOD, "normal", "bernstein")
 """The default, and those that stood before it; bernstein has no verdict of its own."""
 WIDTHS = (0.25, 0.5, 0.75)
@@ -43,15 +44,22 @@ def measure(cell: Cell, logs: int, seed: int) -> list[dict[str, Any]]:
             _policy(world, policy, rows[policy], found)
     return [
         {"estimator": estimator, "method": method, **_summary(found, estimator, method)}
-        for estimator in ESTIMATORS
+        for estimator in estimators(cell)
         for method in METHODS
         if (estimator, method, "covered") in found
     ]
 
 
+def estimators(cell: Cell) -> tuple[str, ...]:
+    """Names of the estimators that the cell's rows have a form for."""
+    return ESTIMATORS + (LOGGER_WEIGHTED if cell.loggers > 1 else ())
+
+
 def _policy(world: World, policy: str, rows: EvaluationRows, found: Series) -> None:
     options = EvaluationOptions(
-        tuple(make_estimator(name) for name in ESTIMATORS),
+        tuple(
+            of_loggers(make_estimator(name), world.cell.loggers) for name in estimators(world.cell)
+        ),
         world.reward_range,
         intervals=METHODS if policy == "value" and not world.cell.users else METHODS[:2],
         max_weight=world.largest_weight(policy) if policy == "value" else None,
@@ -64,7 +72,7 @@ def _policy(world: World, policy: str, rows: EvaluationRows, found: Series) -> N
     evidence = None
     for method in METHODS[:2]:
         finisher = Estimates(_by(sums, method))
-        for i, estimator in enumerate(ESTIMATORS):
+        for i, estimator in enumerate(estimators(world.cell)):
             result = finisher.estimate(0, i)
             gap = result.difference
             assert gap is not None
@@ -106,7 +114,7 @@ def _value(world: World, sums: EvaluationSums, found: Series) -> None:
     truth = world.value("value")
     # Only bernstein may use the declared largest weight.
     default, others = Estimates(_by(sums, DEFAULT_METHOD)), Estimates(_without_time(sums))
-    for i, estimator in enumerate(ESTIMATORS):
+    for i, estimator in enumerate(estimators(world.cell)):
         intervals = {**others.estimate(0, i).intervals, **default.estimate(0, i).intervals}
         if world.cell.target == "future":
             assert default.time is not None

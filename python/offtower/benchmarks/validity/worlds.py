@@ -40,6 +40,7 @@ class Cell:
         tail: of the weights. benign, moderate and heavy tilt the logging policy; extreme has
             logging probabilities down to 1e-4.
         rows: of a log. users: of equal numbers of rows each; 0 for independent rows.
+        loggers: behavior policies that each log an equal share; the second prefers low rewards.
         reward: binary (about .58), almost_sure (.99), rare (.01), very_rare (.001), hardly_any
             (.0002), graded (a beta distribution), lognormal (sigma 2), revenue (log-normal, of 1 %
             of the rows).
@@ -52,6 +53,7 @@ class Cell:
     tail: Tail = "moderate"
     rows: int = 2000
     users: int = 0
+    loggers: int = 1
     reward: str = "binary"
     model: Literal["good", "shrunk", "poor"] = "shrunk"
     drift: float = 0.0
@@ -62,6 +64,8 @@ class Cell:
         parts = [self.tail, f"n{self.rows}", self.reward, self.model]
         if self.users:
             parts.insert(2, f"u{self.users}")
+        if self.loggers > 1:
+            parts.append(f"loggers{self.loggers}")
         if self.drift:
             parts.append(f"drift{self.drift:g}-{self.target}")
         return "-".join(parts)
@@ -77,7 +81,8 @@ class World:
     """The tables of a cell, each (contexts, items) except `policies`."""
 
     cell: Cell
-    logging: Array
+    logging: tuple[Array, ...]
+    """By behavior policy."""
     start: Array
     end: Array
     predicted: Array
@@ -99,6 +104,7 @@ class World:
         else:
             tilt = TILT[cell.tail]
             up, down = (softmax(np.log(logging) + s * tilt * score) for s in (1.0, -1.0))
+        behavior = (logging, softmax(np.log(logging) - score))[: cell.loggers]
         if cell.reward == "almost_sure":
             expected = 1.0 - 0.02 * (1.0 - expected)
         mean = MEAN_REWARD.get(cell.reward)
@@ -110,7 +116,8 @@ class World:
         if cell.drift:
             time = FUTURE if cell.target == "future" else 0.5
             target = expected + time * (end - expected)
-        base, high, low = (value(p, target) for p in (logging, up, down))
+        high, low = value(up, target), value(down, target)
+        base = float(np.mean([value(p, target) for p in behavior]))
         share = (base - low) / (high - low)
         null = share * up + (1.0 - share) * down
         better = min(1.0, 0.1 * base / (high - base))
@@ -123,7 +130,7 @@ class World:
         }[cell.model]
         top = 1.0 if cell.reward != "lognormal" else DOLLARS
         policies = {"null": null, "better": (1.0 - better) * null + better * up, "value": up}
-        return cls(cell, logging, expected, end, np.clip(predicted, 0.0, top), policies)
+        return cls(cell, behavior, expected, end, np.clip(predicted, 0.0, top), policies)
 
     @property
     def reward_range(self) -> tuple[float, float]:
@@ -141,10 +148,10 @@ class World:
 
     @property
     def logging_value(self) -> float:
-        return value(self.logging, self.target)
+        return float(np.mean([value(one, self.target) for one in self.logging]))
 
     def largest_weight(self, policy: str) -> float:
-        return float((self.policies[policy] / self.logging).max())
+        return float(max((self.policies[policy] / one).max() for one in self.logging))
 
     def logs(self, count: int, seed: int) -> Iterator[dict[str, EvaluationRows]]:
         """Logs as each policy sees them; the same for the same count and seed."""
@@ -152,16 +159,20 @@ class World:
         for start in range(0, count, block):
             rng = np.random.default_rng([seed, start])
             pair, reward = self._draw(min(block, count - start), rng)
+            logger = np.arange(self.cell.rows) % self.cell.loggers
             for i in range(pair.shape[0]):
-                yield self._rows(pair[i], reward[i])
+                yield self._rows(pair[i], reward[i], logger)
 
     def _draw(self, logs: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], Array]:
         cell, shape = self.cell, (logs, self.cell.rows)
         each = cell.rows // cell.users if cell.users else 1
         context = np.repeat(rng.integers(0, CONTEXTS, (logs, cell.rows // each)), each, axis=1)
         # One search finds the item: cumulative probabilities of context c lie in [c, c + 1].
-        cumulative = (self.logging.cumsum(axis=1) + np.arange(CONTEXTS)[:, None]).ravel()
-        pair = np.searchsorted(cumulative, context + rng.random(shape))
+        pair, drawn = np.empty(shape, dtype=np.int64), context + rng.random(shape)
+        for number, policy in enumerate(self.logging):
+            cumulative = (policy.cumsum(axis=1) + np.arange(CONTEXTS)[:, None]).ravel()
+            own = slice(number, None, cell.loggers)
+            pair[:, own] = np.searchsorted(cumulative, drawn[:, own])
         pair = np.clip(pair, context * ITEMS, context * ITEMS + ITEMS - 1)
         mean = self.start.ravel()[pair]
         if cell.drift:
@@ -179,18 +190,20 @@ class World:
             reward *= rng.lognormal(-0.5, 1.0, shape)  # Far below DOLLARS.
         return pair, reward
 
-    def _rows(self, pair: NDArray[np.int64], reward: Array) -> dict[str, EvaluationRows]:
+    def _rows(
+        self, pair: NDArray[np.int64], reward: Array, logger: NDArray[np.int64]
+    ) -> dict[str, EvaluationRows]:
         user = None
         if self.cell.users:
             user = np.repeat(np.arange(self.cell.users), self.cell.rows // self.cell.users)
         row, time = np.arange(pair.size), None
         if self.cell.drift:
             time = MONDAY + (WEEKS * WEEK // (2 * pair.size)) * (2 * row + 1)
-        rows = EvaluationRows(reward, reward, row=row, user=user, time=time)
+        rows = EvaluationRows(reward, reward, row=row, user=user, time=time, logger=logger)
         return {
             name: replace(
                 rows,
-                importance_weight=table["weight"][pair],
+                importance_weight=table["weight"][logger, pair],
                 action_reward=self.predicted.ravel()[pair],
                 expected_reward=table["expected"][pair // ITEMS],
             )
@@ -201,7 +214,7 @@ class World:
     def _tables(self) -> dict[str, dict[str, Array]]:
         return {
             name: {
-                "weight": (policy / self.logging).ravel(),
+                "weight": np.stack([(policy / one).ravel() for one in self.logging]),
                 "expected": (policy * self.predicted).sum(axis=1),
             }
             for name, policy in self.policies.items()
@@ -233,7 +246,7 @@ def cells() -> tuple[Cell, ...]:
         Cell("moderate", 2000, 100, reward="rare"),
     ]
     for tail in tails[1:]:
-        found += [Cell(tail, model="good"), Cell(tail, model="poor")]
+        found += [Cell(tail, model="good"), Cell(tail, model="poor"), Cell(tail, loggers=2)]
     for tail in tails[:2]:
         found += [Cell(tail, drift=0.5, target=target) for target in targets]
     return tuple(found)

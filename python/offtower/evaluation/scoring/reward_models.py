@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from offtower.checksums import is_complete
 from offtower.config import Config, RewardModelConfig, SelectionModel
 from offtower.crossfit.reward_model import fit_reward_model, restore_reward_model
 from offtower.errors import OfftowerError
 from offtower.evaluation.run_loading import OpenRun
 from offtower.evaluation.scoring.pair_models import fit_pair_model, linear_config, trees_config
 from offtower.evaluation.scoring.rewards import EvaluationModel
+from offtower.models.items import DEFAULT_CHUNK
+from offtower.models.reward.factored import FactoredRewardModel
+from offtower.models.store import load_policy
 from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 
@@ -29,7 +33,8 @@ class RewardModelProvider:
         self._data: dict[int, PreparedData] = {}
 
     def main(self) -> EvaluationModel | None:
-        """The model of DM and DR: evaluation.reward_model, or that of the first run with one."""
+        """The model of DM and DR: evaluation.reward_model, or that of the first run with one, or
+        the regression that objective=auto fitted."""
         runs = self._runs
         for i in sorted(
             range(len(runs)), key=lambda i: not runs[i].directory.reward_model.exists()
@@ -47,6 +52,18 @@ class RewardModelProvider:
                 model = restore_reward_model(config, stored, *encodings, run.items)
                 return EvaluationModel("two_tower", i, model)
             return self._fit_towers(i, config)
+        # A reward model that is set, also to none, comes first.
+        return None if self._config.evaluation.reward_model is not None else self._of_auto()
+
+    def _of_auto(self) -> EvaluationModel | None:
+        """The regression candidate of the first run of objective=auto that stored one."""
+        for i, run in enumerate(self._runs):
+            stored = run.directory.auto_reward_model
+            if is_complete(stored):
+                policy, facts = load_policy(stored, trust_code=run.trust_code)
+                towers = policy.to(run.items.device)
+                model = FactoredRewardModel([towers], run.items, facts["link"], DEFAULT_CHUNK)
+                return EvaluationModel("two_tower", i, model)
         return None
 
     def for_selection(

@@ -27,7 +27,7 @@ class FactoredRewardModel(RewardModel):
     """K pairs of towers, fitted on the complements of K folds.
 
     Args:
-        towers: one `TwoTowerPolicy` per fold, used for its towers and item bias only.
+        towers: one `TwoTowerPolicy` per fold, whose logits are q's.
         items: features of the catalogue on the towers' device; each fold's item matrix is embedded
             once, at first use.
         link: sigmoid for binary rewards, else identity.
@@ -71,7 +71,8 @@ class FactoredRewardModel(RewardModel):
     def for_features(self, context: FeatureTensors, fold: int) -> FactoredReward:
         """Like `for_training_rows`, from context features as tensors."""
         with torch.no_grad():
-            embedding = self.towers[fold].embed_contexts(context)
+            tower = self.towers[fold]
+            embedding = tower.embed_contexts(context) / tower.temperature
             items = self._catalogue(fold)
         return FactoredReward(embedding, items.embedding, items.bias, link=self.link)
 
@@ -79,7 +80,9 @@ class FactoredRewardModel(RewardModel):
         # The mean of K logits <e_k, t_k> + c_k is itself factored, of width K e.
         context = to_tensors(rows.context, self._items.device)
         with torch.no_grad():
-            embedding = torch.cat([t.embed_contexts(context) for t in self.towers], dim=1)
+            embedding = torch.cat(
+                [t.embed_contexts(context) / t.temperature for t in self.towers], dim=1
+            )
             items, bias = self._ensemble()
         return FactoredReward(embedding / self.num_folds, items, bias, link=self.link)
 

@@ -12,6 +12,7 @@ from typing import Any
 from offtower.config import Config
 from offtower.mapping import Mapper
 from offtower.models.policy import TwoTowerPolicy
+from offtower.models.store import save_policy
 from offtower.prepare import PreparedData
 from offtower.progress import Progress, duration
 from offtower.run_directory import RunDirectory
@@ -42,6 +43,18 @@ class AutoTraining:
     result: TrainingResult
     report: dict[str, Any]
     """JSON: the chosen candidate, all estimates and held-out losses, the plan and its stages."""
+
+    def store_reward_model(self, directory: Path, *, binary: bool) -> None:
+        """Store the regression of least held-out loss for evaluations, if there is one.
+
+        It is the mean of its members' logits. Its members learned from the training log only.
+        """
+        names = [name for name in self.rows.loss if name in self.members]
+        if names and self.members[names[0]][0].config.item_bias:
+            best = min(names, key=self.rows.loss.__getitem__)
+            link = "sigmoid" if binary else "identity"
+            facts = {"candidate": best, "link": link, "loss": self.rows.loss[best]}
+            save_policy(directory, join(self.members[best], 1.0), facts)
 
 
 def train_auto(
