@@ -63,5 +63,5 @@ def test_evaluation_reads_the_regression_of_auto(tmp_path: Path) -> None:
     np.testing.assert_allclose(q, torch.sigmoid(logit).numpy(), rtol=1e-5)
     # It predicts the rewards, so that DR is more precise than IPS.
     assert estimates["dr"].estimate.std_error < estimates["ips"].estimate.std_error
-    without = evaluate_runs([path], overrides=["evaluation.reward_model.kind=none"])
+    without = evaluate_runs([path], overrides=["evaluation.reward_model={kind: none}"])
     assert set(without.result.policies["a"].estimates) == {"ips", "snips"}

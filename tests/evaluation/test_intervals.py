@@ -129,6 +129,7 @@ def test_bounded_weights_need_no_largest_weight(estimator: e.Estimator) -> None:
             r"outside of the reward range \[0.5, 1\]",
         ),
         (e.IPS(), {"method": "log_smoothing", "reward_range": (1, 0)}, "low < high"),
+        (e.IPS(), {"method": "betting", "reward_range": (0.5, 1)}, "outside of the reward range"),
         (
             e.ClippedIPS(max_weight=1.0),
             {"method": "bernstein", "reward_range": (0, 1), "by_user": True},
@@ -228,6 +229,29 @@ def test_impossible_weights_are_found_out() -> None:
     assert (interval.low, interval.high) == (0.0, 1.0)
 
 
+def test_a_betting_limit_is_where_the_capital_reaches_its_bound() -> None:
+    rng = np.random.default_rng(5)
+    weight, reward = rng.exponential(size=40), rng.random(40)
+    found = e.IPS().interval(
+        EvaluationRows(weight, 2.0 * reward - 1.0), 0.9, method="betting", reward_range=(-1.0, 1.0)
+    )
+    for end, z in (
+        ((found.low + 1.0) / 2.0, weight * reward),
+        ((1.0 - found.high) / 2.0, weight * (1.0 - reward)),
+    ):
+        capital, best, mean, variance = 1.0, 0.0, 0.5, 0.25
+        square = 0.25
+        for i, term in enumerate(z):
+            bet = min(np.sqrt(2.0 * np.log(20.0) / (len(z) * variance)), 0.75 / end)
+            capital *= 1.0 + bet * (term - end)
+            best = max(best, capital)
+            mean = (0.5 + z[: i + 1].sum()) / (i + 2.0)
+            square += (term - mean) ** 2
+            variance = square / (i + 2.0)
+        assert best == pytest.approx(20.0, rel=1e-6)
+    assert found.low < float(np.mean(weight * (2.0 * reward - 1.0))) < found.high
+
+
 # --- coverage, on 400 logs each
 
 
@@ -236,7 +260,10 @@ def test_coverage_of_values() -> None:
     world, rng = OneContext(10), np.random.default_rng(11)
     top = float(world.weight.max())
     plain = {"ips": e.IPS(), "snips": e.SNIPS(), "dr": e.DR(), "sndr": e.SNDR()}
-    hits = dict.fromkeys([*plain, "bootstrap", "bernstein", "log_smoothing", "difference"], 0)
+    hits = dict.fromkeys(
+        [*plain, "bootstrap", "bernstein", "log_smoothing", "betting", "difference"], 0
+    )
+    width = dict.fromkeys(["log_smoothing", "betting"], 0.0)
     pair = e.Difference(e.DR(), e.MeanReward())
     gain = world.value - world.logging_value
     for _ in range(LOGS):
@@ -245,16 +272,19 @@ def test_coverage_of_values() -> None:
             interval = estimator.interval(rows)
             hits[name] += interval.low <= world.value <= interval.high
         options = {"reward_range": (0.0, 1.0), "max_weight": top}
-        for method in ("bernstein", "log_smoothing"):
+        for method in ("bernstein", "log_smoothing", "betting"):
             interval = e.IPS().interval(rows, method=method, **options)  # type: ignore[arg-type]
             hits[method] += interval.low <= world.value <= interval.high
+            if method in width:
+                width[method] += interval.high - interval.low
         interval = e.SNIPS().interval(rows, method="bootstrap", replicates=300)
         hits["bootstrap"] += interval.low <= world.value <= interval.high
         interval = normal_interval(pair, pair.statistics(rows, rows))
         hits["difference"] += interval.low <= gain <= interval.high
     print(hits)
     for name, count in hits.items():
-        check_coverage(count, conservative=name in ("bernstein", "log_smoothing"))
+        check_coverage(count, conservative=name in ("bernstein", "log_smoothing", "betting"))
+    assert width["betting"] < width["log_smoothing"]
 
 
 def test_coverage_by_user() -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from offtower.errors import OfftowerError
+from offtower.evaluation.intervals.betting import betting_interval
 from offtower.evaluation.intervals.gamma import gamma_interval
 from offtower.evaluation.intervals.linear import LinearFunctional
 from offtower.evaluation.intervals.methods import (
@@ -159,14 +160,14 @@ class Estimator(ABC):
 
         by_user: rows of one user are correlated ("gamma", "normal" and "bootstrap").
         replicates, seed: of the bootstrap.
-        reward_range: for "bernstein" and "log_smoothing", and for "gamma" where all rewards are
-        equal. max_weight: largest possible weight, for "bernstein" and, if known, for "gamma"; the
-        largest one seen in the log is not it.
+        reward_range: for "bernstein", "log_smoothing" and "betting", and for "gamma" where all
+        rewards are equal. max_weight: largest possible weight, for "bernstein" and, if known, for
+        "gamma"; the largest one seen in the log is not it.
         """
         check_method(method)
         rows = self._scaled(rows)
-        if method == "log_smoothing":
-            return self._smoothed(rows, confidence, reward_range, by_user)
+        if method in ("log_smoothing", "betting"):
+            return self._bounded(method, rows, confidence, reward_range, by_user)
         if method == "gamma":
             return self._gamma(rows, confidence, by_user, reward_range, max_weight)
         carried = replicates if method == "bootstrap" else 0
@@ -212,8 +213,9 @@ class Estimator(ABC):
         unseen = unseen_terms(self.terms, spans, rewards, value, self.num_loggers)
         return gamma_interval(self, statistics, confidence, unseen)
 
-    def _smoothed(
+    def _bounded(
         self,
+        method: str,
         rows: EvaluationRows,
         confidence: float,
         reward_range: tuple[float, float] | None,
@@ -221,19 +223,21 @@ class Estimator(ABC):
     ) -> Interval:
         if self.label not in ("ips", "log_smoothing"):
             raise OfftowerError(
-                f"the log_smoothing interval uses weights and rewards only, not {self.name}; "
+                f"the {method} interval uses weights and rewards only, not {self.name}; "
                 "ask IPS or LogSmoothing for it"
             )
         if reward_range is None or by_user or rows.rounds is not None:
             raise OfftowerError(
-                "a log_smoothing interval needs reward_range=(low, high) and independent rows "
+                f"a {method} interval needs reward_range=(low, high) and independent rows "
                 "(no form by user or by round)"
             )
         if rows.row_weight is not None:
             raise OfftowerError(
-                "a log_smoothing interval has no form for rows with weights; use 'normal' or "
+                f"a {method} interval has no form for rows with weights; use 'normal' or "
                 "'bootstrap'"
             )
+        if method == "betting":
+            return betting_interval(rows, confidence, reward_range)
         return SmoothingSums.of(rows, reward_range).value(confidence)
 
     def _scaled(self, rows: EvaluationRows) -> EvaluationRows:

@@ -7,6 +7,7 @@
 | `bootstrap`     | large n, skewed terms     | replicate sums (Poisson weights)         |
 | `bernstein`     | every n, independent rows | range of the terms: reward, weight       |
 | `log_smoothing` | every n, independent rows | sums of logarithms (`smoothing_bound`)   |
+| `betting`       | every n, independent rows | all rows in memory (`betting`)           |
 
 `gamma`, `normal` and `bootstrap` are by user where the statistics hold users. `gamma` is the
 default: docs/results/2026-11-30-validity.md has the coverage of each.
@@ -24,7 +25,7 @@ from scipy.special import stdtrit
 from offtower.errors import OfftowerError, UndefinedIntervalError
 from offtower.evaluation.intervals.statistics import Functional, Statistics, finish, fit
 
-METHODS = ("gamma", "normal", "bootstrap", "bernstein", "log_smoothing")
+METHODS = ("gamma", "normal", "bootstrap", "bernstein", "log_smoothing", "betting")
 DEFAULT_METHOD = "gamma"
 """What "auto" stands for, chosen by coverage in docs/results/2026-11-30-validity.md."""
 DEFAULT_REPLICATES = 1000
