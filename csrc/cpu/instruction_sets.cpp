@@ -9,6 +9,8 @@ std::vector<const InstructionSet*> built_sets() {
   return {
 #if defined(__x86_64__)
       &avx512bf16(), &avx512(), &avx2(),
+#elif defined(__aarch64__)
+      &neon(),
 #endif
       &portable()};
 }

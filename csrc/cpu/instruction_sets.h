@@ -33,6 +33,8 @@ const InstructionSet& portable();
 const InstructionSet& avx2();
 const InstructionSet& avx512();
 const InstructionSet& avx512bf16();
+#elif defined(__aarch64__)
+const InstructionSet& neon();
 #endif
 
 // Those that this library was built for, widest first.
