@@ -7,3 +7,4 @@
 #define OFFTOWER_UNROLL _Pragma("GCC unroll 16")
 #endif
 #define OFFTOWER_INLINE inline __attribute__((always_inline))
+#define OFFTOWER_INLINE_LAMBDA __attribute__((always_inline))

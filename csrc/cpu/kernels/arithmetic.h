@@ -21,7 +21,8 @@ struct Float32 : Simd {
 
   static F load_unit(const Unit* p) { return Simd::load(p); }
   static F broadcast(const Unit* p) { return Simd::set(*p); }
-  static F step(F acc, F a, F b) { return Simd::fma(a, b, acc); }
+  // acc += a b of units.
+  static void multiply_add(F& acc, F a, F b) { Simd::accumulate(acc, a, b); }
 
   // The unit of one value; there is no second.
   template <class T>
@@ -41,8 +42,8 @@ struct Bfloat16Dot : Avx512 {
     std::memcpy(&unit, p, sizeof(unit));
     return _mm512_castsi512_ps(_mm512_set1_epi32(unit));
   }
-  static F step(F acc, F a, F b) {
-    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  static void multiply_add(F& acc, F a, F b) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
   }
   static Unit pack(Bfloat16 first, Bfloat16 second) {
     return first.bits | static_cast<uint32_t>(second.bits) << 16;

@@ -26,16 +26,18 @@ public:
   Backward(const BackwardOperands& operands, const BackwardResults& results, Workers& workers)
       : in_(operands), o_(operands.policy), out_(results), workers_(workers), problem_(o_),
         eligible_(o_), columns_(ceil_div(o_.dim, A::kWidth) * A::kWidth),
-        padded_rows_(problem_.blocks * kBlock<A>), cotangents_(padded_rows_),
-        tiles_(ceil_div(o_.items, kTileItems)),
+        panels_(ceil_div(o_.dim, kBlock<A>)), padded_rows_(problem_.blocks * kBlock<A>),
+        cotangents_(padded_rows_), tiles_(ceil_div(o_.items, kTileItems)),
         segment_tiles_(ceil_div(tiles_, min(tiles_, kBackwardSegments))),
         segments_(ceil_div(tiles_, segment_tiles_)),
         tree_(segments_, out_.context == nullptr ? 0 : padded_rows_ * columns_),
         order_(in_.cotangents.log_prob == nullptr ? 0 : o_.rows) {
     if (out_.item != nullptr) {
-      context_rows_.resize(padded_rows_ / A::kPair * columns_);
-      pack_rows<A, T>(static_cast<const T*>(o_.context), o_.rows, o_.dim, problem_.divisor,
-                      columns_, context_rows_.get());
+      context_panels_.resize(ceil_div(padded_rows_, kTileRows) * panels_ * kRowPanel);
+      for (int64_t row = 0; row < o_.rows; row += kTileRows)
+        pack_panels<A, T>(static_cast<const T*>(o_.context) + row * o_.dim,
+                          min(kTileRows, o_.rows - row), o_.dim, problem_.divisor,
+                          kTileRows / A::kPair, context_panels(row));
     }
     fill_cotangents();
     if (in_.cotangents.log_prob != nullptr) sort_by_action(o_.action, o_.rows, order_.get());
@@ -52,17 +54,22 @@ public:
   }
 
 private:
+  static constexpr int64_t kRowPanel = kTileRows / A::kPair * kBlock<A>;
+
   struct Scratch {
     explicit Scratch(const Backward& owner)
         : tile(owner.problem_, kTileItems), cotangents(kTileItems, kTileRows),
           item_gradient(kTileItems * owner.columns_),
-          items_packed(kTileItems / A::kPair * owner.columns_), bias_sums(kTileItems * A::kWidth),
+          item_panels(owner.out_.context == nullptr
+                          ? 0
+                          : kTileItems / A::kPair * kBlock<A> * owner.panels_),
+          bias_sums(kTileItems * A::kWidth),
           dense(owner.o_.reward == RewardKind::dense ? kTileItems * kBlock<A> : 0),
           cursor(kMasked ? owner.padded_rows_ : 0) {}
     ItemTile<A, T> tile;
     CotangentTile<A> cotangents;
     Buffer<float> item_gradient;
-    Buffer<typename A::Unit> items_packed;
+    Buffer<typename A::Unit> item_panels;
     Buffer<float> bias_sums, dense;
     EligibleTile<A> eligible;
     Buffer<int64_t> cursor; // of all rows
@@ -112,7 +119,9 @@ private:
     mine.tile.load(begin, count);
     if (out_.item != nullptr) clear(mine.item_gradient.get(), count * columns_);
     if (out_.item_bias != nullptr) clear(mine.bias_sums.get(), count * A::kWidth);
-    const typename A::Unit* items = out_.context == nullptr ? nullptr : packed_items(mine);
+    if (out_.context != nullptr)
+      pack_panels<A, T>(static_cast<const T*>(o_.item) + begin * o_.dim, count, o_.dim, 1.0f,
+                        kTileItems / A::kPair, mine.item_panels.get());
     const int64_t registers = columns_ / A::kWidth, stride = mine.cotangents.row_stride();
     for (int64_t row = 0; row < padded_rows_; row += kTileRows) {
       const int64_t rows = min(kTileRows, padded_rows_ - row);
@@ -120,11 +129,12 @@ private:
       for (int64_t r = 0; r < rows; r += kBlock<A>) any |= block((row + r) / kBlock<A>, r, mine);
       if (kMasked && !any) continue;
       if (out_.item != nullptr)
-        accumulate<A, false>(mine.cotangents.by_row.get(), stride,
-                             context_rows_.get() + row / A::kPair * columns_, columns_,
-                             rows / A::kPair, mine.item_gradient.get(), columns_, count, registers);
+        accumulate<A, false>(mine.cotangents.by_row.get(), stride, context_panels(row),
+                             kTileRows / A::kPair, rows / A::kPair, mine.item_gradient.get(),
+                             columns_, count, registers);
       if (out_.context != nullptr)
-        accumulate<A, true>(mine.cotangents.for_items(), mine.cotangents.rows, items, columns_,
+        accumulate<A, true>(mine.cotangents.for_items(), mine.cotangents.item_stride(),
+                            mine.item_panels.get(), kTileItems / A::kPair,
                             ceil_div(count, A::kPair), context_gradient + row * columns_, columns_,
                             rows, registers);
     }
@@ -157,12 +167,9 @@ private:
     return true;
   }
 
-  // The tile's items as right operand; in place where a row fills whole registers already.
-  const typename A::Unit* packed_items(Scratch& mine) {
-    if (A::kPair == 1 && o_.dim == columns_) return mine.tile.rows;
-    const T* source = static_cast<const T*>(o_.item) + mine.tile.begin * o_.dim;
-    pack_rows<A, T>(source, mine.tile.count, o_.dim, 1.0f, columns_, mine.items_packed.get());
-    return mine.items_packed.get();
+  // Of the rows from `row` on, a multiple of kTileRows.
+  typename A::Unit* context_panels(int64_t row) {
+    return context_panels_.get() + row / kTileRows * panels_ * kRowPanel;
   }
 
   // dv and db of a tile: the dense part from scratch, and the rows whose target is one of its items.
@@ -224,12 +231,12 @@ private:
   Workers& workers_;
   const Problem<A, T> problem_;
   const EligibleRows<A> eligible_;
-  const int64_t columns_, padded_rows_;
+  const int64_t columns_, panels_, padded_rows_;
   RowCotangents cotangents_;
   const int64_t tiles_, segment_tiles_, segments_;
   MergeTree tree_;
   Buffer<int64_t> order_;
-  Buffer<typename A::Unit> context_rows_;
+  Buffer<typename A::Unit> context_panels_;
   Objects<Scratch> scratch_;
 };
 

@@ -30,7 +30,8 @@ struct CotangentTile {
     by_row.resize(items * row_stride());
     if (A::kPair == 2) by_item.resize(items / 2 * rows);
   }
-  int64_t row_stride() const { return rows / A::kPair; } // units from one item to the next
+  // Units from one item to the next, with padding: see pack_panels.
+  int64_t row_stride() const { return rows / A::kPair + 64 / static_cast<int64_t>(sizeof(Unit)); }
   // Zeros for `lanes` rows of all items.
   void clear(int64_t items, int64_t row, int64_t lanes) {
     for (int64_t i = 0; i < items; ++i)
@@ -39,6 +40,8 @@ struct CotangentTile {
     for (int64_t i = 0; A::kPair == 2 && i < items; i += 2)
       for (int64_t k = 0; k < lanes; ++k) by_item[i / 2 * rows + row + k] = 0;
   }
+  // Of for_items: units from one item, or pair of items, to the next.
+  int64_t item_stride() const { return A::kPair == 2 ? rows : row_stride(); }
   Unit* for_items() { return A::kPair == 2 ? by_item.get() : by_row.get(); }
 
   const int64_t rows;
@@ -110,8 +113,8 @@ OFFTOWER_INLINE void item_cotangents(const Problem<A, T>& problem, const RowCota
     for (int m = 0; m < M; m += G) {
       typename A::F p[G];
       OFFTOWER_UNROLL
-      for (int g = 0; g < G; ++g) p[g] = centered_log2<A>(s[m + g][v], reference_max);
-      exp2<A, G>(p);
+      for (int g = 0; g < G; ++g) p[g] = A::sub(s[m + g][v], reference_max);
+      exponential<A, G>(p);
       OFFTOWER_UNROLL
       for (int g = 0; g < G; ++g) {
         if constexpr (kReward)

@@ -47,7 +47,7 @@ public:
     const int64_t bytes = max(1, operands.dim * static_cast<int64_t>(sizeof(float)));
     cached_items_ = min(out_.tile, max(kFold, kTileBytes / bytes / kFold * kFold));
     const int64_t fitting = kTileSumBytes / (tiles_ * L * 2 * static_cast<int64_t>(sizeof(float)));
-    chunk_blocks_ = min(problem_.blocks, max(fitting, kGroupBlocks));
+    chunk_blocks_ = min(problem_.blocks, max(fitting, kGroupBlocks<A>));
     max_.resize(chunk_blocks_ * tiles_ * L);
     sum_.resize(chunk_blocks_ * tiles_ * L);
     const int64_t rows = min(chunk_blocks_ * L, operands.rows);
@@ -62,7 +62,7 @@ public:
     for (first_block_ = 0; first_block_ < problem_.blocks; first_block_ += chunk_blocks_) {
       blocks_ = min(chunk_blocks_, problem_.blocks - first_block_);
       rows_ = min(blocks_ * L, problem_.o.rows - first_block_ * L);
-      groups_ = ceil_div(blocks_, kGroupBlocks);
+      groups_ = ceil_div(blocks_, kGroupBlocks<A>);
       // No result depends on the split.
       segments_ = min(tiles_, ceil_div(8 * workers_.threads(), groups_));
       if (!each<&Draw::sum_tiles>(segments_ * groups_)) return false;
@@ -83,7 +83,7 @@ private:
 
   struct Scratch {
     Scratch(const Problem<A, T>& problem, int64_t tile_items, int64_t tiles)
-        : tile(problem, tile_items), sums(kGroupBlocks), eligible(kMasked ? kGroupBlocks : 0),
+        : tile(problem, tile_items), sums(kGroupBlocks<A>), eligible(kMasked ? kGroupBlocks<A> : 0),
           block(problem.depth * L), logit(tile_items * L), mass(max(tile_items, tiles) * L),
           cumulative(max(tile_items, tiles)), base(tiles), total(tiles), weight(tiles) {}
     ItemTile<A, T> tile;
@@ -112,8 +112,8 @@ private:
   // (max, sum) of the tiles of a segment, for a group of blocks.
   void sum_tiles(int64_t index, int worker) {
     Scratch& mine = scratch_[worker];
-    const int64_t segment = index / groups_, first = index % groups_ * kGroupBlocks;
-    const int64_t blocks = min(kGroupBlocks, blocks_ - first);
+    const int64_t segment = index / groups_, first = index % groups_ * kGroupBlocks<A>;
+    const int64_t blocks = min(kGroupBlocks<A>, blocks_ - first);
     const int64_t begin_tile = tiles_ * segment / segments_;
     for (int64_t b = 0; kMasked && b < blocks; ++b)
       eligible_.seek(first_block_ + first + b, begin_tile * out_.tile, mine.eligible[b].cursor);
@@ -149,7 +149,7 @@ private:
       A::store(mine.top + v * W, top);
       for (int64_t t = 0; t < tiles_; ++t) {
         const int64_t at = t * L + v * W;
-        const auto factor = exp2<A>(centered_log2<A>(A::load(tile_max + at), top));
+        const auto factor = exponential<A>(A::sub(A::load(tile_max + at), top));
         A::store(mine.mass.get() + at, A::mul(A::load(tile_sum + at), factor));
       }
     }
@@ -301,8 +301,7 @@ private:
       A::store(mine.top + v * W, top);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t at = (i * V + v) * W;
-        A::store(mine.mass.get() + at,
-                 exp2<A>(centered_log2<A>(A::load(mine.logit.get() + at), top)));
+        A::store(mine.mass.get() + at, exponential<A>(A::sub(A::load(mine.logit.get() + at), top)));
       }
     }
   }

@@ -27,13 +27,14 @@ template <>
 OFFTOWER_INLINE float from_float<float>(float x) {
   return x;
 }
-// To the nearest, ties to even; a NaN stays one.
+// To the nearest, ties to even; a NaN stays one. Without a branch, so that loops use registers.
 template <>
 OFFTOWER_INLINE Bfloat16 from_float<Bfloat16>(float x) {
   uint32_t wide;
   std::memcpy(&wide, &x, sizeof(wide));
-  if (x != x) return Bfloat16{static_cast<uint16_t>((wide >> 16) | 0x40u)};
-  return Bfloat16{static_cast<uint16_t>((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16)};
+  const uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
+  const uint32_t quiet = (wide >> 16) | 0x40u;
+  return Bfloat16{static_cast<uint16_t>((wide & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
 }
 
 OFFTOWER_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }

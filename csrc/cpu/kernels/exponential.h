@@ -10,20 +10,21 @@ constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kLogProbFloor = -1e4f * kLog2E; // clamps p log p, where 0 * -inf would be NaN
 
-// y = 2^y for y < 127; 0 below -126; NaN for NaN. Error 1.1 ulp.
+// x = e^x for x < 88; 0 below -87.3365, where a result would be subnormal; NaN for NaN. Error 1.1 ulp
+// near 0. kBounded: no x is below that.
 //
-// Adding 1.5 * 2^23 leaves the nearest integer n in the low bits. 2^(y - n) is the polynomial of
-// degree 6 of least relative error on [-1/2, 1/2] with value 1 at 0 (Remez; 2e-9, 1.6e-8 with its
-// coefficients rounded to float32). G exponentials are interleaved: one alone is a chain of dependent
-// steps, and three fill the pipes (8 % less time than one after the other).
-template <class S, int G>
-OFFTOWER_INLINE void exp2(typename S::F (&y)[G]) {
-  const auto magic = S::set(12582912.0f);
+// With y = x log2(e), adding 1.5 * 2^23 leaves the nearest integer n in the low bits, and one fused
+// multiply-add gives y - n without rounding y. 2^(y - n) is the polynomial of degree 6 of least relative
+// error on [-1/2, 1/2] with value 1 at 0 (Remez; 2e-9, 1.6e-8 with its coefficients rounded to float32).
+// G exponentials are interleaved, because one alone is a chain of dependent steps.
+template <class S, int G, bool kBounded = false>
+OFFTOWER_INLINE void exponential(typename S::F (&x)[G], float log2e = kLog2E) {
+  const auto magic = S::set(12582912.0f), scale = S::set(log2e);
   typename S::F shifted[G], r[G], p[G];
   OFFTOWER_UNROLL
   for (int g = 0; g < G; ++g) {
-    shifted[g] = S::add(y[g], magic);
-    r[g] = S::sub(y[g], S::sub(shifted[g], magic));
+    shifted[g] = S::fma(x[g], scale, magic);
+    r[g] = S::fms(x[g], scale, S::sub(shifted[g], magic));
     p[g] = S::fma(S::set(1.5353362e-4f), r[g], S::set(1.3398875e-3f));
   }
   const float coefficients[] = {9.6184369e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.9314718e-1f, 1.0f};
@@ -33,13 +34,15 @@ OFFTOWER_INLINE void exp2(typename S::F (&y)[G]) {
     for (int g = 0; g < G; ++g) p[g] = S::fma(p[g], r[g], S::set(coefficients[k]));
   }
   OFFTOWER_UNROLL
-  for (int g = 0; g < G; ++g) y[g] = S::scale_exponent(p[g], shifted[g], y[g]);
+  for (int g = 0; g < G; ++g)
+    x[g] = kBounded ? S::scale_exponent(p[g], shifted[g])
+                    : S::scale_exponent(p[g], shifted[g], x[g], S::set(-87.3365f));
 }
 
 template <class S>
-OFFTOWER_INLINE typename S::F exp2(typename S::F y) {
-  typename S::F one[1] = {y};
-  exp2<S, 1>(one);
+OFFTOWER_INLINE typename S::F exponential(typename S::F x) {
+  typename S::F one[1] = {x};
+  exponential<S, 1>(one);
   return one[0];
 }
 
@@ -53,12 +56,14 @@ OFFTOWER_INLINE typename S::F centered_log2(typename S::F s, typename S::F refer
   return S::mul(S::sub(s, reference_max), S::set(kLog2E));
 }
 
-// 1 / (1 + e^-z), to a few ulp, without overflow; NaN for NaN.
-template <class S>
-OFFTOWER_INLINE typename S::F sigmoid(typename S::F z) {
-  auto y = S::mul(z, S::set(-kLog2E));
-  y = S::max(S::set(-126.0f), S::min(S::set(125.0f), y));
-  return S::reciprocal(S::add(exp2<S>(y), S::set(1.0f)));
+// z = 1 / (1 + e^-z), to a few ulp, without overflow; NaN for NaN.
+template <class S, int G>
+OFFTOWER_INLINE void sigmoid(typename S::F (&z)[G]) {
+  OFFTOWER_UNROLL
+  for (int g = 0; g < G; ++g) z[g] = S::max(S::set(-87.0f), S::min(S::set(87.0f), z[g]));
+  exponential<S, G, true>(z, -kLog2E);
+  OFFTOWER_UNROLL
+  for (int g = 0; g < G; ++g) z[g] = S::reciprocal(S::add(z[g], S::set(1.0f)));
 }
 
 } // namespace

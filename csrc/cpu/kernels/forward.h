@@ -18,8 +18,10 @@ constexpr int64_t kFold = 96;             // items between two folds; a multiple
 constexpr int64_t kTileBytes = 192 << 10; // of items that stay in the second-level cache
 constexpr int64_t kSegments = 64;         // at most, over the items
 constexpr int64_t kSegmentFolds = 43;     // about: the merge of a shorter one costs over 1 %
-constexpr int64_t kGroupBlocks = 4;       // blocks that share a tile
-constexpr float kInitialMax = -1e38f;     // before any item
+constexpr int64_t kGroupRows = 256;       // that share a tile
+template <class A>
+constexpr int64_t kGroupBlocks = kGroupRows / kBlock<A>;
+constexpr float kInitialMax = -1e38f; // before any item
 // A logit may exceed the reference max by this much: more would cost the entropy digits, less would
 // move the reference too often.
 constexpr float kReferenceMaxSlack = 1.0f;
@@ -87,7 +89,7 @@ OFFTOWER_INLINE void raise_reference_max(const typename A::F (&top)[A::kColumns]
     const auto reference_max = A::where_above(top[v], A::load(sums.limit + at), top[v], old);
     const auto shift =
         centered_log2<A>(old, reference_max); // -1e38 before the first item, when sum is 0
-    const auto factor = exp2<A>(shift);
+    const auto factor = exponential<A>(A::sub(old, reference_max));
     const auto centered = A::fma(sum, shift, A::load(sums.centered + at));
     A::store(sums.reference_max + at, reference_max);
     A::store(sums.limit + at, A::add(reference_max, A::set(kReferenceMaxSlack)));
@@ -131,8 +133,8 @@ OFFTOWER_INLINE void add_items(const Problem<A, T>& problem, const ItemTile<A, T
     for (int m = 0; m < M; m += G) {
       typename A::F p[G];
       OFFTOWER_UNROLL
-      for (int g = 0; g < G; ++g) p[g] = centered_log2<A>(s[m + g][v], reference_max);
-      exp2<A, G>(p);
+      for (int g = 0; g < G; ++g) p[g] = A::sub(s[m + g][v], reference_max);
+      exponential<A, G>(p);
       OFFTOWER_UNROLL
       for (int g = 0; g < G; ++g) {
         sum = A::add(sum, p[g]);
@@ -208,7 +210,7 @@ public:
     const int64_t wanted = max(1, min(folds / kSegmentFolds, kSegments));
     segment_items_ = ceil_div(folds, wanted) * kFold;
     segments_ = ceil_div(items, segment_items_);
-    groups_ = ceil_div(problem_.blocks, kGroupBlocks);
+    groups_ = ceil_div(problem_.blocks, kGroupBlocks<A>);
     sums_.resize(segments_ * operands.rows);
     scratch_.fill(min(workers.threads(), segments_ * groups_), problem_, tile_items_);
   }
@@ -229,8 +231,8 @@ private:
   struct Scratch {
     Scratch(const Problem<A, T>& problem, int64_t tile_items)
         : tile(problem, tile_items),
-          dense(problem.o.reward == RewardKind::dense ? kFold * kBlock<A> : 0), sums(kGroupBlocks),
-          eligible(kMasked ? kGroupBlocks : 0) {}
+          dense(problem.o.reward == RewardKind::dense ? kFold * kBlock<A> : 0),
+          sums(kGroupBlocks<A>), eligible(kMasked ? kGroupBlocks<A> : 0) {}
     ItemTile<A, T> tile;
     Buffer<float> dense;
     Buffer<BlockSums<A>> sums;
@@ -240,8 +242,8 @@ private:
   void segment(int64_t segment, int64_t group, int worker) {
     const PolicyOperands& o = problem_.o;
     Scratch& mine = scratch_[worker];
-    const int64_t first = group * kGroupBlocks;
-    const int64_t blocks = min(kGroupBlocks, problem_.blocks - first);
+    const int64_t first = group * kGroupBlocks<A>;
+    const int64_t blocks = min(kGroupBlocks<A>, problem_.blocks - first);
     for (int64_t b = 0; b < blocks; ++b) {
       mine.sums[b].clear();
       if (kMasked) eligible_.seek(first + b, segment * segment_items_, mine.eligible[b].cursor);
@@ -338,7 +340,7 @@ private:
     const auto put = [](float* array, int64_t row, double value) {
       if (array != nullptr) array[row] = static_cast<float>(value);
     };
-    constexpr int64_t kRows = kGroupBlocks * kBlock<A>;
+    constexpr int64_t kRows = kGroupBlocks<A> * kBlock<A>;
     for (int64_t row = group * kRows; row < min((group + 1) * kRows, o.rows); ++row) {
       const RowSums sums = merged(row);
       const double log_total = std::log(sums.total);

@@ -6,7 +6,7 @@
 
 #include "../buffer.h"
 #include "../../operands.h"
-#include "exp2.h"
+#include "exponential.h"
 #include "product.h"
 
 namespace offtower::cpu {
@@ -42,17 +42,32 @@ void pack_blocks(const T* matrix, int64_t rows, int64_t dim, float divisor,
   }
 }
 
-// Rows of a matrix as the right operand of a product that sums over them: [row unit][column], columns
-// padded to whole registers.
+// Rows of a matrix as the right operand of a product that sums over them: panels of kBlock columns, the
+// last one padded to whole registers with the zeros that are there. A panel is [row unit][column] with
+// room for `room` row units, so that a product reads it from one end to the other: rows at a stride of
+// a power of two would compete for few sets of the first-level cache.
 template <class A, class T>
-void pack_rows(const T* matrix, int64_t rows, int64_t dim, float divisor, int64_t columns,
-               typename A::Unit* out) {
-  for (int64_t row = 0; row < rows; row += A::kPair, out += columns) {
-    const T* first = matrix + row * dim;
-    if (A::kPair == 2 && row + 1 < rows) {
-      for (int64_t k = 0; k < dim; ++k) out[k] = A::pack(first[k], first[dim + k]);
-    } else {
-      for (int64_t k = 0; k < dim; ++k) out[k] = divided(A::pack(first[k], T{}), divisor);
+void pack_panels(const T* matrix, int64_t rows, int64_t dim, float divisor, int64_t room,
+                 typename A::Unit* out) {
+  for (int64_t begin = 0; begin < dim; begin += kBlock<A>, out += room * kBlock<A>) {
+    const int64_t count = min(kBlock<A>, dim - begin);
+    const int64_t width = ceil_div(count, A::kWidth) * A::kWidth;
+    for (int64_t row = 0; row < rows; row += A::kPair) {
+      const T* __restrict__ const first = matrix + row * dim + begin;
+      typename A::Unit* __restrict__ const to = out + row / A::kPair * width;
+      const auto pack = [&](int64_t columns) OFFTOWER_INLINE_LAMBDA {
+        if (A::kPair == 2 && row + 1 < rows) {
+          for (int64_t k = 0; k < columns; ++k) to[k] = A::pack(first[k], first[dim + k]);
+        } else if (divisor == 1.0f) {
+          for (int64_t k = 0; k < columns; ++k) to[k] = A::pack(first[k], T{});
+        } else {
+          for (int64_t k = 0; k < columns; ++k) to[k] = divided(A::pack(first[k], T{}), divisor);
+        }
+      };
+      if (count == kBlock<A>)
+        pack(kBlock<A>); // without a remainder, the loop is a few copies of registers
+      else
+        pack(count);
     }
   }
 }
@@ -229,10 +244,7 @@ OFFTOWER_INLINE void rewards(const Problem<A, T>& problem, const ItemTile<A, T>&
                problem.reward_depth, 1.0f, q);
   if (problem.o.reward == RewardKind::sigmoid) {
     OFFTOWER_UNROLL
-    for (int m = 0; m < M; ++m) {
-      OFFTOWER_UNROLL
-      for (int v = 0; v < V; ++v) q[m][v] = sigmoid<A>(q[m][v]);
-    }
+    for (int m = 0; m < M; ++m) sigmoid<A, V>(q[m]);
   }
 }
 

@@ -21,7 +21,7 @@ double multiply_add_rate() {
   const double begin = seconds();
   for (int64_t step = 0; step < kSteps; ++step) {
     OFFTOWER_UNROLL
-    for (int i = 0; i < kChains; ++i) acc[i] = A::step(acc[i], x, y);
+    for (int i = 0; i < kChains; ++i) A::multiply_add(acc[i], x, y);
     // Marks the operands as changed; otherwise the compiler would remove the loop.
     __asm__ volatile("" : OFFTOWER_REGISTER(x), OFFTOWER_REGISTER(y));
   }

@@ -21,6 +21,10 @@ struct Avx2 {
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F fms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
+  // acc += a b, in place: GCC moves accumulators between registers otherwise, and spills some.
+  static void accumulate(F& acc, F a, F b) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+  }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   // rcpps differs between makers; the division does not.
@@ -34,10 +38,12 @@ struct Avx2 {
   static F where_having(const uint32_t* words, uint32_t bit, F yes, F no) {
     return _mm256_blendv_ps(no, yes, lanes(words, bit));
   }
-  static F scale_exponent(F p, F shifted, F y) {
+  static F scale_exponent(F p, F shifted) {
     const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-    const F scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), n));
-    return _mm256_and_ps(scaled, _mm256_cmp_ps(y, set(-126.0f), _CMP_NLT_UQ));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), n));
+  }
+  static F scale_exponent(F p, F shifted, F x, F least) {
+    return _mm256_and_ps(scale_exponent(p, shifted), _mm256_cmp_ps(x, least, _CMP_NLT_UQ));
   }
 
 private:

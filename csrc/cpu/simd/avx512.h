@@ -21,6 +21,10 @@ struct Avx512 {
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
+  // acc += a b, in place: GCC moves accumulators between registers otherwise, and spills some.
+  static void accumulate(F& acc, F a, F b) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   // 14 bits, whose values the architecture fixes, and one Newton step: 2^-23. For 1 <= x <= 2^126.
@@ -41,9 +45,13 @@ struct Avx512 {
   static F where_having(const uint32_t* words, uint32_t bit, F yes, F no) {
     return _mm512_mask_blend_ps(static_cast<__mmask16>(having(words, bit)), no, yes);
   }
-  static F scale_exponent(F p, F shifted, F y) {
+  static F scale_exponent(F p, F shifted) {
     const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
-    const __mmask16 there = _mm512_cmp_ps_mask(y, set(-126.0f), _CMP_NLT_UQ);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), n));
+  }
+  static F scale_exponent(F p, F shifted, F x, F least) {
+    const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+    const __mmask16 there = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
     return _mm512_castsi512_ps(_mm512_maskz_add_epi32(there, _mm512_castps_si512(p), n));
   }
 };

@@ -27,6 +27,7 @@ struct Portable {
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
   static F fma(F a, F b, F c) { return a * b + c; }
+  static void accumulate(F& acc, F a, F b) { acc = a * b + acc; }
   static F fms(F a, F b, F c) { return a * b - c; }
   // b where either is NaN, as the x86 instruction has it.
   static F max(F a, F b) { return a > b ? a : b; }
@@ -41,12 +42,20 @@ struct Portable {
   static F where_having(const uint32_t* words, uint32_t bit, F yes, F no) {
     return lanes(words, bit) ? yes : no;
   }
-  // p * 2^n, n the integer in the low bits of `shifted`; 0 where y < -126.
-  static F scale_exponent(F p, F shifted, F y) {
+  // p * 2^n, n the integer in the low bits of `shifted`; with `x` and `least`, 0 where x < least.
+  static F scale_exponent(F p, F shifted) {
     U a, n;
     std::memcpy(&a, &p, sizeof(a));
     std::memcpy(&n, &shifted, sizeof(n));
-    a = (a + (n << 23)) & ~reinterpret_cast<U>(y < set(-126.0f));
+    a += n << 23;
+    std::memcpy(&p, &a, sizeof(p));
+    return p;
+  }
+  static F scale_exponent(F p, F shifted, F x, F least) {
+    const F scaled = scale_exponent(p, shifted);
+    U a;
+    std::memcpy(&a, &scaled, sizeof(a));
+    a &= ~reinterpret_cast<U>(x < least);
     std::memcpy(&p, &a, sizeof(p));
     return p;
   }
