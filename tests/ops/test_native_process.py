@@ -351,6 +351,27 @@ def test_slices_of_items_merge_to_the_whole(dtype: torch.dtype) -> None:
             )
 
 
+def test_memory_of_large_gradients_is_used_again() -> None:
+    """Gradients that live at once have memory of their own; a view keeps that of its gradient."""
+    u, v, action = operands(2, 600_000, 16)
+    x = v.requires_grad_()
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(policy_terms(u, x, action).log_prob.sum(), x)[0]
+
+    first, second = gradient(), gradient()
+    assert torch.equal(first, second)
+    assert len({first.data_ptr(), second.data_ptr()}) == 2
+    address, view = first.data_ptr(), first[7:]
+    expected = view.clone()
+    del first
+    third = gradient()
+    assert third.data_ptr() != address
+    assert torch.equal(view, expected)
+    del view
+    assert gradient().data_ptr() == address
+
+
 def test_empty_batches() -> None:
     u, v, _ = operands(0, 9, 3)
     action = torch.zeros(0, dtype=torch.int64)

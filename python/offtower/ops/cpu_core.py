@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
+from offtower.ops.gradient_memory import empty_gradient
 from offtower.ops.native import DTYPES, NativeCore, capsules, native_operands
 from offtower.ops.types import ItemLists, Operands
 
@@ -77,6 +78,9 @@ class CPUCore(NativeCore):
             **numbers,
             **_threads(x.rows * x.items * width),
         )
+
+    def _empty_gradient(self, like: Tensor) -> Tensor:
+        return empty_gradient(like.shape, like)
 
     def list_dots(self, rows: Tensor, items: Tensor, lists: ItemLists) -> Tensor:
         found = rows.new_empty(lists.items.shape, dtype=torch.float32)

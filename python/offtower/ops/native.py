@@ -104,7 +104,7 @@ class NativeCore(ABC):
         make = x.context.new_empty
         found = Gradients(
             make(prepared.context.shape) if needs.context else None,
-            make(prepared.item.shape) if needs.item else None,
+            self._empty_gradient(prepared.item) if needs.item else None,
             make(x.items) if needs.item_bias else None,
         )
         read = {
@@ -144,6 +144,9 @@ class NativeCore(ABC):
             tile=tile_items(x.items),
         )
         return found
+
+    def _empty_gradient(self, like: Tensor) -> Tensor:
+        return torch.empty_like(like)
 
     def _prepare(self, x: Operands) -> Operands:
         """The operands as the kernels take them; embeddings may become wider."""
