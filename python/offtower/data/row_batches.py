@@ -80,11 +80,16 @@ def _add(arrays: dict[str, NDArray[Any]], name: str, value: Any) -> None:
     if isinstance(value, BagArray):
         for part in _PARTS:
             arrays[f"{name}/{part}"] = getattr(value, part)
+        for column, values in value.columns.items():
+            arrays[f"{name}/columns/{column}"] = values
     elif value is not None:
         arrays[name] = value
 
 
 def _array(arrays: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any] | BagArray | None:
     if f"{name}/values" in arrays:
-        return BagArray(*(arrays[f"{name}/{part}"] for part in _PARTS))
+        values, offsets = (arrays[f"{name}/{part}"] for part in _PARTS)
+        prefix = f"{name}/columns/"
+        columns = {key: array for key, array in arrays.items() if key.startswith(prefix)}
+        return BagArray(values, offsets, {k.removeprefix(prefix): a for k, a in columns.items()})
     return arrays.get(name)
