@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
-from numpy.typing import NDArray
+from benchmarks.histories import Task, history_world
 
-from offtower.config import parse_config
-from offtower.data import write_catalogue, write_log
-from offtower.data.encoding import to_tensors
-from offtower.data.simulate import HistorySettings, LoggingPolicy, SimulatedWorld, WorldSettings
-from offtower.models.items import ItemFeatures
-from offtower.models.store import load_policy
-from offtower.training.run import train_run
-
-
-def world(**settings: Any) -> SimulatedWorld:
-    history = HistorySettings(**settings)
-    return SimulatedWorld(
-        40,
-        WorldSettings(4, 4, 4, scale=2.5, intercept=-2.0, history=history),
-        seed=5,
-        logging=LoggingPolicy("contextual", 0.3, 0.2),
-    )
+from offtower.data.simulate import HistorySettings, SimulatedWorld, WorldSettings
 
 
 def test_rewards_depend_on_the_history_as_described() -> None:
-    one = world(length=6, share=1.0, half_life=2.0)
+    one = history_world(HistorySettings(6, 1.0, 2.0))
     table = pa.concat_tables(one.log(300, seed=1))
     contexts = table.slice(0, 50)
     item, rows = one.item_latent.numpy(), contexts.to_pylist()
@@ -59,50 +40,9 @@ def test_rewards_depend_on_the_history_as_described() -> None:
 @pytest.mark.parametrize("objective", ["weighted_likelihood", "dr"])
 def test_a_tower_that_reads_histories_is_better(tmp_path: Path, objective: str) -> None:
     """Its value is above that of the same towers without them, by ten standard errors."""
-    one = world(length=8, half_life=2.0)
-    write_catalogue(tmp_path / "catalogue", one.catalogue_table(), one.catalogue_schema)
-    schema = one.log_schema
-    write_log(tmp_path / "seen", one.log(20_000, seed=1), schema)
-    plain = replace(schema, context=schema.context[:1])
-    write_log(tmp_path / "plain", one.log(20_000, seed=1), plain)
-    contexts = one.contexts(4000, seed=9)
-
-    def rewards(log: str, encoder: str = "mean") -> NDArray[np.float64]:
-        history = {"encoder": encoder, "layers": 1, "width": 16}
-        tower = {"hidden_layer_sizes": [32]}
-        config = parse_config(
-            {
-                "name": f"{log}-{encoder}",
-                "runs": str(tmp_path / "runs"),
-                "data": {
-                    "train": str(tmp_path / log),
-                    "catalogue": str(tmp_path / "catalogue"),
-                },
-                "policy": {
-                    "embedding_dim": 8,
-                    "item_bias": True,
-                    "context_tower": {**tower, "history": history},
-                    "item_tower": tower,
-                },
-                "reward_model": {"kind": "factored", "folds": 2, "epochs": 5, "tower": tower},
-                "objective": {"name": objective},
-                "training": {"epochs": 8, "batch_size": 256, "learning_rate": 5e-3, "threads": 1},
-            }
-        )
-        train_run(config)
-        policy, _ = load_policy(config.run_directory / "policy")
-        with torch.no_grad():
-            items = policy.embed_items(
-                ItemFeatures.from_catalogue(one.catalogue(), policy.item_encoding)
-            )
-        return one.policy_rewards(
-            contexts,
-            lambda some: policy.embed_contexts(to_tensors(policy.context_encoding.encode(some))),
-            items.embedding,
-            item_bias=items.bias,
-        )
-
-    without = rewards("plain")
+    task = Task(history_world(HistorySettings(length=8)), tmp_path)
+    task.write()
+    without = task.rewards(objective, "none")
     for encoder in ("mean", "transformer"):
-        gain = rewards("seen", encoder) - without
+        gain = task.rewards(objective, encoder) - without
         assert gain.mean() > 10 * gain.std() / np.sqrt(len(gain)), encoder
