@@ -39,7 +39,8 @@ _PRIOR_STRENGTH = 4.0
 """Effective parameters with which the update of a covariance is weighed against the one before."""
 _BLOCK_NUMBERS = 1 << 24
 """Of the covariances of a category's values, at most; the values with the most rows are used."""
-_CHUNK = 1 << 15
+_PRODUCTS = 1 << 23
+"""Of features, in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -250,8 +251,9 @@ class _Fit:
             )
             # The last block takes the rows of the values that are not used.
             tables.append((used, place[value], torch.zeros(len(used) + 1, width * width)))
-        for start in range(0, len(curvature), _CHUNK):
-            part = slice(start, start + _CHUNK)
+        chunk = max(1, _PRODUCTS // width**2)
+        for start in range(0, len(curvature), chunk):
+            part = slice(start, start + chunk)
             context = rows.context[part]
             products = (context[:, :, None] * context[:, None, :]).flatten(1)
             products *= curvature[part, None]
