@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -229,11 +230,19 @@ def test_a_killed_race_has_the_same_bits(tmp_path: Path, monkeypatch: pytest.Mon
     assert_same_policies(config.run_directory, again.run_directory)
 
 
-def test_it_begins_large_catalogues_without_bags() -> None:
+def test_it_begins_large_catalogues_without_bags_or_histories() -> None:
     data = mixed_data(numbers=True)
     assert MIXED not in [one.name for one in make_candidates(config_of(), data)]
     large = parse_config({**BASE, "sampling": {"num_samples": 8}})
     assert make_candidates(large, data)[0].name == MIXED
+    history = FeatureSpec(name="seen", kind="history")
+    assert isinstance(data.train, TableLog)
+    table = next(iter(data.train.tables()))
+    seen = pa.array([["i1", "i2"]] * table.num_rows)
+    schema = replace(data.train.schema, context=(*data.train.schema.context, history))
+    log = TableLog(table.append_column("seen", seen), schema)
+    with_history = prepare(log, None, data.catalogue, Progress())
+    assert MIXED not in [one.name for one in make_candidates(large, with_history)]
     world = SimulatedWorld(12, WorldSettings(4, 4, 4, feature_kinds="all"), seed=1)
     log = TableLog(pa.concat_tables(world.log(50)), world.log_schema)
     bags = prepare(log, None, world.catalogue(), Progress())
