@@ -24,7 +24,7 @@ from offtower.retrieval import Retriever, SampleResult, decisions_table
 from offtower.server import DecisionSettings, Limits, ServerSettings
 from offtower.server.batching import Answer, Batcher, BatchSettings
 from offtower.server.columns import ContextColumns
-from offtower.server.decisions import DecisionLog
+from offtower.server.decisions import DecisionLog, _Spool
 from offtower.server.errors import RequestError
 from offtower.server.exports import OpenExport
 from offtower.server.metrics import Metrics
@@ -167,6 +167,30 @@ def test_leftovers_are_finished_once_and_not_while_their_server_runs(
         DecisionLog(settings).close()
     assert logged(tmp_path / "log") == decisions.column("round_id").to_pylist()
     assert not list((tmp_path / "spool").iterdir())
+
+
+def test_a_server_that_starts_leaves_files_that_others_begin_or_finish(
+    served: tuple[Retriever, SampleResult, pa.Table],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    retriever, drawn, decisions = served
+    settings = DecisionSettings(str(tmp_path / "log"), tmp_path / "spool")
+    log, lock = DecisionLog(settings), fcntl.flock
+
+    def other_starts_first(file: Any, how: int) -> None:
+        if how == fcntl.LOCK_EX:
+            DecisionLog(settings).close()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", other_starts_first)
+    log.append(retriever, drawn, decisions)
+    monkeypatch.undo()
+    (path,) = (tmp_path / "spool").iterdir()
+    assert _Spool.take_over(path) is None
+    log.close()
+    assert _Spool.take_over(path) is None
+    assert logged(tmp_path / "log") == decisions.column("round_id").to_pylist()
 
 
 def test_times_of_histories_may_be_of_any_form() -> None:

@@ -42,6 +42,7 @@ logger = logging.getLogger("offtower.server")
 
 _SCHEMA = b"offtower.schema"
 _SPOOL = ".spool"
+_SUFFIX = ".arrows"
 
 
 @dataclass
@@ -60,15 +61,45 @@ class _Spool:
     @classmethod
     def create(cls, folder: Path, series: str, schema: pa.Schema) -> _Spool:
         stem = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:16]}"
-        path = folder / f"{stem}.arrows"
-        file = io.FileIO(path, "x")
+        path = folder / f"{stem}{_SUFFIX}"
+        # Locked before other servers see its name, or one could take it for a leftover.
+        hidden = path.with_suffix(".new")
+        file = io.FileIO(hidden, "x")
         fcntl.flock(file, fcntl.LOCK_EX)
+        hidden.rename(path)
         spool = cls(path, series, file, begun=time.monotonic())
         try:
             spool.write(schema)
         except BaseException:
             spool.remove()
             raise
+        return spool
+
+    @classmethod
+    def take_over(cls, path: Path) -> _Spool | None:
+        """Lock a file that an ended server left; None where another server has it or finished it.
+
+        A file without a whole schema is removed: nothing was answered from it.
+        """
+        try:
+            file = io.FileIO(path, "r+")
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            size = path.stat().st_size
+        except (BlockingIOError, FileNotFoundError):
+            file.close()
+            return None
+        spool = cls(path, "", file, whole=size)
+        try:
+            with path.open("rb") as content, pa.ipc.open_stream(content) as stream:
+                columns = stream.schema
+        except pa.ArrowInvalid:
+            spool.remove()
+            return None
+        text = columns.metadata[_SCHEMA].decode()
+        spool.series = _series_name(text, columns.remove_metadata())
         return spool
 
     def write(self, part: pa.Schema | pa.RecordBatch) -> None:
@@ -226,22 +257,11 @@ class DecisionLog:
 
     def _take_leftovers(self) -> None:
         """Take over the files of servers that ended without finishing them."""
-        for path in sorted(self._folder.glob("*.arrows")):
-            file = io.FileIO(path, "r+")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                continue
-            spool = _Spool(path, "", file, whole=path.stat().st_size)
-            table = spool.read()
-            if table is None:
-                spool.remove()
-                continue
-            text = table.schema.metadata[_SCHEMA].decode()
-            spool.series = _series_name(text, table.schema.remove_metadata())
-            self._sealed.append(spool)
-            logger.info("finishing '%s', which an earlier server left", path)
+        for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
+            spool = _Spool.take_over(path)
+            if spool is not None:
+                self._sealed.append(spool)
+                logger.info("finishing '%s', which an earlier server left", path)
 
 
 def _series_name(text: str, columns: pa.Schema) -> str:

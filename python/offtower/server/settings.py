@@ -44,7 +44,7 @@ class DecisionSettings:
     """Where and how the decisions of `/sample` are logged.
 
     Raises:
-        ConfigError: a number is not positive, or a log in a store has no local spool.
+        ConfigError: a number is not positive.
     """
 
     log: str
