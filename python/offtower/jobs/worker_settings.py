@@ -68,6 +68,11 @@ class WorkerSettings:
             )
 
 
+def _version(package: str) -> str:
+    # Without the build (+cu130): workers with GPUs may have another one than the command's process.
+    return str(importlib.import_module(package).__version__).partition("+")[0]
+
+
 @cache
 def package_versions() -> dict[str, str]:
     """Versions of the packages that results depend on, and a digest of offtower's own modules."""
@@ -76,5 +81,5 @@ def package_versions() -> dict[str, str]:
     root = Path(offtower.__file__).parent
     for path in sorted(root.rglob("*.py")):
         sources.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    versions = {name: str(importlib.import_module(name).__version__) for name in names}
+    versions = {name: _version(name) for name in names}
     return {**versions, "offtower's modules": sources.hexdigest()[:12]}
