@@ -24,7 +24,13 @@ def test_the_driver_shows_progress_failures_and_waiting(
 ) -> None:
     now, free = 0.0, {"CPU": 1.0}
     monkeypatch.setattr(job_progress, "time", SimpleNamespace(monotonic=lambda: now))
-    ray = SimpleNamespace(available_resources=lambda: free)
+
+    def available_resources() -> dict[str, float]:
+        if now == 20.0:
+            raise ConnectionError("the head restarts")
+        return free
+
+    ray = SimpleNamespace(available_resources=available_resources)
     monkeypatch.setattr(job_progress, "import_ray", lambda: ray)
     shown = Recorded()
     follower = JobFollower(tmp_path, ResourceRequest(2), Execution(progress=shown))
@@ -36,10 +42,10 @@ def test_the_driver_shows_progress_failures_and_waiting(
 
     waiting = "waiting for 2 x {CPU: 1} since 40 s; free in the cluster: 1 CPU"
     seen = []
-    for now in (5.0, 40.0, 60.0, 71.0):
+    for now in (5.0, 20.0, 40.0, 60.0, 71.0):
         seen.append(lines())
         free["CPU"] = 2.0 if now == 60.0 else free["CPU"]
-    assert seen == [[], [waiting], [], ["starting 2 x {CPU: 1} since 71 s"]]
+    assert seen == [[], [], [waiting], [], ["starting 2 x {CPU: 1} since 71 s"]]
 
     first = SharedProgress(tmp_path)
     first.start("epoch 1 of 2", 100)
@@ -69,6 +75,7 @@ def test_workers_with_other_versions_are_refused(
     here = WorkerSettings.of(float(threads))
     here.apply()
     modules = "offtower's modules"
+    assert "+" not in here.versions["torch"], "builds for CPUs and GPUs work together"
     other = replace(here, versions={**here.versions, "torch": "1.0", modules: "0123"})
     with pytest.raises(ClusterError, match=r"torch .* instead of 1\.0, offtower's modules .* 0123"):
         other.apply()

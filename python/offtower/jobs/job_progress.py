@@ -153,6 +153,11 @@ class JobFollower:
     def poll(self) -> None:
         """Show new failures, notes and progress, and how long the job has waited for workers; pass
         a request to stop on to the workers."""
+        self._read()
+        if self._waiting_since is not None:
+            self._say_waiting(time.monotonic() - self._waiting_since)
+
+    def _read(self) -> None:
         stop = self._folder / _STOP
         if self._interruption.stop_requested() and not stop.exists():
             stop.touch()
@@ -164,14 +169,12 @@ class JobFollower:
         state = self._state()
         if state is not None and state.attempt != self._shown.attempt:
             self._shown, self._waiting_since = JobState(attempt=state.attempt), None
-        if self._waiting_since is not None:
-            self._say_waiting(time.monotonic() - self._waiting_since)
-        elif state is not None:
+        if state is not None and self._waiting_since is None:
             self._show(state)
 
     def finish(self) -> None:
         """Show the last reports."""
-        self.poll()
+        self._read()
         self._progress.finish()
 
     def _show(self, state: JobState) -> None:
@@ -191,9 +194,12 @@ class JobFollower:
     def _say_waiting(self, seconds: float) -> None:
         if seconds < _WAITING_SECONDS or seconds - self._said < _REPEAT_SECONDS:
             return
+        try:
+            free = import_ray().available_resources()
+        except Exception:  # While Ray's head restarts; the next poll tries again.
+            return
         self._said = seconds
         request = self._request
-        free = import_ray().available_resources()
         missing = [
             f"{free.get(name, 0.0):g} {name}"
             for name, amount in request.resources.items()
