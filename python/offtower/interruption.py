@@ -28,11 +28,11 @@ class Interruption:
         return False
 
     @contextmanager
-    def deferred(self, until_saved: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    def deferred(self, can_save: Callable[[], bool] = lambda: True) -> Iterator[None]:
         """Let the block save its work before it stops.
 
         Args:
-            until_saved: whether the block can; where it cannot, a request ends it at once.
+            can_save: asked at a request; where it is false, the request ends the block at once.
         """
         yield
 
@@ -65,10 +65,10 @@ class TerminationSignal(Interruption):
             signal.signal(signal.SIGTERM, before)
 
     @contextmanager
-    def deferred(self, until_saved: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    def deferred(self, can_save: Callable[[], bool] = lambda: True) -> Iterator[None]:
         # Installed again, since libraries such as Ray set handlers of their own.
         with self.installed():
-            self._can_save = until_saved
+            self._can_save = can_save
             try:
                 yield
             finally:

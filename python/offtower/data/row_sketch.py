@@ -154,8 +154,8 @@ def _values(column: Column) -> Keys:
     kind = column.type
     if is_list(kind):
         values, offsets = list_parts(column)
-        place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
-        keys = splitmix64(_values(values) + splitmix64(place.astype(np.uint64)))
+        position = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
+        keys = splitmix64(_values(values) + splitmix64(position.astype(np.uint64)))
         ends = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(keys, dtype=np.uint64)])
         return np.asarray(ends[offsets[1:]] - ends[offsets[:-1]])
     if pa.types.is_timestamp(kind):

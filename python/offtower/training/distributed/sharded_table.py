@@ -39,9 +39,9 @@ class ShardedItemTable(ItemTable):
         count = torch.tensor([len(distinct)], dtype=torch.int64, device="cpu")
         counts = self._workers.gather(count, [1] * self._workers.size).tolist()
         wanted = torch.unique(self._workers.gather(distinct, counts))
-        place = torch.searchsorted(self._codes, wanted).clamp_max(len(self._codes) - 1)
-        mine = (self._codes[place] == wanted).nonzero()[:, 0]
-        local = 1 + self._order[place[mine]]
+        position = torch.searchsorted(self._codes, wanted).clamp_max(len(self._codes) - 1)
+        mine = (self._codes[position] == wanted).nonzero()[:, 0]
+        local = 1 + self._order[position[mine]]
         own: Tensor = self.table(to_device(local, device))
         empty = own.new_zeros(len(wanted), self.dim)
         whole = sum_parts(empty.index_put((to_device(mine, device),), own), self._workers)
