@@ -250,6 +250,11 @@ def test_a_betting_limit_is_where_the_capital_reaches_its_bound() -> None:
             variance = square / (i + 2.0)
         assert best == pytest.approx(20.0, rel=1e-6)
     assert found.low < float(np.mean(weight * (2.0 * reward - 1.0))) < found.high
+    for method in ("log_smoothing", "betting"):
+        with pytest.raises(OfftowerError, match="there are no rows to estimate from"):
+            e.IPS().interval(
+                EvaluationRows(weight[:0], reward[:0]), method=method, reward_range=(0, 1)
+            )
 
 
 # --- coverage, on 400 logs each

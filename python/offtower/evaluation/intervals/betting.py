@@ -20,7 +20,7 @@ import numpy as np
 
 from offtower.errors import OfftowerError
 from offtower.evaluation.intervals.methods import Interval, check_confidence
-from offtower.evaluation.intervals.smoothing_bound import check_range
+from offtower.evaluation.intervals.smoothing_bound import check_range, unit_rewards, within
 from offtower.evaluation.rows import Array, EvaluationRows
 
 _LARGEST = 0.75
@@ -34,22 +34,18 @@ def betting_interval(
 ) -> Interval:
     """Interval of V(new) by IPS; each side fails with probability at most (1 - confidence) / 2.
 
-    Raises OfftowerError for a reward outside of the range.
+    Raises OfftowerError for a reward outside the range, and without rows.
     """
+    if rows.n < 1:
+        raise OfftowerError("there are no rows to estimate from")
+    tail = (1.0 - check_confidence(confidence)) / 2.0
     low, high = check_range(reward_range)
-    width, tail = high - low, (1.0 - check_confidence(confidence)) / 2.0
-    above = (rows.reward - low) / width
-    if above.size and not (above.min() >= -1e-6 and above.max() <= 1.0 + 1e-6):
-        raise OfftowerError(
-            f"rewards reach from {rows.reward.min():g} to {rows.reward.max():g}, outside of the "
-            f"reward range [{low:g}, {high:g}]; correct reward_range"
-        )
-    above, weight = np.clip(above, 0.0, 1.0), rows.importance_weight
-    least = low + width * _lower_limit(weight * above, tail)
-    most = high - width * _lower_limit(weight * (1.0 - above), tail)
-    if least > most:  # Only where the weights are no ratios of probabilities.
-        least, most = low, high
-    return Interval(least, most, confidence, "betting")
+    weight, above = rows.importance_weight, unit_rewards(rows.reward, reward_range)
+    ends = (
+        low + (high - low) * _lower_limit(weight * above, tail),
+        high - (high - low) * _lower_limit(weight * (1.0 - above), tail),
+    )
+    return Interval(*within(ends, (low, high)), confidence, "betting")
 
 
 def _lower_limit(terms: Array, alpha: float) -> float:

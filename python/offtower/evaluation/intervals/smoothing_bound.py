@@ -56,19 +56,7 @@ class SmoothingSums:
     @classmethod
     def of(cls, rows: EvaluationRows, reward_range: tuple[float, float]) -> SmoothingSums:
         """Sums over a shard. Raises OfftowerError for a reward outside the range."""
-        low, high = check_range(reward_range)
-        reward = rows.reward
-        slack = 1e-6 * max(high - low, abs(low), abs(high))  # rewards kept as float32
-        outside = (reward < low - slack) | (reward > high + slack)
-        if outside.any():
-            first = int(np.argmax(outside))
-            raise OfftowerError(
-                f"reward[{first}] is {reward[first]:g}, outside of the reward range "
-                f"[{low:g}, {high:g}] ({int(outside.sum())} such values); correct reward_range"
-            )
-        width = high - low
-        weight = rows.importance_weight
-        above = np.clip((reward - low) / width, 0.0, 1.0)
+        weight, above = rows.importance_weight, unit_rewards(rows.reward, reward_range)
         below = 1.0 - above
         kinds = (
             weight * above,
@@ -78,7 +66,7 @@ class SmoothingSums:
             weight,
         )
         log_sum = np.array([[np.log1p(lam * z).sum() for lam in GRID] for z in kinds])
-        return cls(rows.n, log_sum, np.array([z.sum() for z in kinds]), (low, high))
+        return cls(rows.n, log_sum, np.array([z.sum() for z in kinds]), check_range(reward_range))
 
     def merge(self, other: SmoothingSums) -> SmoothingSums:
         """Sums over both shards."""
@@ -99,7 +87,7 @@ class SmoothingSums:
             low + (high - low) * self.lower_bound("value_low", tail),
             high - (high - low) * self.lower_bound("value_high", tail),
         )
-        return _interval(*ends, low, high, confidence)
+        return Interval(*within(ends, (low, high)), confidence, "log_smoothing")
 
     def difference(self, confidence: float = 0.95) -> Interval:
         """Interval of V(new) - V(logging), from one paired bound for each side."""
@@ -109,7 +97,7 @@ class SmoothingSums:
             (high - low) * self.lower_bound("difference_low", tail),
             -(high - low) * self.lower_bound("difference_high", tail),
         )
-        return _interval(*ends, low - high, high - low, confidence)
+        return Interval(*within(ends, (low - high, high - low)), confidence, "log_smoothing")
 
     def mean_weight(self, delta: float = 1e-4) -> float:
         """Lower bound on the mean weight, wrong with probability at most delta; should be <= 1."""
@@ -138,16 +126,31 @@ class SmoothingSums:
         return floor + math.expm1(float(root))
 
 
-def _interval(low: float, high: float, least: float, most: float, confidence: float) -> Interval:
+def within(ends: tuple[float, float], possible: tuple[float, float]) -> tuple[float, float]:
     """Clip to the possible range; return all of it where the bounds contradict each other.
 
     That only happens where the weights are no ratios of probabilities (`SmoothingSums.mean_weight`
     detects this).
     """
-    low, high = max(low, least), min(high, most)
-    if low > high:
-        low, high = least, most
-    return Interval(low, high, confidence, "log_smoothing")
+    low, high = max(ends[0], possible[0]), min(ends[1], possible[1])
+    return (low, high) if low <= high else possible
+
+
+def unit_rewards(reward: Array, reward_range: tuple[float, float]) -> Array:
+    """(n,) rewards in units of the range, from 0 to 1.
+
+    Raises OfftowerError for a reward outside the range.
+    """
+    low, high = check_range(reward_range)
+    slack = 1e-6 * max(high - low, abs(low), abs(high))  # rewards kept as float32
+    outside = (reward < low - slack) | (reward > high + slack)
+    if outside.any():
+        first = int(np.argmax(outside))
+        raise OfftowerError(
+            f"reward[{first}] is {reward[first]:g}, outside of the reward range "
+            f"[{low:g}, {high:g}] ({int(outside.sum())} such values); correct reward_range"
+        )
+    return np.clip((reward - low) / (high - low), 0.0, 1.0)
 
 
 def check_range(reward_range: tuple[float, float]) -> tuple[float, float]:
