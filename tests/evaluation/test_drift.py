@@ -292,8 +292,10 @@ def test_numbers_since_1970_are_times(unit: int) -> None:
     clock = LogClock.of(_OneColumn(pa.array([second, second + 1])))
     assert clock is not None
     assert clock.time(np.array([second]))[0] == MONDAY  # type: ignore[index]
-    plain = LogClock.of(_OneColumn(pa.array([3, 4])))
-    assert plain is not None and plain.time(np.array([3]))[0] == 3  # type: ignore[index]
+    assert LogClock.of(_OneColumn(pa.array([second, None]))) == clock
+    for others in ([3, 4], [None], ["2026-01-05"]):
+        plain = LogClock.of(_OneColumn(pa.array(others)))
+        assert plain is not None and plain.time(np.array([3]))[0] == 3  # type: ignore[index]
 
 
 def test_simulated_drift_has_the_stated_values_by_week() -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
-from offtower.data.columns import timestamps
+from offtower.data.columns import is_number, timestamps
 from offtower.data.log import Log
 from offtower.evaluation.rows import IntArray
 
@@ -30,8 +29,9 @@ class LogClock:
         name = log.schema.timestamp
         if name is None:
             return None
-        column = log.read_row_group(0, [name]).column(name)
-        if pa.types.is_timestamp(column.type):
+        # Missing times, and those of a wrong type, are bad rows, which the row check reports.
+        column = log.read_row_group(0, [name]).column(name).drop_null()
+        if not len(column) or not is_number(column.type):
             return cls(1, 1)
         middle = int(np.median(timestamps(column)))
         for low, high, factor, divisor in _UNITS:
