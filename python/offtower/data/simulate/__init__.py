@@ -20,7 +20,8 @@ from offtower.data.simulate.slate_values import (
     logging_value_of_week,
     slate_value,
 )
-from offtower.data.simulate.world import SimulatedWorld, WorldSettings
+from offtower.data.simulate.world import SimulatedWorld
+from offtower.data.simulate.world_settings import WorldSettings
 
 __all__ = [
     "DriftSettings",

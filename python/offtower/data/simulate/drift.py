@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offtower.data.simulate.eligible_sets import START
+from offtower.data.simulate.logging_policy import LoggingPolicy
 from offtower.errors import ConfigError
 
 WEEKS = 6
 """Length of a log that drifts."""
 _DAY = np.timedelta64(86_400_000_000, "us")
+MIDDLE = START + WEEKS * 7 // 2 * _DAY
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class DriftSettings:
         day = (time.astype("datetime64[D]").astype(np.int64) + 3) % 7
         moved = self.trend * share + self.step * (share >= 0.5) + self.week * (day >= 5)
         return np.asarray(moved, dtype=np.float64)
+
+    def late(self, policy: LoggingPolicy) -> LoggingPolicy:
+        """The logging policy from the middle of the log on."""
+        return replace(policy, beta=self.logging * policy.beta)
 
     @staticmethod
     def times(first: int, count: int, rows: int) -> NDArray[np.datetime64]:

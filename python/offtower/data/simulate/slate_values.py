@@ -7,7 +7,7 @@ given or drawn.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -118,7 +118,7 @@ def logging_value_of_week(world: SimulatedWorld, week: int, seed: int = 0) -> fl
     contexts = world.contexts(max(50, min(200, _SCORED // world.n_items)), seed)
     policy = world.logging_policy
     if 2 * week >= WEEKS:
-        policy = replace(policy, beta=drift.logging * policy.beta)
+        policy = drift.late(policy)
     draw = partial(single_draw, world, policy)
     values = [slate_value(world.at(time), draw, contexts).value for time in drift.week_times(week)]
     return float(np.mean(values))

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -27,82 +26,28 @@ from offtower import ops
 from offtower.data.catalogue import Catalogue
 from offtower.data.eligible import eligible_items
 from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
-from offtower.data.simulate.clicks import RewardKind, SlateSettings, draw_rewards
-from offtower.data.simulate.drift import WEEKS, DriftSettings
+from offtower.data.simulate.clicks import SlateSettings, draw_rewards
+from offtower.data.simulate.drift import MIDDLE
 from offtower.data.simulate.eligible_sets import (
     PERIOD_DAYS,
     START,
     EligibilitySettings,
     EligibleSets,
 )
-from offtower.data.simulate.features import CONTEXT_NAMES, ITEM_NAMES, FeatureKinds, Side
-from offtower.data.simulate.histories import Histories, HistorySettings
+from offtower.data.simulate.features import CONTEXT_NAMES, ITEM_NAMES, Side
+from offtower.data.simulate.histories import Histories
 from offtower.data.simulate.logging_policy import LoggingPolicy
 from offtower.data.simulate.policy_values import PolicyValues
 from offtower.data.simulate.rounds import draw_rounds
+from offtower.data.simulate.world_settings import WorldSettings
 from offtower.errors import ConfigError
 
 _PARAMETERS, _ITEMS, _LOG, _CONTEXTS, _ELIGIBLE, _IDS, _DRIFT = 1, 2, 3, 4, 5, 6, 7
 _HISTORIES = 8
 """Purposes of random streams, part of their keys."""
 
-_HALF_A_DAY = np.timedelta64(12, "h")
 CHUNK_ROWS = 4096
 """Rows drawn at a time. Another value draws other rows from the same seed."""
-
-
-@dataclass(frozen=True)
-class WorldSettings:
-    """Sizes, rewards and data of a simulated world.
-
-    Attributes:
-        dim_context: dimension of the context vector.
-        dim_item: dimension of the item vector.
-        latent_dim: rank of the interaction between contexts and items.
-        reward: "binary" draws Bernoulli(q); "continuous" draws Beta(4q, 4(1-q)), mean q.
-        scale: standard deviation of the interaction in z.
-        popularity: standard deviation of the item's own part of z.
-        intercept: z of an average item in an average context.
-        n_users: different users; a user's contexts share half of their variance.
-        feature_kinds: "vector" or "all" (see `features.py`).
-        string_ids: item ids are strings.
-        id_share: share of the variance of an item's factor and part of z that its features do not
-            show, so that it can be learned for each id alone. Above 0 the id is a feature of the
-            catalogue; at 1 it is the only one.
-        drift: how rewards and the logging policy change over a log; None for none.
-        history: histories of the contexts, on which rewards depend; None draws none. With them the
-            items' ids are a feature too.
-
-    Raises:
-        ConfigError: a setting is out of its range.
-    """
-
-    dim_context: int = 8
-    dim_item: int = 8
-    latent_dim: int = 8
-    reward: RewardKind = "binary"
-    scale: float = 1.5
-    popularity: float = 0.5
-    intercept: float = -1.5
-    n_users: int = 10_000
-    feature_kinds: FeatureKinds = "vector"
-    string_ids: bool = False
-    id_share: float = 0.0
-    drift: DriftSettings | None = None
-    history: HistorySettings | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("dim_context", "dim_item", "latent_dim", "n_users"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, but is {getattr(self, name)}")
-        if not 0.0 <= self.id_share <= 1.0:
-            raise ConfigError(f"id_share must lie in [0, 1], but is {self.id_share}")
-        if self.reward not in get_args(RewardKind):
-            raise ConfigError(f"reward must be 'binary' or 'continuous', but is {self.reward!r}")
-        if self.feature_kinds not in get_args(FeatureKinds):
-            raise ConfigError(
-                f"feature_kinds must be 'vector' or 'all', but is {self.feature_kinds!r}"
-            )
 
 
 @dataclass(frozen=True)
@@ -354,10 +299,9 @@ class SimulatedWorld(PolicyValues):
         drift, items = self.settings.drift, (self.item_latent, self.item_logit)
         if drift is None or drift.logging == 1.0:
             return policy.draw(latent, *items, rng)
-        changed = replace(policy, beta=drift.logging * policy.beta)
-        cut = int(np.searchsorted(time, drift.week_times(WEEKS // 2, 7)[0] - _HALF_A_DAY))
+        cut = int(np.searchsorted(time, MIDDLE))
         early = policy.draw(latent[:cut], *items, rng)
-        late = changed.draw(latent[cut:], *items, rng)
+        late = drift.late(policy).draw(latent[cut:], *items, rng)
         return torch.cat([early[0], late[0]]), torch.cat([early[1], late[1]])
 
     def _rounds_chunk(
