@@ -1,4 +1,4 @@
-"""Contexts of requests as tables whose columns have one type each, whoever sent them.
+"""Contexts of requests as tables whose columns have one type each, in JSON and Arrow alike.
 
 Requests can then be answered together, and the files of a log of decisions agree.
 """

@@ -10,7 +10,7 @@ with other features, or calls that excluded items, begin another folder.
 A decision is appended to a local file before its request is answered, so it survives the end of
 the process, however it ends. A file is finished when it is old or large enough: it appears in the
 log at once and as a whole. Files that a killed server left are finished by the next one with the
-same spool; locks tell them from those of servers that run.
+same spool; locks distinguish them from those of servers that run.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 JSON:   {"contexts": [{"age": 31, "country": "fr"}], "k": 10, "exclude": [["a1", "b2"]]}
 Arrow:  the stream of a table of contexts; k, exclude (repeated) and exact are in the query.
 
-Bodies come from strangers: what they unpack to is bounded by their size before it is unpacked.
+Bodies are untrusted: what they unpack to is bounded by their size before it is unpacked.
 """
 
 from __future__ import annotations
