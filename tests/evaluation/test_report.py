@@ -19,7 +19,8 @@ from offtower.evaluation.decision.gate import Reason
 from offtower.evaluation.evaluate import evaluate_rows
 from offtower.evaluation.report import write_report
 from offtower.evaluation.report.answer import answer_of
-from offtower.evaluation.report.plots import COLORS, DASHES, MARKERS
+from offtower.evaluation.report.palette import COLORS, MARKERS
+from offtower.evaluation.report.plots import DASHES
 from offtower.evaluation.report.render import number
 from offtower.evaluation.run import HISTOGRAM_EDGES, LogEvaluation
 from offtower.evaluation.selection import SelectionLog, compare_selectors, default_candidates

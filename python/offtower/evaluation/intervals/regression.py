@@ -16,8 +16,6 @@ _LEAST_REMAINDER = 0.01
 """1 - leverage, at least: a unit that alone determines a coefficient has leverage 1."""
 _LEAST_EIGENVALUE = 1e-10
 """Of the controls' correlation matrix: below it they are taken to be collinear."""
-
-
 _LEAST_DEGREES = 10
 """Of freedom that a fit leaves, at least: with fewer, values of many times the range of rewards
 with an error near 0 occur, and the coefficients are not fitted."""
@@ -33,7 +31,7 @@ class Control:
 
 
 def least_units(controls: Sequence[Control]) -> int:
-    """Independent units from which the coefficients of so many controls are fitted; 0 for none."""
+    """Independent units from which the coefficients of controls are fitted, at least; 0 for none."""
     return len(controls) + 1 + _LEAST_DEGREES if controls else 0
 
 

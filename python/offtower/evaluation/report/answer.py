@@ -71,7 +71,7 @@ class Answer:
         interval: of that figure, in words.
         sensitivity: how wrong estimated probabilities may be; None where they were logged.
         over_time: how its value changed over the log and what it may be next, in sentences.
-    simpler: names a simple policy that would earn more; None where there is none.
+        simpler: names a simple policy that would earn more; None where there is none.
         remedy: what would make it certain. command: to run next.
         policies: the answer for each policy.
     """

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from offtower.evaluation.drift.result import DriftSeries, TimeResult
+from offtower.evaluation.report.palette import COLORS, FAINT, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLORS = ("#8a8a8a", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("s", "o", "^", "D", "v", "P", "X")
+_COLORS, _MARKERS = (FAINT, *COLORS), ("X", *MARKERS)
+"""Of the logging policy, and of the others as in the other charts."""
 
 
 def draw_over_time(axes: Axes, time: TimeResult, per: float = 1.0) -> Axes:

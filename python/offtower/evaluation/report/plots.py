@@ -24,12 +24,11 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from offtower.evaluation.frontier import ServingFrontier
 from offtower.evaluation.report.answer import PER
 from offtower.evaluation.report.over_time import draw_over_time
+from offtower.evaluation.report.palette import BAND, COLORS, FAINT, INK, MARKERS
 from offtower.evaluation.result import EstimatorResult
 from offtower.evaluation.run import HISTOGRAM_EDGES, LogEvaluation
 from offtower.evaluation.selection import SelectionComparison
 
-INK, FAINT, BAND = "#222222", "#8a8a8a", "#e8e8e8"
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _VARIABLES = {
     INK: "var(--ink)",
     FAINT: "var(--faint)",
@@ -38,7 +37,6 @@ _VARIABLES = {
     COLORS[0].lower(): "var(--blue)",
 }
 """Colors that follow the page, so that charts can be read in dark mode."""
-MARKERS = ("o", "s", "^", "D", "v", "P")
 WIDE, NARROW = 7.2, 4.4
 """Inches of a chart on a desktop and on a phone."""
 DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))

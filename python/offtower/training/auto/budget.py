@@ -203,7 +203,9 @@ class _Planner:
                 "training": min(self._training, self.members * whole),
                 "evaluation": self._evaluation,
                 "refit": max(
-                    costs[name].step * (self.members * (one.refit_steps or 0) or 1)
+                    # A solution of all rows is the same for every member.
+                    costs[name].step
+                    * (1 if one.refit_steps is None else self.members * one.refit_steps)
                     for name, one in chosen.items()
                 ),
             },
