@@ -173,7 +173,7 @@ def mean(encoder: HistoryEncoder, vectors: Tensor, age: Tensor) -> Tensor:
 
 def bias_of(module: Any, head: int, distance: int, elapsed: float) -> Tensor:
     bucket = min(63, math.floor(2 * math.log2(1 + max(elapsed, 0.0))))
-    return module.places[distance, head] + module.times[bucket, head]  # type: ignore[no-any-return]
+    return module.positions[distance, head] + module.times[bucket, head]  # type: ignore[no-any-return]
 
 
 def pooled(encoder: HistoryEncoder, vectors: Tensor, age: Tensor) -> Tensor:

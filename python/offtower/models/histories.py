@@ -30,7 +30,7 @@ _HIDDEN = 4
 """Width of a transformer's inner layers, relative to that of the events' vectors."""
 _DROPOUT = 1 << 17
 """First purpose number of dropout in histories; see `RowDraws`."""
-_PLACE: Any = {"dtype": torch.float32, "device": "cpu"}
+_CPU_FLOAT32: Any = {"dtype": torch.float32, "device": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,14 @@ class HistoryEncoder(nn.Module):
             raise ConfigError(
                 f"history.width is {width}, which is no multiple of history.heads, {config.heads}"
             )
-        self.project = nn.Linear(table_dim, width, **_PLACE) if width != table_dim else None
+        self.project = nn.Linear(table_dim, width, **_CPU_FLOAT32) if width != table_dim else None
         part = {one.kind: one.name for one in spec.parts}
         self.event_types: nn.Embedding | None = None
         if "category" in part:
             kinds = encoding.cardinality(part["category"])
-            weight = torch.randn(kinds, width, **_PLACE) * width**-0.5
+            weight = torch.randn(kinds, width, **_CPU_FLOAT32) * width**-0.5
             self.event_types = nn.Embedding(kinds, width, _weight=weight)
-        self.dwell = nn.Linear(1, width, bias=False, **_PLACE) if "numeric" in part else None
+        self.dwell = nn.Linear(1, width, bias=False, **_CPU_FLOAT32) if "numeric" in part else None
         timed = spec.times is not None
         self.pooling: _Pooling | None = None
         self.layers = nn.ModuleList()
@@ -123,7 +123,7 @@ class HistoryEncoder(nn.Module):
                 dropouts = [RowDropout(config.dropout, draws, next(drops)) for _ in range(3)]
                 sizes = _Sizes(width, config.heads, spec.most_events, timed)
                 self.layers.append(kind(sizes, dropouts))
-            self.last = nn.LayerNorm(width, **_PLACE)
+            self.last = nn.LayerNorm(width, **_CPU_FLOAT32)
 
     def forward(self, history: BagTensor | PaddedHistory, table: ItemTable) -> Tensor:
         """Histories of n rows, by the rows of `table` -> (n, width)."""
@@ -203,8 +203,8 @@ class _Events:
     @property
     def present(self) -> Tensor:
         """(n, w) bool."""
-        place = torch.arange(self.rows.shape[1], device=self.rows.device)
-        return place < self.length.unsqueeze(1)
+        position = torch.arange(self.rows.shape[1], device=self.rows.device)
+        return position < self.length.unsqueeze(1)
 
     @property
     def next_age(self) -> Tensor | None:
@@ -212,8 +212,8 @@ class _Events:
         age = self.columns.get(AGE)
         if age is None:
             return None
-        place = torch.arange(age.shape[1], device=age.device)
-        return torch.roll(age, -1, dims=1) * (place + 1 < self.length.unsqueeze(1))
+        position = torch.arange(age.shape[1], device=age.device)
+        return torch.roll(age, -1, dims=1) * (position + 1 < self.length.unsqueeze(1))
 
 
 @dataclass(frozen=True)
@@ -229,12 +229,14 @@ class _RelativeBias(nn.Module):
 
     def __init__(self, heads: int, most_events: int, timed: bool) -> None:
         super().__init__()
-        self.places = nn.Parameter(torch.zeros(most_events, heads, **_PLACE))
-        self.times = nn.Parameter(torch.zeros(_TIME_BUCKETS, heads, **_PLACE)) if timed else None
+        self.positions = nn.Parameter(torch.zeros(most_events, heads, **_CPU_FLOAT32))
+        self.times = (
+            nn.Parameter(torch.zeros(_TIME_BUCKETS, heads, **_CPU_FLOAT32)) if timed else None
+        )
 
     def forward(self, distance: Tensor, elapsed: Tensor | None) -> Tensor:
         """(..., q, k) distances in the list, and times between the events, both at least 0."""
-        bias = functional.embedding(distance.clamp_max(len(self.places) - 1), self.places)
+        bias = functional.embedding(distance.clamp_max(len(self.positions) - 1), self.positions)
         if self.times is not None and elapsed is not None:
             bucket = (2.0 * torch.log2(1.0 + elapsed)).long().clamp_max(_TIME_BUCKETS - 1)
             bias = bias + functional.embedding(bucket, self.times)
@@ -246,8 +248,8 @@ class _CausalBias(_RelativeBias):
 
     def of(self, events: _Events) -> tuple[Tensor, Tensor]:
         """(n or 1, heads, w, w) biases, and the (w, w) mask of the pairs that attend."""
-        place = torch.arange(events.rows.shape[1], device=events.rows.device)
-        distance = place.unsqueeze(1) - place.unsqueeze(0)
+        position = torch.arange(events.rows.shape[1], device=events.rows.device)
+        distance = position.unsqueeze(1) - position.unsqueeze(0)
         age, next_age = events.columns.get(AGE), events.next_age
         elapsed = None
         if age is not None and next_age is not None:
@@ -262,18 +264,18 @@ class _Pooling(nn.Module):
     def __init__(self, width: int, heads: int, most_events: int, timed: bool) -> None:
         super().__init__()
         self.heads = heads
-        query = torch.randn(heads, width // heads, **_PLACE)
+        query = torch.randn(heads, width // heads, **_CPU_FLOAT32)
         self.query = nn.Parameter(query)
-        self.keys = nn.Linear(width, 2 * width, **_PLACE)
-        self.out = nn.Linear(width, width, **_PLACE)
+        self.keys = nn.Linear(width, 2 * width, **_CPU_FLOAT32)
+        self.out = nn.Linear(width, width, **_CPU_FLOAT32)
         self.bias = _RelativeBias(heads, most_events, timed)
 
     def forward(self, vectors: Tensor, events: _Events) -> Tensor:
         n, w, _ = vectors.shape
         key, value = _by_head(self.keys(vectors), 2, self.heads)
         query = self.query.view(1, self.heads, 1, -1).expand(n, -1, -1, -1)
-        place = torch.arange(w, device=vectors.device)
-        distance = (events.length.unsqueeze(1) - 1 - place).clamp_min(0).unsqueeze(1)
+        position = torch.arange(w, device=vectors.device)
+        distance = (events.length.unsqueeze(1) - 1 - position).clamp_min(0).unsqueeze(1)
         age = events.columns.get(AGE)
         bias = self.bias(distance, None if age is None else age.unsqueeze(1))
         # Finite, since a row without events would have no weights.
@@ -292,13 +294,13 @@ class _SoftmaxLayer(nn.Module):
         super().__init__()
         width = sizes.width
         self.heads = sizes.heads
-        self.norm = nn.LayerNorm(width, **_PLACE)
-        self.mixed = nn.Linear(width, 3 * width, **_PLACE)
-        self.out = nn.Linear(width, width, **_PLACE)
+        self.norm = nn.LayerNorm(width, **_CPU_FLOAT32)
+        self.mixed = nn.Linear(width, 3 * width, **_CPU_FLOAT32)
+        self.out = nn.Linear(width, width, **_CPU_FLOAT32)
         self.bias = _CausalBias(sizes.heads, sizes.most_events, sizes.timed)
-        self.second_norm = nn.LayerNorm(width, **_PLACE)
-        self.up = nn.Linear(width, _HIDDEN * width, **_PLACE)
-        self.down = nn.Linear(_HIDDEN * width, width, **_PLACE)
+        self.second_norm = nn.LayerNorm(width, **_CPU_FLOAT32)
+        self.up = nn.Linear(width, _HIDDEN * width, **_CPU_FLOAT32)
+        self.down = nn.Linear(_HIDDEN * width, width, **_CPU_FLOAT32)
         self.dropouts = nn.ModuleList(dropouts)
 
     def forward(self, vectors: Tensor, events: _Events) -> Tensor:
@@ -320,11 +322,11 @@ class _PointwiseLayer(nn.Module):
         super().__init__()
         width = sizes.width
         self.heads, self.most_events = sizes.heads, sizes.most_events
-        self.norm = nn.LayerNorm(width, **_PLACE)
-        self.mixed = nn.Linear(width, 4 * width, **_PLACE)
-        self.out = nn.Linear(width, width, **_PLACE)
+        self.norm = nn.LayerNorm(width, **_CPU_FLOAT32)
+        self.mixed = nn.Linear(width, 4 * width, **_CPU_FLOAT32)
+        self.out = nn.Linear(width, width, **_CPU_FLOAT32)
         self.bias = _CausalBias(sizes.heads, sizes.most_events, sizes.timed)
-        self.second_norm = nn.LayerNorm(width, **_PLACE)
+        self.second_norm = nn.LayerNorm(width, **_CPU_FLOAT32)
         self.dropouts = nn.ModuleList(dropouts[:1])
 
     def forward(self, vectors: Tensor, events: _Events) -> Tensor:

@@ -246,11 +246,11 @@ class _Fit:
             value = category[rows.item]
             count = torch.bincount(value)
             used = torch.argsort(count, descending=True, stable=True)[:most]
-            place = torch.full((len(count),), len(used)).index_put_(
+            block = torch.full((len(count),), len(used)).index_put_(
                 (used,), torch.arange(len(used))
             )
             # The last block takes the rows of the values that are not used.
-            tables.append((used, place[value], torch.zeros(len(used) + 1, width * width)))
+            tables.append((used, block[value], torch.zeros(len(used) + 1, width * width)))
         chunk = max(1, _PRODUCTS // width**2)
         for start in range(0, len(curvature), chunk):
             part = slice(start, start + chunk)
@@ -258,8 +258,8 @@ class _Fit:
             products = (context[:, :, None] * context[:, None, :]).flatten(1)
             products *= curvature[part, None]
             dense += factors[rows.item[part]].square().T @ products
-            for _, place, blocks in tables:
-                blocks.index_add_(0, place[part], products)
+            for _, block, blocks in tables:
+                blocks.index_add_(0, block[part], products)
         dense = dense.view(-1, width, width)
         return [
             _Curvature(torch.zeros(1, dtype=torch.int64), dense[:1]),

@@ -100,9 +100,9 @@ class _Design:
             assert isinstance(value, Tensor), "bags are not supported"
             value = value.to(CPU)
             if spec.kind == "category":
-                used, place = torch.unique(value, return_inverse=True)
+                used, index = torch.unique(value, return_inverse=True)
                 values.append(used)
-                categories.append(place)
+                categories.append(index)
             else:
                 numbers.append(value.reshape(len(action), -1))
         weight = None
