@@ -31,7 +31,7 @@ class Control:
 
 
 def least_units(controls: Sequence[Control]) -> int:
-    """Independent units from which the coefficients of controls are fitted, at least; 0 for none."""
+    """Independent units that the coefficients of controls need to be fitted; 0 without any."""
     return len(controls) + 1 + _LEAST_DEGREES if controls else 0
 
 
