@@ -28,6 +28,7 @@ from offtower.evaluation.looks import LookRequest, Looks, plan_look, share, shar
 from offtower.evaluation.report import write_report
 from offtower.evaluation.run import LogEvaluation, evaluate_runs
 from offtower.training.run import train_run
+from tests.mappers import BACKWARDS
 
 LOOKS = 20
 
@@ -324,11 +325,12 @@ def test_copied_rows_are_not_held_out(place: Path, tmp_path: Path) -> None:
     schema = ParquetLog.open(place / "test").schema
     shuffled = train.take(np.random.default_rng(0).permutation(train.num_rows))
     write_log(tmp_path / "copy", [shuffled], schema)
-    write_log(tmp_path / "mixed", [test, train.slice(7, 100)], schema)
+    write_log(tmp_path / "mixed", [test, train.slice(7, 100)], schema, rows_per_group=50)
     assert "it was trained on its rows, in other files" in reasons(look(place, tmp_path / "copy"))
     mixed = look(place, tmp_path / "mixed")
     assert mixed.exit_code == 3 and "it was trained on 0.17 +-" in reasons(mixed)
     assert str(place / "test") in reasons(mixed) and "timestamp" in reasons(mixed)
+    assert reasons(look(place, tmp_path / "mixed", execution=BACKWARDS)) == reasons(mixed)
     write_log(tmp_path / "other", [test], schema)
     assert look(place, tmp_path / "other").exit_code == 0
 

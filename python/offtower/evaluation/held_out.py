@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from offtower.data.location import AnyPath
 from offtower.data.log import ParquetLog
 from offtower.data.row_sketch import RowSketch, sketched_columns
 from offtower.evaluation.run_loading import EvaluatedPolicy, OpenRun
+from offtower.execution import Execution
+from offtower.mapping import merge_all, pieces
 from offtower.prepare import trained_rows
 
 _PARTS = {
@@ -25,6 +28,8 @@ _EVENTS = {
     "validated": _PARTS["validation"],
     "served": "its serving was chosen on",
 }
+_PART_GROUPS = 64
+"""Row groups that are compared at a time."""
 
 
 def not_held_out(
@@ -55,6 +60,7 @@ def with_copied_rows(
     policies: Mapping[str, EvaluatedPolicy],
     log: ParquetLog,
     place: AnyPath,
+    execution: Execution,
 ) -> dict[str, str]:
     """`withheld` with the policies whose training log holds rows of this log in other files.
 
@@ -67,9 +73,7 @@ def with_copied_rows(
         if trained is None:
             continue
         if sketch is None:
-            groups = range(len(log.row_group_sizes))
-            columns = [c for c in sketched_columns(log.schema) if c in log.schema.columns]
-            sketch = RowSketch.of(log.read_row_groups(groups, columns), log.schema)
+            sketch = _sketch(log, execution)
         shared = sketch.shared(trained)
         if shared is not None:
             found[name] = (
@@ -79,6 +83,27 @@ def with_copied_rows(
                 "the logs' timestamp in their schema"
             )
     return found
+
+
+def _sketch(log: ParquetLog, execution: Execution) -> RowSketch:
+    """The sketch of a log; its row groups are read wherever the mapper runs."""
+    mapper, progress = execution.mapper, execution.progress
+    groups = pieces(len(log.row_group_sizes), _PART_GROUPS, mapper.workers)
+    progress.start("comparing the rows with training logs", log.num_rows)
+
+    def reported() -> Iterator[RowSketch]:
+        parts = mapper.map(partial(_sketch_groups, log), groups, "comparing rows")
+        for part, sketch in zip(groups, parts, strict=True):
+            progress.advance(int(log.row_group_sizes[part.start : part.stop].sum()))
+            yield sketch
+
+    found = merge_all(reported())
+    progress.finish()
+    return found
+
+
+def _sketch_groups(log: ParquetLog, groups: range) -> RowSketch:
+    return RowSketch.of(log.read_row_groups(groups, sketched_columns(log.schema)), log.schema)
 
 
 def _part(run: OpenRun, log: LogContent, entries: Sequence[LedgerEntry]) -> str | None:

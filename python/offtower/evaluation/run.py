@@ -167,7 +167,7 @@ def evaluate_runs(
     config = replace(config, data=data)
     evaluator = Evaluator(runs, opened, catalogue, config, tuple(also))
     plan = evaluator.plan(select, execution.progress)
-    look, policies = _look(evaluator, plan, place, fresh), evaluator.policies
+    look, policies = _look(evaluator, plan, place, fresh, execution), evaluator.policies
     found = evaluate_plan(evaluator, plan, title or str(place), execution, look)
     served = {name: one.run for name, one in policies.items() if one.also is None}
     return replace(
@@ -186,7 +186,11 @@ def evaluate_runs(
 
 
 def _look(
-    evaluator: Evaluator, plan: EvaluationPlan, place: Location, fresh: str | None
+    evaluator: Evaluator,
+    plan: EvaluationPlan,
+    place: Location,
+    fresh: str | None,
+    execution: Execution,
 ) -> CountedLook:
     """The look of runs' policies at a log."""
     log, ledger = evaluator.log, LogLedger(place)
@@ -202,7 +206,7 @@ def _look(
             for name, one in evaluator.policies.items()
         },
         options.confidence,
-        with_copied_rows(withheld, evaluator.policies, log, place),
+        with_copied_rows(withheld, evaluator.policies, log, place, execution),
         fresh,
         log.content,
     )
