@@ -28,7 +28,7 @@ from offtower.data.loading import Loader
 from offtower.data.log import Log, ParquetLog
 from offtower.data.order import EpochOrder
 from offtower.data.reader import BatchReader, FoldOf, scan
-from offtower.data.row_sketch import RowSketch, row_keys
+from offtower.data.row_sketch import RowSketch
 from offtower.data.rows import EncodedRows, row_weights
 from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.data.shared_windows import Exchange
@@ -257,7 +257,7 @@ class _FactCollector:
             if self._schema.pscore is not None:
                 pscore = table.column(self._schema.pscore).to_numpy()
                 self._smallest = min(self._smallest, float(pscore.min(initial=np.inf)))
-            self._sketch = self._sketch.with_rows(row_keys(table, self._schema))
+            self._sketch = self._sketch.with_rows(table, self._schema)
             yield table
 
     def facts(self) -> LogFacts:

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from offtower.data import FeatureSpec, LogSchema
-from offtower.data.row_sketch import SIZE, RowSketch, row_keys
+from offtower.data.row_keys import Keys, row_keys
+from offtower.data.row_sketch import SIZE, RowSketch, sketched_columns
 
 SCHEMA = LogSchema(
     context=(
@@ -34,18 +35,24 @@ def table(n: int, seed: int, levels: int | None = None) -> pa.Table:
     )
 
 
+def keys_of(rows: pa.Table) -> Keys:
+    return row_keys(rows, sketched_columns(SCHEMA), exact=False)
+
+
 def sketch(*tables: pa.Table) -> RowSketch:
     return RowSketch.of(tables, SCHEMA)
 
 
 def test_a_hash_depends_on_every_value_and_on_no_type() -> None:
     rows = table(50, 0)
-    keys = row_keys(rows, SCHEMA)
+    keys = keys_of(rows)
     assert np.unique(keys).size == 50
     narrow = rows.set_column(5, "pscore", rows["pscore"].cast(pa.float32()))
     whole = narrow.set_column(4, "reward", rows["reward"].cast(pa.int8()))
     named = whole.set_column(1, "kind", rows["kind"].dictionary_encode())
-    assert (row_keys(named, SCHEMA) == keys).all()
+    assert (keys_of(named) == keys).all()
+    near = pa.table({"time": [1_790_000_000.0, 1_790_000_001.0, 1_790_000_001.0]})
+    assert [np.unique(row_keys(near, ["time"], exact=e)).size for e in (True, False)] == [2, 1]
     changes: dict[str, pa.Array] = {
         "pscore": pa.array(np.full(50, 0.3)),
         "action": pa.array(np.full(50, 11)),
@@ -54,7 +61,7 @@ def test_a_hash_depends_on_every_value_and_on_no_type() -> None:
     }
     for name, values in changes.items():
         changed = rows.set_column(rows.column_names.index(name), name, values)
-        assert (row_keys(changed, SCHEMA) != keys).all(), name
+        assert (keys_of(changed) != keys).all(), name
 
 
 @pytest.mark.parametrize(("rows", "copied"), [(400, 0.1), (20_000, 0.02), (20_000, 0.6)])

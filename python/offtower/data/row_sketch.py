@@ -19,24 +19,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from offtower.data.columns import (
-    Column,
-    as_array,
-    hash_values,
-    is_category,
-    is_list,
-    is_number,
-    list_parts,
-    splitmix64,
-    timestamps,
-)
-from offtower.data.rows import hashed
+from offtower.data.row_keys import Keys, row_keys
 from offtower.data.schema import LogSchema
-
-Keys = NDArray[np.uint64]
 
 SIZE = 2048
 """Hashes that are kept of a log."""
@@ -82,11 +68,14 @@ class RowSketch:
         """The sketch of some rows, which have the columns `sketched_columns`."""
         found = cls.empty()
         for table in tables:
-            found = found.with_rows(row_keys(table, schema))
+            found = found.with_rows(table, schema)
         return found
 
-    def with_rows(self, keys: Keys) -> RowSketch:
+    def with_rows(self, table: pa.Table, schema: LogSchema) -> RowSketch:
         """The sketch with further rows."""
+        # Without a sum of named rewards, which is made when rows are read.
+        names = [name for name in sketched_columns(schema) if name in table.column_names]
+        keys = row_keys(table, names, exact=False)
         if self.key.size == SIZE:
             keys = keys[keys <= self.key[-1]]
         key, times = np.unique(keys, return_counts=True)
@@ -136,37 +125,6 @@ def sketched_columns(schema: LogSchema) -> tuple[str, ...]:
     named += [schema.action, *schema.reward_columns]
     others = (schema.pscore, schema.timestamp, schema.position, schema.user_id)
     return tuple(dict.fromkeys([*named, *(name for name in others if name is not None)]))
-
-
-def row_keys(table: pa.Table, schema: LogSchema) -> Keys:
-    """(n,) hashes of the rows' contents; numbers count in float32, so that a conversion to double
-    precision changes none."""
-    total = np.zeros(table.num_rows, dtype=np.uint64)
-    for number, name in enumerate(sketched_columns(schema)):
-        if name not in table.column_names:
-            continue  # A sum of named rewards, which is made when rows are read.
-        total += splitmix64(_values(table.column(name)) + np.uint64(number))
-    return splitmix64(total)
-
-
-def _values(column: Column) -> Keys:
-    """(n,) hashes of a column's values."""
-    kind = column.type
-    if is_list(kind):
-        values, offsets = list_parts(column)
-        position = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
-        keys = splitmix64(_values(values) + splitmix64(position.astype(np.uint64)))
-        ends = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(keys, dtype=np.uint64)])
-        return np.asarray(ends[offsets[1:]] - ends[offsets[:-1]])
-    if pa.types.is_timestamp(kind):
-        return timestamps(pa.chunked_array([as_array(column)])).view(np.uint64)
-    if is_number(kind):
-        numbers = pc.cast(as_array(column), pa.float32(), safe=False)
-        plain = numbers.to_numpy(zero_copy_only=False) + np.float32(0.0)  # -0 is 0.
-        return np.asarray(plain.astype(np.float32).view(np.uint32).astype(np.uint64))
-    if is_category(kind):
-        return hashed(column)
-    return hash_values(pc.cast(as_array(column), pa.string()))
 
 
 def _packed(values: NDArray[Any], kind: str) -> str:

@@ -7,23 +7,14 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from offtower.data.check import BadRow, count_faults, fault_remedy, first_bad_rows
-from offtower.data.columns import (
-    as_array,
-    as_float_array,
-    is_category,
-    is_list,
-    is_number,
-    list_parts,
-    splitmix64,
-)
+from offtower.data.columns import splitmix64
 from offtower.data.findings.base import Check, Finding, LogFacts, LogPart, rows_text
 from offtower.data.findings.sketches import DuplicateCount
+from offtower.data.row_keys import row_keys
 from offtower.data.rows import hashed
-from offtower.data.schema import LogSchema
 
 _SHOWN_BAD_ROWS = 5
 _DOUBLED_KEYS = 2_000_000
@@ -121,7 +112,7 @@ class DoubledRows(Check):
 
     @classmethod
     def of(cls, part: LogPart) -> Self:
-        keys = row_keys(part.table, part.schema)
+        keys = row_keys(part.table, part.schema.columns, exact=True)
         return cls(DuplicateCount.of(keys, _DOUBLED_KEYS, _numbers(part)))
 
     def merge(self, other: Self) -> Self:
@@ -149,36 +140,6 @@ class DoubledRows(Check):
                 else "",
             )
         ]
-
-
-def row_keys(table: pa.Table, schema: LogSchema) -> NDArray[np.uint64]:
-    """(n,) hashes of the rows over all columns of the schema."""
-    key = np.zeros(table.num_rows, dtype=np.uint64)
-    for name in schema.columns:
-        key = splitmix64(key ^ _column_keys(table.column(name)))
-    return key
-
-
-def _column_keys(column: pa.ChunkedArray) -> NDArray[np.uint64]:
-    if is_category(column.type):
-        return splitmix64(hashed(column))
-    if is_list(column.type):
-        values, offsets = list_parts(column)
-        inner = _column_keys(pa.chunked_array([values])) if len(values) else _NONE
-        # A sum over keys that depend on the place in the list.
-        place = np.arange(len(inner)) - np.repeat(offsets[:-1], np.diff(offsets))
-        mixed = splitmix64(inner ^ splitmix64(place.astype(np.uint64)))
-        total = np.concatenate([[np.uint64(0)], np.cumsum(mixed, dtype=np.uint64)])
-        return np.asarray(total[offsets[1:]] - total[offsets[:-1]], dtype=np.uint64)
-    if is_number(column.type):
-        return splitmix64(as_float_array(column).view(np.uint64))
-    if pa.types.is_temporal(column.type):
-        numbers = as_array(column).cast(pa.int64()).fill_null(0)
-        return splitmix64(numbers.to_numpy(zero_copy_only=False).view(np.uint64))
-    return np.zeros(len(column), dtype=np.uint64)
-
-
-_NONE = np.zeros(0, dtype=np.uint64)
 
 
 def _numbers(part: LogPart) -> NDArray[np.int64]:
