@@ -12,7 +12,7 @@ import pyarrow.json as pa_json
 
 from offtower.data.formats.bad_cells import BadCells
 from offtower.data.formats.cells import bag_values, category_text, vector_values
-from offtower.data.formats.kinds import ColumnKind
+from offtower.data.formats.kinds import LIST_KINDS, ColumnKind
 from offtower.data.formats.streams import TextFile
 from offtower.data.vectors import Mask
 from offtower.errors import DataError
@@ -149,7 +149,6 @@ _WANTED: dict[ColumnKind, str] = {
     "times": "a list of times or whole numbers",
     "any": "text",
 }
-_LISTS = ("vector", "bag", "times")
 
 
 def _choice(kind: ColumnKind, cells: list[Any]) -> int:
@@ -171,7 +170,7 @@ def _column(kind: ColumnKind, cells: list[Any]) -> tuple[pa.Array, Mask]:
     """Cells as text, or as lists; and the mask of those that are neither."""
     values: list[Any] = [None] * len(cells)
     wrong = np.zeros(len(cells), dtype=bool)
-    listed = kind in _LISTS and not any(isinstance(cell, str) for cell in cells)
+    listed = kind in LIST_KINDS and not any(isinstance(cell, str) for cell in cells)
     for row, cell in enumerate(cells):
         if cell is None:
             continue
@@ -182,7 +181,7 @@ def _column(kind: ColumnKind, cells: list[Any]) -> tuple[pa.Array, Mask]:
                 values[row] = vector_values(cell) if kind == "vector" else bag_values(cell)
             elif kind == "any":
                 values[row] = _text(cell)
-            elif isinstance(cell, dict) or (isinstance(cell, list) and kind not in _LISTS):
+            elif isinstance(cell, dict) or (isinstance(cell, list) and kind not in LIST_KINDS):
                 raise ValueError("no scalar")
             else:
                 values[row] = _text(cell)

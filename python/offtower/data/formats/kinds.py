@@ -14,6 +14,8 @@ ColumnKind = Literal["text", "number", "integer", "time", "vector", "bag", "labe
 vector: lists of numbers; bag: lists of categories; labels: text, or a bag where the file has lists;
 times: lists of times or numbers; any: as it stands."""
 
+LIST_KINDS: tuple[ColumnKind, ...] = ("vector", "bag", "times")
+
 FEATURE_KINDS: dict[str, ColumnKind] = {
     "numeric": "number",
     "category": "text",

@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from offtower.data.columns import is_category, is_list, is_number, is_text
 from offtower.data.formats.cells import NAIVE, TIME_TYPES, ZONED, TimeForm
-from offtower.data.formats.kinds import ColumnKind
+from offtower.data.formats.kinds import LIST_KINDS, ColumnKind
 
 EXPECTED: dict[ColumnKind, str] = {
     "text": "text or integers",
@@ -59,7 +59,7 @@ def target_type(
         return _parsed_type(kind, found)
     if pa.types.is_dictionary(found):
         found = found.value_type
-    if kind in ("vector", "bag", "times"):
+    if kind in LIST_KINDS:
         return _list_type(kind, found)
     if kind == "number":
         return found if is_number(found) else None
