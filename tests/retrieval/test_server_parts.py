@@ -205,6 +205,7 @@ def test_times_of_histories_may_be_of_any_form() -> None:
     lists = pa.ListArray.from_arrays([0, 1, 2], stamps)
     for given in (
         pa.record_batch({"time": stamps, "seen_at": lists}),
+        pa.record_batch({"time": stamps, "seen_at": pa.FixedSizeListArray.from_arrays(stamps, 1)}),
         pa.RecordBatch.from_pylist(
             [{"time": one.isoformat(), "seen_at": [one.isoformat()]} for one in when]
         ),

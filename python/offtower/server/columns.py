@@ -157,7 +157,7 @@ def _readable(kind: pa.DataType) -> bool:
 def _as_text(column: pa.Array) -> pa.Array:
     """Times of Arrow, alone or in lists, as text of ISO 8601."""
     kind = column.type
-    inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    inner = kind.value_type if is_list(kind) else kind
     if not pa.types.is_timestamp(inner):
         return column
     return pc.cast(column, pa.string() if inner == kind else pa.list_(pa.string()))
