@@ -108,7 +108,7 @@ class TimeGrid:
         if last and (end - start - last * width) < _SHARE * width:
             period = np.minimum(period, last - 1)
         # Cells never cross the border of a period.
-        inside = np.minimum((center - start) // cell_width, 2**62)
+        inside = (center - start) // cell_width
         _, cell = np.unique(period * (2**40) + inside, return_inverse=True)
         _, period = np.unique(period, return_inverse=True)
         if period[-1] == 0:
@@ -130,7 +130,7 @@ class TimeGrid:
         _, number = np.unique(sums.bins, return_inverse=True)
         return cls(
             unit=unit,
-            periods=_named(sums, period, (unit, calendar)),
+            periods=_named(sums, period, unit, calendar),
             bin=number,
             cell=cell,
             period_of_cell=period_of_cell,
@@ -267,15 +267,14 @@ def _length(width: int, calendar: bool) -> str:
     return f"{width / 1e6:g} seconds"
 
 
-def _named(sums: TimeSums, period: IntArray, how: tuple[str, bool]) -> tuple[Period, ...]:
-    unit, calendar = how
+def _named(sums: TimeSums, period: IntArray, unit: str, calendar: bool) -> tuple[Period, ...]:
+    name = unit if unit[0].isalpha() else "period"
     rows = np.bincount(period, sums.count)
     found = []
     for number in range(rows.size):
         bins = sums.bins[period == number]
         first = max(sums.start(int(bins[0])), sums.first)
         last = min(sums.start(int(bins[-1]) + 1) - 1, sums.last)
-        name = unit if unit[0].isalpha() else "period"
         found.append(
             Period(
                 f"{name} {number + 1}",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from offtower.evaluation.intervals.user_sums import KeyedSums
 from offtower.evaluation.rows import Array, IntArray
 
 _SECOND = 1_000_000
@@ -68,12 +69,11 @@ class TimeSums:
         )
         hashed = (unit.view(np.uint64) * _MULTIPLIER) >> np.uint64(61)
         bins = (time - _ORIGIN) // WIDTHS[level]
-        key, where = np.unique(bins * SUBGROUPS + hashed.astype(np.int64), return_inverse=True)
-        count = np.bincount(where, row_weight, minlength=key.size).astype(np.float64)
+        count = np.ones(time.size) if row_weight is None else row_weight
         if row_weight is not None:
             terms = row_weight[:, None] * terms
-        total = [np.bincount(where, column, minlength=key.size) for column in terms.T]
-        return cls(level, key, count, np.stack(total, axis=1), first, last)._bounded()
+        key = bins * SUBGROUPS + hashed.astype(np.int64)
+        return cls(level, key, count, terms, first, last)._joined()._bounded()
 
     @property
     def width(self) -> int:
@@ -126,7 +126,5 @@ class TimeSums:
 
     def _joined(self) -> TimeSums:
         """With each key once, in order."""
-        key, where = np.unique(self.key, return_inverse=True)
-        total = [np.bincount(where, column, minlength=key.size) for column in self.total.T]
-        count = np.bincount(where, self.count, minlength=key.size).astype(np.float64)
-        return replace(self, key=key, count=count, total=np.stack(total, axis=1))
+        sums = KeyedSums.of(self.key, self.count, self.total)
+        return replace(self, key=sums.key, count=sums.count, total=sums.total)
