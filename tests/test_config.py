@@ -16,6 +16,7 @@ from offtower.config import (
     config_fingerprint,
     load_config,
     parse_config,
+    settings_fingerprint,
     to_dict,
     to_yaml,
 )
@@ -132,6 +133,15 @@ def test_fingerprint_ignores_location_and_evaluation_but_not_learning() -> None:
     other = parse_config(apply_overrides(MINIMAL, ["seed=1"]))
     assert config_fingerprint(same) == base
     assert config_fingerprint(other) != base
+
+
+def test_fingerprints_stay_those_of_stored_runs() -> None:
+    # As written before histories existed: with another one no stored run can be opened.
+    base, learned = parse_config(MINIMAL), "policy.context_tower.history.encoder=attention"
+    assert config_fingerprint(base)[:16] == "328a6ffb5da5c507"
+    assert settings_fingerprint(base)[:16] == "9a0ae1412703e8ed"
+    other = parse_config(apply_overrides(MINIMAL, [learned]))
+    assert config_fingerprint(other) != config_fingerprint(base)
 
 
 def test_a_run_is_no_address() -> None:

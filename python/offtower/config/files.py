@@ -6,13 +6,14 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from offtower.config.learning import HistoryConfig
 from offtower.config.run import Config
 from offtower.errors import ConfigError
 from offtower.paths import redact
@@ -182,6 +183,12 @@ def _learning_settings(config: Config) -> dict[str, Any]:
     content.pop("tracking")
     content["data"].pop("test")
     content["data"].pop("cache_gib")
+    # Fingerprints of runs written before this option existed lack it.
+    default = asdict(HistoryConfig())
+    policy, reward_model = content["policy"], content["reward_model"]
+    for tower in (policy["context_tower"], policy["item_tower"], reward_model["tower"]):
+        if tower["history"] == default:
+            del tower["history"]
     return content
 
 
