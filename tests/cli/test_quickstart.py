@@ -39,6 +39,7 @@ def test_quickstart_writes_a_report_with_unbiased_estimates(
             found = policy["estimates"][estimator]
             assert abs(found["value"] - truth) < 4 * found["std_error"]
     html = (out / "report.html").read_text()
-    # Answer, estimates, learning curves, weights and calibration per log, each in two widths.
-    assert html.count("<svg") == 2 * 10
+    # Answer, estimates, learning curves, weights and calibration per log, and the
+    # values by day of the real one, each in two widths.
+    assert html.count("<svg") == 2 * 11
     assert "best possible policy" in html

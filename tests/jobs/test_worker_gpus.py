@@ -59,6 +59,7 @@ class FakeRay:
         ray.train = train  # type: ignore[attr-defined]
         for name in ("ScalingConfig", "RunConfig", "FailureConfig"):
             setattr(train, name, lambda **given: given)
+        train.UserCallback = object  # type: ignore[attr-defined]
         torch.TorchConfig = lambda **given: given  # type: ignore[attr-defined]
         torch.TorchTrainer = self._trainer  # type: ignore[attr-defined]
         for module in (ray, train, torch):

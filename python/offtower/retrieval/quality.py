@@ -168,7 +168,8 @@ def _matrix(items: Sequence[IntArray], k: int) -> IntArray:
 def _weighted(weight: FloatArray, value: FloatArray) -> tuple[float, float]:
     """Self-normalized mean and its standard error."""
     total = weight.sum()
-    mean = float(weight @ value / total)
+    # Summed as the total is, so that the mean of ones is 1.
+    mean = float((weight * value).sum() / total)
     return mean, float(np.sqrt(np.sum((weight * (value - mean)) ** 2)) / total)
 
 

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 from offtower.training.workers import TorchWorkers, Workers
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=300)
 
 # A process is a fork of one that has imported all of this, and has no threads yet.
 START = "forkserver"
