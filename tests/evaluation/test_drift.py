@@ -248,7 +248,14 @@ def test_a_steady_gain_is_go_and_shards_do_not_matter() -> None:
     rows = decaying(12_000, 2, 0.2, 0.2)
     result = evaluate_rows(rows, reward_range=(0, 1))
     assert result.policies["new"].verdict.decision == "go"
-    assert result.time is not None and "no change" in result.time.sentences("new")[0]
+    assert result.time is not None
+    said = result.time.sentences("new")
+    value = result.time.policies["new"].value
+    first, error = value.values[0], value.std_errors[0]
+    assert len(said) == 1 and f"{first:.4g} ± {2.0 * error:.4g} in week 1 and" in said[0]
+    assert said[0].startswith("no change")
+    widened = replace(result.time, correlated=True).sentences("new")
+    assert "since evaluation.time.correlated is set" in widened[1]
     from offtower.evaluation.options import EvaluationOptions
     from offtower.evaluation.sums import EvaluationSums
 

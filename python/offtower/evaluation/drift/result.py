@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from offtower.evaluation.drift.grid import Period
+from offtower.evaluation.drift.serial import FOUND
 from offtower.evaluation.intervals.methods import Interval
 
 Show = Callable[[float], str]
@@ -160,9 +161,13 @@ class TimeResult:
         names = [one.name for one in self.periods]
         before, after = series.values[first], series.values[last]
         if not series.drifts:
+            before_text, after_text = (
+                f"{show(series.values[i])} ± {show(2.0 * series.std_errors[i])}"
+                for i in (first, last)
+            )
             return (
-                f"no change of {series.name} was found (p = {_p(series.p)}): {show(before)} in "
-                f"{names[first]} and {show(after)} in {names[last]}"
+                f"no change of {series.name} was found (p = {_p(series.p)}): {before_text} in "
+                f"{names[first]} and {after_text} in {names[last]}"
             )
         word = "fell" if after < before else "rose"
         return (
@@ -186,10 +191,13 @@ class TimeResult:
             if one.overlap.drifts:
                 said.append(f"{self.change(one.overlap)}: the logging policy or contexts changed")
         if self.correlated:
-            p = "" if self.correlation_p is None else f" (p = {_p(self.correlation_p)})"
+            p = self.correlation_p
             said.append(
-                f"rows that are close in time are correlated{p}: the intervals of values over the "
-                "log are widened for it"
+                f"rows that are close in time are correlated (p = {_p(p)}): the intervals of "
+                "values over the log are widened for it"
+                if p is not None and p < FOUND
+                else "the intervals of values over the log are widened for rows that are "
+                "correlated in time, since evaluation.time.correlated is set"
             )
         if self.reason is not None:
             said.append(self.reason)
