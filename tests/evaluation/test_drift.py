@@ -254,6 +254,8 @@ def test_a_steady_gain_is_go_and_shards_do_not_matter() -> None:
     first, error = value.values[0], value.std_errors[0]
     assert len(said) == 1 and f"{first:.4g} ± {2.0 * error:.4g} in week 1 and" in said[0]
     assert said[0].startswith("no change")
+    unknown = replace(value, std_errors=(np.nan,) * len(value.std_errors))
+    assert "nan" not in result.time.change(unknown)
     widened = replace(result.time, correlated=True).sentences("new")
     assert "since evaluation.time.correlated is set" in widened[1]
     from offtower.evaluation.options import EvaluationOptions

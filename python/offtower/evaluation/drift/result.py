@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -161,14 +162,14 @@ class TimeResult:
         names = [one.name for one in self.periods]
         before, after = series.values[first], series.values[last]
         if not series.drifts:
+            text = f"no change of {series.name} was found (p = {_p(series.p)})"
+            if not math.isfinite(series.std_errors[first] + series.std_errors[last]):
+                return f"{text}: too few rows are close in time to know their noise"
             before_text, after_text = (
                 f"{show(series.values[i])} ± {show(2.0 * series.std_errors[i])}"
                 for i in (first, last)
             )
-            return (
-                f"no change of {series.name} was found (p = {_p(series.p)}): {before_text} in "
-                f"{names[first]} and {after_text} in {names[last]}"
-            )
+            return f"{text}: {before_text} in {names[first]} and {after_text} in {names[last]}"
         word = "fell" if after < before else "rose"
         return (
             f"{series.name} {word} from {show(before)} in {names[first]} to {show(after)} in "
