@@ -131,18 +131,24 @@ class TorchWorkers(Workers):
     Args:
         timeout: of the process group, for the message.
         group: the default group where None; else one whose first member is process 0.
+        readers: another group of the same processes, for what their readers send each other. Where
+            None, each use makes one, which all processes of the default group must take part in.
 
     Raises:
         WorkerLostError: from every method, if another worker died or timed out.
     """
 
     def __init__(
-        self, timeout: timedelta | None = None, group: dist.ProcessGroup | None = None
+        self,
+        timeout: timedelta | None = None,
+        group: dist.ProcessGroup | None = None,
+        readers: dist.ProcessGroup | None = None,
     ) -> None:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._timeout = timeout
         self._group = group
+        self._readers = readers
 
     def sum(self, tensor: Tensor) -> Tensor:
         return self._reduce(tensor, dist.ReduceOp.SUM)
@@ -217,7 +223,10 @@ class TorchWorkers(Workers):
         return result[0] if self.first else work()
 
     def exchange_of_readers(self) -> Exchange | None:
-        return None if self.size == 1 else _Readers(self._timeout, self._group)
+        if self.size == 1:
+            return None
+        own = self._readers or dist.new_group(timeout=self._timeout, backend="gloo")
+        return _Readers(self._timeout, own)
 
     def _reduce(self, tensor: Tensor, how: Any) -> Tensor:
         total = tensor.detach().clone().contiguous()
@@ -238,12 +247,6 @@ class TorchWorkers(Workers):
 class _Readers(TorchWorkers):
     """The same workers in a process group of their own, whose messages do not meet those of the
     training."""
-
-    def __init__(self, timeout: timedelta | None, group: dist.ProcessGroup | None) -> None:
-        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-        # Only these workers call this, and not all of the default group.
-        own = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
-        super().__init__(timeout, own)
 
     def all_to_all(self, parts: Sequence[memoryview]) -> list[memoryview]:
         """Send part d to worker d; return what each worker sent here."""

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 from offtower.training.workers import TorchWorkers, Workers
 
-TIMEOUT = timedelta(seconds=300)
+TIMEOUT = timedelta(seconds=120)
 
 # A process is a fork of one that has imported all of this, and has no threads yet.
 START = "forkserver"
@@ -41,9 +41,9 @@ def of_each_size(largest: int, work: Callable[..., Any], folder: Path, *argument
 
 def _sizes(workers: Workers, work: Callable[..., Any], folder: Path, arguments: Any) -> None:
     for size in range(1, workers.size + 1):
-        group = dist.new_group(list(range(size)), timeout=TIMEOUT)
+        group, readers = (dist.new_group(list(range(size)), timeout=TIMEOUT) for _ in range(2))
         if workers.rank < size:
-            part = TorchWorkers(TIMEOUT, group)
+            part = TorchWorkers(TIMEOUT, group, readers)
             torch.save(work(part, *arguments), folder / f"{size}-{part.rank}.pt")
         workers.barrier()
 
