@@ -11,7 +11,7 @@ import torch
 from scipy import optimize, stats
 
 from offtower.benchmarks import Settings
-from offtower.benchmarks.million import suite
+from offtower.benchmarks.million import costs, suite
 from offtower.benchmarks.million.methods import METHODS
 from offtower.benchmarks.million.oracle import oracle
 from offtower.benchmarks.million.world import REWARDED, make_world
@@ -173,3 +173,24 @@ def test_learners_stop_and_embed_contexts_and_items(name: str, world: str) -> No
     assert len(learned.item) == 200
     assert learned.item.isfinite().all() and learned.context.isfinite().all()
     assert float(learned.item.std(0).max()) > 0.0
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [((0.1, 0.95, 1.0, 1.0), 2.0), ((0.9, 0.0, 0.0, 0.0), 1.0), ((0.1, 0.2, 0.3, 0.4), 16.0)],
+)
+def test_a_policy_is_useful_from_nine_tenths_of_the_final_value(
+    values: tuple[float, ...], wanted: float
+) -> None:
+    found = dict(zip(costs.SHARES, values, strict=True))
+    assert costs.useful_seconds(1.0, 16.0, lambda share: (found[share], 16.0 * share)) == wanted
+
+
+def test_the_table_has_medians_and_marks_what_is_not_known() -> None:
+    line = {"world": "ids", "method": "auto", "value": 0.5, "useful_seconds": 2.0, "facts": {}}
+    lines = [{**line, "seconds": seconds} for seconds in (4.0, 6.0, 50.0)]
+    facts = {"rows_per_second": 12345.6}
+    counted = {**line, "method": "counted", "seconds": 1.0, "peak_gib": 1.25, "facts": facts}
+    rows = [row.split() for row in costs.table([*lines, counted])]
+    assert rows[-2] == ["auto", "6.0", "2.0", "-", "-"]
+    assert rows[-1] == ["counted", "1.0", "2.0", "12,346", "1.25"]

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offtower.benchmarks.million.clock import BudgetSpent, Clock
 from offtower.benchmarks.million.oracle import oracle
-from offtower.benchmarks.million.peers import BudgetSpent, implicit_als, torch_rechub, two_towers
+from offtower.benchmarks.million.peers import implicit_als, torch_rechub, two_towers
 from offtower.benchmarks.million.world import MillionWorld
 from offtower.config import parse_config
 from offtower.data.encoding import to_tensors
@@ -48,16 +49,15 @@ Method = Callable[[MillionWorld, float, int], Learned]
 """Learns from (world, seconds, seed)."""
 
 
-class _Clock(Progress):
-    """Counts rows; raises `BudgetSpent` after a number of seconds."""
+class _ClockProgress(Progress):
+    """Counts rows; raises `BudgetSpent` when the clock is over."""
 
-    def __init__(self, seconds: float) -> None:
-        self.rows = 0
-        self._deadline = time.perf_counter() + seconds
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
 
     def advance(self, amount: int, note: str = "") -> None:
-        self.rows += amount
-        if time.perf_counter() > self._deadline:
+        self._clock.rows += amount
+        if self._clock.over:
             raise BudgetSpent
 
 
@@ -100,15 +100,13 @@ def objective(name: str, world: MillionWorld, seconds: float, seed: int) -> Lear
         }
     )
     trainer = build_trainer(config, world.data, None)
-    clock = _Clock(seconds)
-    trainer._progress = clock
-    began = time.perf_counter()
+    clock = Clock(seconds)
+    trainer._progress = _ClockProgress(clock)
     with contextlib.suppress(BudgetSpent):
         trainer.fit()
-    taken = time.perf_counter() - began
+    taken, facts = clock.spent, clock.facts()
     if trainer.step.proposal is not None:
         trainer.step.proposal.close()
-    facts = {"rows_per_second": clock.rows / taken}
     return _embedded(world, trainer.policy, taken, facts, is_policy=name != "regression")
 
 
@@ -136,9 +134,9 @@ def _scorer(
 ) -> Learned:
     """A learner of embeddings whose largest inner product is shown."""
     arrays = world.arrays
-    began = time.perf_counter()
-    context, item, bias = learn(arrays, world.contexts, seconds, seed)
-    return Learned(context, item, bias, False, time.perf_counter() - began)
+    clock = Clock(seconds)
+    context, item, bias = learn(arrays, world.contexts, clock, seed)
+    return Learned(context, item, bias, False, clock.spent, clock.facts())
 
 
 def _oracle(world: MillionWorld, seconds: float, seed: int) -> Learned:
@@ -147,6 +145,7 @@ def _oracle(world: MillionWorld, seconds: float, seed: int) -> Learned:
     return Learned(context, item, bias, False, time.perf_counter() - began)
 
 
+ORACLE = "oracle"
 METHODS: Mapping[str, Method] = {
     "auto": auto,
     "regression": partial(objective, "regression"),
@@ -156,5 +155,5 @@ METHODS: Mapping[str, Method] = {
     "torch_log_q": partial(_scorer, partial(two_towers, "log_q")),
     "torch_rechub": partial(_scorer, torch_rechub),
     "implicit_als": partial(_scorer, implicit_als),
-    "oracle": _oracle,
+    ORACLE: _oracle,
 }

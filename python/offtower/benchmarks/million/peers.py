@@ -1,6 +1,6 @@
 """Learners outside of this package: two towers in plain torch, torch-rechub and implicit.
 
-Each takes (arrays of the log, fresh contexts, seconds, seed) and returns float32 embeddings of the
+Each takes (arrays of the log, fresh contexts, clock, seed) and returns float32 embeddings of the
 fresh contexts (n, d) and of the items (N, d), and item biases (N,) or None.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from offtower.benchmarks.million.clock import BudgetSpent, Clock
 from offtower.benchmarks.million.world import WIDTH, Arrays, context_matrix
 from offtower.benchmarks.peers import Unavailable
 
@@ -30,10 +30,6 @@ HELD_OUT = 0.05
 CHECKS = 10
 """How often they are, in all the time."""
 _CHUNK = 1 << 16
-
-
-class BudgetSpent(Exception):
-    """The seconds of training are spent."""
 
 
 class _TwoTowers(nn.Module):
@@ -65,7 +61,7 @@ class _TwoTowers(nn.Module):
 
 
 def two_towers(
-    loss: Loss, arrays: Arrays, contexts: pa.Table, seconds: float, seed: int
+    loss: Loss, arrays: Arrays, contexts: pa.Table, clock: Clock, seed: int
 ) -> Embeddings:
     """Train two towers as tutorials do, without propensities.
 
@@ -76,7 +72,6 @@ def two_towers(
 
     The weights with the best loss on held-out rows are returned.
     """
-    began = time.perf_counter()
     torch.manual_seed(seed)
     row = torch.arange(len(arrays.reward))
     if loss != "regression":
@@ -113,19 +108,20 @@ def two_towers(
     best, kept = float("inf"), {}
     due = 1
     for rows in _batches(train):
-        spent = time.perf_counter() - began
-        if spent > due * seconds / CHECKS:
-            due = int(spent * CHECKS / seconds) + 1
+        spent = clock.spent / clock.seconds
+        if spent > due / CHECKS:
+            due = int(spent * CHECKS) + 1
             found = held_out_loss()
             if found < best:
                 best, kept = found, {k: v.clone() for k, v in model.state_dict().items()}
-            if spent > seconds:
+            if spent > 1.0:
                 break
         for optimizer in optimizers:
             optimizer.zero_grad()
         batch_loss(rows).backward()
         for optimizer in optimizers:
             optimizer.step()
+        clock.rows += len(rows)
     if kept:
         model.load_state_dict(kept)
     with torch.no_grad():
@@ -134,7 +130,7 @@ def two_towers(
         return model.context(context_matrix(contexts)), item, None
 
 
-def torch_rechub(arrays: Arrays, contexts: pa.Table, seconds: float, seed: int) -> Embeddings:
+def torch_rechub(arrays: Arrays, contexts: pa.Table, clock: Clock, seed: int) -> Embeddings:
     """torch-rechub's DSSM on rewarded rows, with in-batch sampled softmax."""
     features = _import("torch_rechub.basic.features", "torch-rechub")
     models = _import("torch_rechub.models.matching", "torch-rechub")
@@ -153,7 +149,6 @@ def torch_rechub(arrays: Arrays, contexts: pa.Table, seconds: float, seed: int) 
         model, mode=0, in_batch_neg=True, n_epoch=1, optimizer_params={"lr": RATE}
     )
     rewarded = (arrays.reward > 0).nonzero()[:, 0]
-    deadline = time.perf_counter() + seconds
 
     def of_items(number: Tensor) -> dict[str, Tensor]:
         found = {} if arrays.item is None else _columns("item", arrays.item[number])
@@ -167,8 +162,9 @@ def torch_rechub(arrays: Arrays, contexts: pa.Table, seconds: float, seed: int) 
 
         def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
             for rows in _batches(rewarded):
-                if time.perf_counter() > deadline:
+                if clock.over:
                     return
+                clock.rows += len(rows)
                 x = _columns("user", arrays.context[rows]) | of_items(arrays.action[rows])
                 yield x, torch.ones(len(rows))
 
@@ -184,7 +180,7 @@ def torch_rechub(arrays: Arrays, contexts: pa.Table, seconds: float, seed: int) 
         return u.reshape(len(u), -1) / temperature, v, None
 
 
-def implicit_als(arrays: Arrays, contexts: pa.Table, seconds: float, seed: int) -> Embeddings:
+def implicit_als(arrays: Arrays, contexts: pa.Table, clock: Clock, seed: int) -> Embeddings:
     """implicit's alternating least squares on the rewarded rows of each user."""
     als = _import("implicit.als", "implicit")
     from scipy import sparse
@@ -196,10 +192,9 @@ def implicit_als(arrays: Arrays, contexts: pa.Table, seconds: float, seed: int) 
     model = als.AlternatingLeastSquares(
         factors=DIM, iterations=1_000_000, random_state=seed, use_gpu=False
     )
-    deadline = time.perf_counter() + seconds
 
     def stop(*unused: Any) -> None:
-        if time.perf_counter() > deadline:
+        if clock.over:
             raise BudgetSpent
 
     with contextlib.suppress(BudgetSpent):

@@ -15,7 +15,8 @@ import torch
 
 from offtower.atomic import write_text
 from offtower.benchmarks import Settings
-from offtower.benchmarks.million.methods import METHODS
+from offtower.benchmarks.million import costs
+from offtower.benchmarks.million.methods import METHODS, ORACLE
 from offtower.benchmarks.million.world import ID_SHARES, MillionWorld, make_world
 from offtower.benchmarks.peers import Unavailable
 from offtower.benchmarks.quality.summary import summarize, table
@@ -57,7 +58,7 @@ def run(settings: Settings) -> dict[str, Any]:
                 lines.append(line)
     summary = {**sizes, "threads": torch.get_num_threads(), **summarize(lines)}
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
-    text = list(table(summary))
+    text = [*table(summary), *costs.table(lines)]
     write_text(folder / "table.txt", "\n".join(text) + "\n")
     if summary["worlds"]:
         from offtower.benchmarks.quality.plot import values
@@ -94,16 +95,30 @@ def _text(sizes: dict[str, Any]) -> str:
 def _measure(world: MillionWorld, method: str, seconds: float, seed: int) -> Line:
     line: Line = {"world": world.name, "seed": seed, "start": 0, "method": method}
     line["baselines"] = world.baselines
+    known = costs.reset_peak()
     try:
         learned = METHODS[method](world, seconds, seed)
     except Unavailable as reason:
         return {**line, "skipped": str(reason)}
+    peak = costs.measured_peak(known)
     value = world.value(learned.context, learned.item, learned.bias)
+    shown = value.softmax if learned.is_policy else value.greedy
+
+    def shorter(share: float) -> tuple[float, float]:
+        one = METHODS[method](world, share * seconds, seed)
+        found = world.value(one.context, one.item, one.bias)
+        return found.softmax if one.is_policy else found.greedy, one.seconds
+
+    useful = learned.seconds
+    if method != ORACLE:
+        useful = costs.useful_seconds(shown, learned.seconds, shorter)
     return {
         **line,
-        "value": value.softmax if learned.is_policy else value.greedy,
+        "value": shown,
         "greedy": value.greedy,
         "seconds": round(learned.seconds, 2),
+        "useful_seconds": round(useful, 2),
+        **peak,
         "facts": learned.facts,
     }
 
