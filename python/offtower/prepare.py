@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from offtower.ancestry import ROWS, EarlierRun, open_earlier_run
 from offtower.checksums import (
     checked_directory,
     is_complete,
@@ -23,6 +24,8 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
 from offtower.data.encoded_cache import EncodedCache
 from offtower.data.encoding import FeatureEncoding
+from offtower.data.encoding_fit import EncodingSums
+from offtower.data.extension import TableRows, load_rows, save_rows
 from offtower.data.histories import HistoryBasis
 from offtower.data.loading import Loader
 from offtower.data.log import Log, ParquetLog
@@ -49,7 +52,34 @@ class LogFacts:
     mean_row_weight: float = 1.0
     """Of the rows' weights; 1 where they have none."""
     row_sketch: dict[str, str] | None = None
-    """`RowSketch.to_dict` of the rows, by which copies of them are found in other logs."""
+    """`RowSketch.to_dict` of the rows, and of those of the runs before, by which copies of them are
+    found in other logs."""
+
+
+@dataclass(frozen=True)
+class ExtendedRows:
+    """Where the rows of the tables come from in a run that goes on from an earlier one, by feature
+    of the contexts and of the items."""
+
+    context: Mapping[str, TableRows]
+    item: Mapping[str, TableRows]
+
+    @property
+    def texts(self) -> Iterator[str]:
+        """What became of each feature's values."""
+        for name, rows in {**self.context, **self.item}.items():
+            yield f"values of '{name}': {rows.text or 'none'}"
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """Encodings of both sides and facts about the log, from one pass over it."""
+
+    facts: LogFacts
+    context: FeatureEncoding
+    item: FeatureEncoding
+    rows: ExtendedRows | None = None
+    """Of a run that goes on from an earlier one."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +95,8 @@ class PreparedData:
     facts: LogFacts
     quarantine: Path | None = None
     """Folder for bad rows, with data.on_bad_rows=quarantine."""
+    rows: ExtendedRows | None = None
+    """Of a run that goes on from an earlier one."""
 
     @property
     def device(self) -> torch.device:
@@ -145,62 +177,95 @@ def open_data(config: Config, progress: Progress, run_path: Path | None = None) 
     )
     if config.data.on_bad_rows == "quarantine" and quarantine is None:
         raise ConfigError("data.on_bad_rows=quarantine needs a run directory to write the rows to")
-    return prepare(train, validation, catalogue, progress, run_path, quarantine)
+    store = None if run_path is None else run_path / "encodings"
+    fingerprints = {"train": train.fingerprint, "catalogue": catalogue.fingerprint}
+    found = None if store is None else _restore(store, fingerprints)
+    if found is None:
+        earlier = None if config.incremental.from_run is None else open_earlier_run(config)
+        found = _fit(train, catalogue, progress, quarantine, earlier)
+        if store is not None:
+            _save(store, fingerprints, found)
+    return _prepared(train, validation, catalogue, found, run_path, quarantine)
 
 
 def prepare(
+    train: Log, validation: Log | None, catalogue: Catalogue, progress: Progress
+) -> PreparedData:
+    """Fit the encodings in one pass over the log and one over the catalogue, in memory."""
+    found = _fit(train, catalogue, progress)
+    return _prepared(train, validation, catalogue, found)
+
+
+def _fit(
+    train: Log,
+    catalogue: Catalogue,
+    progress: Progress,
+    quarantine: Path | None = None,
+    earlier: EarlierRun | None = None,
+) -> Encodings:
+    """Fit the encodings, or extend those of an earlier run."""
+    items = EncodingSums.of(
+        catalogue.schema.features,
+        (
+            catalogue.table(start, min(start + DEFAULT_CHUNK, catalogue.num_items))
+            for start in range(0, catalogue.num_items, DEFAULT_CHUNK)
+        ),
+        None,
+    )
+    # Before the pass over the log: a catalogue that is refused is refused at once.
+    of_items = None if earlier is None else earlier.extend_items(items, catalogue, progress)
+    collector = _FactCollector(train.schema)
+    checker = RowChecker(
+        train.schema,
+        catalogue,
+        quarantine=None if quarantine is None else quarantine / "train",
+    )
+    progress.start("reading the log", train.num_rows)
+    contexts = EncodingSums.of(
+        train.schema.context,
+        collector.watch(_checked_tables(train, checker, progress)),
+        train.schema.timestamp,
+    )
+    progress.finish()
+    if earlier is None or of_items is None:
+        basis = HistoryBasis(catalogue.item_ids, train.schema.timestamp)
+        return Encodings(
+            collector.facts(),
+            FeatureEncoding.of_sums(contexts, basis),
+            FeatureEncoding.of_sums(items),
+        )
+    of_contexts = earlier.extend_contexts(contexts, catalogue, progress)
+    rows = ExtendedRows(of_contexts.rows, of_items.rows)
+    for text in rows.texts:
+        progress.note(text)
+    facts = collector.facts(trained_rows(earlier.directory.path))
+    return Encodings(facts, of_contexts.encoding, of_items.encoding, rows)
+
+
+def _prepared(
     train: Log,
     validation: Log | None,
     catalogue: Catalogue,
-    progress: Progress,
+    found: Encodings,
     run_path: Path | None = None,
     quarantine: Path | None = None,
 ) -> PreparedData:
-    """Fit the encodings in one pass over the log and one over the catalogue."""
-    store = None if run_path is None else run_path / "encodings"
-    fingerprints = {"train": train.fingerprint, "catalogue": catalogue.fingerprint}
-    restored = None if store is None else _restore(store, fingerprints)
-    if restored is None:
-        collector = _FactCollector(train.schema)
-        checker = RowChecker(
-            train.schema,
-            catalogue,
-            quarantine=None if quarantine is None else quarantine / "train",
-        )
-        progress.start("reading the log", train.num_rows)
-        context_encoding = FeatureEncoding.fit(
-            train.schema.context,
-            collector.watch(_checked_tables(train, checker, progress)),
-            HistoryBasis(catalogue.item_ids, train.schema.timestamp),
-        )
-        progress.finish()
-        item_encoding = FeatureEncoding.fit(
-            catalogue.schema.features,
-            (
-                catalogue.table(start, min(start + DEFAULT_CHUNK, catalogue.num_items))
-                for start in range(0, catalogue.num_items, DEFAULT_CHUNK)
-            ),
-        )
-        facts = collector.facts()
-        if store is not None:
-            _save(store, fingerprints, facts, context_encoding, item_encoding)
-    else:
-        facts, context_encoding, item_encoding = restored
-    for encoding in (context_encoding, item_encoding):
+    for encoding in (found.context, found.item):
         encoding.share(catalogue.item_ids)
     return PreparedData(
         train=train,
         validation=validation,
         catalogue=catalogue,
-        context_encoding=context_encoding,
-        item_encoding=item_encoding,
+        context_encoding=found.context,
+        item_encoding=found.item,
         items=ItemFeatures.from_catalogue(
             catalogue,
-            item_encoding,
+            found.item,
             directory=None if run_path is None else run_path / "items",
         ),
-        facts=facts,
+        facts=found.facts,
         quarantine=quarantine,
+        rows=found.rows,
     )
 
 
@@ -260,34 +325,32 @@ class _FactCollector:
             self._sketch = self._sketch.with_rows(table, self._schema)
             yield table
 
-    def facts(self) -> LogFacts:
+    def facts(self, earlier: RowSketch | None = None) -> LogFacts:
+        """Facts about the rows. earlier: sketch of what the runs before were trained on."""
+        sketch = self._sketch if earlier is None else self._sketch.merge(earlier)
         return LogFacts(
             rows=self._rows,
             binary_reward=self._binary,
             mean_reward=self._sum / (self._weight or 1.0),
             mean_row_weight=self._weight / self._rows if self._rows else 1.0,
             smallest_pscore=None if np.isinf(self._smallest) else self._smallest,
-            row_sketch=self._sketch.to_dict(),
+            row_sketch=sketch.to_dict(),
         )
 
 
-def _save(
-    store: Path,
-    fingerprints: dict[str, str],
-    facts: LogFacts,
-    context_encoding: FeatureEncoding,
-    item_encoding: FeatureEncoding,
-) -> None:
+def _save(store: Path, fingerprints: dict[str, str], found: Encodings) -> None:
     with checked_directory(store) as temporary:
-        context_encoding.save(temporary / "context")
-        item_encoding.save(temporary / "item")
-        content = {"fingerprints": fingerprints, "facts": asdict(facts)}
+        found.context.save(temporary / "context")
+        found.item.save(temporary / "item")
+        if found.rows is not None:
+            (temporary / ROWS).mkdir()
+            save_rows(temporary / ROWS / "context", found.rows.context)
+            save_rows(temporary / ROWS / "item", found.rows.item)
+        content = {"fingerprints": fingerprints, "facts": asdict(found.facts)}
         write_checked_json(temporary / "facts.json", content)
 
 
-def _restore(
-    store: Path, fingerprints: dict[str, str]
-) -> tuple[LogFacts, FeatureEncoding, FeatureEncoding] | None:
+def _restore(store: Path, fingerprints: dict[str, str]) -> Encodings | None:
     if not is_complete(store):
         return None
     verify_directory(store, "restore the folder from a copy, or start a run under another name")
@@ -297,8 +360,12 @@ def _restore(
             f"the log or the catalogue changed since '{store.parent}' began; "
             "start a run under another name (--set name=...)"
         )
-    return (
+    rows, extended = store / ROWS, None
+    if rows.exists():
+        extended = ExtendedRows(load_rows(rows / "context"), load_rows(rows / "item"))
+    return Encodings(
         LogFacts(**content["facts"]),
         FeatureEncoding.load(store / "context"),
         FeatureEncoding.load(store / "item"),
+        extended,
     )

@@ -7,10 +7,12 @@ the candidates are trained in parallel and give exactly the same policy.
 Example:
   offtower train configs/quickstart/ips.yaml --set training.epochs=5
   offtower train mine.yaml --workers 4 --set training.strategy=item_sharded
+  offtower train configs/daily.yaml --from runs/monday --log logs/tuesday --name tuesday
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +49,19 @@ from offtower.jsonable import finite
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")],
     overrides: Overrides = None,
+    from_run: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="Go on from the policy of this finished run: its encodings are extended, its "
+            "weights and optimizer state mapped (incremental.from_run).",
+        ),
+    ] = None,
+    log: Annotated[
+        str | None, typer.Option(metavar="LOG", help="Training log (data.train).")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run (name).")] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Resume from the run's newest checkpoint, if it has one."),
@@ -98,7 +113,9 @@ def train(
     from offtower.training.device import describe_device, resolve_device
     from offtower.training.run import train_run
 
-    settings = load_config(config, overrides or [])
+    given = {"incremental.from_run": from_run, "data.train": log, "name": name}
+    named = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    settings = load_config(config, [*(overrides or []), *named])
     check_run(settings, resume=resume or take_over)
     progress, interruption = DrawnProgress(), TerminationSignal()
     claim: dict[str, Any] = {"resume": resume, "take_over": take_over, "mirror": mirror}

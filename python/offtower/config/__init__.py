@@ -22,6 +22,7 @@ from offtower.config.files import (
     to_stored_dict,
     to_yaml,
 )
+from offtower.config.incremental import IncrementalConfig, ReplayConfig
 from offtower.config.learning import (
     AutoConfig,
     DataConfig,
@@ -45,8 +46,10 @@ __all__ = [
     "EvaluationConfig",
     "GateOptions",
     "HistoryConfig",
+    "IncrementalConfig",
     "ObjectiveConfig",
     "PolicyConfig",
+    "ReplayConfig",
     "RewardModelConfig",
     "SamplingConfig",
     "SelectionConfig",

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from offtower.config.incremental import IncrementalConfig
 from offtower.config.learning import HistoryConfig
 from offtower.config.run import Config
 from offtower.errors import ConfigError
@@ -183,7 +184,9 @@ def _learning_settings(config: Config) -> dict[str, Any]:
     content.pop("tracking")
     content["data"].pop("test")
     content["data"].pop("cache_gib")
-    # Fingerprints of runs written before this option existed lack it.
+    # Fingerprints of runs written before these options existed lack them.
+    if config.incremental == IncrementalConfig():
+        del content["incremental"]
     default = asdict(HistoryConfig())
     policy, reward_model = content["policy"], content["reward_model"]
     for tower in (policy["context_tower"], policy["item_tower"], reward_model["tower"]):

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from offtower.config.evaluation import EvaluationConfig
+from offtower.config.incremental import IncrementalConfig
 from offtower.config.learning import (
     AutoConfig,
     DataConfig,
@@ -47,6 +48,7 @@ class Config:
     auto: AutoConfig = field(default_factory=AutoConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    incremental: IncrementalConfig = field(default_factory=IncrementalConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

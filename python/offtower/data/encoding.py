@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,9 @@ from offtower.data.columns import (
     list_parts,
 )
 from offtower.data.encoding_fit import (
+    EncodingSums,
     FeatureMoments,
-    ValueCounter,
-    fitted_columns,
     has_vocabulary,
-    note_type,
     vocabulary_of,
 )
 from offtower.data.feature_columns import feature_column, fitted_categories
@@ -47,7 +44,7 @@ from offtower.data.features import (
 from offtower.data.histories import AGE, DWELL, EVENT, HistoryBasis, read_events
 from offtower.data.lookup import Vocabulary
 from offtower.data.schema import FeatureSpec, spec_from_dict, spec_to_dict
-from offtower.errors import DataError, RunError
+from offtower.errors import RunError
 from offtower.paths import safe_relative
 
 __all__ = [
@@ -77,7 +74,8 @@ class FeatureEncoding:
     Args:
         specs: the features; every vector has its `dim`.
         mean, scale: of numeric and vector features, by name.
-        vocabulary: of categories and bags with a vocabulary, by name: distinct values, sorted.
+        vocabulary: of categories and bags with a vocabulary, by name: distinct values, sorted
+            unless it was extended.
         types: of the categories and bags that it was fitted on, by name, to which values of other
             types are cast; none are cast by default.
         timestamp: column of the rows' times, where histories have times.
@@ -123,59 +121,62 @@ class FeatureEncoding:
         Raises:
             DataError: vectors of several lengths, or too many distinct values for a vocabulary.
         """
-        specs = tuple(specs)
-        moments: dict[str, FeatureMoments] = {}
-        counts: dict[str, ValueCounter] = {}
-        types: dict[str, CategoryType] = {}
         timestamp = None if histories is None else histories.timestamp
-        for table in tables:
-            for spec, column in fitted_columns(specs, table, timestamp):
-                if spec.kind in ("numeric", "vector"):
-                    values = (
-                        as_float_array(column)
-                        if spec.kind == "numeric"
-                        else as_float_matrix(column, spec.dim, spec.name)
-                    )
-                    found = FeatureMoments.of(values)
-                    before = moments.get(spec.name)
-                    if before is not None and before.mean.shape != found.mean.shape:
-                        raise DataError(
-                            f"feature '{spec.name}' has vectors of {before.mean.size} and of "
-                            f"{found.mean.size} numbers"
-                        )
-                    moments[spec.name] = found if before is None else before.merge(found)
-                    continue
-                note_type(types, spec, column)
-                if spec.encoding == "vocabulary":
-                    counts.setdefault(spec.name, ValueCounter(spec)).add(column)
-        fitted = tuple(
-            replace(spec, dim=int(moments[spec.name].mean.size))
-            if spec.kind == "vector" and spec.name in moments
-            else spec
-            for spec in specs
-        )
-        if any(spec.kind == "vector" and spec.dim is None for spec in fitted):
-            raise DataError("no rows to fit the encoding of vector features on")
+        return cls.of_sums(EncodingSums.of(specs, tables, timestamp), histories)
+
+    @classmethod
+    def of_sums(cls, sums: EncodingSums, histories: HistoryBasis | None = None) -> FeatureEncoding:
+        """Fit on what a pass over tables found."""
         vocabulary = {
-            part.name: vocabulary_of(part, counts)
-            for spec in specs
-            for part in (spec, *spec.parts)
+            part.name: vocabulary_of(part, sums.counts)
+            for part in sums.parts
             if has_vocabulary(part)
         }
-        for spec in specs:
+        types = dict(sums.types)
+        for spec in sums.specs:
             if spec.history:
                 assert histories is not None, "histories are features of logs with a catalogue"
                 vocabulary[spec.name] = histories.vocabulary
                 types[spec.name] = histories.type
-        timed = any(spec.times is not None for spec in specs)
         return cls(
-            fitted,
-            {name: m.mean for name, m in moments.items()},
-            {name: m.scale() for name, m in moments.items()},
+            sums.specs,
+            {name: m.mean for name, m in sums.moments.items()},
+            {name: m.scale() for name, m in sums.moments.items()},
             vocabulary,
             types,
-            timestamp if timed else None,
+            _timestamp(sums.specs, histories),
         )
+
+    def extended(
+        self,
+        vocabulary: Mapping[str, pa.Array],
+        types: Mapping[str, CategoryType],
+        moments: Mapping[str, FeatureMoments],
+        moving: float,
+    ) -> FeatureEncoding:
+        """The same features with other vocabularies, and with means and variances moved.
+
+        Args:
+            vocabulary, types: by feature, those that change.
+            moments: of new rows. moving: their weight; 0 keeps means and deviations.
+        """
+        mean, scale = dict(self._mean), dict(self._scale)
+        for name, found in moments.items() if moving > 0.0 else ():
+            mean[name] = (1.0 - moving) * mean[name] + moving * found.mean
+            square = (1.0 - moving) * scale[name] ** 2 + moving * found.scale() ** 2
+            scale[name] = np.sqrt(square)
+        return FeatureEncoding(
+            self.specs,
+            mean,
+            scale,
+            {**self._vocabulary, **vocabulary},
+            {**self._types, **types},
+            self.timestamp,
+        )
+
+    def vocabulary(self, name: str) -> pa.Array:
+        """The values of a category or bag with a vocabulary, in the order of its table's rows."""
+        return self._vocabulary[name]
 
     def encode(self, table: pa.Table) -> FeatureArrays:
         """Encode the columns of checked rows, or of contexts.
@@ -353,6 +354,12 @@ class FeatureEncoding:
                 else np.zeros(len(distinct), dtype=np.int64)
             )
         return np.append(of_distinct, 0)[index]
+
+
+def _timestamp(specs: tuple[FeatureSpec, ...], histories: HistoryBasis | None) -> str | None:
+    """The column of the rows' times, where histories have times."""
+    timed = any(spec.times is not None for spec in specs)
+    return histories.timestamp if histories is not None and timed else None
 
 
 def _read_vocabulary(file: Path) -> pa.Array:

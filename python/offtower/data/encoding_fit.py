@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from offtower.data.columns import (
     CategoryType,
     Column,
+    as_float_array,
+    as_float_matrix,
     category_type,
     category_values,
     is_text,
@@ -156,3 +158,68 @@ def vocabulary_of(spec: FeatureSpec, counts: Mapping[str, ValueCounter]) -> pa.A
     kept = table.filter(pc.greater_equal(table.column("count"), spec.min_count)).column("value")
     kept = kept.combine_chunks()
     return kept.take(pc.sort_indices(kept))
+
+
+@dataclass(frozen=True)
+class EncodingSums:
+    """What one pass over tables finds out about features.
+
+    Attributes:
+        specs: the features; a vector has its length once a table was added.
+        moments: of numbers and vectors, by feature. counts: of the values of categories and bags
+            with a vocabulary. types: of categories and bags.
+    """
+
+    specs: tuple[FeatureSpec, ...]
+    moments: dict[str, FeatureMoments] = field(default_factory=dict)
+    counts: dict[str, ValueCounter] = field(default_factory=dict)
+    types: dict[str, CategoryType] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, specs: Iterable[FeatureSpec], tables: Iterable[pa.Table], timestamp: str | None
+    ) -> EncodingSums:
+        """Add up all tables.
+
+        Raises:
+            DataError: vectors of several lengths, or no rows with vectors.
+        """
+        sums = cls(tuple(specs))
+        for table in tables:
+            sums._add(table, timestamp)
+        fitted = tuple(
+            replace(spec, dim=int(sums.moments[spec.name].mean.size))
+            if spec.kind == "vector" and spec.name in sums.moments
+            else spec
+            for spec in sums.specs
+        )
+        if any(spec.kind == "vector" and spec.dim is None for spec in fitted):
+            raise DataError("no rows to fit the encoding of vector features on")
+        return replace(sums, specs=fitted)
+
+    @property
+    def parts(self) -> Iterator[FeatureSpec]:
+        """All features that may have a vocabulary of values: these, and those of histories."""
+        for spec in self.specs:
+            yield from (spec, *spec.parts)
+
+    def _add(self, table: pa.Table, timestamp: str | None) -> None:
+        for spec, column in fitted_columns(self.specs, table, timestamp):
+            if spec.kind in ("numeric", "vector"):
+                values = (
+                    as_float_array(column)
+                    if spec.kind == "numeric"
+                    else as_float_matrix(column, spec.dim, spec.name)
+                )
+                found = FeatureMoments.of(values)
+                before = self.moments.get(spec.name)
+                if before is not None and before.mean.shape != found.mean.shape:
+                    raise DataError(
+                        f"feature '{spec.name}' has vectors of {before.mean.size} and of "
+                        f"{found.mean.size} numbers"
+                    )
+                self.moments[spec.name] = found if before is None else before.merge(found)
+                continue
+            note_type(self.types, spec, column)
+            if spec.encoding == "vocabulary":
+                self.counts.setdefault(spec.name, ValueCounter(spec)).add(column)

@@ -66,7 +66,7 @@ class Vocabulary:
     """Distinct values of a category and their indices.
 
     Args:
-        values: sorted, as text or integers, none of them null.
+        values: distinct, as text or integers, none of them null.
     """
 
     def __init__(self, values: pa.Array) -> None:

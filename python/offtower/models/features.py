@@ -164,6 +164,23 @@ class FeatureEncoder(nn.Module):
         return found
 
     @property
+    def tables_by_weight(self) -> dict[str, str]:
+        """By name of a weight within this module, the feature whose values are its rows."""
+        found = {f"tables.{key}.weight": name for name, key in self._table_of.items()}
+        for name, key in self._history_of.items():
+            reader = self.histories[key]
+            assert isinstance(reader, HistoryEncoder)
+            if reader.event_types is not None:
+                found[f"histories.{key}.event_types.weight"] = f"{name}/events"
+        return found
+
+    def without(self, features: FeatureTensors, name: str) -> list[Tensor]:
+        """Numbers, vectors and embeddings of n rows, (n, width) each, but for one category's."""
+        names = [other for other in self._table_of if other not in self._history_of]
+        pairs = zip(names, self.embeddings(features), strict=True)
+        return [*self.numbers(features), *(value for other, value in pairs if other != name)]
+
+    @property
     def shared_table(self) -> nn.Embedding | None:
         """The table of items that histories read and another module owns."""
         shared = [one.table for name, one in self.item_tables.items() if name not in self._table_of]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from offtower.ancestry import check_earlier_run
 from offtower.config import Config, TrainingConfig
 from offtower.data.manifest import find_parquet_files
 from offtower.errors import ConfigError, DataError
@@ -22,11 +23,40 @@ def check_run(config: Config, *, resume: bool = False) -> None:
         DataError: a log or the catalogue is missing.
         ConfigError: an unknown objective or setting of it, or a missing stored policy.
     """
+    check_continuation(config)
     RunDirectory(config.run_directory).check(config, resume=resume)
     check_paths(config)
     if config.objective.name != "auto":
         make_objective(config.objective.name, config.objective.arguments)
     _check_stored_policies(config)
+
+
+def check_continuation(config: Config) -> None:
+    """Check the settings of a run that goes on from an earlier one, and that this is finished.
+
+    Raises:
+        ConfigError: settings contradict it.
+        RunError: see `check_earlier_run`.
+    """
+    settings = config.incremental
+    if settings.from_run is None:
+        if settings.replay.logs:
+            raise ConfigError(
+                "incremental.replay is for runs that go on from an earlier one: name it "
+                "(incremental.from_run, or --from), or unset incremental.replay.logs"
+            )
+        return
+    if config.objective.name == "auto":
+        raise ConfigError(
+            "objective.name=auto fits its candidates anew and chooses between them, so it cannot "
+            "go on from incremental.from_run: name an objective, such as that of the earlier run"
+        )
+    if config.training.warm_start is not None or config.training.initialization != "random":
+        raise ConfigError(
+            "incremental.from_run sets the initial weights: unset training.warm_start and "
+            "training.initialization"
+        )
+    check_earlier_run(config)
 
 
 def check_paths(config: Config) -> None:
@@ -195,6 +225,9 @@ def check_two_stage(objective: Objective, config: Config, data: PreparedData) ->
         ),
         "starts from the reward model: unset training.warm_start and training.initialization": (
             training.warm_start is not None or training.initialization != "random"
+        ),
+        "starts from the reward model, not from a policy: unset incremental.from_run": (
+            config.incremental.from_run is not None
         ),
         "freezes the reward model's towers, which need a table of items of their own: set "
         "reward_model.tower.history.items=own": (

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 import offtower
+from offtower.ancestry import descent, earlier_folders
 from offtower.config import Config, config_fingerprint
 from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.data.ledger import record
@@ -187,6 +188,8 @@ def _fingerprint(config: Config, data: PreparedData) -> str:
     parts = [config_fingerprint(config), *sorted(data.fingerprint.values())]
     if config.objective.kl_policy is not None:
         parts.append(policy_digest(Path(config.objective.kl_policy)))
+    if config.incremental.from_run is not None:
+        parts.append(policy_digest(RunDirectory(config.incremental.from_run).policy))
     return "-".join(parts)
 
 
@@ -260,6 +263,7 @@ def _finish(run: ClaimedRun, config: Config, data: PreparedData, trained: Traine
             "validation_lower_bound": result.validation,
             "chosen": result.chosen,
             "advice": result.advice,
+            **descent(config),
             **trained.facts,
             "seconds": round(time.time() - trained.began, 3),
             **_quarantine_facts(data),
@@ -293,10 +297,9 @@ def _data_files(config: Config, used: Mapping[str, tuple[str, ParquetLog]]) -> d
     """Identities of the files that the policy, or one it started from, was made with."""
     files = {part: list(log.content.files) for part, (_, log) in used.items()}
     ancestors: set[str] = set()
-    for policy in (config.training.warm_start, config.objective.kl_policy):
-        if policy is not None:
-            earlier = RunDirectory(Path(policy).parent).manifest().get("data_files", {})
-            ancestors.update(file for part in earlier.values() for file in part)
+    for policy in earlier_folders(config):
+        earlier = RunDirectory(Path(policy).parent).manifest().get("data_files", {})
+        ancestors.update(file for part in earlier.values() for file in part)
     return {**files, "ancestors": sorted(ancestors)} if ancestors else files
 
 

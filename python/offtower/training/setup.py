@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,9 +25,12 @@ from offtower.training.checks import (
     check_terms,
     check_two_stage,
 )
+from offtower.training.continuation import continue_run
 from offtower.training.distributed.item_shard import (
     ItemShard,
+    fill_from_whole,
     make_shard,
+    owned_table_rows,
     owned_weights,
     sharded_policy,
     whole_policy,
@@ -43,7 +47,7 @@ from offtower.training.reference_policy import ReferencePolicy
 from offtower.training.sampled import SampledTerms, build_proposal
 from offtower.training.step import ReplicatedStep, TrainedPolicy, TrainingStep
 from offtower.training.suitability import suitability_notes
-from offtower.training.trainer import Trainer, TrainingOutputs
+from offtower.training.trainer import OptimizerStart, Trainer, TrainingOutputs
 from offtower.training.two_stage import build_two_stage
 from offtower.training.validation import RowScorer, Validator
 from offtower.training.workers import Workers
@@ -72,13 +76,22 @@ class TrainingSetup:
     shard: ItemShard | None = None
     """This worker's items under training.strategy=item_sharded."""
     owned_rows: OwnedRows = field(default_factory=OwnedRows)
+    start: OptimizerStart | None = None
+    """Gives the optimizer a state before the first step; None leaves it without."""
 
     @property
     def policy(self) -> TwoTowerPolicy:
         return self.step.policy
 
     def trainer(self, outputs: TrainingOutputs | None = None) -> Trainer:
-        return Trainer(self.config, self.data, self.step, validate=self.validate, outputs=outputs)
+        return Trainer(
+            self.config,
+            self.data,
+            self.step,
+            validate=self.validate,
+            outputs=outputs,
+            start=self.start,
+        )
 
     def whole_policy(self) -> TwoTowerPolicy | None:
         """Return the policy over the whole catalogue on the first worker; collective."""
@@ -118,6 +131,10 @@ def _replicated(inputs: SetupInputs) -> TrainingSetup:
         warm_start(policy, Path(config.training.warm_start))
     if config.training.initialization == "uniform":
         initialize_uniform(policy)
+    start: OptimizerStart | None = None
+    if config.incremental.from_run is not None:
+        earlier = continue_run(config, data, policy, inputs.progress)
+        start = partial(earlier.fill_optimizer, policy=policy, rows={})
     proposal = build_proposal(config, objective, data, policy, inputs.progress)
     step = ReplicatedStep(
         trained,
@@ -131,7 +148,7 @@ def _replicated(inputs: SetupInputs) -> TrainingSetup:
         reference=_reference(inputs, policy),
         mean_row_weight=data.facts.mean_row_weight,
     )
-    return TrainingSetup(config, data, step, _validator(inputs, inputs.reward_model))
+    return TrainingSetup(config, data, step, _validator(inputs, inputs.reward_model), start=start)
 
 
 def _two_tower(inputs: SetupInputs) -> TrainedPolicy:
@@ -196,6 +213,14 @@ def _item_sharded(inputs: SetupInputs) -> TrainingSetup:
     policy = sharded_policy(config.policy, data, shard, workers)
     if config.training.initialization == "uniform":
         initialize_uniform(policy)
+    start: OptimizerStart | None = None
+    if config.incremental.from_run is not None:
+        # Every worker maps the whole tables, and keeps its items' rows of them.
+        whole = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
+        earlier = continue_run(config, data, whole, inputs.progress)
+        rows_of = owned_table_rows(policy, shard)
+        fill_from_whole(policy, whole, rows_of)
+        start = partial(earlier.fill_optimizer, policy=policy, rows=rows_of)
     model = (
         None
         if reward_model is None
@@ -226,7 +251,7 @@ def _item_sharded(inputs: SetupInputs) -> TrainingSetup:
         ),
     )
     rows = OwnedRows(frozenset(owned), shard.size, shard.num_items)
-    return TrainingSetup(config, data, step, validate, shard, rows)
+    return TrainingSetup(config, data, step, validate, shard, rows, start)
 
 
 def _validator(

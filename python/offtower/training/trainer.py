@@ -34,6 +34,9 @@ from offtower.training.validation import ValidationScore, Validator
 EpochHook = Callable[[TwoTowerPolicy, int], dict[str, float]]
 """Called after each epoch with the policy on the CPU; its result is only added to the metrics."""
 
+OptimizerStart = Callable[[torch.optim.Optimizer], None]
+"""Gives a new optimizer its state."""
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -79,6 +82,7 @@ class Trainer:
         step: the loss of a batch, with the policy that is trained in place.
         validate: scores the policy on the validation log; None keeps the last epoch's weights.
         outputs: where to write.
+        start: called with the optimizer of a run that does not resume.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class Trainer:
         *,
         validate: Validator | None = None,
         outputs: TrainingOutputs | None = None,
+        start: OptimizerStart | None = None,
     ) -> None:
         self.config = config
         self.policy = step.policy
@@ -108,6 +113,7 @@ class Trainer:
             _table_updates(self._settings, sampled=step.proposal is not None),
             self._settings.table_learning_rate,
         )
+        self._optimizer_start = start
         self._rate = LearningRate(self._settings, self._optimizer)
         self._temperature = Temperature(self._settings, self.policy)
         share = self._settings.weight_average
@@ -199,6 +205,8 @@ class Trainer:
                 self._metrics.resume_at(progression.step, epoch - progression.epoch_ends, lines)
                 self._progress.note(f"continuing from the checkpoint of step {progression.step:,}")
                 return progression
+        if self._optimizer_start is not None:
+            self._optimizer_start(self._optimizer)
         self._metrics.restart()
         return Progression(cursor=Cursor(epoch=0, window=0, batch=0))
 

@@ -6,6 +6,7 @@ state live with the worker that owns the items. Row 0, the value "unknown", is s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -156,6 +157,28 @@ def owned_weights(policy: TwoTowerPolicy, shard: ItemShard) -> dict[str, str]:
     return {
         feature: names[id(table.weight)] for feature, table in owned_tables(policy, shard).items()
     }
+
+
+def owned_table_rows(policy: TwoTowerPolicy, shard: ItemShard) -> dict[str, Tensor]:
+    """By name of an owned weight, (n,) the rows of the whole table that this worker has."""
+    unknown = torch.tensor([UNKNOWN], dtype=torch.int64, device="cpu")
+    return {
+        name: torch.cat([unknown, shard.codes[feature]])
+        for feature, name in owned_weights(policy, shard).items()
+    }
+
+
+@torch.no_grad()
+def fill_from_whole(
+    policy: TwoTowerPolicy, whole: TwoTowerPolicy, rows: Mapping[str, Tensor]
+) -> None:
+    """Fill a sharded policy with the weights of one over the whole catalogue.
+
+    rows: `owned_table_rows`.
+    """
+    state = policy.state_dict()
+    for name, value in whole.state_dict().items():
+        state[name].copy_(value[rows[name]] if name in rows else value)
 
 
 _BLOCK = 262_144
