@@ -49,6 +49,9 @@ class ThreadExchange:
         assert len(parts) == self.size
         return [theirs[self.rank] for theirs in self._room.leave(self.rank, list(parts))]
 
+    def close(self) -> None:
+        pass
+
 
 def shared_reader(log: TableLog, room: Room, rank: int, cached: int, **options: Any) -> BatchReader:
     reader = make_reader(log, exchange=ThreadExchange(room, rank), **options)

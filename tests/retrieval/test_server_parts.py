@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import shutil
 import threading
 from collections.abc import Sequence
 from datetime import datetime
@@ -19,14 +20,15 @@ pytest.importorskip("prometheus_client")
 from offtower.data.formats.conversion import Conversion
 from offtower.data.formats.options import FileFormat
 from offtower.data.histories import parsed_times
-from offtower.errors import ConfigError, DataError
+from offtower.errors import ConfigError, DataError, OfftowerError
 from offtower.retrieval import Retriever, SampleResult, decisions_table
+from offtower.retrieval.manifest import set_current
 from offtower.server import DecisionSettings, Limits, ServerSettings
 from offtower.server.batching import Answer, Batcher, BatchSettings
 from offtower.server.columns import ContextColumns
 from offtower.server.decisions import DecisionLog, _Spool
 from offtower.server.errors import RequestError
-from offtower.server.exports import OpenExport
+from offtower.server.exports import CurrentExport, OpenExport
 from offtower.server.metrics import Metrics
 from offtower.server.requests import ContextRequest
 
@@ -215,6 +217,31 @@ def test_times_of_histories_may_be_of_any_form() -> None:
         assert parsed_times(table.column("seen_at").combine_chunks().flatten()).to_pylist() == when
     numbers = columns.table(pa.RecordBatch.from_pylist([{"time": 7, "seen_at": [3, 5]}]))
     assert numbers.to_pylist() == [{"time": "7", "seen_at": ["3", "5"]}]
+
+
+def test_a_broken_export_is_opened_once_until_it_changes(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = tmp_path / "export"
+    shutil.copytree(exported.parent, export)
+    current = CurrentExport(export)
+    served = current.opened.retriever.version
+    shutil.copytree(export / exported.name, export / "broken")
+    (export / "broken" / "ids.arrow").write_bytes(b"")
+    set_current(export, "broken")
+    opened: list[Path] = []
+    whole = OpenExport.open
+    monkeypatch.setattr(OpenExport, "open", lambda path: (opened.append(path), whole(path))[1])
+    with pytest.raises(OfftowerError):
+        current.reload()
+    assert [current.reload() for _ in range(3)] == [False] * 3 and len(opened) == 1
+    assert (current.refused, current.opened.retriever.version) == ("broken", served)
+    with pytest.raises(OfftowerError):  # POST /reload asks for it.
+        current.reload(again=True)
+    shutil.copy(exported / "ids.arrow", export / "broken" / "ids.arrow")
+    current.reload()
+    assert current.refused is None and current.opened.retriever.directory.name == "broken"
+    assert len(opened) == 3
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from offtower.cli import app
 from offtower.config import Config, parse_config, to_dict
 from offtower.data import Catalogue, ParquetLog
 from offtower.data.encoding import BagTensor, to_tensors
@@ -25,6 +27,9 @@ from offtower.retrieval import ExportOptions, IndexOptions, Retriever, export_ru
 from offtower.retrieval.graphs import graph_inputs, write_graphs
 from offtower.retrieval.tower import ContextTower
 from offtower.server.columns import ContextColumns
+from offtower.server.errors import RequestError
+from offtower.server.requests import RequestReader
+from offtower.server.settings import Limits
 from offtower.training.run import train_run
 from offtower.training.trainer import Trainer
 from offtower.training.workers import Workers
@@ -224,6 +229,35 @@ def test_search_and_evaluation_read_histories(runs: Runs, folder: Path) -> None:
     given = pa.RecordBatch.from_pylist(table.slice(0, 20).select(names).to_pylist())
     served = ContextColumns.of(retriever).table(given)
     np.testing.assert_allclose(retriever.embed(served), retriever.embed(table.slice(0, 20)))
+    # Events at the time of the request or later are dropped, with all that is known of them.
+    reader = RequestReader(retriever, ContextColumns.of(retriever), Limits(), True)
+    rows = table.slice(0, 3).select(names).to_pylist()
+    history = {"seen": [3, 1, 2], "seen_as": ["buy", "click", "buy"], "seen_for": [1.0, 2.0, 3.0]}
+    now = rows[1]["timestamp"]
+    rows[1] |= {**history, "seen_at": [now - 9, now + 5, now]}
+    early = {**rows[1], **{name: value[:1] for name, value in history.items()}, "seen_at": [now - 9]}
+    asked = reader.json("search", json.dumps({"contexts": rows}).encode(), {})
+    wanted = reader.json("search", json.dumps({"contexts": [rows[0], early, rows[2]]}).encode(), {})
+    assert (asked.late_events, wanted.late_events) == (2, 0)
+    assert asked.contexts.to_pylist()[1] == wanted.contexts.to_pylist()[1]
+    np.testing.assert_array_equal(
+        retriever.embed(asked.contexts), retriever.embed(wanted.contexts)
+    )
+    for wrong, field in (
+        ({"seen_at": [now - 9, None, now - 2]}, "contexts[1].seen_at"),
+        ({"seen_for": [1.0, None, 2.0], "seen_at": [1, 2, 3]}, "contexts[1].seen_for"),
+        ({"seen_at": [now - 9]}, "contexts"),
+        ({"timestamp": None}, "contexts[1].timestamp"),
+    ):
+        content = json.dumps({"contexts": [rows[0], {**rows[1], **wrong}]}).encode()
+        with pytest.raises(RequestError) as refused:
+            reader.json("search", content, {})
+        assert refused.value.field == field
+    asking = ["search", str(config.run_directory), "--contexts", json.dumps(rows), "--json"]
+    result = CliRunner().invoke(app, asking)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["rounds"]["late_events"] == 2
+    assert "2 events of histories" in result.stderr
     evaluation = evaluate_runs([config.run_directory])
     assert evaluation.log["rows"] == 300
     # Rows with an event of an item that the catalogue does not have.

@@ -104,7 +104,8 @@ def search(
     unknown, answered = UnknownValues(), _Counts(k)
     excluded = None if exclude is None else _ids(exclude, retriever)
     written = None if schema is None else read_formats(schema).contexts
-    tables = _counted(read_contexts(contexts, retriever, written, rows=_BATCH), retriever, unknown)
+    read = _in_time(read_contexts(contexts, retriever, written, rows=_BATCH), retriever, answered)
+    tables = _counted(read, retriever, unknown)
     if sample:
         rng = np.random.default_rng(seed)
         draw = partial(
@@ -141,14 +142,15 @@ def search(
 
 @dataclass
 class _Counts:
-    """Contexts that were answered with fewer than k items.
+    """Contexts that were answered with fewer than k items, or read without some events.
 
-    shorter: with some items. empty: with none.
+    shorter: with some items. empty: with none. late: events of histories that were dropped.
     """
 
     k: int
     shorter: int = 0
     empty: int = 0
+    late: int = 0
 
     def add(self, rows: list[Row]) -> None:
         lengths = [len(row["items"]) for row in rows]
@@ -166,6 +168,11 @@ class _Counts:
             found.append(
                 f"{self.empty:,} contexts have no item that may be shown; nothing is logged for "
                 "them"
+            )
+        if self.late:
+            found.append(
+                f"{self.late:,} events of histories are at the time of their row or later, and are "
+                "left out"
             )
         return found
 
@@ -212,6 +219,19 @@ def _notes(run: Path, retriever: Retriever, *, sample: bool) -> list[str]:
             "(--sample). To serve the best items always, set serving.mode to top_k"
         )
     return notes
+
+
+def _in_time(
+    tables: Iterable[pa.Table], retriever: Retriever, counts: _Counts
+) -> Iterator[pa.Table]:
+    """The contexts without events of histories that are later than they are, which are counted."""
+    from offtower.data.histories import without_late_events
+
+    encoding = retriever.tower.encoding
+    for table in tables:
+        kept, late = without_late_events(table, encoding.specs, encoding.timestamp)
+        counts.late += late
+        yield kept
 
 
 def _counted(
@@ -339,6 +359,8 @@ def _as_json(version: str, unknown: UnknownValues, answered: _Counts) -> Write:
             begun = True
         if rows is None:
             counts = {"shorter": answered.shorter, "empty": answered.empty}
+            if answered.late:
+                counts["late_events"] = answered.late
             typer.echo(
                 f'\n], "rounds": {json.dumps(counts)}, '
                 f'"unknown_values": {json.dumps(unknown.to_dict())}}}'

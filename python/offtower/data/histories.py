@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -214,6 +214,42 @@ def history_faults(
         missing = ~np.isfinite(events.dwell)
         if missing.any():
             yield spec.dwell, "not finite", "a finite number for each event", rows(missing)
+
+
+def without_late_events(
+    table: pa.Table, specs: Iterable[FeatureSpec], timestamp: str | None
+) -> tuple[pa.Table, int]:
+    """Drop the events at a row's time or later from all columns of its histories with times.
+
+    Ingestion refuses such events (`history_faults`), so that no policy was trained with them. A
+    request that holds some is read, and logged, without them.
+
+    Returns:
+        The table, and the number of dropped events.
+
+    Raises:
+        DataError: see `read_events`.
+    """
+    dropped = 0
+    for spec in specs:
+        if not spec.history or spec.times is None:
+            continue
+        events = read_events(spec, table.column(spec.source), table, timestamp)
+        assert events.times is not None and events.row_times is not None, "the history has times"
+        late = events.times >= events.row_times[events.row]
+        if not late.any():
+            continue
+        dropped += int(np.count_nonzero(late))
+        counts = np.bincount(events.row[~late], minlength=table.num_rows)
+        offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+        kept = pa.array(~late)
+        for name in spec.sources:
+            column = as_array(table.column(name))
+            lists = pa.ListArray.from_arrays(offsets, list_parts(column)[0].filter(kept))
+            if pa.types.is_large_list(column.type):  # The files of a log have one type.
+                lists = pc.cast(lists, column.type)
+            table = table.set_column(table.column_names.index(name), name, lists)
+    return table, dropped
 
 
 def _lists(spec: FeatureSpec, name: str, table: pa.Table) -> pa.Array:

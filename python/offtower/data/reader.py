@@ -178,9 +178,11 @@ class BatchReader:
         return steps
 
     def close(self) -> None:
-        """End the threads of unfinished epochs."""
+        """End the threads of unfinished epochs, and the exchange between workers."""
         for steps in list(self._running):
             steps.close()
+        if self._shared is not None:
+            self._shared.close()
 
     def __enter__(self) -> BatchReader:
         return self

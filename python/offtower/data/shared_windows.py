@@ -38,6 +38,9 @@ class Exchange(Protocol):
     def all_to_all(self, parts: Sequence[memoryview]) -> list[memoryview]:
         """Send part d to worker d; return what each worker sent here."""
 
+    def close(self) -> None:
+        """Free the connections; not collective, and called when nothing is under way."""
+
 
 @dataclass(frozen=True)
 class Contexts:
@@ -86,6 +89,10 @@ class SharedLoader:
 
     def __init__(self, loader: Loader, exchange: Exchange, whole_bytes: int) -> None:
         self._loader, self._exchange, self._whole_bytes = loader, exchange, whole_bytes
+
+    def close(self) -> None:
+        """Free the connections of the exchange."""
+        self._exchange.close()
 
     def owner(self, group: int) -> int:
         """The worker that reads a row group: the same in every epoch, so that it can keep it."""

@@ -129,7 +129,7 @@ class Server:
         return await self._answer("sample", request)
 
     async def reload(self, _: Request) -> Response:
-        changed = await asyncio.to_thread(self._reload)
+        changed = await asyncio.to_thread(self._reload, again=True)
         version = self.current.opened.retriever.version
         return _json({"version": version, "changed": changed})
 
@@ -140,6 +140,7 @@ class Server:
             "version": retriever.version,
             "policy": retriever.policy_name,
             "items": retriever.num_items,
+            "refused": self.current.refused,
             "decisions": None if self.log is None else {"unfinished_files": self.log.unfinished},
         }
         return _json(content)
@@ -172,6 +173,7 @@ class Server:
             return reader.json(verb, content, query)
 
         found = await asyncio.to_thread(read) if len(content) > _LARGE else read()
+        self.metrics.late_events.inc(found.late_events)
         answer = await self._batcher.submit(opened, found)
         accepted = request.headers.get("accept", "")
         if ARROW in accepted or (kind == ARROW and JSON not in accepted):
@@ -216,10 +218,10 @@ class Server:
 
         return measured
 
-    def _reload(self) -> bool:
+    def _reload(self, *, again: bool = False) -> bool:
         try:
             self.token.refresh()
-            changed = self.current.reload()
+            changed = self.current.reload(again=again)
         except OfftowerError as error:
             self.metrics.reloads.labels("failed").inc()
             raise RequestError(

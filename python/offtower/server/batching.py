@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pyarrow as pa
 
-from offtower.errors import OfftowerError
+from offtower.errors import DataError, OfftowerError
 from offtower.retrieval import Retriever, SampleResult, SearchResult, decisions_table
 from offtower.retrieval.propensity_sampler import Mode
 from offtower.server.decisions import DecisionLog
@@ -78,7 +78,7 @@ class Responder:
             return list(self._together(export.retriever, requests))
         except OfftowerError as error:
             if len(requests) == 1:
-                return [error]
+                return [_named(error)]
             return [self.answer(export, [one])[0] for one in requests]
         except Exception as error:
             logger.exception("a call of the retriever failed")
@@ -145,6 +145,11 @@ class Responder:
                 "the decision cannot be logged, so nothing is served", status=503
             ) from error
         self.metrics.decisions.inc(decisions.num_rows)
+
+
+def _named(error: OfftowerError) -> OfftowerError:
+    """The error with the field that it is about: all others are checked when a request is read."""
+    return RequestError(str(error), field="contexts") if isinstance(error, DataError) else error
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,10 @@ from offtower.server.columns import ContextColumns
 logger = logging.getLogger("offtower.server")
 
 
+_Files = tuple[tuple[str, int, int], ...]
+"""Name, size and time of change of each file of a folder."""
+
+
 @dataclass(frozen=True, eq=False)
 class OpenExport:
     """One version of an export; requests that were read for it are answered by it."""
@@ -53,20 +57,49 @@ class CurrentExport:
         self.path = path
         self.opened = OpenExport.open(path)
         self._lock = threading.Lock()
+        self._refused: tuple[Path, _Files] | None = None
 
-    def reload(self) -> bool:
+    @property
+    def refused(self) -> str | None:
+        """Name of the newer version that could not be opened."""
+        return None if self._refused is None else self._refused[0].name
+
+    def reload(self, *, again: bool = False) -> bool:
         """Serve the version that is current now; return whether it is another one.
 
-        Requests that were read for the earlier version are still answered by it.
+        Requests that were read for the earlier version are still answered by it. A version that
+        could not be opened is not tried again while its files stay the same.
+
+        Args:
+            again: try it in any case.
 
         Raises:
             RunError: the new version cannot be opened; the earlier one stays.
         """
         with self._lock:
-            if find_version(self.path) == self.opened.retriever.directory:
+            directory = find_version(self.path)
+            if directory == self.opened.retriever.directory:
+                self._refused = None
+                return False
+            found = (directory, _files(directory))
+            if found == self._refused and not again:
                 return False
             before = self.opened.retriever.version
-            self.opened = OpenExport.open(self.path)
+            try:
+                self.opened = OpenExport.open(self.path)
+            except OfftowerError:
+                self._refused = found
+                raise
+            self._refused = None
             after = self.opened.retriever.version
             logger.info("serving export %s instead of %s", after, before)
             return after != before
+
+
+def _files(directory: Path) -> _Files:
+    found = []
+    for path in sorted(directory.rglob("*")):
+        with contextlib.suppress(OSError):  # Another export may remove the version meanwhile.
+            facts = path.stat()
+            found.append((str(path), facts.st_size, facts.st_mtime_ns))
+    return tuple(found)

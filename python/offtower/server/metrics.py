@@ -43,6 +43,11 @@ class Metrics:
         self.empty = Counter(
             "offtower_empty_contexts", "Contexts that may be shown no item.", registry=registry
         )
+        self.late_events = Counter(
+            "offtower_late_events",
+            "Events of histories at the time of their request or later, which were dropped.",
+            registry=registry,
+        )
         self.decisions = Counter(
             "offtower_decisions", "Rows of the log of decisions.", registry=registry
         )

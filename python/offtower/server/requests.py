@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from offtower.data.formats.json_lines import objects_table
+from offtower.data.histories import history_faults, without_late_events
 from offtower.errors import DataError
 from offtower.retrieval import Retriever
 from offtower.server.columns import ContextColumns
@@ -54,6 +56,7 @@ class ContextRequest:
     Attributes:
         contexts: (n,) rows with the columns of `ContextColumns`.
         exclude: ids that each context leaves out; None where the request names none.
+        late_events: events of histories that were dropped (`without_late_events`).
     """
 
     verb: Verb
@@ -61,6 +64,7 @@ class ContextRequest:
     k: int
     exclude: tuple[list[Id], ...] | None = None
     exact: bool = False
+    late_events: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,23 +139,37 @@ class RequestReader:
                 raise
             raise RequestError(f"the contexts cannot be read: {error}", field="contexts") from error
         if self._logs(verb) and self.columns.user_id is not None:
-            column = contexts.column(self.columns.user_id)
-            if column.null_count:
-                row = column.is_null().to_pylist().index(True)
-                name = self.columns.user_id
-                raise RequestError(
-                    f"'{name}' is null, and the log of decisions needs it",
-                    field=f"contexts[{row}].{name}",
-                )
+            _refuse_null(contexts, self.columns.user_id, "the log of decisions")
+        contexts, late = self._histories(contexts)
         k = self.retriever.serving.k if body.k is None else body.k
         most = min(self.limits.k, self.retriever.num_items)
         if k > most:
             raise RequestError(f"k must lie in [1, {most:,}], got {k}", field="k")
+        top = self.retriever.serving.top
+        if verb == "sample" and top is not None and top < k and not self.retriever.serving.uniform:
+            raise RequestError(f"serving.top leaves {top:,} items, got {k}", field="k")
         if body.exact and verb == "sample":
             raise RequestError(
                 "exact is for /search; the server's mode says how it draws", field="exact"
             )
-        return ContextRequest(verb, contexts, k, self._excluded(body, len(batch)), body.exact)
+        excluded = self._excluded(body, len(batch))
+        return ContextRequest(verb, contexts, k, excluded, body.exact, late)
+
+    def _histories(self, contexts: pa.Table) -> tuple[pa.Table, int]:
+        """The contexts without events that are later than the request, and their number."""
+        time, late = self.retriever.tower.encoding.timestamp, 0
+        if time is not None:
+            _refuse_null(contexts, time, "a history with times")
+        histories = [spec for spec in self.columns.features if spec.history]
+        try:
+            contexts, late = without_late_events(contexts, histories, time)
+            for spec in histories:
+                for column, problem, expected, mask in history_faults(contexts, spec, time):
+                    field = f"contexts[{int(np.argmax(mask))}].{column}"
+                    raise RequestError(f"{problem}, expected {expected}", field=field)
+        except DataError as error:
+            raise RequestError(str(error), field="contexts") from error
+        return contexts, late
 
     def _excluded(self, body: Body, n: int) -> tuple[list[Id], ...] | None:
         if not body.exclude:
@@ -169,6 +187,15 @@ class RequestReader:
         except DataError as error:
             raise RequestError(str(error), field="exclude") from None
         return tuple(lists) if any(lists) else None
+
+
+def _refuse_null(contexts: pa.Table, name: str, needed_by: str) -> None:
+    column = contexts.column(name)
+    if column.null_count:
+        row = column.is_null().to_pylist().index(True)
+        raise RequestError(
+            f"'{name}' is null, and {needed_by} needs it", field=f"contexts[{row}].{name}"
+        )
 
 
 def _parsed(content: bytes) -> Body:

@@ -106,7 +106,8 @@ class Workers:
         return work()
 
     def exchange_of_readers(self) -> Exchange | None:
-        """Messages between the threads that read the log on all workers; None for one worker."""
+        """Messages between the threads that read the log on all workers, to be closed after use;
+        None for one worker."""
         return None
 
     def rows(self, total: int) -> slice:
@@ -226,7 +227,7 @@ class TorchWorkers(Workers):
         if self.size == 1:
             return None
         own = self._readers or dist.new_group(timeout=self._timeout, backend="gloo")
-        return _Readers(self._timeout, own)
+        return _Readers(self._timeout, own, owned=self._readers is None)
 
     def _reduce(self, tensor: Tensor, how: Any) -> Tensor:
         total = tensor.detach().clone().contiguous()
@@ -246,7 +247,24 @@ class TorchWorkers(Workers):
 
 class _Readers(TorchWorkers):
     """The same workers in a process group of their own, whose messages do not meet those of the
-    training."""
+    training.
+
+    Args:
+        owned: whether `close` destroys the group.
+    """
+
+    def __init__(
+        self, timeout: timedelta | None, group: dist.ProcessGroup, *, owned: bool
+    ) -> None:
+        super().__init__(timeout, group)
+        self._owned = owned
+
+    def close(self) -> None:
+        """Free the threads and connections of the group; the object is of no use afterwards."""
+        # Destroying a group twice is an error, and so is one that ended with all others.
+        if self._owned and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._owned = False
 
     def all_to_all(self, parts: Sequence[memoryview]) -> list[memoryview]:
         """Send part d to worker d; return what each worker sent here."""

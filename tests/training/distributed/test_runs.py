@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 
@@ -49,7 +50,13 @@ def config_of(folder: Path, runs: Path, name: str, strategy: str, *more: str) ->
 
 
 def train(workers: Workers, config: Config, resume: bool = False) -> None:
+    made: list[Any] = []
+    make = workers.exchange_of_readers
+    setattr(workers, "exchange_of_readers", lambda: (made.append(make()), made[-1])[1])  # noqa: B010
     train_run(config, resume=resume, workers=workers)
+    # The group of a training's readers does not outlive it.
+    groups = dist.distributed_c10d._world.pg_map
+    assert len(made) == 1 and all(one is None or one._group not in groups for one in made)
 
 
 @pytest.fixture(scope="module")
