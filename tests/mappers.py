@@ -21,7 +21,14 @@ class BackwardsMapper(Mapper):
     workers = 5
     distributed = True
 
-    def map(self, function: Callable[[T], R], parts: Sequence[T], task: str = "") -> Iterator[R]:
+    def map(
+        self,
+        function: Callable[[T], R],
+        parts: Sequence[T],
+        task: str = "",
+        *,
+        on_lost: Callable[[T, Exception], R] | None = None,
+    ) -> Iterator[R]:
         done: dict[int, R | Exception] = {}
         for number in [*reversed(range(len(parts))), *range(len(parts))]:
             try:

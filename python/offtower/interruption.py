@@ -27,6 +27,10 @@ class Interruption:
         """Whether a worker's node is about to be taken away; collective."""
         return False
 
+    def ends_after(self, epochs: int) -> bool:
+        """Whether to save and stop when so many epochs are complete; alike on all workers."""
+        return False
+
     @contextmanager
     def deferred(self, can_save: Callable[[], bool] = lambda: True) -> Iterator[None]:
         """Let the block save its work before it stops.
@@ -35,6 +39,16 @@ class Interruption:
             can_save: asked at a request; where it is false, the request ends the block at once.
         """
         yield
+
+
+class EpochLimit(Interruption):
+    """Stops training when `epochs` are complete, without a change of its schedules."""
+
+    def __init__(self, epochs: int) -> None:
+        self._epochs = epochs
+
+    def ends_after(self, epochs: int) -> bool:
+        return epochs >= self._epochs
 
 
 class Terminated(KeyboardInterrupt):

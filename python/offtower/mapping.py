@@ -23,12 +23,21 @@ class Mapper:
         workers: parts that run at the same time.
         distributed: whether parts run in other processes, which is when two short parallel passes
             are better than a long one, and files must go to shared storage.
+        gpus: of each part, where it is distributed.
     """
 
     workers: int = 1
     distributed: bool = False
+    gpus: float = 0.0
 
-    def map(self, function: Callable[[T], R], parts: Sequence[T], task: str = "") -> Iterator[R]:
+    def map(
+        self,
+        function: Callable[[T], R],
+        parts: Sequence[T],
+        task: str = "",
+        *,
+        on_lost: Callable[[T, Exception], R] | None = None,
+    ) -> Iterator[R]:
         """Yield function(part) in the order of `parts`.
 
         Args:
@@ -36,6 +45,8 @@ class Mapper:
                 died; the files that it writes must be the same then, and written atomically.
             parts: small; sent with each call.
             task: names the pass in messages.
+            on_lost: the result of a part whose worker died, or ran out of memory, each time; by
+                default that is an error.
 
         Raises:
             OfftowerError, OSError: the function's, of the first part in order that failed.

@@ -288,6 +288,33 @@ def test_heads_run_no_worker_and_pods_mount_what_they_name() -> None:
                 assert container["resources"]["limits"] == container["resources"]["requests"]
 
 
+DRAIN, STOP = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "RAY_JOB_STOP_WAIT_TIME_S"
+
+
+def test_pods_outlive_the_checkpoint_of_a_drained_node() -> None:
+    """Ray drains a node on SIGTERM; its workers hear of it within seconds and write checkpoints."""
+    for name, document in everything():
+        spec = ray_cluster(document)
+        if spec is None:
+            continue
+        for group in groups(spec):
+            pod = group["template"]["spec"]
+            given = {one["name"]: one["value"] for one in pod["containers"][0].get("env", [])}
+            head = "groupName" not in group
+            if head and document["kind"] == "RayService":
+                continue
+            seconds = int(given[STOP if head else DRAIN])
+            assert 60 <= seconds <= pod["terminationGracePeriodSeconds"] - 20, name
+    package = Path(str(metadata.distribution("ray").locate_file("ray")))
+    for variable, module in ((DRAIN, "_private/ray_constants.py"), (STOP, "dashboard")):
+        files = (
+            [package / module] if module.endswith(".py") else (package / module).rglob("job*.py")
+        )
+        assert any(variable in file.read_text(encoding="utf-8") for file in files), variable
+    head = documents(CLUSTER / "ray-up.yaml")[0]["head_start_ray_commands"][-1]
+    assert f"{STOP}=" in head
+
+
 def parse(command: list[str]) -> dict[str, Any]:
     """Parse a command by the real command line."""
     assert command[0] == "offtower"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +12,13 @@ from types import SimpleNamespace
 import pytest
 
 from offtower.cli.cluster import _RayMessages
-from offtower.errors import ClusterError
+from offtower.errors import ClusterError, DataError
 from offtower.execution import Execution
-from offtower.jobs import job_progress
+from offtower.jobs import job_progress, train
 from offtower.jobs.job_progress import JobFollower, SharedProgress, record_failures
+from offtower.jobs.mapper import _run
 from offtower.jobs.resources import ResourceRequest
+from offtower.jobs.worker_errors import cause_of, check_seen
 from offtower.jobs.worker_settings import WorkerSettings
 from tests.jobs.conftest import Recorded
 
@@ -79,6 +83,45 @@ def test_workers_with_other_versions_are_refused(
     other = replace(here, versions={**here.versions, "torch": "1.0", modules: "0123"})
     with pytest.raises(ClusterError, match=r"torch .* instead of 1\.0, offtower's modules .* 0123"):
         other.apply()
+
+
+LOW = """Task was killed.
+1 worker(s) were killed due to the node running low on memory. Memory usage 31GB exceeded 30GB.
+Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/
+"""
+
+
+def test_a_worker_without_memory_is_named_as_such() -> None:
+    assert cause_of(RuntimeError(LOW)).startswith("out of memory: 1 worker(s) were killed due to")
+    assert cause_of(RuntimeError("Traceback\n\n  it ended \n")) == "it ended"
+    assert cause_of(RuntimeError()) == "RuntimeError"
+    assert len(cause_of(RuntimeError("x" * 500))) == 200
+
+
+def test_a_node_without_the_storage_is_named_with_the_path(tmp_path: Path) -> None:
+    """A worker looks for a folder that is there for the command's process only."""
+    log, settings = tmp_path / "log", WorkerSettings.of(1.0)
+
+    def reads(name: str) -> None:
+        raise DataError(f"there is no log at '{log}' for '{name}/x' in 's3://bucket/log'")
+
+    failed = _run(reads, "a", settings)
+    assert failed.absent == (str(log), "a/x")
+    assert failed.raised is failed.error  # It is nowhere.
+    log.mkdir()
+    assert re.match(
+        rf"node {socket.gethostname()} does not see '{log}'.*\(there is no log", str(failed.raised)
+    )
+    lost = _run(lambda part: (tmp_path / "lost").read_bytes(), 0, settings)
+    (tmp_path / "lost").touch()
+    assert "does not see" in str(lost.raised) and isinstance(lost.raised, ClusterError)
+    check_seen(log)
+    with pytest.raises(ClusterError, match=f"node .* does not see '{tmp_path / 'run'}'"):
+        check_seen(tmp_path / "run", waits=())
+    train._store_failure(log / "failure.json", DataError(f"no log at '{tmp_path / 'other'}'"))
+    assert isinstance(train._failure(log / "failure.json"), DataError)
+    (tmp_path / "other").touch()
+    assert "does not see" in str(train._failure(log / "failure.json"))
 
 
 def test_messages_of_ray_lose_the_tails_of_logs(capsys: pytest.CaptureFixture[str]) -> None:

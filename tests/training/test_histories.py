@@ -235,14 +235,16 @@ def test_search_and_evaluation_read_histories(runs: Runs, folder: Path) -> None:
     history = {"seen": [3, 1, 2], "seen_as": ["buy", "click", "buy"], "seen_for": [1.0, 2.0, 3.0]}
     now = rows[1]["timestamp"]
     rows[1] |= {**history, "seen_at": [now - 9, now + 5, now]}
-    early = {**rows[1], **{name: value[:1] for name, value in history.items()}, "seen_at": [now - 9]}
+    early = {
+        **rows[1],
+        **{name: value[:1] for name, value in history.items()},
+        "seen_at": [now - 9],
+    }
     asked = reader.json("search", json.dumps({"contexts": rows}).encode(), {})
     wanted = reader.json("search", json.dumps({"contexts": [rows[0], early, rows[2]]}).encode(), {})
     assert (asked.late_events, wanted.late_events) == (2, 0)
     assert asked.contexts.to_pylist()[1] == wanted.contexts.to_pylist()[1]
-    np.testing.assert_array_equal(
-        retriever.embed(asked.contexts), retriever.embed(wanted.contexts)
-    )
+    np.testing.assert_array_equal(retriever.embed(asked.contexts), retriever.embed(wanted.contexts))
     for wrong, field in (
         ({"seen_at": [now - 9, None, now - 2]}, "contexts[1].seen_at"),
         ({"seen_for": [1.0, None, 2.0], "seen_at": [1, 2, 3]}, "contexts[1].seen_for"),

@@ -273,11 +273,11 @@ def test_a_search_has_one_owner(simulated: Path, tmp_path: Path) -> None:
         said.append(text)
         if len(said) == 1:
             with pytest.raises(LeaseError, match=r"run-tune' is being written"):
-                tuning.tune(config, space=space, resume=True)
-            tuning.tune(config, space=space, take_over=True)
+                tuning.tune(config, tuning.Search(space), resume=True)
+            tuning.tune(config, tuning.Search(space), take_over=True)
 
     with pytest.raises(LeaseError, match=r"run-tune' was taken over"):
-        tuning.tune(config, space=space, say=search_too)
+        tuning.tune(config, tuning.Search(space), say=search_too)
     assert (tmp_path / "run-tune" / "trials.json").exists()
 
 
@@ -287,7 +287,7 @@ def test_a_refused_trial_is_not_taken_for_a_failed_one(simulated: Path, tmp_path
         Lease.acquire(tmp_path / "run-tune-000"),
         pytest.raises(LeaseError, match="run-tune-000' is being written"),
     ):
-        tuning.tune(config, space={"training.learning_rate": [0.01]})
+        tuning.tune(config, tuning.Search({"training.learning_rate": [0.01]}))
 
 
 def test_an_export_has_one_owner(uninterrupted: Path, tmp_path: Path) -> None:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from offtower.config import Config, load_config
-from offtower.errors import ConfigError, RunError
+from offtower.config import Config, TrainingConfig, load_config
+from offtower.errors import ClusterError, ConfigError, RunError
+from offtower.execution import Execution
+from offtower.metrics import read_metrics
 from offtower.training import tune as module
+from offtower.training.halving import Rung, best, rungs
 from offtower.training.run import train_run
 from offtower.training.trainer import TrainingResult
-from offtower.training.tune import DEFAULT_SPACE, draw_trials, load_space, trial_config, tune
-from tests.mappers import BACKWARDS
+from offtower.training.tune import (
+    DEFAULT_SPACE,
+    Search,
+    Trial,
+    TuneResult,
+    draw_trials,
+    load_space,
+    trial_config,
+    tune,
+)
+from tests.mappers import BACKWARDS, BackwardsMapper
 from tests.training.conftest import make_config
 
 SPACE = {
@@ -45,7 +59,7 @@ def test_every_objective_of_the_default_space_is_a_valid_run(
 def test_the_best_bound_wins_and_its_configuration_trains(simulated: Path, tmp_path: Path) -> None:
     config = make_config(simulated, tmp_path, "search")
     said: list[str] = []
-    found = tune(config, space=SPACE, count=3, say=said.append)
+    found = tune(config, Search(SPACE, 3), say=said.append)
     lows = [trial.low for trial in found.trials]
     assert lows == sorted(lows, reverse=True) and len(said) == 3
     stored = json.loads((found.folder / "trials.json").read_text())
@@ -62,17 +76,16 @@ def test_resumed_search_keeps_what_ended(
     simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(simulated, tmp_path, "again")
-    first = tune(config, space=SPACE, count=2)
+    first = tune(config, Search(SPACE, 2))
     monkeypatch.setattr(module, "train_run", lambda *a, **k: pytest.fail("trained again"))
-    assert tune(config, space=SPACE, count=2, resume=True) == first
+    assert tune(config, Search(SPACE, 2), resume=True) == first
 
 
 def test_trials_on_workers_give_what_one_process_gives(simulated: Path, tmp_path: Path) -> None:
-    here = tune(make_config(simulated, tmp_path / "here", "search"), space=SPACE, count=2)
+    here = tune(make_config(simulated, tmp_path / "here", "search"), Search(SPACE, 2))
     away = tune(
         make_config(simulated, tmp_path / "away", "search"),
-        space=SPACE,
-        count=2,
+        Search(SPACE, 2),
         execution=BACKWARDS,
     )
     assert away.trials == here.trials
@@ -82,10 +95,10 @@ def test_a_search_that_ran_is_not_run_over(
     simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(simulated, tmp_path, "twice")
-    tune(config, space=SPACE, count=1)
+    tune(config, Search(SPACE, 1))
     monkeypatch.setattr(module, "train_run", lambda *a, **k: pytest.fail("trained again"))
     with pytest.raises(RunError, match="already holds a run of this configuration"):
-        tune(config, space=SPACE, count=1)
+        tune(config, Search(SPACE, 1))
 
 
 def test_a_failed_trial_is_reported_and_the_others_continue(
@@ -98,7 +111,7 @@ def test_a_failed_trial_is_reported_and_the_others_continue(
 
     monkeypatch.setattr(module, "train_run", diverging)
     space = {**SPACE, "training.learning_rate": [0.003]}
-    found = tune(make_config(simulated, tmp_path, "some"), space=space, count=3)
+    found = tune(make_config(simulated, tmp_path, "some"), Search(space, 3))
     assert len(found.trials) == 3
     for trial in found.trials:
         failed = trial.overrides["objective"]["name"] == "dr"
@@ -110,7 +123,7 @@ def test_a_failed_trial_is_reported_and_the_others_continue(
 def test_mistakes_are_explained(simulated: Path, tmp_path: Path) -> None:
     config = make_config(simulated, tmp_path, "bad")
     with pytest.raises(ConfigError, match=r"did you mean 'learning_rate'"):
-        tune(config, space={"training.learning_rat": [1.0]}, count=1)
+        tune(config, Search({"training.learning_rat": [1.0]}, 1))
     config.data.validation = None
     with pytest.raises(ConfigError, match="needs a held-out log"):
         tune(config)
@@ -118,3 +131,95 @@ def test_mistakes_are_explained(simulated: Path, tmp_path: Path) -> None:
     path.write_text("training.epochs: 3\n")
     with pytest.raises(ConfigError, match=r"'training\.epochs' needs a list"):
         load_space(path)
+
+
+def test_rungs_end_with_whole_validations_and_keep_one_in_some_trials() -> None:
+    def settings(epochs: int, every: int = 1) -> TrainingConfig:
+        return TrainingConfig(epochs=epochs, validate_every_epochs=every)
+
+    def plan(trials: list[TrainingConfig], factor: int) -> list[tuple[int, int]]:
+        return [(rung.trials, rung.epochs(trials[0])) for rung in rungs(trials, factor)]
+
+    assert plan([settings(20)] * 20, 3) == [(20, 3), (7, 7), (3, 20)]
+    assert plan([settings(20)] * 20, 1) == [(20, 20)]
+    assert plan([settings(20, every=4)] * 9, 3) == [(9, 4), (3, 8), (1, 20)]
+    # Rungs of the same epochs are one; two trials are too few for a rung.
+    assert plan([settings(3)] * 20, 3) == [(20, 1), (7, 3)]
+    assert plan([settings(1)] * 20, 3) == [(20, 1)]
+    assert plan([settings(20)] * 2, 3) == [(2, 20)]
+    mixed = [settings(1), settings(9)]
+    assert [Rung(Fraction(1, 3), 2).epochs(one) for one in mixed] == [1, 3]
+    assert best([0.1, None, 0.5, 0.5, 0.2], 2) == [2, 3]
+    assert best([None, 0.1], 3) == [1]
+
+
+def test_trials_in_pieces_are_trials_at_once_and_a_killed_search_continues(
+    simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bounds of halving, by what the same trials wrote when each was trained to its end."""
+    space = {**SPACE, "training.epochs": [6]}
+
+    def search(name: str, factor: int, **more: Any) -> TuneResult:
+        return tune(make_config(simulated, tmp_path / name, "s"), Search(space, 6, factor), **more)
+
+    whole = {trial.number: trial for trial in search("whole", 1).trials}
+    halved = search("halved", 3)
+    assert [trial.stopped for trial in halved.trials] == [False] * 2 + [True] * 4
+    assert (halved.epochs, sum(trial.epochs for trial in halved.trials)) == (36, 20)
+    for trial in halved.trials:
+        if not trial.stopped:
+            assert trial == whole[trial.number]
+            continue
+        lines = read_metrics(tmp_path / "whole" / f"s-tune-{trial.number:03d}" / "metrics.jsonl")
+        scores = [line["validation"] for line in lines if line["kind"] == "epoch"][: trial.epochs]
+        kept = max(scores, key=lambda score: score["low"])
+        assert (trial.epochs, trial.low) == (2, kept["simultaneous_low"])
+    # What is stopped was behind everything that went on.
+    at_rung = {
+        n: max(
+            line["validation"]["simultaneous_low"]
+            for line in read_metrics(tmp_path / "whole" / f"s-tune-{n:03d}" / "metrics.jsonl")
+            if line["kind"] == "epoch" and line["epoch"] < 2
+        )
+        for n in whole
+    }
+    stopped = [at_rung[trial.number] for trial in halved.trials if trial.stopped]
+    assert max(stopped) <= min(at_rung[t.number] for t in halved.trials if not t.stopped)
+
+    calls = []
+
+    def killed(config: Config, **more: Any) -> TrainingResult:
+        calls.append(config.name)
+        if len(calls) == 8:  # The second trial of the second rung.
+            raise KeyboardInterrupt
+        return train_run(config, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "train_run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            search("killed", 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            module, "train_run", lambda c, **m: calls.append(c.name) or train_run(c, **m)
+        )
+        assert search("killed", 3, resume=True).trials == halved.trials
+    assert len(calls) == 9  # Only that trial is trained again.
+    with pytest.raises(RunError, match="another number of trials"):
+        tune(make_config(simulated, tmp_path / "killed", "s"), Search(space, 5), resume=True)
+
+
+def test_a_trial_whose_workers_die_fails_alone(simulated: Path, tmp_path: Path) -> None:
+    class Mortal(BackwardsMapper):
+        def map(
+            self, function: Any, parts: Any, task: str = "", *, on_lost: Any = None
+        ) -> Iterator[Any]:
+            for part in parts:
+                if part[0] == 1:
+                    yield on_lost(part, ClusterError("out of memory"))
+                else:
+                    yield function(part)
+
+    config = make_config(simulated, tmp_path, "mortal")
+    found = tune(config, Search(SPACE, 2), execution=Execution(Mortal()))
+    assert [trial.number for trial in found.trials] == [0, 1]
+    assert found.trials[1] == Trial(1, found.trials[1].overrides, None, "out of memory")

@@ -120,8 +120,11 @@ class RayOptions:
     ray_wait: RayWait = 0.0
 
     @contextmanager
-    def execution(self, progress: Progress) -> Iterator[Execution]:
+    def execution(self, progress: Progress, gpus: int = 0) -> Iterator[Execution]:
         """Connect the options' mapper; without --ray and --workers work runs in this process.
+
+        Args:
+            gpus: of each worker.
 
         Raises:
             ConfigError: options of Ray without --ray.
@@ -144,6 +147,7 @@ class RayOptions:
                 self.ray or "local",
                 self.workers,
                 cpus=self.worker_cpus,
+                gpus=gpus,
                 memory=self.worker_memory * 2**30,
                 wait=self.ray_wait,
                 progress=progress,

@@ -22,6 +22,7 @@ from typing import Any
 from offtower.execution import Execution
 from offtower.interruption import Interruption
 from offtower.jobs.resources import ResourceRequest, import_ray
+from offtower.jobs.worker_errors import cause_of
 from offtower.progress import Progress, duration
 
 _STOP = "stop"
@@ -30,7 +31,6 @@ _POLL_SECONDS = 1.0
 _WAITING_SECONDS = 10.0
 """Seconds without workers before the first line that says so."""
 _REPEAT_SECONDS = 30.0
-_MAX_CAUSE = 200
 
 
 @dataclass
@@ -117,15 +117,9 @@ class WorkerInterruption(Interruption):
 
 def record_failures(folder: Path, causes: Mapping[int, Exception]) -> None:
     """Append the failures of workers, by rank, to the job's file."""
-    texts = {str(rank): last_line(error) for rank, error in causes.items()}
+    texts = {str(rank): cause_of(error) for rank, error in causes.items()}
     with contextlib.suppress(OSError), open(folder / "restarts.jsonl", "a") as file:
         file.write(json.dumps(texts) + "\n")
-
-
-def last_line(error: BaseException) -> str:
-    """Return the last line of an error's message, at most 200 characters."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return (lines[-1].strip() if lines else type(error).__name__)[:_MAX_CAUSE]
 
 
 class JobFollower:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from offtower.errors import ClusterError, OfftowerError
 from offtower.jobs.connect import connect
 from offtower.jobs.resources import ResourceRequest, import_ray, require
 from offtower.jobs.tensors import share_large_tensors
+from offtower.jobs.worker_errors import absent_paths, cause_of, unseen
 from offtower.jobs.worker_settings import WorkerSettings
 from offtower.mapping import Mapper
 from offtower.progress import Progress
@@ -34,9 +36,21 @@ logger = logging.getLogger("offtower.jobs")
 @dataclass(frozen=True)
 class _Failed:
     """An error for users, returned as a result: it is raised in the order of the parts and not
-    retried."""
+    retried.
+
+    Attributes:
+        node: of the worker.
+        absent: paths that the error names and the node does not have.
+    """
 
     error: OfftowerError | OSError
+    node: str
+    absent: tuple[str, ...]
+
+    @property
+    def raised(self) -> OfftowerError | OSError:
+        """The error, or that of a node which lacks storage that this process sees."""
+        return unseen(self.node, self.absent, str(self.error)) or self.error
 
 
 class RayMapper(Mapper):
@@ -47,17 +61,30 @@ class RayMapper(Mapper):
         cpus: of a task, and its number of threads.
         memory: bytes that Ray reserves for a task when it places it; 0 reserves none.
         retries: how often a part is run again after its worker or node was lost.
+        gpus: of a task.
     """
 
     distributed = True
 
     def __init__(
-        self, workers: int, cpus: float = 1.0, memory: float = 0.0, retries: int = RETRIES
+        self,
+        workers: int,
+        cpus: float = 1.0,
+        memory: float = 0.0,
+        retries: int = RETRIES,
+        gpus: float = 0.0,
     ) -> None:
-        self.workers = workers
+        self.workers, self.gpus = workers, gpus
         self.cpus, self.memory, self.retries = cpus, memory, retries
 
-    def map(self, function: Callable[[T], R], parts: Sequence[T], task: str = "") -> Iterator[R]:
+    def map(
+        self,
+        function: Callable[[T], R],
+        parts: Sequence[T],
+        task: str = "",
+        *,
+        on_lost: Callable[[T, Exception], R] | None = None,
+    ) -> Iterator[R]:
         """Return the results in order, as `Mapper.map`.
 
         Raises:
@@ -66,6 +93,7 @@ class RayMapper(Mapper):
         ray = import_ray()
         options: dict[str, Any] = {
             "num_cpus": self.cpus,
+            "num_gpus": self.gpus,
             "max_retries": self.retries,
             "retry_exceptions": False,
             "scheduling_strategy": "SPREAD",
@@ -99,14 +127,21 @@ class RayMapper(Mapper):
                     except ray.exceptions.RayTaskError:
                         raise  # A bug, with the traceback of the worker.
                     except ray.exceptions.RayError as error:
-                        raise self._lost_error(task, parts[number], error) from error
+                        lost = self._lost_error(task, parts[number], error)
+                        died = (
+                            ray.exceptions.WorkerCrashedError,
+                            ray.exceptions.OutOfMemoryError,
+                        )
+                        if on_lost is None or not isinstance(error, died):
+                            raise lost from error
+                        done[number] = on_lost(parts[number], lost)
                     if isinstance(done[number], _Failed):
                         end = min(end, number + 1)  # Later parts no longer matter.
                 while following in done:
                     result = done.pop(following)
                     following += 1
                     if isinstance(result, _Failed):
-                        raise result.error
+                        raise result.raised
                     yield result
         finally:
             for ref in running:
@@ -116,12 +151,11 @@ class RayMapper(Mapper):
     def _lost_error(self, task: str, part: Any, error: Exception) -> ClusterError:
         text = repr(part)
         text = text if len(text) <= 60 else text[:57] + "..."
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         return ClusterError(
             f"{task or 'a job'}: the worker of part {text} was lost {self.retries + 1} times "
-            f"({type(error).__name__}: {cause}). Usually a node ran out of memory: use fewer "
-            "--workers, larger nodes, or reserve more for each task (--worker-memory GIB). 'ray "
-            "logs' and the dashboard show the worker's last output"
+            f"({type(error).__name__}: {cause_of(error)}). Usually a node ran out of memory: use "
+            "fewer --workers, larger nodes, or reserve more for each task (--worker-memory GIB). "
+            "'ray logs' and the dashboard show the worker's last output"
         )
 
 
@@ -131,6 +165,7 @@ def ray_mapper(
     workers: int | None = None,
     *,
     cpus: float = 1.0,
+    gpus: float = 0.0,
     memory: float = 0.0,
     wait: float = 0.0,
     progress: Progress | None = None,
@@ -140,7 +175,7 @@ def ray_mapper(
     Args:
         address: as in `connect`.
         workers: tasks at the same time; None is as many as the cluster has room for.
-        cpus, memory: of each task, as in `RayMapper`.
+        cpus, gpus, memory: of each task, as in `RayMapper`.
         wait: as in `require`.
 
     Raises:
@@ -149,12 +184,12 @@ def ray_mapper(
     """
     num_cpus = None if workers is None else max(1, math.ceil(workers * cpus))
     with connect(address, num_cpus=num_cpus):
-        request = ResourceRequest(workers or 1, cpus, memory=memory)
+        request = ResourceRequest(workers or 1, cpus, gpus, memory)
         nodes = require(request, wait=wait, progress=progress)
         if workers is None:
-            workers = max(1, sum(min(node.workers(cpus, 0.0, memory), 1024) for node in nodes))
+            workers = max(1, sum(min(node.workers(cpus, gpus, memory), 1024) for node in nodes))
         share_large_tensors()
-        yield RayMapper(workers, cpus, memory)
+        yield RayMapper(workers, cpus, memory, gpus=gpus)
 
 
 def _run(function: Callable[[Any], Any], part: Any, settings: WorkerSettings) -> Any:
@@ -162,7 +197,7 @@ def _run(function: Callable[[Any], Any], part: Any, settings: WorkerSettings) ->
         settings.apply()
         return function(part)
     except (OfftowerError, OSError) as error:
-        return _Failed(error)
+        return _Failed(error, socket.gethostname(), absent_paths(error))
 
 
 def _log_resources(ray: Any, task: str, waiting: int, seconds: float) -> None:

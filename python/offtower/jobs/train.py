@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import math
+import socket
 import time
 import traceback
 import uuid
@@ -32,10 +33,10 @@ from offtower.jobs.job_progress import (
     SharedProgress,
     WorkerInterruption,
     following,
-    last_line,
     record_failures,
 )
 from offtower.jobs.resources import ResourceRequest, import_ray, require
+from offtower.jobs.worker_errors import absent_paths, cause_of, check_seen, unseen
 from offtower.jobs.worker_settings import WorkerSettings
 from offtower.progress import Progress
 from offtower.run_claim import ClaimedRun, claim_run, join_run
@@ -220,6 +221,7 @@ def _train_worker(settings: Mapping[str, Any]) -> None:
 
     folder = Path(settings["folder"])
     failure = folder / _FAILURE
+    check_seen(folder)
     if failure.exists():
         return
     try:
@@ -299,7 +301,9 @@ def _store_failure(path: Path, error: Exception) -> None:
     """Store the error that ended the run; the first one stays."""
     if not path.exists():
         with contextlib.suppress(OSError):
-            write_text(path, json.dumps({"kind": type(error).__name__, "message": str(error)}))
+            content = {"kind": type(error).__name__, "message": str(error)}
+            node = {"node": socket.gethostname(), "absent": absent_paths(error)}
+            write_text(path, json.dumps({**content, **node}))
 
 
 def _failure(path: Path) -> OfftowerError | None:
@@ -308,6 +312,9 @@ def _failure(path: Path) -> OfftowerError | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return None
+    elsewhere = unseen(content["node"], content["absent"], content["message"])
+    if elsewhere is not None:
+        return elsewhere
     kind = getattr(errors, content["kind"], RunError)
     if not (isinstance(kind, type) and issubclass(kind, OfftowerError)):
         kind = RunError
@@ -320,9 +327,9 @@ def _failure(path: Path) -> OfftowerError | None:
 def _lost_error(error: Exception, plan: WorkerPlan, run: RunDirectory) -> ClusterError:
     failures = getattr(error, "worker_failures", None)
     if failures:
-        cause = "; ".join(f"worker {rank}: {last_line(one)}" for rank, one in failures.items())
+        cause = "; ".join(f"worker {rank}: {cause_of(one)}" for rank, one in failures.items())
     else:
-        cause = last_line(getattr(error, "controller_failure", None) or error)
+        cause = cause_of(getattr(error, "controller_failure", None) or error)
     checkpoints = sorted(run.checkpoints.glob("step_*"))
     resume = (
         f"Its newest checkpoint is {checkpoints[-1].name}: --resume goes on from there"
@@ -331,8 +338,9 @@ def _lost_error(error: Exception, plan: WorkerPlan, run: RunDirectory) -> Cluste
     )
     return ClusterError(
         f"training '{run.path}' ended: its workers were lost more than {plan.max_failures} times, "
-        f"or could not start ({cause}). {resume}. Usually a node ran out of memory (docs/reference/"
-        "cluster.md has the sizes) or was removed; --max-failures allows more"
+        f"or could not start ({cause}). {resume}. Where no cause is named, a node usually ran out "
+        "of memory (docs/reference/cluster.md has the sizes) or was removed; --max-failures allows "
+        "more"
     )
 
 

@@ -276,7 +276,8 @@ class Trainer:
         progression.finished = self._close_epoch(progression)
         if self._average is not None:
             self._average.swap_out()
-        self._save_now(progression, stop=self._times.after_step().stop)
+        limit = self._interruption.ends_after(progression.cursor.epoch)
+        self._save_now(progression, stop=self._times.after_step().stop or limit)
 
     def _note(self, step: int, sums: EpochSums, rows_per_second: float) -> str:
         size = self.step.workers.size

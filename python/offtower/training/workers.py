@@ -253,9 +253,7 @@ class _Readers(TorchWorkers):
         owned: whether `close` destroys the group.
     """
 
-    def __init__(
-        self, timeout: timedelta | None, group: dist.ProcessGroup, *, owned: bool
-    ) -> None:
+    def __init__(self, timeout: timedelta | None, group: dist.ProcessGroup, *, owned: bool) -> None:
         super().__init__(timeout, group)
         self._owned = owned
 
