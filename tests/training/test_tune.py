@@ -157,55 +157,43 @@ def test_trials_in_pieces_are_trials_at_once_and_a_killed_search_continues(
     simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bounds of halving, by what the same trials wrote when each was trained to its end."""
-    space = {**SPACE, "training.epochs": [6]}
+    space = {
+        "objective": [{"name": "weighted_likelihood"}],
+        "training.epochs": [4],
+        "training.learning_rate": [0.0003, 0.003, 0.03],
+    }
 
     def search(name: str, factor: int, **more: Any) -> TuneResult:
-        return tune(make_config(simulated, tmp_path / name, "s"), Search(space, 6, factor), **more)
+        return tune(make_config(simulated, tmp_path / name, "s"), Search(space, 3, factor), **more)
 
     whole = {trial.number: trial for trial in search("whole", 1).trials}
     halved = search("halved", 3)
-    assert [trial.stopped for trial in halved.trials] == [False] * 2 + [True] * 4
-    assert (halved.epochs, sum(trial.epochs for trial in halved.trials)) == (36, 20)
-    for trial in halved.trials:
-        if not trial.stopped:
-            assert trial == whole[trial.number]
-            continue
-        lines = read_metrics(tmp_path / "whole" / f"s-tune-{trial.number:03d}" / "metrics.jsonl")
-        scores = [line["validation"] for line in lines if line["kind"] == "epoch"][: trial.epochs]
-        kept = max(scores, key=lambda score: score["low"])
-        assert (trial.epochs, trial.low) == (2, kept["simultaneous_low"])
-    # What is stopped was behind everything that went on.
-    at_rung = {
-        n: max(
-            line["validation"]["simultaneous_low"]
-            for line in read_metrics(tmp_path / "whole" / f"s-tune-{n:03d}" / "metrics.jsonl")
-            if line["kind"] == "epoch" and line["epoch"] < 2
-        )
-        for n in whole
-    }
-    stopped = [at_rung[trial.number] for trial in halved.trials if trial.stopped]
-    assert max(stopped) <= min(at_rung[t.number] for t in halved.trials if not t.stopped)
+    assert [trial.stopped for trial in halved.trials] == [False, True, True]
+    assert (halved.epochs, [trial.epochs for trial in halved.trials]) == (12, [4, 2, 2])
+    assert halved.best == whole[halved.best.number]
+    at_rung = {}
+    for number in whole:
+        lines = read_metrics(tmp_path / "whole" / f"s-tune-{number:03d}" / "metrics.jsonl")
+        scores = [line["validation"] for line in lines if line["kind"] == "epoch"][:2]
+        at_rung[number] = max(scores, key=lambda score: score["low"])["simultaneous_low"]
+    assert halved.best.number == max(at_rung, key=lambda number: at_rung[number])
+    assert all(trial.low == at_rung[trial.number] for trial in halved.trials[1:])
 
-    calls = []
+    calls: list[str] = []
 
-    def killed(config: Config, **more: Any) -> TrainingResult:
+    def counted(config: Config, **more: Any) -> TrainingResult:
         calls.append(config.name)
-        if len(calls) == 8:  # The second trial of the second rung.
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return train_run(config, **more)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "train_run", killed)
-        with pytest.raises(KeyboardInterrupt):
-            search("killed", 3)
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            module, "train_run", lambda c, **m: calls.append(c.name) or train_run(c, **m)
-        )
-        assert search("killed", 3, resume=True).trials == halved.trials
-    assert len(calls) == 9  # Only that trial is trained again.
+    monkeypatch.setattr(module, "train_run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        search("killed", 3)
+    assert search("killed", 3, resume=True).trials == halved.trials
+    assert len(calls) == 5  # The killed trial, and the one of the second rung.
     with pytest.raises(RunError, match="another number of trials"):
-        tune(make_config(simulated, tmp_path / "killed", "s"), Search(space, 5), resume=True)
+        tune(make_config(simulated, tmp_path / "killed", "s"), Search(space, 2), resume=True)
 
 
 def test_a_trial_whose_workers_die_fails_alone(simulated: Path, tmp_path: Path) -> None:
