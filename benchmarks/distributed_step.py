@@ -102,7 +102,8 @@ def measure(
 ) -> dict[str, float]:
     """Train and return the figures of this worker.
 
-    seconds and bytes (of all workers) are per step, parameters counts those that all workers hold.
+    seconds and bytes (of all workers) are per step, parameters counts those that all workers hold,
+    loss is the mean of the last epoch, and the same for any number of workers to float32 rounding.
     The MiB are those of id tables with their optimizer state, of anonymous memory and of peak
     resident memory.
     """
@@ -132,6 +133,7 @@ def measure(
         "anonymous_mib": memory("RssAnon"),
         "peak_mib": memory("VmHWM"),
         "seconds_to_start": ready - began,
+        "loss": result.history[-1]["loss"],
     }
 
 
@@ -286,7 +288,7 @@ def show(report: dict[str, Any]) -> None:
             print(
                 f"{name:>40}: MiB of id table and optimizer state {of['tables_mib']:.0f}, "
                 f"anonymous {of['anonymous_mib']:.0f}, peak resident {of['peak_mib']:.0f}; "
-                f"{of['seconds_to_start']:.1f} s to the first step"
+                f"{of['seconds_to_start']:.1f} s to the first step, loss {of['loss']:.7f}"
             )
     if "projection" not in report:
         return
