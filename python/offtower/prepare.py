@@ -275,8 +275,7 @@ def trained_rows(run_path: Path) -> RowSketch | None:
         facts = read_json(run_path / "encodings" / "facts.json")["facts"]
     except (FileNotFoundError, KeyError):
         return None
-    found = facts.get("row_sketch")
-    return None if found is None else RowSketch.from_dict(found)
+    return RowSketch.from_dict(facts.get("row_sketch"))
 
 
 def log_schema(config: Config) -> LogSchema | None:

@@ -31,6 +31,7 @@ from offtower.training.run import train_run
 from tests.mappers import BACKWARDS
 
 LOOKS = 20
+PARTS = ("context", "action", "reward", "pscore")
 
 
 def request(policies: dict[str, str], fresh: str | None = None, **withheld: str) -> LookRequest:
@@ -189,11 +190,13 @@ def test_a_learner_gets_no_go_on_the_rows_of_its_fit(tmp_path: Path) -> None:
     fitted = TwoTowerPolicyLearner(3, 4, objective="ips", epochs=2).fit(train, validation)
     fitted.save(tmp_path / "learner")
     for learner in (fitted, TwoTowerPolicyLearner.load(tmp_path / "learner")):
+        order = world.permutation(400)[:300]
+        part = {"n_rounds": 300, **{k: train[k][order] for k in PARTS}}
         codes = [
             learner.evaluate(rows, gate=GateOptions(margin=-0.9)).exit_code
-            for rows in (train, validation, test)
+            for rows in (train, validation, {**train, **part}, test)
         ]
-        assert codes == [3, 3, 0]
+        assert codes == [3, 3, 3, 0]
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +330,10 @@ def test_copied_rows_are_not_held_out(place: Path, tmp_path: Path) -> None:
     write_log(tmp_path / "copy", [shuffled], schema)
     write_log(tmp_path / "mixed", [test, train.slice(7, 100)], schema, rows_per_group=50)
     assert "it was trained on its rows, in other files" in reasons(look(place, tmp_path / "copy"))
+    chosen = pq.read_table(place / "validation" / "part-00000.parquet")
+    write_log(tmp_path / "chosen", [chosen.slice(200), chosen.slice(0, 200)], schema)
+    found = reasons(look(place, tmp_path / "chosen"))
+    assert "its epoch was chosen on its rows, in other files" in found
     mixed = look(place, tmp_path / "mixed")
     assert mixed.exit_code == 3 and "it was trained on 0.17 +-" in reasons(mixed)
     assert str(place / "test") in reasons(mixed) and "timestamp" in reasons(mixed)

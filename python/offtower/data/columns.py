@@ -287,6 +287,12 @@ SPLITMIX_STEP = 0x9E3779B97F4A7C15
 """Between the states of SplitMix64."""
 
 
+def hashed(column: pa.ChunkedArray) -> NDArray[np.uint64]:
+    """Hash values to stable 64-bit keys; null has the key 0."""
+    distinct, index = distinct_values(column)
+    return np.append(hash_values(distinct), np.uint64(0))[index]
+
+
 def splitmix64(key: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Mix the bits of 64-bit keys (Steele, Lea, Flood 2014, "Fast splittable PRNGs")."""
     with np.errstate(over="ignore"):

@@ -41,6 +41,7 @@ class Loader:
         quarantine: folder for bad rows, which are left out; without one the first raises
             BadRowsError.
         cache: keeps encoded row groups for later epochs.
+        sketched: also hash the rows' contents.
     """
 
     def __init__(
@@ -50,11 +51,14 @@ class Loader:
         context_encoding: FeatureEncoding,
         quarantine: AnyPath | None = None,
         cache: EncodedCache | None = None,
+        *,
+        sketched: bool = False,
     ) -> None:
         self.log = log
         self._cache = cache or EncodedCache(0)
         self._catalogue = catalogue
         self._encoding = context_encoding
+        self._sketched = sketched
         self._first_rows = log.first_rows
         self._checker = RowChecker(log.schema, catalogue, quarantine=quarantine)
 
@@ -100,7 +104,9 @@ class Loader:
         if not good.all():
             row = first_row + np.flatnonzero(good)
             table = table.filter(pa.array(good))
-        return encode_rows(table, schema, self._catalogue, self._encoding, first_row, row)
+        return encode_rows(
+            table, schema, self._catalogue, self._encoding, first_row, row, sketched=self._sketched
+        )
 
 
 def concat_rows(parts: list[EncodedRows]) -> EncodedRows:

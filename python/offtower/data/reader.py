@@ -287,6 +287,7 @@ def scan(
     rows: range | None = None,
     quarantine: AnyPath | None = None,
     prefetch: bool = True,
+    sketched: bool = False,
 ) -> Iterator[EncodedRows]:
     """Iterate over all rows of a log in file order, `batch_rows` at a time.
 
@@ -297,6 +298,7 @@ def scan(
         rows: numbers of the rows to read, all by default. If they start and stop at multiples of
             `batch_rows`, batches are those of the whole log.
         quarantine: folder for bad rows, which are left out.
+        sketched: also hash the rows' contents.
 
     Raises:
         ConfigError: `batch_rows` is less than 1, or `rows` is given with a quarantine.
@@ -304,7 +306,7 @@ def scan(
     """
     if rows is not None and quarantine is not None:
         raise ConfigError("a range of rows can only be read without a quarantine")
-    loader = Loader(log, catalogue, context_encoding, quarantine)
+    loader = Loader(log, catalogue, context_encoding, quarantine, sketched=sketched)
     rows = range(log.num_rows) if rows is None else rows
     first = log.first_rows
     groups = range(

@@ -21,7 +21,7 @@ from offtower.data.columns import (
     splitmix64,
     timestamps,
 )
-from offtower.data.rows import hashed
+from offtower.data.columns import hashed
 
 Keys = NDArray[np.uint64]
 
@@ -30,7 +30,8 @@ def row_keys(table: pa.Table, names: Sequence[str], *, exact: bool) -> Keys:
     """(n,) hashes of the rows over some columns.
 
     Args:
-        exact: False has all numbers count in float32, so that another type for them changes no
+        exact: False has numbers count by their value, whole ones exactly and others in float32, and
+            null as 0: neither another type of a column nor zeros in place of its nulls change a
             hash.
     """
     total = np.zeros(table.num_rows, dtype=np.uint64)
@@ -54,11 +55,23 @@ def _column_keys(column: Column, exact: bool) -> Keys:
     if is_category(kind) and (exact or not is_number(kind)):
         return hashed(column)
     if is_number(kind):
-        numbers = as_float_array(column) + 0.0  # -0 is 0.
         if exact:
-            return numbers.view(np.uint64)
-        return numbers.astype(np.float32).view(np.uint32).astype(np.uint64)
+            return (as_float_array(column) + 0.0).view(np.uint64)  # -0 is 0.
+        return _by_value(column)
     try:
         return hash_values(pc.cast(as_array(column), pa.string()))
     except pa.ArrowException:  # Values of other types do not tell rows apart.
         return np.zeros(len(column), dtype=np.uint64)
+
+
+def _by_value(column: Column) -> Keys:
+    """(n,) keys of numbers that do not depend on their type."""
+    if pa.types.is_integer(column.type):
+        whole = pc.fill_null(as_array(column), 0).to_numpy(zero_copy_only=False)
+        return whole.astype(np.int64, copy=False).view(np.uint64)
+    numbers = np.nan_to_num(as_float_array(column), nan=0.0, posinf=np.inf, neginf=-np.inf)
+    rounded = np.where(numbers == np.floor(numbers), numbers, numbers.astype(np.float32))
+    keys = rounded.astype(np.float32).view(np.uint32).astype(np.uint64)
+    whole = (rounded == np.floor(rounded)) & (np.abs(rounded) < 2.0**63)
+    keys[whole] = rounded[whole].astype(np.int64).view(np.uint64)
+    return keys

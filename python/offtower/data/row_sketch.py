@@ -29,6 +29,8 @@ SIZE = 2048
 _ERRORS = 4.0
 """A share is reported if it exceeds that of chance by so many of its standard errors by chance."""
 _LEAST_SHARED = 3
+_HASHES = "2"
+"""Of the definition of rows' hashes: sketches of different ones cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,10 @@ class RowSketch:
 
     def with_rows(self, table: pa.Table, schema: LogSchema) -> RowSketch:
         """The sketch with further rows."""
-        # Without a sum of named rewards, which is made when rows are read.
-        names = [name for name in sketched_columns(schema) if name in table.column_names]
-        keys = row_keys(table, names, exact=False)
+        return self.with_keys(sketched_keys(table, schema))
+
+    def with_keys(self, keys: Keys) -> RowSketch:
+        """The sketch with further rows, by their hashes (`sketched_keys`)."""
         if self.key.size == SIZE:
             keys = keys[keys <= self.key[-1]]
         key, times = np.unique(keys, return_counts=True)
@@ -109,11 +112,14 @@ class RowSketch:
 
     def to_dict(self) -> dict[str, str]:
         """For JSON."""
-        return {"key": _packed(self.key, "<u8"), "times": _packed(self.times, "<i4")}
+        packed = {"key": _packed(self.key, "<u8"), "times": _packed(self.times, "<i4")}
+        return {"hashes": _HASHES, **packed}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> RowSketch:
-        """The sketch of `to_dict`."""
+    def from_dict(cls, content: Mapping[str, Any] | None) -> RowSketch | None:
+        """The sketch of `to_dict`; None without one, or of an earlier version's hashes."""
+        if content is None or content.get("hashes") != _HASHES:
+            return None
         key, times = _unpacked(content["key"], "<u8"), _unpacked(content["times"], "<i4")
         return cls(key.astype(np.uint64), times.astype(np.int64))
 
@@ -125,6 +131,13 @@ def sketched_columns(schema: LogSchema) -> tuple[str, ...]:
     named += [schema.action, *schema.reward_columns]
     others = (schema.pscore, schema.timestamp, schema.position, schema.user_id)
     return tuple(dict.fromkeys([*named, *(name for name in others if name is not None)]))
+
+
+def sketched_keys(table: pa.Table, schema: LogSchema) -> Keys:
+    """(n,) hashes of rows that have the columns `sketched_columns`."""
+    # Without a sum of named rewards, which is made when rows are read.
+    names = [name for name in sketched_columns(schema) if name in table.column_names]
+    return row_keys(table, names, exact=False)
 
 
 def _packed(values: NDArray[Any], kind: str) -> str:

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from offtower.data.catalogue import Catalogue
 from offtower.data.columns import (
     as_float_array,
-    distinct_values,
-    hash_values,
+    hashed,
     integers,
     timestamps,
 )
@@ -29,6 +28,7 @@ from offtower.data.encoding import (
 )
 from offtower.data.round_tables import position_order
 from offtower.data.rounds import Rounds
+from offtower.data.row_sketch import sketched_keys
 from offtower.data.schema import LogSchema, PscoreKind
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class EncodedRows:
     """Which items could have been shown; None where every item could."""
     rewards: NDArray[np.float64] | None = None
     """(n, R) the schema's named rewards, whose weighted sum `reward` is; None without them."""
+    content: NDArray[np.uint64] | None = None
+    """(n,) hashes for `RowSketch.with_keys`, where they were asked for."""
     row_weight: NDArray[np.float64] | None = None
     """(n,) known weights, 1 / sampling rate; None where every row counts once."""
     pscore_kind: PscoreKind | None = None
@@ -132,6 +134,8 @@ def encode_rows(
     context_encoding: FeatureEncoding,
     first_row: int,
     row: NDArray[np.int64] | None = None,
+    *,
+    sketched: bool = False,
 ) -> EncodedRows:
     """Encode checked rows.
 
@@ -139,6 +143,7 @@ def encode_rows(
         table: rows that passed the row check.
         first_row: number of the table's first row in the whole log.
         row: (n,) numbers of the rows if some were left out; consecutive by default.
+        sketched: also hash the rows' contents.
     """
     if row is None:
         row = np.arange(first_row, first_row + table.num_rows, dtype=np.int64)
@@ -165,6 +170,7 @@ def encode_rows(
         round_id=keys(schema.round_id),
         user_id=keys(schema.user_id),
         rewards=named_rewards(table, schema),
+        content=sketched_keys(table, schema) if sketched else None,
         row_weight=row_weights(table, schema),
         eligible=None if eligible is None else eligible.encode(table),
         pscore_kind=schema.pscore_kind if schema.slates else None,
@@ -198,9 +204,3 @@ def row_weights(table: pa.Table, schema: LogSchema) -> NDArray[np.float64] | Non
         return None
     values = as_float_array(table.column(schema.weight))
     return values if schema.weight_kind == "weight" else 1.0 / values
-
-
-def hashed(column: pa.ChunkedArray) -> NDArray[np.uint64]:
-    """Hash values to stable 64-bit keys; null has the key 0."""
-    distinct, index = distinct_values(column)
-    return np.append(hash_values(distinct), np.uint64(0))[index]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from offtower.data.row_sketch import RowSketch
 from offtower.data.unknown import UnknownValues
 from offtower.evaluation.behavior.plan import BehaviorSample
 from offtower.evaluation.decision.coverage import CoverageAccumulator
@@ -32,6 +33,7 @@ class EvaluationAccumulators:
         baselines: the sums of the baseline policies.
         interactions: by policy, what chooses an interaction; nothing for rows that are no slates.
         unknown: by policy, rows with context values that its training did not see.
+        sketch: of the rows.
     """
 
     def __init__(self, policies: Sequence[str], source: LogSource, seed: int) -> None:
@@ -43,12 +45,15 @@ class EvaluationAccumulators:
         self.baselines: MergeTree[EvaluationSums] = MergeTree()
         self.interactions = {name: MergeTree[InteractionSums]() for name in policies}
         self.unknown = {name: UnknownValues() for name in policies}
+        self.sketch = RowSketch.empty()
 
     def add(
         self, batch: ScoredBatch, behavior: BehaviorSample, selection: SelectionRows | None
     ) -> None:
         """Add a batch."""
         self.coverage.add(batch.encoded[0])
+        if batch.encoded[0].content is not None:
+            self.sketch = self.sketch.with_keys(batch.encoded[0].content)
         if batch.number == 0:
             for name, scored in batch.scored.items():
                 if scored.drawn_by is not None:
@@ -69,6 +74,7 @@ class EvaluationAccumulators:
     def merge(self, later: EvaluationAccumulators) -> None:
         """Add what was accumulated on later rows."""
         self.coverage.merge(later.coverage)
+        self.sketch = self.sketch.merge(later.sketch)
         for name, counts in later.histograms.items():
             self.histograms[name] += counts
         for name, values in later.unknown.items():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,8 @@ from offtower.config import settings_fingerprint
 from offtower.data.content import LogContent, is_same
 from offtower.data.ledger import LedgerEntry
 from offtower.data.location import AnyPath
-from offtower.data.log import ParquetLog
-from offtower.data.row_sketch import RowSketch, sketched_columns
+from offtower.data.row_sketch import RowSketch
 from offtower.evaluation.run_loading import EvaluatedPolicy, OpenRun
-from offtower.execution import Execution
-from offtower.mapping import merge_all, pieces
 from offtower.prepare import trained_rows
 
 _PARTS = {
@@ -28,8 +24,6 @@ _EVENTS = {
     "validated": _PARTS["validation"],
     "served": "its serving was chosen on",
 }
-_PART_GROUPS = 64
-"""Row groups that are compared at a time."""
 
 
 def not_held_out(
@@ -58,52 +52,40 @@ def not_held_out(
 def with_copied_rows(
     withheld: Mapping[str, str],
     policies: Mapping[str, EvaluatedPolicy],
-    log: ParquetLog,
+    rows: RowSketch,
     place: AnyPath,
-    execution: Execution,
 ) -> dict[str, str]:
-    """`withheld` with the policies whose training log holds rows of this log in other files.
+    """`withheld` with the policies that were learned from rows of this log in other files, or whose
+    epoch was chosen on them.
 
-    Reads the log once, unless every policy is withheld already. Rows are compared by their content
-    (`data.row_sketch`).
+    Args:
+        rows: of the log, compared by their content.
     """
-    found, sketch = dict(withheld), None
+    found = dict(withheld)
     for name, one in policies.items():
-        trained = None if name in found else trained_rows(one.run.directory.path)
-        if trained is None:
-            continue
-        if sketch is None:
-            sketch = _sketch(log, execution)
-        shared = sketch.shared(trained)
-        if shared is not None:
+        part = None if name in found else _copies(one.run, rows)
+        if part is not None:
             found[name] = (
-                f"it was trained on {shared.text}, in other files: its value here is too high and "
-                "no 'go' would mean anything. Decide on rows that had no part in it: "
-                f"{_fresh_log(one.run, place)}. If these are other rows that only look alike, name "
-                "the logs' timestamp in their schema"
+                f"{part}, in other files: its value here is too high and no 'go' would mean "
+                f"anything. Decide on rows that had no part in it: {_fresh_log(one.run, place)}. "
+                "If these are other rows that only look alike, name the logs' timestamp in their "
+                "schema"
             )
     return found
 
 
-def _sketch(log: ParquetLog, execution: Execution) -> RowSketch:
-    """The sketch of a log; its row groups are read wherever the mapper runs."""
-    mapper, progress = execution.mapper, execution.progress
-    groups = pieces(len(log.row_group_sizes), _PART_GROUPS, mapper.workers)
-    progress.start("comparing the rows with training logs", log.num_rows)
-
-    def reported() -> Iterator[RowSketch]:
-        parts = mapper.map(partial(_sketch_groups, log), groups, "comparing rows")
-        for part, sketch in zip(groups, parts, strict=True):
-            progress.advance(int(log.row_group_sizes[part.start : part.stop].sum()))
-            yield sketch
-
-    found = merge_all(reported())
-    progress.finish()
-    return found
-
-
-def _sketch_groups(log: ParquetLog, groups: range) -> RowSketch:
-    return RowSketch.of(log.read_row_groups(groups, sketched_columns(log.schema)), log.schema)
+def _copies(run: OpenRun, rows: RowSketch) -> str | None:
+    """What part copies of these rows had in a run; None without any."""
+    manifest = run.directory.manifest()
+    sketches = {
+        "train": trained_rows(run.directory.path),
+        "validation": RowSketch.from_dict(manifest.get("validation_rows")),
+    }
+    for part, sketch in sketches.items():
+        shared = None if sketch is None else rows.shared(sketch)
+        if shared is not None:
+            return f"{_PARTS[part]} {shared.text}"
+    return None
 
 
 def _part(run: OpenRun, log: LogContent, entries: Sequence[LedgerEntry]) -> str | None:

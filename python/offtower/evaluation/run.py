@@ -167,7 +167,7 @@ def evaluate_runs(
     config = replace(config, data=data)
     evaluator = Evaluator(runs, opened, catalogue, config, tuple(also))
     plan = evaluator.plan(select, execution.progress)
-    look, policies = _look(evaluator, plan, place, fresh, execution), evaluator.policies
+    look, policies = _look(evaluator, plan, place, fresh), evaluator.policies
     found = evaluate_plan(evaluator, plan, title or str(place), execution, look)
     served = {name: one.run for name, one in policies.items() if one.also is None}
     return replace(
@@ -190,7 +190,6 @@ def _look(
     plan: EvaluationPlan,
     place: Location,
     fresh: str | None,
-    execution: Execution,
 ) -> CountedLook:
     """The look of runs' policies at a log."""
     log, ledger = evaluator.log, LogLedger(place)
@@ -198,7 +197,6 @@ def _look(
     how = evaluation_identity(plan.options, options, log, evaluator.catalogue)
     also = ledger.earlier_contents(log.content)
     entries = ledger.entries(log.content.fingerprint, *also)
-    withheld = not_held_out(evaluator.policies, log.content, entries, place)
     request = LookRequest(
         log.content.fingerprint,
         {
@@ -206,7 +204,7 @@ def _look(
             for name, one in evaluator.policies.items()
         },
         options.confidence,
-        with_copied_rows(withheld, evaluator.policies, log, place, execution),
+        not_held_out(evaluator.policies, log.content, entries, place),
         fresh,
         log.content,
     )
@@ -220,12 +218,22 @@ def evaluate_plan(
     execution: Execution,
     look: CountedLook,
 ) -> LogEvaluation:
-    """Evaluate by a plan. Its policies have neither objective nor learning curve yet."""
+    """Evaluate by a plan. Its policies have neither objective nor learning curve yet.
+
+    The look is counted once all rows are read, before anything is known of the result.
+    """
+    sums, accumulated = evaluator.run(plan, execution)
+    look = look.withholding(
+        with_copied_rows(
+            look.request.withheld,
+            evaluator.policies,
+            accumulated.sketch,
+            str(evaluator.config.data.test),
+        )
+    )
     looks = look.plan()
     confidences = tuple(looks.confidences[name] for name in plan.scorer.policies)
-    plan = replace(plan, options=replace(plan.options, verdict_confidences=confidences))
-    result, accumulated = evaluator.run(plan, execution)
-    result = look.finish(looks, result)
+    result = look.finish(looks, evaluator.result(plan, sums, accumulated, confidences))
     coverage = accumulated.coverage.coverage()
     calibration = accumulated.coverage.calibration()
     refusal = plan.behavior.refusal(accumulated.behavior)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.check import RowChecker
 from offtower.data.encoding import to_tensors
 from offtower.data.log import Log
+from offtower.data.row_sketch import RowSketch
 from offtower.data.rows import encode_rows
 from offtower.errors import DataError
 from offtower.evaluation import EvaluationRows
@@ -66,12 +68,27 @@ def microseconds(time: Any) -> NDArray[np.int64]:
     return values.astype(np.int64)
 
 
+def identified(log: Log) -> dict[str, Any]:
+    """Fingerprint and sketch of a log's rows, for JSON."""
+    rows = RowSketch.of(log.tables(), log.schema)
+    return {"fingerprint": log.fingerprint, "rows": rows.to_dict()}
+
+
+def holds_rows_of(log: Log, known: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a log is, or shares rows with, one of those that `identified` made."""
+    if any(one["fingerprint"] == log.fingerprint for one in known):
+        return True
+    rows = RowSketch.of(log.tables(), log.schema)
+    sketches = [RowSketch.from_dict(one["rows"]) for one in known]
+    return any(one is not None and rows.shared(one) is not None for one in sketches)
+
+
 def without_go(result: EvaluationResult) -> EvaluationResult:
     """Withhold the verdict on rows that the learner was fitted on."""
     evaluated = result.policies["learner"]
     verdict = withhold(
         evaluated.verdict,
-        "the learner was fitted on these rows, or they chose its epoch, so that its value here "
-        "is too high and no 'go' would mean anything. Decide on rows that fit did not see",
+        "these rows, or some of them, fitted the learner or chose its epoch, so that its value "
+        "here is too high and no 'go' would mean anything. Decide on rows that fit did not see",
     )
     return replace(result, policies={"learner": replace(evaluated, verdict=verdict)})

@@ -22,7 +22,13 @@ from offtower.errors import ConfigError, DataError, KeepLoggingWarning
 from offtower.evaluation import evaluate_rows
 from offtower.evaluation.result import EvaluationResult
 from offtower.learner.eligible import masked
-from offtower.learner.evaluation import microseconds, weighted_rows, without_go
+from offtower.learner.evaluation import (
+    holds_rows_of,
+    identified,
+    microseconds,
+    weighted_rows,
+    without_go,
+)
 from offtower.learner.feedback import (
     CONTEXT,
     as_table,
@@ -108,8 +114,8 @@ class TwoTowerPolicyLearner(LearnerInputs):
     """With objective="auto": the candidates and the evidence for the choice."""
     history_: list[dict[str, Any]]
     """One mapping per epoch: loss, value estimate, weights, entropy, validation."""
-    fitted_on_: list[str]
-    """Fingerprints of the rows that the policy was fitted on and its epoch chosen on."""
+    fitted_on_: list[dict[str, Any]]
+    """Fingerprint and sketch of the rows that the policy was fitted on and its epoch chosen on."""
     data_: PreparedData
     catalogue_: Catalogue
     """The items of the fit, scored where no `action_context` is given."""
@@ -169,7 +175,7 @@ class TwoTowerPolicyLearner(LearnerInputs):
         self.catalogue_ = catalogue
         self.reward_model_ = None
         data = to_configured_device(self.data_, config.training)
-        self.fitted_on_ = [log.fingerprint]
+        self.fitted_on_ = [identified(log)]
         if uses_auto(config, data):
             outputs = TrainingOutputs(progress=progress, on_epoch_end=on_epoch_end)
             self.auto_ = train_auto(config, data, outputs=outputs)
@@ -185,7 +191,7 @@ class TwoTowerPolicyLearner(LearnerInputs):
         fitted = trainer.fit()
         self.history_ = fitted.history
         if held_out is not None and fitted.validation is not None:
-            self.fitted_on_.append(held_out.fingerprint)
+            self.fitted_on_.append(identified(held_out))
         self.policy_ = trainer.policy.cpu()
         return self
 
@@ -252,7 +258,8 @@ class TwoTowerPolicyLearner(LearnerInputs):
     ) -> EvaluationResult:
         """Evaluate the policy off-policy on feedback that it was not fitted on.
 
-        The rows that it was fitted on, or that chose its epoch, give no "go".
+        Rows that it was fitted on, or that chose its epoch, give no "go", also in another order or
+        among others.
 
         Args:
             X, y, reward, pscore, action_context: as in `fit`.
@@ -289,7 +296,7 @@ class TwoTowerPolicyLearner(LearnerInputs):
             weighted = replace(weighted, time=microseconds(time))
         options.setdefault("reward_range", reward_range or log.schema.reward_range)
         result = evaluate_rows({"learner": weighted}, **options)
-        return without_go(result) if log.fingerprint in self.fitted_on_ else result
+        return without_go(result) if holds_rows_of(log, self.fitted_on_) else result
 
     def score(self, X: Any, y: Any = None, reward: Any = None, pscore: Any = None) -> float:
         """The SNIPS estimate of the policy's value on held-out feedback, given as to `fit`."""

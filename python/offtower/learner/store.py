@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 L = TypeVar("L", bound="TwoTowerPolicyLearner")
 
-_FORMAT = 2
+_FORMAT = 3
 _FILE = "learner.json"
 _SCHEMAS = {"schema": LogSchema, "catalogue_schema": CatalogueSchema}
 

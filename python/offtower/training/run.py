@@ -19,6 +19,7 @@ from offtower.config import Config, config_fingerprint
 from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.data.ledger import record
 from offtower.data.log import ParquetLog
+from offtower.data.row_sketch import RowSketch, sketched_columns
 from offtower.errors import ConfigError
 from offtower.evaluation.estimators import make_estimator
 from offtower.execution import LOCAL, Execution
@@ -251,6 +252,7 @@ def _finish(run: ClaimedRun, config: Config, data: PreparedData, trained: Traine
         {
             **facts,
             "data_files": _data_files(config, used),
+            "validation_rows": _validation_rows(used),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "eligible": data.train.schema.to_dict()["eligible"],
@@ -301,6 +303,17 @@ def _data_files(config: Config, used: Mapping[str, tuple[str, ParquetLog]]) -> d
         earlier = RunDirectory(Path(policy).parent).manifest().get("data_files", {})
         ancestors.update(file for part in earlier.values() for file in part)
     return {**files, "ancestors": sorted(ancestors)} if ancestors else files
+
+
+def _validation_rows(used: Mapping[str, tuple[str, ParquetLog]]) -> dict[str, str] | None:
+    """Sketch of the rows that the epoch was chosen on, by which copies of them are found in other
+    logs; reads them once."""
+    if "validation" not in used:
+        return None
+    _, log = used["validation"]
+    groups = range(len(log.row_group_sizes))
+    tables = log.read_row_groups(groups, sketched_columns(log.schema))
+    return RowSketch.of(tables, log.schema).to_dict()
 
 
 def _quarantine_facts(data: PreparedData) -> dict[str, Any]:

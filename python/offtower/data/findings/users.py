@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from offtower.data.columns import splitmix64
 from offtower.data.findings.base import Finding, Level
 from offtower.data.log import Log
-from offtower.data.rows import hashed
+from offtower.data.columns import hashed
 
 _LIMIT = 1_000_000
 """Users of a part that are kept; beyond, a hash sample of them."""

@@ -23,7 +23,7 @@ from offtower.data.ingest.writing import write_rows
 from offtower.data.join.spill import PARTITIONS, Spill
 from offtower.data.location import Location
 from offtower.data.log import ParquetLog, write_log
-from offtower.data.rows import hashed
+from offtower.data.columns import hashed
 from offtower.data.schema import LogSchema
 from offtower.data.source import CheckedUnits, UnitTally
 from offtower.errors import ConfigError, DataError

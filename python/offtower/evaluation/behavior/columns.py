@@ -9,7 +9,8 @@ import numpy as np
 from offtower.config import SelectionConfig
 from offtower.data.columns import as_float_array
 from offtower.data.log import Log
-from offtower.data.rows import EncodedRows, hashed
+from offtower.data.columns import hashed
+from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError, DataError
 from offtower.evaluation.behavior.names import BehaviorNames, check_logged, check_named
 from offtower.evaluation.rows import Array, IntArray

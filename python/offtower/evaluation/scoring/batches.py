@@ -41,15 +41,15 @@ class LogSource:
     def batches(
         self, numbers: range, encodings: Sequence[FeatureEncoding]
     ) -> Iterator[tuple[int, tuple[EncodedRows, ...]]]:
-        """(number, the batch in each of the encodings).
+        """(number, the batch in each of the encodings; the first has the rows' hashes too).
 
         Batches of slates hold whole rounds (`scan`); those in which none begins are left out.
         """
         last = min(numbers.stop * self.batch_rows, self.log.num_rows)
         rows = range(numbers.start * self.batch_rows, last)
         streams = [
-            scan(self.log, self.catalogue, encoding, self.batch_rows, rows=rows)
-            for encoding in encodings
+            scan(self.log, self.catalogue, one, self.batch_rows, rows=rows, sketched=not number)
+            for number, one in enumerate(encodings)
         ]
         for parts in zip(*streams, strict=True):
             yield int(parts[0].row[0]) // self.batch_rows, parts
