@@ -110,7 +110,14 @@ def test_times_that_say_nothing_are_explained() -> None:
     assert found is not None and "at least 3" in str(found.reason) and found.periods
     found = evaluate_rows({"new": rows}, reward_range=(0, 1), time=TimeOptions(horizon=9)).time
     assert found is not None and "evaluation.time.horizon" in str(found.reason)
-    assert evaluate_rows({"new": replace(rows, time=None)}, reward_range=(0, 1)).time is None
+    few = evaluate_rows({"new": rows.take(slice(0, 50))}, reward_range=(0, 1)).time
+    assert few is not None and "the log has 50 rows" in str(few.reason)
+    some = evaluate_rows({"new": rows.take(slice(0, 100))}, reward_range=(0, 1)).time
+    assert some is not None and [one.rows for one in some.periods] == [57, 43]
+    untimed = {"new": replace(rows, time=None)}
+    assert evaluate_rows(untimed, reward_range=(0, 1)).time is None
+    with pytest.raises(ConfigError, match=r"evaluation\.time\.period needs the time of each row"):
+        evaluate_rows(untimed, reward_range=(0, 1), time=TimeOptions(period="7d"))
     with pytest.raises(ConfigError, match="expected a number with a unit"):
         TimeOptions(period="7 moons")
     with pytest.raises(ConfigError, match="horizon must be at least 1"):

@@ -207,7 +207,7 @@ class Loop:
         name = next(iter(plan.scorer.policies))
         batches = list(plan.scorer.batches(range(plan.scorer.source.num_batches)))
         weight = np.concatenate([batch.rows[name].importance_weight for batch in batches])
-        result = evaluator.result(plan, *evaluator.run(plan, LOCAL))
+        result, _ = evaluator.run(plan, LOCAL)
         estimates = result.policies[name].estimates
         rewards = np.concatenate([as_float_array(t.column("reward")) for t in parquet.tables()])
         rounds = Rounds.of_positions(

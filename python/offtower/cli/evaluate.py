@@ -49,7 +49,10 @@ def evaluate(
         str | None, typer.Option(help="Log to evaluate on; the runs' data.test without it.")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="HTML file; report.html of the first run without it.")
+        Path | None,
+        typer.Option(
+            help="HTML file; report.html of the first run without it. Missing folders are created."
+        ),
     ] = None,
     select: Annotated[
         str | None,
@@ -123,6 +126,8 @@ def evaluate(
     others.check(runs or [], log, retrieval)
     if fresh is not None and not fresh.strip():
         raise ConfigError("--fresh needs a reason: say why earlier looks at the log do not count")
+    if report is not None:
+        _make_folder_of(report)
     options = _Options(log, overrides or [], select, also or [], fresh)
     progress = DrawnProgress()
     if runs:
@@ -142,6 +147,18 @@ def evaluate(
     else:
         print_evaluation(evaluation, path)
     raise typer.Exit(0 if exit_zero else evaluation.exit_code)
+
+
+def _make_folder_of(report: Path) -> None:
+    """Create the report's folder before anything is evaluated."""
+    if report.is_dir():
+        raise ConfigError(f"--report names the folder '{report}': name the HTML file in it")
+    try:
+        report.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--report: the folder '{report.parent}' cannot be created ({error}); name another"
+        ) from None
 
 
 @dataclass(frozen=True)

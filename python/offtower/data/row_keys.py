@@ -14,6 +14,7 @@ from offtower.data.columns import (
     as_array,
     as_float_array,
     hash_values,
+    hashed,
     is_category,
     is_list,
     is_number,
@@ -21,7 +22,6 @@ from offtower.data.columns import (
     splitmix64,
     timestamps,
 )
-from offtower.data.columns import hashed
 
 Keys = NDArray[np.uint64]
 

@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from offtower.data.columns import hashed
 from offtower.data.location import AnyPath, Location
 from offtower.data.log import Log, ParquetLog
 from offtower.data.order import keyed_hash
 from offtower.data.output import check_new
 from offtower.data.parts import RowSource, write_log_parts
 from offtower.data.round_tables import table_rounds
-from offtower.data.columns import hashed
 from offtower.data.schema import LogSchema
 from offtower.errors import DataError
 from offtower.execution import LOCAL, Execution

@@ -20,6 +20,7 @@ from offtower.evaluation.looks import CountedLook, LookRequest, identity
 from offtower.evaluation.options import EvaluationOptions
 from offtower.evaluation.result import EvaluationResult
 from offtower.evaluation.rows import EvaluationRows
+from offtower.evaluation.scoring.clock import check_times
 from offtower.evaluation.sums import EvaluationSums
 from offtower.mapping import merge_all
 
@@ -61,6 +62,9 @@ def evaluate_rows(
         )
     except TypeError as error:
         raise OfftowerError(f"evaluate_rows: {error}") from None
+    check_times(
+        settings.time, has_times=all(one.time is not None for one in rows_by_policy.values())
+    )
     probes = {
         name: probe if isinstance(probe, SupportDiagnostics) else support_probe(probe)
         for name, probe in (support or {}).items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from offtower.atomic import sha256_file
 from offtower.config import Config
 from offtower.data.catalogue import Catalogue
+from offtower.data.columns import hashed
 from offtower.data.encoding import FeatureEncoding
 from offtower.data.log import ParquetLog
-from offtower.data.columns import hashed
 from offtower.errors import DataError
 from offtower.evaluation.accumulators import EvaluationAccumulators
 from offtower.evaluation.baselines import Baselines, baseline_options
@@ -218,7 +218,7 @@ class Evaluator:
 
     def run(
         self, plan: EvaluationPlan, execution: Execution
-    ) -> tuple[EvaluationSums, EvaluationAccumulators]:
+    ) -> tuple[EvaluationResult, EvaluationAccumulators]:
         """Stream all rows through a plan, here or in parts wherever the mapper runs.
 
         Both merge the batches' sums in the same tree, so the result has the same bits.
@@ -240,24 +240,9 @@ class Evaluator:
             assert whole.sums is not None, "a log has rows"
             accumulated, merged = whole.accumulated, whole.sums
         progress.finish()
-        return merged, accumulated
-
-    def result(
-        self,
-        plan: EvaluationPlan,
-        sums: EvaluationSums,
-        accumulated: EvaluationAccumulators,
-        confidences: tuple[float, ...] = (),
-    ) -> EvaluationResult:
-        """What the sums of all rows say.
-
-        Args:
-            confidences: of the policies' verdicts, in their order (`EvaluationOptions`).
-        """
-        sums = replace(sums, options=replace(sums.options, verdict_confidences=confidences))
         support = plan.behavior.found_support(accumulated.behavior)
         also = [name for name, one in self.policies.items() if one.also is not None]
-        return sums.finish(support, may_leave_out=also)
+        return merged.finish(support, may_leave_out=also), accumulated
 
     def select(
         self,

@@ -29,7 +29,7 @@ from offtower.evaluation.options import (
 from offtower.evaluation.run import LogEvaluation, evaluate_plan
 from offtower.evaluation.run_loading import with_overrides
 from offtower.evaluation.scoring.batches import BatchScorer, LogSource
-from offtower.evaluation.scoring.clock import LogClock
+from offtower.evaluation.scoring.clock import LogClock, check_times
 from offtower.evaluation.scoring.external import (
     COLUMNS_MODEL,
     ColumnScorer,
@@ -177,6 +177,7 @@ def _evaluate(policies: _Scored, select: str | None, execution: Execution) -> Lo
     log, config, reward_model = policies.log, policies.config, policies.reward_model
     options = config.evaluation
     check_selection(select, log, options.selection)
+    check_times(options.time, has_times=log.schema.timestamp is not None)
     catalogue = Catalogue.open(config.data.catalogue, log_schema=log.schema)
     kind = log.schema.pscore_kind if log.schema.slates else None
     if reward_model is None:

@@ -191,10 +191,6 @@ class CountedLook:
     ledger: Ledger
     request: LookRequest
 
-    def withholding(self, withheld: Mapping[str, str]) -> CountedLook:
-        """The look with other policies that get no "go"."""
-        return replace(self, request=replace(self.request, withheld=withheld))
-
     def plan(self) -> LookPlan:
         """As `plan_look`."""
         return plan_look(self.ledger, self.request)

@@ -30,6 +30,7 @@ from offtower.evaluation.notes import (
 )
 from offtower.evaluation.result import EstimatorResult, EvaluationResult
 from offtower.evaluation.run_loading import EvaluatedPolicy, OpenRun, open_run, with_overrides
+from offtower.evaluation.scoring.clock import check_times
 from offtower.evaluation.selection import SelectionComparison
 from offtower.evaluation.selection_data import check_selection
 from offtower.execution import LOCAL, Execution
@@ -218,22 +219,15 @@ def evaluate_plan(
     execution: Execution,
     look: CountedLook,
 ) -> LogEvaluation:
-    """Evaluate by a plan. Its policies have neither objective nor learning curve yet.
-
-    The look is counted once all rows are read, before anything is known of the result.
-    """
-    sums, accumulated = evaluator.run(plan, execution)
-    look = look.withholding(
-        with_copied_rows(
-            look.request.withheld,
-            evaluator.policies,
-            accumulated.sketch,
-            str(evaluator.config.data.test),
-        )
-    )
-    looks = look.plan()
+    """Evaluate by a plan. Its policies have neither objective nor learning curve yet."""
+    looks, place = look.plan(), str(evaluator.config.data.test)
     confidences = tuple(looks.confidences[name] for name in plan.scorer.policies)
-    result = look.finish(looks, evaluator.result(plan, sums, accumulated, confidences))
+    plan = replace(plan, options=replace(plan.options, verdict_confidences=confidences))
+    result, accumulated = evaluator.run(plan, execution)
+    # Copied rows are found by the pass; the look has spent its error by then.
+    withheld = with_copied_rows(looks.withheld, evaluator.policies, accumulated.sketch, place)
+    looks = replace(looks, withheld=withheld)
+    result = look.finish(looks, result)
     coverage = accumulated.coverage.coverage()
     calibration = accumulated.coverage.calibration()
     refusal = plan.behavior.refusal(accumulated.behavior)
@@ -368,6 +362,7 @@ def _open_log(run: Path, log: AnyPath | None, config: Config) -> tuple[ParquetLo
             "'pscore' in its schema. Without it, set evaluation.propensities=estimate to estimate "
             "them (catalogues of up to 5,000 items); every output then says so"
         )
+    check_times(config.evaluation.time, has_times=opened.schema.timestamp is not None)
     return opened, place
 
 

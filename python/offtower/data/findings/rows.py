@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offtower.data.check import BadRow, count_faults, fault_remedy, first_bad_rows
-from offtower.data.columns import splitmix64
+from offtower.data.columns import hashed, splitmix64
 from offtower.data.findings.base import Check, Finding, LogFacts, LogPart, rows_text
 from offtower.data.findings.sketches import DuplicateCount
 from offtower.data.row_keys import row_keys
-from offtower.data.columns import hashed
 
 _SHOWN_BAD_ROWS = 5
 _DOUBLED_KEYS = 2_000_000

@@ -9,10 +9,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from offtower.data.columns import splitmix64
+from offtower.data.columns import hashed, splitmix64
 from offtower.data.findings.base import Finding, Level
 from offtower.data.log import Log
-from offtower.data.columns import hashed
 
 _LIMIT = 1_000_000
 """Users of a part that are kept; beyond, a hash sample of them."""

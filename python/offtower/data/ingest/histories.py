@@ -17,13 +17,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from offtower.data.catalogue import Catalogue
-from offtower.data.columns import as_float_array, timestamps
+from offtower.data.columns import as_float_array, hashed, timestamps
 from offtower.data.feature_schema import FeatureSpec
 from offtower.data.ingest.writing import write_rows
 from offtower.data.join.spill import PARTITIONS, Spill
 from offtower.data.location import Location
 from offtower.data.log import ParquetLog, write_log
-from offtower.data.columns import hashed
 from offtower.data.schema import LogSchema
 from offtower.data.source import CheckedUnits, UnitTally
 from offtower.errors import ConfigError, DataError

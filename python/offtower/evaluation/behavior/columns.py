@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from offtower.config import SelectionConfig
-from offtower.data.columns import as_float_array
+from offtower.data.columns import as_float_array, hashed
 from offtower.data.log import Log
-from offtower.data.columns import hashed
 from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError, DataError
 from offtower.evaluation.behavior.names import BehaviorNames, check_logged, check_named

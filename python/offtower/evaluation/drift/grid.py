@@ -37,6 +37,8 @@ _NAMES = {
     28 * DAY: "4 weeks",
     364 * DAY: "52 weeks",
 }
+LEAST_ROWS = 30
+"""Rows of a period, in the mean, unless its length is given."""
 _SHARE = 0.5
 """A last period that is shorter than this share of the others joins the one before."""
 
@@ -216,9 +218,17 @@ def _period(sums: TimeSums, options: TimeOptions, calendar: bool, start: int, en
     """Length of a period, in the unit of the times."""
     given, least = options.period, sums.width
     if given is None:
+        rows = float(sums.count.sum())
+        enough = int(min(MOST_PERIODS if calendar else PLAIN_PERIODS, rows // LEAST_ROWS))
+        if enough < 2:
+            raise DataError(
+                f"the log has {rows:,.0f} rows, and two periods of {LEAST_ROWS} are the least that "
+                "says anything about change over time: evaluate a longer log, or set "
+                "evaluation.time.period"
+            )
         if not calendar:
-            return -(-(end - start) // (PLAIN_PERIODS * least)) * least
-        wide = (w for w in WIDTHS if w >= least and (end - start) <= MOST_PERIODS * w)
+            return -(-(end - start) // (enough * least)) * least
+        wide = (w for w in WIDTHS if w >= least and (end - start) <= enough * w)
         return next(wide, end - start)
     if isinstance(given, str) and not calendar:
         raise DataError(

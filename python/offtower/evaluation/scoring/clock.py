@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
+from offtower.config import TimeOptions
 from offtower.data.columns import is_number, timestamps
 from offtower.data.log import Log
+from offtower.errors import ConfigError
 from offtower.evaluation.rows import IntArray
 
 _UNITS = ((10**8, 10**10, 10**6, 1), (10**11, 10**13, 1000, 1), (10**17, 10**19, 1, 1000))
 """From, to, factor, divisor: numbers of seconds, milliseconds and nanoseconds since 1970, in years
 from 1973 to 2286."""
+
+
+def check_times(options: TimeOptions, *, has_times: bool) -> None:
+    """Raise ConfigError where options of time are set for rows without times."""
+    given = [
+        f"evaluation.time.{one.name}"
+        for one in fields(options)
+        if getattr(options, one.name) != one.default
+    ]
+    if given and not has_times:
+        raise ConfigError(
+            f"{' and '.join(given)} needs the time of each row, and the log has none: name its "
+            "column as 'timestamp' in the schema (rows in memory: pass time), or leave it out"
+        )
 
 
 @dataclass(frozen=True)
