@@ -95,7 +95,10 @@ def test_a_run_resumes_and_writes_every_cell(tmp_path: Path) -> None:
     assert "heavy-n2000-hardly_any-shrunk" in table
     assert json.loads((tmp_path / "summary.json").read_text())["pooled"]["snips gamma"]["logs"] == 4
     run(settings(tmp_path, cells=chosen[:1], logs=3))
-    assert json.loads(path.read_text())["logs"] == 3
+    found = json.loads(path.read_text())
+    assert found["logs"] == 3 and [one["logs"] for one in found["rounds"]] == [2, 1]
+    parts = [one["lines"][0]["coverage"][0] for one in found["rounds"]]
+    assert found["lines"][0]["coverage"][0] == pytest.approx((2 * parts[0] + parts[1]) / 3)
 
 
 def test_unknown_cells_are_refused_with_the_known() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -157,6 +158,37 @@ def _summary(found: Series, estimator: str, method: str) -> dict[str, Any]:
 
 def share(hits: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
     """A share and its standard error; that of one more hit and one more miss at the ends."""
-    n, mean = len(hits), float(hits.mean())
-    kept = (hits.sum() + 1.0) / (n + 2.0) if mean in (0.0, 1.0) else mean
+    return _share(float(hits.sum()), len(hits))
+
+
+def _share(hits: float, n: int) -> tuple[float, float]:
+    mean = hits / n
+    kept = mean if 0.0 < mean < 1.0 else (hits + 1.0) / (n + 2.0)
     return mean, math.sqrt(kept * (1.0 - kept) / n)
+
+
+RATES = ("coverage", "false_go", "power", "below", "above", "abstention")
+
+
+def pool(rounds: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The lines of several rounds of logs as one; quantiles of widths are averaged over rounds."""
+    return [_pooled(lines) for lines in zip(*rounds, strict=True)]
+
+
+def _pooled(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    logs = [line["logs"] for line in lines]
+    total = sum(logs)
+    found = {**lines[0], "logs": total}
+    for key in RATES:
+        if key in found:
+            hits = sum(n * line[key][0] for n, line in zip(logs, lines, strict=True))
+            found[key] = _share(float(round(hits)), total)
+    for key in ("width_ratio", "difference_width_ratio"):
+        known = [(n, line[key]) for n, line in zip(logs, lines, strict=True) if line.get(key)]
+        if known:
+            weight = [n for n, _ in known]
+            found[key] = np.average([one for _, one in known], axis=0, weights=weight).tolist()
+    found["no_normal_width"] = float(
+        np.average([line["no_normal_width"] for line in lines], weights=logs)
+    )
+    return found
