@@ -31,6 +31,7 @@ from offtower.data.loading import Loader
 from offtower.data.log import Log, ParquetLog
 from offtower.data.order import EpochOrder
 from offtower.data.reader import BatchReader, FoldOf, scan
+from offtower.data.replay import ReplayLog, replay
 from offtower.data.row_sketch import RowSketch
 from offtower.data.rows import EncodedRows, row_weights
 from offtower.data.schema import CatalogueSchema, LogSchema
@@ -39,6 +40,7 @@ from offtower.errors import ConfigError, RunError
 from offtower.models.device_items import items_to_device
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
 from offtower.progress import Progress
+from offtower.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -161,14 +163,14 @@ class PreparedData:
 def open_data(config: Config, progress: Progress, run_path: Path | None = None) -> PreparedData:
     """Open the logs and catalogue of `config.data`; fit encodings or restore those of the run."""
     schema = log_schema(config)
-    train = ParquetLog.open(config.data.train, schema)
+    own = ParquetLog.open(config.data.train, schema)
     validation = (
-        ParquetLog.open(config.data.validation, schema or train.schema)
+        ParquetLog.open(config.data.validation, schema or own.schema)
         if config.data.validation is not None
         else None
     )
     catalogue = Catalogue.open(
-        config.data.catalogue, catalogue_schema(config), log_schema=train.schema
+        config.data.catalogue, catalogue_schema(config), log_schema=own.schema
     )
     quarantine = (
         run_path / "quarantine"
@@ -177,6 +179,16 @@ def open_data(config: Config, progress: Progress, run_path: Path | None = None) 
     )
     if config.data.on_bad_rows == "quarantine" and quarantine is None:
         raise ConfigError("data.on_bad_rows=quarantine needs a run directory to write the rows to")
+    older = config.incremental.replay
+    train: Log = own
+    if older.logs:
+        seed = derive_seed(config.seed, "replay")
+        joined = replay(own, older.logs, catalogue, older.share, seed)
+        progress.note(
+            f"replaying {joined.replayed:,} rows of {len(older.logs)} older logs beside "
+            f"{own.num_rows:,} new ones; {joined.left_out:,} rows of items that have left are out"
+        )
+        train = joined
     store = None if run_path is None else run_path / "encodings"
     fingerprints = {"train": train.fingerprint, "catalogue": catalogue.fingerprint}
     found = None if store is None else _restore(store, fingerprints)
@@ -223,7 +235,7 @@ def _fit(
     progress.start("reading the log", train.num_rows)
     contexts = EncodingSums.of(
         train.schema.context,
-        collector.watch(_checked_tables(train, checker, progress)),
+        _of_own_groups(train, collector.watch(_checked_tables(train, checker, progress))),
         train.schema.timestamp,
     )
     progress.finish()
@@ -288,6 +300,14 @@ def catalogue_schema(config: Config) -> CatalogueSchema | None:
     """Return the catalogue schema of the configuration; None to use the manifest's."""
     content = config.data.catalogue_schema
     return None if content is None else CatalogueSchema.from_dict(content)
+
+
+def _of_own_groups(log: Log, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The tables of a log's own rows; the others are read but not returned."""
+    own = log.own_groups if isinstance(log, ReplayLog) else len(log.row_group_sizes)
+    for number, table in enumerate(tables):
+        if number < own:
+            yield table
 
 
 def _checked_tables(log: Log, checker: RowChecker, progress: Progress) -> Iterator[pa.Table]:

@@ -94,3 +94,43 @@ def test_a_graph_index_finds_the_largest_inner_products_of_vectors_of_unequal_no
         truth = np.argsort(-(queries @ wide.T), axis=1)[:, :50]
         hits = [np.isin(t, f).mean() for t, f in zip(truth, found, strict=True)]
         assert np.mean(hits) >= 0.97
+
+
+def test_clusters_are_taken_over_until_the_recall_falls(tmp_path: Path) -> None:
+    """Items come, go and move a little: the same clusters. All move far away: clustered anew."""
+    pytest.importorskip("faiss")
+    from offtower.retrieval.index import open_index
+    from offtower.retrieval.index_building import build_index
+    from offtower.retrieval.index_update import EarlierIndex, IndexedVectors, update_index
+
+    rng = np.random.default_rng(0)
+    centers = 4.0 * rng.standard_normal((40, 8)).astype(np.float32)
+
+    def near(centers: np.ndarray, count: int) -> np.ndarray:
+        some = centers[rng.integers(0, len(centers), count)]
+        return (some + 0.5 * rng.standard_normal((count, 8))).astype(np.float32)
+
+    old = near(centers, 5000)
+    queries = rng.standard_normal((200, 8)).astype(np.float32)
+    options = IndexOptions(k=10, target_recall=0.9, lists=40)
+    build_index(old, queries, tmp_path / "1", options, "v1")
+    earlier = EarlierIndex(tmp_path / "1", "v1")
+    moved = np.concatenate([old[700:], near(centers, 900)])
+    moved += (0.01 * rng.standard_normal(moved.shape)).astype(np.float32)
+    facts = update_index(IndexedVectors(moved), queries, tmp_path / "2", options, "v2", earlier)
+    assert facts["clusters_of"] == "v1" and facts["updates"] == 1 and facts["count"] == 5200
+    index = open_index(tmp_path / "2", "v2", moved)
+    assert index.parameters == facts["parameters"]
+    found = index.search(queries[100:], 10)[1]
+    _, truth = ops.top_k(torch.from_numpy(queries[100:]), torch.from_numpy(moved), 10)
+    hits = np.mean([np.isin(t, f).mean() for t, f in zip(truth.numpy(), found, strict=True)])
+    assert hits == pytest.approx(facts["recall"]["mean"], abs=1e-6) and hits >= 0.9
+
+    again = EarlierIndex(tmp_path / "2", "v2")
+    far = near(0.02 * centers[:3], 5000)
+    facts = update_index(IndexedVectors(far), queries, tmp_path / "3", options, "v3", again)
+    assert "with the clusters of export v1 recall@10 fell to" in facts["rebuilt_because"]
+    assert facts["recall"]["mean"] >= 0.88 and open_index(tmp_path / "3", "v3", far)
+    flat = IndexOptions(kind="flat", k=10)
+    facts = update_index(IndexedVectors(far), queries, tmp_path / "4", flat, "v4", again)
+    assert facts["rebuilt_because"] == "an index of kind flat has no clusters to take over"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from offtower.config import Config
 from offtower.data import Catalogue, ParquetLog, write_log
 from offtower.data.encoding import to_tensors
+from offtower.data.ledger import LogLedger
 from offtower.data.schema import FeatureSpec
 from offtower.errors import ConfigError, DataError, OfftowerError, RunError, StoppedError
 from offtower.evaluation.held_out import not_held_out, with_copied_rows
@@ -315,3 +316,27 @@ def evaluated(run: Path) -> EvaluatedPolicy:
     config = RunDirectory(run).load_config()
     opened = open_run(run, Catalogue.open(config.data.catalogue))
     return EvaluatedPolicy(opened, opened.config.serving)
+
+
+def test_replayed_rows_are_recorded_and_admit_nothing(
+    days: Days, runs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(runs / "day-0", tmp_path / "day-0")
+    older = days.folder / "log-0"
+    replay = (f"incremental.replay.logs=['{older}']", "incremental.replay.share=0.3")
+    config = days.config(1, tmp_path, *replay)
+    with pytest.raises(StoppedError):
+        train_run(config, execution=Execution(interruption=StopAfter(2)))
+    train_run(config, resume=True)
+    manifest = RunDirectory(tmp_path / "day-1").manifest()
+    assert manifest["training_rows"] == 200 + round(0.3 / 0.7 * 200)
+    contents = [ParquetLog.open(days.folder / f"log-{day}").content for day in (1, 0)]
+    assert manifest["data_files"]["train"] == [file for one in contents for file in one.files]
+    kinds = [
+        entry.kind
+        for entry in LogLedger(older).entries(contents[1].fingerprint)
+        if entry.facts["run"] == str(tmp_path / "day-1")
+    ]
+    assert kinds == ["trained"]
+    policy, _ = load_policy(tmp_path / "day-1" / "policy")
+    assert "u0" not in rows_of(policy, "context", "user")

@@ -31,6 +31,14 @@ def export(
     shard_rows: Annotated[
         int | None, typer.Option(help="Build ivf_* in shards of this many items, merged on disk.")
     ] = None,
+    rebuild_index: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild-index",
+            help="Cluster the items anew; otherwise an ivf_* index takes over the clusters of the "
+            "earlier export until its recall falls below --recall.",
+        ),
+    ] = False,
     dtype: Annotated[
         Literal["float32", "float16", "int8"], typer.Option(help="Precision of item vectors.")
     ] = "float32",
@@ -64,7 +72,12 @@ def export(
     if index != "auto" and index != "none":
         wanted = IndexOptions(kind=index, target_recall=recall, k=k, shard_rows=shard_rows)
     options = ExportOptions(
-        dtype=dtype, index=wanted, sampling=sampling, layout=layout, fixed_size=not plain_lists
+        dtype=dtype,
+        index=wanted,
+        sampling=sampling,
+        layout=layout,
+        fixed_size=not plain_lists,
+        rebuild_index=rebuild_index,
     )
     with ray.execution(DrawnProgress()) as execution:
         path = export_run(
@@ -95,6 +108,10 @@ def export(
             f"± {2 * measured['std_error']:.4f} on {measured['contexts']} contexts not tuned on, "
             f"{latency['p50']:.2f} ms a query"
         )
+        if "clusters_of" in found:
+            console.print(f"the index has the clusters of export {found['clusters_of']}")
+        elif "rebuilt_because" in found:
+            console.print(f"the index was built anew: {escape(found['rebuilt_because'])}")
     if manifest["context_tower"]["reason"]:
         reason = escape(manifest["context_tower"]["reason"])
         console.print(f"[yellow]no graph of the context tower[/]: {reason}")

@@ -7,7 +7,7 @@ import importlib.util
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -35,7 +35,13 @@ from offtower.retrieval.exact import exact_top_k, recall
 from offtower.retrieval.graphs import write_graphs
 from offtower.retrieval.index import IndexOptions, import_faiss
 from offtower.retrieval.index_building import build_index
-from offtower.retrieval.manifest import prune_versions, set_current, write_manifest
+from offtower.retrieval.index_update import EarlierIndex, IndexedVectors, update_index
+from offtower.retrieval.manifest import (
+    current_version,
+    prune_versions,
+    set_current,
+    write_manifest,
+)
 from offtower.retrieval.measurement import measurement_log, sample_contexts
 from offtower.retrieval.parquet_parts import Layout, metadata_texts, write_parquet
 from offtower.retrieval.partitioning import build_cells
@@ -70,6 +76,9 @@ class ExportOptions:
         kept: number of newest versions to keep.
         keep_seconds: time for which a replaced version is kept beyond that number, so that
             processes that are opening it can finish.
+        rebuild_index: cluster the items anew. Otherwise an ivf_* index takes over the clusters of
+            the run's current export, or of that of the run it goes on from, until its recall falls
+            below the target (`retrieval.index_update`).
         chunk: items embedded at a time.
         seed: seed of the index, the cells and the choice of contexts.
     """
@@ -85,6 +94,7 @@ class ExportOptions:
     num_cells: int | None = None
     kept: int = 2
     keep_seconds: float = 600.0
+    rebuild_index: bool = False
     chunk: int = 65_536
     seed: int = 0
 
@@ -140,6 +150,8 @@ def export_run(
     stream = CatalogueStream(catalogue or config.data.catalogue, catalogue_schema(config))
     export = directory.path / "export"
     export.mkdir(parents=True, exist_ok=True)
+    of_run = directory.manifest()
+    earlier = _earlier_export(directory, of_run)
     with Lease.acquire(export) as lease:
         remove_leftovers(export)
         now = datetime.now(UTC)
@@ -157,13 +169,16 @@ def export_run(
                 config,
                 options,
                 execution,
-                restricted=directory.manifest().get("eligible") is not None,
+                restricted=of_run.get("eligible") is not None,
+                earlier=earlier,
             )
             content = {
                 "version": version,
                 "created": now.isoformat(timespec="seconds"),
                 "offtower": offtower.__version__,
                 "run": directory.path.name,
+                "descends_from": list(of_run.get("descends_from", ())),
+                "earlier_export": None if earlier is None else earlier.name,
                 "serving": asdict(config.serving),
                 "policy": {
                     **facts,
@@ -176,6 +191,17 @@ def export_run(
         set_current(export, version)
         prune_versions(export, kept=options.kept, keep_seconds=options.keep_seconds)
     return export / version
+
+
+def _earlier_export(directory: RunDirectory, manifest: Mapping[str, Any]) -> Path | None:
+    """The current export of a run, else that of the nearest run that it descends from."""
+    folders = [directory.path, *(Path(one["run"]) for one in manifest.get("descends_from", ()))]
+    for folder in folders:
+        try:
+            return current_version(folder / "export")
+        except RunError:
+            continue
+    return None
 
 
 @contextmanager
@@ -212,6 +238,8 @@ class _Writer:
     execution: Execution
     restricted: bool = False
     """Whether the policy was trained over eligible items."""
+    earlier: Path | None = None
+    """An earlier export of this policy, or of the one that it descends from."""
 
     def write(self, version: str, contexts: AnyPath | None) -> dict[str, Any]:
         """Write all files but the manifest, and return its content."""
@@ -266,7 +294,7 @@ class _Writer:
         index_options = self._index_options()
         index = None
         if index_options is not None:
-            index = build_index(served, queries, folder / "index", index_options, version, scale)
+            index = self._index(IndexedVectors(served, scale), queries, index_options, version)
         clock.lap("index")
         if options.parquet:
             ids = load_ids(folder / "ids.arrow", written.count)
@@ -316,6 +344,19 @@ class _Writer:
             "files": describe_files(folder, files - vector_files.keys())
             | {name: one.facts for name, one in vector_files.items()},
         }
+
+    def _index(
+        self,
+        items: IndexedVectors,
+        queries: NDArray[np.float32],
+        options: IndexOptions,
+        version: str,
+    ) -> dict[str, Any]:
+        folder, earlier = self.folder / "index", self.earlier
+        if earlier is None or not (earlier / "index").exists() or self.options.rebuild_index:
+            return build_index(items.vectors, queries, folder, options, version, items.scale)
+        before = EarlierIndex(earlier / "index", earlier.name)
+        return update_index(items, queries, folder, options, version, before)
 
     def _index_options(self) -> IndexOptions | None:
         wanted = self.options.index

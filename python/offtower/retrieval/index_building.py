@@ -78,9 +78,8 @@ def build_index(
         for part in _equal_norm(vectors, scale):
             index.add(part)
     else:
-        for part, first in _parts(vectors, scale, 0, len(vectors)):
-            _add(faiss, index, centroids, part, first)
-    _guard(lambda: faiss.write_index(index, str(directory / FILE)), directory)
+        add_items(faiss, index, centroids, vectors, scale)
+    guard_write(lambda: faiss.write_index(index, str(directory / FILE)), directory)
     seconds = time.perf_counter() - began
     facts: dict[str, Any] = {
         "version": version,
@@ -143,6 +142,18 @@ def _trained(
     index.own_fields = True
     index.train(sample)
     return index, means.index
+
+
+def add_items(
+    faiss: Any,
+    index: Any,
+    centroids: Any,
+    vectors: NDArray[Any],
+    scale: NDArray[np.float32] | None,
+) -> None:
+    """Add all items, in chunks, to the lists of their nearest centroids."""
+    for part, first in _parts(vectors, scale, 0, len(vectors)):
+        _add(faiss, index, centroids, part, first)
 
 
 def _add(faiss: Any, index: Any, centroids: Any, part: NDArray[np.float32], first: int) -> None:
@@ -208,19 +219,19 @@ def _build_shards(
         for part, first in _parts(vectors, scale, start, stop):
             _add(faiss, shard, centroids, part, first)
         names.append(str(directory / f"shard-{number:05d}.faiss"))
-        _guard(lambda s=shard: faiss.write_index(s, names[-1]), directory)  # type: ignore[misc]
+        guard_write(lambda s=shard: faiss.write_index(s, names[-1]), directory)  # type: ignore[misc]
     needed, free = len(vectors) * (trained.code_size + 8), shutil.disk_usage(directory).free
     if free < needed:
         raise RunError(
             f"the disk of '{directory}' is full: the index needs {needed:,} bytes, {free:,} are "
             "free. Free some space and export again; the previous export is unchanged"
         )
-    _guard(lambda: merge_ondisk(trained, names, str(directory / LISTS)), directory)
+    guard_write(lambda: merge_ondisk(trained, names, str(directory / LISTS)), directory)
     for name in names:
         Path(name).unlink()
 
 
-def _guard(write: Callable[[], Any], directory: Path) -> None:
+def guard_write(write: Callable[[], Any], directory: Path) -> None:
     """Raise FAISS's write errors as RunError with the folder's name."""
     try:
         write()

@@ -34,8 +34,7 @@ def tune(
     """
     k = min(options.k, len(vectors))
     truth = exact_top_k(queries, vectors, k, scale)[1]
-    half = max(1, len(queries) // 2)
-    tune, held = slice(0, half), slice(half, None) if len(queries) > half else slice(0, half)
+    tune = slice(0, max(1, len(queries) // 2))
     tried = []
     chosen: dict[str, int] | None = None
     for parameters in _candidates(index, options):
@@ -52,6 +51,24 @@ def tune(
             f"is {best}. Lower the target, or use another kind"
         )
     index.parameters = chosen
+    measured = measure_held_out(index, queries, truth, options)
+    measured["recall"]["tried"] = tried
+    return {"parameters": chosen, **measured}
+
+
+def measure_held_out(
+    index: AnnIndex,
+    queries: NDArray[np.float32],
+    truth: NDArray[np.int64],
+    options: IndexOptions,
+) -> dict[str, Any]:
+    """Measure recall and latency with the index's parameters on the second half of the queries.
+
+    Args:
+        truth: (n, k) items of largest inner product.
+    """
+    k, half = truth.shape[1], max(1, len(queries) // 2)
+    held = slice(half, None) if len(queries) > half else slice(0, half)
     found = recall(index.search(queries[held], k)[1], truth[held])
     latency = []
     for query in queries[held][:200]:
@@ -59,14 +76,12 @@ def tune(
         index.search(query[None], k)
         latency.append(time.perf_counter() - began)
     return {
-        "parameters": chosen,
         "recall": {
             "k": k,
             "mean": float(found.mean()),
             "std_error": float(found.std() / max(1, len(found)) ** 0.5),
             "contexts": len(found),
             "target": options.target_recall,
-            "tried": tried,
         },
         "latency_ms": {
             "p50": 1e3 * float(np.quantile(latency, 0.5)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from offtower.ancestry import descent, earlier_folders
 from offtower.config import Config, config_fingerprint
 from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.data.ledger import record
-from offtower.data.log import ParquetLog
+from offtower.data.log import Log, ParquetLog
+from offtower.data.replay import ReplayLog
 from offtower.data.row_sketch import RowSketch, sketched_columns
 from offtower.errors import ConfigError
 from offtower.evaluation.estimators import make_estimator
@@ -246,8 +247,8 @@ def _finish(run: ClaimedRun, config: Config, data: PreparedData, trained: Traine
     save_policy(run.policy, policy, facts)
     used = _logs_used(config, data, result)
     on_record = {"run": str(run.path), "policy": policy_digest(run.policy)}
-    for part, (place, log) in used.items():
-        record(place, log.content.fingerprint, _EVENTS[part], on_record)
+    for one in used:
+        record(one.place, one.log.content.fingerprint, _EVENTS[one.part], on_record)
     run.update_manifest(
         {
             **facts,
@@ -279,25 +280,37 @@ _EVENTS = {"train": "trained", "validation": "validated"}
 """Kinds of entries in the ledgers of a run's logs (`data.ledger`)."""
 
 
-def _logs_used(
-    config: Config, data: PreparedData, result: TrainingResult
-) -> dict[str, tuple[str, ParquetLog]]:
-    """By part, path and log that the policy was learned from or its epoch chosen on."""
+@dataclass(frozen=True)
+class UsedLog:
+    """A log that the policy was learned from ("train"), or its epoch chosen on ("validation")."""
+
+    part: str
+    place: str
+    log: ParquetLog
+
+
+def _logs_used(config: Config, data: PreparedData, result: TrainingResult) -> list[UsedLog]:
+    """The logs that have a part in the policy, with those that rows were replayed from."""
     chosen = result.validation is not None and result.chosen is None
-    parts = (
-        ("train", config.data.train, data.train),
+    train = data.train
+    parts: list[tuple[str, str | None, Log | None]] = [
+        ("train", config.data.train, train.own if isinstance(train, ReplayLog) else train),
         ("validation", config.data.validation if chosen else None, data.validation),
-    )
-    return {
-        part: (place, log)
+    ]
+    if isinstance(train, ReplayLog):
+        parts += [("train", place, log) for place, log in train.older.items()]
+    return [
+        UsedLog(part, place, log)
         for part, place, log in parts
         if place is not None and isinstance(log, ParquetLog)
-    }
+    ]
 
 
-def _data_files(config: Config, used: Mapping[str, tuple[str, ParquetLog]]) -> dict[str, list[str]]:
+def _data_files(config: Config, used: Sequence[UsedLog]) -> dict[str, list[str]]:
     """Identities of the files that the policy, or one it started from, was made with."""
-    files = {part: list(log.content.files) for part, (_, log) in used.items()}
+    files: dict[str, list[str]] = {}
+    for one in used:
+        files.setdefault(one.part, []).extend(one.log.content.files)
     ancestors: set[str] = set()
     for policy in earlier_folders(config):
         earlier = RunDirectory(Path(policy).parent).manifest().get("data_files", {})
@@ -305,12 +318,12 @@ def _data_files(config: Config, used: Mapping[str, tuple[str, ParquetLog]]) -> d
     return {**files, "ancestors": sorted(ancestors)} if ancestors else files
 
 
-def _validation_rows(used: Mapping[str, tuple[str, ParquetLog]]) -> dict[str, str] | None:
+def _validation_rows(used: Sequence[UsedLog]) -> dict[str, str] | None:
     """Sketch of the rows that the epoch was chosen on, by which copies of them are found in other
     logs; reads them once."""
-    if "validation" not in used:
+    log = next((one.log for one in used if one.part == "validation"), None)
+    if log is None:
         return None
-    _, log = used["validation"]
     groups = range(len(log.row_group_sizes))
     tables = log.read_row_groups(groups, sketched_columns(log.schema))
     return RowSketch.of(tables, log.schema).to_dict()
