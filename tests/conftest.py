@@ -5,15 +5,31 @@ Tests of threads set their own number."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
+import pytest  # noqa: E402
 import torch  # noqa: E402  (after the environment that it reads)
 from hypothesis import settings  # noqa: E402
+
+from tests.lighter import without_charts, without_graphs  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # No test asserts a time, also not by hypothesis' deadline.
 settings.register_profile("offtower", deadline=None)
 settings.load_profile("offtower")
+
+
+@pytest.fixture
+def no_graphs() -> Iterator[None]:
+    with without_graphs():
+        yield
+
+
+@pytest.fixture
+def no_charts() -> Iterator[None]:
+    with without_charts():
+        yield

@@ -15,6 +15,11 @@ from offtower import quickstart
 from offtower.cli import app
 
 
+@pytest.fixture(scope="module", autouse=True)
+def lighter() -> None:
+    """This report has its charts."""
+
+
 def test_quickstart_writes_a_report_with_unbiased_estimates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
