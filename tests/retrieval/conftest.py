@@ -12,6 +12,7 @@ from offtower.data import write_catalogue, write_log
 from offtower.data.simulate import SimulatedWorld, WorldSettings
 from offtower.retrieval import ExportOptions, IndexOptions, export_run
 from offtower.training.run import train_run
+from tests.lighter import without_graphs
 
 
 @pytest.fixture(scope="session")
@@ -50,4 +51,5 @@ def run(tmp_path_factory: pytest.TempPathFactory, world: SimulatedWorld) -> Path
 def exported(run: Path) -> Path:
     pytest.importorskip("faiss")
     options = ExportOptions(index=IndexOptions(kind="ivf_flat", k=20), contexts=400, kept=20)
-    return export_run(run, options)
+    with without_graphs():
+        return export_run(run, options)

@@ -32,6 +32,7 @@ from offtower.retrieval import (
     served_schema,
 )
 from offtower.training.run import train_run
+from tests.lighter import without_graphs
 
 ROWS = 4000
 
@@ -52,7 +53,8 @@ def learn(folder: Path, log: Path, number: int) -> Retriever:
         }
     )
     train_run(config)
-    export_run(config.run_directory, ExportOptions(index=None, onnx=False, contexts=200))
+    with without_graphs():
+        export_run(config.run_directory, ExportOptions(index=None, contexts=200))
     return Retriever.open(config.run_directory)
 
 

@@ -154,6 +154,7 @@ def test_lancedb_reads_the_parquet(run: Path, exported: Path, tmp_path: Path) ->
     assert found == retriever.search(context, 10, exact=True).item_id[0]
 
 
+@pytest.mark.usefixtures("no_graphs")
 def test_columns_for_vector_databases(run: Path) -> None:
     options = ExportOptions(
         index=None, onnx=False, contexts=50, kept=50, layout="vector_db", fixed_size=False
@@ -166,6 +167,7 @@ def test_columns_for_vector_databases(run: Path) -> None:
     assert set(first) == {"price", "genre", "tags"}
 
 
+@pytest.mark.usefixtures("no_graphs")
 @pytest.mark.parametrize(("dtype", "least"), [("float16", 0.99), ("int8", 0.9)])
 def test_reduced_precision_reports_its_recall(run: Path, dtype: str, least: float) -> None:
     options = ExportOptions(dtype=dtype, index=None, onnx=False, contexts=100, kept=50)  # type: ignore[arg-type]
@@ -179,6 +181,7 @@ def test_reduced_precision_reports_its_recall(run: Path, dtype: str, least: floa
     assert kept == pytest.approx(measured["recall@100"], abs=0.02)
 
 
+@pytest.mark.usefixtures("no_graphs")
 def test_items_added_after_training_are_found_from_their_features(
     run: Path, world: SimulatedWorld, tmp_path: Path
 ) -> None:
@@ -333,6 +336,7 @@ def test_a_row_group_is_read_once(
     assert read == [[0], [1]]
 
 
+@pytest.mark.usefixtures("no_graphs")
 def test_an_export_in_parts_is_served_like_one_in_one_file(
     run: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

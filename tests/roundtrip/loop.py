@@ -43,6 +43,7 @@ from offtower.retrieval import (
 from offtower.retrieval.propensity_sampler import Mode
 from offtower.retrieval.retriever import Filter
 from offtower.training.run import train_run
+from tests.lighter import without_graphs
 
 START = datetime(2026, 1, 3, 12, 0, tzinfo=UTC)
 _PLAN = JoinPlan((("round_id", "round_id"), ("position", "position")), (JoinedReward("reward"),))
@@ -124,11 +125,11 @@ class Loop:
         train_run(config)
         options = ExportOptions(
             index=None,
-            onnx=False,
             parquet=False,
             contexts=100,
         )
-        export_run(config.run_directory, options)
+        with without_graphs():
+            export_run(config.run_directory, options)
         return cls(world, folder, config.run_directory, Retriever.open(config.run_directory))
 
     @cached_property

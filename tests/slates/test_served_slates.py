@@ -25,6 +25,7 @@ from offtower.retrieval import (
     served_schema,
 )
 from offtower.training.run import train_run
+from tests.lighter import without_graphs
 from tests.mappers import BACKWARDS
 
 ROUNDS, K = 1500, 5
@@ -54,7 +55,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, np.nda
         }
     )
     train_run(config)
-    export_run(config.run_directory, ExportOptions(index=None, onnx=False, contexts=200))
+    with without_graphs():
+        export_run(config.run_directory, ExportOptions(index=None, contexts=200))
     retriever = Retriever.open(config.run_directory)
     contexts = world.contexts(ROUNDS, seed=5)
     contexts = contexts.append_column("user_id", pa.array(np.arange(ROUNDS)))

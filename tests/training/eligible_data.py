@@ -18,6 +18,7 @@ from offtower.prepare import PreparedData, prepare
 from offtower.progress import Progress
 from offtower.retrieval import ExportOptions, IndexOptions, export_run
 from offtower.training.run import train_run
+from tests.lighter import without_graphs
 
 N = 70
 REGIONS = ("de", "fr", "it", "es")
@@ -122,5 +123,6 @@ def exported_run(folder: Path, forms: tuple[str, ...], index: IndexOptions | Non
         source="test",
     )
     train_run(config)
-    export_run(config.run_directory, ExportOptions(index=index, onnx=False, contexts=50))
+    with without_graphs():
+        export_run(config.run_directory, ExportOptions(index=index, contexts=50))
     return config.run_directory

@@ -38,6 +38,7 @@ def store(
     return handler, tuple(f"data.{name}={root}/logs/{name}" for name in PARTS)
 
 
+@pytest.mark.usefixtures("no_graphs")
 def test_train_evaluate_export(
     simulated: Path,
     store: tuple[Unruly, tuple[str, ...]],
