@@ -39,7 +39,7 @@ NO_WALK, NO_DISPERSION = 0.2, 0.85
 """Prior weights of rho = 0 and phi = 1. The rest is shared, by the values of phi equally, by those
 of rho as sqrt(rho): with some dozens of cells the likelihood of a random walk often is largest near
 rho = 0 (Shephard 1993), and with more weight there forecasts cover too little. Chosen by coverage
-over ten kinds of drift, and measured on ten others (docs/results)."""
+over some kinds of drift, and measured on others (docs/results)."""
 MOST_AHEAD = 0.5
 """A forecast reaches at most so far, as a share of the log's length."""
 
