@@ -13,7 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from offtower.data import Catalogue, CatalogueSchema, FeatureSpec, copies, write_catalogue
+from offtower.data import (
+    Catalogue,
+    CatalogueSchema,
+    FeatureSpec,
+    copies,
+    node_cache,
+    write_catalogue,
+)
 from offtower.data.location import Location
 from offtower.errors import DataError
 from offtower.retrieval.catalogue_stream import CatalogueStream
@@ -28,7 +35,7 @@ def table(n: int, first: float = 0.0) -> pa.Table:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(copies.FOLDER, str(tmp_path / "cache"))
+    monkeypatch.setenv(node_cache.FOLDER, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -82,7 +89,7 @@ def test_the_least_recently_used_copy_that_is_closed_is_evicted(
     for name in "abc":
         write_catalogue(f"{root}/{name}", table(2000), SCHEMA)
     size = Location.of(f"{root}/a/part-00000.parquet").files()[0].size
-    monkeypatch.setenv(copies.GIB, str(2.5 * size / 2**30))
+    monkeypatch.setenv(node_cache.GIB, str(2.5 * size / 2**30))
     opened = Catalogue.open(f"{root}/a")
     Catalogue.open(f"{root}/b")
     third = Catalogue.open(f"{root}/c")
@@ -101,7 +108,7 @@ def test_a_full_disk_is_not_filled(cache: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(DataError, match=r"the disk has 1 GiB free, of which 1 GiB stay free"):
         Catalogue.open(f"{root}/items")
     assert entries(cache) == []
-    monkeypatch.setenv(copies.GIB, "much")
+    monkeypatch.setenv(node_cache.GIB, "much")
     with pytest.raises(DataError, match="OFFTOWER_CACHE_GIB='much' must be a number"):
         Catalogue.open(f"{root}/items")
 
@@ -112,7 +119,7 @@ def test_an_unusable_cache_folder_is_refused(
     root = in_memory(monkeypatch)
     write_catalogue(f"{root}/items", table(10), SCHEMA)
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv(copies.FOLDER, str(tmp_path / "file"))
+    monkeypatch.setenv(node_cache.FOLDER, str(tmp_path / "file"))
     with pytest.raises(DataError, match=r"cannot be kept in .*OFFTOWER_CACHE=FOLDER"):
         Catalogue.open(f"{root}/items")
 

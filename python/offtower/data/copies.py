@@ -1,41 +1,43 @@
-"""A local cache of files in object stores, for files that are read repeatedly or memory-mapped.
+"""Copies of files in object stores, for files that are read repeatedly or memory-mapped.
 
-All processes of a machine share the folder OFFTOWER_CACHE (default ~/.cache/offtower) of at most
-OFFTOWER_CACHE_GIB GiB (default 100). The key of a copy is its address, size and time of change.
-Copies appear atomically; the least recently used one that is not open is evicted first.
+They are entries of the machine's cache (`offtower.data.node_cache`). The key of a copy is its
+address, size and time of change.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 
-from offtower.atomic import remove_leftovers, replace_directory, write_text
+from offtower.atomic import write_text
 from offtower.data.location import ListedFile
+from offtower.data.node_cache import (
+    FOLDER,
+    Entry,
+    building,
+    cache_folder,
+    gib,
+    make_room,
+    new_entry,
+    open_entry,
+)
 from offtower.data.read_ahead import ParallelReadAhead
 from offtower.data.stores import limit, retry
 from offtower.errors import DataError
 
 logger = logging.getLogger("offtower.stores")
 
-FOLDER, GIB = "OFFTOWER_CACHE", "OFFTOWER_CACHE_GIB"
-SPARE_BYTES = 2**30
-"""Disk space that copies leave free."""
 _RANGE = 16 * 2**20
 _THREADS = 8
 _LOG_ABOVE = 256 * 2**20
-_DATA, _LOCK, _ORIGIN = "data", "lock", "origin.json"
+_DATA, _ORIGIN = "data", "origin.json"
 
 
 class LocalCopies:
@@ -44,7 +46,7 @@ class LocalCopies:
     def __init__(self, files: Sequence[ListedFile]) -> None:
         self._files = list(files)
         self._paths: list[Path] | None = None
-        self._held: list[IO[bytes]] = []
+        self._held: list[Entry] = []
 
     def __len__(self) -> int:
         return len(self._files)
@@ -72,54 +74,27 @@ class LocalCopies:
         return self._paths[number]
 
 
-def cache_folder() -> Path:
-    """Return the folder of the cache."""
-    given = os.environ.get(FOLDER)
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offtower"
-
-
-def cache_bytes() -> int:
-    """Return the size limit of the cache.
-
-    Raises:
-        DataError: OFFTOWER_CACHE_GIB is not a valid number.
-    """
-    text = os.environ.get(GIB, "100")
+def _open_copies(files: Sequence[ListedFile], held: list[Entry]) -> list[Path]:
+    """Return paths of copies; `held` gets their entries."""
     try:
-        size = float(text) * 2**30
-    except ValueError:
-        size = -1.0
-    if not 0 <= size < 2**63:
-        raise DataError(f"{GIB}='{text}' must be a number of GiB")
-    return int(size)
-
-
-def _open_copies(files: Sequence[ListedFile], held: list[IO[bytes]]) -> list[Path]:
-    """Return paths of copies; `held` gets open files that protect them from eviction."""
-    folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
-            entries = [folder / _key(one) for one in files]
-            missing: list[tuple[ListedFile, Path]] = []
-            for one, entry in zip(files, entries, strict=True):
-                if (entry / _DATA).exists():
-                    held.append(_share(entry))
-                elif entry not in [place for _, place in missing]:
-                    missing.append((one, entry))
-            if missing:
-                remove_leftovers(folder)
-                _make_room(folder, sum(one.size for one, _ in missing))
-                _copy(missing, folder)
-                held += [_share(entry) for _, entry in missing]
+        found = {_key(one): open_entry(_key(one)) for one in files}
+        if None in found.values():
+            with building() as folder:
+                # Another process may have copied some meanwhile.
+                found |= {key: open_entry(key) for key, one in found.items() if one is None}
+                missing = {_key(one): one for one in files if found[_key(one)] is None}
+                if missing:
+                    make_room(folder, sum(one.size for one in missing.values()), "copies")
+                    _copy(list(missing.values()), folder)
+                    found |= {key: open_entry(key) for key in missing}
     except OSError as error:
         raise DataError(
-            f"copies of '{files[0].location}' cannot be kept in '{folder}' ({error}); "
+            f"copies of '{files[0].location}' cannot be kept in '{cache_folder()}' ({error}); "
             f"{FOLDER}=FOLDER in the environment names another place"
         ) from error
-    return [entry / _DATA for entry in entries]
+    entries = {key: one for key, one in found.items() if one is not None}
+    held += entries.values()
+    return [entries[_key(one)].path / _DATA for one in files]
 
 
 def _key(one: ListedFile) -> str:
@@ -127,76 +102,19 @@ def _key(one: ListedFile) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the cache's lock: one process at a time copies and evicts."""
-    began, logged = time.monotonic(), False
-    with open(folder / _LOCK, "ab") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not logged and time.monotonic() - began > 15.0:
-                    logged = True
-                    logger.warning("waiting for another process that copies into '%s'", folder)
-                time.sleep(0.05)
-        yield
-
-
-def _share(entry: Path) -> IO[bytes]:
-    """Mark a copy as used while the returned file is open."""
-    os.utime(entry / _LOCK)
-    lock = open(entry / _LOCK, "rb")  # noqa: SIM115
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    return lock
-
-
-def _make_room(folder: Path, wanted: int) -> None:
-    """Evict closed copies, least recently used first, until `wanted` bytes fit."""
-    most = cache_bytes()
-    entries = [entry for entry in folder.iterdir() if (entry / _DATA).exists()]
-    entries.sort(key=lambda entry: (entry / _LOCK).stat().st_mtime_ns)
-    sizes = {entry: (entry / _DATA).stat().st_size for entry in entries}
-
-    def fits() -> bool:
-        free = shutil.disk_usage(folder).free
-        return sum(sizes.values()) + wanted <= most and wanted + SPARE_BYTES <= free
-
-    for entry in entries:
-        if fits():
-            return
-        with open(entry / _LOCK, "rb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            shutil.rmtree(entry)
-            del sizes[entry]
-    if fits():
-        return
-    free = shutil.disk_usage(folder).free
-    raise DataError(
-        f"no room for copies of {_gib(wanted)} in '{folder}': its limit is {_gib(most)} "
-        f"({GIB}), {_gib(sum(sizes.values()))} of it are in use, and the disk has {_gib(free)} "
-        f"free, of which {_gib(SPARE_BYTES)} stay free. Raise the limit, or set {FOLDER} to a "
-        "folder on a larger disk"
-    )
-
-
-def _copy(missing: Sequence[tuple[ListedFile, Path]], folder: Path) -> None:
-    wanted = sum(one.size for one, _ in missing)
+def _copy(missing: Sequence[ListedFile], folder: Path) -> None:
+    wanted = sum(one.size for one in missing)
     if wanted > _LOG_ABOVE:
         logger.warning(
             "copying %s ('%s'%s) to '%s', once for this machine",
-            _gib(wanted),
-            missing[0][0].location,
+            gib(wanted),
+            missing[0].location,
             "" if len(missing) == 1 else f" and {len(missing) - 1} more",
             folder,
         )
     parts = [
         (one, start, min(_RANGE, one.size - start))
-        for one, _ in missing
+        for one in missing
         for start in range(0, one.size, _RANGE)
     ]
     blocks = ParallelReadAhead(
@@ -209,15 +127,14 @@ def _copy(missing: Sequence[tuple[ListedFile, Path]], folder: Path) -> None:
         room=_THREADS * _RANGE,
     )
     done, logged = 0, time.monotonic()
-    for one, entry in missing:
-        with replace_directory(entry) as temporary:
+    for one in missing:
+        with new_entry(folder, _key(one)) as temporary:
             with open(temporary / _DATA, "wb") as sink:
                 for _ in range(0, one.size, _RANGE):
                     done += sink.write(next(blocks))
                     if time.monotonic() - logged > 60.0:
                         logged = time.monotonic()
-                        logger.warning("copied %s of %s", _gib(done), _gib(wanted))
-            (temporary / _LOCK).touch()
+                        logger.warning("copied %s of %s", gib(done), gib(wanted))
             write_text(temporary / _ORIGIN, json.dumps({"address": str(one.location)}) + "\n")
 
 
@@ -241,7 +158,3 @@ def _range(one: ListedFile, start: int, length: int) -> bytes:
         return retry(read, f"'{file}'")
     except (pa.ArrowException, OSError) as error:
         file.refuse(error, "copied")
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:,.3g} GiB"
