@@ -39,8 +39,9 @@ def test_lookups_equal_those_of_a_dictionary(kind: Any, type_: Any, data: Any) -
 @given(st.lists(INTEGERS, unique=True, min_size=1, max_size=12), st.lists(INTEGERS, max_size=12))
 def test_integers_in_any_order(values: list[int], asked: list[int]) -> None:
     found = Lookup(pa.array(values, pa.int64()))
-    keys = np.array(asked + values, dtype=np.int64)
-    assert found.find(keys).tolist() == expected(values, asked + values)
+    for one in (found, Lookup.of_parts(found.parts())):
+        got = one.find(pa.array(asked + values, pa.int64()))
+        assert got.tolist() == expected(values, asked + values)
     assert found.duplicate is None
 
 
@@ -51,15 +52,30 @@ def test_rising_integers_take_no_memory() -> None:
     assert Lookup(pa.array([3, 1, 2]))._order is not None
 
 
-def test_duplicate_keys_are_reported() -> None:
+def test_equal_values_are_reported() -> None:
     assert Lookup(pa.array([4, 2, 9, 2])).duplicate == (1, 3)
 
 
-def test_texts_with_one_hash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two values of the vocabulary share a key, or one shares its key with a value not in it."""
-    monkeypatch.setattr(
-        lookup, "hash_values", lambda v: np.array([len(x) for x in v.to_pylist()], dtype=np.uint64)
-    )
-    asked = pa.array(["b", "cc", "a", None, "dd", "x"])
-    assert Vocabulary(pa.array(["a", "b", "cc"])).find(asked).tolist() == [1, 2, 0, -1, -1, -1]
-    assert Vocabulary(pa.array(["a", "cc"])).find(asked).tolist() == [-1, 1, 0, -1, -1, -1]
+def _lengths(values: pa.Array) -> Any:
+    return np.array([len(x) for x in values.to_pylist()], dtype=np.uint64)
+
+
+@settings(max_examples=60)
+@given(st.lists(TEXT, unique=True, min_size=1, max_size=12), st.lists(TEXT, max_size=12))
+def test_texts_with_one_hash(values: list[str], asked: list[str]) -> None:
+    """Values share a key with each other, and with texts that are not among them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lookup, "hash_values", _lengths)
+        found = Lookup(pa.array(values, pa.large_string()))
+        assert found.duplicate is None
+        for one in (found, Lookup.of_parts(found.parts())):
+            got = one.find(pa.array(asked + values, pa.string()))
+            assert got.tolist() == expected(values, asked + values)
+        again = values.index(values[-1]), len(values)
+        assert Lookup(pa.array([*values, values[-1]])).duplicate == again
+        known = sorted(values)
+        vocabulary = Vocabulary(pa.array(known, pa.string()))
+        assert vocabulary.find(pa.array([None, *asked], pa.string())).tolist() == [
+            -1,
+            *expected(known, asked),
+        ]

@@ -74,6 +74,7 @@ class ParquetRows(CatalogueRows):
         directory: Location,
         manifest: Mapping[str, Any] | None,
     ) -> None:
+        self._listed = list(files)
         self._files = LocalCopies(files)
         self._columns = list(columns)
         self._groups: list[tuple[int, int]] = []
@@ -104,6 +105,20 @@ class ParquetRows(CatalogueRows):
         self._ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
         self.num_rows = int(self._ends[-1]) if sizes else 0
         self._last: tuple[int, pa.Table] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
+
+    @property
+    def identity(self) -> list[tuple[Any, ...]]:
+        """What tells the files' content: the sha256 of those that a manifest lists; of others
+        address, size, time of change and footer."""
+        return [
+            (footer.checksums.sha256,)
+            if footer.checksums is not None
+            else (str(one.location), one.size, one.mtime_ns, footer.digest)
+            for one, footer in zip(self._listed, self._footers, strict=True)
+        ]
 
     def slice(self, start: int, stop: int) -> pa.Table:
         parts = []
