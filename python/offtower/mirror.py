@@ -24,7 +24,7 @@ from offtower.run_directory import FETCHED
 logger = logging.getLogger("offtower.mirror")
 
 _NOT_COPIED = ("items", "ray")
-"""Folders that are not copied: a resumed run writes them again."""
+"""Folders that are not copied: encoded features of earlier versions, files of a job."""
 _LAST = ("state.json", "checksums.json", "manifest.json", "CURRENT")
 """Files that state that others are complete; they are sent after them."""
 _CONFIG = "config.yaml"

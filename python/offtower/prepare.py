@@ -197,7 +197,7 @@ def open_data(config: Config, progress: Progress, run_path: Path | None = None) 
         found = _fit(train, catalogue, progress, quarantine, earlier)
         if store is not None:
             _save(store, fingerprints, found)
-    return _prepared(train, validation, catalogue, found, run_path, quarantine)
+    return _prepared(train, validation, catalogue, found, quarantine)
 
 
 def prepare(
@@ -259,22 +259,17 @@ def _prepared(
     validation: Log | None,
     catalogue: Catalogue,
     found: Encodings,
-    run_path: Path | None = None,
     quarantine: Path | None = None,
 ) -> PreparedData:
     for encoding in (found.context, found.item):
-        encoding.share(catalogue.item_ids)
+        encoding.share(catalogue.lookup)
     return PreparedData(
         train=train,
         validation=validation,
         catalogue=catalogue,
         context_encoding=found.context,
         item_encoding=found.item,
-        items=ItemFeatures.from_catalogue(
-            catalogue,
-            found.item,
-            directory=None if run_path is None else run_path / "items",
-        ),
+        items=ItemFeatures.from_catalogue(catalogue, found.item),
         facts=found.facts,
         quarantine=quarantine,
         rows=found.rows,

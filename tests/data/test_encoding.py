@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from offtower.data import FeatureEncoding, FeatureSpec, encoding_fit
 from offtower.data.columns import hash_values
 from offtower.data.encoding import BagArray, concat, num_rows, take, to_tensors
+from offtower.data.lookup import Lookup
 from offtower.errors import DataError
 from tests.data.conftest import make_schema, make_table
 
@@ -125,8 +126,9 @@ def test_ids_are_held_once() -> None:
     table = pa.table({"id": ids, "other": [1, 1, 2]})
     encoding = FeatureEncoding.fit(specs, [table])
     before = encoding.encode(table)
-    encoding.share(ids)
-    assert encoding._vocabulary["id"] is ids and encoding._numbers["id"].values is ids
+    lookup = Lookup(ids)
+    encoding.share(lookup)
+    assert encoding._vocabulary["id"] is ids and encoding._numbers["id"]._lookup is lookup
     assert encoding.cardinality("other") == 3
     for name, value in encoding.encode(table).items():
         np.testing.assert_array_equal(value, before[name])

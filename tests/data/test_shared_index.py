@@ -24,6 +24,7 @@ from offtower.data import (
     node_cache,
     write_catalogue,
 )
+from offtower.data.mapped_lookup import open_vocabulary
 from offtower.errors import DataError
 
 SCHEMA = CatalogueSchema(features=(FeatureSpec(name="price", kind="numeric"),))
@@ -49,9 +50,7 @@ def entries(cache: Path) -> list[Path]:
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 @pytest.mark.parametrize("kind, type_", [(TEXT, pa.string()), (INTEGERS, pa.int64())])
-def test_ids_are_found_as_in_a_dictionary(
-    tmp_path: Path, kind: Any, type_: Any, data: Any
-) -> None:
+def test_ids_are_found_as_in_a_dictionary(tmp_path: Path, kind: Any, type_: Any, data: Any) -> None:
     ids = data.draw(st.lists(kind, unique=True, min_size=1, max_size=20))
     asked = data.draw(st.lists(st.none() | kind | st.sampled_from(ids), max_size=20))
     number = {item: i for i, item in enumerate(ids)}
@@ -175,3 +174,18 @@ def test_one_process_builds_and_another_replaces_a_killed_builder(
         assert os.waitpid(process, 0)[1] == 0
     assert sorted(said.read_text().split(" ")) == ["", *["-1]"] * 3, *["[7,"] * 3, "built"]
     assert not list(cache.glob(".*.partial")) and len(entries(cache)) == 1
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+@pytest.mark.parametrize("kind, type_", [(TEXT, pa.string()), (INTEGERS, pa.int64())])
+def test_vocabularies_are_shared(tmp_path: Path, kind: Any, type_: Any, data: Any) -> None:
+    values = sorted(data.draw(st.lists(kind, unique=True, min_size=1, max_size=20)))
+    asked = data.draw(st.lists(st.none() | kind | st.sampled_from(values), max_size=20))
+    pq.write_table(pa.table({"value": pa.array(values, type_)}), tmp_path / "v.parquet")
+    own, shared = (open_vocabulary(tmp_path / "v.parquet", above) for above in (1 << 30, 0))
+    assert shared.values.equals(own.values)
+    number = {value: i for i, value in enumerate(values)}
+    expected = [-1 if one is None else number.get(one, -1) for one in asked]
+    assert own.find(pa.array(asked, type_)).tolist() == expected
+    assert shared.find(pa.array(asked, type_)).tolist() == expected

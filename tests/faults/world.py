@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 
 from offtower.config import Config, parse_config
@@ -20,6 +21,7 @@ from offtower.data import (
     Catalogue,
     FeatureEncoding,
     ParquetLog,
+    node_cache,
     validate_log,
     write_catalogue,
     write_log,
@@ -161,9 +163,9 @@ def read_items(root: Path) -> Any:
     """What a run reads of a catalogue that is too large for memory."""
     catalogue = Catalogue.open(root / "catalogue")
     encoding = FeatureEncoding.load(root / "runs" / "factored" / "encodings" / "item")
-    items = ItemFeatures.from_catalogue(
-        catalogue, encoding, chunk=5, directory=root / "items", map_above=0
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(node_cache.FOLDER, str(root / "items"))
+        items = ItemFeatures.from_catalogue(catalogue, encoding, chunk=5, share_above=0)
     found = items.at(torch.arange(catalogue.num_items))
     return {name: repr(value) for name, value in found.items()}
 

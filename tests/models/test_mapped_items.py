@@ -10,9 +10,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from offtower.data import Catalogue, CatalogueSchema, FeatureEncoding, FeatureSpec
+from offtower.data import Catalogue, CatalogueSchema, FeatureEncoding, FeatureSpec, node_cache
 from offtower.data.encoding import BagTensor
-from offtower.errors import RunError
 from offtower.models import ItemFeatures
 
 N = 53
@@ -46,18 +45,31 @@ def same(one: Any, two: Any) -> None:
             assert torch.equal(value, other)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(node_cache.FOLDER, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def entries(cache: Path) -> list[Path]:
+    return sorted(path.parent for path in cache.glob("*/features.json"))
+
+
 @pytest.mark.parametrize("bags", [None, [[]] * N])
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("room", [True, False])
 def test_mapped_features_are_those_in_memory(
-    tmp_path: Path, bags: list[Any] | None, named: bool
+    cache: Path, monkeypatch: pytest.MonkeyPatch, bags: list[Any] | None, room: bool
 ) -> None:
     items, encoding = catalogue(bags)
     memory = ItemFeatures.from_catalogue(items, encoding, chunk=10)
-    folder = tmp_path / "items" if named else None
-    mapped = ItemFeatures.from_catalogue(items, encoding, 10, directory=folder, map_above=0)
-    assert mapped._mapped and not memory._mapped
+    monkeypatch.setenv(node_cache.GIB, "1" if room else "0")
+    mapped = ItemFeatures.from_catalogue(items, encoding, 10, share_above=0)
+    assert len(entries(cache)) == int(room)
+    dense = mapped.arrays["v"]
+    assert isinstance(dense, np.ndarray) and not dense.flags.writeable
     for start, stop in [(0, N), (0, 1), (17, 42), (N - 1, N)]:
         same(mapped.slice(start, stop), memory.slice(start, stop))
+        same(mapped.part(start, stop).slice(0, stop - start), memory.slice(start, stop))
     index = torch.tensor([5, 5, 0, N - 1, 11])
     same(mapped.at(index), memory.at(index))
     # What is handed out may be written to.
@@ -66,26 +78,31 @@ def test_mapped_features_are_those_in_memory(
     value.zero_()
 
 
-def test_features_on_disk_are_used_again_if_they_are_of_this_catalogue(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_features_on_disk_are_used_again_for_the_same_catalogue_and_encoding(
+    cache: Path,
 ) -> None:
     items, encoding = catalogue()
-    folder = tmp_path / "items"
-    first = ItemFeatures.from_catalogue(items, encoding, 10, directory=folder, map_above=0)
-    monkeypatch.setattr(FeatureEncoding, "encode", None)
-    again = ItemFeatures.from_catalogue(items, encoding, 10, directory=folder, map_above=0)
+    first = ItemFeatures.from_catalogue(items, encoding, 10, share_above=0)
+    (written,) = entries(cache)
+    loaded = FeatureEncoding.from_dict(encoding.to_dict())
+    again = ItemFeatures.from_catalogue(items, loaded, 10, share_above=0)
     same(again.slice(0, N), first.slice(0, N))
-    monkeypatch.undo()
+    assert entries(cache) == [written]
     other, _ = catalogue([[1]] * N)
-    changed = ItemFeatures.from_catalogue(other, encoding, 10, directory=folder, map_above=0)
+    changed = ItemFeatures.from_catalogue(other, encoding, 10, share_above=0)
     bag = changed.slice(0, N)["b"]
     assert isinstance(bag, BagTensor) and len(bag.values) == N
+    recoded = FeatureEncoding.fit(encoding.specs, [items.table(0, N - 1)])
+    ItemFeatures.from_catalogue(items, recoded, 10, share_above=0)
+    assert len(entries(cache)) == 3
 
 
-def test_damaged_features_are_named(tmp_path: Path) -> None:
+def test_damaged_features_are_written_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     items, encoding = catalogue()
-    folder = tmp_path / "items"
-    ItemFeatures.from_catalogue(items, encoding, 10, directory=folder, map_above=0)
-    (folder / "1.npy").write_bytes(b"broken")
-    with pytest.raises(RunError, match="remove that folder"):
-        ItemFeatures.from_catalogue(items, encoding, 10, directory=folder, map_above=0)
+    first = ItemFeatures.from_catalogue(items, encoding, 10, share_above=0)
+    (written,) = entries(cache)
+    (written / "1.npy").unlink()
+    (written / "1.npy").write_bytes(b"broken")
+    again = ItemFeatures.from_catalogue(items, encoding, 10, share_above=0)
+    assert "1.npy' is truncated" in caplog.text
+    same(again.slice(0, N), first.slice(0, N))

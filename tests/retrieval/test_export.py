@@ -24,7 +24,8 @@ from torch import nn
 
 from offtower.checksums import describe_files, verify_file, write_checked_json
 from offtower.config import TowerConfig
-from offtower.data import Catalogue, write_catalogue
+from offtower.data import Catalogue, array_files, write_catalogue
+from offtower.data.array_files import map_array
 from offtower.data.encoding import FeatureEncoding, to_tensors
 from offtower.data.location import Location
 from offtower.data.log import ParquetLog
@@ -34,8 +35,7 @@ from offtower.errors import DataError, OfftowerError, RunError
 from offtower.execution import LOCAL
 from offtower.models import ItemFeatures, load_policy, save_policy
 from offtower.models.features import FeatureEncoder
-from offtower.retrieval import ExportOptions, Retriever, array_files, export_run
-from offtower.retrieval.array_files import map_array
+from offtower.retrieval import ExportOptions, Retriever, export_run
 from offtower.retrieval.catalogue_stream import CatalogueStream
 from offtower.retrieval.graphs import graph_inputs, write_graphs
 from offtower.retrieval.manifest import read_manifest, write_manifest

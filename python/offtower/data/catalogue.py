@@ -16,6 +16,7 @@ from offtower.data.catalogue_index import CatalogueIndex, open_index
 from offtower.data.catalogue_rows import SLICE_ROWS, CatalogueRows, ParquetRows, TableRows
 from offtower.data.columns import Column, is_number
 from offtower.data.location import AnyPath, Location
+from offtower.data.lookup import Lookup
 from offtower.data.manifest import find_parquet_files, read_manifest, write_manifest
 from offtower.data.output import check_new, new_directory, new_file
 from offtower.data.parquet import Footer
@@ -30,8 +31,8 @@ Derived = TypeVar("Derived")
 class Catalogue:
     """N items in a fixed order; item number i is row i.
 
-    Ids and their index stay in memory, or are mapped (`data.catalogue_index`). Features in files are
-    read on demand, a row group at a time.
+    Ids and their index stay in memory, or are mapped (`data.catalogue_index`). Features in files
+    are read on demand, a row group at a time.
 
     Args:
         rows: one row per item.
@@ -126,6 +127,11 @@ class Catalogue:
     def item_ids(self) -> pa.Array:
         """(N,) ids in the order of the items."""
         return self._index.ids
+
+    @property
+    def lookup(self) -> Lookup:
+        """Of the ids."""
+        return self._index.lookup
 
     def index_only(self) -> Catalogue:
         """Return a copy without features, for other processes. A shared index is not sent, but

@@ -31,15 +31,13 @@ from offtower.data.columns import (
     is_text,
 )
 from offtower.data.lookup import Lookup
-from offtower.data.mapped_lookup import open_lookup, write_lookup
+from offtower.data.mapped_lookup import BYTES_OF_VALUE, open_lookup, write_lookup
 from offtower.data.node_cache import SHARE_ABOVE, built_entry
 from offtower.data.schema import CatalogueSchema
 from offtower.errors import DataError
 
 _FORMAT = "index 1"
 _FACTS = "catalogue.json"
-_TEXT_BYTES, _INTEGER_BYTES = 36, 20
-"""Of an item, about: id, key and number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +95,7 @@ def open_index(rows: ParquetRows, schema: CatalogueSchema) -> CatalogueIndex:
     Raises:
         DataError: as `CatalogueIndex.of`.
     """
-    size = rows.num_rows * (
-        _TEXT_BYTES if is_text(rows.schema.field(schema.item_id).type) else _INTEGER_BYTES
-    )
+    size = rows.num_rows * BYTES_OF_VALUE
     if size > SHARE_ABOVE:
         key = hashlib.sha256(repr((_FORMAT, schema, rows.identity)).encode()).hexdigest()[:32]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -42,7 +44,8 @@ from offtower.data.features import (
     to_tensors,
 )
 from offtower.data.histories import AGE, DWELL, EVENT, HistoryBasis, read_events
-from offtower.data.lookup import Vocabulary
+from offtower.data.lookup import Lookup, Vocabulary
+from offtower.data.mapped_lookup import open_vocabulary
 from offtower.data.schema import FeatureSpec, spec_from_dict, spec_to_dict
 from offtower.errors import RunError
 from offtower.paths import safe_relative
@@ -62,6 +65,7 @@ __all__ = [
 
 _FILE = "encoding.json"
 _ROWS_AT_ONCE = 4096
+_VALUES_AT_ONCE = 1 << 20
 
 
 class FeatureEncoding:
@@ -253,22 +257,36 @@ class FeatureEncoding:
         """
         try:
             content = read_checked_json(directory / _FILE)
-            values = {
-                name: _read_vocabulary(directory / safe_relative(file, directory / _FILE, RunError))
+            known = {
+                name: open_vocabulary(directory / safe_relative(file, directory / _FILE, RunError))
                 for name, file in content["vocabulary"].items()
             }
-            return cls._from_parts(content, values)
+            found = cls._from_parts(content, {name: one.values for name, one in known.items()})
+            found._numbers = known
+            return found
         except RunError:
             raise
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise RunError(f"the encoding at '{directory}' cannot be read: {error}") from error
 
-    def share(self, values: pa.Array) -> None:
-        """Replace vocabularies equal to `values` (such as the catalogue's ids), to save memory."""
+    def share(self, lookup: Lookup) -> None:
+        """Use a lookup (such as that of the catalogue's ids) for vocabularies equal to its values,
+        to save memory."""
         for name, vocabulary in self._vocabulary.items():
-            if vocabulary.equals(values):
-                self._vocabulary[name] = values
-                self._numbers[name] = Vocabulary(values)
+            if vocabulary.equals(lookup.values):
+                self._vocabulary[name] = lookup.values
+                self._numbers[name] = Vocabulary(lookup.values, lookup)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of everything that encoded features depend on."""
+        found = hashlib.sha256(json.dumps(self.numbers(), sort_keys=True).encode())
+        for name, values in self._vocabulary.items():
+            found.update(f"{name}:{len(values)}".encode())
+            for start in range(0, len(values), _VALUES_AT_ONCE):
+                part = pa.record_batch([values.slice(start, _VALUES_AT_ONCE)], names=["value"])
+                found.update(part.serialize())
+        return found.hexdigest()
 
     def numbers(self) -> dict[str, Any]:
         """Return specs, means, scales and types as JSON content, without the vocabularies."""
@@ -360,7 +378,3 @@ def _timestamp(specs: tuple[FeatureSpec, ...], histories: HistoryBasis | None) -
     """The column of the rows' times, where histories have times."""
     timed = any(spec.times is not None for spec in specs)
     return histories.timestamp if histories is not None and timed else None
-
-
-def _read_vocabulary(file: Path) -> pa.Array:
-    return pq.read_table(file).column("value").combine_chunks()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -111,8 +112,13 @@ def to_tensors(
 
 
 def tensor_of(array: np.ndarray, device: torch.device = CPU) -> Tensor:
-    """Convert an array to a tensor, which shares memory on the CPU."""
-    return to_device(torch.from_numpy(array), device)
+    """Convert an array to a tensor, which shares memory on the CPU; a tensor of a read-only array
+    must not be written to, which would end the process."""
+    if array.flags.writeable:
+        return to_device(torch.from_numpy(array), device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of read-only memory.
+        return to_device(torch.from_numpy(array), device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

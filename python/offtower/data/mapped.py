@@ -12,103 +12,69 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offtower.checksums import checked_directory, read_json, verify_directory, write_checked_json
+from offtower.checksums import read_checked_json, write_checked_json
 from offtower.data.features import BagArray, FeatureArrays
-from offtower.errors import RunError
 
 _FILE = "features.json"
 
 
-def write_mapped(
-    directory: Path, parts: Iterable[FeatureArrays], num_rows: int, fingerprint: str
-) -> None:
-    """Write features that arrive in parts, atomically, in the memory of one part.
+def write_mapped(directory: Path, parts: Iterable[FeatureArrays], num_rows: int) -> None:
+    """Write features that arrive in parts, in the memory of one part.
 
     Args:
-        directory: replaced where it exists.
+        directory: an empty folder.
         parts: all rows, in order, with the same names.
         num_rows: rows of all parts.
-        fingerprint: of the encoded rows.
     """
-    with checked_directory(directory) as temporary:
-        writers: dict[str, _Dense | _Bag] = {}
-        for part in parts:
-            for number, (name, value) in enumerate(part.items()):
-                if name not in writers:
-                    writers[name] = (
-                        _Bag(temporary, number, value, num_rows)
-                        if isinstance(value, BagArray)
-                        else _Dense(temporary, number, value, num_rows)
-                    )
-                writers[name].add(value)
-        for writer in writers.values():
-            writer.close()
-        content = {
-            "fingerprint": fingerprint,
-            "features": {
-                name: {"number": number, "bag": isinstance(writer, _Bag)}
-                for number, (name, writer) in enumerate(writers.items())
-            },
-        }
-        write_checked_json(temporary / _FILE, content)
-
-
-def open_mapped(directory: Path, fingerprint: str) -> FeatureArrays | None:
-    """Open the features as read-only memory maps; None if there are none of this fingerprint.
-
-    Raises:
-        RunError: a file is missing or damaged.
-    """
-    path = directory / _FILE
-    if not path.exists():
-        return None
-    verify_directory(directory, "remove that folder, and it is written again")
-    try:
-        content = read_json(path)
-        if content["fingerprint"] != fingerprint:
-            return None
-        arrays: FeatureArrays = {}
-        for name, facts in content["features"].items():
-            number = facts["number"]
-            if facts["bag"]:
-                arrays[name] = BagArray(
-                    _map(directory / f"{number}.values.npy"),
-                    _map(directory / f"{number}.offsets.npy"),
+    writers: dict[str, _Dense | _Bag] = {}
+    for part in parts:
+        for number, (name, value) in enumerate(part.items()):
+            if name not in writers:
+                writers[name] = (
+                    _Bag(directory, number, value, num_rows)
+                    if isinstance(value, BagArray)
+                    else _Dense(directory, number, value, num_rows)
                 )
-            else:
-                arrays[name] = _map(directory / f"{number}.npy")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"the encoded features at '{directory}' cannot be read ({error}); remove that folder, "
-            "and they are written anew"
-        ) from error
+            writers[name].add(value)
+    for writer in writers.values():
+        writer.close()
+    content = {
+        name: {"number": number, "bag": isinstance(writer, _Bag)}
+        for number, (name, writer) in enumerate(writers.items())
+    }
+    write_checked_json(directory / _FILE, {"features": content})
+
+
+def open_mapped(directory: Path) -> FeatureArrays:
+    """Open the features as read-only memory maps."""
+    arrays: FeatureArrays = {}
+    for name, facts in read_checked_json(directory / _FILE)["features"].items():
+        number = facts["number"]
+        if facts["bag"]:
+            arrays[name] = BagArray(
+                _map(directory / f"{number}.values.npy"), _map(directory / f"{number}.offsets.npy")
+            )
+        else:
+            arrays[name] = _map(directory / f"{number}.npy")
     return arrays
 
 
-def is_mapped(arrays: FeatureArrays) -> bool:
-    """Whether the arrays are memory maps, whose memory tensors must not share."""
-    for value in arrays.values():
-        dense = value.offsets if isinstance(value, BagArray) else value
-        return isinstance(dense, np.memmap)
-    return False
-
-
 def slice_arrays(arrays: FeatureArrays, start: int, stop: int) -> FeatureArrays:
-    """Copy rows start..stop-1."""
+    """Rows start..stop-1, as views but for the offsets of bags."""
     result: FeatureArrays = {}
     for name, value in arrays.items():
         if isinstance(value, BagArray):
-            offsets = np.array(value.offsets[start : stop + 1])
-            values = np.array(value.values[offsets[0] : offsets[-1]])
+            offsets = value.offsets[start : stop + 1]
+            values = value.values[offsets[0] : offsets[-1]]
             result[name] = BagArray(values, offsets - offsets[0])
         else:
-            result[name] = np.array(value[start:stop])
+            result[name] = value[start:stop]
     return result
 
 
 def _map(path: Path) -> NDArray[Any]:
-    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array
+    # As a plain array, whose slices are cheaper than those of a memmap.
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 class _Dense:

@@ -40,6 +40,7 @@ from offtower.evaluation.samples import joined
 from offtower.evaluation.scoring.batches import BatchScorer, LogSource
 from offtower.evaluation.scoring.clock import LogClock
 from offtower.evaluation.scoring.clusters import ClusterWeights, ItemClusters, item_clusters
+from offtower.evaluation.scoring.embedded_items import embed_on_workers
 from offtower.evaluation.scoring.pair_models import EXACT_PAIRS
 from offtower.evaluation.scoring.policy import PolicyScorer
 from offtower.evaluation.scoring.propensities import estimate_logged
@@ -55,7 +56,7 @@ from offtower.evaluation.slate_options import (
 )
 from offtower.evaluation.sums import EvaluationSums
 from offtower.execution import Execution
-from offtower.mapping import MergeTree, pieces
+from offtower.mapping import Mapper, MergeTree, pieces
 from offtower.models.reward.dense import flatten
 from offtower.prepare import log_schema
 from offtower.progress import Progress, report_rows
@@ -153,15 +154,18 @@ class Evaluator:
         """By name, the evaluated policies: those that are served first."""
         return evaluated_policies(self.runs, self.also)
 
-    def plan(self, select: str | None, progress: Progress) -> EvaluationPlan:
+    def plan(
+        self, select: str | None, progress: Progress, mapper: Mapper | None = None
+    ) -> EvaluationPlan:
         """Fit reward models, estimate propensities, choose parameters by SLOPE on the first rows.
 
+        mapper: embeds the items where it runs in other processes; by default this one does.
         Raises ConfigError for what the configuration or the log rules out.
         """
         config, options = self.config, self.config.evaluation
         encoding = self.runs[0].policy.context_encoding
         source = LogSource(self.log, self.catalogue, options.batch_rows)
-        policies = self._scorers()
+        policies = self._scorers(Execution(mapper or Mapper(), progress))
         behavior = BehaviorPlan.of(select, source, config, self.runs[0])
         rewards, notes = self._reward_models(select, progress)
         kind = rounds_kind(self.log)
@@ -301,14 +305,18 @@ class Evaluator:
             )
             return Baselines(self.catalogue.num_items), [note]
 
-    def _scorers(self) -> dict[str, PolicyScorer]:
+    def _scorers(self, execution: Execution) -> dict[str, PolicyScorer]:
         """By name; policies of one run share its embedded items."""
         of_run: dict[int, PolicyScorer] = {}
         found = {}
         for name, one in self.policies.items():
             scorer = of_run.get(id(one.run))
             if scorer is None:
-                scorer = PolicyScorer(one.run.policy, one.run.items, serving=one.serving)
+                run = one.run
+                embedded = embed_on_workers(
+                    run.policy, self.catalogue, run.directory.path, execution
+                )
+                scorer = PolicyScorer(run.policy, embedded or run.items, serving=one.serving)
                 of_run[id(one.run)] = scorer
             found[name] = scorer.served_as(one.serving, _served_logs(one))
         return found

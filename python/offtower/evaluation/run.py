@@ -146,7 +146,8 @@ def evaluate_runs(
         fresh: declares that a new question begins, which earlier looks at the log do not count in,
             and says why.
         title: of the report's section.
-        execution: where the log is evaluated; every number has the same bits with any mapper.
+        execution: embeds the items and evaluates the log; every number has the same bits with any
+            mapper.
             Reward models are fitted, and estimators selected, in this process.
         truth: a simulator's truth, shown beside the estimates.
         baselines: other known values to compare with.
@@ -167,7 +168,7 @@ def evaluate_runs(
     data = replace(config.data, test=str(place))
     config = replace(config, data=data)
     evaluator = Evaluator(runs, opened, catalogue, config, tuple(also))
-    plan = evaluator.plan(select, execution.progress)
+    plan = evaluator.plan(select, execution.progress, execution.mapper)
     look, policies = _look(evaluator, plan, place, fresh), evaluator.policies
     found = evaluate_plan(evaluator, plan, title or str(place), execution, look)
     served = {name: one.run for name, one in policies.items() if one.also is None}

@@ -19,12 +19,12 @@ from offtower.run_directory import RunDirectory
 
 @dataclass
 class OpenRun:
-    """A finished run: its policy, and the catalogue in the policy's encoding."""
+    """A finished run: its policy, and the catalogue that it is evaluated over."""
 
     directory: RunDirectory
     config: Config
     policy: TwoTowerPolicy
-    items: ItemFeatures
+    catalogue: Catalogue
     trust_code: Collection[str] = ()
     """Import paths of code that stored files may name."""
 
@@ -32,6 +32,11 @@ class OpenRun:
     def name(self) -> str:
         """Of the run's folder, also where the path is "." as seen from there."""
         return self.directory.path.absolute().name
+
+    @cached_property
+    def items(self) -> ItemFeatures:
+        """The catalogue in the policy's encoding."""
+        return ItemFeatures.from_catalogue(self.catalogue, self.policy.item_encoding)
 
     @cached_property
     def policy_digest(self) -> str:
@@ -49,8 +54,7 @@ def open_run(path: Path, catalogue: Catalogue, trust_code: Collection[str] = ())
     config = directory.load_config(trust_code=trust_code)
     policy, facts = load_policy(directory.policy, trust_code=trust_code)
     directory.check_policy(config, facts)
-    items = ItemFeatures.from_catalogue(catalogue, policy.item_encoding)
-    return OpenRun(directory, config, policy, items, trust_code)
+    return OpenRun(directory, config, policy, catalogue, trust_code)
 
 
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:

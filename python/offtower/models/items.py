@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,18 +21,16 @@ from offtower.data.encoding import (
     FeatureEncoding,
     concat,
     nbytes,
-    take,
     to_tensors,
 )
 from offtower.data.features import CPU
-from offtower.data.mapped import is_mapped, open_mapped, slice_arrays, write_mapped
+from offtower.data.mapped import open_mapped, slice_arrays, write_mapped
+from offtower.data.node_cache import SHARE_ABOVE, built_entry
 from offtower.models.features import ItemTensors
 from offtower.models.towers import Tower
 
 DEFAULT_CHUNK = 65_536
-
-MAP_ABOVE = 1 << 28
-"""Encoded features of more bytes are memory-mapped."""
+_FORMAT = "features 1"
 
 
 @dataclass(frozen=True)
@@ -49,19 +48,21 @@ class ItemFeatures:
     `models.device_items` gives those of a GPU.
 
     Args:
-        arrays: encoded features of all items in the catalogue's order, possibly memory-mapped.
+        arrays: encoded features of all items in the catalogue's order, possibly mapped read-only.
         num_items: N.
         first: number of the first item, for a part of a catalogue.
+        keeper: lives as long as the features.
     """
 
-    def __init__(self, arrays: FeatureArrays, num_items: int, first: int = 0) -> None:
+    def __init__(
+        self, arrays: FeatureArrays, num_items: int, first: int = 0, keeper: object = None
+    ) -> None:
         self.num_items = num_items
         self.first = first
         self.device = CPU
         self._arrays = arrays
-        self._mapped = is_mapped(arrays)
-        self._tensors: ItemTensors = {} if self._mapped else to_tensors(arrays)
-        self._keeper: object = None
+        self._tensors: ItemTensors = to_tensors(arrays)
+        self._keeper = keeper
 
     @classmethod
     def from_catalogue(
@@ -70,20 +71,15 @@ class ItemFeatures:
         encoding: FeatureEncoding,
         chunk: int = DEFAULT_CHUNK,
         *,
-        directory: Path | None = None,
-        map_above: int = MAP_ABOVE,
+        share_above: int = SHARE_ABOVE,
     ) -> ItemFeatures:
         """Encode a catalogue, `chunk` items at a time.
 
         Args:
-            directory: of the memory map for features of more than `map_above` bytes; an existing
-                map of this catalogue is reused. None uses a temporary folder.
+            share_above: features of more bytes are mapped from files that one process of this
+                machine writes (`data.node_cache`).
         """
         n = catalogue.num_items
-        if directory is not None:
-            mapped = open_mapped(directory, catalogue.fingerprint)
-            if mapped is not None:
-                return cls(mapped, n)
         parts = (
             encoding.encode(catalogue.table(start, min(start + chunk, n)))
             for start in range(0, n, chunk)
@@ -91,24 +87,28 @@ class ItemFeatures:
         first = next(parts)
         if n <= chunk:
             return cls(first, n)
-        if nbytes(first) / chunk * n <= map_above:
+        size = -(-nbytes(first) * n // chunk)
+        if size <= share_above:
             return cls(concat([first, *parts]), n)
-        temporary = None
-        if directory is None:
-            temporary = tempfile.TemporaryDirectory(prefix="offtower-items-")
-            directory = Path(temporary.name) / "items"
-        write_mapped(directory, chain([first], parts), n, catalogue.fingerprint)
-        mapped = open_mapped(directory, catalogue.fingerprint)
-        assert mapped is not None, "it was written just now"
-        features = cls(mapped, n)
-        # The folder is deleted with the object that reads it.
-        features._keeper = temporary
-        return features
+        key = hashlib.sha256(repr((_FORMAT, catalogue.fingerprint, encoding.digest)).encode())
+        entry = built_entry(
+            key.hexdigest()[:32],
+            size,
+            lambda folder: write_mapped(folder, chain([first], parts), n),
+            f"the features of {n:,} items",
+        )
+        if entry is not None:
+            return cls(open_mapped(entry.path), n, keeper=entry)
+        # Deleted with the object that reads it.
+        temporary = tempfile.TemporaryDirectory(prefix="offtower-items-")
+        folder = Path(temporary.name)
+        whole = range(0, n, chunk)
+        again = (encoding.encode(catalogue.table(at, min(at + chunk, n))) for at in whole)
+        write_mapped(folder, again, n)
+        return cls(open_mapped(folder), n, keeper=temporary)
 
     def slice(self, start: int, stop: int) -> ItemTensors:
-        """Features of items start..stop-1; dense features in memory are views."""
-        if self._mapped:
-            return to_tensors(slice_arrays(self._arrays, start, stop))
+        """Features of items start..stop-1, as views."""
         if start == 0 and stop == self.num_items:
             return self._tensors
         return {
@@ -124,10 +124,9 @@ class ItemFeatures:
         return self._arrays
 
     def part(self, start: int, stop: int) -> ItemFeatures:
-        """Items start..stop-1 by themselves, in the CPU's memory."""
-        return ItemFeatures(
-            slice_arrays(self._arrays, start, stop), stop - start, self.first + start
-        )
+        """Items start..stop-1 by themselves, as views on the CPU."""
+        arrays = slice_arrays(self._arrays, start, stop)
+        return ItemFeatures(arrays, stop - start, self.first + start, self._keeper)
 
     def on_same_device(self, items: ItemFeatures) -> ItemFeatures:
         """Others, given out on the device of these."""
@@ -140,8 +139,6 @@ class ItemFeatures:
 
     def at(self, index: Tensor) -> ItemTensors:
         """Features of the items at `index` (n,) int64, on the CPU."""
-        if self._mapped:
-            return to_tensors(take(self._arrays, index.numpy()))
         return {
             name: _take_bag(value, index) if isinstance(value, BagTensor) else value[index]
             for name, value in self._tensors.items()

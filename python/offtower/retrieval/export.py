@@ -21,6 +21,7 @@ import offtower
 from offtower.atomic import remove_leftovers, replace_directory, sha256_file
 from offtower.checksums import describe_files
 from offtower.config import Config
+from offtower.data.array_files import map_array
 from offtower.data.lease import Lease
 from offtower.data.location import AnyPath
 from offtower.errors import ConfigError, DataError, MissingExtraError, OfftowerError, RunError
@@ -28,7 +29,6 @@ from offtower.execution import LOCAL, Execution
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import load_policy
 from offtower.prepare import catalogue_schema
-from offtower.retrieval.array_files import map_array
 from offtower.retrieval.catalogue_stream import CatalogueStream
 from offtower.retrieval.eligible import write_eligible
 from offtower.retrieval.exact import exact_top_k, recall

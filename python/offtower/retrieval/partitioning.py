@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offtower.retrieval.array_files import WrittenFile, array_writer, map_array
+from offtower.data.array_files import WrittenFile, array_writer, map_array
 from offtower.retrieval.cells import Cells, FloatArray, IntArray
 
 _SPLIT_ROWS_PER_CELL = 100

@@ -20,6 +20,14 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
+from offtower.data.array_files import (
+    WrittenFile,
+    array_writer,
+    map_array,
+    part_names,
+    part_rows,
+    write_array,
+)
 from offtower.data.catalogue import Catalogue
 from offtower.data.columns import as_array, category_values, hash_values, is_text
 from offtower.data.encoding import to_tensors
@@ -28,14 +36,6 @@ from offtower.errors import DataError, RunError
 from offtower.execution import LOCAL, Execution
 from offtower.models.policy import TwoTowerPolicy
 from offtower.progress import report_rows
-from offtower.retrieval.array_files import (
-    WrittenFile,
-    array_writer,
-    map_array,
-    part_names,
-    part_rows,
-    write_array,
-)
 from offtower.retrieval.catalogue_stream import CHUNK, CatalogueStream
 
 Dtype = Literal["float32", "float16", "int8"]

@@ -154,7 +154,7 @@ class PolicyScorer:
 
     Args:
         policy: in evaluation mode while it scores.
-        items: features of the catalogue that the rows' actions index.
+        items: features of the catalogue that the rows' actions index, or their embeddings.
         item_chunk: items embedded at a time.
         serving: how the policy is served; None is the trained policy itself.
         served_logs: keys, as `EncodedRows.behavior_policy` has them, of logs that this policy
@@ -165,7 +165,7 @@ class PolicyScorer:
     def __init__(
         self,
         policy: TwoTowerPolicy,
-        items: ItemFeatures,
+        items: ItemFeatures | ItemEmbeddings,
         item_chunk: int = DEFAULT_CHUNK,
         serving: ServingConfig | None = None,
         served_logs: NDArray[np.uint64] | None = None,
@@ -177,7 +177,11 @@ class PolicyScorer:
         self._training = policy.training
         policy.eval()
         with torch.no_grad():
-            self.items: ItemEmbeddings = policy.embed_items(items, chunk=item_chunk)
+            self.items: ItemEmbeddings = (
+                items
+                if isinstance(items, ItemEmbeddings)
+                else policy.embed_items(items, chunk=item_chunk)
+            )
         policy.train(self._training)
 
     @property

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from offtower.config import PolicyConfig
+from offtower.data.features import tensor_of
 from offtower.data.rows import EncodedRows
 from offtower.errors import ConfigError
 from offtower.models.features import UNKNOWN, FeatureEncoder, initial_rows
@@ -94,7 +96,9 @@ def make_shard(config: PolicyConfig, data: PreparedData, workers: Workers) -> It
             break
         if spec.kind != "category" or spec.encoding == "hash":
             continue
-        code = torch.from_numpy(arrays[spec.name])
+        array = arrays[spec.name]
+        assert isinstance(array, np.ndarray), "categories are dense"
+        code = tensor_of(array)
         known = code[code != UNKNOWN]
         distinct = len(torch.unique(known))
         # Own a table only if each value of the vocabulary belongs to exactly one item.
