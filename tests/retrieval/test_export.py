@@ -35,12 +35,13 @@ from offtower.errors import DataError, OfftowerError, RunError
 from offtower.execution import LOCAL
 from offtower.models import ItemFeatures, load_policy, save_policy
 from offtower.models.features import FeatureEncoder
-from offtower.retrieval import ExportOptions, Retriever, export_run
+from offtower.retrieval import ExportOptions, Retriever, export_run, parquet_parts
 from offtower.retrieval.catalogue_stream import CatalogueStream
 from offtower.retrieval.graphs import graph_inputs, write_graphs
 from offtower.retrieval.manifest import read_manifest, write_manifest
+from offtower.retrieval.parquet_parts import ParquetSource, write_parquet
 from offtower.retrieval.tower import ContextTower
-from offtower.retrieval.vectors import load_ids, write_vectors
+from offtower.retrieval.vectors import load_ids, quantize, write_vectors
 from tests.mappers import BACKWARDS, content
 
 PLAIN = ExportOptions(index=None, onnx=False, contexts=50, kept=50)
@@ -292,6 +293,7 @@ def test_items_embedded_elsewhere_have_the_same_bits(
     """Files of any size, row groups of any size, parts in any order and twice; parts of whole
     pages are mapped side by side."""
     monkeypatch.setattr(array_files, "PART_ROWS", part_rows)
+    monkeypatch.setattr(parquet_parts, "ROWS_PER_PART", 1100)
     table, schema = world.catalogue_table(), world.catalogue_schema
     for name, (first, last), groups in (("a", (0, 1700), 333), ("b", (1700, 3000), 2000)):
         part = table.slice(first, last - first)
@@ -304,6 +306,11 @@ def test_items_embedded_elsewhere_have_the_same_bits(
     for name, execution in (("one", LOCAL), ("many", BACKWARDS)):
         (tmp_path / name).mkdir()
         found.append(write_vectors(policy, stream, tmp_path / name, chunk=700, execution=execution))
+        files = tuple(tmp_path / name / file for file in found[-1].files)
+        quantize(files, "int8", tmp_path / name, "int8", execution.mapper)
+        ids = tmp_path / name / "ids.arrow"
+        source = ParquetSource(files, ids, "vector_db", metadata=stream)
+        write_parquet(source, 3000, tmp_path / name / "items", chunk=400, execution=execution)
     assert found[0] == found[1] and found[0].count == 3000
     assert content(tmp_path / "many") == content(tmp_path / "one")
     ids = load_ids(tmp_path / "many" / "ids.arrow", 3000)

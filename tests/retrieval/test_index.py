@@ -11,13 +11,14 @@ import torch
 from offtower import ops
 from offtower.errors import RunError
 from offtower.retrieval import IndexOptions
+from tests.mappers import BACKWARDS
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"])
 def test_every_index_reaches_its_stated_recall(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("faiss")
     from offtower.retrieval.index import open_index
-    from offtower.retrieval.index_building import build_index
+    from offtower.retrieval.index_building import StoredVectors, build_index
 
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((6000, 9)).astype(np.float32)
@@ -37,6 +38,15 @@ def test_every_index_reaches_its_stated_recall(tmp_path: Path, kind: str) -> Non
         sharded = tmp_path / "sharded"
         again = IndexOptions(kind=kind, k=10, target_recall=0.9, lists=32, shard_rows=2500)  # type: ignore[arg-type]
         build_index(vectors, queries, sharded, again, "v1")
+        np.save(tmp_path / "vectors.npy", vectors)
+        stored = StoredVectors((tmp_path / "vectors.npy",), BACKWARDS.mapper)
+        elsewhere = tmp_path / "workers"
+        build_index(stored, queries, elsewhere, again, "v1")
+        for name in ("index.faiss", "index.ivfdata"):
+            # FAISS writes the folder's name into the index.
+            one, two = ((folder / name).read_bytes() for folder in (sharded, elsewhere))
+            assert one.replace(b"sharded", b"workers") == two
+        assert {p.name for p in elsewhere.iterdir()} == {p.name for p in sharded.iterdir()}
         other = open_index(sharded, "v1", vectors)
         assert np.array_equal(
             other.search(queries, 10, nprobe=32)[1][:, 0],

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from offtower.atomic import replace_file
 from offtower.errors import RunError
+from offtower.mapping import Mapper
 
 PART_ROWS = 262_144
 """Rows of a part; with any type and width its size is a multiple of 256 KiB."""
@@ -93,25 +95,48 @@ def part_rows(rows: int) -> list[range]:
     return [range(start, min(start + PART_ROWS, rows)) for start in starts]
 
 
+@dataclass(frozen=True)
+class WrittenPart:
+    """A part of an array that was written."""
+
+    file: str
+    rows: int
+    written: WrittenFile
+
+
 def write_array(
     directory: Path,
     name: str,
     dtype: Any,
     shape: tuple[int, int],
     block: Callable[[range], NDArray[Any]],
+    mapper: Mapper,
 ) -> dict[str, WrittenFile]:
     """Write an array as parts; return what was written, by file name.
 
     Args:
         block: returns some consecutive rows.
+        mapper: writes the parts, to a directory that its workers see.
     """
-    found: dict[str, WrittenFile] = {}
-    for part, rows in zip(part_names(name, shape[0]), part_rows(shape[0]), strict=True):
-        found[part] = WrittenFile()
-        with array_writer(directory / part, dtype, (len(rows), shape[1]), found[part]) as append:
-            for first in range(rows.start, rows.stop, _BLOCK_ROWS):
-                append(block(range(first, min(first + _BLOCK_ROWS, rows.stop))))
-    return found
+    parts = list(zip(part_names(name, shape[0]), part_rows(shape[0]), strict=True))
+    write = partial(_write_part, directory.resolve(), np.dtype(dtype), shape[1], block)
+    return {one.file: one.written for one in mapper.map(write, parts, f"writing {name}")}
+
+
+def _write_part(
+    directory: Path,
+    dtype: np.dtype[Any],
+    width: int,
+    block: Callable[[range], NDArray[Any]],
+    part: tuple[str, range],
+) -> WrittenPart:
+    """Write the file of a part (idempotent)."""
+    file, rows = part
+    written = WrittenFile()
+    with array_writer(directory / file, dtype, (len(rows), width), written) as append:
+        for first in range(rows.start, rows.stop, _BLOCK_ROWS):
+            append(block(range(first, min(first + _BLOCK_ROWS, rows.stop))))
+    return WrittenPart(file, len(rows), written)
 
 
 def map_array(paths: Sequence[Path]) -> NDArray[Any]:

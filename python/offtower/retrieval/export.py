@@ -34,7 +34,7 @@ from offtower.retrieval.eligible import write_eligible
 from offtower.retrieval.exact import exact_top_k, recall
 from offtower.retrieval.graphs import write_graphs
 from offtower.retrieval.index import IndexOptions, import_faiss
-from offtower.retrieval.index_building import build_index
+from offtower.retrieval.index_building import StoredVectors, build_index
 from offtower.retrieval.index_update import EarlierIndex, IndexedVectors, update_index
 from offtower.retrieval.manifest import (
     current_version,
@@ -43,10 +43,10 @@ from offtower.retrieval.manifest import (
     write_manifest,
 )
 from offtower.retrieval.measurement import measurement_log, sample_contexts
-from offtower.retrieval.parquet_parts import Layout, metadata_texts, write_parquet
+from offtower.retrieval.parquet_parts import Layout, ParquetSource, write_parquet
 from offtower.retrieval.partitioning import build_cells
 from offtower.retrieval.tower import ContextTower
-from offtower.retrieval.vectors import Dtype, load_ids, quantize, query_dim, write_vectors
+from offtower.retrieval.vectors import Dtype, quantize, query_dim, write_vectors
 from offtower.run_directory import RunDirectory
 
 SMALL_CATALOGUE = 20_000
@@ -128,8 +128,9 @@ def export_run(
         catalogue: items to export; those of the training catalogue by default. New items are
             embedded from their features.
         contexts: log to measure recall on; the run's test, validation or training log by default.
-        execution: embeds the items, with the same result for any number of workers. Cells, index
-            and Parquet parts are made in this process.
+        execution: embeds the items, writes Parquet parts and fills shards of the index, with the
+            same result for any number of workers. Cells, and an index without shards, are made in
+            this process.
         trust_code: import paths of code that the run may name, as in `load_policy`.
 
     Returns:
@@ -275,11 +276,15 @@ class _Writer:
         served: NDArray[Any] = exact
         if options.dtype != "float32":
             name = f"vectors_{options.dtype}"
-            vector_files, scale = quantize(exact, options.dtype, folder, name)
+            vector_files, scale = quantize(
+                [folder / file for file in written.files],
+                *(options.dtype, folder, name, self.execution.mapper),
+            )
             served = map_array([folder / name for name in vector_files])
             if scale is not None:
                 np.save(folder / "scale.npy", scale)
             precision = _precision(queries, exact, served, scale)
+        whole = tuple((folder / name).resolve() for name in vector_files)
         clock.lap("vectors")
         cells = None
         if options.sampling:
@@ -294,19 +299,18 @@ class _Writer:
         index_options = self._index_options()
         index = None
         if index_options is not None:
-            index = self._index(IndexedVectors(served, scale), queries, index_options, version)
+            items = IndexedVectors(served, scale, whole)
+            index = self._index(items, queries, index_options, version)
         clock.lap("index")
         if options.parquet:
-            ids = load_ids(folder / "ids.arrow", written.count)
-            texts = metadata_texts(self.catalogue) if options.layout == "vector_db" else None
-            write_parquet(
-                served,
-                ids,
-                folder / "items",
-                layout=options.layout,
-                fixed_size=options.fixed_size,
-                metadata=texts,
+            source = ParquetSource(
+                whole,
+                (folder / "ids.arrow").resolve(),
+                options.layout,
+                options.fixed_size,
+                self.catalogue,
             )
+            write_parquet(source, written.count, folder / "items", execution=self.execution)
             clock.lap("parquet")
         if options.dtype != "float32":
             # Keep the served precision only; cells hold their own float32 rows.
@@ -354,7 +358,8 @@ class _Writer:
     ) -> dict[str, Any]:
         folder, earlier = self.folder / "index", self.earlier
         if earlier is None or not (earlier / "index").exists() or self.options.rebuild_index:
-            return build_index(items.vectors, queries, folder, options, version, items.scale)
+            stored = StoredVectors(items.files, self.execution.mapper)
+            return build_index(stored, queries, folder, options, version, items.scale)
         before = EarlierIndex(earlier / "index", earlier.name)
         return update_index(items, queries, folder, options, version, before)
 

@@ -16,15 +16,18 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offtower.atomic import write_text
+from offtower.atomic import replace_file, write_text
+from offtower.data.array_files import map_array
 from offtower.errors import RunError
+from offtower.mapping import Mapper
 from offtower.retrieval.index import (
     FACTS,
     FILE,
@@ -40,11 +43,28 @@ from offtower.retrieval.index import (
 from offtower.retrieval.index_tuning import tune
 
 _CHUNK = 262_144
+_TRAINED, _CENTROIDS = "trained.faiss", "centroids.faiss"
 _TRAIN_PER_LIST = 50
 
 
+@dataclass(frozen=True)
+class StoredVectors:
+    """Exported vectors in files.
+
+    Attributes:
+        files: of their parts, in order; seen by the mapper's workers.
+        mapper: fills the shards of an index, with the same bytes for any number of workers.
+    """
+
+    files: tuple[Path, ...]
+    mapper: Mapper
+
+    def open(self) -> NDArray[Any]:
+        return map_array(self.files)
+
+
 def build_index(
-    vectors: NDArray[Any],
+    vectors: NDArray[Any] | StoredVectors,
     queries: NDArray[np.float32],
     directory: Path,
     options: IndexOptions,
@@ -54,7 +74,7 @@ def build_index(
     """Build, tune and write an index.
 
     Args:
-        vectors: (N, D) exported vectors.
+        vectors: (N, D) exported vectors, or the files with them, of which a mapper fills shards.
         queries: (n, D) queries of held-out contexts; parameters are tuned on the first half, and
             recall and latency are measured on the second.
         directory: folder for index.faiss and index.json (and index.ivfdata of merged shards).
@@ -69,11 +89,17 @@ def build_index(
         RunError: the index cannot be written.
     """
     faiss = import_faiss()
+    stored = vectors if isinstance(vectors, StoredVectors) else None
+    vectors = vectors.open() if isinstance(vectors, StoredVectors) else vectors
     directory.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     index, centroids = _trained(faiss, vectors, scale, options)
     if options.shard_rows is not None and options.shard_rows < len(vectors):
-        _build_shards(faiss, index, centroids, vectors, scale, directory, options.shard_rows)
+        shards = _ShardSource(
+            vectors if stored is None else stored.files, scale, directory.resolve()
+        )
+        mapper = Mapper() if stored is None else stored.mapper
+        _build_shards(faiss, index, centroids, shards, options.shard_rows, mapper)
     elif options.kind == "hnsw":
         for part in _equal_norm(vectors, scale):
             index.add(part)
@@ -195,14 +221,24 @@ def _equal_norm(
         yield np.ascontiguousarray(np.column_stack([part, missing]))
 
 
+@dataclass(frozen=True)
+class _ShardSource:
+    """What the shards of an index are filled from.
+
+    Attributes:
+        vectors: an array in this process, or files that other processes open too.
+    """
+
+    vectors: NDArray[Any] | tuple[Path, ...]
+    scale: NDArray[np.float32] | None
+    directory: Path
+
+    def open(self) -> NDArray[Any]:
+        return map_array(self.vectors) if isinstance(self.vectors, tuple) else self.vectors
+
+
 def _build_shards(
-    faiss: Any,
-    trained: Any,
-    centroids: Any,
-    vectors: NDArray[Any],
-    scale: NDArray[np.float32] | None,
-    directory: Path,
-    shard_rows: int,
+    faiss: Any, trained: Any, centroids: Any, source: _ShardSource, shard_rows: int, mapper: Mapper
 ) -> None:
     """Fill copies of the trained index shard by shard, and merge their lists on disk.
 
@@ -212,23 +248,37 @@ def _build_shards(
     """
     from faiss.contrib.ondisk import merge_ondisk
 
-    names = []
-    for number, start in enumerate(range(0, len(vectors), shard_rows)):
-        shard = faiss.clone_index(trained)
-        stop = min(start + shard_rows, len(vectors))
-        for part, first in _parts(vectors, scale, start, stop):
-            _add(faiss, shard, centroids, part, first)
-        names.append(str(directory / f"shard-{number:05d}.faiss"))
-        guard_write(lambda s=shard: faiss.write_index(s, names[-1]), directory)  # type: ignore[misc]
-    needed, free = len(vectors) * (trained.code_size + 8), shutil.disk_usage(directory).free
+    directory, rows = source.directory, len(source.open())
+    for index, name in ((trained, _TRAINED), (centroids, _CENTROIDS)):
+        guard_write(lambda i=index, n=name: faiss.write_index(i, str(directory / n)), directory)  # type: ignore[misc]
+    parts = [
+        (f"shard-{number:05d}.faiss", range(start, min(start + shard_rows, rows)))
+        for number, start in enumerate(range(0, rows, shard_rows))
+    ]
+    for _ in mapper.map(partial(_fill_shard, source), parts, "filling the index"):
+        pass
+    needed, free = rows * (trained.code_size + 8), shutil.disk_usage(directory).free
     if free < needed:
         raise RunError(
             f"the disk of '{directory}' is full: the index needs {needed:,} bytes, {free:,} are "
             "free. Free some space and export again; the previous export is unchanged"
         )
+    names = [str(directory / name) for name, _ in parts]
     guard_write(lambda: merge_ondisk(trained, names, str(directory / LISTS)), directory)
-    for name in names:
-        Path(name).unlink()
+    for name in (*names, _TRAINED, _CENTROIDS):
+        (directory / name).unlink()
+
+
+def _fill_shard(source: _ShardSource, part: tuple[str, range]) -> None:
+    """Write the shard of some items (idempotent)."""
+    faiss = import_faiss()
+    name, rows = part
+    directory, vectors = source.directory, source.open()
+    shard, centroids = (faiss.read_index(str(directory / file)) for file in (_TRAINED, _CENTROIDS))
+    for items, first in _parts(vectors, source.scale, rows.start, rows.stop):
+        _add(faiss, shard, centroids, items, first)
+    with replace_file(directory / name) as path:
+        guard_write(lambda: faiss.write_index(shard, str(path)), directory)
 
 
 def guard_write(write: Callable[[], Any], directory: Path) -> None:

@@ -56,10 +56,11 @@ class EarlierIndex:
 
 @dataclass(frozen=True)
 class IndexedVectors:
-    """The vectors (N, D) that are indexed, and the scale (D,) of int8 ones."""
+    """The vectors (N, D) that are indexed, the scale (D,) of int8 ones, and the vectors' files."""
 
     vectors: NDArray[Any]
     scale: NDArray[np.float32] | None = None
+    files: tuple[Path, ...] = ()
 
 
 def update_index(

@@ -34,6 +34,7 @@ from offtower.data.encoding import to_tensors
 from offtower.data.parquet_checksums import UNREADABLE
 from offtower.errors import DataError, RunError
 from offtower.execution import LOCAL, Execution
+from offtower.mapping import Mapper
 from offtower.models.policy import TwoTowerPolicy
 from offtower.progress import report_rows
 from offtower.retrieval.catalogue_stream import CHUNK, CatalogueStream
@@ -180,14 +181,16 @@ def query_dim(policy: TwoTowerPolicy) -> int:
 
 
 def quantize(
-    vectors: NDArray[np.float32], dtype: Dtype, directory: Path, name: str, chunk: int = CHUNK
+    files: Sequence[Path], dtype: Dtype, directory: Path, name: str, mapper: Mapper
 ) -> tuple[dict[str, WrittenFile], NDArray[np.float32] | None]:
     """Write vectors in lower precision.
 
     int8 has one scale per coordinate: v = scale * q, so <u, v> = <u * scale, q>.
 
     Args:
-        name: of the files, without a suffix.
+        files: of the parts of the (n, D) vectors.
+        name: of the new files, without a suffix.
+        mapper: reads and writes the parts, with the same bits for any number of workers.
 
     Returns:
         What was written, by file name; and the (D,) scale of int8, None for float16.
@@ -195,12 +198,11 @@ def quantize(
     Raises:
         DataError: a value overflows float16.
     """
-    n, dim = vectors.shape
+    files = [file.resolve() for file in files]
+    n, dim = map_array(files).shape
     scale: NDArray[np.float32] | None = None
-    largest = np.zeros(dim, dtype=np.float32)
-    for first in range(0, n, chunk):
-        part = np.abs(vectors[first : first + chunk])
-        largest = np.maximum(largest, part.max(axis=0, initial=0.0))
+    found = mapper.map(partial(_largest, files), part_rows(n), "measuring vectors")
+    largest = np.max(list(found), axis=0, initial=0.0)
     if dtype == "int8":
         scale = np.where(largest > 0.0, largest / 127.0, 1.0).astype(np.float32)
     elif dtype == "float16" and float(largest.max(initial=0.0)) > 65_504.0:
@@ -208,12 +210,25 @@ def quantize(
             f"an item vector holds {float(largest.max()):.3g}, which overflows float16; export "
             "with dtype float32 or int8"
         )
+    block = partial(_rounded, files, scale)
+    return write_array(directory, name, np.dtype(dtype), (n, dim), block, mapper), scale
 
-    def block(rows: range) -> NDArray[Any]:
-        part = vectors[rows.start : rows.stop]
-        return part if scale is None else np.rint(part / scale)
 
-    return write_array(directory, name, np.dtype(dtype), (n, dim), block), scale
+def _largest(files: Sequence[Path], rows: range) -> NDArray[np.float32]:
+    """(D,) largest absolute values of some rows."""
+    vectors = map_array(files)
+    found: NDArray[np.float32] = np.zeros(vectors.shape[1], dtype=np.float32)
+    for first in range(rows.start, rows.stop, CHUNK):
+        part = np.abs(vectors[first : min(first + CHUNK, rows.stop)])
+        found = np.maximum(found, part.max(axis=0, initial=0.0))
+    return found
+
+
+def _rounded(
+    files: Sequence[Path], scale: NDArray[np.float32] | None, rows: range
+) -> NDArray[np.float32]:
+    part: NDArray[np.float32] = map_array(files)[rows.start : rows.stop]
+    return part if scale is None else np.rint(part / scale)
 
 
 def load_ids(path: Path, count: int) -> pa.ChunkedArray:
