@@ -90,7 +90,7 @@ class ItemFeatures:
         size = -(-nbytes(first) * n // chunk)
         if size <= share_above:
             return cls(concat([first, *parts]), n)
-        key = hashlib.sha256(repr((_FORMAT, catalogue.fingerprint, encoding.digest)).encode())
+        key = hashlib.sha256(repr((_FORMAT, catalogue.fingerprint, n, encoding.digest)).encode())
         entry = built_entry(
             key.hexdigest()[:32],
             size,
