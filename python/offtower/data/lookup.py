@@ -36,7 +36,7 @@ class Lookup:
     Increasing integers need no memory beside the array. Other values need 12 bytes each (16 from
     2^31 values on) for sorted 64-bit keys and their indices. The key of an integer is the integer,
     that of a text its hash: a text is found only where it equals the value, and different texts
-    with the same hash are told apart.
+    with the same hash are distinguished.
 
     Args:
         values: integers or text, none of them null.
