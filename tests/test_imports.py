@@ -43,10 +43,11 @@ FORBIDDEN = {
         *("training", "jobs", "cli", "learner"),
     },
     "crossfit": {"sampling", "evaluation", "retrieval", "training", "jobs", "cli", "learner"},
-    "evaluation": {"experiment", "training", "jobs", "cli", "learner"},
+    "evaluation": {"experiment", "monitoring", "training", "jobs", "cli", "learner"},
     "experiment": {"models", "objectives", "retrieval", "training", "jobs", "cli", "learner"},
     "training": {"jobs", "cli", "learner"},
-    "retrieval": {"training", "server", "jobs", "cli", "learner"},
+    "monitoring": {"training", "server", "jobs", "cli", "learner"},
+    "retrieval": {"training", "monitoring", "server", "jobs", "cli", "learner"},
     "server": {"training", "evaluation", "jobs", "cli", "learner"},
     "jobs": {"cli", "learner"},
 }

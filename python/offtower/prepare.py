@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ from offtower.data.histories import HistoryBasis
 from offtower.data.loading import Loader
 from offtower.data.log import Log, ParquetLog
 from offtower.data.order import EpochOrder
+from offtower.data.profile import LogProfile, UnitSample
 from offtower.data.reader import BatchReader, FoldOf, scan
 from offtower.data.replay import ReplayLog, replay
 from offtower.data.row_sketch import RowSketch
@@ -56,6 +57,8 @@ class LogFacts:
     row_sketch: dict[str, str] | None = None
     """`RowSketch.to_dict` of the rows, and of those of the runs before, by which copies of them are
     found in other logs."""
+    profile: dict[str, Any] | None = None
+    """`LogProfile.to_dict` of the rows, with which `offtower monitor` compares later logs."""
 
 
 @dataclass(frozen=True)
@@ -278,11 +281,24 @@ def _prepared(
 
 def trained_rows(run_path: Path) -> RowSketch | None:
     """Sketch of the rows that a run was trained on; None for a run of an earlier version."""
+    return RowSketch.from_dict(_facts(run_path).get("row_sketch"))
+
+
+def training_profile(run_path: Path) -> tuple[LogProfile, float] | None:
+    """Distributions of a run's training log, and its mean reward; None for a run of an earlier
+    version."""
+    facts = _facts(run_path)
+    found = facts.get("profile")
+    return None if found is None else (LogProfile.from_dict(found), float(facts["mean_reward"]))
+
+
+def _facts(run_path: Path) -> dict[str, Any]:
+    """`LogFacts` of a run as they are stored; empty where there are none."""
     try:
-        facts = read_json(run_path / "encodings" / "facts.json")["facts"]
+        facts: dict[str, Any] = read_json(run_path / "encodings" / "facts.json")["facts"]
     except (FileNotFoundError, KeyError):
-        return None
-    return RowSketch.from_dict(facts.get("row_sketch"))
+        return {}
+    return facts
 
 
 def log_schema(config: Config) -> LogSchema | None:
@@ -324,10 +340,13 @@ class _FactCollector:
         self._binary = True
         self._smallest = np.inf
         self._sketch = RowSketch.empty()
+        self._sample = UnitSample(schema.context)
 
     def watch(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         for table in tables:
             reward = table.column(self._schema.reward).to_numpy().astype(np.float64)
+            number = np.arange(self._rows, self._rows + len(reward))
+            self._sample = self._sample.with_rows(table, self._schema, number)
             self._rows += len(reward)
             weight = row_weights(table, self._schema)
             self._sum += float(reward.sum() if weight is None else weight @ reward)
@@ -349,6 +368,7 @@ class _FactCollector:
             mean_row_weight=self._weight / self._rows if self._rows else 1.0,
             smallest_pscore=None if np.isinf(self._smallest) else self._smallest,
             row_sketch=sketch.to_dict(),
+            profile=self._sample.profile().to_dict(),
         )
 
 

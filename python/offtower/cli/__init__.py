@@ -19,6 +19,7 @@ from offtower.cli import (
     ingest,
     join,
     log_history,
+    monitor,
     quickstart,
     search,
     serve,
@@ -87,6 +88,7 @@ for verb in (
     export,
     search,
     serve,
+    monitor,
     benchmark,
     quickstart,
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -14,8 +15,11 @@ from offtower.evaluation.intervals import Interval
 from offtower.evaluation.report.answer import answer_of
 from offtower.evaluation.run import LogEvaluation
 from offtower.evaluation.selection import SelectionComparison
+from offtower.monitoring import Day, MonitorReport
 
 _TRUTH = {"true_value": "truth", "true_value_greedy": "greedy"}
+_DAYS = 14
+"""Days of a monitoring that are printed, the last."""
 _COLOR = {"go": "green", "no-go": "red", "not enough evidence": "yellow"}
 
 
@@ -52,6 +56,67 @@ def print_evaluation(evaluation: LogEvaluation, report: Path) -> None:
     if answer.command is not None:
         console.print(f"next: {escape(answer.command)}", soft_wrap=True)
     console.print(f"report: {report}")
+
+
+def print_monitoring(report: MonitorReport) -> None:
+    """Print the checks, the last days, what is breached, and notes."""
+    console = messages()
+    console.print(checks_table(report))
+    console.print(days_table(report.days[-_DAYS:]))
+    for note in report.notes:
+        console.print(f"[yellow]note[/]: {escape(note)}", soft_wrap=True)
+    for one in report.breached:
+        console.print(f"[bold red]breached[/]: {escape(one.text)}", soft_wrap=True)
+    if not report.breached:
+        console.print("[green]ok[/]: no threshold is breached")
+
+
+def checks_table(report: MonitorReport) -> Table:
+    """One row per check."""
+    table = _table(
+        f"{report.log}: {report.rows:,} rows, {report.units:,} rounds",
+        caption=f"bounds hold for all checks at once with confidence {1.0 - report.alpha:g}",
+    )
+    for column in ("check", "of"):
+        table.add_column(column, overflow="fold")
+    for column in ("value", "bounds", "threshold"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for one in report.checks:
+        table.add_row(
+            one.name.replace("_", " "),
+            escape(one.subject),
+            f"{one.value:.4g}",
+            _ends(one.low, one.high),
+            "" if one.threshold is None else f"{one.threshold:.4g}",
+            "[bold red]breached[/]" if one.breached else "[green]ok[/]",
+        )
+    return table
+
+
+def days_table(days: Sequence[Day]) -> Table:
+    """One row per day."""
+    table = _table("by day", caption="bounds hold for all days and readings of the log at once")
+    table.add_column("day", no_wrap=True)
+    for column in ("rows", "mean reward", "bounds", "mean weight", "weight bounds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for day in days:
+        table.add_row(
+            day.name,
+            f"{day.rows:,}",
+            f"{day.value:.4f}",
+            _ends(day.value_low, day.value_high),
+            "" if day.weight is None else f"{day.weight:.4g}",
+            _ends(day.weight_low, day.weight_high),
+        )
+    return table
+
+
+def _ends(low: float | None, high: float | None) -> str:
+    """Bounds as text; empty without any."""
+    if low is None:
+        return ""
+    return f"{low:.4g} or more" if high is None else f"{low:.4g} to {high:.4g}"
 
 
 def evaluation_table(evaluation: LogEvaluation) -> Table:

@@ -35,6 +35,7 @@ from offtower.config.learning import (
     TrackingConfig,
     TrainingConfig,
 )
+from offtower.config.monitoring import MonitorConfig
 from offtower.config.run import Config
 from offtower.config.serving import ServingConfig
 
@@ -47,6 +48,7 @@ __all__ = [
     "GateOptions",
     "HistoryConfig",
     "IncrementalConfig",
+    "MonitorConfig",
     "ObjectiveConfig",
     "PolicyConfig",
     "ReplayConfig",

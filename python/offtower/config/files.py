@@ -178,10 +178,9 @@ def _learning_settings(config: Config) -> dict[str, Any]:
         *("checkpoint_every_seconds", "checkpoints_kept"),
     ):
         content["training"].pop(machine_only)
-    # Evaluation, tracking and serving do not change the trained policy.
-    content.pop("serving")
-    content.pop("evaluation")
-    content.pop("tracking")
+    # These do not change the trained policy.
+    for section in ("serving", "evaluation", "monitor", "tracking"):
+        content.pop(section)
     content["data"].pop("test")
     content["data"].pop("cache_gib")
     # Fingerprints of runs written before these options existed lack them.

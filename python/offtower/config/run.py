@@ -21,6 +21,7 @@ from offtower.config.learning import (
     TrackingConfig,
     TrainingConfig,
 )
+from offtower.config.monitoring import MonitorConfig
 from offtower.config.serving import ServingConfig
 from offtower.config.strict import STRICT
 
@@ -51,6 +52,7 @@ class Config:
     incremental: IncrementalConfig = field(default_factory=IncrementalConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property

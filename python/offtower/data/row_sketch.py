@@ -112,15 +112,18 @@ class RowSketch:
 
     def to_dict(self) -> dict[str, str]:
         """For JSON."""
-        packed = {"key": _packed(self.key, "<u8"), "times": _packed(self.times, "<i4")}
-        return {"hashes": _HASHES, **packed}
+        return {
+            "hashes": _HASHES,
+            "key": packed(self.key, "<u8"),
+            "times": packed(self.times, "<i4"),
+        }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any] | None) -> RowSketch | None:
         """The sketch of `to_dict`; None without one, or of an earlier version's hashes."""
         if content is None or content.get("hashes") != _HASHES:
             return None
-        key, times = _unpacked(content["key"], "<u8"), _unpacked(content["times"], "<i4")
+        key, times = unpacked(content["key"], "<u8"), unpacked(content["times"], "<i4")
         return cls(key.astype(np.uint64), times.astype(np.int64))
 
 
@@ -140,9 +143,11 @@ def sketched_keys(table: pa.Table, schema: LogSchema) -> Keys:
     return row_keys(table, names, exact=False)
 
 
-def _packed(values: NDArray[Any], kind: str) -> str:
+def packed(values: NDArray[Any], kind: str) -> str:
+    """An array as text of a NumPy type."""
     return base64.b64encode(values.astype(kind).tobytes()).decode()
 
 
-def _unpacked(text: str, kind: str) -> NDArray[Any]:
+def unpacked(text: str, kind: str) -> NDArray[Any]:
+    """The array of `packed`."""
     return np.frombuffer(base64.b64decode(text), dtype=kind)

@@ -40,6 +40,10 @@ class UnknownValues:
     def add_table(self, encoding: FeatureEncoding, table: pa.Table) -> None:
         """Count in the rows of a table, null values apart."""
         self.add(encoding, encoding.encode(table), table.num_rows)
+        self.add_missing(encoding, table)
+
+    def add_missing(self, encoding: FeatureEncoding, table: pa.Table) -> None:
+        """Count the null values of rows that `add` has counted."""
         for spec in encoding.specs:
             # A null bag is an empty one, a value like any other.
             if spec.kind == "category" and spec.name in self.unknown:

@@ -352,8 +352,11 @@ class Evaluator:
 
 def _served_logs(one: EvaluatedPolicy) -> NDArray[np.uint64] | None:
     """Keys of the logs that exports of a deterministic policy wrote."""
-    if one.serving.mode != "top_k":
-        return None
+    return served_logs(one) if one.serving.mode == "top_k" else None
+
+
+def served_logs(one: EvaluatedPolicy) -> NDArray[np.uint64]:
+    """Keys, as `EncodedRows.behavior_policy` has them, of logs that a policy's exports wrote."""
     from offtower.retrieval.manifest import logged_names
 
     directory = one.run.directory

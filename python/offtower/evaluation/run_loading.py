@@ -57,15 +57,15 @@ def open_run(path: Path, catalogue: Catalogue, trust_code: Collection[str] = ())
     return OpenRun(directory, config, policy, catalogue, trust_code)
 
 
-def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """The configuration with changes to its section `evaluation`.
+def with_overrides(config: Config, overrides: Sequence[str], section: str = "evaluation") -> Config:
+    """The configuration with changes to one of its sections.
 
     Raises ConfigError for an override of another section.
     """
     for override in overrides:
-        if not override.startswith("evaluation."):
+        if not override.startswith(f"{section}."):
             raise ConfigError(
-                f"override '{override}' would change what the run is; only keys of 'evaluation' "
+                f"override '{override}' would change what the run is; only keys of '{section}' "
                 "can be overridden here"
             )
     return parse_config(apply_overrides(to_dict(config), overrides), source="--set")
