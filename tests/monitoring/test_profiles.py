@@ -103,7 +103,7 @@ def test_bounds_are_wrong_as_often_as_stated() -> None:
                 buckets = np.bincount(codes, minlength=33).astype(np.int64)
                 columns[f"class {j}"] = ColumnProfile(None, buckets, {})
             logs.append(LogProfile(n, columns))
-        wrong += any(one.low > 0.0 for one in compare_profiles(*logs, delta))
+        wrong += any(one.low > 0.0 for one in compare_profiles(logs[0], logs[1], delta))
     # Binomial: 4 standard errors above the stated rate.
     assert wrong <= trials * delta + 4.0 * (trials * delta * (1.0 - delta)) ** 0.5
 

@@ -88,7 +88,7 @@ def _numbers(before: NDArray[np.float32], now: NDArray[np.float32]) -> tuple[flo
 
 def _categories(before: ColumnProfile, now: ColumnProfile) -> tuple[float, float, str]:
     assert before.buckets is not None and now.buckets is not None, "callers check"
-    p, q = (one.buckets / one.buckets.sum() for one in (before, now))
+    p, q = (counts / counts.sum() for counts in (before.buckets, now.buckets))
     index = _stability(p, q, int(now.buckets.sum()))
     gap = 0.5 * float(np.abs(p - q).sum())
     return gap, index, _largest_change(before.common, now.common)
