@@ -30,8 +30,8 @@ from offtower.training.auto import budget, speed
 from offtower.training.auto import plan as plan_module
 from offtower.training.auto.budget import make_plan, narrowed
 from offtower.training.auto.candidates import Schedule, make_candidates
+from offtower.training.auto.evaluator import HeldOutEvaluator
 from offtower.training.auto.folds import NOTHING, Folds
-from offtower.training.auto.held_out import HeldOutEvaluator
 from offtower.training.auto.kept_rows import keep_rewarded
 from offtower.training.auto.members import fit_members, set_item_bias, start_member
 from offtower.training.auto.plan import groups_to_read, read_plan
@@ -164,7 +164,9 @@ def test_a_race_fits_its_budget_and_halves_its_candidates(
     # The clone has at most 15 % of the time for training.
     assert 3 * 0.05 * (plan.candidates["behavior_cloning"].steps or 0) <= 45.0
     assert all(3 * 0.05 * (one.refit_steps or 0) <= 120.0 for one in plan.candidates.values())
-    rows = sum(rung.held_out_rows * n * 1e-3 for rung, n in zip(plan.rungs, (4, 3), strict=True))
+    rows = sum(
+        (rung.evaluated_rows or 0) * n * 1e-3 for rung, n in zip(plan.rungs, (4, 3), strict=True)
+    )
     assert rows <= 90.0
 
 
@@ -187,7 +189,8 @@ def test_a_plan_is_shortened_where_the_machine_is_slower(
     share = slow.rungs[1].share / second.share
     wanted = 1.3 * second.training_seconds + second.evaluation_seconds
     assert 0.5 < left / wanted / 2**0.5 < share <= left / wanted
-    assert slow.rungs[1].held_out_rows == int(share * second.held_out_rows)
+    assert slow.rungs[1].evaluated_rows == int(share * (second.evaluated_rows or 0))
+    assert slow.rungs[1].held_out_rows == second.held_out_rows
     for name, one in plan.candidates.items():
         assert slow.candidates[name].steps == one.steps
         assert slow.candidates[name].refit_steps == int((one.refit_steps or 0) * 2**-0.5)
@@ -218,8 +221,9 @@ def test_a_log_is_read_as_far_as_the_budget_goes(
     np.testing.assert_array_equal(again.pscore, whole.take(chosen).pscore)
 
 
-def test_thinned_rows_stand_for_all(data: PreparedData) -> None:
-    """z-tests at four standard errors, which a right one fails once in 16,000 seeds."""
+def test_drawn_rows_stand_for_all(data: PreparedData) -> None:
+    """z-tests at four standard errors, which a right one fails once in 16,000 seeds. Each drawn row
+    has the exact terms of the same row among all."""
     config = config_of(candidates=["regression_linear", "likelihood_linear"], epochs=1)
     candidates = make_candidates(config, data)
     folds = Folds(2, (0, 1), 0)
@@ -228,27 +232,30 @@ def test_thinned_rows_stand_for_all(data: PreparedData) -> None:
         for one in candidates
     }
     every = HeldOutEvaluator(data, folds, 10_000, 64)
-    thin = HeldOutEvaluator(data, folds, 10_000, 64, None, 4)
+    few = HeldOutEvaluator(data, folds, 10_000, 64, None, 500)
     evaluated = every.candidates(members, ["regression_linear"], binary=True)
-    whole, found = every.terms(evaluated), thin.terms(evaluated)
-    assert whole.count is None and found.count is not None
-    rewarded = int(whole.reward.sum())
-    assert found.reward.sum() == rewarded
-    np.testing.assert_array_equal(found.count, np.where(found.reward > 0.0, 1.0, 4.0))
-    assert thin.evaluated == len(found.reward)
-    kept, missing = 0.25, len(whole.reward) - rewarded
-    margin = 4.0 * 4.0 * (missing * kept * (1 - kept)) ** 0.5
-    assert abs(found.size - rewarded - missing) < margin
+    whole, found = every.terms(evaluated), few.terms(evaluated)
+    assert whole.count is None and found.count is not None and found.sampling_size is not None
+    assert few.rows == few.evaluated == len(found.reward) == 500
+    # Contexts are distinct, so keys tell rows.
+    assert whole.unit_key is not None and found.unit_key is not None
+    place = {key: k for k, key in enumerate(whole.unit_key.tolist())}
+    index = np.array([place[key] for key in found.unit_key.tolist()])
+    np.testing.assert_array_equal(whole.reward[index], found.reward)
     for policy, terms in whole.terms.items():
-        wanted = terms.weight[whole.reward == 0.0]
-        sums = 4.0 * found.terms[policy].weight[found.reward == 0.0].sum()
-        error = 4.0 * (kept * (1 - kept) * np.square(wanted).sum()) ** 0.5
-        assert abs(sums - wanted.sum()) < 4.0 * error
-    parts = [thin.terms(evaluated, part) for part in ((0.0, 0.5), (0.5, 1.0))]
-    joined = parts[0].merge(parts[1])
-    assert joined.size == found.size and joined.effective_size == found.effective_size
-    losses = [one.loss(members["regression_linear"], binary=True) for one in (every, thin)]
-    assert losses[1] == pytest.approx(losses[0], rel=0.15)
+        one = found.terms[policy]
+        np.testing.assert_allclose(terms.weight[index], one.weight, rtol=1e-4)
+        np.testing.assert_allclose(terms.expected_reward[index], one.expected_reward, rtol=1e-4)
+        values = found.count * one.weight
+        variance = float((found.count * (found.count - 1.0)) @ np.square(one.weight))
+        assert abs(values.sum() - terms.weight.sum()) < 4.0 * variance**0.5
+    parts = few.terms(evaluated, (0.0, 0.4))
+    assert len(parts.reward) == 200 and parts.size == pytest.approx(3000, rel=0.3)
+    parts = few.terms(evaluated, (0.4, 1.0), parts)
+    assert parts.size == pytest.approx(found.size, rel=1e-12)
+    np.testing.assert_allclose(np.sort(parts.count), np.sort(found.count), rtol=1e-12)
+    losses = [one.loss(members["regression_linear"], binary=True) for one in (every, few)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["regression_linear", "regression"])

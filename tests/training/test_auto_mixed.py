@@ -24,9 +24,18 @@ from offtower.prepare import PreparedData, prepare
 from offtower.progress import Progress
 from offtower.training.auto import speed
 from offtower.training.auto.candidates import make_candidates
+from offtower.training.auto.ensemble import join
+from offtower.training.auto.evaluator import HeldOutEvaluator
+from offtower.training.auto.folds import Folds
+from offtower.training.auto.item_pass import ItemPass
 from offtower.training.auto.kept_rows import keep_thinned, thinning_for
 from offtower.training.auto.mixed_model import MixedRows, _Fit, fit_mixed_model
-from offtower.training.auto.mixed_policy import MIXED, context_width, fit_mixed_policy
+from offtower.training.auto.mixed_policy import (
+    MIXED,
+    context_width,
+    fit_mixed_members,
+    fit_mixed_policy,
+)
 from offtower.training.auto.plan import read_plan
 from offtower.training.run import train_run
 from tests.training.test_auto_budget import Machine, assert_same_policies, config_of, raced
@@ -171,8 +180,11 @@ def test_the_policy_predicts_what_the_model_does(numbers: bool) -> None:
     expected = (design.rows.context @ effects.root * effect[design.rows.item]).sum(1)
     with torch.no_grad():
         context = {name: torch.from_numpy(value) for name, value in rows.context.items()}
-        found = policy.action_logit(context, data.items.at(torch.from_numpy(rows.action)))
-        embedded = policy.embed_items(data.items).embedding
+        action = torch.from_numpy(rows.action)
+        items = policy.embed_items(data.items)
+        assert items.bias is not None
+        found = policy.action_logit(context, data.items.at(action)) - items.bias[action]
+        embedded = items.embedding
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     # Items without rows share the effects of what they have in common with others.
     assert (embedded[-5:].norm(dim=1) > 0).all()
@@ -203,8 +215,52 @@ def test_few_rewards_of_many_ids_are_enough() -> None:
             items = policy.embed_items(world.data.items)
             encoded = policy.context_encoding.encode(world.contexts)
             u = policy.embed_contexts({name: torch.from_numpy(x) for name, x in encoded.items()})
-        found = world.value(u, items.embedding, items.bias)
-        assert found.greedy > 5 * world.baselines["logging"]
+        assert world.value(u, items.embedding).greedy > 5 * world.baselines["logging"]
+        # The base measure alone imitates the logging policy, which does not depend on contexts.
+        assert items.bias is not None
+        base = world.value(torch.zeros_like(u), items.embedding, items.bias).softmax
+        assert base == pytest.approx(world.baselines["logging"], rel=0.1)
+
+
+def test_policies_are_base_measures_tilted_by_scores() -> None:
+    """Terms and joined members against float64 sums over all items."""
+    data = mixed_data(numbers=True)
+    (candidate,) = make_candidates(config_of(candidates=[MIXED]), data)
+    (rows,) = data.scan(8192)
+    folds = Folds(2, (0, 1), 0)
+    encodings = (data.context_encoding, data.item_encoding)
+    members = [TwoTowerPolicy(candidate.policy, *encodings).eval() for _ in range(2)]
+    fit_mixed_members(members, folds, rows, data.items, binary=True)
+    few = HeldOutEvaluator(data, folds, 10_000, 64)
+    evaluated = few.candidates({MIXED: members}, [MIXED], binary=True, based=[MIXED])
+    some = rows.take(np.arange(40))
+    context = {name: torch.from_numpy(value) for name, value in some.context.items()}
+    with torch.no_grad():
+        items = [member.embed_items(data.items) for member in members]
+        u = [member.embed_contexts(context) for member in members]
+    bias = [one.bias.double().numpy() for one in items if one.bias is not None]
+    score = [(x @ one.embedding.T).double().numpy() for x, one in zip(u, items, strict=True)]
+    # Numbers of rows outside of the fold, and the mass of single rows for ids without rows.
+    seen = np.bincount(rows.action[folds.of(rows) != 0], minlength=data.items.num_items)
+    np.testing.assert_allclose(np.exp(bias[0])[seen > 0], seen[seen > 0], rtol=1e-5)
+    assert (np.exp(bias[0])[seen == 0] <= 1.0).all()
+    block = ItemPass(data.items, data.device, 64).terms({MIXED: members[0]}, some, evaluated)
+    for policy, log_prob, expected in zip(
+        evaluated.policies, block.log_prob[MIXED], block.expected_reward[MIXED], strict=True
+    ):
+        pi = np.exp(bias[0] + policy.inverse_temperature * (score[0] - score[0].max()))
+        pi /= pi.sum(axis=1, keepdims=True)
+        at = pi[np.arange(40), some.action]
+        # float32 scores times inverse temperatures of up to some hundreds.
+        np.testing.assert_allclose(np.exp(log_prob), at, rtol=2e-2, atol=1e-30)
+        np.testing.assert_allclose(expected, (pi / (1 + np.exp(-score[0]))).sum(1), rtol=1e-3)
+    joined = join(members, 3.0, 1.0)
+    with torch.no_grad():
+        whole = joined.embed_items(data.items)
+        assert whole.bias is not None
+        logit = joined.embed_contexts(context) @ whole.embedding.T / joined.temperature + whole.bias
+    wanted = 1.5 * (score[0] + score[1]) + 0.5 * (bias[0] + bias[1])
+    np.testing.assert_allclose(logit.numpy(), wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_a_killed_race_has_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def numbers(estimate: CandidateEstimate) -> dict[str, float]:
 def test_a_count_of_one_changes_nothing() -> None:
     rows = RareRewards(0, 3000).rows
     once = replace(rows, count=np.ones(3000))
-    assert rows.effective_size == once.effective_size == 3000.0
+    assert rows.effective_size(once.reward) == once.effective_size(rows.reward) == 3000.0
     found = [estimate_policies(one, list(rows.terms), LEVELS) for one in (rows, once)]
     for one, other in zip(*found, strict=True):
         assert numbers(one) == pytest.approx(numbers(other), rel=1e-9, abs=1e-12)

@@ -24,8 +24,8 @@ from offtower.progress import Progress
 from offtower.sampling import Proposal
 from offtower.sampling.draw_sources import UniformSource
 from offtower.training.auto.candidates import make_candidates
+from offtower.training.auto.evaluator import SCAN_ROWS, HeldOutEvaluator
 from offtower.training.auto.folds import Folds
-from offtower.training.auto.held_out import SCAN_ROWS, HeldOutEvaluator
 from offtower.training.sampled import SampledTerms
 from offtower.training.setup import TrainingSetup, build_setup
 from offtower.training.step import ReplicatedStep

@@ -88,7 +88,7 @@ class TowerConfig:
     members: int = Field(default=1, ge=1)
     """Networks side by side, each with its share of the embedding, so that <u, v> is the sum of
     their inner products: an ensemble, as built by objective=auto."""
-    bias_scale: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    bias_scale: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
     """Factor of the item bias, which the temperature does not scale."""
     module: str | None = None
     """Import path "package.module:Class" of a torch module that replaces the MLP."""

@@ -12,10 +12,8 @@ optimization".
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 from offtower.config import Config, TowerConfig
@@ -25,6 +23,7 @@ from offtower.prepare import PreparedData
 from offtower.progress import Progress, duration
 from offtower.training.auto import speed
 from offtower.training.auto.candidates import EXACT_FACTOR, PolicyCandidate, make_schedule
+from offtower.training.auto.evaluator import FIRST_PHASE, MIN_SAMPLE
 from offtower.training.auto.kept_rows import thinning_for
 from offtower.training.auto.plan import (
     MIN_ROWS,
@@ -59,8 +58,8 @@ _SOLVE = 0.4
 """Of the training's time, at most, for a candidate that is solved."""
 _SOLVED_ROWS = 1 << 20
 """In memory for it, at most."""
-_MAX_THINNING = 50
-"""Rows without reward that one of them may count for in the evidence."""
+_FIRST_ROWS = 1 << 20
+"""Held-out rows with approximate terms, in memory, at most."""
 _MEMORY = 6 << 30
 """Bytes for members, their training and rewarded rows, at most."""
 _KEPT_BYTES = 1 << 30
@@ -153,8 +152,6 @@ class _Planner:
         self._training = (_TRAINING - moved) * self.seconds
         self._evaluation = (_EVALUATION + moved) * self.seconds
         self._rewarded = _rewarded_share(self._data, self._sample)
-        # As many evaluated rows with a reward as without.
-        self._thinning = max(1, min(_MAX_THINNING, round(1.0 / max(self._rewarded, 1e-9)) - 1))
 
     def plan(self) -> AutoPlan:
         costs = {
@@ -227,7 +224,7 @@ class _Planner:
     def _memory(self, candidates: Sequence[PolicyCandidate]) -> tuple[int | None, int, bool]:
         """Largest embedding, members per candidate, and whether these are fitted apart."""
         settings = self._config.auto
-        limit = min(_MEMORY, _machine_bytes() // 2) - _KEPT_BYTES
+        limit = min(_MEMORY, speed.machine_bytes() // 2) - _KEPT_BYTES
         wanted = settings.members or settings.folds
         for dim in (None, *_DIMS):
             sizes = [TowerSizes.of(narrowed(one, dim), self._data) for one in candidates]
@@ -310,8 +307,8 @@ class _Planner:
         budget = self._training - solved
         regressions, protected, others = self._kinds(costs)
         if sum(trained.values()) <= budget:
-            rows = self._held_out(list(costs), costs, 1)
-            return (Rung(1.0, rows, len(costs), self._thinning),), 1.0
+            held_out, rows = self._held_out(list(costs), costs, 1)
+            return (Rung(1.0, held_out, len(costs), rows),), 1.0
         number = 1 + max(0, math.ceil(math.log2(max(len(regressions), len(others), 1))))
         shares = [2**k / (2**number - 1) for k in range(number)]
         rungs: list[Rung] = []
@@ -323,10 +320,10 @@ class _Planner:
             seconds = share * sum(trained[name] for name in taking_part)
             cost += seconds
             left = max(1, math.ceil(left / 2)) if k + 1 < number else left
-            rows = self._held_out(taking_part, costs, number)
+            held_out, rows = self._held_out(taking_part, costs, number)
             evaluation = self._evaluation / number
             final = k + 1 == number
-            rungs.append(Rung(share, rows, left, self._thinning, seconds, evaluation, final))
+            rungs.append(Rung(share, held_out, left, rows, seconds, evaluation, final))
         factor = min(1.0, budget / cost)
         rungs = [replace(one, training_seconds=factor * one.training_seconds) for one in rungs]
         rungs[0] = replace(rungs[0], training_seconds=rungs[0].training_seconds + solved)
@@ -340,16 +337,18 @@ class _Planner:
         others = [name for name in names if name not in regressions and name not in protected]
         return regressions, protected, others
 
-    def _held_out(self, names: Sequence[str], costs: Mapping[str, _Cost], rungs: int) -> int:
-        """Rows of one rung's evaluation."""
-        models = [name for name in names if self._candidates[name].predicts_rewards]
-        counted = [name for name in names if name not in models] + _costliest(
-            models, {name: costs[name].row for name in models}, 1
-        )
-        seconds = self._evaluation / rungs
-        evaluated = self._rewarded + (1.0 - self._rewarded) / self._thinning
-        rows = int(seconds / sum(costs[name].row for name in counted) / evaluated)
-        return max(MIN_ROWS, min(rows, self._config.auto.held_out_rows))
+    def _held_out(
+        self, names: Sequence[str], costs: Mapping[str, _Cost], rungs: int
+    ) -> tuple[int, int]:
+        """Rows of the two phases of one rung's evaluation, with the best one of the regressions."""
+        models = [costs[name].row for name in names if self._candidates[name].predicts_rewards]
+        others = [costs[n].row for n in names if not self._candidates[n].predicts_rewards]
+        row = sum(others) + max(models, default=0.0)
+        exact = self._evaluation / rungs / (1.0 + FIRST_PHASE)
+        evaluated = max(MIN_ROWS, min(int(exact / row), self._config.auto.held_out_rows))
+        approximate = FIRST_PHASE * exact * self._data.items.num_items / (MIN_SAMPLE * row)
+        kept = _KEPT_BYTES * len(self._sample) / max(self._sample.nbytes, 1)
+        return max(evaluated, int(min(approximate, kept, _FIRST_ROWS))), evaluated
 
 
 def with_terms(config: Config, terms: Literal["exact", "sampled"]) -> Config:
@@ -391,13 +390,3 @@ def _rewarded_share(data: PreparedData, sample: EncodedRows) -> float:
     if data.facts.binary_reward:
         return data.facts.mean_reward
     return float((sample.reward != 0.0).mean())
-
-
-def _machine_bytes() -> int:
-    """Memory of this machine, or of its container where that has a limit."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdecimal() else total

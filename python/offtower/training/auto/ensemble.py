@@ -11,15 +11,20 @@ from offtower.config import PolicyConfig
 from offtower.models.policy import TwoTowerPolicy
 
 
-def join(members: Sequence[TwoTowerPolicy], inverse_temperature: float) -> TwoTowerPolicy:
+def join(
+    members: Sequence[TwoTowerPolicy], inverse_temperature: float, bias: float | None = None
+) -> TwoTowerPolicy:
     """Return the policy softmax(inverse_temperature x mean of the members' logits).
 
     Args:
         members: of one configuration, with temperature 1.
+        bias: factor of the mean of the members' item biases; None is `inverse_temperature`.
     """
     first, number = members[0], len(members)
     policy = TwoTowerPolicy(
-        _joined_config(first.config, number, inverse_temperature),
+        _joined_config(
+            first.config, number, inverse_temperature, inverse_temperature if bias is None else bias
+        ),
         first.context_encoding,
         first.item_encoding,
     )
@@ -39,13 +44,15 @@ def join(members: Sequence[TwoTowerPolicy], inverse_temperature: float) -> TwoTo
     return policy.eval()
 
 
-def _joined_config(config: PolicyConfig, number: int, inverse_temperature: float) -> PolicyConfig:
-    """Sizes and temperature of the ensemble; item biases are scaled like the logits."""
+def _joined_config(
+    config: PolicyConfig, number: int, inverse_temperature: float, bias: float
+) -> PolicyConfig:
+    """Sizes and temperature of the ensemble."""
     share = inverse_temperature / number
     return replace(
         config,
         embedding_dim=config.embedding_dim * number,
         context_tower=replace(config.context_tower, members=number),
-        item_tower=replace(config.item_tower, members=number, bias_scale=share),
+        item_tower=replace(config.item_tower, members=number, bias_scale=bias / number),
         temperature=1.0 / share,
     )

@@ -174,7 +174,7 @@ def _estimate(
 ) -> CandidateEstimate:
     weight = rows.terms[policy].weight
     mean_weight = float(rows.mean(weight))
-    one_more = rows.inverse_pscore / rows.effective_size
+    one_more = rows.inverse_pscore / rows.effective_size(weight)
     error = float(np.hypot(mean_error(weight, rows), one_more))
     support_factor = min(1.0, mean_weight + 2.0 * error)
     contribution = _contribution(rows, policy, support_factor, levels.min_reward)
@@ -219,7 +219,7 @@ def _covered(rows: HeldOutRows, policy: CandidatePolicy, moment: float) -> float
     """
     weight = rows.terms[policy].weight
     mean = float(rows.mean(weight))
-    error = max(mean_error(weight, rows), float(np.sqrt(moment / rows.effective_size)))
+    error = max(mean_error(weight, rows), float(np.sqrt(moment / rows.effective_size(weight))))
     of_items = 1.0 / (rows.pscore * rows.eligible_items)
     catalogue = float(rows.mean(of_items)) - mean_error(of_items, rows)
     share = min(mean + 2.0 * error, max(mean - 2.0 * error, catalogue))
@@ -250,17 +250,19 @@ def _unseen(
     weight = rows.terms[policy].weight
     residual = rows.reward - rows.action_reward
     excess = rows.reward - min_reward
-    count = np.ones(1) if rows.count is None else rows.count
-    least = float(np.sqrt(float(rows.mean(count * np.square(residual))) * moment / rows.size))
+    variance = moment / rows.effective_size(weight)
+    least = float(np.sqrt(float(rows.mean(np.square(residual))) * variance))
     total = float(rows.mean(weight))
     typical = float(rows.mean(np.square(weight))) / total if total > 0.0 else 0.0
     additional = max(0.0, typical - 1.0) / rows.size
+    # Of the drawn rows, those of such weights stand for few.
+    count = np.ones(len(weight)) if rows.count is None else rows.count
+    count = np.where(weight >= typical, count, 1.0)
     one_more = additional * float((count * np.abs(residual)).max())
     one_more_plain = additional * float((count * excess).max())
     model = 0.0
     if rows.loss:
         model = covered * (float(rows.mean(rows.terms[policy].expected_reward)) - min_reward)
-    variance = moment / rows.effective_size
     return _Unseen(variance, least, one_more, one_more_plain, max(0.0, model))
 
 
@@ -274,14 +276,15 @@ def unseen_second_moment(rows: HeldOutRows, policy: CandidatePolicy) -> float:
     """
     weight = rows.terms[policy].weight
     unseen = min(1.0, max(0.0, 1.0 - float(rows.mean(weight)) + mean_error(weight, rows)))
-    second_moment = _concentration(rows, policy) * rows.inverse_pscore
-    return unseen * max(0.0, second_moment - 1.0)
+    return unseen * max(0.0, _second_moment(rows, policy) - 1.0)
 
 
-def _concentration(rows: HeldOutRows, policy: CandidatePolicy) -> float:
-    """Mean of sum_a pi(a|x)^2.
+def _second_moment(rows: HeldOutRows, policy: CandidatePolicy) -> float:
+    """Mean of w^2 for propensities like those of the log.
 
-    With probabilities p_s at inverse temperature s it is p_s(a)^2 / p_2s(a), for every item a.
+    With probabilities p_s at inverse temperature s, p_s(a)^2 / p_2s(a) is sum_a p_s(a)^2 for every
+    item a. With a base measure, to which propensities are about proportional, w_s^2 / w_2s is the
+    second moment of the weights.
     """
     doubled = next(
         (
@@ -292,16 +295,17 @@ def _concentration(rows: HeldOutRows, policy: CandidatePolicy) -> float:
         None,
     )
     if doubled is None:
-        return 1.0
+        return rows.inverse_pscore
     once, twice = rows.terms[policy].weight, rows.terms[doubled].weight
     some = (once > 0.0) & (twice > 0.0)
     if not some.any():
-        return 1.0
-    logs = 2.0 * np.log(once[some]) - np.log(twice[some]) + np.log(rows.pscore[some])
-    share = np.exp(np.minimum(logs, 0.0))
-    if rows.count is None:
-        return float(share.mean())
-    return float(np.average(share, weights=rows.count[some]))
+        return rows.inverse_pscore
+    logs = 2.0 * np.log(once[some]) - np.log(twice[some])
+    count = None if rows.count is None else rows.count[some]
+    if policy.name in rows.based:
+        return min(rows.inverse_pscore, float(np.average(np.exp(logs), weights=count)))
+    share = np.exp(np.minimum(logs + np.log(rows.pscore[some]), 0.0))
+    return float(np.average(share, weights=count)) * rows.inverse_pscore
 
 
 @dataclass(frozen=True)

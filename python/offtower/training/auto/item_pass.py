@@ -7,8 +7,7 @@ inverse temperatures, and the reward model once for all candidates.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,11 +20,10 @@ from offtower.models.items import ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.ops import Eligibility
 from offtower.ops.eligibility import ItemMask
+from offtower.training.auto.held_out import CandidatePolicy, EvaluatedCandidates, HeldOutTerms
+from offtower.training.auto.row_sampling import ItemSample
 from offtower.training.auto.temperature_sums import TemperatureSums
 from offtower.training.sampled import embed_some
-
-if TYPE_CHECKING:
-    from offtower.training.auto.held_out import EvaluatedCandidates
 
 PASS_ROWS, PASS_ITEMS = 128, 2048
 """Of a block of logits, 1 MiB, which a core's cache holds. `ItemMask` needs a multiple of 64."""
@@ -46,6 +44,16 @@ class PassTerms:
     action_reward: Array
     """(n,) q(x_i, a_i); zero without a reward model."""
 
+    def by_policy(
+        self, candidates: EvaluatedCandidates, pscore: Array
+    ) -> Iterator[tuple[CandidatePolicy, HeldOutTerms]]:
+        """Each policy with its terms, in the order of `candidates.policies`."""
+        log_pscore = np.log(pscore)
+        log_prob = np.concatenate([self.log_prob[name] for name in candidates.members])
+        expected = np.concatenate([self.expected_reward[name] for name in candidates.members])
+        for policy, one, value in zip(candidates.policies, log_prob, expected, strict=True):
+            yield policy, HeldOutTerms(np.exp(one - log_pscore), value)
+
 
 @dataclass(frozen=True)
 class _Chunk:
@@ -53,6 +61,9 @@ class _Chunk:
 
     start: int
     items: Mapping[str, ItemEmbeddings]
+    """Of the scores."""
+    weight: Mapping[str, Tensor | None]
+    """(n,) of each item in sums; None is 1."""
     size: int
 
 
@@ -63,10 +74,17 @@ class ItemPass:
         items: the catalogue.
         device: of the members.
         chunk: items embedded at a time.
+        sample: approximates sums over the catalogue, as if every item were eligible.
     """
 
-    def __init__(self, items: ItemFeatures, device: torch.device, chunk: int) -> None:
-        self._items, self._device = items, device
+    def __init__(
+        self,
+        items: ItemFeatures,
+        device: torch.device,
+        chunk: int,
+        sample: ItemSample | None = None,
+    ) -> None:
+        self._items, self._device, self._sample = items, device, sample
         self._chunk = max(64, chunk - chunk % 64)
 
     @torch.no_grad()
@@ -77,6 +95,8 @@ class ItemPass:
         candidates: EvaluatedCandidates,
     ) -> PassTerms:
         """Compute the terms of one member per candidate."""
+        if self._sample is not None:
+            return self._terms(members, replace(rows, eligible=None), candidates)
         if rows.eligible is None or rows.eligible.candidates is None:
             return self._terms(members, rows, candidates)
         starts = range(0, len(rows), _LISTED_ROWS)
@@ -114,9 +134,10 @@ class ItemPass:
         }
         eligible = None if rows.eligible is None else rows.eligible.on(self._device)
         masks = _Masks(eligible, len(rows))
+        listed = masks.listed if self._sample is None else self._sample.item
         # The reward model comes first: the others use its predictions.
         order = sorted(members, key=lambda name: name != model)
-        for chunk in self._chunks(members, masks.listed):
+        for chunk in self._chunks(members, listed, candidates):
             for first in range(0, chunk.size, PASS_ITEMS):
                 last = min(first + PASS_ITEMS, chunk.size)
                 mask = masks.ineligible(chunk.start + first, chunk.start + last)
@@ -124,7 +145,7 @@ class ItemPass:
                     block = slice(begin, min(begin + PASS_ROWS, len(rows)))
                     reward: Tensor | None = None
                     for name in order:
-                        part = chunk.items[name]
+                        part, weight = chunk.items[name], chunk.weight[name]
                         bias = None if part.bias is None else part.bias[first:last]
                         logit = logits(
                             u[name][block], ItemEmbeddings(part.embedding[first:last], bias)
@@ -133,12 +154,20 @@ class ItemPass:
                             reward = torch.sigmoid(logit) if candidates.binary else logit.clone()
                         if mask is not None:
                             logit.masked_fill_(mask[block], float("-inf"))
-                        sums[name].add(block, logit, reward)
+                        sums[name].add(
+                            *(block, logit, reward),
+                            None if weight is None else weight[first:last],
+                        )
         action = tensor_of(rows.action)
-        action_logit = {
-            name: paired_logits(u[name], embed_some(member, self._items, action))
-            for name, member in members.items()
-        }
+        action_logit: dict[str, Tensor] = {}
+        log_prob: dict[str, Tensor] = {}
+        for name, member in members.items():
+            logged_items = embed_some(member, self._items, action)
+            scores, base = without_base(logged_items, based=name in candidates.based)
+            action_logit[name] = paired_logits(u[name], scores)
+            found = sums[name].log_prob(action_logit[name])
+            found = (found if base is None else found + base.double()).cpu()
+            log_prob[name] = found if self._sample is None else self._sample.log_prob(found, action)
         zero = np.zeros((len(next(iter(sums.values())).inverse_temperatures), len(rows)))
         expected = {name: one.expected_reward() for name, one in sums.items()}
         logged = np.zeros(len(rows))
@@ -146,23 +175,42 @@ class ItemPass:
             logit = action_logit[model].double()
             logged = (torch.sigmoid(logit) if candidates.binary else logit).cpu().numpy()
         return PassTerms(
-            {name: one.log_prob(action_logit[name]).cpu().numpy() for name, one in sums.items()},
+            {name: one.numpy() for name, one in log_prob.items()},
             {name: zero if m is None else m.cpu().numpy() for name, m in expected.items()},
             logged,
         )
 
     def _chunks(
-        self, members: Mapping[str, TwoTowerPolicy], listed: Tensor | None
+        self,
+        members: Mapping[str, TwoTowerPolicy],
+        listed: Tensor | None,
+        candidates: EvaluatedCandidates,
     ) -> Iterator[_Chunk]:
         if listed is not None:
             items = {n: embed_some(member, self._items, listed) for n, member in members.items()}
-            yield _Chunk(0, items, len(listed))
+            yield self._chunk_of(0, items, len(listed), candidates)
             return
         for start in range(0, self._items.num_items, self._chunk):
             stop = min(start + self._chunk, self._items.num_items)
             numbered = self._items.numbered(start, stop)
             items = {n: ItemEmbeddings(*one.item_tower(*numbered)) for n, one in members.items()}
-            yield _Chunk(start, items, stop - start)
+            yield self._chunk_of(start, items, stop - start, candidates)
+
+    def _chunk_of(
+        self,
+        start: int,
+        items: Mapping[str, ItemEmbeddings],
+        size: int,
+        candidates: EvaluatedCandidates,
+    ) -> _Chunk:
+        sampled = None if self._sample is None else self._sample.weight.to(self._device)
+        scores: dict[str, ItemEmbeddings] = {}
+        weight: dict[str, Tensor | None] = {}
+        for name, one in items.items():
+            scores[name], base = without_base(one, based=name in candidates.based)
+            base = None if base is None else base.exp()
+            weight[name] = base if sampled is None else sampled if base is None else sampled * base
+        return _Chunk(start, scores, weight, size)
 
 
 class _Masks:
@@ -190,6 +238,11 @@ class _Masks:
         if self._lists is not None:
             return self._lists[:, start:stop]
         return None if self._mask is None else self._mask.ineligible(start, stop, self._rows)
+
+
+def without_base(items: ItemEmbeddings, *, based: bool) -> tuple[ItemEmbeddings, Tensor | None]:
+    """The embeddings of scores, and the logarithm of the base measure where biases hold one."""
+    return (ItemEmbeddings(items.embedding, None), items.bias) if based else (items, None)
 
 
 def logits(context: Tensor, items: ItemEmbeddings) -> Tensor:

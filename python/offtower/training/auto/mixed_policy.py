@@ -25,6 +25,8 @@ MIXED = "regression_mixed"
 MAX_CONTEXT_WIDTH = 64
 """Of context features with a constant: a fit takes time and memory by its square."""
 MAX_ITEM_NUMBERS = 256
+_LEAST_ROWS = 1e-2
+"""Of an id without rows, in the base measure."""
 
 
 def context_width(data: PreparedData) -> int | None:
@@ -64,6 +66,11 @@ def fit_mixed_policy(
 ) -> None:
     """Set the weights of a policy with linear towers and an embedding of `context_width` numbers.
 
+    Item biases are no part of the model, whose score is <u, v>. They hold the logarithm of a base
+    measure: the number of the item's rows where its id is a feature, and 0 otherwise. A policy
+    proportional to base x exp(s <u, v>) has its mass where the log has rows, so it is both better
+    and easier to evaluate than one that starts from equal shares of all items.
+
     Args:
         policy: with `tables: output`, no hidden layers and an item bias, on any device.
         rows: in memory; their `row_weight` counts.
@@ -78,6 +85,7 @@ def fit_mixed_policy(
     with torch.no_grad():
         _write_context(policy.context_tower, policy.context_encoding, effects.root)
         _write_items(policy.item_tower, policy.item_encoding, design, effects)
+        _write_base(policy, design, items.num_items)
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,7 @@ def _write_context(tower: Tower, encoding: FeatureEncoding, root: Tensor) -> Non
 def _write_items(
     tower: Tower, encoding: FeatureEncoding, design: _Design, effects: MixedEffects
 ) -> None:
-    """v = constant + numbers' v_a + the effects of the categories' values; the bias is 0."""
+    """v = constant + numbers' v_a + the effects of the categories' values; biases are 0."""
     device = next(tower.parameters()).device
     body = _body(tower)
     tables = [body.encoder.tables[body.encoder.table_of(name)] for name in _categories(encoding)]
@@ -167,6 +175,32 @@ def _write_items(
         _with_bias(effects.numbers).T.to(device),
         _with_bias(effects.constant[None])[0].to(device),
     )
+
+
+def _write_base(policy: TwoTowerPolicy, design: _Design, num_items: int) -> None:
+    """Set the biases of a category of ids to the logarithms of their numbers of rows.
+
+    Ids without rows share the mass of those with one row (Good 1953, "The population frequencies of
+    species and the estimation of population parameters").
+    """
+    rows, body = design.rows, _body(policy.item_tower)
+    ids = [
+        k
+        for k, name in enumerate(_categories(policy.item_encoding))
+        if policy.item_encoding.cardinality(name) > num_items / 2
+    ]
+    for k in ids[:1]:
+        name = _categories(policy.item_encoding)[k]
+        table = body.encoder.tables[body.encoder.table_of(name)]
+        assert isinstance(table, nn.Embedding)
+        index, used = rows.categories[k][rows.item], design.values[k]
+        counted = torch.bincount(index, weights=rows.weight, minlength=len(used)).float()
+        seen = torch.bincount(index, minlength=len(used))
+        others = len(table.weight) - len(used)
+        share = float(counted[seen == 1].sum()) / max(others, 1)
+        base = torch.full((len(table.weight),), min(1.0, max(share, _LEAST_ROWS)))
+        base[used] = counted
+        table.weight[:, -1] = base.log().to(table.weight.device)
 
 
 def _write_constant(

@@ -24,7 +24,7 @@ from offtower.prepare import PreparedData
 from offtower.seeds import derive_seed
 
 FILE = "plan.json"
-_FORMAT = 1
+_FORMAT = 2
 MIN_STEPS = 10
 """Steps of a candidate in a rung, at least."""
 MIN_ROWS = 256
@@ -63,8 +63,8 @@ class Rung:
     """Maximal number of rows for the evaluation."""
     remaining: int
     """Candidates that stay afterwards, at most."""
-    thinning: int = 1
-    """One in so many rows without reward is evaluated, and stands for all of them."""
+    evaluated_rows: int | None = None
+    """Of these, the rows with exact terms, which stand for the others; None is all of them."""
     training_seconds: float = 0.0
     """As planned."""
     evaluation_seconds: float = 0.0
@@ -133,7 +133,9 @@ class AutoPlan:
                 replace(
                     one,
                     share=share * one.share,
-                    held_out_rows=max(MIN_ROWS, int(share * one.held_out_rows)),
+                    evaluated_rows=None
+                    if one.evaluated_rows is None
+                    else max(MIN_ROWS, int(share * one.evaluated_rows)),
                     training_seconds=share * slower * one.training_seconds,
                     evaluation_seconds=share * slower_rows * one.evaluation_seconds,
                 )

@@ -19,7 +19,8 @@ from offtower.training.auto.candidate_learner import AutoInputs, CandidateLearne
 from offtower.training.auto.candidates import Schedule
 from offtower.training.auto.choice import Choice, Tolerance, choose
 from offtower.training.auto.estimates import CandidateEstimate
-from offtower.training.auto.held_out import EvaluatedCandidates, HeldOutEvaluator, HeldOutRows
+from offtower.training.auto.evaluator import HeldOutEvaluator
+from offtower.training.auto.held_out import EvaluatedCandidates, HeldOutRows
 from offtower.training.auto.plan import AutoPlan, Rung
 from offtower.training.auto.speed import ROWS_PER_PASS
 
@@ -134,11 +135,16 @@ class Race:
         evaluator = HeldOutEvaluator(
             *(data, inputs.folds, rung.held_out_rows, inputs.config.training.item_chunk),
             self._progress,
-            rung.thinning,
+            rung.evaluated_rows,
         )
         self._progress.start("evaluating candidates on held-out rows", evaluator.rows)
         regressions = [name for name in members if inputs.candidates[name].predicts_rewards]
-        candidates = evaluator.candidates(members, regressions, binary=data.facts.binary_reward)
+        candidates = evaluator.candidates(
+            members,
+            regressions,
+            binary=data.facts.binary_reward,
+            based=[name for name in members if inputs.candidates[name].solved],
+        )
         for name in regressions:
             if name != candidates.reward_model:
                 self._dropped[name] = (
@@ -167,8 +173,7 @@ class Race:
         passes = len(self._inputs.folds.held_out) * ROWS_PER_PASS
         blocks = max(1, min(_BLOCKS, evaluator.rows // passes))
         for block in range(blocks):
-            part = evaluator.terms(candidates, (block / blocks, (block + 1) / blocks))
-            rows = part if rows is None else rows.merge(part)
+            rows = evaluator.terms(candidates, (block / blocks, (block + 1) / blocks), rows)
             choice = self._choose(rows)
             racing = self._racing(candidates, choice)
             beaten = [name for name in racing if upper_bound(choice.best[name]) < choice.chosen.low]

@@ -21,8 +21,9 @@ from offtower.training.auto.candidate_learner import AutoInputs, CandidateLearne
 from offtower.training.auto.candidates import PolicyCandidate, Schedule, make_candidates
 from offtower.training.auto.choice import Choice
 from offtower.training.auto.ensemble import join
+from offtower.training.auto.evaluator import SCAN_ROWS
 from offtower.training.auto.folds import Folds
-from offtower.training.auto.held_out import SCAN_ROWS, HeldOutRows
+from offtower.training.auto.held_out import HeldOutRows
 from offtower.training.auto.plan import FILE, AutoPlan, read_plan, write_plan
 from offtower.training.auto.prior_order import CLONE
 from offtower.training.auto.race import Race, RaceResult
@@ -54,7 +55,8 @@ class AutoTraining:
             best = min(names, key=self.rows.loss.__getitem__)
             link = "sigmoid" if binary else "identity"
             facts = {"candidate": best, "link": link, "loss": self.rows.loss[best]}
-            save_policy(directory, join(self.members[best], 1.0), facts)
+            bias = 0.0 if best in self.rows.based else 1.0
+            save_policy(directory, join(self.members[best], 1.0, bias), facts)
 
 
 def train_auto(
@@ -105,13 +107,15 @@ def train_auto(
     choice, chosen = found.choice, found.choice.chosen
     final = found.members[chosen.name]
     inverse_temperature = chosen.inverse_temperature
+    based = chosen.name in found.rows.based
     if settings.refit:
         clock.refit(chosen.name)
         final = learner.members(_refit(plan, found), [chosen.name])[chosen.name]
         if chosen.name != CLONE:
             # Members that saw more rows may have larger logits: keep the policy as sharp as chosen.
-            inverse_temperature *= found.rows.scale[chosen.name] / found.evaluator.scale(final)
-    policy = join(final, inverse_temperature)
+            scale = found.evaluator.scale(final, based=based)
+            inverse_temperature *= found.rows.scale[chosen.name] / scale
+    policy = join(final, inverse_temperature, 1.0 if based else None)
     required = config.evaluation.gate.min_effective_sample_size
     served = propose_serving(
         choice,

@@ -128,6 +128,8 @@ def propose_serving(choice: Choice, rows: HeldOutRows, requirement: Requirement)
         one
         for one in choice.estimates[chosen.name]
         if one.inverse_temperature <= chosen.inverse_temperature
+        # A temperature of serving would soften the base measure too.
+        and (chosen.name not in rows.based or one is chosen)
     ]
     sharpest = _served(chosen, chosen, 0.0, rows, requirement)
     needed = float(ndtri(0.5 + requirement.confidence / 2.0) + ndtri(POWER))

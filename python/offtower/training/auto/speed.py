@@ -1,4 +1,5 @@
-"""Measured seconds of a training step, of an evaluated row and of a read row on this machine.
+"""Memory of this machine, and measured seconds of a training step, of an evaluated row and of a
+read row.
 
 Measurements are rounded to powers of the square root of two, so that repeated runs on one machine
 mostly have the same plan.
@@ -7,9 +8,11 @@ mostly have the same plan.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -133,6 +136,16 @@ def row_seconds(candidate: PolicyCandidate, data: PreparedData) -> float:
         sums_of_item = _shortest(work, data.device) / (PASS_ROWS * PASS_ITEMS)
         embedding = _shortest(lambda: tower(*numbered), data.device) / (some * ROWS_PER_PASS)
     return rounded((sums_of_item + embedding) * data.items.num_items)
+
+
+def machine_bytes() -> int:
+    """Memory of this machine, or of its container where that has a limit."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdecimal() else total
 
 
 def _shortest(work: Callable[[], object], device: torch.device) -> float:

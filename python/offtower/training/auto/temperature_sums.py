@@ -40,13 +40,16 @@ class TemperatureSums:
         self._sum = torch.zeros(shape, dtype=torch.float64, device=device)
         self._reward = torch.zeros_like(self._sum) if rewards else None
 
-    def add(self, rows: slice, logit: Tensor, reward: Tensor | None) -> None:
+    def add(
+        self, rows: slice, logit: Tensor, reward: Tensor | None, weight: Tensor | None = None
+    ) -> None:
         """Add a chunk of items.
 
         Args:
             rows: which rows these are.
             logit: (b, n) without temperature; -inf for items that are not eligible.
             reward: (b, n) predictions of the reward model, if there is one.
+            weight: (n,) number of items that each one stands for; None is 1.
         """
         before = self._max[rows]
         top = torch.maximum(before, logit.amax(dim=1))
@@ -55,9 +58,11 @@ class TemperatureSums:
         sums: list[Tensor] = []
         rewarded: list[Tensor] = []
         part = shifted
+        if reward is not None and weight is not None:
+            reward = reward * weight
         for scale, doubles in zip(self.inverse_temperatures, self._doubles, strict=True):
             part = part.square_() if doubles else torch.exp(shifted * scale)
-            sums.append(part.sum(dim=1))
+            sums.append(part.sum(dim=1) if weight is None else part @ weight)
             if reward is not None:
                 rewarded.append(torch.linalg.vecdot(part, reward))
         decay = torch.exp(self._scales[:, None] * (before - reference).double())
