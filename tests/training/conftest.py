@@ -23,6 +23,10 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+EVERY_STEP = "training.checkpoint_every_seconds=0.0"
+"""For runs that are stopped between steps: otherwise a checkpoint is written after each epoch."""
+
+
 def make_config(folder: Path, runs: Path, name: str, *overrides: str, **sections: Any) -> Config:
     content = {
         "name": name,
@@ -50,11 +54,11 @@ def make_config(folder: Path, runs: Path, name: str, *overrides: str, **sections
         },
         "objective": {"name": "dr"},
         "training": {
-            "epochs": 6,
+            "epochs": 2,
             "batch_size": 32,
             "item_chunk": 5,
             "log_every_steps": 5,
-            "checkpoint_every_seconds": 0.0,
+            "checkpoint_every_seconds": 1e9,
             "threads": 1,
         },
         **sections,

@@ -91,7 +91,11 @@ def test_default_is_near_the_optimum(fitted: TwoTowerPolicyLearner) -> None:
 
 def test_same_seed_same_policy() -> None:
     context = WORLD.contexts(20, seed=5)
-    one, two = (learned(300, epochs=3).predict_proba(context, WORLD.action_context) for _ in "ab")
+    names = ["regression", "likelihood"]
+    one, two = (
+        learned(300, epochs=2, candidates=names).predict_proba(context, WORLD.action_context)
+        for _ in "ab"
+    )
     np.testing.assert_array_equal(one, two)
 
 
@@ -426,15 +430,16 @@ def test_a_run_goes_on_with_the_next_candidate(
     simulated: Path, tmp_path: Path, whole: tuple[Path, TrainingResult]
 ) -> None:
     path, result = whole
-    again = auto_config(simulated, tmp_path, "again")
-    train_run(again)
-    # As if it had been killed after two candidates: what they learned is read, not learned anew.
+    again = auto_config(simulated, tmp_path, "whole")
+    # As if it had been killed after a candidate: what that learned is read, not learned anew.
     run = again.run_directory
+    shutil.copytree(path, run)
     member = run / "auto" / "out_of_fold" / "regression" / "member_0" / "member.safetensors"
     learned_at = member.stat().st_mtime_ns
     for name in ("likelihood_linear", "likelihood"):
         shutil.rmtree(run / "auto" / "out_of_fold" / name)
-    shutil.rmtree(run / "auto" / "refit")
+    for name in ("auto/refit", "policy"):
+        shutil.rmtree(run / name)
     resumed = train_run(again, resume=True)
     assert member.stat().st_mtime_ns == learned_at
     assert resumed.validation == result.validation

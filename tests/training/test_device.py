@@ -36,7 +36,7 @@ from offtower.training.setup import TrainingSetup, build_setup
 from offtower.training.trainer import EpochHook, TrainingResult
 from offtower.training.workers import SINGLE_PROCESS
 from tests.pretend_gpu import DEVICE, GPUTensor, PretendGPU
-from tests.training.conftest import make_config
+from tests.training.conftest import EVERY_STEP, make_config
 from tests.training.distributed.world import write_world
 from tests.training.test_trainer import Exploding
 
@@ -55,21 +55,21 @@ KINDS: dict[str, tuple[str, ...]] = {
     "potec": ("objective.name=potec", "objective.arguments.clusters=4"),
     "exact, lazy tables": ("objective.name=snips", "training.table_updates=lazy_adamw"),
     "uniform": (*SAMPLED, "sampling.proposal=uniform", "policy.item_bias=true"),
-    "mixed": (*SAMPLED, "sampling.proposal=mixed", "objective.name=dr", "sampling.exact_every=7"),
+    "mixed": (*SAMPLED, "sampling.proposal=mixed", "objective.name=dr", "sampling.exact_every=3"),
     "in_batch": (*SAMPLED, "sampling.proposal=in_batch", "objective.name=in_batch_softmax"),
     "frequency": (
         *SAMPLED,
         "sampling.proposal=frequency",
         "training.table_updates=rowwise_adagrad",
     ),
-    "top_k": (*SAMPLED, "sampling.proposal=top_k", "sampling.refresh_steps=5", "sampling.top_k=3"),
+    "top_k": (*SAMPLED, "sampling.proposal=top_k", "sampling.refresh_steps=3", "sampling.top_k=3"),
 }
 SHARDED = ("training.strategy=item_sharded",)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"))
+    return write_world(tmp_path_factory.mktemp("world"), rows=300)
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ class _Here:
 
 def config_of(world: Path, *overrides: str, **sections: Any) -> Config:
     short = (
-        *("training.epochs=1", "training.batch_size=64", "data.window_rows=400"),
+        *("training.epochs=1", "training.batch_size=64", "data.window_rows=200"),
         *("sampling.num_samples=8", "reward_model.epochs=1"),
     )
     return make_config(world, world / "runs", "a", *short, *overrides, **sections)
@@ -290,18 +290,17 @@ def stop_in(epoch: int | None) -> Callable[[PreparedData], EpochHook]:
 @pytest.mark.usefixtures("gpu_for_runs")
 def test_a_run_goes_on_where_another_device_left_it(world: Path, tmp_path: Path) -> None:
     """cpu -> cuda -> cpu, in the middle of epochs, is the run of one device."""
-
     more = (
-        *("training.epochs=4", "training.weight_average=0.6", "training.terms=sampled"),
-        *("training.batch_size=150", "data.window_rows=600", "reward_model.epochs=1"),
-        "sampling.num_samples=8",
+        *("training.epochs=3", "training.weight_average=0.6", "training.terms=sampled"),
+        *("training.batch_size=75", "data.window_rows=300", "reward_model.epochs=1"),
+        *("sampling.num_samples=8", EVERY_STEP),
     )
     runs = [make_config(world, tmp_path, name, *more) for name in ("whole", "moved")]
     train_run(runs[0])
-    for device, epoch in (("cpu", 1), ("cuda", 2), ("cpu", None)):
+    for device, epoch in (("cpu", 0), ("cuda", 1), ("cpu", None)):
         runs[1].training.device = device
         with PretendGPU(), nullcontext() if epoch is None else pytest.raises(Stop):
-            train_run(runs[1], resume=epoch != 1, hook=stop_in(epoch))
+            train_run(runs[1], resume=epoch != 0, hook=stop_in(epoch))
     one, other = (load_policy(run.run_directory / "policy")[0].state_dict() for run in runs)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -311,11 +310,10 @@ def test_a_loss_that_is_not_finite_names_its_step(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though steps are read together, and no checkpoint has what came after."""
-    few = ("training.device=cuda", "training.batch_size=150", "data.window_rows=600")
+    few = ("training.device=cuda", "training.batch_size=75", "data.window_rows=300")
     objective = {"name": f"{Exploding.__module__}:Exploding", "arguments": {"after": 5}}
     config = make_config(world, tmp_path, "a", *few, objective=objective)
     config.training.log_every_steps = 1000
-    config.training.checkpoint_every_seconds = 1e9
     config.reward_model.kind = "none"
     with PretendGPU(), pytest.raises(RunError, match=r"step 6 \(epoch 2\) gave a loss of nan"):
         train_run(config)
@@ -324,7 +322,6 @@ def test_a_loss_that_is_not_finite_names_its_step(
     # Read every step's numbers, and the step itself ends the run.
     monkeypatch.setattr(epoch_metrics, "_MAX_PENDING", 1)
     again = make_config(world, tmp_path, "b", *few, objective=objective)
-    again.training.checkpoint_every_seconds = 1e9
     with PretendGPU(), pytest.raises(RunError, match=r"step 6 \(epoch 2\)"):
         train_run(again)
     steps = [line["step"] for line in read_metrics(again.run_directory / "metrics.jsonl")]

@@ -11,7 +11,7 @@ import torch
 from offtower.config import Config
 from offtower.models.store import load_policy
 from offtower.training.run import train_run
-from tests.training.conftest import make_config
+from tests.training.conftest import EVERY_STEP, make_config
 from tests.training.distributed.world import write_world
 from tests.training.test_device import CPU, KINDS, SHARDED, Stop, stop_in, train
 
@@ -53,7 +53,7 @@ def test_losses_equal_those_of_the_cpu(world: Path, kind: str, most_bytes: int) 
 
 def test_resume_on_another_device(world: Path, tmp_path: Path) -> None:
     def run(name: str, *parts: tuple[str, int | None]) -> dict[str, torch.Tensor]:
-        config = make_config(world, tmp_path, name, "training.epochs=4")
+        config = make_config(world, tmp_path, name, "training.epochs=4", EVERY_STEP)
         for number, (device, epoch) in enumerate(parts):
             config.training.device = device
             with nullcontext() if epoch is None else pytest.raises(Stop):

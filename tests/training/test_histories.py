@@ -66,7 +66,6 @@ def config_of(folder: Path, runs: Path, name: str, kind: str, *more: str) -> Con
         runs,
         name,
         "training.epochs=2",
-        "training.checkpoint_every_seconds=1000",
         "policy.item_bias=true",
         "policy.context_tower.history.dropout=0.1",
         "policy.context_tower.history.width=8",
@@ -213,6 +212,7 @@ def test_exported_towers_score_histories_as_training_did(
     assert [entry["input"] for entry in contract["inputs"]] == list(inputs)
 
 
+@pytest.mark.usefixtures("no_graphs")
 def test_search_and_evaluation_read_histories(runs: Runs, folder: Path) -> None:
     config = runs["transformer"]
     export_run(config.run_directory, ExportOptions(index=IndexOptions(kind="flat")))

@@ -70,13 +70,17 @@ def probabilities(trainer: Trainer, data: PreparedData) -> Tensor:
         return torch.softmax(logit if items.bias is None else logit + items.bias, dim=1)
 
 
+@pytest.fixture(scope="module")
+def data(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    return open_data(config_of(simulated, tmp_path_factory.mktemp("data")), Progress())
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_item_is_equally_likely_before_training(
-    simulated: Path, tmp_path: Path, name: str, bias: bool
+    simulated: Path, tmp_path: Path, data: PreparedData, name: str, bias: bool
 ) -> None:
     config = config_of(simulated, tmp_path, **{**POLICIES[name], "item_bias": bias})
-    data = open_data(config, Progress())
     trainer = build_trainer(config, data, None)
     found = probabilities(trainer, data)
     assert found.shape[1] == 12
@@ -99,7 +103,8 @@ def test_every_item_is_equally_likely_before_training(
 @pytest.mark.parametrize("name", POLICIES)
 def test_it_learns_from_there(simulated: Path, tmp_path: Path, name: str) -> None:
     more = ("training.learning_rate=0.03", "training.epochs=4", "training.measure_terms=true")
-    config = config_of(simulated, tmp_path, *more, **POLICIES[name])
+    fewer = ("data.validation=null", "training.log_every_steps=1000")
+    config = config_of(simulated, tmp_path, *more, *fewer, **POLICIES[name])
     train_run(config)
     lines = read_metrics(config.run_directory / "metrics.jsonl")
     first = next(line for line in lines if line["kind"] == "step")
@@ -109,9 +114,10 @@ def test_it_learns_from_there(simulated: Path, tmp_path: Path, name: str) -> Non
     assert epochs[-1]["loss"] < epochs[0]["loss"] - 0.02
 
 
-def test_the_default_start_has_the_bits_that_it_had(simulated: Path, tmp_path: Path) -> None:
+def test_the_default_start_has_the_bits_that_it_had(
+    simulated: Path, tmp_path: Path, data: PreparedData
+) -> None:
     config = make_config(simulated, tmp_path, "a", "objective.name=ips")
-    data = open_data(config, Progress())
     policy = build_trainer(config, data, None).policy
     seed_torch(config.seed, "policy")
     drawn = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
@@ -120,9 +126,10 @@ def test_the_default_start_has_the_bits_that_it_had(simulated: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["hidden", "tables: output"])
-def test_items_spread_over_workers_start_so_too(simulated: Path, tmp_path: Path, name: str) -> None:
+def test_items_spread_over_workers_start_so_too(
+    simulated: Path, tmp_path: Path, data: PreparedData, name: str
+) -> None:
     config = config_of(*(simulated, tmp_path, "training.strategy=item_sharded"), **POLICIES[name])
-    data = open_data(config, Progress())
     setup = build_setup(config, data, None, SINGLE_PROCESS, Progress())
     assert setup.shard is not None
     with torch.no_grad():

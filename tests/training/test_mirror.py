@@ -16,7 +16,7 @@ from offtower.training import run as runs
 from offtower.training.checkpoints import CheckpointStore
 from offtower.training.run import train_run
 from tests.stores import unruly
-from tests.training.conftest import make_config
+from tests.training.conftest import EVERY_STEP, make_config
 from tests.training.test_resume import assert_same_policy
 
 
@@ -27,17 +27,17 @@ class _Lost(Exception):
 def test_another_machine_goes_on(
     simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The machine is lost in the third epoch, run directory and all; the policy is that of an
+    """The machine is lost in the second epoch, run directory and all; the policy is that of an
     uninterrupted run, to the bit."""
-    whole = make_config(simulated, tmp_path / "whole", "a", "training.epochs=3")
+    whole = make_config(simulated, tmp_path / "whole", "a", "training.epochs=2")
     train_run(whole)
-    config = make_config(simulated, tmp_path / "here", "a", "training.epochs=3")
+    config = make_config(simulated, tmp_path / "here", "a", "training.epochs=2", EVERY_STEP)
     uri = f"file://{tmp_path}/there"
 
     class Lost(CheckpointStore):
         def save(self, policy: Any, optimizer: Any, progression: Any, extra: Any = None) -> None:
             super().save(policy, optimizer, progression, extra)
-            if progression.step == 50:
+            if progression.step == 30:
                 raise _Lost
 
     monkeypatch.setattr(runs, "CheckpointStore", Lost)

@@ -29,7 +29,7 @@ from offtower.training.checkpoints import CheckpointStore, Progression
 from offtower.training.run import train_run
 from offtower.training.trainer import EpochHook
 from offtower.training.workers import Workers
-from tests.training.conftest import make_config
+from tests.training.conftest import EVERY_STEP, make_config
 from tests.training.distributed.processes import run_workers
 from tests.training.test_resume import assert_same_policy
 
@@ -116,7 +116,7 @@ def test_the_run_of_a_killed_process_is_resumed_at_once(
 def test_a_run_that_was_taken_over_stops_and_leaves_no_file(
     simulated: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
-    config = config_of(simulated, tmp_path)
+    config = config_of(simulated, tmp_path, EVERY_STEP)
     after: dict[str, str] = {}
 
     def take_over() -> None:
@@ -220,7 +220,7 @@ def test_a_run_that_was_killed_before_it_had_a_configuration_begins(
 
 def test_two_machines_with_one_copy(simulated: Path, tmp_path: Path) -> None:
     """Each has a run directory of its own; the copy has one owner."""
-    here, there = (config_of(simulated, tmp_path / name) for name in ("here", "there"))
+    here, there = (config_of(simulated, tmp_path / name, EVERY_STEP) for name in ("here", "there"))
     uri = f"file://{tmp_path}/copies"
     copy = tmp_path / "copies" / "run"
     after: dict[str, str] = {}

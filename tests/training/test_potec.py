@@ -36,7 +36,7 @@ from offtower.training.setup import TrainingSetup, build_setup
 from offtower.training.step import ReplicatedStep
 from offtower.training.two_stage import LoggedClusterWeights
 from offtower.training.workers import SINGLE_PROCESS
-from tests.training.conftest import make_config
+from tests.training.conftest import EVERY_STEP, make_config
 
 KAPPA = 4.0
 
@@ -243,10 +243,10 @@ def weights_of(run: Path) -> dict[str, np.ndarray]:
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(
     simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = ("training.epochs=3", "training.weight_average=0.4")
+    more = ("training.epochs=2", "training.weight_average=0.4")
     whole = config_of(simulated, tmp_path / "whole", 4, *more)
     train_run(whole)
-    cut = config_of(simulated, tmp_path / "cut", 4, *more)
+    cut = config_of(simulated, tmp_path / "cut", 4, *more, EVERY_STEP)
     save, calls = CheckpointStore.save, itertools.count()
 
     def killed(self: CheckpointStore, *arguments: Any) -> None:

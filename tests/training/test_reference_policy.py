@@ -32,7 +32,7 @@ from offtower.training.sampled import SampledTerms
 from offtower.training.setup import TrainingSetup, build_setup
 from offtower.training.step import ReplicatedStep, StepKey
 from offtower.training.workers import SINGLE_PROCESS
-from tests.training.conftest import make_config
+from tests.training.conftest import EVERY_STEP, make_config
 from tests.training.test_resume import assert_same_policy, fill_the_disk, weights
 
 ROWS, ITEMS = 7, 5
@@ -295,7 +295,7 @@ def test_a_broken_run_resumes_to_the_same_bits(
     more = ("training.epochs=2", "objective.kl=0.2", f"objective.kl_policy={cloned}")
     whole = config_of(simulated, tmp_path / "whole", "a", *more)
     train_run(whole)
-    broken = config_of(simulated, tmp_path / "broken", "a", *more)
+    broken = config_of(simulated, tmp_path / "broken", "a", *more, EVERY_STEP)
     fill_the_disk(monkeypatch, after=26)
     with pytest.raises(RunError, match="No space left"):
         train_run(broken)

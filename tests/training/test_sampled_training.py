@@ -21,7 +21,7 @@ from offtower.training.epoch_metrics import EpochSums, StepMetricsQueue
 from offtower.training.run import build_trainer, train_run
 from offtower.training.sampled import SampledTerms
 from offtower.training.step import ReplicatedStep, StepKey
-from tests.training.conftest import make_config
+from tests.training.conftest import EVERY_STEP, make_config
 from tests.training.test_resume import assert_same_policy, fill_the_disk
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ def sampled_config(
     simulated: Path, runs: Path, sampling: dict[str, Any], *overrides: str, **sections: Any
 ) -> Config:
     return make_config(
-        *(simulated, runs, "a", "training.terms=sampled", "training.epochs=3"),
+        *(simulated, runs, "a", "training.terms=sampled", "training.epochs=2"),
         *overrides,
         sampling=sampling,
         **sections,
@@ -56,7 +56,7 @@ def test_a_broken_run_resumes_to_the_same_bits(
     over = f"training.table_updates={updates}"
     whole = sampled_config(simulated, tmp_path / "whole", SETTINGS[name], over)
     train_run(whole)
-    broken = sampled_config(simulated, tmp_path / "broken", SETTINGS[name], over)
+    broken = sampled_config(simulated, tmp_path / "broken", SETTINGS[name], over, EVERY_STEP)
     fill_the_disk(monkeypatch, after=48)
     with pytest.raises(RunError, match="No space left"):
         train_run(broken)

@@ -21,7 +21,7 @@ from offtower.training.schedule import temperature
 from offtower.training.setup import build_setup
 from offtower.training.step import ReplicatedStep, StepKey
 from offtower.training.workers import SINGLE_PROCESS
-from tests.training.conftest import make_config
+from tests.training.conftest import EVERY_STEP, make_config
 from tests.training.test_resume import assert_same_policy, fill_the_disk
 
 COURSE = ("policy.temperature=0.5", "training.initial_temperature=4.0")
@@ -162,7 +162,7 @@ def test_a_broken_run_resumes_to_the_same_bits(
     train_run(other)
     with pytest.raises(AssertionError):
         assert_same_policy(other.run_directory, whole.run_directory)
-    broken = config_of(simulated, tmp_path / "broken", *more)
+    broken = config_of(simulated, tmp_path / "broken", *more, EVERY_STEP)
     fill_the_disk(monkeypatch, after=24)
     with pytest.raises(RunError, match="No space left"):
         train_run(broken)

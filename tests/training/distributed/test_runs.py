@@ -30,7 +30,7 @@ from offtower.models.store import load_policy
 from offtower.training.distributed.item_shard import item_range
 from offtower.training.run import train_run
 from offtower.training.workers import SINGLE_PROCESS, Workers
-from tests.training.conftest import make_config
+from tests.training.conftest import EVERY_STEP, make_config
 from tests.training.distributed.processes import START, run_workers
 from tests.training.test_resume import StopAfter, assert_same_policy
 
@@ -88,9 +88,7 @@ def train_until_stopped(workers: Workers, config: Config) -> None:
 def test_a_stop_of_one_worker_stops_all_with_a_checkpoint(
     simulated: Path, tmp_path: Path, on_two: dict[str, Path]
 ) -> None:
-    config = config_of(
-        simulated, tmp_path, "a", "item_sharded", "training.checkpoint_every_seconds=1e6"
-    )
+    config = config_of(simulated, tmp_path, "a", "item_sharded")
     run_workers(2, train_until_stopped, config)
     run_workers(2, train, config, True)
     assert_same_policy(config.run_directory, on_two["item_sharded"])
@@ -150,7 +148,7 @@ def test_resumed_on_other_numbers_of_workers(
     strategy: str,
 ) -> None:
     """2 -> 1 -> 3 workers, stopped inside epochs: the one-process policy, to rounding."""
-    config = config_of(simulated, tmp_path, "a", strategy)
+    config = config_of(simulated, tmp_path, "a", strategy, EVERY_STEP)
     run_workers(2, train_until, config, 7)
     train_until(SINGLE_PROCESS, config, 25)
     run_workers(3, train_until, config, None)
@@ -191,7 +189,7 @@ def test_killed_workers(
 ) -> None:
     """One of two workers is killed twice; the other ends with an error at once, never hangs; the
     resumed run ends with the same bits."""
-    config = config_of(simulated, tmp_path, strategy, strategy)
+    config = config_of(simulated, tmp_path, strategy, strategy, EVERY_STEP)
     for kill in range(3):
         checkpoints = config.run_directory / "checkpoints"
         before = len(list(checkpoints.glob("step_*"))) and max(
@@ -240,7 +238,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     simulated: Path, tmp_path: Path, on_two: dict[str, Path]
 ) -> None:
     """The newest has a flipped byte: the run goes on from the one before, and says so."""
-    config = config_of(simulated, tmp_path, "item_sharded", "item_sharded")
+    config = config_of(simulated, tmp_path, "item_sharded", "item_sharded", EVERY_STEP)
     run_workers(2, train_until, config, 9)
     newest = sorted((config.run_directory / "checkpoints").glob("step_*"))[-1]
     file = sorted(newest.glob("*.safetensors"))[-1]
@@ -256,7 +254,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_a_full_disk(simulated: Path, tmp_path: Path, on_two: dict[str, Path]) -> None:
     """One worker cannot write its part: all stop with the same error, older checkpoints stay, and
     the run goes on from them."""
-    config = config_of(simulated, tmp_path, "item_sharded", "item_sharded")
+    config = config_of(simulated, tmp_path, "item_sharded", "item_sharded", EVERY_STEP)
     run_workers(2, train_with_full_disk, config)
     folder = config.run_directory / "checkpoints"
     assert not list(folder.glob(".*.partial"))
