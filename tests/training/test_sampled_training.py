@@ -49,21 +49,23 @@ def sampled_config(
 def test_a_broken_run_resumes_to_the_same_bits(
     simulated: Path, tmp_path: Path, name: str, updates: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every step writes a checkpoint; the write after the 41st fails, inside the last epoch, with
-    a catalogue embedding pending for top_k."""
+    """Every step writes a checkpoint; one write fails inside the last epoch, with a catalogue
+    embedding pending for top_k."""
     if updates != "auto" and name not in ("mixed", "top_k"):
         pytest.skip("one proposal with state and one without are enough")
     over = f"training.table_updates={updates}"
     whole = sampled_config(simulated, tmp_path / "whole", SETTINGS[name], over)
     train_run(whole)
     broken = sampled_config(simulated, tmp_path / "broken", SETTINGS[name], over, EVERY_STEP)
-    fill_the_disk(monkeypatch, after=48)
+    fill_the_disk(monkeypatch, after=32)
     with pytest.raises(RunError, match="No space left"):
         train_run(broken)
     monkeypatch.undo()
     newest = sorted((broken.run_directory / "checkpoints").glob("step_*"))[-1]
     step = int(newest.name.removeprefix("step_"))
-    assert 40 < step < 57 and step % 19 != 0
+    lines = read_metrics(whole.run_directory / "metrics.jsonl")
+    first, last = (line["step"] for line in lines if line["kind"] == "epoch")
+    assert first < step < last
     train_run(broken, resume=True)
     assert_same_policy(broken.run_directory, whole.run_directory)
 
