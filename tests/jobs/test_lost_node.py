@@ -13,6 +13,7 @@ from offtower.config import to_yaml
 from offtower.metrics import read_metrics
 from offtower.training.run import train_run
 from tests.jobs.conftest import RAY_ENVIRONMENT
+from tests.training.conftest import EVERY_STEP
 from tests.training.distributed.test_runs import assert_near, config_of
 
 pytestmark = pytest.mark.ray
@@ -23,7 +24,7 @@ def test_training_goes_on_with_the_workers_that_are_left(simulated: Path, tmp_pa
     """Two workers, then one: the policy of one process to rounding, and no metrics line twice."""
     alone = config_of(simulated, tmp_path / "alone", "a", "item_sharded")
     train_run(alone)
-    config = config_of(simulated, tmp_path / "ray", "a", "item_sharded")
+    config = config_of(simulated, tmp_path / "ray", "a", "item_sharded", EVERY_STEP)
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     result = subprocess.run(

@@ -28,7 +28,7 @@ from offtower.training.run import train_run
 from tests.jobs.conftest import RAY_ENVIRONMENT
 from tests.jobs.test_verbs import ON_RAY, text
 from tests.mappers import content
-from tests.training.conftest import make_config
+from tests.training.conftest import EVERY_STEP, make_config
 from tests.training.distributed.processes import run_workers
 from tests.training.distributed.test_runs import assert_near, config_of, train
 from tests.training.test_resume import assert_same_policy
@@ -132,7 +132,8 @@ def test_a_run_continues_on_a_new_cluster_after_the_head_was_lost(
     """The first cluster is killed with its head, its workers and the command."""
     whole = config_of(simulated, tmp_path / "whole", "a", "item_sharded", "training.epochs=3")
     run_workers(2, train, whole)
-    config = config_of(simulated, tmp_path / "lost", "a", "item_sharded", "training.epochs=3")
+    more = ("training.epochs=3", EVERY_STEP)
+    config = config_of(simulated, tmp_path / "lost", "a", "item_sharded", *more)
     path, run = tmp_path / "config.yaml", config.run_directory
     path.write_text(to_yaml(config))
     command = [sys.executable, "-m", "offtower.cli", "train", str(path), "--workers", "2"]

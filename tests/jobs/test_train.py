@@ -21,6 +21,7 @@ from offtower.execution import Execution
 from offtower.jobs.train import WorkerPlan, train_on_ray
 from offtower.metrics import read_metrics
 from tests.jobs.conftest import Recorded
+from tests.training.conftest import EVERY_STEP
 from tests.training.distributed.processes import run_workers
 from tests.training.distributed.test_runs import config_of, train
 from tests.training.test_resume import assert_same_policy
@@ -86,7 +87,7 @@ def test_two_kills_and_a_stall_change_nothing(
 ) -> None:
     """Two SIGKILLs of workers, then one that stops answering: the same bits as never interrupted,
     no metrics line is lost or doubled, and each restart is reported with its cause."""
-    config = config_of(simulated, tmp_path, "a", "item_sharded")
+    config = config_of(simulated, tmp_path, "a", "item_sharded", EVERY_STEP)
     actions = iter([kill_one, kill_one, stop_one])
     meanwhile = Meanwhile(config.run_directory, [5, 14, 24], lambda: next(actions)())
     meanwhile.start()
@@ -118,7 +119,7 @@ def test_sampled_terms_over_divided_items(
     more += ("sampling.num_samples=5", "sampling.refresh_steps=3")
     whole = config_of(simulated, tmp_path / "whole", "a", "item_sharded", *more)
     run_workers(2, train, whole)
-    config = config_of(simulated, tmp_path / "killed", "a", "item_sharded", *more)
+    config = config_of(simulated, tmp_path / "killed", "a", "item_sharded", *more, EVERY_STEP)
     meanwhile = Meanwhile(config.run_directory, [10], kill_one)
     meanwhile.start()
     train_on_ray(config, PLAN)
