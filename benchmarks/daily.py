@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
@@ -53,43 +54,27 @@ ROWS = LogSchema(
 )
 
 
-@dataclass(frozen=True)
 class World:
     """Items that live for 20 days, and rewards of contexts and items.
 
-    Attributes:
+    Args:
         items: of a day; one in twenty is replaced each day, the oldest first.
         rows: of a day's log.
         hidden: share of an item's effects that its features do not show.
     """
 
-    seed: int
-    days: int
-    items: int = 600
-    rows: int = 6000
-    hidden: float = 0.4
-
-    def __post_init__(self) -> None:
-        rng = np.random.default_rng([self.seed, 0])
-        total = self.items + self.days * self.new_items
-        content = rng.normal(size=(total, DIM))
+    def __init__(
+        self, seed: int, days: int, items: int = 300, rows: int = 3000, hidden: float = 0.4
+    ) -> None:
+        self.seed, self.days, self.items, self.rows = seed, days, items, rows
+        rng = np.random.default_rng([seed, 0])
+        total = items + days * self.new_items
+        self.content: Array = rng.normal(size=(total, DIM))
         own = rng.normal(size=(total, DIM))
         mixing = rng.normal(size=(DIM, DIM)) / DIM**0.5
-        effect = np.sqrt(1 - self.hidden) * content @ mixing + np.sqrt(self.hidden) * own
-        noisy = effect + 2.0 * rng.normal(size=(total, DIM))
-        liking = rng.normal(size=total)
-        for name, value in {
-            "content": content,
-            "effect": effect,
-            "noisy": noisy,
-            "liking": liking,
-        }.items():
-            object.__setattr__(self, name, value)
-
-    content: Any = None
-    effect: Any = None
-    noisy: Any = None
-    liking: Any = None
+        self.effect: Array = np.sqrt(1 - hidden) * self.content @ mixing + np.sqrt(hidden) * own
+        self.noisy: Array = self.effect + 2.0 * rng.normal(size=(total, DIM))
+        self.liking: Array = rng.normal(size=total)
 
     @property
     def new_items(self) -> int:
@@ -193,7 +178,7 @@ class Study:
         tables = []
         for one in range(day + 1):
             table = self.world.log(one)
-            tables.append(table.filter(pa.compute.is_in(table["item"], there)))
+            tables.append(table.filter(pc.is_in(table["item"], there)))
         write_log(self.folder / f"all-{day}", tables, ROWS, rows_per_group=20_000)
         return self._run(self.config(f"full-{day}", f"all-{day}", day, *self.full), day)
 
@@ -276,10 +261,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--days", type=int, default=30)
-    parser.add_argument("--every", type=int, default=5, help="days between full runs")
-    parser.add_argument("--full-epochs", type=int, default=10)
-    parser.add_argument("--daily-epochs", type=int, default=3)
-    parser.add_argument("--share", type=float, default=0.3, help="of replayed rows")
+    parser.add_argument("--every", type=int, default=15, help="days between full runs")
+    parser.add_argument("--full-epochs", type=int, default=15)
+    parser.add_argument("--daily-epochs", type=int, default=5)
+    parser.add_argument("--share", type=float, default=0.4, help="of replayed rows")
     parser.add_argument("--set", action="append", default=[], help="settings of the daily runs")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)

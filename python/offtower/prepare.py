@@ -72,8 +72,9 @@ class ExtendedRows:
     @property
     def texts(self) -> Iterator[str]:
         """What became of each feature's values."""
-        for name, rows in {**self.context, **self.item}.items():
-            yield f"values of '{name}': {rows.text or 'none'}"
+        for side in (self.context, self.item):
+            for name, rows in side.items():
+                yield f"values of '{name}': {rows.text or 'none'}"
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 from scipy import stats
 
-from offtower.config import ServingConfig
+from offtower.config import ServingConfig, parse_config
+from offtower.config.serving import changed_serving
+from offtower.data import write_catalogue, write_log
+from offtower.data.encoding import to_tensors
+from offtower.data.schema import CatalogueSchema, FeatureSpec, LogSchema
 from offtower.errors import ConfigError, DataError
+from offtower.evaluation.scoring.policy import PolicyScorer
+from offtower.models.items import ItemFeatures
+from offtower.models.store import load_policy
+from offtower.retrieval import ExportOptions, Retriever, export_run
 from offtower.retrieval.partitioning import build_cells
 from offtower.retrieval.propensity_sampler import PropensitySampler
+from offtower.training.run import train_run
 from tests.retrieval.test_sampling import ALPHA, softmax, world
 
 SETTINGS: list[dict[str, Any]] = [
@@ -162,3 +175,85 @@ def test_settings_that_exclude_each_other() -> None:
         top.slate(queries[0], rng, size=5)
     with pytest.raises(ConfigError, match="top_k draws nothing"):
         PropensitySampler(cells, serving=ServingConfig(mode="top_k"))
+
+
+@pytest.mark.parametrize("setting", [{}, {"temperature": 0.5, "uniform": 0.1}], ids=str)
+def test_draws_keep_the_limits_of_new_items(setting: dict[str, Any]) -> None:
+    """Chi-square of 20,000 draws at ALPHA; slates are those of the limited probabilities."""
+    vectors, queries = world(8, 3, 1.0)
+    cells = build_cells(vectors, queries)
+    new = np.arange(8) >= 6
+    rules = {"feature": "age", "below": 1.0, "at_least": 0.4, "at_most": 0.45}
+    serving = ServingConfig(**setting, new_items=rules)  # type: ignore[arg-type]
+    sampler = PropensitySampler(cells, serving=serving, new=new)
+    rng = np.random.default_rng(4)
+    for exclude in (None, np.array([2])):
+        whole = served(softmax(cells, queries[40]), ServingConfig(**setting), exclude)
+        share = np.clip(whole[new].sum(), 0.4, 0.45)
+        p = np.where(new, whole * share / whole[new].sum(), 0.0)
+        p += np.where(new, 0.0, whole * (1.0 - share) / whole[~new].sum())
+        found = sampler.draw(queries[40], rng, size=20_000, exclude=exclude)
+        np.testing.assert_allclose(found.pscore, p[found.item], rtol=1e-5)
+        count, keep = np.bincount(found.item, minlength=8), p > 0
+        assert stats.chisquare(count[keep], 20_000 * p[keep]).pvalue > ALPHA
+        slate = sampler.slate(queries[40], rng, size=3, exclude=exclude)
+        before = np.append(0.0, np.cumsum(p[slate.item])[:-1])
+        np.testing.assert_allclose(slate.pscore, p[slate.item] / (1.0 - before), rtol=1e-5)
+    with pytest.raises(ConfigError, match="need the scores of all"):
+        sampler.draw(queries[40], rng, mode="cells")
+
+
+def test_an_export_draws_what_its_evaluation_scores(tmp_path: Path) -> None:
+    """With limits on new items: propensities of the retriever are those of the scorer."""
+    rng = np.random.default_rng(0)
+    spec = FeatureSpec(name="age", kind="numeric")
+    vector = FeatureSpec(name="v", kind="vector", dim=2)
+    items = pa.table(
+        {"item": range(30), "age": np.arange(30.0), "v": list(rng.normal(size=(30, 2)))}
+    )
+    schema = CatalogueSchema(item_id="item", features=(spec, vector))
+    catalogue = write_catalogue(tmp_path / "items", items, schema)
+    rows = pa.table(
+        {
+            "v": list(rng.normal(size=(200, 2))),
+            "item": rng.integers(30, size=200),
+            "reward": rng.integers(2, size=200).astype(float),
+            "pscore": np.full(200, 1 / 30),
+        }
+    )
+    log = LogSchema(context=(vector,), action="item", reward="reward", pscore="pscore")
+    write_log(tmp_path / "log", [rows], log)
+    rules = {"feature": "age", "below": 2.5, "at_least": 0.5}
+    config = parse_config(
+        {
+            "name": "a",
+            "runs": str(tmp_path),
+            "data": {"train": str(tmp_path / "log"), "catalogue": str(tmp_path / "items")},
+            "objective": "ips",
+            "training": {"epochs": 1, "threads": 1},
+            "serving": {"uniform": 0.1, "new_items": rules},
+        }
+    )
+    train_run(config)
+    policy, _ = load_policy(tmp_path / "a" / "policy")
+    scorer = PolicyScorer(
+        policy,
+        ItemFeatures.from_catalogue(catalogue, policy.item_encoding),
+        serving=config.serving,
+    )
+    export_run(tmp_path / "a", ExportOptions(index=None, parquet=False, onnx=False))
+    contexts = rows.select(["v"]).slice(0, 100)
+    drawn = Retriever.open(tmp_path / "a").sample(contexts, 1, seed=3)
+    item = torch.from_numpy(drawn.item)
+    context = policy.embed_contexts(to_tensors(policy.context_encoding.encode(contexts)))
+    terms = scorer.served.terms(context.detach(), scorer.items, item[:, 0])
+    np.testing.assert_allclose(drawn.pscore[:, 0], terms.log_prob.exp().numpy(), rtol=1e-4)
+    # At least half of the draws, 5 standard errors.
+    assert np.mean(drawn.item < 3) > 0.5 - 5 * 0.05
+    text = "temperature=0.5"
+    assert Retriever.open(tmp_path / "a", serving=changed_serving(config.serving, text))
+    other = replace(config.serving, new_items=None)
+    assert Retriever.open(tmp_path / "a", serving=other).sample(contexts, 1, seed=3)
+    wrong = {**rules, "below": 9.0}
+    with pytest.raises(ConfigError, match="does not tell new items by 'age' below 9"):
+        Retriever.open(tmp_path / "a", serving=ServingConfig(new_items=wrong))  # type: ignore[arg-type]

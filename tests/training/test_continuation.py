@@ -56,7 +56,7 @@ def runs(days: Days, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def begun(config: Config, run: Path | None = None) -> tuple[TrainingSetup, Trainer]:
+def begun(config: Config) -> tuple[TrainingSetup, Trainer]:
     """A run before its first step."""
     data = open_data(config, Progress())
     setup = build_setup(config, data, None, SINGLE_PROCESS, Progress())

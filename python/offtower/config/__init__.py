@@ -37,7 +37,7 @@ from offtower.config.learning import (
 )
 from offtower.config.monitoring import MonitorConfig
 from offtower.config.run import Config
-from offtower.config.serving import ServingConfig
+from offtower.config.serving import NewItemsConfig, ServingConfig
 
 __all__ = [
     "AutoConfig",
@@ -49,6 +49,7 @@ __all__ = [
     "HistoryConfig",
     "IncrementalConfig",
     "MonitorConfig",
+    "NewItemsConfig",
     "ObjectiveConfig",
     "PolicyConfig",
     "ReplayConfig",

@@ -15,6 +15,29 @@ GREEDY = "greedy"
 
 
 @dataclass(config=STRICT)
+class NewItemsConfig:
+    """Limits on the probability that a draw shows a new item, in every context.
+
+    Within the limits nothing changes. Beyond them, the probabilities of the new items, and those of
+    the others, are scaled by one factor each."""
+
+    feature: str
+    """Numeric feature of the catalogue that tells new items, such as their age in days."""
+    below: float = Field(allow_inf_nan=False)
+    """Items with a smaller number are new."""
+    at_least: float = Field(default=0.0, ge=0.0, lt=1.0)
+    at_most: float = Field(default=1.0, gt=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> NewItemsConfig:
+        if self.at_least > self.at_most:
+            raise ValueError(
+                f"new_items.at_least is {self.at_least:g}, above at_most, {self.at_most:g}"
+            )
+        return self
+
+
+@dataclass(config=STRICT)
 class ServingConfig:
     """How the policy is served, and so how it is validated, evaluated, exported and drawn from.
 
@@ -32,6 +55,9 @@ class ServingConfig:
     """Share of draws that are uniform over all eligible items; the others follow the softmax."""
     top: int | None = Field(default=None, ge=1)
     """Restrict the softmax to this many best items; uniform draws stay over all. null: no limit."""
+    new_items: NewItemsConfig | None = None
+    """Limits on the share of new items; null: none. Limits hold for each draw, and so for the first
+    item of a slate."""
 
     @model_validator(mode="after")
     def _check(self) -> ServingConfig:
@@ -40,6 +66,15 @@ class ServingConfig:
                 "mode top_k always shows the k best items, so temperature, uniform and top have no "
                 "effect: unset them, or set mode to sample (top: 1 with a uniform share is "
                 "epsilon-greedy)"
+            )
+        if self.new_items is not None and self.mode == "top_k":
+            raise ValueError(
+                "new_items limits the probability of new items, and mode top_k has none: set mode "
+                "to sample, where top: 1 with a uniform share is epsilon-greedy"
+            )
+        if self.new_items is not None and self.top is not None and self.uniform == 0.0:
+            raise ValueError(
+                "new_items with top needs a uniform share: the best items may all be new, or none"
             )
         if self.top is not None and self.top < self.k and self.uniform == 0.0:
             raise ValueError(
@@ -52,12 +87,13 @@ class ServingConfig:
     def is_trained_policy(self) -> bool:
         """Whether an item is drawn from the very policy that was trained."""
         plain = (self.mode, self.temperature, self.uniform, self.top)
-        return plain == ("sample", 1.0, 0.0, None)
+        return plain == ("sample", 1.0, 0.0, None) and self.new_items is None
 
     @property
     def is_softmax(self) -> bool:
         """Whether this is a softmax over all items, at any temperature, without uniform draws."""
-        return self.mode == "sample" and self.uniform == 0.0 and self.top is None
+        whole = self.uniform == 0.0 and self.top is None and self.new_items is None
+        return self.mode == "sample" and whole
 
     @property
     def text(self) -> str:

@@ -7,7 +7,7 @@ import importlib.util
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -37,12 +37,13 @@ from offtower.retrieval.index import IndexOptions, import_faiss
 from offtower.retrieval.index_building import StoredVectors, build_index
 from offtower.retrieval.index_update import EarlierIndex, IndexedVectors, update_index
 from offtower.retrieval.manifest import (
-    current_version,
+    earlier_version,
     prune_versions,
     set_current,
     write_manifest,
 )
 from offtower.retrieval.measurement import measurement_log, sample_contexts
+from offtower.retrieval.new_items import write_new_items
 from offtower.retrieval.parquet_parts import Layout, ParquetSource, write_parquet
 from offtower.retrieval.partitioning import build_cells
 from offtower.retrieval.tower import ContextTower
@@ -152,7 +153,8 @@ def export_run(
     export = directory.path / "export"
     export.mkdir(parents=True, exist_ok=True)
     of_run = directory.manifest()
-    earlier = _earlier_export(directory, of_run)
+    lineage = [Path(one["run"]) for one in of_run.get("descends_from", ())]
+    earlier = earlier_version([directory.path, *lineage])
     with Lease.acquire(export) as lease:
         remove_leftovers(export)
         now = datetime.now(UTC)
@@ -192,17 +194,6 @@ def export_run(
         set_current(export, version)
         prune_versions(export, kept=options.kept, keep_seconds=options.keep_seconds)
     return export / version
-
-
-def _earlier_export(directory: RunDirectory, manifest: Mapping[str, Any]) -> Path | None:
-    """The current export of a run, else that of the nearest run that it descends from."""
-    folders = [directory.path, *(Path(one["run"]) for one in manifest.get("descends_from", ()))]
-    for folder in folders:
-        try:
-            return current_version(folder / "export")
-        except RunError:
-            continue
-    return None
 
 
 @contextmanager
@@ -271,6 +262,10 @@ class _Writer:
         write_eligible(
             self.catalogue.keeping(log.schema.eligible), log.schema, folder, chunk=options.chunk
         )
+        if self.config.serving.new_items is not None:
+            write_new_items(
+                self.config.serving.new_items, self.policy, self.catalogue, folder, options.chunk
+            )
         exact = map_array([folder / name for name in written.files])
         vector_files, scale, precision = written.files, None, None
         served: NDArray[Any] = exact

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +106,16 @@ def current_version(export: Path) -> Path:
         if found == version:
             raise RunError(f"'{path}' names version '{found}', which is missing; export again")
         version = found
+
+
+def earlier_version(runs: Iterable[Path]) -> Path | None:
+    """Return the current version of the first of several runs that has one."""
+    for run in runs:
+        try:
+            return current_version(run / "export")
+        except RunError:
+            continue
+    return None
 
 
 def find_version(path: str | Path) -> Path:

@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from offtower.config import ServingConfig
+from offtower.config import NewItemsConfig, ServingConfig
 from offtower.retrieval.cell_sampling import ItemSample, sample_with_replacement
 from offtower.retrieval.cell_weights import TINY, CellWeights, exact_weights
 
@@ -29,13 +29,19 @@ _MAX_DRAWS = 1 << 17
 """Slates that would take more draws are drawn from the scores of all items."""
 
 
-def served_weights(weights: CellWeights, serving: ServingConfig) -> CellWeights:
-    """Restrict exact weights to the best items and mix them with uniform draws.
+def served_weights(
+    weights: CellWeights, serving: ServingConfig, new: NDArray[np.bool_] | None = None
+) -> CellWeights:
+    """Restrict exact weights to the best items, mix them with uniform draws, and limit the share of
+    new items.
+
+    new: (N,) the new items, where their share has limits.
 
     Weights of sampled cells are returned as they are: `mixed_draws` and `mixed_slate` mix them.
     """
     logit = weights.all_logits
-    if logit is None or (serving.top is None and serving.uniform == 0.0):
+    limits = serving.new_items
+    if logit is None or (serving.top is None and serving.uniform == 0.0 and limits is None):
         return weights
     softmax = logit
     if serving.top is not None:
@@ -49,6 +55,9 @@ def served_weights(weights: CellWeights, serving: ServingConfig) -> CellWeights:
         share = math.log(serving.uniform) - math.log(int(eligible.sum()))
         rest = math.log1p(-serving.uniform) if serving.uniform < 1.0 else -math.inf
         softmax = np.logaddexp(softmax - log_normalizer + rest, np.where(eligible, share, -np.inf))
+    if limits is not None:
+        assert new is not None, "an export with limits has the new items"
+        softmax = _limited(softmax, new[weights.cells.item_of_row], limits)
     shift = float(softmax.max())
     weight = np.add.reduceat(np.exp(softmax - shift), weights.cells.start[:-1])
     return replace(
@@ -59,6 +68,19 @@ def served_weights(weights: CellWeights, serving: ServingConfig) -> CellWeights:
         by_softmax=True,
         all_logits=softmax,
     )
+
+
+def _limited(logit: FloatArray, is_new: NDArray[np.bool_], limits: NewItemsConfig) -> FloatArray:
+    """Log-probabilities with the limits of `serving.limits`, from log-probabilities up to a
+    constant."""
+    with np.errstate(divide="ignore"):
+        by_kind = [np.logaddexp.reduce(logit[is_new == kind]) for kind in (False, True)]
+        mass = float(np.exp(by_kind[1] - np.logaddexp(*by_kind)))
+        if not 0.0 < mass < 1.0:
+            return logit
+        share = min(max(mass, limits.at_least), limits.at_most)
+        wanted = np.log([1.0 - share, share])
+    return logit + np.where(is_new, wanted[1] - by_kind[1], wanted[0] - by_kind[0])
 
 
 def mixed_draws(

@@ -22,8 +22,8 @@ Mode `softmax` has these properties for any index and budget:
 
 `serving` scales the logits by its temperature in every mode. A uniform share eps mixes draws that
 are uniform over the items with these, and pscore is the probability of the mixture; in mode
-`softmax` property 1 then holds up to the square of `relative_error`. `top` needs every item's
-logit, so that mode `softmax` is then as `exact`, and mode `cells` is refused.
+`softmax` property 1 then holds up to the square of `relative_error`. `top` and limits on new items
+need every item's logit, so that mode `softmax` is then as `exact`, and mode `cells` is refused.
 """
 
 from __future__ import annotations
@@ -59,20 +59,27 @@ class PropensitySampler:
     Args:
         cells: the partitioned catalogue.
         relative_error: target standard error of pscore in mode `softmax`, as a share of pscore.
-        serving: temperature, uniform share and limit of the draws; None draws from the softmax.
+        serving: temperature, uniform share and limits of the draws; None draws from the softmax.
+        new: (N,) the new items, where `serving.new_items` limits their share.
 
     Raises:
         ConfigError: relative_error is not in (0, 1), or serving.mode is top_k, which draws nothing.
     """
 
     def __init__(
-        self, cells: Cells, *, relative_error: float = 0.002, serving: ServingConfig | None = None
+        self,
+        cells: Cells,
+        *,
+        relative_error: float = 0.002,
+        serving: ServingConfig | None = None,
+        new: NDArray[np.bool_] | None = None,
     ) -> None:
         if not 0.0 < relative_error < 1.0:
             raise ConfigError(f"relative_error must lie in (0, 1), got {relative_error}")
         self.cells = cells
         self.relative_error = relative_error
         self.serving = serving or ServingConfig()
+        self._new = new
         if self.serving.mode == "top_k":
             raise ConfigError("serving.mode top_k draws nothing: search for the k best items")
 
@@ -165,10 +172,11 @@ class PropensitySampler:
                 f"a context embedding must be {cells.vectors.shape[1]} finite numbers, got "
                 f"shape {query.shape}"
             )
-        if mode == "cells" and self.serving.top is not None:
+        all_scored = self.serving.top is not None or self.serving.new_items is not None
+        if mode == "cells" and all_scored:
             raise ConfigError(
-                "mode cells scores only the items of the drawn cells, and serving.top is the best "
-                "of all: choose mode softmax or exact"
+                "mode cells scores only the items of the drawn cells, and serving.top and "
+                "serving.new_items need the scores of all: choose mode softmax or exact"
             )
         if positions < 1:
             raise ConfigError(f"the number of positions must be at least 1, got {positions}")
@@ -191,11 +199,11 @@ class PropensitySampler:
             )
         query = query / np.float32(self.serving.temperature)
         if cells is not self.cells:
-            return served_weights(exact_weights(cells, query, allowed), self.serving)
+            return served_weights(exact_weights(cells, query, allowed), self.serving, self._new)
         if mode == "cells":
             return model_weights(cells, query, allowed)
-        if mode == "exact" or self.serving.top is not None or left * FEW < num_items:
-            return served_weights(exact_weights(cells, query, allowed), self.serving)
+        if mode == "exact" or all_scored or left * FEW < num_items:
+            return served_weights(exact_weights(cells, query, allowed), self.serving, self._new)
         weights = estimated_weights(
             cells,
             query,

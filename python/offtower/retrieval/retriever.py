@@ -38,6 +38,7 @@ from offtower.retrieval.manifest import (
     read_manifest,
     verify_files,
 )
+from offtower.retrieval.new_items import load_new_items
 from offtower.retrieval.propensity_sampler import Mode, PropensitySampler
 from offtower.retrieval.results import OnEmpty, SampleResult, SearchResult, padded
 from offtower.retrieval.tower import ContextTower
@@ -89,6 +90,9 @@ class Retriever:
         self.index: AnnIndex | None = None
         if manifest["index"] is not None:
             self.index = open_index(directory / "index", self.version, self.vectors, self.scale)
+        self._new: NDArray[np.bool_] | None = None
+        if self.serving.new_items is not None:
+            self._new = load_new_items(directory, exported, self.serving)
         self._cells: Cells | None = None
         if manifest["cells"] is not None:
             self._cells = Cells.load(directory / "cells")
@@ -294,7 +298,9 @@ class Retriever:
         sets = ContextSets(rows, self._ids.excluded(exclude, len(queries)))
         if self._row_sets is None:
             self._row_sets = RowSets(self.cells)
-        sampler = PropensitySampler(self.cells, relative_error=relative_error, serving=self.serving)
+        sampler = PropensitySampler(
+            self.cells, relative_error=relative_error, serving=self.serving, new=self._new
+        )
         rng = np.random.default_rng(seed)
         draw = sampler.slate if slate else sampler.draw
         drawn: list[ItemSample | None] = []

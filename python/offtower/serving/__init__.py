@@ -7,8 +7,16 @@ of its first item; the others follow by sampling without replacement (Plackett a
 """
 
 from offtower.serving.dense import served_probabilities
+from offtower.serving.limits import LimitedPolicy, served_policy
 from offtower.serving.mixture import mix_uniform
 from offtower.serving.policy import ServedPolicy
 from offtower.serving.shared_terms import SharedTerms
 
-__all__ = ["ServedPolicy", "SharedTerms", "mix_uniform", "served_probabilities"]
+__all__ = [
+    "LimitedPolicy",
+    "ServedPolicy",
+    "SharedTerms",
+    "mix_uniform",
+    "served_policy",
+    "served_probabilities",
+]

@@ -8,14 +8,35 @@ import torch
 from torch import Tensor
 
 from offtower.config import ServingConfig
+from offtower.errors import ConfigError
 
 
-def served_probabilities(logits: Tensor, serving: ServingConfig) -> Tensor:
+def served_probabilities(
+    logits: Tensor, serving: ServingConfig, new: Tensor | None = None
+) -> Tensor:
     """(B, N) probabilities of the served policy, from the trained one's logits (B, N).
 
     For small catalogues. Items that are not eligible have logits of -inf. In mode top_k the best
     item has probability 1.
+
+    Args:
+        new: (N,) bool, the new items, whose share `serving.new_items` limits.
+
+    Raises:
+        ConfigError: there are limits and the new items are not given.
     """
+    served, limits = _unlimited(logits, serving), serving.new_items
+    if limits is None:
+        return served
+    if new is None:
+        raise ConfigError("serving.new_items needs the new items, which these logits do not tell")
+    mass = served[:, new].sum(1, keepdim=True)
+    share = mass.clamp(limits.at_least, limits.at_most)
+    scaled = torch.where(new, served * share / mass, served * (1.0 - share) / (1.0 - mass))
+    return torch.where((mass <= 0.0) | (mass >= 1.0), served, scaled)
+
+
+def _unlimited(logits: Tensor, serving: ServingConfig) -> Tensor:
     score, count = logits / serving.temperature, logits.shape[1]
     top = 1 if serving.mode == "top_k" else serving.top
     if top is not None and top < count:

@@ -208,6 +208,12 @@ def _item_sharded(inputs: SetupInputs) -> TrainingSetup:
             "serving.top and serving.mode for training and set them afterwards, unset "
             "data.validation, or set training.strategy=replicated"
         )
+    if data.validation is not None and config.serving.new_items is not None:
+        raise ConfigError(
+            "training.strategy=item_sharded has no sums over the new items for validations: unset "
+            "serving.new_items for training and set it afterwards, unset data.validation, or set "
+            "training.strategy=replicated"
+        )
     shard = make_shard(config.policy, data, workers)
     seed_torch(config.seed, "policy")
     policy = sharded_policy(config.policy, data, shard, workers)

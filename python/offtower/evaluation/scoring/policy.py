@@ -30,7 +30,8 @@ from offtower.models.items import DEFAULT_CHUNK, ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.ops import Eligibility, PolicyTerms
 from offtower.ops.types import RewardTerms
-from offtower.serving import ServedPolicy, SharedTerms
+from offtower.serving import ServedPolicy, SharedTerms, served_policy
+from offtower.serving.limits import new_items
 from offtower.slates import conditional_log_prob, slate_weights
 
 
@@ -162,6 +163,9 @@ class PolicyScorer:
             as its index found them.
     """
 
+    _new: Tensor | None = None
+    """(N,) bool, the new items, where `serving` limits their share."""
+
     def __init__(
         self,
         policy: TwoTowerPolicy,
@@ -183,6 +187,9 @@ class PolicyScorer:
                 else policy.embed_items(items, chunk=item_chunk)
             )
         policy.train(self._training)
+        limits = self.serving.new_items
+        if limits is not None:
+            self._new = new_items(limits, policy.item_encoding, items)
 
     @property
     def context_encoding(self) -> FeatureEncoding:
@@ -196,7 +203,7 @@ class PolicyScorer:
     @property
     def served(self) -> ServedPolicy:
         """The distribution that rows are scored with."""
-        return ServedPolicy(self.policy, self.serving)
+        return served_policy(self.policy, self.serving, self._new)
 
     def served_as(
         self, serving: ServingConfig, served_logs: NDArray[np.uint64] | None = None

@@ -1,0 +1,145 @@
+"""Limits on the share of new items against enumeration over all items in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from offtower.config import ServingConfig
+from offtower.config.serving import changed_serving, parse_serving
+from offtower.errors import ConfigError
+from offtower.ops.types import Eligibility
+from offtower.serving import LimitedPolicy, served_policy, served_probabilities
+from tests.test_served_policy import ITEMS, ROWS, World, restrictions
+
+NEW = np.zeros(ITEMS, dtype=bool)
+NEW[[2, 3, 11, 30, 31, 49]] = True
+LIMITS = [(0.0, 0.05), (0.3, 1.0), (0.2, 0.21), (0.0, 1.0)]
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.4, "uniform": 0.1},
+    {"top": 5, "uniform": 0.2},
+]
+
+
+def limited(limits: tuple[float, float], setting: dict[str, Any]) -> LimitedPolicy:
+    rules = {"feature": "age", "below": 7.0, "at_least": limits[0], "at_most": limits[1]}
+    serving = ServingConfig(**setting, new_items=rules)  # type: ignore[arg-type]
+    found = served_policy(World().policy, serving, torch.from_numpy(NEW))
+    assert isinstance(found, LimitedPolicy)
+    return found
+
+
+def expected(p: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+    mass = p[:, NEW].sum(1, keepdims=True)
+    share = np.clip(mass, *limits)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scaled = np.where(NEW, p * share / mass, p * (1.0 - share) / (1.0 - mass))
+    return np.where((mass <= 0.0) | (mass >= 1.0), p, scaled)
+
+
+@pytest.mark.parametrize("form", ["all", "groups", "candidates"])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("limits", LIMITS)
+def test_probabilities_equal_enumeration(
+    limits: tuple[float, float], setting: dict[str, Any], form: str
+) -> None:
+    world, served = World(), limited(limits, setting)
+    forms, masks = restrictions(world)
+    eligible: Eligibility | None = forms.get(form)
+    whole = world.probability(ServingConfig(**setting), masks.get(form))
+    p, row = expected(whole, limits), np.arange(ROWS)
+    np.testing.assert_allclose(p.sum(1), 1.0, rtol=1e-12)
+    found = served.terms(
+        world.context,
+        world.items,
+        world.action,
+        reward_model=world.factored,
+        entropy=True,
+        eligible=eligible,
+    )
+    own = p[row, world.action.numpy()]
+    np.testing.assert_allclose(found.log_prob.exp().numpy(), own, rtol=1e-9)
+    assert found.expected_reward is not None and found.entropy is not None
+    np.testing.assert_allclose(found.expected_reward.numpy(), (p * world.q).sum(1), rtol=1e-9)
+    entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0).sum(1)
+    np.testing.assert_allclose(found.entropy.numpy(), entropy, rtol=1e-8, atol=1e-11)
+    every = torch.arange(ITEMS).expand(ROWS, -1)
+    log_prob = served.log_prob_at(
+        world.context, world.items, every, found.log_normalizer, eligible=eligible
+    )
+    np.testing.assert_allclose(log_prob.exp().numpy(), p, rtol=1e-9, atol=1e-300)
+    shown = torch.tensor([[2, 7, -1]]).expand(ROWS, -1)
+    rest = served.rest(
+        world.context,
+        world.items,
+        shown,
+        found.log_normalizer,
+        reward_model=world.factored,
+        eligible=eligible,
+    )
+    left = p.copy()
+    left[:, [2, 7]] = 0.0
+    np.testing.assert_allclose(rest.log_mass.exp().numpy(), left.sum(1), rtol=1e-8)
+    assert rest.expected_reward is not None
+    mean = (left * world.q).sum(1) / left.sum(1)
+    np.testing.assert_allclose(rest.expected_reward.numpy(), mean, rtol=1e-8)
+
+
+def test_dense_probabilities_are_the_same() -> None:
+    world, served = World(), limited((0.2, 0.21), SETTINGS[1])
+    found = served_probabilities(
+        torch.from_numpy(world.score), served.serving, torch.from_numpy(NEW)
+    )
+    p = expected(world.probability(ServingConfig(**SETTINGS[1])), (0.2, 0.21))
+    np.testing.assert_allclose(found.numpy(), p, rtol=1e-10)
+    np.testing.assert_allclose(found[:, NEW].sum(1).min(), 0.2, atol=0.011)
+
+
+@pytest.mark.parametrize("limits", [(0.3, 1.0), (0.0, 0.05)])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_draws_follow_the_probabilities(
+    limits: tuple[float, float], setting: dict[str, Any]
+) -> None:
+    """A chi-squared test by row, each at 1e-6; frequent items only."""
+    world, served = World(), limited(limits, setting)
+    generator = torch.Generator().manual_seed(0)
+    count = 20_000
+    item, log_prob = served.draw(world.context, world.items, count, generator)
+    p = expected(world.probability(ServingConfig(**setting)), limits)
+    taken = np.take_along_axis(p, item.numpy(), 1)
+    np.testing.assert_allclose(log_prob.exp().numpy(), taken, rtol=1e-8)
+    for row in range(ROWS):
+        seen = np.bincount(item[row].numpy(), minlength=ITEMS).astype(float)
+        often = p[row] * count > 10
+        parts = [np.append(x[often], x[~often].sum()) for x in (seen, p[row] * count)]
+        if parts[1][-1] < 10:
+            parts = [x[:-1] for x in parts]
+            parts[1] *= parts[0].sum() / parts[1].sum()
+        assert chisquare(*parts).pvalue > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"mode": "top_k"}, "mode top_k has none"),
+        ({"top": 3}, "needs a uniform share"),
+        ({"new_items": {"feature": "age", "below": 1, "at_least": 0.5, "at_most": 0.1}}, "above"),
+    ],
+)
+def test_limits_that_cannot_hold_are_refused(content: dict[str, Any], message: str) -> None:
+    rules = {"feature": "age", "below": 7.0, "at_least": 0.1}
+    with pytest.raises(ConfigError, match=message):
+        parse_serving({"new_items": rules, **content}, "serving")
+
+
+def test_other_settings_change_beside_the_limits() -> None:
+    rules = {"feature": "age", "below": 7.0, "at_least": 0.1}
+    serving = parse_serving({"new_items": rules}, "serving")
+    changed = changed_serving(serving, "temperature=0.5")
+    assert changed.new_items == serving.new_items and changed.temperature == 0.5
+    assert not serving.is_trained_policy and not serving.is_softmax
