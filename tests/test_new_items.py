@@ -108,7 +108,7 @@ def test_draws_follow_the_probabilities(
     """A chi-squared test by row, each at 1e-6; frequent items only."""
     world, served = World(), limited(limits, setting)
     generator = torch.Generator().manual_seed(0)
-    count = 20_000
+    count = 3000
     item, log_prob = served.draw(world.context, world.items, count, generator)
     p = expected(world.probability(ServingConfig(**setting)), limits)
     taken = np.take_along_axis(p, item.numpy(), 1)
