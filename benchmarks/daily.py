@@ -64,7 +64,7 @@ class World:
     """
 
     def __init__(
-        self, seed: int, days: int, items: int = 300, rows: int = 3000, hidden: float = 0.4
+        self, seed: int, days: int, items: int = 200, rows: int = 2000, hidden: float = 0.4
     ) -> None:
         self.seed, self.days, self.items, self.rows = seed, days, items, rows
         rng = np.random.default_rng([seed, 0])
@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--days", type=int, default=30)
     parser.add_argument("--every", type=int, default=15, help="days between full runs")
     parser.add_argument("--full-epochs", type=int, default=15)
-    parser.add_argument("--daily-epochs", type=int, default=5)
+    parser.add_argument("--daily-epochs", type=int, default=4)
     parser.add_argument("--share", type=float, default=0.4, help="of replayed rows")
     parser.add_argument("--set", action="append", default=[], help="settings of the daily runs")
     parser.add_argument("--json", type=Path)
@@ -292,22 +292,11 @@ def main() -> None:
             found["baselines"].append({"day": day, **study.baselines(day)})
             if day % options.every == options.every - 1:
                 found["full"].append(study.run_full(day))
-                print(
-                    json.dumps(
-                        {
-                            "day": day,
-                            "daily": found["daily"][-1],
-                            "full": found["full"][-1],
-                            **found["baselines"][-1],
-                            "never": found["never"][-1]["value"],
-                        }
-                    ),
-                    flush=True,
-                )
-    found["summary"] = summary(found)
-    print(json.dumps(found["summary"], indent=1))
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+                found["summary"] = summary(found)
+            print(json.dumps({"day": day, "value": found["daily"][-1]["value"]}), flush=True)
+            if options.json is not None:
+                options.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found.get("summary"), indent=1))
     if options.picture is not None:
         draw(options.picture, found)
 
