@@ -12,7 +12,7 @@ from offtower import TwoTowerPolicyLearner
 from offtower.benchmarks.quality.bilinear import BilinearWorld
 from offtower.config import ServingConfig
 from offtower.errors import KeepLoggingWarning
-from offtower.training.auto.choice import Tolerance, choose
+from offtower.training.auto.choice import Choice, Tolerance, choose
 from offtower.training.auto.estimates import simultaneous_quantile
 from offtower.training.auto.held_out import (
     INVERSE_TEMPERATURES,
@@ -88,6 +88,28 @@ def test_a_candidate_without_evidence_does_not_replace_the_logging_policy() -> N
     bad = held_out({"model": SCORES, CLONE: -6.0 * SCORES}, softmax(-6.0 * SCORES), expected, 600)
     kept = choose(bad, ["model", CLONE], tolerance=Tolerance(0.005))
     assert kept.best[CLONE].inverse_temperature == 1.0
+
+
+def test_rows_that_would_decide_are_estimated() -> None:
+    """Twice the median of what 20 short logs name suffices in at least half of 10 long ones."""
+    scores = np.linspace(0.0, 1.0, ITEMS)
+    logging, expected = np.full(ITEMS, 1 / ITEMS), 0.3 + 0.04 * scores
+
+    def chosen(n: int, seed: int) -> Choice:
+        rows = held_out({"model": scores}, logging, expected, n, seed, expected)
+        return choose(rows, ["model"], tolerance=Tolerance(0.0))
+
+    named = []
+    for choice in (chosen(2000, seed) for seed in range(20)):
+        assert choice.keep_logging or not choice.undecided
+        for one in choice.undecided.values():
+            assert one.value > choice.logging and one.times > 1.0
+            assert f"about {one.times:.1f} times as many rows" in (choice.advice or "")
+            named.append(one.times)
+    times = float(np.median(named))
+    assert len(named) >= 8 and 2.0 < times < 40.0
+    decided = [not chosen(int(2 * times * 2000), seed).keep_logging for seed in range(100, 110)]
+    assert np.mean(decided) >= 0.5
 
 
 def test_clear_gains_are_taken() -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from offtower.training.auto.estimates import (
     CandidateEstimate,
@@ -52,6 +53,22 @@ class Tolerance:
 
 
 @dataclass(frozen=True)
+class Undecided:
+    """A candidate of which the log shows too little to replace the logging policy.
+
+    Attributes:
+        value: its estimated value (confidence 1/2), above that of the logging policy.
+        inverse_temperature: of the policy that needs the fewest rows.
+        times: as many rows as there are would be enough, about: bounds are as far below estimates
+            as one over the square root of the number of rows.
+    """
+
+    value: float
+    inverse_temperature: float
+    times: float
+
+
+@dataclass(frozen=True)
 class Choice:
     """The chosen estimate and the alternatives."""
 
@@ -71,16 +88,26 @@ class Choice:
     """Each candidate at the inverse temperature chosen for it."""
     estimates: Mapping[str, Sequence[CandidateEstimate]]
     """Each candidate at every inverse temperature, in ascending order."""
+    undecided: Mapping[str, Undecided]
+    """Candidates that may be better than the logging policy, without the evidence to replace it."""
 
     @property
     def advice(self) -> str | None:
         """A sentence for the user where the logging policy should stay; else None."""
         if not self.keep_logging:
             return None
+        name = min(self.undecided, key=lambda name: self.undecided[name].times, default=None)
+        more = ""
+        if name is not None:
+            one = self.undecided[name]
+            more = (
+                f". {name} has an estimated value of {one.value:.4g}, which about {one.times:.1f} "
+                "times as many rows would show"
+            )
         return (
             "keep the logging policy: the log does not show that any candidate is as good as it "
             f"(mean reward {self.logging:.4g}). The learned policy imitates it; log more rows, or "
-            "let a share of them explore"
+            f"let a share of them explore{more}"
         )
 
 
@@ -151,15 +178,34 @@ def choose(
         for one in estimates[chosen.name]
         if one.inverse_temperature <= chosen.inverse_temperature
     ]
+    logging = float(rows.mean(rows.reward))
+    lost = {
+        name: _undecided(evidence[name], logging, least) for name in order if name not in qualified
+    }
     return Choice(
         chosen,
         keep_logging=not qualified,
-        logging=float(rows.mean(rows.reward)),
+        logging=logging,
         low=max(one.lower_bound for one in softer),
         value=max(one.middle for one in softer),
         best=best,
         estimates=estimates,
+        undecided={name: one for name, one in lost.items() if one is not None},
     )
+
+
+def _undecided(
+    options: Sequence[CandidateEstimate], logging: float, least: float
+) -> Undecided | None:
+    """What would decide on a candidate that did not qualify; None without an estimated gain."""
+    found = None
+    for one in options:
+        gain = one.middle - logging
+        if gain > 0.0 and isfinite(one.gain_lower_bound):
+            times = ((gain - one.gain_lower_bound) / (gain - least)) ** 2
+            if found is None or times < found.times:
+                found = Undecided(one.middle, one.inverse_temperature, times)
+    return found
 
 
 def _imitation(options: Sequence[CandidateEstimate], rows: HeldOutRows) -> CandidateEstimate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,7 @@ def train_auto(
         "validation": {
             "value": choice.value,
             "low": choice.low,
+            "undecided": {name: asdict(one) for name, one in choice.undecided.items()},
             "high": 2.0 * choice.value - choice.low,
             "estimator": "dr of held-out training rows",
         },
