@@ -27,10 +27,11 @@ class ValidationScore:
     """An off-policy estimate of the policy's value on the validation log.
 
     Attributes:
-        low, high: interval of this validation alone. Training keeps the weights with the largest
-            `low`, which therefore is no bound on their value.
-        simultaneous_low, simultaneous_high: interval that holds for all validations of a training
-            at once (Bonferroni), and so for the weights that are kept.
+        low, high: normal interval of this validation alone. Training keeps the weights with the
+            largest `low`, which therefore is no bound on their value.
+        simultaneous_low, simultaneous_high: gamma interval that holds for all validations of a
+            training at once (Bonferroni), and so for the weights that are kept. A normal one is a
+            point where all rows of large weight have one reward, as the best of many often do.
     """
 
     value: float
@@ -90,6 +91,7 @@ class Validator:
         )
         self._spread = workers.size > 1 and collective_scorer is None
         assert data.validation is not None
+        self._reward_range = data.validation.schema.reward_range
         # Small logs are encoded once.
         small = data.validation.num_rows <= _KEPT_ROWS
         self._batches = list(data.scan(_SCAN_ROWS, "validation")) if small else None
@@ -112,7 +114,9 @@ class Validator:
         rows = EvaluationRows.concatenate(parts)
         estimate = self._estimator.estimate(rows)
         interval = self._estimator.interval(rows, confidence=self._confidence)
-        simultaneous = self._estimator.interval(rows, confidence=self._simultaneous)
+        simultaneous = self._estimator.interval(
+            rows, self._simultaneous, "gamma", reward_range=self._reward_range
+        )
         weight = rows.importance_weight
         square = float((weight**2).sum())
         return ValidationScore(
