@@ -14,6 +14,7 @@ time. Prior weights of forecasts were chosen on the first kinds; the others are 
 from __future__ import annotations
 
 import argparse
+import math
 from functools import cache
 
 import numpy as np
@@ -29,7 +30,7 @@ from offtower.evaluation.intervals.time_sums import DAY, TimeSums
 
 DAYS, AHEAD = 42, 7
 MONDAY = 1_767_571_200_000_000
-UNIT = DAYS**-0.5
+UNIT = 1.0 / math.sqrt(DAYS)
 CHOSEN = (
     "level",
     "trend 2",
@@ -73,11 +74,12 @@ def days_of(kind: str) -> int:
 def path(kind: str, rng: np.random.Generator) -> np.ndarray:
     """(days + AHEAD,) values by day."""
     days, words = days_of(kind), kind.split()
-    size = next((float(word) for word in words if word.isdigit()), 0.0) * days**-0.5
+    unit = 1.0 / math.sqrt(days)
+    size = unit * next((float(word) for word in words if word.isdigit()), 0.0)
     time = (np.arange(days + AHEAD) + 0.5) / days
     shocks = 2.0 * rng.normal(size=time.size) if words[-1] == "shocks" else np.zeros(time.size)
     weekend = np.arange(time.size) % 7 >= 5
-    steps = rng.normal(size=time.size) * days**-0.5
+    steps: np.ndarray = rng.normal(size=time.size) * unit
     if kind.startswith("trend"):
         return size * time + shocks
     if kind.startswith("walk"):
@@ -100,11 +102,14 @@ def path(kind: str, rng: np.random.Generator) -> np.ndarray:
             value[i] = kept * value[i - 1] + (1.0 - kept**2) ** 0.5 * value[i]
         return size * value
     if kind.startswith("two steps"):
-        return size * sum(rng.normal() * (time > rng.random()) for _ in range(2))
+        moved = np.zeros(time.size)
+        for _ in range(2):
+            moved += rng.normal() * (time > rng.random())
+        return size * moved
     if kind.startswith("heavy walk"):
-        return size * np.cumsum(rng.standard_t(2.5, time.size)) * (days * 5.0) ** -0.5
+        return size * np.cumsum(rng.standard_t(2.5, time.size)) * unit / math.sqrt(5.0)
     if kind.startswith("smooth walk"):
-        return size * 3.0**0.5 * np.cumsum(np.cumsum(steps)) / days
+        return size * math.sqrt(3.0) * np.cumsum(np.cumsum(steps)) / days
     if kind.startswith("late bend"):
         return size * np.maximum(0.0, 5.0 * time - 4.0)
     if kind.startswith("fading weekends"):
@@ -144,7 +149,7 @@ def forecasts(kinds: tuple[str, ...], logs: int) -> None:
     print("| values | " + " | ".join(names) + " | width | drift found |\n|" + "---|" * 7)
     for number, kind in enumerate(kinds):
         rng, days = np.random.default_rng([7, len(kinds), number]), days_of(kind)
-        at, unit = grid(days), days**-0.5
+        at, unit = grid(days), 1.0 / math.sqrt(days)
         covered, width, found = dict.fromkeys(names, 0), [], 0
         for _ in range(logs):
             values = path(kind, rng)

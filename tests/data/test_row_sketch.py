@@ -77,9 +77,9 @@ def test_the_share_of_copied_rows_within_its_error(rows: int, copied: float) -> 
     order = np.random.default_rng(3).permutation(rows)
     mixed = pa.concat_tables([train.slice(100, count), test.slice(0, rows - count)]).take(order)
     kept = sketch(train)
-    found = sketch(mixed.slice(0, 150), mixed.slice(150)).shared(
-        RowSketch.from_dict(kept.to_dict())
-    )
+    stored = RowSketch.from_dict(kept.to_dict())
+    assert stored is not None
+    found = sketch(mixed.slice(0, 150), mixed.slice(150)).shared(stored)
     assert found is not None and kept.key.size == min(rows, SIZE)
     assert abs(found.share - copied) < 4.0 * found.std_error < 0.3
     assert sketch(test).shared(kept) is None

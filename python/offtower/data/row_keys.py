@@ -67,11 +67,11 @@ def _column_keys(column: Column, exact: bool) -> Keys:
 def _by_value(column: Column) -> Keys:
     """(n,) keys of numbers that do not depend on their type."""
     if pa.types.is_integer(column.type):
-        whole = pc.fill_null(as_array(column), 0).to_numpy(zero_copy_only=False)
-        return whole.astype(np.int64, copy=False).view(np.uint64)
+        filled = pc.fill_null(as_array(column), 0).to_numpy(zero_copy_only=False)
+        return np.asarray(filled).astype(np.int64, copy=False).view(np.uint64)
     numbers = np.nan_to_num(as_float_array(column), nan=0.0, posinf=np.inf, neginf=-np.inf)
     rounded = np.where(numbers == np.floor(numbers), numbers, numbers.astype(np.float32))
-    keys = rounded.astype(np.float32).view(np.uint32).astype(np.uint64)
+    keys: Keys = rounded.astype(np.float32).view(np.uint32).astype(np.uint64)
     whole = (rounded == np.floor(rounded)) & (np.abs(rounded) < 2.0**63)
     keys[whole] = rounded[whole].astype(np.int64).view(np.uint64)
     return keys
