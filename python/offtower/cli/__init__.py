@@ -12,6 +12,7 @@ import offtower
 from offtower.cli import (
     benchmark,
     doctor,
+    embed,
     evaluate,
     experiment_plan,
     experiment_read,
@@ -77,6 +78,7 @@ for verb in (
     simulate,
     join,
     ingest,
+    embed,
     validate,
     train,
     tune,

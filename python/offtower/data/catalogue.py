@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import numpy as np
@@ -172,13 +173,35 @@ def write_catalogue(directory: AnyPath, table: pa.Table, schema: CatalogueSchema
     directory = Location.of(directory)
     check_new(directory)
     catalogue = Catalogue(table, schema)
-    with new_directory(directory) as temporary:
+    rows = catalogue.table(0, catalogue.num_items)
+    return Catalogue(table, schema, write_catalogue_tables(directory, [rows], schema))
+
+
+def write_catalogue_tables(
+    directory: AnyPath, tables: Iterable[pa.Table], schema: CatalogueSchema
+) -> str:
+    """Write the rows of several tables as a catalogue, of which one is in memory at a time.
+
+    Returns:
+        Its fingerprint.
+
+    Raises:
+        DataError: as for `Catalogue`, or the directory exists.
+    """
+    with new_directory(Location.of(directory)) as temporary:
         with new_file(temporary / _FILE_NAME) as file:
-            rows = catalogue.table(0, catalogue.num_items)
-            pq.write_table(rows, file, row_group_size=SLICE_ROWS, write_page_checksum=True)
+            with ExitStack() as stack:
+                writer: pq.ParquetWriter | None = None
+                for table in tables:
+                    rows = table.select(list(schema.columns))
+                    if writer is None:
+                        writer = stack.enter_context(
+                            pq.ParquetWriter(file, rows.schema, write_page_checksum=True)
+                        )
+                    writer.write_table(rows, row_group_size=SLICE_ROWS)
             # Parquet may change types, so the fingerprint is that of the file as it is read.
-            written = find_parquet_files(file, "catalogue")
-            fingerprint = check_values(ParquetRows(written, schema.columns, file, None), schema)
+            written = ParquetRows(find_parquet_files(file, "catalogue"), schema.columns, file, None)
+            fingerprint, items = check_values(written, schema), written.num_rows
             listed = [Footer.of_written(file).to_dict(_FILE_NAME)]
-        write_manifest(temporary, schema.to_dict(), catalogue.num_items, fingerprint, listed)
-    return Catalogue(table, schema, fingerprint)
+        write_manifest(temporary, schema.to_dict(), items, fingerprint, listed)
+    return fingerprint

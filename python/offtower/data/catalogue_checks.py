@@ -36,6 +36,7 @@ def check_types(arrow: pa.Schema, schema: CatalogueSchema) -> None:
             "numeric": (is_number(kind), "a number"),
             "vector": (values is not None and is_number(values), "a list of numbers"),
             "category": (is_category(kind), "text or an integer"),
+            "text": (is_category(kind), "text"),
             "bag": (values is not None and is_category(values), "a list of text or integers"),
         }[spec.kind]
         if not fits:

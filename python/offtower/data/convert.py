@@ -164,6 +164,11 @@ def _feature_columns(table: pa.Table, spec: FeatureSpec, side: str) -> NDArray[n
     if spec.kind == "vector":
         dim = spec.dim if spec.dim is not None else len(column[0])
         return vector_matrix(column, dim).astype(np.float64)
+    if spec.kind == "text":
+        raise DataError(
+            f"feature '{spec.name}' of the {side} is text, which has no columns of a dense array: "
+            "write vectors first (offtower embed)"
+        )
     if spec.kind == "category":
         values, row = column, np.arange(len(column))
     else:

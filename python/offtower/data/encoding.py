@@ -47,6 +47,7 @@ from offtower.data.histories import AGE, DWELL, EVENT, HistoryBasis, read_events
 from offtower.data.lookup import Lookup, Vocabulary
 from offtower.data.mapped_lookup import open_vocabulary
 from offtower.data.schema import FeatureSpec, spec_from_dict, spec_to_dict
+from offtower.data.texts import text_bags
 from offtower.errors import RunError
 from offtower.paths import safe_relative
 
@@ -72,7 +73,8 @@ class FeatureEncoding:
     """Fitted encodings of the features of contexts or of items.
 
     Numeric and vector features are standardized with the mean and deviation of the training rows.
-    Categories and bags become indices into embedding tables; index 0 is null and unseen values.
+    Categories, bags and the tokens of texts become indices into embedding tables; index 0 is null
+    and unseen values.
     So do histories, whose vocabulary is the catalogue's ids.
 
     Args:
@@ -320,6 +322,8 @@ class FeatureEncoding:
             return self._standardize(spec.name, as_float_matrix(column, spec.dim, spec.name))
         if spec.kind == "category":
             return self._index(spec, column)
+        if spec.kind == "text":
+            return text_bags(spec, column)
         if spec.history:
             return self._history(spec, column, table)
         values, offsets = list_parts(column)

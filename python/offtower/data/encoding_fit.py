@@ -80,8 +80,11 @@ def has_vocabulary(spec: FeatureSpec) -> bool:
 def fitted_columns(
     specs: Iterable[FeatureSpec], table: pa.Table, timestamp: str | None
 ) -> Iterator[tuple[FeatureSpec, Column]]:
-    """The columns that encodings are fitted on; those of a history have a row per event."""
+    """The columns that encodings are fitted on; those of a history have a row per event. Texts are
+    hashed, and fitted on nothing."""
     for spec in specs:
+        if spec.kind == "text":
+            continue
         column = feature_column(spec, table.column(spec.source))
         if not spec.history:
             yield spec, column

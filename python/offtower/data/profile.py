@@ -195,6 +195,10 @@ def _single_values(
             f"{name} (norm)": pa.array(np.linalg.norm(values, axis=1)),
             f"{name} (projection)": pa.array(values @ direction),
         }
+    if spec.kind == "text":
+        texts = pc.cast(category_values(column), pa.string())
+        length = pc.fill_null(pc.utf8_length(texts), 0)
+        return {f"{name} (characters)": pc.cast(length, pa.float64())}
     if spec.kind == "category":
         return {name: pc.cast(category_values(column), pa.string())}
     items, offsets = list_parts(column)

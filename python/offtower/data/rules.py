@@ -210,9 +210,14 @@ def _feature_rule(spec: FeatureSpec) -> Rule:
             lambda column: vector_kinds(column, spec.dim),
         )
     # A null category or bag is a value like any other: unknown, or empty.
-    if spec.kind == "category":
+    if spec.kind in ("category", "text"):
         return Rule(
-            spec.source, "a category", is_category, "text or integers", _nothing, lambda column: {}
+            spec.source,
+            "a category",
+            is_category,
+            "text or integers",
+            _nothing,
+            lambda column: {},
         )
     return Rule(
         spec.source,

@@ -53,7 +53,7 @@ ALL_ROWS = Tables()
 
 class FeatureEncoder(nn.Module):
     """Concatenate standardized numbers, vectors, encoded histories, and learned embeddings of
-    categories and bags.
+    categories, bags and the tokens of texts, which are bags here.
 
     Row 0 of every embedding table is the value "unknown". It starts at zero, so that an unseen item
     is scored from its other features, and is trained by replacing a share `unknown_rate` of the
@@ -124,7 +124,7 @@ class FeatureEncoder(nn.Module):
         empty = torch.empty(rows, dim, dtype=torch.float32, device="cpu")
         table: nn.Module = (
             nn.EmbeddingBag(rows, dim, mode="mean", _weight=empty)
-            if spec.kind == "bag"
+            if spec.pooled
             else nn.Embedding(rows, dim, _weight=empty)
         )
         # One draw of the global generator for a table of any size.
@@ -140,7 +140,7 @@ class FeatureEncoder(nn.Module):
     def embedding(self, feature: str) -> nn.Embedding:
         """Table of a category, or of a history that has its own."""
         table = self.tables[self.table_of(feature)]
-        assert isinstance(table, nn.Embedding), "only bags have other tables"
+        assert isinstance(table, nn.Embedding), "only bags and texts have other tables"
         return table
 
     @property

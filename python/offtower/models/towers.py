@@ -37,10 +37,14 @@ def tower_of_features(config: TowerConfig, encoding: FeatureEncoding) -> TowerCo
     """
     if config.hidden_layer_sizes is not None or config.module is not None:
         return config
-    if len(encoding.specs) == 1 and encoding.specs[0].kind in ("category", "bag"):
+    if len(encoding.specs) == 1 and encoding.specs[0].kind in (
+        "category",
+        "bag",
+        "text",
+    ):
         return replace(config, hidden_layer_sizes=(), tables="output", bag="root")
     kinds = {spec.kind for spec in encoding.specs}
-    if kinds == {"history"} or (config.tables == "output" and kinds <= {"category", "bag"}):
+    if kinds == {"history"} or (config.tables == "output" and kinds <= {"category", "bag", "text"}):
         return replace(config, hidden_layer_sizes=())
     return replace(config, hidden_layer_sizes=_HIDDEN_LAYERS)
 

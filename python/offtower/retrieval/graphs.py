@@ -72,7 +72,7 @@ class _Graph(nn.Module):
             return self._built_in(body, features)
         for spec in self.tower.encoding.specs:
             padded = features[spec.name]
-            if spec.kind == "bag" and isinstance(padded, Tensor):
+            if spec.pooled and isinstance(padded, Tensor):
                 features[spec.name] = _ragged(padded, {})
             elif isinstance(padded, PaddedHistory) and not isinstance(body, JoinedBody):
                 features[spec.name] = _ragged(padded.values, padded.columns)
@@ -148,7 +148,7 @@ def graph_inputs(encoding: FeatureEncoding, contexts: pa.Table) -> dict[str, np.
     return inputs
 
 
-_NARROWEST = {"bag": 1, "history": 2}
+_NARROWEST = {"bag": 1, "text": 1, "history": 2}
 """Columns of an input without values; tracers take a dimension of 1 in attention for a constant."""
 
 
@@ -251,13 +251,16 @@ def contract(tower: ContextTower, version: str) -> dict[str, Any]:
         else:
             shape = ["rows"] if spec.kind == "category" else ["rows", f"longest {spec.kind}"]
             entry |= {"dtype": "int64", "shape": shape, "unknown": 0, "encoding": spec.encoding}
-            if spec.kind in ("bag", "history"):
+            if spec.pooled or spec.history:
                 entry["padding"] = -1
             if spec.history:
                 entry["events"] = f"the newest {spec.most_events}, from the oldest to the newest"
             if spec.encoding == "vocabulary":
                 entry["value"] = "1 + the value's index in the vocabulary; 0 if it has none"
                 entry["vocabulary"] = "encoding/encoding.json names the Parquet file, column value"
+            elif spec.kind == "text":
+                entry["value"] = "tokens hashed as offtower.data.texts describes, one a column"
+                entry |= {"buckets": spec.buckets, "tokens": spec.tokens or "subwords"}
             else:
                 entry["value"] = (
                     "1 + (splitmix64 chain of the value xor crc32(feature)) mod buckets"

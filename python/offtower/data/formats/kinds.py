@@ -21,6 +21,7 @@ FEATURE_KINDS: dict[str, ColumnKind] = {
     "category": "text",
     "vector": "vector",
     "bag": "bag",
+    "text": "text",
     "history": "bag",
 }
 _BOTH: dict[frozenset[str], ColumnKind] = {

@@ -33,7 +33,7 @@ def context_width(data: PreparedData) -> int | None:
     """Number of context features with categories one-hot and a constant; None where the model does
     not apply: to bags and histories, to wide contexts, and to items with bags or many numbers."""
     context, item = data.context_encoding, data.item_encoding
-    if any(spec.kind in ("bag", "history") for spec in (*context.specs, *item.specs)):
+    if any(spec.pooled or spec.history for spec in (*context.specs, *item.specs)):
         return None
     width = _numbers(context) + sum(map(context.cardinality, _categories(context))) + 1
     wide = width > MAX_CONTEXT_WIDTH or _numbers(item) > MAX_ITEM_NUMBERS

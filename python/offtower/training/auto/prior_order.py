@@ -52,7 +52,9 @@ def prior_order(data: PreparedData, rewarded: RewardedRows) -> tuple[str, ...]:
 
 
 def _single_value(encoding: FeatureEncoding) -> bool:
-    return len(encoding.specs) == 1 and encoding.specs[0].kind in ("category", "bag")
+    return len(encoding.specs) == 1 and (
+        encoding.specs[0].pooled or encoding.specs[0].kind == "category"
+    )
 
 
 def ids_only(data: PreparedData) -> bool:
