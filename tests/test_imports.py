@@ -46,6 +46,10 @@ FORBIDDEN = {
     "evaluation": {"experiment", "monitoring", "training", "jobs", "cli", "learner"},
     "experiment": {"models", "objectives", "retrieval", "training", "jobs", "cli", "learner"},
     "training": {"jobs", "cli", "learner"},
+    "embedding": {
+        *("models", "objectives", "evaluation", "retrieval"),
+        *("training", "jobs", "cli", "learner"),
+    },
     "monitoring": {"training", "server", "jobs", "cli", "learner"},
     "retrieval": {"training", "monitoring", "server", "jobs", "cli", "learner"},
     "server": {"training", "evaluation", "jobs", "cli", "learner"},

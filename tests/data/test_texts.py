@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import unicodedata
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from offtower.data import FeatureSpec, LogSchema, texts
+from offtower.cli import app
+from offtower.data import Catalogue, FeatureSpec, LogSchema, ParquetLog, texts
 from offtower.data.columns import splitmix64
 from offtower.data.encoding import FeatureEncoding
 from offtower.data.schema import CatalogueSchema, spec_from_dict, spec_to_dict
@@ -117,4 +120,27 @@ def test_the_schema_of_texts() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             spec_from_dict({"name": "t", **wrong})
-    CatalogueSchema(features=(TEXT,)), LogSchema(context=(TEXT,))
+    assert CatalogueSchema(features=(TEXT,)).features == LogSchema(context=(TEXT,)).context
+
+
+def test_files_with_texts_are_ingested(tmp_path: Path) -> None:
+    """Texts of a CSV stay as they stand: numbers, quotes and empty cells too."""
+    queries = ["007", "two, words", "", "NA", "ünïcode"]
+    rows = ["query,item,click,propensity", *(f'"{q}",{i % 2},0,0.5' for i, q in enumerate(queries))]
+    (tmp_path / "log.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    items = 'item_id,title\n0,"5"\n1,\n'
+    (tmp_path / "items.csv").write_text(items, encoding="utf-8")
+    (tmp_path / "schema.yaml").write_text(
+        "log:\n  context: [{name: query, kind: text}]\n  action: item\n  reward: click\n"
+        "  pscore: propensity\ncatalogue:\n  features: [{name: title, kind: text}]\n"
+    )
+    arguments = ["ingest", tmp_path / "log.csv", "--schema", tmp_path / "schema.yaml"]
+    arguments += ["--catalogue", tmp_path / "items.csv", "--out", tmp_path / "out"]
+    result = CliRunner().invoke(app, [str(one) for one in arguments])
+    assert result.exit_code == 0, result.output
+    log = ParquetLog.open(tmp_path / "out" / "log")
+    found = pa.concat_tables(log.tables()).column("query").to_pylist()
+    assert [text or "" for text in found] == queries
+    assert log.schema.context == (FeatureSpec("query", "text"),)
+    titles = Catalogue.open(tmp_path / "out" / "catalogue").column("title").to_pylist()
+    assert [title or "" for title in titles] == ["5", ""]

@@ -18,7 +18,9 @@ from offtower.evaluation.run_loading import open_run
 from offtower.retrieval import ExportOptions, Retriever, export_run
 from offtower.retrieval.graphs import graph_inputs
 from offtower.run_directory import RunDirectory
+from offtower.server import ServerSettings
 from offtower.training.run import train_run
+from tests.retrieval.serving import serving
 
 TOPICS = ("garden", "kitchen", "travel", "music", "sport")
 ENDINGS = ("", "s", "er", "ing", " guide", " tips")
@@ -119,6 +121,7 @@ def test_titles_describe_items_that_were_never_shown(tmp_path: Path) -> None:
 
 def test_exports_read_texts_as_training_did(tmp_path: Path) -> None:
     pytest.importorskip("faiss")
+    pytest.importorskip("uvicorn")
     onnx = pytest.importorskip("onnxruntime")
     path = World(1).train(tmp_path, FeatureSpec("title", "text", buckets=4096))
     export = export_run(path, ExportOptions())
@@ -138,3 +141,10 @@ def test_exports_read_texts_as_training_did(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, query, atol=1e-5)
     best = retriever.search(contexts, 5)
     assert all(len(one) == 5 for one in best.item_id)
+    asked = {"contexts": [{"query": text} for text in texts], "k": 5}
+    with serving(ServerSettings(path)) as client:
+        status, answer = client.json("/search", asked)
+        assert status == 200, answer
+        assert [one["items"] for one in answer["contexts"]] == best.item_id
+        status, answer = client.json("/search", {"contexts": [{"query": ["a", "b"]}], "k": 5})
+        assert status == 400 and "query" in str(answer)
