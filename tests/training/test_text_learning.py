@@ -147,4 +147,4 @@ def test_exports_read_texts_as_training_did(tmp_path: Path) -> None:
         assert status == 200, answer
         assert [one["items"] for one in answer["contexts"]] == best.item_id
         status, answer = client.json("/search", {"contexts": [{"query": ["a", "b"]}], "k": 5})
-        assert status == 400 and "query" in str(answer)
+        assert status == 422 and "query" in str(answer)
