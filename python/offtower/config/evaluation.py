@@ -62,7 +62,8 @@ class TimeOptions:
 
     Attributes:
         period: length of a period in the report, such as 7d or 12h, or a number where timestamps
-            are no dates; null takes the shortest of the calendar of which the log has at most 16.
+            are no dates; null takes the shortest of the calendar of which the log has at most 16,
+            with at least 30 rows in the mean.
         horizon: periods after the log whose value is forecast.
         correlated: widen all intervals for rows that are correlated in time; null does so where a
             test finds that they are.
