@@ -80,7 +80,7 @@ def _limited(logit: FloatArray, is_new: NDArray[np.bool_], limits: NewItemsConfi
             return logit
         share = min(max(mass, limits.at_least), limits.at_most)
         wanted = np.log([1.0 - share, share])
-    return logit + np.where(is_new, wanted[1] - by_kind[1], wanted[0] - by_kind[0])
+    return np.asarray(logit + np.where(is_new, wanted[1] - by_kind[1], wanted[0] - by_kind[0]))
 
 
 def mixed_draws(
