@@ -126,7 +126,8 @@ class TuneResult:
 
     @property
     def best(self) -> Trial:
-        """The trial with the highest lower bound among those that were not stopped."""
+        """The trial with the highest lower bound among those that were not stopped; a stopped one
+        only where all that continued have failed."""
         return self.trials[0]
 
 
