@@ -11,6 +11,7 @@ import pytest
 
 from offtower.errors import ClusterError, ConfigError
 from offtower.jobs import train as jobs
+from offtower.jobs.mapper import RayMapper
 from offtower.jobs.resources import Node
 from offtower.jobs.train import WorkerPlan, train_on_ray
 from tests.training.conftest import make_config
@@ -101,3 +102,72 @@ def test_too_few_gpus_are_refused_with_the_numbers(
     assert "asked  3 CPUs, 3 GPUs" in said and "there  24 CPUs, 2 GPUs" in said
     assert "gpus: 16 CPUs, 2 GPUs, 64.0 GiB, room for 2" in said
     assert not config.run_directory.exists()
+
+
+class RayError(Exception):
+    pass
+
+
+class OutOfMemoryError(RayError):
+    pass
+
+
+class NodeDiedError(RayError):
+    pass
+
+
+class Tasks:
+    """Replaces Ray: runs tasks in this process, and loses the worker of part 1."""
+
+    def __init__(self, lost: Exception) -> None:
+        self.lost, self.asked = lost, dict[str, Any]()
+        self.exceptions = SimpleNamespace(
+            RayError=RayError,
+            RayTaskError=KeyError,
+            WorkerCrashedError=OutOfMemoryError,
+            OutOfMemoryError=OutOfMemoryError,
+        )
+
+    def remote(self, _: Any) -> Tasks:
+        return self
+
+    def options(self, **asked: Any) -> Any:
+        self.asked = asked
+        return SimpleNamespace(remote=lambda function, part, _: (function, part))
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def wait(self, tasks: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return tasks[:1], tasks[1:]
+
+    def get(self, task: Any) -> Any:
+        function, part = task
+        if part == 1:
+            raise self.lost
+        return function(part)
+
+    def cancel(self, _: Any) -> None:
+        pass
+
+
+def test_tasks_ask_for_gpus_and_a_part_without_memory_can_fail_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def mapped(lost: Exception, **more: Any) -> list[str]:
+        monkeypatch.setattr("offtower.jobs.mapper.import_ray", lambda: tasks)
+        tasks = Tasks(lost)
+        found = list(RayMapper(2, gpus=1.0).map(str, [0, 1, 2], "training", **more))
+        assert tasks.asked["num_gpus"] == 1.0
+        return found
+
+    low = OutOfMemoryError("killed due to the node running low on memory. 31GB\nadvice")
+    found = mapped(low, on_lost=lambda part, error: f"{part}: {error}")
+    assert [found[0], found[2]] == ["0", "2"]
+    assert found[1].startswith("1: training: the worker of part 1 was lost 4 times")
+    assert "out of memory: killed due to" in found[1] and "advice" not in found[1]
+    with pytest.raises(ClusterError, match="part 1 was lost"):
+        mapped(low)
+    # The cluster may be gone: the parts did nothing wrong.
+    with pytest.raises(ClusterError, match="part 1 was lost"):
+        mapped(NodeDiedError("gone"), on_lost=lambda part, error: "")
