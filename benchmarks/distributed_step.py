@@ -3,10 +3,13 @@
 Workers are processes of this machine with one thread each, compared with one process with as many
 threads. Traffic is read from the counters of the loopback device in a separate network namespace
 (Linux, as root; elsewhere the column is empty) and compared with the formula of
-docs/reference/cluster.md. The projection combines the fixed part of the measured steps, the formula
+docs/reference/cluster.md. With exact terms so are the processor seconds of a worker: f + s N / R,
+where f + s N is the line through one process with the smallest and the largest catalogue.
+The projection combines the fixed part of the measured steps, the formula
 and assumed rates of network and device, which are arguments.
 
     python benchmarks/distributed_step.py --items 10000 100000 1000000
+    python benchmarks/distributed_step.py --strategies item_sharded --threads 1 --workers 2 4 8
     python benchmarks/distributed_step.py --terms sampled --items 100000 1000000 10000000
 """
 
@@ -102,10 +105,10 @@ def measure(
 ) -> dict[str, float]:
     """Train and return the figures of this worker.
 
-    seconds and bytes (of all workers) are per step, parameters counts those that all workers hold,
-    loss is the mean of the last epoch, and the same for any number of workers to float32 rounding.
-    The MiB are those of id tables with their optimizer state, of anonymous memory and of peak
-    resident memory.
+    seconds, processor seconds and bytes (of all workers) are per step, parameters counts those
+    that all workers hold, loss is the mean of the last epoch, and the same for any number of
+    workers to float32 rounding. The MiB are those of id tables with their optimizer state, of
+    anonymous memory and of peak resident memory.
     """
     config = world.config(mode, batch=args.batch, dim=args.dim, epochs=EPOCHS, strategy=strategy)
     began = time.monotonic()
@@ -114,8 +117,9 @@ def measure(
     trainer = setup.trainer()
     workers.barrier()
     ready = time.monotonic()
-    before = sent()
+    before, processor = sent(), time.process_time()
     result = trainer.fit()
+    processor = time.process_time() - processor
     workers.barrier()
     after = sent()
     rates = [line["rows_per_second"] for line in result.history[1:]]
@@ -127,6 +131,7 @@ def measure(
     shared -= sum(w.numel() - w.shape[1] for w in tables)
     return {
         "seconds": args.batch / statistics.median(rates),
+        "processor_seconds": processor / result.steps,
         "bytes": (after - before) / result.steps,
         "parameters": shared,
         "tables_mib": sum(t.numel() * t.element_size() for t in kept) / 2**20,
@@ -147,8 +152,8 @@ def memory(name: str) -> float:
 
 
 def enter(rank: int, size: int, port: int, case: Any, args: argparse.Namespace) -> None:
-    """Run one of `size` processes; a single one has as many threads as there are workers."""
-    torch.set_num_threads(1 if size > 1 else args.workers)
+    """Run one of `size` processes of one thread; a single one has `args.threads`."""
+    torch.set_num_threads(1 if size > 1 else args.threads)
     workers = SINGLE_PROCESS
     if size > 1:
         dist.init_process_group(
@@ -180,18 +185,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     lines: list[dict[str, Any]] = []
     exact = args.terms == "exact"
     modes = ["exact"] if exact else args.proposals
-    strategies = STRATEGIES if exact else ("item_sharded",)
+    strategies = args.strategies if exact else ("item_sharded",)
     for items in args.items:
         if not exact:
             folder = Path(args.folder) / str(items)
             world.write(folder, args.batch * args.steps, items, args.id_dim)
         for mode in modes:
             one = in_processes(1, (items, "replicated", mode), args)
-            for strategy in strategies:
-                found = in_processes(args.workers, (items, strategy, mode), args)
-                lines.append(line_of(items, strategy, mode, one, found, args))
-                if not counted:
-                    lines[-1]["sent_bytes"] = None
+            for size in args.workers:
+                for strategy in strategies:
+                    case = (items, strategy, mode)
+                    lines.append(line_of(size, case, one, in_processes(size, case, args), args))
+                    if not counted:
+                        lines[-1]["sent_bytes"] = None
         if not exact:
             shutil.rmtree(Path(args.folder) / str(items))
     report = {
@@ -207,30 +213,38 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         fixed, slope = line_through(sorted(one.items()))
         report["projection"] = project(args, fixed, int(lines[0]["parameters"]))
         report["seconds_fixed"], report["seconds_per_item"] = fixed, slope
+        points = {line["items"]: line["one_process"]["processor_seconds"] for line in lines}
+        fixed, slope = line_through(sorted(points.items()))
+        for line in lines:
+            if line["strategy"] == "item_sharded":
+                predicted = fixed + slope * line["items"] / line["workers"]
+                line["predicted_processor_ms"] = 1e3 * predicted
     return report
 
 
 def line_of(
-    items: int,
-    strategy: str,
-    mode: str,
+    workers: int,
+    case: tuple[int, str, str],
     one: dict[str, float],
     found: dict[str, float],
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Return a line of the report, which compares the workers with one process."""
+    items, strategy, mode = case
     candidates = SamplingConfig().top_k if mode == "top_k" else 0
     parameters = int(found["parameters"])
     return {
+        "workers": workers,
         "items": items,
         "strategy": strategy,
         "terms": mode,
         "one_process_ms": 1e3 * one["seconds"],
         "workers_ms": 1e3 * found["seconds"],
         "overhead_ms": 1e3 * (found["seconds"] - one["seconds"]),
-        "sent_bytes": found["bytes"] / args.workers,
+        "processor_ms": 1e3 * found["processor_seconds"],
+        "sent_bytes": found["bytes"] / workers,
         "formula_bytes": bytes_per_step(
-            strategy, args.workers, args.batch, args.dim, parameters, candidates
+            strategy, workers, args.batch, args.dim, parameters, candidates
         ),
         "parameters": parameters,
         "one_process": one,
@@ -273,16 +287,22 @@ def project(args: argparse.Namespace, fixed: float, parameters: int) -> list[dic
 
 def show(report: dict[str, Any]) -> None:
     print(
-        f"{report['workers']} workers of one thread, B = {report['batch']}, d = {report['dim']}; "
+        f"Workers of one thread, B = {report['batch']}, d = {report['dim']}; "
         "milliseconds and bytes per step (bytes: sent by one worker)"
     )
     for line in report["steps"]:
         real = "-" if line["sent_bytes"] is None else f"{line['sent_bytes']:,.0f}"
         print(
-            f"{line['items']:>10,} {line['strategy']:<13}{line['terms']:<10} one process "
+            f"{line['items']:>10,} {line['workers']} x {line['strategy']:<13}{line['terms']:<10} "
+            f"one process "
             f"{line['one_process_ms']:9.2f}  workers {line['workers_ms']:9.2f}  overhead "
             f"{line['overhead_ms']:7.2f}  sent {real:>12}  formula {line['formula_bytes']:>12,.0f}"
         )
+        if "predicted_processor_ms" in line:
+            print(
+                f"{'processor ms of a worker':>40}: {line['processor_ms']:.1f}, predicted "
+                f"{line['predicted_processor_ms']:.1f}"
+            )
         for name in ("one_process", "worker"):
             of = line[name]
             print(
@@ -315,7 +335,11 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, help="per epoch; by default 4, or 16 with sampled terms"
     )
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
+    parser.add_argument("--workers", type=int, nargs="+", default=[2])
+    parser.add_argument(
+        "--threads", type=int, help="of the one process; by default the least number of workers"
+    )
     parser.add_argument("--gpu-items", type=float, default=1e8)
     parser.add_argument("--gpu-batch", type=int, default=8192)
     parser.add_argument(
@@ -330,6 +354,7 @@ def main() -> None:
     parser.add_argument("--json", help="file for the figures, - for standard output")
     args = parser.parse_args()
     args.steps = args.steps or (4 if args.terms == "exact" else 16)
+    args.threads = args.threads or min(args.workers)
     args.port = 29_641
     with tempfile.TemporaryDirectory(prefix="offtower-step-") as args.folder:
         report = run(args)

@@ -4,7 +4,8 @@
 
 Each worker is a process with one thread; it reads two epochs without training. Bytes read are the
 process's own (rchar of /proc/self/io) in the first epoch; in the second, row groups are mapped from
-the cache.
+the cache. Predicted are 1/R of the log and (R-1)/R n (j + c/R) bytes sent, for n rows of j encoded
+bytes without their contexts and c of contexts (docs/reference/cluster.md).
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from cluster_sizing import LogSizes
 from offtower.data.catalogue import Catalogue, write_catalogue
 from offtower.data.encoded_cache import EncodedCache
-from offtower.data.encoding import FeatureEncoding
+from offtower.data.encoding import FeatureEncoding, nbytes
 from offtower.data.loading import Loader
 from offtower.data.log import ParquetLog, write_log
 from offtower.data.order import EpochOrder
-from offtower.data.reader import BatchReader
+from offtower.data.reader import BatchReader, scan
 from offtower.data.simulate import LoggingPolicy, SimulatedWorld, WorldSettings
 from offtower.training.workers import SINGLE_PROCESS, TorchWorkers, Workers
 
@@ -65,6 +67,12 @@ def measure(workers: Workers, folder: Path, batch: int) -> dict[str, Any]:
                 "bytes_sent": sent[0],
                 "rows_per_second": log.num_rows / seconds,
             }
+    rows = next(scan(log, catalogue, encoding, 1_024))
+    context = nbytes(rows.context) / len(rows)
+    shared = rows.nbytes / len(rows) - context
+    predicted = LogSizes(log.num_rows, 0.0, shared, context).sent(workers.size)
+    for numbers in found.values():
+        numbers["predicted_sent"] = predicted
     return found
 
 
@@ -111,7 +119,8 @@ def main() -> None:
                 most = max(numbers["bytes_read"]) / result["log_bytes"]
                 print(
                     f"{size} workers, {epoch}: at most {most:.3f} of the log read by a worker, "
-                    f"{max(numbers['bytes_sent']) / arguments.rows:.1f} B sent per row of the log, "
+                    f"{max(numbers['bytes_sent']) / arguments.rows:.1f} B sent per row of the log "
+                    f"(predicted {numbers['predicted_sent'][0] / arguments.rows:.1f}), "
                     f"{min(numbers['rows_per_second']):,.0f} rows/s"
                 )
     if arguments.json is not None:

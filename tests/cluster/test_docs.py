@@ -12,18 +12,21 @@ import pytest
 from tests.cluster.test_manifests import ROOT, parse
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from cluster_sizing import Sizes, markdown, table
+from cluster_sizing import LogSizes, Sizes, markdown, readings, table, times
 
 DOCS = (ROOT / "docs" / "reference" / "cluster.md").read_text(encoding="utf-8")
 
 
-def test_the_table_is_what_the_script_computes() -> None:
-    inside = DOCS.split("<!-- table of benchmarks/cluster_sizing.py -->\n")[1]
-    assert inside.split("\n<!-- end of table -->")[0] == markdown(table())
+@pytest.mark.parametrize(
+    ("name", "text"), [("table", markdown(table())), ("times", times()), ("readings", readings())]
+)
+def test_the_tables_are_what_the_script_computes(name: str, text: str) -> None:
+    inside = DOCS.split(f"<!-- {name} of benchmarks/cluster_sizing.py -->\n")[1]
+    assert inside.split(f"\n<!-- end of {name} -->")[0] == text
 
 
 def test_traffic_and_memory_depend_on_items_as_stated() -> None:
-    """Traffic of item_sharded does not depend on N; its memory falls with R to the index."""
+    """Traffic of item_sharded does not depend on N; its memory falls with R; a log is read once."""
     few, many = Sizes(10**6, workers=8), Sizes(10**8, workers=8)
     assert few.traffic("item_sharded") == many.traffic("item_sharded")
     assert few.traffic("replicated") < many.traffic("replicated")
@@ -31,6 +34,9 @@ def test_traffic_and_memory_depend_on_items_as_stated() -> None:
     one, two = Sizes(10**8, workers=1), Sizes(10**8, workers=2)
     assert one.memory("item_sharded") == one.memory("replicated") == two.memory("replicated")
     assert two.memory("item_sharded") > 0.5 * one.memory("item_sharded")
+    log = LogSizes(10**6)
+    assert all(workers * log.read(workers) == log.read(1) for workers in (2, 4, 8))
+    assert log.sent(1) == 0.0 and log.sent(8) < log.rows * (log.shared + log.context)
 
 
 def commands() -> list[list[str]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from offtower.config import Config
+from offtower.data import catalogue_index, node_cache
 from offtower.errors import ConfigError
 from offtower.metrics import read_metrics
+from offtower.models import ItemFeatures
 from offtower.training.run import train_run
-from offtower.training.workers import SINGLE_PROCESS
+from offtower.training.workers import SINGLE_PROCESS, Workers
 from tests.training.distributed.processes import run_workers
 from tests.training.distributed.test_runs import assert_near, config_of, train, train_until
 from tests.training.test_resume import assert_same_policy
@@ -50,13 +54,24 @@ def test_resumed_on_other_numbers_of_workers(
             assert a["validation"]["value"] == pytest.approx(b["validation"]["value"], rel=1e-4)
 
 
+def train_sharing(workers: Workers, config: Config, cache: Path, steps: int | None) -> None:
+    """`train_until` with ids and features in files that the workers share, however few."""
+    features: Any = ItemFeatures.from_catalogue
+    features.__func__.__defaults__, features.__func__.__kwdefaults__ = (5,), {"share_above": 0}
+    catalogue_index.SHARE_ABOVE = 0
+    os.environ[node_cache.FOLDER] = str(cache)
+    train_until(workers, config, steps)
+
+
 def test_the_same_workers_give_the_same_bits(simulated: Path, tmp_path: Path) -> None:
-    """Broken off inside an epoch, rows of the id table late, and resumed."""
+    """Broken off inside an epoch, rows of the id table late, and resumed with shared files."""
     whole = sampled(simulated, tmp_path, "whole", "item_sharded", "top_k")
     run_workers(2, train, whole)
     broken = sampled(simulated, tmp_path, "broken", "item_sharded", "top_k")
     run_workers(2, train_until, broken, 9)
-    run_workers(2, train, broken, True)
+    run_workers(2, train_sharing, broken, tmp_path / "cache", None)
+    names = sorted(path.name for path in (tmp_path / "cache").glob("*/*.json"))
+    assert names.count("catalogue.json") == names.count("features.json") == 1
     assert_same_policy(broken.run_directory, whole.run_directory)
 
 
