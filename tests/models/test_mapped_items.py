@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from offtower.data import Catalogue, CatalogueSchema, FeatureEncoding, FeatureSpec, node_cache
+from offtower.data import (
+    Catalogue,
+    CatalogueSchema,
+    FeatureEncoding,
+    FeatureSpec,
+    node_cache,
+    write_catalogue,
+)
 from offtower.data.encoding import BagTensor
 from offtower.models import ItemFeatures
 
@@ -95,6 +103,24 @@ def test_features_on_disk_are_used_again_for_the_same_catalogue_and_encoding(
     recoded = FeatureEncoding.fit(encoding.specs, [items.table(0, N - 1)])
     ItemFeatures.from_catalogue(items, recoded, 10, share_above=0)
     assert len(entries(cache)) == 3
+
+
+@pytest.mark.parametrize("where", ["memory", "files", "another machine"])
+def test_features_are_sent_to_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Those of a catalogue in files are opened, or encoded, where they arrive."""
+    items, encoding = catalogue()
+    if where != "memory":
+        items = write_catalogue(tmp_path / "items", items.table(0, N), items.schema)
+        items = Catalogue.open(tmp_path / "items")
+    features = ItemFeatures.from_catalogue(items, encoding, 10, share_above=0)
+    sent = pickle.dumps(features)
+    if where == "another machine":
+        monkeypatch.setenv(node_cache.FOLDER, str(tmp_path / "there"))
+    for one in (pickle.loads(sent), pickle.loads(pickle.dumps(pickle.loads(sent)))):
+        same(one.slice(0, N), features.slice(0, N))
+    same(pickle.loads(pickle.dumps(features.part(3, 9))).slice(0, 6), features.slice(3, 9))
 
 
 def test_damaged_features_are_written_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:

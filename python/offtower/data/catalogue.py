@@ -130,6 +130,11 @@ class Catalogue:
         return self._index.ids
 
     @property
+    def in_files(self) -> bool:
+        """Whether the rows are read from files, which other processes can open too."""
+        return isinstance(self._rows, ParquetRows)
+
+    @property
     def lookup(self) -> Lookup:
         """Of the ids."""
         return self._index.lookup

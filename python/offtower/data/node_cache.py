@@ -94,6 +94,13 @@ def open_entry(key: str) -> Entry | None:
         return Entry(folder / key) if (folder / key / LOCK).exists() else None
 
 
+def verified_entry(key: str) -> Entry | None:
+    """Open an entry whose checksums were compared since the machine started; None where there is
+    none."""
+    entry = open_entry(key)
+    return entry if entry is not None and _is_verified(entry.path) else None
+
+
 @contextmanager
 def building() -> Iterator[Path]:
     """Hold the lock of writers; yields the cache's folder, without leftovers."""
@@ -167,9 +174,9 @@ def built_entry(key: str, size: int, build: Callable[[Path], None], what: str) -
         in its own memory.
     """
     try:
-        entry = open_entry(key)
-        if entry is not None and _is_verified(entry.path):
-            return entry
+        found = verified_entry(key)
+        if found is not None:
+            return found
         with building() as folder:
             entry = open_entry(key)
             if entry is not None and _is_intact(entry.path, what):

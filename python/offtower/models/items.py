@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from offtower.data.encoding import (
 )
 from offtower.data.features import CPU
 from offtower.data.mapped import open_mapped, slice_arrays, write_mapped
-from offtower.data.node_cache import SHARE_ABOVE, built_entry
+from offtower.data.node_cache import SHARE_ABOVE, built_entry, verified_entry
 from offtower.models.features import ItemTensors
 from offtower.models.towers import Tower
 
@@ -63,6 +63,17 @@ class ItemFeatures:
         self._arrays = arrays
         self._tensors: ItemTensors = to_tensors(arrays)
         self._keeper = keeper
+        self._source: tuple[Any, ...] | None = None
+        """Arguments of `_reopened`, where another process can open them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_keeper": None}
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """Sent as the place of shared files, if they are of a catalogue in files."""
+        if self._source is not None:
+            return _reopened, self._source
+        return super().__reduce_ex__(protocol)
 
     @classmethod
     def from_catalogue(
@@ -90,15 +101,19 @@ class ItemFeatures:
         size = -(-nbytes(first) * n // chunk)
         if size <= share_above:
             return cls(concat([first, *parts]), n)
-        key = hashlib.sha256(repr((_FORMAT, catalogue.fingerprint, n, encoding.digest)).encode())
+        content = repr((_FORMAT, catalogue.fingerprint, n, encoding.digest))
+        key = hashlib.sha256(content.encode()).hexdigest()[:32]
         entry = built_entry(
-            key.hexdigest()[:32],
+            key,
             size,
             lambda folder: write_mapped(folder, chain([first], parts), n),
             f"the features of {n:,} items",
         )
         if entry is not None:
-            return cls(open_mapped(entry.path), n, keeper=entry)
+            found = cls(open_mapped(entry.path), n, keeper=entry)
+            if catalogue.in_files:
+                found._source = (key, catalogue, encoding, chunk, share_above)
+            return found
         # Deleted with the object that reads it.
         temporary = tempfile.TemporaryDirectory(prefix="offtower-items-")
         folder = Path(temporary.name)
@@ -143,6 +158,18 @@ class ItemFeatures:
             name: _take_bag(value, index) if isinstance(value, BagTensor) else value[index]
             for name, value in self._tensors.items()
         }
+
+
+def _reopened(
+    key: str, catalogue: Catalogue, encoding: FeatureEncoding, chunk: int, share_above: int
+) -> ItemFeatures:
+    """The features of this machine's cache; they are encoded where it has none."""
+    entry = verified_entry(key)
+    if entry is None:
+        return ItemFeatures.from_catalogue(catalogue, encoding, chunk, share_above=share_above)
+    found = ItemFeatures(open_mapped(entry.path), catalogue.num_items, keeper=entry)
+    found._source = (key, catalogue, encoding, chunk, share_above)
+    return found
 
 
 def embed_items(
