@@ -5,7 +5,8 @@
 Each worker is a process with one thread; it reads two epochs without training. Bytes read are the
 process's own (rchar of /proc/self/io) in the first epoch; in the second, row groups are mapped from
 the cache. Predicted are 1/R of the log and (R-1)/R n (j + c/R) bytes sent, for n rows of j encoded
-bytes without their contexts and c of contexts (docs/reference/cluster.md).
+bytes without their contexts and c of contexts (docs/reference/cluster.md), more for a worker with
+more than 1/R of the row groups.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def measure(workers: Workers, folder: Path, batch: int) -> dict[str, Any]:
     rows = next(scan(log, catalogue, encoding, 1_024))
     context = nbytes(rows.context) / len(rows)
     shared = rows.nbytes / len(rows) - context
+    own = log.row_group_sizes[workers.rank :: workers.size].sum() / log.num_rows
     predicted = LogSizes(log.num_rows, 0.0, shared, context).sent(workers.size)
+    predicted *= float(own) * workers.size
     for numbers in found.values():
         numbers["predicted_sent"] = predicted
     return found
@@ -120,7 +123,7 @@ def main() -> None:
                 print(
                     f"{size} workers, {epoch}: at most {most:.3f} of the log read by a worker, "
                     f"{max(numbers['bytes_sent']) / arguments.rows:.1f} B sent per row of the log "
-                    f"(predicted {numbers['predicted_sent'][0] / arguments.rows:.1f}), "
+                    f"(predicted {max(numbers['predicted_sent']) / arguments.rows:.1f}), "
                     f"{min(numbers['rows_per_second']):,.0f} rows/s"
                 )
     if arguments.json is not None:
