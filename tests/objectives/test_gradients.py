@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from offtower.errors import ConfigError
 from offtower.objectives import (
     ItemScores,
     LoggedRows,
@@ -89,6 +90,11 @@ def snips(p: Problem) -> np.ndarray:
     return coefficients(p, p.weight * (p.reward - value)) * ROWS / p.weight.sum()
 
 
+def covered_snips(p: Problem) -> np.ndarray:
+    """Of a value that lacks nothing off the log, or counts it as 0."""
+    return snips(p) if p.weight.mean() >= 1 else coefficients(p, p.weight * p.reward)
+
+
 CLIP, K = 1.5, 3
 FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Problem], np.ndarray]]] = {
     "ips": ({}, lambda p: coefficients(p, p.weight * p.reward)),
@@ -96,7 +102,8 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Problem], np.ndarray]]] = {
         {"max_weight": CLIP},
         lambda p: coefficients(p, np.minimum(p.weight, CLIP) * p.reward),
     ),
-    "snips": ({}, snips),
+    "snips": ({}, covered_snips),
+    "snips, off the log ignored": ({"off_log": "ignored"}, snips),
     "top_k_ips": (
         {"k": K, "max_weight": CLIP},
         lambda p: coefficients(
@@ -129,7 +136,8 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Problem], np.ndarray]]] = {
 VALUES: dict[str, Callable[[Problem], float]] = {
     "ips": lambda p: (p.weight * p.reward).mean(),
     "clipped_ips": lambda p: (np.minimum(p.weight, CLIP) * p.reward).mean(),
-    "snips": lambda p: (p.weight * p.reward).sum() / p.weight.sum(),
+    "snips": lambda p: (p.weight * p.reward).sum() / max(ROWS, p.weight.sum()),
+    "snips, off the log ignored": lambda p: (p.weight * p.reward).sum() / p.weight.sum(),
     "top_k_ips": lambda p: (np.minimum(p.weight, CLIP) * p.reward).mean(),
     "dr": lambda p: (p.weight * p.residual + (p.pi * p.q).sum(1)).mean(),
     "clipped_dr": lambda p: (np.minimum(p.weight, CLIP) * p.residual + (p.pi * p.q).sum(1)).mean(),
@@ -164,7 +172,7 @@ def gradients(p: Problem, objective: Objective) -> tuple[list[torch.Tensor], flo
     return [x.grad for x in (u, v, b) if x.grad is not None], float(result.value)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(5, 10))
 @pytest.mark.parametrize("name", FORMULAS)
 def test_gradient_and_value_are_the_formula(name: str, seed: int) -> None:
     formula = FORMULAS[name][1]
@@ -176,6 +184,25 @@ def test_gradient_and_value_are_the_formula(name: str, seed: int) -> None:
     for grad, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose(-grad.numpy(), wanted, rtol=0, atol=1e-12)
     assert value == pytest.approx(VALUES[name](p), abs=1e-12)
+
+
+def test_problems_lie_on_both_sides_of_a_mean_weight_of_one() -> None:
+    assert {bool(Problem.draw(seed).weight.mean() >= 1) for seed in range(5, 10)} == {False, True}
+
+
+@pytest.mark.parametrize("seed", range(5, 10))
+def test_snips_does_not_depend_on_the_level_of_rewards(seed: int) -> None:
+    p = Problem.draw(seed)
+    wanted, value = gradients(p, make_objective("snips").above(0.0))
+    found, shifted = gradients(replace(p, reward=p.reward - 7.0), make_objective("snips").above(-7))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    assert shifted == pytest.approx(value - 7.0, abs=1e-12)
+
+
+def test_snips_refuses_other_values_of_off_log() -> None:
+    with pytest.raises(ConfigError, match="'off_log' must be lowest or ignored, got 'none'"):
+        make_objective("snips", {"off_log": "none"})
 
 
 @pytest.mark.parametrize("name", ["ips", "dr"])

@@ -10,15 +10,17 @@ import pyarrow as pa
 import pytest
 
 from offtower import TwoTowerPolicyLearner
-from offtower.config import Config, PolicyConfig, TowerConfig, parse_config
+from offtower.config import Config, PolicyConfig, TowerConfig, config_fingerprint, parse_config
 from offtower.data.encoding import FeatureEncoding
 from offtower.data.log import TableLog
 from offtower.data.schema import FeatureSpec
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import load_policy, save_policy
 from offtower.models.towers import tower_of_features
-from offtower.training.setup import checked_objective
+from offtower.progress import Progress
+from offtower.training.setup import build_setup, checked_objective
 from offtower.training.suitability import suitability_notes
+from offtower.training.workers import SINGLE_PROCESS
 from tests.training.test_rewarded_rows import popularity_log
 
 TABLE = pa.table({"a": ["x", "y"], "b": pa.array([["u"], []]), "c": [1.0, 2.0]})
@@ -82,10 +84,32 @@ def test_layers_behind_a_single_feature_are_reported() -> None:
 
 
 def test_a_temperature_that_leaves_scores_uniform_is_reported() -> None:
-    (note,) = notes("implicit_squares", described=False, **ENOUGH)
+    flat = {"policy": {"temperature": 1.0}}
+    (note,) = notes("implicit_squares", described=False, **flat, **ENOUGH)
     assert "softmax at temperature 1 is nearly uniform: set policy.temperature=0.05" in note
-    sharp = {"policy": {"temperature": 0.05}}
-    assert notes("implicit_squares", described=False, **sharp, **ENOUGH) == []
+    assert notes("implicit_squares", described=False, **ENOUGH) == []
+    biased = {"policy": {"item_bias": True}}
+    assert len(notes("implicit_squares", described=False, **biased, **ENOUGH)) == 1
+
+
+@pytest.mark.parametrize(
+    ("objective", "temperature"),
+    [("regression", 0.1), ("implicit_squares", 0.05), ("weighted_likelihood", 1.0)],
+)
+def test_fits_without_temperature_have_a_small_one(objective: str, temperature: float) -> None:
+    config = parse_config(
+        {"name": "x", "data": {"train": "m", "catalogue": "m"}, "objective": objective}
+    )
+    assert config.policy.temperature is None
+    data = popularity_log(described=False)
+    setup = build_setup(config, data, None, SINGLE_PROCESS, Progress())
+    assert setup.policy.temperature == setup.policy.config.temperature == temperature
+    given = replace(config, policy=replace(config.policy, temperature=2.0))
+    assert build_setup(given, data, None, SINGLE_PROCESS, Progress()).policy.temperature == 2.0
+    # Runs of before null was possible have the number in their configuration.
+    number = replace(config, policy=replace(config.policy, temperature=temperature))
+    assert config_fingerprint(number) == config_fingerprint(config)
+    assert config_fingerprint(given) != config_fingerprint(config)
 
 
 def test_too_few_steps_are_reported_with_enough() -> None:

@@ -173,6 +173,9 @@ def settings_fingerprint(config: Config) -> str:
 def _learning_settings(config: Config) -> dict[str, Any]:
     content = to_stored_dict(config)
     content.pop("runs")
+    # Fingerprints have the number, as those of runs written before null was possible.
+    temperature = config.policy.softmax_temperature(config.objective.name)
+    content["policy"]["temperature"] = temperature
     for machine_only in (
         *("threads", "device", "device_features_gib"),
         *("checkpoint_every_seconds", "checkpoints_kept"),

@@ -96,6 +96,11 @@ class TowerConfig:
     """Keyword arguments for `module`."""
 
 
+_WITHOUT_TEMPERATURE = {"regression": 0.1, "implicit_squares": 0.05}
+"""Temperatures for objectives whose fit has none. Their scores would leave a softmax at 1 nearly
+uniform (docs/results/2026-11-30-objective-defaults.md)."""
+
+
 @dataclass(config=STRICT)
 class PolicyConfig:
     """The two-tower softmax policy."""
@@ -103,10 +108,19 @@ class PolicyConfig:
     embedding_dim: int = Field(default=32, ge=1)
     context_tower: TowerConfig = field(default_factory=TowerConfig)
     item_tower: TowerConfig = field(default_factory=TowerConfig)
-    temperature: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    temperature: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """Divides the inner products. null is 1; without item_bias it is .1 for `regression` and .05
+    for `implicit_squares`, whose fits do not contain it. The stored policy has the number."""
     learn_temperature: bool = False
     item_bias: bool = False
     """Add a bias per item to the logits."""
+
+    def softmax_temperature(self, objective: str = "") -> float:
+        """Return the temperature under an objective."""
+        if self.temperature is not None:
+            return self.temperature
+        # The temperature divides inner products and not biases, so it would change the order.
+        return 1.0 if self.item_bias else _WITHOUT_TEMPERATURE.get(objective, 1.0)
 
 
 @dataclass(config=STRICT)

@@ -76,7 +76,7 @@ class TwoTowerPolicyLearner(LearnerInputs):
         hidden_layer_sizes: of both towers; None is (64, 64), or none for a tower whose only feature
             is a category or a bag.
         activation: elu, relu, tanh, gelu or silu.
-        temperature: of the softmax.
+        temperature: of the softmax; None is 1, or .1 for regression and .05 for implicit_squares.
         item_bias: give each action a bias beside its embedding.
         objective: a name of `offtower.objectives.OBJECTIVES`, or "auto": several candidates are
             cross-fitted, one is chosen on held-out rows, and the policy is the ensemble of its

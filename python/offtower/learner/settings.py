@@ -30,7 +30,7 @@ class LearnerSettings(BaseEstimator):  # type: ignore[misc]
         hidden_layer_sizes: Sequence[int] | None = None,
         activation: str = "elu",
         dropout: float = 0.0,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         learn_temperature: bool = False,
         normalize: bool = False,
         item_bias: bool = False,

@@ -42,16 +42,17 @@ class TwoTowerPolicy(nn.Module):
             config,
             context_tower=tower_of_features(config.context_tower, context_encoding),
             item_tower=tower_of_features(config.item_tower, item_encoding),
+            temperature=config.softmax_temperature(),
         )
         self.config = config
-        """With the layers of both towers."""
+        """With the layers of both towers and a temperature."""
         self.context_encoding = context_encoding
         self.item_encoding = item_encoding
         self.context_tower, self.item_tower = _towers(
             config, context_encoding, item_encoding, Tables(item_table_rows or {})
         )
         log_temperature = torch.tensor(
-            math.log(config.temperature), dtype=torch.float32, device="cpu"
+            math.log(config.softmax_temperature()), dtype=torch.float32, device="cpu"
         )
         if config.learn_temperature:
             self.log_temperature: Tensor = nn.Parameter(log_temperature)
@@ -72,7 +73,7 @@ class TwoTowerPolicy(nn.Module):
             return 1.0
         if self.training and self.training_temperature is not None:
             return self.training_temperature
-        return self.config.temperature
+        return self.config.softmax_temperature()
 
     def train_in(self, dtype: torch.dtype) -> None:
         """Compute training passes of both towers in `dtype`, float32 or bfloat16.

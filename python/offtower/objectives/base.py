@@ -229,6 +229,10 @@ class Objective(ABC):
         """Return the objective with settings that depend on whether rewards are all 0 or 1."""
         return self
 
+    def above(self, lowest_reward: float) -> Objective:
+        """Return the objective for a log whose rewards are at least `lowest_reward`."""
+        return self
+
     @abstractmethod
     def __call__(self, rows: LoggedRows, reduction: Reduction) -> ObjectiveValue:
         """Return the loss of a step and the value to report."""

@@ -24,7 +24,7 @@ class ImplicitSquares(Objective):
     score; unlike there, each item has its own least-squares problem and does not compete with the
     others. The sum over items is u^T (V^T V) u, so a step costs O(N d^2) and no exponentials,
     independent of the batch size. Scores lie between 0 and 1, so the policy needs a small
-    temperature (`objective: auto` chooses it).
+    temperature: .05 by default (`objective: auto` chooses it).
 
     Source: Hu, Koren, Volinsky 2008, "Collaborative filtering for implicit feedback datasets";
     Rendle et al. 2022, "Revisiting the performance of iALS on item recommendation benchmarks"; the

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from copy import copy
+from typing import Literal
+
+import torch
+
+from offtower.errors import ConfigError
 from offtower.objectives.base import (
     LoggedRows,
     Objective,
@@ -54,20 +60,51 @@ class ClippedIPS(Objective):
 
 
 class SNIPS(Objective):
-    r"""Maximize V = sum_i w_i r_i / sum_i w_i over the rows of a step.
+    r"""Maximize V = r_0 + sum_i w_i (r_i - r_0) / max(n, sum_i w_i) over the n rows of a step.
 
-    Gradient: sum_i w_i (r_i - V) grad log pi(a_i|x_i) / sum_i w_i. Invariant to shifts of the
-    reward, so moving mass off the logged items gains nothing. The sums in V and in the denominator
-    cover all workers. V of a minibatch is a ratio with a bias of order 1 / effective sample size.
+    r_0 is the smallest possible reward. Where the mean weight is at least 1 this is SNIPS,
+    sum_i w_i r_i / sum_i w_i, which is invariant to shifts of the reward. Where it is below 1, the
+    policy has mass on items that the rows do not show, which counts as r_0.
+    Gradient: sum_i w_i (r_i - b) grad log pi(a_i|x_i) / max(n, sum_i w_i) with b = V or, where the
+    mean weight is below 1, b = r_0.
+
+    Plain SNIPS (`off_log: ignored`) gains by moving mass off the logged items without limit, until
+    the remaining rows all have a reward. On 100 labels that ends at .10 of a logging policy's .49
+    (docs/results/2026-11-30-objective-defaults.md). The sums cover all workers. V of a minibatch is
+    a ratio with a bias of order 1 / effective sample size.
     Source: Swaminathan and Joachims 2015, "The self-normalized estimator for counterfactual
     learning" (NeurIPS).
+
+    Args:
+        off_log: what mass off the logged items counts as: "lowest" is r_0, "ignored" is V.
+
+    Raises:
+        ConfigError: `off_log` is neither.
     """
 
     name = "snips"
 
+    def __init__(self, off_log: Literal["lowest", "ignored"] = "lowest") -> None:
+        if off_log not in ("lowest", "ignored"):
+            raise ConfigError(
+                f"objective setting 'off_log' must be lowest or ignored, got {off_log!r}"
+            )
+        self.off_log = off_log
+        self.lowest_reward = 0.0
+
+    def above(self, lowest_reward: float) -> SNIPS:
+        found = copy(self)
+        found.lowest_reward = lowest_reward
+        return found
+
     def __call__(self, rows: LoggedRows, reduction: Reduction) -> ObjectiveValue:
         weight = rows.weight()
-        total_weight = reduction.total(weight).clamp_min(1e-30)
-        value = reduction.total(weight * rows.reward) / total_weight
-        centered = weight * (rows.reward - value)
-        return ObjectiveValue(-reduction.sum(centered) / total_weight, value)
+        reward = rows.reward - self.lowest_reward
+        total = reduction.total(weight).clamp_min(1e-30)
+        covered = torch.ones_like(total)
+        if self.off_log == "lowest":
+            count = reduction.total(torch.ones_like(weight))
+            covered, total = (total >= count).to(total), torch.maximum(total, count)
+        value = reduction.total(weight * reward) / total
+        centered = weight * (reward - covered * value)
+        return ObjectiveValue(-reduction.sum(centered) / total, self.lowest_reward + value)

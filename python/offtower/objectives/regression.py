@@ -21,7 +21,9 @@ class Regression(Objective):
     r"""Predict the reward of the logged item from s = <u, v_a> + b_a.
 
     Binary rewards: cross-entropy of sigmoid(s); others: squared error of s. The temperature is not
-    part of the fit; the resulting policy is softmax(<u, v>/tau + b). Needs neither propensities nor
+    part of the fit; the resulting policy is softmax(<u, v>/tau + b), by default with tau = .1: at 1
+    it may be nearly uniform and below the logging policy, though its order of the items is right
+    (docs/results/2026-11-30-objective-defaults.md). Needs neither propensities nor
     the rest of the catalogue, so a step costs O(batch), and learns nothing about items that the log
     never shows.
 

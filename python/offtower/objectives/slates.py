@@ -87,6 +87,9 @@ class SlateObjective(Objective):
             self.objective.for_rewards(binary=binary), self.kind, self.interaction
         )
 
+    def above(self, lowest_reward: float) -> Objective:
+        return SlateObjective(self.objective.above(lowest_reward), self.kind, self.interaction)
+
     def __call__(self, rows: LoggedRows, reduction: Reduction) -> ObjectiveValue:
         form = self.requirements.slates
         if form == "rows":

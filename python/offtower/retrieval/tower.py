@@ -69,7 +69,7 @@ class ContextTower(nn.Module):
     @classmethod
     def of(cls, policy: TwoTowerPolicy) -> ContextTower:
         """Take the context tower of a policy, and fold in its temperature (fixed or learned)."""
-        temperature = policy.config.temperature
+        temperature = policy.config.softmax_temperature()
         if policy.config.learn_temperature:
             temperature = float(torch.exp(policy.log_temperature.detach().double()))
         shared = policy.context_tower.shared_tables

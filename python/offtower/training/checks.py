@@ -237,7 +237,7 @@ def check_two_stage(objective: Objective, config: Config, data: PreparedData) ->
         "has its inverse_temperature in objective.arguments: leave policy.temperature at 1, and "
         "unset policy.learn_temperature and training.initial_temperature": (
             policy.learn_temperature
-            or policy.temperature != 1.0
+            or policy.softmax_temperature() != 1.0
             or training.initial_temperature is not None
         ),
         "has a frozen second stage, which regularization of items cannot move: leave objective.kl, "

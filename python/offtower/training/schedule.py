@@ -70,7 +70,7 @@ class Temperature:
             self._policy.training_temperature = temperature(
                 progress,
                 begin,
-                self._policy.config.temperature,
+                self._policy.config.softmax_temperature(),
                 self._settings.annealing_share,
             )
 

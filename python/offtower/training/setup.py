@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -114,12 +114,20 @@ def build_setup(
         ConfigError: the log, the reward model or the catalogue does not fit the configuration.
     """
     objective = checked_objective(config, data)
+    config = with_temperature(config, objective)
     check_data(objective, data, reward_model)
     if workers.first:
         for note in suitability_notes(config, objective, data):
             progress.note(f"note: {note}")
     build = _item_sharded if config.training.strategy == "item_sharded" else _replicated
     return build(SetupInputs(config, data, objective, reward_model, workers, progress))
+
+
+def with_temperature(config: Config, objective: Objective) -> Config:
+    """Return the configuration with the objective's temperature where it has none."""
+    policy = config.policy
+    temperature = policy.softmax_temperature(objective.name)
+    return replace(config, policy=replace(policy, temperature=temperature))
 
 
 def _replicated(inputs: SetupInputs) -> TrainingSetup:
@@ -312,6 +320,7 @@ def checked_objective(config: Config, data: PreparedData) -> Objective:
     if objective.requirements.policy == "two_stage":
         check_two_stage(objective, config, data)
     objective = objective.for_rewards(binary=data.facts.binary_reward)
+    objective = objective.above(data.train.schema.reward_range[0])
     if max(settings.kl, settings.imitation, settings.entropy) > 0.0:
         if not objective.requirements.policy_terms:
             raise ConfigError(

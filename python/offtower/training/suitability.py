@@ -70,7 +70,7 @@ def suitability_notes(config: Config, objective: Objective, data: PreparedData) 
                 f"between the embeddings of '{encoding.specs[0].name}', the only feature, and the "
                 "output, which learns rare values poorly: leave it null"
             )
-    temperature = config.policy.temperature * config.serving.temperature
+    temperature = config.policy.softmax_temperature(objective.name) * config.serving.temperature
     if objective.requirements.square_sum and temperature > _SHARP:
         yield (
             f"objective '{objective.name}' fits scores between 0 and 1, whose softmax at "
