@@ -69,7 +69,8 @@ class SNIPS(Objective):
     mean weight is below 1, b = r_0.
 
     Plain SNIPS (`off_log: ignored`) gains by moving mass off the logged items without limit, until
-    the remaining rows all have a reward. On 100 labels that ends at .10 of a logging policy's .49
+    the remaining rows all have a reward. On 100 labels that ends at .05, where the log has .47 and
+    `off_log: lowest` .42
     (docs/results/2026-11-30-objective-defaults.md). The sums cover all workers. V of a minibatch is
     a ratio with a bias of order 1 / effective sample size.
     Source: Swaminathan and Joachims 2015, "The self-normalized estimator for counterfactual
