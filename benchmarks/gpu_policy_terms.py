@@ -1,6 +1,6 @@
 """Build, check and time the operators on an NVIDIA GPU, beside other implementations of the terms.
 
-    python3 benchmarks/gpu_policy_terms.py --json gpu.json        # everything, in under 8 minutes
+    python3 benchmarks/gpu_policy_terms.py --out gpu              # everything, in under 6 minutes
     python3 benchmarks/gpu_policy_terms.py --only "d=64 "         # units whose names contain this
     python3 benchmarks/gpu_policy_terms.py --no-peers
     python3 benchmarks/gpu_policy_terms.py --build-only --python P --architectures 90a
@@ -12,17 +12,19 @@ objects from the same sources are reused, so a build made elsewhere for interpre
 bfloat16 and N = 1e6 random items: variants alternate, and medians of CUDA event times are reported.
 
 Each check and each timing is a unit that runs in a child process with a time limit: one that hangs
-or crashes is killed and reported, and the others go on. --json is written after each unit. A short
-table comes last.
+or crashes is killed and reported, and the others go on. OUT/gpu.json is written after each unit. A
+short table comes last, also in OUT/table.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -60,7 +62,7 @@ TESTS = (
     "test_a_million_items float32",
 )
 KINDS = ("none", "identity", "sigmoid", "dense")
-SECONDS = 440.0
+SECONDS = 360.0
 
 
 def units(peers: bool, rehearsal: bool, only: str) -> list[Unit]:
@@ -72,6 +74,11 @@ def units(peers: bool, rehearsal: bool, only: str) -> list[Unit]:
         for word in ("time", "portable")
         for shape in shapes
         for case in GOALS
+    ]
+    biased = [
+        Unit(f"bias d={d} B=1024 {case}", 25)
+        for d in (64, 128)
+        for case in ("log_prob forward", "log_prob forward+backward")
     ]
     checks = [
         Unit(f"check portable {dtype} {kind}", 40)
@@ -91,7 +98,9 @@ def units(peers: bool, rehearsal: bool, only: str) -> list[Unit]:
             compiled = [
                 Unit(f"peer {s} {n}", 90) for n in NAMES if n.endswith(slow) for s in shapes
             ]
-    every = [*first, Unit("ceilings", 25), *timed, *checks, *tests, *rivals, *memory, *compiled]
+    every = [
+        *first, Unit("ceilings", 25), *timed, *biased, *checks, *tests, *rivals, *memory, *compiled,
+    ]  # fmt: skip
     return [u for u in every if only in u.name]
 
 
@@ -107,7 +116,7 @@ def why_not(name: str, outcomes: dict[str, dict[str, Any]]) -> str | None:
         return "kernels hang or crash in their check" if lost else ""
     if word == "memory":
         return "kernels hang or crash in their check" if lost else ""
-    if word not in ("time", "portable", "peer"):
+    if word not in ("time", "portable", "peer", "bias"):
         return ""
     case = rest.split(" ", 2)[2].partition(":")[0]
     if word == "portable":
@@ -128,6 +137,22 @@ def device() -> tuple[str, str]:
         raise SystemExit(f"torch finds no NVIDIA GPU to measure on\n{done.stderr[-500:]}")
     major, minor, name = done.stdout.strip().split(" ", 2)
     return name, "90a" if major == "9" else f"{major}{minor}"
+
+
+def missing_tools(python: str) -> list[str]:
+    """Return what a build for the interpreter `python` lacks here."""
+    import cuda_build
+
+    query = "import sysconfig; print(sysconfig.get_paths()['include'])"
+    include = subprocess.run([python, "-c", query], capture_output=True, text=True).stdout.strip()
+    header = Path(include, "Python.h")
+    found = {
+        "nvcc (of CUDA_HOME, /usr/local/cuda or the PATH)": cuda_build.find_nvcc(),
+        "g++": shutil.which("g++"),
+        f"{header} (the package python3-dev)": header.exists(),
+        "libcudart_static.a beside nvcc": cuda_build.library_folders(),
+    }
+    return [what for what, where in found.items() if not where]
 
 
 def core_is_current(architectures: list[str]) -> bool:
@@ -188,8 +213,8 @@ def show(result: dict[str, Any]) -> None:
         f"{result['seconds']:.0f} s"
     )
     for family in ("own", "portable"):
-        head = "ms / goal" if family == "own" else "portable kernels, ms"
-        print(f"{head:<30}" + "".join(f"{h:>20}" for h in heads))
+        head = "ms / goal (back to back)" if family == "own" else "portable kernels, ms"
+        print(f"{head:<30}" + "".join(f"{h:>27}" for h in heads))
         for case, goals in GOALS.items():
             cells = []
             for shape, goal in zip(heads, goals, strict=True):
@@ -200,8 +225,10 @@ def show(result: dict[str, Any]) -> None:
                 shown = what.get("status", "-") if ms is None else f"{ms:.2f}"
                 if ms is not None and family == "own":
                     shown += f" / {goal} = {ms / goal:.2f}"
+                    sustained = what.get("back_to_back_ms")
+                    shown += f" ({sustained:.2f})" if sustained else ""
                 cells.append(shown)
-            print(f"{case:<30}" + "".join(f"{c:>20}" for c in cells))
+            print(f"{case:<30}" + "".join(f"{c:>27}" for c in cells))
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:
@@ -214,7 +241,8 @@ def write(path: Path | None, result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="folder for gpu.json and table.txt")
+    parser.add_argument("--json", type=Path, help="by default OUT/gpu.json")
     parser.add_argument("--only", default="", help="run units whose names contain this")
     parser.add_argument("--no-build", action="store_true")
     parser.add_argument("--no-peers", action="store_true")
@@ -229,6 +257,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.build_only and not options.architectures:
         parser.error("--build-only needs --architectures")
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        options.json = options.json or options.out / "gpu.json"
     if options.child is not None:
         from gpu_policy_terms_units import Bench, spoils
 
@@ -242,6 +273,8 @@ def main() -> None:
     if not options.rehearse:
         wanted = options.architectures or [here]
         if options.build_only or not (options.no_build or core_is_current(wanted)):
+            if missing := missing_tools(options.python):
+                raise SystemExit(f"cannot build the CUDA core: no {', no '.join(missing)}")
             built = build(wanted, options.python, ROOT / "build/gpu")
             print(f"built for {', '.join(wanted)} in {built:.0f} s")
         if options.build_only:
@@ -255,7 +288,12 @@ def main() -> None:
     command = [sys.executable, __file__, *(["--rehearse"] if options.rehearse else []), "--child"]
     chosen = units(not options.no_peers, options.rehearse, options.only)
     run_units(command, chosen, options.seconds - (time.monotonic() - begin), save, why_not=why_not)
-    show(result)
+    table = io.StringIO()
+    with contextlib.redirect_stdout(table):
+        show(result)
+    print(table.getvalue(), end="")
+    if options.out is not None:
+        (options.out / "table.txt").write_text(table.getvalue())
     failed = [n for n, w in result["units"].items() if n[:4] in ("chec", "test", "time")]
     if any(result["units"][n]["status"] not in ("ok", "skipped") for n in failed):
         raise SystemExit(1)

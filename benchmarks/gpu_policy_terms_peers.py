@@ -15,6 +15,7 @@ from torch.nn import functional as F
 FORWARD, BACKWARD = "log_prob forward", "log_prob forward+backward"
 EXPECTED, DR = "+ expected_reward forward", "DR identity forward+backward"
 CHUNK = 65_536
+HEADS = 64  # attention over blocks of items, which fills the device where one head would not
 NAMES = (
     f"{EXPECTED}: SDPA flash",
     f"{EXPECTED}: SDPA cuDNN",
@@ -103,13 +104,22 @@ def peers_of(x: Any) -> dict[str, Callable[[], Callable[[], Any]]]:
 
     def attention(operator: str) -> Callable[[], Callable[[], Any]]:
         def make() -> Callable[[], Any]:
-            # (batch, heads, length, d) with one head: queries u, keys v, values t.
-            q, k, t = (z.detach()[None, None] for z in (u, v, x.t))
-            if operator == "flash":
-                call = torch.ops.aten._scaled_dot_product_flash_attention
-                return without_gradient(lambda: call(q, k, t, 0.0, False, scale=1.0))
-            call = torch.ops.aten._scaled_dot_product_cudnn_attention
-            return without_gradient(lambda: call(q, k, t, None, True, 0.0, False, scale=1.0))
+            # (batch, heads, length, d): each head attends to a block of the items.
+            heads = HEADS if len(v) % HEADS == 0 else 1
+            q = u.detach().expand(1, heads, *u.shape).contiguous()
+            k, t = (z.detach().view(1, heads, -1, z.shape[1]) for z in (v, x.t))
+
+            def call() -> Tensor:
+                if operator == "flash":
+                    flash = torch.ops.aten._scaled_dot_product_flash_attention
+                    means, log_sums = flash(q, k, t, 0.0, False, scale=1.0)[:2]
+                else:
+                    cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
+                    means, log_sums = cudnn(q, k, t, None, True, 0.0, False, scale=1.0)[:2]
+                shares = log_sums.reshape(heads, -1).softmax(0)
+                return torch.einsum("hb,hbd->bd", shares, means[0].float())
+
+            return without_gradient(call)
 
         return make
 

@@ -2,7 +2,9 @@
 
     check FAMILY DTYPE KIND          a kernel family against float64
     ceilings                         matrix product and copy rates of the device
-    time d=D B=B CASE                kernels for this device and portable ones, interleaved
+    time d=D B=B CASE                kernels for this device and portable ones, interleaved; then
+                                     this device's back to back, with the clock meanwhile
+    bias d=D B=B CASE                with and without item biases, interleaved
     portable d=D B=B CASE            portable kernels alone
     peer d=D B=B CASE: PEER          another implementation and offtower, interleaved
     memory d=D B=B                   peak memory of the cases beyond their operands
@@ -16,6 +18,7 @@ from __future__ import annotations
 import functools
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +32,7 @@ Call = Callable[[], Any]
 Keep = Callable[[dict[str, Any]], None]
 
 SLEEP_CYCLES = 4_000_000  # some 2 ms
+SUSTAINED_MS = 300
 CASES = (
     "log_prob forward",
     "+ expected_reward forward",
@@ -66,6 +70,9 @@ class Bench:
             return {"mib": {c: self._peak_memory(self._ours(x)[c]) for c in CASES}}
         if kind == "time":
             return self._time(x, case, keep)
+        if kind == "bias":
+            calls = {"without": self._ours(x)[case], "with": self._ours(x, biases=True)[case]}
+            return {"ms": self._median_ms(calls, self.rounds)}
         if kind == "portable":
             call = self._ours(x, "portable")[case]
             return {"ms": self._median_ms({"portable": call}, self.rounds)}
@@ -138,7 +145,7 @@ class Bench:
     def _operands(self, dim: int, rows: int) -> Operands:
         return Operands(self.device, rows, self.items, dim)
 
-    def _ours(self, x: Operands, family: str = "own") -> dict[str, Call]:
+    def _ours(self, x: Operands, family: str = "own", biases: bool = False) -> dict[str, Call]:
         from offtower.ops import FactoredReward, policy_terms
 
         backend: Any = "reference" if self.rehearsal else "cuda"
@@ -146,7 +153,10 @@ class Bench:
         def terms(link: str | None = None) -> Any:
             os.environ["OFFTOWER_CUDA_KERNELS"] = FAMILIES[family]
             reward = None if link is None else FactoredReward(x.e, x.t, link=link)  # type: ignore[arg-type]
-            return policy_terms(x.u, x.v, x.action, reward_model=reward, backend=backend)
+            bias = x.bias if biases else None
+            return policy_terms(
+                x.u, x.v, x.action, item_bias=bias, reward_model=reward, backend=backend
+            )
 
         @torch.no_grad()
         def forward(link: str | None = None) -> None:
@@ -169,10 +179,32 @@ class Bench:
     def _time(self, x: Operands, case: str, keep: Keep) -> dict[str, Any]:
         own = self._ours(x)[case]
         keep({"ms": self._median_ms({"own": own}, self.rounds)})
+        sustained = self._sustained(own)
+        keep(sustained)
         if not self.rehearsal and torch.cuda.get_device_capability()[0] != 9:
-            return {}  # this device has only portable kernels
+            return sustained  # this device has only portable kernels
         both = {"own": own, "portable": self._ours(x, "portable")[case]}
-        return {"ms": self._median_ms(both, self.rounds)}
+        return {"ms": self._median_ms(both, self.rounds), **sustained}
+
+    def _sustained(self, call: Call) -> dict[str, Any]:
+        """Time calls back to back: the clock falls under load, which single calls do not show."""
+        if self.rehearsal:
+            return {}
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        count = max(20, int(SUSTAINED_MS / self._once(call)))
+        start.record()
+        for _ in range(count):
+            call()
+        stop.record()
+        query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,power.draw"]
+        done = subprocess.run(
+            [*query, "--format=csv,noheader,nounits"], capture_output=True, text=True
+        )
+        stop.synchronize()
+        return {
+            "back_to_back_ms": start.elapsed_time(stop) / count,
+            "sm_mhz, max_sm_mhz, watts": done.stdout.strip(),
+        }
 
     def _peer(self, x: Operands, name: str, keep: Keep) -> dict[str, Any]:
         case = name.partition(":")[0]
@@ -207,6 +239,7 @@ class Operands:
 
         self.u, self.v = make(rows).requires_grad_(), make(items).requires_grad_()
         self.e, self.t = make(rows), make(items)
+        self.bias = torch.randn(items, device=device).bfloat16()
         self.action = torch.randint(0, items, (rows,), device=device)
 
 

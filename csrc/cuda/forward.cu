@@ -29,7 +29,7 @@ int64_t run_forward(const PolicyOperands& o, const ForwardResults& results, cons
     launch<Kernel>(p, plan.blocks, plan.warps * 32, plan.shared_bytes, call);
   launch_elementwise<ForwardCombine>({p.sums, p.target_score, p.target_reward, o.action, o.rows,
                                       o.items, splits, kReward != Reward::none, results},
-                                     o.rows, call);
+                                     o.rows * 32, call);
   return workspace.bytes();
 }
 

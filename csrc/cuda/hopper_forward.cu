@@ -8,7 +8,11 @@ namespace offtower::cuda {
 HopperPlan plan_hopper_forward(const PolicyOperands& o, Reward reward, const Device& device) {
   if (!hopper_accepts(o, reward)) return {};
   const PassShape pass = forward_pass(o, reward);
-  return plan_hopper(device, hopper_tile_shape<HopperForward<Reward::none, false>>(pass), pass);
+  return plan_hopper(device,
+                     reward == Reward::none
+                         ? hopper_tile_shape<HopperForward<Reward::none, false>>(pass)
+                         : hopper_tile_shape<HopperForward<Reward::factored, false>>(pass),
+                     pass);
 }
 
 void launch_hopper_forward(const ForwardParams& p, bool entropy, const HopperPlan& plan,

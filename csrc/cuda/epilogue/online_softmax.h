@@ -47,6 +47,19 @@ OFFTOWER_DEVICE void merge(RowSums& s, RowSums other) {
   s.centered += other.centered;
 }
 
+// Merges the sums of groups of `lanes` neighboring threads, a power of 2. All of them get the same bits.
+OFFTOWER_DEVICE void merge_lanes(RowSums& s, int lanes) {
+  OFFTOWER_UNROLL
+  for (int mask = 1; mask < lanes; mask *= 2) {
+    RowSums other;
+    other.total = shfl_xor_sync(s.total, mask);
+    other.reward = shfl_xor_sync(s.reward, mask);
+    other.centered = shfl_xor_sync(s.centered, mask);
+    other.reference_max = shfl_xor_sync(s.reference_max, mask);
+    merge(s, other);
+  }
+}
+
 // kMmaM fragments of 16 rows, tiles of kMmaN fragments of 8 columns.
 template <class T, int kMmaM, int kMmaN, Reward kReward, bool kEntropy>
 class OnlineSoftmax {
@@ -124,15 +137,7 @@ public:
     OFFTOWER_UNROLL
     for (int r = 0; r < kRowsPerThread; ++r) {
       promote(r);
-      OFFTOWER_UNROLL
-      for (int mask = 1; mask < 4; mask *= 2) {
-        RowSums other;
-        other.total = shfl_xor_sync(sums[r].total, mask);
-        other.reward = shfl_xor_sync(sums[r].reward, mask);
-        other.centered = shfl_xor_sync(sums[r].centered, mask);
-        other.reference_max = shfl_xor_sync(sums[r].reference_max, mask);
-        merge(sums[r], other);
-      }
+      merge_lanes(sums[r], 4);
       mark_divergence();
       if (lane_idx() % 4 == 0 && row_of(r) < p.policy.resident.rows)
         p.sums[split * p.policy.resident.rows + row_of(r)] = sums[r];

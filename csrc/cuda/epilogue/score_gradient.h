@@ -125,8 +125,7 @@ public:
 
   OFFTOWER_DEVICE void write() {
     if (p.gradient != nullptr)
-      for_each_element(static_cast<T*>(p.gradient),
-                       [&](T* at, float& value) { *at = from_float<T>(value * p.output_scale); });
+      write_gradient(static_cast<T*>(p.gradient));
     else if (p.partial != nullptr)
       flush();
     if constexpr (kItemsResident) {
@@ -213,6 +212,38 @@ private:
                 fma(-g.entropy, fma(max(centered_y, kLogProbFloor), kLn2, -g.log_total), factor);
           score = ex2_approx(centered_y) * factor;
         }
+      }
+    }
+  }
+
+  template <class Out>
+  OFFTOWER_DEVICE void write_gradient(Out* gradient) {
+    for_each_element(gradient,
+                     [&](Out* at, float& value) { *at = from_float<Out>(value * p.output_scale); });
+  }
+
+  // 16 bytes a store where rows are multiples of that: the four threads of a row exchange pairs of
+  // columns of four fragments, so that each has the eight columns of one.
+  OFFTOWER_DEVICE void write_gradient(Bfloat16* gradient) {
+    const int width = p.policy.resident.width, t = lane_idx() % 4;
+    const bool aligned = width % 8 == 0 && reinterpret_cast<uintptr_t>(gradient) % 16 == 0;
+    if (kMmaD % 4 != 0 || !aligned) return write_gradient<Bfloat16>(gradient);
+    OFFTOWER_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      OFFTOWER_UNROLL
+      for (int first = 0; first + 4 <= kMmaD; first += 4) {
+        Uint4 pairs;
+        OFFTOWER_UNROLL
+        for (int n = 0; n < 4; ++n) {
+          const float* const f = &sum[first + n][h * 2];
+          pairs.x[n] = cvt_bf16x2(f[0] * p.output_scale, f[1] * p.output_scale);
+        }
+        transpose_quad(pairs.x);
+        const int column = (first + t) * 8;
+        mark_divergence();
+        if (row_of(h) < p.policy.resident.rows && column < width)
+          *reinterpret_cast<Uint4*>(gradient + row_of(h) * width + column) = pairs;
+        syncwarp();
       }
     }
   }

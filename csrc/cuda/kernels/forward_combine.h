@@ -1,4 +1,5 @@
-// Combines the sums of all splits into the terms of each context, in the order of the splits.
+// Combines the sums of all splits into the terms of each context, by one warp each: few contexts have
+// hundreds of splits. The order depends on the number of splits alone.
 #pragma once
 
 #include "../../operands.h"
@@ -24,10 +25,12 @@ struct ForwardCombine {
   static constexpr int kMaxThreadsPerBlock = kElementwiseThreads, kMinBlocksPerMultiprocessor = 1;
 
   static OFFTOWER_DEVICE void run(const Params& p, char*) {
-    const int64_t i = block_idx() * block_dim() + thread_idx();
+    const int64_t i = (block_idx() * block_dim() + thread_idx()) / 32;
     if (i >= p.contexts) return;
-    RowSums s = p.sums[i];
-    for (int k = 1; k < p.splits; ++k) merge(s, p.sums[k * p.contexts + i]);
+    RowSums s{0.0, 0.0, 0.0, -infinity(), 0};
+    for (int k = lane_idx(); k < p.splits; k += 32) merge(s, p.sums[k * p.contexts + i]);
+    merge_lanes(s, 32);
+    if (lane_idx() != 0) return;
     // The maximum is returned in float32 nats, and the sums are made relative to that rounded value, in
     // units of log 2 as its reader computes it: the backward pass multiplies by log2(e) in float32,
     // merges of partial sums in float64.

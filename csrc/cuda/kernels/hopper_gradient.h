@@ -40,13 +40,14 @@ private:
   template <class Pipeline>
   static OFFTOWER_DEVICE void produce(const GradientParams& p, Pipeline& pipeline) {
     constexpr int kBytes = kItemsResident ? kRowStats * kBlockN * 4 : 0;
+    [[maybe_unused]] ItemBiasPrefetch<kBlockN> biases(p.policy);
     pipeline.produce(kBytes, [&](int64_t first, float* vectors, uint64_t* barrier) {
       if constexpr (kItemsResident) {
         if (lane_idx() < kRowStats)
           bulk_copy_g2s(vectors + lane_idx() * kBlockN,
                         p.stats + lane_idx() * p.padded_contexts + first, kBlockN * 4, barrier);
       } else {
-        warp_load_item_biases<kBlockN>(p.policy, first, vectors);
+        biases.store(first, vectors);
       }
     });
   }
@@ -74,6 +75,7 @@ private:
         if constexpr (Epilogue::kRewardMmaN > 1) warpgroup_fence_operand(q);
         warpgroup_fence_operand(epilogue.sum);
         if (previous >= 0) pipeline.release_stage(previous);
+        if (tile + 1 == work.end) pipeline.release_resident(); // after its last scores
         previous = pipeline.streamed.index;
         const char* const stage = pipeline.stage();
         const float* const vectors = pipeline.vectors(previous);
@@ -108,7 +110,6 @@ private:
       warpgroup_wait<0>();
       warpgroup_fence_operand(epilogue.sum);
       pipeline.release_stage(previous);
-      pipeline.release_resident();
       epilogue.write();
     }
   }

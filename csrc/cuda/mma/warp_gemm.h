@@ -23,6 +23,26 @@ OFFTOWER_DEVICE void sigmoid4(float& x0, float& x1, float& x2, float& x3) {
   x3 = r_high * d2;
 }
 
+struct alignas(16) Uint4 {
+  uint32_t x[4];
+};
+
+// Lane t of each four neighboring lanes gets their t-th elements, in the order of the lanes.
+OFFTOWER_DEVICE void transpose_quad(uint32_t (&x)[4]) {
+  OFFTOWER_UNROLL
+  for (int mask = 1; mask < 4; mask *= 2) {
+    const bool high = (lane_idx() & mask) != 0;
+    OFFTOWER_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if ((i & mask) != 0) continue;
+      const uint32_t low_half = x[i], high_half = x[i + mask];
+      const uint32_t received = shfl_xor_sync(high ? low_half : high_half, mask);
+      x[i] = high ? received : low_half;
+      x[i + mask] = high ? high_half : received;
+    }
+  }
+}
+
 template <int kMmaM, int kMmaN>
 OFFTOWER_DEVICE void clear_fragments(float (&s)[kMmaM][kMmaN][4]) {
   OFFTOWER_UNROLL
