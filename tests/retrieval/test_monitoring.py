@@ -139,6 +139,21 @@ def test_what_is_wrong_is_named(
     assert all(one.text for one in report.checks)
 
 
+def test_a_client_that_drops_likely_items_is_found(watched: Callable[..., MonitorReport]) -> None:
+    """Every weight of the policy itself stays 1."""
+
+    def dropped(table: pa.Table) -> pa.Table:
+        first = table.column("pscore").to_numpy()[::2]
+        return table.filter(pa.array(np.repeat(first < np.quantile(first, 0.7), 2)))
+
+    report = watched(dropped)
+    assert breached(report) & {("mean_weight", ""), ("softer_mean_weight", "")} == {
+        ("softer_mean_weight", "")
+    }
+    found = next(one for one in report.checks if one.name == "softer_mean_weight")
+    assert found.low is not None and found.low > 1.05 and "drops them" in found.text
+
+
 def test_rows_of_unknown_items_are_counted_and_left_out(
     watched: Callable[..., MonitorReport],
 ) -> None:

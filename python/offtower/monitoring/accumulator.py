@@ -50,6 +50,8 @@ class MonitorPlan:
     Attributes:
         schema: of the log. rows: of it. clock: of its times.
         scorer: the policy as it is served. own_logs: keys of the names of the run's exports.
+        softer: the same policy at twice the temperature, whose weights have mean 1 too, and vary in
+            a log of the policy itself; None for one that does not draw.
     """
 
     config: MonitorConfig
@@ -59,6 +61,7 @@ class MonitorPlan:
     catalogue: Catalogue
     scorer: PolicyScorer
     own_logs: NDArray[np.uint64]
+    softer: PolicyScorer | None
 
     def day_of(self, time: IntArray) -> IntArray:
         """(n,) numbers of the days of times in microseconds, or in a unit of their own.
@@ -98,6 +101,7 @@ class MonitorAccumulator:
         unknown: values that training did not see.
         sample: of the features.
         days: by number. rewards: by bin of time.
+        softer: weights of the first rows of sampled units under the plan's softer policy.
         own, unequal: rows that the run's exports served whose weight is known, and those with
             another propensity than the policy's.
     """
@@ -115,6 +119,7 @@ class MonitorAccumulator:
         self.sample = UnitSample(encoding.specs)
         self.days: dict[int, DaySums] = {}
         self.rewards: Statistics | None = None
+        self.softer: WeightSums | None = None
         share = plan.config.weight_rows / max(1, plan.rows)
         self._chosen = np.uint64(min(2**64 - 1, int(share * 2**64)))
 
@@ -216,6 +221,10 @@ class MonitorAccumulator:
                 self.own += int(own.sum())
                 self.unequal += int((np.abs(weight[own] - 1.0) > _UNEQUAL).sum())
             starts = np.cumsum(counts[units]) - counts[units]
+            if self._plan.softer is not None:
+                softer = self._plan.softer.score(batch).importance_weight[starts]
+                sums = WeightSums.of(softer, self._plan.config.max_weight)
+                self.softer = sums if self.softer is None else self.softer.merge(sums)
             found.append(_means(weight, starts, counts[units]))
         return np.concatenate(found)
 

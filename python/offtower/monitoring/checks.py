@@ -52,6 +52,7 @@ def make_checks(plan: MonitorPlan, found: MonitorAccumulator, reference: Referen
     days = _days(plan, found, delta)
     checks = [
         *_weights(plan, total.weights, days, delta, notes),
+        *_softer(plan, found.softer, delta),
         *_propensities(plan, found, notes),
         *_features(plan, found, reference, delta),
         *_unknown(plan, found, total, delta),
@@ -89,7 +90,7 @@ def _weights(
         notes.append("no weight was computed: the sample of monitor.weight_rows rows is empty")
         return []
     most, config = plan.config.max_weight_error, plan.config
-    low, high = sums.bounds(0.5 * delta)
+    low, high = sums.bounds(0.25 * delta)
     if high is None:
         notes.append(
             f"the mean weight has no upper bound: a weight of {sums.highest:.4g} exceeds "
@@ -112,6 +113,22 @@ def _weights(
             text += "" if high is None else f", at most {high:.4g}"
             found.append(Check("mean_weight", day.name, day.weight, most, True, text, low, high))
     return found
+
+
+def _softer(plan: MonitorPlan, sums: WeightSums | None, delta: float) -> list[Check]:
+    """The mean weight of a softer policy, which shows whether items were shown as often as their
+    propensities say, also in a log in which every weight of the policy itself is 1."""
+    if sums is None:
+        return []
+    most, (low, high) = plan.config.max_weight_error, sums.bounds(0.25 * delta)
+    above, below = low > 1.0 + most, high is not None and high < 1.0 - most
+    bounds = f"{low:.4g} to {'?' if high is None else f'{high:.4g}'}"
+    text = f"mean weight of the policy at twice its temperature {sums.mean:.4g} ({bounds})"
+    if above:
+        text += ": likely items were shown less often than logged, as where a client drops them"
+    if below:
+        text += ": likely items were shown more often than logged, as where a client sorts by score"
+    return [Check("softer_mean_weight", "", sums.mean, most, above or below, text, low, high)]
 
 
 def _propensities(plan: MonitorPlan, found: MonitorAccumulator, notes: list[str]) -> list[Check]:

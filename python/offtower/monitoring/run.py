@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -64,14 +65,20 @@ def monitor_run(
     own = served_logs(served)
     clock = LogClock.of(opened)
     assert clock is not None, "the log has timestamps"
+    scorer = PolicyScorer(run.policy, run.items, serving=config.serving, served_logs=own)
+    softer = None
+    if config.serving.mode == "sample":
+        twice = replace(config.serving, temperature=2.0 * config.serving.temperature)
+        softer = scorer.served_as(twice)
     plan = MonitorPlan(
         config.monitor,
         opened.schema,
         opened.num_rows,
         clock,
         catalogue,
-        PolicyScorer(run.policy, run.items, serving=config.serving, served_logs=own),
+        scorer,
         own,
+        softer,
     )
     compared = _reference(path, reference, plan, config)
     found = _pass(plan, opened, execution)
