@@ -232,7 +232,7 @@ def subjects() -> list[Subject]:
         resumed("reward model, resumed", "factored", "reward_model/*"),
         resumed("reward model, dense", "dense", "reward_model/*"),
         resumed("encodings", "factored", "encodings/*", "encodings/*/*"),
-        Subject("encoded items", ("items/*",), read_items),
+        Subject("encoded items", ("items/*/*",), read_items),
         resumed("checkpoints: tensors", "factored", "checkpoints/*/*.safetensors"),
         resumed("checkpoints: state.json", "factored", "checkpoints/*/state.json"),
         resumed("resumed: config.yaml, metrics", "factored", "config.yaml", "metrics.jsonl"),
