@@ -98,7 +98,11 @@ def test_verbs_with_killed_tasks_give_the_bytes_of_one_process(
 def test_a_killed_trial_continues_and_the_same_one_is_chosen(
     ray_cluster: str, simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    space = {"training.learning_rate": [0.003, 0.01, 0.03], "training.epochs": [3]}
+    space = {
+        "training.learning_rate": [0.003, 0.01, 0.03],
+        "training.epochs": [3],
+        "training.threads": [1],
+    }
     search = tuning.Search(space, 3)
     here = tuning.tune(make_config(simulated, tmp_path / "here", "s"), search)
     killed = tmp_path / "killed"
