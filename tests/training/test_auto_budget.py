@@ -253,6 +253,7 @@ def test_drawn_rows_stand_for_all(data: PreparedData) -> None:
     assert len(parts.reward) == 200 and parts.size == pytest.approx(3000, rel=0.3)
     parts = few.terms(evaluated, (0.4, 1.0), parts)
     assert parts.size == pytest.approx(found.size, rel=1e-12)
+    assert parts.count is not None
     np.testing.assert_allclose(np.sort(parts.count), np.sort(found.count), rtol=1e-12)
     losses = [one.loss(members["regression_linear"], binary=True) for one in (every, few)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)

@@ -130,4 +130,4 @@ class RowOrder:
         if drawn >= len(self.order):
             return np.ones(len(size))
         threshold = self.priority[self.order[drawn]]
-        return np.maximum(1.0, 1.0 / (size * threshold))
+        return np.asarray(np.maximum(1.0, 1.0 / (size * threshold)), dtype=np.float64)
