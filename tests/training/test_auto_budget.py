@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,13 @@ from offtower.models.store import load_policy
 from offtower.prepare import PreparedData, prepare
 from offtower.progress import PlainTask, Progress
 from offtower.training.auto import budget, speed
-from offtower.training.auto import plan as plan_module
 from offtower.training.auto.budget import make_plan, narrowed
 from offtower.training.auto.candidates import Schedule, make_candidates
 from offtower.training.auto.evaluator import HeldOutEvaluator
 from offtower.training.auto.folds import NOTHING, Folds
 from offtower.training.auto.kept_rows import keep_rewarded
 from offtower.training.auto.members import fit_members, set_item_bias, start_member
-from offtower.training.auto.plan import groups_to_read, read_plan
+from offtower.training.auto.plan import AutoPlan, groups_to_read, read_plan
 from offtower.training.auto.temperature_sums import TemperatureSums
 from offtower.training.run import train_run
 from tests.mappers import BACKWARDS
@@ -398,6 +398,20 @@ def test_a_killed_race_goes_on_with_its_plan(
     assert_same_policies(race.run_directory, again.run_directory)
 
 
+def slower(factor: float) -> Callable[[AutoPlan, Sequence[float], Sequence[float]], AutoPlan]:
+    revise = AutoPlan.revise
+
+    def found(plan: AutoPlan, training: Sequence[float], _: Sequence[float]) -> AutoPlan:
+        done = plan.rungs[: len(training)]
+        return revise(
+            plan,
+            [factor * one.training_seconds for one in done],
+            [one.evaluation_seconds for one in done],
+        )
+
+    return found
+
+
 @pytest.mark.parametrize("ends", [True, False])
 def test_a_race_killed_after_a_revision_goes_on_with_it(
     ends: bool, simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -406,8 +420,8 @@ def test_a_race_killed_after_a_revision_goes_on_with_it(
     Machine(monkeypatch, step=0.06)
     config = raced(simulated, tmp_path / "first", "race", candidates=NAMES[1:4])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "_SLACK", 0.3)
-        patch.setattr(plan_module, "_LEAST", 1e9 if ends else 0.0)
+        # As if training took longer than planned, however long it takes here.
+        patch.setattr(AutoPlan, "revise", slower(2.0 if ends else 1.3))
         train_run(config)
     revised = read_plan(config.run_directory)
     assert revised.revised == 1 and len(revised.rungs) == (1 if ends else 2)
