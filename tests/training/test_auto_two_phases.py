@@ -97,41 +97,41 @@ def contribution(rows: HeldOutRows, policy: CandidatePolicy) -> np.ndarray:
 
 @pytest.mark.parametrize("clustered", [False, True])
 def test_drawn_rows_estimate_what_all_rows_do(clustered: bool) -> None:
-    """300 samples of the same rows. Means of estimates, and of squared errors, within 4.5 standard
+    """120 samples of the same rows. Means of estimates, and of squared errors, within 4.5 standard
     errors of those of all rows: a false alarm below 1e-4 for all of them together."""
     rows = RareRewards(2, 6000).rows
     if clustered:
         rows = replace(rows, unit=np.arange(6000) // 3)
-    samples = [drawn(rows, 600, seed) for seed in range(300)]
+    samples = [drawn(rows, 600, seed) for seed in range(120)]
     for policy in rows.terms:
         whole = contribution(rows, policy)
         found = np.array([one.mean(contribution(one, policy)) for one in samples])
         spread = found.std(ddof=1)
         # The mean of ratios has a bias of the order of the variance.
-        assert abs(found.mean() - whole.mean()) < 4.5 * spread / 300**0.5 + spread**2
+        assert abs(found.mean() - whole.mean()) < 4.5 * spread / 120**0.5 + spread**2
         every = mean_error(whole, rows) ** 2
         errors = np.array([mean_error(contribution(one, policy), one) ** 2 for one in samples])
-        margin = 4.5 * np.hypot((2.0 / 299) ** 0.5 * spread**2, errors.std() / 300**0.5)
+        margin = 4.5 * np.hypot((2.0 / 119) ** 0.5 * spread**2, errors.std() / 120**0.5)
         assert abs(errors.mean() - every - spread**2) < margin + 0.02 * every
     # Of the sharpest policy 600 drawn rows are nearly as good as all 6,000, and better than all
     # rewarded ones and a uniform sample of the others, which are as many.
-    equal = [thinned(rows, 10, seed) for seed in range(100)]
+    equal = [thinned(rows, 10, seed) for seed in range(40)]
     uniform = np.mean([mean_error(contribution(one, policy), one) ** 2 for one in equal])
     assert errors.mean() < 1.5 * every
     assert errors.mean() < 0.8 * uniform
 
 
 def test_promises_of_drawn_rows_hold_at_rare_rewards() -> None:
-    """At confidence .95, P(more than 18 of 120 promises above the truth) is below 1e-4. So few rows
+    """At confidence .95, P(more than 11 of 60 promises above the truth) is below 1e-4. So few rows
     decide as often as all of them do."""
     exceeded = 0
     decided = np.zeros(2, dtype=int)
-    for seed in range(120):
+    for seed in range(60):
         world = RareRewards(seed, 5000)
         found = choose(drawn(world.rows, 400, seed), ["model"], tolerance=Tolerance(0.005))
         softer = (one for one in SCALES if one <= found.chosen.inverse_temperature)
         exceeded += found.low > max(map(world.value, softer))
         every = choose(world.rows, ["model"], tolerance=Tolerance(0.005))
         decided += [not found.keep_logging, not every.keep_logging]
-    assert exceeded <= 18
-    assert decided[0] >= 0.75 * decided[1] > 40
+    assert exceeded <= 11
+    assert decided[0] >= 0.75 * decided[1] > 20
