@@ -138,8 +138,9 @@ def auto(world: QualityWorld, seed: int, **settings: Any) -> MethodResult:
 
     for name, best in found.choice.best.items():
         # True values of the candidates, which auto cannot use for its choice.
-        members = found.members[name]
-        of_candidate = value(world, join(members, best.inverse_temperature), data.items)
+        base = 1.0 if name in found.rows.based else None
+        policy = join(found.members[name], best.inverse_temperature, base)
+        of_candidate = value(world, policy, data.items)
         facts[f"value of {name}"] = of_candidate.softmax
     return MethodResult(value(world, found.policy, data.items), seconds, facts)
 
