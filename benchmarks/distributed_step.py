@@ -216,7 +216,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         points = {line["items"]: line["one_process"]["processor_seconds"] for line in lines}
         fixed, slope = line_through(sorted(points.items()))
         for line in lines:
-            if line["strategy"] == "item_sharded":
+            if line["strategy"] == "item_sharded" and len(points) > 1:
                 predicted = fixed + slope * line["items"] / line["workers"]
                 line["predicted_processor_ms"] = 1e3 * predicted
     return report
