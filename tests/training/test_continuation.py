@@ -16,11 +16,12 @@ from offtower.config import Config
 from offtower.data import Catalogue, ParquetLog, write_log
 from offtower.data.encoding import to_tensors
 from offtower.data.ledger import LogLedger
+from offtower.data.row_sketch import RowSketch
 from offtower.data.schema import FeatureSpec
 from offtower.errors import ConfigError, DataError, OfftowerError, RunError, StoppedError
 from offtower.evaluation.held_out import not_held_out, with_copied_rows
 from offtower.evaluation.run_loading import EvaluatedPolicy, open_run
-from offtower.execution import LOCAL, Execution
+from offtower.execution import Execution
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.store import load_policy
 from offtower.models.towers import MLPBody
@@ -222,7 +223,8 @@ def test_logs_of_ancestors_are_not_held_out(days: Days, runs: Path, tmp_path: Pa
     write_log(tmp_path / "copy", [rows], ROWS)
     copy = ParquetLog.open(tmp_path / "copy")
     assert not not_held_out(policy, copy.content, (), tmp_path / "copy")
-    assert "other files" in with_copied_rows({}, policy, copy, tmp_path / "copy", LOCAL)["new"]
+    sketch = RowSketch.of([rows], ROWS)
+    assert "other files" in with_copied_rows({}, policy, sketch, tmp_path / "copy")["new"]
 
 
 def test_stopped_and_resumed_with_the_same_bits(days: Days, runs: Path, tmp_path: Path) -> None:

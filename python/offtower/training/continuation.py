@@ -155,6 +155,11 @@ def continue_run(
     assert data.rows is not None, "the encodings of a run that goes on are extended"
     origins = _origins(data.rows)
     map_weights(policy, earlier.policy, origins)
+    if not config.incremental.replay.logs:
+        progress.note(
+            "note: no older rows are replayed, and training on a short log alone can lose value: "
+            "name older logs (incremental.replay.logs)"
+        )
     if config.incremental.new_rows == "features":
         items = data.items.part(0, data.items.num_items)
         predicted = start_new_items(policy, items, origins, config.training.item_chunk)
