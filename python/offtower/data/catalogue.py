@@ -205,7 +205,9 @@ def write_catalogue_tables(
                         )
                     writer.write_table(rows, row_group_size=SLICE_ROWS)
             # Parquet may change types, so the fingerprint is that of the file as it is read.
-            written = ParquetRows(find_parquet_files(file, "catalogue"), schema.columns, file, None)
+            place = Location.of(file)
+            files = find_parquet_files(place, "catalogue")
+            written = ParquetRows(files, schema.columns, place, None)
             fingerprint, items = check_values(written, schema), written.num_rows
             listed = [Footer.of_written(file).to_dict(_FILE_NAME)]
         write_manifest(temporary, schema.to_dict(), items, fingerprint, listed)

@@ -23,12 +23,12 @@ from offtower.data.columns import (
     as_float_matrix,
     category_values,
     hash_values,
+    hashed,
     list_parts,
     splitmix64,
 )
 from offtower.data.feature_columns import feature_column
 from offtower.data.row_sketch import packed, unpacked
-from offtower.data.rows import hashed
 from offtower.data.schema import FeatureSpec, LogSchema
 
 SIZE = 16_384

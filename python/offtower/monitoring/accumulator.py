@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from offtower.config import MonitorConfig
 from offtower.data.catalogue import Catalogue
 from offtower.data.check import first_bad_rows
-from offtower.data.columns import splitmix64
+from offtower.data.columns import hashed, splitmix64
 from offtower.data.durations import parse_duration
 from offtower.data.findings.base import LogPart
 from offtower.data.findings.sketches import DuplicateCount, ItemSet
 from offtower.data.log import TableOrigin
 from offtower.data.profile import UnitSample
 from offtower.data.round_tables import whole_rounds
-from offtower.data.rows import EncodedRows, encode_rows, hashed
+from offtower.data.rows import EncodedRows, encode_rows
 from offtower.data.schema import LogSchema
 from offtower.data.unknown import UnknownValues
 from offtower.errors import DataError
