@@ -60,6 +60,7 @@ from offtower.mapping import Mapper, MergeTree, pieces
 from offtower.models.reward.dense import flatten
 from offtower.prepare import log_schema
 from offtower.progress import Progress, report_rows
+from offtower.serving.limits import new_items
 
 PILOT_ROWS = 65_536
 """Rows on which SLOPE chooses parameters."""
@@ -310,15 +311,16 @@ class Evaluator:
         of_run: dict[int, PolicyScorer] = {}
         found = {}
         for name, one in self.policies.items():
-            scorer = of_run.get(id(one.run))
+            run, limits = one.run, one.serving.new_items
+            new = None if limits is None else new_items(limits, run.policy.item_encoding, run.items)
+            scorer = of_run.get(id(run))
             if scorer is None:
-                run = one.run
                 embedded = embed_on_workers(
                     run.policy, self.catalogue, run.directory.path, execution
                 )
-                scorer = PolicyScorer(run.policy, embedded or run.items, serving=one.serving)
-                of_run[id(one.run)] = scorer
-            found[name] = scorer.served_as(one.serving, _served_logs(one))
+                scorer = PolicyScorer(run.policy, embedded or run.items)
+                of_run[id(run)] = scorer
+            found[name] = scorer.served_as(one.serving, _served_logs(one), new)
         return found
 
     def _reward_models(

@@ -155,7 +155,7 @@ class EmbeddingScorer(PolicyScorer):
     ) -> None:
         self.contexts = contexts
         self.policy: Any = _FixedPolicy()
-        self.serving, self.served_logs = serving, None
+        self.serving, self.served_logs, self._new = serving, None, None
         self._batches = Batches()
         self._training = False
         context = _array(contexts, rows, "rows of the log")

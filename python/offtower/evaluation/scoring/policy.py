@@ -161,10 +161,9 @@ class PolicyScorer:
         served_logs: keys, as `EncodedRows.behavior_policy` has them, of logs that this policy
             wrote. Where it is deterministic, it shows in their rows what they say: the best items
             as its index found them.
+        new: (N,) bool, the new items; by default found where `serving` limits their share, which
+            takes the items' features.
     """
-
-    _new: Tensor | None = None
-    """(N,) bool, the new items, where `serving` limits their share."""
 
     def __init__(
         self,
@@ -173,6 +172,7 @@ class PolicyScorer:
         item_chunk: int = DEFAULT_CHUNK,
         serving: ServingConfig | None = None,
         served_logs: NDArray[np.uint64] | None = None,
+        new: Tensor | None = None,
     ) -> None:
         self.policy = policy
         self.served_logs = served_logs
@@ -188,8 +188,11 @@ class PolicyScorer:
             )
         policy.train(self._training)
         limits = self.serving.new_items
-        if limits is not None:
-            self._new = new_items(limits, policy.item_encoding, items)
+        if limits is not None and new is None:
+            if not isinstance(items, ItemFeatures):
+                raise ValueError("limits on new items take the items' features, or the new items")
+            new = new_items(limits, policy.item_encoding, items)
+        self._new = new
 
     @property
     def context_encoding(self) -> FeatureEncoding:
@@ -206,17 +209,25 @@ class PolicyScorer:
         return served_policy(self.policy, self.serving, self._new)
 
     def served_as(
-        self, serving: ServingConfig, served_logs: NDArray[np.uint64] | None = None
+        self,
+        serving: ServingConfig,
+        served_logs: NDArray[np.uint64] | None = None,
+        new: Tensor | None = None,
     ) -> Self:
         """A scorer of the same policy served otherwise, with the same embedded items.
 
         Policies that share items share the pass over them too, batch by batch.
 
-        served_logs: of this way to serve.
+        Args:
+            served_logs: of this way to serve.
+            new: likewise; by default these items, where the limits are the same.
         """
+        if new is None and serving.new_items == self.serving.new_items:
+            new = self._new
         # Not copy.copy, which leaves out what a pickle does.
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, serving=serving, served_logs=served_logs)
+        changed = {"serving": serving, "served_logs": served_logs, "_new": new}
+        other.__dict__.update(self.__dict__, **changed)
         return other
 
     def __getstate__(self) -> dict[str, Any]:
