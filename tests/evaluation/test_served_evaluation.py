@@ -112,7 +112,13 @@ def test_the_served_policy_is_evaluated(place: Path) -> None:
     assert greedy.weights.zero_share > 0.2
     # No mean weight differs from 1 by 4 standard errors (6e-5 each): all are distributions.
     assert all(abs(one.mean_z or 0.0) < 4.0 for one in others)
-    assert found.serving["a"] == {"k": 1, "mode": "sample", "top": None, **SERVING}
+    assert found.serving["a"] == {
+        "k": 1,
+        "mode": "sample",
+        "top": None,
+        "new_items": None,
+        **SERVING,
+    }
     assert found.also == tuple(names[1:])
     assert any("always shows its best item" in note for note in found.notes)
     assert any("temperature=2.0, uniform=0.2" in note for note in found.notes)
