@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 from scipy.stats import chisquare
 
 from offtower.config import ServingConfig
@@ -143,3 +145,51 @@ def test_other_settings_change_beside_the_limits() -> None:
     changed = changed_serving(serving, "temperature=0.5")
     assert changed.new_items == serving.new_items and changed.temperature == 0.5
     assert not serving.is_trained_policy and not serving.is_softmax
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("setting", SETTINGS[:2], ids=str)
+def test_a_context_with_new_items_alone_has_no_limits(
+    setting: dict[str, Any], dtype: torch.dtype
+) -> None:
+    world = World(dtype=dtype)
+    rules = {"feature": "age", "below": 7.0, "at_least": 0.0, "at_most": 0.2}
+    serving = ServingConfig(**setting, new_items=rules)  # type: ignore[arg-type]
+    new = torch.ones(ITEMS, dtype=torch.bool)
+    served = served_policy(world.policy, serving, new)
+    plain = served_policy(world.policy, ServingConfig(**setting))
+    found = served.terms(world.context, world.items, world.action)
+    expected_terms = plain.terms(world.context, world.items, world.action)
+    assert torch.equal(found.log_prob, expected_terms.log_prob)
+    item, log_prob = served.draw(world.context, world.items, 100, torch.Generator().manual_seed(0))
+    own = plain.log_prob_at(world.context, world.items, item, found.log_normalizer)
+    np.testing.assert_allclose(log_prob.numpy(), own.numpy(), rtol=1e-9)
+    logits = torch.from_numpy(world.score).to(dtype)
+    dense = served_probabilities(logits, ServingConfig(**setting))
+    assert torch.equal(served_probabilities(logits, serving, new), dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rare_other_items_get_their_share(dtype: torch.dtype) -> None:
+    """Others of probability 1e-9, below the rounding of the new items' sum in float32."""
+    world = World(dtype=dtype)
+    lower = torch.from_numpy(np.where(NEW, 0.0, -25.0))
+    assert world.items.bias is not None
+    items = replace(world.items, bias=world.items.bias + lower.to(dtype))
+    score = world.score + lower.numpy()
+    served = limited((0.0, 0.2), {})
+    p = softmax(score, axis=1)
+    of_new, of_other = (np.where(kind, p, 0.0) for kind in (NEW, ~NEW))
+    p = 0.2 * of_new / of_new.sum(1, keepdims=True) + 0.8 * of_other / of_other.sum(
+        1, keepdims=True
+    )
+    found = served.terms(
+        world.context, items, world.action, reward_model=world.factored, entropy=True
+    )
+    every = torch.arange(ITEMS).expand(ROWS, -1)
+    log_prob = served.log_prob_at(world.context, items, every, found.log_normalizer)
+    close = {torch.float32: 1e-4, torch.float64: 1e-9}[dtype]
+    np.testing.assert_allclose(log_prob.exp().numpy(), p, rtol=close)
+    assert found.expected_reward is not None and found.entropy is not None
+    np.testing.assert_allclose(found.expected_reward.numpy(), (p * world.q).sum(1), rtol=close)
+    np.testing.assert_allclose(found.entropy.numpy(), -(p * np.log(p)).sum(1), rtol=close)

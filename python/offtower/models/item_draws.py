@@ -9,6 +9,7 @@ interval contains it.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -83,6 +84,13 @@ def rewards_at(reward: FactoredReward | DenseReward, item: Tensor) -> Tensor:
     if reward.item_bias is not None:
         value = value + reward.item_bias[item]
     return torch.sigmoid(value) if reward.link == "sigmoid" else value
+
+
+def reward_of_rows(reward: RewardTerms, row: Tensor) -> RewardTerms:
+    """A reward model of some rows, (n,) int64."""
+    if isinstance(reward, DenseReward):
+        return DenseReward(reward.values[row])
+    return replace(reward, context=reward.context[row])
 
 
 def logits_at(context: Tensor, items: ItemEmbeddings, item: Tensor, temperature: float) -> Tensor:

@@ -30,10 +30,10 @@ def served_probabilities(
         return served
     if new is None:
         raise ConfigError("serving.new_items needs the new items, which these logits do not tell")
-    mass = served[:, new].sum(1, keepdim=True)
-    share = mass.clamp(limits.at_least, limits.at_most)
-    scaled = torch.where(new, served * share / mass, served * (1.0 - share) / (1.0 - mass))
-    return torch.where((mass <= 0.0) | (mass >= 1.0), served, scaled)
+    mass, rest = (served[:, kind].sum(1, keepdim=True) for kind in (new, ~new))
+    share = (mass / (mass + rest)).clamp(limits.at_least, limits.at_most)
+    scaled = torch.where(new, served * share / mass, served * (1.0 - share) / rest)
+    return torch.where((mass <= 0.0) | (rest <= 0.0), served, scaled)
 
 
 def _unlimited(logits: Tensor, serving: ServingConfig) -> Tensor:

@@ -30,33 +30,18 @@ from offtower.models.policy import TwoTowerPolicy
 from offtower.ops import DenseReward, FactoredReward, PolicyTerms
 from offtower.ops.categorical import draw_categorical
 from offtower.ops.eligibility import Eligibility
+from offtower.serving.kind_sums import ContextRows, ItemSums, KindSums
 from offtower.serving.policy import ServedPolicy
 from offtower.serving.shared_terms import SharedTerms
 from offtower.slates import Rest
 
 _BLOCK = 1024
-"""New items whose probabilities are held at a time."""
+"""Items whose probabilities are held at a time."""
+_RARE = 0.01
+"""Probability of the other items up to which they are summed: as the rest of the new ones it would
+be rounding, which the factor of the others magnifies."""
 _TRIES = 4
 """Draws of the policy without limits until all items are scored for the rows that are left."""
-
-
-@dataclass(frozen=True)
-class _NewItems:
-    """Sums over the new items under the policy without limits.
-
-    log_mass: (B,). reward, entropy: (B,) sums of p q and of -p log p; zeros without a model.
-    log_factor: (B, 2) log of the factors of the other items and of the new ones.
-    """
-
-    log_mass: Tensor
-    reward: Tensor
-    entropy: Tensor
-    log_factor: Tensor
-
-    def of(self, is_new: Tensor) -> Tensor:
-        """Factors of items (B, ...) by whether they are new."""
-        flat = is_new.long().view(len(is_new), -1)
-        return self.log_factor.gather(1, flat).view(is_new.shape)
 
 
 @dataclass(frozen=True)
@@ -75,9 +60,14 @@ class LimitedPolicy(ServedPolicy):
         return ServedPolicy(self.policy, replace(self.serving, new_items=None), self.shared)
 
     @cached_property
-    def _member(self) -> Tensor:
+    def _is_new(self) -> Tensor:
         assert self.new is not None, "limits have the new items"
-        return torch.nonzero(self.new)[:, 0]
+        return self.new
+
+    @cached_property
+    def _limits(self) -> NewItemsConfig:
+        assert self.serving.new_items is not None, "limits are configured"
+        return self.serving.new_items
 
     def terms(
         self,
@@ -98,22 +88,24 @@ class LimitedPolicy(ServedPolicy):
             entropy=entropy,
             eligible=eligible,
         )
-        log_normalizer = found.log_normalizer
-        sums = self._sums(context_embedding, items, log_normalizer, eligible, reward_model)
-        assert self.new is not None
-        log_prob = found.log_prob.double() + sums.of(self.new[action])
-        other, new = sums.log_factor.exp().unbind(1)
+        contexts = ContextRows(
+            context_embedding, items, found.log_normalizer, eligible, reward_model
+        )
+        zero = torch.zeros_like(found.log_prob, dtype=torch.float64)
         expected, spread = found.expected_reward, found.entropy
+        total = ItemSums(
+            zero,
+            zero if expected is None else expected.double(),
+            zero if spread is None else spread.double(),
+        )
+        kinds = self._kinds(contexts, total)
+        log_factor = kinds.log_factor(self._limits)
+        log_prob = found.log_prob.double() + _of_items(log_factor, self._is_new[action])
+        scaled = kinds.scaled(log_factor)
         if expected is not None:
-            rest = expected.double() - sums.reward
-            expected = (other * rest + new * sums.reward).to(expected.dtype)
+            expected = (scaled.other.reward + scaled.new.reward).to(expected.dtype)
         if spread is not None:
-            # -sum c p log(c p) over each kind.
-            mass = sums.log_mass.exp()
-            rest = spread.double() - sums.entropy
-            of_rest = other * (rest - _times_log(sums.log_factor[:, 0], 1.0 - mass))
-            of_new = new * (sums.entropy - _times_log(sums.log_factor[:, 1], mass))
-            spread = (of_rest + of_new).to(spread.dtype)
+            spread = (scaled.other.entropy + scaled.new.entropy).to(spread.dtype)
         return replace(
             found,
             log_prob=log_prob.to(found.log_prob.dtype),
@@ -152,8 +144,11 @@ class LimitedPolicy(ServedPolicy):
         )
         terms = self.inner.terms(context_embedding, items, nothing, eligible=eligible)
         log_normalizer = terms.log_normalizer
-        sums = self._sums(context_embedding, items, log_normalizer, eligible)
-        share = (sums.log_mass + sums.log_factor[:, 1]).exp()[:, None]
+        contexts = ContextRows(context_embedding, items, log_normalizer, eligible)
+        kinds = self._kinds(contexts)
+        scaled = kinds.scaled(kinds.log_factor(self._limits))
+        masses = torch.stack([scaled.other.log_mass, scaled.new.log_mass], dim=1)
+        share = torch.softmax(masses, dim=1)[:, 1:]
         coin = torch.rand(
             (len(nothing), num_samples),
             dtype=torch.float64,
@@ -162,15 +157,13 @@ class LimitedPolicy(ServedPolicy):
         )
         wants_new = coin.to(share.device) < share
         drawn = torch.full_like(wants_new, -1, dtype=torch.int64)
-        assert self.new is not None
         for _ in range(_TRIES):
             found, _ = self.inner.draw(context_embedding, items, num_samples, generator, eligible)
-            take = (drawn < 0) & (self.new[found] == wants_new)
+            take = (drawn < 0) & (self._is_new[found] == wants_new)
             drawn = torch.where(take, found, drawn)
         for row in torch.nonzero((drawn < 0).any(1))[:, 0].tolist():
-            drawn[row] = self._drawn_row(
-                row, context_embedding, items, log_normalizer, eligible, wants_new[row], generator
-            )
+            one = torch.tensor([row], device=share.device)
+            drawn[row] = self._drawn_row(contexts.take(one), wants_new[row], generator)
         log_prob = self.log_prob_at(
             context_embedding, items, drawn, log_normalizer, eligible=eligible
         )
@@ -190,9 +183,8 @@ class LimitedPolicy(ServedPolicy):
         found = self.inner.log_prob_at(
             context_embedding, items, item, log_normalizer, eligible=eligible
         )
-        sums = self._sums(context_embedding, items, log_normalizer, eligible)
-        assert self.new is not None
-        return found + sums.of(self.new[item])
+        kinds = self._kinds(ContextRows(context_embedding, items, log_normalizer, eligible))
+        return found + _of_items(kinds.log_factor(self._limits), self._is_new[item])
 
     @torch.no_grad()
     def log_mass(
@@ -233,35 +225,49 @@ class LimitedPolicy(ServedPolicy):
             reward_model=reward_model,
             eligible=eligible,
         )
-        sums = self._sums(context_embedding, items, log_normalizer, eligible)
-        of_new = self._sums(context_embedding, items, log_normalizer, eligible, reward_model, shown)
-        other, new = sums.log_factor.exp().unbind(1)
-        new_mass = of_new.log_mass.exp()
-        rest_mass = (whole.log_mass.exp() - new_mass).clamp_min(0.0)
-        mass = other * rest_mass + new * new_mass
-        mean = whole.expected_reward
+        contexts = ContextRows(context_embedding, items, log_normalizer, eligible, reward_model)
+        log_factor = self._kinds(contexts).log_factor(self._limits)
+        log_mass, mean = whole.log_mass.double(), whole.expected_reward
+        zero = torch.zeros_like(log_mass)
+        total = ItemSums(log_mass, zero if mean is None else mean.double() * log_mass.exp(), zero)
+        scaled = self._kinds(contexts, total, shown).scaled(log_factor)
+        log_left = torch.logaddexp(scaled.other.log_mass, scaled.new.log_mass)
         if mean is not None:
-            rest_reward = mean.double() * whole.log_mass.exp() - of_new.reward
-            mean = (other * rest_reward + new * of_new.reward) / mass
-        return Rest(mass.log(), mean)
+            mean = (scaled.other.reward + scaled.new.reward) / log_left.exp()
+        return Rest(log_left, mean)
 
-    def _sums(
-        self,
-        context_embedding: Tensor,
-        items: ItemEmbeddings,
-        log_normalizer: Tensor,
-        eligible: Eligibility | None,
-        reward_model: DenseReward | FactoredReward | None = None,
-        without: Tensor | None = None,
-    ) -> _NewItems:
-        """Sums over the new items, but for those in `without` (B, K)."""
-        rows = len(context_embedding)
-        log_mass = log_normalizer.new_full((rows,), -math.inf, dtype=torch.float64)
+    def _kinds(
+        self, contexts: ContextRows, total: ItemSums | None = None, without: Tensor | None = None
+    ) -> KindSums:
+        """Sums over both kinds of items, but for those in `without` (B, K).
+
+        Args:
+            total: over both kinds; by default of probability 1, without reward and entropy.
+        """
+        if total is None:
+            zero = torch.zeros_like(contexts.log_normalizer, dtype=torch.float64)
+            total = ItemSums(zero, zero, zero)
+        new = self._sums(contexts, self._is_new, without)
+        other = total.without(new)
+        rare = torch.nonzero(other.log_mass - total.log_mass < math.log(_RARE))[:, 0]
+        if len(rare):
+            shown = None if without is None else without[rare]
+            other = other.replaced(rare, self._sums(contexts.take(rare), ~self._is_new, shown))
+        return KindSums(new, other)
+
+    def _sums(self, contexts: ContextRows, kind: Tensor, without: Tensor | None) -> ItemSums:
+        """Sums over the items of `kind` (N,) bool, but for those in `without` (B, K)."""
+        rows = len(contexts.embedding)
+        log_mass = contexts.log_normalizer.new_full((rows,), -math.inf, dtype=torch.float64)
         reward, entropy = torch.zeros_like(log_mass), torch.zeros_like(log_mass)
-        for some in self._member.split(_BLOCK):
+        for some in torch.nonzero(kind)[:, 0].split(_BLOCK):
             member = some.expand(rows, -1)
             log_prob = self.inner.log_prob_at(
-                context_embedding.detach(), items, member, log_normalizer, eligible=eligible
+                contexts.embedding.detach(),
+                contexts.items,
+                member,
+                contexts.log_normalizer,
+                eligible=contexts.eligible,
             )
             if without is not None:
                 shown = (member[:, :, None] == without[:, None, :]).any(2)
@@ -269,44 +275,25 @@ class LimitedPolicy(ServedPolicy):
             probability = log_prob.exp()
             log_mass = torch.logaddexp(log_mass, torch.logsumexp(log_prob, 1))
             entropy = entropy - torch.special.xlogy(probability, probability).sum(1)
-            if reward_model is not None:
-                reward = reward + (probability * rewards_at(reward_model, member).double()).sum(1)
-        limits = self.serving.new_items
-        assert limits is not None, "limits are configured"
-        mass = log_mass.exp().clamp_max(1.0)
-        share = mass.clamp(limits.at_least, limits.at_most)
-        share = torch.where((mass <= 0.0) | (mass >= 1.0), mass, share)
-        factors = torch.stack(
-            [
-                torch.where(mass < 1.0, torch.log1p(-share) - torch.log1p(-mass), 0.0),
-                torch.where(mass > 0.0, share.log() - log_mass, 0.0),
-            ],
-            dim=1,
-        )
-        return _NewItems(log_mass, reward, entropy, factors)
+            if contexts.reward is not None:
+                value = rewards_at(contexts.reward, member).double()
+                reward = reward + (probability * value).sum(1)
+        return ItemSums(log_mass, reward, entropy)
 
     def _drawn_row(
-        self,
-        row: int,
-        context_embedding: Tensor,
-        items: ItemEmbeddings,
-        log_normalizer: Tensor,
-        eligible: Eligibility | None,
-        wants_new: Tensor,
-        generator: torch.Generator,
+        self, context: ContextRows, wants_new: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """(S,) draws of a row from the probabilities of all items, by kind."""
-        assert self.new is not None
-        one = torch.tensor([row], device=context_embedding.device)
-        every = torch.arange(len(self.new), device=context_embedding.device)[None]
+        """(S,) draws of one row from the probabilities of all items, by kind."""
+        every = torch.arange(len(self._is_new), device=wants_new.device)[None]
         log_prob = self.inner.log_prob_at(
-            context_embedding[one],
-            items,
+            context.embedding,
+            context.items,
             every,
-            log_normalizer[one],
-            eligible=None if eligible is None else eligible.take(one),
+            context.log_normalizer,
+            eligible=context.eligible,
         )
-        kinds = [log_prob.masked_fill(self.new[None] != kind, -math.inf) for kind in (False, True)]
+        other, new = ~self._is_new[None], self._is_new[None]
+        kinds = [log_prob.masked_fill(~kind, -math.inf) for kind in (other, new)]
         found = [
             draw_categorical(torch.log_softmax(kind, 1), len(wants_new), generator)[0]
             if torch.isfinite(kind).any()
@@ -365,6 +352,7 @@ def new_numbers(
     return found
 
 
-def _times_log(log_factor: Tensor, mass: Tensor) -> Tensor:
-    """mass x log_factor, 0 where there is no mass."""
-    return torch.where(mass > 0.0, mass * log_factor, 0.0)
+def _of_items(log_factor: Tensor, is_new: Tensor) -> Tensor:
+    """Factors (B, 2) of items (B, ...) by whether they are new."""
+    flat = is_new.long().view(len(is_new), -1)
+    return log_factor.gather(1, flat).view(is_new.shape)

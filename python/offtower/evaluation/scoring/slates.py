@@ -20,8 +20,9 @@ from offtower.data.rounds import Rounds
 from offtower.data.rows import EncodedRows
 from offtower.evaluation.rows import ModelPredictions
 from offtower.evaluation.scoring.rewards import BatchReward, CatalogueReward
+from offtower.models.item_draws import reward_of_rows
 from offtower.models.items import ItemEmbeddings
-from offtower.ops import DenseReward, Eligibility, PolicyTerms
+from offtower.ops import Eligibility, PolicyTerms
 from offtower.ops.types import RewardTerms
 from offtower.serving import ServedPolicy
 from offtower.slates import (
@@ -145,7 +146,7 @@ class SlateRests:
         found = remaining_expected_reward(log_prob, mean, action_reward, rounds)
         rows, own = self._rows()
         if len(own) and reward is not None:
-            rest = self._rest(_of_rows(reward, self.few))
+            rest = self._rest(reward_of_rows(reward, self.few))
             found[rows] = remaining_expected_reward(
                 log_prob[rows], mean[self.few], action_reward[rows], own, rest
             )
@@ -303,9 +304,3 @@ def position_log_prob(
                 marginal = sampled_marginals(all_items, action[part], k, generator)
             found[part] = marginal.log()
     return found
-
-
-def _of_rows(reward: RewardTerms, row: Tensor) -> RewardTerms:
-    if isinstance(reward, DenseReward):
-        return DenseReward(reward.values[row])
-    return replace(reward, context=reward.context[row])
