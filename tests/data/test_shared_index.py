@@ -26,6 +26,7 @@ from offtower.data import (
 )
 from offtower.data.mapped_lookup import open_vocabulary
 from offtower.errors import DataError
+from tests.stores import in_memory
 
 SCHEMA = CatalogueSchema(features=(FeatureSpec(name="price", kind="numeric"),))
 TEXT = st.text(max_size=6)
@@ -91,6 +92,18 @@ def test_the_index_is_sent_as_a_place(tmp_path: Path) -> None:
     write_catalogue(tmp_path / "items", table([f"item-{i}" for i in range(20_000)]), SCHEMA)
     sent = pickle.dumps(Catalogue.open(tmp_path / "items").index_only())
     assert len(sent) < 20_000
+
+
+def test_an_index_sent_to_another_machine_is_built_from_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies and the index are both entries, whose writers exclude each other."""
+    root = in_memory(monkeypatch)
+    write_catalogue(f"{root}/items", table(["a", "b", "c"]), SCHEMA)
+    sent = pickle.dumps(Catalogue.open(f"{root}/items").index_only())
+    monkeypatch.setenv(node_cache.FOLDER, str(tmp_path / "other"))
+    assert pickle.loads(sent).index_of(pa.array(["c"])).tolist() == [2]
+    assert len(entries(tmp_path / "other")) == 1
 
 
 @pytest.mark.parametrize("name", ["values.arrow", "keys.npy", "order.npy", "catalogue.json"])

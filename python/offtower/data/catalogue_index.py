@@ -32,7 +32,7 @@ from offtower.data.columns import (
 )
 from offtower.data.lookup import Lookup
 from offtower.data.mapped_lookup import BYTES_OF_VALUE, open_lookup, write_lookup
-from offtower.data.node_cache import SHARE_ABOVE, built_entry
+from offtower.data.node_cache import SHARE_ABOVE, built_entry, verified_entry
 from offtower.data.schema import CatalogueSchema
 from offtower.errors import DataError
 
@@ -104,6 +104,8 @@ def open_index(rows: ParquetRows, schema: CatalogueSchema) -> CatalogueIndex:
             write_lookup(folder, index.lookup)
             write_text(folder / _FACTS, json.dumps({"fingerprint": index.fingerprint}) + "\n")
 
+        if verified_entry(key) is None:
+            rows.fetch()  # Copies take the lock of writers too, so not in `build`.
         entry = built_entry(key, size, build, f"the ids of {rows.num_rows:,} items")
         if entry is not None:
             facts = json.loads((entry.path / _FACTS).read_text(encoding="utf-8"))
