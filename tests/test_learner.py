@@ -45,6 +45,9 @@ def test_probabilities_are_those_of_the_served_policy() -> None:
     np.testing.assert_allclose(np.exp(own), wanted[np.arange(len(action)), action], rtol=1e-5)
     with pytest.raises(ConfigError, match="uniform"):
         learner(serving={"uniform": 2.0})
+    limits = {"feature": "age", "below": 7.0, "at_most": 0.1}
+    with pytest.raises(ConfigError, match="new_items reads a feature of a run's catalogue"):
+        learner(serving={"new_items": limits})
 
 
 @pytest.mark.parametrize("objective", [*sorted({*OBJECTIVES} - {"behavior_cloning"}), "auto"])

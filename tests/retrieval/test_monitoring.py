@@ -199,6 +199,32 @@ def test_another_log_is_the_reference(
         monitor_run(run, tmp_path / "log", reference=tmp_path / "none")
 
 
+def test_features_of_a_down_sampled_reference_are_not_compared(
+    watched: Callable[..., MonitorReport],
+    served: tuple[pa.Table, LogSchema],
+    run: Path,
+    tmp_path: Path,
+) -> None:
+    """Nine in ten rows of low activity were left out."""
+    watched()
+    table, schema = served
+    table = column("reward", lambda c: pa.array(c.to_numpy() * 0.8))(table)
+    activity, reward = (table.column(name).to_numpy() for name in ("activity", "reward"))
+    kept = (activity > np.median(activity)) | (np.arange(len(activity)) % 10 == 0)
+    rate = np.where(activity > np.median(activity), 1.0, 0.1)
+    sampled = table.append_column("rate", pa.array(rate)).filter(pa.array(kept))
+    plain = replace(schema, position=None, pscore_kind=None, round_id=None, weight="rate")
+    write_log(tmp_path / "reference", [sampled], plain)
+    report = monitor_run(run, tmp_path / "log", reference=tmp_path / "reference")
+    assert breached(report) == set()
+    assert not [one for one in report.checks if one.name == "feature_drift"]
+    assert [note for note in report.notes if "rows of" in note and "have weights" in note]
+    (value,) = [one for one in report.checks if one.name == "value"]
+    assert value.threshold is not None
+    mean = np.average(reward[kept], weights=1.0 / rate[kept])
+    assert abs(value.threshold - 0.8 * mean) < 1e-9
+
+
 def test_logs_that_cannot_be_monitored(
     served: tuple[pa.Table, LogSchema], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,12 +50,15 @@ class UnitSample:
     table: pa.Table | None = None
 
     def with_rows(self, table: pa.Table, schema: LogSchema, row: NDArray[np.int64]) -> UnitSample:
-        """The sample with further rows.
+        """The sample with further rows; without them where rows have weights, since those of a
+        down-sampled log are not distributed as its source.
 
         Args:
             schema: names the columns of users and rounds.
             row: (n,) numbers of the rows in the log.
         """
+        if schema.weight is not None:
+            return self
         number = row.astype(np.uint64)
         unit = schema.user_id or schema.round_id
         key = splitmix64(number if unit is None else hashed(table.column(unit)))

@@ -10,6 +10,7 @@ from sklearn.base import BaseEstimator
 
 from offtower.config import Config, parse_config
 from offtower.data.schema import CatalogueSchema, LogSchema
+from offtower.errors import ConfigError
 from offtower.objectives import OBJECTIVES
 from offtower.progress import DrawnProgress, Progress
 
@@ -139,6 +140,11 @@ class LearnerSettings(BaseEstimator):  # type: ignore[misc]
             },
             source="TwoTowerPolicyLearner",
         )
+        if config.serving.new_items is not None:
+            raise ConfigError(
+                "serving.new_items reads a feature of a run's catalogue, which the learner does "
+                "not: unset it, or train a run ('offtower train')"
+            )
         if self.reward_model is not None:
             return config
         # A small log needs as many steps of the reward model as of the policy.

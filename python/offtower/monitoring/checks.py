@@ -26,7 +26,8 @@ class Reference:
     """What a log is compared with.
 
     Attributes:
-        profile: distributions of features. mean_reward: of a row. name: for messages.
+        profile: distributions of features; empty where rows have weights.
+        mean_reward: of a row. name: for messages.
     """
 
     profile: LogProfile
@@ -54,7 +55,7 @@ def make_checks(plan: MonitorPlan, found: MonitorAccumulator, reference: Referen
         *_weights(plan, total.weights, days, delta, notes),
         *_softer(plan, found.softer, delta),
         *_propensities(plan, found, notes),
-        *_features(plan, found, reference, delta),
+        *_features(plan, found, reference, delta, notes),
         *_unknown(plan, found, total, delta),
         *_items(plan, found),
         _bad_rows(plan, found),
@@ -149,8 +150,18 @@ def _propensities(plan: MonitorPlan, found: MonitorAccumulator, notes: list[str]
 
 
 def _features(
-    plan: MonitorPlan, found: MonitorAccumulator, reference: Reference, delta: float
+    plan: MonitorPlan,
+    found: MonitorAccumulator,
+    reference: Reference,
+    delta: float,
+    notes: list[str],
 ) -> list[Check]:
+    if not reference.profile.units:
+        notes.append(
+            f"drift of features was not tested: rows of {reference.name} have weights, so that "
+            "their features are not distributed as those of what was served. Name a whole log with "
+            "--reference"
+        )
     most, made = plan.config.max_feature_drift, []
     for one in compare_profiles(reference.profile, found.sample.profile(), delta):
         text = (

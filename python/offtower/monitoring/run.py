@@ -6,15 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from offtower.config import Config
 from offtower.data.catalogue import Catalogue
+from offtower.data.columns import as_float_array
 from offtower.data.location import AnyPath, Location
 from offtower.data.log import ParquetLog
 from offtower.data.manifest import read_manifest
 from offtower.data.profile import LogProfile
+from offtower.data.rows import row_weights
 from offtower.errors import DataError
 from offtower.evaluation.evaluator import served_logs
 from offtower.evaluation.run_loading import EvaluatedPolicy, open_run, with_overrides
@@ -165,17 +167,19 @@ def _reference(run: Path, log: AnyPath | None, plan: MonitorPlan, config: Config
             if str(log) == str(config.data.train)
             else f"--reference: {error}"
         ) from error
-    total, rows, schema = 0.0, 0, opened.schema
+    total, mass, schema = 0.0, 0.0, opened.schema
 
     def watched() -> Iterator[pa.Table]:
-        nonlocal total, rows
+        nonlocal total, mass
         for table in opened.tables():
-            total += float(pc.sum(table.column(schema.reward)).as_py() or 0.0)
-            rows += table.num_rows
+            reward = as_float_array(table.column(schema.reward))
+            weight = row_weights(table, schema)
+            weight = np.ones_like(reward) if weight is None else weight
+            total, mass = total + float(weight @ reward), mass + float(weight.sum())
             yield table
 
     profile = LogProfile.of(plan.scorer.context_encoding.specs, watched(), schema)
-    return Reference(profile, total / rows, f"'{log}'")
+    return Reference(profile, total / mass, f"'{log}'")
 
 
 def _examples(found: MonitorAccumulator) -> str:
