@@ -6,16 +6,20 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from scipy.special import softmax
 from scipy.stats import chisquare
 
-from offtower.config import ServingConfig
+from offtower.config import NewItemsConfig, ServingConfig
 from offtower.config.serving import changed_serving, parse_serving
+from offtower.data import FeatureSpec
+from offtower.data.encoding import FeatureEncoding
 from offtower.errors import ConfigError
 from offtower.ops.types import Eligibility
 from offtower.serving import LimitedPolicy, served_policy, served_probabilities
+from offtower.serving.limits import new_numbers
 from tests.test_served_policy import ITEMS, ROWS, World, restrictions
 
 NEW = np.zeros(ITEMS, dtype=bool)
@@ -137,6 +141,19 @@ def test_limits_that_cannot_hold_are_refused(content: dict[str, Any], message: s
     rules = {"feature": "age", "below": 7.0, "at_least": 0.1}
     with pytest.raises(ConfigError, match=message):
         parse_serving({"new_items": rules, **content}, "serving")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_item_at_the_threshold_is_not_new(seed: int) -> None:
+    ages = np.random.default_rng(seed).integers(0, 90, 300).astype(float)
+    table = pa.table({"age": ages})
+    spec = FeatureSpec(name="age", kind="numeric")
+    mean, scale = {"age": np.asarray(ages.mean())}, {"age": np.asarray(ages.std())}
+    encoding = FeatureEncoding((spec,), mean, scale, {})
+    values = encoding.encode(table)["age"]
+    for below in range(90):
+        limits = NewItemsConfig(feature="age", below=below, at_most=0.5)
+        np.testing.assert_array_equal(new_numbers(limits, encoding, values), ages < below)
 
 
 def test_other_settings_change_beside_the_limits() -> None:

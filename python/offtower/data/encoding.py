@@ -356,6 +356,11 @@ class FeatureEncoding:
         numbers: NDArray[np.float64] = standardized * self._scale[name] + self._mean[name]
         return numbers
 
+    def standardized(self, name: str, number: float) -> np.float32:
+        """The value that rows with this number have; larger numbers never have smaller ones."""
+        one: np.float32 = self._standardize(name, np.full((1, 1), number))[0, 0]
+        return one
+
     def _index(self, spec: FeatureSpec, values: Column) -> NDArray[np.int64]:
         """Return 1 + the index in the vocabulary or hash bucket; 0 for null and unseen values."""
         fitted = self._types.get(spec.name)

@@ -347,8 +347,8 @@ def new_numbers(
             f"serving.new_items.feature '{limits.feature}' is no numeric feature of the "
             f"catalogue; it has {', '.join(known) or 'none'}"
         )
-    # Encoded in float32: a threshold halfway between whole numbers is safe from rounding.
-    found: NDArray[np.bool_] = encoding.restored(limits.feature, values) < limits.below
+    # Items and threshold are rounded alike, so that an item at the threshold is not new.
+    found: NDArray[np.bool_] = values < encoding.standardized(limits.feature, limits.below)
     return found
 
 
