@@ -49,6 +49,7 @@ def test_yaml_round_trip() -> None:
         ({"policy": {"item_tower": {"activation": "swish"}}}, "'policy.item_tower.activation'"),
         ({"training": {"epochs": "many"}}, "'training.epochs' = 'many'"),
         ({"training": {"epochs": 0}}, "greater than or equal to 1"),
+        ({"incremental": {"replay": {"logs": "a"}}}, "replay.logs' = 'a': must be a list"),
         ({"policy": {"temperature": float("nan")}}, "'policy.temperature'"),
         ({"policy": {"temperature": 0.0}}, "greater than 0"),
         ({"data": {"catalogue": "x"}}, "'data.train' is required"),

@@ -150,6 +150,8 @@ def test_what_is_refused(
     with pytest.raises(error, match=message):
         embed_catalogue(catalogue, tmp_path / "out", options(**changed))
     assert not (tmp_path / "out").exists()
+    if not any((tmp_path / ".out.embedding").glob("chunk-*")):
+        embed_catalogue(catalogue, tmp_path / "out", options())  # The corrected call goes through.
 
 
 def test_vectors_of_scikit_learn(catalogue: Path, tmp_path: Path) -> None:

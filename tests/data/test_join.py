@@ -206,6 +206,13 @@ def test_the_verb_writes_the_log_and_its_schema(tmp_path: Path) -> None:
     assert "exists already" in " ".join(CliRunner().invoke(app, arguments).output.split())
 
 
+def test_a_reward_of_missing_outcomes_needs_a_window(tmp_path: Path) -> None:
+    arguments = ("join", "d.parquet", "o.csv", "--key", "k", "--reward", "r", "--missing", "0")
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out.parquet")])
+    assert result.exit_code == 2
+    assert "--missing needs --window and --time" in " ".join(result.output.split())
+
+
 def test_a_joined_file_keeps_the_order_of_the_decisions(tmp_path: Path) -> None:
     n = 3000
     pq.write_table(

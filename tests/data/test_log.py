@@ -7,7 +7,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from offtower.data import ParquetLog, TableLog, write_log
+from offtower.atomic import write_text
+from offtower.data import (
+    Catalogue,
+    CatalogueSchema,
+    ParquetLog,
+    TableLog,
+    write_catalogue,
+    write_log,
+)
 from offtower.errors import DataError
 from tests.data.conftest import make_schema, make_table
 
@@ -36,6 +44,22 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no rows to write"):
         write_log(tmp_path / "log", [], make_schema())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_is_no_catalogue_and_a_catalogue_no_log(tmp_path: Path) -> None:
+    write_log(tmp_path / "log", [make_table(10)], make_schema())
+    with pytest.raises(DataError, match="/log' holds a log, and a catalogue belongs here"):
+        Catalogue.open(tmp_path / "log")
+    items = pa.table({"item_id": ["a", "b"]})
+    write_catalogue(tmp_path / "items", items, CatalogueSchema())
+    with pytest.raises(DataError, match="/items' holds a catalogue, and a log belongs here"):
+        ParquetLog.open(tmp_path / "items")
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError) as caught:
+        write_text(tmp_path, "text")
+    assert caught.value.filename == str(tmp_path)
 
 
 def test_malformed_logs_are_refused_by_name(tmp_path: Path) -> None:

@@ -105,6 +105,12 @@ def join(
     wanted = _number(missing)
     if isinstance(wanted, str) and wanted != "error":
         raise ConfigError(f"--missing must be a number or error, got '{missing}'")
+    if wanted != "error" and window is None:
+        raise ConfigError(
+            "--missing needs --window and --time: only a window says when a decision without an "
+            "outcome is final. Where all outcomes are there, leave it out and write 'outcomes: "
+            f"{{maturity: 0s, missing: {missing}}}' in the section log of the schema"
+        )
     counts = join_files(decisions, outcomes, out, plan, formats)
     place = None
     if log is not None:

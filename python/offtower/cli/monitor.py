@@ -26,6 +26,7 @@ from offtower.cli.common import (
     print_json,
     verb,
 )
+from offtower.errors import ConfigError
 from offtower.jsonable import finite
 
 
@@ -53,6 +54,11 @@ def monitor(
     from offtower.monitoring import monitor_run
     from offtower.monitoring.prometheus import write_metrics
 
+    if prometheus is not None and prometheus.is_dir():
+        raise ConfigError(
+            f"--prometheus: '{prometheus}' is a folder; name a file in it, such as "
+            f"{prometheus / 'offtower.prom'}"
+        )
     report = monitor_run(
         run,
         log,

@@ -216,7 +216,8 @@ def _explain(item: Any) -> str:
         short = f"a name, such as {dotted}: auto, or " if dotted in _NAMED else ""
         keys = ", ".join(_known_keys(where))
         return f"'{dotted}' = {given!r}: must be {short}a section with some of the keys {keys}"
-    return f"'{dotted}' = {given!r}: {item['msg'].lower()}"
+    message = "must be a list" if item["type"] == "tuple_type" else item["msg"].lower()
+    return f"'{dotted}' = {given!r}: {message}"
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:

@@ -93,6 +93,8 @@ class Catalogue:
                     f"'{path}' was not written by offtower, so the config must state "
                     "data.catalogue_schema (item_id and features)"
                 )
+            if "action" in manifest["schema"]:
+                raise DataError(f"'{path}' holds a log, and a catalogue belongs here")
             schema = CatalogueSchema.from_dict(manifest["schema"])
         if log_schema is not None:
             schema = schema.keeping(log_schema.eligible)

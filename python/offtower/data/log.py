@@ -185,6 +185,8 @@ class ParquetLog(Log):
                     "run offtower ingest on it first, or state data.log_schema (action, reward, "
                     "pscore and the context features) in the config"
                 )
+            if "item_id" in manifest["schema"]:
+                raise DataError(f"'{path}' holds a catalogue, and a log belongs here")
             schema = LogSchema.from_dict(manifest["schema"])
         files = [one.location for one in found]
         return cls(files, schema, listed_footers(path, found, manifest))

@@ -309,7 +309,7 @@ def _explain(item: Any, kind: type) -> str:
         return f"unknown key '{where}'; {hint}"
     if item["type"] in ("missing", "missing_argument"):
         return f"'{where}' is required"
-    message = item["msg"].removeprefix("Value error, ")
+    message = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     return f"'{where}': {message}" if where else message
 
 

@@ -77,8 +77,8 @@ def embed_catalogue(
     opened = Catalogue.open(catalogue)
     columns = _columns(opened, options)
     _check_name(opened.schema, options)
-    chunks = _Chunks.open(out, opened, options)
     encoder = _made(options)
+    chunks = _Chunks.open(out, opened, options)
     texts = _Texts(opened, columns)
     if hasattr(encoder, "fit"):
         encoder.fit(texts.sample())
@@ -153,7 +153,8 @@ class _Chunks:
             sort_keys=True,
         )
         file = folder / "state.json"
-        if file.exists() and file.read_text(encoding="utf-8") != state:
+        kept = any(folder.glob("chunk-*"))  # Without any, the earlier call failed at its first.
+        if kept and file.exists() and file.read_text(encoding="utf-8") != state:
             raise DataError(
                 f"'{folder}' holds chunks of another call (another catalogue, encoder, column or "
                 "chunk size): repeat that call to continue it, or remove the folder"
