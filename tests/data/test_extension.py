@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,7 @@ def test_items_follow_the_catalogue_at_once() -> None:
 
 
 VECTOR = FeatureSpec(name="v", kind="vector")
+TITLE = FeatureSpec(name="color", kind="text")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,14 @@ VECTOR = FeatureSpec(name="v", kind="vector")
         (COLOR, FeatureSpec(name="color", kind="bag"), "kind 'category' -> 'bag'"),
         (COLOR, FeatureSpec(name="hue", kind="category"), "no feature 'color'"),
         (COLOR, FeatureSpec(name="color", kind="category", embedding_dim=4), "embedding_dim"),
+        (
+            COLOR,
+            FeatureSpec(name="color", kind="category", column="hue"),
+            "source 'color' -> 'hue'",
+        ),
         (VECTOR, VECTOR, "dim 2 -> 3"),
+        (TITLE, replace(TITLE, tokens="words"), "hashed_tokens 'subwords' -> 'words'"),
+        (TITLE, replace(TITLE, length=9), "most_characters 512 -> 9"),
     ],
 )
 def test_other_features_are_refused_with_the_reason(
@@ -141,6 +150,13 @@ def test_other_features_are_refused_with_the_reason(
     with pytest.raises(DataError, match=message) as found:
         basis.extend(sums(new, after), "the log")
     assert "incremental.from_run" in str(found.value)
+
+
+def test_a_default_that_is_named_is_no_change() -> None:
+    old = FeatureEncoding.fit((TITLE,), [colors("a")])
+    basis = ExtensionBasis(old, {}, 1, ExtensionRules(), True, {})
+    named = replace(TITLE, tokens="subwords", length=512)
+    assert basis.extend(sums(colors("b"), named), "the log").encoding.specs == (TITLE,)
 
 
 def test_text_for_a_feature_of_integers_is_refused() -> None:

@@ -32,7 +32,7 @@ IntArray = NDArray[np.int64]
 ALWAYS_ADMITTED = 100
 """New values of a feature that no growth limit refuses."""
 _FILE = "rows.json"
-_SAME = ("kind", "encoding", "embedding_dim", "times", "events", "dwell")
+_SAME = ("kind", "source", "encoding", "embedding_dim", "times", "events", "dwell")
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,7 @@ def check_same_features(encoding: FeatureEncoding, sums: EncodingSums, where: st
         compared = [*_SAME]
         compared += ["buckets"] if old.encoding == new.encoding == "hash" else []
         compared += ["most_events"] if old.history else []
+        compared += ["most_characters", "hashed_tokens"] if old.kind == new.kind == "text" else []
         names = [n for n in compared if getattr(old, n) != getattr(new, n)]
         if old.kind == new.kind == "vector" and old.dim != new.dim:
             names.append("dim")

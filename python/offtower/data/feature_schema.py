@@ -99,6 +99,11 @@ class FeatureSpec:
         return self.length or _TEXT_LENGTH
 
     @property
+    def hashed_tokens(self) -> str:
+        """What a text is hashed as."""
+        return self.tokens or "subwords"
+
+    @property
     def parts(self) -> tuple[FeatureSpec, ...]:
         """Features of the events of a history, each encoded like one of its kind."""
         found = []

@@ -49,7 +49,7 @@ def text_bags(spec: FeatureSpec, column: Column) -> BagArray:
     tokens: list[NDArray[np.int64]] = []
     counts = [np.zeros(1, dtype=np.int64)]
     for part in _parts(texts):
-        key, text = _words(part) if spec.tokens == "words" else _subwords(part)
+        key, text = _words(part) if spec.hashed_tokens == "words" else _subwords(part)
         tokens.append(1 + ((key ^ seed) % np.uint64(spec.buckets)).astype(np.int64))
         counts.append(np.bincount(text, minlength=len(part)))
     # One more, empty, is null.
