@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,17 @@ import torch
 from scipy.special import softmax
 from scipy.stats import chisquare
 
-from offtower.config import NewItemsConfig, ServingConfig
+from offtower.config import NewItemsConfig, ServingConfig, parse_config
 from offtower.config.serving import changed_serving, parse_serving
-from offtower.data import FeatureSpec
+from offtower.data import CatalogueSchema, FeatureSpec, write_catalogue, write_log
 from offtower.data.encoding import FeatureEncoding
 from offtower.errors import ConfigError
 from offtower.ops.types import Eligibility
+from offtower.prepare import open_data
+from offtower.progress import Progress
 from offtower.serving import LimitedPolicy, served_policy, served_probabilities
 from offtower.serving.limits import new_numbers
+from tests.data.conftest import make_schema, make_table
 from tests.test_served_policy import ITEMS, ROWS, World, restrictions
 
 NEW = np.zeros(ITEMS, dtype=bool)
@@ -141,6 +145,21 @@ def test_limits_that_cannot_hold_are_refused(content: dict[str, Any], message: s
     rules = {"feature": "age", "below": 7.0, "at_least": 0.1}
     with pytest.raises(ConfigError, match=message):
         parse_serving({"new_items": rules, **content}, "serving")
+
+
+def test_training_refuses_a_feature_that_is_no_number(tmp_path: Path) -> None:
+    write_log(tmp_path / "log", [make_table(10)], make_schema())
+    items = pa.table({"item_id": ["a", "b"]})
+    write_catalogue(tmp_path / "items", items, CatalogueSchema())
+    config = parse_config(
+        {
+            "name": "a",
+            "data": {"train": str(tmp_path / "log"), "catalogue": str(tmp_path / "items")},
+            "serving": {"new_items": {"feature": "age", "below": 7}},
+        }
+    )
+    with pytest.raises(ConfigError, match="'age' is no numeric feature of the catalogue; it has"):
+        open_data(config, Progress())
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -176,6 +176,9 @@ def open_data(config: Config, progress: Progress, run_path: Path | None = None) 
     catalogue = Catalogue.open(
         config.data.catalogue, catalogue_schema(config), log_schema=own.schema
     )
+    if config.serving.new_items is not None:
+        numbers = [spec.name for spec in catalogue.schema.features if spec.kind == "numeric"]
+        config.serving.new_items.check_feature(numbers)
     quarantine = (
         run_path / "quarantine"
         if run_path is not None and config.data.on_bad_rows == "quarantine"

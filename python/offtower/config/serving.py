@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Literal
 
@@ -35,6 +36,14 @@ class NewItemsConfig:
                 f"new_items.at_least is {self.at_least:g}, above at_most, {self.at_most:g}"
             )
         return self
+
+    def check_feature(self, numbers: Sequence[str]) -> None:
+        """Raises ConfigError where the feature is none of the catalogue's numeric ones."""
+        if self.feature not in numbers:
+            raise ConfigError(
+                f"serving.new_items.feature '{self.feature}' is no numeric feature of the "
+                f"catalogue; it has {', '.join(numbers) or 'none'}"
+            )
 
 
 @dataclass(config=STRICT)

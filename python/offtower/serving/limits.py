@@ -23,7 +23,6 @@ from torch import Tensor
 
 from offtower.config import NewItemsConfig, ServingConfig
 from offtower.data.encoding import BagArray, FeatureEncoding
-from offtower.errors import ConfigError
 from offtower.models.item_draws import rewards_at
 from offtower.models.items import ItemEmbeddings, ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
@@ -342,11 +341,8 @@ def new_numbers(
         ConfigError: as for `new_items`.
     """
     known = [spec.name for spec in encoding.specs if spec.kind == "numeric"]
-    if limits.feature not in known or not isinstance(values, np.ndarray):
-        raise ConfigError(
-            f"serving.new_items.feature '{limits.feature}' is no numeric feature of the "
-            f"catalogue; it has {', '.join(known) or 'none'}"
-        )
+    limits.check_feature(known)
+    assert isinstance(values, np.ndarray)
     # Items and threshold are rounded alike, so that an item at the threshold is not new.
     found: NDArray[np.bool_] = values < encoding.standardized(limits.feature, limits.below)
     return found
