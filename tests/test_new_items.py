@@ -18,6 +18,7 @@ from offtower.config.serving import changed_serving, parse_serving
 from offtower.data import CatalogueSchema, FeatureSpec, write_catalogue, write_log
 from offtower.data.encoding import FeatureEncoding
 from offtower.errors import ConfigError
+from offtower.evaluation.frontier import _grid
 from offtower.ops.types import Eligibility
 from offtower.prepare import open_data
 from offtower.progress import Progress
@@ -181,6 +182,15 @@ def test_other_settings_change_beside_the_limits() -> None:
     changed = changed_serving(serving, "temperature=0.5")
     assert changed.new_items == serving.new_items and changed.temperature == 0.5
     assert not serving.is_trained_policy and not serving.is_softmax
+
+
+def test_a_grid_of_settings_keeps_the_uniform_share_that_limits_need() -> None:
+    rules = {"feature": "age", "below": 7.0, "at_least": 0.1}
+    serving = parse_serving({"new_items": rules, "top": 3, "uniform": 0.1}, "serving")
+    grid = _grid(serving, [0.5, 1.0], [0.0, 0.1])
+    assert [changed_serving(serving, one).uniform for one in grid] == [0.1]
+    whole = parse_serving({"new_items": rules, "uniform": 0.1}, "serving")
+    assert len(_grid(whole, [0.5, 1.0], [0.0, 0.1])) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -268,7 +268,10 @@ def _grid(
     if not temperatures or not uniform:
         raise ConfigError("a grid needs at least one temperature and one uniform share")
     texts: dict[str, None] = {}
+    limited = serving.new_items is not None or (serving.top or serving.k) < serving.k
     for temperature, share in product(sorted(set(temperatures)), sorted(set(uniform))):
+        if share == 0.0 and serving.top is not None and limited:
+            continue  # `ServingConfig` refuses it: the best items cannot be drawn so.
         in_force = (serving.mode, serving.temperature, serving.uniform)
         if in_force != ("sample", temperature, share):
             mode = "" if serving.mode == "sample" else "mode=sample,"
