@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import offtower
-from offtower.config import Config, apply_overrides, parse_config, to_dict
+from offtower.config import Config, NewItemsConfig, apply_overrides, parse_config, to_dict
 
 PACKAGE = Path(offtower.__file__).parent
 MINIMAL = {"name": "a", "data": {"train": "log", "catalogue": "items"}, "objective": "ips"}
@@ -64,6 +64,8 @@ def exists(key: str) -> bool:
         place = place[part]
         if part == "reward_model" and place is None:  # evaluation.reward_model
             place = to_dict(parse_config(MINIMAL))["reward_model"]
+        if part == "new_items" and place is None:  # a section of no defaults
+            place = {one.name: one for one in fields(NewItemsConfig)}
     return True
 
 

@@ -7,6 +7,7 @@ vocabulary is made of the known values that stay, in their order, and then of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,13 +289,14 @@ def load_rows(directory: Path) -> dict[str, TableRows]:
 
 
 def _check_growth(spec: FeatureSpec, known: int, new: int, limit: float, where: str) -> None:
-    if new > max(ALWAYS_ADMITTED, limit * known):
+    if new > max(ALWAYS_ADMITTED, limit * max(1, known)):
+        needed = math.ceil(new / max(1, known))
         raise DataError(
             f"feature '{spec.name}' of {where} has {new:,} new values beside {known:,} known ones, "
             f"more than incremental.max_growth={limit:g} times as many. If that is right, raise "
-            "the limit (--set incremental.max_growth=...); raise incremental.min_count to leave "
-            "rare values out; for values without end, such as ids of requests, leave the feature "
-            "out or set its encoding to 'hash' in a new run"
+            f"the limit (--set incremental.max_growth={needed}); raise incremental.min_count to "
+            "leave rare values out; for values without end, such as ids of requests, leave the "
+            "feature out or set its encoding to 'hash' in a new run"
         )
 
 

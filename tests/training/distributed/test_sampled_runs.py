@@ -15,6 +15,7 @@ from offtower.metrics import read_metrics
 from offtower.models import ItemFeatures
 from offtower.training.run import train_run
 from offtower.training.workers import SINGLE_PROCESS, Workers
+from tests.training.conftest import EVERY_STEP
 from tests.training.distributed.processes import run_workers
 from tests.training.distributed.test_runs import assert_near, config_of, train, train_until
 from tests.training.test_resume import assert_same_policy
@@ -31,6 +32,7 @@ def sampled(folder: Path, runs: Path, name: str, strategy: str, proposal: str) -
         *(folder, runs, name, strategy, "training.terms=sampled", "sampling.num_samples=5"),
         *(f"sampling.proposal={proposal}", "training.epochs=1", "training.learning_rate=2e-3"),
         *PROPOSALS[proposal],
+        EVERY_STEP,
     )
 
 
