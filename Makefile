@@ -51,7 +51,7 @@ test-asan: $(VENV)/.installed-test
 	  $(ASAN_TESTS:%=tests/ops/test_%.py) -k "not ($(ASAN_SKIP))"
 
 test-ray: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest -m "ray and not slow"
 
 FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/.installed-test

@@ -96,6 +96,7 @@ def test_verbs_with_killed_tasks_give_the_bytes_of_one_process(
     assert list(killed.iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_trial_continues_and_the_same_one_is_chosen(
     ray_cluster: str, simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +119,7 @@ def test_a_killed_trial_continues_and_the_same_one_is_chosen(
     assert_same_policy(*(tmp_path / name / f"s-tune-{best:03d}" for name in ("here", "away")))
 
 
+@pytest.mark.slow
 def test_a_range_of_workers_begins_with_those_that_there_is_room_for(
     ray_cluster: str, simulated: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +133,7 @@ def test_a_range_of_workers_begins_with_those_that_there_is_room_for(
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_a_run_continues_on_a_new_cluster_after_the_head_was_lost(
     ray_cluster: str, simulated: Path, tmp_path: Path
 ) -> None:

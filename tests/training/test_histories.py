@@ -178,7 +178,15 @@ def test_two_workers_train_the_policy_of_one(
     np.testing.assert_allclose(two, one, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "mean",
+        pytest.param("attention", marks=pytest.mark.slow),
+        "transformer",
+        pytest.param("pointwise", marks=pytest.mark.slow),
+    ],
+)
 def test_exported_towers_score_histories_as_training_did(
     runs: Runs, folder: Path, tmp_path: Path, kind: str
 ) -> None:
