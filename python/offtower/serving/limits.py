@@ -145,7 +145,8 @@ class LimitedPolicy(ServedPolicy):
         log_normalizer = terms.log_normalizer
         contexts = ContextRows(context_embedding, items, log_normalizer, eligible)
         kinds = self._kinds(contexts)
-        scaled = kinds.scaled(kinds.log_factor(self._limits))
+        log_factor = kinds.log_factor(self._limits)
+        scaled = kinds.scaled(log_factor)
         masses = torch.stack([scaled.other.log_mass, scaled.new.log_mass], dim=1)
         share = torch.softmax(masses, dim=1)[:, 1:]
         coin = torch.rand(
@@ -163,10 +164,10 @@ class LimitedPolicy(ServedPolicy):
         for row in torch.nonzero((drawn < 0).any(1))[:, 0].tolist():
             one = torch.tensor([row], device=share.device)
             drawn[row] = self._drawn_row(contexts.take(one), wants_new[row], generator)
-        log_prob = self.log_prob_at(
+        log_prob = self.inner.log_prob_at(
             context_embedding, items, drawn, log_normalizer, eligible=eligible
         )
-        return drawn, log_prob
+        return drawn, log_prob + _of_items(log_factor, self._is_new[drawn])
 
     @torch.no_grad()
     def log_prob_at(
@@ -184,26 +185,6 @@ class LimitedPolicy(ServedPolicy):
         )
         kinds = self._kinds(ContextRows(context_embedding, items, log_normalizer, eligible))
         return found + _of_items(kinds.log_factor(self._limits), self._is_new[item])
-
-    @torch.no_grad()
-    def log_mass(
-        self,
-        context_embedding: Tensor,
-        items: ItemEmbeddings,
-        member: Tensor,
-        log_normalizer: Tensor,
-        *,
-        eligible: Eligibility | None = None,
-        position: Tensor | None = None,
-    ) -> Tensor:
-        every = self.log_prob_at(
-            context_embedding,
-            items,
-            member.expand(len(context_embedding), -1),
-            log_normalizer,
-            eligible=eligible,
-        )
-        return torch.logsumexp(every, 1)
 
     @torch.no_grad()
     def rest(
