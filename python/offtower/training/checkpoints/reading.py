@@ -1,12 +1,15 @@
-"""Checkpoints of another run, read whole and without its policy."""
+"""The tensors of checkpoints, of this run in a worker's layout and of another run as a whole."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
@@ -33,17 +36,41 @@ def newest_tensors(directory: Path) -> dict[str, Tensor] | None:
             files = read_checked_json(path / "state.json")["files"]
             if any(sha256_file(path / name) != digest for name, digest in files.items()):
                 continue
-            return _read(path)
+            return load_state(path, Layout(OwnedRows(), None), ())
         except (OSError, RunError, KeyError, TypeError):
             continue
     return None
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def load_state(
+    path: Path, layout: Layout, names: Iterable[str], group: dist.ProcessGroup | None = None
+) -> dict[str, Tensor]:
+    """Read a checkpoint's tensors, from the parts of however many workers wrote them.
+
+    Args:
+        path: folder of a checkpoint.
+        layout: of this worker.
+        names: of the tensors of which it has some rows.
+        group: reads together; None for a single process.
+
+    Returns:
+        Tensors on the CPU, by their names in the checkpoint.
+    """
     reader = dcp.HuggingFaceStorageReader(str(path))
-    entries = reader.read_metadata().state_dict_metadata
-    state: dict[str, Any] = Layout(OwnedRows(), None).empty(entries, ())
-    with torch.device("cpu"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(state, storage_reader=reader, no_dist=True)
+    state: dict[str, Any] = layout.empty(reader.read_metadata().state_dict_metadata, names)
+    # safetensors reads into torch's default device.
+    with torch.device("cpu"):
+        if group is None:
+            with without_group():
+                dcp.load(state, storage_reader=reader, no_dist=True)
+        else:
+            dcp.load(state, storage_reader=reader, process_group=group)
     return state
+
+
+@contextmanager
+def without_group() -> Iterator[None]:
+    """torch warns that there is no process group; on one process there should be none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

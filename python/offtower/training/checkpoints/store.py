@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from offtower.errors import LeaseError, RunError
 from offtower.run_claim import ClaimedRun
 from offtower.training.checkpoints.folder import CheckpointFolder
 from offtower.training.checkpoints.progression import Progression
+from offtower.training.checkpoints.reading import load_state, without_group
 from offtower.training.checkpoints.state import (
     Layout,
     OwnedRows,
@@ -248,7 +247,7 @@ class CheckpointStore:
             future.set_exception(OSError("; ".join(faults)))
         elif self._group is None:
             try:
-                with _alone():
+                with without_group():
                     future.set_result(dcp.save(state, storage_writer=writer, no_dist=True))
             except (Exception, CheckpointException) as error:
                 if any(isinstance(one, KeyboardInterrupt) for one in _inner(error)):
@@ -346,30 +345,12 @@ class CheckpointStore:
         tensors: dict[str, Tensor] = {}
 
         def read() -> None:
-            reader = dcp.HuggingFaceStorageReader(str(path))
-            state: dict[str, Any] = self._layout.empty(
-                reader.read_metadata().state_dict_metadata,
-                owned_names(self._owned, policy, optimizer),
-            )
-            # safetensors reads into torch's default device.
-            with torch.device("cpu"):
-                if self._group is None:
-                    with _alone():
-                        dcp.load(state, storage_reader=reader, no_dist=True)
-                else:
-                    dcp.load(state, storage_reader=reader, process_group=self._group)
+            names = owned_names(self._owned, policy, optimizer)
+            state = load_state(path, self._layout, names, self._group)
             tensors.update(self._layout.from_checkpoint(state))
             check_tensors(tensors, policy, optimizer)
 
         return tensors, "; ".join(self._together(read))
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """torch warns that there is no process group; on one process there should be none."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def _inner(error: BaseException) -> list[BaseException]:
