@@ -97,8 +97,8 @@ def _weights(
             f"the mean weight has no upper bound: a weight of {sums.highest:.4g} exceeds "
             f"monitor.max_weight = {config.max_weight:g}"
         )
-    above, below = low > 1.0 + most, high is not None and high < 1.0 - most
-    bounds = f"{low:.4g} to {'?' if high is None else f'{high:.4g}'}"
+    above, below = _beyond(low, high, most)
+    bounds = _bounds(low, high)
     text = f"mean weight {sums.mean:.4g} ({bounds}) of {sums.n:,} sampled rounds; it must be 1"
     if above:
         text += ": logged propensities are too small for how often their items are shown"
@@ -109,7 +109,7 @@ def _weights(
         if day.weight is None or day.weight_low is None:
             continue
         low, high = day.weight_low, day.weight_high
-        if low > 1.0 + most or (high is not None and high < 1.0 - most):
+        if any(_beyond(low, high, most)):
             text = f"mean weight {day.weight:.4g} on {day.name}, at least {low:.4g}"
             text += "" if high is None else f", at most {high:.4g}"
             found.append(Check("mean_weight", day.name, day.weight, most, True, text, low, high))
@@ -122,14 +122,24 @@ def _softer(plan: MonitorPlan, sums: WeightSums | None, delta: float) -> list[Ch
     if sums is None:
         return []
     most, (low, high) = plan.config.max_weight_error, sums.bounds(0.25 * delta)
-    above, below = low > 1.0 + most, high is not None and high < 1.0 - most
-    bounds = f"{low:.4g} to {'?' if high is None else f'{high:.4g}'}"
-    text = f"mean weight of the policy at twice its temperature {sums.mean:.4g} ({bounds})"
+    above, below = _beyond(low, high, most)
+    text = (
+        f"mean weight of the policy at twice its temperature {sums.mean:.4g} ({_bounds(low, high)})"
+    )
     if above:
         text += ": likely items were shown less often than logged, as where a client drops them"
     if below:
         text += ": likely items were shown more often than logged, as where a client sorts by score"
     return [Check("softer_mean_weight", "", sums.mean, most, above or below, text, low, high)]
+
+
+def _beyond(low: float, high: float | None, most: float) -> tuple[bool, bool]:
+    """Whether a mean weight with these bounds is above 1 by more than `most`, and below."""
+    return low > 1.0 + most, high is not None and high < 1.0 - most
+
+
+def _bounds(low: float, high: float | None) -> str:
+    return f"{low:.4g} to {'?' if high is None else f'{high:.4g}'}"
 
 
 def _propensities(plan: MonitorPlan, found: MonitorAccumulator, notes: list[str]) -> list[Check]:
