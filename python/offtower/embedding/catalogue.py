@@ -110,8 +110,11 @@ class _Texts:
     catalogue: Catalogue
     columns: tuple[FeatureSpec, ...]
 
-    def read(self, rows: range) -> list[str]:
+    def read(self, rows: range, chosen: NDArray[np.int64] | None = None) -> list[str]:
+        """The texts of some rows; of those at the indices `chosen` among them, if given."""
         table = self.catalogue.table(rows.start, rows.stop)
+        if chosen is not None:
+            table = table.take(pa.array(chosen))
         parts = [
             pc.fill_null(pc.cast(category_values(table.column(spec.source)), pa.string()), "")
             for spec in self.columns
@@ -125,8 +128,8 @@ class _Texts:
         for start in range(0, n, 65_536):
             rows = range(start, min(start + 65_536, n))
             here = wanted[(wanted >= rows.start) & (wanted < rows.stop)]
-            texts = self.read(rows)
-            found += [texts[row - start] for row in here.tolist()]
+            if len(here):
+                found += self.read(rows, here - start)
         return found
 
 
