@@ -16,12 +16,10 @@ import time
 import numpy as np
 
 from offtower.benchmarks.quality.bilinear import bilinear
+from offtower.benchmarks.quality.methods import search_inputs
 from offtower.benchmarks.quality.world import value
-from offtower.config import parse_config
 from offtower.crossfit.reward_model import obtain_reward_model
-from offtower.data.log import TableLog
 from offtower.evaluation.intervals import simultaneous_confidence
-from offtower.prepare import prepare
 from offtower.progress import Progress
 from offtower.training.halving import best, rungs
 from offtower.training.run import build_trainer
@@ -41,27 +39,8 @@ def main() -> None:
 
 def one_log(seed: int, trials: int, actions: int, rounds: int) -> dict[str, object]:
     world = bilinear(actions, 1.0, rounds, seed)
-    order = np.random.default_rng([seed, 11]).permutation(rounds)
-    cut = int(0.7 * rounds)
-    train, held_out = (
-        TableLog(world.log.table.take(order[part]), world.log.schema)
-        for part in (slice(0, cut), slice(cut, rounds))
-    )
-    data = prepare(train, held_out, world.catalogue, Progress())
-    base = parse_config(
-        {
-            "name": "tune",
-            "seed": seed,
-            "data": {"train": "memory", "catalogue": "memory", "validation": "memory"},
-            "training": {
-                "epochs": 30,
-                "batch_size": max(64, min(1024, rounds // 16)),
-                "log_every_steps": None,
-                "measure_terms": False,
-                "threads": 1,
-            },
-        }
-    )
+    data, base = search_inputs(world, seed)
+    base.training.threads = 1
     confidence = simultaneous_confidence(base.evaluation.confidence, trials)
     configs, scores, values, seconds = [], [], [], []
     for number, overrides in enumerate(draw_trials(DEFAULT_SPACE, trials, seed)):
@@ -82,7 +61,7 @@ def one_log(seed: int, trials: int, actions: int, rounds: int) -> dict[str, obje
 
     found: dict[str, object] = {"seed": seed, "best": max(values), "mean": float(np.mean(values))}
     for factor in (1, 2, 3, 4):
-        going, spent, epochs = list(range(trials)), 0.0, [0] * trials
+        going, epochs = list(range(trials)), [0] * trials
         for rung in rungs([config.training for config in configs], factor):
             lows = [low(trial, epochs[trial]) if epochs[trial] else 0.0 for trial in going]
             going = [going[k] for k in best(lows, rung.trials)]

@@ -18,7 +18,7 @@ from offtower.benchmarks.quality.misspecified import (
 )
 from offtower.benchmarks.quality.revealed import best_of_revealed
 from offtower.benchmarks.quality.world import QualityWorld, Value, value, value_of_scores
-from offtower.config import parse_config
+from offtower.config import Config, parse_config
 from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.data.convert import to_bandit_feedback
 from offtower.data.log import TableLog
@@ -149,21 +149,16 @@ TRIALS = 12
 """Number of trials of the method `tune`."""
 
 
-def tuned(world: QualityWorld, seed: int) -> MethodResult:
-    """Tune as `offtower tune` does: 12 trials of the default search space on 70 % of the log.
-
-    The trial with the highest lower confidence bound on the other rows is chosen; none is stopped
-    early.
-    """
+def search_inputs(world: QualityWorld, seed: int) -> tuple[PreparedData, Config]:
+    """Return the log of a world, 70 % of its rows for training, and a search's base settings."""
     rows = world.log.num_rows
     order = np.random.default_rng([seed, 11]).permutation(rows)
     cut = int(0.7 * rows)
-    parts = [
+    train, held_out = (
         TableLog(world.log.table.take(order[part]), world.log.schema)
         for part in (slice(0, cut), slice(cut, rows))
-    ]
-    data = prepare(parts[0], parts[1], world.catalogue, Progress())
-    base = parse_config(
+    )
+    config = parse_config(
         {
             "name": "tune",
             "seed": seed,
@@ -176,6 +171,16 @@ def tuned(world: QualityWorld, seed: int) -> MethodResult:
             },
         }
     )
+    return prepare(train, held_out, world.catalogue, Progress()), config
+
+
+def tuned(world: QualityWorld, seed: int) -> MethodResult:
+    """Tune as `offtower tune` does: 12 trials of the default search space on 70 % of the log.
+
+    The trial with the highest lower confidence bound on the other rows is chosen; none is stopped
+    early.
+    """
+    data, base = search_inputs(world, seed)
     confidence = simultaneous_confidence(base.evaluation.confidence, TRIALS)
     began = time.perf_counter()
     trials: list[tuple[float, Value]] = []
