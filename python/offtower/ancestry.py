@@ -101,7 +101,6 @@ class EarlierRun:
             settings.evict_after,
             settings.moving,
             settings.max_growth,
-            settings.max_removed,
         )
         return ExtensionBasis(encoding, rows, self.number + 1, rules, accumulate, ids)
 

@@ -45,14 +45,12 @@ class ExtensionRules:
         evict_after: runs without a known value after which it loses its own; None never.
         moving: weight of the new rows in means and variances.
         max_growth: most new values as a multiple of the known ones.
-        max_removed: largest share of the catalogue's items that may have left.
     """
 
     min_count: int | None = None
     evict_after: int | None = None
     moving: float = 0.0
     max_growth: float = 2.0
-    max_removed: float = 0.3
 
 
 @dataclass(frozen=True, eq=False)
