@@ -27,6 +27,7 @@ from offtower.retrieval import IndexOptions, PropensitySampler
 from offtower.retrieval.index_building import build_index
 from offtower.retrieval.partitioning import build_cells
 from offtower.retrieval.tower import ContextTower
+from offtower.retrieval.vector_source import VectorSource
 from offtower.training.run import train_run
 
 
@@ -82,9 +83,8 @@ def gaussian(items: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
 def measure_index(vectors: np.ndarray, queries: np.ndarray, kind: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         try:
-            facts = build_index(
-                vectors, queries[:400], Path(place), IndexOptions(kind=kind), "benchmark"
-            )
+            source, options = VectorSource(vectors), IndexOptions(kind=kind)
+            facts = build_index(source, queries[:400], Path(place), options, "benchmark")
         except ValueError as error:
             return {"kind": kind, "refused": str(error)}
     return {

@@ -45,7 +45,7 @@ def test_evaluation_reads_the_regression_of_auto(tmp_path: Path) -> None:
     # Its predictions are the stored policy's logits, the mean of the members', through the link.
     data = open_data(config, Progress(), path)
     run = open_run(path, data.catalogue)
-    model = RewardModelProvider([run], config, Progress()).main()
+    model = RewardModelProvider([run], config).main()
     assert model is not None
     rows = next(iter(data.scan(64)))
     q = model.on(rows).at(torch.from_numpy(rows.action)[:, None])[:, 0]

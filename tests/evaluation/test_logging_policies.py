@@ -174,7 +174,7 @@ def test_probabilities_and_expected_rewards_are_those_of_the_policies(place: Pat
     samples = [one.heuristic for one in accumulated.behavior if one.heuristic is not None]
     assert len(samples) == len(accumulated.behavior)
     behavior = joined(samples)
-    model = RewardModelProvider(runs, evaluator.config, Progress()).main()
+    model = RewardModelProvider(runs, evaluator.config).main()
     assert model is not None and not model.of_pairs
     rows = next(iter(scan(log, catalogue, runs[0].policy.context_encoding, 5000)))
     q = model.over_catalogue(rows).terms

@@ -414,14 +414,18 @@ def test_parts_evaluated_elsewhere_give_the_same_bits(
 
 
 def test_a_pair_model_reads_any_items_alike(place: Path) -> None:
-    from offtower.evaluation.scoring.pair_models import fit_pair_model, trees_config
+    from offtower.evaluation.scoring.pair_models import (
+        fit_pair_estimator,
+        pair_model,
+        trees_config,
+    )
     from offtower.prepare import open_data
     from offtower.progress import Progress
     from offtower.run_directory import RunDirectory
 
     directory = RunDirectory(place / "runs" / "a")
     data = open_data(directory.load_config(), Progress(), directory.path)
-    model = fit_pair_model(trees_config(True), data, seed=0, max_rows=500)
+    model = pair_model(fit_pair_estimator(trees_config(True), data, 0, 500), data)
     rows = next(iter(scan(data.train, data.catalogue, data.context_encoding, 40)))
     every = model.over_catalogue(rows).values.numpy()
     assert every.shape == (40, ITEMS) and every.min() >= 0 and every.max() <= 1

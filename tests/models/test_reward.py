@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from offtower.config import RewardModelConfig
-from offtower.crossfit.reward_model import obtain_reward_model, reward_folds
+from offtower.crossfit.fold_towers import reward_folds
+from offtower.crossfit.reward_model import obtain_reward_model
 from offtower.data import Catalogue, FeatureSpec, LogSchema, TableLog
 from offtower.data.reader import scan
 from offtower.data.rows import EncodedRows

@@ -20,6 +20,7 @@ from offtower.retrieval.index_building import build_index
 from offtower.retrieval.partitioning import build_cells
 from offtower.retrieval.propensity_sampler import PropensitySampler
 from offtower.retrieval.row_filter import RowBits
+from offtower.retrieval.vector_source import VectorSource
 from tests.ops.eligible_sets import FORMS, draw_eligible, packed
 from tests.retrieval.test_sampling import ALPHA, softmax, world
 from tests.training.eligible_data import exported_run, log
@@ -52,7 +53,7 @@ def test_an_index_finds_eligible_items_alone_at_its_recall(kind: Any, tmp_path: 
     pytest.importorskip("faiss")
     vectors, queries = world(4_000, 16, 1.0)
     options = IndexOptions(kind=kind, target_recall=0.95, k=20)
-    build_index(vectors, queries[:60], tmp_path, options, "1")
+    build_index(VectorSource(vectors), queries[:60], tmp_path, options, "1")
     index = open_built(tmp_path, vectors)
     rng = np.random.default_rng(3)
     for share in (0.1, 0.5):

@@ -11,6 +11,7 @@ import torch
 from offtower import ops
 from offtower.errors import RunError
 from offtower.retrieval import IndexOptions
+from offtower.retrieval.vector_source import VectorSource
 from tests.mappers import BACKWARDS
 
 
@@ -18,13 +19,13 @@ from tests.mappers import BACKWARDS
 def test_every_index_reaches_its_stated_recall(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("faiss")
     from offtower.retrieval.index import open_index
-    from offtower.retrieval.index_building import StoredVectors, build_index
+    from offtower.retrieval.index_building import build_index
 
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((6000, 9)).astype(np.float32)
     queries = rng.standard_normal((80, 9)).astype(np.float32)
     options = IndexOptions(kind=kind, k=10, target_recall=0.9, lists=32)  # type: ignore[arg-type]
-    facts = build_index(vectors, queries, tmp_path, options, "v1")
+    facts = build_index(VectorSource(vectors), queries, tmp_path, options, "v1")
     index = open_index(tmp_path, "v1", vectors)
     score, item = index.search(queries[40:], 10)
     _, truth = ops.top_k(torch.from_numpy(queries[40:]), torch.from_numpy(vectors), 10)
@@ -37,11 +38,12 @@ def test_every_index_reaches_its_stated_recall(tmp_path: Path, kind: str) -> Non
     if kind.startswith("ivf"):
         sharded = tmp_path / "sharded"
         again = IndexOptions(kind=kind, k=10, target_recall=0.9, lists=32, shard_rows=2500)  # type: ignore[arg-type]
-        build_index(vectors, queries, sharded, again, "v1")
+        build_index(VectorSource(vectors), queries, sharded, again, "v1")
         np.save(tmp_path / "vectors.npy", vectors)
-        stored = StoredVectors((tmp_path / "vectors.npy",), BACKWARDS.mapper)
-        elsewhere = tmp_path / "workers"
-        build_index(stored, queries, elsewhere, again, "v1")
+        stored, elsewhere = VectorSource((tmp_path / "vectors.npy",)), tmp_path / "workers"
+        build_index(stored, queries, elsewhere, options, "v1", BACKWARDS.mapper)
+        assert (elsewhere / "index.faiss").read_bytes() == (tmp_path / "index.faiss").read_bytes()
+        build_index(stored, queries, elsewhere, again, "v1", BACKWARDS.mapper)
         for name in ("index.faiss", "index.ivfdata"):
             # FAISS writes the folder's name into the index.
             one, two = ((folder / name).read_bytes() for folder in (sharded, elsewhere))
@@ -95,9 +97,8 @@ def test_a_graph_index_finds_the_largest_inner_products_of_vectors_of_unequal_no
         if dtype == "int8":
             scale = (np.abs(items).max(axis=0) / 127).astype(np.float32)
             items = np.rint(items / scale).astype(np.int8)
-        facts = build_index(
-            items, queries, tmp_path / dtype, IndexOptions(kind="hnsw", k=50), "v1", scale
-        )
+        source, options = VectorSource(items, scale), IndexOptions(kind="hnsw", k=50)
+        facts = build_index(source, queries, tmp_path / dtype, options, "v1")
         assert facts["recall"]["mean"] >= 0.97
         found = open_index(tmp_path / dtype, "v1", items, scale).search(queries, 50)[1]
         wide = items.astype(np.float64) * (1.0 if scale is None else scale)
@@ -111,7 +112,7 @@ def test_clusters_are_taken_over_until_the_recall_falls(tmp_path: Path) -> None:
     pytest.importorskip("faiss")
     from offtower.retrieval.index import open_index
     from offtower.retrieval.index_building import build_index
-    from offtower.retrieval.index_update import EarlierIndex, IndexedVectors, update_index
+    from offtower.retrieval.index_update import EarlierIndex, update_index
 
     rng = np.random.default_rng(0)
     centers = 4.0 * rng.standard_normal((40, 8)).astype(np.float32)
@@ -123,11 +124,11 @@ def test_clusters_are_taken_over_until_the_recall_falls(tmp_path: Path) -> None:
     old = near(centers, 5000)
     queries = rng.standard_normal((200, 8)).astype(np.float32)
     options = IndexOptions(k=10, target_recall=0.9, lists=40)
-    build_index(old, queries, tmp_path / "1", options, "v1")
+    build_index(VectorSource(old), queries, tmp_path / "1", options, "v1")
     earlier = EarlierIndex(tmp_path / "1", "v1")
     moved = np.concatenate([old[700:], near(centers, 900)])
     moved += (0.01 * rng.standard_normal(moved.shape)).astype(np.float32)
-    facts = update_index(IndexedVectors(moved), queries, tmp_path / "2", options, "v2", earlier)
+    facts = update_index(VectorSource(moved), queries, tmp_path / "2", options, "v2", earlier)
     assert facts["clusters_of"] == "v1" and facts["updates"] == 1 and facts["count"] == 5200
     index = open_index(tmp_path / "2", "v2", moved)
     assert index.parameters == facts["parameters"]
@@ -138,9 +139,9 @@ def test_clusters_are_taken_over_until_the_recall_falls(tmp_path: Path) -> None:
 
     again = EarlierIndex(tmp_path / "2", "v2")
     far = near(0.02 * centers[:3], 5000)
-    facts = update_index(IndexedVectors(far), queries, tmp_path / "3", options, "v3", again)
+    facts = update_index(VectorSource(far), queries, tmp_path / "3", options, "v3", again)
     assert "with the clusters of export v1 recall@10 fell to" in facts["rebuilt_because"]
     assert facts["recall"]["mean"] >= 0.88 and open_index(tmp_path / "3", "v3", far)
     flat = IndexOptions(kind="flat", k=10)
-    facts = update_index(IndexedVectors(far), queries, tmp_path / "4", flat, "v4", again)
+    facts = update_index(VectorSource(far), queries, tmp_path / "4", flat, "v4", again)
     assert facts["rebuilt_because"] == "an index of kind flat has no clusters to take over"

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from offtower.checksums import checked_directory, is_complete, verify_directory
 from offtower.config import RewardModelConfig
-from offtower.crossfit.loop import FitPlan, FitStep, FoldModel, ModelLoss, fit_out_of_fold
-from offtower.data.encoding import FeatureEncoding, take, tensor_of, to_tensors
-from offtower.data.order import EpochOrder, fold_of
-from offtower.data.rows import EncodedRows, relative_weights
+from offtower.crossfit.fold_towers import FoldFits, reward_folds
+from offtower.data.encoding import FeatureEncoding, take
 from offtower.errors import RunError
 from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
-from offtower.models.optimizer import make_optimizer
-from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.reward.dense import (
     DenseRewardModel,
@@ -27,20 +20,13 @@ from offtower.models.reward.dense import (
     check_size,
     fit_estimator,
 )
-from offtower.models.reward.examination import Examination, reward_by_position
-from offtower.models.reward.factored import FactoredRewardModel, Link, make_towers
-from offtower.objectives import ItemScores, LoggedRows, Reduction, Regression
+from offtower.models.reward.factored import FactoredRewardModel
 from offtower.prepare import PreparedData
 from offtower.progress import Progress
-from offtower.seeds import derive_seed, seed_torch
+from offtower.seeds import derive_seed
 
 SCAN_ROWS = 8192
 _REMEDY = "restore the folder from a copy, or remove it: the reward model is then fitted again"
-
-
-def reward_folds(rows: EncodedRows, folds: int, seed: int) -> np.ndarray:
-    """(n,) fold of each row, by user where the log has users, else by round or row number."""
-    return fold_of(rows.unit_key, folds, derive_seed(seed, "folds"))
 
 
 def obtain_reward_model(
@@ -55,7 +41,8 @@ def obtain_reward_model(
     """Restore the reward model from `directory`, or fit it and store it there.
 
     Returns None where the configuration has no reward model. With equal data, configuration and
-    seed the fit is bit-identical, so a run killed before the model was stored fits it again.
+    seed the fit is bit-identical, so a run killed before the model was stored fits it again. Folds
+    that `store_folds` stored are not fitted again.
 
     Args:
         for_new_rows: the model must also predict rows of other logs.
@@ -73,11 +60,45 @@ def obtain_reward_model(
         return restore_reward_model(
             config, directory, data.context_encoding, data.item_encoding, data.items
         )
-    model = fit_reward_model(config, data, seed, progress)
+    fits = None if config.kind == "dense" else FoldFits(config, data, seed)
+    folds = None if fits is None or directory is None else fits.stored(_folds(directory))
+    if fits is None or folds is None:
+        model = fit_reward_model(config, data, seed, progress)
+    else:
+        model = fits.joined(folds)
     if directory is not None:
         with checked_directory(directory) as temporary:
             model.save(temporary)
+        shutil.rmtree(_folds(directory), ignore_errors=True)
     return model
+
+
+def store_folds(
+    config: RewardModelConfig,
+    data: PreparedData,
+    seed: int,
+    progress: Progress,
+    directory: Path,
+    worker: tuple[int, int],
+) -> None:
+    """Fit this worker's folds of the reward model that `obtain_reward_model` then stores.
+
+    Worker r of R has the folds r, r + R, ...; each reads the log and fits them as one process does,
+    to the same bits. A dense reward model, of few items, is left to `obtain_reward_model`.
+
+    Args:
+        directory: as for `obtain_reward_model`, seen by all workers.
+        worker: r and R.
+    """
+    if config.kind != "factored" or is_complete(directory):
+        return
+    folds = range(worker[0], config.folds, worker[1])
+    FoldFits(config, data, seed).store(_folds(directory), progress, folds)
+
+
+def _folds(directory: Path) -> Path:
+    """Where folds wait to be joined to the reward model at `directory`."""
+    return directory.with_name(f"{directory.name}.folds")
 
 
 def fit_reward_model(
@@ -86,7 +107,8 @@ def fit_reward_model(
     """Fit q(x, a) on the training log."""
     if config.kind == "dense":
         return _fit_dense(config, data, seed, progress)
-    return _fit_factored(config, data, seed, progress)
+    fits = FoldFits(config, data, seed)
+    return fits.joined(fits.fit(progress))
 
 
 def restore_reward_model(
@@ -101,39 +123,6 @@ def restore_reward_model(
     return FactoredRewardModel.restore(
         directory, config, context_encoding, item_encoding, items, DEFAULT_CHUNK
     )
-
-
-def fit_plan(
-    config: RewardModelConfig, data: PreparedData, seed: int, stream: str, label: str
-) -> FitPlan:
-    """The passes over the log that fit models in the folds of the reward model."""
-    folds = config.folds
-    order = EpochOrder(
-        data.train.row_group_sizes,
-        config.batch_size,
-        seed=derive_seed(seed, f"{stream} order"),
-        num_folds=folds,
-    )
-    return FitPlan(
-        order,
-        fold=None if folds == 1 else lambda rows: reward_folds(rows, folds, seed),
-        epochs=config.epochs,
-        seed=seed,
-        label=label,
-        stream=f"{stream} step",
-    )
-
-
-def fold_models(modules: Sequence[nn.Module], config: RewardModelConfig) -> list[FoldModel]:
-    """One module per fold with the optimizer of the reward model; a single one sees all rows."""
-    return [
-        FoldModel(
-            make_optimizer("adamw", module, config.learning_rate, config.weight_decay),
-            held_out=None if config.folds == 1 else k,
-            stream=k,
-        )
-        for k, module in enumerate(modules)
-    ]
 
 
 def _design(data: PreparedData) -> PairDesign:
@@ -181,56 +170,3 @@ def _fit_dense(
         progress.advance(len(folds))
     progress.finish()
     return DenseRewardModel(estimators, design, values, data.device)
-
-
-def _fit_factored(
-    config: RewardModelConfig, data: PreparedData, seed: int, progress: Progress
-) -> FactoredRewardModel:
-    link = _link(config.link, data.facts.binary_reward)
-    loss = Regression("cross_entropy" if link == "sigmoid" else "squared_error")
-    towers: list[TwoTowerPolicy] = []
-    by_position = reward_by_position(data.train)
-    examinations: list[Examination] = []
-    for k in range(config.folds):
-        seed_torch(seed, "reward towers", k)
-        model = make_towers(config, data.context_encoding, data.item_encoding)
-        towers.append(model.to(data.device))
-        if by_position is not None:
-            examinations.append(Examination(by_position).to(data.device))
-
-    def losses(step: FitStep) -> ModelLoss:
-        rows = step.batch.rows
-        context = to_tensors(rows.context, data.device)
-        item = data.items.at(tensor_of(rows.action))
-        reward = tensor_of(rows.reward, data.device)
-        weight = relative_weights(rows, data.facts.mean_row_weight, data.device)
-        reduction = Reduction(rows=len(rows), row_weight=weight)
-
-        def loss_of(k: int) -> Tensor:
-            logit = towers[k].action_logit(context, item)
-            if examinations:
-                assert rows.position is not None, "slates have positions"
-                position = tensor_of(rows.position, data.device)
-                per_row = examinations[k].loss(logit, reward, position, binary=link == "sigmoid")
-                return reduction.mean(per_row)
-            return loss(LoggedRows(reward, ItemScores(logit)), reduction).loss
-
-        return loss_of
-
-    plan = fit_plan(config, data, seed, "reward", "fitting the reward model")
-    modules: list[nn.Module] = list(towers)
-    if examinations:
-        modules = [nn.ModuleList(pair) for pair in zip(towers, examinations, strict=True)]
-    fit_out_of_fold(data, plan, fold_models(modules, config), losses, progress)
-    factors = None
-    if by_position is not None:
-        every = torch.arange(len(by_position), device=data.device)
-        with torch.no_grad():
-            factors = torch.stack([one.at(every) for one in examinations]).mean(0).exp()
-    return FactoredRewardModel(towers, data.items, link, DEFAULT_CHUNK, factors)
-
-
-def _link(configured: Literal["auto", "identity", "sigmoid"], binary: bool) -> Link:
-    if configured == "auto":
-        return "sigmoid" if binary else "identity"
-    return configured

@@ -160,15 +160,17 @@ class Evaluator:
     ) -> EvaluationPlan:
         """Fit reward models, estimate propensities, choose parameters by SLOPE on the first rows.
 
-        mapper: embeds the items where it runs in other processes; by default this one does.
+        mapper: embeds the items and fits reward models where it runs in other processes; by default
+            this one does.
         Raises ConfigError for what the configuration or the log rules out.
         """
         config, options = self.config, self.config.evaluation
         encoding = self.runs[0].policy.context_encoding
         source = LogSource(self.log, self.catalogue, options.batch_rows)
-        policies = self._scorers(Execution(mapper or Mapper(), progress))
+        execution = Execution(mapper or Mapper(), progress)
+        policies = self._scorers(execution)
         behavior = BehaviorPlan.of(select, source, config, self.runs[0])
-        rewards, notes = self._reward_models(select, progress)
+        rewards, notes = self._reward_models(select, execution)
         kind = rounds_kind(self.log)
         estimators, left_out = usable_estimators(
             options, has_reward_model=rewards.main is not None, pscore_kind=kind
@@ -324,10 +326,10 @@ class Evaluator:
         return found
 
     def _reward_models(
-        self, select: str | None, progress: Progress
+        self, select: str | None, execution: Execution
     ) -> tuple[RewardModels, list[str]]:
         options = self.config.evaluation
-        provider = RewardModelProvider(self.runs, self.config, progress)
+        provider = RewardModelProvider(self.runs, self.config, execution)
         main = provider.main()
         models: list[EvaluationModel] = [] if main is None else [main]
         notes: list[str] = []

@@ -146,9 +146,8 @@ def evaluate_runs(
         fresh: declares that a new question begins, which earlier looks at the log do not count in,
             and says why.
         title: of the report's section.
-        execution: embeds the items and evaluates the log; every number has the same bits with any
-            mapper.
-            Reward models are fitted, and estimators selected, in this process.
+        execution: embeds the items, fits reward models and evaluates the log; every number has the
+            same bits with any mapper. Estimators are selected in this process.
         truth: a simulator's truth, shown beside the estimates.
         baselines: other known values to compare with.
 

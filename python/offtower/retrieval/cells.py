@@ -15,7 +15,11 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from offtower.data.array_files import map_array, part_names
 from offtower.errors import RunError
+
+VECTORS, ITEMS = "vectors", "item.npy"
+"""Files of the vectors, ordered by cell, and of the item of each row."""
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
@@ -69,8 +73,7 @@ class Cells:
         }
 
     def save(self, directory: Path) -> None:
-        """Write everything but vectors.npy, which `partitioning.build_cells` has written."""
-        np.save(directory / "item.npy", self.item_of_row)
+        """Write all but the vectors and their items, which `partitioning.build_cells` writes."""
         np.save(directory / "place.npy", self.row_of_item)
         np.save(directory / "start.npy", self.start)
         np.savez(
@@ -90,10 +93,14 @@ class Cells:
             RunError: a file is missing or damaged, or shapes are inconsistent.
         """
         try:
-            vectors, item, row, start = (
-                np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in ("vectors", "item", "place", "start")
+            item, row, start = (
+                np.load(directory / name, mmap_mode="r", allow_pickle=False)
+                for name in (ITEMS, "place.npy", "start.npy")
             )
+            # Exports of earlier versions have one file whatever the number of items.
+            one = (directory / f"{VECTORS}.npy").exists()
+            names = [f"{VECTORS}.npy"] if one else part_names(VECTORS, len(item))
+            vectors = map_array([directory / name for name in names])
             with np.load(directory / "moments.npz", allow_pickle=False) as moments:
                 cells = cls(
                     np.asarray(vectors),

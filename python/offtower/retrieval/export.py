@@ -34,8 +34,8 @@ from offtower.retrieval.eligible import write_eligible
 from offtower.retrieval.exact import exact_top_k, recall
 from offtower.retrieval.graphs import write_graphs
 from offtower.retrieval.index import IndexOptions, import_faiss
-from offtower.retrieval.index_building import StoredVectors, build_index
-from offtower.retrieval.index_update import EarlierIndex, IndexedVectors, update_index
+from offtower.retrieval.index_building import build_index
+from offtower.retrieval.index_update import EarlierIndex, update_index
 from offtower.retrieval.manifest import (
     earlier_version,
     prune_versions,
@@ -47,6 +47,7 @@ from offtower.retrieval.new_items import write_new_items
 from offtower.retrieval.parquet_parts import Layout, ParquetSource, write_parquet
 from offtower.retrieval.partitioning import build_cells
 from offtower.retrieval.tower import ContextTower
+from offtower.retrieval.vector_source import VectorSource
 from offtower.retrieval.vectors import Dtype, quantize, query_dim, write_vectors
 from offtower.run_directory import RunDirectory
 
@@ -129,9 +130,9 @@ def export_run(
         catalogue: items to export; those of the training catalogue by default. New items are
             embedded from their features.
         contexts: log to measure recall on; the run's test, validation or training log by default.
-        execution: embeds the items, writes Parquet parts and fills shards of the index, with the
-            same result for any number of workers. Cells, and an index without shards, are made in
-            this process.
+        execution: embeds the items, writes Parquet parts, assigns items to cells and lists and
+            fills shards of the index, with the same result for any number of workers. Lists without
+            shards are filled, and graphs built, in this process.
         trust_code: import paths of code that the run may name, as in `load_policy`.
 
     Returns:
@@ -285,7 +286,12 @@ class _Writer:
         if options.sampling:
             (folder / "cells").mkdir()
             made = build_cells(
-                exact, queries, folder / "cells", num_cells=options.num_cells, seed=options.seed
+                tuple((folder / name).resolve() for name in written.files),
+                queries,
+                folder / "cells",
+                num_cells=options.num_cells,
+                seed=options.seed,
+                mapper=self.execution.mapper,
             )
             made.save(folder / "cells")
             cells = made.statistics()
@@ -294,8 +300,7 @@ class _Writer:
         index_options = self._index_options()
         index = None
         if index_options is not None:
-            items = IndexedVectors(served, scale, whole)
-            index = self._index(items, queries, index_options, version)
+            index = self._index(VectorSource(whole, scale), queries, index_options, version)
         clock.lap("index")
         if options.parquet:
             source = ParquetSource(
@@ -346,17 +351,16 @@ class _Writer:
 
     def _index(
         self,
-        items: IndexedVectors,
+        items: VectorSource,
         queries: NDArray[np.float32],
         options: IndexOptions,
         version: str,
     ) -> dict[str, Any]:
-        folder, earlier = self.folder / "index", self.earlier
+        folder, earlier, mapper = self.folder / "index", self.earlier, self.execution.mapper
         if earlier is None or not (earlier / "index").exists() or self.options.rebuild_index:
-            stored = StoredVectors(items.files, self.execution.mapper)
-            return build_index(stored, queries, folder, options, version, items.scale)
+            return build_index(items, queries, folder, options, version, mapper)
         before = EarlierIndex(earlier / "index", earlier.name)
-        return update_index(items, queries, folder, options, version, before)
+        return update_index(items, queries, folder, options, version, before, mapper)
 
     def _index_options(self) -> IndexOptions | None:
         wanted = self.options.index

@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offtower.atomic import replace_file, write_text
-from offtower.data.array_files import map_array
 from offtower.errors import RunError
 from offtower.mapping import Mapper
 from offtower.retrieval.index import (
@@ -36,49 +35,36 @@ from offtower.retrieval.index import (
     IndexOptions,
     import_faiss,
     metric_of,
-    pad,
     padded_dim,
     read_index,
 )
 from offtower.retrieval.index_tuning import tune
+from offtower.retrieval.kmeans import Padded, fit_centroids, nearest, nearest_of
+from offtower.retrieval.vector_source import VectorSource
 
-_CHUNK = 262_144
-_TRAINED, _CENTROIDS = "trained.faiss", "centroids.faiss"
+_PART = 262_144
+_TRAINED = "trained.faiss"
 _TRAIN_PER_LIST = 50
 
 
-@dataclass(frozen=True)
-class StoredVectors:
-    """Exported vectors in files.
-
-    Attributes:
-        files: of their parts, in order; seen by the mapper's workers.
-        mapper: fills the shards of an index, with the same bytes for any number of workers.
-    """
-
-    files: tuple[Path, ...]
-    mapper: Mapper
-
-    def open(self) -> NDArray[Any]:
-        return map_array(self.files)
-
-
 def build_index(
-    vectors: NDArray[Any] | StoredVectors,
+    source: VectorSource,
     queries: NDArray[np.float32],
     directory: Path,
     options: IndexOptions,
     version: str,
-    scale: NDArray[np.float32] | None = None,
+    mapper: Mapper | None = None,
 ) -> dict[str, Any]:
     """Build, tune and write an index.
 
     Args:
-        vectors: (N, D) exported vectors, or the files with them, of which a mapper fills shards.
+        source: (N, D) exported vectors; files where the mapper runs in other processes.
         queries: (n, D) queries of held-out contexts; parameters are tuned on the first half, and
             recall and latency are measured on the second.
         directory: folder for index.faiss and index.json (and index.ivfdata of merged shards).
         version: version of the export, checked when the index is opened.
+        mapper: clusters and assigns parts of the items, and fills the shards of an index, with the
+            same bytes for any number of workers.
 
     Returns:
         Kind, parameters, measured recall and latency, build time and bytes.
@@ -89,22 +75,18 @@ def build_index(
         RunError: the index cannot be written.
     """
     faiss = import_faiss()
-    stored = vectors if isinstance(vectors, StoredVectors) else None
-    vectors = vectors.open() if isinstance(vectors, StoredVectors) else vectors
+    mapper, vectors = mapper or Mapper(), source.open()
     directory.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    index, centroids = _trained(faiss, vectors, scale, options)
+    index, centroids = _trained(faiss, source, options, mapper)
     if options.shard_rows is not None and options.shard_rows < len(vectors):
-        shards = _ShardSource(
-            vectors if stored is None else stored.files, scale, directory.resolve()
-        )
-        mapper = Mapper() if stored is None else stored.mapper
-        _build_shards(faiss, index, centroids, shards, options.shard_rows, mapper)
+        shards = _Shards(source, directory.resolve(), centroids)
+        _build_shards(faiss, index, shards, options.shard_rows, mapper)
     elif options.kind == "hnsw":
-        for part in _equal_norm(vectors, scale):
+        for part in _equal_norm(source):
             index.add(part)
     else:
-        add_items(faiss, index, centroids, vectors, scale)
+        add_items(index, centroids, source, mapper)
     guard_write(lambda: faiss.write_index(index, str(directory / FILE)), directory)
     seconds = time.perf_counter() - began
     facts: dict[str, Any] = {
@@ -120,17 +102,17 @@ def build_index(
             (directory / f).stat().st_size for f in (FILE, LISTS) if (directory / f).exists()
         ),
     }
-    opened = AnnIndex(read_index(faiss, directory), facts, vectors, scale)
-    facts |= tune(opened, queries, vectors, scale, options)
+    opened = AnnIndex(read_index(faiss, directory), facts, vectors, source.scale)
+    facts |= tune(opened, queries, vectors, source.scale, options)
     write_text(directory / FACTS, json.dumps(facts, indent=2, sort_keys=True) + "\n")
     return facts
 
 
 def _trained(
-    faiss: Any, vectors: NDArray[Any], scale: NDArray[np.float32] | None, options: IndexOptions
-) -> tuple[Any, Any]:
-    """Return an empty trained index, and the centroids of its lists as a Euclidean index."""
-    count, dim = vectors.shape
+    faiss: Any, source: VectorSource, options: IndexOptions, mapper: Mapper
+) -> tuple[Any, NDArray[np.float32] | None]:
+    """Return an empty trained index, and the centroids of its lists."""
+    count, dim = source.open().shape
     ip = faiss.METRIC_INNER_PRODUCT
     if options.kind == "flat":
         return faiss.IndexFlatIP(dim), None
@@ -140,105 +122,83 @@ def _trained(
         index.hnsw.efConstruction = max(200, 4 * options.neighbors)
         return index, None
     lists = options.lists or max(1, min(round(4 * count**0.5), count // 39))
-    width = padded_dim(options.kind, dim)
+    points = Padded(source, padded_dim(options.kind, dim))
     rows = min(count, max(_TRAIN_PER_LIST * lists, 65_536))
-    picked = np.sort(np.random.default_rng(options.seed).choice(count, rows, replace=False))
-    sample = pad(_float32(vectors[picked], scale), width)
-    means = faiss.Kmeans(
-        width,
-        lists,
-        niter=10,
-        seed=options.seed + 1,
-        min_points_per_centroid=1,
-        max_points_per_centroid=_TRAIN_PER_LIST,
-    )
-    means.train(sample)
-    quantizer = faiss.IndexFlatIP(width)
-    quantizer.add(means.centroids)
+    picked = np.random.default_rng(options.seed).choice(count, rows, replace=False)
+    clustered = np.sort(picked[: max(lists, _TRAIN_PER_LIST * lists)])
+    parts = [clustered[first : first + _PART] for first in range(0, len(clustered), _PART)]
+    centroids = fit_centroids(points, parts, lists, options.seed + 1, mapper)
+    quantizer = faiss.IndexFlatIP(points.width)
+    quantizer.add(centroids)
     if options.kind == "ivf_flat":
-        index = faiss.IndexIVFFlat(quantizer, width, lists, ip)
+        index = faiss.IndexIVFFlat(quantizer, points.width, lists, ip)
     elif options.kind == "ivf_sq8":
         sq8 = faiss.ScalarQuantizer.QT_8bit
-        index = faiss.IndexIVFScalarQuantizer(quantizer, width, lists, sq8, ip)
+        index = faiss.IndexIVFScalarQuantizer(quantizer, points.width, lists, sq8, ip)
     else:
-        index = faiss.IndexIVFPQ(quantizer, width, lists, width // 2, 8, ip)
+        index = faiss.IndexIVFPQ(quantizer, points.width, lists, points.width // 2, 8, ip)
         index.pq.cp.niter = 10
         index.pq.cp.max_points_per_centroid = 64
     quantizer.this.disown()
     index.own_fields = True
-    index.train(sample)
-    return index, means.index
+    index.train(points(np.sort(picked)))
+    return index, centroids
 
 
 def add_items(
-    faiss: Any,
-    index: Any,
-    centroids: Any,
-    vectors: NDArray[Any],
-    scale: NDArray[np.float32] | None,
+    index: Any, centroids: NDArray[np.float32] | None, source: VectorSource, mapper: Mapper
 ) -> None:
-    """Add all items, in chunks, to the lists of their nearest centroids."""
-    for part, first in _parts(vectors, scale, 0, len(vectors)):
-        _add(faiss, index, centroids, part, first)
-
-
-def _add(faiss: Any, index: Any, centroids: Any, part: NDArray[np.float32], first: int) -> None:
-    """Add items first, first + 1, ... to the lists of their nearest centroids."""
+    """Add all items, part by part, to the lists of their nearest centroids."""
+    parts = _parts(range(len(source.open())))
     if centroids is None:
-        index.add(part)
+        for rows in parts:
+            index.add(source.float32(rows))
         return
-    part = np.ascontiguousarray(pad(part, index.d))
-    lists = np.ascontiguousarray(centroids.search(part, 1)[1].reshape(-1), dtype=np.int64)
-    ids = np.arange(first, first + len(part), dtype=np.int64)
+    points = Padded(source, index.d)
+    assigned = mapper.map(partial(nearest, points, centroids), parts, "assigning items to lists")
+    for rows, lists in zip(parts, assigned, strict=True):
+        _add(index, points(rows), lists, rows)
+
+
+def _add(index: Any, part: NDArray[np.float32], lists: NDArray[np.int32], rows: range) -> None:
+    """Add the items `rows` to lists."""
+    faiss = import_faiss()
+    chosen, ids = lists.astype(np.int64), np.arange(rows.start, rows.stop, dtype=np.int64)
+    part = np.ascontiguousarray(part)
     pointer = faiss.swig_ptr
-    index.add_core(len(part), pointer(part), pointer(ids), pointer(lists))
+    index.add_core(len(part), pointer(part), pointer(ids), pointer(chosen))
 
 
-def _parts(
-    vectors: NDArray[Any], scale: NDArray[np.float32] | None, start: int, stop: int
-) -> Iterator[tuple[NDArray[np.float32], int]]:
-    for first in range(start, stop, _CHUNK):
-        yield _float32(vectors[first : min(first + _CHUNK, stop)], scale), first
+def _parts(rows: range) -> list[range]:
+    starts = range(rows.start, rows.stop, _PART)
+    return [range(first, min(first + _PART, rows.stop)) for first in starts]
 
 
-def _float32(part: NDArray[Any], scale: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    wide = np.ascontiguousarray(part, dtype=np.float32)
-    return wide if scale is None else wide * scale
-
-
-def _equal_norm(
-    vectors: NDArray[Any], scale: NDArray[np.float32] | None
-) -> Iterator[NDArray[np.float32]]:
+def _equal_norm(source: VectorSource) -> Iterator[NDArray[np.float32]]:
     """Chunks of the items, with the coordinate that gives all the largest norm."""
 
     def squared(part: NDArray[np.float32]) -> NDArray[np.float64]:
         return np.asarray(np.einsum("nd,nd->n", part, part, dtype=np.float64))
 
-    parts = [squared(part) for part, _ in _parts(vectors, scale, 0, len(vectors))]
-    longest = max(float(part.max(initial=0.0)) for part in parts)
-    for (part, _), length in zip(_parts(vectors, scale, 0, len(vectors)), parts, strict=True):
+    ranges = _parts(range(len(source.open())))
+    lengths = [squared(source.float32(rows)) for rows in ranges]
+    longest = max(float(part.max(initial=0.0)) for part in lengths)
+    for rows, length in zip(ranges, lengths, strict=True):
         missing = np.sqrt(np.maximum(longest - length, 0.0)).astype(np.float32)
-        yield np.ascontiguousarray(np.column_stack([part, missing]))
+        yield np.ascontiguousarray(np.column_stack([source.float32(rows), missing]))
 
 
 @dataclass(frozen=True)
-class _ShardSource:
-    """What the shards of an index are filled from.
+class _Shards:
+    """What the shards of an index are filled from, and where."""
 
-    Attributes:
-        vectors: an array in this process, or files that other processes open too.
-    """
-
-    vectors: NDArray[Any] | tuple[Path, ...]
-    scale: NDArray[np.float32] | None
+    source: VectorSource
     directory: Path
-
-    def open(self) -> NDArray[Any]:
-        return map_array(self.vectors) if isinstance(self.vectors, tuple) else self.vectors
+    centroids: NDArray[np.float32] | None
 
 
 def _build_shards(
-    faiss: Any, trained: Any, centroids: Any, source: _ShardSource, shard_rows: int, mapper: Mapper
+    faiss: Any, trained: Any, shards: _Shards, shard_rows: int, mapper: Mapper
 ) -> None:
     """Fill copies of the trained index shard by shard, and merge their lists on disk.
 
@@ -248,14 +208,13 @@ def _build_shards(
     """
     from faiss.contrib.ondisk import merge_ondisk
 
-    directory, rows = source.directory, len(source.open())
-    for index, name in ((trained, _TRAINED), (centroids, _CENTROIDS)):
-        guard_write(lambda i=index, n=name: faiss.write_index(i, str(directory / n)), directory)  # type: ignore[misc]
+    directory, rows = shards.directory, len(shards.source.open())
+    guard_write(lambda: faiss.write_index(trained, str(directory / _TRAINED)), directory)
     parts = [
         (f"shard-{number:05d}.faiss", range(start, min(start + shard_rows, rows)))
         for number, start in enumerate(range(0, rows, shard_rows))
     ]
-    for _ in mapper.map(partial(_fill_shard, source), parts, "filling the index"):
+    for _ in mapper.map(partial(_fill_shard, shards), parts, "filling the index"):
         pass
     needed, free = rows * (trained.code_size + 8), shutil.disk_usage(directory).free
     if free < needed:
@@ -265,18 +224,23 @@ def _build_shards(
         )
     names = [str(directory / name) for name, _ in parts]
     guard_write(lambda: merge_ondisk(trained, names, str(directory / LISTS)), directory)
-    for name in (*names, _TRAINED, _CENTROIDS):
+    for name in (*names, _TRAINED):
         (directory / name).unlink()
 
 
-def _fill_shard(source: _ShardSource, part: tuple[str, range]) -> None:
+def _fill_shard(shards: _Shards, part: tuple[str, range]) -> None:
     """Write the shard of some items (idempotent)."""
     faiss = import_faiss()
-    name, rows = part
-    directory, vectors = source.directory, source.open()
-    shard, centroids = (faiss.read_index(str(directory / file)) for file in (_TRAINED, _CENTROIDS))
-    for items, first in _parts(vectors, source.scale, rows.start, rows.stop):
-        _add(faiss, shard, centroids, items, first)
+    name, whole = part
+    directory = shards.directory
+    shard = faiss.read_index(str(directory / _TRAINED))
+    points = Padded(shards.source, shard.d)
+    for rows in _parts(whole):
+        some = points(rows)
+        if shards.centroids is None:
+            shard.add(some)
+        else:
+            _add(shard, some, nearest_of(some, shards.centroids), rows)
     with replace_file(directory / name) as path:
         guard_write(lambda: faiss.write_index(shard, str(path)), directory)
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from offtower.atomic import write_text
 from offtower.checksums import read_json
 from offtower.errors import RunError
+from offtower.mapping import Mapper
 from offtower.retrieval.exact import exact_top_k
 from offtower.retrieval.index import (
     FACTS,
@@ -28,11 +29,11 @@ from offtower.retrieval.index import (
     AnnIndex,
     IndexOptions,
     import_faiss,
-    padded_dim,
     read_index,
 )
 from offtower.retrieval.index_building import add_items, build_index, guard_write
 from offtower.retrieval.index_tuning import measure_held_out
+from offtower.retrieval.vector_source import VectorSource
 
 
 @dataclass(frozen=True)
@@ -54,22 +55,14 @@ class EarlierIndex:
             return None
 
 
-@dataclass(frozen=True)
-class IndexedVectors:
-    """The vectors (N, D) that are indexed, the scale (D,) of int8 ones, and the vectors' files."""
-
-    vectors: NDArray[Any]
-    scale: NDArray[np.float32] | None = None
-    files: tuple[Path, ...] = ()
-
-
 def update_index(
-    items: IndexedVectors,
+    items: VectorSource,
     queries: NDArray[np.float32],
     directory: Path,
     options: IndexOptions,
     version: str,
     earlier: EarlierIndex,
+    mapper: Mapper | None = None,
 ) -> dict[str, Any]:
     """Fill the clusters of an earlier index with all items, or build an index anew.
 
@@ -84,9 +77,9 @@ def update_index(
     Raises:
         MissingExtraError, ConfigError, RunError: as `build_index`.
     """
-    reason = _obstacle(earlier, options, items.vectors.shape[1])
+    reason = _obstacle(earlier, options, items.open().shape[1])
     if reason is None:
-        facts = _filled(items, queries, directory, version, earlier)
+        facts = _filled(items, queries, directory, version, earlier, mapper or Mapper())
         recall = facts["recall"]
         if recall["mean"] >= options.target_recall:
             text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
@@ -97,7 +90,7 @@ def update_index(
             f"with the clusters of export {facts['clusters_of']} recall@{recall['k']} fell to "
             f"{recall['mean']:.4f}, below {options.target_recall:g}"
         )
-    built = build_index(items.vectors, queries, directory, options, version, items.scale)
+    built = build_index(items, queries, directory, options, version, mapper)
     built["rebuilt_because"] = reason
     write_text(directory / FACTS, json.dumps(built, indent=2, sort_keys=True) + "\n")
     return built
@@ -118,34 +111,33 @@ def _obstacle(earlier: EarlierIndex, options: IndexOptions, dim: int) -> str | N
 
 
 def _filled(
-    items: IndexedVectors,
+    items: VectorSource,
     queries: NDArray[np.float32],
     directory: Path,
     version: str,
     earlier: EarlierIndex,
+    mapper: Mapper,
 ) -> dict[str, Any]:
-    faiss, before = import_faiss(), earlier.facts
+    faiss, before, vectors = import_faiss(), earlier.facts, items.open()
     assert before is not None, "see _obstacle"
     options = IndexOptions(**before["options"])
     directory.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     index = faiss.read_index(str(earlier.directory / FILE))
     index.reset()
-    centroids = faiss.IndexFlatL2(padded_dim(options.kind, items.vectors.shape[1]))
-    centroids.add(index.quantizer.reconstruct_n(0, index.nlist))
-    add_items(faiss, index, centroids, items.vectors, items.scale)
+    add_items(index, index.quantizer.reconstruct_n(0, index.nlist), items, mapper)
     guard_write(lambda: faiss.write_index(index, str(directory / FILE)), directory)
     facts: dict[str, Any] = {
         **{name: before[name] for name in ("kind", "metric", "dim", "options", "parameters")},
         "version": version,
         "faiss": faiss.__version__,
-        "count": len(items.vectors),
+        "count": len(vectors),
         "build_seconds": time.perf_counter() - began,
         "bytes": (directory / FILE).stat().st_size,
         "clusters_of": before.get("clusters_of", earlier.version),
         "updates": int(before.get("updates", 0)) + 1,
     }
-    opened = AnnIndex(read_index(faiss, directory), facts, items.vectors, items.scale)
-    k = min(options.k, len(items.vectors))
-    truth = exact_top_k(queries, items.vectors, k, items.scale)[1]
+    opened = AnnIndex(read_index(faiss, directory), facts, vectors, items.scale)
+    k = min(options.k, len(vectors))
+    truth = exact_top_k(queries, vectors, k, items.scale)[1]
     return facts | measure_held_out(opened, queries, truth, options)

@@ -16,7 +16,7 @@ import torch
 import offtower
 from offtower.ancestry import descent, earlier_folders
 from offtower.config import Config, config_fingerprint
-from offtower.crossfit.reward_model import obtain_reward_model
+from offtower.crossfit.reward_model import obtain_reward_model, store_folds
 from offtower.data.ledger import record
 from offtower.data.log import Log, ParquetLog
 from offtower.data.replay import ReplayLog
@@ -157,7 +157,7 @@ def train_claimed(
             "note: the log has no propensities, and without them objective.name=auto is regression "
             "with the schedule of section training"
         )
-    reward_model = workers.first_then_all(lambda: _reward_model(config, data, run, progress))
+    reward_model = _reward_model(config, data, run, progress, workers)
     setup = build_setup(config, data, reward_model, workers, progress)
     store = CheckpointStore(
         run.checkpoints,
@@ -211,16 +211,18 @@ def build_trainer(
 
 
 def _reward_model(
-    config: Config, data: PreparedData, run: ClaimedRun, progress: Progress
+    config: Config, data: PreparedData, run: ClaimedRun, progress: Progress, workers: Workers
 ) -> RewardModel | None:
+    """Obtain the run's reward model, whose folds are fitted on all workers; collective."""
     validates = make_estimator(config.training.validation_estimator).needs_reward_model
     # Settings are checked before a reward model is fitted.
     objective = checked_objective(config, data)
     if not (validates or objective.requirements.reward_model):
         return None
-    return obtain_reward_model(
-        config.reward_model, data, config.seed, progress, run.reward_model, for_new_rows=validates
-    )
+    fit = (config.reward_model, data, config.seed, progress, run.reward_model)
+    if workers.size > 1:
+        workers.on_each(lambda: store_folds(*fit, (workers.rank, workers.size)))
+    return workers.first_then_all(lambda: obtain_reward_model(*fit, for_new_rows=validates))
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,12 @@ def _two_tower(inputs: SetupInputs) -> TrainedPolicy:
 def _two_stage(inputs: SetupInputs) -> TrainedPolicy:
     assert isinstance(inputs.reward_model, FactoredRewardModel), "see check_two_stage"
     return build_two_stage(
-        inputs.config, inputs.objective, inputs.data, inputs.reward_model, inputs.progress
+        inputs.config,
+        inputs.objective,
+        inputs.data,
+        inputs.reward_model,
+        inputs.progress,
+        inputs.workers,
     )
 
 

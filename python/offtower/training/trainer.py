@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from offtower.config import Config, TrainingConfig
-from offtower.crossfit.reward_model import reward_folds
+from offtower.crossfit.fold_towers import reward_folds
 from offtower.data.order import Cursor, EpochOrder
 from offtower.data.reader import BatchReader, Step
 from offtower.errors import StoppedError

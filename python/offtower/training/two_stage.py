@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from offtower.config import Config
+from offtower.crossfit.fold_towers import fit_plan, fold_models
 from offtower.crossfit.loop import FitStep, ModelLoss, fit_out_of_fold
-from offtower.crossfit.reward_model import fit_plan, fold_models
 from offtower.data.eligible import EligibleRows
 from offtower.data.encoding import tensor_of, to_tensors
 from offtower.data.reader import Step
@@ -35,6 +35,7 @@ from offtower.prepare import PreparedData
 from offtower.progress import Progress
 from offtower.seeds import derive_seed, seed_torch
 from offtower.training.step import TrainedPolicy
+from offtower.training.workers import SINGLE_PROCESS, Workers
 
 _KMEANS_ITEMS = 1 << 18
 """Centroids are fitted on at most this many random items."""
@@ -48,6 +49,7 @@ def build_two_stage(
     data: PreparedData,
     reward_model: FactoredRewardModel,
     progress: Progress,
+    workers: Workers = SINGLE_PROCESS,
 ) -> TrainedPolicy:
     """Build the policy, its clusters, and a model of the logging policy over clusters.
 
@@ -56,7 +58,8 @@ def build_two_stage(
     saw the row. The correction is therefore that of DR; only the ranking of items within a cluster
     can follow the noise of the log.
 
-    With several workers, each builds all of it from the whole log, with identical bits.
+    With several workers, each fits some folds of the model of the logging policy and builds the
+    rest, with identical bits; collective.
     """
     assert isinstance(objective, Potec), "the only objective of two-stage policies"
     clusters = objective.clusters
@@ -72,7 +75,9 @@ def build_two_stage(
         _fit_centroids(items, data.items, config.seed)
     precomputed = precomputed_items(items, data.items, config.training.item_chunk)
     frozen, cluster = frozen_items(items, precomputed)
-    logging = fit_logging_clusters(config, data, cluster.cpu(), items.num_clusters, progress)
+    logging = fit_logging_clusters(
+        config, data, cluster.cpu(), items.num_clusters, progress, workers
+    )
     weights = LoggedClusterWeights(contexts, frozen, cluster, logging)
     return TrainedPolicy(policy, precomputed, weights)
 
@@ -140,7 +145,12 @@ class LoggedClusterWeights:
 
 
 def fit_logging_clusters(
-    config: Config, data: PreparedData, cluster: Tensor, num_clusters: int, progress: Progress
+    config: Config,
+    data: PreparedData,
+    cluster: Tensor,
+    num_clusters: int,
+    progress: Progress,
+    workers: Workers = SINGLE_PROCESS,
 ) -> list[Tower]:
     """Fit pi_0(c|x), a softmax over clusters, with one tower per fold.
 
@@ -148,6 +158,7 @@ def fit_logging_clusters(
 
     Args:
         cluster: (N,) of each item, on the CPU.
+        workers: worker r of R fits the folds r, r + R, ... and gets the others; collective.
     """
     settings, seed = config.reward_model, config.seed
     kind = replace(settings.tower, normalize=False, members=1)
@@ -155,7 +166,8 @@ def fit_logging_clusters(
     for k in range(settings.folds):
         seed_torch(seed, "logging clusters", k)
         towers.append(Tower(data.context_encoding, num_clusters, kind).to(data.device))
-
+    own = {k: towers[k] for k in range(workers.rank, settings.folds, workers.size)}
+    fitted = fold_models(dict(own), settings)
     label = cluster.numpy()
 
     def losses(step: FitStep) -> ModelLoss:
@@ -164,8 +176,9 @@ def fit_logging_clusters(
         logged = cluster[tensor_of(rows.action)].to(data.device)
         weight = relative_weights(rows, data.facts.mean_row_weight, data.device)
 
-        def loss_of(k: int) -> Tensor:
-            logit = _over_eligible(towers[k](context)[0], rows.eligible, label, num_clusters)
+        def loss_of(index: int) -> Tensor:
+            tower = towers[fitted[index].stream]
+            logit = _over_eligible(tower(context)[0], rows.eligible, label, num_clusters)
             if weight is None:
                 return functional.cross_entropy(logit, logged)
             loss = functional.cross_entropy(logit, logged, reduction="none")
@@ -176,7 +189,14 @@ def fit_logging_clusters(
     plan = fit_plan(
         settings, data, seed, "logging clusters", "fitting the logging policy over clusters"
     )
-    fit_out_of_fold(data, plan, fold_models(towers, settings), losses, progress)
+    if own:
+        workers.on_each(lambda: fit_out_of_fold(data, plan, fitted, losses, progress))
+    else:
+        workers.on_each(lambda: None)
+    states = {k: {n: t.cpu() for n, t in tower.state_dict().items()} for k, tower in own.items()}
+    for found in workers.gather_objects(states):
+        for k, state in found.items():
+            towers[k].load_state_dict(state)
     return [tower.eval().requires_grad_(False) for tower in towers]
 
 

@@ -100,6 +100,13 @@ class Workers:
         """
         work()
 
+    def on_each(self, work: Callable[[], object]) -> None:
+        """Run `work`, which sends no messages, on all workers, without a timeout.
+
+        An error of one is raised on all when the others have ended.
+        """
+        work()
+
     def first_then_all(self, work: Callable[[], Value]) -> Value:
         """Run `work` on the first worker and then on the others, which find the files that it
         wrote. An error of the first worker is raised on all."""
@@ -204,19 +211,23 @@ class TorchWorkers(Workers):
         self._call("waiting for all workers", lambda: dist.barrier(group=self._group))
 
     def on_first(self, work: Callable[[], object]) -> None:
+        self.on_each(work if self.first else lambda: None)
+
+    def on_each(self, work: Callable[[], object]) -> None:
         # Heartbeats, so that a pass over a long log is not mistaken for a stalled worker.
         with ThreadPoolExecutor(max_workers=1) as thread:
-            running = thread.submit(work) if self.first else None
+            running = thread.submit(work)
             while True:
-                done = running is None or _ends(running, _HEARTBEAT)
-                failed = running.exception() if running is not None and done else None
-                over, reported = self.broadcast((done, _for_others(failed)))
-                if over:
+                done = _ends(running, _HEARTBEAT)
+                failed = running.exception() if done else None
+                reports = self.gather_objects((done, self._for_others(failed)))
+                if all(over for over, _ in reports):
                     break
         if failed is not None:
             raise failed
-        if reported is not None:
-            raise reported
+        for _, reported in reports:
+            if reported is not None:
+                raise reported
 
     def first_then_all(self, work: Callable[[], Value]) -> Value:
         result: list[Value] = []
@@ -233,6 +244,12 @@ class TorchWorkers(Workers):
         total = tensor.detach().clone().contiguous()
         self._call("summing over workers", lambda: dist.all_reduce(total, how, group=self._group))
         return total
+
+    def _for_others(self, failure: BaseException | None) -> OfftowerError | None:
+        """The error that the other workers raise: errors for users unchanged."""
+        if failure is None or isinstance(failure, OfftowerError):
+            return failure
+        return RunError(f"worker {self.rank} failed: {failure}")
 
     def _call(self, what: str, collective: Callable[[], Any]) -> None:
         try:
@@ -285,13 +302,6 @@ class _Readers(TorchWorkers):
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _for_others(failure: BaseException | None) -> OfftowerError | None:
-    """The error that the other workers raise: errors for users unchanged."""
-    if failure is None or isinstance(failure, OfftowerError):
-        return failure
-    return RunError(f"worker 0 failed: {failure}")
 
 
 def _ends(running: Future[object], seconds: float) -> bool:

@@ -97,10 +97,11 @@ def _pair_features(context: _Side, item: _Side) -> NDArray[np.float64]:
     return np.concatenate(sides, axis=1)
 
 
-def fit_pair_model(
+def fit_pair_estimator(
     config: RewardModelConfig, data: PreparedData, seed: int, max_rows: int
-) -> PairRewardModel:
-    """Fit on the training log, or on random row groups of it above `max_rows` rows.
+) -> Any:
+    """Fit a scikit-learn estimator on the training log, or on random row groups of it above
+    `max_rows` rows.
 
     config: of kind "dense"; its folds are ignored.
     Raises RunError where all rewards are equal.
@@ -130,10 +131,14 @@ def fit_pair_model(
         raise RunError("all rewards of the training log are equal: no reward model can be fitted")
     model_seed = derive_seed(seed, "pair model")
     weight = np.concatenate(weights) if weights else None
-    estimator = fit_estimator(config, model_seed, np.concatenate(matrices), reward, weight)
-    return PairRewardModel(
-        estimator, data.context_encoding, data.item_encoding, items, data.catalogue.num_items
-    )
+    return fit_estimator(config, model_seed, np.concatenate(matrices), reward, weight)
+
+
+def pair_model(estimator: Any, data: PreparedData) -> PairRewardModel:
+    """Return the model of an estimator that `fit_pair_estimator` fitted on the same data."""
+    items = data.item_encoding.encode(data.catalogue.table(0, data.catalogue.num_items))
+    encodings = (data.context_encoding, data.item_encoding)
+    return PairRewardModel(estimator, *encodings, items, data.catalogue.num_items)
 
 
 def linear_config(binary: bool) -> RewardModelConfig:
