@@ -3,8 +3,11 @@
 Workers are processes of this machine with one thread each, compared with one process with as many
 threads. Traffic is read from the counters of the loopback device in a separate network namespace
 (Linux, as root; elsewhere the column is empty) and compared with the formula of
-docs/reference/cluster.md. With exact terms so are the processor seconds of a worker: f + s N / R,
-where f + s N is the line through one process with the smallest and the largest catalogue.
+docs/reference/cluster.md. With exact terms and `--calibrate`, so are the processor seconds of a
+worker of `item_sharded`: f + s N / R + c(R), by runs with other catalogues than those compared.
+f + s N is the line through one process with the smaller and the larger catalogue of `--calibrate`,
+and c(R), which is for messages, what R workers take beyond it with the smaller one. The first
+epoch, in which connections are made, is left out.
 The projection combines the fixed part of the measured steps, the formula
 and assumed rates of network and device, which are arguments.
 
@@ -41,6 +44,7 @@ from offtower.models.features import embedding_tables
 from offtower.prepare import open_data, prepare
 from offtower.progress import Progress
 from offtower.training.setup import build_setup
+from offtower.training.trainer import TrainingOutputs
 from offtower.training.workers import SINGLE_PROCESS, TorchWorkers, Workers
 
 EPOCHS = 4
@@ -114,12 +118,17 @@ def measure(
     began = time.monotonic()
     data = prepared(workers, items, mode, args)
     setup = build_setup(config, data, None, workers, Progress())
-    trainer = setup.trainer()
+    ends: list[float] = []
+
+    def ended(policy: Any, epoch: int) -> dict[str, float]:
+        ends.append(time.process_time())
+        return {}
+
+    trainer = setup.trainer(TrainingOutputs(on_epoch_end=ended))
     workers.barrier()
     ready = time.monotonic()
-    before, processor = sent(), time.process_time()
+    before = sent()
     result = trainer.fit()
-    processor = time.process_time() - processor
     workers.barrier()
     after = sent()
     rates = [line["rows_per_second"] for line in result.history[1:]]
@@ -131,7 +140,7 @@ def measure(
     shared -= sum(w.numel() - w.shape[1] for w in tables)
     return {
         "seconds": args.batch / statistics.median(rates),
-        "processor_seconds": processor / result.steps,
+        "processor_seconds": (ends[-1] - ends[0]) / (len(ends) - 1) / args.steps,
         "bytes": (after - before) / result.steps,
         "parameters": shared,
         "tables_mib": sum(t.numel() * t.element_size() for t in kept) / 2**20,
@@ -213,13 +222,31 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         fixed, slope = line_through(sorted(one.items()))
         report["projection"] = project(args, fixed, int(lines[0]["parameters"]))
         report["seconds_fixed"], report["seconds_per_item"] = fixed, slope
-        points = {line["items"]: line["one_process"]["processor_seconds"] for line in lines}
-        fixed, slope = line_through(sorted(points.items()))
-        for line in lines:
-            if line["strategy"] == "item_sharded" and len(points) > 1:
-                predicted = fixed + slope * line["items"] / line["workers"]
-                line["predicted_processor_ms"] = 1e3 * predicted
+        if args.calibrate:
+            report["calibration"] = predict(lines, args)
     return report
+
+
+def predict(lines: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """Add the predicted processor time to each line of `item_sharded`; return the constants."""
+    small, large = sorted(args.calibrate)
+
+    def taken(size: int, items: int) -> float:
+        runs = [in_processes(size, (items, "item_sharded", "exact"), args) for _ in range(3)]
+        return statistics.median(run["processor_seconds"] for run in runs)
+
+    fixed, slope = line_through([(items, taken(1, items)) for items in (small, large)])
+    messages = {size: taken(size, small) - fixed - slope * small / size for size in args.workers}
+    for line in lines:
+        if line["strategy"] == "item_sharded":
+            share = slope * line["items"] / line["workers"]
+            line["predicted_processor_ms"] = 1e3 * (fixed + share + messages[line["workers"]])
+    return {
+        "items": [small, large],
+        "fixed_ms": 1e3 * fixed,
+        "microseconds_per_item": 1e6 * slope,
+        "messages_ms": {size: 1e3 * seconds for size, seconds in messages.items()},
+    }
 
 
 def line_of(
@@ -310,6 +337,8 @@ def show(report: dict[str, Any]) -> None:
                 f"anonymous {of['anonymous_mib']:.0f}, peak resident {of['peak_mib']:.0f}; "
                 f"{of['seconds_to_start']:.1f} s to the first step, loss {of['loss']:.7f}"
             )
+    if "calibration" in report:
+        print(f"calibration: {report['calibration']}")
     if "projection" not in report:
         return
     print("projection, item_sharded:")
@@ -339,6 +368,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[2])
     parser.add_argument(
         "--threads", type=int, help="of the one process; by default the least number of workers"
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=int,
+        nargs=2,
+        metavar="ITEMS",
+        help="two catalogues, of exact terms, that the processor time of others is predicted by",
     )
     parser.add_argument("--gpu-items", type=float, default=1e8)
     parser.add_argument("--gpu-batch", type=int, default=8192)

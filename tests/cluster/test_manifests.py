@@ -405,6 +405,45 @@ def test_the_container_file_copies_existing_files_and_runs_commands() -> None:
     assert [line for line in last if line.startswith("USER ")] == ["USER 1000:100"]
 
 
+TORCH_CUDA = {"2.13.0": "13.0"}
+"""CUDA of its wheel for Linux in pip's default index, whose Requires-Dist names cuda-toolkit."""
+
+
+def container_arguments() -> dict[str, str]:
+    """Arguments of the container file with their defaults."""
+    text = (CLUSTER / "Containerfile").read_text()
+    found = re.findall(r"^ARG (\w+)=(.*)$", text, re.MULTILINE)
+    return {name: value.strip('"') for name, value in found}
+
+
+def test_cuda_of_the_kernels_is_that_of_the_torch_wheel() -> None:
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    (torch,) = [line.removeprefix("torch==") for line in pins if line.startswith("torch==")]
+    assert container_arguments()["CUDA_VERSION"] == TORCH_CUDA[torch]
+
+
+def test_the_programs_of_the_container_file_pass_on_this_build_alone() -> None:
+    """With torch for CPUs: the image for CPUs is accepted, one for GPUs and another Ray are not."""
+    text = (CLUSTER / "Containerfile").read_text().replace("\\\n", " ")
+    programs = re.findall(r'python -c "([^"]+)"', text)
+    assert len(programs) == 2
+
+    def run(**changes: str) -> None:
+        for program in programs:
+            for name, value in {**container_arguments(), **changes}.items():
+                program = program.replace(f"${{{name}}}", value)
+            assert "${" not in program
+            exec(program, {})
+
+    run()
+    changes: list[dict[str, str]] = [{"RAY_VERSION": "2.59.0"}]
+    if "+cpu" in metadata.version("torch"):
+        changes.append({"VARIANT": "cuda"})
+    for change in changes:
+        with pytest.raises(AssertionError):
+            run(**change)
+
+
 FAKE_RAY = """#!/bin/sh
 if [ "$2" = status ]; then
   echo "Job '$3' $STATUS"

@@ -31,6 +31,7 @@ from tests.mappers import content
 from tests.training.conftest import EVERY_STEP, make_config
 from tests.training.distributed.processes import run_workers
 from tests.training.distributed.test_runs import assert_near, config_of, train
+from tests.training.distributed.world import write_world
 from tests.training.test_resume import assert_same_policy
 
 pytestmark = pytest.mark.ray
@@ -130,6 +131,23 @@ def test_a_range_of_workers_begins_with_those_that_there_is_room_for(
     manifest = train_on_ray(config, WorkerPlan((1, 5), cpus=2.0, timeout=60.0))
     assert manifest["workers"] == 2
     assert_near(alone.run_directory, config.run_directory, simulated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["replicated", "item_sharded"])
+def test_more_workers_than_row_groups(ray_cluster: str, tmp_path: Path, strategy: str) -> None:
+    """Three workers, and a log of two row groups: of the third worker nothing is read, and its
+    rows are those that the others send it. The bits of plain workers; near one process."""
+    folder = write_world(tmp_path / "world", rows=200)
+    assert len(ParquetLog.open(folder / "train").row_group_sizes) == 2
+    names = ("alone", "plain", "ray")
+    alone, plain, on_ray = (config_of(folder, tmp_path / name, "a", strategy) for name in names)
+    train_run(alone)
+    run_workers(3, train, plain)
+    manifest = train_on_ray(on_ray, WorkerPlan(3, cpus=0.5, timeout=60.0))
+    assert manifest["workers"] == 3
+    assert_same_policy(on_ray.run_directory, plain.run_directory)
+    assert_near(alone.run_directory, on_ray.run_directory, folder)
 
 
 @pytest.mark.timeout(900)

@@ -225,7 +225,7 @@ def test_nan_embeddings_and_duplicate_ids_are_named(
         "offtower.retrieval.export.write_vectors",
         "offtower.retrieval.export.write_parquet",
         "offtower.retrieval.export.write_manifest",
-        "offtower.retrieval.partitioning.array_writer",
+        "offtower.retrieval.partitioning.write_array",
         "numpy.save",
         "torch.export.save",
     ],
