@@ -4,7 +4,8 @@
 
 Fits each degenerate world of the quality suite once, by default or shorter (`--short`: three
 candidates, about 150 steps), and makes both choices from the same evidence. A line of JSON per
-world and seed; an interrupted run resumes. Seeds from 1000 on were used for development.
+world and seed; an interrupted run resumes, and `--minutes` ends it after so many. Seeds from 1000 on
+were used for development.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS))
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--minutes", type=float, default=math.inf)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -111,9 +113,10 @@ def main() -> None:
         lines = [json.loads(text) for text in arguments.out.read_text().splitlines()]
     done = {(line["world"], line["seed"]) for line in lines}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    ends = time.monotonic() + 60.0 * arguments.minutes
     for seed in arguments.seeds:
         for name in arguments.worlds:
-            if (name, seed) in done:
+            if (name, seed) in done or time.monotonic() > ends:
                 continue
             world = degenerate(name, seed)
             settings = short(world) if arguments.short else {}
