@@ -4,8 +4,8 @@
 
 Fits each degenerate world of the quality suite once, by default or shorter (`--short`: three
 candidates, about 150 steps), and makes both choices from the same evidence. A line of JSON per
-world and seed; an interrupted run resumes, and `--minutes` ends it after so many. Seeds from 1000 on
-were used for development.
+world and seed; an interrupted run resumes, and `--minutes` ends it after so many. Seeds from 1000
+on were used for development.
 """
 
 from __future__ import annotations

@@ -180,9 +180,9 @@ def test_a_plan_is_shortened_where_the_machine_is_slower(
     planned = first.training_seconds, first.evaluation_seconds
     # As planned, or faster: only the mark changes.
     for seconds in (planned, (1.0, 1.0), (1.05 * planned[0], planned[1])):
-        assert plan.revise(seconds[:1], seconds[1:]) == replace(plan, revised=1)
+        assert plan.revise(seconds[:1], seconds[1:], NAMES) == replace(plan, revised=1)
     # 1.3 times the training's time: what is left is over a half of the rest, at this speed.
-    slow = plan.revise([1.3 * planned[0]], [planned[1]])
+    slow = plan.revise([1.3 * planned[0]], [planned[1]], NAMES)
     assert slow.revised == 1 and slow.rungs[0] == first
     total = sum(one.training_seconds + one.evaluation_seconds for one in plan.rungs)
     left = 1.2 * total - 1.3 * planned[0] - planned[1]
@@ -195,8 +195,32 @@ def test_a_plan_is_shortened_where_the_machine_is_slower(
         assert slow.candidates[name].steps == one.steps
         assert slow.candidates[name].refit_steps == int((one.refit_steps or 0) * 2**-0.5)
     # A race that has less than half of the time for the rest ends.
-    late = plan.revise([2.0 * planned[0]], [planned[1]])
+    late = plan.revise([2.0 * planned[0]], [planned[1]], NAMES)
     assert late.rungs == plan.rungs[:1] and not late.rungs[0].final and late.revised == 1
+
+
+def test_evidence_takes_the_time_that_nobody_trains(
+    data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Machine(monkeypatch)
+    names = ("regression_linear", "regression", "likelihood_linear", "behavior_cloning")
+    config = config_of(candidates=names)
+    plan = make_plan(config, data, make_candidates(config, data), Progress())
+    first, last = plan.rungs
+    # After the first stage only a regression leaves, by its loss: no values are needed.
+    assert (first.evaluated_rows, first.evaluation_seconds) == (0, 0.0)
+    assert last.evaluation_seconds == pytest.approx(0.15 * 600.0)
+    left = ("regression_linear", "behavior_cloning")
+    revised = plan.revise([first.training_seconds], [0.5], left).rungs[1]
+    needed = last.share * sum(plan.candidates[name].seconds for name in left)
+    assert revised.training_seconds == needed < last.training_seconds
+    seconds = revised.training_seconds + revised.evaluation_seconds
+    assert seconds == pytest.approx(last.training_seconds + last.evaluation_seconds)
+    rows = (last.evaluated_rows or 0) * revised.evaluation_seconds / last.evaluation_seconds
+    assert revised.evaluated_rows == int(rows)
+    # However late it is, a choice has evidence.
+    late = plan.revise([100.0 * first.training_seconds], [0.5], left)
+    assert len(late.rungs) == 2 and late.rungs[1].evaluated_rows == 256
 
 
 def test_a_log_is_read_as_far_as_the_budget_goes(
@@ -398,15 +422,18 @@ def test_a_killed_race_goes_on_with_its_plan(
     assert_same_policies(race.run_directory, again.run_directory)
 
 
-def slower(factor: float) -> Callable[[AutoPlan, Sequence[float], Sequence[float]], AutoPlan]:
+def slower(factor: float) -> Callable[..., AutoPlan]:
     revise = AutoPlan.revise
 
-    def found(plan: AutoPlan, training: Sequence[float], _: Sequence[float]) -> AutoPlan:
+    def found(
+        plan: AutoPlan, training: Sequence[float], _: Sequence[float], left: Sequence[str]
+    ) -> AutoPlan:
         done = plan.rungs[: len(training)]
         return revise(
             plan,
             [factor * one.training_seconds for one in done],
             [one.evaluation_seconds for one in done],
+            left,
         )
 
     return found

@@ -240,10 +240,10 @@ def test_policies_are_base_measures_tilted_by_scores() -> None:
         u = [member.embed_contexts(context) for member in members]
     bias = [one.bias.double().numpy() for one in items if one.bias is not None]
     score = [(x @ one.embedding.T).double().numpy() for x, one in zip(u, items, strict=True)]
-    # Numbers of rows outside of the fold, and the mass of single rows for ids without rows.
+    # The propensities of all rows are 1 / 60, so that the base is known where there are rows.
     seen = np.bincount(rows.action[folds.of(rows) != 0], minlength=data.items.num_items)
-    np.testing.assert_allclose(np.exp(bias[0])[seen > 0], seen[seen > 0], rtol=1e-5)
-    assert (np.exp(bias[0])[seen == 0] <= 1.0).all()
+    np.testing.assert_allclose(np.exp(bias[0])[seen > 0], 1 / 60, rtol=1e-5)
+    assert (np.exp(bias[0])[seen == 0] <= 1 / 60).all()
     block = ItemPass(data.items, data.device, 64).terms({MIXED: members[0]}, some, evaluated)
     for policy, log_prob, expected in zip(
         evaluated.policies, block.log_prob[MIXED], block.expected_reward[MIXED], strict=True
@@ -277,7 +277,8 @@ def test_a_killed_race_has_the_same_bits(tmp_path: Path, monkeypatch: pytest.Mon
     plan = read_plan(config.run_directory)
     assert plan.bounded and len(plan.rungs) == 2
     assert plan.candidates[MIXED].steps is None and plan.candidates[MIXED].thinning == 1
-    assert sum(one.training_seconds for one in plan.rungs) == pytest.approx(0.35 * 30.0, rel=0.1)
+    seconds = sum(one.training_seconds + one.evaluation_seconds for one in plan.rungs)
+    assert seconds == pytest.approx(0.65 * 30.0, rel=0.1)
     again = raced(tmp_path, tmp_path / "second", "race", candidates=names)
     shutil.copytree(config.run_directory, again.run_directory)
     for name in ("auto/out_of_fold_2", "auto/refit", "policy"):

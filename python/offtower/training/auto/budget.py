@@ -169,6 +169,7 @@ class _Planner:
             else replace(
                 cost.schedule,
                 steps=max(MIN_STEPS * len(rungs), int(factor * cost.steps)),
+                seconds=factor * self.members * cost.steps * cost.step,
                 refit_steps=max(MIN_STEPS, min(cost.steps, int(refit / cost.step))),
             )
             for name, cost in costs.items()
@@ -313,16 +314,20 @@ class _Planner:
         shares = [2**k / (2**number - 1) for k in range(number)]
         rungs: list[Rung] = []
         cost, left = 0.0, len(others)
+        # A rung after which no candidate may leave by its value needs no values.
+        evaluations = 1 + sum(math.ceil(len(others) / 2**k) > 1 for k in range(number - 1))
         for k, share in enumerate(shares):
             racing = _costliest(others, trained, left)
             models = _costliest(regressions, trained, len(regressions) if k == 0 else 1)
             taking_part = [*racing, *models, *protected]
             seconds = share * sum(trained[name] for name in taking_part)
             cost += seconds
-            left = max(1, math.ceil(left / 2)) if k + 1 < number else left
-            held_out, rows = self._held_out(taking_part, costs, number)
-            evaluation = self._evaluation / number
             final = k + 1 == number
+            held_out, rows = self._held_out(taking_part, costs, evaluations)
+            evaluation = self._evaluation / evaluations
+            if left <= 1 and not final:
+                rows, evaluation = 0, 0.0
+            left = left if final else max(1, math.ceil(left / 2))
             rungs.append(Rung(share, held_out, left, rows, seconds, evaluation, final))
         factor = min(1.0, budget / cost)
         rungs = [replace(one, training_seconds=factor * one.training_seconds) for one in rungs]

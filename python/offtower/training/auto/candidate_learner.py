@@ -21,9 +21,10 @@ from offtower.prepare import LogFacts, PreparedData, open_data
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
 from offtower.sampling import ItemCounts, count_items
+from offtower.training.auto.base_measure import LoggedItems
 from offtower.training.auto.candidates import PolicyCandidate, Schedule
 from offtower.training.auto.folds import Folds
-from offtower.training.auto.kept_rows import KeptRows, keep_rewarded, keep_thinned
+from offtower.training.auto.kept_rows import SCAN_ROWS, KeptRows, keep_rewarded, keep_thinned
 from offtower.training.auto.member_store import MemberStore, Weights
 from offtower.training.auto.members import FitStart, fit_members
 from offtower.training.auto.mixed_policy import MIXED, fit_mixed_members
@@ -77,6 +78,14 @@ class ReadLog:
     def __init__(self, data: PreparedData, plan: AutoPlan, seed: int, progress: Progress) -> None:
         self.data = data
         self._plan, self._seed, self._progress = plan, seed, progress
+        self._logged: dict[Folds, LoggedItems] = {}
+
+    def logged(self, folds: Folds) -> LoggedItems:
+        """Items and propensities of all rows, which are read once."""
+        split = replace(folds, held_out=())
+        if split not in self._logged:
+            self._logged[split] = LoggedItems.of(self.data.scan(SCAN_ROWS), split)
+        return self._logged[split]
 
     @cached_property
     def rewarded(self) -> KeptRows:
@@ -151,6 +160,7 @@ class FitPart:
                 fit_mixed_members(
                     *(started, folds, log.thinned.rows, log.data.items),
                     binary=log.data.facts.binary_reward,
+                    logged=log.logged(folds),
                 )
             # A later stage of the race has the same rows, on which the weights are the optimum.
             members = started

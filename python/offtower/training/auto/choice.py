@@ -25,13 +25,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
+import numpy as np
+
 from offtower.training.auto.estimates import (
     CandidateEstimate,
     Levels,
     estimate_policies,
     mean_error,
 )
-from offtower.training.auto.held_out import HeldOutRows
+from offtower.training.auto.held_out import CandidatePolicy, HeldOutRows
 from offtower.training.auto.prior_order import CLONE
 
 _WITHIN_CANDIDATE = 1.0
@@ -123,10 +125,11 @@ def choose(
     """Choose a candidate and its inverse temperature, or keep the logging policy.
 
     Candidates that qualify have a policy whose gain over the logging policy is at least minus the
-    tolerated loss, by its lower bound. If there is none, the clone of the logging policy is chosen,
-    or without one the candidate with the highest bound. That the clone itself loses nothing says
-    nothing about the order of its scores: it qualifies only at inverse temperatures above 1 at
-    which its own bound is high enough.
+    tolerated loss, by its lower bound. If there is none, an imitation of the logging policy is
+    chosen (`_imitations`), or without one the candidate with the highest bound. That the clone
+    itself loses nothing says nothing about the order of its scores: it qualifies only at inverse
+    temperatures above 1 at which its own bound is high enough. Likewise a policy that tilts a base
+    measure less than by the unit qualifies by a gain alone.
 
     Within a candidate, take the largest inverse temperature that no smaller one beats by more than
     one standard error of the paired difference: if scores rank items correctly, the value rises
@@ -160,12 +163,22 @@ def choose(
         ]
         evidence[CLONE] = sharper
         best[CLONE] = _sharpest(sharper, rows) if sharper else _imitation(estimates[CLONE], rows)
+    for name in rows.based & estimates.keys():
+        evidence[name] = [
+            one
+            for one in estimates[name]
+            if one.inverse_temperature * rows.scale[name] >= 0.99 or one.gain_lower_bound > 0.0
+        ]
     qualified = [
         name for name in order if any(one.gain_lower_bound >= least for one in evidence[name])
     ]
     if not qualified:
-        highest = max(found, key=lambda one: one.gain_lower_bound)
-        chosen = best[CLONE if CLONE in best else highest.name]
+        imitations = _imitations(best, estimates, rows)
+        chosen = (
+            max(imitations, key=lambda one: _log_weight(one, rows))
+            if imitations
+            else best[max(found, key=lambda one: one.gain_lower_bound).name]
+        )
     else:
         chosen = best[qualified[0]]
         for name in qualified[1:]:
@@ -206,6 +219,22 @@ def _undecided(
             if found is None or times < found.times:
                 found = Undecided(one.middle, one.inverse_temperature, times)
     return found
+
+
+def _imitations(
+    best: Mapping[str, CandidateEstimate],
+    estimates: Mapping[str, Sequence[CandidateEstimate]],
+    rows: HeldOutRows,
+) -> list[CandidateEstimate]:
+    """The clone of the logging policy, and base measures alone."""
+    found = [best[CLONE]] if CLONE in best else []
+    return found + [options[0] for name, options in estimates.items() if name in rows.based]
+
+
+def _log_weight(one: CandidateEstimate, rows: HeldOutRows) -> float:
+    """Minus the divergence KL(logging policy || policy), up to the error of the rows."""
+    weight = rows.terms[CandidatePolicy(one.name, one.inverse_temperature)].weight
+    return float(rows.mean(np.log(np.maximum(weight, 1e-300))))
 
 
 def _imitation(options: Sequence[CandidateEstimate], rows: HeldOutRows) -> CandidateEstimate:

@@ -284,8 +284,11 @@ def _second_moment(rows: HeldOutRows, policy: CandidatePolicy) -> float:
 
     With probabilities p_s at inverse temperature s, p_s(a)^2 / p_2s(a) is sum_a p_s(a)^2 for every
     item a. With a base measure, to which propensities are about proportional, w_s^2 / w_2s is the
-    second moment of the weights.
+    second moment of the weights. Those of the base alone are about the same in all rows.
     """
+    weight = rows.terms[policy].weight
+    if policy.name in rows.based and policy == rows.policies(policy.name)[0]:
+        return min(rows.inverse_pscore, float(np.square(weight).max()))
     doubled = next(
         (
             one
@@ -296,7 +299,7 @@ def _second_moment(rows: HeldOutRows, policy: CandidatePolicy) -> float:
     )
     if doubled is None:
         return rows.inverse_pscore
-    once, twice = rows.terms[policy].weight, rows.terms[doubled].weight
+    once, twice = weight, rows.terms[doubled].weight
     some = (once > 0.0) & (twice > 0.0)
     if not some.any():
         return rows.inverse_pscore

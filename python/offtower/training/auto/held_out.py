@@ -15,6 +15,10 @@ from offtower.models.policy import TwoTowerPolicy
 INVERSE_TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """In units of 1 / (standard deviation of a candidate's logits between items)."""
 
+BASED_INVERSE_TEMPERATURES = (2.0**-10, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+"""Likewise, of policies that tilt a base measure, which is the first of them: softer ones differ
+little from the logging policy, so that fewer rows show whether the scores rank items correctly."""
+
 CLONE_SCALE = 4.0
 """In place of that deviation for the clone of the logging policy, whose scores are log
 probabilities: it is evaluated as it is, at 1, and up to eight times as sharp."""
@@ -72,7 +76,8 @@ class EvaluatedCandidates:
 
     def inverse_temperatures(self, name: str) -> list[float]:
         """Of a candidate's policies, ascending."""
-        return [s / self.scale[name] for s in INVERSE_TEMPERATURES]
+        units = BASED_INVERSE_TEMPERATURES if name in self.based else INVERSE_TEMPERATURES
+        return [s / self.scale[name] for s in units]
 
     @property
     def policies(self) -> list[CandidatePolicy]:

@@ -168,7 +168,7 @@ class ItemPass:
             found = sums[name].log_prob(action_logit[name])
             found = (found if base is None else found + base.double()).cpu()
             log_prob[name] = found if self._sample is None else self._sample.log_prob(found, action)
-        zero = np.zeros((len(next(iter(sums.values())).inverse_temperatures), len(rows)))
+        zero = {n: np.zeros((len(one.inverse_temperatures), len(rows))) for n, one in sums.items()}
         expected = {name: one.expected_reward() for name, one in sums.items()}
         logged = np.zeros(len(rows))
         if model is not None:
@@ -176,7 +176,7 @@ class ItemPass:
             logged = (torch.sigmoid(logit) if candidates.binary else logit).cpu().numpy()
         return PassTerms(
             {name: one.numpy() for name, one in log_prob.items()},
-            {name: zero if m is None else m.cpu().numpy() for name, m in expected.items()},
+            {name: zero[name] if m is None else m.cpu().numpy() for name, m in expected.items()},
             logged,
         )
 

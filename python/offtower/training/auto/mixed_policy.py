@@ -17,7 +17,8 @@ from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.towers import MLPBody, Tower
 from offtower.prepare import PreparedData
-from offtower.training.auto.folds import Folds
+from offtower.training.auto.base_measure import LoggedItems, log_base_measure
+from offtower.training.auto.folds import NOTHING, Folds
 from offtower.training.auto.mixed_model import MixedEffects, MixedRows, fit_mixed_model
 
 MIXED = "regression_mixed"
@@ -25,8 +26,6 @@ MIXED = "regression_mixed"
 MAX_CONTEXT_WIDTH = 64
 """Of context features with a constant: a fit takes time and memory by its square."""
 MAX_ITEM_NUMBERS = 256
-_LEAST_ROWS = 1e-2
-"""Of an id without rows, in the base measure."""
 
 
 def context_width(data: PreparedData) -> int | None:
@@ -47,33 +46,47 @@ def fit_mixed_members(
     items: ItemFeatures,
     *,
     binary: bool,
+    logged: LoggedItems | None = None,
 ) -> None:
     """Set the weights of one policy per fold that is held out; those that see the same rows are
-    equal."""
+    equal.
+
+    Args:
+        rows: as for `fit_mixed_policy`.
+        logged: all rows of the log, for base measures; None is `rows`.
+    """
     fold = folds.of(rows)
+    logged = LoggedItems.of([rows], folds) if logged is None else logged
     whole: TwoTowerPolicy | None = None
     for policy, held_out in zip(policies, folds.held_out, strict=True):
         index = np.flatnonzero(fold != held_out)
         if len(index) == len(rows) and whole is not None:
             policy.load_state_dict(whole.state_dict())
             continue
-        fit_mixed_policy(policy, rows.take(index), items, binary=binary)
+        some = logged.without(held_out)
+        fit_mixed_policy(policy, rows.take(index), items, binary=binary, logged=some)
         whole = policy if len(index) == len(rows) else whole
 
 
 def fit_mixed_policy(
-    policy: TwoTowerPolicy, rows: EncodedRows, items: ItemFeatures, *, binary: bool
+    policy: TwoTowerPolicy,
+    rows: EncodedRows,
+    items: ItemFeatures,
+    *,
+    binary: bool,
+    logged: LoggedItems | None = None,
 ) -> None:
     """Set the weights of a policy with linear towers and an embedding of `context_width` numbers.
 
     Item biases are no part of the model, whose score is <u, v>. They hold the logarithm of a base
-    measure: the number of the item's rows where its id is a feature, and 0 otherwise. A policy
-    proportional to base x exp(s <u, v>) has its mass where the log has rows, so it is both better
-    and easier to evaluate than one that starts from equal shares of all items.
+    measure: the item's frequency in the log (`base_measure`) where its id is a feature, and 0
+    otherwise. A policy proportional to base x exp(s <u, v>) has its mass where the log has rows, so
+    it is both better and easier to evaluate than one that starts from equal shares of all items.
 
     Args:
         policy: with `tables: output`, no hidden layers and an item bias, on any device.
         rows: in memory; their `row_weight` counts.
+        logged: rows of the base measure; None is `rows`.
 
     Raises:
         ConfigError: there are no rows.
@@ -85,7 +98,11 @@ def fit_mixed_policy(
     with torch.no_grad():
         _write_context(policy.context_tower, policy.context_encoding, effects.root)
         _write_items(policy.item_tower, policy.item_encoding, design, effects)
-        _write_base(policy, design, items.num_items)
+        _write_base(
+            policy,
+            LoggedItems.of([rows], Folds(2, (NOTHING,), 0)) if logged is None else logged,
+            items,
+        )
 
 
 @dataclass(frozen=True)
@@ -177,30 +194,24 @@ def _write_items(
     )
 
 
-def _write_base(policy: TwoTowerPolicy, design: _Design, num_items: int) -> None:
-    """Set the biases of a category of ids to the logarithms of their numbers of rows.
-
-    Ids without rows share the mass of those with one row (Good 1953, "The population frequencies of
-    species and the estimation of population parameters").
-    """
-    rows, body = design.rows, _body(policy.item_tower)
-    ids = [
-        k
-        for k, name in enumerate(_categories(policy.item_encoding))
-        if policy.item_encoding.cardinality(name) > num_items / 2
-    ]
-    for k in ids[:1]:
-        name = _categories(policy.item_encoding)[k]
-        table = body.encoder.tables[body.encoder.table_of(name)]
-        assert isinstance(table, nn.Embedding)
-        index, used = rows.categories[k][rows.item], design.values[k]
-        counted = torch.bincount(index, weights=rows.weight, minlength=len(used)).float()
-        seen = torch.bincount(index, minlength=len(used))
-        others = len(table.weight) - len(used)
-        share = float(counted[seen == 1].sum()) / max(others, 1)
-        base = torch.full((len(table.weight),), min(1.0, max(share, _LEAST_ROWS)))
-        base[used] = counted
-        table.weight[:, -1] = base.log().to(table.weight.device)
+def _write_base(policy: TwoTowerPolicy, logged: LoggedItems, items: ItemFeatures) -> None:
+    """Set the biases of a category of ids to the logarithms of the base measure."""
+    encoding = policy.item_encoding
+    name = next(
+        (n for n in _categories(encoding) if encoding.cardinality(n) > items.num_items / 2), None
+    )
+    if name is None:
+        return
+    body = _body(policy.item_tower)
+    table = body.encoder.tables[body.encoder.table_of(name)]
+    assert isinstance(table, nn.Embedding)
+    action, index = np.unique(logged.action, return_inverse=True)
+    value = items.at(tensor_of(action))[name]
+    assert isinstance(value, Tensor), "bags are not supported"
+    base = log_base_measure(
+        value.to(CPU).numpy()[index], logged.pscore.astype(np.float64), len(table.weight)
+    )
+    table.weight[:, -1] = torch.from_numpy(base).to(table.weight)
 
 
 def _write_constant(

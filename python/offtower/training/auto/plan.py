@@ -51,6 +51,8 @@ class CandidatePlan:
     thinning: int = 1
     """Of a candidate that is solved on rows in memory: one in so many rows without reward is kept,
     or of all rows where rewards are not rare."""
+    seconds: float = 0.0
+    """Planned ones of the steps of all members in all rungs; 0 where it is solved."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Rung:
     remaining: int
     """Candidates that stay afterwards, at most."""
     evaluated_rows: int | None = None
-    """Of these, the rows with exact terms, which stand for the others; None is all of them."""
+    """Of these, the rows with exact terms, which stand for the others; None is all of them. With 0
+    only regressions leave, by their losses."""
     training_seconds: float = 0.0
     """As planned."""
     evaluation_seconds: float = 0.0
@@ -102,30 +105,38 @@ class AutoPlan:
     revised: int = 0
     """Rungs after which the rest was adapted to the seconds that they took."""
 
-    def revise(self, training: Sequence[float], evaluation: Sequence[float]) -> AutoPlan:
-        """Return the plan with the rungs that are left, and the refit, shortened to the time that
-        is left at the speed of the last rung.
+    def revise(
+        self, training: Sequence[float], evaluation: Sequence[float], left: Collection[str]
+    ) -> AutoPlan:
+        """Return the plan with the rungs that are left, and the refit, adapted to the candidates
+        that are left and to the time that is left at the speed of the last rung.
 
-        Factors are powers of the square root of two, and time may exceed the plan by a fifth, so
-        that most runs have no revision. Where less than half of the rest has time, the race ends:
-        the evidence of the rung before is better than that of a few rows.
+        Time that candidates would have trained who left goes to the evaluation. Factors are powers
+        of the square root of two, and time may exceed the plan by a fifth, so that most runs have
+        no other revision. Where less than half of the rest has time, the race ends, if it has
+        evidence: that of the rung before is better than that of a few rows.
 
         Args:
             training: seconds that the rungs before took.
             evaluation: likewise.
+            left: names of the candidates that train on.
         """
         done = len(training)
         last = self.rungs[done - 1]
         slower = max(1.0, training[-1] / max(last.training_seconds, 1e-9))
-        slower_rows = max(1.0, evaluation[-1] / max(last.evaluation_seconds, 1e-9))
+        slower_rows = slower
+        if last.evaluated_rows != 0:
+            slower_rows = max(1.0, evaluation[-1] / max(last.evaluation_seconds, 1e-9))
         planned = sum(one.training_seconds + one.evaluation_seconds for one in self.rungs)
+        rest = [self._of(one, left) for one in self.rungs[done:]]
         wanted = sum(
-            slower * one.training_seconds + slower_rows * one.evaluation_seconds
-            for one in self.rungs[done:]
+            slower * one.training_seconds + slower_rows * one.evaluation_seconds for one in rest
         )
-        left = _SLACK * planned - sum(training) - sum(evaluation)
-        ends = left < _LEAST * wanted
-        share = 1.0 if ends else _rounded_down(left / max(wanted, 1e-9))
+        available = _SLACK * planned - sum(training) - sum(evaluation)
+        evaluated = any(one.evaluated_rows != 0 for one in self.rungs[:done])
+        ends = evaluated and available < _LEAST * wanted
+        least = MIN_ROWS / max(one.evaluated_rows or MIN_ROWS for one in rest)
+        share = 1.0 if ends else _rounded_down(max(available / max(wanted, 1e-9), least))
         rungs = (
             []
             if ends
@@ -135,11 +146,11 @@ class AutoPlan:
                     share=share * one.share,
                     evaluated_rows=None
                     if one.evaluated_rows is None
-                    else max(MIN_ROWS, int(share * one.evaluated_rows)),
+                    else one.evaluated_rows and max(MIN_ROWS, int(share * one.evaluated_rows)),
                     training_seconds=share * slower * one.training_seconds,
                     evaluation_seconds=share * slower_rows * one.evaluation_seconds,
                 )
-                for one in self.rungs[done:]
+                for one in rest
             ]
         )
         refit = _rounded_down(_SLACK / slower)
@@ -150,9 +161,22 @@ class AutoPlan:
             for name, one in self.candidates.items()
         }
         if share == refit == 1.0 and not ends:
-            return replace(self, revised=done)
+            return replace(self, rungs=(*self.rungs[:done], *rest), revised=done)
         return replace(
             self, rungs=(*self.rungs[:done], *rungs), candidates=candidates, revised=done
+        )
+
+    def _of(self, rung: Rung, left: Collection[str]) -> Rung:
+        """A later rung for the candidates that are left."""
+        needed = rung.share * sum(self.candidates[name].seconds for name in left)
+        freed = rung.training_seconds - needed
+        if not rung.evaluated_rows or not rung.evaluation_seconds > 0.0 or freed <= 0.0:
+            return rung
+        return replace(
+            rung,
+            evaluated_rows=int(rung.evaluated_rows * (1.0 + freed / rung.evaluation_seconds)),
+            training_seconds=needed,
+            evaluation_seconds=rung.evaluation_seconds + freed,
         )
 
     def to_dict(self) -> dict[str, Any]:

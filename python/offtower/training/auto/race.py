@@ -2,7 +2,8 @@
 
 A plan without a budget has one stage. In a race, stages double in length, candidates continue from
 their weights, and after each stage regressions with a higher held-out loss and the half of the
-others with the lower upper bounds leave.
+others with the lower upper bounds leave. Where only regressions race, stages before the last one
+compare losses alone, and all of the time for evidence goes into the choice.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from offtower.training.auto.choice import Choice, Tolerance, choose
 from offtower.training.auto.estimates import CandidateEstimate
 from offtower.training.auto.evaluator import HeldOutEvaluator
 from offtower.training.auto.held_out import EvaluatedCandidates, HeldOutRows
-from offtower.training.auto.plan import AutoPlan, Rung
+from offtower.training.auto.plan import MIN_ROWS, AutoPlan, Rung
 from offtower.training.auto.speed import ROWS_PER_PASS
 
 _BLOCKS = 4
@@ -87,33 +88,38 @@ class Race:
             self._report(f"training {', '.join(names)}", number / len(self._inputs.plan.rungs))
             members = self._learner.members(stage, names)
             trained = time.monotonic()
-            result = self._evaluate(stage, members, rung)
+            evaluator, candidates = self._compare_losses(stage, members, rung)
+            left = list(candidates.members)
+            if rung.evaluated_rows != 0:
+                result = self._evaluate(stage, members, rung, evaluator, candidates)
+                left = list(result.rows.scale)
             stages.append(
                 {
                     "stage": stage.name,
                     "candidates": names,
                     "training_seconds": round(trained - began, 3),
                     "evaluation_seconds": round(time.monotonic() - trained, 3),
-                    "held_out_rows": round(result.rows.size),
-                    "evaluated_rows": result.evaluator.evaluated,
+                    "held_out_rows": 0 if result is None else round(result.rows.size),
+                    "evaluated_rows": evaluator.evaluated,
                 }
             )
-            names = [name for name in names if name in result.rows.scale]
+            names = [name for name in names if name in left]
             if not rung.final:
-                self._revise(stages)
+                self._revise(stages, names)
             number += 1
-        assert result is not None, "a plan has at least one rung"
+        assert result is not None, "the last rung of a plan has evaluated rows"
         result.stages, result.dropped = stages, self._dropped
         result.plan = self._inputs.plan
         return result
 
-    def _revise(self, stages: Sequence[Mapping[str, Any]]) -> None:
+    def _revise(self, stages: Sequence[Mapping[str, Any]], left: Sequence[str]) -> None:
         plan = self._inputs.plan
         if plan.revised >= len(stages):
             return  # A resumed run follows the plan that it had.
         revised = plan.revise(
             [one["training_seconds"] for one in stages],
             [one["evaluation_seconds"] for one in stages],
+            left,
         )
         self._store(revised)
         self._inputs = replace(self._inputs, plan=revised)
@@ -130,14 +136,18 @@ class Race:
         name = "out_of_fold" if number == 0 else f"out_of_fold_{number + 1}"
         return Stage(name, schedules, number, after=None if before is None else before.name)
 
-    def _evaluate(self, stage: Stage, members: Members, rung: Rung) -> RaceResult:
+    def _compare_losses(
+        self, stage: Stage, members: Members, rung: Rung
+    ) -> tuple[HeldOutEvaluator, EvaluatedCandidates]:
+        """The candidates without the regressions whose held-out loss is not the least."""
         inputs, data = self._inputs, self._log.data
+        rows = rung.evaluated_rows
         evaluator = HeldOutEvaluator(
             *(data, inputs.folds, rung.held_out_rows, inputs.config.training.item_chunk),
             self._progress,
-            rung.evaluated_rows,
+            None if rows is None else max(rows, MIN_ROWS),
         )
-        self._progress.start("evaluating candidates on held-out rows", evaluator.rows)
+        self._progress.start("comparing held-out losses", None)
         regressions = [name for name in members if inputs.candidates[name].predicts_rewards]
         candidates = evaluator.candidates(
             members,
@@ -145,6 +155,7 @@ class Race:
             binary=data.facts.binary_reward,
             based=[name for name in members if inputs.candidates[name].solved],
         )
+        self._progress.finish()
         for name in regressions:
             if name != candidates.reward_model:
                 self._dropped[name] = (
@@ -152,13 +163,24 @@ class Race:
                     f"{candidates.loss[str(candidates.reward_model)]:.4g} of "
                     f"{candidates.reward_model}"
                 )
-        if inputs.plan.bounded:
+        return evaluator, candidates
+
+    def _evaluate(
+        self,
+        stage: Stage,
+        members: Members,
+        rung: Rung,
+        evaluator: HeldOutEvaluator,
+        candidates: EvaluatedCandidates,
+    ) -> RaceResult:
+        self._progress.start("evaluating candidates on held-out rows", evaluator.rows)
+        if self._inputs.plan.bounded:
             rows, choice = self._in_blocks(evaluator, candidates, rung, stage)
         else:
             rows = evaluator.terms(candidates)
             choice = self._choose(rows)
         self._progress.finish()
-        return RaceResult(stage, members, rows, choice, evaluator, inputs.plan)
+        return RaceResult(stage, members, rows, choice, evaluator, self._inputs.plan)
 
     def _in_blocks(
         self,
