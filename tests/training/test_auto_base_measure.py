@@ -11,11 +11,11 @@ from offtower.training.auto.base_measure import log_base_measure
 ITEMS, ROWS = 400, 3000
 
 
-def logged(sharpness: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def logged(dependence: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Actions and propensities of rows, and the frequencies of items over all contexts."""
     rng = np.random.default_rng(seed)
     popularity = 1.5 * rng.standard_normal(ITEMS)
-    context, item = rng.standard_normal((ROWS, 4)), sharpness * rng.standard_normal((ITEMS, 4))
+    context, item = rng.standard_normal((ROWS, 4)), dependence * rng.standard_normal((ITEMS, 4))
     pi = softmax(popularity + context @ item.T, axis=1)
     action = (pi.cumsum(axis=1) < rng.random((ROWS, 1))).sum(axis=1).clip(max=ITEMS - 1)
     many = softmax(popularity + rng.standard_normal((4000, 4)) @ item.T, axis=1)
@@ -36,18 +36,18 @@ def test_it_is_exact_where_propensities_do_not_depend_on_the_context(seed: int) 
     assert base.sum() == pytest.approx(1.0, rel=1e-6)
 
 
-@pytest.mark.parametrize("sharpness", [0.0, 0.3, 2.0])
-def test_it_is_no_farther_from_the_truth_than_frequencies_are(sharpness: float) -> None:
+@pytest.mark.parametrize("dependence", [0.0, 0.3, 2.0])
+def test_it_is_no_farther_from_the_truth_than_frequencies_are(dependence: float) -> None:
     """Divergence from the true frequencies; those of rows with the mass of Good and Turing."""
     found, frequencies = [], []
     for seed in range(4):
-        action, pscore, true = logged(sharpness, seed)
+        action, pscore, true = logged(dependence, seed)
         found.append(divergence(true, log_base_measure(action, pscore, ITEMS)))
         count = np.bincount(action, minlength=ITEMS).astype(float)
         count[count == 0.0] = max((count == 1.0).sum() / max((count == 0.0).sum(), 1), 1e-2)
         frequencies.append(divergence(true, np.log(count / count.sum())))
     # With contexts that decide alone, propensities are of no use, and do no harm.
-    assert np.mean(found) < (0.7 if sharpness < 1.0 else 1.05) * np.mean(frequencies)
+    assert np.mean(found) < (0.7 if dependence < 1.0 else 1.05) * np.mean(frequencies)
 
 
 def test_logs_with_one_item_or_all_items() -> None:
