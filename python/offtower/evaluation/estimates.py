@@ -78,6 +78,7 @@ class Estimates:
         bound = self.options.max_weight
         self.weight_spans = [weight_span(one.statistics, bound) for one in sums.weights]
         self.method = options.intervals[0] if options.intervals[0] in ASYMPTOTIC else DEFAULT_METHOD
+        self._latest: tuple[tuple[int, int], tuple[Terms, Terms]] | None = None
         self.time: OverTime | None = None
         if self.terms.time is not None:
             supported = set(range(count)) - set(self.unsupported())
@@ -264,22 +265,30 @@ class Estimates:
 
     def own(self, policy: int, index: int) -> Terms:
         """A policy's value by an estimator."""
+        return self._both(policy, index)[0]
+
+    def paired(self, policy: int, index: int) -> Terms:
+        """Its difference to the logging policy."""
+        return self._both(policy, index)[1]
+
+    def _both(self, policy: int, index: int) -> tuple[Terms, Terms]:
+        """`own` and `paired`. Those of the last call are kept, as sums by user may be large."""
+        if self._latest is None or self._latest[0] != (policy, index):
+            self._latest = (policy, index), self._selected(policy, index)
+        return self._latest[1]
+
+    def _selected(self, policy: int, index: int) -> tuple[Terms, Terms]:
         estimator, weights = self.options.estimators[index], self.sums.weights[policy]
         columns = self.columns(policy, index)
         statistics = self.terms.select(columns, weights.statistics.weight_sum)
         value = estimator.finish(statistics).value
-        return estimator, statistics, self._unseen(estimator.terms, policy, index, value)
-
-    def paired(self, policy: int, index: int) -> Terms:
-        """Its difference to the logging policy."""
-        estimator, columns = self.options.estimators[index], self.columns(policy, index)
-        value = estimator.finish(
-            self.terms.select(columns, self.sums.weights[policy].statistics.weight_sum)
-        ).value
         return (
-            Difference(estimator, LOGGING),
-            self.terms.select(columns + self.reward_column),
-            self._unseen(_beside_logging(estimator), policy, index, value),
+            (estimator, statistics, self._unseen(estimator.terms, policy, index, value)),
+            (
+                Difference(estimator, LOGGING),
+                self.terms.select(columns + self.reward_column),
+                self._unseen(_beside_logging(estimator), policy, index, value),
+            ),
         )
 
     def _unseen(

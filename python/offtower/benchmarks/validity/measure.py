@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from offtower.benchmarks.validity.worlds import Cell, World
-from offtower.evaluation.decision.gate import GO, decide
+from offtower.evaluation.decision.gate import GO, NOT_ENOUGH, decide
 from offtower.evaluation.drift import qualify
 from offtower.evaluation.estimates import Estimates
 from offtower.evaluation.estimators import make_estimator, of_loggers
 from offtower.evaluation.intervals.methods import DEFAULT_METHOD
 from offtower.evaluation.options import EvaluationOptions
+from offtower.evaluation.result import Gap
 from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.sums import EvaluationSums
 
@@ -70,25 +71,25 @@ def _policy(world: World, policy: str, rows: EvaluationRows, found: Series) -> N
         _value(world, sums, found)
         return
     truth = world.value(policy) - world.logging_value
-    evidence = None
-    for method in METHODS[:2]:
-        finisher = Estimates(_by(sums, method))
-        for i, estimator in enumerate(estimators(world.cell)):
-            result = finisher.estimate(0, i)
-            gap = result.difference
-            assert gap is not None
-            # The diagnostics of the log are those of every method and estimator.
-            evidence = evidence or finisher.evidence(0, result)
+    default = Estimates(_by(sums, DEFAULT_METHOD))
+    # Without times, the intervals of both methods are made from the same terms.
+    normal = default if sums.terms.time is None else Estimates(_by(sums, "normal"))
+    evidence = default.evidence(0, default.estimate(0, 0))  # The diagnostics of every verdict.
+    for i, estimator in enumerate(estimators(world.cell)):
+        for method, finisher in (DEFAULT_METHOD, default), ("normal", normal):
+            gap = _gap(finisher, i, method)
             verdict = decide(
                 replace(
                     evidence,
                     difference=gap.estimate,
                     interval=gap.simultaneous,
-                    estimator=result.name,
+                    estimator=estimator,
                     rounding=gap.rounding,
                 )
             )
-            over_time = finisher.over_time([0], i)
+            # Time qualifies nothing where there is not enough evidence.
+            timed = finisher.time is not None and verdict.decision != NOT_ENOUGH
+            over_time = finisher.over_time([0], i) if timed else None
             if over_time is not None:
                 verdict = qualify(verdict, over_time, policy, 0.0)
             key = estimator, method
@@ -99,6 +100,19 @@ def _policy(world: World, policy: str, rows: EvaluationRows, found: Series) -> N
                 found[*key, "above"].append(interval.high < truth)
                 found[*key, "abstained"].append(interval.rows_needed is not None)
                 found[*key, "width of the difference"].append(interval.high - interval.low)
+
+
+def _gap(finisher: Estimates, index: int, method: str) -> Gap:
+    """The difference to the logging policy, with intervals of one method."""
+    terms, joint = finisher.paired(0, index), finisher.joint[0]
+    gap = finisher.gap(*terms, joint)
+    if method != finisher.method:
+        gap = replace(
+            gap,
+            interval=finisher.interval(method, terms, finisher.options.confidence),
+            simultaneous=finisher.interval(method, terms, joint),
+        )
+    return gap.within(finisher.difference_range)
 
 
 def _by(sums: EvaluationSums, method: str) -> EvaluationSums:
@@ -114,9 +128,13 @@ def _without_time(sums: EvaluationSums) -> EvaluationSums:
 def _value(world: World, sums: EvaluationSums, found: Series) -> None:
     truth = world.value("value")
     # Only bernstein may use the declared largest weight.
-    default, others = Estimates(_by(sums, DEFAULT_METHOD)), Estimates(_without_time(sums))
+    default = Estimates(_by(sums, DEFAULT_METHOD))
+    options = replace(sums.options, intervals=sums.options.intervals[1:])
+    others = Estimates(replace(_without_time(sums), options=options))
     for i, estimator in enumerate(estimators(world.cell)):
-        intervals = {**others.estimate(0, i).intervals, **default.estimate(0, i).intervals}
+        terms = default.own(0, i)
+        plain = terms if default.time is None else others.own(0, i)
+        intervals = {**default.intervals(*terms), **others.intervals(*plain)}
         if world.cell.target == "future":
             assert default.time is not None
             forecast = default.time.forecast(default.timed(0, i).value)

@@ -39,7 +39,7 @@ from offtower.evaluation.intervals.methods import (
     need_rows,
     round_up,
 )
-from offtower.evaluation.intervals.statistics import Functional, Statistics, finish, fit
+from offtower.evaluation.intervals.statistics import Functional, Statistics, finish, fit, once
 from offtower.evaluation.rows import Array
 
 USEFUL = 3.0
@@ -68,8 +68,9 @@ class InfluenceMoments:
     low: float
     high: float
 
-    @classmethod
-    def of(cls, functional: Functional, statistics: Statistics) -> InfluenceMoments | None:
+    @staticmethod
+    @once
+    def of(functional: Functional, statistics: Statistics) -> InfluenceMoments | None:
         """The moments; None where the functional does not vary between rows."""
         functional = fit(functional, statistics)
         count, total = unit_sums(statistics)
@@ -83,7 +84,7 @@ class InfluenceMoments:
         square = influence * influence
         correction = units / (units - 1.0)
         second = (error / scale) ** 2
-        return cls(
+        return InfluenceMoments(
             statistics.count,
             units,
             min(units, max(_LEAST_UNITS, 3.0 * second**2 / float(square @ square))),

@@ -7,21 +7,21 @@ second moments of the terms.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, wraps
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from offtower.errors import OfftowerError
 from offtower.evaluation.intervals.linear import LinearFunctional
-from offtower.evaluation.intervals.poisson import poisson_weights
+from offtower.evaluation.intervals.replicates import Replicates
 from offtower.evaluation.intervals.row_groups import RowGroups
 from offtower.evaluation.intervals.time_sums import TimeSums
 from offtower.evaluation.intervals.user_sums import UserSums
 from offtower.evaluation.rows import Array, EvaluationRows
 
-_BLOCK_CELLS = 1 << 20
-"""Bootstrap weights drawn at a time."""
 _ROUNDING = 1e-13
 _INFLUENCE_ROUNDING = 1e-14
 
@@ -49,40 +49,6 @@ class Estimate:
 
     def to_dict(self) -> dict[str, float | int]:
         return {"value": self.value, "std_error": self.std_error, "n": self.n}
-
-
-@dataclass(frozen=True, eq=False)
-class Replicates:
-    """Bootstrap sums: per replicate the sum of weights (R,) and of weighted terms (R, k)."""
-
-    weight: Array
-    total: Array
-    seed: int
-    by_user: bool
-    keyed: bool
-
-    def merge(self, other: Replicates) -> Replicates:
-        if (self.seed, self.by_user, self.total.shape) != (
-            other.seed,
-            other.by_user,
-            other.total.shape,
-        ):
-            raise OfftowerError(
-                "bootstrap sums of two shards can be merged only if both were made with the same "
-                "seed, number of replicates and unit (rows or users)"
-            )
-        if not (self.keyed and other.keyed):
-            raise OfftowerError(
-                "bootstrap sums of shards need global row numbers: give EvaluationRows its 'row' "
-                "column (or 'user', for a bootstrap by user), or evaluate the log in one piece"
-            )
-        return Replicates(
-            self.weight + other.weight,
-            self.total + other.total,
-            self.seed,
-            self.by_user,
-            keyed=True,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +92,7 @@ class Statistics:
         row_weights: of rows with weights; None where every row counts once.
         groups: sums by group of rows, or None.
         time: sums by bin of time, or None.
+        found: what functions marked with `once` have computed from these sums.
     """
 
     n: int
@@ -140,18 +107,25 @@ class Statistics:
     row_weights: RowWeightSums | None = None
     groups: RowGroups | None = None
     time: TimeSums | None = None
+    found: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The sums alone: what follows from them is computed again where they arrive."""
+        return {**self.__dict__, "found": {}}
 
     @property
     def count(self) -> float:
         """Sum of the rows' weights; their number where they have none."""
         return self.n if self.row_weights is None else self.row_weights.total
 
-    @property
+    @cached_property
     def mean(self) -> Array:
         """(k,) means of the terms."""
         if self.n == 0:
             raise OfftowerError("there are no rows to estimate from")
-        return (self.total + self.carry) / self.count
+        mean: Array = (self.total + self.carry) / self.count
+        mean.setflags(write=False)
+        return mean
 
     @property
     def covariance(self) -> Array:
@@ -306,30 +280,34 @@ def collect(
         terms.min(axis=0, initial=np.inf),
         terms.max(axis=0, initial=-np.inf),
         users,
-        _replicates(terms, rows, replicates, seed, by_user) if replicates else None,
+        Replicates.of(terms, rows, replicates, seed, by_user) if replicates else None,
         row_weights,
         groups,
         time,
     )
 
 
-def _replicates(
-    terms: Array, rows: EvaluationRows, count: int, seed: int, by_user: bool
-) -> Replicates:
-    key = rows.user if by_user else rows.row
-    keyed = key is not None
-    key = np.arange(terms.shape[0], dtype=np.int64) if key is None else rows.of_unit(key)
-    weight, total = np.zeros(count), np.zeros((count, terms.shape[1]))
-    step = max(1, _BLOCK_CELLS // count)
-    for start in range(0, terms.shape[0], step):
-        drawn = poisson_weights(key[start : start + step], count, seed).astype(np.float64)
-        if rows.row_weight is not None:
-            drawn *= rows.row_weight[start : start + step, None]
-        weight += drawn.sum(axis=0)
-        total += drawn.T @ terms[start : start + step]
-    return Replicates(weight, total, seed, by_user, keyed)
+Found = TypeVar("Found")
 
 
+def once(
+    function: Callable[[Functional, Statistics], Found],
+) -> Callable[[Functional, Statistics], Found]:
+    """Keep what the function returns with the statistics: values, errors and intervals of one
+    functional need the same fit and the same moments."""
+
+    @wraps(function)
+    def kept(functional: Functional, statistics: Statistics) -> Found:
+        key = function, functional
+        if key not in statistics.found:
+            statistics.found[key] = function(functional, statistics)
+        found: Found = statistics.found[key]
+        return found
+
+    return kept
+
+
+@once
 def fit(functional: Functional, statistics: Statistics) -> Functional:
     """The functional with the coefficients that it takes from the sums, by its method `fitted`; a
     functional without that method takes none."""
@@ -337,6 +315,7 @@ def fit(functional: Functional, statistics: Statistics) -> Functional:
     return functional if fitted is None else fitted(statistics)
 
 
+@once
 def finish(functional: Functional, statistics: Statistics) -> Estimate:
     """Value and delta-method standard error; by user where the statistics hold users."""
     mean, functional = statistics.mean, fit(functional, statistics)
