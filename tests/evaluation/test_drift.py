@@ -14,7 +14,7 @@ from offtower.data.log import Log
 from offtower.errors import ConfigError, DataError
 from offtower.evaluation import EvaluationRows, evaluate_rows
 from offtower.evaluation.drift import TimeGrid
-from offtower.evaluation.drift.forecast import predict
+from offtower.evaluation.drift.forecast import INTEGRATED_WALKS, RANDOM_WALKS, predict
 from offtower.evaluation.drift.hypotheses import drift_p, holm
 from offtower.evaluation.drift.serial import widening
 from offtower.evaluation.drift.series import Series
@@ -179,6 +179,25 @@ def test_the_prediction_without_a_walk_is_that_of_least_squares() -> None:
     from scipy.stats import norm
 
     assert float(found.weight @ norm.cdf(z)) == pytest.approx(0.9)
+
+
+def test_the_prediction_of_an_integrated_walk_is_its_conditional_mean() -> None:
+    """Against a sum of a walk's small steps, with almost flat priors of the coefficients."""
+    grid, value = grid_of(), np.random.default_rng(12).normal(size=42)
+    steps, unit, rho = 4_000, 1.0 / 42.0, INTEGRATED_WALKS[0]
+    end = 1.0 + 0.5 * grid.future_length
+    time = np.append(grid.time, end)
+    at = np.arange(steps) * (end / steps)
+    # A step at u adds its size times the time that is left to the integral.
+    reach = np.maximum(0.0, time[:, None] - at - 0.5 * end / steps) * (end / steps) ** 0.5
+    design = np.vstack([grid.design, grid.future_design])
+    covariance = 3.0 * rho**2 * unit * reach @ reach.T + 1e4 * design @ design.T
+    inside = covariance[:-1, :-1] + np.eye(42)
+    weight = np.linalg.solve(inside, covariance[:-1, -1])
+    found, number = predict(grid, of_cells(value, 1.0)), 1 + len(RANDOM_WALKS)
+    assert found.mean[number] == pytest.approx(float(weight @ value), rel=1e-3)
+    left = covariance[-1, -1] - float(weight @ covariance[:-1, -1])
+    assert found.std_dev[number] == pytest.approx(left**0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "least"), [("level", 0.95), ("trend", 0.95), ("walk", 0.88)])
