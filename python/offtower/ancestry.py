@@ -24,7 +24,7 @@ from offtower.data.histories import HistoryBasis
 from offtower.errors import ConfigError, RunError
 from offtower.imports import code_paths
 from offtower.models.policy import TwoTowerPolicy
-from offtower.models.store import load_policy, policy_digest
+from offtower.models.store import load_policy, policy_digest, stored_config
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory, differences
 
@@ -191,20 +191,32 @@ def _id_feature(encoding: FeatureEncoding, catalogue: Catalogue) -> str | None:
     return None
 
 
-def check_same_towers(policy: TwoTowerPolicy, earlier: EarlierRun) -> None:
-    """Check that a policy has the layers of the earlier run's.
+def check_same_towers(policy: TwoTowerPolicy, config: Config) -> None:
+    """Check that a policy has the layers of that of `config.incremental.from_run`.
 
     Raises:
         ConfigError: names the settings that differ.
     """
-    before, after = (_layers(asdict(one.config)) for one in (earlier.policy, policy))
+    assert config.incremental.from_run is not None, "there is an earlier run"
+    directory = RunDirectory(config.incremental.from_run)
+    stored = stored_config(directory.policy, trust_code=code_paths(asdict(config.policy)))
+    before, after = (_layers(asdict(one)) for one in (stored, policy.config))
     found = differences(before, after)
-    if found:
+    if not found:
+        return
+    if "auto" in directory.manifest():
         raise ConfigError(
-            f"the policy of incremental.from_run '{earlier.directory.path}' has other layers, "
-            f"whose weights cannot be mapped: {', '.join('policy.' + one for one in found)}. Use "
-            "its settings, or train a new run without incremental.from_run"
+            f"objective=auto chose the policy of incremental.from_run '{directory.path}': an "
+            f"ensemble of {stored.context_tower.members} members, whose temperature was set on "
+            "held-out rows after training. Training on would need the members' own weights and "
+            "rows that they have not seen. Let auto choose anew on all logs that you keep, or "
+            "begin a series of daily runs with a named objective (docs/how-to/train-daily.md)"
         )
+    raise ConfigError(
+        f"the policy of incremental.from_run '{directory.path}' has other layers, "
+        f"whose weights cannot be mapped: {', '.join('policy.' + one for one in found)}. Use "
+        "its settings, or train a new run without incremental.from_run"
+    )
 
 
 def _layers(content: dict[str, Any]) -> dict[str, Any]:

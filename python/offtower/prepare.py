@@ -114,9 +114,16 @@ class PreparedData:
         return replace(self, items=items_to_device(self.items, device, max_bytes))
 
     def scan(
-        self, batch_rows: int, part: Literal["train", "validation"] = "train"
+        self,
+        batch_rows: int,
+        part: Literal["train", "validation"] = "train",
+        *,
+        sketched: bool = False,
     ) -> Iterator[EncodedRows]:
-        """Encoded rows of one log in the order of its files, about `batch_rows` at a time."""
+        """Encoded rows of one log in the order of its files, about `batch_rows` at a time.
+
+        sketched: also hash the rows' contents.
+        """
         log = self.train if part == "train" else self.validation
         assert log is not None, f"there is no {part} log"
         return scan(
@@ -125,6 +132,7 @@ class PreparedData:
             self.context_encoding,
             batch_rows,
             quarantine=self._quarantine_of(part),
+            sketched=sketched,
         )
 
     def batches(

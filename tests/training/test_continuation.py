@@ -270,6 +270,41 @@ def test_what_was_done_is_said(days: Days, runs: Path, tmp_path: Path) -> None:
     assert "the optimizer begins without state" in text and "no whole checkpoint" in text
 
 
+def test_a_resumed_run_leaves_the_earlier_weights_alone(
+    days: Days, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint has all weights and the optimizer's state."""
+    shutil.copytree(runs / "day-0", tmp_path / "day-0")
+    config = days.config(1, tmp_path)
+    with pytest.raises(StoppedError):
+        train_run(config, execution=Execution(interruption=StopAfter(2)))
+    monkeypatch.setattr("offtower.training.setup.continue_run", None)
+    train_run(config, resume=True)
+    assert_same_policy(tmp_path / "day-1", runs / "day-1")
+
+
+def test_copies_of_rows_behind_a_warm_start_are_found(
+    days: Days, runs: Path, tmp_path: Path
+) -> None:
+    """Also of the rows that chose the epoch of the policy before the last one."""
+    rows = log(200, range(20), range(10), seed=8)
+    write_log(tmp_path / "chose", [rows], ROWS)
+    write_log(tmp_path / "again", [rows.slice(0, 150)], ROWS)
+    policy = ""
+    for number in range(3):
+        before = [f"training.warm_start={policy}"] if number else []
+        validation = [f"data.validation={tmp_path / 'chose'}"] if not number else []
+        train_run(days.config(0, tmp_path, f"name=w{number}", *before, *validation))
+        policy = str(tmp_path / f"w{number}" / "policy")
+    sketch = RowSketch.of([rows.slice(0, 150)], ROWS)
+    found = with_copied_rows({}, {"new": evaluated(tmp_path / "w2")}, sketch, tmp_path / "again")
+    assert "a policy that it started from was trained on" in found["new"]
+    stored = RunDirectory(tmp_path / "w0").manifest()["validation_rows"]
+    assert stored == RowSketch.of([rows], ROWS).to_dict()
+    fresh = RowSketch.of([log(150, range(20), range(10), seed=10)], ROWS)
+    assert not with_copied_rows({}, {"new": evaluated(tmp_path / "w2")}, fresh, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
@@ -278,12 +313,14 @@ def test_what_was_done_is_said(days: Days, runs: Path, tmp_path: Path) -> None:
         ("policy.embedding_dim=6", ConfigError, r"policy.embedding_dim \(4 -> 6\)"),
         ("incremental.from_run=nowhere", RunError, "'nowhere' is no run"),
         ("name=day-0", RunError, "the run itself"),
+        ("incremental.replay.logs=[OWN]", DataError, "in common with data.train"),
         ("incremental.max_removed=0.1", DataError, "lacks 4 of the 20 items"),
     ],
 )
 def test_what_cannot_go_on_is_refused(
     change: str, kind: type[OfftowerError], message: str, days: Days, runs: Path
 ) -> None:
+    change = change.replace("OWN", str(days.folder / "log-1"))
     with pytest.raises(kind, match=message):
         train_run(days.config(1, runs, "name=new", change))
     assert not (runs / "new").exists()

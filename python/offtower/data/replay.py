@@ -127,12 +127,21 @@ def replay(
     """Open older logs and draw rows of them.
 
     Raises:
-        DataError: one cannot be read with the schema of `own`.
+        DataError: one cannot be read with the schema of `own`, or holds files of it or of another
+            one, whose rows would count twice.
     """
     older = {}
+    files = {"data.train": own.content.files} if isinstance(own, ParquetLog) else {}
     for place in places:
         try:
             older[place] = ParquetLog.open(place, own.schema)
         except DataError as error:
             raise DataError(f"incremental.replay.logs: {error}") from error
+        for name, known in files.items():
+            if shared := older[place].content.shared_files(known):
+                raise DataError(
+                    f"incremental.replay.logs: '{place}' has {shared} of its files in common with "
+                    f"{name}, and their rows would be read twice: leave it out of one of them"
+                )
+        files[f"'{place}'"] = older[place].content.files
     return ReplayLog(own, older, catalogue, share, seed)

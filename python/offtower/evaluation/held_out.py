@@ -80,6 +80,7 @@ def _copies(run: OpenRun, rows: RowSketch) -> str | None:
     sketches = {
         "train": trained_rows(run.directory.path),
         "validation": RowSketch.from_dict(manifest.get("validation_rows")),
+        "ancestors": RowSketch.from_dict(manifest.get("ancestor_rows")),
     }
     for part, sketch in sketches.items():
         shared = None if sketch is None else rows.shared(sketch)

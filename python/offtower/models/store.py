@@ -59,16 +59,41 @@ def load_policy(
         RunError: a file is missing, damaged, or of another format.
         UntrustedCodeError: the policy names another tower.
     """
+    config, facts = _read(directory, trust_code, verify=True)
+    encodings = (
+        FeatureEncoding.load(directory / "context_encoding"),
+        FeatureEncoding.load(directory / "item_encoding"),
+    )
+    try:
+        policy = TwoTowerPolicy(config, *encodings)
+    except (RuntimeError, MemoryError) as error:
+        path = directory / "policy.json"
+        raise RunError(f"the policy that '{path}' describes cannot be built: {error}") from error
+    load_weights(directory / "policy.safetensors", policy)
+    policy.eval()
+    return policy, facts
+
+
+def stored_config(directory: Path, *, trust_code: Collection[str] = ()) -> PolicyConfig:
+    """The sizes of a stored policy, without its weights; arguments and errors of `load_policy`."""
+    return _read(directory, trust_code, verify=False)[0]
+
+
+def _read(
+    directory: Path, trust_code: Collection[str], *, verify: bool
+) -> tuple[PolicyConfig, dict[str, Any]]:
+    """Sizes and facts of a policy. verify: compare all its files with their checksums."""
     path = directory / "policy.json"
     try:
         content = read_checked_json(path)
-        verify_directory(directory, "restore the folder from a copy, or train again")
+        if verify:
+            verify_directory(directory, "restore the folder from a copy, or train again")
         if content["format"] != _FORMAT:
             raise RunError(
                 f"'{path}' has format {content['format']}, this offtower reads {_FORMAT}"
             )
         check_code(content["policy"], path, trust_code)
-        config = _CONFIG.validate_python(content["policy"])
+        return _CONFIG.validate_python(content["policy"]), content["facts"]
     except FileNotFoundError:
         raise RunError(
             f"no policy at '{directory}': policy.json is missing. Did training finish?"
@@ -77,17 +102,6 @@ def load_policy(
         raise
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise RunError(f"'{path}' is damaged: {error}") from error
-    encodings = (
-        FeatureEncoding.load(directory / "context_encoding"),
-        FeatureEncoding.load(directory / "item_encoding"),
-    )
-    try:
-        policy = TwoTowerPolicy(config, *encodings)
-    except (RuntimeError, MemoryError) as error:
-        raise RunError(f"the policy that '{path}' describes cannot be built: {error}") from error
-    load_weights(directory / "policy.safetensors", policy)
-    policy.eval()
-    return policy, content["facts"]
 
 
 def policy_digest(directory: Path) -> str:

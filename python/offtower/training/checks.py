@@ -48,8 +48,10 @@ def check_continuation(config: Config) -> None:
         return
     if config.objective.name == "auto":
         raise ConfigError(
-            "objective.name=auto fits its candidates anew and chooses between them, so it cannot "
-            "go on from incremental.from_run: name an objective, such as that of the earlier run"
+            "objective.name=auto chooses between candidates on rows that none of them has seen; "
+            "those of an earlier run have seen the replayed rows, so it cannot go on from "
+            "incremental.from_run. Unset that, and let auto choose anew on all logs that you keep; "
+            "or name an objective, that of the earlier run"
         )
     if config.training.warm_start is not None or config.training.initialization != "random":
         raise ConfigError(

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offtower.ancestry import EarlierRun, check_same_towers, open_earlier_run
+from offtower.ancestry import EarlierRun, open_earlier_run
 from offtower.config import Config, to_dict
 from offtower.data.catalogue import Catalogue
 from offtower.data.extension import TableRows
@@ -144,14 +144,12 @@ def continue_run(
     """Fill a whole policy with the weights of `config.incremental.from_run`.
 
     Args:
-        policy: on the CPU, with the extended encodings.
+        policy: with the extended encodings and the earlier run's layers (`check_same_towers`).
 
     Raises:
-        ConfigError: it has other layers than the earlier run's.
         RunError: the earlier run cannot be read.
     """
     earlier = open_earlier_run(config)
-    check_same_towers(policy, earlier)
     assert data.rows is not None, "the encodings of a run that goes on are extended"
     origins = _origins(data.rows)
     map_weights(policy, earlier.policy, origins)

@@ -28,7 +28,7 @@ from offtower.metrics import MetricsLog
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.store import policy_digest, save_policy
-from offtower.prepare import PreparedData, open_data
+from offtower.prepare import PreparedData, open_data, trained_rows
 from offtower.progress import Progress
 from offtower.run_claim import ClaimedRun, claim_run
 from offtower.run_directory import RunDirectory
@@ -178,7 +178,8 @@ def train_claimed(
             "device": describe_device(data.device),
             "metrics_lines": len(metrics.lines),
         }
-        _finish(run, config, data, Trained(policy, result, began, facts))
+        sketch = None if setup.validate is None else setup.validate.sketch
+        _finish(run, config, data, Trained(policy, result, began, facts, sketch))
 
     workers.on_first(finish)
     metrics.close()
@@ -227,12 +228,14 @@ def _reward_model(
 
 @dataclass(frozen=True)
 class Trained:
-    """A policy, its history, the time at which training began, and facts for the manifest."""
+    """A policy, its history, the time at which training began, facts for the manifest, and the
+    sketch of the validation log where it was read."""
 
     policy: TwoTowerPolicy
     result: TrainingResult
     began: float
     facts: dict[str, Any]
+    sketch: RowSketch | None = None
 
 
 def _finish(run: ClaimedRun, config: Config, data: PreparedData, trained: Trained) -> None:
@@ -255,7 +258,8 @@ def _finish(run: ClaimedRun, config: Config, data: PreparedData, trained: Traine
         {
             **facts,
             "data_files": _data_files(config, used),
-            "validation_rows": _validation_rows(used),
+            "validation_rows": _validation_rows(used, trained.sketch),
+            "ancestor_rows": _ancestor_rows(config),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "eligible": data.train.schema.to_dict()["eligible"],
@@ -320,15 +324,33 @@ def _data_files(config: Config, used: Sequence[UsedLog]) -> dict[str, list[str]]
     return {**files, "ancestors": sorted(ancestors)} if ancestors else files
 
 
-def _validation_rows(used: Sequence[UsedLog]) -> dict[str, str] | None:
+def _validation_rows(used: Sequence[UsedLog], sketch: RowSketch | None) -> dict[str, str] | None:
     """Sketch of the rows that the epoch was chosen on, by which copies of them are found in other
-    logs; reads them once."""
+    logs; None where no epoch was chosen.
+
+    sketch: of the validations; without one, as when a run resumes after the last, they are read.
+    """
     log = next((one.log for one in used if one.part == "validation"), None)
     if log is None:
         return None
-    groups = range(len(log.row_group_sizes))
-    tables = log.read_row_groups(groups, sketched_columns(log.schema))
-    return RowSketch.of(tables, log.schema).to_dict()
+    if sketch is None:
+        groups = range(len(log.row_group_sizes))
+        tables = log.read_row_groups(groups, sketched_columns(log.schema))
+        sketch = RowSketch.of(tables, log.schema)
+    return sketch.to_dict()
+
+
+def _ancestor_rows(config: Config) -> dict[str, str] | None:
+    """Sketch of the rows that policies which this one started from were learned from or chosen on;
+    None without any."""
+    found = RowSketch.empty()
+    for policy in earlier_folders(config):
+        run = Path(policy).parent
+        manifest = RunDirectory(run).manifest()
+        stored = (manifest.get(key) for key in ("validation_rows", "ancestor_rows"))
+        for sketch in (trained_rows(run), *map(RowSketch.from_dict, stored)):
+            found = found if sketch is None else found.merge(sketch)
+    return found.to_dict() if found.key.size else None
 
 
 def _quarantine_facts(data: PreparedData) -> dict[str, Any]:

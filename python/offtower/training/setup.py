@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
+from offtower.ancestry import check_same_towers
 from offtower.config import Config
 from offtower.errors import ConfigError
 from offtower.models.policy import TwoTowerPolicy
@@ -47,7 +47,7 @@ from offtower.training.reference_policy import ReferencePolicy
 from offtower.training.sampled import SampledTerms, build_proposal
 from offtower.training.step import ReplicatedStep, TrainedPolicy, TrainingStep
 from offtower.training.suitability import suitability_notes
-from offtower.training.trainer import OptimizerStart, Trainer, TrainingOutputs
+from offtower.training.trainer import Start, Trainer, TrainingOutputs
 from offtower.training.two_stage import build_two_stage
 from offtower.training.validation import RowScorer, Validator
 from offtower.training.workers import Workers
@@ -76,8 +76,9 @@ class TrainingSetup:
     shard: ItemShard | None = None
     """This worker's items under training.strategy=item_sharded."""
     owned_rows: OwnedRows = field(default_factory=OwnedRows)
-    start: OptimizerStart | None = None
-    """Gives the optimizer a state before the first step; None leaves it without."""
+    start: Start | None = None
+    """Takes weights and optimizer state over from an earlier run; not called by a run that resumes
+    from a checkpoint, which has both."""
 
     @property
     def policy(self) -> TwoTowerPolicy:
@@ -139,10 +140,14 @@ def _replicated(inputs: SetupInputs) -> TrainingSetup:
         warm_start(policy, Path(config.training.warm_start))
     if config.training.initialization == "uniform":
         initialize_uniform(policy)
-    start: OptimizerStart | None = None
+    start: Start | None = None
     if config.incremental.from_run is not None:
-        earlier = continue_run(config, data, policy, inputs.progress)
-        start = partial(earlier.fill_optimizer, policy=policy, rows={})
+        check_same_towers(policy, config)
+
+        def start(optimizer: torch.optim.Optimizer) -> None:
+            earlier = continue_run(config, data, policy, inputs.progress)
+            earlier.fill_optimizer(optimizer, policy, {})
+
     proposal = build_proposal(config, objective, data, policy, inputs.progress)
     step = ReplicatedStep(
         trained,
@@ -232,14 +237,18 @@ def _item_sharded(inputs: SetupInputs) -> TrainingSetup:
     policy = sharded_policy(config.policy, data, shard, workers)
     if config.training.initialization == "uniform":
         initialize_uniform(policy)
-    start: OptimizerStart | None = None
+    start: Start | None = None
     if config.incremental.from_run is not None:
-        # Every worker maps the whole tables, and keeps its items' rows of them.
-        whole = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
-        earlier = continue_run(config, data, whole, inputs.progress)
-        rows_of = owned_table_rows(policy, shard)
-        fill_from_whole(policy, whole, rows_of)
-        start = partial(earlier.fill_optimizer, policy=policy, rows=rows_of)
+        check_same_towers(policy, config)
+
+        def start(optimizer: torch.optim.Optimizer) -> None:
+            # Every worker maps the whole tables, and keeps its items' rows of them.
+            whole = TwoTowerPolicy(config.policy, data.context_encoding, data.item_encoding)
+            earlier = continue_run(config, data, whole, inputs.progress)
+            rows_of = owned_table_rows(policy, shard)
+            fill_from_whole(policy, whole, rows_of)
+            earlier.fill_optimizer(optimizer, policy, rows_of)
+
     model = (
         None
         if reward_model is None

@@ -34,7 +34,7 @@ from offtower.training.validation import ValidationScore, Validator
 EpochHook = Callable[[TwoTowerPolicy, int], dict[str, float]]
 """Called after each epoch with the policy on the CPU; its result is only added to the metrics."""
 
-OptimizerStart = Callable[[torch.optim.Optimizer], None]
+Start = Callable[[torch.optim.Optimizer], None]
 """Gives a new optimizer its state."""
 
 
@@ -82,7 +82,8 @@ class Trainer:
         step: the loss of a batch, with the policy that is trained in place.
         validate: scores the policy on the validation log; None keeps the last epoch's weights.
         outputs: where to write.
-        start: called with the optimizer of a run that does not resume.
+        start: called with the optimizer before the first step, unless a checkpoint is loaded; sets
+            the weights too.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Trainer:
         *,
         validate: Validator | None = None,
         outputs: TrainingOutputs | None = None,
-        start: OptimizerStart | None = None,
+        start: Start | None = None,
     ) -> None:
         self.config = config
         self.policy = step.policy
@@ -113,7 +114,7 @@ class Trainer:
             _table_updates(self._settings, sampled=step.proposal is not None),
             self._settings.table_learning_rate,
         )
-        self._optimizer_start = start
+        self._take_over = start
         self._rate = LearningRate(self._settings, self._optimizer)
         self._temperature = Temperature(self._settings, self.policy)
         share = self._settings.weight_average
@@ -205,8 +206,8 @@ class Trainer:
                 self._metrics.resume_at(progression.step, epoch - progression.epoch_ends, lines)
                 self._progress.note(f"continuing from the checkpoint of step {progression.step:,}")
                 return progression
-        if self._optimizer_start is not None:
-            self._optimizer_start(self._optimizer)
+        if self._take_over is not None:
+            self._take_over(self._optimizer)
         self._metrics.restart()
         return Progression(cursor=Cursor(epoch=0, window=0, batch=0))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from offtower.config import Config, TrainingConfig
+from offtower.data.row_sketch import RowSketch
 from offtower.data.rows import EncodedRows
 from offtower.evaluation.estimators import make_estimator
 from offtower.evaluation.intervals import simultaneous_confidence
@@ -94,16 +95,16 @@ class Validator:
         self._reward_range = data.validation.schema.reward_range
         # Small logs are encoded once.
         small = data.validation.num_rows <= _KEPT_ROWS
-        self._batches = list(data.scan(_SCAN_ROWS, "validation")) if small else None
+        self.sketch: RowSketch | None = None
+        """Of the validation log, once it has been read."""
+        self._batches = list(self._scan()) if small else None
 
     def __call__(self, policy: TwoTowerPolicy) -> ValidationScore:
         scorer = self._scorer(policy)
         model = self._reward_model
         parts = [
             _scored(scorer, batch, model, one_a_round=isinstance(scorer, PolicyScorer))
-            for number, batch in enumerate(
-                self._batches or self._data.scan(_SCAN_ROWS, "validation")
-            )
+            for number, batch in enumerate(self._batches or self._scan())
             if not self._spread or number % self._workers.size == self._workers.rank
         ]
         if self._spread:
@@ -128,6 +129,18 @@ class Validator:
             estimator=self._estimator_name,
             effective_sample_size=float(weight.sum()) ** 2 / square if square > 0 else 0.0,
         )
+
+    def _scan(self) -> Iterator[EncodedRows]:
+        """The log's batches; the first pass also makes its sketch."""
+        if self.sketch is not None:
+            yield from self._data.scan(_SCAN_ROWS, "validation")
+            return
+        sketch = RowSketch.empty()
+        for batch in self._data.scan(_SCAN_ROWS, "validation", sketched=True):
+            assert batch.content is not None, "the scan is sketched"
+            sketch = sketch.with_keys(batch.content)
+            yield replace(batch, content=None)
+        self.sketch = sketch
 
 
 def _scored(
