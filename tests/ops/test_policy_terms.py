@@ -20,7 +20,7 @@ from offtower.ops import (
     policy_terms,
     reference,
 )
-from offtower.ops.library import policy_arguments, policy_terms_op
+from offtower.ops.library import policy_arguments, policy_terms_forward, policy_terms_op
 from offtower.ops.types import Operands, RewardOperands
 
 KINDS = ("none", "dense", "identity", "sigmoid")
@@ -208,6 +208,13 @@ def test_opcheck_and_gradcheck(kind: str) -> None:
     u, v, b = p.leaves()
     x = Operands(u, v, p.action, 0.7, b, RewardOperands.of(p.reward))
     torch.library.opcheck(policy_terms_op, (True, "reference", *policy_arguments(x)))
+    # Eager calls pass the dispatcher by, with the same bits.
+    registered = policy_terms_op(True, "reference", *policy_arguments(x))
+    eager = policy_terms_forward(x, True, "reference")
+    for one, other in zip(registered, eager, strict=True):
+        assert torch.equal(one, other)
+    gradients = [torch.autograd.grad(one[0].sum(), (u, v, b)) for one in (registered, eager)]
+    assert all(map(torch.equal, *gradients))
 
     def terms(u: Tensor, v: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         return tuple(x for x in outputs(p.fused(u, v, b)) if x is not None)

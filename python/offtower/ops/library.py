@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from offtower.ops import cores
 from offtower.ops.checks import check_action_range
@@ -60,13 +61,16 @@ def policy_arguments(x: Operands) -> tuple[Any, ...]:
 
 def policy_terms_forward(x: Operands, entropy: bool, backend: str) -> ForwardResults:
     """All terms; differentiable in the embeddings and the item bias."""
-    return ForwardResults(*policy_terms_op(entropy, backend, *policy_arguments(x)))
+    call = _EagerTerms.apply if _is_eager(x.context) else policy_terms_op
+    return ForwardResults(*call(entropy, backend, *policy_arguments(x)))
 
 
 def policy_terms_backward(
     x: Operands, forward: ForwardStatistics, g: Cotangents, needs: Needs, backend: str
 ) -> Gradients:
     """Gradients over the items of `x`, which may be a slice of those of `forward`."""
+    if _is_eager(x.context):
+        return cores.choose_core(backend, x).backward(x, forward, g, needs)
     found = policy_terms_backward_op(*forward, *g, *needs, backend, *policy_arguments(x))
     return Gradients(
         *(value if needed else None for value, needed in zip(found, needs, strict=True))
@@ -80,6 +84,10 @@ def policy_terms_backward(
 )
 def policy_terms_op(entropy: bool, backend: str, *policy: Any) -> tuple[Tensor, ...]:
     """-> `ForwardResults`."""
+    return _forward(entropy, backend, *policy)
+
+
+def _forward(entropy: bool, backend: str, *policy: Any) -> tuple[Tensor, ...]:
     x = _operands(*policy)
     check_action_range(x.action, x.items)
     check_eligible_action(x.eligible, x.action, x.items)
@@ -157,6 +165,32 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 policy_terms_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _EagerTerms(torch.autograd.Function):
+    """The operator past torch's dispatcher, which takes three times as long as the terms of a small
+    batch and a few items."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *gradients)
+
+
+def _is_eager(context: Tensor) -> bool:
+    """Whether nothing traces, transforms or intercepts operators."""
+    return not (
+        torch.compiler.is_compiling()
+        or type(context) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _operands(
