@@ -103,17 +103,23 @@ class World:
         """A day's log."""
         rng = np.random.default_rng([self.seed, 1, day])
         context, item = self.contexts(self.rows, 2, day), self.catalogue(day)
-        probability = self.logging(context, item)
-        drawn = (probability.cumsum(axis=1) < rng.random((self.rows, 1))).sum(axis=1)
-        drawn = np.minimum(drawn, len(item) - 1)
-        row = np.arange(self.rows)
-        reward = rng.random(self.rows) < self.reward(context, item)[row, drawn]
+        point = rng.random((self.rows, 1))
+        luck = rng.random(self.rows)
+        drawn, pscore, expected = np.zeros(self.rows, np.int64), np.zeros(self.rows), luck.copy()
+        for start in range(0, self.rows, 2000):
+            part = slice(start, start + 2000)
+            probability = self.logging(context[part], item)
+            chosen = (probability.cumsum(axis=1) < point[part]).sum(axis=1)
+            chosen = np.minimum(chosen, len(item) - 1)
+            row = np.arange(len(chosen))
+            drawn[part], pscore[part] = chosen, probability[row, chosen]
+            expected[part] = self.reward(context[part], item)[row, chosen]
         return pa.table(
             {
                 "person": list(context),
                 "item": item[drawn],
-                "reward": reward.astype(np.float64),
-                "pscore": probability[row, drawn],
+                "reward": (luck < expected).astype(np.float64),
+                "pscore": pscore,
             }
         )
 
@@ -154,6 +160,7 @@ class Study:
             "training": {
                 "batch_size": 256,
                 "learning_rate": 3e-3,
+                "decay": "cosine",
                 "checkpoint_every_seconds": 1e6,
                 "measure_terms": False,
                 "threads": 1,
@@ -262,19 +269,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--days", type=int, default=30)
     parser.add_argument("--every", type=int, default=15, help="days between full runs")
-    parser.add_argument("--full-epochs", type=int, default=15)
-    parser.add_argument("--daily-epochs", type=int, default=4)
-    parser.add_argument("--share", type=float, default=0.4, help="of replayed rows")
+    parser.add_argument("--items", type=int, default=200, help="of a day")
+    parser.add_argument("--rows", type=int, default=2000, help="of a day's log")
+    parser.add_argument("--full-epochs", type=int, default=40)
+    parser.add_argument("--daily-epochs", type=int, default=8)
+    parser.add_argument("--share", type=float, default=0.7, help="of replayed rows")
     parser.add_argument("--set", action="append", default=[], help="settings of the daily runs")
+    parser.add_argument("--set-all", action="append", default=[], help="settings of all runs")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     daily = (
         f"training.epochs={options.daily_epochs}",
         f"incremental.replay.share={options.share}",
+        *options.set_all,
         *options.set,
     )
-    full = (f"training.epochs={options.full_epochs}",)
+    full = (f"training.epochs={options.full_epochs}", *options.set_all)
     found: dict[str, Any] = {
         "seed": options.seed,
         "daily": [],
@@ -283,7 +294,8 @@ def main() -> None:
         "baselines": [],
     }
     with tempfile.TemporaryDirectory() as folder:
-        study = Study(World(options.seed, options.days), Path(folder), daily, full)
+        world = World(options.seed, options.days, options.items, options.rows)
+        study = Study(world, Path(folder), daily, full)
         for day in range(options.days):
             study.write_day(day)
             found["daily"].append(study.run_daily("daily", day, daily))

@@ -2,7 +2,9 @@
 
 The reward of a simulated world depends on the histories of its contexts; 20,000 rows are logged
 with known propensities. The values of the policies that are learned from them are exact sums over
-all items, averaged over the same 4,000 new contexts, with the standard errors of their differences.
+all items, averaged over the same 4,000 new contexts, with the standard errors of their differences
+to that of the first encoder.
+`auto` chooses its objective and towers; it takes the encoder from the configuration.
 
     python benchmarks/histories.py --objectives weighted_likelihood dr --json histories.json
 """
@@ -15,6 +17,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -95,6 +98,7 @@ class Task:
             self.contexts,
             lambda some: policy.embed_contexts(to_tensors(policy.context_encoding.encode(some))),
             items.embedding,
+            temperature=policy.temperature,
             item_bias=items.bias,
         )
 
@@ -102,17 +106,22 @@ class Task:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--objectives", nargs="+", default=["weighted_likelihood"])
+    parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=list(ENCODERS))
+    parser.add_argument("--rows", type=int, default=20_000, help="of the log")
     parser.add_argument("--seed", type=int, default=5, help="of the world")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    lines = []
+    lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         world = history_world(HistorySettings(length=8), options.seed)
-        task = Task(world, Path(folder))
+        task = Task(world, Path(folder), options.rows)
         task.write()
+        logging = world.logging_rewards(task.contexts).mean()
+        lines.append({"policy": "logging", "value": float(logging)})
+        print(json.dumps(lines[-1]), flush=True)
         for objective in options.objectives:
             without: NDArray[np.float64] | None = None
-            for encoder in ENCODERS:
+            for encoder in options.encoders:
                 found = task.rewards(objective, encoder)
                 without = found if without is None else without
                 gain = found - without

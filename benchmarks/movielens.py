@@ -37,10 +37,9 @@ from offtower.data.features import BagArray, take_bag
 from offtower.data.histories import HistoryBasis
 from offtower.data.schema import FeatureSpec
 from offtower.models import TwoTowerPolicy
-from offtower.models.features import FeatureTensors
+from offtower.models.features import FeatureTensors, embedding_tables
 from offtower.models.histories import HistoryEncoder
 from offtower.models.items import ItemEmbeddings, ItemFeatures
-from offtower.models.optimizer import make_optimizer
 from offtower.models.towers import MLPBody
 from offtower.ops import policy_terms, sampled_policy_terms
 from offtower.seeds import derive_seed
@@ -246,6 +245,25 @@ def loss_of(task: Task, users: NDArray[np.int64], seed: int) -> Tensor:
     return -terms.log_prob.sum()
 
 
+def _optimizer(policy: TwoTowerPolicy, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW as in the reference. That one draws embeddings of deviation .02 and multiplies them by
+    the root of their width where histories read them; here they are drawn of the product's size,
+    and Adam's steps of them are multiplied instead, which is the same model."""
+    tables = [layer.weight for layer in embedding_tables(policy)]
+    ids = {id(weight) for weight in tables}
+    groups = [
+        {"params": [one for one in policy.parameters() if id(one) not in ids]},
+        {"params": tables, "lr": options.learning_rate * options.width**0.5},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=options.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=options.weight_decay,
+        fused=True,
+    )
+
+
 @torch.no_grad()
 def evaluate(task: Task) -> dict[str, dict[str, float]]:
     """Metrics of the held-out items' ranks among all items, and among those not rated before."""
@@ -280,9 +298,7 @@ class Run:
     def __init__(self, task: Task, folder: Path) -> None:
         self.task, self.folder = task, folder
         options = task.options
-        self.optimizer = make_optimizer(
-            "adamw", task.policy, options.learning_rate, options.weight_decay
-        )
+        self.optimizer = _optimizer(task.policy, options)
         self.lines: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
         state, lines = folder / "state.safetensors", folder / "epochs.jsonl"
