@@ -72,7 +72,8 @@ struct ListSums {
 
 // (rows,) float32 each; null where not asked for.
 //
-// Sums over items are relative to the row's reference_max, its largest logit or up to 1 less:
+// Sums over items are relative to the row's reference_max, its largest logit or up to 1 less (7
+// without the entropy):
 // total = sum_j exp(s_j - reference_max), reward_sum = sum_j exp(s_j - reference_max) q_j,
 // centered_sum = sum_j exp(s_j - reference_max) (s_j - reference_max). Sums over slices of items
 // merge exactly.

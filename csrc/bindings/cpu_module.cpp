@@ -178,6 +178,6 @@ PYBIND11_MODULE(_cpu, m) {
         "Multiply-adds, counted as two, a second of all threads in registers alone.");
   m.def("uses_torch_threads", &uses_torch_threads,
         "Whether calls run on torch's OpenMP threads; else on threads of their own.");
-  m.def("isas", &isas, "Instruction sets that this library was built for, widest first.");
+  m.def("isas", &isas, "Instruction sets that this library was built for, fastest first.");
   m.def("isas_here", &isas_here, "Those that this machine runs.");
 }

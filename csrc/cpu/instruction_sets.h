@@ -37,10 +37,10 @@ const InstructionSet& avx512bf16();
 const InstructionSet& neon();
 #endif
 
-// Those that this library was built for, widest first.
+// Those that this library was built for, fastest first.
 std::vector<const InstructionSet*> built_sets();
 
-// The instruction set called `name`, or for "" the widest that this machine supports.
+// The instruction set called `name`, or for "" the fastest that this machine supports.
 // Throws std::invalid_argument for an unknown one or one that this machine lacks.
 const InstructionSet& choose_set(const char* name);
 

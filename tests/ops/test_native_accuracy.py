@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from offtower.ops import FactoredReward, available_instruction_sets, policy_terms, top_k
-from tests.ops.cases import KINDS, Case, check_errors
+from tests.ops.cases import KINDS, Case, Variant, check_errors
 
 pytestmark = pytest.mark.skipif(
     not available_instruction_sets(), reason="the native core is not built"
@@ -82,6 +82,31 @@ def test_huge_logits(isa: str, logit: float, items: int) -> None:
     assert (terms.log_prob.double() - wanted).abs().max() <= bar
     assert (terms.log_prob <= 0).all()
     assert terms.entropy is not None and (terms.entropy >= 0).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("kind", ["none", "sigmoid"])
+def test_errors_without_entropy(isa: str, scale: float, kind: str) -> None:
+    """Its kernels find logits far above the reference max in another way."""
+    for shape in SHAPES:
+        variant = Variant(entropy=False)
+        check_errors(shape, kind, torch.float32, scale, Case.native, seeds=(0, 1), variant=variant)
+
+
+@pytest.mark.parametrize("step", [-95.0, -30.0, -4.0, 4.0, 6.8, 7.0, 30.0, 1e30])
+def test_logits_that_rise_or_fall_from_item_to_item(isa: str, step: float) -> None:
+    """At every distance from the reference max, within the slack, beyond it, and subnormal."""
+    u = torch.tensor([[1.0], [0.5], [0.0]], requires_grad=True)
+    v = (step * torch.arange(100.0))[:, None].requires_grad_()
+    action = torch.tensor([99, 0, 50])
+    terms = policy_terms(u, v, action, backend="cpu")
+    (du, dv) = torch.autograd.grad(terms.log_prob.sum(), (u, v))
+    x, y = (t.detach().double().requires_grad_() for t in (u, v))
+    wanted = torch.log_softmax(x @ y.T, 1).gather(1, action[:, None])[:, 0]
+    assert (terms.log_prob <= 0).all()
+    torch.testing.assert_close(terms.log_prob.double(), wanted, rtol=1e-6, atol=1e-6)
+    for got, exact in zip((du, dv), torch.autograd.grad(wanted.sum(), (x, y)), strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=2e-6, atol=1e-7 * float(v.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

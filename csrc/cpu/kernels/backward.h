@@ -128,15 +128,17 @@ private:
       bool any = false;
       for (int64_t r = 0; r < rows; r += kBlock<A>) any |= block((row + r) / kBlock<A>, r, mine);
       if (kMasked && !any) continue;
+      const bool last = row + rows >= padded_rows_;
       if (out_.item != nullptr)
         accumulate<A, false>(mine.cotangents.by_row.get(), stride, context_panels(row),
                              kTileRows / A::kPair, rows / A::kPair, mine.item_gradient.get(),
-                             columns_, count, registers);
+                             columns_, count, registers,
+                             last ? items(o_.item, begin + kTileItems, count) : Prefetched());
       if (out_.context != nullptr)
         accumulate<A, true>(mine.cotangents.for_items(), mine.cotangents.item_stride(),
                             mine.item_panels.get(), kTileItems / A::kPair,
                             ceil_div(count, A::kPair), context_gradient + row * columns_, columns_,
-                            rows, registers);
+                            rows, registers, last ? items(out_.item, begin, rows) : Prefetched());
     }
     write_items(mine);
   }
@@ -165,6 +167,14 @@ private:
       block_cotangents<A, T, false, false, kMasked>(problem_, g, mine.tile, block, row_in_tile,
                                                     dense, bias, mine.eligible, out);
     return true;
+  }
+
+  // A tile of items, or of their gradient, that a product for so many rows fetches.
+  Prefetched items(const void* matrix, int64_t begin, int64_t product_rows) const {
+    const int64_t count = min(kTileItems, o_.items - begin);
+    if (matrix == nullptr || count <= 0) return {};
+    return {static_cast<const T*>(matrix) + begin * o_.dim,
+            count * o_.dim * static_cast<int64_t>(sizeof(T)), product_rows / kGroup * panels_};
   }
 
   // Of the rows from `row` on, a multiple of kTileRows.

@@ -22,8 +22,8 @@ constexpr int64_t kGroupRows = 256;       // that share a tile
 template <class A>
 constexpr int64_t kGroupBlocks = kGroupRows / kBlock<A>;
 constexpr float kInitialMax = -1e38f; // before any item
-// A logit may exceed the reference max by this much: more would cost the entropy digits, less would
-// move the reference too often.
+// A logit may exceed the reference max by this much (see also kChecksSum): more would cost the
+// entropy digits, less would move the reference too often.
 constexpr float kReferenceMaxSlack = 1.0f;
 
 // Sums of one row over a segment.
@@ -46,14 +46,15 @@ struct BlockSums {
   }
 
   // Adds the float32 sums of the last items to the float64 ones, which are relative to `base`.
+  template <bool kReward, bool kEntropy>
   void fold() {
     bool moved = false;
     for (int lane = 0; lane < L; ++lane) moved |= reference_max[lane] != base[lane];
     if (moved) rebase();
     for (int lane = 0; lane < L; ++lane) {
       total64[lane] += sum[lane];
-      reward64[lane] += reward[lane];
-      centered64[lane] += centered[lane];
+      if (kReward) reward64[lane] += reward[lane];
+      if (kEntropy) centered64[lane] += centered[lane];
       sum[lane] = reward[lane] = centered[lane] = 0.0f;
     }
   }
@@ -99,55 +100,103 @@ OFFTOWER_INLINE void raise_reference_max(const typename A::F (&top)[A::kColumns]
   }
 }
 
+template <class A, class T, int M>
+OFFTOWER_INLINE void score(const Problem<A, T>& problem, const ItemTile<A, T>& tile, int64_t item,
+                           int64_t block, Registers<A, M>& s) {
+  const int64_t stride = tile.row_source.stride();
+  affine<A, M>(tile.rows + item * stride, stride, tile.bias_at(item), problem.block(block),
+               problem.depth, problem.scale, s);
+}
+
+template <class A, int M>
+OFFTOWER_INLINE void max_of_items(const Registers<A, M>& s, typename A::F (&top)[A::kColumns]) {
+  OFFTOWER_UNROLL
+  for (int v = 0; v < A::kColumns; ++v) {
+    top[v] = s[0][v];
+    OFFTOWER_UNROLL
+    for (int m = 1; m < M; ++m) top[v] = A::max(top[v], s[m][v]);
+  }
+}
+
+// Whether the sum of a few items shows that a logit is far above the reference max, which costs
+// less than the largest of them. Exponentials have to overflow to infinity for that, and the
+// entropy needs the small slack.
+template <class A, bool kEntropy>
+constexpr bool kChecksSum = A::kHasPowerFactors && !kEntropy;
+constexpr float kMaxSum = 1024.0f; // so the slack is log(1024) = 6.9
+
+// Scores the items again, so that the usual path does not have to keep the logits.
+template <class A, class T, int M, bool kMasked>
+__attribute__((noinline, cold)) void raise_to_items(const Problem<A, T>& problem,
+                                                    const ItemTile<A, T>& tile, int64_t item,
+                                                    int64_t block, BlockSums<A>& sums,
+                                                    const EligibleTile<A>* eligible,
+                                                    int64_t first) {
+  Registers<A, M> s;
+  score<A, T, M>(problem, tile, item, block, s);
+  if constexpr (kMasked) mask<A, M>(*eligible, item - first, s);
+  typename A::F top[A::kColumns];
+  max_of_items<A, M>(s, top);
+  raise_reference_max<A>(top, sums);
+}
+
 // `eligible` has the bits of the items from `first` of the tile on; null without restriction.
 template <class A, class T, int M, bool kReward, bool kEntropy, bool kMasked>
 OFFTOWER_INLINE void add_items(const Problem<A, T>& problem, const ItemTile<A, T>& tile,
                                int64_t item, int64_t block, const float* dense, BlockSums<A>& sums,
                                const EligibleTile<A>* eligible, int64_t first) {
   constexpr int V = A::kColumns, W = A::kWidth;
-  Registers<A, M> s;
-  const int64_t stride = tile.row_source.stride();
-  affine<A, M>(tile.rows + item * stride, stride, tile.bias_at(item), problem.block(block),
-               problem.depth, problem.scale, s);
-  if constexpr (kMasked) mask<A, M>(*eligible, item - first, s);
-  typename A::F top[V];
-  uint32_t over = 0;
-  OFFTOWER_UNROLL
-  for (int v = 0; v < V; ++v) {
-    top[v] = s[0][v];
-    OFFTOWER_UNROLL
-    for (int m = 1; m < M; ++m) top[v] = A::max(top[v], s[m][v]);
-    over |= A::above(top[v], A::load(sums.limit + v * W));
-  }
-  if (__builtin_expect(over != 0, 0)) raise_reference_max<A>(top, sums);
-
   alignas(64) float mass[kReward ? M * kBlock<A> : 1];
+  // The M items are summed before they are added: two short sums have a smaller error than one
+  // long one.
+  typename A::F sum[V], centered[V];
+  for (bool raised = false;; raised = true) {
+    Registers<A, M> s;
+    score<A, T, M>(problem, tile, item, block, s);
+    if constexpr (kMasked) mask<A, M>(*eligible, item - first, s);
+    uint32_t over = 0;
+    if constexpr (!kChecksSum<A, kEntropy>) {
+      typename A::F top[V];
+      max_of_items<A, M>(s, top);
+      OFFTOWER_UNROLL
+      for (int v = 0; v < V; ++v) over |= A::above(top[v], A::load(sums.limit + v * W));
+      if (__builtin_expect(over != 0, 0)) raise_reference_max<A>(top, sums);
+    }
+    OFFTOWER_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const auto reference_max = A::load(sums.reference_max + v * W);
+      sum[v] = centered[v] = A::set(0.0f);
+      constexpr int G = interleaved(M);
+      OFFTOWER_UNROLL
+      for (int m = 0; m < M; m += G) {
+        typename A::F p[G];
+        OFFTOWER_UNROLL
+        for (int g = 0; g < G; ++g) p[g] = A::sub(s[m + g][v], reference_max);
+        if constexpr (!kReward && !kEntropy) {
+          sum[v] = add_exponentials<A, G>(p, sum[v]);
+          continue;
+        }
+        exponential<A, G>(p);
+        OFFTOWER_UNROLL
+        for (int g = 0; g < G; ++g) {
+          sum[v] = A::add(sum[v], p[g]);
+          if constexpr (kEntropy) {
+            const auto y = centered_log2<A>(s[m + g][v], reference_max);
+            centered[v] = A::fma(p[g], A::max(A::set(kLogProbFloor), y), centered[v]);
+          }
+          if constexpr (kReward) A::store(mass + (m + g) * kBlock<A> + v * W, p[g]);
+        }
+      }
+      if constexpr (kChecksSum<A, kEntropy>) over |= A::above(sum[v], A::set(kMaxSum));
+    }
+    if (!kChecksSum<A, kEntropy> || __builtin_expect(over == 0, 1) || raised) break;
+    raise_to_items<A, T, M, kMasked>(problem, tile, item, block, sums, eligible, first);
+  }
   OFFTOWER_UNROLL
   for (int v = 0; v < V; ++v) {
-    const auto reference_max = A::load(sums.reference_max + v * W);
-    // The M items are summed before they are added: two short sums have a smaller error than one
-    // long one.
-    auto sum = A::set(0.0f), centered = A::set(0.0f);
-    constexpr int G = interleaved(M);
-    OFFTOWER_UNROLL
-    for (int m = 0; m < M; m += G) {
-      typename A::F p[G];
-      OFFTOWER_UNROLL
-      for (int g = 0; g < G; ++g) p[g] = A::sub(s[m + g][v], reference_max);
-      exponential<A, G>(p);
-      OFFTOWER_UNROLL
-      for (int g = 0; g < G; ++g) {
-        sum = A::add(sum, p[g]);
-        if constexpr (kEntropy) {
-          const auto y = centered_log2<A>(s[m + g][v], reference_max);
-          centered = A::fma(p[g], A::max(A::set(kLogProbFloor), y), centered);
-        }
-        if constexpr (kReward) A::store(mass + (m + g) * kBlock<A> + v * W, p[g]);
-      }
-    }
-    A::store(sums.sum + v * W, A::add(A::load(sums.sum + v * W), sum));
+    A::store(sums.sum + v * W, A::add(A::load(sums.sum + v * W), sum[v]));
     if constexpr (kEntropy)
-      A::store(sums.centered + v * W, A::add(A::load(sums.centered + v * W), centered));
+      A::store(sums.centered + v * W, A::add(A::load(sums.centered + v * W), centered[v]));
   }
   if constexpr (kReward) {
     Registers<A, M> q;
@@ -193,7 +242,7 @@ void add_tile(const Problem<A, T>& problem, const ItemTile<A, T>& tile, int64_t 
     for (; i < stop; ++i)
       add_items<A, T, 1, kReward, kEntropy, kMasked>(problem, tile, i, block, at(i), sums, bits,
                                                      start);
-    sums.fold();
+    sums.template fold<kReward, kEntropy>();
   }
 }
 

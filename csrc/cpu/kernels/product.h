@@ -67,12 +67,29 @@ void accumulate_tile(const typename A::Unit* a, int64_t a_stride, const typename
   }
 }
 
+// Memory that is read or written soon, fetched bit by bit between products, which hide the wait for
+// it.
+struct Prefetched {
+  const char* at = nullptr;
+  int64_t lines = 0, lines_at_once = 0;
+
+  Prefetched() = default;
+  Prefetched(const void* memory, int64_t bytes, int64_t times)
+      : at(static_cast<const char*>(memory)), lines(ceil_div(bytes, 64)),
+        lines_at_once(ceil_div(lines, max(times, 1))) {}
+  void fetch() {
+    for (int64_t count = min(lines_at_once, lines); count > 0; --count, --lines, at += 64)
+      __builtin_prefetch(at, 0, 2);
+  }
+};
+
 template <class A, int V, bool kAcross>
 void accumulate_columns(const typename A::Unit* a, int64_t a_stride, const typename A::Unit* b,
-                        int64_t b_stride, int64_t depth, float* c, int64_t c_stride, int64_t rows) {
+                        int64_t b_stride, int64_t depth, float* c, int64_t c_stride, int64_t rows,
+                        Prefetched& prefetched) {
   const int64_t next = kAcross ? 1 : a_stride; // from one row of A to the next
   int64_t row = 0;
-  for (; row + kGroup <= rows; row += kGroup)
+  for (; row + kGroup <= rows; row += kGroup, prefetched.fetch())
     accumulate_tile<A, kGroup, V, kAcross>(a + row * next, a_stride, b, b_stride, depth,
                                            c + row * c_stride, c_stride);
   for (; row + 2 <= rows; row += 2)
@@ -88,21 +105,23 @@ void accumulate_columns(const typename A::Unit* a, int64_t a_stride, const typen
 template <class A, bool kAcross>
 void accumulate(const typename A::Unit* a, int64_t a_stride, const typename A::Unit* b,
                 int64_t room, int64_t depth, float* c, int64_t c_stride, int64_t rows,
-                int64_t registers) {
+                int64_t registers, Prefetched prefetched = {}) {
   constexpr int V = A::kColumns, W = A::kWidth;
   for (; registers >= V; registers -= V) {
-    accumulate_columns<A, V, kAcross>(a, a_stride, b, V * W, depth, c, c_stride, rows);
+    accumulate_columns<A, V, kAcross>(a, a_stride, b, V * W, depth, c, c_stride, rows, prefetched);
     b += room * V * W;
     c += V * W;
   }
   if constexpr (V > 3) {
     if (registers == 3)
-      accumulate_columns<A, 3, kAcross>(a, a_stride, b, 3 * W, depth, c, c_stride, rows);
+      accumulate_columns<A, 3, kAcross>(a, a_stride, b, 3 * W, depth, c, c_stride, rows,
+                                        prefetched);
     if (registers == 2)
-      accumulate_columns<A, 2, kAcross>(a, a_stride, b, 2 * W, depth, c, c_stride, rows);
+      accumulate_columns<A, 2, kAcross>(a, a_stride, b, 2 * W, depth, c, c_stride, rows,
+                                        prefetched);
   }
   if (registers == 1)
-    accumulate_columns<A, 1, kAcross>(a, a_stride, b, W, depth, c, c_stride, rows);
+    accumulate_columns<A, 1, kAcross>(a, a_stride, b, W, depth, c, c_stride, rows, prefetched);
 }
 
 } // namespace

@@ -11,6 +11,7 @@ namespace {
 struct Avx2 {
   static constexpr int kWidth = 8;
   static constexpr int kColumns = 2; // 12 of 16 registers accumulate
+  static constexpr bool kHasPowerFactors = false;
   using F = __m256;
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }

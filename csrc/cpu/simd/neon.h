@@ -11,6 +11,7 @@ namespace {
 struct Neon {
   static constexpr int kWidth = 4;
   static constexpr int kColumns = 4; // 24 of 32 registers accumulate
+  static constexpr bool kHasPowerFactors = false;
   using F = float32x4_t;
 
   static F load(const float* p) { return vld1q_f32(p); }

@@ -12,6 +12,7 @@ namespace {
 struct Portable {
   static constexpr int kWidth = 4;   // floats a register
   static constexpr int kColumns = 2; // registers side by side in a product: 12 of 16 accumulate
+  static constexpr bool kHasPowerFactors = false; // see Avx512
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
   typedef uint32_t U __attribute__((vector_size(16))); // sums of bits wrap; those of int32 must not

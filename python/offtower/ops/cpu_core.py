@@ -42,7 +42,7 @@ _MODULE, _STATUS = _load()
 
 
 def available_instruction_sets() -> tuple[str, ...]:
-    """Values that OFFTOWER_CPU_ISA may have on this machine, widest first."""
+    """Values that OFFTOWER_CPU_ISA may have on this machine, fastest first."""
     return tuple(_MODULE.isas_here()) if _MODULE is not None else ()
 
 
