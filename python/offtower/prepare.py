@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import pyarrow as pa
 import torch
 
 from offtower.ancestry import ROWS, EarlierRun, open_earlier_run
@@ -21,7 +19,6 @@ from offtower.checksums import (
 )
 from offtower.config import Config
 from offtower.data.catalogue import Catalogue
-from offtower.data.check import RowChecker
 from offtower.data.encoded_cache import EncodedCache
 from offtower.data.encoding import FeatureEncoding
 from offtower.data.encoding_fit import EncodingSums
@@ -30,35 +27,19 @@ from offtower.data.histories import HistoryBasis
 from offtower.data.loading import Loader
 from offtower.data.log import Log, ParquetLog
 from offtower.data.order import EpochOrder
-from offtower.data.profile import LogProfile, UnitSample
+from offtower.data.profile import LogProfile
 from offtower.data.reader import BatchReader, FoldOf, scan
-from offtower.data.replay import ReplayLog, replay
+from offtower.data.replay import replay
 from offtower.data.row_sketch import RowSketch
-from offtower.data.rows import EncodedRows, row_weights
+from offtower.data.rows import EncodedRows
 from offtower.data.schema import CatalogueSchema, LogSchema
 from offtower.data.shared_windows import Exchange
 from offtower.errors import ConfigError, RunError
+from offtower.log_sums import FittingPart, LogFacts, LogSums, item_part, log_part
 from offtower.models.device_items import items_to_device
-from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
+from offtower.models.items import ItemFeatures
 from offtower.progress import Progress
 from offtower.seeds import derive_seed
-
-
-@dataclass(frozen=True)
-class LogFacts:
-    """Facts from one pass over the training log."""
-
-    rows: int
-    binary_reward: bool
-    mean_reward: float
-    smallest_pscore: float | None
-    mean_row_weight: float = 1.0
-    """Of the rows' weights; 1 where they have none."""
-    row_sketch: dict[str, str] | None = None
-    """`RowSketch.to_dict` of the rows, and of those of the runs before, by which copies of them are
-    found in other logs."""
-    profile: dict[str, Any] | None = None
-    """`LogProfile.to_dict` of the rows, with which `offtower monitor` compares later logs."""
 
 
 @dataclass(frozen=True)
@@ -172,47 +153,96 @@ class PreparedData:
         return content
 
 
+@dataclass(frozen=True)
+class OpenedData:
+    """Logs and catalogue of a configuration, before encodings are fitted or restored."""
+
+    config: Config
+    train: Log
+    validation: Log | None
+    catalogue: Catalogue
+    run_path: Path | None
+
+    @classmethod
+    def open(cls, config: Config, progress: Progress, run_path: Path | None = None) -> OpenedData:
+        """Open the logs and the catalogue of `config.data`."""
+        schema = log_schema(config)
+        own = ParquetLog.open(config.data.train, schema)
+        validation = (
+            ParquetLog.open(config.data.validation, schema or own.schema)
+            if config.data.validation is not None
+            else None
+        )
+        catalogue = Catalogue.open(
+            config.data.catalogue, catalogue_schema(config), log_schema=own.schema
+        )
+        if config.serving.new_items is not None:
+            numbers = [spec.name for spec in catalogue.schema.features if spec.kind == "numeric"]
+            config.serving.new_items.check_feature(numbers)
+        if config.data.on_bad_rows == "quarantine" and run_path is None:
+            raise ConfigError(
+                "data.on_bad_rows=quarantine needs a run directory to write the rows to"
+            )
+        older = config.incremental.replay
+        train: Log = own
+        if older.logs:
+            seed = derive_seed(config.seed, "replay")
+            joined = replay(own, older.logs, catalogue, older.share, seed)
+            progress.note(
+                f"replaying {joined.replayed:,} rows of {len(older.logs)} older logs beside "
+                f"{own.num_rows:,} new ones; {joined.left_out:,} rows of items that have left are "
+                "out"
+            )
+            train = joined
+        return cls(config, train, validation, catalogue, run_path)
+
+    @property
+    def quarantine(self) -> Path | None:
+        """Folder for bad rows, with data.on_bad_rows=quarantine."""
+        if self.run_path is None or self.config.data.on_bad_rows != "quarantine":
+            return None
+        return self.run_path / "quarantine"
+
+    @property
+    def store(self) -> Path | None:
+        """Folder of the run's encodings."""
+        return None if self.run_path is None else self.run_path / "encodings"
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {"train": self.train.fingerprint, "catalogue": self.catalogue.fingerprint}
+
+    def part(self, progress: Progress, worker: tuple[int, int] = (0, 1)) -> FittingPart:
+        """Read this worker's share of the catalogue and of the training log: of worker r of R the
+        r-th of R runs of consecutive rows."""
+        items = item_part(self.catalogue, worker)
+        return FittingPart(
+            items, log_part(self.train, self.catalogue, self.quarantine, progress, worker)
+        )
+
+    def fit(self, parts: Sequence[FittingPart] | None, progress: Progress) -> Encodings:
+        """Fit encodings on the parts of all workers, or on what this process reads; store them."""
+        earlier = (
+            None if self.config.incremental.from_run is None else open_earlier_run(self.config)
+        )
+        found = _fit(self.train, self.catalogue, progress, self.quarantine, earlier, parts)
+        if self.store is not None:
+            _save(self.store, self.fingerprints, found)
+        return found
+
+    def restored(self) -> Encodings | None:
+        """The run's stored encodings; None where there are none."""
+        return None if self.store is None else _restore(self.store, self.fingerprints)
+
+    def prepared(self, found: Encodings) -> PreparedData:
+        return _prepared(self.train, self.validation, self.catalogue, found, self.quarantine)
+
+
 def open_data(config: Config, progress: Progress, run_path: Path | None = None) -> PreparedData:
     """Open the logs and catalogue of `config.data`; fit encodings or restore those of the run."""
-    schema = log_schema(config)
-    own = ParquetLog.open(config.data.train, schema)
-    validation = (
-        ParquetLog.open(config.data.validation, schema or own.schema)
-        if config.data.validation is not None
-        else None
-    )
-    catalogue = Catalogue.open(
-        config.data.catalogue, catalogue_schema(config), log_schema=own.schema
-    )
-    if config.serving.new_items is not None:
-        numbers = [spec.name for spec in catalogue.schema.features if spec.kind == "numeric"]
-        config.serving.new_items.check_feature(numbers)
-    quarantine = (
-        run_path / "quarantine"
-        if run_path is not None and config.data.on_bad_rows == "quarantine"
-        else None
-    )
-    if config.data.on_bad_rows == "quarantine" and quarantine is None:
-        raise ConfigError("data.on_bad_rows=quarantine needs a run directory to write the rows to")
-    older = config.incremental.replay
-    train: Log = own
-    if older.logs:
-        seed = derive_seed(config.seed, "replay")
-        joined = replay(own, older.logs, catalogue, older.share, seed)
-        progress.note(
-            f"replaying {joined.replayed:,} rows of {len(older.logs)} older logs beside "
-            f"{own.num_rows:,} new ones; {joined.left_out:,} rows of items that have left are out"
-        )
-        train = joined
-    store = None if run_path is None else run_path / "encodings"
-    fingerprints = {"train": train.fingerprint, "catalogue": catalogue.fingerprint}
-    found = None if store is None else _restore(store, fingerprints)
-    if found is None:
-        earlier = None if config.incremental.from_run is None else open_earlier_run(config)
-        found = _fit(train, catalogue, progress, quarantine, earlier)
-        if store is not None:
-            _save(store, fingerprints, found)
-    return _prepared(train, validation, catalogue, found, quarantine)
+    opened = OpenedData.open(config, progress, run_path)
+    found = opened.restored()
+    return opened.prepared(opened.fit(None, progress) if found is None else found)
 
 
 def prepare(
@@ -229,44 +259,35 @@ def _fit(
     progress: Progress,
     quarantine: Path | None = None,
     earlier: EarlierRun | None = None,
+    parts: Sequence[FittingPart] | None = None,
 ) -> Encodings:
-    """Fit the encodings, or extend those of an earlier run."""
-    items = EncodingSums.of(
-        catalogue.schema.features,
-        (
-            catalogue.table(start, min(start + DEFAULT_CHUNK, catalogue.num_items))
-            for start in range(0, catalogue.num_items, DEFAULT_CHUNK)
-        ),
-        None,
-    )
+    """Fit the encodings, or extend those of an earlier run.
+
+    parts: of all workers in their order; None reads all rows here.
+    """
+    of_items = [item_part(catalogue)] if parts is None else [part.items for part in parts]
+    items = EncodingSums.of_parts(catalogue.schema.features, of_items)
     # Before the pass over the log: a catalogue that is refused is refused at once.
-    of_items = None if earlier is None else earlier.extend_items(items, catalogue, progress)
-    collector = _FactCollector(train.schema)
-    checker = RowChecker(
+    extended_items = None if earlier is None else earlier.extend_items(items, catalogue, progress)
+    log = LogSums.of_parts(
         train.schema,
-        catalogue,
-        quarantine=None if quarantine is None else quarantine / "train",
+        [log_part(train, catalogue, quarantine, progress)]
+        if parts is None
+        else [part.log for part in parts],
     )
-    progress.start("reading the log", train.num_rows)
-    contexts = EncodingSums.of(
-        train.schema.context,
-        _of_own_groups(train, collector.watch(_checked_tables(train, checker, progress))),
-        train.schema.timestamp,
-    )
-    progress.finish()
-    if earlier is None or of_items is None:
+    if earlier is None or extended_items is None:
         basis = HistoryBasis(catalogue.item_ids, train.schema.timestamp)
         return Encodings(
-            collector.facts(),
-            FeatureEncoding.of_sums(contexts, basis),
+            log.facts(),
+            FeatureEncoding.of_sums(log.contexts, basis),
             FeatureEncoding.of_sums(items),
         )
-    of_contexts = earlier.extend_contexts(contexts, catalogue, progress)
-    rows = ExtendedRows(of_contexts.rows, of_items.rows)
+    of_contexts = earlier.extend_contexts(log.contexts, catalogue, progress)
+    rows = ExtendedRows(of_contexts.rows, extended_items.rows)
     for text in rows.texts:
         progress.note(text)
-    facts = collector.facts(trained_rows(earlier.directory.path))
-    return Encodings(facts, of_contexts.encoding, of_items.encoding, rows)
+    facts = log.facts(trained_rows(earlier.directory.path))
+    return Encodings(facts, of_contexts.encoding, extended_items.encoding, rows)
 
 
 def _prepared(
@@ -323,65 +344,6 @@ def catalogue_schema(config: Config) -> CatalogueSchema | None:
     """Return the catalogue schema of the configuration; None to use the manifest's."""
     content = config.data.catalogue_schema
     return None if content is None else CatalogueSchema.from_dict(content)
-
-
-def _of_own_groups(log: Log, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """The tables of a log's own rows; the others are read but not returned."""
-    own = log.own_groups if isinstance(log, ReplayLog) else len(log.row_group_sizes)
-    for number, table in enumerate(tables):
-        if number < own:
-            yield table
-
-
-def _checked_tables(log: Log, checker: RowChecker, progress: Progress) -> Iterator[pa.Table]:
-    first_row = 0
-    for group, read in enumerate(log.tables()):
-        table = checker.check(read, log.location(group), first_row)
-        del read
-        first_row += int(log.row_group_sizes[group])
-        yield table
-        progress.advance(int(log.row_group_sizes[group]))
-
-
-class _FactCollector:
-    def __init__(self, schema: LogSchema) -> None:
-        self._schema = schema
-        self._rows = 0
-        self._sum = 0.0
-        self._weight = 0.0
-        self._binary = True
-        self._smallest = np.inf
-        self._sketch = RowSketch.empty()
-        self._sample = UnitSample(schema.context)
-
-    def watch(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-        for table in tables:
-            reward = table.column(self._schema.reward).to_numpy().astype(np.float64)
-            number = np.arange(self._rows, self._rows + len(reward))
-            self._sample = self._sample.with_rows(table, self._schema, number)
-            self._rows += len(reward)
-            weight = row_weights(table, self._schema)
-            self._sum += float(reward.sum() if weight is None else weight @ reward)
-            self._weight += float(len(reward) if weight is None else weight.sum())
-            self._binary = self._binary and bool(np.isin(reward, (0.0, 1.0)).all())
-            if self._schema.pscore is not None:
-                pscore = table.column(self._schema.pscore).to_numpy()
-                self._smallest = min(self._smallest, float(pscore.min(initial=np.inf)))
-            self._sketch = self._sketch.with_rows(table, self._schema)
-            yield table
-
-    def facts(self, earlier: RowSketch | None = None) -> LogFacts:
-        """Facts about the rows. earlier: sketch of what the runs before were trained on."""
-        sketch = self._sketch if earlier is None else self._sketch.merge(earlier)
-        return LogFacts(
-            rows=self._rows,
-            binary_reward=self._binary,
-            mean_reward=self._sum / (self._weight or 1.0),
-            mean_row_weight=self._weight / self._rows if self._rows else 1.0,
-            smallest_pscore=None if np.isinf(self._smallest) else self._smallest,
-            row_sketch=sketch.to_dict(),
-            profile=self._sample.profile().to_dict(),
-        )
 
 
 def _save(store: Path, fingerprints: dict[str, str], found: Encodings) -> None:

@@ -100,6 +100,11 @@ def note_type(types: dict[str, CategoryType], spec: FeatureSpec, column: Column)
     found = category_type(kind)
     if found is None or column.null_count == len(column):
         return
+    check_type(types, spec, found)
+
+
+def check_type(types: dict[str, CategoryType], spec: FeatureSpec, found: CategoryType) -> None:
+    """Note the type of a feature's values; raise DataError where it was another one."""
     before = types.setdefault(spec.name, found)
     if before != found:
         raise DataError(
@@ -122,7 +127,11 @@ class ValueCounter:
         spec = self._spec
         values = category_values(column if spec.kind == "category" else list_parts(column)[0])
         found = pc.value_counts(pc.drop_null(values))
-        table = pa.table({"value": found.field("values"), "count": found.field("counts")})
+        self.add_counts(pa.table({"value": found.field("values"), "count": found.field("counts")}))
+
+    def add_counts(self, table: pa.Table) -> None:
+        """Add counts that `table` of another counter returned."""
+        spec = self._spec
         parts = [self._joined, *self._waiting[:1]]
         if any(part is not None and part.schema != table.schema for part in parts):
             raise DataError(f"feature '{spec.name}' holds text in one file and numbers in another")
@@ -164,6 +173,48 @@ def vocabulary_of(spec: FeatureSpec, counts: Mapping[str, ValueCounter]) -> pa.A
 
 
 @dataclass(frozen=True)
+class EncodingPart:
+    """What a pass over some of the tables finds out about features.
+
+    Attributes:
+        moments: of numbers and vectors, by feature, of one table after the other: their sums are
+            added in the order of the tables, whoever read them.
+        counts: of the values of categories and bags with a vocabulary. types: of categories and
+            bags.
+    """
+
+    moments: list[dict[str, FeatureMoments]] = field(default_factory=list)
+    counts: dict[str, ValueCounter] = field(default_factory=dict)
+    types: dict[str, CategoryType] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, specs: Iterable[FeatureSpec], tables: Iterable[pa.Table], timestamp: str | None
+    ) -> EncodingPart:
+        """Read tables.
+
+        Raises:
+            DataError: a feature has values of several types.
+        """
+        part, specs = cls(), tuple(specs)
+        for table in tables:
+            part.moments.append({})
+            for spec, column in fitted_columns(specs, table, timestamp):
+                if spec.kind in ("numeric", "vector"):
+                    values = (
+                        as_float_array(column)
+                        if spec.kind == "numeric"
+                        else as_float_matrix(column, spec.dim, spec.name)
+                    )
+                    part.moments[-1][spec.name] = FeatureMoments.of(values)
+                    continue
+                note_type(part.types, spec, column)
+                if spec.encoding == "vocabulary":
+                    part.counts.setdefault(spec.name, ValueCounter(spec)).add(column)
+        return part
+
+
+@dataclass(frozen=True)
 class EncodingSums:
     """What one pass over tables finds out about features.
 
@@ -187,9 +238,26 @@ class EncodingSums:
         Raises:
             DataError: vectors of several lengths, or no rows with vectors.
         """
+        specs = tuple(specs)
+        return cls.of_parts(specs, [EncodingPart.of(specs, tables, timestamp)])
+
+    @classmethod
+    def of_parts(cls, specs: Iterable[FeatureSpec], parts: Iterable[EncodingPart]) -> EncodingSums:
+        """Add up parts, which have the tables in their order: the same bits for any parts.
+
+        Raises:
+            DataError: as `of`, or a feature has values of several types.
+        """
         sums = cls(tuple(specs))
-        for table in tables:
-            sums._add(table, timestamp)
+        for part in parts:
+            for moments in part.moments:
+                sums._add(moments)
+            for spec in sums.parts:
+                if spec.name in part.types:
+                    check_type(sums.types, spec, part.types[spec.name])
+                if spec.name in part.counts:
+                    counter = sums.counts.setdefault(spec.name, ValueCounter(spec))
+                    counter.add_counts(part.counts[spec.name].table())
         fitted = tuple(
             replace(spec, dim=int(sums.moments[spec.name].mean.size))
             if spec.kind == "vector" and spec.name in sums.moments
@@ -206,23 +274,12 @@ class EncodingSums:
         for spec in self.specs:
             yield from (spec, *spec.parts)
 
-    def _add(self, table: pa.Table, timestamp: str | None) -> None:
-        for spec, column in fitted_columns(self.specs, table, timestamp):
-            if spec.kind in ("numeric", "vector"):
-                values = (
-                    as_float_array(column)
-                    if spec.kind == "numeric"
-                    else as_float_matrix(column, spec.dim, spec.name)
+    def _add(self, moments: Mapping[str, FeatureMoments]) -> None:
+        for name, found in moments.items():
+            before = self.moments.get(name)
+            if before is not None and before.mean.shape != found.mean.shape:
+                raise DataError(
+                    f"feature '{name}' has vectors of {before.mean.size} and of "
+                    f"{found.mean.size} numbers"
                 )
-                found = FeatureMoments.of(values)
-                before = self.moments.get(spec.name)
-                if before is not None and before.mean.shape != found.mean.shape:
-                    raise DataError(
-                        f"feature '{spec.name}' has vectors of {before.mean.size} and of "
-                        f"{found.mean.size} numbers"
-                    )
-                self.moments[spec.name] = found if before is None else before.merge(found)
-                continue
-            note_type(self.types, spec, column)
-            if spec.encoding == "vocabulary":
-                self.counts.setdefault(spec.name, ValueCounter(spec)).add(column)
+            self.moments[name] = found if before is None else before.merge(found)

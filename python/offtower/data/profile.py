@@ -76,7 +76,13 @@ class UnitSample:
         found = pa.table(columns)
         if before is None:
             return UnitSample(self.specs, found)
-        both = pa.concat_tables([before, found]).combine_chunks()
+        return self.merge(UnitSample(self.specs, found))
+
+    def merge(self, other: UnitSample) -> UnitSample:
+        """The sample of both logs' rows."""
+        if self.table is None or other.table is None:
+            return other if self.table is None else self
+        both = pa.concat_tables([self.table, other.table]).combine_chunks()
         order = _smallest(both.column(_KEY).to_numpy(), both.column(_TIE).to_numpy())
         return UnitSample(self.specs, both.take(pa.array(order)))
 

@@ -213,7 +213,7 @@ def _distances(vectors: _Ordered, root: NDArray[np.float64], run: _Run) -> Float
     """(n,) squared distance of each row from its cell's mean."""
     block = vectors(run.rows).astype(np.float64)
     block -= np.repeat(run.means(block), np.diff(run.start), axis=0)
-    return np.square(block @ root).sum(axis=1).astype(np.float32)
+    return np.asarray(np.square(block @ root).sum(axis=1), dtype=np.float32)
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,22 @@ import torch
 
 import offtower
 from offtower.ancestry import descent, earlier_folders
+from offtower.checksums import is_complete
 from offtower.config import Config, config_fingerprint
 from offtower.crossfit.reward_model import obtain_reward_model, store_folds
 from offtower.data.ledger import record
 from offtower.data.log import Log, ParquetLog
 from offtower.data.replay import ReplayLog
 from offtower.data.row_sketch import RowSketch, sketched_columns
-from offtower.errors import ConfigError
+from offtower.errors import ConfigError, RunError
 from offtower.evaluation.estimators import make_estimator
 from offtower.execution import LOCAL, Execution
+from offtower.log_sums import FittingPart
 from offtower.metrics import MetricsLog
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.models.store import policy_digest, save_policy
-from offtower.prepare import PreparedData, open_data, trained_rows
+from offtower.prepare import OpenedData, PreparedData, open_data, trained_rows
 from offtower.progress import Progress
 from offtower.run_claim import ClaimedRun, claim_run
 from offtower.run_directory import RunDirectory
@@ -117,7 +119,7 @@ def train_claimed(
     began = time.time()
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
-    data = workers.first_then_all(lambda: open_data(config, progress, run.path))
+    data = _open_data(config, progress, run, workers)
     configured = make_trackers(config, run.path) if workers.first else []
     metrics = MetricsLog(
         run.metrics_path if workers.first else None, [*configured, *trackers], run.check_owner
@@ -209,6 +211,27 @@ def build_trainer(
     return build_setup(config, data, reward_model, SINGLE_PROCESS, outputs.progress).trainer(
         outputs
     )
+
+
+def _open_data(
+    config: Config, progress: Progress, run: ClaimedRun, workers: Workers
+) -> PreparedData:
+    """Open the data, whose rows all workers read to fit the run's encodings; collective."""
+    if workers.size == 1:
+        return open_data(config, progress, run.path)
+    opened: list[OpenedData] = []
+    workers.on_each(lambda: opened.append(OpenedData.open(config, progress, run.path)))
+    (data,) = opened
+    if not workers.broadcast(is_complete(run.encodings)):
+        read: list[FittingPart] = []
+        share = (workers.rank, workers.size)
+        workers.on_each(lambda: read.append(data.part(progress, share)))
+        parts = workers.gather_to_first(read[0])
+        workers.on_first(lambda: data.fit(parts, progress))
+    found = workers.first_then_all(data.restored)
+    if found is None:
+        raise RunError(f"this node does not see the encodings that worker 0 stored at '{run.path}'")
+    return data.prepared(found)
 
 
 def _reward_model(

@@ -86,6 +86,10 @@ class Workers:
         """Small objects of all workers, in the order of ranks."""
         return [value]
 
+    def gather_to_first(self, value: Value) -> list[Value]:
+        """Objects of all workers, in the order of ranks, on the first; empty on the others."""
+        return [value]
+
     def broadcast(self, value: Value) -> Value:
         """A small object of the first worker."""
         return value
@@ -103,7 +107,7 @@ class Workers:
     def on_each(self, work: Callable[[], object]) -> None:
         """Run `work`, which sends no messages, on all workers, without a timeout.
 
-        An error of one is raised on all when the others have ended.
+        When all have ended, the error of the first worker that failed is raised on all.
         """
         work()
 
@@ -200,6 +204,15 @@ class TorchWorkers(Workers):
         )
         return found
 
+    def gather_to_first(self, value: Value) -> list[Value]:
+        found: list[Any] | None = [None] * self.size if self.first else None
+        self._call(
+            "gathering results",
+            # Of the default group, whose process 0 is the first of every group.
+            lambda: dist.gather_object(value, found, dst=0, group=self._group),
+        )
+        return found or []
+
     def broadcast(self, value: Value) -> Value:
         box = [value]
         self._call(
@@ -223,11 +236,9 @@ class TorchWorkers(Workers):
                 reports = self.gather_objects((done, self._for_others(failed)))
                 if all(over for over, _ in reports):
                     break
-        if failed is not None:
-            raise failed
-        for _, reported in reports:
+        for rank, (_, reported) in enumerate(reports):
             if reported is not None:
-                raise reported
+                raise reported if failed is None or rank != self.rank else failed
 
     def first_then_all(self, work: Callable[[], Value]) -> Value:
         result: list[Value] = []
