@@ -6,7 +6,7 @@ one place that fixes their order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -61,7 +61,7 @@ def policy_arguments(x: Operands) -> tuple[Any, ...]:
 
 def policy_terms_forward(x: Operands, entropy: bool, backend: str) -> ForwardResults:
     """All terms; differentiable in the embeddings and the item bias."""
-    call = _EagerTerms.apply if _is_eager(x.context) else policy_terms_op
+    call: Callable[..., Any] = _EagerTerms.apply if _is_eager(x.context) else policy_terms_op
     return ForwardResults(*call(entropy, backend, *policy_arguments(x)))
 
 
@@ -178,7 +178,7 @@ class _EagerTerms(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, *gradients)
 
