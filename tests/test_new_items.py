@@ -22,7 +22,12 @@ from offtower.evaluation.frontier import _grid
 from offtower.ops.types import Eligibility
 from offtower.prepare import open_data
 from offtower.progress import Progress
-from offtower.serving import LimitedPolicy, served_policy, served_probabilities
+from offtower.serving import (
+    LimitedPolicy,
+    ServedPolicy,
+    served_policy,
+    served_probabilities,
+)
 from offtower.serving.limits import new_numbers
 from tests.data.conftest import make_schema, make_table
 from tests.test_served_policy import ITEMS, ROWS, World, restrictions
@@ -99,6 +104,22 @@ def test_probabilities_equal_enumeration(
     assert rest.expected_reward is not None
     mean = (left * world.q).sum(1) / left.sum(1)
     np.testing.assert_allclose(rest.expected_reward.numpy(), mean, rtol=1e-8)
+
+
+def test_terms_and_draws_score_the_catalogue_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, served = World(), limited((0.2, 0.21), SETTINGS[1])
+    rows = (world.context, world.items, world.action)
+    wanted = served.terms(*rows, reward_model=world.factored)
+    draws, _ = served.draw(*rows[:2], 7, torch.Generator().manual_seed(4))
+    calls, terms = [], ServedPolicy.terms
+    monkeypatch.setattr(
+        ServedPolicy, "terms", lambda *given, **named: calls.append(1) or terms(*given, **named)
+    )
+    found, drawn = served.terms_and_draws(
+        *rows, draws=7, generator=torch.Generator().manual_seed(4), reward_model=world.factored
+    )
+    assert len(calls) == 1
+    assert torch.equal(found.log_prob, wanted.log_prob) and torch.equal(drawn, draws)
 
 
 def test_dense_probabilities_are_the_same() -> None:

@@ -54,6 +54,12 @@ def test_the_draw_is_that_of_its_seed_and_part_of_the_fingerprint(folder: Path) 
     assert few == two.read_row_group(11, ["age"]).column("age").to_pylist() == sorted(few)
 
 
+def test_without_older_rows_the_log_is_its_own(folder: Path) -> None:
+    own = ParquetLog.open(folder / "0")
+    found = ReplayLog(own, {}, Catalogue(catalogue(range(4, 24)), ITEMS), 0.2, 3)
+    assert found.replayed == 0 and found.num_rows == own.num_rows == 1000
+
+
 def test_all_older_rows_are_taken_where_there_are_too_few(folder: Path) -> None:
     found = opened(folder, share=0.9)
     older = [*ParquetLog.open(folder / "1").tables(), *ParquetLog.open(folder / "2").tables()]

@@ -79,6 +79,8 @@ def test_resumed_search_keeps_what_ended(
     first = tune(config, Search(SPACE, 2))
     monkeypatch.setattr(module, "train_run", lambda *a, **k: pytest.fail("trained again"))
     assert tune(config, Search(SPACE, 2), resume=True) == first
+    with pytest.raises(RunError, match=r"reduction factor of 3, and this one has 2.*factor 3"):
+        tune(config, Search(SPACE, 2, reduction_factor=2), resume=True)
 
 
 def test_trials_on_workers_give_what_one_process_gives(simulated: Path, tmp_path: Path) -> None:

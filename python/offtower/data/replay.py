@@ -93,7 +93,7 @@ class ReplayLog(Log):
     def _drawn(self, catalogue: Catalogue, wanted: int, rng: np.random.Generator) -> list[_Part]:
         groups = [(log, g) for log in self.older.values() for g in range(len(log.row_group_sizes))]
         total = sum(log.num_rows for log in self.older.values())
-        share = 1.0 if self.schema.slates else max(_LEAST_SHARE, wanted / total)
+        share = 1.0 if self.schema.slates else max(_LEAST_SHARE, wanted / max(total, 1))
         parts: list[_Part] = []
         for number in rng.permutation(len(groups)):
             if wanted <= 0:

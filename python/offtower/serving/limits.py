@@ -79,6 +79,19 @@ class LimitedPolicy(ServedPolicy):
         eligible: Eligibility | None = None,
         position: Tensor | None = None,
     ) -> PolicyTerms:
+        rows = (context_embedding, items, action)
+        return self._scored(*rows, reward_model, entropy, eligible)[0]
+
+    def _scored(
+        self,
+        context_embedding: Tensor,
+        items: ItemEmbeddings,
+        action: Tensor,
+        reward_model: DenseReward | FactoredReward | None = None,
+        entropy: bool = False,
+        eligible: Eligibility | None = None,
+    ) -> tuple[PolicyTerms, ContextRows, KindSums]:
+        """As `terms`, and what `_drawn` reads: the rows, and the sums without limits."""
         found = self.inner.terms(
             context_embedding,
             items,
@@ -105,12 +118,13 @@ class LimitedPolicy(ServedPolicy):
             expected = (scaled.other.reward + scaled.new.reward).to(expected.dtype)
         if spread is not None:
             spread = (scaled.other.entropy + scaled.new.entropy).to(spread.dtype)
-        return replace(
+        terms = replace(
             found,
             log_prob=log_prob.to(found.log_prob.dtype),
             expected_reward=expected,
             entropy=spread,
         )
+        return terms, contexts, kinds
 
     def terms_and_draws(
         self,
@@ -124,10 +138,9 @@ class LimitedPolicy(ServedPolicy):
         eligible: Eligibility | None = None,
         position: Tensor | None = None,
     ) -> tuple[PolicyTerms, Tensor]:
-        terms = self.terms(
-            context_embedding, items, action, reward_model=reward_model, eligible=eligible
-        )
-        return terms, self.draw(context_embedding, items, draws, generator, eligible)[0]
+        rows = (context_embedding, items, action)
+        terms, contexts, kinds = self._scored(*rows, reward_model, eligible=eligible)
+        return terms, self._drawn(contexts, kinds, draws, generator)
 
     @torch.no_grad()
     def draw(
@@ -142,15 +155,24 @@ class LimitedPolicy(ServedPolicy):
             len(context_embedding), dtype=torch.int64, device=context_embedding.device
         )
         terms = self.inner.terms(context_embedding, items, nothing, eligible=eligible)
-        log_normalizer = terms.log_normalizer
-        contexts = ContextRows(context_embedding, items, log_normalizer, eligible)
+        contexts = ContextRows(context_embedding, items, terms.log_normalizer, eligible)
         kinds = self._kinds(contexts)
-        log_factor = kinds.log_factor(self._limits)
-        scaled = kinds.scaled(log_factor)
+        drawn = self._drawn(contexts, kinds, num_samples, generator)
+        log_prob = self.inner.log_prob_at(
+            context_embedding, items, drawn, terms.log_normalizer, eligible=eligible
+        )
+        return drawn, log_prob + _of_items(kinds.log_factor(self._limits), self._is_new[drawn])
+
+    @torch.no_grad()
+    def _drawn(
+        self, contexts: ContextRows, kinds: KindSums, num_samples: int, generator: torch.Generator
+    ) -> Tensor:
+        """(B, S) items drawn with replacement."""
+        scaled = kinds.scaled(kinds.log_factor(self._limits))
         masses = torch.stack([scaled.other.log_mass, scaled.new.log_mass], dim=1)
         share = torch.softmax(masses, dim=1)[:, 1:]
         coin = torch.rand(
-            (len(nothing), num_samples),
+            (len(share), num_samples),
             dtype=torch.float64,
             generator=generator,
             device=generator.device,
@@ -158,16 +180,15 @@ class LimitedPolicy(ServedPolicy):
         wants_new = coin.to(share.device) < share
         drawn = torch.full_like(wants_new, -1, dtype=torch.int64)
         for _ in range(_TRIES):
-            found, _ = self.inner.draw(context_embedding, items, num_samples, generator, eligible)
+            found, _ = self.inner.draw(
+                contexts.embedding, contexts.items, num_samples, generator, contexts.eligible
+            )
             take = (drawn < 0) & (self._is_new[found] == wants_new)
             drawn = torch.where(take, found, drawn)
         for row in torch.nonzero((drawn < 0).any(1))[:, 0].tolist():
             one = torch.tensor([row], device=share.device)
             drawn[row] = self._drawn_row(contexts.take(one), wants_new[row], generator)
-        log_prob = self.inner.log_prob_at(
-            context_embedding, items, drawn, log_normalizer, eligible=eligible
-        )
-        return drawn, log_prob + _of_items(log_factor, self._is_new[drawn])
+        return drawn
 
     @torch.no_grad()
     def log_prob_at(

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from offtower.atomic import write_text
+from offtower.checksums import read_checked_json, write_checked_json
 from offtower.config import (
     Config,
     apply_overrides,
@@ -197,7 +198,7 @@ def tune(
     Raises:
         ConfigError: no validation log, or a key of the space is unknown.
         RunError: every trial failed, one has run before and `resume` is false, or the search was
-            begun with another number of trials.
+            begun with another number of trials or another reduction factor.
         LeaseError: another process runs the same search, or took it over.
     """
     search = search or Search()
@@ -222,6 +223,7 @@ def tune(
     with Lease.acquire(folder, take_over=take_over, remedy=_REMEDY) as lease:
         # What is stopped early has been compared on the log, too.
         _record(config, folder, configs)
+        _keep_factor(folder, search.reduction_factor, resume=resume or take_over)
         going = points
         for number, rung in enumerate(plan):
             going = [going[k] for k in best([_low(trials, n) for n, _ in going], rung.trials)]
@@ -263,6 +265,24 @@ def _check(config: Config, *, resume: bool) -> None:
             f"{config.evaluation.confidence:.6g}. Resume with the same --trials, or choose another "
             "name (--set name=...)"
         )
+
+
+def _keep_factor(folder: Path, factor: int, *, resume: bool) -> None:
+    """Store the reduction factor of a search, or compare it with that of the search so far.
+
+    Raises:
+        RunError: another factor would stop other trials.
+    """
+    path = folder / "search.json"
+    if resume and path.exists():
+        stored = read_checked_json(path)["reduction_factor"]
+        if stored != factor:
+            raise RunError(
+                f"the search in '{folder}' was begun with a reduction factor of {stored}, and this "
+                f"one has {factor}: it would stop other trials. Resume with --reduction-factor "
+                f"{stored}, or choose another name (--set name=...)"
+            )
+    write_checked_json(path, {"reduction_factor": factor})
 
 
 def _device(mapper: Mapper) -> str | None:

@@ -369,5 +369,7 @@ def _cause(error: BaseException) -> str:
     return "; ".join(sorted(said))
 
 
-# torch's notes on every save and load are not for a user's terminal.
-logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+# torch's notes on every save and load are not for a user's terminal. The second logger has a level
+# of its own (DEBUG), so that a handler of the root logger would print every call.
+for _name in ("torch.distributed.checkpoint", "c10d-NullHandler-dcp_logger"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
