@@ -189,7 +189,8 @@ class OpenedData:
             seed = derive_seed(config.seed, "replay")
             joined = replay(own, older.logs, catalogue, older.share, seed)
             progress.note(
-                f"replaying {joined.replayed:,} rows of {len(older.logs)} older logs beside "
+                f"replaying {joined.replayed:,} rows of {len(older.logs)} older "
+            f"{'log' if len(older.logs) == 1 else 'logs'} beside "
                 f"{own.num_rows:,} new ones; {joined.left_out:,} rows of items that have left are "
                 "out"
             )

@@ -25,8 +25,9 @@ from offtower.data.schema import LogSchema
 from offtower.data.simulate import SimulatedWorld, WorldSettings
 from offtower.errors import ConfigError, DataError, OfftowerError
 from offtower.evaluation.decision.gate import GO, NO_GO
-from offtower.evaluation.run import LogEvaluation, advice_notes, evaluate_runs
+from offtower.evaluation.run import LogEvaluation, evaluate_runs
 from offtower.evaluation.run_loading import open_run
+from offtower.evaluation.run_notes import advice_notes
 from offtower.evaluation.scoring import propensities
 from offtower.evaluation.scoring.clusters import ItemClusters, item_clusters
 from offtower.evaluation.scoring.policy import PolicyScorer
@@ -402,7 +403,7 @@ def test_parts_evaluated_elsewhere_give_the_same_bits(
         evaluate(
             place,
             *given,
-            "batch_rows=64",
+            "batch_rows=230",
             runs="ab",
             select=select,
             log=place / "served",

@@ -38,7 +38,8 @@ from offtower.training.auto.mixed_policy import (
 )
 from offtower.training.auto.plan import read_plan
 from offtower.training.run import train_run
-from tests.training.test_auto_budget import Machine, assert_same_policies, config_of, raced
+from tests.training.test_auto_budget import Machine, config_of
+from tests.training.test_auto_race import assert_same_policies, raced
 
 BASE = {"name": "x", "data": {"train": "memory", "catalogue": "memory"}}
 

@@ -21,7 +21,7 @@ from offtower.evaluation.estimators import make_estimator
 from offtower.evaluation.options import EvaluationOptions
 from offtower.evaluation.result import EstimatorResult
 from offtower.evaluation.rows import EvaluationRows
-from offtower.evaluation.scoring.policy import slate_rows, weighted_rows
+from offtower.evaluation.scoring.weighted_rows import slate_rows, weighted_rows
 from offtower.evaluation.sums import EvaluationSums
 from offtower.progress import Progress
 

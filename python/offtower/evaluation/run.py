@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from offtower.data.catalogue import Catalogue
 from offtower.data.ledger import LogLedger
 from offtower.data.location import AnyPath, Location
 from offtower.data.log import ParquetLog
-from offtower.data.unknown import UnknownValues
 from offtower.errors import ConfigError, DataError
 from offtower.evaluation.accumulators import HISTOGRAM_EDGES
 from offtower.evaluation.baselines import baseline_values
@@ -29,13 +28,14 @@ from offtower.evaluation.notes import (
     unknown_notes,
 )
 from offtower.evaluation.result import EstimatorResult, EvaluationResult
-from offtower.evaluation.run_loading import EvaluatedPolicy, OpenRun, open_run, with_overrides
+from offtower.evaluation.run_loading import OpenRun, open_run, with_overrides
+from offtower.evaluation.run_notes import serving_notes, training_notes
 from offtower.evaluation.scoring.clock import check_times
 from offtower.evaluation.selection import SelectionComparison
 from offtower.evaluation.selection_data import check_selection
 from offtower.execution import LOCAL, Execution
 from offtower.metrics import read_metrics
-from offtower.models.items import DEFAULT_CHUNK, ItemFeatures
+from offtower.models.items import ItemFeatures
 from offtower.models.policy import TwoTowerPolicy
 from offtower.prepare import catalogue_schema, log_schema
 from offtower.run_directory import RunDirectory
@@ -179,7 +179,7 @@ def evaluate_runs(
             name: truth(run.policy, run.items) for name, run in served.items() if truth is not None
         },
         baselines=dict(baselines or {}),
-        notes=[*_training_notes(evaluator), *found.notes, *serving_notes(policies, found.result)],
+        notes=[*training_notes(evaluator), *found.notes, *serving_notes(policies, found.result)],
         serving={name: asdict(one.serving) for name, one in policies.items()},
         also=tuple(name for name, one in policies.items() if one.also is not None),
         runs={name: str(run.directory.path) for name, run in served.items()},
@@ -269,53 +269,6 @@ def evaluate_plan(
     )
 
 
-def _training_notes(evaluator: Evaluator) -> list[str]:
-    """Say where a policy was trained on the evaluated log, or with another catalogue."""
-    notes = []
-    if evaluator.learned_from_log():
-        notes.append("the policies were trained on this log: every value is optimistic")
-    changed = evaluator.changed_catalogue()
-    runs = [run for run in evaluator.runs if run.name in changed]
-    notes += unseen_items(evaluator.catalogue, runs)
-    if changed:
-        notes.append(
-            f"the catalogue changed since {', '.join(changed)} was trained (its fingerprint "
-            "differs): items or their features are others, and the policy is evaluated with the "
-            "features of today. If that is not meant, evaluate with the catalogue of the training"
-        )
-    return [*notes, *_eligible_notes(evaluator), *advice_notes(evaluator.runs)]
-
-
-def advice_notes(runs: Sequence[OpenRun]) -> list[str]:
-    """What the training of each run advised, such as to keep the logging policy."""
-    said = [(run.name, run.directory.manifest().get("advice")) for run in runs]
-    return [f"{name}, by its training log: {advice}" for name, advice in said if advice]
-
-
-def _eligible_notes(evaluator: Evaluator) -> list[str]:
-    """Say where the log's eligible items are not those of a policy's training."""
-    here = evaluator.log.schema.to_dict()["eligible"]
-    notes = []
-    for run in evaluator.runs:
-        trained = run.directory.manifest().get("eligible")
-        if trained == here:
-            continue
-        if here is None:
-            what = "and the schema of this log has none: every item counts as eligible here"
-        elif trained is None:
-            what = "over all items"
-        else:
-            what = "with another section than this log has"
-        subject = (
-            "without the section 'eligible'" if trained is None else "with a section 'eligible'"
-        )
-        notes.append(
-            f"{run.name} was trained {subject}, {what}. A policy is evaluated as it is served "
-            "only where the log names the items that it is served from"
-        )
-    return notes
-
-
 def check_log(
     paths: Sequence[Path],
     log: AnyPath | None = None,
@@ -335,18 +288,6 @@ def check_log(
     _open_log(paths[0], log, config)
 
 
-def unseen_items(catalogue: Catalogue, runs: Sequence[OpenRun]) -> list[str]:
-    """Items of a changed catalogue with values that the training of these runs did not see."""
-    notes = []
-    for run in runs:
-        found, encoding = UnknownValues(), run.policy.item_encoding
-        for start in range(0, catalogue.num_items, DEFAULT_CHUNK):
-            stop = min(start + DEFAULT_CHUNK, catalogue.num_items)
-            found.add_table(encoding, catalogue.table(start, stop))
-        notes += [f"{run.name}: {sentence}" for sentence in found.sentences("items")]
-    return notes
-
-
 def _open_log(run: Path, log: AnyPath | None, config: Config) -> tuple[ParquetLog, Location]:
     place = log or config.data.test
     if place is None:
@@ -364,36 +305,6 @@ def _open_log(run: Path, log: AnyPath | None, config: Config) -> tuple[ParquetLo
         )
     check_times(config.evaluation.time, has_times=opened.schema.timestamp is not None)
     return opened, place
-
-
-def serving_notes(policies: Mapping[str, EvaluatedPolicy], result: EvaluationResult) -> list[str]:
-    """Say how policies are served, where not as trained, and what that means for estimates."""
-    notes = []
-    for name, one in policies.items():
-        if name in result.unsupported:
-            notes.append(
-                f"{name} is left out: no row of the log shows what it would show, so that the log "
-                "says nothing about its value"
-            )
-        elif one.serving.mode == "top_k":
-            weights = result.policies[name].weights
-            matching = round((1.0 - weights.zero_share) * weights.n)
-            shows = "its best item" if one.serving.k == 1 else f"its {one.serving.k} best items"
-            notes.append(
-                f"{name} always shows {shows}: only the {matching:,} of "
-                f"{weights.n:,} rows that logged the very item it would show at their position say "
-                "anything about it. A log of its own would support no other policy"
-            )
-        elif one.also is None:
-            if not one.serving.is_trained_policy:
-                notes.append(f"{name} is served, and evaluated, with {one.serving.text}")
-            k, positions = one.serving.k, len(result.policies[name].positions)
-            if k < positions:
-                notes.append(
-                    f"{name} shows {k} item{'' if k == 1 else 's'} a round, and this "
-                    f"log has up to {positions}: its value is that of rounds as long as the log's"
-                )
-    return notes
 
 
 def _curve(run: OpenRun) -> list[dict[str, Any]]:

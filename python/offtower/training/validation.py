@@ -12,7 +12,8 @@ from offtower.data.rows import EncodedRows
 from offtower.evaluation.estimators import make_estimator
 from offtower.evaluation.intervals import simultaneous_confidence
 from offtower.evaluation.rows import EvaluationRows
-from offtower.evaluation.scoring.policy import PolicyScorer, context_rows
+from offtower.evaluation.scoring.policy import PolicyScorer
+from offtower.evaluation.scoring.weighted_rows import context_rows
 from offtower.models.policy import TwoTowerPolicy
 from offtower.models.reward.base import RewardModel
 from offtower.ops.types import RewardTerms

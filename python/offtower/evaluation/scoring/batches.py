@@ -19,10 +19,11 @@ from offtower.evaluation.rows import EvaluationRows
 from offtower.evaluation.scoring.clock import LogClock
 from offtower.evaluation.scoring.clusters import ClusterWeights
 from offtower.evaluation.scoring.external import ColumnScorer
-from offtower.evaluation.scoring.policy import PolicyScorer, ScoredRows, context_rows
+from offtower.evaluation.scoring.policy import PolicyScorer, ScoredRows
 from offtower.evaluation.scoring.position_weights import PositionWeights
 from offtower.evaluation.scoring.propensities import LoggedProbability
 from offtower.evaluation.scoring.rewards import BatchReward, RewardModels
+from offtower.evaluation.scoring.weighted_rows import context_rows
 from offtower.seeds import derive_seed
 
 

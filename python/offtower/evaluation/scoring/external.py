@@ -19,14 +19,9 @@ from offtower.data.rows import EncodedRows
 from offtower.data.schema import FeatureSpec
 from offtower.errors import DataError
 from offtower.evaluation.rows import ModelPredictions
-from offtower.evaluation.scoring.policy import (
-    Batches,
-    PolicyScorer,
-    ScoredRows,
-    slate_rows,
-    weighted_rows,
-)
+from offtower.evaluation.scoring.policy import Batches, PolicyScorer, ScoredRows
 from offtower.evaluation.scoring.rewards import BatchReward
+from offtower.evaluation.scoring.weighted_rows import slate_rows, weighted_rows
 from offtower.models.items import ItemEmbeddings
 
 COLUMNS_MODEL = "columns"

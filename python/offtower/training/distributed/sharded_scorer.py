@@ -12,7 +12,7 @@ from offtower.data.encoding import take, tensor_of, to_tensors
 from offtower.data.rows import EncodedRows
 from offtower.errors import DataError
 from offtower.evaluation.rows import EvaluationRows
-from offtower.evaluation.scoring.policy import weighted_rows
+from offtower.evaluation.scoring.weighted_rows import weighted_rows
 from offtower.models.items import DEFAULT_CHUNK
 from offtower.models.policy import TwoTowerPolicy
 from offtower.ops import FactoredReward
