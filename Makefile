@@ -17,14 +17,14 @@ quickstart: $(VENV)/.installed-obp
 
 installed-test: $(VENV)/.installed-test
 
-# On as many processes as there are cores, up to eight. The tests of a file stay together, as they
+# On one process more than there are cores, up to eight. The tests of a file stay together, as they
 # share what they set up; folders with long ones come first, so that no core waits at the end.
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
 	  --no-loadscope-reorder tests/training tests/cli tests/ops tests
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 8 --dist loadfile
 
 # On a machine with an NVIDIA GPU and nvcc. PYTEST="python3 -m pytest" runs in an environment of yours.
 PYTEST ?= $(BIN)/python -m pytest

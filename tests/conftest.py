@@ -18,9 +18,18 @@ from tests.lighter import without_charts, without_graphs  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+# What is flushed to disk only a loss of power shows; waiting for the disk is a tenth of the suite.
+# A bad descriptor still raises.
+os.fsync = os.fstat  # type: ignore[assignment]
+
 # No test asserts a time, also not by hypothesis' deadline.
 settings.register_profile("offtower", deadline=None)
 settings.load_profile("offtower")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores: some tests wait for timers or other processes."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture

@@ -315,18 +315,19 @@ _IMPORTED = """
 import json, sys
 from offtower.cli import app
 try:
-    app(sys.argv[1:])
+    for arguments in json.loads(sys.argv[1]):
+        app(arguments, standalone_mode=False)
 finally:
     names = ("pandas", "scipy", "sklearn", "matplotlib", "jinja2", "ray", "faiss", "obp", "onnx")
     print(json.dumps([name for name in names if name in sys.modules]), file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("given", ["json", "file"])
-def test_a_search_imports_no_package_it_does_not_use(run: Path, contexts: Path, given: str) -> None:
-    vector = json.dumps({"context": [0.5] * 8})
-    wanted = vector if given == "json" else str(contexts)
-    command = [sys.executable, "-c", _IMPORTED, "search", str(run), "--contexts", wanted]
+def test_a_search_imports_no_package_it_does_not_use(run: Path, contexts: Path) -> None:
+    """Contexts as JSON and in a file."""
+    given = (json.dumps({"context": [0.5] * 8}), str(contexts))
+    searches = [["search", str(run), "--contexts", one] for one in given]
+    command = [sys.executable, "-c", _IMPORTED, json.dumps(searches)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("context 0\n")
+    assert done.stdout.count("context 0\n") == 2
     assert json.loads(done.stderr.splitlines()[-1]) == []

@@ -4,7 +4,9 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +37,7 @@ SCHEMA = LogSchema(
 ITEMS = 6
 
 
+@lru_cache(maxsize=64)
 def make_table(n: int, bad: tuple[int, ...] = ()) -> pa.Table:
     rng = np.random.default_rng(n)
     pscore = rng.uniform(0.1, 1.0, n)
@@ -55,6 +58,7 @@ def make_table(n: int, bad: tuple[int, ...] = ()) -> pa.Table:
     )
 
 
+@lru_cache(maxsize=1)
 def make_catalogue() -> Catalogue:
     table = pa.table({"item_id": np.arange(ITEMS), "f": np.arange(ITEMS) / 2})
     features = (FeatureSpec(name="f", kind="numeric"),)
@@ -65,6 +69,10 @@ def make_log(n: int, rows_per_group: int = 10, bad: tuple[int, ...] = ()) -> Tab
     return TableLog(make_table(n, bad), SCHEMA, rows_per_group=rows_per_group)
 
 
+encodings: WeakKeyDictionary[Log, FeatureEncoding] = WeakKeyDictionary()
+"""Readers of one log share its encoding."""
+
+
 def make_reader(
     log: Log,
     batch_size: int = 8,
@@ -73,8 +81,10 @@ def make_reader(
     **options,
 ) -> BatchReader:
     order_options = {k: options.pop(k) for k in ("num_folds", "shuffle") if k in options}
-    tables = (log.read_row_group(i) for i in range(len(log.row_group_sizes)))
-    encoding = FeatureEncoding.fit(SCHEMA.context, tables)
+    encoding = encodings.get(log)
+    if encoding is None:
+        tables = (log.read_row_group(i) for i in range(len(log.row_group_sizes)))
+        encoding = encodings[log] = FeatureEncoding.fit(SCHEMA.context, tables)
     order = EpochOrder(log.row_group_sizes, batch_size, 3, window_rows=window_rows, **order_options)
     return BatchReader(Loader(log, make_catalogue(), encoding, quarantine), order, **options)
 
@@ -86,7 +96,8 @@ def reader_threads() -> list[threading.Thread]:
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     yield
-    gc.collect()
+    if reader_threads():
+        gc.collect()
     assert reader_threads() == []
 
 

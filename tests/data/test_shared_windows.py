@@ -87,7 +87,7 @@ def assert_equal_rows(one: EncodedRows, two: EncodedRows) -> None:
     n=st.integers(1, 90),
     rows_per_group=st.integers(1, 30),
     window_rows=st.integers(1, 100),
-    size=st.integers(1, 8),
+    size=st.integers(1, 6),
     num_folds=st.integers(1, 3),
     cached=st.sampled_from([0, 2000, 2**20]),
     small=st.booleans(),

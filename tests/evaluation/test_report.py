@@ -217,6 +217,7 @@ def test_a_simpler_policy_that_would_earn_more_is_named() -> None:
     assert "'most rewarded items' for everybody would earn 270" in (answer_of(one).simpler or "")
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_the_first_screen_has_no_statistics(tmp_path: Path) -> None:
     """A product manager reads it: none of these words stand above the folded details."""
     html = render(tmp_path / "r.html", answered(0.002, 0.9, n_policies=2))
@@ -338,6 +339,7 @@ def selected() -> LogEvaluation:
     return one
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_selection_shows_its_ranking_and_its_disagreements(tmp_path: Path) -> None:
     one = selected()
     html = render(tmp_path / "report.html", one)

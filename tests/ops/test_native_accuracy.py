@@ -20,25 +20,22 @@ pytestmark = pytest.mark.skipif(
 ISAS = available_instruction_sets()
 
 
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("OFFTOWER_CPU_ISA", request.param)
-    return str(request.param)
-
-
 SHAPES = [(1, 1, 1), (1, 300, 16), (3, 5, 2), (17, 513, 33), (130, 1500, 64), (70, 97, 130)]
-SEEDS = range(4)
+SEEDS = range(3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 6.0, 100.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_errors_are_within_twice_those_of_torch(
-    isa: str, dtype: torch.dtype, scale: float, kind: str
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, scale: float, kind: str
 ) -> None:
-    """Ragged shapes; near-uniform to so peaked that logits pass 1e4."""
+    """Ragged shapes; near-uniform to so peaked that logits pass 1e4. One test has all instruction
+    sets, which share the references."""
     for shape in SHAPES:
-        check_errors(shape, kind, dtype, scale, Case.native, seeds=SEEDS)
+        for isa in ISAS:
+            monkeypatch.setenv("OFFTOWER_CPU_ISA", isa)
+            check_errors(shape, kind, dtype, scale, Case.native, seeds=SEEDS)
 
 
 def test_a_million_items_in_float32(isa: str) -> None:
@@ -117,11 +114,11 @@ def test_same_bits_on_every_run_and_with_any_number_of_threads(
     isa: str, dtype: torch.dtype, kind: str
 ) -> None:
     """20,000 items: segments forward and sixty-four backward; three blocks of rows and more."""
-    case = Case(200, 20_000, 40, kind, dtype)
+    case = Case(200, 20_000, 24, kind, dtype)
     before = torch.get_num_threads()
     first: dict[str, Tensor] | None = None
     try:
-        for threads in (1, 2, 3, 7, 2, 1):
+        for threads in (1, 3, 7, 3):
             torch.set_num_threads(threads)
             again = case.native()
             scores, index = top_k(case.u, case.v, 9, item_bias=case.b)

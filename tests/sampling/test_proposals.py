@@ -46,7 +46,7 @@ def test_draws_have_the_stated_probabilities(name: str) -> None:
     actions = logged()
     proposal = make_proposal(name, N, num_samples=12, counts=ItemCounts.of(actions))
     rng = np.random.default_rng(5)
-    steps, batch = 40_000, 9
+    steps, batch = 20_000, 9
     size = proposal.size(batch)
     count = np.zeros(N)
     for step in range(steps):
@@ -72,24 +72,25 @@ def test_draws_have_the_stated_probabilities(name: str) -> None:
 
 
 def test_the_distribution_test_detects_a_wrong_probability() -> None:
-    """The test above has power: log Q of another smoothing fails it."""
+    """The test above has power: log Q of a smoothing of 0.6 instead of 0.75 passes it with a
+    probability of 6e-8 (non-central chi-square)."""
     actions = logged()
     drawn = make_proposal("frequency", N, num_samples=12, counts=ItemCounts.of(actions))
-    other = make_proposal("frequency", N, num_samples=12, counts=ItemCounts.of(actions), power=0.65)
+    other = make_proposal("frequency", N, num_samples=12, counts=ItemCounts.of(actions), power=0.6)
     rng = np.random.default_rng(5)
     count = np.zeros(N)
-    for step in range(40_000):
+    for step in range(20_000):
         item = drawn.draw(step, torch.zeros(1, dtype=torch.int64)).item.numpy()
         count[item[rng.integers(12)]] += 1
     with pytest.raises(AssertionError):
-        chi_square(count, np.exp(other.log_prob(np.arange(N), 1)) * 40_000)
+        chi_square(count, np.exp(other.log_prob(np.arange(N), 1)) * 20_000)
 
 
 @pytest.mark.parametrize("name", ["uniform", "frequency", "in_batch", "mixed"])
 def test_the_estimated_normalizer_is_unbiased(name: str) -> None:
     """Through the operator, for a context whose own row is in the batch: Z^ averages to Z (over
     what the proposal can draw), within 4.5 standard errors (false-alarm rate 7e-6 each). A batch of
-    4 shows a count of B instead of B - 1 as a bias of a fifth."""
+    4 shows a count of B instead of B - 1 as a bias of a fifth, eight standard errors."""
     actions = logged(1)
     proposal = make_proposal(name, N, num_samples=6, counts=ItemCounts.of(actions))
     generator = torch.Generator().manual_seed(0)
@@ -101,7 +102,7 @@ def test_the_estimated_normalizer_is_unbiased(name: str) -> None:
     z = torch.logsumexp((u @ v.T)[0, torch.from_numpy(reachable)], 0)
     rng = np.random.default_rng(3)
     ratios = []
-    for step in range(4000):
+    for step in range(1600):
         others = torch.from_numpy(actions[rng.integers(ROWS, size=3)])
         draws = proposal.draw(step, torch.cat([action, others]))
         terms = sampled_policy_terms(
@@ -110,7 +111,7 @@ def test_the_estimated_normalizer_is_unbiased(name: str) -> None:
         ratios.append(math.exp(float(terms.log_normalizer) - float(z)))
     error = np.std(ratios) / math.sqrt(len(ratios))
     assert abs(np.mean(ratios) - 1) < 4.5 * error
-    assert error < 0.02
+    assert error < 0.025
 
 
 def test_rows_without_replacement_keep_the_expectation() -> None:

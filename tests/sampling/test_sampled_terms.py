@@ -282,21 +282,26 @@ def test_the_normalizer_is_unbiased_and_other_biases_are_of_order_one_over_m(dra
         proposal.expand(repeats, -1), draws, replacement=True, generator=generator(32)
     )
     z, log_z, reward_mean = [], [], []
-    for one in item.split(1):
+    # A thousand times the rows in one call, each with draws of its own.
+    action = w["action"].repeat(1000)
+    for some in item.split(1000):
+        own = some.repeat_interleave(B, dim=0)
         terms = sampled_policy_terms(
-            *(w["u"], w["v"][w["action"]], w["action"], w["v"][one[0]], one[0]),
-            proposal[one[0]].log(),
+            *(w["u"].repeat(1000, 1), w["v"][action], action, w["v"], own),
+            proposal[own].log(),
             temperature=0.7,
-            action_bias=w["b"][w["action"]],
-            sampled_bias=w["b"][one[0]],
-            reward_model=q,
+            action_bias=w["b"][action],
+            sampled_bias=w["b"],
+            reward_model=FactoredReward(q.context.repeat(1000, 1), q.item),
+            sample_index=own,
         )
-        z.append(torch.exp(terms.log_normalizer - wanted.log_normalizer))
-        log_z.append(terms.log_normalizer - wanted.log_normalizer)
-        reward_mean.append(terms.expected_reward - wanted.expected_reward)
+        difference = terms.log_normalizer.view(-1, B) - wanted.log_normalizer
+        z.append(torch.exp(difference))
+        log_z.append(difference)
+        reward_mean.append(terms.expected_reward.view(-1, B) - wanted.expected_reward)
 
     def mean(values: list[Tensor]) -> tuple[Tensor, Tensor]:
-        x = torch.stack(values)
+        x = torch.cat(values)
         return x.mean(0), x.std(0) / math.sqrt(repeats)
 
     value, error = mean(z)

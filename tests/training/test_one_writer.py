@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from offtower.training.run import train_run
 from offtower.training.trainer import EpochHook
 from offtower.training.workers import Workers
 from tests.training.conftest import EVERY_STEP, make_config
-from tests.training.distributed.processes import run_workers
+from tests.training.distributed.processes import run_workers, start_offtower
 from tests.training.test_resume import assert_same_policy
 
 pytestmark = pytest.mark.usefixtures("patient")
@@ -74,25 +72,27 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def command(config: Config, folder: Path, *options: str) -> list[str]:
+def start(config: Config, folder: Path, *options: str) -> BaseProcess:
+    """`offtower train` in another process, which writes its errors to <folder>/errors."""
     path = folder / "config.yaml"
     path.write_text(to_yaml(config))
-    return [sys.executable, "-m", "offtower.cli", "train", str(path), *options]
+    return start_offtower(["train", str(path), *options], folder / "errors")
 
 
 def test_of_two_that_resume_one_run_one_goes_on(
     simulated: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
     config = config_of(simulated, tmp_path)
-    found: list[subprocess.CompletedProcess[str]] = []
+    codes: list[int | None] = []
 
     def resume_too() -> None:
-        second = command(config, tmp_path, "--resume")
-        found.append(subprocess.run(second, capture_output=True, text=True, timeout=120))
+        second = start(config, tmp_path, "--resume")
+        second.join(timeout=120)
+        codes.append(second.exitcode)
 
     train_run(config, hook=after_first_epoch(resume_too))
-    assert found[0].returncode == 2
-    text = " ".join(found[0].stderr.split())
+    assert codes == [2]
+    text = " ".join((tmp_path / "errors").read_text().split())
     assert f"is being written by process {os.getpid()} on host" in text
     assert "--take-over goes on in its place" in text
     assert_same_policy(config.run_directory, uninterrupted)
@@ -102,13 +102,13 @@ def test_the_run_of_a_killed_process_is_resumed_at_once(
     simulated: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
     config = config_of(simulated, tmp_path)
-    first = subprocess.Popen(command(config, tmp_path), stderr=subprocess.DEVNULL)
+    first = start(config, tmp_path)
     checkpoints = config.run_directory / "checkpoints"
     while not list(checkpoints.glob("step_*")):
-        assert first.poll() is None
+        assert first.is_alive()
         time.sleep(0.01)
-    first.send_signal(signal.SIGKILL)
-    first.wait(timeout=60)
+    first.kill()
+    first.join(timeout=60)
     train_run(config, resume=True)
     assert_same_policy(config.run_directory, uninterrupted)
 

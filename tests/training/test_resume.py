@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +24,10 @@ from offtower.execution import Execution
 from offtower.interruption import Interruption
 from offtower.metrics import read_metrics
 from offtower.run_directory import RunDirectory
+from offtower.training.checkpoints import CheckpointStore
 from offtower.training.run import train_run
 from tests.training.conftest import EVERY_STEP, make_config
-from tests.training.distributed.processes import START
+from tests.training.distributed.processes import START, start_offtower
 
 
 def config_of(folder: Path, runs: Path, name: str, *more: str) -> Config:
@@ -164,16 +162,16 @@ def test_sigterm_writes_a_checkpoint_and_exits_with_143(
     config = config_of(simulated, tmp_path, "whole", RARE, "training.log_every_steps=1")
     path, run = tmp_path / "config.yaml", config.run_directory
     path.write_text(to_yaml(config))
-    command = [sys.executable, "-m", "offtower.cli", "train", str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = start_offtower(["train", str(path)], tmp_path / "errors")
     try:
-        while process.poll() is None and len(_lines(run / "metrics.jsonl")) < 3:
+        while process.is_alive() and len(_lines(run / "metrics.jsonl")) < 3:
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        process.terminate()
+        process.join(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 143 and "training stopped on request after step" in errors
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == 143 and "training stopped on request after step" in errors
     assert sorted((run / "checkpoints").glob("step_*"))
     train_run(config, resume=True)
     assert_same_policy(run, uninterrupted)
@@ -186,15 +184,13 @@ def _lines(path: Path) -> list[bytes]:
 def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
     simulated: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
-    config = config_of(simulated, tmp_path, "whole")
-    train_run(config)
+    config = copied(uninterrupted, simulated, tmp_path)
     run = RunDirectory(config.run_directory)
     newest = sorted(run.checkpoints.glob("step_*"))[-1]
     tensors = next(newest.glob("*.safetensors"))
     content = bytearray(tensors.read_bytes())
     content[-20] ^= 0xFF
     tensors.write_bytes(bytes(content))
-    shutil.rmtree(run.policy)
     train_run(config, resume=True)
     assert_same_policy(config.run_directory, uninterrupted)
     assert run.manifest()["checkpoints_skipped"] == [f"{newest.name}: {tensors.name} is damaged"]
@@ -268,8 +264,16 @@ def copied(run: Path, simulated: Path, folder: Path) -> Config:
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Checkpoints beyond the first `after` are half written, and fail."""
+    """Checkpoints beyond the first `after` are half written, and fail. Of those, all but the last
+    three are left out: a run would remove them again."""
     save, calls = dcp.save, []
+    save_step = CheckpointStore.save
+
+    def rare(self: CheckpointStore, *arguments: Any) -> None:
+        if len(calls) < after - 3:
+            calls.append(1)
+        else:
+            save_step(self, *arguments)
 
     def full(state: Any, **arguments: Any) -> Any:
         calls.append(1)
@@ -280,6 +284,7 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
         return save(state, **arguments)
 
     monkeypatch.setattr(dcp, "save", full)
+    monkeypatch.setattr(CheckpointStore, "save", rare)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(

@@ -29,8 +29,8 @@ RUNS: dict[str, tuple[str, ...]] = {
 
 
 def outcome(simulated: Path, runs: Path, name: str) -> tuple[dict[str, Tensor], Any]:
-    """Weights of a policy trained for two epochs, and its evaluation."""
-    config = make_config(simulated, runs, name, "training.epochs=2", *RUNS[name])
+    """Weights of a policy trained for an epoch, and its evaluation."""
+    config = make_config(simulated, runs, name, "training.epochs=1", *RUNS[name])
     train_run(config)
     policy, _ = load_policy(RunDirectory(config.run_directory).policy)
     found = evaluate_runs([config.run_directory])

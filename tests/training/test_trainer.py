@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +19,7 @@ from offtower.objectives import LoggedRows, Objective, ObjectiveValue, Reduction
 from offtower.run_directory import RunDirectory
 from offtower.training.run import train_run
 from tests.training.conftest import make_config
+from tests.training.distributed.processes import start_offtower
 
 
 class Exploding(Objective):
@@ -104,21 +102,17 @@ def test_an_interrupt_ends_with_code_130_and_can_be_resumed(
     config = make_config(simulated, tmp_path, "a", "training.epochs=300")
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
-    command: list[Any] = [sys.executable, "-m", "offtower.cli", "train", str(path)]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell that started the tests in the background has them ignore interrupts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = start_offtower(["train", str(path)], tmp_path / "errors")
     metrics = config.run_directory / "metrics.jsonl"
     began = time.monotonic()
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() - began < 60:
         time.sleep(0.01)
+    assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == 130, text
+    process.join(timeout=60)
+    process.kill()
+    text = (tmp_path / "errors").read_text()
+    assert process.exitcode == 130, text
     assert "Traceback" not in text
     assert "--resume" in text
 
