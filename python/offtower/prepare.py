@@ -190,7 +190,7 @@ class OpenedData:
             joined = replay(own, older.logs, catalogue, older.share, seed)
             progress.note(
                 f"replaying {joined.replayed:,} rows of {len(older.logs)} older "
-            f"{'log' if len(older.logs) == 1 else 'logs'} beside "
+                f"{'log' if len(older.logs) == 1 else 'logs'} beside "
                 f"{own.num_rows:,} new ones; {joined.left_out:,} rows of items that have left are "
                 "out"
             )
