@@ -212,7 +212,8 @@ class Study:
         with torch.no_grad():
             items = policy.embed_items(ItemFeatures.from_catalogue(catalogue, policy.item_encoding))
             user = policy.embed_contexts(to_tensors(policy.context_encoding.encode(table)))
-            score = user @ items.embedding.T + items.bias
+            bias = 0.0 if items.bias is None else items.bias
+            score = user @ items.embedding.T + bias
             probability = torch.softmax(score.double(), 1).numpy()
         return float(
             (probability * self.world.reward(context, self.world.catalogue(day))).sum(1).mean()

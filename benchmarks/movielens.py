@@ -322,7 +322,7 @@ class Run:
             self.optimizer.zero_grad()
             loss = loss_of(self.task, users, derive_seed(options.seed, "step", number, step))
             # Every position has the same weight, whatever the length of its batch.
-            (loss * (len(batches) / rows)).backward()  # type: ignore[no-untyped-call]
+            (loss * (len(batches) / rows)).backward()
             self.optimizer.step()
             total += float(loss.detach())
         line: dict[str, Any] = {
