@@ -14,7 +14,8 @@ from offtower.data import copies
 from offtower.data.location import Location
 from offtower.data.parquet import read_footer
 from offtower.evaluation.run import evaluate_runs
-from offtower.retrieval.export import ExportOptions, export_run
+from offtower.retrieval.export import export_run
+from offtower.retrieval.export_options import ExportOptions
 from offtower.training.run import train_run
 from tests.stores import Unruly, failing_reads, unruly
 from tests.training.conftest import make_config

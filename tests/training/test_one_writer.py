@@ -20,7 +20,8 @@ from offtower.data.lease import Lease
 from offtower.data.lease_files import FOLDER
 from offtower.errors import ConfigError, DataError, LeaseError, RunError
 from offtower.models.store import policy_digest
-from offtower.retrieval.export import ExportOptions, export_run
+from offtower.retrieval.export import export_run
+from offtower.retrieval.export_options import ExportOptions
 from offtower.run_claim import ClaimedRun, claim_run, join_run
 from offtower.training import tune as tuning
 from offtower.training.checkpoints import CheckpointStore, Progression

@@ -63,7 +63,8 @@ def export(
     ray: RayOptions = IN_PROCESS,
     as_json: AsJson = False,
 ) -> None:
-    from offtower.retrieval.export import ExportOptions, export_run
+    from offtower.retrieval.export import export_run
+    from offtower.retrieval.export_options import ExportOptions
     from offtower.retrieval.index import IndexOptions
     from offtower.retrieval.manifest import read_manifest
     from offtower.run_directory import RunDirectory

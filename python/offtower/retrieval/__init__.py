@@ -1,7 +1,8 @@
 """Export, index, search, and draws with known propensities."""
 
 from offtower.retrieval.cell_sampling import ItemSample
-from offtower.retrieval.export import ExportOptions, export_run
+from offtower.retrieval.export import export_run
+from offtower.retrieval.export_options import ExportOptions
 from offtower.retrieval.index import IndexOptions
 from offtower.retrieval.propensity_sampler import PropensitySampler
 from offtower.retrieval.quality import RetrievalQuality, retrieval_quality

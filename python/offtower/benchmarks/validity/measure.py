@@ -132,9 +132,12 @@ def _value(world: World, sums: EvaluationSums, found: Series) -> None:
     options = replace(sums.options, intervals=sums.options.intervals[1:])
     others = Estimates(replace(_without_time(sums), options=options))
     for i, estimator in enumerate(estimators(world.cell)):
-        terms = default.own(0, i)
-        plain = terms if default.time is None else others.own(0, i)
-        intervals = {**default.intervals(*terms), **others.intervals(*plain)}
+        terms = default.own(0, i)[1:]
+        plain = terms if default.time is None else others.own(0, i)[1:]
+        intervals = {
+            **default.intervals(sums.options.estimators[i], *terms),
+            **others.intervals(sums.options.estimators[i], *plain),
+        }
         if world.cell.target == "future":
             assert default.time is not None
             forecast = default.time.forecast(default.timed(0, i).value)

@@ -15,9 +15,10 @@ from pathlib import Path
 from torch import Tensor
 
 from offtower.config import Config
+from offtower.log_sums import LogFacts
 from offtower.mapping import Mapper
 from offtower.models.policy import TwoTowerPolicy
-from offtower.prepare import LogFacts, PreparedData, open_data
+from offtower.prepare import PreparedData, open_data
 from offtower.progress import Progress
 from offtower.run_directory import RunDirectory
 from offtower.sampling import ItemCounts, count_items
