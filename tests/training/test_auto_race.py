@@ -43,6 +43,8 @@ def race(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     config = raced(simulated, tmp_path_factory.mktemp("race"), "race")
     with pytest.MonkeyPatch.context() as patch:
         Machine(patch, step=0.06)
+        # As if training took as long as planned, however long it takes here.
+        patch.setattr(AutoPlan, "revise", slower(1.0))
         train_run(config)
     return config
 
