@@ -4,9 +4,14 @@ Each user's ratings in the order of their times are a history; the last one is h
 policy that maximizes the likelihood of the others ranks all items at its time. One causal pass over
 a history gives the context of each of its positions, so a step of 64 users has up to 12,800 rows,
 each with the exact sum over all items in its normalizer. Batches are of histories of similar
-length, which halves the padding. The protocol and the metrics are those of the README of
-meta-recsys/generative-recommenders, which reports HR@10 .2853 and NDCG@10 .1603 for SASRec with
-sampled softmax, and .3097 and .1720 for HSTU.
+length, which halves the padding. The README of meta-recsys/generative-recommenders reports HR@10
+.2853 and NDCG@10 .1603 for SASRec with sampled softmax, and .3097 and .1720 for HSTU.
+
+Metrics are of the held-out item's rank among three sets of items. `outside_history` leaves out
+those of the history that the policy reads, as that repository's evaluation does by default
+(`filter_invalid_ids=True` with the past ids of a sequence): compare this one with the figures
+above. `unseen_items` leaves out all that the user has rated before, which differs for users with
+more than `--length` earlier ratings. `all_items` leaves out none.
 
     python benchmarks/movielens.py ratings.dat --encoder transformer --epochs 100 --out ml-1m
 
@@ -37,9 +42,10 @@ from offtower.data.features import BagArray, take_bag
 from offtower.data.histories import HistoryBasis
 from offtower.data.schema import FeatureSpec
 from offtower.models import TwoTowerPolicy
-from offtower.models.features import FeatureTensors, embedding_tables
+from offtower.models.features import FeatureTensors
 from offtower.models.histories import HistoryEncoder
 from offtower.models.items import ItemEmbeddings, ItemFeatures
+from offtower.models.optimizer import make_optimizer
 from offtower.models.towers import MLPBody
 from offtower.ops import policy_terms, sampled_policy_terms
 from offtower.seeds import derive_seed
@@ -96,6 +102,7 @@ class Task:
         self.held_out = of_item[ends - 1]
         self.seen = [of_item[a : b - 1] for a, b in zip(ratings.offsets, ends, strict=False)]
         self.test = self._histories(starts, ends - 1)
+        self.read = [of_item[a : b - 1] for a, b in zip(starts, ends, strict=True)]
         first = np.maximum(ratings.offsets[:-1], ends - 2 - length)
         self.train = self._histories(first, ends - 2)
         self.next = [of_item[a + 1 : b] for a, b in zip(first, ends - 1, strict=True)]
@@ -245,38 +252,20 @@ def loss_of(task: Task, users: NDArray[np.int64], seed: int) -> Tensor:
     return -terms.log_prob.sum()
 
 
-def _optimizer(policy: TwoTowerPolicy, options: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW as in the reference. That one draws embeddings of deviation .02 and multiplies them by
-    the root of their width where histories read them; here they are drawn of the product's size,
-    and Adam's steps of them are multiplied instead, which is the same model."""
-    tables = [layer.weight for layer in embedding_tables(policy)]
-    ids = {id(weight) for weight in tables}
-    groups = [
-        {"params": [one for one in policy.parameters() if id(one) not in ids]},
-        {"params": tables, "lr": options.learning_rate * options.width**0.5},
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=options.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=options.weight_decay,
-        fused=True,
-    )
-
-
 @torch.no_grad()
 def evaluate(task: Task) -> dict[str, dict[str, float]]:
-    """Metrics of the held-out items' ranks among all items, and among those not rated before."""
+    """Metrics of the held-out items' ranks, by the set of items that are ranked."""
     task.policy.eval()
     items = task.policy.embed_items(task.items).embedding
-    found: dict[str, list[Tensor]] = {"all_items": [], "unseen_items": []}
+    names = ("all_items", "outside_history", "unseen_items")
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
     for users in np.array_split(np.arange(task.ratings.users), -(-task.ratings.users // 512)):
         score = task.contexts(users) @ items.T
         own = score.gather(1, torch.from_numpy(task.held_out[users])[:, None])
-        found["all_items"].append((score > own).sum(dim=1))
-        for row, user in enumerate(users):
-            score[row, task.seen[user]] = -torch.inf
-        found["unseen_items"].append((score > own).sum(dim=1))
+        for name, left_out in zip(names, (None, task.read, task.seen), strict=True):
+            for row, user in enumerate(users) if left_out is not None else ():
+                score[row, left_out[user]] = -torch.inf
+            found[name].append((score > own).sum(dim=1))
     task.policy.train()
     return {name: metrics(torch.cat(ranks).numpy()) for name, ranks in found.items()}
 
@@ -298,7 +287,9 @@ class Run:
     def __init__(self, task: Task, folder: Path) -> None:
         self.task, self.folder = task, folder
         options = task.options
-        self.optimizer = _optimizer(task.policy, options)
+        self.optimizer = make_optimizer(
+            "adamw", task.policy, options.learning_rate, options.weight_decay
+        )
         self.lines: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
         state, lines = folder / "state.safetensors", folder / "epochs.jsonl"
