@@ -105,7 +105,8 @@ class World:
         context, item = self.contexts(self.rows, 2, day), self.catalogue(day)
         point = rng.random((self.rows, 1))
         luck = rng.random(self.rows)
-        drawn, pscore, expected = np.zeros(self.rows, np.int64), np.zeros(self.rows), luck.copy()
+        drawn = np.zeros(self.rows, np.int64)
+        pscore, expected = np.zeros(self.rows), np.zeros(self.rows)
         for start in range(0, self.rows, 2000):
             part = slice(start, start + 2000)
             probability = self.logging(context[part], item)

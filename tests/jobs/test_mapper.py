@@ -76,7 +76,7 @@ def test_a_worker_that_is_lost_too_often_is_an_error(ray_cluster: str) -> None:
 def test_retries_for_lack_of_memory_are_not_counted_as_ours() -> None:
     ray = pytest.importorskip("ray")
     error = RayMapper(2)._lost_error("evaluating", 1, ray.exceptions.OutOfMemoryError("killed"))
-    assert "the worker of part 1 was lost again and again (OutOfMemoryError: killed)" in str(error)
+    assert "the worker of part 1 was lost repeatedly (OutOfMemoryError: killed)" in str(error)
 
 
 def test_the_first_error_in_order_is_raised_unchanged(ray_cluster: str) -> None:

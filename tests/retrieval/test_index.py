@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offtower import ops
-from offtower.errors import RunError
+from offtower.errors import ConfigError, RunError
 from offtower.retrieval import IndexOptions
 from offtower.retrieval.vector_source import VectorSource
 from tests.mappers import BACKWARDS
@@ -145,3 +145,12 @@ def test_clusters_are_taken_over_until_the_recall_falls(tmp_path: Path) -> None:
     flat = IndexOptions(kind="flat", k=10)
     facts = update_index(VectorSource(far), queries, tmp_path / "4", flat, "v4", again)
     assert facts["rebuilt_because"] == "an index of kind flat has no clusters to take over"
+
+
+def test_more_lists_than_items_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    from offtower.retrieval.index_building import build_index
+
+    vectors = np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
+    with pytest.raises(ConfigError, match="lists=301 exceeds the 300 items"):
+        build_index(VectorSource(vectors), vectors[:9], tmp_path, IndexOptions(lists=301), "1")

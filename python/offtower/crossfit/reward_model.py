@@ -41,8 +41,8 @@ def obtain_reward_model(
     """Restore the reward model from `directory`, or fit it and store it there.
 
     Returns None where the configuration has no reward model. With equal data, configuration and
-    seed the fit is bit-identical, so a run killed before the model was stored fits it again. Folds
-    that `store_folds` stored are not fitted again.
+    seed the fit is bit-identical, so a run killed before the model was stored fits it again, unless
+    `store_folds` has stored all of its folds.
 
     Args:
         for_new_rows: the model must also predict rows of other logs.
@@ -60,12 +60,8 @@ def obtain_reward_model(
         return restore_reward_model(
             config, directory, data.context_encoding, data.item_encoding, data.items
         )
-    fits = None if config.kind == "dense" else FoldFits(config, data, seed)
-    folds = None if fits is None or directory is None else fits.stored(_folds(directory))
-    if fits is None or folds is None:
-        model = fit_reward_model(config, data, seed, progress)
-    else:
-        model = fits.joined(folds)
+    stored = None if directory is None else _folds(directory)
+    model = fit_reward_model(config, data, seed, progress, stored)
     if directory is not None:
         with checked_directory(directory) as temporary:
             model.save(temporary)
@@ -97,18 +93,23 @@ def store_folds(
 
 
 def _folds(directory: Path) -> Path:
-    """Where folds wait to be joined to the reward model at `directory`."""
+    """Folder of the folds that are not joined yet to the reward model at `directory`."""
     return directory.with_name(f"{directory.name}.folds")
 
 
 def fit_reward_model(
-    config: RewardModelConfig, data: PreparedData, seed: int, progress: Progress
+    config: RewardModelConfig,
+    data: PreparedData,
+    seed: int,
+    progress: Progress,
+    stored: Path | None = None,
 ) -> RewardModel:
-    """Fit q(x, a) on the training log."""
+    """Fit q(x, a) on the training log, or join its folds at `stored` where all are there."""
     if config.kind == "dense":
         return _fit_dense(config, data, seed, progress)
     fits = FoldFits(config, data, seed)
-    return fits.joined(fits.fit(progress))
+    folds = None if stored is None else fits.stored(stored)
+    return fits.joined(fits.fit(progress) if folds is None else folds)
 
 
 def restore_reward_model(

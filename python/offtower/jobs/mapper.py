@@ -153,7 +153,7 @@ class RayMapper(Mapper):
         text = text if len(text) <= 60 else text[:57] + "..."
         # Ray retries what a node ended for lack of memory apart from `retries`, by its own count.
         by_memory = isinstance(error, import_ray().exceptions.OutOfMemoryError)
-        often = "again and again" if by_memory else f"{self.retries + 1} times"
+        often = "repeatedly" if by_memory else f"{self.retries + 1} times"
         return ClusterError(
             f"{task or 'a job'}: the worker of part {text} was lost {often} "
             f"({type(error).__name__}: {cause_of(error)}). Usually a node ran out of memory: use "

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offtower.atomic import replace_file, write_text
-from offtower.errors import RunError
+from offtower.errors import ConfigError, RunError
 from offtower.mapping import Mapper
 from offtower.retrieval.index import (
     FACTS,
@@ -71,7 +71,7 @@ def build_index(
 
     Raises:
         MissingExtraError: FAISS is not installed.
-        ConfigError: no parameters reach the target recall.
+        ConfigError: no parameters reach the target recall, or there are more lists than items.
         RunError: the index cannot be written.
     """
     faiss = import_faiss()
@@ -122,10 +122,12 @@ def _trained(
         index.hnsw.efConstruction = max(200, 4 * options.neighbors)
         return index, None
     lists = options.lists or max(1, min(round(4 * count**0.5), count // 39))
+    if lists > count:
+        raise ConfigError(f"lists={lists} exceeds the {count} items: set fewer lists")
     points = Padded(source, padded_dim(options.kind, dim))
     rows = min(count, max(_TRAIN_PER_LIST * lists, 65_536))
     picked = np.random.default_rng(options.seed).choice(count, rows, replace=False)
-    clustered = np.sort(picked[: max(lists, _TRAIN_PER_LIST * lists)])
+    clustered = np.sort(picked[: _TRAIN_PER_LIST * lists])
     parts = [clustered[first : first + _PART] for first in range(0, len(clustered), _PART)]
     centroids = fit_centroids(points, parts, lists, options.seed + 1, mapper)
     quantizer = faiss.IndexFlatIP(points.width)

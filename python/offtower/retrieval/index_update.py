@@ -68,7 +68,7 @@ def update_index(
 
     Args:
         queries: (n, D); recall is measured on the second half, as `build_index` does.
-        others: as for `build_index`.
+        earlier: the index whose clusters are taken over. Others are as for `build_index`.
 
     Returns:
         The facts of the index, with `clusters_of`, the export whose clusters it has, or
