@@ -108,6 +108,18 @@ def test_logits_that_rise_or_fall_from_item_to_item(isa: str, step: float) -> No
         )
 
 
+def test_subnormal_numbers_of_the_caller_stay(isa: str) -> None:
+    """Kernels flush them to zero, on all threads; torch's operations on these threads do not."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        u, v = torch.ones(128, 1), -95.0 * torch.arange(3_000.0)[:, None]
+        policy_terms(u, v, torch.zeros(128, dtype=torch.int64), backend="cpu")
+        assert (torch.full((1 << 17,), 1e-38) * 0.1 > 0).all()
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["none", "sigmoid"])
 def test_same_bits_on_every_run_and_with_any_number_of_threads(

@@ -182,12 +182,16 @@ def test_a_plan_is_shortened_where_the_machine_is_slower(
     for name, one in plan.candidates.items():
         assert slow.candidates[name].steps == one.steps
         assert slow.candidates[name].refit_steps == int((one.refit_steps or 0) * 2**-0.5)
+    # So is training where evaluations have no rows to spare.
+    few = replace(plan, rungs=tuple(replace(one, evaluated_rows=256) for one in plan.rungs))
+    slow = few.revise([1.3 * planned[0]], [planned[1]], NAMES)
+    assert (slow.rungs[1].share, slow.rungs[1].evaluated_rows) == (share * second.share, 256)
     # A race that has less than half of the time for the rest ends.
     late = plan.revise([2.0 * planned[0]], [planned[1]], NAMES)
     assert late.rungs == plan.rungs[:1] and not late.rungs[0].final and late.revised == 1
 
 
-def test_evidence_takes_the_time_that_nobody_trains(
+def test_training_time_of_dropped_candidates_goes_to_the_evaluation(
     data: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Machine(monkeypatch)
@@ -206,6 +210,10 @@ def test_evidence_takes_the_time_that_nobody_trains(
     assert seconds == pytest.approx(last.training_seconds + last.evaluation_seconds)
     rows = (last.evaluated_rows or 0) * revised.evaluation_seconds / last.evaluation_seconds
     assert revised.evaluated_rows == int(rows)
+    # Plans of earlier versions do not have the seconds of candidates.
+    old = {name: replace(one, seconds=0.0) for name, one in plan.candidates.items()}
+    revised = replace(plan, candidates=old).revise([first.training_seconds], [0.5], left)
+    assert revised.rungs == plan.rungs
     # However late it is, a choice has evidence.
     late = plan.revise([100.0 * first.training_seconds], [0.5], left)
     assert len(late.rungs) == 2 and late.rungs[1].evaluated_rows == 256

@@ -11,8 +11,8 @@ constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kLogProbFloor = -1e4f * kLog2E; // clamps p log p, where 0 * -inf would be NaN
 
 // x = e^x for x < 88, and inf above where S has kHasPowerFactors; 0 below -87.3365, where a result
-// would be subnormal; NaN for NaN. Error 1.1 ulp near 0, 2.8 with kHasPowerFactors. kBounded: no
-// x is below that.
+// would be subnormal; NaN for NaN. Error 1.1 ulp near 0; 3.6 ulp for |x| <= 1 with kHasPowerFactors,
+// whose relative error grows as |x| 2^-24, by the rounding of y. kBounded: no x is below that.
 //
 // With y = x log2(e), instruction sets with kHasPowerFactors compute 2^y. For others, adding
 // 1.5 * 2^23 leaves the nearest integer n in the low bits, and one fused

@@ -52,7 +52,7 @@ class CandidatePlan:
     """Of a candidate that is solved on rows in memory: one in so many rows without reward is kept,
     or of all rows where rewards are not rare."""
     seconds: float = 0.0
-    """Planned ones of the steps of all members in all rungs; 0 where it is solved."""
+    """Planned training time of all members in all rungs; 0 where it is solved."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,11 @@ class AutoPlan:
         """Return the plan with the rungs that are left, and the refit, adapted to the candidates
         that are left and to the time that is left at the speed of the last rung.
 
-        Time that candidates would have trained who left goes to the evaluation. Factors are powers
-        of the square root of two, and time may exceed the plan by a fifth, so that most runs have
-        no other revision. Where less than half of the rest has time, the race ends, if it has
-        evidence: that of the rung before is better than that of a few rows.
+        The training time of candidates that left goes to the evaluation. Factors are powers of the
+        square root of two, and time may exceed the plan by a fifth, so that most runs have no other
+        revision. Where less than half of the rest has time, the race ends, if it has evidence: that
+        of the rung before is better than that of a few rows. A race without evidence is shortened
+        until the last rung has `MIN_ROWS`, at most.
 
         Args:
             training: seconds that the rungs before took.
@@ -135,7 +136,9 @@ class AutoPlan:
         available = _SLACK * planned - sum(training) - sum(evaluation)
         evaluated = any(one.evaluated_rows != 0 for one in self.rungs[:done])
         ends = evaluated and available < _LEAST * wanted
-        least = MIN_ROWS / max(one.evaluated_rows or MIN_ROWS for one in rest)
+        least = 0.0
+        if not evaluated:
+            least = MIN_ROWS / max(one.evaluated_rows or MIN_ROWS for one in rest)
         share = 1.0 if ends else _rounded_down(max(available / max(wanted, 1e-9), least))
         rungs = (
             []
@@ -168,6 +171,8 @@ class AutoPlan:
 
     def _of(self, rung: Rung, left: Collection[str]) -> Rung:
         """A later rung for the candidates that are left."""
+        if not any(one.seconds for one in self.candidates.values()):
+            return rung  # Plans of earlier versions do not have them.
         needed = rung.share * sum(self.candidates[name].seconds for name in left)
         freed = rung.training_seconds - needed
         if not rung.evaluated_rows or not rung.evaluation_seconds > 0.0 or freed <= 0.0:

@@ -30,7 +30,7 @@ from offtower.progress import Progress
 from offtower.sampling import ItemCounts
 from offtower.training.auto.candidates import PolicyCandidate
 from offtower.training.auto.folds import NOTHING
-from offtower.training.auto.held_out import INVERSE_TEMPERATURES
+from offtower.training.auto.held_out import BASED_INVERSE_TEMPERATURES, INVERSE_TEMPERATURES
 from offtower.training.auto.item_pass import PASS_ITEMS, PASS_ROWS, logits
 from offtower.training.auto.kept_rows import SCAN_ROWS
 from offtower.training.auto.members import start_member
@@ -121,7 +121,8 @@ def row_seconds(candidate: PolicyCandidate, data: PreparedData) -> float:
         .to(data.device)
         .split((PASS_ROWS, PASS_ITEMS))
     )
-    sums = TemperatureSums(PASS_ROWS, INVERSE_TEMPERATURES, data.device, rewards=True)
+    units = BASED_INVERSE_TEMPERATURES if candidate.solved else INVERSE_TEMPERATURES
+    sums = TemperatureSums(PASS_ROWS, units, data.device, rewards=True)
     items = ItemEmbeddings(v, None)
 
     def work() -> None:
