@@ -91,7 +91,7 @@ def test_a_candidate_without_evidence_does_not_replace_the_logging_policy() -> N
     assert kept.best[CLONE].inverse_temperature == 1.0
 
 
-def tilted(scores: np.ndarray, n: int, seed: int) -> tuple[HeldOutRows, np.ndarray, np.ndarray]:
+def tilted(scores: np.ndarray, n: int, seed: int) -> tuple[HeldOutRows, np.ndarray]:
     """Rows of an even log of 200 items, a candidate that tilts it, a clone that is far from it, and
     the candidate's true values."""
     items = len(scores)
@@ -117,18 +117,18 @@ def tilted(scores: np.ndarray, n: int, seed: int) -> tuple[HeldOutRows, np.ndarr
         eligible_items=np.full(n, float(items)),
         based=frozenset({"model"}),
     )
-    return rows, np.array(values), expected
+    return rows, np.array(values)
 
 
 def test_a_tilted_base_qualifies_by_a_gain_and_not_by_changing_nothing() -> None:
-    """Random scores qualify in at most 1 of 100 logs by the stated error; 60 have at most 3 with
+    """Random scores qualify in at most 1 of 100 logs by the stated error; 30 have at most 2 with
     probability .997. Right ones qualify; bounds of confidence .95 are too high in at most 3 of 10
     with probability .999."""
     even = np.linspace(-1.7, 1.7, 200)
     noise = np.random.default_rng(0)
     chosen = []
-    for seed in range(60):
-        rows, values, _ = tilted(noise.permutation(even), 400, seed)
+    for seed in range(30):
+        rows, values = tilted(noise.permutation(even), 400, seed)
         found = choose(rows, ["model", CLONE], tolerance=Tolerance(0.0))
         least = [one.gain_lower_bound for one in found.estimates["model"]]
         # The base itself loses nothing that matters, and that is no evidence.
@@ -139,10 +139,10 @@ def test_a_tilted_base_qualifies_by_a_gain_and_not_by_changing_nothing() -> None
             assert found.chosen.name == "model"
             assert found.chosen.inverse_temperature == BASED_INVERSE_TEMPERATURES[0]
             assert found.low < values[0] < found.value + 0.1
-    assert sum(chosen) <= 3
+    assert sum(chosen) <= 2
     qualified = above = 0
     for seed in range(10):
-        rows, values, _ = tilted(even, 400, seed)
+        rows, values = tilted(even, 400, seed)
         found = choose(rows, ["model", CLONE], tolerance=Tolerance(0.0))
         true = dict(zip(rows.policies("model"), values, strict=True))
         chosen_policy = CandidatePolicy("model", found.chosen.inverse_temperature)
