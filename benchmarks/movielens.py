@@ -263,8 +263,9 @@ def evaluate(task: Task) -> dict[str, dict[str, float]]:
         score = task.contexts(users) @ items.T
         own = score.gather(1, torch.from_numpy(task.held_out[users])[:, None])
         for name, left_out in zip(names, (None, task.read, task.seen), strict=True):
-            for row, user in enumerate(users) if left_out is not None else ():
-                score[row, left_out[user]] = -torch.inf
+            if left_out is not None:
+                for row, user in enumerate(users):
+                    score[row, left_out[user]] = -torch.inf
             found[name].append((score > own).sum(dim=1))
     task.policy.train()
     return {name: metrics(torch.cat(ranks).numpy()) for name, ranks in found.items()}

@@ -292,3 +292,17 @@ def test_widths_and_own_tables() -> None:
     apart = TwoTowerPolicy(PolicyConfig(embedding_dim=4), CONTEXTS, other)
     assert apart.context_tower.shared_tables == []
     assert apart.context_tower.bodies[0].encoder.embedding("h").num_embeddings == 10
+
+
+def test_draws_of_one_hash_have_their_rate_and_are_uncorrelated() -> None:
+    """Eight draws a row come from two hashes. Each of 36 statistics is about standard normal, so
+    that one exceeds 5 by chance in 2 of 100,000 seeds."""
+    draws, rows, rate = RowDraws(), 20_000, 0.3
+    draws.seed = 3
+    cpu = torch.device("cpu")
+    found = draws.below(rate, 5, rows, cpu, width=8).double()
+    mean = (found.mean(0) - rate) / (rate * (1 - rate) / rows) ** 0.5
+    correlation = (torch.corrcoef(found.T) - torch.eye(8)).tril(-1) * rows**0.5
+    assert float(mean.abs().max()) < 5 and float(correlation.abs().max()) < 5
+    assert not draws.below(0.0, 5, 10, cpu, width=8).any()
+    assert draws.below(1.0, 5, 10, cpu, width=8).all()

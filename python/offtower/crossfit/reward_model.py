@@ -60,8 +60,8 @@ def obtain_reward_model(
         return restore_reward_model(
             config, directory, data.context_encoding, data.item_encoding, data.items
         )
-    stored = None if directory is None else _folds(directory)
-    model = fit_reward_model(config, data, seed, progress, stored)
+    folds = None if directory is None else _folds(directory)
+    model = fit_reward_model(config, data, seed, progress, folds)
     if directory is not None:
         with checked_directory(directory) as temporary:
             model.save(temporary)
