@@ -164,7 +164,7 @@ def test_tasks_ask_for_gpus_and_a_part_without_memory_can_fail_alone(
     low = OutOfMemoryError("killed due to the node running low on memory. 31GB\nadvice")
     found = mapped(low, on_lost=lambda part, error: f"{part}: {error}")
     assert [found[0], found[2]] == ["0", "2"]
-    assert found[1].startswith("1: training: the worker of part 1 was lost again and again")
+    assert found[1].startswith("1: training: the worker of part 1 was lost repeatedly")
     assert "out of memory: killed due to" in found[1] and "advice" not in found[1]
     with pytest.raises(ClusterError, match="part 1 was lost"):
         mapped(low)
