@@ -140,8 +140,9 @@ def test_more_workers_than_row_groups(ray_cluster: str, tmp_path: Path) -> None:
     rows are those that the others send it. The bits of plain workers; near one process."""
     folder = write_world(tmp_path / "world", rows=200)
     assert len(ParquetLog.open(folder / "train").row_group_sizes) == 2
+    steps = ("training.epochs=1", "training.batch_size=16")
     alone, plain, on_ray = (
-        config_of(folder, tmp_path / name, "a", "item_sharded", "training.epochs=1")
+        config_of(folder, tmp_path / name, "a", "item_sharded", *steps)
         for name in ("alone", "plain", "ray")
     )
     train_run(alone)
