@@ -19,9 +19,13 @@ installed-test: $(VENV)/.installed-test
 
 # On one process more than there are cores, up to eight. The tests of a file stay together, as they
 # share what they set up; folders with long ones come first, so that no core waits at the end.
+LONG_TESTS := tests/ops tests/training tests/retrieval tests/evaluation tests/cli
+# Not 'tests' for the others: pytest drops folders that another argument contains, and their order.
+OTHER_TESTS := $(filter-out $(LONG_TESTS) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) \
+  $(wildcard tests/test_*.py)
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
-	  --no-loadscope-reorder tests/training tests/cli tests/ops tests
+	  --no-loadscope-reorder $(LONG_TESTS) $(OTHER_TESTS)
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 8 --dist loadfile
