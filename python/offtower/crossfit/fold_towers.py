@@ -118,7 +118,7 @@ class FoldFits:
         models = []
         for folder in folders:
             verify_directory(folder, _REMEDY)
-            model = FoldTowers(self._config, self._data, self._by_position)
+            model = self._towers()
             load_weights(folder / _WEIGHTS, model)
             models.append(model.to(self._data.device))
         return models
@@ -127,7 +127,7 @@ class FoldFits:
         """Return all folds by what `state_dict` of each was in another process."""
         models = []
         for state in weights:
-            model = FoldTowers(self._config, self._data, self._by_position)
+            model = self._towers()
             model.load_state_dict(state)
             models.append(model.to(self._data.device))
         return models
@@ -145,7 +145,10 @@ class FoldFits:
 
     def _begun(self, fold: int) -> FoldTowers:
         seed_torch(self._seed, "reward towers", fold)
-        return FoldTowers(self._config, self._data, self._by_position).to(self._data.device)
+        return self._towers().to(self._data.device)
+
+    def _towers(self) -> FoldTowers:
+        return FoldTowers(self._config, self._data, self._by_position)
 
 
 def _folder(directory: Path, fold: int) -> Path:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offtower.atomic import replace_file, write_text
+from offtower.data.array_files import PART_ROWS
 from offtower.errors import ConfigError, RunError
 from offtower.mapping import Mapper
 from offtower.retrieval.index import (
@@ -42,7 +43,6 @@ from offtower.retrieval.index_tuning import tune
 from offtower.retrieval.kmeans import Padded, fit_centroids, nearest, nearest_of
 from offtower.retrieval.vector_source import VectorSource
 
-_PART = 262_144
 _TRAINED = "trained.faiss"
 _TRAIN_PER_LIST = 50
 
@@ -128,7 +128,7 @@ def _trained(
     rows = min(count, max(_TRAIN_PER_LIST * lists, 65_536))
     picked = np.random.default_rng(options.seed).choice(count, rows, replace=False)
     clustered = np.sort(picked[: _TRAIN_PER_LIST * lists])
-    parts = [clustered[first : first + _PART] for first in range(0, len(clustered), _PART)]
+    parts = [clustered[first : first + PART_ROWS] for first in range(0, len(clustered), PART_ROWS)]
     centroids = fit_centroids(points, parts, lists, options.seed + 1, mapper)
     quantizer = faiss.IndexFlatIP(points.width)
     quantizer.add(centroids)
@@ -172,8 +172,8 @@ def _add(index: Any, part: NDArray[np.float32], lists: NDArray[np.int32], rows: 
 
 
 def _parts(rows: range) -> list[range]:
-    starts = range(rows.start, rows.stop, _PART)
-    return [range(first, min(first + _PART, rows.stop)) for first in starts]
+    starts = range(rows.start, rows.stop, PART_ROWS)
+    return [range(first, min(first + PART_ROWS, rows.stop)) for first in starts]
 
 
 def _equal_norm(source: VectorSource) -> Iterator[NDArray[np.float32]]:
